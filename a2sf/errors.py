@@ -1,0 +1,27 @@
+"""The two ways a run can be wrong that a user can mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake the user can mend, told in one sentence; the scripts print it without a traceback and exit with 1."""
+
+
+class ConfigError(UserError):
+    """A config key holds a value that is not allowed.
+
+    The message names the key, the value and what is allowed.
+    """
+
+    def __init__(self, key: str, value: object, allowed: str) -> None:
+        self.key, self.value, self.allowed = key, value, allowed
+        super().__init__(f"{key}={value} is not allowed: {allowed}.")
+
+
+def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
+    """`known` names closest to a mistyped `name`, as the end of a sentence ("" when nothing is close)."""
+    close = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""

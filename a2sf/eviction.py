@@ -1,0 +1,364 @@
+"""The eviction recursion: its state, its inputs, and the readable reference that every kernel is checked against.
+
+For each token: insert, attend, score, evict (docs/semantics.md). Shapes, as suffixes or in brackets:
+    B rows, H query heads, K key/value heads, T tokens, D key dimension, V value dimension, S segments, N cached slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Runs of tokens to attend, packed along the time axis; a run may continue the state another run ended with.
+
+    A batch of rows is one segment per row without parents. Sequences that begin alike are a tree: the shared beginning
+    is one segment, its continuations are children, and each child starts from a copy of its parent's state. A parent
+    and a child may differ in budget, recent and sinks only if the parent has not evicted yet (invariant 6).
+
+    Attributes (int64 tensors [S] on the CPU):
+        row, start, length: the tokens `[row, start : start + length]` of the packed query, key and value.
+        parent: index of the segment that this one continues, -1 for none. Parents come before their children.
+        budget, recent, sinks: `C`, `r`, `s` of the recursion.
+        forgetting_factor: float64 tensor [S].
+    """
+
+    row: Tensor
+    start: Tensor
+    length: Tensor
+    parent: Tensor
+    budget: Tensor
+    recent: Tensor
+    sinks: Tensor
+    forgetting_factor: Tensor
+
+    @property
+    def count(self) -> int:
+        return self.row.shape[0]
+
+
+@dataclass(frozen=True)
+class EvictionState:
+    """What is cached after a step, for every row and KV head.
+
+    Attributes:
+        positions: int64 [B, K, N], kept positions in ascending order, -1 where a slot is empty (empty slots come last).
+        scores: float32 [B, K, N], accumulated attention scores `A`, 0 where a slot is empty.
+        keys: [B, K, N, D] and
+        values: [B, K, N, V], in the engine's accumulation dtype (float32, or float64 for float64 inputs).
+        seen: int64 [B], tokens read so far, which is the next token's position.
+    """
+
+    positions: Tensor
+    scores: Tensor
+    keys: Tensor
+    values: Tensor
+    seen: Tensor
+
+    def select(self, rows: Tensor) -> EvictionState:
+        """The state of `rows` [B'], in that order; a row may be taken several times (a fork) or left out."""
+        return EvictionState(*(getattr(self, f.name)[rows.to(self.seen.device)] for f in fields(self)))
+
+    def pad(self, slots: int) -> EvictionState:
+        """The same state with at least `slots` slots per KV head."""
+        more = slots - self.positions.shape[-1]
+        if more <= 0:
+            return self
+        widen = torch.nn.functional.pad
+        return replace(
+            self,
+            positions=widen(self.positions, (0, more), value=-1),
+            scores=widen(self.scores, (0, more)),
+            keys=widen(self.keys, (0, 0, 0, more)),
+            values=widen(self.values, (0, 0, 0, more)),
+        )
+
+    @staticmethod
+    def stack(states: list[EvictionState]) -> EvictionState:
+        """Rows of several states as one batch."""
+        slots = max(s.positions.shape[-1] for s in states)
+        padded = [s.pad(slots) for s in states]
+        return EvictionState(*(torch.cat([getattr(s, f.name) for s in padded]) for f in fields(EvictionState)))
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What attending a batch gives.
+
+    Attributes:
+        output: [B, H, T, V] in the query's dtype; 0 where no segment covers a token.
+        state: final state, one row per segment; None unless asked for.
+        evicted: int32 [B, K, T], the position evicted at each token's step, -1 where none was; None unless asked for.
+    """
+
+    output: Tensor
+    state: EvictionState | None = None
+    evicted: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to return beside the output, and how to scale the logits."""
+
+    scale: float
+    return_state: bool = False
+    trace: bool = False
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays, everything else is computed in float32 (invariant 8)."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def reference(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: Options, state: EvictionState | None = None
+) -> Attended:
+    """The recursion, one token at a time over all rows and heads; slow, readable, the oracle of the kernels.
+
+    Args:
+        query: [B, H, T, D].
+        key: [B, K, T, D] and
+        value: [B, K, T, V], any floating dtype and strides.
+        segments: what to attend (see `Segments`).
+        state: the state the parentless segments start from, one row per segment; None: empty caches.
+    """
+    return by_levels(_reference_rows, query, key, value, segments, options, state)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Right-padded rows for one batched run of the recursion: what `by_levels` hands to a backend.
+
+    Attributes:
+        query: [B, H, T, D], key: [B, K, T, D], value: [B, K, T, V], in the accumulation dtype.
+        length, budget, recent, sinks: int64 [B]; forgetting_factor: float [B], all on the query's device.
+        state: where to start from, or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    length: Tensor
+    budget: Tensor
+    recent: Tensor
+    sinks: Tensor
+    forgetting_factor: Tensor
+    state: EvictionState | None
+
+
+def _reference_rows(rows: Rows, scale: float) -> tuple[Tensor, EvictionState, Tensor]:
+    query, device = rows.query, rows.query.device
+    B, H, T, D = query.shape
+    K = rows.key.shape[1]
+    grouped = query.reshape(B, K, H // K, T, D)
+    factor = rows.forgetting_factor.to(query.dtype)[:, None, None]
+    budget, recent, sinks = (x[:, None, None] for x in (rows.budget, rows.recent, rows.sinks))
+
+    # one column per token that is or may come to be cached: the given state's, then the new ones
+    old = rows.state or empty_state(rows)
+    past = old.positions.shape[-1]
+    keys = torch.cat([old.keys, rows.key], dim=2)
+    values = torch.cat([old.values, rows.value], dim=2)
+    new_positions = (old.seen[:, None] + torch.arange(T, device=device))[:, None].expand(B, K, T)
+    position = torch.cat([old.positions, new_positions], dim=2)
+    alive = torch.cat([old.positions >= 0, torch.zeros_like(new_positions, dtype=torch.bool)], dim=2)
+    score = torch.cat([old.scores.to(query.dtype), query.new_zeros(B, K, T)], dim=2)
+
+    output = query.new_zeros(B, H, T, rows.value.shape[-1])
+    evicted = torch.full((B, K, T), -1, dtype=torch.int32, device=device)
+    for t in range(T):
+        n = past + t + 1  # columns that exist by now
+        going = (t < rows.length)[:, None, None]  # rows that have a token here
+        # insert, with score 0
+        alive[:, :, n - 1 : n] = going
+        cached = alive[:, :, :n]
+        # attend to the cached tokens
+        logits = torch.einsum("bkgd,bknd->bkgn", grouped[:, :, :, t], keys[:, :, :n]) * scale
+        p = logits.masked_fill(~cached[:, :, None], -torch.inf).softmax(-1)
+        attended = torch.einsum("bkgn,bknv->bkgv", p, values[:, :, :n]).reshape(B, H, -1)
+        output[:, :, t] = torch.where(going, attended, 0)
+        # score
+        score[:, :, :n] = torch.where(going & cached, factor * score[:, :, :n] + p.sum(2), score[:, :, :n])
+        # evict the least score among the unprotected, the oldest of equals
+        now = position[:, :, n - 1 : n]
+        free = cached & (position[:, :, :n] >= sinks) & (position[:, :, :n] <= now - recent)
+        victim = score[:, :, :n].masked_fill(~free, torch.inf).argmin(-1, keepdim=True)
+        crowded = going & (cached.sum(-1, keepdim=True) > budget)
+        alive[:, :, :n].scatter_(2, victim, cached.gather(2, victim) & ~crowded)
+        evicted[:, :, t : t + 1] = torch.where(crowded, position.gather(2, victim), -1).int()
+
+    # columns are in order of position: move the cached ones to the front
+    slots = max(1, int(alive.sum(-1).max()))
+    column = (~alive).int().argsort(dim=-1, stable=True)[:, :, :slots]
+    kept = alive.gather(2, column)
+
+    def cached_of(x: Tensor) -> Tensor:
+        return torch.where(kept[..., None], x.gather(2, column[..., None].expand(-1, -1, -1, x.shape[-1])), 0)
+
+    return (
+        output,
+        EvictionState(
+            positions=torch.where(kept, position.gather(2, column), -1),
+            scores=torch.where(kept, score.gather(2, column), 0).float(),
+            keys=cached_of(keys),
+            values=cached_of(values),
+            seen=old.seen + rows.length,
+        ),
+        evicted,
+    )
+
+
+def empty_state(rows: Rows) -> EvictionState:
+    """Caches without a token, for `rows`."""
+    B, K, _, D = rows.key.shape
+    kv, device = rows.key, rows.key.device
+    return EvictionState(
+        positions=torch.empty(B, K, 0, dtype=torch.int64, device=device),
+        scores=torch.empty(B, K, 0, dtype=torch.float32, device=device),
+        keys=kv.new_empty(B, K, 0, D),
+        values=kv.new_empty(B, K, 0, rows.value.shape[-1]),
+        seen=torch.zeros(B, dtype=torch.int64, device=device),
+    )
+
+
+def by_levels(
+    run_rows,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    options: Options,
+    state: EvictionState | None,
+) -> Attended:
+    """Run a backend that knows batches of rows on a tree of segments: all segments of one depth at once.
+
+    Args:
+        run_rows: `(Rows, scale) -> (output [B, H, T, V], EvictionState, evicted [B, K, T])`.
+    """
+    B, H, T, _ = query.shape
+    K, V = key.shape[1], value.shape[-1]
+    device, dtype = query.device, accumulation_dtype(query.dtype)
+    output = query.new_zeros(B, T, H, V).transpose(1, 2)
+    evicted = torch.full((B, K, T), -1, dtype=torch.int32, device=device) if options.trace else None
+    ends: list[EvictionState | None] = [None] * segments.count
+
+    for ids in _levels(segments.parent):
+        pick = torch.tensor(ids)
+        length = segments.length[pick].to(device)
+        offset = torch.arange(max(1, int(length.max())), device=device)
+        real = offset < length[:, None]  # [S', T']
+        row = segments.row[pick].to(device)[:, None].expand_as(real)
+        column = (segments.start[pick].to(device)[:, None] + offset).clamp(max=T - 1)
+
+        parents = segments.parent[pick].tolist()
+        start = [ends[p] for p in parents] if parents[0] >= 0 else []
+        rows = Rows(
+            *(x[row, :, column].transpose(1, 2).to(dtype) for x in (query, key, value)),
+            length,
+            *(getattr(segments, f)[pick].to(device) for f in ("budget", "recent", "sinks", "forgetting_factor")),
+            state=EvictionState.stack([s for s in start if s is not None]) if start else state,
+        )
+        out, end, gone = run_rows(rows, options.scale)
+        output[row[real], :, column[real]] = out.transpose(1, 2)[real].to(query.dtype)
+        if evicted is not None:
+            evicted[row[real], :, column[real]] = gone.transpose(1, 2)[real]
+        for i, segment in enumerate(ids):
+            ends[segment] = end.select(torch.tensor([i]))
+    final = EvictionState.stack([s for s in ends if s is not None]) if options.return_state else None
+    return Attended(output, final, evicted)
+
+
+def _levels(parent: Tensor) -> list[list[int]]:
+    depth: list[int] = []
+    for p in parent.tolist():
+        depth.append(0 if p < 0 else depth[p] + 1)
+    return [[i for i, d in enumerate(depth) if d == level] for level in range(max(depth, default=-1) + 1)]
+
+
+def evicting_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    budget: int | Tensor,
+    recent: int | Tensor,
+    sinks: int | Tensor = 0,
+    forgetting_factor: float | Tensor,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    state: EvictionState | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, EvictionState]:
+    """Causal attention over a cache that token pruning keeps at `budget` tokens per KV head.
+
+    Every row may follow a policy and budget of its own; a row's result never depends on the other rows.
+
+    Args:
+        query: [B, H, T, D], any floating dtype.
+        key: [B, K, T, D] and
+        value: [B, K, T, V]; `H` is a multiple of `K` (grouped-query attention shares one kept set per KV head).
+        budget, recent, sinks: int, or int tensor [B]: `C`, `r`, `s` of docs/semantics.md.
+        forgetting_factor: float, or float tensor [B], in [0, 1].
+        scale: factor on the logits; default `D ** -0.5`.
+        lengths: int tensor [B], the rows' own lengths if they are right-padded; output past a row's length is 0.
+        state: continue from here; None: empty caches.
+        backend: `auto`, or the name of one of `a2sf.kernels.BACKENDS`.
+
+    Returns:
+        output [B, H, T, V] in the query's dtype, and the state after each row's last token.
+
+    Raises:
+        ValueError: if shapes do not fit, or a number is out of range.
+    """
+    from a2sf.kernels import attend  # the kernels need this module's types
+
+    _check_shapes(query, key, value)
+    B, _, T, D = query.shape
+
+    def per_row(name: str, x: int | float | Tensor, dtype: torch.dtype) -> Tensor:
+        out = torch.as_tensor(x, dtype=dtype, device="cpu").expand(B) if not isinstance(x, Tensor) or x.ndim == 0 else x
+        if out.shape != (B,):
+            raise ValueError(
+                f"{name} must be one number or a tensor of {B} (one per row), got shape {tuple(out.shape)}"
+            )
+        return out.to("cpu", dtype).contiguous()
+
+    integers = {"budget": budget, "recent": recent, "sinks": sinks, "lengths": T if lengths is None else lengths}
+    C, r, s, length = (per_row(n, x, torch.int64) for n, x in integers.items())
+    factor = per_row("forgetting_factor", forgetting_factor, torch.float64)
+    if bool((C < 1).any() or (r < 0).any() or (s < 0).any() or (r + s > C).any()):
+        raise ValueError("every row needs budget >= 1, recent >= 0, sinks >= 0 and recent + sinks <= budget")
+    if not bool(((factor >= 0) & (factor <= 1)).all()):
+        raise ValueError("every row's forgetting_factor must lie in [0, 1]")
+    if bool((length < 0).any() or (length > T).any()):
+        raise ValueError(f"every row's length must lie between 0 and the {T} tokens given")
+    if state is not None and state.seen.shape[0] != B:
+        raise ValueError(f"the state holds {state.seen.shape[0]} rows, the query {B}")
+
+    rows = Segments(
+        row=torch.arange(B),
+        start=torch.zeros(B, dtype=torch.int64),
+        length=length,
+        parent=torch.full((B,), -1),
+        budget=C,
+        recent=r,
+        sinks=s,
+        forgetting_factor=factor,
+    )
+    options = Options(scale=D**-0.5 if scale is None else scale, return_state=True)
+    attended = attend(query, key, value, rows, options, state, backend=backend)
+    assert attended.state is not None
+    return attended.output, attended.state
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if not (query.ndim == key.ndim == value.ndim == 4):
+        raise ValueError(f"query, key and value must have 4 dimensions [batch, heads, tokens, size]: {shapes}")
+    fits = key.shape[:3] == value.shape[:3] and key.shape[0] == query.shape[0] and key.shape[2:] == query.shape[2:]
+    if not fits or key.shape[1] == 0 or query.shape[1] % key.shape[1] != 0:
+        raise ValueError(f"shapes do not fit, or the query heads are not a multiple of the KV heads: {shapes}")

@@ -1,0 +1,1 @@
+"""Baseline policies, one file each. Adding a file here and its YAML under conf/policy/ adds a policy."""

@@ -1,0 +1,23 @@
+"""Full cache: nothing is evicted. The upper end of every comparison.
+
+Source: the model itself. Deviations: none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from a2sf.policy import UNLIMITED, Policy, Retention
+
+
+@dataclass(kw_only=True)
+class Full(Policy):
+    """Keep every token; the budget is ignored."""
+
+    name: ClassVar[str] = "full"
+    label: ClassVar[str] = "Full cache"
+    uses_budget: ClassVar[bool] = False
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        return Retention(budget=UNLIMITED)

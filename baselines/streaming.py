@@ -1,0 +1,36 @@
+"""StreamingLLM: the first tokens are attention sinks and stay; the rest of the budget is a sliding window.
+
+Paper: Xiao et al., 2023 (arXiv 2309.17453). Deviations: keys keep the rotary position they were written with (the paper
+renumbers positions inside the cache). Where a ratio gives a short sequence fewer slots than there are sinks, the sinks
+take all of them; `budget.tokens` below the number of sinks is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from a2sf.errors import ConfigError
+from a2sf.policy import Policy, Retention
+
+
+@dataclass(kw_only=True)
+class Streaming(Policy):
+    """Sinks and a window.
+
+    Attributes:
+        sinks: how many of the first tokens are never evicted (the paper uses 4).
+    """
+
+    name: ClassVar[str] = "streaming"
+    label: ClassVar[str] = "StreamingLLM"
+
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        if self.sinks < 0:
+            raise ConfigError("policy.sinks", self.sinks, "give a whole number of tokens, at least 0")
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        sinks = min(self.sinks, budget)
+        return Retention(budget=budget, sinks=sinks, recent=budget - sinks)

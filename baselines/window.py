@@ -1,0 +1,23 @@
+"""Sliding window ("local" attention): keep the newest tokens.
+
+Source: Beltagy et al., 2020 (arXiv 2004.05150), as a cache policy. The oldest token goes, whatever its attention.
+Deviations: none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from a2sf.policy import Policy, Retention
+
+
+@dataclass(kw_only=True)
+class Window(Policy):
+    """The whole budget is the recent window."""
+
+    name: ClassVar[str] = "window"
+    label: ClassVar[str] = "Window"
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        return Retention(budget=budget, recent=budget)
