@@ -6,6 +6,7 @@ For each token: insert, attend, score, evict (docs/semantics.md). Shapes, as suf
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -225,6 +226,10 @@ def empty_state(rows: Rows) -> EvictionState:
     )
 
 
+RunRows = Callable[[Rows, float], tuple[Tensor, EvictionState, Tensor]]
+"""A backend that knows batches of rows: `(rows, scale) -> (output [B, H, T, V], end state, evicted int32 [B, K, T])`."""
+
+
 def by_levels(
     run_rows,
     query: Tensor,
@@ -234,11 +239,7 @@ def by_levels(
     options: Options,
     state: EvictionState | None,
 ) -> Attended:
-    """Run a backend that knows batches of rows on a tree of segments: all segments of one depth at once.
-
-    Args:
-        run_rows: `(Rows, scale) -> (output [B, H, T, V], EvictionState, evicted [B, K, T])`.
-    """
+    """Run a backend that knows batches of rows on a tree of segments: all segments of one depth at once."""
     B, H, T, _ = query.shape
     K, V = key.shape[1], value.shape[-1]
     device, dtype = query.device, accumulation_dtype(query.dtype)
@@ -256,10 +257,16 @@ def by_levels(
 
         parents = segments.parent[pick].tolist()
         start = [ends[p] for p in parents] if parents[0] >= 0 else []
+        packed = [x[row, :, column].transpose(1, 2).to(dtype) for x in (query, key, value)]
         rows = Rows(
-            *(x[row, :, column].transpose(1, 2).to(dtype) for x in (query, key, value)),
-            length,
-            *(getattr(segments, f)[pick].to(device) for f in ("budget", "recent", "sinks", "forgetting_factor")),
+            query=packed[0],
+            key=packed[1],
+            value=packed[2],
+            length=length,
+            budget=segments.budget[pick].to(device),
+            recent=segments.recent[pick].to(device),
+            sinks=segments.sinks[pick].to(device),
+            forgetting_factor=segments.forgetting_factor[pick].to(device),
             state=EvictionState.stack([s for s in start if s is not None]) if start else state,
         )
         out, end, gone = run_rows(rows, options.scale)
@@ -320,12 +327,10 @@ def evicting_attention(
     B, _, T, D = query.shape
 
     def per_row(name: str, x: int | float | Tensor, dtype: torch.dtype) -> Tensor:
-        out = torch.as_tensor(x, dtype=dtype, device="cpu").expand(B) if not isinstance(x, Tensor) or x.ndim == 0 else x
-        if out.shape != (B,):
-            raise ValueError(
-                f"{name} must be one number or a tensor of {B} (one per row), got shape {tuple(out.shape)}"
-            )
-        return out.to("cpu", dtype).contiguous()
+        given = torch.as_tensor(x, dtype=dtype).cpu()
+        if given.ndim and given.shape != (B,):
+            raise ValueError(f"{name} must be one number or a tensor of {B}, one per row; got {tuple(given.shape)}")
+        return given.expand(B).contiguous()
 
     integers = {"budget": budget, "recent": recent, "sinks": sinks, "lengths": T if lengths is None else lengths}
     C, r, s, length = (per_row(n, x, torch.int64) for n, x in integers.items())

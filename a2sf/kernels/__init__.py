@@ -20,7 +20,7 @@ def attend(
     *,
     backend: str = "auto",
 ) -> Attended:
-    """Attend `segments` (arguments as in `a2sf.eviction.reference`) with the best backend for the device, or a named one.
+    """Attend `segments` with the best backend for the device, or a named one; arguments as in `a2sf.eviction.reference`.
 
     Raises:
         ConfigError: if `backend` is unknown.
