@@ -1,0 +1,212 @@
+"""The run directories: a cell's result is written once, atomically, and read back as it was.
+
+    runs/<sweep>/<cell>/config.yaml         the cell's resolved config
+                        result.json         metrics, timings, provenance, checksums; written last
+                        documents.parquet   one row per document: log-likelihoods, choices, metrics
+    runs/<sweep>/results.csv                one row per cell and metric
+
+A cell's directory is made under a temporary name and renamed, so a directory with its final name is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from a2sf.errors import UserError
+
+SCHEMA_VERSION = 1
+RESULT, DOCUMENTS, CONFIG, TABLE = "result.json", "documents.parquet", "config.yaml", "results.csv"
+LEADING_COLUMNS = "model policy budget_ratio forgetting_factor shots task metric value stderr n".split()
+
+
+class CorruptCell(UserError):
+    """A cell's files are there but are not what was written."""
+
+
+@dataclass(frozen=True)
+class StoredCell:
+    """One finished cell on disk.
+
+    Attributes:
+        path: its directory.
+        result: `result.json` as written (see docs/results.md for every key).
+    """
+
+    path: Path
+    result: dict[str, Any]
+
+    @property
+    def cell(self) -> dict[str, Any]:
+        """What defines the cell: model, policy, budget, forgetting_factor, task, shots, limit, ..."""
+        return self.result["cell"]
+
+    @property
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """metric name -> {value, stderr, n, higher_is_better}."""
+        return self.result["metrics"]
+
+    @cached_property
+    def documents(self) -> pd.DataFrame:
+        """One row per document, in the order of doc_id.
+
+        Raises:
+            UserError: if the per-document file is missing or cannot be read.
+        """
+        file = self.path / DOCUMENTS
+        try:
+            return pd.read_parquet(file)
+        except Exception as error:
+            raise UserError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def write_cell(path: Path, result: dict[str, Any], documents: pd.DataFrame, config: str) -> StoredCell:
+    """Write a finished cell to `path`; what is already there under that name stays.
+
+    Raises:
+        OSError: if the disk refuses; nothing is left behind then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        temporary.mkdir()
+        documents.to_parquet(temporary / DOCUMENTS, index=False)
+        (temporary / CONFIG).write_text(config)
+        checksums = {name: _sha256(temporary / name) for name in (DOCUMENTS, CONFIG)}
+        body = {"schema_version": SCHEMA_VERSION, **result, "checksums": checksums}
+        body["checksums"][RESULT] = _digest(body)
+        (temporary / RESULT).write_text(json.dumps(body, indent=2, sort_keys=True, allow_nan=False) + "\n")
+        for file in temporary.iterdir():
+            _flush(file)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if not (path / RESULT).exists():  # not because somebody else finished the same cell first
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return read_cell(path)
+
+
+def read_cell(path: Path) -> StoredCell:
+    """The cell stored at `path`, checked against its checksums.
+
+    Raises:
+        CorruptCell: if a file is missing, truncated or altered.
+    """
+    try:
+        body = json.loads((path / RESULT).read_text())
+        stated = dict(body["checksums"])
+        of_result = stated.pop(RESULT)
+        good = _digest({**body, "checksums": stated}) == of_result
+        good = good and all(_sha256(path / name) == checksum for name, checksum in stated.items())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptCell(f"{path} is not a whole result ({type(error).__name__}: {error})") from error
+    if not good:
+        raise CorruptCell(f"{path} is not what was written (its checksum differs)")
+    return StoredCell(path, body)
+
+
+def set_aside(path: Path) -> Path:
+    """Move a corrupt cell out of the way, keeping it; returns where it went."""
+    target = path.with_name(f".{path.name}.corrupt-{uuid.uuid4().hex[:6]}")
+    path.rename(target)
+    return target
+
+
+def is_cell(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith(".") and (path / RESULT).exists()
+
+
+def load_sweep(directory: Path) -> list[StoredCell]:
+    """Every finished cell of one sweep's directory, in the order of the cells' names.
+
+    Raises:
+        UserError: if the directory does not exist or holds no finished cell.
+        CorruptCell: if a cell is damaged.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory; give a sweep's directory under runs/")
+    cells = [read_cell(p) for p in sorted(directory.iterdir()) if is_cell(p)]
+    if not cells:
+        raise UserError(f"{directory} holds no finished cell; run scripts/evaluate.py with that sweep first")
+    return cells
+
+
+def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
+    """One row per cell and metric, `LEADING_COLUMNS` first."""
+    rows = []
+    for stored in cells:
+        cell, result = stored.cell, stored.result
+        budget = cell["budget"]
+        common = {
+            "model": cell["model"],
+            "policy": cell["policy"],
+            "budget_ratio": _plain(budget["ratio"]) if budget else 1.0,
+            "forgetting_factor": _plain(cell["forgetting_factor"]),
+            "shots": cell["shots"],
+            "task": cell["task"],
+        }
+        more = {
+            "budget_tokens": _plain(budget["tokens"]) if budget else None,
+            "budget_base": budget["base"] if budget else None,
+            "policy_settings": json.dumps(cell["policy_settings"], sort_keys=True),
+            "limit": cell["limit"],
+            "seed": cell["seed"],
+            "dtype": cell["dtype"],
+            "split": result["documents"]["split"],
+            "task_version": result["documents"]["task_version"],
+            "seconds": result["timing"]["seconds"],
+            "tokens_per_second": result["timing"]["tokens_per_second"],
+            "cell": stored.path.name,
+        }
+        for metric, m in stored.metrics.items():
+            scores = {"metric": metric, "value": m["value"], "stderr": m["stderr"], "n": m["n"]}
+            rows.append(common | scores | more)
+    return pd.DataFrame(rows, columns=None if rows else LEADING_COLUMNS)
+
+
+def write_table(directory: Path, cells: Iterable[StoredCell]) -> Path:
+    """Write `results.csv` of a sweep, whole or not at all."""
+    target = directory / TABLE
+    write_atomically(target, results_frame(cells).to_csv(index=False))
+    return target
+
+
+def write_atomically(target: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.write_text(text)
+        _flush(temporary)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    return "/".join(str(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as f:
+        os.fsync(f.fileno())
