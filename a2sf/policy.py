@@ -6,7 +6,9 @@ first (`sinks`), and how fast an accumulated attention score is forgotten. One e
 
 from __future__ import annotations
 
+import importlib
 import math
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,6 +64,11 @@ class Policy(ABC):
     uses_budget: ClassVar[bool] = True
     """False where the budget is ignored, so that all budgets are one cell."""
 
+    @property
+    def least_budget(self) -> int:
+        """The smallest budget that holds what the policy protects; a smaller `budget.tokens` is refused."""
+        return 1
+
     @abstractmethod
     def retention(self, budget: int, layer: int) -> Retention:
         """What layer `layer` (from 0) keeps when it may hold `budget` tokens."""
@@ -106,6 +113,19 @@ class A2SF(Policy):
     def retention(self, budget: int, layer: int) -> Retention:
         factor = self.forgetting_factor
         return Retention(budget=budget, forgetting_factor=factor[layer] if isinstance(factor, tuple) else factor)
+
+
+def find_policies() -> dict[str, type[Policy]]:
+    """Every known policy by name: those of this package and of the `baselines` package, found by looking."""
+    baselines = importlib.import_module("baselines")
+    for module in pkgutil.iter_modules(baselines.__path__, "baselines."):
+        importlib.import_module(module.name)
+
+    def below(cls: type[Policy]) -> list[type[Policy]]:
+        return [c for sub in cls.__subclasses__() for c in (sub, *below(sub))]
+
+    found = below(Policy)  # type: ignore[type-abstract]
+    return {cls.name: cls for cls in found if "name" in vars(cls)}
 
 
 def check_factors(value: Any) -> float | tuple[float, ...]:

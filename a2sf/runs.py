@@ -16,6 +16,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,8 @@ from a2sf.errors import UserError
 
 SCHEMA_VERSION = 1
 RESULT, DOCUMENTS, CONFIG, TABLE = "result.json", "documents.parquet", "config.yaml", "results.csv"
-LEADING_COLUMNS = "model policy budget_ratio forgetting_factor shots task metric value stderr n".split()
+IDENTIFYING = ["model", "policy", "budget_ratio", "forgetting_factor", "shots", "task"]
+LEADING_COLUMNS = [*IDENTIFYING, "metric", "value", "stderr", "n"]
 
 
 class CorruptCell(UserError):
@@ -98,6 +100,25 @@ def write_cell(path: Path, result: dict[str, Any], documents: pd.DataFrame, conf
     return read_cell(path)
 
 
+def link_cell(source: Path, path: Path) -> None:
+    """Make a finished cell of another sweep appear at `path`, as hard links where the file system has them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
+
+    def copy(a: str, b: str) -> None:
+        try:
+            os.link(a, b)
+        except OSError:
+            shutil.copy2(a, b)
+
+    try:
+        shutil.copytree(source, temporary, copy_function=copy)
+        with suppress(OSError):  # somebody else was first
+            temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def read_cell(path: Path) -> StoredCell:
     """The cell stored at `path`, checked against its checksums.
 
@@ -126,6 +147,20 @@ def set_aside(path: Path) -> Path:
 
 def is_cell(path: Path) -> bool:
     return path.is_dir() and not path.name.startswith(".") and (path / RESULT).exists()
+
+
+def find_extendable(runs: Path, family: str) -> StoredCell | None:
+    """The cell under any sweep of `runs` whose name ends with `family` and that scored the most documents."""
+    found = [p for p in runs.glob(f"*/*{family}") if is_cell(p)]
+    best: StoredCell | None = None
+    for path in sorted(found):
+        try:
+            stored = read_cell(path)
+        except CorruptCell:
+            continue
+        if best is None or stored.result["documents"]["n"] > best.result["documents"]["n"]:
+            best = stored
+    return best
 
 
 def load_sweep(directory: Path) -> list[StoredCell]:

@@ -31,6 +31,10 @@ class Streaming(Policy):
         if self.sinks < 0:
             raise ConfigError("policy.sinks", self.sinks, "give a whole number of tokens, at least 0")
 
+    @property
+    def least_budget(self) -> int:
+        return max(1, self.sinks)
+
     def retention(self, budget: int, layer: int) -> Retention:
         sinks = min(self.sinks, budget)
         return Retention(budget=budget, sinks=sinks, recent=budget - sinks)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from a2sf.errors import ConfigError
 from a2sf.eviction import Attended, EvictionState, Options, Segments, reference
+from a2sf.kernels.dense import attend_dense, serves
 
-BACKENDS = {"reference": reference}
+BACKENDS = ("reference", "numba", "triton")
 
 
 def attend(
@@ -23,10 +25,37 @@ def attend(
     """Attend `segments` with the best backend for the device, or a named one; arguments as in `a2sf.eviction.reference`.
 
     Raises:
-        ConfigError: if `backend` is unknown.
+        ConfigError: if `backend` is unknown or cannot serve this call.
     """
-    if backend == "auto":
-        backend = "reference"
-    if backend not in BACKENDS:
+    if backend not in ("auto", *BACKENDS):
         raise ConfigError("backend", backend, f"give auto or one of {', '.join(BACKENDS)}")
-    return BACKENDS[backend](query, key, value, segments, options, state)
+    kind = f"{query.dtype} tensors on {query.device.type}"
+    if backend == "auto":
+        if query.device.type != "cpu" and serves(segments, options, state):
+            return attend_dense(query, key, value, segments, options)
+        backend = _choose(query)
+    elif backend != "reference" and query.dtype == torch.float64:
+        raise ConfigError("backend", backend, f"it computes in float32, and these are {kind}; give auto or reference")
+    elif backend == "numba" and query.device.type != "cpu":
+        raise ConfigError("backend", backend, f"numba serves tensors on the CPU, and these are {kind}; give auto")
+
+    # imported when first used, because numba and Triton take a second to load
+    if backend == "numba":
+        from a2sf.kernels.cpu import attend_cpu
+
+        return attend_cpu(query, key, value, segments, options, state)
+    if backend == "triton":
+        from a2sf.kernels.triton_kernel import attend_triton
+
+        return attend_triton(query, key, value, segments, options, state)
+    return reference(query, key, value, segments, options, state)
+
+
+def _choose(query: Tensor) -> str:
+    if query.dtype == torch.float64:
+        return "reference"
+    if query.device.type == "cpu":
+        return "numba"
+    from a2sf.kernels.triton_kernel import available
+
+    return "triton" if query.is_cuda and available(query.device) else "reference"

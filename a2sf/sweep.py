@@ -1,0 +1,306 @@
+"""Running cells: what is to do, one at a time, and nothing lost.
+
+`plan` says which cells are there already; `Runner.run` computes one; `finish` writes the table and lists failures. Many
+processes may work on one `runs/` directory: a cell is computed by whoever holds its lease.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+import yaml
+
+from a2sf import __version__, models
+from a2sf.cell import ENGINE_VERSION, Cell, compute
+from a2sf.errors import UserError
+from a2sf.runs import (
+    CorruptCell,
+    StoredCell,
+    is_cell,
+    link_cell,
+    read_cell,
+    set_aside,
+    write_atomically,
+    write_cell,
+    write_table,
+)
+from a2sf.tracking import Tracker
+
+log = logging.getLogger(__name__)
+LEASE_SECONDS = 60.0
+SPACE_NEEDED = 20 * 2**20
+VERSIONS = ("torch", "transformers", "lm-eval", "datasets", "numba", "hydra-core", "pandas")
+
+
+class DiskError(UserError):
+    """Results cannot be written; the sweep stops, since it could keep nothing."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cells of a sweep, each once.
+
+    Attributes:
+        cells: all of them.
+        done: names of those whose results are there.
+        notes: what the user should know (corrupt results that were set aside).
+    """
+
+    cells: list[Cell]
+    done: frozenset[str]
+    notes: list[str]
+
+    @property
+    def pending(self) -> list[Cell]:
+        return [c for c in self.cells if c.name not in self.done]
+
+
+def plan(cells: Iterable[Cell], directory: Path) -> Plan:
+    """Recognise equal cells and those already computed, in this sweep or (linked here) in another one."""
+    unique = list({c.name: c for c in cells}.values())
+    done, notes = set(), []
+    for cell in unique:
+        path = directory / cell.name
+        if is_cell(path):
+            try:
+                read_cell(path)
+                done.add(cell.name)
+            except CorruptCell as error:
+                notes.append(f"{error}; moved to {set_aside(path).name}, it will be computed again.")
+        elif (elsewhere := _same_cell(cell, directory.parent)) is not None:
+            link_cell(elsewhere, path)
+            done.add(cell.name)
+    return Plan(unique, frozenset(done), notes)
+
+
+def _same_cell(cell: Cell, runs: Path) -> Path | None:
+    for path in sorted(runs.glob(f"*/{cell.name}")):
+        if is_cell(path):
+            with suppress(CorruptCell):
+                read_cell(path)
+                return path
+    return None
+
+
+def estimate_seconds(todo: Sequence[Cell], runs: Path) -> float | None:
+    """How long the pending cells may take, from cells of the same model, task and shots that were measured; else None."""
+    seen: dict[tuple[str, str, int], list[float]] = {}
+    for path in runs.glob("*/*__*"):
+        if is_cell(path):
+            with suppress(CorruptCell, KeyError):
+                stored = read_cell(path)
+                c, t = stored.cell, stored.result["timing"]
+                if t["tokens"] and t["reused_requests"] == 0:
+                    rate = t["seconds"] / stored.result["documents"]["n"]
+                    seen.setdefault((c["model"], c["task"], c["shots"]), []).append(rate)
+    total = 0.0
+    for cell in todo:
+        rates = seen.get((cell.model_name, cell.task, cell.shots)) or [r for v in seen.values() for r in v]
+        if not rates or cell.limit is None:
+            return None
+        total += sum(rates) / len(rates) * cell.limit
+    return total
+
+
+@dataclass
+class Outcome:
+    """What became of a cell: `status` is done, there (already), busy (somebody else computes it) or failed."""
+
+    name: str
+    status: str
+    error: str | None = None
+
+
+@dataclass
+class Runner:
+    """Computes cells of one sweep; keeps the model loaded from one cell to the next.
+
+    Attributes:
+        directory: `runs/<sweep>`.
+        tracker: where finished cells are logged besides.
+        batch_size: sequences per forward pass, None for auto.
+    """
+
+    directory: Path
+    tracker: Tracker
+    batch_size: int | None = None
+    _loaded: dict[models.ModelSpec, Any] = field(default_factory=dict)
+
+    def run(self, cell: Cell) -> Outcome:
+        """Compute a cell unless it is there or somebody else is at it.
+
+        A cell that raises is recorded under `failures/` and does not stop the others.
+
+        Raises:
+            DiskError: if results cannot be written.
+        """
+        path = self.directory / cell.name
+        check_disk(self.directory)
+        lock = filelock.SoftFileLease(_lock_file(self.directory, cell), lease_duration=LEASE_SECONDS, timeout=0)
+        try:
+            with lock:
+                if is_cell(path):
+                    return Outcome(cell.name, "there")
+                return self._compute(cell, path)
+        except filelock.Timeout:
+            return Outcome(cell.name, "busy")
+
+    def _compute(self, cell: Cell, path: Path) -> Outcome:
+        try:
+            lm = self._lm(cell)
+            result, documents = _halving(lm, lambda: compute(cell, lm, self.directory.parent))
+            result["provenance"] = provenance(lm)
+            config = yaml.safe_dump(cell.describe(), sort_keys=False)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except Exception as error:
+            return self._failed(cell, error)
+        try:
+            stored = write_cell(path, result, documents, config)
+        except OSError as error:
+            raise DiskError(f"{path} cannot be written ({error.strerror or error})") from error
+        failure_file(self.directory, cell.name).unlink(missing_ok=True)
+        self.tracker.log_cell(stored, {"sweep": self.directory.name})
+        return Outcome(cell.name, "done")
+
+    def _failed(self, cell: Cell, error: Exception) -> Outcome:
+        text = str(error).strip() or type(error).__name__
+        record = {
+            "cell": cell.describe(),
+            "error": text if isinstance(error, UserError) else f"{type(error).__name__}: {text}",
+            "traceback": "".join(traceback.format_exception(error)),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        file = failure_file(self.directory, cell.name)
+        try:
+            file.parent.mkdir(exist_ok=True)
+            write_atomically(file, json.dumps(record, indent=2))
+        except OSError as problem:
+            raise DiskError(f"{file} cannot be written ({problem.strerror or problem})") from problem
+        return Outcome(cell.name, "failed", str(record["error"]))
+
+    def _lm(self, cell: Cell) -> Any:
+        from a2sf.lm import PrunedLM
+
+        if cell.model not in self._loaded:
+            self._loaded.clear()  # one model at a time
+            loaded = models.load(cell.model)
+            lm = PrunedLM(loaded.model, tokenizer=loaded.tokenizer, batch_size=self.batch_size or "auto")
+            self._loaded[cell.model] = lm
+        lm = self._loaded[cell.model]
+        lm.engine = cell.backend
+        return lm
+
+
+def _halving(lm: Any, work: Any) -> Any:
+    """`work()`, with half the tokens per forward pass whenever the GPU's memory does not suffice."""
+    while True:
+        try:
+            return work()
+        except torch.cuda.OutOfMemoryError:
+            if lm.tokens_per_pass < 64:
+                raise
+            lm.tokens_per_pass //= 2
+            torch.cuda.empty_cache()
+            log.warning("the GPU ran out of memory: going on with %d tokens per forward pass", lm.tokens_per_pass)
+
+
+def check_disk(directory: Path) -> None:
+    """Refuse to compute what could not be kept.
+
+    Raises:
+        DiskError: if the directory cannot be written or the disk is full.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".probe-{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+        free = shutil.disk_usage(directory).free
+    except OSError as error:
+        raise DiskError(f"{directory} cannot be written ({error.strerror or error})") from error
+    if free < SPACE_NEEDED:
+        raise DiskError(f"the disk of {directory} is full ({free >> 20} MiB free, {SPACE_NEEDED >> 20} MiB needed)")
+
+
+def finish(directory: Path, cells: Sequence[Cell]) -> tuple[list[StoredCell], list[dict[str, Any]]]:
+    """Write `results.csv` from every finished cell of the sweep; the finished cells of `cells`, and its failures."""
+    names = {c.name for c in cells}
+    everything = [read_cell(p) for p in sorted(directory.iterdir()) if is_cell(p)] if directory.is_dir() else []
+    if everything:
+        write_table(directory, everything)
+    failures = []
+    for name in sorted(names):
+        file = failure_file(directory, name)
+        if file.exists() and not is_cell(directory / name):
+            failures.append(json.loads(file.read_text()))
+    return [s for s in everything if s.path.name in names], failures
+
+
+def failure_file(directory: Path, name: str) -> Path:
+    return directory / "failures" / f"{name}.json"
+
+
+def _lock_file(directory: Path, cell: Cell) -> Path:
+    locks = directory.parent / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    return locks / f"{cell.name}.lock"
+
+
+def provenance(lm: Any) -> dict[str, Any]:
+    """What a reader needs to repeat the run."""
+    return {
+        **_git(),
+        "a2sf": __version__,
+        "engine": ENGINE_VERSION,
+        "backend": lm.engine,
+        "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},
+        "machine": {
+            "system": platform.platform(),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+@cache
+def _git() -> dict[str, Any]:
+    def git(*arguments: str) -> str | None:
+        where = Path(__file__).parent
+        done = subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    except OSError:
+        commit, changes = None, None
+    return {"git_commit": commit, "git_dirty": None if changes is None else bool(changes)}
+
+
+@cache
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

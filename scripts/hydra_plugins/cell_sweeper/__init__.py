@@ -1,0 +1,48 @@
+"""A Hydra sweeper whose jobs are cells: the whole grid is checked, equal and finished cells are left out.
+
+Found by Hydra because `scripts/` is on the path when `scripts/evaluate.py` runs.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
+from omegaconf import open_dict
+
+
+@dataclass
+class CellSweeperConfig:
+    _target_: str = "hydra_plugins.cell_sweeper.CellSweeper"
+    max_batch_size: int | None = None
+    params: dict[str, str] | None = field(default_factory=dict)
+
+
+ConfigStore.instance().store(group="hydra/sweeper", name="cells", node=CellSweeperConfig, provider="a2sf")
+
+
+class CellSweeper(BasicSweeper):
+    """As Hydra's basic sweeper, with one job per cell that is still to compute."""
+
+    def sweep(self, arguments: list[str]) -> Any:
+        from a2sf import app
+
+        assert self.config is not None
+        assert self.hydra_context is not None
+        loader = self.hydra_context.config_loader
+        parsed = OverridesParser.create(config_loader=loader).parse_overrides([*self._parse_config(), *arguments])
+        (points,) = self.split_arguments(parsed, None)
+
+        def compose(overrides: list[str]) -> Any:
+            composed = loader.load_sweep_config(self.config, overrides)
+            with open_dict(composed):
+                del composed["hydra"]
+            return composed
+
+        return app.run_grid([(list(p), compose(p)) for p in points], self._launch)
+
+    def _launch(self, jobs: list[list[str]]) -> list[JobReturn]:
+        assert self.launcher is not None
+        return list(self.launcher.launch(jobs, initial_job_idx=0))

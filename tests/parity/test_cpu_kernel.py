@@ -1,0 +1,289 @@
+"""The CPU kernel against independent numbers, and against the reference in float64 on realistic shapes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from a2sf.errors import ConfigError
+from a2sf.eviction import Attended, EvictionState, Options, Segments, evicting_attention, reference
+from a2sf.kernels import attend, dense
+from a2sf.kernels.cpu import SlotCache
+from a2sf.policy import UNLIMITED
+
+VECTORS = sorted((Path(__file__).parent.parent / "vectors").glob("*.npz"))
+
+
+def tensors(B: int, H: int, K: int, T: int, D: int, V: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value as transformers gives them: views of [B, T, heads, size]."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = ((H, D), (K, D), (K, V))
+    q, k, v = (torch.randn(B, T, n, size, generator=g).transpose(1, 2) for n, size in shapes)
+    return q * 2, k, v
+
+
+def segments(rows: list[tuple]) -> Segments:
+    """Segments from (row, start, length, parent, budget, recent, sinks, factor)."""
+    *whole, factor = (torch.tensor(column) for column in zip(*rows, strict=True))
+    return Segments(*whole, factor.double())
+
+
+def assert_same(got: Attended, want: Attended, tolerance: float = 2e-5) -> None:
+    """`want` in float64. Positions equal, everything else to `tolerance`."""
+    assert (got.output - want.output).abs().max() < tolerance
+    if want.evicted is not None:
+        assert got.evicted is not None
+        assert got.evicted.equal(want.evicted)
+        assert got.evicted.dtype == torch.int32
+    if want.state is not None:
+        assert got.state is not None
+        assert got.state.positions.equal(want.state.positions)
+        assert got.state.seen.equal(want.state.seen)
+        assert (got.state.scores - want.state.scores).abs().max() < tolerance
+        assert got.state.keys.equal(want.state.keys.float())
+        assert got.state.values.equal(want.state.values.float())
+
+
+def both(q: Tensor, k: Tensor, v: Tensor, s: Segments, state: EvictionState | None = None) -> tuple[Attended, Attended]:
+    """The kernel in float32 and the reference in float64."""
+    options = Options(q.shape[-1] ** -0.5, return_state=True, trace=True)
+    return (
+        attend(q, k, v, s, options, state, backend="numba"),
+        reference(q.double(), k.double(), v.double(), s, options, state),
+    )
+
+
+@pytest.mark.parametrize("path", VECTORS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("backend", ["reference", "numba"])
+def test_vectors(path: Path, backend: str) -> None:
+    case = np.load(path)
+    q, k, v = (torch.from_numpy(case[name]).float() for name in ("query", "key", "value"))
+    budget, recent, sinks, lengths = (torch.from_numpy(case[n]) for n in ("budget", "recent", "sinks", "lengths"))
+    output, state = evicting_attention(
+        q, k, v,
+        budget=budget, recent=recent, sinks=sinks, lengths=lengths,
+        forgetting_factor=torch.from_numpy(case["decay"]), backend=backend,
+    )  # fmt: skip
+    for b, n in enumerate(lengths.tolist()):
+        assert np.abs(output[b, :, :n].numpy() - case["output"][b, :, :n]).max() < 1e-5
+        assert (output[b, :, n:] == 0).all()
+        for h in range(k.shape[1]):
+            kept = {p for p in state.positions[b, h].tolist() if p >= 0}
+            wanted = {p for p in np.asarray(case["kept_final"][b, h]).reshape(-1).tolist() if p >= 0}
+            assert kept == wanted
+
+
+@pytest.mark.parametrize(
+    ("H", "K", "T", "D", "V", "budget", "recent", "sinks", "factor"),
+    [
+        (9, 3, 400, 64, 64, 80, 0, 0, 0.1),  # A2SF
+        (4, 4, 150, 64, 64, 30, 15, 0, 1.0),  # H2O
+        (4, 1, 150, 128, 128, 31, 31, 0, 0.5),  # window
+        (4, 2, 150, 80, 48, 33, 29, 4, 0.0),  # streaming, sizes that are not whole tiles
+        (2, 1, 90, 5, 3, 1, 0, 0, 0.3),  # smaller than one vector, one slot
+        (6, 2, 200, 64, 64, UNLIMITED, 0, 0, 1.0),  # full
+    ],
+)
+def test_rows_equal_the_reference(H, K, T, D, V, budget, recent, sinks, factor) -> None:
+    q, k, v = tensors(2, H, K, T, D, V)
+    lengths = (T, T // 2)
+    rows = [(b, 0, lengths[b], -1, budget, recent, sinks, factor) for b in range(2)]
+    assert_same(*both(q, k, v, segments(rows)))
+
+
+def tree(budget: int, recent: int = 0, sinks: int = 0, factor: float = 0.2) -> Segments:
+    """Two packed trees, one of them with grandchildren, and a lone row; the first nodes are longer than the budget."""
+    shape = [
+        (0, 0, 40, -1), (0, 40, 9, 0), (0, 49, 1, 0), (0, 50, 20, 0),  # a context and its options
+        (0, 70, 12, -1), (0, 82, 30, 4), (0, 112, 5, 5), (0, 117, 7, 5), (0, 124, 0, 5), (0, 130, 11, 4),
+        (1, 3, 100, -1),
+    ]  # fmt: skip
+    return segments([(*s, budget, recent, sinks, factor) for s in shape])
+
+
+@pytest.mark.parametrize(
+    ("budget", "recent", "sinks"), [(16, 0, 0), (20, 10, 0), (7, 4, 3), (12, 12, 0), (UNLIMITED, 0, 0)]
+)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_trees_equal_the_reference(budget: int, recent: int, sinks: int, threads: int) -> None:
+    q, k, v = tensors(2, 6, 3, 145, 32, 40)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_same(*both(q, k, v, tree(budget, recent, sinks)))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_scores_are_kept_for_descendants_only_where_they_decide_and_the_result_is_the_same() -> None:
+    """Without a state to return, scores are skipped where no later eviction has a choice."""
+    q, k, v = tensors(1, 4, 2, 60, 16, 16)
+    shape = [(0, 0, 10, -1), (0, 10, 25, 0), (0, 35, 25, 0)]
+    # the root does not evict, so its children may differ in budget
+    rule = [(30, 0, 0, 0.5), (20, 0, 0, 0.5), (30, 30, 0, 0.5)]
+    s = segments([a + b for a, b in zip(shape, rule, strict=True)])
+    options = Options(0.25, trace=True)
+    got = attend(q, k, v, s, options, backend="numba")
+    assert_same(got, reference(q.double(), k.double(), v.double(), s, options))
+    assert got.state is None
+
+
+def test_states_are_handed_on() -> None:
+    q, k, v = tensors(3, 4, 2, 90, 32, 32)
+    first = segments([(b, 0, n, -1, 20, 3, 2, 0.4) for b, n in enumerate((50, 13, 0))])
+    second = segments([(b, n, 40, -1, 20, 3, 2, 0.4) for b, n in enumerate((50, 13, 0))])
+    start, wanted_start = both(q, k, v, first)
+    assert_same(start, wanted_start)
+    assert start.state is not None
+    assert_same(*both(q, k, v, second, start.state))
+
+
+def test_equal_scores_evict_the_oldest() -> None:
+    q, k, v = tensors(1, 2, 1, 40, 8, 8)
+    s = segments([(0, 0, 40, -1, 10, 0, 3, 0.0)])
+    options = Options(0.0, return_state=True, trace=True)  # every key weighs the same
+    got = attend(q, k, v, s, options, backend="numba")
+    assert got.evicted is not None
+    assert got.evicted[0, 0, 10:].tolist() == list(range(3, 33))
+    assert_same(got, reference(q.double(), k.double(), v.double(), s, options))
+
+
+def test_a_row_that_underflows_in_its_block_is_computed_again() -> None:
+    """A key that is not yet there, or there no more, has the largest logit by far."""
+    q, k, v = tensors(1, 2, 1, 64, 16, 16)
+    k = k.clone()
+    k[0, 0, 40] = 60 * q[0, 0, 30] / q[0, 0, 30].norm() ** 2  # seen from token 30, ten tokens too early
+    s = segments([(0, 0, 64, -1, 20, 0, 0, 0.5)])
+    q = q * 4
+    got, want = both(q, k, v, s)
+    logits = q[0, 0, 30] @ k[0, 0].T * 0.25
+    assert logits[40] - logits[:31].max() > 30  # e-30 would leave nothing of the row in float32
+    assert (got.output[0, 0, 30] - want.output[0, 0, 30]).abs().max() < 1e-5
+
+
+def test_half_precision_is_computed_in_float32() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        q, k, v = (x.to(dtype) for x in tensors(1, 4, 2, 80, 32, 32))
+        s = segments([(0, 0, 80, -1, 16, 0, 0, 0.3)])
+        got, want = both(q, k, v, s)
+        assert got.output.dtype == dtype
+        assert got.evicted is not None
+        assert want.evicted is not None
+        assert got.evicted.equal(want.evicted)
+        assert got.output.sub(want.output.to(dtype)).abs().max() <= 2**-7  # one rounding
+
+
+def test_output_is_laid_out_for_transformers() -> None:
+    q, k, v = tensors(2, 4, 2, 30, 16, 24)
+    s = segments([(b, 0, 30, -1, 8, 0, 0, 0.3) for b in range(2)])
+    assert attend(q, k, v, s, Options(0.25), backend="numba").output.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_slot_cache_equals_the_whole(chunk: int) -> None:
+    B, H, K, T, D, V, budget = 3, 6, 2, 60, 20, 24, 17
+    q, k, v = tensors(B, H, K, T, D, V)
+    rows = segments([(b, 0, T, -1, budget, 4, 1, 0.1 * b) for b in range(B)])
+    cache, out = SlotCache(B, K, H // K, budget, D, V), []
+    before = cache.nbytes
+    for t in range(0, T, chunk):
+        part = (x[:, :, t : t + chunk] for x in (q, k, v))
+        factor = torch.tensor([0.0, 0.1, 0.2])
+        out.append(cache.attend(*part, budget=budget, recent=4, sinks=1, forgetting_factor=factor))
+    want = reference(q.double(), k.double(), v.double(), rows, Options(D**-0.5, return_state=True))
+    assert_same(Attended(torch.cat(out, dim=2), cache.state()), want)
+    assert cache.nbytes == before
+    assert cache.seen.tolist() == [T] * B
+
+
+def test_slot_cache_reorders_and_loads() -> None:
+    q, k, v = tensors(2, 4, 2, 40, 16, 16)
+    rule = {"budget": 9, "recent": 0, "forgetting_factor": 0.3}
+    cache = SlotCache(2, 2, 2, 9, 16, 16)
+    cache.attend(q[:, :, :30], k[:, :, :30], v[:, :, :30], **rule, lengths=torch.tensor([30, 5]))
+    state = cache.state()
+    picked = torch.tensor([1, 0, 1])
+    cache.reorder(picked)
+    other = SlotCache(3, 2, 2, 9, 16, 16)
+    other.load(state.select(picked))
+    part = (x[picked, :, 30:] for x in (q, k, v))
+    q3, k3, v3 = part
+    first, second = cache.attend(q3, k3, v3, **rule), other.attend(q3, k3, v3, **rule)
+    assert (first - second).abs().max() < 1e-6
+    assert first[0].equal(first[2])
+    assert cache.state().positions.equal(other.state().positions)
+    assert cache.seen.tolist() == [15, 40, 15]
+
+
+def test_slot_cache_is_small_and_says_when_it_is_full() -> None:
+    cache = SlotCache(1, 3, 3, 256, 64, 64)
+    assert cache.nbytes <= 1.055 * 4 * 3 * 256 * (64 + 64)
+    q, k, v = tensors(1, 9, 3, 258, 64, 64)
+    with pytest.raises(ValueError, match="needs 258 slots and the cache has 257"):
+        cache.attend(q, k, v, budget=UNLIMITED, recent=0, forgetting_factor=1.0)
+
+
+def test_backends_say_what_they_cannot_serve() -> None:
+    q, k, v = (x.double() for x in tensors(1, 2, 1, 8, 8, 8))
+    s = segments([(0, 0, 8, -1, 4, 0, 0, 0.3)])
+    assert attend(q, k, v, s, Options(1.0)).output.dtype == torch.float64
+    with pytest.raises(ConfigError, match="float64"):
+        attend(q, k, v, s, Options(1.0), backend="numba")
+    with pytest.raises(ConfigError, match="give auto or one of reference, numba, triton"):
+        attend(q, k, v, s, Options(1.0), backend="cuda")
+    meta = [x.float().to("meta") for x in (q, k, v)]
+    with pytest.raises(ConfigError, match="numba serves tensors on the CPU"):
+        attend(*meta, s, Options(1.0), backend="numba")
+
+
+@pytest.mark.parametrize(("budget", "recent"), [(UNLIMITED, 0), (60, 0), (12, 12), (1, 1)])
+def test_dense_attention_equals_the_reference_where_it_serves(budget: int, recent: int) -> None:
+    q, k, v = tensors(2, 6, 3, 145, 32, 40)
+    s, options = tree(budget, recent), Options(32**-0.5)
+    assert dense.serves(s, options, None) == (budget != 60)  # the longest path has 100 tokens
+    if budget != 60:
+        want = reference(q.double(), k.double(), v.double(), s, options)
+        assert_same(dense.attend_dense(q, k, v, s, options), want)
+        half = [x.bfloat16() for x in (q, k, v)]
+        assert dense.attend_dense(*half, s, options).output.dtype == torch.bfloat16
+    assert not dense.serves(s, Options(1.0, return_state=True), None)
+    assert not dense.serves(s, Options(1.0, trace=True), None)
+    assert not dense.serves(tree(12, 8, 4), options, None)  # sinks: not a band
+
+
+def run_in_a_new_process(cache: Path, before: str = "") -> str:
+    """ "0", "1", ...: how much was loaded from the cache; "nowhere" if there is none."""
+    program = f"""
+{before}
+import torch
+from a2sf import evicting_attention
+from a2sf.kernels import cpu_step
+x = torch.randn(1, 1, 8, 8)
+_, state = evicting_attention(x, x, x, budget=4, recent=0, forgetting_factor=0.5)
+assert state.positions.shape[-1] == 4
+print(sum(cpu_step.run.stats.cache_hits.values()) if cpu_step.run.stats.cache_path else "nowhere")
+"""
+    env = os.environ | {"NUMBA_CACHE_DIR": str(cache)}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.slow
+def test_compiled_code_is_kept_on_disk(tmp_path: Path) -> None:
+    assert run_in_a_new_process(tmp_path) == "0"
+    assert run_in_a_new_process(tmp_path) == "1"
+
+
+@pytest.mark.slow
+def test_it_runs_without_a_place_for_compiled_code(tmp_path: Path) -> None:
+    no_place = "from numba.core.caching import _CacheImpl; _CacheImpl._locator_classes = []"
+    assert run_in_a_new_process(tmp_path, no_place) == "nowhere"
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,247 @@
+"""The Triton kernel against the reference, in Triton's interpreter, and compiled ahead of time for two GPUs.
+
+Whether Triton interprets is settled when it is first imported, and torch may have imported it in this process already.
+So the interpreter lives in a worker process of its own. On a machine with a GPU the same tests also run there.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from a2sf.errors import ConfigError
+from a2sf.eviction import Attended, EvictionState, Options, Segments, reference
+from a2sf.kernels import triton_kernel
+
+VECTORS = sorted((Path(__file__).parents[1] / "vectors").glob("*.npz"))
+UNLIMITED = 2**31 - 1
+OPTIONS = Options(scale=0.5, return_state=True, trace=True)
+NO_TRITON = "Triton is not installed (extra gpu)"
+
+# one row each: budget, recent, sinks, forgetting factor, length
+POLICIES = {
+    "full": (UNLIMITED, 0, 0, 1.0, 12),
+    "window": (4, 4, 0, 0.5, 12),
+    "streaming": (5, 3, 2, 1.0, 11),
+    "h2o": (6, 3, 0, 1.0, 12),
+    "a2sf": (5, 0, 0, 0.3, 9),
+    "last query only": (3, 0, 1, 0.0, 12),
+    "one slot": (1, 0, 0, 0.9, 5),
+    "empty": (4, 1, 0, 0.5, 0),
+}
+
+
+@pytest.fixture(scope="module", params=["interpreter"] + ["cuda"] * torch.cuda.is_available())
+def attend(request):
+    """`attend_triton`, with everything on the CPU for the caller."""
+    pytest.importorskip("triton", reason=NO_TRITON)
+    if request.param == "cuda":
+        yield lambda *args: _to("cpu", triton_kernel.attend_triton(*(_to("cuda", a) for a in args)))
+        return
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as worker:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            worker.submit(os.getpid).result()  # the worker has started, with this environment
+        yield lambda *args: worker.submit(triton_kernel.attend_triton, *args).result()
+
+
+def _to(device: str, x):
+    """`x` with its tensors on `device`; segments stay on the CPU by contract."""
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if isinstance(x, Attended | EvictionState):
+        return replace(x, **{name: _to(device, part) for name, part in vars(x).items()})
+    return x
+
+
+def rows(*policies: tuple[int, int, int, float, int]) -> Segments:
+    budget, recent, sinks, factor, length = (torch.tensor(column) for column in zip(*policies, strict=True))
+    B = len(policies)
+    no_parent = torch.full((B,), -1)
+    return Segments(torch.arange(B), torch.zeros(B).long(), length, no_parent, budget, recent, sinks, factor.double())
+
+
+def tokens(seed: int, B: int, K: int, G: int, T: int, D: int, V: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Query, key and value; as a model gives them, with time before heads in memory."""
+    random = torch.Generator().manual_seed(seed)
+    shapes = (B, T, K * G, D), (B, T, K, D), (B, T, K, V)
+    return tuple(torch.randn(s, generator=random).to(dtype).transpose(1, 2) for s in shapes)
+
+
+def assert_same(got: Attended, want: Attended, tolerance: float) -> None:
+    def close(a: Tensor, b: Tensor) -> None:
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+    close(got.output, want.output)
+    assert (got.evicted is None) == (want.evicted is None)
+    if want.evicted is not None:
+        assert got.evicted.equal(want.evicted)
+    assert (got.state is None) == (want.state is None)
+    if want.state is not None:
+        assert got.state.positions.equal(want.state.positions)
+        assert got.state.seen.equal(want.state.seen)
+        close(got.state.scores, want.state.scores)
+        close(got.state.keys, want.state.keys)
+        close(got.state.values, want.state.values)
+
+
+@pytest.mark.parametrize("path", VECTORS, ids=lambda p: p.stem)
+def test_vectors(attend, path):
+    case = {name: torch.from_numpy(x) for name, x in np.load(path).items()}
+    query, key, value = case["query"], case["key"], case["value"]
+    columns = (case[name].tolist() for name in ("budget", "recent", "sinks"))
+    factor = [case["decay"].item()] * len(query)
+    segments = rows(*zip(*columns, factor, case["lengths"].tolist(), strict=True))
+    got = attend(query, key, value, segments, Options(scale=query.shape[-1] ** -0.5, return_state=True))
+    torch.testing.assert_close(got.output, case["output"], rtol=1e-5, atol=1e-5)
+    kept = got.state.pad(case["kept_final"].shape[-1]).positions
+    for row in range(len(query)):
+        for head in range(key.shape[1]):
+            want = [p for p in case["kept_final"][row, head].tolist() if p >= 0]
+            assert [p for p in kept[row, head].tolist() if p >= 0] == sorted(want)
+    assert got.evicted is None
+
+
+@pytest.mark.parametrize(
+    ("K", "G", "D", "V", "dtype", "tolerance"),
+    [
+        pytest.param(2, 1, 8, 8, torch.float32, 1e-5, id="mha"),
+        pytest.param(2, 3, 5, 7, torch.float32, 1e-5, id="gqa, sizes that are no power of two"),
+        pytest.param(1, 4, 8, 3, torch.float64, 1e-12, id="mqa, float64"),
+        pytest.param(1, 2, 4, 4, torch.bfloat16, 1e-2, id="bfloat16"),
+        pytest.param(1, 2, 4, 4, torch.float16, 2e-3, id="float16"),
+    ],
+)
+def test_policies_in_one_batch(attend, K, G, D, V, dtype, tolerance):
+    args = (*tokens(1, len(POLICIES), K, G, 12, D, V, dtype), rows(*POLICIES.values()), OPTIONS)
+    assert_same(attend(*args), reference(*args), tolerance)
+
+
+def test_caches_wider_than_a_tile(attend):
+    pytest.importorskip("triton", reason=NO_TRITON)
+    K, G, T, D = 1, 40, 70, 4
+    constants = triton_kernel._constants(K, G, D, D)
+    assert max(constants["TILE"], constants["WIDE_TILE"]) < T  # several tiles while attending, and while scoring
+    args = (*tokens(2, 2, K, G, T, D, D, torch.float64), rows((UNLIMITED, 0, 0, 0.9, T), (66, 5, 1, 0.3, T)), OPTIONS)
+    assert_same(attend(*args), reference(*args), 1e-12)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0])
+def test_of_equal_scores_the_oldest_goes(attend, factor):
+    query, key, value = tokens(3, 2, 1, 2, 10, 4, 4, torch.float32)
+    args = (torch.zeros_like(query), key, value, rows((4, 0, 0, factor, 10), (4, 1, 1, factor, 10)), OPTIONS)
+    assert_same(attend(*args), reference(*args), 1e-5)
+
+
+@pytest.mark.parametrize(("G", "budget"), [(2, 4), (40, 66)], ids=["one tile", "two tiles"])
+def test_of_all_equal_scores_the_oldest_goes(attend, G, budget):
+    # vacated slots are refilled, so that age and place in the buffer part ways; nothing is left to rounding
+    T = budget + 6
+    query, key, value = tokens(10, 1, 1, G, T, 4, 4, torch.float32)
+    got = attend(torch.zeros_like(query), key, value, rows((budget, 0, 0, 0.0, T)), OPTIONS)
+    assert got.evicted[0, 0].tolist() == [-1] * budget + list(range(6))
+
+
+def test_chunks_equal_the_whole(attend):
+    policies = list(POLICIES.values())
+    query, key, value = tokens(4, len(policies), 1, 2, 12, 4, 5, torch.float64)
+    want = reference(query, key, value, rows(*policies), OPTIONS)
+    state, outputs, traces = None, [], []
+    for begin, end in ((0, 5), (5, 6), (6, 12)):
+        chunk = rows(*((*p[:4], min(max(p[4] - begin, 0), end - begin)) for p in policies))
+        got = attend(*(x[:, :, begin:end] for x in (query, key, value)), chunk, OPTIONS, state)
+        state = got.state
+        outputs.append(got.output)
+        traces.append(got.evicted)
+    assert_same(Attended(torch.cat(outputs, 2), state, torch.cat(traces, 2)), want, 1e-6)  # scores pass on as float32
+
+
+def test_a_tree_of_segments(attend):
+    # a shared beginning, two continuations packed behind it in another row and column, and a grandchild
+    segments = Segments(
+        row=torch.tensor([0, 0, 1, 1]),
+        start=torch.tensor([0, 6, 2, 7]),
+        length=torch.tensor([6, 4, 5, 3]),
+        parent=torch.tensor([-1, 0, 0, 2]),
+        budget=torch.tensor([4, 4, 4, 4]),
+        recent=torch.tensor([1, 1, 1, 1]),
+        sinks=torch.tensor([1, 1, 1, 1]),
+        forgetting_factor=torch.full((4,), 0.4).double(),
+    )
+    args = (*tokens(5, 2, 2, 2, 10, 4, 4, torch.float32), segments, OPTIONS)
+    assert_same(attend(*args), reference(*args), 1e-5)
+
+
+def test_a_state_above_the_budget_stays_there(attend):
+    query, key, value = tokens(6, 1, 1, 2, 10, 4, 4, torch.float32)
+    head, tail = ([x[:, :, part] for x in (query, key, value)] for part in (slice(0, 6), slice(6, 10)))
+    state = reference(*head, rows((UNLIMITED, 0, 0, 0.5, 6)), OPTIONS).state
+    args = (*tail, rows((3, 1, 0, 0.5, 4)), OPTIONS, state)
+    assert_same(attend(*args), reference(*args), 1e-5)
+
+
+def test_a_row_does_not_depend_on_its_batch(attend):
+    query, key, value = tokens(7, 2, 1, 2, 12, 4, 4, torch.float32)
+    alone = attend(query[:1], key[:1], value[:1], rows(POLICIES["a2sf"]), OPTIONS)
+    beside = attend(query, key, value, rows(POLICIES["a2sf"], POLICIES["full"]), OPTIONS)
+    assert beside.output[:1].equal(alone.output)  # to the last bit
+    assert beside.evicted[:1].equal(alone.evicted)
+
+
+def test_no_state_and_no_trace_unless_asked_for(attend):
+    args = (*tokens(8, 1, 1, 1, 3, 4, 4, torch.float32), rows((2, 0, 0, 0.5, 3)), Options(scale=0.5))
+    assert_same(attend(*args), reference(*args), 1e-5)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_compiles_ahead_of_time(arch, dtype, tmp_path, monkeypatch):
+    pytest.importorskip("triton", reason=NO_TRITON)
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = triton_kernel._recursion
+    constants = triton_kernel._constants(K=8, G=4, D=128, V=128)
+    types = dict.fromkeys(("positions", "cached", "seen", "length", "budget", "recent", "sinks"), "*i64")
+    types |= {"evicted": "*i32", "T": "i32", "slots": "i32"} | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, f"*{dtype}") for name in kernel.arg_names}
+    # what a launch finds: aligned pointers, and a multiple of 16 slots
+    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name == "slots"]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=triton_kernel.LAUNCH)
+
+    assert f".target sm_{arch}" in compiled.asm["ptx"]
+    assert compiled.asm["cubin"].startswith(b"\x7fELF")
+
+
+def test_what_it_needs_is_said(monkeypatch):
+    args = (*tokens(9, 1, 1, 1, 2, 4, 4, torch.float32), rows((2, 0, 0, 0.5, 2)), OPTIONS)
+    monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
+    without = runpy.run_path(triton_kernel.__file__)
+    assert not without["available"]()
+    assert not without["available"](torch.device("cuda"))
+    with pytest.raises(ConfigError, match="Triton is not installed"):
+        without["attend_triton"](*args)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs on the CPU")
+def test_the_cpu_is_refused():
+    pytest.importorskip("triton", reason=NO_TRITON)
+    args = (*tokens(9, 1, 1, 1, 2, 4, 4, torch.float32), rows((2, 0, 0, 0.5, 2)), OPTIONS)
+    assert not triton_kernel.available(torch.device("cpu"))
+    assert triton_kernel.available() == torch.cuda.is_available()
+    with pytest.raises(ConfigError, match="the tensors are on cpu"):
+        triton_kernel.attend_triton(*args)
