@@ -40,6 +40,8 @@ Launch = Callable[[list[list[str]]], list[Any]]
 def guard(main: Callable[[], Any]) -> None:
     """Run the app; a user's mistake is one sentence on standard error and exit code 1, never a traceback."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra raises what we explain
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     if not sys.argv[1:] or not any(a in ("-m", "--multirun") for a in sys.argv):
         sys.argv += ["--multirun"] if any("sweep=" in a and a.startswith("+") for a in sys.argv[1:]) else []
@@ -61,7 +63,7 @@ def job(composed: DictConfig) -> Any:
     """Hydra's task function: one cell of a sweep, or all that a single configuration asks for."""
     if HydraConfig.get().mode == RunMode.RUN:
         return run_grid([([], composed)], None)
-    _quiet()
+    quiet()
     _share_cores()
     settings = _read(composed)
     (cell,) = settings.cells
@@ -78,7 +80,7 @@ def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | No
     Raises:
         UserError: for the first value that is not allowed, before anything slow.
     """
-    _quiet()
+    quiet()
     settings = [_read(composed) for _, composed in points]
     first = settings[0]
     directory = Path(first.runs_dir) / first.sweep_name
@@ -236,13 +238,11 @@ def _report(made: Plan, directory: Path, settings: Settings, outcomes: list[Outc
         sys.exit(1)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Libraries keep to themselves; what the user needs to know, we say."""
     import logging
     import warnings
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ["TQDM_DISABLE"] = "1"
     warnings.filterwarnings("ignore")
     for name in ("lm_eval", "transformers", "datasets", "wandb", "httpx", "accelerate", "huggingface_hub", "filelock"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,6 +1,7 @@
 """The eviction recursion on the CPU: `attend_cpu` for whole sequences, `SlotCache` to go on token by token.
 
-Both lay out work for the compiled functions of `cpu_step`: a work item is one tree of segments (or row) and one KV head.
+Both lay out work for the compiled functions of `cpu_run` and `cpu_step`. A work item is one tree of segments (a row is
+one as well) and one KV head.
 Time is O(T * C * D), memory O(C * D) per KV head.
 """
 
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from a2sf.eviction import Attended, EvictionState, Options, Segments
-from a2sf.kernels import cpu_step
+from a2sf.kernels import cpu_run
+from a2sf.kernels.cpu_run import Given, Program
 from a2sf.kernels.cpu_simd import LANES, TILE_ROWS
-from a2sf.kernels.cpu_step import Call, Given, Program, Scratch, Shape, Store
+from a2sf.kernels.cpu_step import Call, Scratch, Shape, Store
 from a2sf.kernels.cpu_threads import in_threads
 
 LEAST_BLOCK, LARGEST_BLOCK = 4, 32
@@ -129,7 +131,7 @@ class SlotCache:
         """Take over a state of as many rows."""
         if int((state.positions >= 0).sum(-1).max()) > self._shape.room:
             raise ValueError(f"the state holds more tokens than the cache's {self._shape.room} slots")
-        self._run(0, cpu_step.GIVEN, given=_canonical(state))
+        self._run(0, cpu_run.GIVEN, given=_canonical(state))
 
     def reorder(self, rows: Tensor) -> None:
         """Keep `rows` in that order; a row may be taken several times (beam search)."""
@@ -153,8 +155,8 @@ class SlotCache:
             steps[:, i] = column
         factors = np.empty(B, np.float32)
         factors[:] = factor
-        left = steps[:, cpu_step.LENGTH] + 1
-        block = max(1, int(steps[:, cpu_step.BLOCK].max(initial=1)))
+        left = steps[:, cpu_run.LENGTH] + 1
+        block = max(1, int(steps[:, cpu_run.BLOCK].max(initial=1)))
         plan = _Plan(Program(np.arange(B + 1), steps, factors), left, int(left.sum()), shape.slots, block, 1, 0)
         # a quota, so that every item has states of its own; large enough to run it in one go
         quota = int(left.max(initial=1))
@@ -188,7 +190,7 @@ def _run(
     at[:, 0] = np.repeat(plan.program.first[:-1], shape.heads)
     busy = np.zeros(left.size, np.int64)
     work = (quota, plan.buffers, plan.program, shape, call, states, scratch, given, final, at, left, busy)
-    in_threads(lambda thread: cpu_step.run(thread, *work), threads)
+    in_threads(lambda thread: cpu_run.run(thread, *work), threads)
 
 
 def _call(query: Tensor, key: Tensor, value: Tensor, output: Tensor, evicted: Tensor, scale: float) -> Call:
@@ -310,7 +312,7 @@ def _make_plan(segments: Segments, start: list[int] | None, return_state: bool) 
 
     steps: list[tuple[int, ...]] = []
     tree_first, left, buffers = [0], [], 1
-    origin = cpu_step.EMPTY if start is None else cpu_step.GIVEN
+    origin = cpu_run.EMPTY if start is None else cpu_run.GIVEN
     for root in sorted(roots, key=lambda i: -work[i]):
         stack = [(root, origin, 0)]
         while stack:
@@ -322,9 +324,9 @@ def _make_plan(segments: Segments, start: list[int] | None, return_state: bool) 
                 # the last child goes on in its parent's state, the others work on a copy of it
                 stack.append((children[i][-1], target, target))
                 stack.extend((child, target, target + 1) for child in reversed(children[i][:-1]))
-        left.append(sum(step[cpu_step.LENGTH] + 1 for step in steps[tree_first[-1] :]))
+        left.append(sum(step[cpu_run.LENGTH] + 1 for step in steps[tree_first[-1] :]))
         tree_first.append(len(steps))
-    order = [step[cpu_step.SEGMENT] for step in steps]
+    order = [step[cpu_run.SEGMENT] for step in steps]
     program = Program(
         np.array(tree_first, np.int64),
         np.array(steps, np.int64).reshape(-1, 11),

