@@ -40,7 +40,6 @@ Launch = Callable[[list[list[str]]], list[Any]]
 def guard(main: Callable[[], Any]) -> None:
     """Run the app; a user's mistake is one sentence on standard error and exit code 1, never a traceback."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra raises what we explain
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     if not sys.argv[1:] or not any(a in ("-m", "--multirun") for a in sys.argv):

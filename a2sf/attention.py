@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,9 +39,25 @@ class NonFiniteError(UserError):
     """NaN or infinity reached a layer's attention."""
 
 
+class Pass(Protocol):
+    """One forward pass of a model, as the attention function sees it: a `Plan`, or a pass through a bounded cache.
+
+    Attributes:
+        layers: attention layers of the model.
+        reached: those that have called `attend`.
+    """
+
+    layers: int
+    reached: set[int]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        """Attention of one layer, [B, H, T, V]."""
+        ...
+
+
 @dataclass
 class Plan:
-    """What the attention function does with one forward pass.
+    """What the attention function does with one forward pass without a cache.
 
     Attributes:
         row, start, length, parent: the segments of the packed input (see `a2sf.eviction.Segments`).
@@ -49,8 +65,8 @@ class Plan:
         layers: attention layers of the model.
         policy_on_sliding: whether the policy acts on layers that have a sliding window of their own; False for models
             that mix such layers with global ones, whose sliding layers stay as the model defines them.
-        depth: per segment, tokens read by its end on the longest path through it, for windows.
         backend: which implementation runs.
+        trace: whether to note in `evicted` what each layer evicts, int32 [B, K, T] (see `a2sf.eviction.Attended`).
     """
 
     row: Sequence[int]
@@ -61,7 +77,9 @@ class Plan:
     layers: int
     policy_on_sliding: bool = True
     backend: str = "auto"
+    trace: bool = False
     reached: set[int] = field(default_factory=set)
+    evicted: dict[int, Tensor] = field(default_factory=dict)
     _segments: dict[Any, Segments] = field(default_factory=dict)
     _by_layer: dict[tuple[int, int | None], Segments] = field(default_factory=dict)
 
@@ -106,14 +124,7 @@ class Plan:
     def _numbers(self, segment: int, layer: int, window: int | None) -> tuple[float, float, float, float]:
         kept = self.retention(segment, layer)
         if window is not None:
-            if not self.policy_on_sliding or kept.budget == UNLIMITED:
-                # the token itself and window - 1 before it: what a sliding window of window - 1 cached tokens attends to
-                kept = Retention(budget=window - 1, recent=window - 1)
-            elif self._end(segment) > window:
-                raise UnsupportedModel(
-                    f"layer {layer} has a sliding window of {window} tokens of its own and a sequence has "
-                    f"{self._end(segment)}: pruning beyond the model's window is not supported, shorten the sequences"
-                )
+            kept = within_window(kept, window, layer, self._end(segment), self.policy_on_sliding)
         return kept.budget, kept.recent, kept.sinks, kept.forgetting_factor
 
     def _end(self, segment: int) -> int:
@@ -125,11 +136,30 @@ class Plan:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """Attention of one layer, [B, H, T, V]."""
-        _check_finite(layer, query=query, key=key, value=value)
-        options = Options(scale=scale)
+        check_finite(layer, query=query, key=key, value=value)
+        options = Options(scale=scale, trace=self.trace)
         out = attend(query, key, value, self.segments(layer, window), options, backend=self.backend)
         self.reached.add(layer)
+        if out.evicted is not None:
+            self.evicted[layer] = out.evicted
         return out.output
+
+
+def within_window(kept: Retention, window: int, layer: int, tokens: int, policy_on_sliding: bool) -> Retention:
+    """What a layer with a sliding window of its own keeps of a sequence of `tokens` tokens.
+
+    Raises:
+        UnsupportedModel: if a policy is to act on the layer and the sequence is longer than its window.
+    """
+    if not policy_on_sliding or kept.budget == UNLIMITED:
+        # the token itself and window - 1 before it: what a sliding window of window - 1 cached tokens attends to
+        return Retention(budget=window - 1, recent=window - 1)
+    if tokens > window:
+        raise UnsupportedModel(
+            f"layer {layer} has a sliding window of {window} tokens of its own and a sequence has {tokens}: pruning "
+            "beyond the model's window is not supported, shorten the sequences"
+        )
+    return kept
 
 
 def mixes_windows(config: Any) -> bool:
@@ -151,7 +181,8 @@ def rope_switch(config: Any) -> float:
     return float(kinds["longrope"]["original_max_position_embeddings"]) if "longrope" in kinds else float("inf")
 
 
-_active: ContextVar[Plan | None] = ContextVar("plan", default=None)
+active: ContextVar[Pass | None] = ContextVar("pass", default=None)
+"""The pass that `pruned_attention` follows; set by `running`, and by the bounded cache around a model's call."""
 
 
 @contextmanager
@@ -161,11 +192,16 @@ def running(plan: Plan) -> Iterator[Plan]:
     Raises:
         UnsupportedModel: at the end, if a layer did not call `pruned_attention` (its attention is its own).
     """
-    token = _active.set(plan)
+    token = active.set(plan)
     try:
         yield plan
     finally:
-        _active.reset(token)
+        active.reset(token)
+    check_reached(plan)
+
+
+def check_reached(plan: Pass) -> None:
+    """Raise `UnsupportedModel` if a layer did not call `pruned_attention`."""
     if len(plan.reached) != plan.layers:
         raise UnsupportedModel(
             f"only {len(plan.reached)} of the model's {plan.layers} layers use transformers' AttentionInterface, so it "
@@ -210,7 +246,7 @@ def pruned_attention(
         UnsupportedModel: for an argument that changes the attention and that the engine does not know, such as
             `softcap` or learned sinks (`s_aux`).
     """
-    plan = _active.get()
+    plan = active.get()
     if plan is None:
         raise RuntimeError("the model's attention is set to 'a2sf' but no plan is active; use a2sf.pruning(model, ...)")
     layer = getattr(module, "layer_idx", None)
@@ -229,11 +265,12 @@ def pruned_attention(
     return plan.attend(layer, query, key, value, scale, sliding_window).transpose(1, 2), None
 
 
-# no mask function goes with it: transformers then hands the 2-D padding mask through and builds no T x T mask
+# no mask function goes with it: transformers then builds no mask, and the pass in force knows where the padding is
 AttentionInterface.register(IMPLEMENTATION, pruned_attention)
 
 
-def _check_finite(layer: int, **tensors: Tensor) -> None:
+def check_finite(layer: int, **tensors: Tensor) -> None:
+    """Raise `NonFiniteError` if one of the tensors of layer `layer` holds NaN or infinity."""
     for name, tensor in tensors.items():
         low, high = tensor.aminmax()
         # NaN and infinity both survive minimum and maximum; one pass, nothing allocated

@@ -94,6 +94,7 @@ class PrunedLM(HFLM):
             raise UnsupportedModel("only decoder models have a cache to prune, and this one is an encoder-decoder")
         self.engine = backend
         self.tokens_per_pass = PACK_TOKENS["cpu" if self.device.type == "cpu" else "cuda"]
+        self.silent = False  # no progress bars
         self.known: dict[str, tuple[float, bool, int, int]] = {}
         self.sequences_per_pass = check_batch_size(batch_size)
         if isinstance(policy, str):
@@ -142,7 +143,7 @@ class PrunedLM(HFLM):
             if found is not None:
                 self.lengths[request.args] = found[2:]
         new = [r for r, h in zip(requests, hashes, strict=True) if h not in self.known]
-        answers = iter(super().loglikelihood(new, disable_tqdm=disable_tqdm) if new else [])
+        answers = iter(super().loglikelihood(new, disable_tqdm=disable_tqdm or self.silent) if new else [])
         self.counts.reused += len(requests) - len(new)
         return [self.known[h][:2] if h in self.known else next(answers) for h in hashes]
 

@@ -203,6 +203,7 @@ class Runner:
             self._loaded.clear()  # one model at a time
             loaded = models.load(cell.model)
             lm = PrunedLM(loaded.model, tokenizer=loaded.tokenizer, batch_size=self.batch_size or "auto")
+            lm.silent = True
             self._loaded[cell.model] = lm
         lm = self._loaded[cell.model]
         lm.engine = cell.backend

@@ -1,5 +1,9 @@
 """Measure what token pruning costs in accuracy: one configuration, or a sweep with -m. See README for the keys."""
 
+import os
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, which torch does
+
 import hydra
 from omegaconf import DictConfig
 
