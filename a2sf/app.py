@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -41,6 +42,9 @@ def guard(main: Callable[[], Any]) -> None:
     """Run the app; a user's mistake is one sentence on standard error and exit code 1, never a traceback."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra raises what we explain
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # workers that a launcher starts must find the sweeper, too
+    scripts = str(Path(sys.argv[0]).resolve().parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [scripts, os.environ.get("PYTHONPATH")]))
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     if not sys.argv[1:] or not any(a in ("-m", "--multirun") for a in sys.argv):
         sys.argv += ["--multirun"] if any("sweep=" in a and a.startswith("+") for a in sys.argv[1:]) else []
@@ -53,6 +57,10 @@ def guard(main: Callable[[], Any]) -> None:
         _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         _fail(_explain(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename} cannot be read or written ({error.strerror}).")
     except KeyboardInterrupt:
         screen.print("Interrupted; finished cells are kept, and the same command goes on from there.")
         sys.exit(130)
@@ -61,7 +69,10 @@ def guard(main: Callable[[], Any]) -> None:
 def job(composed: DictConfig) -> Any:
     """Hydra's task function: one cell of a sweep, or all that a single configuration asks for."""
     if HydraConfig.get().mode == RunMode.RUN:
-        return run_grid([([], composed)], None)
+        try:
+            return run_grid([([], composed)], None)
+        except UserError as error:  # told here, since Hydra would put a line of its own before it
+            _fail(str(error))
     quiet()
     _share_cores()
     settings = _read(composed)
@@ -154,6 +165,7 @@ def _runner(settings: Settings) -> Runner:
     return _runners[key]
 
 
+@cache
 def _model_names() -> dict[str, str]:
     """Path -> name of the models under conf/model/."""
     known = {f.stem: yaml.safe_load(f.read_text()).get("path") for f in sorted((CONF / "model").glob("*.yaml"))}
@@ -255,16 +267,16 @@ def quiet() -> None:
 
 def _share_cores() -> None:
     """Workers side by side on one machine share its cores instead of each taking all."""
-    workers = HydraConfig.get().launcher.get("n_jobs") or 1
+    launcher = HydraConfig.get().launcher
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if workers == 1:
-        return
-    import numba
-    import torch
+    workers = launcher.get("n_jobs") or 1
+    per_worker = cores // (cores if workers < 0 else workers)  # joblib
+    per_worker = launcher.get("cpus_per_task") or per_worker  # submitit
+    per_worker = OmegaConf.select(launcher, "ray.remote.num_cpus") or per_worker  # ray
+    if per_worker < cores:
+        import torch
 
-    threads = max(1, cores // (cores if workers < 0 else workers))
-    torch.set_num_threads(threads)
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        torch.set_num_threads(max(1, int(per_worker)))
 
 
 def _explain(error: Exception) -> str:

@@ -1,0 +1,235 @@
+"""The real command on the real small model: results, resuming, failures, many processes, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from a2sf.runs import is_cell, load_sweep, read_cell
+
+ROOT = Path(__file__).parents[2]
+GRID = ["policy=full,window,h2o,a2sf", "budget.ratio=0.2,0.4", "tasks=[copa]", "limit=4", "data=bundle"]
+CELLS = 7  # full is one cell whatever the budget
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *arguments]
+
+
+def evaluate(*arguments: str, runs: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments, f"runs_dir={runs}"),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "150", "HF_HUB_OFFLINE": "1", **environment},
+    )
+
+
+def numbers(directory: Path) -> dict[str, object]:
+    """Everything in the results but the timings."""
+    return {
+        s.path.name: (s.metrics, s.result["documents"], s.documents.to_json(orient="records"))
+        for s in load_sweep(directory)
+    }
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """A small real sweep, run once, logged to W&B offline."""
+    runs = tmp_path_factory.mktemp("runs")
+    done = evaluate("-m", *GRID, "sweep_name=small", "tracker=wandb", runs=runs, WANDB_MODE="offline")
+    assert done.returncode == 0, done.stderr
+    return runs, done
+
+
+def test_a_sweep_ends_with_a_table_and_files(sweep):
+    runs, done = sweep
+    directory = runs / "small"
+    assert f"{CELLS} cells, 0 done, {CELLS} to run" in done.stdout
+    for label in ("Full cache", "Window", "H2O", "A2SF", "copa"):
+        assert label in done.stdout
+    assert "Traceback" not in done.stderr
+    assert "it/s" not in done.stderr  # libraries keep to themselves
+    table = pd.read_csv(directory / "results.csv")
+    assert ",".join(table.columns).startswith(
+        "model,policy,budget_ratio,forgetting_factor,shots,task,metric,value,stderr,n"
+    )
+    assert len(table) == CELLS
+    assert set(table["n"]) == {4}
+    stored = load_sweep(directory)
+    assert len(stored) == CELLS
+    for cell in stored:
+        assert list(cell.documents["doc_id"]) == [0, 1, 2, 3]
+        agrees = (cell.documents["prediction"] == cell.documents["gold"]).mean()
+        assert agrees == pytest.approx(cell.metrics["acc"]["value"])
+        assert cell.result["documents"]["split"] == "validation"
+        assert cell.result["provenance"]["versions"]["lm-eval"]
+        assert cell.result["timing"]["tokens_per_second"] > 0
+    pruned = next(c for c in stored if c.cell["policy"] == "window" and c.cell["budget"]["ratio"] == 0.2)
+    full = next(c for c in stored if c.cell["policy"] == "full")
+    assert pruned.result["timing"]["cache_share"] < 0.25
+    assert full.result["timing"]["cache_share"] == 1.0
+    assert [list(a) for a in pruned.documents["loglikelihoods"]] != [list(a) for a in full.documents["loglikelihoods"]]
+
+
+def test_wandb_gets_one_run_per_cell_and_a_summary(sweep):
+    runs, done = sweep
+    assert "wandb sync" in done.stdout
+    assert len(list((runs / "small" / "wandb").glob("offline-run-*"))) == CELLS + 1
+
+
+def test_the_same_command_runs_nothing_again(sweep):
+    runs, first = sweep
+    before = {p: p.stat().st_mtime_ns for p in (runs / "small").rglob("result.json")}
+    again = evaluate("-m", *GRID, "sweep_name=small", "tracker=wandb", runs=runs)
+    assert again.returncode == 0, again.stderr
+    assert f"{CELLS} cells, {CELLS} done, 0 to run" in again.stdout
+    assert again.stdout[again.stdout.index("smollm2-135m, 0-shot") :] in first.stdout
+    assert {p: p.stat().st_mtime_ns for p in (runs / "small").rglob("result.json")} == before
+
+
+def test_another_sweep_reuses_the_cells_and_a_higher_limit_extends_them(sweep):
+    runs, _ = sweep
+    linked = evaluate("-m", *GRID, "sweep_name=other", "policy=full,h2o", runs=runs)
+    assert "3 cells, 3 done, 0 to run" in linked.stdout
+    more = evaluate("-m", *GRID, "sweep_name=more", "policy=h2o", "budget.ratio=0.2", "limit=6", runs=runs)
+    assert more.returncode == 0, more.stderr
+    (extended,) = load_sweep(runs / "more")
+    assert extended.result["timing"]["reused_requests"] == 8
+    assert extended.metrics["acc"]["n"] == 6
+    fresh = evaluate("-m", *GRID, "sweep_name=more", "policy=h2o", "budget.ratio=0.2", "limit=6", runs=runs / "fresh")
+    assert fresh.returncode == 0, fresh.stderr
+    (whole,) = load_sweep(runs / "fresh" / "more")
+    assert whole.metrics == extended.metrics
+    together = zip(extended.documents["loglikelihoods"], whole.documents["loglikelihoods"], strict=True)
+    for a, b in together:
+        assert list(a) == pytest.approx(list(b), abs=1e-3)
+
+
+def test_a_damaged_result_is_set_aside_and_computed_again(sweep):
+    runs, _ = sweep
+    victim = sorted(p for p in (runs / "small").iterdir() if is_cell(p))[0]
+    expected = read_cell(victim).metrics
+    file = victim / "documents.parquet"
+    file.write_bytes(file.read_bytes()[:100])
+    again = evaluate("-m", *GRID, "sweep_name=small", runs=runs)
+    assert again.returncode == 0, again.stderr
+    assert "it will be computed again" in " ".join(again.stdout.split())
+    assert read_cell(victim).metrics == expected
+    assert [p for p in (runs / "small").iterdir() if ".corrupt-" in p.name]
+
+
+def test_one_configuration_without_a_sweep(tmp_path):
+    done = evaluate(
+        "policy=a2sf", "forgetting_factor=0.2", "tasks=[copa]", "limit=2", "data=bundle", "shots=1", runs=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    (stored,) = load_sweep(tmp_path / "single")
+    assert stored.cell["forgetting_factor"] == 0.2
+    assert stored.result["documents"]["fewshot_split"] == "validation"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["policy=h2o", "budget.ratio=1.7"], ["budget.ratio=1.7", "0 < ratio <= 1"]),
+        (["-m", "policy=h2o,a2sf", "budget.ratio=0.1,nan"], ["budget.ratio=nan"]),
+        (["policy=h2oo"], ["policy=h2oo", "did you mean h2o"]),
+        (["-m", "+sweep=dmo"], ["sweep=dmo", "did you mean demo"]),
+        (["tasks=[mathqa]", "data=bundle"], ["tasks=mathqa", "does not hold it"]),
+        (["model.path=nobody/nothing", "tasks=[copa]", "data=bundle"], ["model.path=nobody/nothing", "hub"]),
+        (["tasks=[copa]", "data=hub"], ["tasks=copa", "hub"]),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_bad_input_ends_with_one_sentence_and_code_1(tmp_path, arguments, parts):
+    done = evaluate(*arguments, runs=tmp_path / "runs")
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    for part in parts:
+        assert part in done.stderr
+    assert not list((tmp_path / "runs").rglob("result.json"))
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "config.json").write_text(
+        json.dumps({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]})
+    )
+    done = evaluate(f"model.path={tmp_path / 't5'}", "tasks=[copa]", "data=bundle", runs=tmp_path / "runs")
+    assert done.returncode == 1
+    assert "encoder-decoder" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "runs").write_text("a file where the directory should be")
+    done = evaluate("policy=full", "tasks=[copa]", "limit=1", "data=bundle", runs=tmp_path / "runs" / "x")
+    assert done.returncode == 1
+    assert "cannot be written" in done.stderr or "Not a directory" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_at_random_moments_loses_and_repeats_nothing(sweep, tmp_path):
+    """`kill -9` at 20 random moments, started anew until done; then as an undisturbed run."""
+    undisturbed, _ = sweep
+    rng = random.Random(0)
+    seen: dict[Path, int] = {}
+    runs = tmp_path / "runs"
+    for _ in range(20):
+        process = subprocess.Popen(
+            command("-m", *GRID, "sweep_name=small", f"runs_dir={runs}"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=ROOT,
+            start_new_session=True,
+        )
+        time.sleep(rng.uniform(2, 8))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for file in runs.rglob("result.json"):
+            if not file.parent.name.startswith("."):
+                stamp = file.stat().st_mtime_ns
+                assert seen.setdefault(file, stamp) == stamp  # never computed again
+                read_cell(file.parent)  # whole
+    done = evaluate("-m", *GRID, "sweep_name=small", runs=runs)
+    assert done.returncode == 0, done.stderr
+    assert numbers(runs / "small") == numbers(undisturbed / "small")
+
+
+@pytest.mark.slow
+def test_two_processes_on_one_directory_compute_each_cell_once(sweep, tmp_path):
+    runs = tmp_path / "runs"
+    both = [
+        subprocess.Popen(
+            command("-m", *GRID, "sweep_name=small", "tracker=wandb", f"runs_dir={runs}"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"},
+        )
+        for _ in range(2)
+    ]
+    outputs = [p.communicate(timeout=400) for p in both]
+    assert [p.returncode for p in both] == [0, 0], outputs
+    undisturbed, _ = sweep
+    assert set(numbers(runs / "small")) == set(numbers(undisturbed / "small"))
+    # every computed cell is logged once, by whoever computed it; each process writes a summary if it computed any
+    logged = list((runs / "small" / "wandb").glob("offline-run-*"))
+    assert CELLS + 1 <= len(logged) <= CELLS + 2
+    table = pd.read_csv(runs / "small" / "results.csv")
+    assert len(table) == CELLS

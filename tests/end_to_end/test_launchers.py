@@ -1,0 +1,36 @@
+"""The launchers, really run: worker processes, Slurm's local executor, a local Ray cluster."""
+
+from __future__ import annotations
+
+import pytest
+
+from a2sf.runs import load_sweep
+from tests.end_to_end.test_evaluate import evaluate
+
+LAUNCHERS = {
+    "processes": ["hydra.launcher.n_jobs=2"],
+    "slurm_local": [],
+    "ray_cluster": ["hydra.launcher.ray.init.num_cpus=2"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_sweep_under_a_launcher(launcher, tmp_path):
+    grid = ["policy=full,h2o", "tasks=[copa]", "limit=2", "data=bundle", "sweep_name=launched"]
+    done = evaluate("-m", *grid, f"hydra/launcher={launcher}", *LAUNCHERS[launcher], runs=tmp_path)
+    assert done.returncode == 0, done.stderr + done.stdout
+    stored = load_sweep(tmp_path / "launched")
+    assert {s.cell["policy"] for s in stored} == {"full", "h2o"}
+    # workers side by side do not each take all cores
+    assert {s.result["provenance"]["machine"]["threads"] for s in stored} == {1}
+    assert (tmp_path / "launched" / "results.csv").exists()
+
+
+def test_slurm_is_configured_without_slurm(tmp_path):
+    """Naming the launcher composes; without Slurm, submitit says so and nothing is lost."""
+    done = evaluate(
+        "-m", "policy=full", "tasks=[copa]", "data=bundle", "hydra/launcher=slurm", "plan_only=true", runs=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 cells, 0 done, 1 to run" in done.stdout
