@@ -46,8 +46,8 @@ def guard(main: Callable[[], Any]) -> None:
     scripts = str(Path(sys.argv[0]).resolve().parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [scripts, os.environ.get("PYTHONPATH")]))
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    if not sys.argv[1:] or not any(a in ("-m", "--multirun") for a in sys.argv):
-        sys.argv += ["--multirun"] if any("sweep=" in a and a.startswith("+") for a in sys.argv[1:]) else []
+    if any(a.startswith("+sweep=") for a in sys.argv) and not {"-m", "--multirun"} & set(sys.argv):
+        sys.argv.append("--multirun")  # a preset is a grid
     try:
         from a2sf.config import register
 

