@@ -167,9 +167,8 @@ def _harness(ratios: dict[str, float], details: dict[str, Any], repeats: int) ->
         return run
 
     for shots in (1, 0):
-        seconds = _alternately(
-            repeats, lm_eval=lambda s=shots: _evaluate(theirs, s), full=mine(full, shots), a2sf=mine(pruned, shots)
-        )
+        hflm = functools.partial(_evaluate, theirs, shots)
+        seconds = _alternately(repeats, lm_eval=hflm, full=mine(full, shots), a2sf=mine(pruned, shots))
         ratios[f"lm_eval_full_over_ours_full_{shots}shot"] = seconds["lm_eval"] / seconds["full"]
         ratios[f"lm_eval_full_over_ours_a2sf_{shots}shot"] = seconds["lm_eval"] / seconds["a2sf"]
         details[f"seconds_{shots}shot"] = seconds
