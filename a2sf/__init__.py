@@ -1,8 +1,22 @@
 """A2SF: token pruning with a forgetting factor, and a harness that measures what pruning costs in accuracy."""
 
+from typing import TYPE_CHECKING, Any
+
 from a2sf.budget import Budget
 from a2sf.eviction import EvictionState, evicting_attention
 from a2sf.policy import A2SF, Policy, Retention
 
-__all__ = ["A2SF", "Budget", "EvictionState", "Policy", "Retention", "evicting_attention"]
+if TYPE_CHECKING:
+    from a2sf.generation import PrunedCache, pruning
+
+__all__ = ["A2SF", "Budget", "EvictionState", "Policy", "PrunedCache", "Retention", "evicting_attention", "pruning"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`PrunedCache` and `pruning` on first use, because transformers takes seconds to load."""
+    if name in ("PrunedCache", "pruning"):
+        from a2sf import generation
+
+        return getattr(generation, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,7 @@ import math
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class Cell:
             "seed": self.seed if self.shots else None,
             "data": dataclasses.asdict(self.data),
             "engine": ENGINE_VERSION,
-            "lm_eval": version("lm-eval"),
+            "lm_eval": _lm_eval_version(),
         }
 
     @cached_property
@@ -112,6 +112,11 @@ class Cell:
             "seed": self.seed,
             "identity": self.identity,
         }
+
+
+@cache
+def _lm_eval_version() -> str:
+    return version("lm-eval")
 
 
 def _plain(value: Any) -> Any:
@@ -192,13 +197,16 @@ def _number(value: Any) -> float | None:
 def _documents(samples: list[dict[str, Any]], task: Any, lm: Any) -> pd.DataFrame:
     rows = []
     for sample in samples:
+        if task.OUTPUT_TYPE == "generate_until":
+            rows.append(_generated(sample, lm))
+            continue
         answers = [a if isinstance(a, tuple | list) else (a, False) for (a,) in sample["resps"]]
         arguments = [tuple(a) for a in sample["arguments"]]
         choices = [a[-1] for a in arguments]
         likelihoods = [float(a[0]) for a in answers]
         several = len(choices) > 1
         metrics = {m: sample[m] for m in sample["metrics"] if isinstance(sample.get(m), int | float)}
-        lengths = [lm.lengths.get(a, (0, 0)) for a in arguments]
+        lengths = [lm.lengths.get(request_hash(a), (0, 0)) for a in arguments]
         rows.append(
             {
                 "doc_id": sample["doc_id"],
@@ -216,7 +224,36 @@ def _documents(samples: list[dict[str, Any]], task: Any, lm: Any) -> pd.DataFram
                 **{f"metric/{m}": float(v) for m, v in metrics.items()},
             }
         )
+    if task.OUTPUT_TYPE == "generate_until":
+        # a filter gives a sample of its own, with metrics of its own: one row per document holds them all
+        return pd.DataFrame(rows).groupby("doc_id", as_index=False).first()
     return pd.DataFrame(rows).drop_duplicates("doc_id").sort_values("doc_id", ignore_index=True)
+
+
+def _generated(sample: dict[str, Any], lm: Any) -> dict[str, Any]:
+    """A row of a generation task: no choices, but the text, its target, and the numbers that describe the document."""
+    arguments = tuple(sample["arguments"][0])
+    context_tokens, tokens = lm.lengths.get(request_hash(arguments), (0, 0))
+    end = "" if sample["filter"] == "none" else f",{sample['filter']}"
+    metrics = {m: sample[m] for m in sample["metrics"] if isinstance(sample.get(m), int | float)}
+    return {
+        "doc_id": sample["doc_id"],
+        "doc_hash": sample["doc_hash"],
+        "prompt_hash": sample["prompt_hash"],
+        "request_hashes": [request_hash(arguments)],
+        "context": arguments[0],
+        "choices": [],
+        "gold": -1,
+        "prediction": -1,
+        "loglikelihoods": [],
+        "is_greedy": [],
+        "context_tokens": [context_tokens],
+        "continuation_tokens": [tokens],
+        "target": str(sample["target"]),
+        "generated": sample["resps"][0][0],
+        **{f"doc/{k}": float(v) for k, v in sample["doc"].items() if isinstance(v, int | float)},
+        **{f"metric/{m}{end}": float(v) for m, v in metrics.items()},
+    }
 
 
 def _gold(sample: dict[str, Any], task: Any) -> int:
@@ -230,12 +267,17 @@ def _gold(sample: dict[str, Any], task: Any) -> int:
     return choices.index(target) if target in choices else -1
 
 
-def _known(stored: StoredCell | None, where: dict[str, Any]) -> dict[str, tuple[float, bool, int, int]]:
-    """request hash -> (log-likelihood, is greedy, context tokens, continuation tokens), of documents scored before."""
+def _known(stored: StoredCell | None, where: dict[str, Any]) -> dict[str, tuple[Any, bool, int, int]]:
+    """request hash -> (log-likelihood or text, is greedy, context and continuation tokens), of documents scored before."""
     if stored is None or stored.result["documents"]["fingerprint"] != where["fingerprint"]:
         return {}
+    known: dict[str, tuple[Any, bool, int, int]] = {}
+    if "generated" in stored.documents:
+        columns = ["request_hashes", "generated", "context_tokens", "continuation_tokens"]
+        for hashes, text, context, more in stored.documents[columns].itertuples(index=False):
+            known[hashes[0]] = (text, False, context[0], more[0])
+        return known
     columns = ["request_hashes", "loglikelihoods", "is_greedy", "context_tokens", "continuation_tokens"]
-    known = {}
     for row in stored.documents[columns].itertuples(index=False):
         known.update({h: tuple(rest) for h, *rest in zip(*row, strict=True)})
     return known

@@ -9,10 +9,9 @@ call is about; calls without a `PrunedCache` are untouched. Shapes as in `a2sf.e
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,28 +20,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from a2sf.attention import (
-    IMPLEMENTATION,
-    Pass,
-    Plan,
-    UnsupportedModel,
-    active,
-    attached,
-    check_finite,
-    check_reached,
-    mixes_windows,
-    rope_switch,
-    within_window,
-)
+from a2sf.attention import Plan, UnsupportedModel, attached, check_finite, mixes_windows, rope_switch, within_window
 from a2sf.budget import Budget
+from a2sf.calls import hooks_of, new_tokens
 from a2sf.errors import ConfigError, UserError
 from a2sf.eviction import EvictionState
-from a2sf.models import check_exact
 from a2sf.policy import Policy, Retention
 from a2sf.slots import PrunedLayer, Step
-
-CACHE_NAMES = ("cache", "past_key_values")
-"""What transformers' models call the cache they are given."""
 
 
 class PrunedCache(Cache):
@@ -78,8 +62,13 @@ class PrunedCache(Cache):
     ) -> None:
         config = model.config.get_text_config()
         check_settings(policy, budget, config.num_hidden_layers)
-        by_total = budget is not None and budget.ratio is not None and budget.base == "total"
-        if by_total and policy.uses_budget and max_new_tokens is None:
+        if (
+            max_new_tokens is None
+            and policy.uses_budget
+            and budget
+            and budget.ratio is not None
+            and budget.base == "total"
+        ):
             raise ConfigError(
                 "budget.base",
                 "total",
@@ -88,7 +77,8 @@ class PrunedCache(Cache):
         hooks_of(model)
         positions = getattr(config, "max_position_embeddings", None) or 2**31
         super().__init__(layers=[PrunedLayer(positions, backend, trace) for _ in range(config.num_hidden_layers)])
-        self.policy, self.budget = policy, budget
+        self.layers: list[PrunedLayer]  # type: ignore[assignment]
+        self.policy, self.budget = policy, budget if policy.uses_budget else None
         self.max_new_tokens, self.context_tokens = max_new_tokens, context_tokens
         self.policy_on_sliding = not mixes_windows(model.config)
         self.positions = positions
@@ -120,6 +110,19 @@ class PrunedCache(Cache):
     def state(self, layer: int) -> EvictionState:
         """What `layer` has cached, a copy; `.positions` [B, K, slots] are the kept positions, without padding."""
         return self.layers[layer].state()
+
+    def load(self, states: Sequence[EvictionState]) -> None:
+        """Go on from stored states, one per layer and of as many rows, instead of what is cached.
+
+        Raises:
+            UserError: if nothing has been read yet, so that neither the rows nor their budgets are known.
+        """
+        if self.seen is None:
+            raise UserError("a pruned cache takes over states once it has read something; call the model with it first")
+        for layer, state in zip(self.layers, states, strict=True):
+            layer.load(state)
+        self.seen = states[0].seen.cpu().clone()
+        self.columns = int(self.seen.max())
 
     def evicted(self, layer: int) -> Tensor:
         """int32 [B, K, tokens fed, padding included]: the position evicted at each step, -1 for none; needs `trace`."""
@@ -229,7 +232,7 @@ class PrunedCache(Cache):
 
     @property
     def _depends_on_prompt(self) -> bool:
-        return self.policy.uses_budget and self.budget is not None and self.budget.ratio is not None
+        return self.budget is not None and self.budget.ratio is not None
 
     def _resolve(self, length: Tensor) -> None:
         context = length.tolist()
@@ -244,9 +247,10 @@ class PrunedCache(Cache):
     def _check_length(self, after: Tensor, prompt: bool) -> None:
         longest = int(after.max()) + (max(0, self.max_new_tokens - 1) if prompt and self.max_new_tokens else 0)
         if longest > self.positions:
+            and_more = " with those to generate" if prompt and self.max_new_tokens else ""
             raise UserError(
-                f"the sequence has {longest} tokens{' with those to generate' if prompt else ''} and the model "
-                f"{self.positions} positions; shorten the prompt or generate less"
+                f"the sequence has {longest} tokens{and_more} and the model {self.positions} positions; shorten the prompt "
+                "or generate less"
             )
         if int(after.min()) <= self.rope_switch < longest:
             raise UnsupportedModel(
@@ -278,35 +282,6 @@ class _CachePass:
             check_finite(layer, output=output)  # one look instead of three: NaN and infinity end up there
         self.reached.add(layer)
         return output
-
-
-def new_tokens(shape: tuple[int, int], past: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Where each row's new tokens are among `shape` = (B, T) columns: first column and number, int64 [B] each.
-
-    Raises:
-        UserError: if the mask has another size, or a gap within a row's new tokens.
-    """
-    B, T = shape
-    if mask is None:
-        return torch.zeros(B, dtype=torch.int64), torch.full((B,), T)
-    if mask.ndim != 2:
-        raise UnsupportedModel(
-            "only a padding mask [batch, tokens] can be used with pruning; give attention_mask as one"
-        )
-    if mask.shape != (B, past + T):
-        raise UserError(
-            f"attention_mask has shape {tuple(mask.shape)} and must cover the {past} tokens read so far and the {T} new "
-            f"ones of {B} rows"
-        )
-    real = mask[:, past:].bool().cpu()
-    if bool(real.all()):
-        return torch.zeros(B, dtype=torch.int64), torch.full((B,), T)
-    length = real.sum(1)
-    start = real.int().argmax(1)
-    column = torch.arange(T)
-    if not torch.equal(real, (column >= start[:, None]) & (column < (start + length)[:, None])):
-        raise UserError("attention_mask has a gap inside a row's new tokens; pad at the beginning or at the end")
-    return start, length
 
 
 def check_settings(policy: Policy, budget: Budget | None, layers: int) -> None:
@@ -352,6 +327,33 @@ class _Scope:
     max_new_tokens: int | None
     backend: str
 
+    def supply(self, model: PreTrainedModel, cache: Any, keep: bool | None) -> PrunedCache | None:
+        """The cache for a call inside `pruning`: the one that was given if it is pruned, else a new one if any is kept."""
+        if isinstance(cache, PrunedCache):
+            return cache
+        if cache is not None and cache.get_seq_length() > 0:
+            raise UserError(
+                "inside pruning(...) the model was called with a cache that was filled without pruning; start with an "
+                "empty one, or a PrunedCache"
+            )
+        if cache is None and not (model.config.get_text_config().use_cache if keep is None else keep):
+            return None
+        more = self.max_new_tokens if cache is not None or self.max_new_tokens is not None else 0
+        return PrunedCache(model, self.policy, self.budget, max_new_tokens=more, backend=self.backend)
+
+    def plan(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> Plan:
+        start, length = (x.tolist() for x in new_tokens(shape, 0, mask))
+        layers = model.config.get_text_config().num_hidden_layers
+        kept = [retention_of(self.policy, self.budget, n, n, layers) for n in length]
+        return Plan.of_rows(
+            length,
+            start,
+            lambda row, layer: kept[row][layer],
+            layers,
+            policy_on_sliding=not mixes_windows(model.config),
+            backend=self.backend,
+        )
+
 
 @contextmanager
 def pruning(
@@ -379,112 +381,9 @@ def pruning(
     """
     check_settings(policy, budget, model.config.get_text_config().num_hidden_layers)
     hooks = hooks_of(model)
-    before, hooks.scope = hooks.scope, _Scope(policy, budget, max_new_tokens, backend)
+    before, hooks.scope = hooks.scope, _Scope(policy, budget if policy.uses_budget else None, max_new_tokens, backend)
     try:
         with attached(model):
             yield model
     finally:
         hooks.scope = before
-
-
-class _Hooks:
-    """What happens around every call of one model; idle without a `PrunedCache` or `pruning`."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.names = [n for n in inspect.signature(model.forward).parameters if n != "self"]
-        self.scope: _Scope | None = None
-        self.open: tuple[ExitStack, Pass, PrunedCache | None] | None = None
-        model.register_forward_pre_hook(self.before, with_kwargs=True)
-        model.register_forward_hook(self.after, with_kwargs=True, always_call=True)
-
-    def before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict] | None:
-        self.close(None)  # a call that was interrupted left it open
-        named = dict(zip(self.names, args, strict=False)) | kwargs
-        cache = next((named[n] for n in CACHE_NAMES if named.get(n) is not None), None)
-        if self.scope is not None:
-            cache = self._supply(model, cache, named)
-        elif not isinstance(cache, PrunedCache):
-            return None
-        tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
-        shape, mask = (tokens.shape[0], tokens.shape[1]), named.get("attention_mask")
-        past = torch.zeros(shape[0], dtype=torch.int64) if cache is None or cache.seen is None else cache.seen
-        current: Pass = cache.begin(model, shape, mask) if cache is not None else self._plan(model, shape, mask)
-        if mask is not None and named.get("position_ids") is None and "position_ids" in self.names:
-            # positions count a row's own tokens, wherever its padding is
-            real = mask[:, -shape[1] :].long()
-            named["position_ids"] = (past[:, None].to(mask.device) + real.cumsum(1) - 1).clamp(min=0)
-        stack = ExitStack()
-        self.open = stack, current, cache
-        if model.config._attn_implementation != IMPLEMENTATION:
-            stack.enter_context(attached(model))
-        stack.callback(active.set, active.get())
-        active.set(current)
-        return (), named
-
-    def after(self, model: Any, args: Any, kwargs: Any, output: Any) -> None:
-        self.close(output)
-
-    def close(self, output: Any) -> None:
-        """End the open pass, if there is one; `output` is None where the model's call failed."""
-        if self.open is None:
-            return
-        (stack, current, cache), self.open = self.open, None
-        stack.close()
-        if cache is not None:
-            cache.end(completed=output is not None)
-        if output is not None:
-            check_reached(current)
-
-    def _supply(self, model: PreTrainedModel, cache: Any, named: dict[str, Any]) -> PrunedCache | None:
-        """The cache for a call inside `pruning`: the one that was given if it is pruned, else a new one if any is kept."""
-        scope = self.scope
-        assert scope is not None
-        if isinstance(cache, PrunedCache):
-            return cache
-        if cache is not None and cache.get_seq_length() > 0:
-            raise UserError(
-                "inside pruning(...) the model was called with a cache that was filled without pruning; start with an "
-                "empty one, or a PrunedCache"
-            )
-        keep = named.get("use_cache")
-        if cache is None and not (model.config.get_text_config().use_cache if keep is None else keep):
-            return None
-        more = scope.max_new_tokens if cache is not None or scope.max_new_tokens is not None else 0
-        new = PrunedCache(model, scope.policy, scope.budget, max_new_tokens=more, backend=scope.backend)
-        for name in CACHE_NAMES:
-            named.pop(name, None)
-        named[next(n for n in CACHE_NAMES if n in self.names)] = new
-        return new
-
-    def _plan(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> Plan:
-        scope = self.scope
-        assert scope is not None
-        start, length = (x.tolist() for x in new_tokens(shape, 0, mask))
-        layers = model.config.get_text_config().num_hidden_layers
-        kept = [retention_of(scope.policy, scope.budget, n, n, layers) for n in length]
-        return Plan.of_rows(
-            length,
-            start,
-            lambda row, layer: kept[row][layer],
-            layers,
-            policy_on_sliding=not mixes_windows(model.config),
-            backend=scope.backend,
-        )
-
-
-_hooks: weakref.WeakKeyDictionary[PreTrainedModel, _Hooks] = weakref.WeakKeyDictionary()
-
-
-def hooks_of(model: PreTrainedModel) -> _Hooks:
-    """The hooks around `model`'s calls, put there once, after a check that pruning it is exact.
-
-    Raises:
-        UnsupportedModel: if it is not.
-    """
-    if model not in _hooks:
-        if model.config.is_encoder_decoder:
-            raise UnsupportedModel("only decoder models have a cache to prune, and this one is an encoder-decoder")
-        rope_switch(model.config)
-        check_exact(model)
-        _hooks[model] = _Hooks(model)
-    return _hooks[model]

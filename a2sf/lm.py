@@ -1,12 +1,16 @@
-"""The lm-eval model: tokenised requests in, log-likelihoods under pruned attention out.
+"""The lm-eval model: tokenised requests in, log-likelihoods or generated text under pruned attention out.
 
 Everything but the forward pass is lm-eval's own `HFLM` (tokenisation, chat template, prefix token, truncation, rolling
-windows). The forward pass computes each common beginning once and logits only where they are scored.
+windows, stop sequences). Scoring computes each common beginning once and logits only where they are scored; generating
+gives transformers' `generate` a bounded cache.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,17 +18,23 @@ from typing import Any
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from torch import Tensor
 from tqdm import tqdm
 
 from a2sf.attention import Plan, UnsupportedModel, attached, mixes_windows, rope_switch, running
 from a2sf.budget import Budget
 from a2sf.errors import ConfigError, UserError
+from a2sf.generation import PrunedCache, retention_of
 from a2sf.packing import Item, Pack, pack
 from a2sf.policy import Policy, Retention, find_policies
+from a2sf.trace import Trace
 
 NAME = "a2sf"
 PACK_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Computed tokens per forward pass where `batch_size` is auto."""
+GENERATED_ROWS = 8
+"""Sequences generated at a time where `batch_size` is auto."""
 
 
 @dataclass
@@ -34,6 +44,7 @@ class Counts:
     Attributes:
         tokens: tokens of all requests, as if each were computed by itself.
         computed: tokens that were computed.
+        scored: positions whose logits were computed.
         kept: sum over requests and layers of the tokens cached at the end; `kept / layer_requests` is the mean.
         share: sum of the same as a share of each request's tokens.
         reused: requests answered from an earlier result.
@@ -42,6 +53,7 @@ class Counts:
 
     tokens: int = 0
     computed: int = 0
+    scored: int = 0
     kept: int = 0
     share: float = 0.0
     layer_requests: int = 0
@@ -69,6 +81,9 @@ class PrunedLM(HFLM):
         backend: which implementation of the eviction runs, `auto` or a name in `a2sf.kernels.BACKENDS`.
         batch_size: `auto`, or sequences per forward pass.
 
+    `trace_documents` may be set to a number: of the first so many documents, what each layer evicts is then noted in
+    `traces` (`a2sf.trace`), for the first request of each.
+
     Raises:
         ConfigError: if a setting is not allowed.
         UnsupportedModel: if the model's attention cannot be pruned exactly.
@@ -95,7 +110,8 @@ class PrunedLM(HFLM):
         self.engine = backend
         self.tokens_per_pass = PACK_TOKENS["cpu" if self.device.type == "cpu" else "cuda"]
         self.silent = False  # no progress bars
-        self.known: dict[str, tuple[float, bool, int, int]] = {}
+        self.known: dict[str, tuple[Any, bool, int, int]] = {}
+        self.trace_documents = 0
         self.sequences_per_pass = check_batch_size(batch_size)
         if isinstance(policy, str):
             policies = find_policies()
@@ -124,28 +140,96 @@ class PrunedLM(HFLM):
             raise ConfigError("budget", None, f"the policy {policy.name} needs budget.ratio or budget.tokens")
         self.policy, self.budget = policy, budget
         self.counts = Counts()
-        self.lengths: dict[tuple[str, ...], tuple[int, int]] = {}
+        self.lengths: dict[str, tuple[int, int]] = {}
+        self.traces: list[Trace] = []
 
     def retention(self, total: int, context: int) -> tuple[Retention, ...]:
         """What each layer keeps of a request of `total` tokens read, `context` of them its context."""
-        budget = self.budget
-        slots = [budget.slots(total=total, context=context, layer=i) if budget else 1 for i in range(self.layers)]
-        return tuple(self.policy.retention(c, i) for i, c in enumerate(slots))
+        return retention_of(self.policy, self.budget, total, context, self.layers)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        names = sorted({r.task_name for r in requests if r.task_name}) or ["this task"]
-        raise UserError(f"{', '.join(names)} generates text, and generation under pruning is not available yet")
+        """As HFLM's, through a bounded cache; a request that `known` answers is not computed again."""
+        # lm-eval adds to the stop sequences that it is given
+        own = [dataclasses.replace(r, arguments=copy.deepcopy(r.args)) for r in requests]
+        hashes = [request_hash(r.args) for r in requests]
+        prompts = [self._prompt(*r.args) for r in requests]
+        new = [r for r, h in zip(own, hashes, strict=True) if h not in self.known]
+        self.batch_size_per_gpu = self.sequences_per_pass or GENERATED_ROWS
+        texts = iter(super().generate_until(new, disable_tqdm=disable_tqdm) if new else [])
+        answers = [self.known[h][0] if h in self.known else next(texts) for h in hashes]
+        self.counts.reused += len(requests) - len(new)
+        for request, h, text, (context, most) in zip(requests, hashes, answers, prompts, strict=True):
+            continuation = self.tok_encode(text, add_special_tokens=False)
+            self.lengths[h] = (len(context), len(continuation))
+            if self._to_trace(request) and continuation:
+                kept = self.retention(len(context) + most, len(context))
+                self._trace(request.doc_id, context, continuation[:-1], kept)
+        return answers
+
+    def _prompt(self, context: str, settings: dict[str, Any]) -> tuple[list[int], int]:
+        """The tokens HFLM reads before it generates, and how many it generates at most.
+
+        Raises:
+            UserError: if nothing can be read before so many.
+        """
+        settings = normalize_gen_kwargs(copy.deepcopy(settings), self.max_gen_toks)
+        most = settings["max_gen_toks"]
+        if most >= self.max_length:
+            raise UserError(
+                f"the task generates up to {most} tokens, which leaves no room for a prompt in the model's "
+                f"{self.max_length} positions; choose another task or model"
+            )
+        return self.tok_encode(context)[-(self.max_length - most) :], most
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
+        more = max_length - context.shape[1]
+        cache = PrunedCache(self.model, self.policy, self.budget, max_new_tokens=more, backend=self.engine)
+        text = super()._model_generate(context, max_length, stop, cache=cache, **settings)
+        if cache.seen is not None:
+            for total, kept in zip(cache.seen.tolist(), cache.retention, strict=True):
+                self._count(total, kept)
+            self.counts.computed += int(cache.seen.sum())
+        return text
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """As HFLM's, but a request that `known` answers (by `request_hash`) is not computed again."""
         hashes = [request_hash(r.args) for r in requests]
-        for request, found in zip(requests, map(self.known.get, hashes), strict=True):
+        for h, found in zip(hashes, map(self.known.get, hashes), strict=True):
             if found is not None:
-                self.lengths[request.args] = found[2:]
+                self.lengths[h] = found[2:]
         new = [r for r, h in zip(requests, hashes, strict=True) if h not in self.known]
         answers = iter(super().loglikelihood(new, disable_tqdm=disable_tqdm or self.silent) if new else [])
         self.counts.reused += len(requests) - len(new)
+        for r in filter(self._to_trace, requests):
+            context, continuation = r.args
+            tokens = self._encode_pair(*r.args) if context else ([self.prefix_token_id], self.tok_encode(continuation))
+            request = self._request(*tokens)
+            cut = len(request.read) + 1 - len(request.targets)
+            self._trace(r.doc_id, list(request.read[:cut]), list(request.read[cut:]), request.retention)
         return [self.known[h][:2] if h in self.known else next(answers) for h in hashes]
+
+    def _to_trace(self, request: Any) -> bool:
+        """Whether this is the first request of one of the first documents."""
+        number = request.doc_id
+        return number is not None and number < self.trace_documents and all(t.document != number for t in self.traces)
+
+    def _trace(self, document: int, context: list[int], continuation: list[int], kept: tuple[Retention, ...]) -> None:
+        """Read one sequence by itself and note what every layer evicts, in `traces`."""
+        read = context + continuation
+        plan = Plan.of_rows(
+            [len(read)],
+            [0],
+            lambda row, layer: kept[layer],
+            self.layers,
+            policy_on_sliding=not mixes_windows(self.model.config),
+            backend=self.engine,
+            trace=True,
+        )
+        with attached(self.model), torch.inference_mode(), running(plan):
+            self.model(input_ids=torch.tensor([read], device=self.device), use_cache=False, logits_to_keep=1)
+        evicted = torch.cat([plan.evicted[i] for i in range(self.layers)]).cpu().numpy()
+        pieces = tuple(self.tokenizer.decode([t]) for t in read)
+        self.traces.append(Trace(document, pieces, len(context), evicted))
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
@@ -158,11 +242,12 @@ class PrunedLM(HFLM):
                 for i, answer in zip(row.items, self._score(row, todo), strict=True):
                     answers[i] = answer
                     if (strings := requests[i][0]) is not None:
-                        self.lengths[strings] = (len(requests[i][1]), len(requests[i][2]))
+                        self.lengths[request_hash(strings)] = (len(requests[i][1]), len(requests[i][2]))
                         self.cache_hook.add_partial("loglikelihood", strings, answer)
                 bar.update(len(row.items))
         bar.close()
-        self._count(todo)
+        for request in todo:
+            self._count(len(request.read), request.retention)
         return [a for a in answers if a is not None]
 
     def _rows(self, todo: list[Request]) -> Iterator[Pack]:
@@ -212,6 +297,7 @@ class PrunedLM(HFLM):
                 logits_to_keep=index.to(self.device),
             ).logits[0]
         self.counts.computed += len(row.tokens)
+        self.counts.scored += len(index)
 
         targets = torch.tensor([t for i in row.items for t in todo[i].targets], device=self.device)
         where = where.to(self.device)
@@ -224,19 +310,18 @@ class PrunedLM(HFLM):
             for c, g in zip(chosen.cpu().split(sizes), greedy.cpu().split(sizes), strict=True)
         ]
 
-    def _count(self, todo: list[Request]) -> None:
-        for request in todo:
-            total = len(request.read)
-            kept = sum(min(r.budget, total) for r in request.retention)
-            self.counts.tokens += total
-            self.counts.kept += kept
-            self.counts.share += kept / total
-            self.counts.layer_requests += len(request.retention)
+    def _count(self, total: int, retention: tuple[Retention, ...]) -> None:
+        kept = sum(min(r.budget, total) for r in retention)
+        self.counts.tokens += total
+        self.counts.kept += kept
+        self.counts.share += kept / total
+        self.counts.layer_requests += len(retention)
 
 
-def request_hash(arguments: tuple[str, ...]) -> str:
-    """Identifies a request by its strings."""
-    return hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:16]
+def request_hash(arguments: tuple[Any, ...]) -> str:
+    """Identifies a request by its strings, and the settings of its generation."""
+    strings = [a if isinstance(a, str) else json.dumps(a, sort_keys=True, default=str) for a in arguments]
+    return hashlib.sha256("\0".join(strings).encode()).hexdigest()[:16]
 
 
 def check_batch_size(value: Any) -> int | None:

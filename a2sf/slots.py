@@ -59,6 +59,7 @@ class PrunedLayer(CacheLayerMixin):
         self.is_initialized = False
         self._rule: list[Retention] = []
         self._store: Any = None  # SlotCache or EvictionState
+        self._slots = 0
         self._evicted: list[Tensor] = []
 
     @property
@@ -120,6 +121,13 @@ class PrunedLayer(CacheLayerMixin):
     def state(self) -> EvictionState:
         """What is cached, in canonical form."""
         return self._store if isinstance(self._store, EvictionState) else self._store.state()
+
+    def load(self, state: EvictionState) -> None:
+        """Go on from a state of as many rows, instead of what is cached."""
+        if isinstance(self._store, EvictionState):
+            self._store = state
+        else:
+            self._store.load(state)
 
     def evicted(self) -> Tensor:
         """int32 [B, K, columns], the position evicted at each column's step, -1 for none."""

