@@ -158,10 +158,10 @@ def _runner(settings: Settings) -> Runner:
     from a2sf.tracking import Tracker
 
     directory = Path(settings.runs_dir) / settings.sweep_name
-    key = (directory, settings.tracker, settings.batch_size)
+    key = (directory, settings.tracker, settings.batch_size, settings.trace)
     if key not in _runners:
         tracker = Tracker(settings.tracker, settings.sweep_name, directory)
-        _runners[key] = Runner(directory, tracker, settings.batch_size)
+        _runners[key] = Runner(directory, tracker, settings.batch_size, settings.trace)
     return _runners[key]
 
 

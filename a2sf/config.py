@@ -86,6 +86,7 @@ class Config:
     sweep_name: str = "single"
     runs_dir: str = "runs"
     plan_only: bool = False
+    trace: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Settings:
     sweep_name: str
     runs_dir: str
     plan_only: bool
+    trace: int
 
 
 def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Settings:
@@ -124,6 +126,8 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
         raise ConfigError("shots", config.shots, "give a whole number of examples, at least 0")
     if config.limit is not None and config.limit < 1:
         raise ConfigError("limit", config.limit, "give a number of documents of at least 1, or null for all")
+    if config.trace < 0:
+        raise ConfigError("trace", config.trace, "give the number of documents to trace, at least 0")
     if config.backend not in ("auto", *BACKENDS):
         raise ConfigError("backend", config.backend, f"give auto or one of {', '.join(BACKENDS)}")
     if not config.sweep_name or "/" in config.sweep_name or config.sweep_name.startswith("."):
@@ -154,6 +158,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
         sweep_name=config.sweep_name,
         runs_dir=config.runs_dir,
         plan_only=config.plan_only,
+        trace=config.trace,
     )
 
 

@@ -28,6 +28,7 @@ import torch
 import yaml
 
 from a2sf import __version__, models
+from a2sf import trace as traces
 from a2sf.cell import ENGINE_VERSION, Cell, compute
 from a2sf.errors import UserError
 from a2sf.runs import (
@@ -136,11 +137,13 @@ class Runner:
         directory: `runs/<sweep>`.
         tracker: where finished cells are logged besides.
         batch_size: sequences per forward pass, None for auto.
+        trace: documents of each cell whose evictions are noted in the cell's `traces.npz` (see `a2sf.trace`).
     """
 
     directory: Path
     tracker: Tracker
     batch_size: int | None = None
+    trace: int = 0
     _loaded: dict[models.ModelSpec, Any] = field(default_factory=dict)
 
     def run(self, cell: Cell) -> Outcome:
@@ -165,6 +168,7 @@ class Runner:
     def _compute(self, cell: Cell, path: Path) -> Outcome:
         try:
             lm = self._lm(cell)
+            lm.trace_documents = self.trace
             result, documents = _halving(lm, lambda: compute(cell, lm, self.directory.parent))
             result["provenance"] = provenance(lm)
             config = yaml.safe_dump(cell.describe(), sort_keys=False)
@@ -174,6 +178,8 @@ class Runner:
             return self._failed(cell, error)
         try:
             stored = write_cell(path, result, documents, config)
+            if lm.traces:
+                traces.save(path / "traces.npz", lm.traces)
         except OSError as error:
             raise DiskError(f"{path} cannot be written ({error.strerror or error})") from error
         failure_file(self.directory, cell.name).unlink(missing_ok=True)

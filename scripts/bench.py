@@ -1,5 +1,9 @@
 """Time the harness against what it replaces, side by side in one process: `make bench`. Results in runs/bench/bench.json."""
 
+import os
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, which torch does
+
 from a2sf import app, bench
 
 if __name__ == "__main__":

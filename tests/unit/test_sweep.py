@@ -24,6 +24,7 @@ from a2sf.models import ModelSpec
 from a2sf.policy import find_policies
 from a2sf.runs import is_cell, load_sweep
 from a2sf.sweep import DiskError, Runner, finish, plan
+from a2sf.trace import load
 from a2sf.tracking import Tracker, TrackerSpec
 from tests.conftest import SMOLLM2
 
@@ -189,6 +190,17 @@ def test_a_cell_that_another_process_computes_is_busy_until_that_process_is_dead
         assert time.monotonic() - started < 2 * sweep.LEASE_SECONDS
         time.sleep(0.5)
     assert outcome.status == "done"
+
+
+def test_traces_are_kept_beside_the_result(runner):
+    runner.trace = 2
+    assert runner.run(cell("h2o")).status == "done"
+    (path,) = runner.directory.glob("smollm2*")
+    traces = load(path / "traces.npz")
+    assert [t.document for t in traces] == [0, 1]
+    kept = traces[0].kept()
+    total = kept.shape[-1]
+    assert set(kept.sum(-1).flatten().tolist()) == {total // 2}  # the budget, in every layer and head
 
 
 def test_equal_cells_are_one_and_finished_ones_are_recognised(runner):
