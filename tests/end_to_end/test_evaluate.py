@@ -197,7 +197,7 @@ def test_a_sweep_killed_at_random_moments_loses_and_repeats_nothing(sweep, tmp_p
             cwd=ROOT,
             start_new_session=True,
         )
-        time.sleep(rng.uniform(2, 8))
+        time.sleep(rng.uniform(2, 7))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         for file in runs.rglob("result.json"):
