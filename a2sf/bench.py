@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["kernel", "lm_eval"], help="one part instead of both")
     parser.add_argument("--repeats", type=int, default=3, help="how often each thing is timed; the median counts")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/bench.json"))
+    parser.add_argument("--batch-size", type=int, help="lm-eval's batch size; default: the fastest here, searched for")
     parser.add_argument("--peak", choices=["lm_eval", "ours"], help=argparse.SUPPRESS)  # a process of its own
     options = parser.parse_args()
     if options.peak:
@@ -71,10 +72,16 @@ def main() -> None:
         known = json.loads(options.out.read_text())
         ratios |= known.pop("ratios")
         details |= known
-    for name, part in (("kernel", _kernel), ("lm_eval", _harness)):
-        if options.only in (None, name):
-            part(ratios, details, options.repeats)
-            write_atomically(options.out, json.dumps({"ratios": ratios, **details}, indent=2) + "\n")
+
+    def save() -> None:
+        write_atomically(options.out, json.dumps({"ratios": ratios, **details}, indent=2) + "\n")
+
+    if options.only != "lm_eval":
+        _kernel(ratios, details, options.repeats)
+        save()
+    if options.only != "kernel":
+        _harness(ratios, details, options, save)
+        save()
     table = Table(
         "ratio", "measured", "target", title=f"medians of {options.repeats}, {torch.get_num_threads()} threads"
     )
@@ -155,11 +162,13 @@ def per_token_loop(q: Tensor, k: Tensor, v: Tensor, budget: int, factor: float) 
     return attention @ v
 
 
-def _harness(ratios: dict[str, float], details: dict[str, Any], repeats: int) -> None:
+def _harness(
+    ratios: dict[str, float], details: dict[str, Any], options: argparse.Namespace, save: Callable[[], None]
+) -> None:
     from a2sf.lm import PrunedLM
 
     loaded = load(MODEL)
-    theirs = _lm_eval_model(loaded)
+    theirs = _lm_eval_model(loaded, options.batch_size)
     ours = PrunedLM(loaded.model, tokenizer=loaded.tokenizer)
     ours.silent = True
     _evaluate(ours, 1, documents=8)  # warm, as theirs is
@@ -175,10 +184,14 @@ def _harness(ratios: dict[str, float], details: dict[str, Any], repeats: int) ->
     for shots in (1, 0):
         hflm = functools.partial(_evaluate, theirs, shots)
         # minutes long, and warm from the search for a batch size
-        seconds = _alternately(repeats, warm=False, lm_eval=hflm, full=mine(full, shots), a2sf=mine(pruned, shots))
+        seconds = _alternately(
+            options.repeats, warm=False, lm_eval=hflm, full=mine(full, shots), a2sf=mine(pruned, shots)
+        )
         ratios[f"lm_eval_full_over_ours_full_{shots}shot"] = seconds["lm_eval"] / seconds["full"]
         ratios[f"lm_eval_full_over_ours_a2sf_{shots}shot"] = seconds["lm_eval"] / seconds["a2sf"]
         details[f"seconds_{shots}shot"] = seconds
+        details["lm_eval_batch_size"] = theirs.batch_size
+        save()
         if shots == 1:
             rate = _matmul_rate()
             ours.use(*full)
@@ -186,17 +199,18 @@ def _harness(ratios: dict[str, float], details: dict[str, Any], repeats: int) ->
             useful = _useful_flops(loaded, ours.counts.computed, ours.counts.scored)
             ratios["useful_flops_over_peak"] = useful / seconds["full"] / rate
             details["matmul_gflops"] = rate / 1e9
-    details["lm_eval_batch_size"] = theirs.batch_size
     peaks = {who: _peak_of_process(who) for who in ("ours", "lm_eval")}
     ratios["peak_memory_ours_over_lm_eval_1shot"] = peaks["ours"] / peaks["lm_eval"]
     details["peak_mib"] = {who: p / 2**20 for who, p in peaks.items()}
 
 
-def _lm_eval_model(loaded: LoadedModel) -> Any:
-    """lm-eval's own model at the batch size that is fastest here."""
+def _lm_eval_model(loaded: LoadedModel, batch_size: int | None) -> Any:
+    """lm-eval's own model at the given batch size, or the one that is fastest here."""
     from lm_eval.models.huggingface import HFLM
 
-    lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=1)
+    lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size or 1)
+    if batch_size:
+        return lm
     seconds = {}
     for size in (4, 8, 16, 32):
         lm.batch_size_per_gpu = size
