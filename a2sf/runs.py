@@ -163,6 +163,15 @@ def find_extendable(runs: Path, family: str) -> StoredCell | None:
     return best
 
 
+def finished_cells(directory: Path) -> list[StoredCell]:
+    """What a sweep has finished so far, in the order of the cells' names; none if there is no such directory.
+
+    Raises:
+        CorruptCell: if a cell is damaged.
+    """
+    return [read_cell(p) for p in sorted(directory.iterdir()) if is_cell(p)] if directory.is_dir() else []
+
+
 def load_sweep(directory: Path) -> list[StoredCell]:
     """Every finished cell of one sweep's directory, in the order of the cells' names.
 
@@ -172,7 +181,7 @@ def load_sweep(directory: Path) -> list[StoredCell]:
     """
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; give a sweep's directory under runs/")
-    cells = [read_cell(p) for p in sorted(directory.iterdir()) if is_cell(p)]
+    cells = finished_cells(directory)
     if not cells:
         raise UserError(f"{directory} holds no finished cell; run scripts/evaluate.py with that sweep first")
     return cells

@@ -34,6 +34,7 @@ from a2sf.errors import UserError
 from a2sf.runs import (
     CorruptCell,
     StoredCell,
+    finished_cells,
     is_cell,
     link_cell,
     read_cell,
@@ -250,7 +251,7 @@ def check_disk(directory: Path) -> None:
 def finish(directory: Path, cells: Sequence[Cell]) -> tuple[list[StoredCell], list[dict[str, Any]]]:
     """Write `results.csv` from every finished cell of the sweep; the finished cells of `cells`, and its failures."""
     names = {c.name for c in cells}
-    everything = [read_cell(p) for p in sorted(directory.iterdir()) if is_cell(p)] if directory.is_dir() else []
+    everything = finished_cells(directory)
     if everything:
         write_table(directory, everything)
     failures = []
