@@ -100,8 +100,11 @@ def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | No
         raise UserError("sweep_name, runs_dir and tracker name where a sweep's results go, so they cannot be swept")
 
     from a2sf import sweep, tasks
-    from a2sf.models import check_config
+    from a2sf.models import check_config, identify
 
+    if not first.plan_only:
+        for model in {c.model for s in settings for c in s.cells}:
+            identify(model)
     made = sweep.plan([c for s in settings for c in s.cells], directory)
     for note in made.notes:
         screen.print(note)

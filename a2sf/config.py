@@ -163,8 +163,11 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
 
 
 def _typed(composed: DictConfig) -> Config:
-    plain = OmegaConf.to_container(composed, resolve=True)
     try:
+        if OmegaConf.get_type(composed) is Config:  # by Hydra, which lets +key through
+            _check_keys(composed)
+            return OmegaConf.to_object(composed)  # type: ignore[return-value]
+        plain = OmegaConf.to_container(composed, resolve=True)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
@@ -225,10 +228,23 @@ def explain(error: Exception, prefix: str = "") -> str:
     first = str(error).strip().partition("\n")[0].rstrip(".")
     if key is None:
         return first
-    known = _keys(Config)
     if "not in" in first:
-        return f"{prefix}{key} is not a key of the configuration{nearest(key, known)}; see README for the list."
+        return _unknown(f"{prefix}{key}")
     return f"{prefix}{key} has a value that is not allowed: {first}."
+
+
+def _check_keys(node: DictConfig, prefix: str = "") -> None:
+    known = {f.name for f in dataclasses.fields(OmegaConf.get_type(node) or Config)}
+    for key in map(str, node):
+        if key not in known:
+            raise UserError(_unknown(f"{prefix}{key}"))
+        inner = node._get_node(key)
+        if isinstance(inner, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(inner)):
+            _check_keys(inner, f"{prefix}{key}.")
+
+
+def _unknown(key: str) -> str:
+    return f"{key} is not a key of the configuration{nearest(key, _keys(Config))}; see README for the list."
 
 
 def _keys(cls: type, prefix: str = "") -> list[str]:

@@ -30,7 +30,7 @@ import yaml
 from a2sf import __version__, models
 from a2sf import trace as traces
 from a2sf.cell import ENGINE_VERSION, Cell, compute
-from a2sf.errors import UserError
+from a2sf.errors import ConfigError, UserError
 from a2sf.runs import (
     CorruptCell,
     StoredCell,
@@ -76,28 +76,33 @@ class Plan:
 
 def plan(cells: Iterable[Cell], directory: Path) -> Plan:
     """Recognise equal cells and those already computed, in this sweep or (linked here) in another one."""
-    unique = list({c.name: c for c in cells}.values())
+    unique = {c.name: c for c in cells}
+    found: dict[str, list[Path]] = {}
+    for path in sorted(directory.parent.glob("*/*__*")):
+        if path.name in unique and is_cell(path):
+            found.setdefault(path.name, []).append(path)
     done, notes = set(), []
-    for cell in unique:
-        path = directory / cell.name
-        if is_cell(path):
+    for name in unique:
+        path, elsewhere = directory / name, found.get(name, [])
+        if path in elsewhere:
+            elsewhere.remove(path)
             try:
                 read_cell(path)
-                done.add(cell.name)
+                done.add(name)
+                continue
             except CorruptCell as error:
                 notes.append(f"{error}; moved to {set_aside(path).name}, it will be computed again.")
-        elif (elsewhere := _same_cell(cell, directory.parent)) is not None:
-            link_cell(elsewhere, path)
-            done.add(cell.name)
-    return Plan(unique, frozenset(done), notes)
+        if (same := _first_whole(elsewhere)) is not None:
+            link_cell(same, path)
+            done.add(name)
+    return Plan(list(unique.values()), frozenset(done), notes)
 
 
-def _same_cell(cell: Cell, runs: Path) -> Path | None:
-    for path in sorted(runs.glob(f"*/{cell.name}")):
-        if is_cell(path):
-            with suppress(CorruptCell):
-                read_cell(path)
-                return path
+def _first_whole(paths: Iterable[Path]) -> Path | None:
+    for path in paths:
+        with suppress(CorruptCell):
+            read_cell(path)
+            return path
     return None
 
 
@@ -155,8 +160,12 @@ class Runner:
         Raises:
             DiskError: if results cannot be written.
         """
-        path = self.directory / cell.name
         check_disk(self.directory)
+        try:
+            models.identify(cell.model)  # on the machine of a cluster, the first to need it
+        except UserError as error:
+            return self._failed(cell, error)
+        path = self.directory / cell.name
         lock = filelock.SoftFileLease(_lock_file(self.directory, cell), lease_duration=LEASE_SECONDS, timeout=0)
         try:
             with lock:
@@ -209,6 +218,10 @@ class Runner:
         if cell.model not in self._loaded:
             self._loaded.clear()  # one model at a time
             loaded = models.load(cell.model)
+            if loaded.fingerprint != cell.identity["weights"]:
+                raise ConfigError(
+                    "model.path", cell.model.path, "its files changed after the sweep began; start it again"
+                )
             lm = PrunedLM(loaded.model, tokenizer=loaded.tokenizer, batch_size=self.batch_size or "auto")
             lm.silent = True
             self._loaded[cell.model] = lm

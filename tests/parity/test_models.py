@@ -8,8 +8,9 @@ from transformers.models.llama import modeling_llama
 
 from a2sf import A2SF
 from a2sf.attention import NonFiniteError, Plan, UnsupportedModel, attached, mixes_windows, pruned_attention, running
-from a2sf.models import check_exact
+from a2sf.models import ModelSpec, check_exact, load
 from a2sf.policy import UNLIMITED, Retention
+from tests.conftest import SMOLLM2
 from tests.models import COMMON, CONFIGS, LLAMA_LIKE, random_model, small
 
 TOKENS = 40
@@ -113,9 +114,20 @@ def test_what_cannot_be_pruned_exactly_is_refused(kind, settings, why):
         check_exact(random_model(kind, **settings))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_supported_models_pass_the_check(name):
-    check_exact(small(name))
+def test_the_supported_models_pass_the_check(name, dtype):
+    check_exact(small(name).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_positions_that_do_not_follow_the_ids_are_found_in_every_dtype(dtype):
+    model = load(ModelSpec(path=SMOLLM2, device="cpu", dtype=dtype)).model  # which passes the check
+    rotary = model.model.rotary_emb
+    own = rotary.forward
+    rotary.forward = lambda x, position_ids: own(x, torch.arange(x.shape[1])[None].expand_as(position_ids))
+    with pytest.raises(UnsupportedModel, match="does not reproduce"):
+        check_exact(model)
 
 
 def test_an_argument_the_engine_does_not_know_is_refused_by_name():

@@ -220,4 +220,4 @@ def test_the_benchmark_compares_caches_of_the_same_context():
     assert int((ours.state(1).positions >= 0).sum(-1).max()) == 60
     with torch.no_grad():
         assert model(IDS[:, :1], cache=ours).logits.isfinite().all()
-    assert bench_decode._long_run(tokens=400, budget=16) < 1.2
+    assert bench_decode.long_run(tokens=400, budget=16) < 1.2

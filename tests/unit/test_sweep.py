@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import multiprocessing
@@ -212,6 +213,45 @@ def test_equal_cells_are_one_and_finished_ones_are_recognised(runner):
     elsewhere = plan(cells, runner.directory.parent / "another")
     assert [c.policy.name for c in elsewhere.pending] == ["h2o"]
     assert is_cell(runner.directory.parent / "another" / cells[0].name)
+
+
+def test_a_damaged_cell_is_set_aside_and_taken_from_another_sweep(runner):
+    done = cell()
+    runner.run(done)
+    plan([done], runner.directory.parent / "another")
+    file = runner.directory.parent / "another" / done.name / "result.json"
+    text = file.read_text()
+    file.unlink()  # the link, not the file that the other sweep holds
+    file.write_text(text[:-100])
+    made = plan([done], runner.directory.parent / "another")
+    assert (made.pending, len(made.notes)) == ([], 1)
+
+
+def test_weights_that_change_during_a_sweep_are_a_failure(runner, smollm2, monkeypatch):
+    changed = dataclasses.replace(smollm2, fingerprint="other")
+    monkeypatch.setattr(sweep.models, "load", lambda spec: changed)
+    outcome = runner.run(cell())
+    assert (outcome.status, "changed after the sweep began" in outcome.error) == ("failed", True)
+
+
+def test_a_hub_model_is_looked_up_before_its_cells_are_named(runner, smollm2, tmp_path, monkeypatch):
+    """Else its cells would have another name on the next start, and be computed again."""
+    config = tmp_path / "snapshots" / "0123456789abcdef0123" / "config.json"
+
+    def cached(repo, file, revision):
+        return str(config) if config.exists() else None
+
+    def download(spec):
+        config.parent.mkdir(parents=True)
+        config.touch()
+
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
+    monkeypatch.setattr(sweep.models, "check_config", download)
+    hub = cell(model=ModelSpec(path="owner/name", device="cpu"), model_name="name")
+    loaded = dataclasses.replace(smollm2, fingerprint="0123456789abcdef")
+    monkeypatch.setattr(sweep.models, "load", lambda spec: loaded)
+    assert runner.run(hub).status == "done"
+    assert plan([cell(model=hub.model, model_name="name")], runner.directory).pending == []
 
 
 def test_nothing_is_served_across_another_engine_version(runner, monkeypatch):
