@@ -21,6 +21,7 @@ from a2sf.errors import UserError
 from a2sf.eviction import Options, Segments
 from a2sf.kernels import attend
 from a2sf.policy import UNLIMITED, Retention
+from a2sf.trace import attention_mass
 
 IMPLEMENTATION = "a2sf"
 
@@ -66,7 +67,8 @@ class Plan:
         policy_on_sliding: whether the policy acts on layers that have a sliding window of their own; False for models
             that mix such layers with global ones, whose sliding layers stay as the model defines them.
         backend: which implementation runs.
-        trace: whether to note in `evicted` what each layer evicts, int32 [B, K, T] (see `a2sf.eviction.Attended`).
+        trace: whether to note in `evicted` what each layer evicts, int32 [B, K, T] (see `a2sf.eviction.Attended`), and of a
+            single sequence without padding the attention behind it, in `received` and `lost` (`trace.attention_mass`).
     """
 
     row: Sequence[int]
@@ -80,6 +82,8 @@ class Plan:
     trace: bool = False
     reached: set[int] = field(default_factory=set)
     evicted: dict[int, Tensor] = field(default_factory=dict)
+    received: dict[int, Tensor] = field(default_factory=dict)
+    lost: dict[int, Tensor] = field(default_factory=dict)
     _segments: dict[Any, Segments] = field(default_factory=dict)
     _by_layer: dict[tuple[int, int | None], Segments] = field(default_factory=dict)
 
@@ -142,6 +146,8 @@ class Plan:
         self.reached.add(layer)
         if out.evicted is not None:
             self.evicted[layer] = out.evicted
+            if list(self.length) == [query.shape[2]]:
+                self.received[layer], self.lost[layer] = attention_mass(query, key, out.evicted, scale)
         return out.output
 
 

@@ -79,10 +79,14 @@ class Hooks:
         else:
             assert self.scope is not None
             current = self.scope.plan(model, shape, mask)
-        if mask is not None and named.get("position_ids") is None and "position_ids" in self.names:
+        if "position_ids" in self.names and (mask is not None or bool((past > 0).any())):
             # positions count a row's own tokens, wherever its padding is
-            real = mask[:, -shape[1] :].long()
-            named["position_ids"] = (past[:, None].to(mask.device) + real.cumsum(1) - 1).clamp(min=0)
+            real = mask[:, -shape[1] :].long() if mask is not None else tokens.new_ones(shape, dtype=torch.int64)
+            own = (past[:, None].to(real.device) + real.cumsum(1) - 1).clamp(min=0)
+            if named.get("position_ids") is None:
+                named["position_ids"] = own
+            elif mask is None and cache is not None and len(set(past.tolist())) > 1:
+                self.check_positions(named["position_ids"], own, cache)
         stack = ExitStack()
         self.open = stack, current, cache
         if model.config._attn_implementation != IMPLEMENTATION:
@@ -90,6 +94,20 @@ class Hooks:
         stack.callback(active.set, active.get())
         active.set(current)
         return (), named
+
+    def check_positions(self, given: Tensor, own: Tensor, cache: BoundedCache) -> None:
+        """Refuse positions that count earlier padding, which transformers makes where it was given no mask.
+
+        Raises:
+            UserError: if they do.
+        """
+        if given.shape[-1] == own.shape[-1] and not torch.equal(given.expand_as(own).to(own.device), own):
+            self.close(None)
+            raise UserError("earlier tokens of this batch were padding; give attention_mask, which says where it was")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a model brings its hooks along, but no open call and no scope."""
+        return self.__dict__ | {"scope": None, "open": None}
 
     def after(self, model: Any, args: Any, kwargs: Any, output: Any) -> None:
         self.close(output)
@@ -115,6 +133,9 @@ def hooks_of(model: PreTrainedModel) -> Hooks:
     Raises:
         UnsupportedModel: if it is not.
     """
+    carried = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+    if model not in _hooks and (copied := next((h for h in carried if isinstance(h, Hooks)), None)) is not None:
+        _hooks[model] = copied  # the model is a copy of one that has hooks
     if model not in _hooks:
         if model.config.is_encoder_decoder:
             raise UnsupportedModel("only decoder models have a cache to prune, and this one is an encoder-decoder")

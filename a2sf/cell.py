@@ -25,6 +25,8 @@ from a2sf.runs import StoredCell, find_extendable
 
 ENGINE_VERSION = 1
 """Raised whenever a change of the engine or the scoring can move a number."""
+GENERATION_VERSION = 2
+"""The same for what concerns only tasks that generate text."""
 BOOTSTRAP = 1000
 
 
@@ -68,6 +70,7 @@ class Cell:
             "data": dataclasses.asdict(self.data),
             "engine": ENGINE_VERSION,
             "lm_eval": _lm_eval_version(),
+            **({"generation": GENERATION_VERSION} if tasks.generates(self.task) else {}),
         }
 
     @cached_property
@@ -140,7 +143,9 @@ def compute(cell: Cell, lm: Any, runs: Path) -> tuple[dict[str, Any], pd.DataFra
     task = tasks.build(cell.task, cell.data, shots=cell.shots, seed=cell.seed)
     where = tasks.provenance(task)
     lm.use(cell.policy, cell.budget)
-    lm.known = _known(find_extendable(runs, cell.family), where)
+    # of several samples of one prompt only the first is stored
+    drawn = (task.config.repeats or 1) > 1 or (task.config.generation_kwargs or {}).get("do_sample")
+    lm.known = {} if drawn else _known(find_extendable(runs, cell.family), where)
     started = datetime.now(UTC)
     clock = time.perf_counter()
     try:

@@ -9,6 +9,7 @@ call is about; calls without a `PrunedCache` are untouched. Shapes as in `a2sf.e
 
 from __future__ import annotations
 
+import numbers
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ class PrunedCache(Cache):
     Args:
         model: the model it will be used with.
         policy, budget: what to keep (None: for a policy that ignores budgets). A ratio of base `context` is one of the
-            row's prompt, of base `total` one of the prompt and `max_new_tokens`.
+            row's prompt, of base `total` one of the tokens that are read: the prompt and all new tokens but the last.
         max_new_tokens: as given to `generate`; needed for a ratio of base `total`.
         context_tokens: the prompt's length, or each row's; needed for a ratio when the prompt is read in chunks.
         backend: which implementation runs, `auto` or a name in `a2sf.kernels.BACKENDS`.
@@ -78,7 +79,10 @@ class PrunedCache(Cache):
         positions = getattr(config, "max_position_embeddings", None) or 2**31
         super().__init__(layers=[PrunedLayer(positions, backend, trace) for _ in range(config.num_hidden_layers)])
         self.layers: list[PrunedLayer]  # type: ignore[assignment]
+        self.trace = trace
         self.policy, self.budget = policy, budget if policy.uses_budget else None
+        if context_tokens is not None and not isinstance(context_tokens, numbers.Integral):
+            context_tokens = [int(n) for n in context_tokens]  # type: ignore[union-attr]
         self.max_new_tokens, self.context_tokens = max_new_tokens, context_tokens
         self.policy_on_sliding = not mixes_windows(model.config)
         self.positions = positions
@@ -97,6 +101,10 @@ class PrunedCache(Cache):
         self._pass: _CachePass | None = None
         self._spoilt = False
 
+    def __bool__(self) -> bool:
+        """False: Phi-3's generation drops a cache that is true where its rotary embedding changes; others ask for None."""
+        return False
+
     @property
     def batch_size(self) -> int:
         """Rows of the batch; -1 before the first call."""
@@ -108,24 +116,48 @@ class PrunedCache(Cache):
         return sum(layer.nbytes for layer in self.layers)
 
     def state(self, layer: int) -> EvictionState:
-        """What `layer` has cached, a copy; `.positions` [B, K, slots] are the kept positions, without padding."""
+        """What `layer` has cached, a copy; `.positions` [B, K, slots] are the kept positions, without padding.
+
+        Raises:
+            UserError: if nothing has been read yet.
+        """
+        if not self.layers[layer].is_initialized:
+            raise UserError("this cache has read nothing yet; call the model with it first")
         return self.layers[layer].state()
 
     def load(self, states: Sequence[EvictionState]) -> None:
         """Go on from stored states, one per layer and of as many rows, instead of what is cached.
 
         Raises:
-            UserError: if nothing has been read yet, so that neither the rows nor their budgets are known.
+            UserError: if nothing has been read yet, so that neither the rows nor their budgets are known; if the states
+                are not of as many layers and rows, or hold more than the budget.
         """
         if self.seen is None:
             raise UserError("a pruned cache takes over states once it has read something; call the model with it first")
+        if len(states) != len(self.layers) or any(len(s.seen) != len(self.seen) for s in states):
+            raise UserError(
+                f"give one state for each of the {len(self.layers)} layers, each of {len(self.seen)} rows as this cache has"
+            )
+        for layer, state in zip(self.layers, states, strict=True):
+            if bool(((state.positions >= 0).sum(-1).amax(-1).cpu() > layer.budget).any()):
+                raise UserError(
+                    "a state holds more tokens than this cache's budget; make a cache with the state's budget"
+                )
         for layer, state in zip(self.layers, states, strict=True):
             layer.load(state)
         self.seen = states[0].seen.cpu().clone()
         self.columns = int(self.seen.max())
 
     def evicted(self, layer: int) -> Tensor:
-        """int32 [B, K, tokens fed, padding included]: the position evicted at each step, -1 for none; needs `trace`."""
+        """int32 [B, K, tokens fed, padding included]: the position evicted at each step, -1 for none; needs `trace`.
+
+        Raises:
+            UserError: if the cache keeps no trace, or has read nothing yet.
+        """
+        if not self.trace or not self.calls:
+            raise UserError(
+                "this cache has noted nothing; make it with PrunedCache(..., trace=True) and call the model"
+            )
         return self.layers[layer].evicted()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -191,17 +223,26 @@ class PrunedCache(Cache):
                 "a cache for each batch"
             )
         start, length = new_tokens(shape, self.columns, mask)
-        if self.seen is None:
-            self._resolve(length)
-            self.seen = torch.zeros(shape[0], dtype=torch.int64)
-        elif self.calls == 1 and shape[1] > 1 and self._depends_on_prompt and self.context_tokens is None:
+        in_chunks = (self.calls == 1 and shape[1] > 1) or (self.calls == 0 and shape[1] == 1)
+        if in_chunks and self._depends_on_prompt and self.context_tokens is None:
             raise UserError(
                 "the prompt comes in chunks, so its length is not known when a share of it is needed; give "
                 "PrunedCache(..., context_tokens=...), or budget.tokens"
             )
-        after = self.seen + length
-        self._check_length(after, prompt=self.calls == 0)
-        self._pass = _CachePass(self, Step(start, length, self.seen, after, shape[1]), len(self.layers))
+        if self.seen is not None and mask is not None:
+            earlier = mask[:, : self.columns].long().sum(1).cpu()
+            if not torch.equal(earlier, self.seen):
+                raise UserError(
+                    "attention_mask hides tokens that this cache has read, or shows padding that it has not; pass the "
+                    "mask of the earlier calls with ones for what was generated, and start anew where rows ended early"
+                )
+        seen = torch.zeros(shape[0], dtype=torch.int64) if self.seen is None else self.seen
+        after = seen + length
+        self._check_length(after, torch.where(seen > 0, seen, after), prompt=self.calls == 0)
+        if self.seen is None:
+            self._resolve(length)  # last, so that a call that is refused leaves nothing behind
+            self.seen = seen
+        self._pass = _CachePass(self, Step(start, length, seen, after, shape[1]), len(self.layers))
         return self._pass
 
     def end(self, completed: bool) -> None:
@@ -238,13 +279,14 @@ class PrunedCache(Cache):
         context = length.tolist()
         if self.context_tokens is not None:
             given = self.context_tokens
-            context = [given] * len(context) if isinstance(given, int) else list(given)
+            context = [int(given)] * len(context) if isinstance(given, numbers.Integral) else list(given)
             if len(context) != len(length):
                 raise UserError(f"context_tokens gives {len(context)} lengths and the batch has {len(length)} rows")
-        layers, more = len(self.layers), self.max_new_tokens or 0
+        layers, more = len(self.layers), max(0, (self.max_new_tokens or 0) - 1)  # the last token is never read
         self.retention = [retention_of(self.policy, self.budget, n + more, n, layers) for n in context]
 
-    def _check_length(self, after: Tensor, prompt: bool) -> None:
+    def _check_length(self, after: Tensor, earliest: Tensor, prompt: bool) -> None:
+        """`earliest` [B]: the shortest length at which a cached key of the row was made."""
         longest = int(after.max()) + (max(0, self.max_new_tokens - 1) if prompt and self.max_new_tokens else 0)
         if longest > self.positions:
             and_more = " with those to generate" if prompt and self.max_new_tokens else ""
@@ -252,10 +294,10 @@ class PrunedCache(Cache):
                 f"the sequence has {longest} tokens{and_more} and the model {self.positions} positions; shorten the prompt "
                 "or generate less"
             )
-        if int(after.min()) <= self.rope_switch < longest:
+        if int(earliest.min()) <= self.rope_switch < longest:
             raise UnsupportedModel(
-                f"the model's rotary embedding changes at {self.rope_switch:.0f} tokens, and this batch has sequences on "
-                "both sides of it, which is not supported under pruning; use shorter sequences"
+                f"the model's rotary embedding changes at {self.rope_switch:.0f} tokens, and this batch has keys from both "
+                "sides of it, which is not supported under pruning; use shorter sequences"
             )
 
 
@@ -338,7 +380,7 @@ class _Scope:
             )
         if cache is None and not (model.config.get_text_config().use_cache if keep is None else keep):
             return None
-        more = self.max_new_tokens if cache is not None or self.max_new_tokens is not None else 0
+        more = self.max_new_tokens if cache is not None else 0  # without one it is a plain call, of its own tokens
         return PrunedCache(model, self.policy, self.budget, max_new_tokens=more, backend=self.backend)
 
     def plan(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> Plan:
@@ -381,6 +423,7 @@ def pruning(
     """
     check_settings(policy, budget, model.config.get_text_config().num_hidden_layers)
     hooks = hooks_of(model)
+    hooks.close(None)  # a call that was interrupted left it open
     before, hooks.scope = hooks.scope, _Scope(policy, budget if policy.uses_budget else None, max_new_tokens, backend)
     try:
         with attached(model):

@@ -24,15 +24,17 @@ from tqdm import tqdm
 
 from a2sf.attention import Plan, UnsupportedModel, attached, mixes_windows, rope_switch, running
 from a2sf.budget import Budget
+from a2sf.calls import hooks_of
 from a2sf.errors import ConfigError, UserError
-from a2sf.generation import PrunedCache, retention_of
+from a2sf.generation import PrunedCache, check_settings, retention_of
 from a2sf.packing import Item, Pack, pack
 from a2sf.policy import Policy, Retention, find_policies
 from a2sf.trace import Trace
 
 NAME = "a2sf"
-PACK_TOKENS = {"cpu": 2048, "cuda": 16384}
+PACK_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Computed tokens per forward pass where `batch_size` is auto."""
+LOGSUMEXP_ROWS = 64
 GENERATED_ROWS = 8
 """Sequences generated at a time where `batch_size` is auto."""
 
@@ -118,6 +120,8 @@ class PrunedLM(HFLM):
             if policy not in policies:
                 raise ConfigError("policy", policy, f"give one of {', '.join(sorted(policies))}")
             settings = {} if forgetting_factor is None else {"forgetting_factor": forgetting_factor}
+            if settings and "forgetting_factor" not in {f.name for f in dataclasses.fields(policies[policy])}:
+                raise ConfigError("forgetting_factor", forgetting_factor, f"{policy} has none; leave it out")
             policy = policies[policy](**settings)
         if budget is None and (budget_ratio is not None or budget_tokens is not None or policy.uses_budget):
             budget = Budget(ratio=budget_ratio, tokens=budget_tokens, base=budget_base)
@@ -133,11 +137,7 @@ class PrunedLM(HFLM):
         Raises:
             ConfigError: if a per-layer list does not fit the model, or the budget is too small for the policy.
         """
-        policy.check(self.layers)
-        if budget is not None:
-            budget.check(self.layers)
-        elif policy.uses_budget:
-            raise ConfigError("budget", None, f"the policy {policy.name} needs budget.ratio or budget.tokens")
+        check_settings(policy, budget, self.layers)
         self.policy, self.budget = policy, budget
         self.counts = Counts()
         self.lengths: dict[str, tuple[int, int]] = {}
@@ -154,15 +154,18 @@ class PrunedLM(HFLM):
         hashes = [request_hash(r.args) for r in requests]
         prompts = [self._prompt(*r.args) for r in requests]
         new = [r for r, h in zip(own, hashes, strict=True) if h not in self.known]
-        self.batch_size_per_gpu = self.sequences_per_pass or GENERATED_ROWS
+        fewer = self.tokens_per_pass / PACK_TOKENS[self.device.type if self.device.type == "cpu" else "cuda"]
+        self.batch_size_per_gpu = max(1, int((self.sequences_per_pass or GENERATED_ROWS) * fewer))
         texts = iter(super().generate_until(new, disable_tqdm=disable_tqdm) if new else [])
         answers = [self.known[h][0] if h in self.known else next(texts) for h in hashes]
         self.counts.reused += len(requests) - len(new)
         for request, h, text, (context, most) in zip(requests, hashes, answers, prompts, strict=True):
             continuation = self.tok_encode(text, add_special_tokens=False)
             self.lengths[h] = (len(context), len(continuation))
+            kept = self.retention(len(context) + max(0, most - 1), len(context))
+            if h not in self.known:
+                self._count(len(context) + len(continuation[:-1]), kept)
             if self._to_trace(request) and continuation:
-                kept = self.retention(len(context) + most, len(context))
                 self._trace(request.doc_id, context, continuation[:-1], kept)
         return answers
 
@@ -185,10 +188,11 @@ class PrunedLM(HFLM):
         more = max_length - context.shape[1]
         cache = PrunedCache(self.model, self.policy, self.budget, max_new_tokens=more, backend=self.engine)
         text = super()._model_generate(context, max_length, stop, cache=cache, **settings)
-        if cache.seen is not None:
-            for total, kept in zip(cache.seen.tolist(), cache.retention, strict=True):
-                self._count(total, kept)
-            self.counts.computed += int(cache.seen.sum())
+        if cache.seen is None:
+            raise UnsupportedModel(
+                f"{type(self.model).__name__} did not use the pruned cache that generate() gave it; choose another model"
+            )
+        self.counts.computed += int(cache.seen.sum())
         return text
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -214,7 +218,7 @@ class PrunedLM(HFLM):
         return number is not None and number < self.trace_documents and all(t.document != number for t in self.traces)
 
     def _trace(self, document: int, context: list[int], continuation: list[int], kept: tuple[Retention, ...]) -> None:
-        """Read one sequence by itself and note what every layer evicts, in `traces`."""
+        """Read one sequence by itself and note what every layer evicts, and the attention behind it, in `traces`."""
         read = context + continuation
         plan = Plan.of_rows(
             [len(read)],
@@ -227,15 +231,17 @@ class PrunedLM(HFLM):
         )
         with attached(self.model), torch.inference_mode(), running(plan):
             self.model(input_ids=torch.tensor([read], device=self.device), use_cache=False, logits_to_keep=1)
-        evicted = torch.cat([plan.evicted[i] for i in range(self.layers)]).cpu().numpy()
+        noted = (plan.evicted, plan.received, plan.lost)
+        arrays = (torch.cat([of_layer[i] for i in range(self.layers)]).cpu().numpy() for of_layer in noted)
         pieces = tuple(self.tokenizer.decode([t]) for t in read)
-        self.traces.append(Trace(document, pieces, len(context), evicted))
+        self.traces.append(Trace(document, pieces, len(context), *arrays))
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         todo = [self._request(r[1], r[2]) for r in requests]
         answers: list[tuple[float, bool] | None] = [None] * len(todo)
+        hooks_of(self.model).close(None)  # a call that was interrupted left it open
         bar = tqdm(total=len(todo), disable=disable_tqdm, desc="log-likelihoods", leave=False)
         with attached(self.model), torch.inference_mode():
             for row in self._rows(todo):
@@ -301,7 +307,8 @@ class PrunedLM(HFLM):
 
         targets = torch.tensor([t for i in row.items for t in todo[i].targets], device=self.device)
         where = where.to(self.device)
-        normalizer = logits.float().logsumexp(-1)
+        # in parts, because it allocates what it is given once more
+        normalizer = torch.cat([part.float().logsumexp(-1) for part in logits.split(LOGSUMEXP_ROWS)])
         chosen = logits[where, targets].float() - normalizer[where]
         greedy = logits.argmax(-1)[where] == targets
         sizes = [len(todo[i].targets) for i in row.items]

@@ -206,6 +206,10 @@ def check_exact(model: PreTrainedModel) -> None:
     Raises:
         UnsupportedModel: if the logits differ.
     """
+    if model.training:
+        raise UnsupportedModel(
+            "the model is in training mode, where dropout changes every call; call model.eval() first"
+        )
     config = model.config.get_text_config()
     layers, vocabulary = config.num_hidden_layers, config.vocab_size
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}

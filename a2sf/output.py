@@ -11,11 +11,13 @@ from a2sf.compare import compare_pair, comparisons_frame
 from a2sf.errors import UserError
 from a2sf.fidelity import fidelity_frame
 from a2sf.layout import Table, build_tables
+from a2sf.needle import needle_plots, needle_tables
 from a2sf.plots import draw_all
 from a2sf.report import Contents, read_failures, write_report
 from a2sf.runs import write_atomically
 from a2sf.summaries import comparison_tables, fidelity_tables, text_latex, text_markdown
 from a2sf.tables import csv_frame, latex, markdown
+from a2sf.traced import trace_frame, trace_pictures
 
 README_BEGIN, README_END = "<!-- table:begin -->", "<!-- table:end -->"
 FORMATS = ("md", "tex", "csv")
@@ -62,7 +64,12 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     tables = build_tables(grid, options.pivot, pair=options.pair)
     comparisons, said = compare_pair(grid, options.pair)
     fidelity, unsaid = fidelity_frame(grid)
-    text_tables = [*comparison_tables(comparisons, grid.percent), *fidelity_tables(grid, fidelity)]
+    text_tables = [
+        *needle_tables(grid),
+        *comparison_tables(comparisons, grid.percent),
+        *fidelity_tables(grid, fidelity),
+    ]
+    traces = trace_frame(grid, options.pair)
     out = options.out or directories[0]
     written = {
         "tables.md": markdown(tables, options.stderr) + "\n" + text_markdown(text_tables),
@@ -70,6 +77,7 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
         "tables.csv": csv_frame(tables).to_csv(index=False),
         "comparisons.csv": comparisons_frame(comparisons).to_csv(index=False) if comparisons else "",
         "fidelity.csv": fidelity.to_csv(index=False) if len(fidelity) else "",
+        "traces.csv": traces.to_csv(index=False) if len(traces) else "",
     }
     files = []
     for name, text in written.items():
@@ -77,7 +85,10 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
             (out / "tables").mkdir(parents=True, exist_ok=True)
             write_atomically(out / "tables" / name, text)
             files.append(out / "tables" / name)
-    plots = draw_all(grid, out / "plots", options.pair) if options.plots else {}
+    plots: dict[str, list[Path]] = {}
+    if options.plots:
+        plots = needle_plots(grid, out / "plots") | draw_all(grid, out / "plots", options.pair)
+        plots |= trace_pictures(grid, out / "plots")
     files += [file for pictures in plots.values() for file in pictures]
     notes = list(dict.fromkeys([*said, *unsaid, *(n for t in tables for n in t.notes)]))
     if options.report:

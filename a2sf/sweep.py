@@ -232,11 +232,13 @@ class Runner:
 
 def _halving(lm: Any, work: Any) -> Any:
     """`work()`, with half the tokens per forward pass whenever the GPU's memory does not suffice."""
+    before = lm.tokens_per_pass
     while True:
         try:
             return work()
         except torch.cuda.OutOfMemoryError:
             if lm.tokens_per_pass < 64:
+                lm.tokens_per_pass = before  # the next cell may be smaller
                 raise
             lm.tokens_per_pass //= 2
             torch.cuda.empty_cache()

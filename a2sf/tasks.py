@@ -145,6 +145,11 @@ def version_of(name: str) -> Any:
     return metadata.get("version") if isinstance(metadata, dict) else None
 
 
+def generates(name: str) -> bool:
+    """Whether the task's answers are generated text."""
+    return bool(_configuration(name).get("output_type") == "generate_until")
+
+
 def build(name: str, data: DataSpec, *, shots: int, seed: int) -> Any:
     """The lm-eval task, its documents loaded, with `shots` examples from the few-shot split.
 

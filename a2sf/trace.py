@@ -1,7 +1,7 @@
 """Retention traces: what every layer and KV head evicted at each step of a document, and what one can read off it.
 
-A trace holds one number per step, the position that went (`evicted` [L, K, T], L layers, K KV heads, T steps); all the
-rest follows from it. Traces of a cell's first documents are one `.npz` file.
+A trace holds one number per step, the position that went (`evicted` [L, K, T], L layers, K KV heads, T steps), from
+which all kept sets follow, and the attention behind it. Traces of a cell's first documents are one `.npz` file.
 """
 
 from __future__ import annotations
@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
 
 PICTURED = 240
 """Tokens of a document that a picture shows, from its end."""
+CHUNK = 256
+"""Queries whose attention is computed at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,12 +32,16 @@ class Trace:
         pieces: the text of each token, [T].
         context: how many of the tokens are the prompt; the rest is a continuation.
         evicted: int32 [L, K, T], the position evicted at each step, -1 for none.
+        received: float32 [L, K, T], the attention each position got while it was cached (see `attention_mass`).
+        lost: float32 [L, K, T], the share of each step's full attention that was on evicted positions.
     """
 
     document: int
     pieces: tuple[str, ...]
     context: int
     evicted: np.ndarray
+    received: np.ndarray
+    lost: np.ndarray
 
     @cached_property
     def gone(self) -> np.ndarray:
@@ -48,10 +57,68 @@ class Trace:
         step = range(T)[step]
         return (np.arange(T) <= step) & (self.gone > step)
 
+    def first(self, tokens: int) -> Trace:
+        """The trace after so many tokens; what positions received from later ones stays in `received`."""
+        arrays = (a[..., :tokens] for a in (self.evicted, self.received, self.lost))
+        return Trace(self.document, self.pieces[:tokens], min(tokens, self.context), *arrays)
+
     def ages(self, layer: int) -> np.ndarray:
-        """How old each token was that `layer` evicted, in steps, over all KV heads; in no particular order."""
+        """How old each token was that `layer` evicted, in steps: of the first KV head's steps, then of the second's, ..."""
         evicted = self.evicted[layer]
         return (np.arange(evicted.shape[-1]) - evicted)[evicted >= 0]
+
+    def masses(self, layer: int) -> np.ndarray:
+        """The attention each token that `layer` evicted had received by then, in the order of `ages`."""
+        evicted = self.evicted[layer]
+        return np.take_along_axis(self.received[layer], evicted.clip(min=0), axis=1)[evicted >= 0]
+
+    def summary(self) -> pd.DataFrame:
+        """One row per layer: evicted tokens per KV head, their mean age and mass, and the mean share of attention lost."""
+        rows = []
+        for layer, of_layer in enumerate(self.evicted):
+            ages, masses = self.ages(layer), self.masses(layer)
+            rows.append(
+                {
+                    "evicted": len(ages) / len(of_layer),
+                    "age": ages.mean() if len(ages) else np.nan,
+                    "mass": masses.mean() if len(ages) else np.nan,
+                    "lost": self.lost[layer].mean(),
+                }
+            )
+        return pd.DataFrame(rows).rename_axis("layer")
+
+
+def attention_mass(query: Tensor, key: Tensor, evicted: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The attention behind an eviction: what positions received while they were cached, and what was lost with them.
+
+    Args:
+        query: [B, H, T, D], of whole sequences without padding.
+        key: [B, K, T, D].
+        evicted: int32 [B, K, T], the position evicted at each step, -1 for none.
+        scale: factor of the logits.
+
+    Returns:
+        Two float32 [B, K, T]: `received`, the sum of a position's probabilities over the steps it was cached at and the
+        query heads of its group; and `lost`, for each step the share of the attention to *all* earlier tokens that would
+        be on those already evicted, mean over the group. For a layer with a sliding window of its own this counts what
+        its window leaves out.
+    """
+    B, H, T, _ = query.shape
+    K = key.shape[1]
+    at = torch.arange(T, device=query.device)
+    gone = torch.full((B, K, T + 1), T, device=query.device)
+    gone.scatter_(2, torch.where(evicted >= 0, evicted, T).long(), at.expand(B, K, T))
+    gone = gone[..., None, None, :T]
+    received, lost = (torch.zeros(B, K, T, device=query.device) for _ in range(2))
+    q, k = query.float().unflatten(1, (K, H // K)), key.float()[:, :, None]
+    for start in range(0, T, CHUNK):
+        now = at[start : start + CHUNK, None]
+        logits = q[..., start : start + CHUNK, :] @ k.transpose(-1, -2) * scale  # [B, K, H / K, CHUNK, T]
+        logits = logits.masked_fill(at > now, -torch.inf)
+        missing = gone < now
+        lost[..., start : start + CHUNK] = (logits.softmax(-1) * missing).sum(-1).mean(2)
+        received += logits.masked_fill(missing, -torch.inf).softmax(-1).sum((2, 3))
+    return received, lost
 
 
 def overlap(a: Trace, b: Trace) -> np.ndarray:
@@ -76,7 +143,7 @@ def save(path: Path, traces: Sequence[Trace]) -> None:
     """Write traces to one `.npz` file."""
     arrays: dict[str, Any] = {"documents": np.array([t.document for t in traces], np.int64)}
     for t in traces:
-        arrays[f"evicted_{t.document}"] = t.evicted
+        arrays |= {f"{name}_{t.document}": getattr(t, name) for name in ("evicted", "received", "lost")}
         arrays[f"pieces_{t.document}"] = np.array(t.pieces, dtype=np.str_)
         arrays[f"context_{t.document}"] = np.int64(t.context)
     with path.open("wb") as file:
@@ -87,7 +154,12 @@ def load(path: Path) -> list[Trace]:
     """Read what `save` wrote."""
     with np.load(path, allow_pickle=False) as held:
         return [
-            Trace(int(d), tuple(map(str, held[f"pieces_{d}"])), int(held[f"context_{d}"]), held[f"evicted_{d}"])
+            Trace(
+                int(d),
+                tuple(map(str, held[f"pieces_{d}"])),
+                int(held[f"context_{d}"]),
+                *(held[f"{name}_{d}"] for name in ("evicted", "received", "lost")),
+            )
             for d in held["documents"]
         ]
 

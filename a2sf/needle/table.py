@@ -1,40 +1,45 @@
-"""Needle results by depth: `needle_table` from finished cells, and a picture of it."""
+"""Needle results by depth and by length of the text: as data, as tables of text, and as a picture."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
-from a2sf.collect import DASH
+from a2sf.collect import DASH, Grid
 from a2sf.errors import UserError
+from a2sf.plots import save
 from a2sf.runs import StoredCell
+from a2sf.summaries import TextTable
+from a2sf.tables import number
 
-METRIC = "metric/exact_match"
+TASK, METRIC = "needle", "metric/exact_match"
 ROW = ["model", "policy", "budget", "factor"]
+UNITS = {"depth": "depth of the needle (% of the text)", "length": "words of filler"}
 
 
 def needle_table(cells: Iterable[StoredCell], by: str = "depth") -> pd.DataFrame:
     """Share of needles found: one row per model, policy, budget and factor, one column per depth (percent) or length.
 
     Args:
-        cells: finished cells of any tasks; those of the needle task are used.
+        cells: finished cells of any tasks; those of the needle task are used, in their order.
         by: `depth` or `length`.
 
     Raises:
         UserError: if there is no needle result among them, or `by` is neither.
     """
-    if by not in ("depth", "length"):
+    if by not in UNITS:
         raise UserError(f"needle results come by depth or by length, not by {by!r}")
-    frames = [_answers(c) for c in cells if c.cell["task"] == "needle"]
+    frames = [_answers(c) for c in cells if c.cell["task"] == TASK]
     if not frames:
         raise UserError("there is no result of the needle task among these cells; run one with tasks=needle")
     answers = pd.concat(frames, ignore_index=True)
-    table = answers.pivot_table(index=ROW, columns=f"doc/{by}", values=METRIC, aggfunc="mean", sort=True)
+    table = answers.groupby([*ROW, f"doc/{by}"], sort=False)[METRIC].mean().unstack(f"doc/{by}", sort=False)
     table.columns = [int(c) for c in table.columns]
-    return table.rename_axis(columns=by)
+    return table.sort_index(axis=1).rename_axis(columns=by)
 
 
 def _answers(cell: StoredCell) -> pd.DataFrame:
@@ -51,25 +56,69 @@ def _answers(cell: StoredCell) -> pd.DataFrame:
     )
 
 
-def needle_plot(cells: Iterable[StoredCell], path: Path, by: str = "depth") -> None:
-    """Draw `needle_table` as a heat map: how far into the text (or how long a text) each policy and budget still finds.
+def needle_figure(cells: Iterable[StoredCell]) -> Figure:
+    """Heat maps of how far into a text, and in how long a text, each policy and budget still finds the needle.
 
     Raises:
         UserError: as for `needle_table`.
     """
-    from matplotlib.figure import Figure
+    held = list(cells)
+    tables = {by: needle_table(held, by) for by in UNITS}
+    columns = [len(t.columns) for t in tables.values()]
+    first = tables["depth"]
+    figure = Figure(figsize=(2.2 + 0.65 * sum(columns), 1.2 + 0.32 * len(first)), layout="constrained")
+    panels = figure.subplots(1, len(tables), sharey=True, width_ratios=columns)
+    for axes, (by, table) in zip(panels, tables.items(), strict=True):
+        axes.grid(False)
+        axes.imshow(table.to_numpy(), vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        for i, row in enumerate(table.to_numpy()):
+            for j, value in enumerate(row):
+                ink = "white" if value < 0.5 else "black"
+                axes.text(j, i, f"{value:.0%}", ha="center", va="center", color=ink, fontsize=8)
+        axes.set_xticks(range(len(table.columns)), [str(c) for c in table.columns])
+        axes.set_xlabel(UNITS[by])
+    names = [n for n in ROW if n != "model" or first.index.get_level_values("model").nunique() > 1]
+    labels = first.index.to_frame()[names].to_numpy()
+    panels[0].set_yticks(range(len(first)), [", ".join(p for p in row if p != DASH) for row in labels])
+    return figure
 
-    table = needle_table(cells, by)
-    figure = Figure(figsize=(3.5 + 0.8 * len(table.columns), 1.2 + 0.35 * len(table)), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(table.to_numpy(), vmin=0, vmax=1, cmap="cividis", aspect="auto")
-    for i, row in enumerate(table.to_numpy()):
-        for j, value in enumerate(row):
-            axes.text(
-                j, i, f"{value:.0%}", ha="center", va="center", color="white" if value < 0.5 else "black", fontsize=8
-            )
-    unit = "depth of the needle (% of the text)" if by == "depth" else "words of filler"
-    axes.set_xticks(range(len(table.columns)), [str(c) for c in table.columns])
-    axes.set_yticks(range(len(table)), [" · ".join(p for p in row if p != DASH) for row in table.index])
-    axes.set(xlabel=unit, title="Needles found")
-    figure.savefig(path, dpi=150)
+
+def needle_plot(cells: Iterable[StoredCell], path: Path) -> None:
+    """Draw `needle_figure` into a file.
+
+    Raises:
+        UserError: as for `needle_table`.
+    """
+    needle_figure(cells).savefig(path, dpi=150)
+
+
+def needle_tables(grid: Grid) -> list[TextTable]:
+    """By depth and by length, for each model and number of shots that has needle results."""
+    tables = []
+    for where, cells in _parts(grid):
+        for by, unit in UNITS.items():
+            frame = needle_table(cells, by)
+            shares = frame.map(lambda x: number(x, percent=True)).rename(columns=str)
+            rows = frame.index.to_frame(index=False)[["policy", "budget", "factor"]].rename(columns=str.capitalize)
+            documents = len(cells[0].documents)
+            legend = f"Share of {documents} documents whose code was found (%), by {unit}."
+            title = f"Needles found by {by}: {where}"
+            tables.append(TextTable(title, pd.concat([rows, shares.reset_index(drop=True)], axis=1), legend))
+    return tables
+
+
+def needle_plots(grid: Grid, directory: Path) -> dict[str, list[Path]]:
+    """Caption -> the PNG and SVG written, for each model and number of shots that has needle results."""
+    written = {}
+    parts = list(_parts(grid))
+    for i, (where, cells) in enumerate(parts):
+        stem = "needle" if len(parts) == 1 else f"needle-{i}"
+        written[f"Needles found ({where})"] = save(needle_figure(cells), directory / stem)
+    return written
+
+
+def _parts(grid: Grid) -> Iterator[tuple[str, list[StoredCell]]]:
+    for model, shots, part in grid.parts():
+        cells = [part.cells[s.keys[TASK]] for s in part.systems() if s.keys.get(TASK) in part.cells]
+        if cells:
+            yield f"{model}, {shots}-shot", cells

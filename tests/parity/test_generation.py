@@ -49,7 +49,8 @@ def check_kept(cache: PrunedCache, evicted: list[torch.Tensor], step: int) -> No
     for layer, gone in enumerate(evicted):
         positions = cache.state(layer).positions.numpy()
         for row in range(gone.shape[0]):
-            trace = Trace(0, ("",) * gone.shape[-1], 0, gone[row : row + 1].numpy())
+            evicted = gone[row : row + 1].numpy()
+            trace = Trace(0, ("",) * gone.shape[-1], 0, evicted, received=evicted * 0.0, lost=evicted * 0.0)
             for head, kept in enumerate(trace.kept(step)[0]):
                 assert np.flatnonzero(kept).tolist() == [p for p in positions[row, head] if p >= 0]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -10,13 +12,17 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from a2sf import Budget, cell, tasks
+from a2sf.collect import DASH, Selection
 from a2sf.errors import UserError
 from a2sf.lm import PrunedLM
 from a2sf.models import ModelSpec
 from a2sf.needle import needle_plot, needle_table
 from a2sf.needle.utils import DEPTHS, LENGTHS, documents
+from a2sf.output import Options, show
 from a2sf.policy import find_policies
+from a2sf.runs import write_cell
 from tests.conftest import SMOLLM2
+from tests.sweep_fixture import Plan, write_sweep
 
 DATA = tasks.DataSpec(source="bundle")
 
@@ -100,7 +106,7 @@ def test_a_cell_of_the_task_and_its_traces(lm, tmp_path, monkeypatch):
     (trace,) = lm.traces
     assert trace.context == row["context_tokens"][0]
     assert trace.evicted.shape == (lm.layers, 3, len(trace.pieces))
-    budget = one.budget.slots(total=trace.context + 12, context=trace.context, layer=0)
+    budget = one.budget.slots(total=trace.context + 11, context=trace.context, layer=0)
     assert (trace.kept().sum(-1) == budget).all()
 
     # scored before: taken from the file, not generated again
@@ -136,12 +142,51 @@ def finished(policy: str, hits: list[int]) -> SimpleNamespace:
 
 
 def test_the_table_and_picture_by_depth(tmp_path):
-    cells = [finished("One", [1, 0, 1, 1]), finished("Two", [0, 0, 1, 0])]
+    cells = [finished("Two", [0, 0, 1, 0]), finished("One", [1, 0, 1, 1])]
     table = needle_table(cells)
     assert table.columns.tolist() == [0, 50]
-    assert table.to_numpy().tolist() == [[1, 0.5], [0.5, 0]]
-    assert needle_table(cells, by="length").to_numpy().tolist() == [[0.5, 1], [0, 0.5]]
+    assert table.index.get_level_values("policy").tolist() == ["Two", "One"]  # in the cells' order
+    assert table.to_numpy().tolist() == [[0.5, 0], [1, 0.5]]
+    assert needle_table(cells, by="length").to_numpy().tolist() == [[0, 0.5], [0.5, 1]]
     needle_plot(cells, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 1000
     with pytest.raises(UserError, match="no result of the needle task"):
         needle_table([])
+
+
+def write_needle(directory: Path, policy: str, budget: float | None, hits: list[int]) -> None:
+    """A finished cell of the needle task, the documents at two depths and two lengths."""
+    (model_cell,) = write_sweep(directory, Plan(policies=[policy], budgets=[budget or 1.0], documents={"needle": 4}))
+    documents = model_cell.documents.drop(columns=["metric/acc", "metric/acc_norm"]).assign(
+        **{
+            "gold": -1,
+            "prediction": -1,
+            "choices": [[]] * 4,
+            "loglikelihoods": [[]] * 4,
+            "is_greedy": [[]] * 4,
+            "target": "12345",
+            "generated": ["12345" if hit else "no" for hit in hits],
+            "doc/depth": [0.0, 50.0] * 2,
+            "doc/length": [100.0] * 2 + [250.0] * 2,
+            "metric/exact_match": [float(h) for h in hits],
+        }
+    )
+    value = {"value": sum(hits) / 4, "stderr": 0.1, "n": 4, "higher_is_better": True}
+    result = model_cell.result | {"metrics": {"exact_match": value}}
+    del result["checksums"]
+    shutil.rmtree(model_cell.path)
+    write_cell(model_cell.path, result, documents, "x: 1\n")
+
+
+def test_tables_and_report_of_a_sweep_hold_the_needles(tmp_path):
+    sweep = tmp_path / "needles"
+    for policy, budget, hits in (("full", None, [1] * 4), ("h2o", 0.5, [1, 0, 1, 0]), ("a2sf", 0.5, [0, 1, 0, 1])):
+        write_needle(sweep, policy, budget, hits)
+    shown = show([sweep], Selection(), Options())
+    text = (sweep / "tables" / "tables.md").read_text()
+    assert f"| Full cache | {DASH} | {DASH} | 100.0 | 100.0 |" in text
+    by_depth = text[text.index("found by depth") : text.index("found by length")]
+    assert f"| H2O | 0.5 | {DASH} | 100.0 | 0.0 |" in by_depth
+    assert "| A2SF | 0.5 | 0.1 | 0.0 | 100.0 |" in by_depth
+    assert sweep / "plots" / "needle.png" in shown.files
+    assert "Needles found" in (sweep / "report.html").read_text()
