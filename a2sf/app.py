@@ -175,9 +175,10 @@ def _model_names() -> dict[str, str]:
     return {path: name for name, path in known.items() if path}
 
 
-def _print_plan(made: Plan, seconds: float | None, directory: Path) -> None:
-    pending = made.pending
-    about = "" if seconds is None or not pending else f", about {_duration(seconds)} at the speed measured here"
+def _print_plan(made: Plan, estimate: tuple[float, int], directory: Path) -> None:
+    pending, (seconds, known) = made.pending, estimate
+    some = "" if known == len(pending) else f"; {len(pending) - known} of them are not like any that was measured"
+    about = f", about {_duration(seconds)} at the speed measured here{some}" if known else ""
     screen.print(
         f"[bold]{directory}[/bold]: {len(made.cells)} cells, {len(made.done)} done, {len(pending)} to run{about}",
         highlight=False,

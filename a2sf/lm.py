@@ -156,7 +156,7 @@ class PrunedLM(HFLM):
         new = [r for r, h in zip(own, hashes, strict=True) if h not in self.known]
         fewer = self.tokens_per_pass / PACK_TOKENS[self.device.type if self.device.type == "cpu" else "cuda"]
         self.batch_size_per_gpu = max(1, int((self.sequences_per_pass or GENERATED_ROWS) * fewer))
-        texts = iter(super().generate_until(new, disable_tqdm=disable_tqdm) if new else [])
+        texts = iter(super().generate_until(new, disable_tqdm=disable_tqdm or self.silent) if new else [])
         answers = [self.known[h][0] if h in self.known else next(texts) for h in hashes]
         self.counts.reused += len(requests) - len(new)
         for request, h, text, (context, most) in zip(requests, hashes, answers, prompts, strict=True):

@@ -106,8 +106,12 @@ def _first_whole(paths: Iterable[Path]) -> Path | None:
     return None
 
 
-def estimate_seconds(todo: Sequence[Cell], runs: Path) -> float | None:
-    """How long the pending cells may take, from cells of the same model, task and shots that were measured; else None."""
+def estimate_seconds(todo: Sequence[Cell], runs: Path) -> tuple[float, int]:
+    """How long pending cells may take, from cells of the same model, task and shots that were measured.
+
+    Returns:
+        Seconds for the cells whose like was measured, and how many those are.
+    """
     seen: dict[tuple[str, str, int], list[float]] = {}
     for path in runs.glob("*/*__*"):
         if is_cell(path):
@@ -117,13 +121,9 @@ def estimate_seconds(todo: Sequence[Cell], runs: Path) -> float | None:
                 if t["tokens"] and t["reused_requests"] == 0:
                     rate = t["seconds"] / stored.result["documents"]["n"]
                     seen.setdefault((c["model"], c["task"], c["shots"]), []).append(rate)
-    total = 0.0
-    for cell in todo:
-        rates = seen.get((cell.model_name, cell.task, cell.shots)) or [r for v in seen.values() for r in v]
-        if not rates or cell.limit is None:
-            return None
-        total += sum(rates) / len(rates) * cell.limit
-    return total
+    of_cells = [(seen.get((c.model_name, c.task, c.shots)), c.limit) for c in todo]
+    known = [sum(rates) / len(rates) * limit for rates, limit in of_cells if rates and limit]
+    return sum(known), len(known)
 
 
 @dataclass

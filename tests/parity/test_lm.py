@@ -180,3 +180,10 @@ def test_lm_eval_takes_it_by_name(smollm2, bundle, tmp_path):
 def test_bad_arguments(tiny, arguments, why):
     with pytest.raises(ConfigError, match=why):
         tiny(**arguments)
+
+
+def test_settings_that_generating_would_refuse_are_refused_when_scoring(tiny):
+    with pytest.raises(ConfigError, match="streaming protects 4 tokens"):
+        tiny("streaming", budget_tokens=3)
+    with pytest.raises(ConfigError, match="forgetting_factor"):
+        tiny("h2o", budget_tokens=8, forgetting_factor=0.3)

@@ -150,6 +150,112 @@ def test_misuse_is_told_in_one_sentence():
     refused("only a padding mask", input_ids=IDS, attention_mask=gap[:, None, None])
 
 
+def test_a_refused_call_leaves_nothing_behind():
+    model = small("llama", max_position_embeddings=64)
+    cache = PrunedCache(model, A2SF(), Budget(ratio=0.5, base="context"))
+    with torch.no_grad():
+        with pytest.raises(UserError, match="70 tokens"):
+            model(IDS.repeat(1, 4)[:, :70], cache=cache)
+        model(IDS[:1], cache=cache)  # of another batch size and length
+    assert [row[0].budget for row in cache.retention] == [10]
+
+
+def test_a_prompt_fed_token_by_token_needs_its_length():
+    model = small("llama")
+    refused("prompt comes in chunks", input_ids=IDS[:, :1])
+    cache = PrunedCache(model, A2SF(), Budget(ratio=0.5, base="context"), context_tokens=torch.tensor([20, 12]))
+    with torch.no_grad():
+        model(IDS[:, :1], cache=cache)
+    assert [row[0].budget for row in cache.retention] == [10, 6]
+
+
+def test_padding_of_an_earlier_call_is_remembered_or_asked_for():
+    model = small("llama")
+    mask = torch.ones_like(IDS)
+    mask[1, :8] = 0
+    caches = [PrunedCache(model, A2SF(), Budget(tokens=6)) for _ in range(3)]
+    with torch.no_grad():
+        for cache in caches:
+            model(IDS, attention_mask=mask, cache=cache)
+        longer = torch.cat([mask, torch.ones(2, 1, dtype=torch.int64)], 1)
+        expected = model(IDS[:, :1], attention_mask=longer, cache=caches[0]).logits
+        # without a mask the new token's position still is the row's own
+        torch.testing.assert_close(model(IDS[:, :1], cache=caches[1]).logits, expected)
+        with pytest.raises(UserError, match="give attention_mask"):
+            model(IDS[:, :1], position_ids=torch.full((2, 1), 20), cache=caches[2])
+        longer[0, 3] = 0
+        with pytest.raises(UserError, match="hides tokens that this cache has read"):
+            model(IDS[:, :1], attention_mask=torch.cat([longer, longer[:, -1:]], 1), cache=caches[0])
+
+
+def test_a_copy_of_a_model_is_pruned_like_the_model():
+    model = small("llama")
+    PrunedCache(model, A2SF(), Budget(tokens=6))
+    twin = copy.deepcopy(model)
+    a, b = (
+        m.generate(IDS, cache=PrunedCache(m, A2SF(), Budget(tokens=6)), max_new_tokens=8, **GREEDY)
+        for m in (model, twin)
+    )
+    assert torch.equal(a, b)
+
+
+def test_an_interrupted_call_leaves_no_trace(monkeypatch):
+    model = small("llama")
+    own = model.config._attn_implementation
+    cache = PrunedCache(model, A2SF(), Budget(tokens=6))
+    layer = model.model.layers[1]
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layer, "forward", interrupt)
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+        model(IDS, cache=cache)
+    monkeypatch.undo()
+    with torch.no_grad():
+        with pruning(model, A2SF(), Budget(tokens=6)):
+            model(IDS, use_cache=False)
+        assert model.config._attn_implementation == own
+        assert model(IDS).logits.isfinite().all()
+
+
+def test_phi3_keeps_its_pruned_cache_beyond_the_switch_of_its_rotary_embedding():
+    """Its generation drops a cache that holds less than the switch when the prompt is longer."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 10000.0}
+    rope["original_max_position_embeddings"] = 12
+    model = small("phi3", original_max_position_embeddings=12, rope_parameters=rope)
+    cache = PrunedCache(model, A2SF(), Budget(tokens=6))
+    model.generate(IDS, cache=cache, max_new_tokens=4, **GREEDY)
+    assert cache.seen.tolist() == [23, 23]
+    crossing = PrunedCache(model, A2SF(), Budget(tokens=6))
+    with pytest.raises(UnsupportedModel, match="keys from both sides"):
+        model.generate(IDS[:, :10], cache=crossing, max_new_tokens=6, **GREEDY)
+
+
+def test_states_that_do_not_fit_are_refused():
+    model = small("llama")
+    large, cache = PrunedCache(model, A2SF(), Budget(tokens=12)), PrunedCache(model, A2SF(), Budget(tokens=6))
+    with pytest.raises(UserError, match="read nothing yet"):
+        cache.state(0)
+    with pytest.raises(UserError, match="trace=True"):
+        cache.evicted(0)
+    with torch.no_grad():
+        model(IDS, cache=large)
+        model(IDS, cache=cache)
+    states = [large.state(i) for i in range(3)]
+    with pytest.raises(UserError, match="more tokens than this cache's budget"):
+        cache.load(states)
+    with pytest.raises(UserError, match="each of the 3 layers"):
+        large.load(states[:2])
+    with pytest.raises(UserError, match="each of 2 rows"):
+        large.load([s.select(torch.tensor([0])) for s in states])
+
+
+def test_a_model_in_training_mode_is_told_so():
+    with pytest.raises(UnsupportedModel, match=r"model\.eval\(\)"):
+        PrunedCache(small("gpt2").train(), A2SF(), Budget(tokens=4))
+
+
 def test_misuse_beyond_a_call():
     model = small("llama")
     cache = PrunedCache(model, A2SF(), Budget(tokens=4))

@@ -20,7 +20,7 @@ from a2sf.needle import needle_plot, needle_table
 from a2sf.needle.utils import DEPTHS, LENGTHS, documents
 from a2sf.output import Options, show
 from a2sf.policy import find_policies
-from a2sf.runs import write_cell
+from a2sf.runs import StoredCell, write_cell
 from tests.conftest import SMOLLM2
 from tests.sweep_fixture import Plan, write_sweep
 
@@ -109,9 +109,21 @@ def test_a_cell_of_the_task_and_its_traces(lm, tmp_path, monkeypatch):
     budget = one.budget.slots(total=trace.context + 11, context=trace.context, layer=0)
     assert (trace.kept().sum(-1) == budget).all()
 
-    # scored before: taken from the file, not generated again
+    # of several answers to one request only the first is stored, so they are generated again
     stored = SimpleNamespace(result=json.loads(json.dumps(result)), documents=table)
     monkeypatch.setattr(cell, "find_extendable", lambda *_: stored)
+    build = tasks.build
+
+    def repeated(*arguments, **settings):
+        task = build(*arguments, **settings)
+        task.config.repeats = 2
+        return task
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tasks, "build", repeated)
+        assert cell.compute(one, lm, tmp_path)[0]["timing"]["reused_requests"] == 0
+
+    # scored before: taken from the file, not generated again
     again, same = cell.compute(one, lm, tmp_path)
     assert again["timing"]["reused_requests"] == 1
     pd.testing.assert_frame_equal(table, same)
@@ -135,28 +147,10 @@ def test_the_traces_of_scored_documents(lm):
     assert all(head.nonzero()[0].tolist() == [0, 1, 2, 3, last] for layer in trace.kept() for head in layer)
 
 
-def finished(policy: str, hits: list[int]) -> SimpleNamespace:
-    about = {"task": "needle", "model": "m", "policy_label": policy, "budget": {"ratio": 0.5, "tokens": None}}
-    rows = {"doc/depth": [0.0, 50.0] * 2, "doc/length": [100.0] * 2 + [250.0] * 2, "metric/exact_match": hits}
-    return SimpleNamespace(cell=about | {"forgetting_factor": None}, documents=pd.DataFrame(rows))
-
-
-def test_the_table_and_picture_by_depth(tmp_path):
-    cells = [finished("Two", [0, 0, 1, 0]), finished("One", [1, 0, 1, 1])]
-    table = needle_table(cells)
-    assert table.columns.tolist() == [0, 50]
-    assert table.index.get_level_values("policy").tolist() == ["Two", "One"]  # in the cells' order
-    assert table.to_numpy().tolist() == [[0.5, 0], [1, 0.5]]
-    assert needle_table(cells, by="length").to_numpy().tolist() == [[0, 0.5], [0.5, 1]]
-    needle_plot(cells, tmp_path / "p.png")
-    assert (tmp_path / "p.png").stat().st_size > 1000
-    with pytest.raises(UserError, match="no result of the needle task"):
-        needle_table([])
-
-
-def write_needle(directory: Path, policy: str, budget: float | None, hits: list[int]) -> None:
+def write_needle(directory: Path, policy: str, share: float | None, hits: list[int], **extra: object) -> StoredCell:
     """A finished cell of the needle task, the documents at two depths and two lengths."""
-    (model_cell,) = write_sweep(directory, Plan(policies=[policy], budgets=[budget or 1.0], documents={"needle": 4}))
+    plan = Plan(policies=[policy], budgets=[share or 1.0], documents={"needle": 4}, extra=extra)
+    (model_cell,) = write_sweep(directory, plan)
     documents = model_cell.documents.drop(columns=["metric/acc", "metric/acc_norm"]).assign(
         **{
             "gold": -1,
@@ -175,7 +169,36 @@ def write_needle(directory: Path, policy: str, budget: float | None, hits: list[
     result = model_cell.result | {"metrics": {"exact_match": value}}
     del result["checksums"]
     shutil.rmtree(model_cell.path)
-    write_cell(model_cell.path, result, documents, "x: 1\n")
+    # settings are not in the name that the fixture gives
+    path = model_cell.path.with_name(f"{model_cell.path.name}-{len(list(directory.iterdir()))}")
+    return write_cell(path, result, documents, "x: 1\n")
+
+
+def test_the_table_and_picture_by_depth(tmp_path):
+    cells = [
+        write_needle(tmp_path / "s", "h2o", 0.5, [1, 0, 1, 1]),
+        write_needle(tmp_path / "s", "full", None, [1] * 4),
+        write_needle(tmp_path / "s", "window", 0.5, [0, 0, 1, 0]),
+    ]
+    table = needle_table(cells)
+    assert table.columns.tolist() == [0, 50]
+    assert table.index.get_level_values("policy").tolist() == ["Full cache", "Window", "H2O"]
+    assert table.to_numpy().tolist() == [[1, 1], [0.5, 0], [1, 0.5]]
+    assert needle_table(cells, by="length").to_numpy().tolist() == [[1, 1], [0, 0.5], [0.5, 1]]
+    needle_plot(cells, tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 1000
+    with pytest.raises(UserError, match="no result of the needle task"):
+        needle_table([])
+
+
+def test_policies_with_other_settings_or_budgets_of_another_base_have_rows_of_their_own(tmp_path):
+    budget = {"ratio": 0.5, "tokens": None, "base": "context"}
+    cells = [
+        write_needle(tmp_path / "s", "h2o", 0.5, [1, 1, 1, 1]),
+        write_needle(tmp_path / "s", "h2o", 0.5, [0, 0, 0, 0], policy_settings={"recent_share": 0.25}),
+        write_needle(tmp_path / "s", "h2o", 0.5, [0, 1, 0, 1], budget=budget),
+    ]
+    assert sorted(needle_table(cells).to_numpy().tolist()) == [[0, 0], [0, 1], [1, 1]]
 
 
 def test_tables_and_report_of_a_sweep_hold_the_needles(tmp_path):

@@ -125,6 +125,21 @@ def test_out_of_memory_halves_the_batch(runner, monkeypatch):
     assert sizes == [sizes[0], sizes[0] // 2, sizes[0] // 4]
 
 
+def test_too_little_memory_for_one_cell_does_not_slow_the_next(runner, monkeypatch):
+    compute = sweep.compute
+
+    def crowded(which, lm, runs):
+        if which.policy.name == "h2o":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        sizes.append(lm.tokens_per_pass)
+        return compute(which, lm, runs)
+
+    sizes: list[int] = []
+    monkeypatch.setattr(sweep, "compute", crowded)
+    assert [runner.run(cell(name)).status for name in ("full", "h2o", "window")] == ["done", "failed", "done"]
+    assert sizes[0] == sizes[1]
+
+
 def test_a_full_disk_stops_the_sweep_in_one_sentence(runner, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 100, 1000))
@@ -261,11 +276,13 @@ def test_nothing_is_served_across_another_engine_version(runner, monkeypatch):
 
 
 def test_the_time_is_estimated_from_what_was_measured(runner):
-    assert sweep.estimate_seconds([cell("h2o")], runner.directory.parent) is None
+    assert sweep.estimate_seconds([cell("h2o")], runner.directory.parent) == (0, 0)
     runner.run(cell("full"))
     (stored,) = load_sweep(runner.directory)
     per_document = stored.result["timing"]["seconds"] / 4
-    assert sweep.estimate_seconds([cell("h2o", limit=40)], runner.directory.parent) == pytest.approx(40 * per_document)
+    todo = [cell("h2o", limit=40), cell("h2o", task="piqa"), cell("h2o", limit=None)]
+    seconds, known = sweep.estimate_seconds(todo, runner.directory.parent)
+    assert (seconds, known) == (pytest.approx(40 * per_document), 1)
 
 
 def test_a_failure_file_is_whole_json(runner, monkeypatch):
