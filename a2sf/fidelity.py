@@ -36,7 +36,7 @@ def changes(pruned: StoredCell, full: StoredCell, common: bool = False) -> pd.Da
     """
     left, right = paired_documents(pruned, full, common)
     if (left["prediction"] < 0).any():
-        raise UserError(f"{pruned.path.name} has no choices, so there is no answer to agree with.")
+        raise UserError(f"{pruned.cell['task']} has no choices, so there is no answer to agree with.")
     here, there = _gold_and_margin(left), _gold_and_margin(right)
     return pd.DataFrame(
         {
