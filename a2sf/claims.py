@@ -130,6 +130,17 @@ def check_shape(
     return claims
 
 
+def check_factor(
+    grid: Grid, pair: tuple[str, str] = DEFAULT_PAIR, factors: tuple[float, float] = (0.1, 0.3)
+) -> list[Claim]:
+    """Only the place of the best factor, for a sweep over factors; arguments as for `check_shape`."""
+    claims = []
+    for model, shots, part in grid.parts():
+        systems = [s for s in part.systems(pair) if s.policy == pair[0] and s.average(part.tasks) is not None]
+        claims.append(_best_factor(f"{model}, {shots}-shot", part, systems, factors))
+    return claims
+
+
 def _figure(published: Row, found: Row) -> tuple[Verdict, str]:
     value, claimed = float(str(found["value"])), float(str(published["value"]))
     n, claimed_n = int(str(found["n"])), int(str(published["n"]))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from a2sf.claims import Claim, Verdict, check_figures, check_headline, check_shape
+from a2sf.claims import Claim, Verdict, check_factor, check_figures, check_headline, check_shape
 from a2sf.collect import DEFAULT_PAIR, Grid, Selection, gather
 from a2sf.errors import UserError
 from a2sf.runs import write_atomically
@@ -27,11 +27,13 @@ class Places:
         reference: directory of the published numbers.
         paper: sweep directory of the published models.
         small: sweep directories to look for the small model in, in that order.
+        factors: the same for the small model's sweep over forgetting factors.
     """
 
     reference: Path
     paper: Path
     small: tuple[Path, ...]
+    factors: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def compare(places: Places, why_not: str, pair: tuple[str, str] = DEFAULT_PAIR) 
     paper = _grid([places.paper], notes)
     published = published_figures(places.reference)
     headlines = pd.read_csv(places.reference / HEADLINES).to_dict("records")
-    small = next((d for d in places.small if d.is_dir() and any(d.iterdir())), None)
+    small, swept = _first(places.small), _first(places.factors)
     shape: list[Claim] = []
     if small is None:
         notes.append(f"No small model's results in {' or '.join(map(str, places.small))}: its shape is not checked.")
@@ -93,6 +95,12 @@ def compare(places: Places, why_not: str, pair: tuple[str, str] = DEFAULT_PAIR) 
             "shows on another model, not whether the published numbers hold."
         )
         shape = check_shape(grid, set(published["policy"]), pair)
+    if swept is not None and (grid := _grid([swept], notes)) is not None:
+        by_factor = {c.claim: c for c in check_factor(grid, pair)}
+        shape = [by_factor.pop(c.claim, c) if c.verdict is Verdict.NOT_RUN else c for c in shape] + [
+            c for c in by_factor.values() if c.claim not in {s.claim for s in shape}
+        ]
+        notes.append(f"Where the best forgetting factor lies is from {swept}.")
     return Findings(
         headlines=[check_headline(row, paper, why_not) for row in headlines],
         figures=check_figures(published, paper, why_not),
@@ -134,6 +142,10 @@ def write_claims(directory: Path, findings: Findings) -> list[Path]:
             ]
     write_atomically(directory / "claims.md", "\n".join(lines) + "\n")
     return [directory / "claims.csv", directory / "claims.md"]
+
+
+def _first(places: tuple[Path, ...]) -> Path | None:
+    return next((d for d in places if d.is_dir() and any(d.iterdir())), None)
 
 
 def _grid(directories: list[Path], notes: list[str]) -> Grid | None:

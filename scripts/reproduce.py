@@ -1,7 +1,7 @@
 """The A2SF paper: run what this machine can, then give a verdict on every published claim.
 
 `python scripts/reproduce.py` runs or resumes the sweep `paper` for the models that are here, and the small sweep where
-none is; `--no-run` only compares what runs/ holds.
+none is, with one over forgetting factors; `--no-run` only compares what runs/ holds.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ def main() -> None:
     parser.add_argument("--download", action="store_true", help="let the sweep fetch models that are not here")
     parser.add_argument("--preset", default="paper", help="sweep preset of the published models")
     parser.add_argument("--small-preset", default="paper_small", help="sweep preset where none of those models is here")
+    parser.add_argument(
+        "--factor-preset", default="forgetting", help="sweep preset over forgetting factors, run then, too"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="directory of the sweeps")
     parser.add_argument(
         "--small", type=Path, help="the small model's sweep (default: the small preset's, then runs/reference)"
@@ -39,10 +42,12 @@ def main() -> None:
         models = list(published_figures(args.reference)["model"].unique())
         told = {m: run_sweep(args.preset, [f"model={m}", f"sweep_name={args.preset}"], args.download) for m in models}
         why_not = "; ".join(f"{m}: {why}" for m, why in told.items() if why) or "the sweep has no such cell"
-        if all(told.values()) and (why := run_sweep(args.small_preset, [f"sweep_name={args.small_preset}"])):
-            console.print(f"The small sweep did not finish: {why}", markup=False)
+        for preset in (args.small_preset, args.factor_preset) if all(told.values()) else ():
+            if why := run_sweep(preset, [f"sweep_name={preset}"]):
+                console.print(f"The sweep {preset} did not finish: {why}", markup=False)
     small = (args.small,) if args.small else (args.runs / args.small_preset, args.reference / "smollm2-135m")
-    findings = compare(Places(args.reference, args.runs / args.preset, small), why_not)
+    factors = (args.runs / args.factor_preset, args.reference / "smollm2-135m-forgetting")
+    findings = compare(Places(args.reference, args.runs / args.preset, small, factors), why_not)
 
     show(console, "Headline claims", findings.headlines)
     console.print("Published figures: " + "; ".join(f"{n} {v}" for v, n in counts(findings.figures).items()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -145,6 +146,17 @@ def test_findings_are_written(tmp_path: Path) -> None:
     csv, md = write_claims(tmp_path / "out", findings)
     assert len(pd.read_csv(csv)) == 266 + len(findings.shape)
     assert "264 not run." in md.read_text()
+
+
+def test_the_best_factor_comes_from_the_sweep_over_factors(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "small", Plan(factors=(0.1,)))
+    write_sweep(tmp_path / "factors", Plan(factors=(0.0, 0.2, 0.9), documents={"arc_easy": 500, "piqa": 600}))
+    places = Places(REFERENCE, tmp_path / "paper", (tmp_path / "small",))
+    assert verdict_of(compare(places, WHY).shape, "best forgetting factor") is Verdict.NOT_RUN
+    findings = compare(replace(places, factors=(tmp_path / "factors",)), WHY)
+    assert verdict_of(findings.shape, "best forgetting factor") is Verdict.REPRODUCED
+    assert len(findings.shape) == len(compare(places, WHY).shape)
+    assert any("factors" in note for note in findings.notes)
 
 
 def test_script_compares_without_running(tmp_path: Path) -> None:
