@@ -37,6 +37,8 @@ bench: $(READY)
 
 figures: $(READY)
 	$(BIN)/python scripts/tables.py runs/reference/smollm2-135m --shots 0 --figures docs/figures --readme README.md
+	$(BIN)/python scripts/tables.py runs/reference/smollm2-135m-forgetting --figures docs/figures/forgetting
+	cd docs/figures/forgetting && rm -f budget.* fidelity.* tradeoff.*  # the factor's pictures only
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
