@@ -45,7 +45,8 @@ def guard(main: Callable[[], Any]) -> None:
     # workers that a launcher starts must find the sweeper, too
     scripts = str(Path(sys.argv[0]).resolve().parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [scripts, os.environ.get("PYTHONPATH")]))
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # not by way of SIGINT, which a process that a script started in the background ignores
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if any(a.startswith("+sweep=") for a in sys.argv) and not {"-m", "--multirun"} & set(sys.argv):
         sys.argv.append("--multirun")  # a preset is a grid
     try:
