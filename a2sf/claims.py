@@ -126,7 +126,7 @@ def check_shape(
         if not gains:
             claims.append(Claim(f"{where}: {pair[0]} above {pair[1]}", Verdict.NOT_RUN, "no common budget was run."))
         claims += _order(where, part, [s for s in systems if s.policy in policies], pair)
-        claims.append(_best_factor(where, part, [s for s in systems if s.policy == pair[0]], factors))
+        claims += check_factor(part, pair, factors)
     return claims
 
 

@@ -110,7 +110,7 @@ class PrunedLM(HFLM):
         if self.backend != "causal":
             raise UnsupportedModel("only decoder models have a cache to prune, and this one is an encoder-decoder")
         self.engine = backend
-        self.tokens_per_pass = PACK_TOKENS["cpu" if self.device.type == "cpu" else "cuda"]
+        self.tokens_per_pass = self.most_tokens
         self.silent = False  # no progress bars
         self.known: dict[str, tuple[Any, bool, int, int]] = {}
         self.trace_documents = 0
@@ -126,6 +126,11 @@ class PrunedLM(HFLM):
         if budget is None and (budget_ratio is not None or budget_tokens is not None or policy.uses_budget):
             budget = Budget(ratio=budget_ratio, tokens=budget_tokens, base=budget_base)
         self.use(policy, budget)
+
+    @property
+    def most_tokens(self) -> int:
+        """Computed tokens per forward pass on this device, while its memory suffices."""
+        return PACK_TOKENS["cpu" if self.device.type == "cpu" else "cuda"]
 
     @property
     def layers(self) -> int:
@@ -154,7 +159,7 @@ class PrunedLM(HFLM):
         hashes = [request_hash(r.args) for r in requests]
         prompts = [self._prompt(*r.args) for r in requests]
         new = [r for r, h in zip(own, hashes, strict=True) if h not in self.known]
-        fewer = self.tokens_per_pass / PACK_TOKENS[self.device.type if self.device.type == "cpu" else "cuda"]
+        fewer = self.tokens_per_pass / self.most_tokens  # after memory ran out
         self.batch_size_per_gpu = max(1, int((self.sequences_per_pass or GENERATED_ROWS) * fewer))
         texts = iter(super().generate_until(new, disable_tqdm=disable_tqdm or self.silent) if new else [])
         answers = [self.known[h][0] if h in self.known else next(texts) for h in hashes]
@@ -186,7 +191,11 @@ class PrunedLM(HFLM):
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
         more = max_length - context.shape[1]
-        cache = PrunedCache(self.model, self.policy, self.budget, max_new_tokens=more, backend=self.engine)
+        # the whole prompt comes at once, so that one of a single token is no chunk
+        prompt = settings["attention_mask"].sum(1)
+        cache = PrunedCache(
+            self.model, self.policy, self.budget, max_new_tokens=more, context_tokens=prompt, backend=self.engine
+        )
         text = super()._model_generate(context, max_length, stop, cache=cache, **settings)
         if cache.seen is None:
             raise UnsupportedModel(

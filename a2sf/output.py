@@ -17,7 +17,7 @@ from a2sf.report import Contents, read_failures, write_report
 from a2sf.runs import write_atomically
 from a2sf.summaries import comparison_tables, fidelity_tables, text_latex, text_markdown
 from a2sf.tables import csv_frame, latex, markdown
-from a2sf.traced import trace_frame, trace_pictures
+from a2sf.traced import read_traces, trace_frame, trace_pictures
 
 README_BEGIN, README_END = "<!-- table:begin -->", "<!-- table:end -->"
 FORMATS = ("md", "tex", "csv")
@@ -69,7 +69,8 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
         *comparison_tables(comparisons, grid.percent),
         *fidelity_tables(grid, fidelity),
     ]
-    traces = trace_frame(grid, options.pair)
+    traced = read_traces(grid)
+    traces = trace_frame(traced, options.pair)
     out = options.out or directories[0]
     written = {
         "tables.md": markdown(tables, options.stderr) + "\n" + text_markdown(text_tables),
@@ -88,7 +89,7 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     plots: dict[str, list[Path]] = {}
     if options.plots:
         plots = needle_plots(grid, out / "plots") | draw_all(grid, out / "plots", options.pair)
-        plots |= trace_pictures(grid, out / "plots")
+        plots |= trace_pictures(traced, out / "plots")
     files += [file for pictures in plots.values() for file in pictures]
     notes = list(dict.fromkeys([*said, *unsaid, *(n for t in tables for n in t.notes)]))
     if options.report:

@@ -96,10 +96,9 @@ def compare(places: Places, why_not: str, pair: tuple[str, str] = DEFAULT_PAIR) 
         )
         shape = check_shape(grid, set(published["policy"]), pair)
     if swept is not None and (grid := _grid([swept], notes)) is not None:
-        by_factor = {c.claim: c for c in check_factor(grid, pair)}
-        shape = [by_factor.pop(c.claim, c) if c.verdict is Verdict.NOT_RUN else c for c in shape] + [
-            c for c in by_factor.values() if c.claim not in {s.claim for s in shape}
-        ]
+        told = {c.claim for c in shape if c.verdict is not Verdict.NOT_RUN}
+        found = [c for c in check_factor(grid, pair) if c.claim not in told]
+        shape = [c for c in shape if c.claim not in {f.claim for f in found}] + found
         notes.append(f"Where the best forgetting factor lies is from {swept}.")
     return Findings(
         headlines=[check_headline(row, paper, why_not) for row in headlines],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +18,11 @@ DOCUMENTS, PICTURES = 3, 12
 """Documents pictured of a task and budget, and pictures at most."""
 
 
-def trace_frame(grid: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> pd.DataFrame:
+Groups = dict[tuple[str, int, str, str], dict[tuple[str, str, str], dict[int, Trace]]]
+"""(model, shots, task, budget) -> (policy, label, factor) -> document -> trace."""
+
+
+def trace_frame(groups: Groups, pair: tuple[str, str] = DEFAULT_PAIR) -> pd.DataFrame:
     """What the traced documents of every cell evicted, per layer; empty where no cell was traced.
 
     Returns:
@@ -27,7 +30,7 @@ def trace_frame(grid: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> pd.DataFram
         `overlap`, the Jaccard index with the second policy of `pair` at the same budget.
     """
     rows = []
-    for (model, shots, task, budget), by_policy in _groups(grid):
+    for (model, shots, task, budget), by_policy in groups.items():
         other = next((found for (policy, _, _), found in by_policy.items() if policy == pair[1]), {})
         for (_, label, factor), traces in by_policy.items():
             means = pd.concat([t.summary() for t in traces.values()]).groupby("layer").mean()
@@ -38,10 +41,10 @@ def trace_frame(grid: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> pd.DataFram
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def trace_pictures(grid: Grid, directory: Path) -> dict[str, list[Path]]:
+def trace_pictures(groups: Groups, directory: Path) -> dict[str, list[Path]]:
     """Caption -> the PNG and SVG written: a document's text once per policy, as each cache kept it."""
     written: dict[str, list[Path]] = {}
-    for (model, shots, task, budget), by_policy in _groups(grid):
+    for (model, shots, task, budget), by_policy in groups.items():
         documents = sorted({d for traces in by_policy.values() for d in traces})[:DOCUMENTS]
         for document in documents:
             if len(written) == PICTURES:
@@ -69,16 +72,14 @@ def alike(*traces: Trace) -> list[Trace]:
     return list(traces) if same else [t.first(t.context) for t in traces]
 
 
-def _groups(
-    grid: Grid,
-) -> Iterator[tuple[tuple[str, int, str, str], dict[tuple[str, str, str], dict[int, Trace]]]]:
-    """(model, shots, task, budget) -> (policy, label, factor) -> document -> trace."""
+def read_traces(grid: Grid) -> Groups:
+    """The traces beside a grid's cells; a full cache evicts nothing and is left out."""
+    groups: Groups = {}
     for model, shots, part in grid.parts():
-        groups: dict[tuple[str, int, str, str], dict[tuple[str, str, str], dict[int, Trace]]] = {}
         for system in part.systems():
             for task, key in system.keys.items():
                 file = part.cells[key].path / FILE if key in part.cells else None
                 if file is not None and file.exists() and not system.is_full:
                     of = groups.setdefault((model, shots, task, system.budget), {})
                     of[system.policy, system.label, system.factor] = {t.document: t for t in load(file)}
-        yield from groups.items()
+    return groups

@@ -129,6 +129,13 @@ def test_a_cell_of_the_task_and_its_traces(lm, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(table, same)
 
 
+def test_a_prompt_of_one_token_is_whole(lm):
+    lm.use(find_policies()["h2o"](), Budget(ratio=0.5))
+    settings = {"until": ["no such text"], "max_gen_toks": 5, "do_sample": False}
+    (text,) = lm.generate_until([Instance("generate_until", {}, ("The", settings), 0)], disable_tqdm=True)
+    assert text
+
+
 def test_the_traces_of_scored_documents(lm):
     lm.use(find_policies()["streaming"](), Budget(tokens=5))
     lm.trace_documents = 1

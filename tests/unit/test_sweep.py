@@ -21,7 +21,7 @@ import torch
 from a2sf import sweep, tasks
 from a2sf.budget import Budget
 from a2sf.cell import Cell
-from a2sf.models import ModelSpec
+from a2sf.models import ModelSpec, fingerprint
 from a2sf.policy import find_policies
 from a2sf.runs import is_cell, load_sweep
 from a2sf.sweep import DiskError, Runner, finish, plan
@@ -247,6 +247,18 @@ def test_weights_that_change_during_a_sweep_are_a_failure(runner, smollm2, monke
     monkeypatch.setattr(sweep.models, "load", lambda spec: changed)
     outcome = runner.run(cell())
     assert (outcome.status, "changed after the sweep began" in outcome.error) == ("failed", True)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "vocab.txt"])
+def test_a_local_model_is_another_one_when_its_weights_config_or_tokenizer_change(tmp_path, name):
+    for file in ("model.safetensors", "config.json", "tokenizer.json", "vocab.txt"):
+        (tmp_path / file).write_text("{}")
+    (tmp_path / "notes.md").write_text("one")
+    before = fingerprint(ModelSpec(path=str(tmp_path)))
+    (tmp_path / "notes.md").write_text("another")
+    assert fingerprint(ModelSpec(path=str(tmp_path))) == before
+    (tmp_path / name).write_text("{ }")
+    assert fingerprint(ModelSpec(path=str(tmp_path))) != before
 
 
 def test_a_hub_model_is_looked_up_before_its_cells_are_named(runner, smollm2, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 from a2sf.collect import Selection, gather
 from a2sf.output import Options, show
 from a2sf.trace import Trace, overlap, save
-from a2sf.traced import FILE, PICTURES, alike, trace_frame, trace_pictures
+from a2sf.traced import FILE, PICTURES, alike, read_traces, trace_frame, trace_pictures
 from tests.sweep_fixture import Plan, write_sweep
 
 TOKENS, BUDGET = 12, 4
@@ -35,7 +35,7 @@ def sweep(tmp_path: Path) -> Path:
 
 
 def test_means_per_layer(sweep: Path) -> None:
-    frame = trace_frame(gather([sweep], Selection()))
+    frame = trace_frame(read_traces(gather([sweep], Selection())))
     assert len(frame) == 2 * 2 * 2  # policies, budgets, layers
     row = frame[(frame["policy"] == "A2SF") & (frame["budget"] == "0.2") & (frame["layer"] == 1)].iloc[0]
     assert (row["documents"], row["evicted"], row["age"]) == (4, TOKENS - BUDGET, 1.0)
@@ -51,15 +51,15 @@ def test_files_and_pictures(sweep: Path) -> None:
     pictures = [f for f in shown.files if f.name.startswith("kept-tiny-piqa-0shot-0.2-doc") and f.suffix == ".svg"]
     assert len(pictures) == 3
     assert "A2SF" in pictures[0].read_text()
-    assert len(trace_pictures(gather([sweep], Selection()), sweep / "more")) <= PICTURES
+    assert len(trace_pictures(read_traces(gather([sweep], Selection())), sweep / "more")) <= PICTURES
     assert "What was kept of document 0" in (sweep / "report.html").read_text()
 
 
 def test_a_sweep_without_traces_shows_none(tmp_path: Path) -> None:
     write_sweep(tmp_path / "s", Plan(documents={"piqa": 10}))
-    grid = gather([tmp_path / "s"], Selection())
-    assert trace_frame(grid).empty
-    assert trace_pictures(grid, tmp_path) == {}
+    traces = read_traces(gather([tmp_path / "s"], Selection()))
+    assert trace_frame(traces).empty
+    assert trace_pictures(traces, tmp_path) == {}
 
 
 def test_policies_that_generated_different_text_are_compared_on_the_prompt() -> None:
