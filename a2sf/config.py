@@ -106,7 +106,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
     """Check a composed configuration and list its cells.
 
     Args:
-        composed: what Hydra composed, without its own `hydra` node.
+        composed: what Hydra composed on the schema, without its own `hydra` node.
         model_names: model path -> short name, for paths known under `conf/model/`.
 
     Raises:
@@ -164,11 +164,8 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
 
 def _typed(composed: DictConfig) -> Config:
     try:
-        if OmegaConf.get_type(composed) is Config:  # by Hydra, which lets +key through
-            _check_keys(composed)
-            return OmegaConf.to_object(composed)  # type: ignore[return-value]
-        plain = OmegaConf.to_container(composed, resolve=True)
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))  # type: ignore[return-value]
+        _check_keys(composed)  # Hydra lets +key through
+        return OmegaConf.to_object(composed)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
 
