@@ -2,12 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from a2sf.budget import Budget
-from a2sf.eviction import EvictionState, evicting_attention
-from a2sf.policy import A2SF, Policy, Retention
+from a2sf.engine.eviction import EvictionState
+from a2sf.engine.functional import evicting_attention
+from a2sf.policies.a2sf import A2SF
+from a2sf.policies.base import Policy, Retention
+from a2sf.policies.budget import Budget
 
 if TYPE_CHECKING:
-    from a2sf.generation import PrunedCache, pruning
+    from a2sf.hf.generation import PrunedCache, pruning
 
 __all__ = ["A2SF", "Budget", "EvictionState", "Policy", "PrunedCache", "Retention", "evicting_attention", "pruning"]
 __version__ = "0.1.0"
@@ -16,7 +18,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """`PrunedCache` and `pruning` on first use, because transformers takes seconds to load."""
     if name in ("PrunedCache", "pruning"):
-        from a2sf import generation
+        from a2sf.hf import generation
 
         return getattr(generation, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,8 +25,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from a2sf.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from a2sf.config import Settings
-    from a2sf.sweep import Outcome, Plan, Runner
+    from a2sf.experiments.cell import Cell
+    from a2sf.experiments.config import Settings
+    from a2sf.experiments.sweep import Outcome, Plan, Runner
 
 CONF = Path(__file__).parents[1] / "conf"
 LISTED = 20
@@ -50,7 +51,7 @@ def guard(main: Callable[[], Any]) -> None:
     if any(a.startswith("+sweep=") for a in sys.argv) and not {"-m", "--multirun"} & set(sys.argv):
         sys.argv.append("--multirun")  # a preset is a grid
     try:
-        from a2sf.config import register
+        from a2sf.experiments.config import register
 
         register()
         main()
@@ -100,8 +101,9 @@ def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | No
     ):
         raise UserError("sweep_name, runs_dir and tracker name where a sweep's results go, so they cannot be swept")
 
-    from a2sf import sweep, tasks
-    from a2sf.models import check_config, identify
+    from a2sf.evaluation import tasks
+    from a2sf.experiments import sweep
+    from a2sf.hf.loading import check_config, identify
 
     if not first.plan_only:
         for model in {c.model for s in settings for c in s.cells}:
@@ -137,8 +139,7 @@ def _run(
         if launch is None:
             outcomes = [_runner(of[c.name][0]).run(c) for c in todo]
         else:
-            jobs = [[*_without(of[c.name][1], "tasks", "plan_only"), f"tasks=[{c.task}]"] for c in todo]
-            outcomes = [r.return_value for r in launch(jobs)]
+            outcomes = [r.return_value for r in launch([_job(of[c.name][1], c) for c in todo])]
         finished += [o for o in outcomes if o.status != "busy"]
         busy = {o.name for o in outcomes if o.status == "busy"}
         todo = [c for c in todo if c.name in busy]
@@ -147,19 +148,22 @@ def _run(
     return finished
 
 
-def _without(overrides: list[str], *keys: str) -> list[str]:
-    return [o for o in overrides if o.partition("=")[0].lstrip("+") not in keys]
+def _job(overrides: list[str], cell: Cell) -> list[str]:
+    """A worker's overrides: those of the grid's point, and what was settled about this one cell since."""
+    settled = {"tasks": f"[{cell.task}]", "plan_only": "false"}
+    others = [o for o in overrides if o.partition("=")[0].lstrip("+") not in settled]
+    return [*others, *(f"{key}={value}" for key, value in settled.items())]
 
 
 def _read(composed: DictConfig) -> Settings:
-    from a2sf.config import read
+    from a2sf.experiments.config import read
 
     return read(composed, _model_names())
 
 
 def _runner(settings: Settings) -> Runner:
-    from a2sf.sweep import Runner
-    from a2sf.tracking import Tracker
+    from a2sf.experiments.sweep import Runner
+    from a2sf.experiments.tracking import Tracker
 
     directory = Path(settings.runs_dir) / settings.sweep_name
     key = (directory, settings.tracker, settings.batch_size, settings.trace)
@@ -198,8 +202,8 @@ def _duration(seconds: float) -> str:
 @contextmanager
 def _progress(made: Plan, directory: Path) -> Iterator[None]:
     """A bar that follows the finished cells on disk, whoever computes them."""
-    from a2sf.runs import is_cell
-    from a2sf.sweep import failure_file
+    from a2sf.experiments.runs import is_cell
+    from a2sf.experiments.sweep import failure_file
 
     started = time.time()
 
@@ -231,9 +235,9 @@ def _progress(made: Plan, directory: Path) -> Iterator[None]:
 
 
 def _report(made: Plan, directory: Path, settings: Settings, outcomes: list[Outcome]) -> None:
-    from a2sf.runs import results_frame
-    from a2sf.sweep import finish
-    from a2sf.tables import screen_table
+    from a2sf.experiments.runs import results_frame
+    from a2sf.experiments.sweep import finish
+    from a2sf.report.tables import screen_table
 
     stored, failures = finish(directory, made.cells)
     if stored:
@@ -285,7 +289,7 @@ def _share_cores() -> None:
 
 
 def _explain(error: Exception) -> str:
-    from a2sf.config import explain
+    from a2sf.experiments.config import explain
 
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, value = str(error.missing_cfg_file).rpartition("/")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from a2sf.policy import UNLIMITED, Policy, Retention
+from a2sf.policies.base import UNLIMITED, Policy, Retention
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from a2sf.errors import ConfigError
-from a2sf.policy import Policy, Retention
+from a2sf.policies.base import Policy, Retention
 
 
 @dataclass(kw_only=True)

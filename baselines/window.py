@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from a2sf.policy import Policy, Retention
+from a2sf.policies.base import Policy, Retention
 
 
 @dataclass(kw_only=True)

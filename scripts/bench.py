@@ -4,7 +4,8 @@ import os
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, which torch does
 
-from a2sf import app, bench
+from a2sf import app
+from a2sf.bench import harness
 
 if __name__ == "__main__":
-    app.guard(bench.main)
+    app.guard(harness.main)

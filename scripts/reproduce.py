@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from a2sf.claims import Claim
+from a2sf.analysis.claims import Claim
+from a2sf.analysis.reproduce import Places, compare, counts, published_figures, run_sweep, write_claims
 from a2sf.errors import UserError
-from a2sf.reproduce import Places, compare, counts, published_figures, run_sweep, write_claims
 
 
 def main() -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from a2sf.collect import DEFAULT_PAIR, Selection, gather
+from a2sf.analysis.collect import DEFAULT_PAIR, Selection, gather
 from a2sf.errors import UserError
-from a2sf.layout import PIVOTS
-from a2sf.output import FORMATS, Options, publish, show
-from a2sf.tables import screen
+from a2sf.report.layout import PIVOTS
+from a2sf.report.output import FORMATS, Options, publish, show
+from a2sf.report.tables import screen
 
 
 def parser() -> argparse.ArgumentParser:

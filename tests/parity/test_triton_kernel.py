@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from a2sf.engine.eviction import Attended, EvictionState, Options, Segments, reference
+from a2sf.engine.kernels import triton_kernel
 from a2sf.errors import ConfigError
-from a2sf.eviction import Attended, EvictionState, Options, Segments, reference
-from a2sf.kernels import triton_kernel
 
 VECTORS = sorted((Path(__file__).parents[1] / "vectors").glob("*.npz"))
 UNLIMITED = 2**31 - 1

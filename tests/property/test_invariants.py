@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a2sf import A2SF, Policy, evicting_attention
-from a2sf.policy import UNLIMITED, find_policies
+from a2sf.policies.base import UNLIMITED
+from a2sf.policies.find import find_policies
 
 POLICIES = [cls() for cls in find_policies().values()]
 PER_POLICY = pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from a2sf.eviction import Attended, EvictionState, Options, Segments, reference
-from a2sf.kernels import attend
-from a2sf.kernels.cpu import SlotCache
-from a2sf.policy import UNLIMITED
+from a2sf.engine.eviction import Attended, EvictionState, Options, Segments, reference
+from a2sf.engine.kernels import attend
+from a2sf.engine.kernels.cpu import SlotCache
+from a2sf.policies.base import UNLIMITED
 
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 TOLERANCE, NEAR = 2e-5, 1e-5

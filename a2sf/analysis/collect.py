@@ -1,0 +1,377 @@
+"""Sweeps gathered into one frame: what tables, plots and reports read.
+
+One row of `Grid.frame` is one cell and metric. Directories of cells give everything; a directory with only a
+`results.csv` gives the numbers without the documents behind them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from a2sf.errors import UserError, nearest
+from a2sf.experiments.runs import TABLE, StoredCell, is_cell, load_sweep, results_frame
+
+MUST_AGREE = ("limit", "seed", "dtype", "split", "task_version")
+"""What has to be the same in all cells of one table."""
+PER_TASK = ("split", "task_version")
+OPTIONAL_COLUMNS = [
+    *("stderr", "forgetting_factor", "budget_tokens", "budget_base", "policy_settings", *MUST_AGREE),
+    *("tokens_per_second", "kept_tokens", "cache_share", "cell", "cell_id"),
+]
+SYSTEM = ["policy", "settings", "factor", "budget", "variant"]
+"""Columns that tell one table row from another."""
+DEFAULT_METRIC = "acc"
+DEFAULT_PAIR = ("a2sf", "h2o")
+"""The comparison the project is about: the first policy minus the second, at the same budget."""
+DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which results to show; an empty tuple shows all of a kind.
+
+    Attributes:
+        metric: the metric's name as in lm-eval; None takes `acc` where a task has it.
+        mixed: show cells side by side although they differ in a `MUST_AGREE` key.
+    """
+
+    metric: str | None = None
+    models: tuple[str, ...] = ()
+    policies: tuple[str, ...] = ()
+    budgets: tuple[str, ...] = ()
+    factors: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    shots: tuple[int, ...] = ()
+    mixed: bool = False
+
+
+@dataclass(frozen=True)
+class System:
+    """A policy at one budget and forgetting factor: one row of a table.
+
+    Attributes:
+        label: how tables spell the policy, with what tells two of its settings apart.
+        budget, factor: as tables write them.
+        keys: task -> key of the cell (`Grid.cells`, `Grid.frame`).
+        rows: task -> the frame's row.
+    """
+
+    policy: str
+    label: str
+    settings: str
+    budget: str
+    budget_order: float
+    factor: str
+    factor_value: float
+    variant: str
+    is_full: bool
+    keys: dict[str, str]
+    rows: dict[str, Any]
+
+    def value(self, task: str) -> float:
+        return float(self.rows[task].value)
+
+    def average(self, tasks: Sequence[str]) -> float | None:
+        """Unweighted mean over tasks; None where one is missing."""
+        return sum(map(self.value, tasks)) / len(tasks) if set(tasks) <= set(self.rows) else None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Selected results of one or more sweeps.
+
+    Attributes:
+        frame: one row per cell, one metric.
+        cells: the cells behind the rows, by the frame's `key`; empty where only a results.csv was there.
+        metric: the metric shown.
+        notes: what a reader has to be told, one sentence each.
+    """
+
+    frame: pd.DataFrame
+    cells: dict[str, StoredCell]
+    metric: str
+    notes: tuple[str, ...] = field(default=())
+    mixed: bool = False
+
+    @property
+    def tasks(self) -> list[str]:
+        return sorted(self.frame["task"].unique())
+
+    @property
+    def percent(self) -> bool:
+        """Whether the metric is a share, shown as a percentage."""
+        return self.metric.startswith(("acc", "exact_match", "em", "f1", "mc")) and bool(
+            self.frame["value"].between(0, 1).all()
+        )
+
+    @property
+    def higher_is_better(self) -> bool:
+        return bool(self.frame["higher_is_better"].iloc[0])
+
+    def systems(self, pair: tuple[str, str] = DEFAULT_PAIR) -> list[System]:
+        """Every system of a grid with one model and number of shots: full cache on top, then by budget.
+
+        Within a budget the pair that is compared comes last, the policies before it in the order of their names.
+        """
+        groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for row in self.frame.itertuples():
+            groups.setdefault(tuple(getattr(row, k) for k in SYSTEM), {})[str(row.task)] = row
+        systems = []
+        for by_task in groups.values():
+            first = next(iter(by_task.values()))
+            same = {k: getattr(first, k) for k in [*SYSTEM, "label", "budget_order", "factor_value", "is_full"]}
+            systems.append(System(**same, keys={task: r.key for task, r in by_task.items()}, rows=by_task))
+
+        def order(s: System) -> tuple[Any, ...]:
+            factor = -1.0 if math.isnan(s.factor_value) else s.factor_value
+            place = {pair[1]: 1, pair[0]: 2}.get(s.policy, 0)
+            return (not s.is_full, s.budget_order, place, s.policy, s.settings, factor, s.factor, s.variant)
+
+        return sorted(systems, key=order)
+
+    def parts(self) -> list[tuple[str, int, Grid]]:
+        """One grid per model and shots, in that order."""
+        groups = self.frame.groupby(["model", "shots"], sort=True)
+        return [(str(key[0]), int(str(key[1])), replace(self, frame=rows)) for key, rows in groups]
+
+
+def gather(directories: Sequence[Path], selection: Selection | None = None) -> Grid:
+    """Read sweeps and keep what is selected.
+
+    Raises:
+        UserError: if a directory is missing or empty, nothing matches, or the cells should not be mixed.
+    """
+    frames: list[pd.DataFrame] = []
+    cells: dict[str, StoredCell] = {}
+    notes: list[str] = []
+    for directory in directories:
+        if directory.is_dir() and (directory / TABLE).is_file() and not any(map(is_cell, directory.iterdir())):
+            frames.append(_from_csv(directory))
+            notes.append(
+                f"{directory} holds only a {TABLE}: paired tests need the per-document files, so there are none."
+            )
+            continue
+        stored = load_sweep(directory)
+        frame = _from_cells(stored, directory.name)
+        frames.append(frame)
+        cells |= {f"{directory.name}/{c.path.name}": c for c in stored}
+    return _select(pd.concat(frames, ignore_index=True), cells, selection or Selection(), notes)
+
+
+def grid_of(cells: Sequence[StoredCell], selection: Selection | None = None) -> Grid:
+    """The same for cells already read."""
+    if not cells:
+        raise UserError("There is no finished cell to show.")
+    keyed = {f"{c.path.parent.name}/{c.path.name}": c for c in cells}
+    frame = _from_cells(list(cells), None)
+    return _select(frame, keyed, selection or Selection(), [])
+
+
+def factor_label(value: Any) -> str:
+    """How tables write a forgetting factor: a number, or the range of a list of one per layer."""
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return DASH
+    parts = sorted({float(v) for v in str(value).split("/")})
+    return (
+        f"{parts[0]:g}"
+        if len(parts) == 1
+        else f"{parts[0]:g} to {parts[-1]:g} by layer #{zlib.crc32(str(value).encode()):08x}"
+    )
+
+
+def _from_cells(cells: list[StoredCell], source: str | None) -> pd.DataFrame:
+    frame = results_frame(cells)
+    more = []
+    for stored in cells:
+        timing = stored.result["timing"]
+        common = {
+            "source": source or stored.path.parent.name,
+            "cell": stored.path.name,
+            "label": stored.cell.get("policy_label") or stored.cell["policy"],
+            "cell_id": stored.cell["id"],
+            "kept_tokens": timing.get("kept_tokens_mean"),
+            "cache_share": timing.get("cache_share"),
+        }
+        more += [
+            common | {"metric": name, "higher_is_better": m.get("higher_is_better", True)}
+            for name, m in stored.metrics.items()
+        ]
+    extra = pd.DataFrame(more, columns=None if more else ["source", "cell", "metric"])
+    return _tidy(frame.merge(extra, on=["cell", "metric"], how="left", validate="1:1"))
+
+
+def _from_csv(directory: Path) -> pd.DataFrame:
+    try:
+        frame = pd.read_csv(directory / TABLE, dtype={"forgetting_factor": object, "budget_ratio": object})
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory / TABLE} cannot be read ({error}).") from error
+    needed = {"model", "policy", "budget_ratio", "shots", "task", "metric", "value", "n"}
+    if missing := needed - set(frame.columns):
+        raise UserError(f"{directory / TABLE} lacks the column {', '.join(sorted(missing))}.")
+    if frame.empty:
+        raise UserError(f"{directory / TABLE} holds no row; run scripts/evaluate.py with that sweep first.")
+    frame["budget_ratio"] = [_number_or_text(v) for v in frame["budget_ratio"]]
+    frame["label"], frame["source"] = frame["policy"], directory.name
+    frame["higher_is_better"] = ~frame["metric"].str.contains("perplexity|bits_per_byte|loss")
+    return _tidy(frame)
+
+
+def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
+    """Add what tables sort and group by."""
+    for column in OPTIONAL_COLUMNS:
+        if column not in frame:
+            frame[column] = None
+    # files of published numbers have no base; there a ratio of 1 is the full cache
+    whole = np.array([_first(r) >= 1.0 for r in frame["budget_ratio"]])
+    frame["is_full"] = whole & frame["budget_base"].isna() & frame["budget_tokens"].isna()
+    budgets = frame[["is_full", "budget_ratio", "budget_tokens", "budget_base"]]
+    labelled = [_budget(*row) for row in budgets.itertuples(index=False)]
+    frame["budget"], frame["budget_order"] = ([pair[i] for pair in labelled] for i in (0, 1))
+    frame["factor"] = [factor_label(v) for v in frame["forgetting_factor"]]
+    frame["factor_value"] = pd.to_numeric(frame["forgetting_factor"], errors="coerce")
+    frame["settings"] = [_settings(s) for s in frame["policy_settings"]]
+    frame["stderr"] = pd.to_numeric(frame["stderr"], errors="coerce")
+    frame["key"] = frame["source"] + "/" + frame["cell"].fillna("").astype(str)
+    frame["variant"] = ""
+    return frame
+
+
+def _select(frame: pd.DataFrame, cells: dict[str, StoredCell], selection: Selection, notes: list[str]) -> Grid:
+    wanted = {
+        "model": selection.models,
+        "task": selection.tasks,
+        "shots": selection.shots,
+        "policy": selection.policies,
+        "budget": selection.budgets,
+        "factor": selection.factors,
+    }
+    for column, values in wanted.items():
+        if not values:
+            continue
+        # a filter on budgets or factors keeps the rows that have none, the full cache above all
+        spared = frame["is_full"] | frame["factor"].eq(DASH) if column == "factor" else frame["is_full"]
+        spared = spared if column in ("budget", "factor") else pd.Series(False, index=frame.index)
+        present = frame.loc[~spared, column].unique()
+        for value in values:
+            if value not in present:
+                hint = nearest(str(value), map(str, present))
+                there = ", ".join(map(str, sorted(present)))
+                raise UserError(f"There is no result with {column} {value}{hint}; there are: {there}.")
+        frame = frame[frame[column].isin(values) | spared]
+    frame, metric, lacking = _one_metric(frame, selection.metric)
+    frame = _without_duplicates(frame)
+    frame = _agreeing(frame, selection.mixed, notes)
+    frame = _name_settings(frame)
+    used = {k: c for k, c in cells.items() if k in set(frame["key"])}
+    return Grid(frame.reset_index(drop=True), used, metric, (*notes, *lacking), selection.mixed)
+
+
+def _one_metric(frame: pd.DataFrame, metric: str | None) -> tuple[pd.DataFrame, str, list[str]]:
+    present = sorted(frame["metric"].unique())
+    if metric is None:
+        metric = DEFAULT_METRIC if DEFAULT_METRIC in present else present[0]
+    elif metric not in present:
+        raise UserError(f"No task has the metric {metric}{nearest(metric, present)}; there are: {', '.join(present)}.")
+    chosen = frame[frame["metric"] == metric].copy()
+    notes = []
+    for task in sorted(set(frame["task"]) - set(chosen["task"])):
+        has = ", ".join(sorted(frame.loc[frame["task"] == task, "metric"].unique()))
+        notes.append(f"The task {task} has no metric {metric} (it has {has}), so it is left out.")
+    return chosen, metric, notes
+
+
+def _without_duplicates(frame: pd.DataFrame) -> pd.DataFrame:
+    """The same cell met in two sweeps is one cell."""
+    known = frame["cell_id"].notna()
+    return frame[~(known & frame.duplicated(["cell_id", "metric"]))].copy()
+
+
+def _agreeing(frame: pd.DataFrame, mixed: bool, notes: list[str]) -> pd.DataFrame:
+    """Refuse cells of one table that differ in `MUST_AGREE`, or label them apart where mixing was asked for."""
+    for key in MUST_AGREE:
+        text = frame[key].map(lambda v: "all" if pd.isna(v) else f"{v:g}" if isinstance(v, float) else str(v))
+        group = ["model", "shots", "task"] if key in PER_TASK else ["model", "shots"]
+        for _, rows in text.groupby([frame[g] for g in group]):
+            if rows.nunique() == 1:
+                continue
+            said = "; ".join(f"{value} in {_some(frame.loc[part.index])}" for value, part in rows.groupby(rows))
+            if not mixed:
+                raise UserError(
+                    f"These results differ in {key}: {said}; choose the runs or filters so that they agree, "
+                    "or say --allow-mixed."
+                )
+            notes.append(f"Mixed on request: {key} is {said}.")
+            frame.loc[rows.index, "variant"] += " " + key + " " + rows
+    frame["variant"] = frame["variant"].str.strip()
+    clash = frame.duplicated(["model", "shots", "task", *SYSTEM], keep=False)
+    if clash.any():
+        place = ["model", "shots", "task", *SYSTEM]
+        first = frame[clash].iloc[0]
+        alike = frame.loc[(frame[place] == first[place]).all(axis=1), "key"]
+        raise UserError(
+            f"Two cells claim the same place in the table ({first['label']}, budget {first['budget']}, "
+            f"{first['task']}): {', '.join(alike)}; give one of them."
+        )
+    return frame
+
+
+def _name_settings(frame: pd.DataFrame) -> pd.DataFrame:
+    """Where one policy was run with different settings, say which row is which."""
+    for _, rows in frame.groupby("policy"):
+        variants = rows["settings"].unique()
+        if len(variants) > 1:
+            parsed = {v: dict(json.loads(v)) for v in variants}
+            differing = [
+                k for k in sorted(set().union(*parsed.values())) if len({str(p.get(k)) for p in parsed.values()}) > 1
+            ]
+            for v, settings in parsed.items():
+                said = ", ".join(f"{k} {settings.get(k, DASH)}" for k in differing)
+                chosen = rows.index[rows["settings"] == v]
+                frame.loc[chosen, "label"] = frame.loc[chosen, "label"] + f" ({said})"
+    apart = frame["variant"] != ""
+    frame.loc[apart, "label"] = frame.loc[apart, "label"] + " [" + frame.loc[apart, "variant"] + "]"
+    return frame
+
+
+def _settings(text: Any) -> str:
+    """A policy's settings without the forgetting factor, which has its own column."""
+    if not isinstance(text, str):
+        return "{}"
+    settings = {k: v for k, v in json.loads(text).items() if k != "forgetting_factor"}
+    return json.dumps(settings, sort_keys=True)
+
+
+def _budget(is_full: bool, ratio: Any, tokens: Any, base: Any) -> tuple[str, float]:
+    """How tables write a budget, and where it sorts."""
+    if is_full:
+        return DASH, math.inf
+    if not pd.isna(tokens):
+        text = str(tokens) if isinstance(tokens, str) else f"{tokens:g}"
+        return f"{text} tokens", 1.0 + _first(tokens)
+    text = ratio if isinstance(ratio, str) else f"{ratio:g}"
+    return text if base in ("total", None) or pd.isna(base) else f"{text} of {base}", _first(ratio)
+
+
+def _first(value: Any) -> float:
+    return float(str(value).split("/")[0])
+
+
+def _number_or_text(value: Any) -> Any:
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def _some(rows: pd.DataFrame) -> str:
+    names = sorted(set(rows["key"]))
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")

@@ -1,0 +1,163 @@
+"""Paired comparisons of cells: the same documents, answered under two policies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pandas as pd
+
+from a2sf.analysis.collect import DEFAULT_PAIR, Grid, System
+from a2sf.analysis.stats import Difference, average_difference, holm, paired_difference
+from a2sf.errors import UserError
+from a2sf.experiments.runs import StoredCell
+
+AVERAGE = "average"
+"""Column name of the unweighted mean over tasks."""
+DOCUMENT = ["doc_id", "doc_hash"]
+
+
+def paired_documents(a: StoredCell, b: StoredCell, common: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The documents of two cells, row by row the same.
+
+    Args:
+        common: keep the documents both have, instead of refusing cells whose documents differ.
+
+    Raises:
+        UserError: if the documents are not the same, or a per-document file cannot be read.
+    """
+    left, right = a.documents, b.documents
+    if left[DOCUMENT].equals(right[DOCUMENT]):
+        return left, right
+    both = left[DOCUMENT].merge(right[DOCUMENT], on=DOCUMENT, validate="1:1")
+    if both.empty or (not common and not len(both) == len(left) == len(right)):
+        raise UserError(
+            f"{a.path.name} and {b.path.name} were not run on the same documents "
+            f"({len(left)} and {len(right)}, {len(both)} in common), so they cannot be paired."
+        )
+    return both.merge(left, on=DOCUMENT), both.merge(right, on=DOCUMENT)
+
+
+def paired_values(a: StoredCell, b: StoredCell, metric: str, common: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Per-document values of a metric in two cells, in the same order.
+
+    Raises:
+        UserError: as `paired_documents`, and if the metric has no per-document values.
+    """
+    left, right = paired_documents(a, b, common)
+    column = f"metric/{metric}"
+    for cell, documents in ((a, left), (b, right)):
+        if column not in documents or documents[column].isna().any():
+            raise UserError(f"{cell.path.name} has no value of {metric} for each document, so it cannot be paired.")
+    return left[column].to_numpy(float), right[column].to_numpy(float)
+
+
+def compare_cells(a: StoredCell, b: StoredCell, metric: str) -> Difference:
+    """Cell `a` minus cell `b` on their common metric."""
+    return paired_difference(*paired_values(a, b, metric))
+
+
+@dataclass
+class Comparer:
+    """Compares systems of one grid, and remembers why a comparison was not possible.
+
+    Attributes:
+        grid: the cells to compare.
+        refused: one sentence for each reason met.
+    """
+
+    grid: Grid
+    refused: list[str] = field(default_factory=list)
+
+    def task(self, a: str, b: str) -> Difference | None:
+        """Two cells by their keys; None where they cannot be paired."""
+        return self._attempt(lambda: paired_difference(*self._values(a, b)))
+
+    def average(self, a: Mapping[str, str], b: Mapping[str, str]) -> Difference | None:
+        """Two systems, given as task -> key, on the average over tasks."""
+        return self._attempt(lambda: average_difference([np.subtract(*self._values(a[t], b[t])) for t in sorted(a)]))
+
+    def _values(self, a: str, b: str) -> tuple[np.ndarray, np.ndarray]:
+        cells = self.grid.cells
+        return paired_values(cells[a], cells[b], self.grid.metric, common=self.grid.mixed)
+
+    def _attempt(self, compute: Callable[[], Difference]) -> Difference | None:
+        try:
+            return compute()
+        except KeyError:
+            return None  # a directory with results.csv alone; the grid has said so already
+        except UserError as error:
+            if str(error) not in self.refused:
+                self.refused.append(str(error))
+            return None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two systems on one task or the average: a row of `comparisons.csv`.
+
+    Attributes:
+        first, second: their labels; `difference` is first minus second.
+        p_holm: the p-value after Holm's correction over the whole list; None until corrected.
+    """
+
+    model: str
+    shots: int
+    task: str
+    budget: str
+    first: str
+    second: str
+    factor: str
+    difference: Difference
+    p_holm: float | None = None
+
+
+def matched(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> list[tuple[System, System | None]]:
+    """Every system of the pair's first policy with the second policy's system at the same budget, or None."""
+    systems = part.systems(pair)
+    controls = {(s.budget, s.variant): s for s in reversed(systems) if s.policy == pair[1]}
+    return [(s, controls.get((s.budget, s.variant))) for s in systems if s.policy == pair[0]]
+
+
+def compare_pair(grid: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> tuple[list[Comparison], list[str]]:
+    """Every row of the pair's first policy against the second at the same budget, Holm-corrected per model and shots.
+
+    Returns:
+        The comparisons, and one sentence for each thing that could not be compared.
+    """
+    found: list[Comparison] = []
+    notes: list[str] = []
+    for model, shots, part in grid.parts():
+        comparer = Comparer(part)
+        family: list[Comparison] = []
+        for first, second in matched(part, pair):
+            if second is None:
+                notes.append(f"{model}, {shots}-shot: no {pair[1]} at budget {first.budget} to compare {pair[0]} with.")
+                continue
+            shared = sorted(set(first.keys) & set(second.keys))
+            results = [(task, comparer.task(first.keys[task], second.keys[task])) for task in shared]
+            if len(shared) > 1 and set(shared) == set(part.tasks):
+                results.append((AVERAGE, comparer.average(first.keys, second.keys)))
+            for task, difference in results:
+                if difference is not None:
+                    where = (model, shots, task, first.budget, first.label, second.label, first.factor)
+                    family.append(Comparison(*where, difference))
+        corrected = holm([c.difference.p for c in family])
+        found += [replace(c, p_holm=p) for c, p in zip(family, corrected, strict=True)]
+        notes += comparer.refused
+    if pair[0] not in set(grid.frame["policy"]):
+        notes.append(f"There is no result of the policy {pair[0]}, so nothing is compared with {pair[1]}.")
+    return found, list(dict.fromkeys(notes))
+
+
+def comparisons_frame(comparisons: list[Comparison]) -> pd.DataFrame:
+    """One row per comparison; values in the metric's own unit."""
+    return pd.DataFrame(
+        [
+            {k: v for k, v in vars(c).items() if k not in ("difference", "p_holm")}
+            | vars(c.difference)
+            | {"p_holm": c.p_holm}
+            for c in comparisons
+        ]
+    )

@@ -1,0 +1,117 @@
+"""How close a pruned cache stays to the full one, document by document, whether or not the answer is right.
+
+Three measures against the full-cache cell of the same model, task and shots (docs/statistics.md says how to read them):
+
+agreement     share of documents with the same chosen answer
+gold_shift    change of the right choice's log-likelihood, in nats per token of that choice
+margin_shift  change of its lead over the best wrong choice, in nats (sums over the continuation, as scored)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from statsmodels.stats.proportion import proportion_confint
+
+from a2sf.analysis.collect import Grid, System
+from a2sf.analysis.compare import AVERAGE, paired_documents
+from a2sf.analysis.stats import CONFIDENCE, bootstrap_means, interval
+from a2sf.errors import UserError
+from a2sf.experiments.runs import StoredCell
+
+MEASURES = {
+    "agreement": "same answer as full cache",
+    "gold_shift": "shift of the right choice (nats/token)",
+    "margin_shift": "shift of the margin (nats)",
+}
+
+
+def changes(pruned: StoredCell, full: StoredCell, common: bool = False) -> pd.DataFrame:
+    """One row per document of what two cells share, one column per measure; NaN where a document has no right choice.
+
+    Raises:
+        UserError: if the documents differ, cannot be read, or have no choices.
+    """
+    left, right = paired_documents(pruned, full, common)
+    if (left["prediction"] < 0).any():
+        raise UserError(f"{pruned.cell['task']} has no choices, so there is no answer to agree with.")
+    here, there = _gold_and_margin(left), _gold_and_margin(right)
+    return pd.DataFrame(
+        {
+            "agreement": (left["prediction"].to_numpy() == right["prediction"].to_numpy()).astype(float),
+            "gold_shift": here[:, 0] - there[:, 0],
+            "margin_shift": here[:, 1] - there[:, 1],
+        }
+    )
+
+
+def fidelity_frame(grid: Grid) -> tuple[pd.DataFrame, list[str]]:
+    """Every pruned cell against its full-cache cell, and the average over tasks.
+
+    Returns:
+        One row per system and task: the measures with `<measure>_low` and `<measure>_high`, paired 95 % intervals; and
+        one sentence for each thing that could not be compared.
+    """
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    for model, shots, part in grid.parts():
+        systems = part.systems()
+        fulls = {s.variant: s for s in systems if s.is_full}
+        if not fulls and part.cells:
+            notes.append(f"{model}, {shots}-shot: no full-cache result, so there is no fidelity to it.")
+        for system in systems:
+            full = fulls.get(system.variant)
+            if system.is_full or full is None:
+                continue
+            where = {"model": model, "shots": shots, "policy": system.policy, "label": system.label}
+            where |= {"budget": system.budget, "factor": system.factor}
+            for task, measured in _of_system(part, system, full, notes):
+                rows.append(where | {"task": task} | measured)
+    return pd.DataFrame(rows), list(dict.fromkeys(notes))
+
+
+def _of_system(part: Grid, system: System, full: System, notes: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    found: list[tuple[str, dict[str, Any]]] = []
+    values, means = [], []
+    for index, task in enumerate(part.tasks):
+        if not {system.keys.get(task), full.keys.get(task)} <= part.cells.keys():
+            continue
+        try:
+            changed = changes(part.cells[system.keys[task]], part.cells[full.keys[task]], part.mixed).to_numpy()
+        except UserError as error:
+            notes.append(str(error))
+            continue
+        values.append(changed.mean(axis=0))
+        means.append(bootstrap_means(changed, index))
+        summary = _summary(len(changed), values[-1], means[-1])
+        # Wilson: resampling documents that all agree would say that disagreement is impossible
+        bounds = proportion_confint(changed[:, 0].sum(), len(changed), 1 - CONFIDENCE, method="wilson")
+        summary |= {f"agreement_{end}": float(bound) for end, bound in zip(("low", "high"), bounds, strict=True)}
+        found.append((task, summary))
+    if len(values) == len(part.tasks) > 1:
+        total = sum(summary["n"] for _, summary in found)
+        found.append((AVERAGE, _summary(total, np.mean(values, axis=0), np.mean(means, axis=0))))
+    return found
+
+
+def _summary(n: int, values: np.ndarray, means: np.ndarray) -> dict[str, Any]:
+    """Measures ([3]) with the intervals of their bootstrap means ([resamples, 3])."""
+    out: dict[str, Any] = {"n": n}
+    for i, measure in enumerate(MEASURES):
+        low, high = interval(means[:, i])
+        out |= {measure: float(values[i]), f"{measure}_low": low, f"{measure}_high": high}
+    return out
+
+
+def _gold_and_margin(documents: pd.DataFrame) -> np.ndarray:
+    """[n, 2] the right choice's log-likelihood per token, and its lead over the best wrong choice."""
+    out = np.full((len(documents), 2), np.nan)
+    columns = documents["gold"], documents["loglikelihoods"], documents["continuation_tokens"]
+    for i, (gold, logs, tokens) in enumerate(zip(*columns, strict=True)):
+        if gold >= 0:
+            out[i, 0] = logs[gold] / max(1, tokens[gold])
+            if len(logs) > 1:
+                out[i, 1] = logs[gold] - max(v for j, v in enumerate(logs) if j != gold)
+    return out

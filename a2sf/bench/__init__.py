@@ -1,0 +1,1 @@
+"""Benchmarks: ratios of two things timed side by side. Knows everything."""

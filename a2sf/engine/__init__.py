@@ -1,0 +1,1 @@
+"""The eviction recursion and its fast versions. Knows policies, not transformers."""

@@ -1,0 +1,84 @@
+"""Attention where no score decides what is kept: a full cache, or the newest tokens only. Plain torch, any device.
+
+Both are masked attention: token `i` sees token `j` of its own path if `j` is not later and at most `budget` tokens back.
+On the CPU the compiled kernel is faster even here; on other devices this spares one step per token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from a2sf.engine.eviction import Attended, Options, Segments, accumulation_dtype
+
+CHUNK = 1024
+"""Queries attended at a time: the mask of a tree is never larger than this times the tree's tokens."""
+
+
+def serves(segments: Segments, options: Options, state: object) -> bool:
+    """Whether `attend_dense` gives what the recursion gives: no state or trace is asked for, and scores do not matter."""
+    if state is not None or options.return_state or options.trace:
+        return False
+    known = segments.__dict__.get("_dense")
+    if known is None:
+        held = _end(segments)
+        known = bool(((held <= segments.budget) | ((segments.recent == segments.budget) & (segments.sinks == 0))).all())
+        object.__setattr__(segments, "_dense", known)
+    return known
+
+
+def attend_dense(query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: Options) -> Attended:
+    """Masked attention in float32 or better; arguments as in `reference`, for calls that `serves` accepts."""
+    B, H, T, _ = query.shape
+    dtype, device = accumulation_dtype(query.dtype), query.device
+    output = query.new_zeros(B, T, H, value.shape[-1]).transpose(1, 2)
+    end = _end(segments)
+    for tree in _trees(segments.parent):
+        # for every token of the tree: the segment it is in, where it is packed, and how many tokens its path has before
+        length = segments.length[tree]
+        owner = torch.repeat_interleave(torch.arange(len(tree)), length)
+        offset = torch.arange(len(owner)) - (length.cumsum(0) - length)[owner]
+        token = (segments.start[tree][owner] + offset).to(device)
+        depth = ((end[tree] - length)[owner] + offset).to(device)
+        above = _ancestors(segments.parent, tree).to(device)
+        budget, owner = segments.budget[tree][owner].to(device), owner.to(device)
+        row = int(segments.row[tree[0]])
+        q, k, v = (x[row : row + 1, :, token].to(dtype) for x in (query, key, value))
+        for i in range(0, len(owner), CHUNK):
+            here = slice(i, i + CHUNK)
+            back = depth[here, None] - depth
+            mask = above[owner[here]][:, owner] & (back >= 0) & (back <= budget[here, None])
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q[:, :, here], k, v, attn_mask=mask, scale=options.scale, enable_gqa=k.shape[1] < H
+            )
+            output[row][:, token[here]] = out[0].to(query.dtype)
+    return Attended(output)
+
+
+def _end(segments: Segments) -> Tensor:
+    """Tokens on the path from the root through each segment."""
+    end: list[int] = []
+    for length, parent in zip(segments.length.tolist(), segments.parent.tolist(), strict=True):
+        end.append(length + (end[parent] if parent >= 0 else 0))
+    return torch.tensor(end, dtype=torch.int64)
+
+
+def _trees(parent: Tensor) -> list[list[int]]:
+    """The segments of each tree, parents first."""
+    trees: dict[int, list[int]] = {}
+    root: list[int] = []
+    for i, p in enumerate(parent.tolist()):
+        root.append(i if p < 0 else root[p])
+        trees.setdefault(root[i], []).append(i)
+    return list(trees.values())
+
+
+def _ancestors(parent: Tensor, tree: list[int]) -> Tensor:
+    """bool [n, n]: whether segment `tree[j]` is `tree[i]` or above it."""
+    place = {segment: i for i, segment in enumerate(tree)}
+    above = torch.eye(len(tree), dtype=torch.bool)
+    for i, segment in enumerate(tree):
+        p = int(parent[segment])
+        if p >= 0:
+            above[i] |= above[place[p]]
+    return above

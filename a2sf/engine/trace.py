@@ -1,0 +1,162 @@
+"""Retention traces: what every layer and KV head evicted at each step of a document, and what one can read off it.
+
+A trace holds one number per step, the position that went (`evicted` [L, K, T], L layers, K KV heads, T steps), from
+which all kept sets follow, and the attention behind it. Traces of a cell's first documents are one `.npz` file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+CHUNK = 256
+"""Queries whose attention is computed at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What was evicted while one document was read.
+
+    Attributes:
+        document: its number in the task.
+        pieces: the text of each token, [T].
+        context: how many of the tokens are the prompt; the rest is a continuation.
+        evicted: int32 [L, K, T], the position evicted at each step, -1 for none.
+        received: float32 [L, K, T], the attention each position got while it was cached (see `attention_mass`).
+        lost: float32 [L, K, T], the share of each step's full attention that was on evicted positions.
+    """
+
+    document: int
+    pieces: tuple[str, ...]
+    context: int
+    evicted: np.ndarray
+    received: np.ndarray
+    lost: np.ndarray
+
+    @cached_property
+    def gone(self) -> np.ndarray:
+        """int32 [L, K, T]: the step at which each position was evicted, T if it never was."""
+        L, K, T = self.evicted.shape
+        gone = np.full((L, K, T + 1), T, np.int32)  # the last column takes the steps without an eviction
+        np.put_along_axis(gone, np.where(self.evicted >= 0, self.evicted, T), np.arange(T, dtype=np.int32), axis=2)
+        return gone[..., :T]
+
+    def kept(self, step: int = -1) -> np.ndarray:
+        """bool [L, K, T]: the positions in the cache after a step (default: the last)."""
+        T = self.evicted.shape[-1]
+        step = range(T)[step]
+        return (np.arange(T) <= step) & (self.gone > step)
+
+    def first(self, tokens: int) -> Trace:
+        """The trace after so many tokens; what positions received from later ones stays in `received`."""
+        arrays = (a[..., :tokens] for a in (self.evicted, self.received, self.lost))
+        return Trace(self.document, self.pieces[:tokens], min(tokens, self.context), *arrays)
+
+    def ages(self, layer: int) -> np.ndarray:
+        """How old each token was that `layer` evicted, in steps: of the first KV head's steps, then of the second's, ..."""
+        evicted = self.evicted[layer]
+        return (np.arange(evicted.shape[-1]) - evicted)[evicted >= 0]
+
+    def masses(self, layer: int) -> np.ndarray:
+        """The attention each token that `layer` evicted had received by then, in the order of `ages`."""
+        evicted = self.evicted[layer]
+        return np.take_along_axis(self.received[layer], evicted.clip(min=0), axis=1)[evicted >= 0]
+
+    def summary(self) -> pd.DataFrame:
+        """One row per layer: evicted tokens per KV head, their mean age and mass, and the mean share of attention lost."""
+        rows = []
+        for layer, of_layer in enumerate(self.evicted):
+            ages, masses = self.ages(layer), self.masses(layer)
+            rows.append(
+                {
+                    "evicted": len(ages) / len(of_layer),
+                    "age": ages.mean() if len(ages) else np.nan,
+                    "mass": masses.mean() if len(ages) else np.nan,
+                    "lost": self.lost[layer].mean(),
+                }
+            )
+        return pd.DataFrame(rows).rename_axis("layer")
+
+
+def attention_mass(query: Tensor, key: Tensor, evicted: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The attention behind an eviction: what positions received while they were cached, and what was lost with them.
+
+    Args:
+        query: [B, H, T, D], of whole sequences without padding.
+        key: [B, K, T, D].
+        evicted: int32 [B, K, T], the position evicted at each step, -1 for none.
+        scale: factor of the logits.
+
+    Returns:
+        Two float32 [B, K, T]: `received`, the sum of a position's probabilities over the steps it was cached at and the
+        query heads of its group; and `lost`, for each step the share of the attention to *all* earlier tokens that would
+        be on those already evicted, mean over the group. For a layer with a sliding window of its own this counts what
+        its window leaves out.
+    """
+    B, H, T, _ = query.shape
+    K = key.shape[1]
+    at = torch.arange(T, device=query.device)
+    gone = torch.full((B, K, T + 1), T, device=query.device)
+    gone.scatter_(2, torch.where(evicted >= 0, evicted, T).long(), at.expand(B, K, T))
+    gone = gone[..., None, None, :T]
+    received, lost = (torch.zeros(B, K, T, device=query.device) for _ in range(2))
+    q, k = query.float().unflatten(1, (K, H // K)), key.float()[:, :, None]
+    for start in range(0, T, CHUNK):
+        now = at[start : start + CHUNK, None]
+        logits = q[..., start : start + CHUNK, :] @ k.transpose(-1, -2) * scale  # [B, K, H / K, CHUNK, T]
+        logits = logits.masked_fill(at > now, -torch.inf)
+        missing = gone < now
+        lost[..., start : start + CHUNK] = (logits.softmax(-1) * missing).sum(-1).mean(2)
+        received += logits.masked_fill(missing, -torch.inf).softmax(-1).sum((2, 3))
+    return received, lost
+
+
+def overlap(a: Trace, b: Trace) -> np.ndarray:
+    """How alike two policies' caches were: float [L], the Jaccard index of the kept sets, mean over steps and KV heads.
+
+    Raises:
+        ValueError: if the traces are not of the same text and model.
+    """
+    if a.evicted.shape != b.evicted.shape or a.pieces != b.pieces:
+        raise ValueError("only traces of the same document and model can be compared")
+    T = a.evicted.shape[-1]
+
+    def held(gone: np.ndarray) -> np.ndarray:
+        deaths = np.apply_along_axis(np.bincount, -1, gone, minlength=T + 1)[..., :T]
+        return np.arange(1, T + 1) - deaths.cumsum(-1)
+
+    both, either = held(np.minimum(a.gone, b.gone)), held(np.maximum(a.gone, b.gone))
+    return (both / either).mean(axis=(1, 2))
+
+
+def save(path: Path, traces: Sequence[Trace]) -> None:
+    """Write traces to one `.npz` file."""
+    arrays: dict[str, Any] = {"documents": np.array([t.document for t in traces], np.int64)}
+    for t in traces:
+        arrays |= {f"{name}_{t.document}": getattr(t, name) for name in ("evicted", "received", "lost")}
+        arrays[f"pieces_{t.document}"] = np.array(t.pieces, dtype=np.str_)
+        arrays[f"context_{t.document}"] = np.int64(t.context)
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def load(path: Path) -> list[Trace]:
+    """Read what `save` wrote."""
+    with np.load(path, allow_pickle=False) as held:
+        return [
+            Trace(
+                int(d),
+                tuple(map(str, held[f"pieces_{d}"])),
+                int(held[f"context_{d}"]),
+                *(held[f"{name}_{d}"] for name in ("evicted", "received", "lost")),
+            )
+            for d in held["documents"]
+        ]

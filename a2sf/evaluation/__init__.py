@@ -1,0 +1,1 @@
+"""lm-eval: the model class, packing of requests, tasks and their documents. Knows hf."""

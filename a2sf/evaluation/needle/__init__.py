@@ -1,0 +1,1 @@
+"""The needle task: can a model still find a fact in a long text when its cache is pruned?"""

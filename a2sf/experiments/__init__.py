@@ -1,0 +1,1 @@
+"""Configuration, cells, sweeps, what is on disk, trackers. Knows evaluation."""

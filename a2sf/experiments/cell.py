@@ -1,0 +1,288 @@
+"""One cell = model × policy × budget × forgetting factor × task × shots: what defines it, and how it is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache, cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from a2sf.evaluation import tasks
+from a2sf.evaluation.lm import request_hash
+from a2sf.experiments.runs import StoredCell, find_extendable
+from a2sf.hf.loading import ModelSpec, fingerprint
+from a2sf.policies.base import Policy
+from a2sf.policies.budget import Budget
+
+ENGINE_VERSION = 1
+"""Raised whenever a change of the engine or the scoring can move a number."""
+GENERATION_VERSION = 2
+"""The same for what concerns only tasks that generate text."""
+BOOTSTRAP = 1000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one result is about. Two cells with the same `id` have the same numbers.
+
+    Attributes:
+        model_name: the model's short name in tables.
+        budget: None for a policy that ignores budgets.
+        limit: how many documents to score; None: all.
+        seed: of the few-shot examples.
+    """
+
+    model_name: str
+    model: ModelSpec
+    policy: Policy
+    budget: Budget | None
+    task: str
+    shots: int
+    limit: int | None
+    seed: int
+    data: tasks.DataSpec
+    backend: str = "auto"
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything that could change a document's log-likelihood; not how many documents are scored."""
+        return {
+            "model": self.model.path,
+            "weights": fingerprint(self.model),
+            "dtype": self.model.resolved_dtype,
+            "device": self.model.resolved_device.partition(":")[0],
+            "policy": self.policy.name,
+            "policy_settings": _plain(dataclasses.asdict(self.policy)),
+            "budget": _plain(dataclasses.asdict(self.budget)) if self.budget else None,
+            "task": self.task,
+            "task_version": tasks.version_of(self.task),
+            "shots": self.shots,
+            "seed": self.seed if self.shots else None,
+            "data": dataclasses.asdict(self.data),
+            "engine": ENGINE_VERSION,
+            "lm_eval": _lm_eval_version(),
+            **({"generation": GENERATION_VERSION} if tasks.generates(self.task) else {}),
+        }
+
+    @cached_property
+    def id(self) -> str:
+        """Eight hex digits of the hash of `identity`."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def name(self) -> str:
+        """The cell's directory: what a reader tells it by, and the `id`."""
+        parts = [self.model_name, self.policy.name]
+        if self.budget:
+            key, value = ("r", self.budget.ratio) if self.budget.ratio is not None else ("c", self.budget.tokens)
+            parts.append(f"{key}{_short(value)}" + ("" if self.budget.base == "total" else f"-{self.budget.base}"))
+        if (factor := getattr(self.policy, "forgetting_factor", None)) is not None:
+            parts.append(f"a{_short(factor)}")
+        limit = "all" if self.limit is None else f"n{self.limit}"
+        return "__".join([*parts, self.task, f"{self.shots}shot", limit, self.id])
+
+    @property
+    def family(self) -> str:
+        """What cells that differ only in `limit` have in common: the end of their names."""
+        return f"__{self.id}"
+
+    def describe(self) -> dict[str, Any]:
+        """The `cell` entry of `result.json`."""
+        settings = self.identity["policy_settings"]
+        return {
+            "id": self.id,
+            "name": self.name,
+            "model": self.model_name,
+            "model_path": self.model.path,
+            "dtype": self.identity["dtype"],
+            "policy": self.policy.name,
+            "policy_label": self.policy.label,
+            "policy_settings": settings,
+            "budget": self.identity["budget"],
+            "forgetting_factor": settings.get("forgetting_factor"),
+            "task": self.task,
+            "shots": self.shots,
+            "limit": self.limit,
+            "seed": self.seed,
+            "identity": self.identity,
+        }
+
+
+@cache
+def _lm_eval_version() -> str:
+    return version("lm-eval")
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))  # tuples become lists, as they will in the result file
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "list" if len(set(value)) > 1 else f"{value[0]}"
+    return f"{value}"
+
+
+def compute(cell: Cell, lm: Any, runs: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Score a cell's documents with `lm` (a `PrunedLM`), reusing those a smaller limit has scored already.
+
+    Returns:
+        The body of `result.json` (without provenance), and the per-document table.
+    """
+    import lm_eval
+
+    task = tasks.build(cell.task, cell.data, shots=cell.shots, seed=cell.seed)
+    where = tasks.provenance(task)
+    lm.use(cell.policy, cell.budget)
+    # of several samples of one prompt only the first is stored
+    drawn = (task.config.repeats or 1) > 1 or (task.config.generation_kwargs or {}).get("do_sample")
+    lm.known = {} if drawn else _known(find_extendable(runs, cell.family), where)
+    started = datetime.now(UTC)
+    clock = time.perf_counter()
+    try:
+        evaluated = lm_eval.evaluate(
+            lm, task_dict={"tasks": {cell.task: task}}, limit=cell.limit, bootstrap_iters=BOOTSTRAP
+        )
+    finally:
+        lm.known = {}
+    seconds = time.perf_counter() - clock
+    samples = evaluated["samples"][cell.task]
+    counts = lm.counts
+    result = {
+        "cell": cell.describe(),
+        "metrics": _metrics(evaluated, cell.task),
+        "documents": {"n": len({s["doc_id"] for s in samples}), **where},
+        "timing": {
+            "seconds": seconds,
+            "tokens": counts.tokens,
+            "computed_tokens": counts.computed,
+            "tokens_per_second": counts.tokens / seconds,
+            "kept_tokens_mean": counts.kept / max(1, counts.layer_requests),
+            "cache_share": counts.share / max(1, counts.layer_requests),
+            "reused_requests": counts.reused,
+            "started": started.isoformat(timespec="seconds"),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    }
+    return result, _documents(samples, task, lm)
+
+
+def _metrics(evaluated: dict[str, Any], task: str) -> dict[str, dict[str, Any]]:
+    scores = evaluated["results"][task]
+    better = evaluated.get("higher_is_better", {}).get(task, {})
+    n = evaluated["n-samples"][task]["effective"]
+    found = {}
+    for key, value in scores.items():
+        metric, _, filtered = key.partition(",")
+        if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        name = metric if filtered == "none" else f"{metric},{filtered}"
+        found[name] = {
+            "value": _number(value),
+            "stderr": _number(scores.get(f"{metric}_stderr,{filtered}")),
+            "n": n,
+            "higher_is_better": better.get(metric),
+        }
+    return found
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _documents(samples: list[dict[str, Any]], task: Any, lm: Any) -> pd.DataFrame:
+    rows = []
+    for sample in samples:
+        if task.OUTPUT_TYPE == "generate_until":
+            rows.append(_generated(sample, lm))
+            continue
+        answers = [a if isinstance(a, tuple | list) else (a, False) for (a,) in sample["resps"]]
+        arguments = [tuple(a) for a in sample["arguments"]]
+        choices = [a[-1] for a in arguments]
+        likelihoods = [float(a[0]) for a in answers]
+        several = len(choices) > 1
+        metrics = {m: sample[m] for m in sample["metrics"] if isinstance(sample.get(m), int | float)}
+        lengths = [lm.lengths.get(request_hash(a), (0, 0)) for a in arguments]
+        rows.append(
+            {
+                "doc_id": sample["doc_id"],
+                "doc_hash": sample["doc_hash"],
+                "prompt_hash": sample["prompt_hash"],
+                "request_hashes": [request_hash(a) for a in arguments],
+                "context": arguments[0][0] if len(arguments[0]) > 1 else "",
+                "choices": choices,
+                "gold": _gold(sample, task) if several else -1,
+                "prediction": max(range(len(choices)), key=likelihoods.__getitem__) if several else -1,
+                "loglikelihoods": likelihoods,
+                "is_greedy": [bool(a[1]) for a in answers],
+                "context_tokens": [c for c, _ in lengths],
+                "continuation_tokens": [n for _, n in lengths],
+                **{f"metric/{m}": float(v) for m, v in metrics.items()},
+            }
+        )
+    if task.OUTPUT_TYPE == "generate_until":
+        # a filter gives a sample of its own, with metrics of its own: one row per document holds them all
+        return pd.DataFrame(rows).groupby("doc_id", as_index=False).first()
+    return pd.DataFrame(rows).drop_duplicates("doc_id").sort_values("doc_id", ignore_index=True)
+
+
+def _generated(sample: dict[str, Any], lm: Any) -> dict[str, Any]:
+    """A row of a generation task: no choices, but the text, its target, and the numbers that describe the document."""
+    arguments = tuple(sample["arguments"][0])
+    context_tokens, tokens = lm.lengths.get(request_hash(arguments), (0, 0))
+    end = "" if sample["filter"] == "none" else f",{sample['filter']}"
+    metrics = {m: sample[m] for m in sample["metrics"] if isinstance(sample.get(m), int | float)}
+    return {
+        "doc_id": sample["doc_id"],
+        "doc_hash": sample["doc_hash"],
+        "prompt_hash": sample["prompt_hash"],
+        "request_hashes": [request_hash(arguments)],
+        "context": arguments[0],
+        "choices": [],
+        "gold": -1,
+        "prediction": -1,
+        "loglikelihoods": [],
+        "is_greedy": [],
+        "context_tokens": [context_tokens],
+        "continuation_tokens": [tokens],
+        "target": str(sample["target"]),
+        "generated": sample["resps"][0][0],
+        **{f"doc/{k}": float(v) for k, v in sample["doc"].items() if isinstance(v, int | float)},
+        **{f"metric/{m}{end}": float(v) for m, v in metrics.items()},
+    }
+
+
+def _gold(sample: dict[str, Any], task: Any) -> int:
+    """Index of the right choice; where the choices are contexts (winogrande), lm-eval numbers them the same way."""
+    target = sample["target"]
+    if task.multiple_input:
+        target = task.doc_to_text(sample["doc"])
+    if isinstance(target, int):
+        return target
+    choices = task.doc_to_choice(sample["doc"])
+    return choices.index(target) if target in choices else -1
+
+
+def _known(stored: StoredCell | None, where: dict[str, Any]) -> dict[str, tuple[Any, bool, int, int]]:
+    """request hash -> (log-likelihood or text, is greedy, context and continuation tokens), of documents scored before."""
+    if stored is None or stored.result["documents"]["fingerprint"] != where["fingerprint"]:
+        return {}
+    known: dict[str, tuple[Any, bool, int, int]] = {}
+    if "generated" in stored.documents:
+        columns = ["request_hashes", "generated", "context_tokens", "continuation_tokens"]
+        for hashes, text, context, more in stored.documents[columns].itertuples(index=False):
+            known[hashes[0]] = (text, False, context[0], more[0])
+        return known
+    columns = ["request_hashes", "loglikelihoods", "is_greedy", "context_tokens", "continuation_tokens"]
+    for row in stored.documents[columns].itertuples(index=False):
+        known.update({h: tuple(rest) for h, *rest in zip(*row, strict=True)})
+    return known

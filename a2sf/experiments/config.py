@@ -1,0 +1,262 @@
+"""The configuration's schema, and from a composed configuration to the cells it asks for.
+
+The values live in `conf/`; these dataclasses say which keys there are and of what type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from a2sf.engine.kernels import BACKENDS
+from a2sf.errors import ConfigError, UserError, nearest
+from a2sf.evaluation.lm import check_batch_size
+from a2sf.evaluation.tasks import DataSpec, expand_suite, resolve
+from a2sf.experiments.cell import Cell
+from a2sf.experiments.tracking import TrackerSpec
+from a2sf.hf.loading import ModelSpec, layers_of
+from a2sf.policies.a2sf import check_factors
+from a2sf.policies.base import Policy
+from a2sf.policies.budget import Budget
+
+DEFAULT_RATIO = 0.2
+MAX_SHOTS = 1000
+
+
+@dataclass
+class BudgetConfig:
+    """`budget`: `ratio` or `tokens` (one number, or one per layer), and what a ratio is a share of."""
+
+    ratio: Any = None
+    tokens: Any = None
+    base: str = "total"
+
+
+@dataclass
+class ModelConfig:
+    """`model`: see `a2sf.hf.loading.ModelSpec`. `name` labels results; empty: the last part of the path."""
+
+    path: str = ""
+    name: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    revision: str = "main"
+    trust_remote_code: bool = False
+
+
+@dataclass
+class DataConfig:
+    """`data`: see `a2sf.evaluation.tasks.DataSpec`."""
+
+    source: str = "hub"
+    dir: str | None = None
+    split: str | None = None
+    fewshot_split: str = "validation"
+
+
+@dataclass
+class TrackerConfig:
+    """`tracker`: see `a2sf.experiments.tracking.TrackerSpec`."""
+
+    kind: str = "none"
+    project: str = "a2sf"
+    entity: str | None = None
+
+
+@dataclass
+class Config:
+    """Everything a run can be told."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    policy: Any = None
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    forgetting_factor: Any = None
+    tasks: Any = "demo"
+    shots: int = 0
+    limit: int | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    batch_size: Any = "auto"
+    seed: int = 1234
+    backend: str = "auto"
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    sweep_name: str = "single"
+    runs_dir: str = "runs"
+    plan_only: bool = False
+    trace: int = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One checked point of a grid: its cells, and what is not part of a cell."""
+
+    cells: tuple[Cell, ...]
+    tracker: TrackerSpec
+    batch_size: int | None
+    sweep_name: str
+    runs_dir: str
+    plan_only: bool
+    trace: int
+
+
+def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Settings:
+    """Check a composed configuration and list its cells.
+
+    Args:
+        composed: what Hydra composed on the schema, without its own `hydra` node.
+        model_names: model path -> short name, for paths known under `conf/model/`.
+
+    Raises:
+        ConfigError: for the first value that is not allowed; nothing slow has happened then.
+    """
+    config = _typed(composed)
+    if not config.model.path:
+        raise ConfigError("model.path", "''", "give a hub id, a directory or a GGUF file")
+    model = ModelSpec(
+        **{f.name: getattr(config.model, f.name) for f in dataclasses.fields(ModelSpec)},
+    )
+    name = config.model.name or (model_names or {}).get(model.path) or model.path.rstrip("/").rpartition("/")[2]
+    policy = _policy(config)
+    budget = _budget(config, policy)
+    _check_layers(model, policy, budget)
+    if not isinstance(config.shots, int) or not 0 <= config.shots <= MAX_SHOTS:
+        raise ConfigError("shots", config.shots, "give a whole number of examples, at least 0")
+    if config.limit is not None and config.limit < 1:
+        raise ConfigError("limit", config.limit, "give a number of documents of at least 1, or null for all")
+    if config.trace < 0:
+        raise ConfigError("trace", config.trace, "give the number of documents to trace, at least 0")
+    if config.backend not in ("auto", *BACKENDS):
+        raise ConfigError("backend", config.backend, f"give auto or one of {', '.join(BACKENDS)}")
+    if not config.sweep_name or "/" in config.sweep_name or config.sweep_name.startswith("."):
+        raise ConfigError(
+            "sweep_name", repr(config.sweep_name), "give the name of a folder, without a slash or dot first"
+        )
+    data = DataSpec(**dataclasses.asdict(config.data))
+    names = [t for task in expand_suite(config.tasks) for t in resolve(task)]
+    cells = tuple(
+        Cell(
+            model_name=name,
+            model=model,
+            policy=policy,
+            budget=budget,
+            task=task,
+            shots=config.shots,
+            limit=config.limit,
+            seed=config.seed,
+            data=data,
+            backend=config.backend,
+        )
+        for task in dict.fromkeys(names)
+    )
+    return Settings(
+        cells=cells,
+        tracker=TrackerSpec(**dataclasses.asdict(config.tracker)),
+        batch_size=check_batch_size(config.batch_size),
+        sweep_name=config.sweep_name,
+        runs_dir=config.runs_dir,
+        plan_only=config.plan_only,
+        trace=config.trace,
+    )
+
+
+def _typed(composed: DictConfig) -> Config:
+    try:
+        _check_keys(composed)  # Hydra lets +key through
+        return OmegaConf.to_object(composed)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+
+
+def _policy(config: Config) -> Policy:
+    node = dict(config.policy or {})
+    try:
+        cls = get_class(node.pop("_target_"))
+    except Exception as error:
+        raise ConfigError("policy", config.policy, "give the name of a file under conf/policy/") from error
+    fields = [f.name for f in dataclasses.fields(cls)]
+    if config.forgetting_factor is not None:
+        check_factors(config.forgetting_factor)  # also where the policy ignores it
+        if "forgetting_factor" in fields:
+            node["forgetting_factor"] = config.forgetting_factor
+    for key, value in node.items():
+        if key not in fields:
+            has = f"{cls.name} has {', '.join(fields)}" if fields else f"{cls.name} has no settings"
+            raise ConfigError(f"policy.{key}", value, has + nearest(key, fields))
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(cls), node)
+        return OmegaConf.to_object(typed)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        raise UserError(explain(error, "policy.")) from error
+
+
+def _budget(config: Config, policy: Policy) -> Budget | None:
+    given = dataclasses.asdict(config.budget)
+    if given["ratio"] is None and given["tokens"] is None:
+        given["ratio"] = DEFAULT_RATIO
+    budget = Budget(**given)  # checked even where the policy ignores it
+    tokens = budget.tokens if isinstance(budget.tokens, tuple) else (budget.tokens,)
+    for slots in tokens:
+        if slots is not None and policy.uses_budget and slots < policy.least_budget:
+            raise ConfigError(
+                "budget.tokens",
+                slots,
+                f"recent + sinks may not exceed the budget, and {policy.name} protects {policy.least_budget} tokens",
+            )
+    return budget if policy.uses_budget else None
+
+
+def _check_layers(model: ModelSpec, policy: Policy, budget: Budget | None) -> None:
+    lists = [getattr(policy, "forgetting_factor", None), budget and budget.ratio, budget and budget.tokens]
+    if any(isinstance(x, tuple) for x in lists):
+        layers = layers_of(model)
+        policy.check(layers)
+        if budget:
+            budget.check(layers)
+
+
+def explain(error: Exception, prefix: str = "") -> str:
+    """One sentence for an error of OmegaConf or Hydra about a key or a value."""
+    key = getattr(error, "full_key", None)
+    first = str(error).strip().partition("\n")[0].rstrip(".")
+    if key is None:
+        return first
+    if "not in" in first:
+        return _unknown(f"{prefix}{key}")
+    return f"{prefix}{key} has a value that is not allowed: {first}."
+
+
+def _check_keys(node: DictConfig, prefix: str = "") -> None:
+    known = {f.name for f in dataclasses.fields(OmegaConf.get_type(node) or Config)}
+    for key in map(str, node):
+        if key not in known:
+            raise UserError(_unknown(f"{prefix}{key}"))
+        inner = node._get_node(key)
+        if isinstance(inner, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(inner)):
+            _check_keys(inner, f"{prefix}{key}.")
+
+
+def _unknown(key: str) -> str:
+    return f"{key} is not a key of the configuration{nearest(key, _keys(Config))}; see README for the list."
+
+
+def _keys(cls: type, prefix: str = "") -> list[str]:
+    keys = []
+    for f in dataclasses.fields(cls):
+        keys.append(prefix + f.name)
+        made = f.default_factory() if f.default_factory is not dataclasses.MISSING else None
+        if dataclasses.is_dataclass(made):
+            keys += _keys(type(made), f"{prefix}{f.name}.")
+    return keys
+
+
+def register() -> None:
+    """Make the schema known to Hydra as `schema`."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="schema", node=Config)

@@ -1,0 +1,330 @@
+"""Running cells: what is to do, one at a time, and nothing lost.
+
+`plan` says which cells are there already; `Runner.run` computes one; `finish` writes the table and lists failures. Many
+processes may work on one `runs/` directory: a cell is computed by whoever holds its lease.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+import yaml
+
+from a2sf import __version__
+from a2sf.engine import trace as traces
+from a2sf.errors import ConfigError, UserError
+from a2sf.experiments.cell import ENGINE_VERSION, Cell, compute
+from a2sf.experiments.runs import (
+    CorruptCell,
+    StoredCell,
+    finished_cells,
+    is_cell,
+    link_cell,
+    read_cell,
+    set_aside,
+    write_atomically,
+    write_cell,
+    write_table,
+)
+from a2sf.experiments.tracking import Tracker
+from a2sf.hf import loading
+
+log = logging.getLogger(__name__)
+LEASE_SECONDS = 60.0
+SPACE_NEEDED = 20 * 2**20
+VERSIONS = ("torch", "transformers", "lm-eval", "datasets", "numba", "hydra-core", "pandas")
+
+
+class DiskError(UserError):
+    """Results cannot be written; the sweep stops, since it could keep nothing."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cells of a sweep, each once.
+
+    Attributes:
+        cells: all of them.
+        done: names of those whose results are there.
+        notes: what the user should know (corrupt results that were set aside).
+    """
+
+    cells: list[Cell]
+    done: frozenset[str]
+    notes: list[str]
+
+    @property
+    def pending(self) -> list[Cell]:
+        return [c for c in self.cells if c.name not in self.done]
+
+
+def plan(cells: Iterable[Cell], directory: Path) -> Plan:
+    """Recognise equal cells and those already computed, in this sweep or (linked here) in another one."""
+    unique = {c.name: c for c in cells}
+    found: dict[str, list[Path]] = {}
+    for path in sorted(directory.parent.glob("*/*__*")):
+        if path.name in unique and is_cell(path):
+            found.setdefault(path.name, []).append(path)
+    done, notes = set(), []
+    for name in unique:
+        path, elsewhere = directory / name, found.get(name, [])
+        if path in elsewhere:
+            elsewhere.remove(path)
+            try:
+                read_cell(path)
+                done.add(name)
+                continue
+            except CorruptCell as error:
+                notes.append(f"{error}; moved to {set_aside(path).name}, it will be computed again.")
+        if (same := _first_whole(elsewhere)) is not None:
+            link_cell(same, path)
+            done.add(name)
+    return Plan(list(unique.values()), frozenset(done), notes)
+
+
+def _first_whole(paths: Iterable[Path]) -> Path | None:
+    for path in paths:
+        with suppress(CorruptCell):
+            read_cell(path)
+            return path
+    return None
+
+
+def estimate_seconds(todo: Sequence[Cell], runs: Path) -> tuple[float, int]:
+    """How long pending cells may take, from cells of the same model, task and shots that were measured.
+
+    Returns:
+        Seconds for the cells whose like was measured, and how many those are.
+    """
+    seen: dict[tuple[str, str, int], list[float]] = {}
+    for path in runs.glob("*/*__*"):
+        if is_cell(path):
+            with suppress(CorruptCell, KeyError):
+                stored = read_cell(path)
+                c, t = stored.cell, stored.result["timing"]
+                if t["tokens"] and t["reused_requests"] == 0:
+                    rate = t["seconds"] / stored.result["documents"]["n"]
+                    seen.setdefault((c["model"], c["task"], c["shots"]), []).append(rate)
+    of_cells = [(seen.get((c.model_name, c.task, c.shots)), c.limit) for c in todo]
+    known = [sum(rates) / len(rates) * limit for rates, limit in of_cells if rates and limit]
+    return sum(known), len(known)
+
+
+@dataclass
+class Outcome:
+    """What became of a cell: `status` is done, there (already), busy (somebody else computes it) or failed."""
+
+    name: str
+    status: str
+    error: str | None = None
+
+
+@dataclass
+class Runner:
+    """Computes cells of one sweep; keeps the model loaded from one cell to the next.
+
+    Attributes:
+        directory: `runs/<sweep>`.
+        tracker: where finished cells are logged besides.
+        batch_size: sequences per forward pass, None for auto.
+        trace: documents of each cell whose evictions are noted in the cell's `traces.npz` (see `a2sf.engine.trace`).
+    """
+
+    directory: Path
+    tracker: Tracker
+    batch_size: int | None = None
+    trace: int = 0
+    _loaded: dict[loading.ModelSpec, Any] = field(default_factory=dict)
+
+    def run(self, cell: Cell) -> Outcome:
+        """Compute a cell unless it is there or somebody else is at it.
+
+        A cell that raises is recorded under `failures/` and does not stop the others.
+
+        Raises:
+            DiskError: if results cannot be written.
+        """
+        check_disk(self.directory)
+        try:
+            loading.identify(cell.model)  # on the machine of a cluster, the first to need it
+        except UserError as error:
+            return self._failed(cell, error)
+        path = self.directory / cell.name
+        lock = filelock.SoftFileLease(_lock_file(self.directory, cell), lease_duration=LEASE_SECONDS, timeout=0)
+        try:
+            with lock:
+                if is_cell(path):
+                    return Outcome(cell.name, "there")
+                return self._compute(cell, path)
+        except filelock.Timeout:
+            return Outcome(cell.name, "busy")
+
+    def _compute(self, cell: Cell, path: Path) -> Outcome:
+        try:
+            lm = self._lm(cell)
+            lm.trace_documents = self.trace
+            result, documents = _halving(lm, lambda: compute(cell, lm, self.directory.parent))
+            result["provenance"] = provenance(lm)
+            config = yaml.safe_dump(cell.describe(), sort_keys=False)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except Exception as error:
+            return self._failed(cell, error)
+        try:
+            stored = write_cell(path, result, documents, config)
+            if lm.traces:
+                traces.save(path / "traces.npz", lm.traces)
+        except OSError as error:
+            raise DiskError(f"{path} cannot be written ({error.strerror or error})") from error
+        failure_file(self.directory, cell.name).unlink(missing_ok=True)
+        self.tracker.log_cell(stored, {"sweep": self.directory.name})
+        return Outcome(cell.name, "done")
+
+    def _failed(self, cell: Cell, error: Exception) -> Outcome:
+        text = str(error).strip() or type(error).__name__
+        record = {
+            "cell": cell.describe(),
+            "error": text if isinstance(error, UserError) else f"{type(error).__name__}: {text}",
+            "traceback": "".join(traceback.format_exception(error)),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        file = failure_file(self.directory, cell.name)
+        try:
+            file.parent.mkdir(exist_ok=True)
+            write_atomically(file, json.dumps(record, indent=2))
+        except OSError as problem:
+            raise DiskError(f"{file} cannot be written ({problem.strerror or problem})") from problem
+        return Outcome(cell.name, "failed", str(record["error"]))
+
+    def _lm(self, cell: Cell) -> Any:
+        from a2sf.evaluation.lm import PrunedLM
+
+        if cell.model not in self._loaded:
+            self._loaded.clear()  # one model at a time
+            loaded = loading.load(cell.model)
+            if loaded.fingerprint != cell.identity["weights"]:
+                raise ConfigError(
+                    "model.path", cell.model.path, "its files changed after the sweep began; start it again"
+                )
+            lm = PrunedLM(loaded.model, tokenizer=loaded.tokenizer, batch_size=self.batch_size or "auto")
+            lm.silent = True
+            self._loaded[cell.model] = lm
+        lm = self._loaded[cell.model]
+        lm.engine = cell.backend
+        return lm
+
+
+def _halving(lm: Any, work: Any) -> Any:
+    """`work()`, with half the tokens per forward pass whenever the GPU's memory does not suffice."""
+    before = lm.tokens_per_pass
+    while True:
+        try:
+            return work()
+        except torch.cuda.OutOfMemoryError:
+            if lm.tokens_per_pass < 64:
+                lm.tokens_per_pass = before  # the next cell may be smaller
+                raise
+            lm.tokens_per_pass //= 2
+            torch.cuda.empty_cache()
+            log.warning("the GPU ran out of memory: going on with %d tokens per forward pass", lm.tokens_per_pass)
+
+
+def check_disk(directory: Path) -> None:
+    """Refuse to compute what could not be kept.
+
+    Raises:
+        DiskError: if the directory cannot be written or the disk is full.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".probe-{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+        free = shutil.disk_usage(directory).free
+    except OSError as error:
+        raise DiskError(f"{directory} cannot be written ({error.strerror or error})") from error
+    if free < SPACE_NEEDED:
+        raise DiskError(f"the disk of {directory} is full ({free >> 20} MiB free, {SPACE_NEEDED >> 20} MiB needed)")
+
+
+def finish(directory: Path, cells: Sequence[Cell]) -> tuple[list[StoredCell], list[dict[str, Any]]]:
+    """Write `results.csv` from every finished cell of the sweep; the finished cells of `cells`, and its failures."""
+    names = {c.name for c in cells}
+    everything = finished_cells(directory)
+    if everything:
+        write_table(directory, everything)
+    failures = []
+    for name in sorted(names):
+        file = failure_file(directory, name)
+        if file.exists() and not is_cell(directory / name):
+            failures.append(json.loads(file.read_text()))
+    return [s for s in everything if s.path.name in names], failures
+
+
+def failure_file(directory: Path, name: str) -> Path:
+    return directory / "failures" / f"{name}.json"
+
+
+def _lock_file(directory: Path, cell: Cell) -> Path:
+    locks = directory.parent / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    return locks / f"{cell.name}.lock"
+
+
+def provenance(lm: Any) -> dict[str, Any]:
+    """What a reader needs to repeat the run."""
+    return {
+        **_git(),
+        "a2sf": __version__,
+        "engine": ENGINE_VERSION,
+        "backend": lm.engine,
+        "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},
+        "machine": {
+            "system": platform.platform(),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+@cache
+def _git() -> dict[str, Any]:
+    def git(*arguments: str) -> str | None:
+        where = Path(__file__).parent
+        done = subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    except OSError:
+        commit, changes = None, None
+    return {"git_commit": commit, "git_dirty": None if changes is None else bool(changes)}
+
+
+@cache
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

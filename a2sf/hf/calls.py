@@ -1,0 +1,174 @@
+"""What happens around a model's calls: hooks that tell the attention function which cache and tokens a call is about.
+
+They are PyTorch's own forward hooks, registered once per model; a call without a bounded cache is left alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from contextlib import ExitStack
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from a2sf.errors import UserError
+from a2sf.hf.attention import IMPLEMENTATION, Pass, UnsupportedModel, active, attached, check_reached, rope_switch
+from a2sf.hf.loading import check_exact
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What transformers' models call the cache they are given."""
+
+
+@runtime_checkable
+class BoundedCache(Protocol):
+    """A cache that a call goes through; `seen` int64 [B] counts each row's tokens so far, None before the first."""
+
+    seen: Tensor | None
+
+    def begin(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> Pass:
+        """Start a call on `shape` = (B, T) new tokens; `mask` [B, columns] is 0 where a token is padding."""
+        ...
+
+    def end(self, completed: bool) -> None:
+        """Finish it."""
+        ...
+
+
+class Scope(Protocol):
+    """What is done to the calls that have no bounded cache."""
+
+    def supply(self, model: PreTrainedModel, cache: Any, keep: bool | None) -> BoundedCache | None:
+        """The cache for a call that was given `cache` (or None) and `use_cache=keep`; None: it keeps no cache."""
+        ...
+
+    def plan(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> Pass:
+        """What the attention does in a call without a cache."""
+        ...
+
+
+class Hooks:
+    """What happens around every call of one model; idle without a bounded cache or a scope."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.names = [n for n in inspect.signature(model.forward).parameters if n != "self"]
+        self.cache_name = next((n for n in CACHE_NAMES if n in self.names), CACHE_NAMES[0])
+        self.scope: Scope | None = None
+        self.open: tuple[ExitStack, Pass, BoundedCache | None] | None = None
+        model.register_forward_pre_hook(self.before, with_kwargs=True)
+        model.register_forward_hook(self.after, with_kwargs=True, always_call=True)
+
+    def before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict] | None:
+        self.close(None)  # a call that was interrupted left it open
+        named = dict(zip(self.names, args, strict=False)) | kwargs
+        cache = next((named[n] for n in CACHE_NAMES if named.get(n) is not None), None)
+        if self.scope is not None:
+            cache = self.scope.supply(model, cache, named.get("use_cache"))
+            named = {n: x for n, x in named.items() if n not in CACHE_NAMES}
+            named |= {self.cache_name: cache} if cache is not None else {}
+        elif not isinstance(cache, BoundedCache):
+            return None
+        tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
+        shape, mask = (tokens.shape[0], tokens.shape[1]), named.get("attention_mask")
+        past = torch.zeros(shape[0], dtype=torch.int64) if cache is None or cache.seen is None else cache.seen
+        given = named.get("position_ids")
+        if mask is None and given is not None and len(set(past.tolist())) > 1:
+            _check_positions(given, past, shape)
+        current: Pass
+        if cache is not None:
+            current = cache.begin(model, shape, mask)
+        else:
+            assert self.scope is not None
+            current = self.scope.plan(model, shape, mask)
+        if given is None and "position_ids" in self.names and (mask is not None or bool((past > 0).any())):
+            # positions count a row's own tokens, wherever its padding is
+            real = mask[:, -shape[1] :].long() if mask is not None else tokens.new_ones(shape, dtype=torch.int64)
+            named["position_ids"] = (past[:, None].to(real.device) + real.cumsum(1) - 1).clamp(min=0)
+        stack = ExitStack()
+        self.open = stack, current, cache
+        if model.config._attn_implementation != IMPLEMENTATION:
+            stack.enter_context(attached(model))
+        stack.callback(active.set, active.get())
+        active.set(current)
+        return (), named
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a model brings its hooks along, but no open call and no scope."""
+        return self.__dict__ | {"scope": None, "open": None}
+
+    def after(self, model: Any, args: Any, kwargs: Any, output: Any) -> None:
+        self.close(output)
+
+    def close(self, output: Any) -> None:
+        """End the open pass, if there is one; `output` is None where the model's call failed."""
+        if self.open is None:
+            return
+        (stack, current, cache), self.open = self.open, None
+        stack.close()
+        if cache is not None:
+            cache.end(completed=output is not None)
+        if output is not None:
+            check_reached(current)
+
+
+def _check_positions(given: Tensor, past: Tensor, shape: tuple[int, int]) -> None:
+    """Refuse positions that count earlier padding, which transformers makes where it was given no mask.
+
+    Raises:
+        UserError: if they do.
+    """
+    own = past[:, None] + torch.arange(shape[1])
+    if given.shape[-1] == shape[1] and given.shape[0] in (1, len(own)) and (given.cpu() != own).any():
+        raise UserError("earlier tokens of this batch were padding; give attention_mask, which says where it was")
+
+
+_hooks: weakref.WeakKeyDictionary[PreTrainedModel, Hooks] = weakref.WeakKeyDictionary()
+
+
+def hooks_of(model: PreTrainedModel) -> Hooks:
+    """The hooks around `model`'s calls, put there once, after a check that pruning it is exact.
+
+    Raises:
+        UnsupportedModel: if it is not.
+    """
+    carried = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+    if model not in _hooks and (copied := next((h for h in carried if isinstance(h, Hooks)), None)) is not None:
+        _hooks[model] = copied  # the model is a copy of one that has hooks
+    if model not in _hooks:
+        if model.config.is_encoder_decoder:
+            raise UnsupportedModel("only decoder models have a cache to prune, and this one is an encoder-decoder")
+        rope_switch(model.config)
+        check_exact(model)
+        _hooks[model] = Hooks(model)
+    return _hooks[model]
+
+
+def new_tokens(shape: tuple[int, int], past: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Where each row's new tokens are among `shape` = (B, T) columns: first column and number, int64 [B] each.
+
+    Raises:
+        UserError: if the mask has another size, or a gap within a row's new tokens.
+    """
+    B, T = shape
+    if mask is None:
+        return torch.zeros(B, dtype=torch.int64), torch.full((B,), T)
+    if mask.ndim != 2:
+        raise UnsupportedModel(
+            "only a padding mask [batch, tokens] can be used with pruning; give attention_mask as one"
+        )
+    if mask.shape != (B, past + T):
+        raise UserError(
+            f"attention_mask has shape {tuple(mask.shape)} and must cover the {past} tokens read so far and the {T} new "
+            f"ones of {B} rows"
+        )
+    real = mask[:, past:].bool().cpu()
+    if bool(real.all()):
+        return torch.zeros(B, dtype=torch.int64), torch.full((B,), T)
+    length = real.sum(1)
+    start = real.int().argmax(1)
+    column = torch.arange(T)
+    if not torch.equal(real, (column >= start[:, None]) & (column < (start + length)[:, None])):
+        raise UserError("attention_mask has a gap inside a row's new tokens; pad at the beginning or at the end")
+    return start, length

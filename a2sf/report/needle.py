@@ -1,0 +1,120 @@
+"""Needle results by depth and by length of the text: as data, as tables of text, and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from a2sf.analysis.collect import DASH, Grid, grid_of
+from a2sf.errors import UserError
+from a2sf.experiments.runs import StoredCell
+from a2sf.report.plots import save
+from a2sf.report.summaries import TextTable
+from a2sf.report.tables import number
+
+TASK, METRIC = "needle", "metric/exact_match"
+ROW = ["model", "shots", "policy", "budget", "factor"]
+UNITS = {"depth": "depth of the needle (% of the text)", "length": "words of filler"}
+
+
+def needle_table(cells: Sequence[StoredCell] | Grid, by: str = "depth") -> pd.DataFrame:
+    """Share of needles found: one row per model, shots, policy, budget and factor, one column per depth (%) or length.
+
+    Args:
+        cells: finished cells of any tasks, or a grid of them; those of the needle task are used.
+        by: `depth` or `length`.
+
+    Raises:
+        UserError: if there is no needle result among them, or `by` is neither.
+    """
+    if by not in UNITS:
+        raise UserError(f"needle results come by depth or by length, not by {by!r}")
+    grid: Grid | None
+    if isinstance(cells, Grid):
+        grid = cells
+    else:
+        found = [c for c in cells if c.cell["task"] == TASK]
+        grid = grid_of(found) if found else None
+    frames = []
+    for model, shots, part in grid.parts() if grid else ():
+        for s in part.systems():
+            if s.keys.get(TASK) in part.cells:
+                about: dict[str, Any] = dict(zip(ROW, (model, shots, s.label, s.budget, s.factor), strict=True))
+                documents = part.cells[s.keys[TASK]].documents
+                frames.append(documents[["doc/depth", "doc/length", METRIC]].assign(**about))
+    if not frames:
+        raise UserError("there is no result of the needle task among these cells; run one with tasks=needle")
+    answers = pd.concat(frames, ignore_index=True)
+    table = answers.groupby([*ROW, f"doc/{by}"], sort=False)[METRIC].mean().unstack(f"doc/{by}", sort=False)
+    table.columns = [int(c) for c in table.columns]
+    return table.sort_index(axis=1).rename_axis(columns=by)
+
+
+def needle_figure(cells: Sequence[StoredCell] | Grid) -> Figure:
+    """Heat maps of how far into a text, and in how long a text, each policy and budget still finds the needle.
+
+    Raises:
+        UserError: as for `needle_table`.
+    """
+    tables = {by: needle_table(cells, by) for by in UNITS}
+    columns = [len(t.columns) for t in tables.values()]
+    first = tables["depth"]
+    figure = Figure(figsize=(2.2 + 0.65 * sum(columns), 1.2 + 0.32 * len(first)), layout="constrained")
+    panels = figure.subplots(1, len(tables), sharey=True, width_ratios=columns)
+    for axes, (by, table) in zip(panels, tables.items(), strict=True):
+        axes.grid(False)
+        axes.imshow(table.to_numpy(), vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        for i, row in enumerate(table.to_numpy()):
+            for j, value in enumerate(row):
+                ink = "white" if value < 0.5 else "black"
+                axes.text(j, i, f"{value:.0%}", ha="center", va="center", color=ink, fontsize=8)
+        axes.set_xticks(range(len(table.columns)), [str(c) for c in table.columns])
+        axes.set_xlabel(UNITS[by])
+    names = [n for n in ROW if n not in ("model", "shots") or first.index.get_level_values(n).nunique() > 1]
+    labels = first.index.to_frame()[names].to_numpy()
+    panels[0].set_yticks(range(len(first)), [", ".join(str(p) for p in row if p != DASH) for row in labels])
+    return figure
+
+
+def needle_plot(cells: Sequence[StoredCell] | Grid, path: Path) -> None:
+    """Draw `needle_figure` into a file.
+
+    Raises:
+        UserError: as for `needle_table`.
+    """
+    needle_figure(cells).savefig(path, dpi=150)
+
+
+def needle_tables(grid: Grid) -> list[TextTable]:
+    """By depth and by length, for each model and number of shots that has needle results."""
+    tables = []
+    for where, part in _parts(grid):
+        documents = max(part.frame.loc[part.frame["task"] == TASK, "n"])
+        for by, unit in UNITS.items():
+            frame = needle_table(part, by)
+            shares = frame.map(lambda x: number(x, percent=True)).rename(columns=str)
+            rows = frame.index.to_frame(index=False)[["policy", "budget", "factor"]].rename(columns=str.capitalize)
+            legend = f"Share of {documents} documents whose code was found (%), by {unit}."
+            title = f"Needles found by {by}: {where}"
+            tables.append(TextTable(title, pd.concat([rows, shares.reset_index(drop=True)], axis=1), legend))
+    return tables
+
+
+def needle_plots(grid: Grid, directory: Path) -> dict[str, list[Path]]:
+    """Caption -> the PNG and SVG written, for each model and number of shots that has needle results."""
+    written = {}
+    parts = list(_parts(grid))
+    for i, (where, part) in enumerate(parts):
+        stem = "needle" if len(parts) == 1 else f"needle-{i}"
+        written[f"Needles found ({where})"] = save(needle_figure(part), directory / stem)
+    return written
+
+
+def _parts(grid: Grid) -> Iterator[tuple[str, Grid]]:
+    for model, shots, part in grid.parts():
+        if any(TASK in s.keys and s.keys[TASK] in part.cells for s in part.systems()):
+            yield f"{model}, {shots}-shot", part

@@ -1,0 +1,128 @@
+"""Everything a sweep is shown as, written to files: what `scripts/tables.py` does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from a2sf.analysis.collect import DEFAULT_PAIR, Grid, Selection, gather
+from a2sf.analysis.compare import compare_pair, comparisons_frame
+from a2sf.analysis.fidelity import fidelity_frame
+from a2sf.errors import UserError
+from a2sf.experiments.runs import write_atomically
+from a2sf.report.html import Contents, read_failures, write_report
+from a2sf.report.layout import Table, build_tables
+from a2sf.report.needle import needle_plots, needle_tables
+from a2sf.report.plots import draw_all
+from a2sf.report.summaries import comparison_tables, fidelity_tables, text_latex, text_markdown
+from a2sf.report.tables import csv_frame, latex, markdown
+from a2sf.report.traced import read_traces, trace_frame, trace_pictures
+
+README_BEGIN, README_END = "<!-- table:begin -->", "<!-- table:end -->"
+FORMATS = ("md", "tex", "csv")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How results are laid out and where they go.
+
+    Attributes:
+        pivot: what goes across, one of `a2sf.report.layout.PIVOTS`.
+        pair: policies whose difference is shown, first minus second.
+        stderr: add standard errors to the numbers of Markdown, LaTeX and screen.
+        out: directory of `tables/`, `plots/` and `report.html`; the first sweep's by default.
+        formats: files to write in `tables/`.
+        plots, report: whether to draw and to write the report.
+    """
+
+    pivot: str = "task"
+    pair: tuple[str, str] = field(default=DEFAULT_PAIR)
+    stderr: bool = False
+    out: Path | None = None
+    formats: tuple[str, ...] = FORMATS
+    plots: bool = True
+    report: bool = True
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What was made: the tables, the files written, and what a reader has to be told."""
+
+    tables: list[Table]
+    files: list[Path]
+    notes: list[str]
+
+
+def show(directories: Sequence[Path], selection: Selection, options: Options) -> Shown:
+    """Tables, comparisons, closeness, plots and report of one or more sweeps.
+
+    Raises:
+        UserError: if nothing can be shown.
+    """
+    grid = gather(directories, selection)
+    tables = build_tables(grid, options.pivot, pair=options.pair)
+    comparisons, said = compare_pair(grid, options.pair)
+    fidelity, unsaid = fidelity_frame(grid)
+    text_tables = [
+        *needle_tables(grid),
+        *comparison_tables(comparisons, grid.percent),
+        *fidelity_tables(grid, fidelity),
+    ]
+    traced = read_traces(grid)
+    traces = trace_frame(traced, options.pair)
+    out = options.out or directories[0]
+    written = {
+        "tables.md": markdown(tables, options.stderr) + "\n" + text_markdown(text_tables),
+        "tables.tex": latex(tables, options.stderr) + "\n" + text_latex(text_tables),
+        "tables.csv": csv_frame(tables).to_csv(index=False),
+        "comparisons.csv": comparisons_frame(comparisons).to_csv(index=False) if comparisons else "",
+        "fidelity.csv": fidelity.to_csv(index=False) if len(fidelity) else "",
+        "traces.csv": traces.to_csv(index=False) if len(traces) else "",
+    }
+    files = []
+    for name, text in written.items():
+        if text and name.rsplit(".", 1)[1] in options.formats:
+            (out / "tables").mkdir(parents=True, exist_ok=True)
+            write_atomically(out / "tables" / name, text)
+            files.append(out / "tables" / name)
+    plots: dict[str, list[Path]] = {}
+    if options.plots:
+        plots = needle_plots(grid, out / "plots") | draw_all(grid, out / "plots", options.pair)
+        plots |= trace_pictures(traced, out / "plots")
+    files += [file for pictures in plots.values() for file in pictures]
+    notes = list(dict.fromkeys([*said, *unsaid, *(n for t in tables for n in t.notes)]))
+    if options.report:
+        failures = read_failures(directories)
+        contents = Contents(grid, tables, comparisons, text_tables, plots, failures, notes, options.pair)
+        files.append(write_report(out / "report.html", contents))
+    return Shown(tables, files, list(dict.fromkeys([*grid.notes, *notes])))
+
+
+def publish(grid: Grid, options: Options, figures: Path | None, readme: Path | None) -> list[Path]:
+    """Figures and the README's table from committed results; nothing else is written.
+
+    Raises:
+        UserError: if the README has no place marked for the table.
+    """
+    files: list[Path] = []
+    if readme is not None:
+        replace_block(readme, markdown(build_tables(grid, options.pivot, pair=options.pair), options.stderr))
+        files.append(readme)
+    if figures is not None:
+        files += [file for pictures in draw_all(grid, figures, options.pair).values() for file in pictures]
+    return files
+
+
+def replace_block(readme: Path, text: str) -> None:
+    """Put `text` between the table marks of a Markdown file.
+
+    Raises:
+        UserError: if the file or its marks are missing.
+    """
+    old = readme.read_text() if readme.is_file() else ""
+    before, begin, rest = old.partition(README_BEGIN)
+    _, end, after = rest.partition(README_END)
+    if not begin or not end:
+        raise UserError(f"{readme} has no {README_BEGIN} … {README_END} to put the table between.")
+    write_atomically(readme, f"{before}{begin}\n{text.strip()}\n{end}{after}")

@@ -1,0 +1,136 @@
+"""The retention traces of a sweep, side by side: means per layer as a table, and a picture per document."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from a2sf.analysis.collect import DEFAULT_PAIR, Grid
+from a2sf.engine.trace import Trace, load, overlap
+
+FILE = "traces.npz"
+COLUMNS = (
+    *("model", "shots", "task", "policy", "budget", "factor", "documents"),
+    *("layer", "evicted", "age", "mass", "lost", "overlap"),
+)
+DOCUMENTS, PICTURES = 3, 12
+"""Documents pictured of a task and budget, and pictures at most."""
+PICTURED = 240
+"""Tokens of a document that a picture shows, from its end."""
+
+
+Groups = dict[tuple[str, int, str, str], dict[tuple[str, str, str], dict[int, Trace]]]
+"""(model, shots, task, budget) -> (policy, label, factor) -> document -> trace."""
+
+
+def trace_frame(groups: Groups, pair: tuple[str, str] = DEFAULT_PAIR) -> pd.DataFrame:
+    """What the traced documents of every cell evicted, per layer; empty where no cell was traced.
+
+    Returns:
+        One row per cell and layer: `evicted`, `age`, `mass` and `lost` as in `Trace.summary`, mean over documents, and
+        `overlap`, the Jaccard index with the second policy of `pair` at the same budget.
+    """
+    rows = []
+    for (model, shots, task, budget), by_policy in groups.items():
+        other = next((found for (policy, _, _), found in by_policy.items() if policy == pair[1]), {})
+        for (_, label, factor), traces in by_policy.items():
+            means = pd.concat([t.summary() for t in traces.values()]).groupby("layer").mean()
+            common = [overlap(*alike(t, other[d])) for d, t in traces.items() if d in other]
+            means["overlap"] = sum(common) / len(common) if common else float("nan")
+            about = (model, shots, task, label, budget, factor, len(traces))
+            rows += [(*about, layer, *values) for layer, *values in means.itertuples()]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def trace_pictures(groups: Groups, directory: Path) -> dict[str, list[Path]]:
+    """Caption -> the PNG and SVG written: a document's text once per policy, as each cache kept it."""
+    written: dict[str, list[Path]] = {}
+    for (model, shots, task, budget), by_policy in groups.items():
+        documents = sorted({d for traces in by_policy.values() for d in traces})[:DOCUMENTS]
+        for document in documents:
+            if len(written) == PICTURES:
+                return written
+            shown = {}
+            for (_, label, factor), traces in by_policy.items():
+                if document in traces:
+                    alone = sum(other == label for _, other, _ in by_policy) == 1
+                    shown[label if alone else f"{label} {factor}"] = traces[document]
+            shown = dict(zip(shown, alike(*shown.values()), strict=True))
+            stem = f"kept-{model}-{task}-{shots}shot-{budget.replace(' ', '')}-doc{document}"
+            files = [directory / f"{stem}.{ending}" for ending in ("png", "svg")]
+            directory.mkdir(parents=True, exist_ok=True)
+            for file in files:
+                picture(shown, file)
+            written[f"What was kept of document {document} of {task} at budget {budget} ({model}, {shots}-shot)"] = (
+                files
+            )
+    return written
+
+
+def alike(*traces: Trace) -> list[Trace]:
+    """Traces of one document, cut to the prompt where the policies went on to generate different text."""
+    same = all(t.pieces == traces[0].pieces for t in traces)
+    return list(traces) if same else [t.first(t.context) for t in traces]
+
+
+def read_traces(grid: Grid) -> Groups:
+    """The traces beside a grid's cells; a full cache evicts nothing and is left out."""
+    groups: Groups = {}
+    for model, shots, part in grid.parts():
+        for system in part.systems():
+            for task, key in system.keys.items():
+                file = part.cells[key].path / FILE if key in part.cells else None
+                if file is not None and file.exists() and not system.is_full:
+                    of = groups.setdefault((model, shots, task, system.budget), {})
+                    of[system.policy, system.label, system.factor] = {t.document: t for t in load(file)}
+    return groups
+
+
+def picture(traces: dict[str, Trace], path: Path) -> None:
+    """Draw one document: its text once per policy, each token the darker the more layers and KV heads kept it to the end.
+
+    Args:
+        traces: by the policy's label; all of one document.
+        path: where to write; its ending says the format.
+
+    Raises:
+        ValueError: if there is no trace, or they are of different documents.
+    """
+    from matplotlib.figure import Figure
+
+    first = next(iter(traces.values()), None)
+    if first is None or any(t.pieces != first.pieces for t in traces.values()):
+        raise ValueError("a picture shows traces of one document, at least one of them")
+    width = 110  # characters per line
+    pieces = [p.replace("\n", "⏎") or " " for p in first.pieces][-PICTURED:]
+    places, x, line = [], 0, 0
+    for piece in pieces:
+        if x and x + len(piece) > width:
+            x, line = 0, line + 1
+        places.append((x, line))
+        x += len(piece)
+    height = line + 3
+    figure = Figure(figsize=(11, 0.19 * height * len(traces) + 0.3), layout="constrained")
+    for axes, (label, trace) in zip(figure.subplots(len(traces), 1, squeeze=False)[:, 0], traces.items(), strict=True):
+        share = trace.kept().mean(axis=(0, 1))[-PICTURED:]
+        for (column, row), piece, value in zip(places, pieces, share, strict=True):
+            axes.add_patch(_box(column, row, len(piece), float(value)))
+            ink = "white" if value > 0.55 else "black"
+            axes.text(
+                column, row + 0.5, piece, family="monospace", fontsize=7, va="center", color=ink, parse_math=False
+            )
+        axes.set(xlim=(0, width), ylim=(line + 1, 0))
+        axes.set_title(
+            f"{label}: document {trace.document}, share of layers and heads that kept each token", fontsize=8
+        )
+        axes.axis("off")
+    figure.savefig(path, dpi=150)
+
+
+def _box(column: int, row: int, width: int, value: float) -> Any:
+    from matplotlib import colormaps
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((column, row), width, 1, color=colormaps["Blues"](value), linewidth=0)

@@ -1,0 +1,180 @@
+"""Verdicts on published claims: synthetic results for each of them, and the way reproduce.py reports them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from a2sf.analysis.claims import Claim, Verdict, check_figures, check_headline, check_shape
+from a2sf.analysis.collect import Grid, gather
+from a2sf.analysis.reproduce import Places, compare, counts, write_claims
+from tests.sweep_fixture import NOISE, Plan, write_sweep
+
+ROOT = Path(__file__).parents[3]
+REFERENCE = ROOT / "runs" / "reference"
+HEADLINE = {
+    "claim": "up to +5 points over the earlier methods",
+    "model": "tiny",
+    "first": "a2sf",
+    "others": "window/h2o",
+    "shots": 0,
+    "value": 0.05,
+    "tasks": "arc_easy/piqa",
+    "source": "paper",
+}
+HALF = {"dtype": "float16"}
+WHY = "no such model here"
+
+
+def made(directory: Path, **plan: object) -> Grid:
+    write_sweep(directory, Plan(**{"extra": HALF, **plan}))  # type: ignore[arg-type]
+    return gather([directory])
+
+
+def published(grid: Grid, shift: float = 0.0, n: int | None = None, model: str = "tiny") -> pd.DataFrame:
+    """What the grid measured, as if it had been published `shift` lower."""
+    frame = grid.frame[(grid.frame.policy == "h2o") & (grid.frame.task == "piqa")].head(1)
+    row = frame[["policy", "budget_ratio", "forgetting_factor", "shots", "task", "metric", "value", "n"]].copy()
+    row["value"] -= shift
+    row["n"] = row["n"] if n is None else n
+    return row.assign(model=model, source="paper")
+
+
+@pytest.mark.parametrize(
+    ("shift", "documents", "verdict"),
+    [(0.009, 150, Verdict.REPRODUCED), (0.05, 150, Verdict.UNCLEAR), (0.05, 4000, Verdict.NOT_REPRODUCED)],
+)
+def test_a_figure(tmp_path: Path, shift: float, documents: int, verdict: Verdict) -> None:
+    grid = made(tmp_path / "s", documents={"piqa": documents}, policies=("h2o",))
+    (claim,) = check_figures(published(grid, shift), grid, WHY)
+    assert claim.verdict is verdict
+    assert f"{100 * shift:+.1f} points" in claim.why
+
+
+def test_a_figure_of_another_protocol(tmp_path: Path) -> None:
+    grid = made(tmp_path / "s", extra={"dtype": "float32"}, policies=("h2o",))
+    (claim,) = check_figures(published(grid, n=1838), grid, WHY)
+    assert claim.verdict is Verdict.PROTOCOL
+    assert "150 documents, published 1838" in claim.why
+    assert "float32, published float16" in claim.why
+
+
+def test_a_figure_that_was_not_run(tmp_path: Path) -> None:
+    grid = made(tmp_path / "s", policies=("h2o",))
+    for claim in check_figures(published(grid, model="large"), grid, WHY) + check_figures(published(grid), None, WHY):
+        assert (claim.verdict, claim.why, claim.measured) == (Verdict.NOT_RUN, WHY, None)
+
+
+def test_factors_tell_figures_apart(tmp_path: Path) -> None:
+    grid = made(tmp_path / "s", policies=("a2sf",), factors=(0.1, 0.9))
+    rows = grid.frame[grid.frame.task == "piqa"].assign(source="paper", n=150)
+    assert [c.measured for c in check_figures(rows, grid, WHY)] == rows["value"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("documents", "value", "verdict"),
+    [(120, 0.05, Verdict.REPRODUCED), (120, 0.60, Verdict.NOT_REPRODUCED), (20, 0.05, Verdict.UNCLEAR)],
+)
+def test_a_headline(tmp_path: Path, documents: int, value: float, verdict: Verdict) -> None:
+    grid = made(tmp_path / "s", documents={"arc_easy": documents, "piqa": documents})
+    claim = check_headline(HEADLINE | {"value": value}, grid, WHY)
+    assert claim.verdict is verdict
+    assert "the largest gain is" in claim.why
+
+
+def test_a_headline_of_another_protocol_or_not_run(tmp_path: Path) -> None:
+    grid = made(tmp_path / "s", extra={"dtype": "float32", "limit": 150})
+    claim = check_headline(HEADLINE | {"tasks": "arc_easy/copa"}, grid, WHY)
+    assert claim.verdict is Verdict.PROTOCOL
+    for how in ("tasks not run: copa", "other tasks: piqa", "only 150 documents", "float32 instead of float16"):
+        assert how in claim.why
+    assert check_headline(HEADLINE | {"shots": 1}, grid, WHY).verdict is Verdict.NOT_RUN
+    assert check_headline(HEADLINE, None, WHY).verdict is Verdict.NOT_RUN
+
+
+def test_the_shape_of_the_published_results(tmp_path: Path) -> None:
+    grid = made(tmp_path / "s", factors=(0.0, 0.2, 0.9), documents={"arc_easy": 500, "piqa": 600})
+    claims = check_shape(grid, ["a2sf", "h2o", "window"])
+    assert verdict_of(claims, "a2sf above h2o at budget 0.2") is Verdict.REPRODUCED
+    assert verdict_of(claims, "a2sf above window") is Verdict.REPRODUCED
+    assert verdict_of(claims, "best forgetting factor") is Verdict.REPRODUCED
+
+
+def test_the_opposite_shape(tmp_path: Path) -> None:
+    noise = NOISE | {"a2sf": 4.0, "h2o": 0.5, "window": 0.5}
+    grid = made(tmp_path / "s", noise=noise, documents={"arc_easy": 500, "piqa": 600})
+    claims = check_shape(grid, ["a2sf", "h2o", "window"], factors=(0.4, 0.6))
+    assert verdict_of(claims, "a2sf above h2o at budget 0.2") is Verdict.NOT_REPRODUCED
+    assert verdict_of(claims, "a2sf above window") is Verdict.NOT_REPRODUCED
+    assert verdict_of(claims, "best forgetting factor") is Verdict.NOT_RUN
+
+
+def test_the_best_factor_outside(tmp_path: Path) -> None:
+    grid = made(tmp_path / "s", factors=(0.2, 0.9), documents={"arc_easy": 500, "piqa": 600})
+    claims = check_shape(grid, ["a2sf", "h2o"], factors=(0.8, 1.0))
+    assert verdict_of(claims, "best forgetting factor") is Verdict.NOT_REPRODUCED
+
+
+def test_too_few_documents_for_a_shape(tmp_path: Path) -> None:
+    grid = made(tmp_path / "s", factors=(0.2, 0.5), documents={"arc_easy": 6, "piqa": 7})
+    assert {c.verdict for c in check_shape(grid, ["a2sf", "h2o", "window"])} == {Verdict.UNCLEAR}
+
+
+def verdict_of(claims: list[Claim], text: str) -> Verdict:
+    (found,) = [c.verdict for c in claims if text in c.claim]
+    return found
+
+
+def test_published_numbers_are_all_there() -> None:
+    places = Places(REFERENCE, ROOT / "runs" / "no such sweep", ())
+    findings = compare(places, WHY)
+    assert counts(findings.figures) == {"not run": 264}
+    assert [c.published for c in findings.headlines] == [0.051, 0.078]
+    assert findings.shape == []
+    assert all(c.source for c in findings.figures + findings.headlines)
+
+
+def test_findings_are_written(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "small")
+    findings = compare(Places(REFERENCE, tmp_path / "paper", (tmp_path / "none", tmp_path / "small")), WHY)
+    assert any("of tiny from" in note and "not of the published models" in note for note in findings.notes)
+    csv, md = write_claims(tmp_path / "out", findings)
+    assert len(pd.read_csv(csv)) == 266 + len(findings.shape)
+    assert "264 not run." in md.read_text()
+
+
+def test_the_best_factor_comes_from_the_sweep_over_factors(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "small", Plan(factors=(0.1,)))
+    write_sweep(tmp_path / "factors", Plan(factors=(0.0, 0.2, 0.9), documents={"arc_easy": 500, "piqa": 600}))
+    places = Places(REFERENCE, tmp_path / "paper", (tmp_path / "small",))
+    assert verdict_of(compare(places, WHY).shape, "best forgetting factor") is Verdict.NOT_RUN
+    findings = compare(replace(places, factors=(tmp_path / "factors",)), WHY)
+    assert verdict_of(findings.shape, "best forgetting factor") is Verdict.REPRODUCED
+    assert len(findings.shape) == len(compare(places, WHY).shape)
+    assert any("factors" in note for note in findings.notes)
+
+
+def test_script_compares_without_running(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "paper_small")
+    command = [
+        sys.executable,
+        ROOT / "scripts" / "reproduce.py",
+        "--no-run",
+        "--runs",
+        tmp_path,
+        "--reference",
+        REFERENCE,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "264 not run" in done.stdout
+    assert (tmp_path / "claims" / "claims.md").exists()
+    missing = subprocess.run([*command[:-1], tmp_path], capture_output=True, text=True)
+    assert missing.returncode == 1
+    assert "Traceback" not in missing.stderr
+    assert "a2sf_authors_0shot.csv is missing" in missing.stderr

@@ -1,0 +1,164 @@
+"""The statistics against statsmodels and scipy on known cases, by hand, and by simulation."""
+
+from __future__ import annotations
+
+import gc
+import math
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+from statsmodels.stats.contingency_tables import mcnemar
+
+from a2sf.analysis.stats import (
+    average_difference,
+    bonett_price,
+    bootstrap_means,
+    detectable_difference,
+    holm,
+    interval,
+    mcnemar_p,
+    paired_difference,
+    standard_error,
+)
+
+
+def answers(gained: int, lost: int, both: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+    first = [1] * gained + [0] * lost + [1] * both + [0] * neither
+    second = [0] * gained + [1] * lost + [1] * both + [0] * neither
+    return np.array(first, float), np.array(second, float)
+
+
+def test_mcnemar_by_hand() -> None:
+    # 3 of 4 flips one way: 2 * (C(4,3) + C(4,4)) / 2^4 = 10/16
+    d = paired_difference(*answers(gained=3, lost=1, both=5, neither=1))
+    assert d.p == pytest.approx(10 / 16)
+    assert (d.n, d.value, d.gained, d.lost) == (10, pytest.approx(0.2), 3, 1)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (1, 0), (5, 5), (9, 2), (40, 61)])
+def test_mcnemar_agrees_with_statsmodels(gained: int, lost: int) -> None:
+    known = min(1.0, mcnemar([[50, gained], [lost, 50]], exact=True).pvalue) if gained + lost else 1.0
+    assert mcnemar_p(gained, lost) == pytest.approx(known)
+
+
+def test_interval_of_a_published_example() -> None:
+    # by hand: up = 13/102, down = 5/102, half = 1.959964 * sqrt((18/102 - (8/102)^2) / 102)
+    low, high = bonett_price(12, 4, 100)
+    half = 1.959964 * math.sqrt((18 / 102 - (8 / 102) ** 2) / 102)
+    assert (low, high) == (pytest.approx(8 / 102 - half), pytest.approx(8 / 102 + half))
+
+
+@pytest.mark.parametrize(
+    ("n", "up", "down"), [(60, 0.20, 0.10), (100, 0.12, 0.08), (200, 0.05, 0.05), (500, 0.07, 0.03)]
+)
+def test_interval_covers(n: int, up: float, down: float) -> None:
+    drawn = np.random.default_rng(1).multinomial(n, [up, down, 1 - up - down], size=20_000)
+    kinds, which = np.unique(drawn[:, :2], axis=0, return_inverse=True)
+    bounds = np.array([bonett_price(int(g), int(l), n) for g, l in kinds])[which.ravel()]
+    covered = np.mean((bounds[:, 0] <= up - down) & (up - down <= bounds[:, 1]))
+    assert 0.93 <= covered <= 0.97
+
+
+def test_bootstrap_interval_of_an_average_covers() -> None:
+    rng = np.random.default_rng(2)
+    truth, covered, rounds = [0.06, -0.02], 0, 2000
+    for _ in range(rounds):
+        changes = [
+            rng.choice([1.0, -1.0, 0.0], n, p=[0.1 + t, 0.1, 0.8 - t]) for n, t in zip((150, 200), truth, strict=True)
+        ]
+        means = np.mean([bootstrap_means(c, i) for i, c in enumerate(changes)], axis=0)
+        low, high = interval(means)
+        covered += low <= np.mean(truth) <= high
+    assert 0.93 <= covered / rounds <= 0.97
+
+
+def test_bootstrap_agrees_with_scipy() -> None:
+    changes = np.random.default_rng(3).gamma(2, 1, 150) - 1.8
+    ours = paired_difference(changes, np.zeros(150))
+    theirs = scipy_stats.bootstrap(
+        (changes,), np.mean, method="percentile", n_resamples=4000, rng=0
+    ).confidence_interval
+    spread = changes.std() / math.sqrt(150)
+    assert (ours.low, ours.high) == (
+        pytest.approx(theirs.low, abs=0.15 * spread),
+        pytest.approx(theirs.high, abs=0.15 * spread),
+    )
+    t_test = scipy_stats.ttest_1samp(changes, 0).pvalue
+    assert ours.p == pytest.approx(t_test, rel=0.3)
+
+
+def test_average_of_one_task_is_mcnemar() -> None:
+    first, second = answers(gained=14, lost=5, both=50, neither=31)
+    assert average_difference([first - second]).p == pytest.approx(mcnemar_p(14, 5), abs=0.003)
+
+
+def test_average_weighs_tasks_equally() -> None:
+    small, large = answers(2, 0, 4, 4), answers(0, 10, 80, 10)
+    d = average_difference([np.subtract(*small), np.subtract(*large)])
+    assert d.value == pytest.approx((2 / 10 - 10 / 100) / 2)
+    assert (d.gained, d.lost, d.n) == (2, 10, 110)
+
+
+def test_tasks_of_one_size_do_not_move_together() -> None:
+    change = np.repeat([1.0, -1.0, 0.0], [30, 30, 140])
+    one, two = average_difference([change]), average_difference([change, change])
+    assert (two.high - two.low) / (one.high - one.low) == pytest.approx(1 / math.sqrt(2), rel=0.08)
+
+
+def test_corrected_test_has_few_false_positives() -> None:
+    """No system differs from another: at most 5 % of tables may show any difference."""
+    rng = np.random.default_rng(4)
+    tables, false = 400, 0
+    gc.freeze()  # statsmodels collects garbage in every call, which would take most of this test's time
+    for _ in range(tables):
+        flips = rng.binomial([80] * 5 + [120] * 5, 0.2)
+        gained = rng.binomial(flips, 0.5)
+        false += min(holm([mcnemar_p(int(g), int(f - g)) for g, f in zip(gained, flips, strict=True)])) <= 0.05
+    gc.unfreeze()
+    assert 0 < false / tables <= 0.05
+
+
+def test_average_has_few_false_positives() -> None:
+    rng = np.random.default_rng(5)
+    rounds = 300
+    p_values = [
+        average_difference([rng.choice([1.0, -1.0, 0.0], n, p=[0.1, 0.1, 0.8]) for n in (40, 60)]).p
+        for _ in range(rounds)
+    ]
+    assert 0.02 <= np.mean(np.array(p_values) <= 0.05) <= 0.075
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == [pytest.approx(p) for p in (0.03, 0.06, 0.06)]
+    assert holm([]) == []
+
+
+def test_detectable_difference_has_its_power() -> None:
+    n, flips = 400, 0.15
+    delta = detectable_difference(n, flips)
+    drawn = np.random.default_rng(6).multinomial(n, [(flips + delta) / 2, (flips - delta) / 2, 1 - flips], size=2000)
+    kinds, counts = np.unique(drawn[:, :2], axis=0, return_counts=True)
+    power = np.average([mcnemar_p(int(g), int(l)) <= 0.05 for g, l in kinds], weights=counts)
+    assert power == pytest.approx(0.8, abs=0.04)
+
+
+def test_detectable_difference_shrinks_with_documents_and_grows_with_flips() -> None:
+    assert detectable_difference(1000, 0.1) < detectable_difference(100, 0.1)
+    assert detectable_difference(500, 0.05) < detectable_difference(500, 0.2)
+    assert 0 < detectable_difference(100, 0.0) < 0.1
+    assert detectable_difference(1, 0.0) == 1.0
+
+
+def test_no_flip_is_no_difference() -> None:
+    same = np.array([1.0, 0.0, 1.0])
+    d = paired_difference(same, same)
+    assert (d.value, d.p) == (0.0, 1.0)
+    assert d.low < 0 < d.high
+    assert average_difference([same - same]).p == 1.0
+
+
+def test_standard_error_is_lm_evals() -> None:
+    values = np.array([1.0, 0.0, 1.0, 1.0])
+    assert standard_error(values) == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
+    assert math.isnan(standard_error(values[:1]))

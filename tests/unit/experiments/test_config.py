@@ -1,0 +1,150 @@
+"""Bad input: one sentence that names the key, the value and what is allowed, before anything slow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from a2sf.app import _explain, _model_names
+from a2sf.errors import UserError
+from a2sf.evaluation import tasks
+from a2sf.experiments.config import read, register
+
+CONF = Path(__file__).parents[3] / "conf"
+
+
+@pytest.fixture(autouse=True)
+def _hydra(monkeypatch):
+    GlobalHydra.instance().clear()
+    monkeypatch.syspath_prepend(str(CONF.parent / "scripts"))
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def settings(*overrides: str):
+    return read(compose("config", list(overrides)), _model_names())
+
+
+def sentence(*overrides: str) -> str:
+    """What the user reads."""
+    try:
+        got = settings(*overrides)
+        for cell in got.cells:
+            tasks.check(cell.task, cell.data, cell.shots)
+    except UserError as error:
+        return str(error)
+    except Exception as error:
+        return _explain(error)
+    raise AssertionError(f"{overrides} was accepted")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["budget.ratio=0"], ["budget.ratio=0", "0 < ratio <= 1"]),
+        (["budget.ratio=1.7", "policy=h2o"], ["budget.ratio=1.7", "0 < ratio <= 1"]),
+        (["budget.ratio=nan"], ["budget.ratio=nan", "0 < ratio <= 1"]),
+        (["budget.ratio=some"], ["budget.ratio=some", "0 < ratio <= 1"]),
+        (["budget.ratio=2", "policy=full"], ["budget.ratio=2"]),
+        (["budget.ratio=[0.1,0.2]"], ["budget.ratio=[0.1, 0.2]", "one entry per layer, 30"]),
+        (["budget.tokens=0"], ["budget.tokens=0", "at least 1"]),
+        (["budget.tokens=4", "budget.ratio=0.1"], ["budget", "exactly one"]),
+        (["budget.base=everything"], ["budget.base=everything", "total, context"]),
+        (["policy=streaming", "budget.tokens=3"], ["budget.tokens=3", "recent + sinks", "4"]),
+        (["policy=streaming", "policy.sinks=-1"], ["policy.sinks=-1", "at least 0"]),
+        (["policy=h2o", "policy.recent_share=1.5"], ["policy.recent_share=1.5", "from 0 to 1"]),
+        (["policy=h2o", "+policy.heavy=3"], ["policy.heavy=3", "recent_share"]),
+        (["forgetting_factor=1.2"], ["forgetting_factor=1.2", "0 to 1"]),
+        (["forgetting_factor=[0.1,0.2]"], ["forgetting_factor=[0.1, 0.2]", "one factor per layer, 30", "has 2"]),
+        (["policy=h2oo"], ["policy=h2oo", "a2sf, full, h2o", "did you mean h2o"]),
+        (["model=smollm2"], ["model=smollm2", "did you mean smollm2-135m"]),
+        (["model.dtype=int8"], ["model.dtype=int8", "float32, bfloat16"]),
+        (["model.device=cuda:7"], ["model.device=cuda:7", "no such GPU"]),
+        (["model.path=''"], ["model.path", "hub id"]),
+        (["tasks=[pipa]"], ["tasks=pipa", "did you mean", "piqa"]),
+        (["tasks=[]"], ["tasks=[]", "suite"]),
+        (["tasks=[mathqa]", "data=bundle"], ["tasks=mathqa", "data=bundle does not hold it"]),
+        (["tasks=[piqa]", "data=bundle", "data.split=test"], ["data.split=test", "only validation"]),
+        (["data.split=validaton"], ["data.split=validaton", "did you mean validation"]),
+        (["data.dir=/nowhere"], ["data.dir=/nowhere", "cannot be read"]),
+        (["data=hubb"], ["data=hubb", "bundle, hub"]),
+        (["shots=-1"], ["shots=-1", "at least 0"]),
+        (["limit=0"], ["limit=0", "at least 1"]),
+        (["limit=ten"], ["limit", "ten", "not allowed"]),
+        (["batch_size=0"], ["batch_size=0", "at least 1"]),
+        (["batch_size=many"], ["batch_size=many", "at least 1"]),
+        (["backend=cuda"], ["backend=cuda", "numba"]),
+        (["tracker=mlflow"], ["tracker=mlflow", "none, wandb"]),
+        (["sweep_name=a/b"], ["sweep_name='a/b'", "folder"]),
+        (["budgt.ratio=0.2"], ["budgt", "not a key", "budget"]),
+        (["+budgt=0.2"], ["budgt", "not a key", "budget"]),
+        (["+budget.rato=0.2"], ["budget.rato", "not a key", "budget.ratio"]),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) and "=" in x[0] else "",
+)
+def test_bad_input_is_one_sentence(overrides, parts):
+    told = sentence(*overrides)
+    assert "\n" not in told.strip()
+    for part in parts:
+        assert part in told
+
+
+def test_an_unreadable_file_as_data_directory(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot be read" in sentence(f"data.dir={tmp_path / 'file'}")
+    (tmp_path / "empty").mkdir()
+    assert "empty" in sentence(f"data.dir={tmp_path / 'empty'}")
+
+
+def test_what_is_asked_for_arrives():
+    got = settings("policy=streaming", "policy.sinks=2", "budget.tokens=8", "tasks=[piqa,copa]", "shots=1", "limit=5")
+    assert [c.task for c in got.cells] == ["piqa", "copa"]
+    cell = got.cells[0]
+    assert (cell.policy.sinks, cell.budget.tokens, cell.shots, cell.limit) == (2, 8, 1, 5)
+    assert cell.model_name == "smollm2-135m"
+    assert cell.name.startswith("smollm2-135m__streaming__c8__piqa__1shot__n5__")
+
+
+def test_a_model_path_names_itself():
+    assert settings("model.path=someone/their-model").cells[0].model_name == "their-model"
+    assert settings("model.path=facebook/opt-2.7b").cells[0].model_name == "opt-2.7b"
+
+
+def test_cells_that_a_policy_cannot_tell_apart_are_one():
+    full = {
+        settings("policy=full", f"budget.ratio={r}", f"forgetting_factor={a}").cells[0].name
+        for r, a in ((0.1, 0.3), (0.5, 0.7))
+    }
+    h2o = {settings("policy=h2o", f"forgetting_factor={a}").cells[0].name for a in (0.1, 0.9)}
+    a2sf = {settings("policy=a2sf", f"forgetting_factor={a}").cells[0].name for a in (0.1, 0.9)}
+    assert (len(full), len(h2o), len(a2sf)) == (1, 1, 2)
+
+
+def test_the_identity_changes_with_everything_that_could_change_a_number():
+    base = settings("policy=h2o", "data=bundle", "shots=1").cells[0]
+    for change in (
+        "policy.recent_share=0.4",
+        "budget.ratio=0.3",
+        "budget.base=context",
+        "shots=2",
+        "seed=7",
+        "model.dtype=bfloat16",
+        "data.fewshot_split=train",
+        "tasks=[copa]",
+    ):
+        assert settings("policy=h2o", "data=bundle", "shots=1", change).cells[0].id != base.id, change
+    assert settings("policy=h2o", "data=bundle", "shots=1", "limit=9", "batch_size=3").cells[0].id == base.id
+
+
+def test_suites():
+    paper = [c.task for c in settings("tasks=paper").cells]
+    assert paper == ["openbookqa", "winogrande", "piqa", "copa", "mathqa", "arc_easy", "arc_challenge"]
+
+
+def test_every_file_under_conf_policy_is_a_policy():
+    for file in sorted((CONF / "policy").glob("*.yaml")):
+        assert settings(f"policy={file.stem}").cells[0].policy.name == file.stem

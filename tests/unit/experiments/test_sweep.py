@@ -1,0 +1,306 @@
+"""Sweeps: what fails is recorded and tried again, what cannot be kept is not computed, and nobody waits for the dead."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import filelock
+import pytest
+import torch
+
+from a2sf.engine.trace import load
+from a2sf.evaluation import tasks
+from a2sf.experiments import sweep
+from a2sf.experiments.cell import Cell
+from a2sf.experiments.runs import is_cell, load_sweep
+from a2sf.experiments.sweep import DiskError, Runner, finish, plan
+from a2sf.experiments.tracking import Tracker, TrackerSpec
+from a2sf.hf.loading import ModelSpec, fingerprint
+from a2sf.policies.budget import Budget
+from a2sf.policies.find import find_policies
+from tests.conftest import SMOLLM2
+
+
+def cell(policy: str = "full", **more: object) -> Cell:
+    made = find_policies()[policy]()
+    given = {
+        "model_name": "smollm2-135m",
+        "model": ModelSpec(path=SMOLLM2, device="cpu"),
+        "policy": made,
+        "budget": Budget(ratio=0.5) if made.uses_budget else None,
+        "task": "copa",
+        "shots": 0,
+        "limit": 4,
+        "seed": 1,
+        "data": tasks.DataSpec(source="bundle"),
+    }
+    return Cell(**{**given, **more})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def runner(tmp_path, smollm2, monkeypatch):
+    monkeypatch.setattr(sweep.loading, "load", lambda spec: smollm2)
+    return Runner(tmp_path / "s", Tracker(TrackerSpec(), "s", tmp_path / "s"))
+
+
+def test_a_cell_that_raises_on_its_third_document_is_recorded_and_retried(runner, monkeypatch):
+    good = tasks.build
+
+    def broken(*arguments, **settings):
+        task = good(*arguments, **settings)
+        original = task.process_results
+
+        def third(document, results, calls=[]):  # noqa: B006
+            calls.append(1)
+            if len(calls) == 3:
+                raise RuntimeError("cannot score this document")
+            return original(document, results)
+
+        task.process_results = third
+        return task
+
+    monkeypatch.setattr(tasks, "build", broken)
+    outcome = runner.run(cell())
+    assert (outcome.status, outcome.error) == ("failed", "RuntimeError: cannot score this document")
+    _, failures = finish(runner.directory, [cell()])
+    assert "third" in failures[0]["traceback"]
+    assert not list(runner.directory.glob("smollm2*"))
+
+    monkeypatch.setattr(tasks, "build", good)
+    assert runner.run(cell()).status == "done"
+    stored, failures = finish(runner.directory, [cell()])
+    assert (len(stored), failures) == (1, [])
+
+
+def test_a_model_that_fails_to_load_does_not_stop_the_others(runner, smollm2, monkeypatch):
+    def load(spec):
+        if spec.dtype == "float64":
+            raise OSError("weights are truncated")
+        return smollm2
+
+    monkeypatch.setattr(sweep.loading, "load", load)
+    bad = cell(model=ModelSpec(path=SMOLLM2, dtype="float64", device="cpu"))
+    cells = [cell("h2o"), bad, cell("window")]
+    assert [runner.run(c).status for c in cells] == ["done", "failed", "done"]
+    stored, failures = finish(runner.directory, cells)
+    assert len(stored) == 2
+    assert failures[0]["error"] == "OSError: weights are truncated"
+
+
+def test_nan_in_the_weights_is_a_failure_that_names_the_layer(runner, smollm2):
+    weight = smollm2.model.model.layers[7].self_attn.v_proj.weight
+    kept = weight[0, 0].item()
+    with torch.no_grad():
+        weight[0, 0] = float("nan")
+    try:
+        outcome = runner.run(cell())
+    finally:
+        with torch.no_grad():
+            weight[0, 0] = kept
+    assert outcome.status == "failed"
+    assert "value of layer 7" in outcome.error
+
+
+def test_out_of_memory_halves_the_batch(runner, monkeypatch):
+    sizes = []
+    compute = sweep.compute
+
+    def crowded(which, lm, runs):
+        sizes.append(lm.tokens_per_pass)
+        if len(sizes) < 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return compute(which, lm, runs)
+
+    monkeypatch.setattr(sweep, "compute", crowded)
+    assert runner.run(cell()).status == "done"
+    assert sizes == [sizes[0], sizes[0] // 2, sizes[0] // 4]
+
+
+def test_too_little_memory_for_one_cell_does_not_slow_the_next(runner, monkeypatch):
+    compute = sweep.compute
+
+    def crowded(which, lm, runs):
+        if which.policy.name == "h2o":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        sizes.append(lm.tokens_per_pass)
+        return compute(which, lm, runs)
+
+    sizes: list[int] = []
+    monkeypatch.setattr(sweep, "compute", crowded)
+    assert [runner.run(cell(name)).status for name in ("full", "h2o", "window")] == ["done", "failed", "done"]
+    assert sizes[0] == sizes[1]
+
+
+def test_a_full_disk_stops_the_sweep_in_one_sentence(runner, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 100, 1000))
+    with pytest.raises(DiskError, match=r"disk of .* is full"):
+        runner.run(cell())
+
+
+def test_a_disk_that_fills_while_writing_leaves_no_half_result(runner, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("pandas.DataFrame.to_parquet", full)
+    with pytest.raises(DiskError, match="No space left on device"):
+        runner.run(cell())
+    assert not [p for p in runner.directory.iterdir() if p.is_dir() and p.name != "failures"]
+
+
+def test_a_file_system_that_takes_no_more(runner):
+    """The kernel's own limit on a file's size stands in for a full disk: real writes fail half way."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    runner.run(cell("h2o"))  # data sets and compiled code are cached by now
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
+    try:
+        with pytest.raises(DiskError, match="cannot be written"):
+            runner.run(cell("window"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [p.name for p in runner.directory.glob("smollm2*")] == [cell("h2o").name]
+
+
+def test_a_tracker_that_cannot_be_reached_costs_no_result(tmp_path, smollm2, monkeypatch):
+    import wandb
+
+    def unreachable(*_, **__):
+        raise wandb.errors.CommError("cannot reach the server")
+
+    monkeypatch.setattr(sweep.loading, "load", lambda spec: smollm2)
+    monkeypatch.setattr(wandb, "init", unreachable)
+    tracker = Tracker(TrackerSpec(kind="wandb"), "s", tmp_path / "s")
+    assert Runner(tmp_path / "s", tracker).run(cell()).status == "done"
+    assert "cannot reach the server" in tracker.note
+
+
+def hold(lock: str, ready: str) -> None:
+    with filelock.SoftFileLease(lock, lease_duration=sweep.LEASE_SECONDS):
+        Path(ready).touch()
+        time.sleep(600)
+
+
+def test_a_cell_that_another_process_computes_is_busy_until_that_process_is_dead(runner, tmp_path):
+    ready = tmp_path / "ready"
+    lock = sweep._lock_file(runner.directory, cell())
+    owner = multiprocessing.get_context("spawn").Process(target=hold, args=(str(lock), str(ready)))
+    owner.start()
+    while not ready.exists():
+        time.sleep(0.05)
+    assert runner.run(cell()).status == "busy"
+    os.kill(owner.pid, signal.SIGKILL)
+    owner.join()
+    started = time.monotonic()
+    while (outcome := runner.run(cell())).status == "busy":
+        assert time.monotonic() - started < 2 * sweep.LEASE_SECONDS
+        time.sleep(0.5)
+    assert outcome.status == "done"
+
+
+def test_traces_are_kept_beside_the_result(runner):
+    runner.trace = 2
+    assert runner.run(cell("h2o")).status == "done"
+    (path,) = runner.directory.glob("smollm2*")
+    traces = load(path / "traces.npz")
+    assert [t.document for t in traces] == [0, 1]
+    kept = traces[0].kept()
+    total = kept.shape[-1]
+    assert set(kept.sum(-1).flatten().tolist()) == {total // 2}  # the budget, in every layer and head
+
+
+def test_equal_cells_are_one_and_finished_ones_are_recognised(runner):
+    cells = [cell("full"), cell("full"), cell("h2o")]
+    assert len(plan(cells, runner.directory).pending) == 2
+    runner.run(cells[0])
+    made = plan(cells, runner.directory)
+    assert [c.policy.name for c in made.pending] == ["h2o"]
+    elsewhere = plan(cells, runner.directory.parent / "another")
+    assert [c.policy.name for c in elsewhere.pending] == ["h2o"]
+    assert is_cell(runner.directory.parent / "another" / cells[0].name)
+
+
+def test_a_damaged_cell_is_set_aside_and_taken_from_another_sweep(runner):
+    done = cell()
+    runner.run(done)
+    plan([done], runner.directory.parent / "another")
+    file = runner.directory.parent / "another" / done.name / "result.json"
+    text = file.read_text()
+    file.unlink()  # the link, not the file that the other sweep holds
+    file.write_text(text[:-100])
+    made = plan([done], runner.directory.parent / "another")
+    assert (made.pending, len(made.notes)) == ([], 1)
+
+
+def test_weights_that_change_during_a_sweep_are_a_failure(runner, smollm2, monkeypatch):
+    changed = dataclasses.replace(smollm2, fingerprint="other")
+    monkeypatch.setattr(sweep.loading, "load", lambda spec: changed)
+    outcome = runner.run(cell())
+    assert (outcome.status, "changed after the sweep began" in outcome.error) == ("failed", True)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "vocab.txt"])
+def test_a_local_model_is_another_one_when_its_weights_config_or_tokenizer_change(tmp_path, name):
+    for file in ("model.safetensors", "config.json", "tokenizer.json", "vocab.txt"):
+        (tmp_path / file).write_text("{}")
+    (tmp_path / "notes.md").write_text("one")
+    before = fingerprint(ModelSpec(path=str(tmp_path)))
+    (tmp_path / "notes.md").write_text("another")
+    assert fingerprint(ModelSpec(path=str(tmp_path))) == before
+    (tmp_path / name).write_text("{ }")
+    assert fingerprint(ModelSpec(path=str(tmp_path))) != before
+
+
+def test_a_hub_model_is_looked_up_before_its_cells_are_named(runner, smollm2, tmp_path, monkeypatch):
+    """Else its cells would have another name on the next start, and be computed again."""
+    config = tmp_path / "snapshots" / "0123456789abcdef0123" / "config.json"
+
+    def cached(repo, file, revision):
+        return str(config) if config.exists() else None
+
+    def download(spec):
+        config.parent.mkdir(parents=True)
+        config.touch()
+
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
+    monkeypatch.setattr(sweep.loading, "check_config", download)
+    hub = cell(model=ModelSpec(path="owner/name", device="cpu"), model_name="name")
+    loaded = dataclasses.replace(smollm2, fingerprint="0123456789abcdef")
+    monkeypatch.setattr(sweep.loading, "load", lambda spec: loaded)
+    assert runner.run(hub).status == "done"
+    assert plan([cell(model=hub.model, model_name="name")], runner.directory).pending == []
+
+
+def test_nothing_is_served_across_another_engine_version(runner, monkeypatch):
+    runner.run(cell())
+    monkeypatch.setattr("a2sf.experiments.cell.ENGINE_VERSION", 999)
+    assert len(plan([cell()], runner.directory).pending) == 1
+
+
+def test_the_time_is_estimated_from_what_was_measured(runner):
+    assert sweep.estimate_seconds([cell("h2o")], runner.directory.parent) == (0, 0)
+    runner.run(cell("full"))
+    (stored,) = load_sweep(runner.directory)
+    per_document = stored.result["timing"]["seconds"] / 4
+    todo = [cell("h2o", limit=40), cell("h2o", task="piqa"), cell("h2o", limit=None)]
+    seconds, known = sweep.estimate_seconds(todo, runner.directory.parent)
+    assert (seconds, known) == (pytest.approx(40 * per_document), 1)
+
+
+def test_a_failure_file_is_whole_json(runner, monkeypatch):
+    monkeypatch.setattr(sweep, "compute", lambda *_: 1 / 0)
+    runner.run(cell())
+    record = json.loads(sweep.failure_file(runner.directory, cell().name).read_text())
+    assert record["error"] == "ZeroDivisionError: division by zero"
+    assert record["cell"]["task"] == "copa"

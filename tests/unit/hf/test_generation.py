@@ -1,0 +1,330 @@
+"""The bounded cache's memory, life and refusals; what it computes is in tests/parity/test_generation.py."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+
+from a2sf import A2SF, Budget
+from a2sf.errors import ConfigError, UserError
+from a2sf.hf.attention import NonFiniteError, UnsupportedModel
+from a2sf.hf.generation import PrunedCache, pruning
+from baselines.full import Full
+from baselines.streaming import Streaming
+from tests.models import COMMON, random_model, small
+
+IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(0))
+GREEDY = {"do_sample": False, "eos_token_id": None}
+
+
+def test_memory_is_allocated_once_and_bounded_by_the_budget():
+    model = small("llama", max_position_embeddings=2048)
+    cache = PrunedCache(model, A2SF(), Budget(tokens=200))
+    model.generate(IDS, cache=cache, max_new_tokens=2, **GREEDY)
+    before = cache.nbytes
+    model.generate(IDS, cache=cache, max_new_tokens=300, **GREEDY)
+    assert cache.nbytes == before
+    assert max(int((cache.state(i).positions >= 0).sum(-1).max()) for i in range(3)) == 200
+
+
+def test_an_unlimited_budget_grows_with_the_sequence():
+    model = small("llama", max_position_embeddings=2048)
+    cache = PrunedCache(model, Full())
+    expected = model.generate(IDS, max_new_tokens=300, **GREEDY)
+    assert torch.equal(model.generate(IDS, cache=cache, max_new_tokens=300, **GREEDY), expected)
+    assert cache.state(0).positions.shape[-1] == 319
+
+
+def test_the_model_is_as_before_outside_and_other_calls_are_untouched():
+    model = small("llama")
+    own = model.config._attn_implementation
+    with torch.no_grad():
+        expected = model(IDS).logits
+        model(IDS, cache=PrunedCache(model, A2SF(), Budget(tokens=4)))
+        assert model.config._attn_implementation == own
+        assert torch.equal(model(IDS).logits, expected)
+        with pruning(model, A2SF(), Budget(tokens=4)):
+            assert not torch.equal(model(IDS, use_cache=False).logits, expected)
+        assert torch.equal(model(IDS).logits, expected)
+
+
+def test_a_failed_call_leaves_the_model_usable_and_the_cache_not():
+    model = small("llama")
+    cache = PrunedCache(model, A2SF(), Budget(tokens=4))
+    with torch.no_grad():
+        model(IDS, cache=cache)
+        weight = model.model.layers[1].self_attn.k_proj.weight
+        before = float(weight[0, 0])
+        weight[0, 0] = float("nan")
+        with pytest.raises(NonFiniteError, match="layer 1"):
+            model(IDS[:, :1], cache=cache)
+        weight[0, 0] = before
+        assert model(IDS).logits.isfinite().all()
+        with pytest.raises(UserError, match="stopped midway"):
+            model(IDS[:, :1], cache=cache)
+        cache.reset()
+        assert model(IDS, cache=cache).logits.isfinite().all()
+
+
+def test_a_copied_cache_goes_on_by_itself():
+    model = small("llama")
+    prefix = PrunedCache(model, A2SF(), Budget(tokens=6))
+    with torch.no_grad():
+        model(IDS[:, :15], cache=prefix)
+        branch = copy.deepcopy(prefix)
+        a = model(IDS[:, 15:], cache=branch).logits
+        b = model(IDS[:, 15:], cache=prefix).logits
+    assert torch.equal(a, b)
+
+
+def test_nothing_keeps_a_model_alive():
+    model = small("llama")
+    cache = PrunedCache(model, A2SF(), Budget(tokens=6))
+    with torch.no_grad():
+        model(IDS, cache=cache)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_budgets_by_tokens_and_by_shares_of_prompt_and_text():
+    model = small("llama")
+
+    def slots(budget: Budget, **more: object) -> list[int]:
+        cache = PrunedCache(model, A2SF(), budget, **more)
+        mask = torch.ones_like(IDS)
+        mask[1, :10] = 0
+        with torch.no_grad():
+            model(IDS, attention_mask=mask, cache=cache)
+        return [row[0].budget for row in cache.retention]
+
+    assert slots(Budget(tokens=9)) == [9, 9]
+    assert slots(Budget(ratio=0.5, base="context")) == [10, 5]
+    assert slots(Budget(ratio=0.5), max_new_tokens=30) == [24, 19]  # 49 and 39 tokens are read
+    assert slots(Budget(ratio=0.1, base="context"), context_tokens=[50, 70]) == [5, 7]
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"policy": Streaming(sinks=4), "budget": Budget(tokens=3)}, "streaming protects 4 tokens"),
+        ({"policy": A2SF()}, "needs budget.ratio or budget.tokens"),
+        ({"policy": A2SF(), "budget": Budget(ratio=0.5)}, "max_new_tokens"),
+        ({"policy": A2SF(), "budget": Budget(tokens=[4, 5])}, "one entry per layer"),
+        ({"policy": A2SF(forgetting_factor=[0.1, 0.2]), "budget": Budget(tokens=4)}, "one factor per layer"),
+    ],
+)
+def test_settings_that_do_not_fit(settings, why):
+    with pytest.raises(ConfigError, match=why):
+        PrunedCache(small("llama"), **settings)
+
+
+def refused(why: str, **inputs: object) -> None:
+    model = small("llama", max_position_embeddings=64)
+    cache = inputs.pop("cache", None)
+    cache = PrunedCache(model, A2SF(), Budget(ratio=0.5, base="context")) if cache is None else cache
+    fed = inputs.pop("fed", None)
+    with torch.no_grad():
+        if fed is not None:
+            model(fed, cache=cache)
+        with pytest.raises(UserError, match=why) as told:
+            model(**inputs, cache=cache)
+    assert str(told.value).count("\n") == 0
+
+
+def test_misuse_is_told_in_one_sentence():
+    gap = torch.ones_like(IDS)
+    gap[0, 5] = 0
+    other = PrunedCache(small("llama", seed=1), A2SF(), Budget(tokens=4))
+    refused("made for another model", input_ids=IDS, cache=other)
+    refused("a batch of 2 sequences and the model was called with 1", fed=IDS, input_ids=IDS[:1, :1])
+    refused("70 tokens and the model 64 positions", input_ids=IDS[:1].repeat(1, 4)[:, :70])
+    refused("gap inside", input_ids=IDS, attention_mask=gap)
+    refused("must cover the 20 tokens", fed=IDS, input_ids=IDS[:, :1], attention_mask=gap)
+    refused("prompt comes in chunks", fed=IDS, input_ids=IDS)
+    refused("only a padding mask", input_ids=IDS, attention_mask=gap[:, None, None])
+
+
+def test_a_refused_call_leaves_nothing_behind():
+    model = small("llama", max_position_embeddings=64)
+    cache = PrunedCache(model, A2SF(), Budget(ratio=0.5, base="context"))
+    with torch.no_grad():
+        with pytest.raises(UserError, match="70 tokens"):
+            model(IDS.repeat(1, 4)[:, :70], cache=cache)
+        model(IDS[:1], cache=cache)  # of another batch size and length
+    assert [row[0].budget for row in cache.retention] == [10]
+
+
+def test_a_prompt_fed_token_by_token_needs_its_length():
+    model = small("llama")
+    refused("prompt comes in chunks", input_ids=IDS[:, :1])
+    cache = PrunedCache(model, A2SF(), Budget(ratio=0.5, base="context"), context_tokens=torch.tensor([20, 12]))
+    with torch.no_grad():
+        model(IDS[:, :1], cache=cache)
+    assert [row[0].budget for row in cache.retention] == [10, 6]
+
+
+def test_padding_of_an_earlier_call_is_remembered_or_asked_for():
+    model = small("llama")
+    mask = torch.ones_like(IDS)
+    mask[1, :8] = 0
+    caches = [PrunedCache(model, A2SF(), Budget(tokens=6)) for _ in range(3)]
+    with torch.no_grad():
+        for cache in caches:
+            model(IDS, attention_mask=mask, cache=cache)
+        longer = torch.cat([mask, torch.ones(2, 1, dtype=torch.int64)], 1)
+        expected = model(IDS[:, :1], attention_mask=longer, cache=caches[0]).logits
+        # without a mask the new token's position still is the row's own
+        torch.testing.assert_close(model(IDS[:, :1], cache=caches[1]).logits, expected)
+        with pytest.raises(UserError, match="give attention_mask"):
+            model(IDS[:, :1], position_ids=torch.full((2, 1), 20), cache=caches[2])
+        longer[0, 3] = 0
+        with pytest.raises(UserError, match="hides tokens that this cache has read"):
+            model(IDS[:, :1], attention_mask=torch.cat([longer, longer[:, -1:]], 1), cache=caches[0])
+
+
+def test_a_copy_of_a_model_is_pruned_like_the_model():
+    model = small("llama")
+    PrunedCache(model, A2SF(), Budget(tokens=6))
+    twin = copy.deepcopy(model)
+    a, b = (
+        m.generate(IDS, cache=PrunedCache(m, A2SF(), Budget(tokens=6)), max_new_tokens=8, **GREEDY)
+        for m in (model, twin)
+    )
+    assert torch.equal(a, b)
+
+
+def test_an_interrupted_call_leaves_no_trace(monkeypatch):
+    model = small("llama")
+    own = model.config._attn_implementation
+    cache = PrunedCache(model, A2SF(), Budget(tokens=6))
+    layer = model.model.layers[1]
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layer, "forward", interrupt)
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+        model(IDS, cache=cache)
+    monkeypatch.undo()
+    with torch.no_grad():
+        with pruning(model, A2SF(), Budget(tokens=6)):
+            model(IDS, use_cache=False)
+        assert model.config._attn_implementation == own
+        assert model(IDS).logits.isfinite().all()
+
+
+def test_phi3_keeps_its_pruned_cache_beyond_the_switch_of_its_rotary_embedding():
+    """Its generation drops a cache that holds less than the switch when the prompt is longer."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 10000.0}
+    rope["original_max_position_embeddings"] = 12
+    model = small("phi3", original_max_position_embeddings=12, rope_parameters=rope)
+    cache = PrunedCache(model, A2SF(), Budget(tokens=6))
+    model.generate(IDS, cache=cache, max_new_tokens=4, **GREEDY)
+    assert cache.seen.tolist() == [23, 23]
+    crossing = PrunedCache(model, A2SF(), Budget(tokens=6))
+    with pytest.raises(UnsupportedModel, match="keys from both sides"):
+        model.generate(IDS[:, :10], cache=crossing, max_new_tokens=6, **GREEDY)
+
+
+def test_states_that_do_not_fit_are_refused():
+    model = small("llama")
+    large, cache = PrunedCache(model, A2SF(), Budget(tokens=12)), PrunedCache(model, A2SF(), Budget(tokens=6))
+    with pytest.raises(UserError, match="read nothing yet"):
+        cache.state(0)
+    with pytest.raises(UserError, match="trace=True"):
+        cache.evicted(0)
+    with torch.no_grad():
+        model(IDS, cache=large)
+        model(IDS, cache=cache)
+    states = [large.state(i) for i in range(3)]
+    with pytest.raises(UserError, match="more tokens than this cache's budget"):
+        cache.load(states)
+    with pytest.raises(UserError, match="each of the 3 layers"):
+        large.load(states[:2])
+    with pytest.raises(UserError, match="each of 2 rows"):
+        large.load([s.select(torch.tensor([0])) for s in states])
+
+
+def test_a_model_in_training_mode_is_told_so():
+    with pytest.raises(UnsupportedModel, match=r"model\.eval\(\)"):
+        PrunedCache(small("gpt2").train(), A2SF(), Budget(tokens=4))
+
+
+def test_misuse_beyond_a_call():
+    model = small("llama")
+    cache = PrunedCache(model, A2SF(), Budget(tokens=4))
+    with torch.no_grad():
+        with pytest.raises(UserError, match="another model, or the model was called through one of its parts"):
+            model.model(IDS, cache=cache)
+        model(IDS, cache=cache)
+    with pytest.raises(UserError, match="cannot take tokens back"):
+        cache.crop(-2)
+    with pytest.raises(UserError, match="filled without pruning"), pruning(model, A2SF(), Budget(tokens=4)):
+        model(IDS[:, :1], cache=_filled(model))
+    with pytest.raises(ConfigError, match="max_new_tokens"), pruning(model, A2SF(), Budget(ratio=0.5)):
+        model.generate(IDS, max_new_tokens=4)
+
+
+def _filled(model):
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    for i in range(3):
+        cache.update(torch.zeros(2, 2, 5, 8), torch.zeros(2, 2, 5, 8), i)
+    return cache
+
+
+def test_a_model_whose_attention_is_out_of_reach_is_refused():
+    model = random_model("bloom", **COMMON, hidden_size=32, n_layer=2, n_head=4)
+    with pytest.raises(UnsupportedModel, match="AttentionInterface"):
+        PrunedCache(model, A2SF(), Budget(tokens=4))
+
+
+def test_a_window_of_the_models_own_may_not_be_outgrown():
+    model = small("mistral", sliding_window=24)
+    cache = PrunedCache(model, A2SF(), Budget(tokens=4))
+    with pytest.raises(UnsupportedModel, match="window of 24 tokens"):
+        model.generate(IDS, cache=cache, max_new_tokens=10, **GREEDY)
+
+
+def test_transformers_own_chunked_prefill():
+    model = small("llama")
+    whole = PrunedCache(model, A2SF(), Budget(ratio=0.3, base="context"))
+    chunks = PrunedCache(model, A2SF(), Budget(ratio=0.3, base="context"), context_tokens=20)
+    settings = {**GREEDY, "max_new_tokens": 8}
+    mask = torch.ones_like(IDS)
+    a = model.generate(IDS, attention_mask=mask, cache=whole, **settings)
+    b = model.generate(IDS, attention_mask=mask, cache=chunks, prefill_chunk_size=7, **settings)
+    assert torch.equal(a, b)
+
+
+def test_states_are_taken_over_from_another_cache():
+    model = small("llama")
+    first, second = (PrunedCache(model, A2SF(), Budget(tokens=6)) for _ in range(2))
+    with torch.no_grad():
+        model(IDS[:, :15], cache=first)
+        with pytest.raises(UserError, match="once it has read something"):
+            second.load([first.state(i) for i in range(3)])
+        model(IDS[:, :1], cache=second)
+        second.load([first.state(i) for i in range(3)])
+        a, b = (model(IDS[:, 15:], cache=c).logits for c in (first, second))
+    torch.testing.assert_close(a, b)
+    assert second.get_seq_length() == 20
+
+
+def test_the_benchmark_compares_caches_of_the_same_context():
+    from a2sf.bench import decode
+
+    model = decode.tiny()
+    full, ours = decode.full_cache(model, 2, 300), decode.pruned_cache(model, 2, 300, 60)
+    assert full.get_seq_length() == ours.get_seq_length() == 300
+    assert int((ours.state(1).positions >= 0).sum(-1).max()) == 60
+    with torch.no_grad():
+        assert model(IDS[:, :1], cache=ours).logits.isfinite().all()
+    assert decode.long_run(tokens=400, budget=16) < 1.2

@@ -1,0 +1,78 @@
+"""Policies and budgets: the numbers of docs/semantics.md, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from a2sf import A2SF, Budget
+from a2sf.errors import ConfigError
+from a2sf.policies.base import UNLIMITED, Retention
+from a2sf.policies.find import find_policies
+
+POLICIES = find_policies()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("full", {}, Retention(budget=UNLIMITED)),
+        ("window", {}, Retention(budget=9, recent=9)),
+        ("streaming", {"sinks": 4}, Retention(budget=9, recent=5, sinks=4)),
+        ("h2o", {}, Retention(budget=9, recent=4, forgetting_factor=1.0)),
+        ("a2sf", {"forgetting_factor": 0.3}, Retention(budget=9, forgetting_factor=0.3)),
+    ],
+)
+def test_the_table_of_policies(name, settings, expected):
+    assert POLICIES[name](**settings).retention(9, 0) == expected
+
+
+@given(ratio=st.integers(1, 100), total=st.integers(1, 5000))
+def test_a_ratio_is_exact_in_decimal(ratio, total):
+    """0.29 of 100 tokens is 29, though 0.29 * 100 < 29 in binary."""
+    assert Budget(ratio=ratio / 100).slots(total=total, context=0, layer=0) == max(1, ratio * total // 100)
+
+
+def test_the_base_of_a_ratio_and_lists_of_one_per_layer():
+    assert Budget(ratio=0.5, base="context").slots(total=100, context=40, layer=0) == 20
+    assert Budget(tokens=7).slots(total=100, context=40, layer=3) == 7
+    assert [Budget(ratio=[0.1, 0.2]).slots(total=50, context=0, layer=i) for i in range(2)] == [5, 10]
+
+
+@given(policy=st.sampled_from(sorted(POLICIES)), budget=st.integers(1, 500))
+def test_every_policy_states_numbers_that_fit_any_budget(policy, budget):
+    kept = POLICIES[policy]().retention(budget, 0)
+    assert kept.recent + kept.sinks <= kept.budget
+    assert kept.budget in (budget, UNLIMITED)  # all policies get the same
+
+
+@pytest.mark.parametrize("ratio", [0, -0.1, 1.01, float("nan"), "half", True, [], [0.2, 2.0]])
+def test_ratios_that_are_refused(ratio):
+    with pytest.raises(ConfigError, match=r"budget\.ratio=.*is not allowed: .*(0 < ratio <= 1|empty)"):
+        Budget(ratio=ratio)
+
+
+@pytest.mark.parametrize("tokens", [0, -3, 2.5, "ten", True])
+def test_token_budgets_that_are_refused(tokens):
+    with pytest.raises(ConfigError, match=r"budget\.tokens=.*at least 1"):
+        Budget(tokens=tokens)
+
+
+@pytest.mark.parametrize("factor", [-0.1, 1.1, float("nan"), "often", [0.1, 7], []])
+def test_factors_that_are_refused(factor):
+    with pytest.raises(ConfigError, match="forgetting_factor="):
+        A2SF(forgetting_factor=factor)
+
+
+def test_lists_must_have_one_entry_per_layer():
+    with pytest.raises(ConfigError, match="one factor per layer, 3 for this model, and this one has 2"):
+        A2SF(forgetting_factor=[0.1, 0.2]).check(3)
+    with pytest.raises(ConfigError, match=r"budget\.ratio=.*one entry per layer, 3"):
+        Budget(ratio=[0.1, 0.2]).check(3)
+
+
+def test_ratio_and_tokens_exclude_each_other():
+    for given_ in ({}, {"ratio": 0.2, "tokens": 5}):
+        with pytest.raises(ConfigError, match="exactly one"):
+            Budget(**given_)

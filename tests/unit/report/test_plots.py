@@ -1,0 +1,116 @@
+"""Plots: the numbers drawn are the results' numbers, styles are stable, files are written and reproducible."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from matplotlib import pyplot as plt
+from PIL import Image
+
+from a2sf.analysis.collect import Grid, Selection, gather
+from a2sf.report.plots import (
+    FIGURES,
+    by_budget,
+    by_factor,
+    draw_all,
+    fidelity,
+    heat_map,
+    lines_of,
+    style_of,
+    trade_off,
+)
+from tests.sweep_fixture import Plan, write_sweep
+
+PAIR = ("a2sf", "h2o")
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Grid:
+    directory = tmp_path_factory.mktemp("runs") / "demo"
+    write_sweep(directory, Plan(factors=(0.0, 0.2, 0.9), documents={"arc_easy": 60, "piqa": 80}))
+    return gather([directory])
+
+
+@pytest.fixture(autouse=True)
+def _close() -> object:
+    yield
+    plt.close("all")
+
+
+def test_lines_hold_the_accuracies(grid: Grid) -> None:
+    figure = by_budget(grid)
+    assert figure is not None
+    for axis in figure.axes:
+        task = axis.get_title()
+        (h2o,) = [line for line in axis.lines if line.get_label() == "H2O"]
+        for x, y in zip(h2o.get_xdata(), h2o.get_ydata(), strict=True):
+            rows = grid.frame[(grid.frame.policy == "h2o") & (grid.frame.budget_ratio == x)]
+            rows = rows if task == "average" else rows[rows.task == task]
+            assert y == pytest.approx(100 * rows["value"].mean())
+
+
+def test_the_shown_factor_is_the_best_and_says_so(grid: Grid) -> None:
+    (line,) = [line for line in lines_of(grid) if line.policy == "a2sf"]
+    rows = grid.frame[grid.frame.policy == "a2sf"]
+    best = rows.groupby("factor")["value"].mean().idxmax()
+    assert line.label == f"A2SF (factor {best}, best of 3)"
+    assert {s.factor for s in line.systems} == {best}
+
+
+def test_factor_axis_has_both_ends(grid: Grid) -> None:
+    figure = by_factor(grid, PAIR)
+    assert figure is not None
+    assert [a.get_title() for a in figure.axes] == ["budget 0.2", "budget 0.5"]
+    (swept,) = [line for line in figure.axes[0].lines if line.get_label() == "A2SF"]
+    assert list(swept.get_xdata()) == [0.0, 0.2, 0.9]
+    assert [c.get_label() for c in figure.axes[0].containers] == ["H2O (scores as factor 1)"]
+
+
+def test_heat_map_holds_every_average(grid: Grid) -> None:
+    figure = heat_map(grid, PAIR)
+    assert figure is not None
+    drawn = figure.axes[0].images[0].get_array()
+    means = grid.frame[grid.frame.policy == "a2sf"].groupby(["factor_value", "budget_order"])["value"].mean().unstack()
+    assert drawn.tolist()[:-1] == [pytest.approx(row) for row in 100 * means.to_numpy()]
+    assert len(figure.axes[0].patches) == 2  # one frame a budget
+
+
+def test_a_policy_looks_the_same_whatever_else_is_drawn() -> None:
+    known = ["a2sf", "full", "h2o", "streaming", "window"]
+    assert len({style_of(p, known).colour for p in known}) == len(known)
+    assert len({style_of(p, known).marker for p in known}) == len(known)
+    assert style_of("h2o") == style_of("h2o", known)
+    assert style_of("unheard of") == style_of("unheard of")
+
+
+def test_files_are_written_and_reproducible(grid: Grid, tmp_path: Path) -> None:
+    first = draw_all(grid, tmp_path / "a")
+    second = draw_all(grid, tmp_path / "b")
+    assert len(first) == len(FIGURES)
+    for one, two in zip(first.values(), second.values(), strict=True):
+        png, svg = one
+        assert (png.suffix, svg.suffix) == (".png", ".svg")
+        assert svg.read_bytes() == two[1].read_bytes()
+        with Image.open(png) as image:
+            assert len(image.convert("L").getcolors(100_000)) > 20
+
+
+def test_nothing_to_draw_is_no_picture(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "s", Plan(policies=("full",), documents={"piqa": 20}))
+    part = gather([tmp_path / "s"])
+    assert [draw(part, PAIR) for draw in (by_budget, by_factor, heat_map, trade_off, fidelity)] == [None] * 5
+
+
+def test_one_budget_and_one_factor(grid: Grid) -> None:
+    part = gather_again(grid, Selection(budgets=("0.2",), factors=("0.2",), tasks=("piqa",)))
+    assert by_factor(part, PAIR) is None
+    assert heat_map(part, PAIR) is None
+    figure = by_budget(part, PAIR)
+    assert figure is not None
+    assert [a.get_title() for a in figure.axes] == ["piqa"]
+
+
+def gather_again(grid: Grid, selection: Selection) -> Grid:
+    directory = next(iter(grid.cells.values())).path.parent
+    return gather([directory], selection)

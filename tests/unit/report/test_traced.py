@@ -1,0 +1,71 @@
+"""Traces of a sweep: means per layer, overlap of the two policies, pictures; policies may have said different things."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from a2sf.analysis.collect import Selection, gather
+from a2sf.engine.trace import Trace, overlap, save
+from a2sf.report.output import Options, show
+from a2sf.report.traced import FILE, PICTURES, alike, read_traces, trace_frame, trace_pictures
+from tests.sweep_fixture import Plan, write_sweep
+
+TOKENS, BUDGET = 12, 4
+
+
+def trace(document: int, newest: bool, end: str = " end") -> Trace:
+    """Two layers, one KV head; evicts the oldest token, or always the newest but one."""
+    gone = [-1 if t < BUDGET else t - 1 if newest else t - BUDGET for t in range(TOKENS)]
+    evicted = np.array([[gone]] * 2, np.int32)
+    received = np.full(evicted.shape, 0.5, np.float32)
+    return Trace(document, (*(f" t{i}" for i in range(TOKENS - 1)), end), 10, evicted, received, received / 5)
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    cells = write_sweep(tmp_path / "s", Plan(policies=("full", "h2o", "a2sf"), documents={"piqa": 20, "copa": 20}))
+    for c in cells:
+        if c.cell["task"] == "piqa" and c.cell["policy"] != "full":
+            save(c.path / FILE, [trace(d, c.cell["policy"] == "a2sf") for d in range(4)])
+    return tmp_path / "s"
+
+
+def test_means_per_layer(sweep: Path) -> None:
+    frame = trace_frame(read_traces(gather([sweep], Selection())))
+    assert len(frame) == 2 * 2 * 2  # policies, budgets, layers
+    row = frame[(frame["policy"] == "A2SF") & (frame["budget"] == "0.2") & (frame["layer"] == 1)].iloc[0]
+    assert (row["documents"], row["evicted"], row["age"]) == (4, TOKENS - BUDGET, 1.0)
+    assert row["mass"] == pytest.approx(0.5)
+    assert row["lost"] == pytest.approx(0.1)
+    assert row["overlap"] == pytest.approx(overlap(trace(0, True), trace(0, False))[0])
+    assert (frame[frame["policy"] == "H2O"]["overlap"] == 1).all()
+
+
+def test_files_and_pictures(sweep: Path) -> None:
+    shown = show([sweep], Selection(), Options())
+    assert len(pd.read_csv(sweep / "tables" / "traces.csv")) == 8
+    pictures = [f for f in shown.files if f.name.startswith("kept-tiny-piqa-0shot-0.2-doc") and f.suffix == ".svg"]
+    assert len(pictures) == 3
+    assert "A2SF" in pictures[0].read_text()
+    assert len(trace_pictures(read_traces(gather([sweep], Selection())), sweep / "more")) <= PICTURES
+    assert "What was kept of document 0" in (sweep / "report.html").read_text()
+
+
+def test_a_sweep_without_traces_shows_none(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "s", Plan(documents={"piqa": 10}))
+    traces = read_traces(gather([tmp_path / "s"], Selection()))
+    assert trace_frame(traces).empty
+    assert trace_pictures(traces, tmp_path) == {}
+
+
+def test_policies_that_generated_different_text_are_compared_on_the_prompt() -> None:
+    a, b = alike(trace(0, True, " yes"), trace(0, False, " no"))
+    assert len(a.pieces) == a.context == 10
+    assert a.evicted.shape == (2, 1, 10)
+    assert np.isfinite(overlap(a, b)).all()
+    same = trace(0, True)
+    assert alike(same, same) == [same, same]
