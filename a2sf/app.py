@@ -59,6 +59,13 @@ def guard(main: Callable[[], Any]) -> None:
         _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         _fail(_explain(error))
+    except ValueError as error:
+        if not str(error).startswith("Config group override"):  # policy=3, which Hydra raises as its own fault
+            raise
+        groups = [a for a in sys.argv[1:] if (CONF / a.partition("=")[0].lstrip("+")).is_dir() and "=" in a]
+        _fail(
+            f"{' '.join(groups) or ' '.join(sys.argv[1:])} is not allowed: a config group is set to one of its names."
+        )
     except OSError as error:
         if error.filename is None:
             raise
@@ -108,6 +115,7 @@ def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | No
     if not first.plan_only:
         for model in {c.model for s in settings for c in s.cells}:
             identify(model)
+    settings = _named_apart(settings)
     made = sweep.plan([c for s in settings for c in s.cells], directory)
     for note in made.notes:
         screen.print(note)
@@ -150,9 +158,27 @@ def _run(
 
 def _job(overrides: list[str], cell: Cell) -> list[str]:
     """A worker's overrides: those of the grid's point, and what was settled about this one cell since."""
-    settled = {"tasks": f"[{cell.task}]", "plan_only": "false"}
+    from a2sf.experiments.overrides import quote
+
+    settled = {"tasks": f"[{quote(cell.task)}]", "plan_only": "false", "model.name": quote(cell.model_name)}
     others = [o for o in overrides if o.partition("=")[0].lstrip("+") not in settled]
     return [*others, *(f"{key}={value}" for key, value in settled.items())]
+
+
+def _named_apart(settings: Sequence[Settings]) -> list[Settings]:
+    """The same settings, with names for models that end alike."""
+    from dataclasses import replace
+
+    from a2sf.experiments.names import Named, distinct
+    from a2sf.hf.loading import fingerprint
+
+    weights = {c.model: fingerprint(c.model) for s in settings for c in s.cells}
+
+    def known(cell: Cell) -> Named:
+        return Named(cell.model_name, cell.model.path, weights[cell.model])
+
+    names = distinct(known(c) for s in settings for c in s.cells)
+    return [replace(s, cells=tuple(replace(c, model_name=names[known(c)]) for c in s.cells)) for s in settings]
 
 
 def _read(composed: DictConfig) -> Settings:
@@ -290,7 +316,10 @@ def _share_cores() -> None:
 
 def _explain(error: Exception) -> str:
     from a2sf.experiments.config import explain
+    from a2sf.experiments.overrides import explain_override
 
+    if isinstance(error, HydraException) and (told := explain_override(error)):
+        return told
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, value = str(error.missing_cfg_file).rpartition("/")
         options = sorted(error.options)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from a2sf.hf.loading import ModelSpec, local_checkpoint
+from tests.conftest import SMOLLM2
 
 COMMON = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 LLAMA_LIKE = {
@@ -72,3 +78,24 @@ def random_model(kind: str, seed: int = 0, **settings: object) -> PreTrainedMode
             if parameter.ndim > 1:
                 parameter.mul_(8)
     return model.float().eval()
+
+
+def save_tiny(directory: Path, seed: int = 0, kind: str = "llama", **more: object) -> Path:
+    """Write a small random model with SmolLM2's tokenizer as a checkpoint that the harness can load."""
+    tokenizer = AutoTokenizer.from_pretrained(local_checkpoint(ModelSpec(SMOLLM2)))
+    _, settings = CONFIGS[kind]
+    random_model(CONFIGS[kind][0], seed, **{**settings, "vocab_size": len(tokenizer), **more}).save_pretrained(
+        directory
+    )
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def write_piqa(file: Path, rows: int = 8, label: int = 0) -> Path:
+    """Documents of piqa's form: `Goal number i`, the right and the wrong solution."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [
+        {"goal": f"Goal number {i}", "sol1": f"right {i}", "sol2": f"wrong {i}", "label": label} for i in range(rows)
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file.parent

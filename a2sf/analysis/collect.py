@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from a2sf.errors import UserError, nearest
+from a2sf.experiments.names import Named, distinct
 from a2sf.experiments.runs import TABLE, StoredCell, is_cell, load_sweep, results_frame
 
 MUST_AGREE = ("limit", "seed", "dtype", "split", "task_version")
@@ -25,7 +26,7 @@ MUST_AGREE = ("limit", "seed", "dtype", "split", "task_version")
 PER_TASK = ("split", "task_version")
 OPTIONAL_COLUMNS = [
     *("stderr", "forgetting_factor", "budget_tokens", "budget_base", "policy_settings", *MUST_AGREE),
-    *("tokens_per_second", "kept_tokens", "cache_share", "cell", "cell_id"),
+    *("tokens_per_second", "kept_tokens", "cache_share", "cell", "cell_id", "model_path", "weights"),
 ]
 SYSTEM = ["policy", "settings", "factor", "budget", "variant"]
 """Columns that tell one table row from another."""
@@ -246,6 +247,7 @@ def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _select(frame: pd.DataFrame, cells: dict[str, StoredCell], selection: Selection, notes: list[str]) -> Grid:
+    frame["model"] = _distinct_models(frame)
     wanted = {
         "model": selection.models,
         "task": selection.tasks,
@@ -273,6 +275,15 @@ def _select(frame: pd.DataFrame, cells: dict[str, StoredCell], selection: Select
     frame = _name_settings(frame)
     used = {k: c for k, c in cells.items() if k in set(frame["key"])}
     return Grid(frame.reset_index(drop=True), used, metric, (*notes, *lacking), selection.mixed)
+
+
+def _distinct_models(frame: pd.DataFrame) -> list[str]:
+    """Names that put no two different weights under one, whichever sweeps they come from."""
+    known = frame[["model", "model_path", "weights"]].astype(object)
+    known = known.where(known.notna(), None)
+    models = [Named(name, path or name, weights) for name, path, weights in known.itertuples(index=False)]
+    names = distinct(models)
+    return [names[m] for m in models]
 
 
 def _one_metric(frame: pd.DataFrame, metric: str | None) -> tuple[pd.DataFrame, str, list[str]]:

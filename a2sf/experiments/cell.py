@@ -18,6 +18,7 @@ import pandas as pd
 
 from a2sf.evaluation import tasks
 from a2sf.evaluation.lm import request_hash
+from a2sf.experiments.names import safe
 from a2sf.experiments.runs import StoredCell, find_extendable
 from a2sf.hf.loading import ModelSpec, fingerprint
 from a2sf.policies.base import Policy
@@ -80,15 +81,19 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The cell's directory: what a reader tells it by, and the `id`."""
-        parts = [self.model_name, self.policy.name]
+        """The cell's directory: what a reader tells it by, and the `tail`."""
+        parts = [safe(self.model_name), safe(self.policy.name)]
         if self.budget:
             key, value = ("r", self.budget.ratio) if self.budget.ratio is not None else ("c", self.budget.tokens)
             parts.append(f"{key}{_short(value)}" + ("" if self.budget.base == "total" else f"-{self.budget.base}"))
         if (factor := getattr(self.policy, "forgetting_factor", None)) is not None:
             parts.append(f"a{_short(factor)}")
-        limit = "all" if self.limit is None else f"n{self.limit}"
-        return "__".join([*parts, self.task, f"{self.shots}shot", limit, self.id])
+        return "__".join([*parts, safe(self.task), f"{self.shots}shot", self.tail])
+
+    @property
+    def tail(self) -> str:
+        """The end of the name, which alone says which cell it is: how many documents, and the `id`."""
+        return f"{'all' if self.limit is None else f'n{self.limit}'}__{self.id}"
 
     @property
     def family(self) -> str:

@@ -26,6 +26,7 @@ from a2sf.policies.budget import Budget
 
 DEFAULT_RATIO = 0.2
 MAX_SHOTS = 1000
+LONGEST_SWEEP_NAME = 200
 
 
 @dataclass
@@ -131,10 +132,12 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
         raise ConfigError("trace", config.trace, "give the number of documents to trace, at least 0")
     if config.backend not in ("auto", *BACKENDS):
         raise ConfigError("backend", config.backend, f"give auto or one of {', '.join(BACKENDS)}")
-    if not config.sweep_name or "/" in config.sweep_name or config.sweep_name.startswith("."):
-        raise ConfigError(
-            "sweep_name", repr(config.sweep_name), "give the name of a folder, without a slash or dot first"
-        )
+    name_of_sweep = config.sweep_name
+    if not name_of_sweep.isprintable() or "/" in name_of_sweep or name_of_sweep.strip(" .") != name_of_sweep:
+        allowed = "give the name of a folder, without a slash, and without a dot or space first or last"
+        raise ConfigError("sweep_name", repr(name_of_sweep), allowed)
+    if not 1 <= len(name_of_sweep.encode()) <= LONGEST_SWEEP_NAME:
+        raise ConfigError("sweep_name", repr(name_of_sweep), f"give 1 to {LONGEST_SWEEP_NAME} bytes of text")
     data = DataSpec(**dataclasses.asdict(config.data))
     names = [t for task in expand_suite(config.tasks) for t in resolve(task)]
     cells = tuple(
@@ -228,6 +231,8 @@ def explain(error: Exception, prefix: str = "") -> str:
         return first
     if "not in" in first:
         return _unknown(f"{prefix}{key}")
+    if inner := [k for k in _keys(Config) if k.startswith(f"{prefix}{key}.")]:
+        return f"{prefix}{key} is a group of keys; give {', '.join(inner)}."
     return f"{prefix}{key} has a value that is not allowed: {first}."
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import pandas as pd
 
 from a2sf.errors import UserError
+from a2sf.experiments.names import Named, distinct
 
 SCHEMA_VERSION = 1
 RESULT, DOCUMENTS, CONFIG, TABLE = "result.json", "documents.parquet", "config.yaml", "results.csv"
@@ -52,6 +53,13 @@ class StoredCell:
     def cell(self) -> dict[str, Any]:
         """What defines the cell: model, policy, budget, forgetting_factor, task, shots, limit, ..."""
         return self.result["cell"]
+
+    @property
+    def model(self) -> Named:
+        """Which model it is: its name, where it was, and its fingerprint or commit."""
+        cell = self.cell
+        weights = cell.get("identity", {}).get("weights")
+        return Named(cell["model"], cell.get("model_path") or cell["model"], weights)
 
     @property
     def metrics(self) -> dict[str, dict[str, Any]]:
@@ -149,6 +157,11 @@ def is_cell(path: Path) -> bool:
     return path.is_dir() and not path.name.startswith(".") and (path / RESULT).exists()
 
 
+def tail_of(path: Path) -> str:
+    """The part of a cell's directory's name that says which cell it is (`Cell.tail`)."""
+    return "__".join(path.name.rsplit("__", 2)[1:])
+
+
 def find_extendable(runs: Path, family: str) -> StoredCell | None:
     """The cell under any sweep of `runs` whose name ends with `family` and that scored the most documents."""
     found = [p for p in runs.glob(f"*/*{family}") if is_cell(p)]
@@ -190,11 +203,13 @@ def load_sweep(directory: Path) -> list[StoredCell]:
 def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
     """One row per cell and metric, `LEADING_COLUMNS` first."""
     rows = []
+    cells = list(cells)
+    names = distinct(c.model for c in cells)
     for stored in cells:
         cell, result = stored.cell, stored.result
         budget = cell["budget"]
         common = {
-            "model": cell["model"],
+            "model": names[stored.model],
             "policy": cell["policy"],
             "budget_ratio": _plain(budget["ratio"]) if budget else 1.0,
             "forgetting_factor": _plain(cell["forgetting_factor"]),
@@ -202,6 +217,8 @@ def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
             "task": cell["task"],
         }
         more = {
+            "model_path": stored.model.path,
+            "weights": stored.model.weights,
             "budget_tokens": _plain(budget["tokens"]) if budget else None,
             "budget_base": budget["base"] if budget else None,
             "policy_settings": json.dumps(cell["policy_settings"], sort_keys=True),

@@ -39,6 +39,7 @@ from a2sf.experiments.runs import (
     link_cell,
     read_cell,
     set_aside,
+    tail_of,
     write_atomically,
     write_cell,
     write_table,
@@ -77,25 +78,27 @@ class Plan:
 
 def plan(cells: Iterable[Cell], directory: Path) -> Plan:
     """Recognise equal cells and those already computed, in this sweep or (linked here) in another one."""
-    unique = {c.name: c for c in cells}
+    unique = {c.name: c for c in {c.tail: c for c in cells}.values()}
+    tails = {c.tail for c in unique.values()}
     found: dict[str, list[Path]] = {}
     for path in sorted(directory.parent.glob("*/*__*")):
-        if path.name in unique and is_cell(path):
-            found.setdefault(path.name, []).append(path)
+        if tail_of(path) in tails and is_cell(path):
+            found.setdefault(tail_of(path), []).append(path)
     done, notes = set(), []
-    for name in unique:
-        path, elsewhere = directory / name, found.get(name, [])
-        if path in elsewhere:
-            elsewhere.remove(path)
+    for name, cell in unique.items():
+        everywhere = found.get(cell.tail, [])
+        for path in [p for p in everywhere if p.parent == directory]:
+            everywhere.remove(path)
             try:
                 read_cell(path)
                 done.add(name)
-                continue
+                break
             except CorruptCell as error:
                 notes.append(f"{error}; moved to {set_aside(path).name}, it will be computed again.")
-        if (same := _first_whole(elsewhere)) is not None:
-            link_cell(same, path)
-            done.add(name)
+        else:
+            if (same := _first_whole(everywhere)) is not None:
+                link_cell(same, directory / name)
+                done.add(name)
     return Plan(list(unique.values()), frozenset(done), notes)
 
 
@@ -170,7 +173,7 @@ class Runner:
         lock = filelock.SoftFileLease(_lock_file(self.directory, cell), lease_duration=LEASE_SECONDS, timeout=0)
         try:
             with lock:
-                if is_cell(path):
+                if any(map(is_cell, self.directory.glob(f"*__{cell.tail}"))):
                     return Outcome(cell.name, "there")
                 return self._compute(cell, path)
         except filelock.Timeout:
@@ -266,16 +269,18 @@ def check_disk(directory: Path) -> None:
 
 def finish(directory: Path, cells: Sequence[Cell]) -> tuple[list[StoredCell], list[dict[str, Any]]]:
     """Write `results.csv` from every finished cell of the sweep; the finished cells of `cells`, and its failures."""
-    names = {c.name for c in cells}
     everything = finished_cells(directory)
     if everything:
         write_table(directory, everything)
+    tails = {c.tail for c in cells}
+    finished = [s for s in everything if tail_of(s.path) in tails]
+    there = {tail_of(s.path) for s in finished}
     failures = []
-    for name in sorted(names):
-        file = failure_file(directory, name)
-        if file.exists() and not is_cell(directory / name):
+    for cell in sorted(cells, key=lambda c: c.name):
+        file = failure_file(directory, cell.name)
+        if file.exists() and cell.tail not in there:
             failures.append(json.loads(file.read_text()))
-    return [s for s in everything if s.path.name in names], failures
+    return finished, failures
 
 
 def failure_file(directory: Path, name: str) -> Path:
@@ -285,7 +290,7 @@ def failure_file(directory: Path, name: str) -> Path:
 def _lock_file(directory: Path, cell: Cell) -> Path:
     locks = directory.parent / ".locks"
     locks.mkdir(parents=True, exist_ok=True)
-    return locks / f"{cell.name}.lock"
+    return locks / f"{cell.tail}.lock"
 
 
 def provenance(lm: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from a2sf.analysis.collect import DASH, DEFAULT_PAIR, Grid, System
 from a2sf.analysis.compare import AVERAGE
 from a2sf.analysis.fidelity import MEASURES, fidelity_frame
 from a2sf.analysis.stats import Z
+from a2sf.experiments.names import safe
 
 # Okabe and Ito, 2008, "Color universal design"; black is the full cache's, the pale yellow is left out
 COLOURS = ("#D55E00", "#000000", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00")
@@ -45,6 +46,7 @@ plt.rcParams.update(
         "axes.titlesize": 9,
         "legend.frameon": False,
         "svg.hashsalt": "a2sf",  # the same picture is the same file
+        "text.parse_math": False,  # a name may hold a dollar sign
     }
 )
 
@@ -90,7 +92,7 @@ def draw_all(grid: Grid, directory: Path, pair: tuple[str, str] = DEFAULT_PAIR) 
                 continue
             where = f"{model}, {shots}-shot"
             figure.suptitle(where, x=0.01, ha="left", fontsize=10)
-            stem = name if len(parts) == 1 else f"{name}-{model}-{shots}shot"
+            stem = name if len(parts) == 1 else f"{name}-{safe(model)}-{shots}shot"
             written[f"{caption} ({where})"] = save(figure, directory / stem)
     return written
 

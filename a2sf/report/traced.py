@@ -9,6 +9,7 @@ import pandas as pd
 
 from a2sf.analysis.collect import DEFAULT_PAIR, Grid
 from a2sf.engine.trace import Trace, load, overlap
+from a2sf.experiments.names import safe
 
 FILE = "traces.npz"
 COLUMNS = (
@@ -58,7 +59,7 @@ def trace_pictures(groups: Groups, directory: Path) -> dict[str, list[Path]]:
                     alone = sum(other == label for _, other, _ in by_policy) == 1
                     shown[label if alone else f"{label} {factor}"] = traces[document]
             shown = dict(zip(shown, alike(*shown.values()), strict=True))
-            stem = f"kept-{model}-{task}-{shots}shot-{budget.replace(' ', '')}-doc{document}"
+            stem = f"kept-{safe(model)}-{safe(task)}-{shots}shot-{budget.replace(' ', '')}-doc{document}"
             files = [directory / f"{stem}.{ending}" for ending in ("png", "svg")]
             directory.mkdir(parents=True, exist_ok=True)
             for file in files:

@@ -37,6 +37,18 @@ def evaluate(*arguments: str, runs: Path, **environment: str) -> subprocess.Comp
     )
 
 
+def tables(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "tables.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "150"},
+    )
+
+
 def numbers(directory: Path) -> dict[str, object]:
     """Everything in the results but the timings."""
     return {
