@@ -37,8 +37,8 @@ bench: $(READY)
 	$(BIN)/python scripts/bench.py
 
 figures: $(READY)
-	$(BIN)/python scripts/tables.py runs/reference/smollm2-135m --shots 0 --figures docs/figures --readme README.md
-	$(BIN)/python scripts/tables.py runs/reference/smollm2-135m-forgetting --figures docs/figures/forgetting
+	$(BIN)/python scripts/tables.py runs/reference/smollm2-135m.a2sf.zip --shots 0 --figures docs/figures --readme README.md
+	$(BIN)/python scripts/tables.py runs/reference/smollm2-135m-forgetting.a2sf.zip --figures docs/figures/forgetting
 	cd docs/figures/forgetting && rm -f budget.* fidelity.* tradeoff.*  # the factor's pictures only
 
 clean:

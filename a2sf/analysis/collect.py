@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from a2sf.errors import UserError, nearest
+from a2sf.experiments.archive import is_archive, read_archive
 from a2sf.experiments.names import Named, distinct
 from a2sf.experiments.runs import TABLE, StoredCell, is_cell, load_sweep, results_frame
 
@@ -155,13 +156,13 @@ def gather(directories: Sequence[Path], selection: Selection | None = None) -> G
     cells: dict[str, StoredCell] = {}
     notes: list[str] = []
     for directory in directories:
-        if directory.is_dir() and (directory / TABLE).is_file() and not any(map(is_cell, directory.iterdir())):
+        if not is_archive(directory) and (directory / TABLE).is_file() and not any(map(is_cell, directory.iterdir())):
             frames.append(_from_csv(directory))
             notes.append(
                 f"{directory} holds only a {TABLE}: paired tests need the per-document files, so there are none."
             )
             continue
-        stored = load_sweep(directory)
+        stored: Sequence[StoredCell] = read_archive(directory) if is_archive(directory) else load_sweep(directory)
         frame = _from_cells(stored, directory.name)
         frames.append(frame)
         cells |= {f"{directory.name}/{c.path.name}": c for c in stored}
@@ -189,7 +190,7 @@ def factor_label(value: Any) -> str:
     )
 
 
-def _from_cells(cells: list[StoredCell], source: str | None) -> pd.DataFrame:
+def _from_cells(cells: Sequence[StoredCell], source: str | None) -> pd.DataFrame:
     frame = results_frame(cells)
     more = []
     for stored in cells:

@@ -6,11 +6,12 @@ which all kept sets follow, and the attention behind it. Traces of a cell's firs
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -139,18 +140,24 @@ def overlap(a: Trace, b: Trace) -> np.ndarray:
 
 def save(path: Path, traces: Sequence[Trace]) -> None:
     """Write traces to one `.npz` file."""
+    path.write_bytes(dumps(traces))
+
+
+def dumps(traces: Sequence[Trace]) -> bytes:
+    """The content of that file."""
     arrays: dict[str, Any] = {"documents": np.array([t.document for t in traces], np.int64)}
     for t in traces:
         arrays |= {f"{name}_{t.document}": getattr(t, name) for name in ("evicted", "received", "lost")}
         arrays[f"pieces_{t.document}"] = np.array(t.pieces, dtype=np.str_)
         arrays[f"context_{t.document}"] = np.int64(t.context)
-    with path.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    return file.getvalue()
 
 
-def load(path: Path) -> list[Trace]:
+def load(file: Path | BinaryIO) -> list[Trace]:
     """Read what `save` wrote."""
-    with np.load(path, allow_pickle=False) as held:
+    with np.load(file, allow_pickle=False) as held:
         return [
             Trace(
                 int(d),

@@ -3,6 +3,7 @@
     runs/<sweep>/<cell>/config.yaml         the cell's resolved config
                         result.json         metrics, timings, provenance, checksums; written last
                         documents.parquet   one row per document: log-likelihoods, choices, metrics
+                        traces.npz          what was evicted, where that was noted
     runs/<sweep>/results.csv                one row per cell and metric
 
 A cell's directory is made under a temporary name and renamed, so a directory with its final name is complete.
@@ -15,12 +16,12 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pandas as pd
 
@@ -29,6 +30,7 @@ from a2sf.experiments.names import Named, distinct
 
 SCHEMA_VERSION = 1
 RESULT, DOCUMENTS, CONFIG, TABLE = "result.json", "documents.parquet", "config.yaml", "results.csv"
+TRACES = "traces.npz"
 IDENTIFYING = ["model", "policy", "budget_ratio", "forgetting_factor", "shots", "task"]
 LEADING_COLUMNS = [*IDENTIFYING, "metric", "value", "stderr", "n"]
 
@@ -79,9 +81,19 @@ class StoredCell:
         except Exception as error:
             raise UserError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
 
+    def open_traces(self) -> BinaryIO | None:
+        """What `a2sf.engine.trace.load` reads; None where evictions were not noted."""
+        file = self.path / TRACES
+        return file.open("rb") if file.is_file() else None
 
-def write_cell(path: Path, result: dict[str, Any], documents: pd.DataFrame, config: str) -> StoredCell:
+
+def write_cell(
+    path: Path, result: dict[str, Any], documents: pd.DataFrame, config: str, more: Mapping[str, bytes] | None = None
+) -> StoredCell:
     """Write a finished cell to `path`; what is already there under that name stays.
+
+    Args:
+        more: further files, by name.
 
     Raises:
         OSError: if the disk refuses; nothing is left behind then.
@@ -92,7 +104,9 @@ def write_cell(path: Path, result: dict[str, Any], documents: pd.DataFrame, conf
         temporary.mkdir()
         documents.to_parquet(temporary / DOCUMENTS, index=False)
         (temporary / CONFIG).write_text(config)
-        checksums = {name: _sha256(temporary / name) for name in (DOCUMENTS, CONFIG)}
+        for name, content in (more or {}).items():
+            (temporary / name).write_bytes(content)
+        checksums = {name: _sha256(temporary / name) for name in (DOCUMENTS, CONFIG, *(more or ()))}
         body = {"schema_version": SCHEMA_VERSION, **result, "checksums": checksums}
         body["checksums"][RESULT] = _digest(body)
         (temporary / RESULT).write_text(json.dumps(body, indent=2, sort_keys=True, allow_nan=False) + "\n")

@@ -32,6 +32,7 @@ from a2sf.engine import trace as traces
 from a2sf.errors import ConfigError, UserError
 from a2sf.experiments.cell import ENGINE_VERSION, Cell, compute
 from a2sf.experiments.runs import (
+    TRACES,
     CorruptCell,
     StoredCell,
     finished_cells,
@@ -191,9 +192,8 @@ class Runner:
         except Exception as error:
             return self._failed(cell, error)
         try:
-            stored = write_cell(path, result, documents, config)
-            if lm.traces:
-                traces.save(path / "traces.npz", lm.traces)
+            noted = {TRACES: traces.dumps(lm.traces)} if lm.traces else {}
+            stored = write_cell(path, result, documents, config, noted)
         except OSError as error:
             raise DiskError(f"{path} cannot be written ({error.strerror or error})") from error
         failure_file(self.directory, cell.name).unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from a2sf.analysis.collect import DEFAULT_PAIR, Grid, Selection, gather
 from a2sf.analysis.compare import compare_pair, comparisons_frame
 from a2sf.analysis.fidelity import fidelity_frame
 from a2sf.errors import UserError
+from a2sf.experiments.archive import is_archive, place_of
 from a2sf.experiments.runs import write_atomically
 from a2sf.report.html import Contents, read_failures, write_report
 from a2sf.report.layout import Table, build_tables
@@ -71,7 +72,8 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     ]
     traced = read_traces(grid)
     traces = trace_frame(traced, options.pair)
-    out = options.out or directories[0]
+    first = directories[0]
+    out = options.out or (place_of(first) if is_archive(first) else first)
     written = {
         "tables.md": markdown(tables, options.stderr) + "\n" + text_markdown(text_tables),
         "tables.tex": latex(tables, options.stderr) + "\n" + text_latex(text_tables),

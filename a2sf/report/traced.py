@@ -11,7 +11,6 @@ from a2sf.analysis.collect import DEFAULT_PAIR, Grid
 from a2sf.engine.trace import Trace, load, overlap
 from a2sf.experiments.names import safe
 
-FILE = "traces.npz"
 COLUMNS = (
     *("model", "shots", "task", "policy", "budget", "factor", "documents"),
     *("layer", "evicted", "age", "mass", "lost", "overlap"),
@@ -82,8 +81,8 @@ def read_traces(grid: Grid) -> Groups:
     for model, shots, part in grid.parts():
         for system in part.systems():
             for task, key in system.keys.items():
-                file = part.cells[key].path / FILE if key in part.cells else None
-                if file is not None and file.exists() and not system.is_full:
+                file = part.cells[key].open_traces() if key in part.cells and not system.is_full else None
+                if file is not None:
                     of = groups.setdefault((model, shots, task, system.budget), {})
                     of[system.policy, system.label, system.factor] = {t.document: t for t in load(file)}
     return groups

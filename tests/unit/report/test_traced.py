@@ -10,8 +10,9 @@ import pytest
 
 from a2sf.analysis.collect import Selection, gather
 from a2sf.engine.trace import Trace, overlap, save
+from a2sf.experiments.runs import TRACES
 from a2sf.report.output import Options, show
-from a2sf.report.traced import FILE, PICTURES, alike, read_traces, trace_frame, trace_pictures
+from a2sf.report.traced import PICTURES, alike, read_traces, trace_frame, trace_pictures
 from tests.sweep_fixture import Plan, write_sweep
 
 TOKENS, BUDGET = 12, 4
@@ -30,7 +31,7 @@ def sweep(tmp_path: Path) -> Path:
     cells = write_sweep(tmp_path / "s", Plan(policies=("full", "h2o", "a2sf"), documents={"piqa": 20, "copa": 20}))
     for c in cells:
         if c.cell["task"] == "piqa" and c.cell["policy"] != "full":
-            save(c.path / FILE, [trace(d, c.cell["policy"] == "a2sf") for d in range(4)])
+            save(c.path / TRACES, [trace(d, c.cell["policy"] == "a2sf") for d in range(4)])
     return tmp_path / "s"
 
 
