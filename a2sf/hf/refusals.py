@@ -119,7 +119,8 @@ def _refused(error: BaseException, wanted: Wanted) -> _Found:
         login = (
             "your account does not see it" if get_token() else "it is private (then `hf auth login`, or set HF_TOKEN)"
         )
-        return NotOnHub, f"the hub ({constants.ENDPOINT}) has no {wanted.kind} of that name, or {login}"
+        here = "there is no such directory, and " if wanted.kind == "model" else ""
+        return NotOnHub, f"{here}the hub ({constants.ENDPOINT}) has no {wanted.kind} of that name, or {login}"
     if isinstance(error, hub.DisabledRepoError):
         return HubError, f"the hub has disabled it ({wanted.page})"
     if isinstance(error, hub.HFValidationError):
@@ -170,27 +171,25 @@ def _answered(error: BaseException, wanted: Wanted) -> _Found:
 
 def _no_way(error: BaseException, wanted: Wanted) -> _Found:
     """No answer at all."""
-    partly = isinstance(error, hub.IncompleteSnapshotError)
-    if constants.is_offline_mode() and (partly or isinstance(error, OFFLINE)):
-        has = f"holds only a part of {wanted.repo}" if partly else f"does not hold {wanted.repo}"
-        return Unreachable, (
-            f"HF_HUB_OFFLINE is set, and the cache {has}; unset it to download{_what_there_is(wanted)}"
-        )
     host = urlsplit(constants.ENDPOINT).hostname
-    of_http = type(error).__module__.partition(".")[0] in HTTP_LIBRARIES
     name = type(error).__name__
+    of_http = type(error).__module__.partition(".")[0] in HTTP_LIBRARIES
+    part = "holds only a part of" if wanted.repo in cached_repositories(wanted.kind) else "does not hold"
+    if constants.is_offline_mode() and isinstance(error, OFFLINE):
+        why = f"HF_HUB_OFFLINE is set, and the hub's cache {part} {wanted.repo}; unset it to download"
+        return Unreachable, why + _what_there_is(wanted)
     if of_http and name == "ProxyError":
         return Unreachable, f"the proxy on the way to {host} refuses ({first_line(error)}); check HTTPS_PROXY"
     broke = isinstance(error, OSError) and "Consistency check failed" in str(error)
     if broke or (of_http and name in BROKEN):
-        return Unreachable, (
-            f"the line to {host} broke ({first_line(error)}); start again, the files that arrived whole are kept"
-        )
+        why = f"the line to {host} broke ({first_line(error)}); start again, the files that arrived whole are kept"
+        return Unreachable, why
     if of_http or isinstance(error, ConnectionError | TimeoutError):
-        return Unreachable, (
-            f"{host} cannot be reached ({name}: {first_line(error)}), and the cache does not hold "
-            f"{wanted.repo}; check the network{_what_there_is(wanted)}"
+        why = (
+            f"{host} cannot be reached ({name}: {first_line(error)}), and the hub's cache {part} {wanted.repo}; "
+            "check the network"
         )
+        return Unreachable, why + _what_there_is(wanted)
     return None
 
 
