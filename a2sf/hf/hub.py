@@ -45,13 +45,16 @@ def commit_of(wanted: Wanted) -> tuple[str, str | None]:
         known = ref.read_text().strip() if ref.is_file() else ""
         if not (_cache(wanted) / "snapshots" / known).is_dir() or not is_commit(known):
             raise refusal(error, wanted) from error
-        root = list(chain(error))[-1]
-        why = (
-            "HF_HUB_OFFLINE is set"
-            if constants.is_offline_mode()
-            else f"the hub was asked in vain ({type(root).__name__}: {first_line(root)})"
-        )
-        return known, f"{wanted.repo}: {why}; what the cache has is used, commit {known[:12]}."
+        return known, f"{wanted.repo}: {_why_not(error)}; what the cache has is used, commit {known[:12]}."
+
+
+def _why_not(error: Exception) -> str:
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    root = list(chain(error))[-1]
+    status = getattr(getattr(root, "response", None), "status_code", None)
+    told = f"its answer was {status}" if status else f"{type(root).__name__}: {first_line(root)}"
+    return f"the hub was asked in vain ({told})"
 
 
 def _ask(wanted: Wanted) -> str:

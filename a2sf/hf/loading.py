@@ -28,6 +28,7 @@ from transformers import (
     GgufConfig,
     PreTrainedModel,
 )
+from transformers.quantizers import AutoHfQuantizer
 
 from a2sf.errors import ConfigError
 from a2sf.hf import hub, weights
@@ -253,6 +254,8 @@ def _config(spec: ModelSpec) -> Any:
         kind, own = raw.get("model_type"), raw.get("auto_map") or {}
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(KEY, spec.path, f"its config.json cannot be read ({first_line(error)})") from error
+    _check_code(own if code else {}, folder, spec.path)
+    _check_quantizer(raw.get("quantization_config"), spec.path)
     needs_code = "it comes with code of its own; model.trust_remote_code=true runs it, if you trust its authors"
     if kind not in CONFIG_MAPPING and not (own and code):
         why = needs_code if own else "its config.json names no model_type" if not kind else weights.version_needed(raw)
@@ -271,6 +274,30 @@ def _config(spec: ModelSpec) -> Any:
         why = f"transformers has no causal language model of type {kind!r}; give a decoder model"
         raise ConfigError(KEY, spec.path, needs_code if "AutoModelForCausalLM" in own else why)
     return config
+
+
+def _check_code(own: dict[str, Any], folder: Path, path: str) -> None:
+    """Refuse code that a config names but that does not lie beside it: it would be looked for at another commit."""
+    names = [n for value in own.values() for n in (value if isinstance(value, list) else [value]) if n]
+    for name in names:
+        elsewhere, _, module = str(name).rpartition("--")
+        file = f"{module.rpartition('.')[0]}.py"
+        if elsewhere or not (folder / file).is_file():
+            where = f"is in {elsewhere}" if elsewhere else "is not there"
+            why = f"its code ({file}) {where}; copy it beside the weights, and name it so in auto_map of config.json"
+            raise ConfigError(KEY, path, why)
+
+
+def _check_quantizer(settings: Any, path: str) -> None:
+    """Refuse quantised weights that cannot be read here, before they are fetched."""
+    if not settings:
+        return
+    try:
+        AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment(device_map=None)
+    except Exception as error:
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        why = f"its weights are quantised ({method}), and what reads them is missing: {first_line(error)}"
+        raise ConfigError(KEY, path, why) from error
 
 
 def layers_of(spec: ModelSpec) -> int:

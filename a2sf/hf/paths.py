@@ -112,6 +112,6 @@ def _beside(path: str) -> str:
     """What the folder has that a path's last part may have meant, as the end of a sentence."""
     folder, name = os.path.split(path.rstrip(os.sep))
     try:
-        return nearest(name, os.listdir(folder or "."))
+        return nearest(name, [n for n in os.listdir(folder or ".") if not n.startswith(".")])
     except OSError:
         return ""

@@ -19,7 +19,7 @@ from a2sf.errors import ConfigError, UserError
 HTTP_LIBRARIES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp"}
 BROKEN = {"RemoteProtocolError", "ReadError", "ChunkedEncodingError", "ClientPayloadError"}
 CACHED_SHOWN = 5
-FIRST_LOOK = {"model": "model=smollm2-135m", "dataset": "data=bundle"}
+FIRST_LOOK = "model=smollm2-135m data=bundle"
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _refused(error: BaseException, wanted: Wanted) -> _Found:
         login = (
             "your account does not see it" if get_token() else "it is private (then `hf auth login`, or set HF_TOKEN)"
         )
-        here = "there is no such directory, and " if wanted.kind == "model" else ""
+        here = "it is not on this disk, and " if wanted.kind == "model" else ""
         return NotOnHub, f"{here}the hub ({constants.ENDPOINT}) has no {wanted.kind} of that name, or {login}"
     if isinstance(error, hub.DisabledRepoError):
         return HubError, f"the hub has disabled it ({wanted.page})"
@@ -132,7 +132,7 @@ def _unwritable(error: BaseException, wanted: Wanted) -> _Found:
     if not isinstance(error, OSError) or error.errno is None:
         return None
     where = error.filename or constants.HF_HUB_CACHE
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
         return HubError, (
             f"the hub's cache folder cannot be written ({where}: {error.strerror}); set HF_HOME to a folder that can"
         )
@@ -154,7 +154,8 @@ def _answered(error: BaseException, wanted: Wanted) -> _Found:
         return None
     host = urlsplit(constants.ENDPOINT).hostname
     if status == 401:
-        return HubError, f"{host} does not accept your token (401); log in again (`hf auth login`, or set HF_TOKEN)"
+        why = "does not accept your token (401); log in again" if get_token() else "asks who you are (401); log in"
+        return HubError, f"{host} {why} (`hf auth login`, or set HF_TOKEN)"
     if status == 403:
         return HubError, f"{host} forbids it (403); check at {wanted.page} what your account or token may read"
     if status == 429:
@@ -200,4 +201,4 @@ def _what_there_is(wanted: Wanted) -> str:
     cached = cached_repositories(wanted.kind)
     more = f" and {len(cached) - CACHED_SHOWN} more" if len(cached) > CACHED_SHOWN else ""
     held = f", take what is cached ({', '.join(cached[:CACHED_SHOWN])}{more})" if cached else ""
-    return f"{held}, or for a first look {FIRST_LOOK[wanted.kind]}, which needs no network"
+    return f"{held}, or for a first look {FIRST_LOOK}, which need no network"
