@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from a2sf.errors import UserError, nearest
 
@@ -109,13 +114,9 @@ def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | No
         raise UserError("sweep_name, runs_dir and tracker name where a sweep's results go, so they cannot be swept")
 
     from a2sf.evaluation import tasks
-    from a2sf.experiments import sweep
-    from a2sf.hf.loading import check_config, identify
+    from a2sf.experiments import fetching, sweep
 
-    if not first.plan_only:
-        for model in {c.model for s in settings for c in s.cells}:
-            identify(model)
-    settings = _named_apart(settings)
+    settings = fetching.tell_apart(fetching.pin_models(settings, _model_names(), screen))
     made = sweep.plan([c for s in settings for c in s.cells], directory)
     for note in made.notes:
         screen.print(note)
@@ -124,24 +125,28 @@ def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | No
         tasks.check(task, spec, shots)
     if first.plan_only:
         return
-    for model in {c.model for c in made.pending}:
-        check_config(model)
+    broken = fetching.prepare_models([c.model for c in made.pending], screen)
     for task, spec, shots, seed in sorted({(c.task, c.data, c.shots, c.seed) for c in made.pending}, key=str):
         tasks.build(task, spec, shots=shots, seed=seed)  # now, so that a missing one is told before the model loads
 
     outcomes: list[Outcome] = []
     if made.pending:
+        runner = _runner(first)
+        outcomes = [runner.fail(c, broken[c.model]) for c in made.pending if c.model in broken]
         with _progress(made, directory):
-            outcomes = _run(made, settings, points, launch)
+            outcomes += _run([c for c in made.pending if c.model not in broken], settings, points, launch)
     _report(made, directory, settings[0], outcomes)
 
 
 def _run(
-    made: Plan, settings: Sequence[Settings], points: Sequence[tuple[list[str], DictConfig]], launch: Launch | None
+    todo: list[Cell],
+    settings: Sequence[Settings],
+    points: Sequence[tuple[list[str], DictConfig]],
+    launch: Launch | None,
 ) -> list[Outcome]:
     of = {c.name: (s, overrides, c) for s, (overrides, _) in zip(settings, points, strict=True) for c in s.cells}
     # one model after the other, so that each is loaded once
-    todo = sorted(made.pending, key=lambda c: (c.model_name, c.task, c.shots))
+    todo = sorted(todo, key=lambda c: (c.model_name, c.task, c.shots))
     finished: list[Outcome] = []
     while todo:
         if launch is None:
@@ -161,24 +166,10 @@ def _job(overrides: list[str], cell: Cell) -> list[str]:
     from a2sf.experiments.overrides import quote
 
     settled = {"tasks": f"[{quote(cell.task)}]", "plan_only": "false", "model.name": quote(cell.model_name)}
+    if cell.model.source.kind == "hub":  # quoted, since a commit may look like a number
+        settled |= {"model.path": quote(cell.model.path), "model.revision": quote(cell.model.revision)}
     others = [o for o in overrides if o.partition("=")[0].lstrip("+") not in settled]
     return [*others, *(f"{key}={value}" for key, value in settled.items())]
-
-
-def _named_apart(settings: Sequence[Settings]) -> list[Settings]:
-    """The same settings, with names for models that end alike."""
-    from dataclasses import replace
-
-    from a2sf.experiments.names import Named, distinct
-    from a2sf.hf.loading import fingerprint
-
-    weights = {c.model: fingerprint(c.model) for s in settings for c in s.cells}
-
-    def known(cell: Cell) -> Named:
-        return Named(cell.model_name, cell.model.path, weights[cell.model])
-
-    names = distinct(known(c) for s in settings for c in s.cells)
-    return [replace(s, cells=tuple(replace(c, model_name=names[known(c)]) for c in s.cells)) for s in settings]
 
 
 def _read(composed: DictConfig) -> Settings:
@@ -228,6 +219,7 @@ def _duration(seconds: float) -> str:
 @contextmanager
 def _progress(made: Plan, directory: Path) -> Iterator[None]:
     """A bar that follows the finished cells on disk, whoever computes them."""
+    from a2sf.experiments.fetching import bar
     from a2sf.experiments.runs import is_cell
     from a2sf.experiments.sweep import failure_file
 
@@ -242,22 +234,8 @@ def _progress(made: Plan, directory: Path) -> Iterator[None]:
 
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     columns += [TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()]
-    stop = threading.Event()
-    with Progress(*columns, console=screen, transient=True) as bar:
-        row = bar.add_task("cells", total=len(made.cells), completed=len(made.done))
-
-        def follow() -> None:
-            while not stop.wait(0.5):
-                bar.update(row, completed=finished())
-
-        thread = threading.Thread(target=follow, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-            bar.update(row, completed=finished())
+    with bar(screen, columns, "cells", len(made.cells), finished):
+        yield
 
 
 def _report(made: Plan, directory: Path, settings: Settings, outcomes: list[Outcome]) -> None:
@@ -279,8 +257,12 @@ def _report(made: Plan, directory: Path, settings: Settings, outcomes: list[Outc
         screen.print(
             f"[bold red]{len(failures)} of {len(made.cells)} cells failed[/bold red]; the same command retries"
         )
+        alike: dict[str, list[str]] = {}
         for failure in failures:
-            screen.print(f"  {failure['cell']['name']}: {failure['error']}", highlight=False, soft_wrap=True)
+            alike.setdefault(failure["error"], []).append(failure["cell"]["name"])
+        for error, names in alike.items():  # a model that cannot be loaded fails all its cells
+            which = names[0] if len(names) == 1 else f"{len(names)} cells, {names[0]} the first"
+            screen.print(f"  {which}: {error}", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -293,8 +275,10 @@ def quiet() -> None:
     for name in ("lm_eval", "transformers", "datasets", "wandb", "httpx", "accelerate", "huggingface_hub", "filelock"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import datasets
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.utils.disable_progress_bars()
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import inspect
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +30,7 @@ from a2sf.evaluation.packing import Item, Pack, pack
 from a2sf.hf.attention import Plan, UnsupportedModel, attached, mixes_windows, rope_switch, running
 from a2sf.hf.calls import hooks_of
 from a2sf.hf.generation import PrunedCache, check_settings, retention_of
+from a2sf.hf.loading import LoadedModel, ModelSpec, load, load_tokenizer
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policies
@@ -77,7 +80,8 @@ class PrunedLM(HFLM):
     """lm-eval's Hugging Face model with a pruned cache, `lm_eval.simple_evaluate(model="a2sf", ...)`.
 
     Args:
-        pretrained: as for `HFLM`: a model, a hub id or a path.
+        pretrained: a model, or what `ModelSpec.path` may be; then `a2sf.hf.loading` loads it, with `revision`, `dtype` and
+            `device` (auto where not given) and `trust_remote_code`.
         policy: a `Policy`, or a policy's name (`model_args="pretrained=...,policy=h2o,budget_ratio=0.2"`).
         budget: a `Budget`; or give `budget_ratio`, `budget_tokens` and `budget_base`.
         forgetting_factor: for a policy given by name, where it has one.
@@ -91,6 +95,9 @@ class PrunedLM(HFLM):
         ConfigError: if a setting is not allowed.
         UnsupportedModel: if the model's attention cannot be pruned exactly.
     """
+
+    weights_format: str | None = None
+    """Which kind of file the weights were read from, where it is known."""
 
     def __init__(
         self,
@@ -106,7 +113,9 @@ class PrunedLM(HFLM):
         **kwargs: Any,
     ) -> None:
         if isinstance(pretrained, str):
-            kwargs.setdefault("use_safetensors", True)
+            loaded, kwargs = _load(pretrained, kwargs)
+            pretrained, self.weights_format = loaded.model, loaded.format
+            kwargs.setdefault("tokenizer", loaded.tokenizer)
         super().__init__(pretrained=pretrained, batch_size=1, **kwargs)
         if self.backend != "causal":
             raise UnsupportedModel("only decoder models have a cache to prune, and this one is an encoder-decoder")
@@ -333,6 +342,52 @@ class PrunedLM(HFLM):
         self.counts.kept += kept
         self.counts.share += kept / total
         self.counts.layer_requests += len(retention)
+
+
+OF_LOADING = ("revision", "dtype", "device", "trust_remote_code", "gguf_file")
+NOT_OURS = {
+    "parallelize",
+    "tp_plan",
+    "peft",
+    "delta",
+    "autogptq",
+    "gptqmodel",
+    "subfolder",
+    "max_memory_per_gpu",
+    "max_cpu_memory",
+    "offload_folder",
+    "use_fast_tokenizer",
+}
+"""What HFLM does while it loads a model, which it does not here."""
+
+
+def _load(pretrained: str, given: dict[str, Any]) -> tuple[LoadedModel, dict[str, Any]]:
+    """The model that a path names, loaded with what `given` says of that, and what of `given` is left for HFLM.
+
+    Raises:
+        ConfigError: if the model cannot be loaded, or a setting is not for models loaded here.
+    """
+    known = inspect.signature(HFLM.__init__).parameters
+    for key, value in given.items():
+        if (key in NOT_OURS and value) or key not in known:
+            raise ConfigError(
+                key,
+                value,
+                "it is not for a model that is given by its name; load the model with it and give that as pretrained",
+            )
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError("WORLD_SIZE", os.environ["WORLD_SIZE"], "one process computes a cell; start a single one")
+    settings = {key: given[key] for key in OF_LOADING if given.get(key) is not None}
+    if "dtype" in settings:
+        settings["dtype"] = str(settings["dtype"]).removeprefix("torch.")
+    if "device" in settings:
+        settings["device"] = str(settings["device"])
+    path = "/".join(filter(None, [pretrained, settings.pop("gguf_file", None)]))
+    loaded = load(ModelSpec(path, **settings))
+    left = {k: v for k, v in given.items() if k not in OF_LOADING and k not in NOT_OURS and v is not None}
+    if isinstance(name := left.get("tokenizer"), str):
+        left["tokenizer"] = load_tokenizer(ModelSpec(name, trust_remote_code=settings.get("trust_remote_code", False)))
+    return loaded, left
 
 
 def request_hash(arguments: tuple[Any, ...]) -> str:

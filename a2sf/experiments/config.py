@@ -117,13 +117,12 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
     config = _typed(composed)
     if not config.model.path:
         raise ConfigError("model.path", "''", "give a hub id, a directory or a GGUF file")
-    model = ModelSpec(
-        **{f.name: getattr(config.model, f.name) for f in dataclasses.fields(ModelSpec)},
-    )
+    model = ModelSpec(**{f.name: getattr(config.model, f.name) for f in dataclasses.fields(ModelSpec) if f.init})
     name = config.model.name or (model_names or {}).get(model.path) or model.path.rstrip("/").rpartition("/")[2]
     policy = _policy(config)
     budget = _budget(config, policy)
-    _check_layers(model, policy, budget)
+    if model.pinned:  # else once it is, by whoever pins it
+        check_layers(model, policy, budget)
     if not isinstance(config.shots, int) or not 0 <= config.shots <= MAX_SHOTS:
         raise ConfigError("shots", config.shots, "give a whole number of examples, at least 0")
     if config.limit is not None and config.limit < 1:
@@ -214,7 +213,12 @@ def _budget(config: Config, policy: Policy) -> Budget | None:
     return budget if policy.uses_budget else None
 
 
-def _check_layers(model: ModelSpec, policy: Policy, budget: Budget | None) -> None:
+def check_layers(model: ModelSpec, policy: Policy, budget: Budget | None) -> None:
+    """Refuse a list of numbers per layer that is not as long as the model has layers.
+
+    Raises:
+        ConfigError: naming both; or if the model's config cannot be read.
+    """
     lists = [getattr(policy, "forgetting_factor", None), budget and budget.ratio, budget and budget.tokens]
     if any(isinstance(x, tuple) for x in lists):
         layers = layers_of(model)

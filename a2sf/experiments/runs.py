@@ -251,6 +251,11 @@ def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=None if rows else LEADING_COLUMNS)
 
 
+def asked(cell: dict[str, Any]) -> dict[str, Any]:
+    """What a `cell` entry asks for, whatever the weights and documents were when it was computed."""
+    return {k: v for k, v in cell.items() if k not in ("id", "name", "identity")}
+
+
 def write_table(directory: Path, cells: Iterable[StoredCell]) -> Path:
     """Write `results.csv` of a sweep, whole or not at all."""
     target = directory / TABLE

@@ -6,6 +6,7 @@ processes may work on one `runs/` directory: a cell is computed by whoever holds
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -35,6 +36,7 @@ from a2sf.experiments.runs import (
     TRACES,
     CorruptCell,
     StoredCell,
+    asked,
     finished_cells,
     is_cell,
     link_cell,
@@ -156,6 +158,7 @@ class Runner:
     batch_size: int | None = None
     trace: int = 0
     _loaded: dict[loading.ModelSpec, Any] = field(default_factory=dict)
+    _broken: dict[loading.ModelSpec, UserError] = field(default_factory=dict)
 
     def run(self, cell: Cell) -> Outcome:
         """Compute a cell unless it is there or somebody else is at it.
@@ -166,10 +169,11 @@ class Runner:
             DiskError: if results cannot be written.
         """
         check_disk(self.directory)
-        try:
-            loading.identify(cell.model)  # on the machine of a cluster, the first to need it
-        except UserError as error:
-            return self._failed(cell, error)
+        if not cell.model.pinned:  # by no sweep, which does it once for all its cells
+            try:
+                cell = dataclasses.replace(cell, model=loading.pin(cell.model)[0])
+            except UserError as error:
+                return self.fail(cell, error)
         path = self.directory / cell.name
         lock = filelock.SoftFileLease(_lock_file(self.directory, cell), lease_duration=LEASE_SECONDS, timeout=0)
         try:
@@ -190,17 +194,22 @@ class Runner:
         except (KeyboardInterrupt, SystemExit):
             raise
         except Exception as error:
-            return self._failed(cell, error)
+            return self.fail(cell, error)
         try:
             noted = {TRACES: traces.dumps(lm.traces)} if lm.traces else {}
             stored = write_cell(path, result, documents, config, noted)
         except OSError as error:
             raise DiskError(f"{path} cannot be written ({error.strerror or error})") from error
-        failure_file(self.directory, cell.name).unlink(missing_ok=True)
+        _clear_failures(self.directory, stored.cell)
         self.tracker.log_cell(stored, {"sweep": self.directory.name})
         return Outcome(cell.name, "done")
 
-    def _failed(self, cell: Cell, error: Exception) -> Outcome:
+    def fail(self, cell: Cell, error: Exception) -> Outcome:
+        """Record that a cell failed.
+
+        Raises:
+            DiskError: if that cannot be written.
+        """
         text = str(error).strip() or type(error).__name__
         record = {
             "cell": cell.describe(),
@@ -210,7 +219,8 @@ class Runner:
         }
         file = failure_file(self.directory, cell.name)
         try:
-            file.parent.mkdir(exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _clear_failures(self.directory, cell.describe())
             write_atomically(file, json.dumps(record, indent=2))
         except OSError as problem:
             raise DiskError(f"{file} cannot be written ({problem.strerror or problem})") from problem
@@ -221,13 +231,20 @@ class Runner:
 
         if cell.model not in self._loaded:
             self._loaded.clear()  # one model at a time
-            loaded = loading.load(cell.model)
+            if cell.model in self._broken:
+                raise self._broken[cell.model]
+            try:
+                loaded = loading.load(cell.model)
+            except UserError as error:  # it will be so for its other cells
+                self._broken[cell.model] = error
+                raise
             if loaded.fingerprint != cell.identity["weights"]:
                 raise ConfigError(
                     "model.path", cell.model.path, "its files changed after the sweep began; start it again"
                 )
             lm = PrunedLM(loaded.model, tokenizer=loaded.tokenizer, batch_size=self.batch_size or "auto")
             lm.silent = True
+            lm.weights_format = loaded.format
             self._loaded[cell.model] = lm
         lm = self._loaded[cell.model]
         lm.engine = cell.backend
@@ -283,6 +300,14 @@ def finish(directory: Path, cells: Sequence[Cell]) -> tuple[list[StoredCell], li
     return finished, failures
 
 
+def _clear_failures(directory: Path, cell: dict[str, Any]) -> None:
+    """Remove what was recorded of a cell that asked for the same, also of weights or documents that have changed since."""
+    for file in (directory / "failures").glob("*.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            if asked(json.loads(file.read_text())["cell"]) == asked(cell):
+                file.unlink()
+
+
 def failure_file(directory: Path, name: str) -> Path:
     return directory / "failures" / f"{name}.json"
 
@@ -300,6 +325,7 @@ def provenance(lm: Any) -> dict[str, Any]:
         "a2sf": __version__,
         "engine": ENGINE_VERSION,
         "backend": lm.engine,
+        "weights_format": lm.weights_format,
         "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},
         "machine": {
             "system": platform.platform(),

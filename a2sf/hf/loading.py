@@ -1,32 +1,45 @@
-"""Loading a model and its tokenizer: a hub id, a local directory, or a GGUF file (on disk or inside an installed package).
+"""Loading a model and its tokenizer: a hub id, a local directory, or a GGUF file (local, on the hub or in a package).
 
-A GGUF file is dequantized once into a plain checkpoint under the cache directory (`A2SF_CACHE`, default ~/.cache/a2sf).
+A model of the hub is pinned to a commit, fetched into the hub's cache and read from there: nothing is asked of the hub
+while it loads. A GGUF file is dequantized once into a plain checkpoint under the cache directory (`A2SF_CACHE`, default
+~/.cache/a2sf).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+)
+from transformers.quantizers import AutoHfQuantizer
 
 from a2sf.errors import ConfigError
+from a2sf.hf import hub, weights
 from a2sf.hf.attention import Plan, UnsupportedModel, attached, mixes_windows, running
+from a2sf.hf.paths import KEY, PACKAGE, Source, understand
+from a2sf.hf.refusals import Wanted, first_line
 from a2sf.policies.base import UNLIMITED, Retention
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
-PACKAGE = "pkg://"
-IDENTIFYING_FILES = {".safetensors", ".json", ".model", ".txt", ".py"}
-"""Of a local directory: weights, config, tokenizer, modelling code."""
 CAUSAL_ARCHITECTURES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+PROBE = "The quick brown fox jumps over the lazy dog."
 
 
 @dataclass(frozen=True)
@@ -34,10 +47,12 @@ class ModelSpec:
     """Which model to run and how.
 
     Attributes:
-        path: hub id, local directory, local `.gguf` file, or `pkg://package/file.gguf` for one in an installed package.
+        path: hub id, local directory, `.gguf` file (local, or `owner/name/file.gguf` on the hub), page of the hub, or
+            `pkg://package/file.gguf` for one in an installed package. Kept in one spelling, so that `~`, a link or a slash
+            at the end make no other model.
         dtype: auto (bfloat16 on a GPU, float32 on a CPU) or a name in `DTYPES`.
         device: auto (a GPU if there is one) or a torch device.
-        revision: branch, tag or commit on the hub.
+        revision: branch, tag or commit on the hub; `pin` makes a commit of it.
         trust_remote_code: run modelling code that comes with the weights.
 
     Raises:
@@ -49,8 +64,12 @@ class ModelSpec:
     device: str = "auto"
     revision: str = "main"
     trust_remote_code: bool = False
+    source: Source = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        source = understand(self.path, self.revision)
+        for name, value in (("source", source), ("path", source.path), ("revision", source.revision)):
+            object.__setattr__(self, name, value)
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ConfigError("model.dtype", self.dtype, f"give auto or one of {', '.join(DTYPES)}")
         if self.device != "auto":
@@ -71,14 +90,64 @@ class ModelSpec:
             return self.dtype
         return "float32" if torch.device(self.resolved_device).type == "cpu" else "bfloat16"
 
+    @property
+    def pinned(self) -> bool:
+        """Whether it can only mean one thing: all but a branch or tag of the hub."""
+        return self.source.kind != "hub" or hub.is_commit(self.revision)
+
+    @property
+    def wanted(self) -> Wanted:
+        """What the hub is asked for."""
+        return Wanted(self.source.repo, revision=self.revision, value=self.path)
+
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to be scored. `fingerprint` is that of what was loaded."""
+    """A model ready to be scored.
+
+    Attributes:
+        fingerprint: that of what was loaded.
+        format: which kind of file the weights were read from: safetensors, bin or gguf.
+    """
 
     model: PreTrainedModel
     tokenizer: Any
     fingerprint: str | None
+    format: str = "safetensors"
+
+
+@dataclass(frozen=True)
+class Download:
+    """What of a model is not in the hub's cache yet."""
+
+    spec: ModelSpec
+    snapshot: hub.Snapshot
+    names: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes to come."""
+        return sum(self.snapshot.sizes.get(n, 0) for n in self.names)
+
+    def run(self) -> None:
+        """Fetch it; what arrived whole before is not fetched again.
+
+        Raises:
+            ConfigError: if the hub does not give it.
+        """
+        self.snapshot.get(self.names)
+
+
+def pin(spec: ModelSpec) -> tuple[ModelSpec, str | None]:
+    """The model at the commit that its revision is now, and a note for the user if only the cache was asked.
+
+    Raises:
+        ConfigError: if there is no such model or revision, or no way to find out.
+    """
+    if spec.pinned:
+        return spec, None
+    commit, note = hub.commit_of(spec.wanted)
+    return dataclasses.replace(spec, revision=commit), note
 
 
 def cache_directory() -> Path:
@@ -86,51 +155,74 @@ def cache_directory() -> Path:
     return Path(os.environ.get("A2SF_CACHE", Path.home() / ".cache" / "a2sf"))
 
 
-def gguf_file(path: str) -> Path | None:
-    """The GGUF file that `path` names, or None if it names something else.
+def gguf_file(spec: ModelSpec) -> Path | None:
+    """The GGUF file that a model is, fetched if it is on the hub, or None if it is something else.
 
     Raises:
         ConfigError: if it names a package or file that is not there.
     """
-    if path.startswith(PACKAGE):
-        package, _, name = path.removeprefix(PACKAGE).partition("/")
-        spec = importlib.util.find_spec(package)  # found, not imported: such packages may need native libraries
-        if spec is None or not spec.submodule_search_locations:
-            raise ConfigError("model.path", path, f"the package {package} is not installed; `make setup` installs it")
-        file = Path(spec.submodule_search_locations[0]) / name
-    elif path.endswith(".gguf"):
-        file = Path(path)
-    else:
+    source = spec.source
+    if source.kind == "file":
+        return Path(source.path)
+    if source.kind == "hub" and source.file:
+        return hub.snapshot(spec.wanted).get([source.file]) / source.file
+    if source.kind != "package":
         return None
+    package, _, name = source.path.removeprefix(PACKAGE).partition("/")
+    try:
+        found = importlib.util.find_spec(package)  # found, not imported: such packages may need native libraries
+    except (ImportError, ValueError):
+        found = None
+    if found is None or not found.submodule_search_locations:
+        raise ConfigError(KEY, spec.path, f"the package {package} is not installed; `make setup` installs it")
+    file = Path(found.submodule_search_locations[0]) / name
     if not file.is_file():
-        raise ConfigError("model.path", path, "there is no such file")
+        raise ConfigError(KEY, spec.path, "there is no such file")
     return file
 
 
-def local_checkpoint(spec: ModelSpec) -> str:
-    """`spec.path` as something transformers loads: a GGUF file is converted (once) to a directory."""
-    file = gguf_file(spec.path)
-    return spec.path if file is None else str(_converted(file))
+def local_checkpoint(spec: ModelSpec) -> Path:
+    """A local directory that transformers loads: the hub's files are fetched, a GGUF file is converted (once).
+
+    Raises:
+        ConfigError: if there is none, or it lacks something.
+    """
+    file = gguf_file(spec)
+    if file is not None:
+        return _converted(file, spec.path)
+    files = _files(spec)
+    found = weights.find_weights(files, spec.path)
+    return files.get([*weights.find_texts(files, spec.path, spec.trust_remote_code), *found.all])
 
 
-def _converted(file: Path) -> Path:
+def _files(spec: ModelSpec) -> weights.Files:
+    return hub.snapshot(spec.wanted) if spec.source.kind == "hub" else weights.Folder(Path(spec.path))
+
+
+def _converted(file: Path, path: str) -> Path:
     digest = _file_digest(file)[:12]
-    target = cache_directory() / "models" / f"{file.stem}-{digest}"
+    target = cache_directory() / "checkpoints" / f"{file.stem}-{digest}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not target.exists():
             temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent,
-                gguf_file=file.name,
-                dtype=torch.float32,
-                quantization_config=GgufConfig(dequantize=True),
-            )
+            try:
+                model, told = weights.from_pretrained(
+                    file.parent,
+                    gguf_file=file.name,
+                    dtype=torch.float32,
+                    quantization_config=GgufConfig(dequantize=True),
+                )
+                tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            except Exception as error:
+                why = f"the GGUF file cannot be read ({type(error).__name__}: {first_line(error)})"
+                raise ConfigError(KEY, path, why) from error
+            weights.check_complete(model, told, path)
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
             try:
                 model.save_pretrained(temporary)
-                AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(temporary)
+                tokenizer.save_pretrained(temporary)
                 temporary.rename(target)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -143,21 +235,69 @@ def check_config(spec: ModelSpec) -> None:
     Raises:
         ConfigError: if there is no such model, or it is not a causal decoder that AttentionInterface reaches.
     """
-    if gguf_file(spec.path) is not None:
-        return
+    if spec.source.kind == "hub" and spec.source.file:
+        if spec.source.file not in (files := hub.snapshot(spec.wanted)).sizes:
+            there = sorted(f for f in files.sizes if f.endswith(".gguf"))
+            has = f"it has {', '.join(there[:9])}" if there else "it has no GGUF file"
+            raise files.refused or ConfigError(KEY, spec.path, f"{spec.source.repo} has no file of that name; {has}")
+    elif gguf_file(spec) is None:
+        _config(spec)
+
+
+def _config(spec: ModelSpec) -> Any:
+    files = _files(spec)
+    code = spec.trust_remote_code
+    texts = weights.find_texts(files, spec.path, code=True)  # the tokenizer is asked for later
+    folder = files.get([n for n in texts if n == "config.json" or (code and n.endswith(".py"))])
     try:
-        config = AutoConfig.from_pretrained(spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+        raw = json.loads((folder / "config.json").read_text())
+        kind, own = raw.get("model_type"), raw.get("auto_map") or {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(KEY, spec.path, f"its config.json cannot be read ({first_line(error)})") from error
+    _check_code(own if code else {}, folder, spec.path)
+    _check_quantizer(raw.get("quantization_config"), spec.path)
+    needs_code = "it comes with code of its own; model.trust_remote_code=true runs it, if you trust its authors"
+    if kind not in CONFIG_MAPPING and not (own and code):
+        why = needs_code if own else "its config.json names no model_type" if not kind else weights.version_needed(raw)
+        raise ConfigError(KEY, spec.path, why)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=code, local_files_only=True)
     except Exception as error:
-        if Path(spec.path).exists():
-            why = f"the directory holds no model that transformers can load ({_first_line(error)})"
-        else:
-            why = f"there is no such local directory, and the hub did not give it ({_first_line(error)})"
-        raise ConfigError("model.path", spec.path, why) from error
+        why = f"its config.json cannot be used ({type(error).__name__}: {first_line(error)})"
+        raise ConfigError(KEY, spec.path, why) from error
     if getattr(config, "is_encoder_decoder", False):
-        raise ConfigError("model.path", spec.path, "it is an encoder-decoder; give a causal decoder model")
+        raise ConfigError(KEY, spec.path, "it is an encoder-decoder; give a causal decoder model")
     names = getattr(config, "architectures", None) or []
     if names and not any(n.endswith(CAUSAL_ARCHITECTURES) for n in names):
-        raise ConfigError("model.path", spec.path, f"{names[0]} is not a causal language model; give a decoder model")
+        raise ConfigError(KEY, spec.path, f"{names[0]} is not a causal language model; give a decoder model")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not (code and "AutoModelForCausalLM" in own):
+        why = f"transformers has no causal language model of type {kind!r}; give a decoder model"
+        raise ConfigError(KEY, spec.path, needs_code if "AutoModelForCausalLM" in own else why)
+    return config
+
+
+def _check_code(own: dict[str, Any], folder: Path, path: str) -> None:
+    """Refuse code that a config names but that does not lie beside it: it would be looked for at another commit."""
+    names = [n for value in own.values() for n in (value if isinstance(value, list) else [value]) if n]
+    for name in names:
+        elsewhere, _, module = str(name).rpartition("--")
+        file = f"{module.rpartition('.')[0]}.py"
+        if elsewhere or not (folder / file).is_file():
+            where = f"is in {elsewhere}" if elsewhere else "is not there"
+            why = f"its code ({file}) {where}; copy it beside the weights, and name it so in auto_map of config.json"
+            raise ConfigError(KEY, path, why)
+
+
+def _check_quantizer(settings: Any, path: str) -> None:
+    """Refuse quantised weights that cannot be read here, before they are fetched."""
+    if not settings:
+        return
+    try:
+        AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment(device_map=None)
+    except Exception as error:
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        why = f"its weights are quantised ({method}), and what reads them is missing: {first_line(error)}"
+        raise ConfigError(KEY, path, why) from error
 
 
 def layers_of(spec: ModelSpec) -> int:
@@ -167,34 +307,74 @@ def layers_of(spec: ModelSpec) -> int:
         ConfigError: if there is no such model.
     """
     check_config(spec)
-    file = gguf_file(spec.path)
-    if file is None:
-        common = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-        config = AutoConfig.from_pretrained(spec.path, **common)
-    else:
-        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    file = gguf_file(spec)
+    config = _config(spec) if file is None else AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     return int(config.get_text_config().num_hidden_layers)
 
 
+def prepare(spec: ModelSpec) -> Download | None:
+    """Check a model as far as it goes without its weights; what is still to fetch of it, None if everything is here.
+
+    Raises:
+        ConfigError: as `check_config`; or if files are missing or not whole.
+    """
+    check_config(spec)
+    source = spec.source
+    if source.kind in ("package", "file"):
+        return None
+    files = _files(spec)
+    if source.file:
+        names: tuple[str, ...] = (source.file,)
+    else:
+        found = weights.find_weights(files, spec.path)
+        names = (*weights.find_texts(files, spec.path, spec.trust_remote_code), *found.all)
+        if not isinstance(files, hub.Snapshot):
+            weights.check_whole(Path(spec.path), found, spec.path)
+    if isinstance(files, hub.Snapshot) and (left := files.missing(names)):
+        return Download(spec, files, tuple(left))
+    return None
+
+
+def load_tokenizer(spec: ModelSpec) -> Any:
+    """A model's tokenizer, without the model.
+
+    Raises:
+        ConfigError: if it has none, or it cannot be loaded.
+    """
+    file = gguf_file(spec)
+    files = _files(spec) if file is None else weights.Folder(_converted(file, spec.path))
+    return _tokenizer(files.get(weights.find_texts(files, spec.path, spec.trust_remote_code)), spec)
+
+
+def _tokenizer(folder: Path, spec: ModelSpec) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code, local_files_only=True)
+    except Exception as error:
+        why = f"its tokenizer cannot be loaded ({type(error).__name__}: {first_line(error)})"
+        raise ConfigError(KEY, spec.path, why) from error
+
+
 def load(spec: ModelSpec) -> LoadedModel:
-    """Load a model and its tokenizer, from safetensors only, and check that pruning it is exact.
+    """Load a model and its tokenizer, and check that it has all its weights and that pruning it is exact.
 
     Raises:
         ConfigError, UnsupportedModel: if it cannot be loaded or pruned.
     """
+    spec, _ = pin(spec)
     check_config(spec)
-    path = local_checkpoint(spec)
-    common = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[spec.resolved_dtype], use_safetensors=True, **common
+    folder = local_checkpoint(spec)
+    found = weights.find_weights(weights.Folder(folder), spec.path)
+    tokenizer = _tokenizer(folder, spec)
+    ids = tokenizer(PROBE)["input_ids"]
+    model = weights.read(folder, found, DTYPES[spec.resolved_dtype], spec.path, spec.trust_remote_code)
+    if not ids or max(ids) >= model.get_input_embeddings().num_embeddings:
+        raise ConfigError(
+            KEY, spec.path, "its tokenizer is not the model's: it gives tokens that the model does not know"
         )
-        tokenizer = AutoTokenizer.from_pretrained(path, **common)
-    except (OSError, ValueError) as error:
-        raise ConfigError("model.path", spec.path, f"it cannot be loaded: {_first_line(error)}") from error
     model = model.to(spec.resolved_device).eval()  # type: ignore[arg-type]
     check_exact(model)
-    return LoadedModel(model, tokenizer, fingerprint(spec))
+    is_gguf = spec.source.kind in ("package", "file") or bool(spec.source.file)
+    return LoadedModel(model, tokenizer, fingerprint(spec), "gguf" if is_gguf else found.format)
 
 
 def check_exact(model: PreTrainedModel) -> None:
@@ -257,32 +437,19 @@ def check_exact(model: PreTrainedModel) -> None:
 
 
 def fingerprint(spec: ModelSpec) -> str | None:
-    """What identifies the weights and the tokenizer without loading them; None if a hub's model was never looked up here.
+    """What identifies the weights and the tokenizer without loading them; None for a branch or tag of the hub.
 
-    A hash of the contents of the GGUF file or of a local directory's files; for a hub id, the commit.
+    A hash of the contents of the GGUF file or of the files that are read of a local directory; for a hub id, the commit.
     """
-    file = gguf_file(spec.path)
+    if spec.source.kind == "hub":
+        return spec.revision if spec.pinned else None
+    file = gguf_file(spec)
     if file is not None:
         return _file_digest(file)[:16]
     directory = Path(spec.path)
-    if not directory.is_dir():
-        from huggingface_hub import try_to_load_from_cache
-
-        config = try_to_load_from_cache(spec.path, "config.json", revision=spec.revision)
-        return Path(config).parent.name[:16] if isinstance(config, str) else None
-    files = sorted(f for f in directory.iterdir() if f.suffix in IDENTIFYING_FILES and f.is_file())
-    digests = [f"{f.name} {_file_digest(f)}" for f in files]
+    names = weights.identifying(weights.Folder(directory), spec.path)
+    digests = [f"{n} {_file_digest(directory / n)}" for n in names]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:16]
-
-
-def identify(spec: ModelSpec) -> None:
-    """Look a hub's model up if it never was, so that `fingerprint` knows it from here on.
-
-    Raises:
-        ConfigError: if there is no such model, or it is not a causal decoder.
-    """
-    if fingerprint(spec) is None:
-        check_config(spec)
 
 
 def _file_digest(file: Path) -> str:
@@ -302,7 +469,3 @@ def _file_digest(file: Path) -> str:
     except OSError:
         pass  # only a shortcut
     return digest
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from a2sf.analysis.collect import DASH, DEFAULT_PAIR, MUST_AGREE, Grid
 from a2sf.analysis.compare import Comparison
 from a2sf.analysis.flips import flips
-from a2sf.experiments.runs import is_cell, write_atomically
+from a2sf.experiments.runs import asked, finished_cells, is_cell, write_atomically
 from a2sf.report.layout import Table
 from a2sf.report.summaries import TextTable
 from a2sf.report.tables import TIED, header, legend, number
@@ -73,6 +73,7 @@ def write_report(target: Path, contents: Contents) -> Path:
 def read_failures(directories: Sequence[Path]) -> list[dict[str, Any]]:
     """What `failures/*.json` of the sweeps tell; a file that cannot be read is told as such."""
     found = []
+    finished = [asked(c.cell) for d in directories if any((d / "failures").glob("*")) for c in finished_cells(d)]
     for file in sorted(f for directory in directories for f in (directory / "failures").glob("*.json")):
         if is_cell(file.parent.parent / file.stem):
             continue  # it finished later
@@ -80,6 +81,8 @@ def read_failures(directories: Sequence[Path]) -> list[dict[str, Any]]:
             told = json.loads(file.read_text())
             error = {k: str(told.get(k, "")) for k in ("error", "traceback", "time")}
             cell = told.get("cell", file.stem)
+            if isinstance(cell, dict) and asked(cell) in finished:
+                continue  # with other weights, which a branch has moved to
             name = cell.get("name", json.dumps(cell, sort_keys=True)) if isinstance(cell, dict) else str(cell)
             found.append({"cell": name, **error})
         except (OSError, ValueError, AttributeError) as error:

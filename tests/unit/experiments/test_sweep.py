@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from a2sf.engine.trace import load
+from a2sf.errors import UserError
 from a2sf.evaluation import tasks
 from a2sf.experiments import sweep
 from a2sf.experiments.cell import Cell
@@ -28,6 +29,7 @@ from a2sf.experiments.tracking import Tracker, TrackerSpec
 from a2sf.hf.loading import ModelSpec, fingerprint
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policies
+from a2sf.report.html import read_failures
 from tests.conftest import SMOLLM2
 
 
@@ -250,9 +252,12 @@ def test_weights_that_change_during_a_sweep_are_a_failure(runner, smollm2, monke
     assert (outcome.status, "changed after the sweep began" in outcome.error) == ("failed", True)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "vocab.txt"])
+IDENTIFYING = ["model.safetensors", "config.json", "tokenizer.json", "vocab.txt", "chat_template.jinja", "modeling.py"]
+
+
+@pytest.mark.parametrize("name", IDENTIFYING)
 def test_a_local_model_is_another_one_when_its_weights_config_or_tokenizer_change(tmp_path, name):
-    for file in ("model.safetensors", "config.json", "tokenizer.json", "vocab.txt"):
+    for file in IDENTIFYING:
         (tmp_path / file).write_text("{}")
     (tmp_path / "notes.md").write_text("one")
     before = fingerprint(ModelSpec(path=str(tmp_path)))
@@ -262,24 +267,49 @@ def test_a_local_model_is_another_one_when_its_weights_config_or_tokenizer_chang
     assert fingerprint(ModelSpec(path=str(tmp_path))) != before
 
 
-def test_a_hub_model_is_looked_up_before_its_cells_are_named(runner, smollm2, tmp_path, monkeypatch):
+def test_a_hub_model_is_looked_up_before_its_cells_are_named(runner, smollm2, monkeypatch):
     """Else its cells would have another name on the next start, and be computed again."""
-    config = tmp_path / "snapshots" / "0123456789abcdef0123" / "config.json"
+    commit = "0123456789" * 4
+    monkeypatch.setattr(sweep.loading.hub, "commit_of", lambda wanted: (commit, None))
+    monkeypatch.setattr(sweep.loading, "load", lambda spec: dataclasses.replace(smollm2, fingerprint=commit))
+    on_main = cell(model=ModelSpec(path="owner/name", device="cpu"), model_name="name")
+    assert runner.run(on_main).status == "done"
+    at_commit = ModelSpec(path="owner/name", device="cpu", revision=commit)
+    assert plan([cell(model=at_commit, model_name="name")], runner.directory).pending == []
+    (stored,) = load_sweep(runner.directory)
+    assert stored.cell["identity"]["weights"] == commit
 
-    def cached(repo, file, revision):
-        return str(config) if config.exists() else None
 
-    def download(spec):
-        config.parent.mkdir(parents=True)
-        config.touch()
+def test_a_model_that_cannot_be_loaded_is_tried_once(runner, monkeypatch):
+    tried = []
 
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
-    monkeypatch.setattr(sweep.loading, "check_config", download)
-    hub = cell(model=ModelSpec(path="owner/name", device="cpu"), model_name="name")
-    loaded = dataclasses.replace(smollm2, fingerprint="0123456789abcdef")
-    monkeypatch.setattr(sweep.loading, "load", lambda spec: loaded)
-    assert runner.run(hub).status == "done"
-    assert plan([cell(model=hub.model, model_name="name")], runner.directory).pending == []
+    def load(spec):
+        tried.append(spec)
+        raise UserError("it lacks a layer.")
+
+    monkeypatch.setattr(sweep.loading, "load", load)
+    outcomes = [runner.run(cell(policy)) for policy in ("full", "h2o")]
+    assert [o.error for o in outcomes] == ["it lacks a layer."] * 2
+    assert len(tried) == 1
+
+
+def test_a_failure_with_weights_that_are_gone_does_not_stay(runner, smollm2, monkeypatch):
+    """A branch moves: the cell has another name, and the failure of the old one is nobody's any more."""
+    of_commit = {
+        c: cell(model=ModelSpec("owner/name", device="cpu", revision=c)) for c in ("a" * 40, "b" * 40, "c" * 40)
+    }
+    first, second, third = of_commit.values()
+    runner.fail(first, UserError("no."))
+    runner.fail(cell("h2o"), UserError("another cell's."))
+    runner.fail(second, UserError("no."))
+    left = {f["cell"] for f in read_failures([runner.directory])}
+    assert left == {second.name, cell("h2o").name}
+    monkeypatch.setattr(sweep.loading, "load", lambda spec: dataclasses.replace(smollm2, fingerprint=spec.revision))
+    stale = sweep.failure_file(runner.directory, second.name).read_text()
+    assert runner.run(third).status == "done"
+    assert {f["cell"] for f in read_failures([runner.directory])} == {cell("h2o").name}
+    sweep.failure_file(runner.directory, second.name).write_text(stale)  # as an earlier version would have left it
+    assert {f["cell"] for f in read_failures([runner.directory])} == {cell("h2o").name}
 
 
 def test_nothing_is_served_across_another_engine_version(runner, monkeypatch):

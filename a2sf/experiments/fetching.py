@@ -1,0 +1,147 @@
+"""Before the first cell: each model at one commit for the whole sweep, checked and fetched once."""
+
+from __future__ import annotations
+
+import difflib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from a2sf.errors import UserError
+from a2sf.experiments.cell import Cell
+from a2sf.experiments.config import Settings, check_layers
+from a2sf.experiments.names import Named, distinct
+from a2sf.hf.loading import Download, ModelSpec, fingerprint, pin, prepare
+from a2sf.hf.refusals import NotOnHub, Unreachable
+
+
+def pin_models(settings: Sequence[Settings], known: Mapping[str, str], screen: Console) -> list[Settings]:
+    """The same with each model at one commit, for every cell, load and worker.
+
+    Args:
+        known: path -> name of the models under conf/model/.
+        screen: for what the user should know.
+
+    Raises:
+        UserError: if the hub has no such model, or (unless only a plan is asked for) there is no way to find out.
+    """
+    at = {c.model: c.model for s in settings for c in s.cells}
+    for model in at:
+        try:
+            at[model], note = pin(model)
+        except NotOnHub as error:
+            raise NotOnHub(error.key, error.value, error.allowed + _nearest_models(model.path, known)) from error
+        except Unreachable as error:
+            if not settings[0].plan_only:
+                raise
+            note = f"{error} The names below are provisional: they will hold the commit of {model.path}."
+        if note:
+            screen.print(note, highlight=False, soft_wrap=True)
+    made = [replace(s, cells=tuple(replace(c, model=at[c.model]) for c in s.cells)) for s in settings]
+    for cell in (s.cells[0] for s in made if s.cells):  # which share model, policy and budget
+        if cell.model.source.kind == "hub" and cell.model.pinned:
+            check_layers(cell.model, cell.policy, cell.budget)
+    return made
+
+
+def tell_apart(settings: Sequence[Settings]) -> list[Settings]:
+    """The same, with names for models that end alike."""
+    weights = {c.model: fingerprint(c.model) for s in settings for c in s.cells}
+
+    def known(cell: Cell) -> Named:
+        return Named(cell.model_name, cell.model.path, weights[cell.model])
+
+    names = distinct(known(c) for s in settings for c in s.cells)
+    return [replace(s, cells=tuple(replace(c, model_name=names[known(c)]) for c in s.cells)) for s in settings]
+
+
+def _nearest_models(path: str, known: Mapping[str, str]) -> str:
+    """Which models of conf/model/ a path may have meant, as the end of a sentence."""
+    names = {**known, **{name: name for name in known.values()}}
+    close = difflib.get_close_matches(path, names, n=2, cutoff=0.5)
+    meant = dict.fromkeys(f"model={names[c]}" for c in close)
+    return f" (did you mean {' or '.join(meant)}?)" if meant else ""
+
+
+def prepare_models(models: Iterable[ModelSpec], screen: Console) -> dict[ModelSpec, UserError]:
+    """Check and fetch each model once; those that cannot be had, told at once, so that the others' cells go on.
+
+    Raises:
+        UserError: if none of them can be had.
+    """
+    models = list(dict.fromkeys(models))
+    broken: dict[ModelSpec, UserError] = {}
+    downloads = []
+    for model in models:
+        try:
+            downloads.append(prepare(model))
+        except UserError as error:
+            broken[model] = error
+    for download in filter(None, downloads):
+        try:
+            _fetch(download, screen)
+        except UserError as error:
+            broken[download.spec] = error
+    if broken and len(broken) == len(models):
+        raise next(iter(broken.values()))
+    for told in broken.values():
+        screen.print(f"[bold red]left out:[/bold red] {escape(str(told))}", highlight=False, soft_wrap=True)
+    return broken
+
+
+def _fetch(download: Download, screen: Console) -> None:
+    """Download what a model lacks, with a line that says what and how large, and a bar."""
+    repository = download.snapshot
+    screen.print(
+        f"downloading {repository.wanted.repo} at commit {repository.wanted.revision[:12]}: "
+        f"{decimal(download.size)} in {len(download.names)} files",
+        highlight=False,
+        soft_wrap=True,
+    )
+    before = repository.arrived()
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    ]
+    with bar(screen, columns, repository.wanted.repo, download.size, lambda: repository.arrived() - before):
+        download.run()
+
+
+@contextmanager
+def bar(
+    screen: Console, columns: Sequence[ProgressColumn], what: str, total: int, completed: Callable[[], int]
+) -> Iterator[None]:
+    """A bar that follows what can be seen on disk."""
+    stop = threading.Event()
+    with Progress(*columns, console=screen, transient=True) as shown:
+        row = shown.add_task(what, total=total, completed=completed())
+
+        def follow() -> None:
+            while not stop.wait(0.5):
+                shown.update(row, completed=completed())
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            shown.update(row, completed=completed())
