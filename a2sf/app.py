@@ -1,4 +1,4 @@
-"""What `scripts/evaluate.py` does with composed configurations: check, plan, run, report."""
+"""What `a2sf run` does with composed configurations: check, plan, run, report."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from a2sf.errors import UserError, nearest
+from a2sf.shipped import shipped
 
 if TYPE_CHECKING:
     from a2sf.experiments.cell import Cell
     from a2sf.experiments.config import Settings
     from a2sf.experiments.sweep import Outcome, Plan, Runner
 
-CONF = Path(__file__).parents[1] / "conf"
 LISTED = 20
 POLL_SECONDS = 2.0
 screen = Console()
 _runners: dict[tuple[Any, ...], Runner] = {}
+_added: list[Path] = []
 
 Launch = Callable[[list[list[str]]], list[Any]]
 """Runs one job per list of overrides; each job's return value is an `Outcome`."""
@@ -43,17 +44,9 @@ def guard(main: Callable[[], Any]) -> None:
     """Run the app; a user's mistake is one sentence on standard error and exit code 1, never a traceback."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra raises what we explain
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # workers that a launcher starts must find the sweeper, too
-    scripts = str(Path(sys.argv[0]).resolve().parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [scripts, os.environ.get("PYTHONPATH")]))
     # not by way of SIGINT, which a process that a script started in the background ignores
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if any(a.startswith("+sweep=") for a in sys.argv) and not {"-m", "--multirun"} & set(sys.argv):
-        sys.argv.append("--multirun")  # a preset is a grid
     try:
-        from a2sf.experiments.config import register
-
-        register()
         main()
     except UserError as error:
         _fail(str(error))
@@ -70,6 +63,7 @@ def guard(main: Callable[[], Any]) -> None:
 
 def job(composed: DictConfig) -> Any:
     """Hydra's task function: one cell of a sweep, or all that a single configuration asks for."""
+    adopt(HydraConfig.get())
     if HydraConfig.get().mode == RunMode.RUN:
         try:
             return run_grid([([], composed)], None)
@@ -80,6 +74,18 @@ def job(composed: DictConfig) -> Any:
     settings = _read(composed)
     (cell,) = settings.cells
     return _runner(settings).run(cell)
+
+
+def adopt(hydra: DictConfig) -> None:
+    """Look for models, and for modules of the user's own, in the folders that Hydra was told of, and the current one.
+
+    Every worker does so itself, from the configuration that it gets.
+    """
+    added = [Path(s.path) for s in hydra.runtime.config_sources if s.schema == "file" and s.provider != "main"]
+    _added[:] = added
+    for folder in map(str, [*added, hydra.runtime.cwd]):
+        if folder not in sys.path:
+            sys.path.append(folder)  # last: no file of the user's hides a library's
 
 
 def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | None) -> None:
@@ -173,11 +179,15 @@ def _runner(settings: Settings) -> Runner:
     return _runners[key]
 
 
-@cache
 def _model_names() -> dict[str, str]:
-    """Path -> name of the models under conf/model/."""
-    known = {f.stem: yaml.safe_load(f.read_text()).get("path") for f in sorted((CONF / "model").glob("*.yaml"))}
-    return {path: name for name, path in known.items() if path}
+    """Path -> name of the models under conf/model/ and in the user's own folders, whose names win."""
+    return {path: name for folder in [shipped("conf"), *reversed(_added)] for path, name in _names_in(folder / "model")}
+
+
+@cache
+def _names_in(folder: Path) -> list[tuple[str, str]]:
+    known = {f.stem: yaml.safe_load(f.read_text()) for f in sorted(folder.glob("*.yaml"))}
+    return [(model["path"], name) for name, model in known.items() if isinstance(model, dict) and model.get("path")]
 
 
 def _print_plan(made: Plan, estimate: tuple[float, int], directory: Path) -> None:
