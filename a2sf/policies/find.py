@@ -81,7 +81,11 @@ def find_policy(name: str, key: str = "policy") -> type[Policy]:
         known = [*built_in(), *others]
         allowed = f"give one of {', '.join(sorted(known))}, or module:Class{nearest(name, known)}"
         raise ConfigError(key, name, allowed)
-    return load(others[name].value, key)
+    cls = load(others[name].value, key)
+    if cls.name != name:
+        told = f"{_package(others[name])} offers it as {name}, and it calls itself {cls.name}"
+        raise ConfigError(key, name, told)
+    return cls
 
 
 def load(path: str, key: str = "policy") -> type[Policy]:
