@@ -22,6 +22,21 @@ from a2sf.shipped import shipped
 MULTIRUN = {"-m", "--multirun"}
 INSTEAD = {"--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc"}
 """What Hydra does instead of running."""
+VALUED = {
+    "--config-dir",
+    "-cd",
+    "--config-path",
+    "-cp",
+    "--config-name",
+    "-cn",
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+    "--info",
+    "-i",
+}
+"""Hydra's options whose value is the next argument."""
 USAGE = """\
 usage: a2sf run [key=value ...] [-m key=a,b,c ...] [+sweep=PRESET] [--config-dir DIR]
 
@@ -63,9 +78,18 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"{other.pop()} shows one configuration and runs nothing, so it cannot go with -m.")
     if any(a.startswith("+sweep=") for a in given) and not (other | (MULTIRUN & set(given))):
         given.append("--multirun")  # a preset is a grid
-    sys.argv[1:] = given
+    sys.argv[1:] = _overrides_last(given)
     schema.register()
     evaluate()
+
+
+def _overrides_last(arguments: Sequence[str]) -> list[str]:
+    """Hydra's parser wants all overrides together; people write options among them."""
+    last = [
+        after not in VALUED and not argument.startswith("-")
+        for after, argument in zip(["", *arguments], arguments, strict=False)
+    ]
+    return [a for place in (False, True) for a, is_last in zip(arguments, last, strict=True) if is_last == place]
 
 
 def complete(arguments: Sequence[str], commands: Sequence[str]) -> None:
