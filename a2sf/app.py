@@ -63,12 +63,13 @@ def guard(main: Callable[[], Any]) -> None:
 
 def job(composed: DictConfig) -> Any:
     """Hydra's task function: one cell of a sweep, or all that a single configuration asks for."""
-    adopt(HydraConfig.get())
     if HydraConfig.get().mode == RunMode.RUN:
         try:
+            adopt(HydraConfig.get())
             return run_grid([([], composed)], None)
         except UserError as error:  # told here, since Hydra would put a line of its own before it
             _fail(str(error))
+    adopt(HydraConfig.get())
     quiet()
     _share_cores()
     settings = _read(composed)
@@ -80,12 +81,21 @@ def adopt(hydra: DictConfig) -> None:
     """Look for models, and for modules of the user's own, in the folders that Hydra was told of, and the current one.
 
     Every worker does so itself, from the configuration that it gets.
+
+    Raises:
+        UserError: if one of ours hides a file there, which Hydra would not say.
     """
     added = [Path(s.path) for s in hydra.runtime.config_sources if s.schema == "file" and s.provider != "main"]
+    for folder in added:
+        for ours in shipped("conf").rglob("*.yaml"):
+            if (hidden := folder / ours.relative_to(shipped("conf"))).exists():
+                raise UserError(
+                    f"{hidden} has the name of a file that comes with a2sf, which hides it: give it another."
+                )
     _added[:] = added
-    for folder in map(str, [*added, hydra.runtime.cwd]):
-        if folder not in sys.path:
-            sys.path.append(folder)  # last: no file of the user's hides a library's
+    for place in map(str, [*added, hydra.runtime.cwd]):
+        if place not in sys.path:
+            sys.path.append(place)  # last: no file of the user's hides a library's
 
 
 def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | None) -> None:

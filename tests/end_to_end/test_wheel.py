@@ -90,6 +90,17 @@ def test_own_names_are_among_those_that_an_error_offers(environment, empty):
         assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_a_file_that_ours_would_hide_is_refused(environment, empty):
+    folder = own_folder(empty / "hiding")
+    (folder / "policy" / "mine.yaml").rename(folder / "policy" / "h2o.yaml")
+    done = a2sf(environment, empty, "run", "-m", "policy=h2o", "plan_only=true", "--config-dir", "hiding")
+    assert done.returncode == 1
+    assert done.stderr.endswith(
+        "hiding/policy/h2o.yaml has the name of a file that comes with a2sf, which hides it: give it another.\n"
+    )
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_a_preset_of_ones_own_and_help(environment, empty):
     own_folder(empty / "own")
     done = a2sf(environment, empty, "run", "sweep=ours", "plan_only=true", "--config-dir=own")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 
 import pytest
+from lm_eval.utils import simple_parse_args_string
 
 from a2sf import A2SF, Budget
 from a2sf.errors import ConfigError, UserError
+from a2sf.evaluation.lm import PrunedLM
 from a2sf.evaluation.tasks import DataSpec
 from a2sf.experiments.cell import Cell
 from a2sf.hf.loading import ModelSpec
@@ -119,3 +121,12 @@ def test_other_code_is_another_cell(site):
     assert cell().id != first
     assert source_digest(A2SF) is None  # ours have versions instead
     assert all(source_digest(cls) is None for cls in built_in().values())
+
+
+def test_in_model_args_of_lm_eval(site, smollm2):
+    (site / "mine.py").write_text(policy("Mine", "mine", "My policy"))
+    arguments = simple_parse_args_string("policy=mine:Mine,budget_ratio=0.2")
+    lm = PrunedLM(smollm2.model, tokenizer=smollm2.tokenizer, **arguments)
+    assert (lm.policy.label, lm.budget) == ("My policy", Budget(ratio=0.2))
+    with pytest.raises(ConfigError, match="policy=mine:Min is not allowed: mine has no Min"):
+        PrunedLM(smollm2.model, tokenizer=smollm2.tokenizer, policy="mine:Min")
