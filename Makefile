@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(READY)
-	$(BIN)/python scripts/evaluate.py -m +sweep=demo
+	$(BIN)/a2sf run -m +sweep=demo
 
 # two workers with one thread each: most of the time goes into starting the real command
 test: $(READY)
@@ -34,11 +34,11 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
-	$(BIN)/python scripts/bench.py
+	$(BIN)/a2sf bench
 
 figures: $(READY)
-	$(BIN)/python scripts/tables.py runs/reference/smollm2-135m.a2sf.zip --shots 0 --figures docs/figures --readme README.md
-	$(BIN)/python scripts/tables.py runs/reference/smollm2-135m-forgetting.a2sf.zip --figures docs/figures/forgetting
+	$(BIN)/a2sf tables runs/reference/smollm2-135m.a2sf.zip --shots 0 --figures docs/figures --readme README.md
+	$(BIN)/a2sf tables runs/reference/smollm2-135m-forgetting.a2sf.zip --figures docs/figures/forgetting
 	cd docs/figures/forgetting && rm -f budget.* fidelity.* tradeoff.*  # the factor's pictures only
 
 clean:

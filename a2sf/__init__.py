@@ -1,24 +1,37 @@
 """A2SF: token pruning with a forgetting factor, and a harness that measures what pruning costs in accuracy."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from a2sf.engine.eviction import EvictionState
-from a2sf.engine.functional import evicting_attention
-from a2sf.policies.a2sf import A2SF
-from a2sf.policies.base import Policy, Retention
-from a2sf.policies.budget import Budget
-
 if TYPE_CHECKING:
+    from a2sf.engine.eviction import EvictionState
+    from a2sf.engine.functional import evicting_attention
     from a2sf.hf.generation import PrunedCache, pruning
+    from a2sf.policies.a2sf import A2SF
+    from a2sf.policies.base import Policy, Retention
+    from a2sf.policies.budget import Budget
 
 __all__ = ["A2SF", "Budget", "EvictionState", "Policy", "PrunedCache", "Retention", "evicting_attention", "pruning"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+_WHERE = {
+    "A2SF": "a2sf.policies.a2sf",
+    "Budget": "a2sf.policies.budget",
+    "EvictionState": "a2sf.engine.eviction",
+    "Policy": "a2sf.policies.base",
+    "PrunedCache": "a2sf.hf.generation",
+    "Retention": "a2sf.policies.base",
+    "evicting_attention": "a2sf.engine.functional",
+    "pruning": "a2sf.hf.generation",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """`PrunedCache` and `pruning` on first use, because transformers takes seconds to load."""
-    if name in ("PrunedCache", "pruning"):
-        from a2sf.hf import generation
-
-        return getattr(generation, name)
+    """A public name on first use: torch takes a second to load and transformers several, `a2sf --help` needs neither."""
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""What `scripts/evaluate.py` does with composed configurations: check, plan, run, report."""
+"""What `a2sf run` does with composed configurations: check, plan, run, report."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ from rich.progress import (
 )
 
 from a2sf.errors import UserError, nearest
+from a2sf.shipped import shipped
 
 if TYPE_CHECKING:
     from a2sf.experiments.cell import Cell
     from a2sf.experiments.config import Settings
     from a2sf.experiments.sweep import Outcome, Plan, Runner
 
-CONF = Path(__file__).parents[1] / "conf"
 LISTED = 20
 POLL_SECONDS = 2.0
 screen = Console()
 _runners: dict[tuple[Any, ...], Runner] = {}
+_added: list[Path] = []
 
 Launch = Callable[[list[list[str]]], list[Any]]
 """Runs one job per list of overrides; each job's return value is an `Outcome`."""
@@ -48,17 +49,9 @@ def guard(main: Callable[[], Any]) -> None:
     """Run the app; a user's mistake is one sentence on standard error and exit code 1, never a traceback."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra raises what we explain
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # workers that a launcher starts must find the sweeper, too
-    scripts = str(Path(sys.argv[0]).resolve().parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [scripts, os.environ.get("PYTHONPATH")]))
     # not by way of SIGINT, which a process that a script started in the background ignores
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if any(a.startswith("+sweep=") for a in sys.argv) and not {"-m", "--multirun"} & set(sys.argv):
-        sys.argv.append("--multirun")  # a preset is a grid
     try:
-        from a2sf.experiments.config import register
-
-        register()
         main()
     except UserError as error:
         _fail(str(error))
@@ -67,7 +60,7 @@ def guard(main: Callable[[], Any]) -> None:
     except ValueError as error:
         if not str(error).startswith("Config group override"):  # policy=3, which Hydra raises as its own fault
             raise
-        groups = [a for a in sys.argv[1:] if (CONF / a.partition("=")[0].lstrip("+")).is_dir() and "=" in a]
+        groups = [a for a in sys.argv[1:] if (shipped("conf") / a.partition("=")[0].lstrip("+")).is_dir() and "=" in a]
         _fail(
             f"{' '.join(groups) or ' '.join(sys.argv[1:])} is not allowed: a config group is set to one of its names."
         )
@@ -84,14 +77,37 @@ def job(composed: DictConfig) -> Any:
     """Hydra's task function: one cell of a sweep, or all that a single configuration asks for."""
     if HydraConfig.get().mode == RunMode.RUN:
         try:
+            adopt(HydraConfig.get())
             return run_grid([([], composed)], None)
         except UserError as error:  # told here, since Hydra would put a line of its own before it
             _fail(str(error))
+    adopt(HydraConfig.get())
     quiet()
     _share_cores()
     settings = _read(composed)
     (cell,) = settings.cells
     return _runner(settings).run(cell)
+
+
+def adopt(hydra: DictConfig) -> None:
+    """Look for models, and for modules of the user's own, in the folders that Hydra was told of, and the current one.
+
+    Every worker does so itself, from the configuration that it gets.
+
+    Raises:
+        UserError: if one of ours hides a file there, which Hydra would not say.
+    """
+    added = [Path(s.path) for s in hydra.runtime.config_sources if s.schema == "file" and s.provider != "main"]
+    for folder in added:
+        for ours in shipped("conf").rglob("*.yaml"):
+            if (hidden := folder / ours.relative_to(shipped("conf"))).exists():
+                raise UserError(
+                    f"{hidden} has the name of a file that comes with a2sf, which hides it: give it another."
+                )
+    _added[:] = added
+    for place in map(str, [*added, hydra.runtime.cwd]):
+        if place not in sys.path:
+            sys.path.append(place)  # last: no file of the user's hides a library's
 
 
 def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | None) -> None:
@@ -190,11 +206,15 @@ def _runner(settings: Settings) -> Runner:
     return _runners[key]
 
 
-@cache
 def _model_names() -> dict[str, str]:
-    """Path -> name of the models under conf/model/."""
-    known = {f.stem: yaml.safe_load(f.read_text()).get("path") for f in sorted((CONF / "model").glob("*.yaml"))}
-    return {path: name for name, path in known.items() if path}
+    """Path -> name of the models under conf/model/ and in the user's own folders, whose names win."""
+    return {path: name for folder in [shipped("conf"), *reversed(_added)] for path, name in _names_in(folder / "model")}
+
+
+@cache
+def _names_in(folder: Path) -> list[tuple[str, str]]:
+    known = {f.stem: yaml.safe_load(f.read_text()) for f in sorted(folder.glob("*.yaml"))}
+    return [(model["path"], name) for name, model in known.items() if isinstance(model, dict) and model.get("path")]
 
 
 def _print_plan(made: Plan, estimate: tuple[float, int], directory: Path) -> None:

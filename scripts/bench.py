@@ -1,11 +1,8 @@
-"""Time the harness against what it replaces, side by side in one process: `make bench`. Results in runs/bench/bench.json."""
+"""`a2sf bench`, from a clone."""
 
-import os
+import sys
 
-os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, which torch does
-
-from a2sf import app
-from a2sf.bench import harness
+from a2sf.cli import main
 
 if __name__ == "__main__":
-    app.guard(harness.main)
+    main(["bench", *sys.argv[1:]])

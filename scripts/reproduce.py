@@ -1,77 +1,8 @@
-"""The A2SF paper: run what this machine can, then give a verdict on every published claim.
+"""`a2sf reproduce`, from a clone."""
 
-`python scripts/reproduce.py` runs or resumes the sweep `paper` for the models that are here, and the small sweep where
-none is, with one over forgetting factors; `--no-run` only compares what runs/ holds.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
-from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from a2sf.analysis.claims import Claim
-from a2sf.analysis.reproduce import Places, compare, counts, published_figures, run_sweep, write_claims
-from a2sf.errors import UserError
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--no-run", action="store_true", help="compare what is there; run nothing")
-    parser.add_argument("--download", action="store_true", help="let the sweep fetch models that are not here")
-    parser.add_argument("--preset", default="paper", help="sweep preset of the published models")
-    parser.add_argument("--small-preset", default="paper_small", help="sweep preset where none of those models is here")
-    parser.add_argument(
-        "--factor-preset", default="forgetting", help="sweep preset over forgetting factors, run then, too"
-    )
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="directory of the sweeps")
-    parser.add_argument(
-        "--small", type=Path, help="the small model's sweep (default: the small preset's, then runs/reference)"
-    )
-    parser.add_argument("--reference", type=Path, default=Path("runs/reference"), help="directory of published numbers")
-    parser.add_argument("--out", type=Path, help="where claims.csv and claims.md go (default: <runs>/claims)")
-    args = parser.parse_args()
-
-    console = Console()
-    why_not = "nothing was run on request, and there is no such cell"
-    if not args.no_run:
-        models = list(published_figures(args.reference)["model"].unique())
-        told = {m: run_sweep(args.preset, [f"model={m}", f"sweep_name={args.preset}"], args.download) for m in models}
-        why_not = "; ".join(f"{m}: {why}" for m, why in told.items() if why) or "the sweep has no such cell"
-        for preset in (args.small_preset, args.factor_preset) if all(told.values()) else ():
-            if why := run_sweep(preset, [f"sweep_name={preset}"]):
-                console.print(f"The sweep {preset} did not finish: {why}", markup=False)
-    small = (args.small,) if args.small else (args.runs / args.small_preset, args.reference / "smollm2-135m")
-    factors = (args.runs / args.factor_preset, args.reference / "smollm2-135m-forgetting")
-    findings = compare(Places(args.reference, args.runs / args.preset, small, factors), why_not)
-
-    show(console, "Headline claims", findings.headlines)
-    console.print("Published figures: " + "; ".join(f"{n} {v}" for v, n in counts(findings.figures).items()))
-    for note in findings.notes:
-        console.print(f"Note: {note}", markup=False)
-    show(console, "Shape on the small model", findings.shape)
-    files = write_claims(args.out or args.runs / "claims", findings)
-    console.print("Every verdict: " + ", ".join(map(str, files)), markup=False)
-
-
-def show(console: Console, title: str, claims: list[Claim]) -> None:
-    """Claims as a table on the screen."""
-    if not claims:
-        return
-    table = Table(title=title, title_justify="left")
-    for head in ("Claim", "Verdict", "Why"):
-        table.add_column(head, overflow="fold")
-    for c in claims:
-        table.add_row(escape(c.claim), c.verdict.value, escape(c.why))
-    console.print(table)
-
+from a2sf.cli import main
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(str(error))
+    main(["reproduce", *sys.argv[1:]])

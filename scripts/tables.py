@@ -1,86 +1,8 @@
-"""Tables, plots and the report of sweeps: `python scripts/tables.py runs/<sweep> [runs/<other> ...]`."""
+"""`a2sf tables`, from a clone."""
 
-from __future__ import annotations
-
-import argparse
 import sys
-from pathlib import Path
 
-from rich.console import Console
-
-from a2sf.analysis.collect import DEFAULT_PAIR, Selection, gather
-from a2sf.errors import UserError
-from a2sf.report.layout import PIVOTS
-from a2sf.report.output import FORMATS, Options, publish, show
-from a2sf.report.tables import screen
-
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("runs", nargs="+", type=Path, help="sweep directories under runs/")
-    choose = p.add_argument_group("what to show (several values after one option; all by default)")
-    choose.add_argument("--metric", help="metric's name as in lm-eval (default: acc)")
-    choose.add_argument("--model", nargs="+", default=[], dest="models")
-    choose.add_argument("--policy", nargs="+", default=[], dest="policies")
-    choose.add_argument(
-        "--budget", nargs="+", default=[], dest="budgets", help='as tables write them: 0.2, "64 tokens"'
-    )
-    choose.add_argument("--factor", nargs="+", default=[], dest="factors", help="forgetting factors")
-    choose.add_argument("--task", nargs="+", default=[], dest="tasks")
-    choose.add_argument("--shots", nargs="+", default=[], type=int)
-    choose.add_argument(
-        "--allow-mixed",
-        action="store_true",
-        help="show runs together that differ in limit, seed, dtype, split or version",
-    )
-    lay = p.add_argument_group("how to show it")
-    lay.add_argument("--pivot", choices=PIVOTS, default="task", help="what goes across")
-    lay.add_argument(
-        "--pair", nargs=2, default=DEFAULT_PAIR, metavar="POLICY", help="difference to show: first minus second"
-    )
-    lay.add_argument("--stderr", action="store_true", help="add standard errors to the numbers")
-    write = p.add_argument_group("what to write")
-    write.add_argument(
-        "--out", type=Path, help="directory for tables/, plots/, report.html (default: the first sweep's)"
-    )
-    write.add_argument("--format", nargs="*", choices=FORMATS, default=list(FORMATS), help="files in tables/")
-    write.add_argument("--no-plots", action="store_true")
-    write.add_argument("--no-report", action="store_true")
-    write.add_argument("--figures", type=Path, help="only draw the plots into this directory")
-    write.add_argument("--readme", type=Path, help="only put the table between the marks of this file")
-    return p
-
-
-def main() -> None:
-    args = parser().parse_args()
-    names = ("models", "policies", "budgets", "factors", "tasks", "shots")
-    selection = Selection(metric=args.metric, mixed=args.allow_mixed, **{n: tuple(getattr(args, n)) for n in names})
-    options = Options(
-        pivot=args.pivot,
-        pair=tuple(args.pair),
-        stderr=args.stderr,
-        out=args.out,
-        formats=tuple(args.format),
-        plots=not args.no_plots,
-        report=not args.no_report,
-    )
-    console = Console()
-    if args.figures or args.readme:
-        files = publish(gather(args.runs, selection), options, args.figures, args.readme)
-    else:
-        shown = show(args.runs, selection, options)
-        files = shown.files
-        for table in screen(shown.tables, options.stderr):
-            console.print(table)
-        for note in shown.notes:
-            console.print(f"Note: {note}", markup=False, highlight=False)
-    console.print(
-        "Written: " + ", ".join(map(str, files)) if files else "Nothing written.", markup=False, highlight=False
-    )
-
+from a2sf.cli import main
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(str(error))
+    main(["tables", *sys.argv[1:]])

@@ -220,7 +220,7 @@ def _from_csv(directory: Path) -> pd.DataFrame:
     if missing := needed - set(frame.columns):
         raise UserError(f"{directory / TABLE} lacks the column {', '.join(sorted(missing))}.")
     if frame.empty:
-        raise UserError(f"{directory / TABLE} holds no row; run scripts/evaluate.py with that sweep first.")
+        raise UserError(f"{directory / TABLE} holds no row; run `a2sf run` with that sweep first.")
     frame["budget_ratio"] = [_number_or_text(v) for v in frame["budget_ratio"]]
     frame["label"], frame["source"] = frame["policy"], directory.name
     frame["higher_is_better"] = ~frame["metric"].str.contains("perplexity|bits_per_byte|loss")

@@ -1,4 +1,4 @@
-"""The paper, run as far as a machine can and held against the published numbers: what `scripts/reproduce.py` does."""
+"""The paper, run as far as a machine can and held against the published numbers: what `a2sf reproduce` does."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def run_sweep(preset: str, overrides: Sequence[str] = (), download: bool = False
     Returns:
         "" where it finished, else why it did not: the last line it said.
     """
-    command = [sys.executable, "scripts/evaluate.py", "-m", f"+sweep={preset}", *overrides]
+    command = [sys.executable, "-P", "-m", "a2sf.cli", "run", "-m", f"+sweep={preset}", *overrides]
     environment = os.environ if download else os.environ | {"HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         last = ""

@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,13 @@ from a2sf.experiments.runs import write_atomically
 from a2sf.hf.attention import Plan
 from a2sf.hf.loading import LoadedModel, load
 from a2sf.policies.base import Policy, Retention
-from a2sf.policies.find import find_policies
+from a2sf.policies.find import find_policy
 
 MODEL = decode.SMOLLM2
 TASKS = ("piqa", "openbookqa", "arc_easy", "arc_challenge")
 DOCUMENTS, RATIO, FACTOR = 50, 0.2, 0.2
 SETTINGS: dict[str, tuple[Policy, Budget | None]] = {
-    "full": (find_policies()["full"](), None),
+    "full": (find_policy("full")(), None),
     "a2sf": (A2SF(forgetting_factor=FACTOR), Budget(ratio=RATIO)),
 }
 TARGETS = {
@@ -62,16 +62,18 @@ TARGETS = {
 PARTS = ("kernel", "lm_eval", "decode")
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Command line: which parts to run, and how often."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="a2sf bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=PARTS, help="one part instead of all; what others measured before stays")
     parser.add_argument("--repeats", type=int, default=3, help="how often each thing is timed; the median counts")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/bench.json"))
     parser.add_argument("--batch-size", type=int, help="lm-eval's batch size; default: the fastest here, searched for")
     decode.add_options(parser)
     parser.add_argument("--alone", choices=ALONE, help=argparse.SUPPRESS)  # memory is measured in a process of its own
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.alone:
         print(ALONE[options.alone](options))
         return
@@ -285,7 +287,7 @@ def _useful_flops(loaded: LoadedModel, computed: int, scored: int) -> float:
 
 
 def _alone(what: str, *arguments: Any) -> float:
-    command = [sys.executable, sys.argv[0], "--alone", what, *map(str, arguments)]
+    command = [sys.executable, "-P", "-m", "a2sf.cli", "bench", "--alone", what, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 

@@ -33,7 +33,7 @@ from a2sf.hf.generation import PrunedCache, check_settings, retention_of
 from a2sf.hf.loading import LoadedModel, ModelSpec, load, load_tokenizer
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
-from a2sf.policies.find import find_policies
+from a2sf.policies.find import find_policy
 
 NAME = "a2sf"
 PACK_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -82,7 +82,8 @@ class PrunedLM(HFLM):
     Args:
         pretrained: a model, or what `ModelSpec.path` may be; then `a2sf.hf.loading` loads it, with `revision`, `dtype` and
             `device` (auto where not given) and `trust_remote_code`.
-        policy: a `Policy`, or a policy's name (`model_args="pretrained=...,policy=h2o,budget_ratio=0.2"`).
+        policy: a `Policy`, a policy's name (`model_args="pretrained=...,policy=h2o,budget_ratio=0.2"`), or the class of
+            one of your own, `module:Class`.
         budget: a `Budget`; or give `budget_ratio`, `budget_tokens` and `budget_base`.
         forgetting_factor: for a policy given by name, where it has one.
         backend: which implementation of the eviction runs, `auto` or a name in `a2sf.engine.kernels.BACKENDS`.
@@ -126,13 +127,11 @@ class PrunedLM(HFLM):
         self.trace_documents = 0
         self.sequences_per_pass = check_batch_size(batch_size)
         if isinstance(policy, str):
-            policies = find_policies()
-            if policy not in policies:
-                raise ConfigError("policy", policy, f"give one of {', '.join(sorted(policies))}")
+            named = find_policy(policy)
             settings = {} if forgetting_factor is None else {"forgetting_factor": forgetting_factor}
-            if settings and "forgetting_factor" not in {f.name for f in dataclasses.fields(policies[policy])}:
+            if settings and "forgetting_factor" not in {f.name for f in dataclasses.fields(named)}:
                 raise ConfigError("forgetting_factor", forgetting_factor, f"{policy} has none; leave it out")
-            policy = policies[policy](**settings)
+            policy = named(**settings)
         if budget is None and (budget_ratio is not None or budget_tokens is not None or policy.uses_budget):
             budget = Budget(ratio=budget_ratio, tokens=budget_tokens, base=budget_base)
         self.use(policy, budget)

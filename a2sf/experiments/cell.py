@@ -23,6 +23,7 @@ from a2sf.experiments.runs import StoredCell, find_extendable
 from a2sf.hf.loading import ModelSpec, fingerprint
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
+from a2sf.policies.find import source_digest
 
 ENGINE_VERSION = 1
 """Raised whenever a change of the engine or the scoring can move a number."""
@@ -63,6 +64,7 @@ class Cell:
             "device": self.model.resolved_device.partition(":")[0],
             "policy": self.policy.name,
             "policy_settings": _plain(dataclasses.asdict(self.policy)),
+            **({"policy_source": source} if (source := source_digest(type(self.policy))) else {}),
             "budget": _plain(dataclasses.asdict(self.budget)) if self.budget else None,
             "task": self.task,
             "task_version": tasks.version_of(self.task),

@@ -1,15 +1,10 @@
-"""The configuration's schema, and from a composed configuration to the cells it asks for.
-
-The values live in `conf/`; these dataclasses say which keys there are and of what type.
-"""
+"""From a composed configuration to the cells it asks for, every value checked (the keys: `a2sf.experiments.schema`)."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -18,8 +13,10 @@ from a2sf.errors import ConfigError, UserError, nearest
 from a2sf.evaluation.lm import check_batch_size
 from a2sf.evaluation.tasks import DataSpec, expand_suite, resolve
 from a2sf.experiments.cell import Cell
+from a2sf.experiments.schema import Config
 from a2sf.experiments.tracking import TrackerSpec
 from a2sf.hf.loading import ModelSpec, layers_of
+from a2sf.policies import find
 from a2sf.policies.a2sf import check_factors
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
@@ -27,68 +24,6 @@ from a2sf.policies.budget import Budget
 DEFAULT_RATIO = 0.2
 MAX_SHOTS = 1000
 LONGEST_SWEEP_NAME = 200
-
-
-@dataclass
-class BudgetConfig:
-    """`budget`: `ratio` or `tokens` (one number, or one per layer), and what a ratio is a share of."""
-
-    ratio: Any = None
-    tokens: Any = None
-    base: str = "total"
-
-
-@dataclass
-class ModelConfig:
-    """`model`: see `a2sf.hf.loading.ModelSpec`. `name` labels results; empty: the last part of the path."""
-
-    path: str = ""
-    name: str | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    revision: str = "main"
-    trust_remote_code: bool = False
-
-
-@dataclass
-class DataConfig:
-    """`data`: see `a2sf.evaluation.tasks.DataSpec`."""
-
-    source: str = "hub"
-    dir: str | None = None
-    split: str | None = None
-    fewshot_split: str = "validation"
-
-
-@dataclass
-class TrackerConfig:
-    """`tracker`: see `a2sf.experiments.tracking.TrackerSpec`."""
-
-    kind: str = "none"
-    project: str = "a2sf"
-    entity: str | None = None
-
-
-@dataclass
-class Config:
-    """Everything a run can be told."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    policy: Any = None
-    budget: BudgetConfig = field(default_factory=BudgetConfig)
-    forgetting_factor: Any = None
-    tasks: Any = "demo"
-    shots: int = 0
-    limit: int | None = None
-    data: DataConfig = field(default_factory=DataConfig)
-    batch_size: Any = "auto"
-    seed: int = 1234
-    backend: str = "auto"
-    tracker: TrackerConfig = field(default_factory=TrackerConfig)
-    sweep_name: str = "single"
-    runs_dir: str = "runs"
-    plan_only: bool = False
-    trace: int = 0
 
 
 @dataclass(frozen=True)
@@ -175,10 +110,9 @@ def _typed(composed: DictConfig) -> Config:
 
 def _policy(config: Config) -> Policy:
     node = dict(config.policy or {})
-    try:
-        cls = get_class(node.pop("_target_"))
-    except Exception as error:
-        raise ConfigError("policy", config.policy, "give the name of a file under conf/policy/") from error
+    if "_target_" not in node:
+        raise ConfigError("policy", config.policy, "give the name of a file under conf/policy/")
+    cls = find.load(str(node.pop("_target_")), "policy._target_")
     fields = [f.name for f in dataclasses.fields(cls)]
     if config.forgetting_factor is not None:
         check_factors(config.forgetting_factor)  # also where the policy ignores it
@@ -262,10 +196,3 @@ def _keys(cls: type, prefix: str = "") -> list[str]:
         if dataclasses.is_dataclass(made):
             keys += _keys(type(made), f"{prefix}{f.name}.")
     return keys
-
-
-def register() -> None:
-    """Make the schema known to Hydra as `schema`."""
-    from hydra.core.config_store import ConfigStore
-
-    ConfigStore.instance().store(name="schema", node=Config)

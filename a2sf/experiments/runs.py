@@ -210,7 +210,7 @@ def load_sweep(directory: Path) -> list[StoredCell]:
         raise UserError(f"{directory} is not a directory; give a sweep's directory under runs/")
     cells = finished_cells(directory)
     if not cells:
-        raise UserError(f"{directory} holds no finished cell; run scripts/evaluate.py with that sweep first")
+        raise UserError(f"{directory} holds no finished cell; run `a2sf run` with that sweep first")
     return cells
 
 

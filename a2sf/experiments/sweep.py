@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -334,7 +335,7 @@ def provenance(lm: Any) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join([sys.argv[0], *map(shlex.quote, sys.argv[1:])]),
     }
 
 
@@ -345,10 +346,11 @@ def _git() -> dict[str, Any]:
         done = subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else None
 
-    try:
-        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    except OSError:
-        commit, changes = None, None
+    commit, changes = None, None
+    with suppress(OSError):
+        # an environment inside another project's repository is not at that repository's commit
+        if git("ls-files", "--error-unmatch", Path(__file__).name) is not None:
+            commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     return {"git_commit": commit, "git_dirty": None if changes is None else bool(changes)}
 
 

@@ -1,4 +1,4 @@
-"""Everything a sweep is shown as, written to files: what `scripts/tables.py` does."""
+"""Everything a sweep is shown as, written to files: what `a2sf tables` does."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import pytest
 
 from a2sf.experiments.runs import load_sweep
 from tests.end_to_end.test_evaluate import evaluate
+from tests.outside import own_folder
 
 LAUNCHERS = {
     "processes": ["hydra.launcher.n_jobs=2"],
@@ -17,11 +18,12 @@ LAUNCHERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_sweep_under_a_launcher(launcher, tmp_path):
-    grid = ["policy=full,h2o", "tasks=[copa]", "limit=2", "data=bundle", "sweep_name=launched"]
+    own = own_folder(tmp_path / "own")  # whose policy every worker has to find
+    grid = ["policy=full,mine", "tasks=[copa]", "limit=2", "data=bundle", "sweep_name=launched", f"--config-dir={own}"]
     done = evaluate("-m", *grid, f"hydra/launcher={launcher}", *LAUNCHERS[launcher], runs=tmp_path)
     assert done.returncode == 0, done.stderr + done.stdout
     stored = load_sweep(tmp_path / "launched")
-    assert {s.cell["policy"] for s in stored} == {"full", "h2o"}
+    assert {s.cell["policy"] for s in stored} == {"full", "mine"}
     # workers side by side do not each take all cores
     assert {s.result["provenance"]["machine"]["threads"] for s in stored} == {1}
     assert (tmp_path / "launched" / "results.csv").exists()

@@ -11,15 +11,15 @@ from hydra.core.global_hydra import GlobalHydra
 from a2sf.app import _explain, _model_names
 from a2sf.errors import UserError
 from a2sf.evaluation import tasks
-from a2sf.experiments.config import read, register
+from a2sf.experiments.config import read
+from a2sf.experiments.schema import register
 
 CONF = Path(__file__).parents[3] / "conf"
 
 
 @pytest.fixture(autouse=True)
-def _hydra(monkeypatch):
+def _hydra():
     GlobalHydra.instance().clear()
-    monkeypatch.syspath_prepend(str(CONF.parent / "scripts"))
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         yield

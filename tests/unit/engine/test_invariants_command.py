@@ -1,0 +1,130 @@
+"""`a2sf check`: every policy holds the invariants, and a broken one is told which it breaks."""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+
+from a2sf import Policy, Retention
+from a2sf.commands import check as command
+from a2sf.engine.invariants import INVARIANTS, check
+from a2sf.errors import ConfigError, UserError
+from a2sf.policies.find import find_policies
+from tests.outside import policy
+
+
+@dataclass(kw_only=True)
+class TooMany(Policy):
+    name: ClassVar[str] = "too_many"
+    label: ClassVar[str] = "One too many"
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        return Retention(budget=budget + 1)
+
+
+@dataclass(kw_only=True)
+class ByBudget(Policy):
+    name: ClassVar[str] = "by_budget"
+    label: ClassVar[str] = "A factor that follows the budget"
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        return Retention(budget=budget, forgetting_factor=1 / budget)
+
+
+@dataclass(kw_only=True)
+class Dice(Policy):
+    name: ClassVar[str] = "dice"
+    label: ClassVar[str] = "Other numbers each time"
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        return Retention(budget=budget, forgetting_factor=random.random())
+
+
+@dataclass(kw_only=True)
+class Opaque(Policy):
+    name: ClassVar[str] = "opaque"
+    label: ClassVar[str] = "A setting that is no data"
+
+    how: Any = print
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        return Retention(budget=budget)
+
+
+@dataclass(kw_only=True)
+class Greedy(Policy):
+    name: ClassVar[str] = "greedy"
+    label: ClassVar[str] = "Protects more than it may keep"
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        return Retention(budget=budget, recent=5)
+
+
+@dataclass(kw_only=True)
+class Least(Policy):
+    name: ClassVar[str] = "least"
+    label: ClassVar[str] = "Never keeps all"
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        return Retention(budget=min(budget, 4))
+
+
+def broken(policy: Policy) -> dict[str, str]:
+    return {f.name[:1].strip() or "0": f.broken for f in check(policy) if f.broken}
+
+
+@pytest.mark.parametrize("name", find_policies())
+def test_every_policy_holds_every_invariant(name):
+    assert broken(find_policies()[name]()) == {}
+
+
+@pytest.mark.parametrize(
+    ("made", "which", "told"),
+    [
+        (TooMany(), "7", "it may hold"),
+        (ByBudget(), "6", "differ in their scores"),
+        (Dice(), "i", "other numbers when it is asked again"),
+        (Opaque(), "i", "neither number, text, list"),
+        (Greedy(), "7", r"it raised ValueError: recent \(5\)"),
+        (Least(), "1", "is not full attention"),
+    ],
+    ids=lambda x: getattr(x, "name", ""),
+)
+def test_a_broken_policy_is_told_what_it_breaks(made, which, told):
+    found = broken(made)
+    assert which in found
+    assert re.search(told, found[which])
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    (tmp_path / "ofmine.py").write_text(policy("Mine", "mine", "My policy"))
+    (tmp_path / "ofmine2.py").write_text(policy("Mine", "mine", "x").replace("budget=budget,", "budget=2 * budget,"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    command.main(["ofmine:Mine", "share=0.25", "--trials", "2"])
+    said = capsys.readouterr().out
+    assert "Mine(share=0.25)" in said
+    assert said.count("holds") == len(INVARIANTS)
+    with pytest.raises(SystemExit, match="1"):
+        command.main(["ofmine2:Mine", "--trials", "2"])
+    assert "asks for" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["h2o", "recent_shar=1"], r"policy.recent_shar=1 .* h2o has recent_share \(did you mean recent_share\?\)"),
+        (["h2o", "recent_share=2"], "policy.recent_share=2 .* from 0 to 1"),
+        (["full", "x=1"], "full has no settings"),
+        (["h2o", "--trials", "0"], "give at least 1"),
+        (["h2o", "--config-dir", "nowhere"], "there is no such folder"),
+    ],
+)
+def test_bad_input_of_the_command(arguments, told):
+    with pytest.raises((ConfigError, UserError), match=told):
+        command.main(arguments)

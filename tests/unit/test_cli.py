@@ -1,0 +1,103 @@
+"""The command line: what is run, what is said about a mistake, what the shell is offered."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import pytest
+
+from a2sf import cli
+from a2sf.commands import run, tables
+from a2sf.commands.describe import attributes, paper
+from a2sf.errors import UserError
+from a2sf.experiments import schema
+from a2sf.policies.find import built_in
+
+
+@pytest.fixture(autouse=True)
+def _process(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["a2sf"])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+
+
+@pytest.fixture
+def hydra(monkeypatch):
+    """What Hydra would read, instead of Hydra."""
+    monkeypatch.setattr(run, "evaluate", lambda: None)
+    return lambda *arguments: run.main(arguments) or sys.argv[1:]
+
+
+def test_an_unknown_command(capsys):
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["tabels"])
+    said = capsys.readouterr().err
+    assert said.startswith("a2sf has no command tabels (did you mean tables?); it has run, tables,")
+    assert len(said.splitlines()) == 1
+
+
+def test_what_a_command_reads(monkeypatch):
+    got = []
+    monkeypatch.setattr(tables, "main", got.append)
+    cli.main(["tables", "runs/x", "--stderr"])
+    assert got == [["runs/x", "--stderr"]]
+    assert sys.argv == ["a2sf tables", "runs/x", "--stderr"]
+
+
+def test_every_command_has_a_main():
+    for module, told in cli.COMMANDS.values():
+        assert callable(__import__(module, fromlist=["main"]).main)
+        assert told
+
+
+def test_a_preset_is_a_grid(hydra):
+    assert hydra("+sweep=demo") == ["--multirun", "+sweep=demo"]
+    assert hydra("sweep=demo") == ["--multirun", "+sweep=demo"]
+    assert hydra("-m", "+sweep=demo", "limit=3") == ["-m", "+sweep=demo", "limit=3"]
+    assert hydra("+sweep=demo", "--cfg", "job") == ["--cfg", "job", "+sweep=demo"]  # shown, not run
+
+
+def test_options_among_overrides(hydra):
+    given = ["policy=h2o", "--config-dir", "a=b", "limit=3", "-m", "~budget.base"]
+    assert hydra(*given) == ["--config-dir", "a=b", "-m", "policy=h2o", "limit=3", "~budget.base"]
+
+
+def test_two_things_at_once(hydra):
+    with pytest.raises(UserError, match="--cfg shows one configuration and runs nothing, so it cannot go with -m"):
+        hydra("-m", "policy=h2o,full", "--cfg", "job")
+
+
+def test_every_key_and_choice_is_in_the_help():
+    told = run.help_text(run._folders([]))
+    for name, group in {"": schema.Config, **schema.groups()}.items():
+        about = attributes(group)
+        for key in vars(group()):
+            assert about[key], key
+            if key not in schema.groups():
+                assert f"\n  {name + '.' if name else ''}{key} " in told
+    for choice in (*built_in(), "smollm2-135m*", "+sweep=paper_small  The shape of `paper`", "slurm_local"):
+        assert choice in told
+
+
+def test_every_policy_says_what_it_is():
+    """From docstrings and fields: what `a2sf policies` prints is written nowhere else."""
+    for cls in built_in().values():
+        assert set(attributes(cls)) >= {f.name for f in dataclasses.fields(cls)}, cls
+    assert paper(built_in()["h2o"]) == "Zhang et al., 2023 (arXiv 2306.14048)"  # of its module
+    assert paper(built_in()["a2sf"]) == "Jo and Shin, 2024 (arXiv 2407.20485)"  # of the class
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [("a2sf ", "run tables reproduce bench policies check doctor"), ("a2sf po", "policies"), ("a2sf tables r", "")],
+)
+def test_completion_of_commands(line, offered, monkeypatch, capsys):
+    monkeypatch.setenv("COMP_LINE", line)
+    run.complete(["query=bash"], list(cli.COMMANDS))
+    assert capsys.readouterr().out.strip() == offered
+
+
+@pytest.mark.parametrize("arguments", [[], ["install=tcsh"], ["remove=bash"], ["install"]])
+def test_completion_of_no_shell(arguments):
+    with pytest.raises(UserError, match="give -sc install=bash"):
+        run.complete(arguments, [])

@@ -1,0 +1,89 @@
+"""What a user gets without a clone: dependencies that are declared, files that are found, names that go on working."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import a2sf
+from a2sf.experiments.runs import finished_cells
+from a2sf.shipped import shipped
+
+ROOT = Path(__file__).parents[2]
+OURS = {"a2sf", "baselines", "hydra_plugins"}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def imported() -> dict[str, set[str]]:
+    """Top-level package -> the files that import it, wherever in them."""
+    found: dict[str, set[str]] = {}
+    for file in (f for folder in OURS for f in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names = [node.module]
+            for name in names:
+                found.setdefault(name.partition(".")[0], set()).add(str(file.relative_to(ROOT)))
+    return {n: files for n, files in found.items() if n not in OURS | sys.stdlib_module_names}
+
+
+def test_every_package_that_is_imported_is_declared():
+    optional = [r for group, rs in PROJECT["optional-dependencies"].items() if group != "dev" for r in rs]
+    declared = {normal(Requirement(r).name) for r in [*PROJECT["dependencies"], *optional]}
+    distributions = packages_distributions()
+    for package, files in imported().items():
+        names = {normal(n) for n in distributions.get(package, [package])}
+        assert names & declared, f"{package} is imported by {sorted(files)} and not declared"
+
+
+def test_what_is_declared_is_pinned():
+    pinned = {normal(line.partition("==")[0]) for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    every = [*PROJECT["dependencies"], *(r for rs in PROJECT["optional-dependencies"].values() for r in rs)]
+    assert {normal(Requirement(r).name) for r in every} - {"torch"} <= pinned
+
+
+@pytest.mark.parametrize("name", a2sf.__all__)
+def test_public_names(name):
+    assert getattr(a2sf, name) is not None
+    assert name in dir(a2sf)
+
+
+def test_a_name_that_is_not_there():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        a2sf.nothing  # noqa: B018
+
+
+def test_names_of_before_rooms():
+    """Stored configurations and lm-eval's registration name these."""
+    assert importlib.import_module("a2sf.policy").A2SF is a2sf.A2SF
+    assert importlib.import_module("a2sf.lm").PrunedLM.__name__ == "PrunedLM"
+
+
+def test_shipped_files_are_found():
+    assert (shipped("conf") / "config.yaml").is_file()
+    assert (shipped("runs/reference") / "a2sf_headlines.csv").is_file()
+    assert finished_cells(shipped("runs/reference") / "smollm2-135m")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"]])
+def test_help_needs_no_model_library(arguments):
+    heavy = {"torch", "transformers", "lm_eval", "numba", "pandas", "datasets"}
+    code = f"import sys; from a2sf.cli import main; main({arguments}); sys.exit(repr({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stderr.strip() == "set()"
+    if arguments == ["--help"]:
+        assert len(done.stdout.splitlines()) <= 24
+        assert max(map(len, done.stdout.splitlines())) <= 80
