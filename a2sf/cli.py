@@ -14,12 +14,14 @@ COMMANDS = {
     "run": ("a2sf.commands.run", "measure: one configuration, or a grid (-m, +sweep=PRESET)"),
     "tables": ("a2sf.commands.tables", "tables, plots and a report of finished sweeps"),
     "reproduce": ("a2sf.commands.reproduce", "the A2SF paper's claims, with a verdict each"),
+    "pack": ("a2sf.commands.archive:main_pack", "a sweep as one file to hand on, which tables reads in place"),
+    "unpack": ("a2sf.commands.archive:main_unpack", "its cells again, from which a sweep goes on"),
     "bench": ("a2sf.bench.harness", "speed and memory beside what the harness replaces"),
     "policies": ("a2sf.commands.policies", "the policies: what each does, its paper, its settings"),
     "check": ("a2sf.commands.check", "which invariants a policy of your own holds (mine:MyPolicy)"),
     "doctor": ("a2sf.commands.doctor", "versions, devices, kernels, caches, disk: what a bug report needs"),
 }
-"""Sub-command -> the module whose `main(arguments)` it is, and what it does."""
+"""Sub-command -> the module whose `main(arguments)` (or the function after the colon) it is, and what it does."""
 
 HELP = """\
 usage: a2sf COMMAND ...
@@ -63,7 +65,8 @@ def _run(name: str, arguments: list[str]) -> None:
         run.complete(arguments, list(COMMANDS))
     elif name in COMMANDS:
         sys.argv = [f"a2sf {name}", *arguments]  # what Hydra reads, and what a result says it was made with
-        importlib.import_module(COMMANDS[name][0]).main(arguments)
+        module, _, function = COMMANDS[name][0].partition(":")
+        getattr(importlib.import_module(module), function or "main")(arguments)
     else:
         raise UserError(f"a2sf has no command {name}{nearest(name, COMMANDS)}; it has {', '.join(COMMANDS)}.")
 

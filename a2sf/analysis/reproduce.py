@@ -14,6 +14,7 @@ import pandas as pd
 from a2sf.analysis.claims import Claim, Verdict, check_factor, check_figures, check_headline, check_shape
 from a2sf.analysis.collect import DEFAULT_PAIR, Grid, Selection, gather
 from a2sf.errors import UserError
+from a2sf.experiments.archive import is_archive
 from a2sf.experiments.runs import write_atomically
 
 FIGURES, HEADLINES = "a2sf_authors_0shot.csv", "a2sf_headlines.csv"
@@ -144,7 +145,7 @@ def write_claims(directory: Path, findings: Findings) -> list[Path]:
 
 
 def _first(places: tuple[Path, ...]) -> Path | None:
-    return next((d for d in places if d.is_dir() and any(d.iterdir())), None)
+    return next((d for d in places if is_archive(d) or (d.is_dir() and any(d.iterdir()))), None)
 
 
 def _grid(directories: list[Path], notes: list[str]) -> Grid | None:

@@ -18,6 +18,9 @@ from a2sf.analysis.claims import Claim
 from a2sf.analysis.reproduce import Places, compare, counts, published_figures, run_sweep, write_claims
 from a2sf.shipped import shipped
 
+REFERENCE_SWEEPS = ("smollm2-135m.a2sf.zip", "smollm2-135m-forgetting.a2sf.zip")
+"""Our own, over budgets and over forgetting factors."""
+
 
 def main(arguments: Sequence[str]) -> None:
     """Run, compare, show and write."""
@@ -50,8 +53,8 @@ def main(arguments: Sequence[str]) -> None:
         for preset in (args.small_preset, args.factor_preset) if all(told.values()) else ():
             if why := run_sweep(preset, [f"sweep_name={preset}"]):
                 console.print(f"The sweep {preset} did not finish: {why}", markup=False)
-    small = (args.small,) if args.small else (args.runs / args.small_preset, args.reference / "smollm2-135m")
-    factors = (args.runs / args.factor_preset, args.reference / "smollm2-135m-forgetting")
+    small = (args.small,) if args.small else (args.runs / args.small_preset, args.reference / REFERENCE_SWEEPS[0])
+    factors = (args.runs / args.factor_preset, args.reference / REFERENCE_SWEEPS[1])
     findings = compare(Places(args.reference, args.runs / args.preset, small, factors), why_not)
 
     show(console, "Headline claims", findings.headlines)

@@ -17,7 +17,7 @@ from a2sf.report.tables import screen
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="a2sf tables", description="Tables, plots and the report of sweeps.")
-    p.add_argument("runs", nargs="+", type=Path, help="sweep directories under runs/")
+    p.add_argument("runs", nargs="+", type=Path, help="sweep directories under runs/, or archives of a2sf pack")
     choose = p.add_argument_group("what to show (several values after one option; all by default)")
     choose.add_argument("--metric", help="metric's name as in lm-eval (default: acc)")
     choose.add_argument("--model", nargs="+", default=[], dest="models")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import sys
 
 import pytest
@@ -12,7 +13,9 @@ from a2sf.commands import run, tables
 from a2sf.commands.describe import attributes, paper
 from a2sf.errors import UserError
 from a2sf.experiments import schema
+from a2sf.experiments.runs import load_sweep
 from a2sf.policies.find import built_in
+from tests.sweep_fixture import Plan, write_sweep
 
 
 @pytest.fixture(autouse=True)
@@ -45,9 +48,24 @@ def test_what_a_command_reads(monkeypatch):
 
 
 def test_every_command_has_a_main():
-    for module, told in cli.COMMANDS.values():
-        assert callable(__import__(module, fromlist=["main"]).main)
+    for place, told in cli.COMMANDS.values():
+        module, _, function = place.partition(":")
+        assert callable(getattr(importlib.import_module(module), function or "main"))
         assert told
+
+
+def test_a_sweep_is_packed_and_unpacked(tmp_path, capsys):
+    write_sweep(tmp_path / "s", Plan(documents={"piqa": 5}))
+    cli.main(["pack", str(tmp_path / "s")])
+    cli.main(["unpack", str(tmp_path / "s.a2sf.zip"), str(tmp_path / "again")])
+    assert len(load_sweep(tmp_path / "again")) == len(load_sweep(tmp_path / "s"))
+    with pytest.raises(SystemExit):
+        cli.main(["pack", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit):
+        cli.main(["unpack", str(tmp_path / "s")])
+    said = capsys.readouterr().err
+    assert "nowhere is not a directory" in said
+    assert "is no archive that `a2sf pack` wrote" in said
 
 
 def test_a_preset_is_a_grid(hydra):

@@ -15,7 +15,6 @@ import pytest
 from packaging.requirements import Requirement
 
 import a2sf
-from a2sf.experiments.runs import finished_cells
 from a2sf.shipped import shipped
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +74,7 @@ def test_names_of_before_rooms():
 def test_shipped_files_are_found():
     assert (shipped("conf") / "config.yaml").is_file()
     assert (shipped("runs/reference") / "a2sf_headlines.csv").is_file()
-    assert finished_cells(shipped("runs/reference") / "smollm2-135m")
+    assert (shipped("runs/reference") / "smollm2-135m.a2sf.zip").is_file()
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"]])

@@ -1,0 +1,40 @@
+"""`a2sf pack` and `a2sf unpack`: a sweep as one file to hand on, and back."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from a2sf.experiments.archive import is_archive, pack, place_of, unpack
+
+
+def main_pack(arguments: Sequence[str]) -> None:
+    """Write one archive per sweep."""
+    parser = argparse.ArgumentParser(
+        "a2sf pack", description="One archive of a sweep's results, which `a2sf tables` reads."
+    )
+    parser.add_argument("run", type=Path, help="a sweep's directory, such as runs/demo")
+    parser.add_argument("archive", type=Path, nargs="?", help="where to (default: beside the directory)")
+    args = parser.parse_args(arguments)
+    written = pack(args.run, args.archive)
+    _say(f"Written: {written} ({written.stat().st_size / 2**10:.0f} KiB)")
+
+
+def main_unpack(arguments: Sequence[str]) -> None:
+    """Write an archive's cells to a sweep's directory."""
+    parser = argparse.ArgumentParser("a2sf unpack", description="The cells of an archive, from which a sweep goes on.")
+    parser.add_argument("archive", type=Path)
+    parser.add_argument("run", type=Path, nargs="?", help="a sweep's directory (default: beside the archive)")
+    args = parser.parse_args(arguments)
+    directory = args.run or place_of(args.archive)
+    if not is_archive(args.archive):
+        parser.error(f"{args.archive} is no archive that `a2sf pack` wrote")
+    written = unpack(args.archive, directory)
+    _say(f"{len(written)} cells written to {directory}; those that were there stay")
+
+
+def _say(text: str) -> None:
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
