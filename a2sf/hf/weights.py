@@ -271,8 +271,11 @@ def _left_out(model: PreTrainedModel) -> list[str]:
     """Parameters that transformers does not tell as missing since the model's class says so, but did not read either."""
     patterns = model._keys_to_ignore_on_load_missing or ()
     tied = getattr(model, "all_tied_weights_keys", {})
-    ignored = [n for n, _ in model.named_parameters() if any(re.search(p, n) for p in patterns) and n not in tied]
-    return [n for n in ignored if not getattr(model.get_parameter(n), "_is_hf_initialized", True)]
+    # transformers marks what it has read
+    marked = {n: getattr(p, "_is_hf_initialized", False) for n, p in model.named_parameters()}
+    if not any(marked.values()):
+        return []
+    return [n for n, read in marked.items() if not read and n not in tied and any(re.search(p, n) for p in patterns)]
 
 
 def _belongs_to_a_layer(model: PreTrainedModel, key: str) -> bool:
