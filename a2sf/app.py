@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
@@ -15,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from a2sf.errors import UserError, nearest
@@ -101,31 +104,30 @@ def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | No
     ):
         raise UserError("sweep_name, runs_dir and tracker name where a sweep's results go, so they cannot be swept")
 
-    from a2sf.evaluation import tasks
-    from a2sf.experiments import sweep
+    from a2sf.experiments import documents, sweep
     from a2sf.hf.loading import check_config, identify
 
+    documents.check(c for s in settings for c in s.cells)
     if not first.plan_only:
         for model in {c.model for s in settings for c in s.cells}:
             identify(model)
+    settled = documents.settle([s.cells for s in settings], planned_only=first.plan_only)
+    settings = [dataclasses.replace(s, cells=cells) for s, cells in zip(settings, settled.cells, strict=True)]
     made = sweep.plan([c for s in settings for c in s.cells], directory)
-    for note in made.notes:
-        screen.print(note)
+    for note in [*settled.notes, *made.notes]:
+        screen.print(note, highlight=False, soft_wrap=True)
     _print_plan(made, sweep.estimate_seconds(made.pending, directory.parent), directory)
-    for spec, shots, task in sorted({(c.data, c.shots, c.task) for c in made.cells}, key=str):
-        tasks.check(task, spec, shots)
     if first.plan_only:
         return
     for model in {c.model for c in made.pending}:
         check_config(model)
-    for task, spec, shots, seed in sorted({(c.task, c.data, c.shots, c.seed) for c in made.pending}, key=str):
-        tasks.build(task, spec, shots=shots, seed=seed)  # now, so that a missing one is told before the model loads
+    made = dataclasses.replace(made, cells=documents.fetch(made.cells, made.pending, settled.refused, screen))
 
     outcomes: list[Outcome] = []
     if made.pending:
         with _progress(made, directory):
             outcomes = _run(made, settings, points, launch)
-    _report(made, directory, settings[0], outcomes)
+    _report(made, directory, settings[0], outcomes, settled.refused)
 
 
 def _run(
@@ -150,7 +152,9 @@ def _run(
 
 def _job(overrides: list[str], cell: Cell) -> list[str]:
     """A worker's overrides: those of the grid's point, and what was settled about this one cell since."""
-    settled = {"tasks": f"[{cell.task}]", "plan_only": "false"}
+    task = QuotedString(cell.task, Quote.single).with_quotes()
+    settled = {"tasks": f"[{task}]", "shots": str(cell.shots), "plan_only": "false"}
+    settled |= {"data.content": str(cell.data.content)} if cell.data.content else {}
     others = [o for o in overrides if o.partition("=")[0].lstrip("+") not in settled]
     return [*others, *(f"{key}={value}" for key, value in settled.items())]
 
@@ -234,7 +238,9 @@ def _progress(made: Plan, directory: Path) -> Iterator[None]:
             bar.update(row, completed=finished())
 
 
-def _report(made: Plan, directory: Path, settings: Settings, outcomes: list[Outcome]) -> None:
+def _report(
+    made: Plan, directory: Path, settings: Settings, outcomes: list[Outcome], refused: dict[str, list[str]]
+) -> None:
     from a2sf.experiments.runs import results_frame
     from a2sf.experiments.sweep import finish
     from a2sf.report.tables import screen_table
@@ -255,6 +261,10 @@ def _report(made: Plan, directory: Path, settings: Settings, outcomes: list[Outc
         )
         for failure in failures:
             screen.print(f"  {failure['cell']['name']}: {failure['error']}", highlight=False, soft_wrap=True)
+    for told, names in refused.items():
+        several = f"{len(names)} cells were" if len(names) > 1 else "1 cell was"
+        screen.print(f"[bold red]{several} not run[/bold red]: {escape(told)}", highlight=False, soft_wrap=True)
+    if failures or refused:
         sys.exit(1)
 
 

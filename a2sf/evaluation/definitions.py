@@ -184,7 +184,9 @@ class _Reader(TaskFactory):
     ) -> Any:
         nameless = [m for m in member_list if isinstance(m, dict) and not {"task", "group"} & set(m)]
         if nameless:
-            said = ", ".join(" ".join(str(m[k]) for k in ("dataset_path", "dataset_name") if m.get(k)) for m in nameless)
+            said = ", ".join(
+                " ".join(str(m[k]) for k in ("dataset_path", "dataset_name") if m.get(k)) for m in nameless
+            )
             raise ConfigError(
                 "tasks",
                 group_name,
@@ -233,17 +235,20 @@ def _leaves(built: Any) -> Iterator[_Leaf]:
 def _named(requested: str, leaves: list[_Leaf]) -> list[Definition]:
     """Names that find each member again: lm-eval's own where the group changes nothing, else `group::member`."""
     found: dict[tuple[str, str, int | None], Definition] = {}
-    label = requested if not requested.endswith(YAML) else Path(requested).stem
+    label = home = requested
+    if requested.endswith(YAML):  # a worker may have another current directory
+        home = str(Path(requested).expanduser().resolve())
+        label = str(_find(requested).name)  # type: ignore[union-attr]
     for leaf in leaves:
         base = _Reader(resolve=False).config(leaf.entry)
         settings = {k: v for k, v in leaf.overrides.items() if k not in NOT_SETTINGS and base.get(k) != v}
         shots = leaf.overrides.get("num_fewshot")
         name = ref = leaf.entry.name
-        if requested.endswith(YAML) and leaf.entry.yaml_path == Path(requested).expanduser().resolve():
-            ref = requested
+        if requested.endswith(YAML) and leaf.entry.yaml_path == Path(home):
+            ref = home
         elif settings or INSIDE in name:
-            inner = name.removeprefix(f"{requested}{INSIDE}")
-            ref, name = f"{requested}{INSIDE}{inner}", f"{label}{INSIDE}{inner}"
+            inner = name.removeprefix(f"{label}{INSIDE}")
+            ref, name = f"{home}{INSIDE}{inner}", f"{label}{INSIDE}{inner}"
         said, number = json.dumps(settings, sort_keys=True, default=str), 1
         alike = [d for d in found.values() if d.ref.partition("#")[0] == ref and d.settings != settings]
         if alike:  # the same task twice in a group, with different settings

@@ -56,7 +56,9 @@ class DataConfig:
     source: str = "hub"
     dir: str | None = None
     split: str | None = None
-    fewshot_split: str = "validation"
+    fewshot_split: str | None = None
+    revision: str | None = None
+    content: str | None = None
 
 
 @dataclass
@@ -77,7 +79,7 @@ class Config:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     forgetting_factor: Any = None
     tasks: Any = "demo"
-    shots: int = 0
+    shots: int | None = None
     limit: int | None = None
     data: DataConfig = field(default_factory=DataConfig)
     batch_size: Any = "auto"
@@ -123,7 +125,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
     policy = _policy(config)
     budget = _budget(config, policy)
     _check_layers(model, policy, budget)
-    if not isinstance(config.shots, int) or not 0 <= config.shots <= MAX_SHOTS:
+    if config.shots is not None and not 0 <= config.shots <= MAX_SHOTS:
         raise ConfigError("shots", config.shots, "give a whole number of examples, at least 0")
     if config.limit is not None and config.limit < 1:
         raise ConfigError("limit", config.limit, "give a number of documents of at least 1, or null for all")
@@ -136,7 +138,9 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
             "sweep_name", repr(config.sweep_name), "give the name of a folder, without a slash or dot first"
         )
     data = DataSpec(**dataclasses.asdict(config.data))
-    names = [t for task in expand_suite(config.tasks) for t in resolve(task)]
+    # a group may want shots of its own for a member
+    members = [d for task in expand_suite(config.tasks) for d in resolve(task)]
+    shots_of = [(d.ref, (d.shots or 0) if config.shots is None else config.shots) for d in members]
     cells = tuple(
         Cell(
             model_name=name,
@@ -144,13 +148,13 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
             policy=policy,
             budget=budget,
             task=task,
-            shots=config.shots,
+            shots=shots,
             limit=config.limit,
             seed=config.seed,
             data=data,
             backend=config.backend,
         )
-        for task in dict.fromkeys(names)
+        for task, shots in dict.fromkeys(shots_of)
     )
     return Settings(
         cells=cells,

@@ -122,7 +122,7 @@ def estimate_seconds(todo: Sequence[Cell], runs: Path) -> tuple[float, int]:
                 if t["tokens"] and t["reused_requests"] == 0:
                     rate = t["seconds"] / stored.result["documents"]["n"]
                     seen.setdefault((c["model"], c["task"], c["shots"]), []).append(rate)
-    of_cells = [(seen.get((c.model_name, c.task, c.shots)), c.limit) for c in todo]
+    of_cells = [(seen.get((c.model_name, c.task_name, c.shots)), c.limit) for c in todo]
     known = [sum(rates) / len(rates) * limit for rates, limit in of_cells if rates and limit]
     return sum(known), len(known)
 
@@ -164,6 +164,7 @@ class Runner:
         check_disk(self.directory)
         try:
             loading.identify(cell.model)  # on the machine of a cluster, the first to need it
+            cell = cell.settled()
         except UserError as error:
             return self._failed(cell, error)
         path = self.directory / cell.name
