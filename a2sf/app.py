@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -129,21 +131,21 @@ def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | No
     ):
         raise UserError("sweep_name, runs_dir and tracker name where a sweep's results go, so they cannot be swept")
 
-    from a2sf.evaluation import tasks
-    from a2sf.experiments import fetching, sweep
+    from a2sf.experiments import sweep
+    from a2sf.experiments.prepare import documents, models
 
-    settings = fetching.tell_apart(fetching.pin_models(settings, _model_names(), screen))
+    documents.check(c for s in settings for c in s.cells)
+    settings = models.tell_apart(models.pin_all(settings, _model_names(), screen))
+    settled = documents.settle([s.cells for s in settings], planned_only=first.plan_only)
+    settings = [dataclasses.replace(s, cells=cells) for s, cells in zip(settings, settled.cells, strict=True)]
     made = sweep.plan([c for s in settings for c in s.cells], directory)
-    for note in made.notes:
-        screen.print(note)
+    for note in [*settled.notes, *made.notes]:
+        screen.print(note, highlight=False, soft_wrap=True)
     _print_plan(made, sweep.estimate_seconds(made.pending, directory.parent), directory)
-    for spec, shots, task in sorted({(c.data, c.shots, c.task) for c in made.cells}, key=str):
-        tasks.check(task, spec, shots)
     if first.plan_only:
         return
-    broken = fetching.prepare_models([c.model for c in made.pending], screen)
-    for task, spec, shots, seed in sorted({(c.task, c.data, c.shots, c.seed) for c in made.pending}, key=str):
-        tasks.build(task, spec, shots=shots, seed=seed)  # now, so that a missing one is told before the model loads
+    broken = models.fetch([c.model for c in made.pending], screen)
+    made = dataclasses.replace(made, cells=documents.fetch(made.cells, made.pending, settled.refused, screen))
 
     outcomes: list[Outcome] = []
     if made.pending:
@@ -151,7 +153,7 @@ def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | No
         outcomes = [runner.fail(c, broken[c.model]) for c in made.pending if c.model in broken]
         with _progress(made, directory):
             outcomes += _run([c for c in made.pending if c.model not in broken], settings, points, launch)
-    _report(made, directory, settings[0], outcomes)
+    _report(made, directory, settings[0], outcomes, settled.refused)
 
 
 def _run(
@@ -181,9 +183,11 @@ def _job(overrides: list[str], cell: Cell) -> list[str]:
     """A worker's overrides: those of the grid's point, and what was settled about this one cell since."""
     from a2sf.experiments.overrides import quote
 
-    settled = {"tasks": f"[{quote(cell.task)}]", "plan_only": "false", "model.name": quote(cell.model_name)}
+    settled = {"tasks": f"[{quote(cell.task)}]", "shots": str(cell.shots), "plan_only": "false"}
+    settled |= {"model.name": quote(cell.model_name)}
     if cell.model.source.kind == "hub":  # quoted, since a commit may look like a number
         settled |= {"model.path": quote(cell.model.path), "model.revision": quote(cell.model.revision)}
+    settled |= {"data.content": quote(cell.data.content)} if cell.data.content else {}
     others = [o for o in overrides if o.partition("=")[0].lstrip("+") not in settled]
     return [*others, *(f"{key}={value}" for key, value in settled.items())]
 
@@ -239,7 +243,7 @@ def _duration(seconds: float) -> str:
 @contextmanager
 def _progress(made: Plan, directory: Path) -> Iterator[None]:
     """A bar that follows the finished cells on disk, whoever computes them."""
-    from a2sf.experiments.fetching import bar
+    from a2sf.experiments.prepare.bar import bar
     from a2sf.experiments.runs import is_cell
     from a2sf.experiments.sweep import failure_file
 
@@ -258,7 +262,9 @@ def _progress(made: Plan, directory: Path) -> Iterator[None]:
         yield
 
 
-def _report(made: Plan, directory: Path, settings: Settings, outcomes: list[Outcome]) -> None:
+def _report(
+    made: Plan, directory: Path, settings: Settings, outcomes: list[Outcome], refused: dict[str, list[str]]
+) -> None:
     from a2sf.experiments.runs import results_frame
     from a2sf.experiments.sweep import finish
     from a2sf.report.tables import screen_table
@@ -283,6 +289,10 @@ def _report(made: Plan, directory: Path, settings: Settings, outcomes: list[Outc
         for error, names in alike.items():  # a model that cannot be loaded fails all its cells
             which = names[0] if len(names) == 1 else f"{len(names)} cells, {names[0]} the first"
             screen.print(f"  {which}: {error}", highlight=False, markup=False, soft_wrap=True)
+    for told, names in refused.items():
+        several = f"{len(names)} cells were" if len(names) > 1 else "1 cell was"
+        screen.print(f"[bold red]{several} not run[/bold red]: {escape(told)}", highlight=False, soft_wrap=True)
+    if failures or refused:
         sys.exit(1)
 
 

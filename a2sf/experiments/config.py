@@ -58,7 +58,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
     budget = _budget(config, policy)
     if model.pinned:  # else once it is, by whoever pins it
         check_layers(model, policy, budget)
-    if not isinstance(config.shots, int) or not 0 <= config.shots <= MAX_SHOTS:
+    if config.shots is not None and not 0 <= config.shots <= MAX_SHOTS:
         raise ConfigError("shots", config.shots, "give a whole number of examples, at least 0")
     if config.limit is not None and config.limit < 1:
         raise ConfigError("limit", config.limit, "give a number of documents of at least 1, or null for all")
@@ -73,7 +73,9 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
     if not 1 <= len(name_of_sweep.encode()) <= LONGEST_SWEEP_NAME:
         raise ConfigError("sweep_name", repr(name_of_sweep), f"give 1 to {LONGEST_SWEEP_NAME} bytes of text")
     data = DataSpec(**dataclasses.asdict(config.data))
-    names = [t for task in expand_suite(config.tasks) for t in resolve(task)]
+    # a group may want shots of its own for a member
+    members = [d for task in expand_suite(config.tasks) for d in resolve(task)]
+    shots_of = [(d.ref, (d.shots or 0) if config.shots is None else config.shots) for d in members]
     cells = tuple(
         Cell(
             model_name=name,
@@ -81,13 +83,13 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
             policy=policy,
             budget=budget,
             task=task,
-            shots=config.shots,
+            shots=shots,
             limit=config.limit,
             seed=config.seed,
             data=data,
             backend=config.backend,
         )
-        for task in dict.fromkeys(names)
+        for task, shots in dict.fromkeys(shots_of)
     )
     return Settings(
         cells=cells,

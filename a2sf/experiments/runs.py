@@ -240,6 +240,8 @@ def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
             "seed": cell["seed"],
             "dtype": cell["dtype"],
             "split": result["documents"]["split"],
+            "fewshot_split": result["documents"].get("fewshot_split"),
+            "data": result["documents"].get("content") or result["documents"].get("fingerprint"),
             "task_version": result["documents"]["task_version"],
             "seconds": result["timing"]["seconds"],
             "tokens_per_second": result["timing"]["tokens_per_second"],

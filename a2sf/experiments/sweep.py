@@ -129,7 +129,7 @@ def estimate_seconds(todo: Sequence[Cell], runs: Path) -> tuple[float, int]:
                 if t["tokens"] and t["reused_requests"] == 0:
                     rate = t["seconds"] / stored.result["documents"]["n"]
                     seen.setdefault((c["model"], c["task"], c["shots"]), []).append(rate)
-    of_cells = [(seen.get((c.model_name, c.task, c.shots)), c.limit) for c in todo]
+    of_cells = [(seen.get((c.model_name, c.task_name, c.shots)), c.limit) for c in todo]
     known = [sum(rates) / len(rates) * limit for rates, limit in of_cells if rates and limit]
     return sum(known), len(known)
 
@@ -170,11 +170,12 @@ class Runner:
             DiskError: if results cannot be written.
         """
         check_disk(self.directory)
-        if not cell.model.pinned:  # by no sweep, which does it once for all its cells
-            try:
+        try:
+            if not cell.model.pinned:  # by no sweep, which does it once for all its cells
                 cell = dataclasses.replace(cell, model=loading.pin(cell.model)[0])
-            except UserError as error:
-                return self.fail(cell, error)
+            cell = cell.settled()
+        except UserError as error:
+            return self.fail(cell, error)
         path = self.directory / cell.name
         lock = filelock.SoftFileLease(_lock_file(self.directory, cell), lease_duration=LEASE_SECONDS, timeout=0)
         try:

@@ -107,7 +107,11 @@ def test_every_policy_says_what_it_is():
 
 @pytest.mark.parametrize(
     ("line", "offered"),
-    [("a2sf ", "run tables reproduce pack unpack bench policies check doctor"), ("a2sf po", "policies"), ("a2sf tables r", "")],
+    [
+        ("a2sf ", "run tables reproduce pack unpack bench policies check doctor"),
+        ("a2sf po", "policies"),
+        ("a2sf tables r", ""),
+    ],
 )
 def test_completion_of_commands(line, offered, monkeypatch, capsys):
     monkeypatch.setenv("COMP_LINE", line)

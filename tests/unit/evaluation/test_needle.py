@@ -43,7 +43,7 @@ def test_documents_are_seeded_and_the_needle_is_where_it_says():
 
 
 def test_the_task_needs_no_data_from_elsewhere():
-    assert tasks.resolve("needle") == ["needle"]
+    assert [d.ref for d in tasks.resolve("needle")] == ["needle"]
     tasks.check("needle", DATA, shots=2)
     task = tasks.build("needle", DATA, shots=2, seed=0)
     assert len(list(task.eval_docs)) == 10 * len(LENGTHS) * len(DEPTHS)

@@ -69,7 +69,8 @@ def sentence(*overrides: str) -> str:
         (["tasks=[]"], ["tasks=[]", "suite"]),
         (["tasks=[mathqa]", "data=bundle"], ["tasks=mathqa", "data=bundle does not hold it"]),
         (["tasks=[piqa]", "data=bundle", "data.split=test"], ["data.split=test", "only validation"]),
-        (["data.split=validaton"], ["data.split=validaton", "did you mean validation"]),
+        (["data.split=validaton", "data=bundle"], ["data.split=validaton", "did you mean validation"]),
+        (["data.split=''"], ["data.split=''", "give a name"]),
         (["data.dir=/nowhere"], ["data.dir=/nowhere", "cannot be read"]),
         (["data=hubb"], ["data=hubb", "bundle, hub"]),
         (["shots=-1"], ["shots=-1", "at least 0"]),
@@ -133,7 +134,6 @@ def test_the_identity_changes_with_everything_that_could_change_a_number():
         "shots=2",
         "seed=7",
         "model.dtype=bfloat16",
-        "data.fewshot_split=train",
         "tasks=[copa]",
     ):
         assert settings("policy=h2o", "data=bundle", "shots=1", change).cells[0].id != base.id, change

@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import difflib
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from a2sf.errors import UserError
 from a2sf.experiments.cell import Cell
 from a2sf.experiments.config import Settings, check_layers
 from a2sf.experiments.names import Named, distinct
+from a2sf.experiments.prepare.bar import download_bar
 from a2sf.hf.loading import Download, ModelSpec, fingerprint, pin, prepare
 from a2sf.hf.refusals import NotOnHub, Unreachable
 
 
-def pin_models(settings: Sequence[Settings], known: Mapping[str, str], screen: Console) -> list[Settings]:
+def pin_all(settings: Sequence[Settings], known: Mapping[str, str], screen: Console) -> list[Settings]:
     """The same with each model at one commit, for every cell, load and worker.
 
     Args:
@@ -77,7 +67,7 @@ def _nearest_models(path: str, known: Mapping[str, str]) -> str:
     return f" (did you mean {' or '.join(meant)}?)" if meant else ""
 
 
-def prepare_models(models: Iterable[ModelSpec], screen: Console) -> dict[ModelSpec, UserError]:
+def fetch(models: Iterable[ModelSpec], screen: Console) -> dict[ModelSpec, UserError]:
     """Check and fetch each model once; those that cannot be had, told at once, so that the others' cells go on.
 
     Raises:
@@ -93,7 +83,7 @@ def prepare_models(models: Iterable[ModelSpec], screen: Console) -> dict[ModelSp
             broken[model] = error
     for download in filter(None, downloads):
         try:
-            _fetch(download, screen)
+            _download(download, screen)
         except UserError as error:
             broken[download.spec] = error
     if broken and len(broken) == len(models):
@@ -103,7 +93,7 @@ def prepare_models(models: Iterable[ModelSpec], screen: Console) -> dict[ModelSp
     return broken
 
 
-def _fetch(download: Download, screen: Console) -> None:
+def _download(download: Download, screen: Console) -> None:
     """Download what a model lacks, with a line that says what and how large, and a bar."""
     repository = download.snapshot
     screen.print(
@@ -113,35 +103,5 @@ def _fetch(download: Download, screen: Console) -> None:
         soft_wrap=True,
     )
     before = repository.arrived()
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    ]
-    with bar(screen, columns, repository.wanted.repo, download.size, lambda: repository.arrived() - before):
+    with download_bar(screen, repository.wanted.repo, download.size, lambda: repository.arrived() - before):
         download.run()
-
-
-@contextmanager
-def bar(
-    screen: Console, columns: Sequence[ProgressColumn], what: str, total: int, completed: Callable[[], int]
-) -> Iterator[None]:
-    """A bar that follows what can be seen on disk."""
-    stop = threading.Event()
-    with Progress(*columns, console=screen, transient=True) as shown:
-        row = shown.add_task(what, total=total, completed=completed())
-
-        def follow() -> None:
-            while not stop.wait(0.5):
-                shown.update(row, completed=completed())
-
-        thread = threading.Thread(target=follow, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-            shown.update(row, completed=completed())

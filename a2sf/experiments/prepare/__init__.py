@@ -1,0 +1,1 @@
+"""Before the first cell: each model and each dataset at one commit for the whole sweep, checked and fetched once."""

@@ -1,0 +1,49 @@
+"""Bars that follow what can be seen on disk, whoever writes it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+POLL_SECONDS = 0.5
+
+
+def download_bar(screen: Console, what: str, total: int, arrived: Callable[[], int]) -> AbstractContextManager[None]:
+    """A bar of bytes; `arrived()` says how many are there."""
+    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()]
+    return bar(screen, [*columns, TimeRemainingColumn()], what, total, lambda: min(total, arrived()))
+
+
+@contextmanager
+def bar(
+    screen: Console, columns: Sequence[ProgressColumn], what: str, total: int, completed: Callable[[], int]
+) -> Iterator[None]:
+    """A bar that follows `completed()`."""
+    stop = threading.Event()
+    with Progress(*columns, console=screen, transient=True) as shown:
+        row = shown.add_task(what, total=total, completed=completed())
+
+        def follow() -> None:
+            while not stop.wait(POLL_SECONDS):
+                shown.update(row, completed=completed())
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            shown.update(row, completed=completed())
