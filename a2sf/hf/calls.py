@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from a2sf.errors import UserError
 from a2sf.hf.attention import IMPLEMENTATION, Pass, UnsupportedModel, active, attached, check_reached, rope_switch
-from a2sf.hf.loading import check_exact
+from a2sf.hf.exactness import check_exact
 
 CACHE_NAMES = ("cache", "past_key_values")
 """What transformers' models call the cache they are given."""

@@ -8,7 +8,8 @@ from transformers.models.llama import modeling_llama
 
 from a2sf import A2SF
 from a2sf.hf.attention import NonFiniteError, Plan, UnsupportedModel, attached, mixes_windows, pruned_attention, running
-from a2sf.hf.loading import ModelSpec, check_exact, load
+from a2sf.hf.exactness import check_exact
+from a2sf.hf.loading import ModelSpec, load
 from a2sf.policies.base import UNLIMITED, Retention
 from tests.conftest import SMOLLM2
 from tests.models import COMMON, CONFIGS, LLAMA_LIKE, random_model, small
