@@ -25,9 +25,10 @@ from tqdm import tqdm
 from a2sf.engine.trace import Trace
 from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation.packing import Item, Pack, pack
-from a2sf.hf.attention import Plan, UnsupportedModel, attached, mixes_windows, rope_switch, running
-from a2sf.hf.calls import hooks_of
-from a2sf.hf.generation import PrunedCache, check_settings, retention_of
+from a2sf.hf.attention import NonFiniteError, Plan, UnsupportedModel, attached, mixes_windows, rope_switch, running
+from a2sf.hf.calls import hooks_of, logits_at
+from a2sf.hf.exactness import require_exact
+from a2sf.hf.generation import PrunedCache, check_settings, prove_decoding, retention_of
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policies
@@ -147,6 +148,7 @@ class PrunedLM(HFLM):
         self.policy, self.budget = policy, budget
         self.counts = Counts()
         self.lengths: dict[str, tuple[int, int]] = {}
+        self._subjects: dict[str, str] = {}  # what a message calls a request, by its strings or tokens
         self.traces: list[Trace] = []
 
     def retention(self, total: int, context: int) -> tuple[Retention, ...]:
@@ -155,11 +157,13 @@ class PrunedLM(HFLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """As HFLM's, through a bounded cache; a request that `known` answers is not computed again."""
+        prove_decoding(self.model, self.policy, self.budget)
         # lm-eval adds to the stop sequences that it is given
         own = [dataclasses.replace(r, arguments=copy.deepcopy(r.args)) for r in requests]
         hashes = [request_hash(r.args) for r in requests]
         prompts = [self._prompt(*r.args) for r in requests]
         new = [r for r, h in zip(own, hashes, strict=True) if h not in self.known]
+        self._subjects = {str(tokens): subject_of(r) for r, (tokens, _) in zip(requests, prompts, strict=True)}
         fewer = self.tokens_per_pass / self.most_tokens  # after memory ran out
         self.batch_size_per_gpu = max(1, int((self.sequences_per_pass or GENERATED_ROWS) * fewer))
         texts = iter(super().generate_until(new, disable_tqdm=disable_tqdm or self.silent) if new else [])
@@ -197,7 +201,13 @@ class PrunedLM(HFLM):
         cache = PrunedCache(
             self.model, self.policy, self.budget, max_new_tokens=more, context_tokens=prompt, backend=self.engine
         )
-        text = super()._model_generate(context, max_length, stop, cache=cache, **settings)
+        try:
+            text = super()._model_generate(context, max_length, stop, cache=cache, **settings)
+        except NonFiniteError as error:
+            copies = max(1, cache.batch_size // len(context))  # beams, or several texts of one prompt
+            rows = dict.fromkeys(row // copies for row in error.rows)
+            read = [context[i][settings["attention_mask"][i].bool()].tolist() for i in rows]
+            raise error.about(", ".join(self._subjects.get(str(tokens), "a text") for tokens in read)) from error
         if cache.seen is None:
             raise UnsupportedModel(
                 f"{type(self.model).__name__} did not use the pruned cache that generate() gave it; choose another model"
@@ -212,6 +222,7 @@ class PrunedLM(HFLM):
             if found is not None:
                 self.lengths[h] = found[2:]
         new = [r for r, h in zip(requests, hashes, strict=True) if h not in self.known]
+        self._subjects = {str(r.args): subject_of(r) for r in requests}
         answers = iter(super().loglikelihood(new, disable_tqdm=disable_tqdm or self.silent) if new else [])
         self.counts.reused += len(requests) - len(new)
         for r in filter(self._to_trace, requests):
@@ -221,6 +232,16 @@ class PrunedLM(HFLM):
             cut = len(request.read) + 1 - len(request.targets)
             self._trace(r.doc_id, list(request.read[:cut]), list(request.read[cut:]), request.retention)
         return [self.known[h][:2] if h in self.known else next(answers) for h in hashes]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """As HFLM's, which scores one window at a time."""
+        answers: list[float] = []
+        for request in tqdm(requests, disable=disable_tqdm or self.silent, desc="rolling windows", leave=False):
+            try:
+                answers += super().loglikelihood_rolling([request], disable_tqdm=True)
+            except NonFiniteError as error:
+                raise error.about(subject_of(request)) from error
+        return answers
 
     def _to_trace(self, request: Any) -> bool:
         """Whether this is the first request of one of the first documents."""
@@ -251,11 +272,17 @@ class PrunedLM(HFLM):
     ) -> list[tuple[float, bool]]:
         todo = [self._request(r[1], r[2]) for r in requests]
         answers: list[tuple[float, bool] | None] = [None] * len(todo)
+        require_exact(self.model)
         hooks_of(self.model).close(None)  # a call that was interrupted left it open
         bar = tqdm(total=len(todo), disable=disable_tqdm, desc="log-likelihoods", leave=False)
         with attached(self.model), torch.inference_mode():
             for row in self._rows(todo):
-                for i, answer in zip(row.items, self._score(row, todo), strict=True):
+                try:
+                    scores = self._score(row, todo)
+                except NonFiniteError as error:  # whose rows are requests
+                    named = (self._subjects.get(str(requests[i][0]), "a text") for i in error.rows)
+                    raise error.about(", ".join(dict.fromkeys(named))) from error
+                for i, answer in zip(row.items, scores, strict=True):
                     answers[i] = answer
                     if (strings := requests[i][0]) is not None:
                         self.lengths[request_hash(strings)] = (len(requests[i][1]), len(requests[i][2]))
@@ -291,7 +318,13 @@ class PrunedLM(HFLM):
         return Request(read, tuple(continuation), self.retention(len(read), len(whole) - len(continuation)))
 
     def _score(self, row: Pack, todo: list[Request]) -> list[tuple[float, bool]]:
-        """(log-likelihood, is greedy) of each request of a row."""
+        """(log-likelihood, is greedy) of each request of a row.
+
+        Raises:
+            NonFiniteError: if one depends on NaN or infinity; its `rows` are those requests' places in `todo`. A logit of
+                -infinity counts only where it is a target's: no probability is nought, so it is an overflow. Others may
+                be, as models mark entries of the vocabulary that no token uses.
+        """
         plan = Plan(
             row=[0] * len(row.start),
             start=row.start,
@@ -305,13 +338,18 @@ class PrunedLM(HFLM):
         # positions of the row that some request scores, each once
         scored = [row.last(which, len(todo[i].targets)) for which, i in enumerate(row.items)]
         index, where = torch.cat([torch.from_numpy(s) for s in scored]).unique(return_inverse=True)
-        with running(plan):
-            logits = self.model(
-                input_ids=torch.tensor([row.tokens], device=self.device),
-                position_ids=torch.tensor([row.positions], device=self.device),
-                use_cache=False,
-                logits_to_keep=index.to(self.device),
-            ).logits[0]
+        try:
+            with running(plan):
+                (logits,) = logits_at(
+                    self.model,
+                    index.to(self.device),
+                    input_ids=torch.tensor([row.tokens], device=self.device),
+                    position_ids=torch.tensor([row.positions], device=self.device),
+                    use_cache=False,
+                )
+        except NonFiniteError as error:  # whose rows are segments
+            owners = sorted({row.owner[segment] for segment in error.rows})
+            raise NonFiniteError(error.where, error.dtype, owners) from error
         self.counts.computed += len(row.tokens)
         self.counts.scored += len(index)
 
@@ -322,6 +360,9 @@ class PrunedLM(HFLM):
         chosen = logits[where, targets].float() - normalizer[where]
         greedy = logits.argmax(-1)[where] == targets
         sizes = [len(todo[i].targets) for i in row.items]
+        if not bool(torch.isfinite(chosen).all()):
+            pieces = zip(row.items, torch.isfinite(chosen).cpu().split(sizes), strict=True)
+            raise NonFiniteError("the logits", logits.dtype, sorted(i for i, finite in pieces if not finite.all()))
         return [
             (float(c.double().sum()), bool(g.all()))
             for c, g in zip(chosen.cpu().split(sizes), greedy.cpu().split(sizes), strict=True)
@@ -333,6 +374,11 @@ class PrunedLM(HFLM):
         self.counts.kept += kept
         self.counts.share += kept / total
         self.counts.layer_requests += len(retention)
+
+
+def subject_of(request: Any) -> str:
+    """What a request of lm-eval's is about, for a message."""
+    return f"document {request.doc_id} of task {request.task_name}" if request.doc_id is not None else "a text"
 
 
 def request_hash(arguments: tuple[Any, ...]) -> str:

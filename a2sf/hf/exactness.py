@@ -1,68 +1,400 @@
-"""Whether pruning a model through `pruned_attention` is exact, found by trying it."""
+"""Whether pruning a model is exact, found by trying it with a budget that evicts nothing against the model's own attention.
+
+What no attribute tells is found this way: a layer that does not use AttentionInterface, an attention that is not causal,
+an argument or a mask that changes the result, positions that do not follow `position_ids`, a cache used in its own way.
+"""
 
 from __future__ import annotations
 
-import torch
-from transformers import PreTrainedModel
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
 
-from a2sf.hf.attention import Plan, UnsupportedModel, attached, mixes_windows, running
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from a2sf.hf.attention import (
+    NonFiniteError,
+    Plan,
+    UnsupportedModel,
+    attached,
+    check_arguments,
+    mixes_windows,
+    rope_switch,
+    running,
+)
+from a2sf.hf.calls import hooks_of, idle, logits_at
 from a2sf.policies.base import UNLIMITED, Retention
+
+TRIAL = "a2sf_trial"
+"""The model's own attention under a name of its own, with a look at what each layer is given."""
+TOKENS, PROMPT, AFTER = 20, 10, 3
+"""Tokens of a sequence that is read in one pass, of a prompt, and of what is read one by one after it."""
+FAR = 2**20
+"""Positions of a model that does not say how many it has."""
+TYPES = {
+    "chunked_attention": "that attend only within chunks of the text",
+    "indexed_attention": "that choose which tokens they attend to",
+    "minimax_m3_sparse": "that choose which tokens they attend to",
+    "compressed_sparse_attention": "that attend to compressed tokens",
+    "heavily_compressed_attention": "that attend to compressed tokens",
+    "reference_sliding_attention": "that attend to a prompt and a window",
+    "linear_attention": "that keep a recurrent state",
+    "hybrid": "that keep a recurrent state",
+    "hybrid_sliding": "that keep a recurrent state",
+    "conv": "that are convolutions",
+}
+"""Layers that hold no plain KV cache."""
+
+_exact: weakref.WeakKeyDictionary[PreTrainedModel, torch.dtype] = weakref.WeakKeyDictionary()
+_decodes: weakref.WeakKeyDictionary[PreTrainedModel, tuple[torch.dtype, str]] = weakref.WeakKeyDictionary()
+
+
+def require_exact(model: PreTrainedModel) -> None:
+    """As `check_exact`, but once per model and dtype.
+
+    Raises:
+        UnsupportedModel: if pruning the model is not exact.
+    """
+    if _exact.get(model) != model.dtype:
+        check_exact(model)
+
+
+def require_decoding(model: PreTrainedModel, cache: Callable[[], Any]) -> None:
+    """As `check_decoding`, but once per model and dtype; what was found is told each time.
+
+    Raises:
+        UnsupportedModel: if decoding through the cache is not exact.
+    """
+    if _decodes.get(model, (None,))[0] != model.dtype:
+        try:
+            check_decoding(model, cache)
+        except UnsupportedModel as error:
+            _decodes[model] = model.dtype, str(error)
+    if _decodes.get(model, (None, ""))[1]:
+        raise UnsupportedModel(_decodes[model][1])
 
 
 def check_exact(model: PreTrainedModel) -> None:
-    """Try the model with a budget that evicts nothing against its own attention, on two short sequences that begin alike.
+    """Try one pass over two short sequences that begin alike, packed as scoring packs them, against the model's own.
 
-    This finds what no attribute tells: a layer that does not use AttentionInterface, an attention that is not causal,
-    positions that do not follow `position_ids`, a mask of the model's own.
+    Beyond these sequences' length, each layer's mask is asked what it hides up to the model's last position.
 
     Raises:
-        UnsupportedModel: if the logits differ.
+        UnsupportedModel: if logits, a layer's attention or its mask differ.
+    """
+    name = type(model).__name__
+    check_kind(model)
+    tokens = length_for(model, TOKENS)
+    shared = tokens // 2
+    rest = tokens - shared
+    a, b = tokens_of(model, 2, tokens)
+    b[:shared] = a[:shared]
+    plan = Plan(
+        row=[0] * 3,
+        start=[0, shared, tokens],
+        length=[shared, rest, rest],
+        parent=[-1, 0, 0],
+        retention=lambda segment, layer: Retention(budget=UNLIMITED),
+        layers=layers_of(model),
+        policy_on_sliding=not mixes_windows(model.config),
+    )
+    device = model.device
+    with torch.inference_mode(), idle(model), told(model):
+        own = model(torch.tensor([a, b], device=device), use_cache=False).logits
+        if agree(own[:1, :shared], own[1:, :shared], model.dtype) is False:
+            raise UnsupportedModel(f"{name} is not causal: later tokens change earlier ones; give a decoder")
+        try_layers(model, torch.tensor([a], device=device))
+        read = [*a, *b[shared:]]
+        index = torch.arange(1, len(read), device=device)
+        with attached(model), running(plan):
+            packed = logits_at(
+                model,
+                index,
+                input_ids=torch.tensor([read], device=device),
+                position_ids=torch.tensor([[*range(tokens), *range(shared, tokens)]], device=device),
+                use_cache=False,
+            )
+    expected = torch.cat([own[:1, 1:], own[1:, shared:]], 1)
+    if agree(expected, packed, model.dtype) is False:
+        what = "computes something around its attention that the engine does not reproduce"
+        if "position_ids" not in hooks_of(model).names:
+            what = "takes no position_ids, so it counts positions in its own way, which the engine does not reproduce"
+        raise UnsupportedModel(f"{name} {what}; its pruned scores would be wrong, choose another model")
+    _exact[model] = model.dtype
+
+
+def check_decoding(model: PreTrainedModel, cache: Callable[[], Any]) -> None:
+    """Try a padded batch of two prompts in one pass, then some tokens one by one, against the model's own cache.
+
+    Args:
+        cache: makes a bounded cache for the model that evicts nothing.
+
+    Raises:
+        UnsupportedModel: if the logits differ; the model may still be exact in one pass.
+    """
+    name = type(model).__name__
+    why = f"{name} gives other logits when it decodes through a pruned cache than through its own"
+    prompt = length_for(model, PROMPT + AFTER) - AFTER
+    padding = prompt // 3
+    device = model.device
+    ids = torch.tensor(tokens_of(model, 2, prompt + AFTER), device=device)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    hooks = hooks_of(model)
+    cuts = [(0, prompt), *((t, t + 1) for t in range(prompt, prompt + AFTER))]
+
+    def read(held: Any) -> Tensor:
+        logits = []
+        for start, end in cuts:
+            more = {"position_ids": positions[:, start:end]} if "position_ids" in hooks.names else {}
+            given = {hooks.cache_name: held, "attention_mask": mask[:, :end], "use_cache": True, **more}
+            logits.append(model(input_ids=ids[:, start:end], **given).logits)
+        return torch.cat(logits, 1)
+
+    with torch.inference_mode(), idle(model), told(model, "; it can be scored, not generated with"):
+        own = read(DynamicCache(config=model.config))
+        real = mask.bool()
+        if not torch.isfinite(own[real].amax(-1)).all():
+            return  # nothing to compare with; what the model is used on will tell
+        ours = read(cache())
+    if agree(own[real][None], ours[real][None], model.dtype) is False:
+        raise UnsupportedModel(f"{why}, so generated text would be wrong; it can be scored, not generated with")
+    _decodes[model] = model.dtype, ""
+
+
+@contextmanager
+def told(model: PreTrainedModel, more: str = "") -> Iterator[None]:
+    """Make one sentence of whatever a trial of `model` raises; `more` ends it.
+
+    Raises:
+        UnsupportedModel: instead of any other error but one for want of memory.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, NonFiniteError):
+        raise
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{error}{more}") from error
+    except Exception as error:
+        what = str(error).strip().partition("\n")[0].rstrip(".") or "no message"
+        raise UnsupportedModel(
+            f"{type(model).__name__} fails when it is tried on a few tokens ({type(error).__name__}: {what}){more}"
+        ) from error
+
+
+def check_kind(model: PreTrainedModel) -> None:
+    """Refuse what its settings tell is no decoder with a plain KV cache.
+
+    Raises:
+        UnsupportedModel: if it is not.
     """
     if model.training:
         raise UnsupportedModel(
             "the model is in training mode, where dropout changes every call; call model.eval() first"
         )
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModel("only decoder models have a cache to prune, and this one is an encoder-decoder")
+    rope_switch(model.config)
     config = model.config.get_text_config()
-    layers, vocabulary = config.num_hidden_layers, config.vocab_size
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    layers_of(model)
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
     if kinds:
-        raise UnsupportedModel(f"the model has layers of type {', '.join(sorted(kinds))}, which hold no plain KV cache")
+        told = [f"of type {kind}" + (f" {TYPES[kind]}" if kind in TYPES else "") for kind in kinds]
+        raise UnsupportedModel(f"the model has layers {' and '.join(told)}, and so hold no plain KV cache to prune")
+
+
+def layers_of(model: PreTrainedModel) -> int:
+    """How many attention layers the model's config tells.
+
+    Raises:
+        UnsupportedModel: if it tells none.
+    """
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if not isinstance(layers, int):
+        raise UnsupportedModel(f"{type(model).__name__} does not say how many layers it has (num_hidden_layers)")
+    return layers
+
+
+def length_for(model: PreTrainedModel, tokens: int) -> int:
+    """`tokens`, or what the model can read as one sequence where that is less.
+
+    Raises:
+        UnsupportedModel: if that is next to nothing.
+    """
+    most = min(positions_of(model), rope_switch(model.config))
+    if most < 2 * AFTER:
+        raise UnsupportedModel(f"the model reads {most:.0f} tokens at most, too few to try it on")
+    return int(min(tokens, most))
+
+
+def positions_of(model: PreTrainedModel) -> int:
+    """How many positions the model has."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or FAR)
+
+
+def tokens_of(model: PreTrainedModel, rows: int, length: int) -> list[list[int]]:
+    """Random tokens, always the same, none of which the model's settings give a meaning (an image, the end of a text)."""
+    config = model.config.get_text_config()
+    special = {
+        value
+        for settings in (model.config, config)
+        for key, value in vars(settings).items()
+        if key.endswith(("token_id", "token_index")) and isinstance(value, int)
+    }
     generator = torch.Generator().manual_seed(0)
-    a, b = torch.randint(vocabulary, (2, 12), generator=generator).tolist()
-    b[:7] = a[:7]  # the fork: seven tokens in common, five of their own
-    plan = Plan(
-        row=[0] * 3,
-        start=[0, 7, 12],
-        length=[7, 5, 5],
-        parent=[-1, 0, 0],
-        retention=lambda segment, layer: Retention(budget=UNLIMITED),
-        layers=layers,
-        policy_on_sliding=not mixes_windows(config),
-    )
-    device = model.device
-    with torch.inference_mode():
-        own = model(torch.tensor([a, b], device=device), use_cache=False).logits.float()
-        with attached(model), running(plan):
-            packed = model(
-                input_ids=torch.tensor([a + b[7:]], device=device),
-                position_ids=torch.tensor([[*range(12), *range(7, 12)]], device=device),
-                use_cache=False,
-            ).logits[0]
-    packed = packed.float()
-    ours = torch.stack([packed[:12], torch.cat([packed[:7], packed[12:]])])
+    drawn = torch.randint(config.vocab_size, (4 * rows * length + len(special),), generator=generator).tolist()
+    plain = [t for t in drawn if t not in special] or drawn
+    return [[plain[(row * length + i) % len(plain)] for i in range(length)] for row in range(rows)]
+
+
+def agree(own: Tensor, ours: Tensor, dtype: torch.dtype, loose: float = 0.1) -> bool | None:
+    """Whether two [B, T, N] are the same but for rounding, by root mean square; None where there is nothing to compare.
+
+    Rows that are not finite are left out: where that matters to a result, scoring and generating tell.
+    """
+    own, ours = own.float(), ours.float()
+    finite = torch.isfinite(own).all(-1)
+    if not finite.any():
+        return None
+    own, ours = own[finite], ours[finite]
     spread = own.std().clamp(min=1e-6)
-    # root mean square: in bfloat16, where matmuls differ with the batch's shape, single logits are 0.2 off
-    tolerance = 1e-4 if own.dtype == model.dtype else 0.1
+    # in bfloat16, where matmuls differ with the batch's shape, single logits are 0.2 off
+    tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else loose
+    return bool((own - ours).square().mean().sqrt() / spread <= tolerance)
 
-    def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-        return float((a - b).square().mean().sqrt() / spread)
 
-    if distance(own[0, :7], own[1, :7]) > tolerance:
+@dataclass
+class _Trial:
+    """One pass under the model's own attention, looked at layer by layer.
+
+    Attributes:
+        attention, mask: the model's own functions.
+        plan: what ours would do with the same input.
+        positions: how many the model has.
+        masks: those made for this pass, and the function that tells of each what it shows.
+    """
+
+    attention: Callable[..., tuple[Tensor, Any]]
+    mask: Callable[..., Any]
+    plan: Plan
+    positions: int
+    masks: list[tuple[Tensor, Callable[..., Tensor]]] = field(default_factory=list)
+
+
+_trial: ContextVar[_Trial | None] = ContextVar("trial", default=None)
+
+
+def try_layers(model: PreTrainedModel, ids: Tensor) -> None:
+    """Compare each layer's own attention with the engine's, on the same queries, keys and values, and its mask.
+
+    Raises:
+        UnsupportedModel: if one differs.
+    """
+    own = model.config._attn_implementation
+    own = own if own in AttentionInterface() and own in AttentionMaskInterface() else "sdpa"
+    plan = Plan.of_rows(
+        [ids.shape[1]],
+        [0],
+        lambda row, layer: Retention(budget=UNLIMITED),
+        layers_of(model),
+        policy_on_sliding=not mixes_windows(model.config),
+    )
+    trial = _Trial(AttentionInterface()[own], AttentionMaskInterface()[own], plan, positions_of(model))
+    token = _trial.set(trial)
+    try:
+        with attached(model, TRIAL):
+            model(ids, use_cache=False)
+    finally:
+        _trial.reset(token)
+
+
+def _trial_mask(*args: Any, mask_function: Callable[..., Tensor], **settings: Any) -> Any:
+    """The model's own mask, always made, so that it can be told which function made it."""
+    trial = _trial.get()
+    assert trial is not None
+    for name in ("allow_is_causal_skip", "allow_is_bidirectional_skip"):
+        settings = settings | {name: False}
+    made = trial.mask(*args, mask_function=mask_function, **settings)
+    if isinstance(made, Tensor):
+        trial.masks.append((made, mask_function))
+    return made
+
+
+def _trial_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **other: Any,
+) -> tuple[Tensor, Any]:
+    """A layer's own attention, after a look at whether ours is the same."""
+    trial = _trial.get()
+    assert trial is not None
+    layer = check_arguments(module, dropout, other)
+    name = type(module).__name__
+    made = [function for mask, function in trial.masks if _same(mask, attention_mask)]
+    if attention_mask is not None and not made:
+        raise UnsupportedModel(f"{name} builds an attention mask of its own, which the engine does not support")
+    if (what := _differs(made[0] if made else None, sliding_window, trial.positions)) is not None:
         raise UnsupportedModel(
-            f"{type(model).__name__} is not causal: later tokens change earlier ones; give a decoder"
+            f"layer {layer} of the model ({name}) {what}, which the engine does not do; choose another model"
         )
-    if distance(own, ours) > tolerance:
+    settings = other | {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
+    own, weights = trial.attention(module, query, key, value, attention_mask, **settings)
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    ours = trial.plan.attend(layer, query, key, value, scale, sliding_window).transpose(1, 2)
+    if agree(own.flatten(2), ours.flatten(2), own.dtype, loose=0.03) is False:
+        given = ", ".join(sorted(k for k, v in other.items() if v is not None)) or "nothing unusual"
         raise UnsupportedModel(
-            f"{type(model).__name__} computes something around its attention that the engine does not reproduce, so its "
-            "pruned scores would be wrong; choose another model"
+            f"the attention of layer {layer} ({name}, which is given {given}) is not the softmax attention that the "
+            "engine computes; choose another model"
         )
+    return own, weights
+
+
+def _same(a: Tensor, b: Tensor | None) -> bool:
+    return a is b or (b is not None and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+
+
+def _differs(shows: Callable[..., Tensor] | None, window: int | None, positions: int) -> str | None:
+    """How a mask differs from causal attention (within `window` tokens, if any) anywhere up to `positions`, or None."""
+    ends = {2**i + d for i in range(positions.bit_length() + 1) for d in (-1, 0, 1)} | {0, 3, positions - 1, TOKENS}
+    ends |= {window + d for d in (-2, -1, 0, 1)} if window else set()
+    marks = torch.tensor(sorted(e for e in ends if 0 <= e < positions))
+    query = marks[:, None].expand(-1, 2 * len(marks) + 1)
+    key = torch.cat([query[:, : len(marks)] - marks, query[:, :1] + 1, marks.expand(len(marks), -1)], 1)
+    inside = (key >= 0) & (key < positions)
+    query, key = query[inside], key[inside]
+    expected = key <= query
+    if window:
+        expected &= key > query - window
+    if shows is None:
+        seen = key <= query
+    else:
+        try:
+            seen = torch.as_tensor(shows(torch.zeros_like(query), torch.zeros_like(query), query, key))
+        except (IndexError, RuntimeError, TypeError):
+            return "has a mask that depends on more than positions"
+        seen = seen.cpu().expand(query.shape)
+    wrong = seen != expected
+    if not wrong.any():
+        return None
+    first = int(torch.where(wrong, torch.maximum(query, key), positions).min())
+    i = int((wrong & (torch.maximum(query, key) == first)).nonzero()[0])
+    sees = "sees" if seen[i] else "does not see"
+    return f"{sees} token {int(key[i])} from token {int(query[i])}"
+
+
+AttentionInterface.register(TRIAL, _trial_attention)
+AttentionMaskInterface.register(TRIAL, _trial_mask)
