@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,8 @@ NAME = "a2sf"
 PACK_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Computed tokens per forward pass where `batch_size` is auto."""
 LOGSUMEXP_ROWS = 64
+NAMED = 5
+"""Documents that a message names at most."""
 GENERATED_ROWS = 8
 """Sequences generated at a time where `batch_size` is auto."""
 
@@ -148,7 +150,7 @@ class PrunedLM(HFLM):
         self.policy, self.budget = policy, budget
         self.counts = Counts()
         self.lengths: dict[str, tuple[int, int]] = {}
-        self._subjects: dict[str, str] = {}  # what a message calls a request, by its strings or tokens
+        self._documents: dict[str, tuple[str, int]] = {}  # task and document of each request, by its strings or tokens
         self.traces: list[Trace] = []
 
     def retention(self, total: int, context: int) -> tuple[Retention, ...]:
@@ -163,7 +165,7 @@ class PrunedLM(HFLM):
         hashes = [request_hash(r.args) for r in requests]
         prompts = [self._prompt(*r.args) for r in requests]
         new = [r for r, h in zip(own, hashes, strict=True) if h not in self.known]
-        self._subjects = {str(tokens): subject_of(r) for r, (tokens, _) in zip(requests, prompts, strict=True)}
+        self._documents = {str(tokens): document_of(r) for r, (tokens, _) in zip(requests, prompts, strict=True)}
         fewer = self.tokens_per_pass / self.most_tokens  # after memory ran out
         self.batch_size_per_gpu = max(1, int((self.sequences_per_pass or GENERATED_ROWS) * fewer))
         texts = iter(super().generate_until(new, disable_tqdm=disable_tqdm or self.silent) if new else [])
@@ -207,7 +209,7 @@ class PrunedLM(HFLM):
             copies = max(1, cache.batch_size // len(context))  # beams, or several texts of one prompt
             rows = dict.fromkeys(row // copies for row in error.rows)
             read = [context[i][settings["attention_mask"][i].bool()].tolist() for i in rows]
-            raise error.about(", ".join(self._subjects.get(str(tokens), "a text") for tokens in read)) from error
+            raise error.about(self._subject(map(str, read))) from error
         if cache.seen is None:
             raise UnsupportedModel(
                 f"{type(self.model).__name__} did not use the pruned cache that generate() gave it; choose another model"
@@ -222,7 +224,7 @@ class PrunedLM(HFLM):
             if found is not None:
                 self.lengths[h] = found[2:]
         new = [r for r, h in zip(requests, hashes, strict=True) if h not in self.known]
-        self._subjects = {str(r.args): subject_of(r) for r in requests}
+        self._documents = {str(r.args): document_of(r) for r in requests}
         answers = iter(super().loglikelihood(new, disable_tqdm=disable_tqdm or self.silent) if new else [])
         self.counts.reused += len(requests) - len(new)
         for r in filter(self._to_trace, requests):
@@ -236,12 +238,22 @@ class PrunedLM(HFLM):
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """As HFLM's, which scores one window at a time."""
         answers: list[float] = []
+        self._documents = {str(r.args): document_of(r) for r in requests}
         for request in tqdm(requests, disable=disable_tqdm or self.silent, desc="rolling windows", leave=False):
             try:
                 answers += super().loglikelihood_rolling([request], disable_tqdm=True)
             except NonFiniteError as error:
-                raise error.about(subject_of(request)) from error
+                raise error.about(self._subject([str(request.args)])) from error
         return answers
+
+    def _subject(self, requests: Iterable[str]) -> str:
+        """What a message calls the documents of requests, given by their strings or tokens; "" where none is known."""
+        known = sorted({self._documents[r] for r in requests if r in self._documents and self._documents[r][1] >= 0})
+        if not known:
+            return ""
+        first = ", ".join(str(document) for _, document in known[:NAMED])
+        more = f" and {len(known) - NAMED} more" if len(known) > NAMED else ""
+        return f"task {known[0][0]}, document{'s' if len(known) > 1 else ''} {first}{more}"
 
     def _to_trace(self, request: Any) -> bool:
         """Whether this is the first request of one of the first documents."""
@@ -261,7 +273,8 @@ class PrunedLM(HFLM):
             trace=True,
         )
         with attached(self.model), torch.inference_mode(), running(plan):
-            self.model(input_ids=torch.tensor([read], device=self.device), use_cache=False, logits_to_keep=1)
+            last = torch.tensor([len(read) - 1], device=self.device)
+            logits_at(self.model, last, input_ids=torch.tensor([read], device=self.device), use_cache=False)
         noted = (plan.evicted, plan.received, plan.lost)
         arrays = (torch.cat([of_layer[i] for i in range(self.layers)]).cpu().numpy() for of_layer in noted)
         pieces = tuple(self.tokenizer.decode([t]) for t in read)
@@ -280,8 +293,7 @@ class PrunedLM(HFLM):
                 try:
                     scores = self._score(row, todo)
                 except NonFiniteError as error:  # whose rows are requests
-                    named = (self._subjects.get(str(requests[i][0]), "a text") for i in error.rows)
-                    raise error.about(", ".join(dict.fromkeys(named))) from error
+                    raise error.about(self._subject(str(requests[i][0]) for i in error.rows)) from error
                 for i, answer in zip(row.items, scores, strict=True):
                     answers[i] = answer
                     if (strings := requests[i][0]) is not None:
@@ -376,9 +388,9 @@ class PrunedLM(HFLM):
         self.counts.layer_requests += len(retention)
 
 
-def subject_of(request: Any) -> str:
-    """What a request of lm-eval's is about, for a message."""
-    return f"document {request.doc_id} of task {request.task_name}" if request.doc_id is not None else "a text"
+def document_of(request: Any) -> tuple[str, int]:
+    """Task and document of one of lm-eval's requests; document -1 where it has none."""
+    return str(request.task_name), -1 if request.doc_id is None else int(request.doc_id)
 
 
 def request_hash(arguments: tuple[Any, ...]) -> str:

@@ -64,7 +64,9 @@ class NonFiniteError(UserError):
     def __init__(self, where: str, dtype: torch.dtype, rows: Sequence[int] = (), subject: str = "") -> None:
         self.where, self.dtype, self.rows, self.subject = where, dtype, tuple(rows), subject
         name = str(dtype).removeprefix("torch.")
-        remedy = REMEDIES.get(dtype, "the weights may be damaged, so look at them or load the model again")
+        remedy = REMEDIES.get(dtype, "the weights may be damaged, so load them anew or look at them")
+        if rows and not subject:
+            where += f" (row {', '.join(map(str, self.rows))} of the batch)"
         super().__init__(
             f"{subject + ': ' if subject else ''}NaN or infinity in {where}, computed in {name}; the result would be "
             f"meaningless, {remedy}"
@@ -250,10 +252,15 @@ def running(plan: Plan) -> Iterator[Plan]:
 
 def check_reached(plan: Pass) -> None:
     """Raise `UnsupportedModel` if a layer did not call `pruned_attention`."""
-    if len(plan.reached) != plan.layers:
+    if len(plan.reached) < plan.layers:
         raise UnsupportedModel(
             f"only {len(plan.reached)} of the model's {plan.layers} layers use transformers' AttentionInterface, each "
             "under a number of its own, so it would run unpruned; choose a model whose every layer does"
+        )
+    if len(plan.reached) > plan.layers:
+        raise UnsupportedModel(
+            f"{len(plan.reached)} layers of the model have an attention and its config tells of {plan.layers} "
+            "(num_hidden_layers), so they cannot be given budgets; choose another model"
         )
 
 
@@ -303,7 +310,7 @@ def pruned_attention(
             f"{type(module).__name__} builds an attention mask of its own, which the engine does not support"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return plan.attend(layer, query, key, value, scale, sliding_window).transpose(1, 2), None
+    return plan.attend(layer, query, key, value, scale, sliding_window or None).transpose(1, 2), None
 
 
 def check_arguments(module: nn.Module, dropout: float, other: dict[str, Any]) -> int:

@@ -91,8 +91,8 @@ class Hooks:
         else:
             assert self.scope is not None
             current = self.scope.plan(model, shape, mask)
-        if given is None and "position_ids" in self.names and (mask is not None or bool((past > 0).any())):
-            # positions count a row's own tokens, wherever its padding is
+        if given is None and (mask is not None or bool((past > 0).any())):
+            # positions count a row's own tokens, wherever its padding is; a model that is exact follows them
             real = mask[:, -shape[1] :].long() if mask is not None else tokens.new_ones(shape, dtype=torch.int64)
             named["position_ids"] = (past[:, None].to(real.device) + real.cumsum(1) - 1).clamp(min=0)
         stack = ExitStack()
@@ -159,7 +159,7 @@ def check_output(output: Any, real: Tensor | None) -> None:
         bad &= real[:, real.shape[1] - bad.shape[1] :].to(bad.device)
     if rows := bad.any(1).nonzero()[:, 0].tolist():
         where = "the logits" if found[0] is not None else "the hidden states"
-        raise NonFiniteError(f"{where} of row {rows[0]}", values.dtype, rows)
+        raise NonFiniteError(where, values.dtype, rows)
 
 
 def _check_positions(given: Tensor, past: Tensor, shape: tuple[int, int]) -> None:

@@ -153,9 +153,9 @@ def check_decoding(model: PreTrainedModel, cache: Callable[[], Any]) -> None:
     def read(held: Any) -> Tensor:
         logits = []
         for start, end in cuts:
-            more = {"position_ids": positions[:, start:end]} if "position_ids" in hooks.names else {}
-            given = {hooks.cache_name: held, "attention_mask": mask[:, :end], "use_cache": True, **more}
-            logits.append(model(input_ids=ids[:, start:end], **given).logits)
+            given: dict[str, Any] = {"input_ids": ids[:, start:end], "position_ids": positions[:, start:end]}
+            given |= {"attention_mask": mask[:, :end], hooks.cache_name: held, "use_cache": True}
+            logits.append(model(**given).logits)
         return torch.cat(logits, 1)
 
     with torch.inference_mode(), idle(model), told(model, "; it can be scored, not generated with"):
@@ -206,8 +206,8 @@ def check_kind(model: PreTrainedModel) -> None:
     layers_of(model)
     kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
     if kinds:
-        told = [f"of type {kind}" + (f" {TYPES[kind]}" if kind in TYPES else "") for kind in kinds]
-        raise UnsupportedModel(f"the model has layers {' and '.join(told)}, and so hold no plain KV cache to prune")
+        told = " and ".join(f"of type {kind}" + (f" {TYPES[kind]}" if kind in TYPES else "") for kind in kinds)
+        raise UnsupportedModel(f"the model has layers {told}, which hold no plain KV cache; choose another model")
 
 
 def layers_of(model: PreTrainedModel) -> int:
@@ -343,17 +343,20 @@ def _trial_attention(
     assert trial is not None
     layer = check_arguments(module, dropout, other)
     name = type(module).__name__
-    made = [function for mask, function in trial.masks if _same(mask, attention_mask)]
-    if attention_mask is not None and not made:
-        raise UnsupportedModel(f"{name} builds an attention mask of its own, which the engine does not support")
-    if (what := _differs(made[0] if made else None, sliding_window, trial.positions)) is not None:
-        raise UnsupportedModel(
-            f"layer {layer} of the model ({name}) {what}, which the engine does not do; choose another model"
-        )
+    made: list[Callable[..., Tensor] | None] = [None]  # without a mask, causal
+    if attention_mask is not None:
+        # two masks may hide the same of a short sequence: the very one, or all that look alike
+        made = [shows for mask, shows in trial.masks if mask is attention_mask]
+        made = made or [shows for mask, shows in trial.masks if _alike(mask, attention_mask)]
+        if not made:
+            raise UnsupportedModel(f"{name} builds an attention mask of its own, which the engine does not support")
+    for shows in made:
+        if (what := _differs(shows, sliding_window, trial.positions, query.device)) is not None:
+            raise UnsupportedModel(f"layer {layer} of the model ({name}) {what}; choose another model")
     settings = other | {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
     own, weights = trial.attention(module, query, key, value, attention_mask, **settings)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    ours = trial.plan.attend(layer, query, key, value, scale, sliding_window).transpose(1, 2)
+    ours = trial.plan.attend(layer, query, key, value, scale, sliding_window or None).transpose(1, 2)
     if agree(own.flatten(2), ours.flatten(2), own.dtype, loose=0.03) is False:
         given = ", ".join(sorted(k for k, v in other.items() if v is not None)) or "nothing unusual"
         raise UnsupportedModel(
@@ -363,15 +366,17 @@ def _trial_attention(
     return own, weights
 
 
-def _same(a: Tensor, b: Tensor | None) -> bool:
-    return a is b or (b is not None and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
 
 
-def _differs(shows: Callable[..., Tensor] | None, window: int | None, positions: int) -> str | None:
+def _differs(
+    shows: Callable[..., Tensor] | None, window: int | None, positions: int, device: torch.device
+) -> str | None:
     """How a mask differs from causal attention (within `window` tokens, if any) anywhere up to `positions`, or None."""
     ends = {2**i + d for i in range(positions.bit_length() + 1) for d in (-1, 0, 1)} | {0, 3, positions - 1, TOKENS}
     ends |= {window + d for d in (-2, -1, 0, 1)} if window else set()
-    marks = torch.tensor(sorted(e for e in ends if 0 <= e < positions))
+    marks = torch.tensor(sorted(e for e in ends if 0 <= e < positions), device=device)
     query = marks[:, None].expand(-1, 2 * len(marks) + 1)
     key = torch.cat([query[:, : len(marks)] - marks, query[:, :1] + 1, marks.expand(len(marks), -1)], 1)
     inside = (key >= 0) & (key < positions)
@@ -386,14 +391,17 @@ def _differs(shows: Callable[..., Tensor] | None, window: int | None, positions:
             seen = torch.as_tensor(shows(torch.zeros_like(query), torch.zeros_like(query), query, key))
         except (IndexError, RuntimeError, TypeError):
             return "has a mask that depends on more than positions"
-        seen = seen.cpu().expand(query.shape)
+        seen = seen.expand(query.shape)
     wrong = seen != expected
     if not wrong.any():
         return None
     first = int(torch.where(wrong, torch.maximum(query, key), positions).min())
     i = int((wrong & (torch.maximum(query, key) == first)).nonzero()[0])
-    sees = "sees" if seen[i] else "does not see"
-    return f"{sees} token {int(key[i])} from token {int(query[i])}"
+    told = f"the window of {window} tokens" if window else "the full causal attention"
+    return (
+        f"{'lets' if seen[i] else 'does not let'} token {int(query[i])} attend to token {int(key[i])}, unlike {told} that "
+        "it states, so longer texts would be wrong"
+    )
 
 
 AttentionInterface.register(TRIAL, _trial_attention)

@@ -43,7 +43,7 @@ class PrunedCache(Cache):
         policy, budget: what to keep (None: for a policy that ignores budgets). A ratio of base `context` is one of the
             row's prompt, of base `total` one of the tokens that are read: the prompt and all new tokens but the last.
         max_new_tokens: as given to `generate`; needed for a ratio of base `total`.
-        context_tokens: the prompt's length, or each row's; needed for a ratio when the prompt is read in chunks.
+        context_tokens: the prompt's length, or each prompt's; needed for a ratio when the prompt is read in chunks.
         backend: which implementation runs, `auto` or a name in `a2sf.engine.kernels.BACKENDS`.
         trace: keep note of what every step evicts (`evicted`), at a cost in speed and memory.
 
@@ -299,6 +299,8 @@ class PrunedCache(Cache):
         if self.context_tokens is not None:
             given = self.context_tokens
             context = [int(given)] * len(context) if isinstance(given, numbers.Integral) else list(given)
+            if context and len(length) % len(context) == 0:  # beams, or several texts of a prompt, are neighbours
+                context = [n for n in context for _ in range(len(length) // len(context))]
             if len(context) != len(length):
                 raise UserError(f"context_tokens gives {len(context)} lengths and the batch has {len(length)} rows")
         layers, more = len(self.layers), max(0, (self.max_new_tokens or 0) - 1)  # the last token is never read
