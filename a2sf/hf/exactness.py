@@ -9,13 +9,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from a2sf.hf.attention import (
@@ -23,20 +21,16 @@ from a2sf.hf.attention import (
     Plan,
     UnsupportedModel,
     attached,
-    check_arguments,
     mixes_windows,
     rope_switch,
     running,
 )
 from a2sf.hf.calls import hooks_of, idle, logits_at
+from a2sf.hf.trial import agree, layers_of, positions_of, try_layers
 from a2sf.policies.base import UNLIMITED, Retention
 
-TRIAL = "a2sf_trial"
-"""The model's own attention under a name of its own, with a look at what each layer is given."""
 TOKENS, PROMPT, AFTER = 20, 10, 3
 """Tokens of a sequence that is read in one pass, of a prompt, and of what is read one by one after it."""
-FAR = 2**20
-"""Positions of a model that does not say how many it has."""
 TYPES = {
     "chunked_attention": "that attend only within chunks of the text",
     "indexed_attention": "that choose which tokens they attend to",
@@ -112,14 +106,17 @@ def check_exact(model: PreTrainedModel) -> None:
         try_layers(model, torch.tensor([a], device=device))
         read = [*a, *b[shared:]]
         index = torch.arange(1, len(read), device=device)
-        with attached(model), running(plan):
-            packed = logits_at(
-                model,
-                index,
-                input_ids=torch.tensor([read], device=device),
-                position_ids=torch.tensor([[*range(tokens), *range(shared, tokens)]], device=device),
-                use_cache=False,
-            )
+        try:
+            with attached(model), running(plan):
+                packed = logits_at(
+                    model,
+                    index,
+                    input_ids=torch.tensor([read], device=device),
+                    position_ids=torch.tensor([[*range(tokens), *range(shared, tokens)]], device=device),
+                    use_cache=False,
+                )
+        except NonFiniteError:
+            return  # nothing to compare; the document that it happens to as well is told
     expected = torch.cat([own[:1, 1:], own[1:, shared:]], 1)
     if agree(expected, packed, model.dtype) is False:
         what = "computes something around its attention that the engine does not reproduce"
@@ -210,18 +207,6 @@ def check_kind(model: PreTrainedModel) -> None:
         raise UnsupportedModel(f"the model has layers {told}, which hold no plain KV cache; choose another model")
 
 
-def layers_of(model: PreTrainedModel) -> int:
-    """How many attention layers the model's config tells.
-
-    Raises:
-        UnsupportedModel: if it tells none.
-    """
-    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    if not isinstance(layers, int):
-        raise UnsupportedModel(f"{type(model).__name__} does not say how many layers it has (num_hidden_layers)")
-    return layers
-
-
 def length_for(model: PreTrainedModel, tokens: int) -> int:
     """`tokens`, or what the model can read as one sequence where that is less.
 
@@ -232,11 +217,6 @@ def length_for(model: PreTrainedModel, tokens: int) -> int:
     if most < 2 * AFTER:
         raise UnsupportedModel(f"the model reads {most:.0f} tokens at most, too few to try it on")
     return int(min(tokens, most))
-
-
-def positions_of(model: PreTrainedModel) -> int:
-    """How many positions the model has."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or FAR)
 
 
 def tokens_of(model: PreTrainedModel, rows: int, length: int) -> list[list[int]]:
@@ -252,157 +232,3 @@ def tokens_of(model: PreTrainedModel, rows: int, length: int) -> list[list[int]]
     drawn = torch.randint(config.vocab_size, (4 * rows * length + len(special),), generator=generator).tolist()
     plain = [t for t in drawn if t not in special] or drawn
     return [[plain[(row * length + i) % len(plain)] for i in range(length)] for row in range(rows)]
-
-
-def agree(own: Tensor, ours: Tensor, dtype: torch.dtype, loose: float = 0.1) -> bool | None:
-    """Whether two [B, T, N] are the same but for rounding, by root mean square; None where there is nothing to compare.
-
-    Rows that are not finite are left out: where that matters to a result, scoring and generating tell.
-    """
-    own, ours = own.float(), ours.float()
-    finite = torch.isfinite(own).all(-1)
-    if not finite.any():
-        return None
-    own, ours = own[finite], ours[finite]
-    spread = own.std().clamp(min=1e-6)
-    # in bfloat16, where matmuls differ with the batch's shape, single logits are 0.2 off
-    tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else loose
-    return bool((own - ours).square().mean().sqrt() / spread <= tolerance)
-
-
-@dataclass
-class _Trial:
-    """One pass under the model's own attention, looked at layer by layer.
-
-    Attributes:
-        attention, mask: the model's own functions.
-        plan: what ours would do with the same input.
-        positions: how many the model has.
-        masks: those made for this pass, and the function that tells of each what it shows.
-    """
-
-    attention: Callable[..., tuple[Tensor, Any]]
-    mask: Callable[..., Any]
-    plan: Plan
-    positions: int
-    masks: list[tuple[Tensor, Callable[..., Tensor]]] = field(default_factory=list)
-
-
-_trial: ContextVar[_Trial | None] = ContextVar("trial", default=None)
-
-
-def try_layers(model: PreTrainedModel, ids: Tensor) -> None:
-    """Compare each layer's own attention with the engine's, on the same queries, keys and values, and its mask.
-
-    Raises:
-        UnsupportedModel: if one differs.
-    """
-    own = model.config._attn_implementation
-    own = own if own in AttentionInterface() and own in AttentionMaskInterface() else "sdpa"
-    plan = Plan.of_rows(
-        [ids.shape[1]],
-        [0],
-        lambda row, layer: Retention(budget=UNLIMITED),
-        layers_of(model),
-        policy_on_sliding=not mixes_windows(model.config),
-    )
-    trial = _Trial(AttentionInterface()[own], AttentionMaskInterface()[own], plan, positions_of(model))
-    token = _trial.set(trial)
-    try:
-        with attached(model, TRIAL):
-            model(ids, use_cache=False)
-    finally:
-        _trial.reset(token)
-
-
-def _trial_mask(*args: Any, mask_function: Callable[..., Tensor], **settings: Any) -> Any:
-    """The model's own mask, always made, so that it can be told which function made it."""
-    trial = _trial.get()
-    assert trial is not None
-    for name in ("allow_is_causal_skip", "allow_is_bidirectional_skip"):
-        settings = settings | {name: False}
-    made = trial.mask(*args, mask_function=mask_function, **settings)
-    if isinstance(made, Tensor):
-        trial.masks.append((made, mask_function))
-    return made
-
-
-def _trial_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    **other: Any,
-) -> tuple[Tensor, Any]:
-    """A layer's own attention, after a look at whether ours is the same."""
-    trial = _trial.get()
-    assert trial is not None
-    layer = check_arguments(module, dropout, other)
-    name = type(module).__name__
-    made: list[Callable[..., Tensor] | None] = [None]  # without a mask, causal
-    if attention_mask is not None:
-        # two masks may hide the same of a short sequence: the very one, or all that look alike
-        made = [shows for mask, shows in trial.masks if mask is attention_mask]
-        made = made or [shows for mask, shows in trial.masks if _alike(mask, attention_mask)]
-        if not made:
-            raise UnsupportedModel(f"{name} builds an attention mask of its own, which the engine does not support")
-    for shows in made:
-        if (what := _differs(shows, sliding_window, trial.positions, query.device)) is not None:
-            raise UnsupportedModel(f"layer {layer} of the model ({name}) {what}; choose another model")
-    settings = other | {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
-    own, weights = trial.attention(module, query, key, value, attention_mask, **settings)
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    ours = trial.plan.attend(layer, query, key, value, scale, sliding_window or None).transpose(1, 2)
-    if agree(own.flatten(2), ours.flatten(2), own.dtype, loose=0.03) is False:
-        given = ", ".join(sorted(k for k, v in other.items() if v is not None)) or "nothing unusual"
-        raise UnsupportedModel(
-            f"the attention of layer {layer} ({name}, which is given {given}) is not the softmax attention that the "
-            "engine computes; choose another model"
-        )
-    return own, weights
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-
-
-def _differs(
-    shows: Callable[..., Tensor] | None, window: int | None, positions: int, device: torch.device
-) -> str | None:
-    """How a mask differs from causal attention (within `window` tokens, if any) anywhere up to `positions`, or None."""
-    ends = {2**i + d for i in range(positions.bit_length() + 1) for d in (-1, 0, 1)} | {0, 3, positions - 1, TOKENS}
-    ends |= {window + d for d in (-2, -1, 0, 1)} if window else set()
-    marks = torch.tensor(sorted(e for e in ends if 0 <= e < positions), device=device)
-    query = marks[:, None].expand(-1, 2 * len(marks) + 1)
-    key = torch.cat([query[:, : len(marks)] - marks, query[:, :1] + 1, marks.expand(len(marks), -1)], 1)
-    inside = (key >= 0) & (key < positions)
-    query, key = query[inside], key[inside]
-    expected = key <= query
-    if window:
-        expected &= key > query - window
-    if shows is None:
-        seen = key <= query
-    else:
-        try:
-            seen = torch.as_tensor(shows(torch.zeros_like(query), torch.zeros_like(query), query, key))
-        except (IndexError, RuntimeError, TypeError):
-            return "has a mask that depends on more than positions"
-        seen = seen.expand(query.shape)
-    wrong = seen != expected
-    if not wrong.any():
-        return None
-    first = int(torch.where(wrong, torch.maximum(query, key), positions).min())
-    i = int((wrong & (torch.maximum(query, key) == first)).nonzero()[0])
-    told = f"the window of {window} tokens" if window else "the full causal attention"
-    return (
-        f"{'lets' if seen[i] else 'does not let'} token {int(query[i])} attend to token {int(key[i])}, unlike {told} that "
-        "it states, so longer texts would be wrong"
-    )
-
-
-AttentionInterface.register(TRIAL, _trial_attention)
-AttentionMaskInterface.register(TRIAL, _trial_mask)

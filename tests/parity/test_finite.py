@@ -110,6 +110,17 @@ def test_what_is_spoilt_below_reaches_the_attention_and_is_blamed_there():
     assert len(lm_of(model).loglikelihood(ask("loglikelihood", CLEAN))) == 1
 
 
+def test_a_model_that_is_nan_throughout_names_the_document_too():
+    model = small("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight[3, 4] = NAN
+    lm = lm_of(model)
+    with pytest.raises(NonFiniteError, match=r"^task sums, document 0: NaN or infinity in the key of layer 1"):
+        lm.loglikelihood(ask("loglikelihood", CLEAN))
+    with pytest.raises(NonFiniteError, match=r"^task sums, document 0: NaN or infinity in the key of layer 1"):
+        lm.generate_until(ask("generate_until", ("abc", {"until": ["."], "max_gen_toks": 3})))
+
+
 def test_half_precision_that_overflows_says_what_to_try():
     model = small("llama").half()
     with torch.no_grad():
