@@ -26,7 +26,7 @@ from a2sf.hf.attention import (
     running,
 )
 from a2sf.hf.calls import hooks_of, idle, logits_at
-from a2sf.hf.trial import agree, layers_of, positions_of, try_layers
+from a2sf.hf.trial import agree, layers_of, likely, positions_of, try_layers
 from a2sf.policies.base import UNLIMITED, Retention
 
 TOKENS, PROMPT, AFTER = 20, 10, 3
@@ -100,7 +100,7 @@ def check_exact(model: PreTrainedModel) -> None:
     )
     device = model.device
     with torch.inference_mode(), idle(model), told(model):
-        own = model(torch.tensor([a, b], device=device), use_cache=False).logits
+        own = likely(model(torch.tensor([a, b], device=device), use_cache=False).logits)
         if agree(own[:1, :shared], own[1:, :shared], model.dtype) is False:
             raise UnsupportedModel(f"{name} is not causal: later tokens change earlier ones; give a decoder")
         try_layers(model, torch.tensor([a], device=device))
@@ -118,7 +118,7 @@ def check_exact(model: PreTrainedModel) -> None:
         except NonFiniteError:
             return  # nothing to compare; the document that it happens to as well is told
     expected = torch.cat([own[:1, 1:], own[1:, shared:]], 1)
-    if agree(expected, packed, model.dtype) is False:
+    if agree(expected, likely(packed), model.dtype) is False:
         what = "computes something around its attention that the engine does not reproduce"
         if "position_ids" not in hooks_of(model).names:
             what = "takes no position_ids, so it counts positions in its own way, which the engine does not reproduce"
@@ -152,7 +152,7 @@ def check_decoding(model: PreTrainedModel, cache: Callable[[], Any]) -> None:
         for start, end in cuts:
             given: dict[str, Any] = {"input_ids": ids[:, start:end], "position_ids": positions[:, start:end]}
             given |= {"attention_mask": mask[:, :end], hooks.cache_name: held, "use_cache": True}
-            logits.append(model(**given).logits)
+            logits.append(likely(model(**given).logits))
         return torch.cat(logits, 1)
 
     with torch.inference_mode(), idle(model), told(model, "; it can be scored, not generated with"):

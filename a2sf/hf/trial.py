@@ -40,20 +40,28 @@ def positions_of(model: PreTrainedModel) -> int:
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or FAR)
 
 
+def likely(logits: Tensor) -> Tensor:
+    """Logits [..., vocabulary] in float32, those that stand for no probability cut off.
+
+    Models mask entries that no token uses with -infinity or the least number there is, which would dwarf the others.
+    """
+    logits = logits.float()
+    return logits.maximum(logits.amax(-1, keepdim=True) - 100)
+
+
 def agree(own: Tensor, ours: Tensor, dtype: torch.dtype, tight: float = 1e-4, loose: float = 0.1) -> bool | None:
     """Whether two [B, T, N] are the same but for rounding, by root mean square; None where there is nothing to compare.
 
-    Rows that are not finite are left out: where that matters to a result, scoring and generating tell.
+    Rows of `own` that are not finite are left out: where that matters to a result, scoring and generating tell.
     """
     own, ours = own.float(), ours.float()
     finite = torch.isfinite(own).all(-1)
     if not finite.any():
         return None
     own, ours = own[finite], ours[finite]
-    spread = own.std().clamp(min=1e-6)
     # in bfloat16, where matmuls differ with the batch's shape, single logits are 0.2 off
     tolerance = tight if dtype in (torch.float32, torch.float64) else loose
-    return bool((own - ours).square().mean().sqrt() / spread <= tolerance)
+    return bool((own - ours).square().mean().sqrt() <= tolerance * own.std().clamp(min=1e-6))
 
 
 @dataclass

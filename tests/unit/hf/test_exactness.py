@@ -170,6 +170,19 @@ def test_layers_that_call_their_attention_another_number_of_times_are_refused():
             model(IDS[:, :1], cache=cache)
 
 
+@pytest.mark.parametrize("value", [-torch.inf, torch.finfo(torch.float32).min, -65504.0])
+def test_a_masked_vocabulary_hides_nothing_from_the_trial(value):
+    model = small("llama")
+    model.lm_head.register_forward_hook(lambda m, a, out: out.index_fill_(-1, torch.tensor([95, 96]), value))
+    check_exact(model)
+    PrunedCache(model, A2SF(), BUDGET)
+    rotary = model.model.rotary_emb
+    own = rotary.forward
+    rotary.forward = lambda x, position_ids: own(x, torch.arange(x.shape[1])[None].expand_as(position_ids))
+    with pytest.raises(UnsupportedModel, match="does not reproduce"):
+        check_exact(model)
+
+
 def test_it_is_tried_once_per_model_and_dtype(monkeypatch):
     tried = []
     monkeypatch.setattr(exactness, "check_exact", lambda model: tried.append(model.dtype))
