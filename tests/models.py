@@ -72,7 +72,11 @@ def small(name: str, seed: int = 0, **more: object) -> PreTrainedModel:
 
 def random_model(kind: str, seed: int = 0, **settings: object) -> PreTrainedModel:
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+    return enlarge(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)))
+
+
+def enlarge(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with weights large enough that attention matters, ready to be read."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -10,10 +10,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import inspect
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +25,11 @@ from tqdm import tqdm
 from a2sf.engine.trace import Trace
 from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation.packing import Item, Pack, pack
-from a2sf.hf.attention import Plan, UnsupportedModel, attached, mixes_windows, rope_switch, running
-from a2sf.hf.calls import hooks_of
-from a2sf.hf.generation import PrunedCache, check_settings, retention_of
-from a2sf.hf.loading import LoadedModel, ModelSpec, load, load_tokenizer
+from a2sf.evaluation.pretrained import load_pretrained
+from a2sf.hf.attention import NonFiniteError, Plan, UnsupportedModel, attached, mixes_windows, rope_switch, running
+from a2sf.hf.calls import hooks_of, logits_at
+from a2sf.hf.exactness import require_exact
+from a2sf.hf.generation import PrunedCache, check_settings, prove_decoding, retention_of
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policy
@@ -39,6 +38,8 @@ NAME = "a2sf"
 PACK_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Computed tokens per forward pass where `batch_size` is auto."""
 LOGSUMEXP_ROWS = 64
+NAMED = 5
+"""Documents that a message names at most."""
 GENERATED_ROWS = 8
 """Sequences generated at a time where `batch_size` is auto."""
 
@@ -114,7 +115,7 @@ class PrunedLM(HFLM):
         **kwargs: Any,
     ) -> None:
         if isinstance(pretrained, str):
-            loaded, kwargs = _load(pretrained, kwargs)
+            loaded, kwargs = load_pretrained(pretrained, kwargs)
             pretrained, self.weights_format = loaded.model, loaded.format
             kwargs.setdefault("tokenizer", loaded.tokenizer)
         super().__init__(pretrained=pretrained, batch_size=1, **kwargs)
@@ -155,6 +156,7 @@ class PrunedLM(HFLM):
         self.policy, self.budget = policy, budget
         self.counts = Counts()
         self.lengths: dict[str, tuple[int, int]] = {}
+        self._documents: dict[str, tuple[str, int]] = {}  # task and document of each request, by its strings or tokens
         self.traces: list[Trace] = []
 
     def retention(self, total: int, context: int) -> tuple[Retention, ...]:
@@ -163,11 +165,13 @@ class PrunedLM(HFLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """As HFLM's, through a bounded cache; a request that `known` answers is not computed again."""
+        prove_decoding(self.model, self.policy, self.budget)
         # lm-eval adds to the stop sequences that it is given
         own = [dataclasses.replace(r, arguments=copy.deepcopy(r.args)) for r in requests]
         hashes = [request_hash(r.args) for r in requests]
         prompts = [self._prompt(*r.args) for r in requests]
         new = [r for r, h in zip(own, hashes, strict=True) if h not in self.known]
+        self._documents = {str(tokens): document_of(r) for r, (tokens, _) in zip(requests, prompts, strict=True)}
         fewer = self.tokens_per_pass / self.most_tokens  # after memory ran out
         self.batch_size_per_gpu = max(1, int((self.sequences_per_pass or GENERATED_ROWS) * fewer))
         texts = iter(super().generate_until(new, disable_tqdm=disable_tqdm or self.silent) if new else [])
@@ -205,7 +209,13 @@ class PrunedLM(HFLM):
         cache = PrunedCache(
             self.model, self.policy, self.budget, max_new_tokens=more, context_tokens=prompt, backend=self.engine
         )
-        text = super()._model_generate(context, max_length, stop, cache=cache, **settings)
+        try:
+            text = super()._model_generate(context, max_length, stop, cache=cache, **settings)
+        except NonFiniteError as error:
+            copies = max(1, cache.batch_size // len(context))  # beams, or several texts of one prompt
+            rows = dict.fromkeys(row // copies for row in error.rows)
+            read = [context[i][settings["attention_mask"][i].bool()].tolist() for i in rows]
+            raise error.about(self._subject(map(str, read))) from error
         if cache.seen is None:
             raise UnsupportedModel(
                 f"{type(self.model).__name__} did not use the pruned cache that generate() gave it; choose another model"
@@ -220,6 +230,7 @@ class PrunedLM(HFLM):
             if found is not None:
                 self.lengths[h] = found[2:]
         new = [r for r, h in zip(requests, hashes, strict=True) if h not in self.known]
+        self._documents = {str(r.args): document_of(r) for r in requests}
         answers = iter(super().loglikelihood(new, disable_tqdm=disable_tqdm or self.silent) if new else [])
         self.counts.reused += len(requests) - len(new)
         for r in filter(self._to_trace, requests):
@@ -229,6 +240,26 @@ class PrunedLM(HFLM):
             cut = len(request.read) + 1 - len(request.targets)
             self._trace(r.doc_id, list(request.read[:cut]), list(request.read[cut:]), request.retention)
         return [self.known[h][:2] if h in self.known else next(answers) for h in hashes]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """As HFLM's, which scores one window at a time."""
+        answers: list[float] = []
+        self._documents = {str(r.args): document_of(r) for r in requests}
+        for request in tqdm(requests, disable=disable_tqdm or self.silent, desc="rolling windows", leave=False):
+            try:
+                answers += super().loglikelihood_rolling([request], disable_tqdm=True)
+            except NonFiniteError as error:
+                raise error.about(self._subject([str(request.args)])) from error
+        return answers
+
+    def _subject(self, requests: Iterable[str]) -> str:
+        """What a message calls the documents of requests, given by their strings or tokens; "" where none is known."""
+        known = sorted({self._documents[r] for r in requests if r in self._documents and self._documents[r][1] >= 0})
+        if not known:
+            return ""
+        first = ", ".join(str(document) for _, document in known[:NAMED])
+        more = f" and {len(known) - NAMED} more" if len(known) > NAMED else ""
+        return f"task {known[0][0]}, document{'s' if len(known) > 1 else ''} {first}{more}"
 
     def _to_trace(self, request: Any) -> bool:
         """Whether this is the first request of one of the first documents."""
@@ -248,7 +279,8 @@ class PrunedLM(HFLM):
             trace=True,
         )
         with attached(self.model), torch.inference_mode(), running(plan):
-            self.model(input_ids=torch.tensor([read], device=self.device), use_cache=False, logits_to_keep=1)
+            last = torch.tensor([len(read) - 1], device=self.device)
+            logits_at(self.model, last, input_ids=torch.tensor([read], device=self.device), use_cache=False)
         noted = (plan.evicted, plan.received, plan.lost)
         arrays = (torch.cat([of_layer[i] for i in range(self.layers)]).cpu().numpy() for of_layer in noted)
         pieces = tuple(self.tokenizer.decode([t]) for t in read)
@@ -259,11 +291,16 @@ class PrunedLM(HFLM):
     ) -> list[tuple[float, bool]]:
         todo = [self._request(r[1], r[2]) for r in requests]
         answers: list[tuple[float, bool] | None] = [None] * len(todo)
+        require_exact(self.model)
         hooks_of(self.model).close(None)  # a call that was interrupted left it open
         bar = tqdm(total=len(todo), disable=disable_tqdm, desc="log-likelihoods", leave=False)
         with attached(self.model), torch.inference_mode():
             for row in self._rows(todo):
-                for i, answer in zip(row.items, self._score(row, todo), strict=True):
+                try:
+                    scores = self._score(row, todo)
+                except NonFiniteError as error:  # whose rows are requests
+                    raise error.about(self._subject(str(requests[i][0]) for i in error.rows)) from error
+                for i, answer in zip(row.items, scores, strict=True):
                     answers[i] = answer
                     if (strings := requests[i][0]) is not None:
                         self.lengths[request_hash(strings)] = (len(requests[i][1]), len(requests[i][2]))
@@ -299,7 +336,13 @@ class PrunedLM(HFLM):
         return Request(read, tuple(continuation), self.retention(len(read), len(whole) - len(continuation)))
 
     def _score(self, row: Pack, todo: list[Request]) -> list[tuple[float, bool]]:
-        """(log-likelihood, is greedy) of each request of a row."""
+        """(log-likelihood, is greedy) of each request of a row.
+
+        Raises:
+            NonFiniteError: if one depends on NaN or infinity; its `rows` are those requests' places in `todo`. A logit of
+                -infinity counts only where it is a target's: no probability is nought, so it is an overflow. Others may
+                be, as models mark entries of the vocabulary that no token uses.
+        """
         plan = Plan(
             row=[0] * len(row.start),
             start=row.start,
@@ -313,13 +356,18 @@ class PrunedLM(HFLM):
         # positions of the row that some request scores, each once
         scored = [row.last(which, len(todo[i].targets)) for which, i in enumerate(row.items)]
         index, where = torch.cat([torch.from_numpy(s) for s in scored]).unique(return_inverse=True)
-        with running(plan):
-            logits = self.model(
-                input_ids=torch.tensor([row.tokens], device=self.device),
-                position_ids=torch.tensor([row.positions], device=self.device),
-                use_cache=False,
-                logits_to_keep=index.to(self.device),
-            ).logits[0]
+        try:
+            with running(plan):
+                (logits,) = logits_at(
+                    self.model,
+                    index.to(self.device),
+                    input_ids=torch.tensor([row.tokens], device=self.device),
+                    position_ids=torch.tensor([row.positions], device=self.device),
+                    use_cache=False,
+                )
+        except NonFiniteError as error:  # whose rows are segments
+            owners = sorted({row.owner[segment] for segment in error.rows})
+            raise NonFiniteError(error.where, error.dtype, owners) from error
         self.counts.computed += len(row.tokens)
         self.counts.scored += len(index)
 
@@ -330,6 +378,9 @@ class PrunedLM(HFLM):
         chosen = logits[where, targets].float() - normalizer[where]
         greedy = logits.argmax(-1)[where] == targets
         sizes = [len(todo[i].targets) for i in row.items]
+        if not bool(torch.isfinite(chosen).all()):
+            pieces = zip(row.items, torch.isfinite(chosen).cpu().split(sizes), strict=True)
+            raise NonFiniteError("the logits", logits.dtype, sorted(i for i, finite in pieces if not finite.all()))
         return [
             (float(c.double().sum()), bool(g.all()))
             for c, g in zip(chosen.cpu().split(sizes), greedy.cpu().split(sizes), strict=True)
@@ -343,50 +394,9 @@ class PrunedLM(HFLM):
         self.counts.layer_requests += len(retention)
 
 
-OF_LOADING = ("revision", "dtype", "device", "trust_remote_code", "gguf_file")
-NOT_OURS = {
-    "parallelize",
-    "tp_plan",
-    "peft",
-    "delta",
-    "autogptq",
-    "gptqmodel",
-    "subfolder",
-    "max_memory_per_gpu",
-    "max_cpu_memory",
-    "offload_folder",
-    "use_fast_tokenizer",
-}
-"""What HFLM does while it loads a model, which it does not here."""
-
-
-def _load(pretrained: str, given: dict[str, Any]) -> tuple[LoadedModel, dict[str, Any]]:
-    """The model that a path names, loaded with what `given` says of that, and what of `given` is left for HFLM.
-
-    Raises:
-        ConfigError: if the model cannot be loaded, or a setting is not for models loaded here.
-    """
-    known = inspect.signature(HFLM.__init__).parameters
-    for key, value in given.items():
-        if (key in NOT_OURS and value) or key not in known:
-            raise ConfigError(
-                key,
-                value,
-                "it is not for a model that is given by its name; load the model with it and give that as pretrained",
-            )
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ConfigError("WORLD_SIZE", os.environ["WORLD_SIZE"], "one process computes a cell; start a single one")
-    settings = {key: given[key] for key in OF_LOADING if given.get(key) is not None}
-    if "dtype" in settings:
-        settings["dtype"] = str(settings["dtype"]).removeprefix("torch.")
-    if "device" in settings:
-        settings["device"] = str(settings["device"])
-    path = "/".join(filter(None, [pretrained, settings.pop("gguf_file", None)]))
-    loaded = load(ModelSpec(path, **settings))
-    left = {k: v for k, v in given.items() if k not in OF_LOADING and k not in NOT_OURS and v is not None}
-    if isinstance(name := left.get("tokenizer"), str):
-        left["tokenizer"] = load_tokenizer(ModelSpec(name, trust_remote_code=settings.get("trust_remote_code", False)))
-    return loaded, left
+def document_of(request: Any) -> tuple[str, int]:
+    """Task and document of one of lm-eval's requests; document -1 where it has none."""
+    return str(request.task_name), -1 if request.doc_id is None else int(request.doc_id)
 
 
 def request_hash(arguments: tuple[Any, ...]) -> str:

@@ -6,7 +6,7 @@ active `Plan`, set by `running`; no modelling code is copied and no class is pat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -25,11 +25,26 @@ from a2sf.policies.base import UNLIMITED, Retention
 
 IMPLEMENTATION = "a2sf"
 
-# what models pass to an attention function that does not change its result here
-HARMLESS = frozenset(
-    "position_ids position_embeddings cache_position use_cache output_attentions output_hidden_states is_causal "
-    "num_items_in_batch return_dict".split()
-)
+CHANGES_THE_RESULT = {
+    "softcap": "caps its attention logits (softcap)",
+    "s_aux": "has learned attention sinks (s_aux)",
+    "sinks": "has learned attention sinks (sinks)",
+    "position_bias": "adds a bias to its attention logits (position_bias)",
+    "indices": "lets an index choose which tokens are seen (indices)",
+    "block_indices": "lets an index choose which blocks of tokens are seen (block_indices)",
+    "head_mask": "masks heads (head_mask)",
+}
+"""Arguments known to change an attention's result, and how. Of any other, `exactness.check_exact` finds out by trying.
+
+From every call of an attention function in transformers 5.24. `is_causal=False` and `dropout` are refused as well. The
+other arguments there, `position_ids cu_seq_lens_* max_length_* output_* deterministic use_cache` and what callers of a
+model add, do not enter the attention.
+"""
+
+REMEDIES = {
+    torch.float16: "float16 ends at 65504, so try model.dtype=bfloat16 or float32",
+    torch.bfloat16: "try model.dtype=float32",
+}
 
 
 class UnsupportedModel(UserError):
@@ -37,7 +52,29 @@ class UnsupportedModel(UserError):
 
 
 class NonFiniteError(UserError):
-    """NaN or infinity reached a layer's attention."""
+    """NaN or infinity where a result depends on it.
+
+    Attributes:
+        where: what holds it, such as "the key of layer 3".
+        dtype: what the model computes in.
+        rows: which rows of the batch, or segments of a packed row, it concerns; empty where that is not known.
+        subject: which document, where that is known.
+    """
+
+    def __init__(self, where: str, dtype: torch.dtype, rows: Sequence[int] = (), subject: str = "") -> None:
+        self.where, self.dtype, self.rows, self.subject = where, dtype, tuple(rows), subject
+        name = str(dtype).removeprefix("torch.")
+        remedy = REMEDIES.get(dtype, "the weights may be damaged, so load them anew or look at them")
+        if rows and not subject:
+            where += f" (row {', '.join(map(str, self.rows))} of the batch)"
+        super().__init__(
+            f"{subject + ': ' if subject else ''}NaN or infinity in {where}, computed in {name}; the result would be "
+            f"meaningless, {remedy}"
+        )
+
+    def about(self, subject: str) -> NonFiniteError:
+        """The same error, with the document that it concerns."""
+        return NonFiniteError(self.where, self.dtype, self.rows, subject)
 
 
 class Pass(Protocol):
@@ -45,11 +82,14 @@ class Pass(Protocol):
 
     Attributes:
         layers: attention layers of the model.
-        reached: those that have called `attend`.
     """
 
     layers: int
-    reached: set[int]
+
+    @property
+    def reached(self) -> Set[int]:
+        """The layers that have called `attend`."""
+        ...
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """Attention of one layer, [B, H, T, V]."""
@@ -140,14 +180,18 @@ class Plan:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """Attention of one layer, [B, H, T, V]."""
-        check_finite(layer, query=query, key=key, value=value)
+        check_finite(layer, (self.row, self.start, self.length), query=query, key=key, value=value)
         options = Options(scale=scale, trace=self.trace)
         out = attend(query, key, value, self.segments(layer, window), options, backend=self.backend)
         self.reached.add(layer)
         if out.evicted is not None:
-            self.evicted[layer] = out.evicted
+            noted = {"evicted": out.evicted}
             if list(self.length) == [query.shape[2]]:
-                self.received[layer], self.lost[layer] = attention_mass(query, key, out.evicted, scale)
+                noted["received"], noted["lost"] = attention_mass(query, key, out.evicted, scale)
+            for name, found in noted.items():
+                known = getattr(self, name)
+                # a layer that calls its attention several times has the heads of all calls, in their order
+                known[layer] = torch.cat([known[layer], found], 1) if layer in known else found
         return out.output
 
 
@@ -208,16 +252,21 @@ def running(plan: Plan) -> Iterator[Plan]:
 
 def check_reached(plan: Pass) -> None:
     """Raise `UnsupportedModel` if a layer did not call `pruned_attention`."""
-    if len(plan.reached) != plan.layers:
+    if len(plan.reached) < plan.layers:
         raise UnsupportedModel(
-            f"only {len(plan.reached)} of the model's {plan.layers} layers use transformers' AttentionInterface, so it "
-            "would run unpruned; choose a model whose every layer does"
+            f"only {len(plan.reached)} of the model's {plan.layers} layers use transformers' AttentionInterface, each "
+            "under a number of its own, so it would run unpruned; choose a model whose every layer does"
+        )
+    if len(plan.reached) > plan.layers:
+        raise UnsupportedModel(
+            f"{len(plan.reached)} layers of the model have an attention and its config tells of {plan.layers} "
+            "(num_hidden_layers), so they cannot be given budgets; choose another model"
         )
 
 
 @contextmanager
-def attached(model: PreTrainedModel) -> Iterator[None]:
-    """Let `model` call `pruned_attention`; its own attention comes back at the end.
+def attached(model: PreTrainedModel, implementation: str = IMPLEMENTATION) -> Iterator[None]:
+    """Let `model` call `pruned_attention` (or another registered one); its own attention comes back at the end.
 
     Raises:
         UnsupportedModel: if the model's attention cannot be set.
@@ -228,7 +277,7 @@ def attached(model: PreTrainedModel) -> Iterator[None]:
             f"{type(model).__name__} has an attention of its own that transformers' AttentionInterface does not reach, "
             "so it would run unpruned; choose another model"
         )
-    model.set_attn_implementation(IMPLEMENTATION)
+    model.set_attn_implementation(implementation)
     try:
         yield
     finally:
@@ -249,36 +298,60 @@ def pruned_attention(
     """Attention as transformers calls it: query [B, H, T, D], key and value [B, K, T, D] -> [B, T, H, V].
 
     Raises:
-        UnsupportedModel: for an argument that changes the attention and that the engine does not know, such as
-            `softcap` or learned sinks (`s_aux`).
+        UnsupportedModel: for an argument that is known to change the attention, such as `softcap` or learned sinks
+            (`s_aux`).
     """
     plan = active.get()
     if plan is None:
         raise RuntimeError("the model's attention is set to 'a2sf' but no plan is active; use a2sf.pruning(model, ...)")
-    layer = getattr(module, "layer_idx", None)
+    layer = check_arguments(module, dropout, other)
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise UnsupportedModel(
+            f"{type(module).__name__} builds an attention mask of its own, which the engine does not support"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    return plan.attend(layer, query, key, value, scale, sliding_window or None).transpose(1, 2), None
+
+
+def check_arguments(module: nn.Module, dropout: float, other: dict[str, Any]) -> int:
+    """The number of the layer that calls its attention.
+
+    Raises:
+        UnsupportedModel: if it has none, or hands on what is known to change the attention.
+    """
     name = type(module).__name__
+    layer = getattr(module, "layer_idx", None)
     if layer is None or getattr(module, "is_cross_attention", False):
         raise UnsupportedModel(f"{name} is not the self-attention of a numbered decoder layer, which is all we prune")
-    strange = sorted(k for k, v in other.items() if v is not None and k not in HARMLESS)
-    if dropout or strange:
-        raise UnsupportedModel(
-            f"{name} passes {', '.join(strange) or 'dropout'} to its attention, which changes the result and which the "
-            "engine does not support; choose another model"
-        )
-    if attention_mask is not None and attention_mask.ndim != 2:
-        raise UnsupportedModel(f"{name} builds an attention mask of its own, which the engine does not support")
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return plan.attend(layer, query, key, value, scale, sliding_window).transpose(1, 2), None
+    does = [how for what, how in CHANGES_THE_RESULT.items() if other.get(what) is not None]
+    does += ["drops out attention"] if dropout else []
+    does += ["attends to later tokens"] if other.get("is_causal") is False else []
+    if does:
+        raise UnsupportedModel(f"{name} {' and '.join(does)}, which the engine does not do; choose another model")
+    return layer
 
 
 # no mask function goes with it: transformers then builds no mask, and the pass in force knows where the padding is
 AttentionInterface.register(IMPLEMENTATION, pruned_attention)
 
 
-def check_finite(layer: int, **tensors: Tensor) -> None:
-    """Raise `NonFiniteError` if one of the tensors of layer `layer` holds NaN or infinity."""
+def check_finite(
+    layer: int, tokens: tuple[Sequence[int], Sequence[int], Sequence[int]] | None = None, **tensors: Tensor
+) -> None:
+    """Raise `NonFiniteError` if one of the tensors [B, heads, T, D] of layer `layer` holds NaN or infinity.
+
+    Args:
+        tokens: row, first column and number of the tokens that count, per segment; None: all. Padding does not count.
+    """
     for name, tensor in tensors.items():
         low, high = tensor.aminmax()
         # NaN and infinity both survive minimum and maximum; one pass, nothing allocated
-        if not torch.isfinite(high - low if tensor.dtype == torch.float64 else high.double() - low.double()):
-            raise NonFiniteError(f"NaN or infinity in the {name} of layer {layer}; the result would be meaningless")
+        if torch.isfinite(high - low if tensor.dtype == torch.float64 else high.double() - low.double()):
+            continue
+        bad = ~torch.isfinite(tensor).all(-1).all(1).cpu()
+        rows = bad.any(1).nonzero()[:, 0].tolist()
+        if tokens is not None:
+            pieces = enumerate(zip(*tokens, strict=True))
+            rows = [i for i, (row, start, n) in pieces if bad[int(row), int(start) : int(start) + int(n)].any()]
+        if rows:
+            raise NonFiniteError(f"the {name} of layer {layer}", tensor.dtype, rows)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -15,8 +17,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from a2sf.errors import UserError
-from a2sf.hf.attention import IMPLEMENTATION, Pass, UnsupportedModel, active, attached, check_reached, rope_switch
-from a2sf.hf.loading import check_exact
+from a2sf.hf.attention import (
+    IMPLEMENTATION,
+    NonFiniteError,
+    Pass,
+    UnsupportedModel,
+    active,
+    attached,
+    check_reached,
+)
 
 CACHE_NAMES = ("cache", "past_key_values")
 """What transformers' models call the cache they are given."""
@@ -56,7 +65,7 @@ class Hooks:
         self.names = [n for n in inspect.signature(model.forward).parameters if n != "self"]
         self.cache_name = next((n for n in CACHE_NAMES if n in self.names), CACHE_NAMES[0])
         self.scope: Scope | None = None
-        self.open: tuple[ExitStack, Pass, BoundedCache | None] | None = None
+        self.open: _Call | None = None
         model.register_forward_pre_hook(self.before, with_kwargs=True)
         model.register_forward_hook(self.after, with_kwargs=True, always_call=True)
 
@@ -82,12 +91,14 @@ class Hooks:
         else:
             assert self.scope is not None
             current = self.scope.plan(model, shape, mask)
-        if given is None and "position_ids" in self.names and (mask is not None or bool((past > 0).any())):
-            # positions count a row's own tokens, wherever its padding is
+        if given is None and (mask is not None or bool((past > 0).any())):
+            # positions count a row's own tokens, wherever its padding is; a model that is exact follows them
             real = mask[:, -shape[1] :].long() if mask is not None else tokens.new_ones(shape, dtype=torch.int64)
             named["position_ids"] = (past[:, None].to(real.device) + real.cumsum(1) - 1).clamp(min=0)
         stack = ExitStack()
-        self.open = stack, current, cache
+        count = named.get("logits_to_keep", 0)
+        real = mask[:, -shape[1] :].bool() if mask is not None and isinstance(count, int) else None
+        self.open = _Call(stack, current, cache, real)
         if model.config._attn_implementation != IMPLEMENTATION:
             stack.enter_context(attached(model))
         stack.callback(active.set, active.get())
@@ -105,12 +116,50 @@ class Hooks:
         """End the open pass, if there is one; `output` is None where the model's call failed."""
         if self.open is None:
             return
-        (stack, current, cache), self.open = self.open, None
-        stack.close()
-        if cache is not None:
-            cache.end(completed=output is not None)
+        call, self.open = self.open, None
+        call.stack.close()
+        if call.cache is not None:
+            call.cache.end(completed=output is not None)
         if output is not None:
-            check_reached(current)
+            check_reached(call.current)
+            check_output(output, call.real)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A model's call that has begun: what undoes its setting up, and the tokens [B, T] that are no padding."""
+
+    stack: ExitStack
+    current: Pass
+    cache: BoundedCache | None
+    real: Tensor | None
+
+
+def check_output(output: Any, real: Tensor | None) -> None:
+    """Refuse a model's output that is NaN or infinity where a token counts.
+
+    The entries of a vocabulary may be -infinity, as some models mark those that no token uses, but not all of them.
+
+    Args:
+        output: what the model returned; its logits [B, columns, vocabulary], of the last columns at least.
+        real: bool [B, T], False for padding; None: every token counts.
+
+    Raises:
+        NonFiniteError: if it is, with the rows.
+    """
+    found = (getattr(output, "logits", None), getattr(output, "last_hidden_state", None))
+    values = next((x for x in found if x is not None), output[0] if isinstance(output, tuple) else None)
+    if not isinstance(values, Tensor) or values.ndim != 3:
+        return
+    largest = values.detach().amax(-1)  # NaN wins, so do +infinity, and -infinity where nothing else is
+    if bool(torch.isfinite(largest).all()):
+        return
+    bad = ~torch.isfinite(largest)
+    if real is not None and real.shape[1] >= bad.shape[1]:
+        bad &= real[:, real.shape[1] - bad.shape[1] :].to(bad.device)
+    if rows := bad.any(1).nonzero()[:, 0].tolist():
+        where = "the logits" if found[0] is not None else "the hidden states"
+        raise NonFiniteError(where, values.dtype, rows)
 
 
 def _check_positions(given: Tensor, past: Tensor, shape: tuple[int, int]) -> None:
@@ -128,21 +177,45 @@ _hooks: weakref.WeakKeyDictionary[PreTrainedModel, Hooks] = weakref.WeakKeyDicti
 
 
 def hooks_of(model: PreTrainedModel) -> Hooks:
-    """The hooks around `model`'s calls, put there once, after a check that pruning it is exact.
-
-    Raises:
-        UnsupportedModel: if it is not.
-    """
+    """The hooks around `model`'s calls, put there once."""
     carried = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
     if model not in _hooks and (copied := next((h for h in carried if isinstance(h, Hooks)), None)) is not None:
         _hooks[model] = copied  # the model is a copy of one that has hooks
     if model not in _hooks:
-        if model.config.is_encoder_decoder:
-            raise UnsupportedModel("only decoder models have a cache to prune, and this one is an encoder-decoder")
-        rope_switch(model.config)
-        check_exact(model)
         _hooks[model] = Hooks(model)
     return _hooks[model]
+
+
+@contextmanager
+def idle(model: PreTrainedModel) -> Iterator[None]:
+    """Calls of `model` are its own for a while, whatever `pruning` it is in."""
+    hooks = hooks_of(model)
+    scope, hooks.scope = hooks.scope, None
+    try:
+        yield
+    finally:
+        hooks.scope = scope
+
+
+def logits_at(model: PreTrainedModel, index: Tensor, **inputs: Any) -> Tensor:
+    """The model's logits [B, len(index), vocabulary] at the columns `index` (int64) of its input.
+
+    Only those are computed, where the model can.
+
+    Raises:
+        UnsupportedModel: if the model gives logits of other columns.
+    """
+    columns = inputs["input_ids"].shape[1]
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    logits = model(**inputs, **({"logits_to_keep": index} if keeps else {})).logits
+    if logits.shape[1] == columns != len(index):
+        return logits[:, index]
+    if logits.shape[1] != len(index):
+        raise UnsupportedModel(
+            f"{type(model).__name__} was asked for the logits of {len(index)} of {columns} tokens and gave "
+            f"{logits.shape[1]}; choose another model"
+        )
+    return logits
 
 
 def new_tokens(shape: tuple[int, int], past: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import numbers
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +26,9 @@ from a2sf.engine.eviction import EvictionState
 from a2sf.errors import ConfigError, UserError
 from a2sf.hf.attention import Plan, UnsupportedModel, attached, check_finite, mixes_windows, rope_switch, within_window
 from a2sf.hf.calls import hooks_of, new_tokens
+from a2sf.hf.exactness import require_decoding, require_exact
 from a2sf.hf.slots import PrunedLayer, Step
-from a2sf.policies.base import Policy, Retention
+from a2sf.policies.base import UNLIMITED, Policy, Retention
 from a2sf.policies.budget import Budget
 
 
@@ -41,7 +43,7 @@ class PrunedCache(Cache):
         policy, budget: what to keep (None: for a policy that ignores budgets). A ratio of base `context` is one of the
             row's prompt, of base `total` one of the tokens that are read: the prompt and all new tokens but the last.
         max_new_tokens: as given to `generate`; needed for a ratio of base `total`.
-        context_tokens: the prompt's length, or each row's; needed for a ratio when the prompt is read in chunks.
+        context_tokens: the prompt's length, or each prompt's; needed for a ratio when the prompt is read in chunks.
         backend: which implementation runs, `auto` or a name in `a2sf.engine.kernels.BACKENDS`.
         trace: keep note of what every step evicts (`evicted`), at a cost in speed and memory.
 
@@ -75,12 +77,13 @@ class PrunedCache(Cache):
                 "total",
                 "a share of the whole sequence needs max_new_tokens=...; give it, or a ratio of base context",
             )
+        self.policy, self.budget = policy, budget if policy.uses_budget else None
+        self.prove(model)
         hooks_of(model)
         positions = getattr(config, "max_position_embeddings", None) or 2**31
         super().__init__(layers=[PrunedLayer(positions, backend, trace) for _ in range(config.num_hidden_layers)])
         self.layers: list[PrunedLayer]  # type: ignore[assignment]
         self.trace = trace
-        self.policy, self.budget = policy, budget if policy.uses_budget else None
         if context_tokens is not None and not isinstance(context_tokens, numbers.Integral):
             context_tokens = [int(n) for n in context_tokens]  # type: ignore[union-attr]
         self.max_new_tokens, self.context_tokens = max_new_tokens, context_tokens
@@ -89,6 +92,14 @@ class PrunedCache(Cache):
         self.rope_switch = rope_switch(model.config)
         self._model = weakref.ref(model)
         self.reset()
+
+    def prove(self, model: PreTrainedModel) -> None:
+        """Try, once per model, that decoding through such a cache is exact.
+
+        Raises:
+            UnsupportedModel: if it is not.
+        """
+        prove_decoding(model, self.policy, self.budget)
 
     def reset(self) -> None:
         """Forget everything; the next call starts a new batch and resolves the budgets anew."""
@@ -99,6 +110,7 @@ class PrunedCache(Cache):
         self.retention: list[tuple[Retention, ...]] = []  # what each layer keeps, per row
         self.calls = 0
         self._pass: _CachePass | None = None
+        self._attentions: list[int] = []  # how many times each layer calls its attention in a pass
         self._spoilt = False
 
     def __bool__(self) -> bool:
@@ -250,7 +262,14 @@ class PrunedCache(Cache):
         done, self._pass = self._pass, None
         if done is None:
             return
-        self._spoilt = not completed
+        attentions = [done.attentions[i] for i in range(done.layers)]
+        self._attentions = self._attentions or attentions
+        self._spoilt = not completed or attentions != self._attentions
+        if completed and self._spoilt:
+            raise UnsupportedModel(
+                "the model's layers call their attention another number of times than in the first pass, which a pruned "
+                "cache does not follow"
+            )
         self.seen = done.step.after
         self.columns += done.step.columns
         self.calls += 1
@@ -280,6 +299,8 @@ class PrunedCache(Cache):
         if self.context_tokens is not None:
             given = self.context_tokens
             context = [int(given)] * len(context) if isinstance(given, numbers.Integral) else list(given)
+            if context and len(length) % len(context) == 0:  # beams, or several texts of a prompt, are neighbours
+                context = [n for n in context for _ in range(len(length) // len(context))]
             if len(context) != len(length):
                 raise UserError(f"context_tokens gives {len(context)} lengths and the batch has {len(length)} rows")
         layers, more = len(self.layers), max(0, (self.max_new_tokens or 0) - 1)  # the last token is never read
@@ -308,22 +329,49 @@ class _CachePass:
     cache: PrunedCache
     step: Step
     layers: int
-    reached: set[int] = field(default_factory=set)
+    attentions: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def reached(self) -> set[int]:
+        """The layers that have called their attention."""
+        return set(self.attentions)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """Insert, attend, score and evict in one layer, [B, H, T, V]."""
+        tokens = (range(len(self.step.start)), self.step.start.tolist(), self.step.length.tolist())
         if self.step.columns > 1:
-            check_finite(layer, query=query, key=key, value=value)
+            check_finite(layer, tokens, query=query, key=key, value=value)
         store: PrunedLayer = self.cache.layers[layer]
         if not store.is_initialized:
             store.rule = self.cache.rule(layer, window)
         elif window is not None:
             self.cache.rule(layer, window)  # refuses a sequence that has outgrown the window
-        output = store.attend(query, key, value, self.step, scale, self.cache.limit())
+        which = self.attentions[layer]
+        output = store.attend(query, key, value, self.step, scale, self.cache.limit(), which)
         if self.step.columns == 1:
-            check_finite(layer, output=output)  # one look instead of three: NaN and infinity end up there
-        self.reached.add(layer)
+            # NaN and infinity end up in the output, but not those of a key that only gets no attention
+            check_finite(layer, tokens, key=key, output=output)
+        self.attentions[layer] += 1
         return output
+
+
+class _TrialCache(PrunedCache):
+    """A cache that evicts nothing, to prove others by."""
+
+    def prove(self, model: PreTrainedModel) -> None: ...
+
+    def _resolve(self, length: Tensor) -> None:
+        self.retention = [(Retention(budget=UNLIMITED),) * len(self.layers) for _ in length]
+
+
+def prove_decoding(model: PreTrainedModel, policy: Policy, budget: Budget | None) -> None:
+    """Try, once per model, that scoring it and decoding through a `PrunedCache` are exact; any policy will do.
+
+    Raises:
+        UnsupportedModel: if they are not.
+    """
+    require_exact(model)
+    require_decoding(model, lambda: _TrialCache(model, policy, budget, max_new_tokens=1, context_tokens=1))
 
 
 def check_settings(policy: Policy, budget: Budget | None, layers: int) -> None:
@@ -422,6 +470,9 @@ def pruning(
         ConfigError, UnsupportedModel: if a setting is not allowed or the model cannot be pruned.
     """
     check_settings(policy, budget, model.config.get_text_config().num_hidden_layers)
+    require_exact(model)
+    with suppress(UnsupportedModel):  # told once a cache is made; calls without one are exact
+        prove_decoding(model, policy, budget)
     hooks = hooks_of(model)
     hooks.close(None)  # a call that was interrupted left it open
     before, hooks.scope = hooks.scope, _Scope(policy, budget if policy.uses_budget else None, max_new_tokens, backend)

@@ -19,6 +19,8 @@ from a2sf.policies.base import UNLIMITED, Retention
 
 GROWTH = 256
 """Slots to spare, at least, where no budget and no length bounds a cache."""
+PER_HEAD = ("positions", "scores", "keys", "values")
+"""What an `EvictionState` holds of every KV head."""
 
 
 @dataclass(frozen=True)
@@ -38,45 +40,34 @@ class Step:
     columns: int
 
 
-class PrunedLayer(CacheLayerMixin):
-    """The cache of one layer; `PrunedCache` states its `rule` before the first call.
+class Rule:
+    """What is kept of each row, as the engine and the compiled cache take it."""
+
+    def __init__(self, rows: list[Retention]) -> None:
+        self.rows = rows
+        self.budget, self.recent, self.sinks = (
+            torch.tensor([getattr(r, name) for r in rows]) for name in ("budget", "recent", "sinks")
+        )
+        self.factor = torch.tensor([r.forgetting_factor for r in rows], dtype=torch.float64)
+        # as the compiled cache takes them, made once instead of at every token
+        numbers = (x.numpy() for x in (self.budget, self.recent, self.sinks, self.factor))
+        self.numbers = dict(zip(("budget", "recent", "sinks", "forgetting_factor"), numbers, strict=True))
+
+
+class Slots:
+    """What is cached for one attention of a layer.
 
     Args:
-        positions: the longest sequence that the model can read.
-        backend: as for `a2sf.engine.kernels.attend`.
-        trace: keep note of what every step evicts.
+        positions, backend, trace: as for `PrunedLayer`.
     """
 
-    is_sliding = False
-    supports_early_init = False
-
     def __init__(self, positions: int, backend: str, trace: bool) -> None:
-        super().__init__()
         self.positions, self.backend, self.trace = positions, backend, trace
-        self.reset()
-
-    def reset(self) -> None:
-        self.is_initialized = False
-        self._rule: list[Retention] = []
+        self.started = False
+        self.heads = 0  # KV heads
         self._store: Any = None  # SlotCache or EvictionState
         self._slots = 0
         self._evicted: list[Tensor] = []
-
-    @property
-    def rule(self) -> list[Retention]:
-        """What is kept of each row."""
-        return self._rule
-
-    @rule.setter
-    def rule(self, rule: list[Retention]) -> None:
-        self._rule = rule
-        self.budget, self.recent, self.sinks = (
-            torch.tensor([getattr(r, name) for r in rule]) for name in ("budget", "recent", "sinks")
-        )
-        self.factor = torch.tensor([r.forgetting_factor for r in rule], dtype=torch.float64)
-        # as the compiled cache takes them, made once instead of at every token
-        numbers = (x.numpy() for x in (self.budget, self.recent, self.sinks, self.factor))
-        self._numbers = dict(zip(("budget", "recent", "sinks", "forgetting_factor"), numbers, strict=True))
 
     @property
     def nbytes(self) -> int:
@@ -84,38 +75,37 @@ class PrunedLayer(CacheLayerMixin):
             return sum(getattr(self._store, f.name).nbytes for f in fields(EvictionState))
         return self._store.nbytes if self._store is not None else 0
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, step: Step, scale: float, limit: int | None) -> Tensor:
-        """Insert, attend, score and evict the call's tokens, [B, H, T, V].
-
-        Args:
-            limit: the longest any row will get, where that is known; bounds the memory of an unlimited budget.
-        """
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, step: Step, rule: Rule, scale: float, limit: int | None
+    ) -> Tensor:
+        """Insert, attend, score and evict the call's tokens, [B, H, T, V]; `limit` as for `PrunedLayer.attend`."""
+        self.heads = key.shape[1]
         compiled = query.device.type == "cpu" and query.dtype != torch.float64 and self.backend in ("auto", "numba")
         if compiled:
-            self._make_room(query, key, value, step, limit)
+            self._make_room(query, key, value, step, rule, limit)
             if step.columns == 1 and not self.trace:
-                self.is_initialized = True
-                return self._store.attend(query, key, value, scale=scale, lengths=step.length.numpy(), **self._numbers)
+                self.started = True
+                return self._store.attend(query, key, value, scale=scale, lengths=step.length.numpy(), **rule.numbers)
         segments = Segments(
             row=torch.arange(len(step.start)),
             start=step.start,
             length=step.length,
             parent=torch.full_like(step.start, -1),
-            budget=self.budget,
-            recent=self.recent,
-            sinks=self.sinks,
-            forgetting_factor=self.factor,
+            budget=rule.budget,
+            recent=rule.recent,
+            sinks=rule.sinks,
+            forgetting_factor=rule.factor,
         )
-        before = self.state() if self.is_initialized else None
+        before = self.state() if self.started else None
         options = Options(scale, return_state=True, trace=self.trace)
         attended = attend(query, key, value, segments, options, before, backend=self.backend)
+        self.started = True
         if compiled:
             self._store.load(attended.state)
         else:
             self._store = attended.state
         if attended.evicted is not None:
             self._evicted.append(attended.evicted.cpu())
-        self.is_initialized = True
         return attended.output
 
     def state(self) -> EvictionState:
@@ -133,22 +123,19 @@ class PrunedLayer(CacheLayerMixin):
         """int32 [B, K, columns], the position evicted at each column's step, -1 for none."""
         return torch.cat(self._evicted, dim=-1)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices` [B'] on the CPU, in that order."""
-        if self._store is None:
-            return
-        self.rule = [self._rule[i] for i in indices.tolist()]
-        self._evicted = [x[indices] for x in self._evicted]
+    def select(self, rows: Tensor) -> None:
+        """Keep `rows` [B'] on the CPU, in that order."""
+        self._evicted = [x[rows] for x in self._evicted]
         if isinstance(self._store, EvictionState):
-            self._store = self._store.select(indices)
+            self._store = self._store.select(rows)
         else:
-            self._store.reorder(indices)
+            self._store.reorder(rows)
 
-    def _make_room(self, query: Tensor, key: Tensor, value: Tensor, step: Step, limit: int | None) -> None:
+    def _make_room(self, query: Tensor, key: Tensor, value: Tensor, step: Step, rule: Rule, limit: int | None) -> None:
         """Allocate the slots at the first call; later only where neither the budget nor `limit` bounds them."""
         from a2sf.engine.kernels.cpu import SlotCache  # numba takes a second to load
 
-        need, most = int(torch.minimum(self.budget, step.after).max()), int(self.budget.max())
+        need, most = int(torch.minimum(rule.budget, step.after).max()), int(rule.budget.max())
         if self._store is not None and need <= self._slots:
             return
         if limit:
@@ -163,6 +150,99 @@ class PrunedLayer(CacheLayerMixin):
         if self._store is not None:
             grown.load(self._store.state())
         self._store = grown
+
+
+class PrunedLayer(CacheLayerMixin):
+    """The cache of one layer; `PrunedCache` states its `rule` before the first call.
+
+    A layer that calls its attention several times in a pass (DiffLlama: the same keys with two halves of the values)
+    has as many `Slots`, and `state` and `evicted` show the KV heads of all of them, in the order of the calls.
+
+    Args:
+        positions: the longest sequence that the model can read.
+        backend: as for `a2sf.engine.kernels.attend`.
+        trace: keep note of what every step evicts.
+    """
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, positions: int, backend: str, trace: bool) -> None:
+        super().__init__()
+        self.positions, self.backend, self.trace = positions, backend, trace
+        self.reset()
+
+    def reset(self) -> None:
+        self.is_initialized = False
+        self._rule = Rule([])
+        self._slots: list[Slots] = []
+
+    @property
+    def rule(self) -> list[Retention]:
+        """What is kept of each row."""
+        return self._rule.rows
+
+    @rule.setter
+    def rule(self, rule: list[Retention]) -> None:
+        self._rule = Rule(rule)
+
+    @property
+    def budget(self) -> Tensor:
+        """int64 [B], of each row."""
+        return self._rule.budget
+
+    @property
+    def attentions(self) -> int:
+        """How many times the layer calls its attention in a pass; 0 before the first."""
+        return len(self._slots)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(s.nbytes for s in self._slots)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, step: Step, scale: float, limit: int | None, which: int = 0
+    ) -> Tensor:
+        """Insert, attend, score and evict the call's tokens, [B, H, T, V].
+
+        Args:
+            limit: the longest any row will get, where that is known; bounds the memory of an unlimited budget.
+            which: how many times the layer called its attention before in this pass.
+        """
+        if which == len(self._slots):
+            self._slots.append(Slots(self.positions, self.backend, self.trace))
+        output = self._slots[which].attend(query, key, value, step, self._rule, scale, limit)
+        self.is_initialized = True
+        return output
+
+    def state(self) -> EvictionState:
+        """What is cached, in canonical form."""
+        states = [s.state() for s in self._slots]
+        if len(states) == 1:
+            return states[0]
+        slots = max(s.positions.shape[-1] for s in states)
+        padded = [s.pad(slots) for s in states]
+        joined = {n: torch.cat([getattr(s, n) for s in padded], 1) for n in PER_HEAD}
+        return EvictionState(seen=states[0].seen, **joined)
+
+    def load(self, state: EvictionState) -> None:
+        """Go on from a state of as many rows, instead of what is cached."""
+        heads = [s.heads for s in self._slots]
+        parts = {n: getattr(state, n).split(heads, dim=1) for n in PER_HEAD}
+        for i, slots in enumerate(self._slots):
+            slots.load(EvictionState(seen=state.seen, **{n: part[i] for n, part in parts.items()}))
+
+    def evicted(self) -> Tensor:
+        """int32 [B, K, columns], the position evicted at each column's step, -1 for none."""
+        return torch.cat([s.evicted() for s in self._slots], dim=1)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` [B'] on the CPU, in that order."""
+        if not self.is_initialized:
+            return
+        self.rule = [self.rule[i] for i in indices.tolist()]
+        for slots in self._slots:
+            slots.select(indices)
 
     # what transformers asks of a layer; `PrunedCache` answers for all of them
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...

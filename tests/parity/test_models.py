@@ -8,10 +8,11 @@ from transformers.models.llama import modeling_llama
 
 from a2sf import A2SF
 from a2sf.hf.attention import NonFiniteError, Plan, UnsupportedModel, attached, mixes_windows, pruned_attention, running
-from a2sf.hf.loading import ModelSpec, check_exact, load
+from a2sf.hf.exactness import check_exact
+from a2sf.hf.loading import ModelSpec, load
 from a2sf.policies.base import UNLIMITED, Retention
 from tests.conftest import SMOLLM2
-from tests.models import COMMON, CONFIGS, LLAMA_LIKE, random_model, small
+from tests.models import CONFIGS, small
 
 TOKENS = 40
 
@@ -91,27 +92,6 @@ def test_a_sliding_window_on_every_layer_is_honoured_or_refused():
     with pytest.raises(UnsupportedModel, match="sliding window of 16 tokens"):
         logits(model, Retention(budget=6), ids_for())
     assert logits(model, Retention(budget=6), ids_for(length=16)).isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings", "why"),
-    [
-        (
-            "falcon",
-            {**COMMON, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
-            "AttentionInterface",
-        ),
-        ("bloom", {**COMMON, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "AttentionInterface"),
-        ("mpt", {**COMMON, "d_model": 32, "n_layers": 2, "n_heads": 4}, "AttentionInterface"),
-        ("gemma2", {**LLAMA_LIKE, "head_dim": 8, "attn_logit_softcapping": 5.0}, "softcap"),
-        ("gpt_oss", {**LLAMA_LIKE, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}, "s_aux"),
-        ("mamba", {**COMMON, "hidden_size": 32, "num_hidden_layers": 2}, "no plain KV cache"),
-        ("bert", {**LLAMA_LIKE}, "not causal|AttentionInterface|mask|not the self-attention"),
-    ],
-)
-def test_what_cannot_be_pruned_exactly_is_refused(kind, settings, why):
-    with pytest.raises(UnsupportedModel, match=why):
-        check_exact(random_model(kind, **settings))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,0 +1,234 @@
+"""Whether pruning a model is exact, found by trying it with a budget that evicts nothing against the model's own attention.
+
+What no attribute tells is found this way: a layer that does not use AttentionInterface, an attention that is not causal,
+an argument or a mask that changes the result, positions that do not follow `position_ids`, a cache used in its own way.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from a2sf.hf.attention import (
+    NonFiniteError,
+    Plan,
+    UnsupportedModel,
+    attached,
+    mixes_windows,
+    rope_switch,
+    running,
+)
+from a2sf.hf.calls import hooks_of, idle, logits_at
+from a2sf.hf.trial import agree, layers_of, likely, positions_of, try_layers
+from a2sf.policies.base import UNLIMITED, Retention
+
+TOKENS, PROMPT, AFTER = 20, 10, 3
+"""Tokens of a sequence that is read in one pass, of a prompt, and of what is read one by one after it."""
+TYPES = {
+    "chunked_attention": "that attend only within chunks of the text",
+    "indexed_attention": "that choose which tokens they attend to",
+    "minimax_m3_sparse": "that choose which tokens they attend to",
+    "compressed_sparse_attention": "that attend to compressed tokens",
+    "heavily_compressed_attention": "that attend to compressed tokens",
+    "reference_sliding_attention": "that attend to a prompt and a window",
+    "linear_attention": "that keep a recurrent state",
+    "hybrid": "that keep a recurrent state",
+    "hybrid_sliding": "that keep a recurrent state",
+    "conv": "that are convolutions",
+}
+"""Layers that hold no plain KV cache."""
+
+_exact: weakref.WeakKeyDictionary[PreTrainedModel, torch.dtype] = weakref.WeakKeyDictionary()
+_decodes: weakref.WeakKeyDictionary[PreTrainedModel, tuple[torch.dtype, str]] = weakref.WeakKeyDictionary()
+
+
+def require_exact(model: PreTrainedModel) -> None:
+    """As `check_exact`, but once per model and dtype.
+
+    Raises:
+        UnsupportedModel: if pruning the model is not exact.
+    """
+    if _exact.get(model) != model.dtype:
+        check_exact(model)
+
+
+def require_decoding(model: PreTrainedModel, cache: Callable[[], Any]) -> None:
+    """As `check_decoding`, but once per model and dtype; what was found is told each time.
+
+    Raises:
+        UnsupportedModel: if decoding through the cache is not exact.
+    """
+    if _decodes.get(model, (None,))[0] != model.dtype:
+        try:
+            check_decoding(model, cache)
+        except UnsupportedModel as error:
+            _decodes[model] = model.dtype, str(error)
+    if _decodes.get(model, (None, ""))[1]:
+        raise UnsupportedModel(_decodes[model][1])
+
+
+def check_exact(model: PreTrainedModel) -> None:
+    """Try one pass over two short sequences that begin alike, packed as scoring packs them, against the model's own.
+
+    Beyond these sequences' length, each layer's mask is asked what it hides up to the model's last position.
+
+    Raises:
+        UnsupportedModel: if logits, a layer's attention or its mask differ.
+    """
+    name = type(model).__name__
+    check_kind(model)
+    tokens = length_for(model, TOKENS)
+    shared = tokens // 2
+    rest = tokens - shared
+    a, b = tokens_of(model, 2, tokens)
+    b[:shared] = a[:shared]
+    plan = Plan(
+        row=[0] * 3,
+        start=[0, shared, tokens],
+        length=[shared, rest, rest],
+        parent=[-1, 0, 0],
+        retention=lambda segment, layer: Retention(budget=UNLIMITED),
+        layers=layers_of(model),
+        policy_on_sliding=not mixes_windows(model.config),
+    )
+    device = model.device
+    with torch.inference_mode(), idle(model), told(model):
+        own = likely(model(torch.tensor([a, b], device=device), use_cache=False).logits)
+        if agree(own[:1, :shared], own[1:, :shared], model.dtype) is False:
+            raise UnsupportedModel(f"{name} is not causal: later tokens change earlier ones; give a decoder")
+        try_layers(model, torch.tensor([a], device=device))
+        read = [*a, *b[shared:]]
+        index = torch.arange(1, len(read), device=device)
+        try:
+            with attached(model), running(plan):
+                packed = logits_at(
+                    model,
+                    index,
+                    input_ids=torch.tensor([read], device=device),
+                    position_ids=torch.tensor([[*range(tokens), *range(shared, tokens)]], device=device),
+                    use_cache=False,
+                )
+        except NonFiniteError:
+            return  # nothing to compare; the document that it happens to as well is told
+    expected = torch.cat([own[:1, 1:], own[1:, shared:]], 1)
+    if agree(expected, likely(packed), model.dtype) is False:
+        what = "computes something around its attention that the engine does not reproduce"
+        if "position_ids" not in hooks_of(model).names:
+            what = "takes no position_ids, so it counts positions in its own way, which the engine does not reproduce"
+        raise UnsupportedModel(f"{name} {what}; its pruned scores would be wrong, choose another model")
+    _exact[model] = model.dtype
+
+
+def check_decoding(model: PreTrainedModel, cache: Callable[[], Any]) -> None:
+    """Try a padded batch of two prompts in one pass, then some tokens one by one, against the model's own cache.
+
+    Args:
+        cache: makes a bounded cache for the model that evicts nothing.
+
+    Raises:
+        UnsupportedModel: if the logits differ; the model may still be exact in one pass.
+    """
+    name = type(model).__name__
+    why = f"{name} gives other logits when it decodes through a pruned cache than through its own"
+    prompt = length_for(model, PROMPT + AFTER) - AFTER
+    padding = prompt // 3
+    device = model.device
+    ids = torch.tensor(tokens_of(model, 2, prompt + AFTER), device=device)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    hooks = hooks_of(model)
+    cuts = [(0, prompt), *((t, t + 1) for t in range(prompt, prompt + AFTER))]
+
+    def read(held: Any) -> Tensor:
+        logits = []
+        for start, end in cuts:
+            given: dict[str, Any] = {"input_ids": ids[:, start:end], "position_ids": positions[:, start:end]}
+            given |= {"attention_mask": mask[:, :end], hooks.cache_name: held, "use_cache": True}
+            logits.append(likely(model(**given).logits))
+        return torch.cat(logits, 1)
+
+    with torch.inference_mode(), idle(model), told(model, "; it can be scored, not generated with"):
+        own = read(DynamicCache(config=model.config))
+        real = mask.bool()
+        if not torch.isfinite(own[real].amax(-1)).all():
+            return  # nothing to compare with; what the model is used on will tell
+        ours = read(cache())
+    if agree(own[real][None], ours[real][None], model.dtype) is False:
+        raise UnsupportedModel(f"{why}, so generated text would be wrong; it can be scored, not generated with")
+    _decodes[model] = model.dtype, ""
+
+
+@contextmanager
+def told(model: PreTrainedModel, more: str = "") -> Iterator[None]:
+    """Make one sentence of whatever a trial of `model` raises; `more` ends it.
+
+    Raises:
+        UnsupportedModel: instead of any other error but one for want of memory.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, NonFiniteError):
+        raise
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{error}{more}") from error
+    except Exception as error:
+        what = str(error).strip().partition("\n")[0].rstrip(".") or "no message"
+        raise UnsupportedModel(
+            f"{type(model).__name__} fails when it is tried on a few tokens ({type(error).__name__}: {what}){more}"
+        ) from error
+
+
+def check_kind(model: PreTrainedModel) -> None:
+    """Refuse what its settings tell is no decoder with a plain KV cache.
+
+    Raises:
+        UnsupportedModel: if it is not.
+    """
+    if model.training:
+        raise UnsupportedModel(
+            "the model is in training mode, where dropout changes every call; call model.eval() first"
+        )
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModel("only decoder models have a cache to prune, and this one is an encoder-decoder")
+    rope_switch(model.config)
+    config = model.config.get_text_config()
+    layers_of(model)
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    if kinds:
+        told = " and ".join(f"of type {kind}" + (f" {TYPES[kind]}" if kind in TYPES else "") for kind in kinds)
+        raise UnsupportedModel(f"the model has layers {told}, which hold no plain KV cache; choose another model")
+
+
+def length_for(model: PreTrainedModel, tokens: int) -> int:
+    """`tokens`, or what the model can read as one sequence where that is less.
+
+    Raises:
+        UnsupportedModel: if that is next to nothing.
+    """
+    most = min(positions_of(model), rope_switch(model.config))
+    if most < 2 * AFTER:
+        raise UnsupportedModel(f"the model reads {most:.0f} tokens at most, too few to try it on")
+    return int(min(tokens, most))
+
+
+def tokens_of(model: PreTrainedModel, rows: int, length: int) -> list[list[int]]:
+    """Random tokens, always the same, none of which the model's settings give a meaning (an image, the end of a text)."""
+    config = model.config.get_text_config()
+    special = {
+        value
+        for settings in (model.config, config)
+        for key, value in vars(settings).items()
+        if key.endswith(("token_id", "token_index")) and isinstance(value, int)
+    }
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(config.vocab_size, (4 * rows * length + len(special),), generator=generator).tolist()
+    plain = [t for t in drawn if t not in special] or drawn
+    return [[plain[(row * length + i) % len(plain)] for i in range(length)] for row in range(rows)]
