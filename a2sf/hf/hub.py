@@ -136,6 +136,8 @@ class Snapshot:
             wanted = self.wanted
             repo, kind, commit = wanted.repo, wanted.kind, wanted.revision
             try:
+                if (kind, repo, commit) not in _listed:
+                    _ask(wanted)  # else the library would try for a long time where there is no way to the hub
                 snapshot_download(repo, repo_type=kind, revision=commit, allow_patterns=[glob.escape(n) for n in left])
                 if left := self.missing(left):  # it gives a folder that lacks them where it could not ask
                     hf_hub_download(repo, left[0], repo_type=kind, revision=commit)

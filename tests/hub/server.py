@@ -12,7 +12,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -41,6 +41,7 @@ class Rule:
         stall: seconds before anything is answered.
         break_after: the connection is cut after so many bytes of the body.
         bytes_per_second: how fast the body comes.
+        then: called before the answer, as for what happens on the hub meanwhile.
     """
 
     path: str
@@ -52,6 +53,7 @@ class Rule:
     stall: float = 0.0
     break_after: int | None = None
     bytes_per_second: float | None = None
+    then: Callable[[], object] | None = None
 
     def takes(self, method: str, path: str) -> bool:
         if self.method not in (None, method) or not re.search(self.path, path) or self.times == 0:
@@ -157,6 +159,8 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if self.rule is not None:
                 time.sleep(self.rule.stall)
+                if self.rule.then is not None:
+                    self.rule.then()
                 if self.rule.status is not None:
                     self.extra = self.rule.headers
                     raise Refused(self.rule.status, self.rule.code, "told to fail")

@@ -1,0 +1,312 @@
+"""Models of the hub, over loopback: right numbers of a known commit, no needless request, each refusal told apart."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from a2sf.experiments.runs import load_sweep
+from tests.hub import cases
+from tests.hub.build import SMOLLM2, process, write_model
+from tests.hub.server import Hub, Rule
+from tests.hub.store import Store
+
+COPA = ["tasks=[copa]", "data=bundle", "limit=3", "model.device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Small models: llama, another llama of the same shape, and an OPT as a pickle."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {
+        "llama": write_model(root / "llama"),
+        "other": write_model(root / "other", seed=1),
+        "opt": write_model(root / "opt", "opt", weights="bin"),
+    }
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, checkpoints):
+    """A hub, and a process with an empty cache that knows of it."""
+    root = tmp_path_factory.mktemp("hub")
+    with (
+        Hub(Store(root / "store")) as hub,
+        process({**hub.environment(root / "home"), "HF_HUB_ETAG_TIMEOUT": "3"}) as pool,
+    ):
+        hub.store.model("org/llama").commit_folder(checkpoints["llama"])
+        hub.store.model("facebook/opt-2.7b").commit_folder(checkpoints["opt"])
+        yield hub, pool
+
+
+@pytest.fixture
+def ask(world):
+    """Calls a function of `cases` in the process, and gives what it gave and the requests that it made."""
+    hub, pool = world
+    hub.rules = []
+
+    def call(function, *arguments, rules=(), **more):
+        hub.rules = list(rules)
+        hub.requests()
+        given = pool.submit(function, *arguments, **more).result()
+        return given, hub.requests()
+
+    return call
+
+
+def evaluate(ask, runs: Path, *arguments: str, rules=()) -> tuple[cases.Done, list[str]]:
+    return ask(cases.evaluate, *arguments, *COPA, f"runs_dir={runs}", rules=rules)
+
+
+def likelihoods(cell) -> list[list[float]]:
+    return [list(x) for x in cell.documents["loglikelihoods"]]
+
+
+def test_the_same_weights_give_the_same_numbers_from_the_hub(world, ask, tmp_path):
+    """SmolLM2 as safetensors of the hub, over a line that breaks, and out of the package: to the bit."""
+    from a2sf.hf.loading import ModelSpec, local_checkpoint
+
+    hub, _ = world
+    folder = local_checkpoint(ModelSpec(SMOLLM2))
+    commit = hub.store.model("org/smol").commit_folder(folder)
+    hub.store.digests(folder / "model.safetensors")  # now, since it takes longer than the hub may
+    grid = ["-m", f"model.path=org/smol,{SMOLLM2}", "policy=full,h2o", "sweep_name=s"]
+    broken = Rule("/files/", break_after=200 * 2**20, times=1)
+    done, requests = evaluate(ask, tmp_path, *grid, rules=[broken])
+    assert done.code == 0, done.err
+    assert f"downloading org/smol at commit {commit[:12]}: 541.6 MB" in done.out
+    cells = {(c.cell["model_path"], c.cell["policy"]): c for c in load_sweep(tmp_path / "s")}
+    assert len(cells) == 4
+    for policy in ("full", "h2o"):
+        of_hub, of_package = cells["org/smol", policy], cells[SMOLLM2, policy]
+        assert likelihoods(of_hub) == likelihoods(of_package)
+        assert of_hub.cell["identity"]["weights"] == commit
+        assert of_hub.result["provenance"]["weights_format"] == "safetensors"
+        assert of_package.result["provenance"]["weights_format"] == "gguf"
+    first, second = (line for line in requests if line.startswith("GET /files/"))
+    assert "bytes=" not in first
+    assert int(re.search(r"bytes=(\d+)-", second)[1]) > 100 * 2**20  # where the line broke, not from the start
+    again, requests = evaluate(ask, tmp_path, *grid)
+    assert "4 cells, 4 done, 0 to run" in again.out
+    assert [r for r in requests if "/org/smol" in r] == requests[:1]  # which commit main is now
+
+
+def test_an_opt_of_pickles_is_read_and_no_service_is_asked_to_convert_it(ask, tmp_path):
+    told, requests = ask(cases.load, "facebook/opt-2.7b")
+    assert told.startswith("ok")
+    wanted = r"(GET /api/models/facebook/opt-2.7b/(revision|tree)/|(HEAD|GET) /facebook/opt-2.7b/resolve/|GET /files/)"
+    assert all(re.match(wanted, line) for line in requests), requests  # and no other host
+    # commit, files, config, weights, two of the tokenizer
+    assert len([r for r in requests if r.startswith("GET")]) == 6
+    done, _ = evaluate(ask, tmp_path, "model=opt-2.7b", "policy=full")
+    assert done.code == 0, done.err
+    (cell,) = load_sweep(tmp_path / "single")
+    assert cell.cell["model"] == "opt-2.7b"
+    assert cell.result["provenance"]["weights_format"] == "bin"
+
+
+def test_other_spellings_are_the_same_cell(world, ask, tmp_path):
+    hub, _ = world
+    first, _ = evaluate(ask, tmp_path, "model.path=org/llama", "policy=full")
+    assert "1 to run" in first.out, first.err
+    for path in (
+        "org/llama/",
+        f"{hub.url}/org/llama",
+        f"{hub.url}/org/llama/tree/main",
+        "https://huggingface.co/org/llama/",
+    ):
+        again, _ = evaluate(ask, tmp_path, f"model.path={path}", "policy=full")
+        assert "1 done, 0 to run" in again.out, (path, again)
+
+
+def test_a_gguf_file_of_the_hub(world, ask, tmp_path, monkeypatch):
+    from tests.unit.hf.test_loading import write_gguf
+
+    hub, _ = world
+    file = write_gguf(tmp_path / "small.gguf")
+    commit = hub.store.model("org/gguf").commit({"sub/small.gguf": file, "small.gguf": file, "README.md": "x" * 9})
+    told, _ = ask(cases.load, "org/gguf/sub/small.gguf")
+    assert told == f"ok {commit} gguf"
+    told, _ = ask(cases.load, "org/gguf")
+    assert "name one of them (small.gguf, sub/small.gguf)" in told
+    told, _ = ask(cases.load, "org/gguf/large.gguf")
+    assert "has no file of that name; it has small.gguf, sub/small.gguf" in told
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_a_branch_that_moves_during_a_sweep_changes_nothing(world, ask, checkpoints, tmp_path, workers):
+    hub, _ = world
+    repository = hub.store.model(f"org/moves{workers:d}")
+    first = repository.commit_folder(checkpoints["llama"])
+    second = repository.commit_folder(checkpoints["other"], ref=None)
+    moves = Rule(r"/resolve/.*/config\.json", times=1, then=lambda: repository.move("main", second))
+    grid = ["-m", f"model.path={repository.name}", "policy=full,h2o", "sweep_name=s"]
+    if workers:  # of a process of their own, which they outlive
+        hub.rules = [moves]
+        command = [sys.executable, str(cases.SCRIPTS / "evaluate.py"), *grid, *COPA, f"runs_dir={tmp_path}"]
+        environment = {**os.environ, **hub.environment(tmp_path / "home"), "COLUMNS": "200"}
+        ran = subprocess.run(
+            [*command, "hydra/launcher=processes"], env=environment, capture_output=True, text=True, check=False
+        )
+        done = cases.Done(ran.returncode, ran.stdout, ran.stderr)
+    else:
+        done, _ = evaluate(ask, tmp_path, *grid, rules=[moves])
+    assert done.code == 0, (done.out, done.err)
+    assert "2 cells in" in done.out
+    before = load_sweep(tmp_path / "s")
+    assert {c.cell["identity"]["weights"] for c in before} == {first}
+    assert {c.path.name for c in before} == set(re.findall(r"^  (\S+__\S+)$", done.out, re.MULTILINE))
+    assert repository.refs["main"] == second
+    if workers:
+        return
+    again, _ = evaluate(ask, tmp_path, *grid)
+    assert "2 cells, 0 done, 2 to run" in again.out  # main is another model now
+    after = {c.cell["identity"]["weights"]: c for c in load_sweep(tmp_path / "s") if c.cell["policy"] == "full"}
+    assert set(after) == {first, second}
+    assert likelihoods(after[first]) != likelihoods(after[second])
+    at_first, _ = evaluate(ask, tmp_path, *grid, f"model.revision={first}")
+    assert "2 cells, 2 done, 0 to run" in at_first.out
+
+
+def test_a_model_that_cannot_be_had_is_told_once_and_the_others_go_on(world, ask, checkpoints, tmp_path):
+    hub, _ = world
+    gated = hub.store.model("org/gated")
+    gated.commit_folder(checkpoints["other"])
+    gated.set(gated=True)
+    lacks = hub.store.model("org/lacks")
+    config = json.loads((checkpoints["llama"] / "config.json").read_text()) | {"num_hidden_layers": 5}
+    files = {f.name: f for f in checkpoints["llama"].iterdir()} | {"config.json": json.dumps(config)}
+    lacks.commit(files)  # type: ignore[arg-type]
+    grid = ["-m", "model.path=org/gated,org/lacks,org/llama", "policy=full,h2o,window", "sweep_name=s"]
+    done, requests = evaluate(ask, tmp_path, *grid)
+    assert done.code == 1
+    assert "left out: model.path=org/gated" in done.out
+    assert "3 cells in" in done.out  # the table of those that could be had
+    assert "6 of 9 cells failed" in done.out
+    assert done.out.count("ask for access at") == 2  # at once and at the end
+    assert done.out.count("which would be random") == 1
+    assert {c.cell["model"] for c in load_sweep(tmp_path / "s")} == {"llama"}
+    assert len(list((tmp_path / "s" / "failures").glob("*.json"))) == 6
+    assert not [r for r in requests if "/org/gated/resolve/" in r and "model.safetensors" in r]
+    alone, _ = evaluate(ask, tmp_path, "model.path=org/gated", "policy=full")
+    assert (alone.code, len(alone.err.strip().splitlines())) == (1, 1)
+    assert f"ask for access at {hub.url}/org/gated, then log in (`hf auth login`, or set HF_TOKEN)" in alone.err
+
+
+@pytest.mark.parametrize(
+    ("rule", "why"),
+    [
+        (Rule("/api/", status=401), r"asks who you are \(401\); log in"),
+        (Rule("/api/", status=403), r"forbids it \(403\); check at http\S+/org/fresh"),
+        (Rule("/files/", status=403), r"forbids it \(403\)"),
+        (
+            Rule("/api/", status=429, headers={"Retry-After": "7"}),
+            r"too many requests from here \(429\); start again in 7 s",
+        ),
+        (Rule("/api/", status=500), r"a problem of its own \(500\); try again later"),
+        (Rule("/api/", status=504), r"a problem of its own \(504\); try again later"),
+        (Rule("/api/", status=403, code="GatedRepo"), "ask for access"),
+        (Rule("/api/", status=404, code="RevisionNotFound"), r"model\.revision=main .* no such branch, tag or commit"),
+        (
+            Rule("/api/", status=401, code="RepoNotFound"),
+            "not on this disk, and the hub .* no model of that name, or it is private",
+        ),
+        (
+            Rule("/api/", stall=6),
+            r"cannot be reached \(ReadTimeout.*check the network, take what is cached \(.*/.*data=bundle",
+        ),
+        (Rule("/files/", break_after=0), "the line to 127.0.0.1 broke .*the files that arrived whole are kept"),
+    ],
+    ids=lambda x: f"{x.path}-{x.status or x.code or 'line'}" if isinstance(x, Rule) else "",
+)
+def test_each_refusal_has_its_own_sentence(checkpoints, world, ask, rule, why, request):
+    hub, _ = world
+    name = f"org/fresh-{abs(hash(request.node.name))}"  # nothing of it is in the cache
+    hub.store.model(name).commit_folder(checkpoints["other"])
+    ask(cases.load, "org/llama")
+    told, _ = ask(cases.load, name, rules=[rule])
+    assert re.search(why, told), told
+    assert len(told.splitlines()) == 1
+    told, _ = ask(cases.load, name)
+    assert told.startswith("ok")  # once the fault is gone
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["model.path=facebook/opt-2.7"], r"no model of that name.*\(did you mean model=opt-2.7b"),
+        (["model.path=opt-6.7b"], r"no model of that name.*\(did you mean model=opt-6.7b"),
+        (["model.path=nobody/nothing", "plan_only=true"], "no model of that name"),
+        (["model.path=org/llama", "model.revision=v9"], "model.revision=v9 .*no such branch, tag or commit"),
+        (["model.path=a/b/c", "plan_only=true"], "no such directory"),
+        (["model.path=./my-model", "plan_only=true"], "no such directory"),
+        (["model.path=/data/models/llama", "plan_only=true"], "no such directory"),
+        (["'model.path=my model'", "plan_only=true"], "no such directory"),
+    ],
+)
+def test_a_path_that_names_nothing_is_one_sentence(ask, tmp_path, arguments, why):
+    arguments = [a.strip("'") for a in arguments]
+    done, _ = evaluate(ask, tmp_path, *arguments)
+    assert done.code == 1
+    assert len(done.err.strip().splitlines()) == 1, done.err
+    assert re.search(why, done.err), done.err
+
+
+def test_a_broken_download_goes_on(world, ask, checkpoints):
+    """The next start keeps the files that arrived whole. (That the library goes on within a file: see the first test.)"""
+    hub, _ = world
+    commit = hub.store.model("org/breaks").commit_folder(checkpoints["other"])
+    size = (checkpoints["other"] / "model.safetensors").stat().st_size
+    told, _ = ask(cases.load, "org/breaks", rules=[Rule("/files/", break_after=size // 2)])
+    assert "broke" in told
+    told, requests = ask(cases.load, "org/breaks")
+    assert told.startswith(f"ok {commit}")
+    assert not [r for r in requests if r.startswith("GET") and "tokenizer.json" in r]
+
+
+def test_without_the_hub_the_cache_is_used_and_it_is_said(world, ask, tmp_path):
+    """The hub is gone, or must not be asked: what is cached runs; what is not, wholly or in part, is told apart."""
+    hub, pool = world
+    home = Path(pool.submit(cases.home).result())
+    told, _ = ask(cases.load, "org/llama")
+    _, commit, _ = told.split()
+    partly = hub.store.model("org/part").commit_folder(hub.store.model("org/llama").path / commit)
+    ask(cases.prepare, "org/part")  # its config only
+    gone = {**hub.environment(home), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    offline = {**hub.environment(home), "HF_HUB_OFFLINE": "1"}
+    first, second = tmp_path / "gone", tmp_path / "offline"
+    for environment, runs, why in ((gone, first, "asked in vain"), (offline, second, "HF_HUB_OFFLINE is set")):
+        with process(environment) as alone:
+            done = alone.submit(
+                cases.evaluate, "model.path=org/llama", "policy=full", *COPA, f"runs_dir={runs}"
+            ).result()
+            assert done.code == 0, done.err
+            assert why in done.out
+            assert f"what the cache has is used, commit {commit[:12]}" in done.out
+            part = alone.submit(cases.load, "org/part").result()
+            assert "holds only a part of org/part" in part
+            assert partly not in part
+            none = alone.submit(cases.evaluate, "model.path=org/never", *COPA, f"runs_dir={runs}").result()
+            assert none.code == 1
+            for says in ("does not hold org/never", "take what is cached", "model=smollm2-135m data=bundle"):
+                assert says in none.err
+            plan = alone.submit(
+                cases.evaluate, "model.path=org/never", "plan_only=true", *COPA, f"runs_dir={runs}"
+            ).result()
+            assert plan.code == 0, plan.err
+            assert "provisional" in plan.out
+    assert [c.path.name for c in load_sweep(first / "single")] == [c.path.name for c in load_sweep(second / "single")]
+
+
+def test_a_cache_that_cannot_be_written_is_told(world, tmp_path):
+    hub, _ = world
+    (tmp_path / "file").touch()
+    with process(hub.environment(tmp_path / "file")) as alone:
+        told = alone.submit(cases.load, "org/llama").result()
+    assert "cache folder cannot be written" in told
+    assert "HF_HOME" in told

@@ -1,0 +1,66 @@
+"""What tests run in another process, whose libraries were told of the hub before they were imported."""
+
+from __future__ import annotations
+
+import io
+import os
+import runpy
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def evaluate(*arguments: str) -> Done:
+    """`python scripts/evaluate.py ...` in this process, which has its imports behind it after the first time."""
+    out, err = io.StringIO(), io.StringIO()
+    os.environ["COLUMNS"] = "200"
+    if str(SCRIPTS) not in sys.path:
+        sys.path.insert(0, str(SCRIPTS))
+    sys.argv = [str(SCRIPTS / "evaluate.py"), *arguments]
+    code = 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def load(path: str, **more: object) -> str:
+    """`ok`, the fingerprint and the format of a model that was pinned, fetched and loaded; or the sentence."""
+    from a2sf import app
+    from a2sf.errors import UserError
+    from a2sf.hf import loading
+
+    app.quiet()
+    try:
+        spec, note = loading.pin(loading.ModelSpec(path, device="cpu", **more))  # type: ignore[arg-type]
+        if (download := loading.prepare(spec)) is not None:
+            download.run()
+        loaded = loading.load(spec)
+    except UserError as error:
+        return str(error)
+    return " ".join(filter(None, ["ok", loaded.fingerprint, loaded.format, note]))
+
+
+def prepare(path: str) -> None:
+    """Check a model as far as it goes without its weights."""
+    from a2sf.hf import loading
+
+    loading.prepare(loading.pin(loading.ModelSpec(path, device="cpu"))[0])
+
+
+def home() -> str:
+    """Where this process keeps what comes from the hub."""
+    from huggingface_hub import constants
+
+    return constants.HF_HOME
