@@ -261,26 +261,26 @@ def _named(requested: str, leaves: list[_Leaf]) -> list[Definition]:
 def _find(name: str) -> Entry | None:
     """Where a name is written down: a quick look for a task spares reading lm-eval's 14,000 definitions."""
     if name.endswith(YAML):
-        path = Path(name).expanduser()
-        try:
-            return _with_name(TaskIndex.entry_from_path(path), path)
-        except ConfigError:
-            raise
-        except Exception as error:
-            why = str(error).strip().replace("\n", " ")
-            raise ConfigError("tasks", name, f"the file does not define a task or a group ({why})") from error
+        return _in_file(Path(name).expanduser().resolve())
     path_of = _quick(name)
     if path_of is not None:
         return Entry(name, Kind.TASK, path_of, cfg=_unresolved(path_of))
     return _index().get(name)
 
 
-def _with_name(entry: Entry | None, path: Path) -> Entry | None:
-    if entry is None and path.is_file():
-        raise ConfigError("tasks", str(path), "the file lacks a `task:` with the task's name")
-    if entry is not None and not isinstance(entry.name, str):
-        raise ConfigError("tasks", str(path), "`task:` in the file has to be one name")
-    return entry
+def _in_file(path: Path) -> Entry | None:
+    if not path.is_file():
+        return None
+    try:
+        cfg = _unresolved(path)
+        kind = TaskIndex._kind_of(cfg)
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise ConfigError("tasks", path, f"the file defines neither a task nor a group ({why})") from error
+    key = "group" if kind is Kind.GROUP else "task"
+    if not isinstance(name := cfg.get(key), str) or not name:
+        raise ConfigError("tasks", path, f"`{key}:` in the file has to be one name")
+    return Entry(name, kind, path, cfg=cfg)
 
 
 def _quick(name: str) -> Path | None:

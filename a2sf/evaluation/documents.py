@@ -134,6 +134,8 @@ def locate(definition: Definition, spec: DataSpec, shots: int) -> Source:
         return Source(definition.name, "task", "the task itself", *_splits(definition, config, spec, shots, None))
     if spec.root is not None:
         files = find_splits(spec.root, definition.name.rpartition("::")[2], config, asked)
+        if not files and _brings_its_own(config):
+            return Source(definition.name, "task", "the task itself", *_splits(definition, config, spec, shots, None))
         if not files:
             held = ", ".join(_holdings(spec.root)[:HELD_SHOWN])
             raise ConfigError("tasks", definition.name, f"data={spec.label} does not hold it; it holds {held}")
@@ -181,6 +183,10 @@ def _splits(
         raise ConfigError("data.split", spec.split, f"{have()}{nearest(spec.split, there or [])}")
     usual = ("validation", "test") if there is not None else ()
     scored = first(spec.split, test, validation, *usual)
+    if test is None and validation is None and spec.split is None and "class" not in config:
+        raise ConfigError(
+            "tasks", definition.name, "its definition says neither test_split nor validation_split; give data.split"
+        )
     if scored is None and "class" not in config:
         raise ConfigError("tasks", definition.name, f"it scores {test or validation}, and {have()}; give data.split")
     if not shots:
@@ -290,6 +296,14 @@ def _of_class(definition: Definition) -> dict[str, Any]:
         if config.get(key) is None:
             config[key] = getattr(cls, attribute, None)
     return config | {"own_download": getattr(cls, "download", None) is not ConfigurableTask.download}
+
+
+def _brings_its_own(config: dict[str, Any]) -> bool:
+    """Whether a definition names files of this machine."""
+    path = str(config.get("dataset_path") or "")
+    if not path or _on_the_hub(path):
+        return False
+    return Path(path).exists() or "://" not in json.dumps((config.get("dataset_kwargs") or {}).get("data_files"))
 
 
 def _on_the_hub(path: str) -> bool:

@@ -185,7 +185,7 @@ class OwnDocuments:
                 seed=self.fewshot_seed,
                 kind=type(task.sampler),
                 headroom=task.fewshot_cfg.split == task.config.test_split,
-                task=task.task_name,
+                task=task.config.task or "the task",
             )
         return self._examples
 
