@@ -14,7 +14,7 @@ COMMANDS = {
     "run": ("a2sf.commands.run", "measure: one configuration, or a grid (-m, +sweep=PRESET)"),
     "tables": ("a2sf.commands.tables", "tables, plots and a report of finished sweeps"),
     "reproduce": ("a2sf.commands.reproduce", "the A2SF paper's claims, with a verdict each"),
-    "bench": ("a2sf.bench.harness", "speed and memory beside what the harness replaces"),
+    "bench": ("a2sf.commands.bench", "speed and memory beside what the harness replaces"),
     "policies": ("a2sf.commands.policies", "the policies: what each does, its paper, its settings"),
     "check": ("a2sf.commands.check", "which invariants a policy of your own holds (mine:MyPolicy)"),
     "doctor": ("a2sf.commands.doctor", "versions, devices, kernels, caches, disk: what a bug report needs"),
