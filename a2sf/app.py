@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -52,6 +53,9 @@ def guard(main: Callable[[], Any]) -> None:
         _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         _fail(_explain(error))
+    except BrokenPipeError:  # who reads our output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nor is what is left told at exit
+        sys.exit(141)
     except OSError as error:
         if error.filename is None:
             raise
@@ -311,6 +315,10 @@ def _share_cores() -> None:
 def _explain(error: Exception) -> str:
     from a2sf.experiments.config import explain
 
+    if isinstance(error, MissingConfigException) and (asked := re.match(r"In 'hydra/launcher/(\w+)'", str(error))):
+        told = (shipped("conf") / "hydra/launcher" / f"{asked[1]}.yaml").read_text()  # which says how to install it
+        extra = re.search(r"pip install \"a2sf\[\w+\]\"", told)
+        return f"hydra/launcher={asked[1]} is not installed: {extra[0] if extra else error}."
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, value = str(error.missing_cfg_file).rpartition("/")
         options = sorted(error.options)
