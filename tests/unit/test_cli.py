@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
+import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
+import yaml
+from hydra.errors import MissingConfigException
 
-from a2sf import cli
+from a2sf import app, cli
 from a2sf.commands import run, tables
 from a2sf.commands.describe import attributes, paper
 from a2sf.errors import UserError
 from a2sf.experiments import schema
 from a2sf.experiments.runs import load_sweep
 from a2sf.policies.find import built_in
+from a2sf.shipped import shipped
 from tests.sweep_fixture import Plan, write_sweep
 
 
@@ -123,3 +130,23 @@ def test_completion_of_commands(line, offered, monkeypatch, capsys):
 def test_completion_of_no_shell(arguments):
     with pytest.raises(UserError, match="give -sc install=bash"):
         run.complete(arguments, [])
+
+
+def test_output_that_nobody_reads(tmp_path):
+    """`a2sf run --help | head -1` is no fault."""
+    script = f"{sys.executable} -P -m a2sf.cli run --help | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.stderr == ""
+    assert done.stdout.strip() in ("141", "0")  # 0 where all was written before the reader went
+
+
+@pytest.mark.parametrize("launcher", ["processes", "slurm", "slurm_local", "ray_cluster"])
+def test_a_launcher_that_is_not_installed(launcher):
+    """Hydra names the plugin's own configuration, which a user has not heard of."""
+    (plugin,) = yaml.safe_load((shipped("conf/hydra/launcher") / f"{launcher}.yaml").read_text())["defaults"]
+    said = f"In 'hydra/launcher/{launcher}': Could not load 'hydra/launcher/{plugin}'."
+    told = app._explain(MissingConfigException(said, missing_cfg_file=f"hydra/launcher/{plugin}", options=[]))
+    extra = re.fullmatch(rf'hydra/launcher={launcher} is not installed: pip install "a2sf\[(\w+)\]"\.', told)
+    declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert extra
+    assert extra[1] in declared["optional-dependencies"]

@@ -5,15 +5,21 @@ from __future__ import annotations
 import sys
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from lm_eval.utils import simple_parse_args_string
 
 from a2sf import A2SF, Budget
 from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation.lm import PrunedLM
 from a2sf.evaluation.tasks import DataSpec
+from a2sf.experiments import schema
 from a2sf.experiments.cell import Cell
+from a2sf.experiments.config import read
 from a2sf.hf.loading import ModelSpec
 from a2sf.policies.find import built_in, configurations, find_policies, find_policy, installed, load, source_digest
+from a2sf.shipped import shipped
 from tests.outside import MODEL, installed_package, policy
 
 
@@ -130,3 +136,16 @@ def test_in_model_args_of_lm_eval(site, smollm2):
     assert (lm.policy.label, lm.budget) == ("My policy", Budget(ratio=0.2))
     with pytest.raises(ConfigError, match="policy=mine:Min is not allowed: mine has no Min"):
         PrunedLM(smollm2.model, tokenizer=smollm2.tokenizer, policy="mine:Min")
+
+
+def test_an_installed_policy_is_a_choice_with_its_settings(site):
+    installed_package(site, "theirs", policy("Theirs", "theirs", "Their policy"))
+    GlobalHydra.instance().clear()
+    schema.register()
+    try:
+        with initialize_config_dir(str(shipped("conf")), version_base="1.3"):
+            composed = compose("config", ["policy=theirs", "policy.share=0.25", "data=bundle", "tasks=[copa]"])
+            (cell,) = read(composed).cells
+    finally:
+        del ConfigStore.instance().repo["policy"]["theirs.yaml"]
+    assert (cell.policy.label, cell.policy.retention(8, 0).sinks) == ("Their policy", 2)

