@@ -2,16 +2,33 @@
 
 from typing import TYPE_CHECKING, Any
 
-from a2sf.engine.eviction import EvictionState
-from a2sf.engine.functional import evicting_attention
+from a2sf.engine.functional import attend, evicting_attention
+from a2sf.engine.state import EvictionState
 from a2sf.policies.a2sf import A2SF
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
+from a2sf.policies.make import make_policy
+from a2sf.policies.rule import Rule, Step
+from a2sf.policies.schedule import Schedule
 
 if TYPE_CHECKING:
     from a2sf.hf.generation import PrunedCache, pruning
 
-__all__ = ["A2SF", "Budget", "EvictionState", "Policy", "PrunedCache", "Retention", "evicting_attention", "pruning"]
+__all__ = [
+    "A2SF",
+    "Budget",
+    "EvictionState",
+    "Policy",
+    "PrunedCache",
+    "Retention",
+    "Rule",
+    "Schedule",
+    "Step",
+    "attend",
+    "evicting_attention",
+    "make_policy",
+    "pruning",
+]
 __version__ = "0.1.0"
 
 

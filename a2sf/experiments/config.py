@@ -212,7 +212,7 @@ def _budget(config: Config, policy: Policy) -> Budget | None:
 
 
 def _check_layers(model: ModelSpec, policy: Policy, budget: Budget | None) -> None:
-    lists = [getattr(policy, "forgetting_factor", None), budget and budget.ratio, budget and budget.tokens]
+    lists = [*vars(policy).values(), budget and budget.ratio, budget and budget.tokens]
     if any(isinstance(x, tuple) for x in lists):
         layers = layers_of(model)
         policy.check(layers)

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from a2sf.engine.eviction import EvictionState, Options, Segments
-from a2sf.engine.kernels import attend
+from a2sf.engine.kernels import attend, knows
 from a2sf.policies.base import UNLIMITED, Retention
+from a2sf.policies.rule import ACCUMULATED
 
 GROWTH = 256
 """Slots to spare, at least, where no budget and no length bounds a cache."""
@@ -73,6 +74,9 @@ class PrunedLayer(CacheLayerMixin):
         self.budget, self.recent, self.sinks = (
             torch.tensor([getattr(r, name) for r in rule]) for name in ("budget", "recent", "sinks")
         )
+        rules = {r.rule for r in rule}
+        assert len(rules) <= 1, "the rows of a batch follow one policy"
+        self._ranked = rules.pop() if rules else ACCUMULATED
         self.factor = torch.tensor([r.forgetting_factor for r in rule], dtype=torch.float64)
         # as the compiled cache takes them, made once instead of at every token
         numbers = (x.numpy() for x in (self.budget, self.recent, self.sinks, self.factor))
@@ -81,7 +85,7 @@ class PrunedLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         if isinstance(self._store, EvictionState):
-            return sum(getattr(self._store, f.name).nbytes for f in fields(EvictionState))
+            return sum(x.nbytes for f in fields(EvictionState) if (x := getattr(self._store, f.name)) is not None)
         return self._store.nbytes if self._store is not None else 0
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, step: Step, scale: float, limit: int | None) -> Tensor:
@@ -90,7 +94,8 @@ class PrunedLayer(CacheLayerMixin):
         Args:
             limit: the longest any row will get, where that is known; bounds the memory of an unlimited budget.
         """
-        compiled = query.device.type == "cpu" and query.dtype != torch.float64 and self.backend in ("auto", "numba")
+        on_cpu = query.device.type == "cpu" and query.dtype != torch.float64 and self.backend in ("auto", "numba")
+        compiled = on_cpu and knows(self._ranked)
         if compiled:
             self._make_room(query, key, value, step, limit)
             if step.columns == 1 and not self.trace:
@@ -105,6 +110,7 @@ class PrunedLayer(CacheLayerMixin):
             recent=self.recent,
             sinks=self.sinks,
             forgetting_factor=self.factor,
+            rule=self._ranked,
         )
         before = self.state() if self.is_initialized else None
         options = Options(scale, return_state=True, trace=self.trace)

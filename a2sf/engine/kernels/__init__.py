@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from a2sf.engine.eviction import Attended, EvictionState, Options, Segments, reference
+from a2sf.engine.eviction import reference
 from a2sf.engine.kernels.dense import attend_dense, serves
-from a2sf.errors import ConfigError
+from a2sf.engine.state import Attended, EvictionState, Options, Segments
+from a2sf.errors import ConfigError, UserError
+from a2sf.policies.rule import ACCUMULATED, Rule
+from a2sf.policies.schedule import STEP
 
-BACKENDS = ("reference", "numba", "triton")
+BACKENDS = ("reference", "numba", "triton", "torch")
 
 
 def attend(
@@ -26,19 +29,28 @@ def attend(
 
     Raises:
         ConfigError: if `backend` is unknown or cannot serve this call.
+        UserError: if the policy looks at later tokens and does not see whole sequences.
     """
     if backend not in ("auto", *BACKENDS):
         raise ConfigError("backend", backend, f"give auto or one of {', '.join(BACKENDS)}")
+    if segments.rule.foresee is not None and (state is not None or bool((segments.parent >= 0).any())):
+        raise UserError("a policy that looks at later tokens needs each sequence as one segment, from its first token")
     kind = f"{query.dtype} tensors on {query.device.type}"
     if backend == "auto":
         if query.device.type != "cpu" and serves(segments, options, state):
             return attend_dense(query, key, value, segments, options)
-        backend = _choose(query)
-    elif backend != "reference" and query.dtype == torch.float64:
-        raise ConfigError("backend", backend, f"it computes in float32, and these are {kind}; give auto or reference")
+        backend = _choose(query, segments)
+    elif backend in ("numba", "triton") and query.dtype == torch.float64:
+        raise ConfigError(
+            "backend", backend, f"it computes in float32, and these are {kind}; give auto, torch or reference"
+        )
     elif backend == "numba" and query.device.type != "cpu":
         raise ConfigError("backend", backend, f"numba serves tensors on the CPU, and these are {kind}; give auto")
+    elif backend in ("numba", "triton") and not compiled(segments):
+        backend = "torch"
 
+    if backend == "reference":
+        return reference(query, key, value, segments, options, state)
     # imported when first used, because numba and Triton take a second to load
     if backend == "numba":
         from a2sf.engine.kernels.cpu import attend_cpu
@@ -48,14 +60,26 @@ def attend(
         from a2sf.engine.kernels.triton_kernel import attend_triton
 
         return attend_triton(query, key, value, segments, options, state)
-    return reference(query, key, value, segments, options, state)
+    from a2sf.engine.kernels.stepwise import attend_torch
+
+    return attend_torch(query, key, value, segments, options, state)
 
 
-def _choose(query: Tensor) -> str:
-    if query.dtype == torch.float64:
-        return "reference"
+def knows(rule: Rule) -> bool:
+    """Whether the compiled kernels run a rule."""
+    return rule == ACCUMULATED
+
+
+def compiled(segments: Segments) -> bool:
+    """Whether the compiled kernels know the rule and the schedule."""
+    return knows(segments.rule) and segments.schedule == STEP
+
+
+def _choose(query: Tensor, segments: Segments) -> str:
+    if query.dtype == torch.float64 or not compiled(segments):
+        return "torch"
     if query.device.type == "cpu":
         return "numba"
     from a2sf.engine.kernels.triton_kernel import available
 
-    return "triton" if query.is_cuda and available(query.device) else "reference"
+    return "triton" if query.is_cuda and available(query.device) else "torch"

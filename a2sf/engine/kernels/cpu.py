@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from a2sf.engine.eviction import Attended, EvictionState, Options, Segments
 from a2sf.engine.kernels import cpu_run
 from a2sf.engine.kernels.cpu_run import Given, Program
 from a2sf.engine.kernels.cpu_simd import LANES, TILE_ROWS
 from a2sf.engine.kernels.cpu_step import Call, Scratch, Shape, Store
 from a2sf.engine.kernels.cpu_threads import in_threads
+from a2sf.engine.state import Attended, EvictionState, Options, Segments
 
 LEAST_BLOCK, LARGEST_BLOCK = 4, 32
 """Tokens per block: more means longer matrix products, and more slots that are empty at a time."""
