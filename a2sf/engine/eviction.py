@@ -39,7 +39,7 @@ def reference(
         key: [B, K, T, D] and
         value: [B, K, T, V], any floating dtype and strides.
         segments: what to attend (see `Segments`).
-        state: the state the parentless segments start from, one row per segment; None: empty caches.
+        state: the state the parentless segments start from, one row for each in their order; None: empty caches.
     """
     return by_levels(_reference_rows, query, key, value, segments, options, state)
 

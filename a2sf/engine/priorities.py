@@ -18,6 +18,8 @@ from a2sf.policies.schedule import Schedule
 
 LATE = 2**62
 """Later than any position."""
+SHARE = 1 - 1e-5
+"""`p * n` from which a token has its share of attention: 1, but for the rounding of equal shares."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ def mass(rule: Rule, probabilities: Tensor, count: Tensor) -> Tensor:
     """What a step adds to `A`, [B, K, N]: the sum of `phi(p)` over the group [B, K, G, N], with `count` cached tokens."""
     if not rule.counted:
         return probabilities.sum(2)
-    # p >= 1/n; an uncached column has p = 0
-    return (probabilities * count[..., None] >= 1).to(probabilities.dtype).sum(2)
+    # an uncached column has p = 0
+    return (probabilities * count[..., None] >= SHARE).to(probabilities.dtype).sum(2)
 
 
 def of_rule(numbers: Numbers, step: Step, weight: Tensor | None, bias: Tensor | None) -> Tensor:

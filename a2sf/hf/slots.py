@@ -116,7 +116,7 @@ class PrunedLayer(CacheLayerMixin):
         options = Options(scale, return_state=True, trace=self.trace)
         attended = attend(query, key, value, segments, options, before, backend=self.backend)
         if compiled:
-            self._store.load(attended.state)
+            self._store.load(attended.state, self.factor)
         else:
             self._store = attended.state
         if attended.evicted is not None:
@@ -133,7 +133,7 @@ class PrunedLayer(CacheLayerMixin):
         if isinstance(self._store, EvictionState):
             self._store = state
         else:
-            self._store.load(state)
+            self._store.load(state, self.factor)
 
     def evicted(self) -> Tensor:
         """int32 [B, K, columns], the position evicted at each column's step, -1 for none."""
@@ -165,9 +165,9 @@ class PrunedLayer(CacheLayerMixin):
             self._slots = min(most, need + max(GROWTH, need // 2))
         B, H, _, D = query.shape
         K = key.shape[1]
-        grown = SlotCache(B, K, H // K, self._slots, D, value.shape[-1])
+        grown = SlotCache(B, K, H // K, self._slots, D, value.shape[-1], self._ranked)
         if self._store is not None:
-            grown.load(self._store.state())
+            grown.load(self._store.state(), self.factor)
         self._store = grown
 
     # what transformers asks of a layer; `PrunedCache` answers for all of them

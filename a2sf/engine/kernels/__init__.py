@@ -7,6 +7,8 @@ from torch import Tensor
 
 from a2sf.engine.eviction import reference
 from a2sf.engine.kernels.dense import attend_dense, serves
+from a2sf.engine.kernels.parts import by_heads, by_prompt
+from a2sf.engine.kernels.stepwise import attend_torch
 from a2sf.engine.state import Attended, EvictionState, Options, Segments
 from a2sf.errors import ConfigError, UserError
 from a2sf.policies.rule import ACCUMULATED, Rule
@@ -39,44 +41,46 @@ def attend(
     if backend == "auto":
         if query.device.type != "cpu" and serves(segments, options, state):
             return attend_dense(query, key, value, segments, options)
-        backend = _choose(query, segments)
+        backend = _choose(query)
     elif backend in ("numba", "triton") and query.dtype == torch.float64:
         raise ConfigError(
             "backend", backend, f"it computes in float32, and these are {kind}; give auto, torch or reference"
         )
     elif backend == "numba" and query.device.type != "cpu":
         raise ConfigError("backend", backend, f"numba serves tensors on the CPU, and these are {kind}; give auto")
-    elif backend in ("numba", "triton") and not compiled(segments):
-        backend = "torch"
 
     if backend == "reference":
         return reference(query, key, value, segments, options, state)
     # imported when first used, because numba and Triton take a second to load
-    if backend == "numba":
+    if backend == "numba" and segments.rule.own is None:
         from a2sf.engine.kernels.cpu import attend_cpu
 
-        return attend_cpu(query, key, value, segments, options, state)
-    if backend == "triton":
+        if segments.rule.whole:
+            return by_heads(attend, query, key, value, segments, options, state)
+        if segments.schedule.prompt and compiled_after(segments):
+            return by_prompt(attend, query, key, value, segments, options, state)
+        if knows(segments.rule) and not segments.schedule.prompt:
+            return attend_cpu(query, key, value, segments, options, state)
+    if backend == "triton" and segments.rule == ACCUMULATED and segments.schedule == STEP:
         from a2sf.engine.kernels.triton_kernel import attend_triton
 
         return attend_triton(query, key, value, segments, options, state)
-    from a2sf.engine.kernels.stepwise import attend_torch
-
     return attend_torch(query, key, value, segments, options, state)
 
 
+def compiled_after(segments: Segments) -> bool:
+    """Whether the compiled kernel runs what comes after a prompt's cut: all but shares of the heads' own, step by step."""
+    across_heads = segments.rule.cut is not None and segments.rule.cut.floor is not None
+    return segments.schedule.then == "keep" or not across_heads
+
+
 def knows(rule: Rule) -> bool:
-    """Whether the compiled kernels run a rule."""
-    return rule == ACCUMULATED
+    """Whether the compiled kernel of the CPU runs a rule, token by token."""
+    return rule.own is None and rule.cut is None and not rule.whole and not rule.shared
 
 
-def compiled(segments: Segments) -> bool:
-    """Whether the compiled kernels know the rule and the schedule."""
-    return knows(segments.rule) and segments.schedule == STEP
-
-
-def _choose(query: Tensor, segments: Segments) -> str:
-    if query.dtype == torch.float64 or not compiled(segments):
+def _choose(query: Tensor) -> str:
+    if query.dtype == torch.float64:
         return "torch"
     if query.device.type == "cpu":
         return "numba"
