@@ -4,24 +4,46 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from a2sf.engine.eviction import EvictionState
-    from a2sf.engine.functional import evicting_attention
+    from a2sf.engine.functional import attend, evicting_attention
+    from a2sf.engine.state import EvictionState
     from a2sf.hf.generation import PrunedCache, pruning
     from a2sf.policies.a2sf import A2SF
     from a2sf.policies.base import Policy, Retention
     from a2sf.policies.budget import Budget
+    from a2sf.policies.make import make_policy
+    from a2sf.policies.rule import Rule, Step
+    from a2sf.policies.schedule import Schedule
 
-__all__ = ["A2SF", "Budget", "EvictionState", "Policy", "PrunedCache", "Retention", "evicting_attention", "pruning"]
+__all__ = [
+    "A2SF",
+    "Budget",
+    "EvictionState",
+    "Policy",
+    "PrunedCache",
+    "Retention",
+    "Rule",
+    "Schedule",
+    "Step",
+    "attend",
+    "evicting_attention",
+    "make_policy",
+    "pruning",
+]
 __version__ = "0.2.0"
 
 _WHERE = {
     "A2SF": "a2sf.policies.a2sf",
     "Budget": "a2sf.policies.budget",
-    "EvictionState": "a2sf.engine.eviction",
+    "EvictionState": "a2sf.engine.state",
     "Policy": "a2sf.policies.base",
     "PrunedCache": "a2sf.hf.generation",
     "Retention": "a2sf.policies.base",
+    "Rule": "a2sf.policies.rule",
+    "Schedule": "a2sf.policies.schedule",
+    "Step": "a2sf.policies.rule",
+    "attend": "a2sf.engine.functional",
     "evicting_attention": "a2sf.engine.functional",
+    "make_policy": "a2sf.policies.make",
     "pruning": "a2sf.hf.generation",
 }
 

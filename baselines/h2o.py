@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from a2sf.errors import ConfigError
-from a2sf.policies.base import Policy, Retention
+from a2sf.policies.base import Policy, Retention, check_share, share_of
 
 
 @dataclass(kw_only=True)
@@ -28,8 +27,7 @@ class H2O(Policy):
     recent_share: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.recent_share <= 1.0:
-            raise ConfigError("policy.recent_share", self.recent_share, "give a number from 0 to 1")
+        check_share("policy.recent_share", self.recent_share)
 
     def retention(self, budget: int, layer: int) -> Retention:
-        return Retention(budget=budget, recent=int(budget * self.recent_share))
+        return Retention(budget=budget, recent=share_of(budget, self.recent_share))

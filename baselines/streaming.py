@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from a2sf.errors import ConfigError
-from a2sf.policies.base import Policy, Retention
+from a2sf.policies.base import Policy, Retention, check_tokens
 
 
 @dataclass(kw_only=True)
@@ -24,12 +23,12 @@ class Streaming(Policy):
 
     name: ClassVar[str] = "streaming"
     label: ClassVar[str] = "StreamingLLM"
+    schedules: ClassVar[tuple[str, ...]] = ("step",)
 
     sinks: int = 4
 
     def __post_init__(self) -> None:
-        if self.sinks < 0:
-            raise ConfigError("policy.sinks", self.sinks, "give a whole number of tokens, at least 0")
+        check_tokens("policy.sinks", self.sinks)
 
     @property
     def least_budget(self) -> int:

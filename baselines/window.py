@@ -18,6 +18,7 @@ class Window(Policy):
 
     name: ClassVar[str] = "window"
     label: ClassVar[str] = "Window"
+    schedules: ClassVar[tuple[str, ...]] = ("step",)
 
     def retention(self, budget: int, layer: int) -> Retention:
         return Retention(budget=budget, recent=budget)

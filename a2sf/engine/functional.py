@@ -1,12 +1,98 @@
-"""The recursion on plain tensors, without a model: shapes as in `a2sf.engine.eviction`."""
+"""The recursion on plain tensors, without a model: shapes as in `a2sf.engine.state`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from a2sf.engine.eviction import EvictionState, Options, Segments
-from a2sf.engine.kernels import attend
+from a2sf.engine import kernels
+from a2sf.engine.state import EvictionState, Options, Segments
+from a2sf.errors import ConfigError, UserError
+from a2sf.policies.base import Policy, check_name
+from a2sf.policies.rule import ACCUMULATED, Rule
+from a2sf.policies.schedule import Schedule, schedule_for
+
+
+def attend(
+    policy: Policy,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    budget: int | Tensor | None = None,
+    schedule: Schedule | None = None,
+    prompt: int | Tensor | None = None,
+    lengths: Tensor | None = None,
+    layer: int = 0,
+    layers: int = 1,
+    state: EvictionState | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, EvictionState]:
+    """Causal attention over a cache that `policy` prunes; a row's result never depends on the other rows.
+
+    Args:
+        policy: any policy.
+        query: [B, H, T, D], any floating dtype.
+        key: [B, K, T, D] and
+        value: [B, K, T, V]; `H` is a multiple of `K` (grouped-query attention).
+        budget: `C`, int or int tensor [B]; None for a policy that ignores it.
+        schedule: when tokens are evicted; None: after every token, or after the prompt for a policy that knows no other.
+        prompt: int or int tensor [B], tokens of each row's prompt; for the prompt schedule. It counts from the row's
+            first token, also where `state` is given, and may lie beyond this call's tokens.
+        lengths: int tensor [B], the rows' own lengths if they are right-padded; output past a row's length is 0.
+        layer, layers: which layer of how many, for policies whose numbers differ by layer.
+        state: continue from here; None: empty caches.
+        scale: factor on the logits; default `D ** -0.5`.
+        backend: `auto`, or the name of one of `a2sf.engine.kernels.BACKENDS`.
+
+    Returns:
+        output [B, H, T, V] in the query's dtype, and the state after each row's last token; `state.positions`
+        [B, K, slots] are the kept positions in ascending order, -1 where a slot is empty.
+
+    Raises:
+        ConfigError: if a setting does not fit the policy, or the policy the layers and heads.
+        ValueError: if shapes do not fit, a number is out of range, or a rule of the policy's own misbehaves.
+    """
+    check_name(type(policy))
+    schedule = schedule_for(policy, schedule)
+    _check_shapes(query, key, value)
+    B, T = query.shape[0], query.shape[2]
+    if not 0 <= layer < layers:
+        raise ConfigError("layer", layer, f"give a number from 0 to {layers - 1}, the model has {layers} layers")
+    policy.check(layers, key.shape[1])
+    if budget is None and policy.uses_budget:
+        raise ConfigError("budget", None, f"the policy {policy.name} needs a number of tokens, at least 1")
+    if not policy.causal and state is not None:
+        raise UserError(f"{policy.name} looks at later tokens, so it reads a whole sequence at once; give no state")
+    C = _per_row("budget", 1 if budget is None else budget, B, torch.int64)
+    if bool((C < 1).any()):
+        raise ConfigError("budget", int(C.min()), "give a whole number of tokens, at least 1")
+    kept = [policy.keeps(c, layer, layers) for c in C.tolist()]
+    rules = {k.rule for k in kept}
+    if len(rules) > 1:
+        raise UserError(f"{policy.name} has other rules at other budgets; attend the rows in calls of their own")
+    read = None
+    if schedule.prompt:
+        if prompt is None:
+            raise ConfigError("prompt", None, "the prompt schedule needs each row's number of prompt tokens")
+        read = _per_row("prompt", prompt, B, torch.int64)
+        if bool((read < 1).any()):
+            raise ConfigError("prompt", int(read.min()), "a prompt has at least 1 token")
+    segments = Segments(
+        row=torch.arange(B),
+        start=torch.zeros(B, dtype=torch.int64),
+        length=_lengths(lengths, B, T),
+        parent=torch.full((B,), -1),
+        budget=torch.tensor([k.budget for k in kept], dtype=torch.int64),
+        recent=torch.tensor([k.recent for k in kept], dtype=torch.int64),
+        sinks=torch.tensor([k.sinks for k in kept], dtype=torch.int64),
+        forgetting_factor=torch.tensor([k.forgetting_factor for k in kept], dtype=torch.float64),
+        rule=next(iter(rules), ACCUMULATED),
+        schedule=schedule,
+        prompt=read,
+    )
+    return _run(query, key, value, segments, scale, state, backend)
 
 
 def evicting_attention(
@@ -25,7 +111,8 @@ def evicting_attention(
 ) -> tuple[Tensor, EvictionState]:
     """Causal attention over a cache that token pruning keeps at `budget` tokens per KV head.
 
-    Every row may follow a policy and budget of its own; a row's result never depends on the other rows.
+    What accumulated attention, a recent window and sinks can say, in numbers; `attend` runs any policy. Every row may have
+    numbers of its own; a row's result never depends on the other rows.
 
     Args:
         query: [B, H, T, D], any floating dtype.
@@ -45,40 +132,62 @@ def evicting_attention(
         ValueError: if shapes do not fit, or a number is out of range.
     """
     _check_shapes(query, key, value)
-    B, _, T, D = query.shape
-
-    def per_row(name: str, x: int | float | Tensor, dtype: torch.dtype) -> Tensor:
-        given = torch.as_tensor(x, dtype=dtype).cpu()
-        if given.ndim and given.shape != (B,):
-            raise ValueError(f"{name} must be one number or a tensor of {B}, one per row; got {tuple(given.shape)}")
-        return given.expand(B).contiguous()
-
-    integers = {"budget": budget, "recent": recent, "sinks": sinks, "lengths": T if lengths is None else lengths}
-    C, r, s, length = (per_row(n, x, torch.int64) for n, x in integers.items())
-    factor = per_row("forgetting_factor", forgetting_factor, torch.float64)
+    B, T = query.shape[0], query.shape[2]
+    integers = {"budget": budget, "recent": recent, "sinks": sinks}
+    C, r, s = (_per_row(n, x, B, torch.int64) for n, x in integers.items())
+    factor = _per_row("forgetting_factor", forgetting_factor, B, torch.float64)
     if bool((C < 1).any() or (r < 0).any() or (s < 0).any() or (r + s > C).any()):
         raise ValueError("every row needs budget >= 1, recent >= 0, sinks >= 0 and recent + sinks <= budget")
     if not bool(((factor >= 0) & (factor <= 1)).all()):
         raise ValueError("every row's forgetting_factor must lie in [0, 1]")
-    if bool((length < 0).any() or (length > T).any()):
-        raise ValueError(f"every row's length must lie between 0 and the {T} tokens given")
-    if state is not None and state.seen.shape[0] != B:
-        raise ValueError(f"the state holds {state.seen.shape[0]} rows, the query {B}")
+    rows, first, no_parent = torch.arange(B), torch.zeros(B, dtype=torch.int64), torch.full((B,), -1)
+    segments = Segments(rows, first, _lengths(lengths, B, T), no_parent, C, r, s, factor)
+    return _run(query, key, value, segments, scale, state, backend)
 
-    rows = Segments(
-        row=torch.arange(B),
-        start=torch.zeros(B, dtype=torch.int64),
-        length=length,
-        parent=torch.full((B,), -1),
-        budget=C,
-        recent=r,
-        sinks=s,
-        forgetting_factor=factor,
-    )
-    options = Options(scale=D**-0.5 if scale is None else scale, return_state=True)
-    attended = attend(query, key, value, rows, options, state, backend=backend)
+
+def _run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scale: float | None,
+    state: EvictionState | None,
+    backend: str,
+) -> tuple[Tensor, EvictionState]:
+    if state is not None:
+        _check_state(state, query, key, segments.rule)
+    options = Options(scale=query.shape[-1] ** -0.5 if scale is None else scale, return_state=True)
+    attended = kernels.attend(query, key, value, segments, options, state, backend=backend)
     assert attended.state is not None
     return attended.output, attended.state
+
+
+def _per_row(name: str, x: int | float | Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    given = torch.as_tensor(x, dtype=dtype).cpu()
+    if given.ndim and given.shape != (rows,):
+        raise ValueError(f"{name} must be one number or a tensor of {rows}, one per row; got {tuple(given.shape)}")
+    return given.expand(rows).contiguous()
+
+
+def _lengths(lengths: Tensor | None, rows: int, tokens: int) -> Tensor:
+    length = _per_row("lengths", tokens if lengths is None else lengths, rows, torch.int64)
+    if bool((length < 0).any() or (length > tokens).any()):
+        raise ValueError(f"every row's length must lie between 0 and the {tokens} tokens given")
+    return length
+
+
+def _check_state(state: EvictionState, query: Tensor, key: Tensor, rule: Rule) -> None:
+    if state.seen.shape[0] != query.shape[0]:
+        raise ValueError(f"the state holds {state.seen.shape[0]} rows, the query {query.shape[0]}")
+    if state.positions.shape[1] != key.shape[1]:
+        raise ValueError(f"the state holds {state.positions.shape[1]} KV heads, the key {key.shape[1]}")
+    held = None if state.memory is None else state.memory.shape[-1]
+    if held != (rule.memory if rule.own is not None and rule.foresee is None else None):
+        raise ValueError(
+            "the state was made by another policy: what is kept per token differs; continue with the same one"
+        )
+    if rule.shared and not bool((state.positions == state.positions[:, :1]).all()):
+        raise ValueError("the policy keeps one set of tokens per layer, and the state's heads hold different ones")
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -155,7 +155,7 @@ def check_layers(model: ModelSpec, policy: Policy, budget: Budget | None) -> Non
     Raises:
         ConfigError: naming both; or if the model's config cannot be read.
     """
-    lists = [getattr(policy, "forgetting_factor", None), budget and budget.ratio, budget and budget.tokens]
+    lists = [*vars(policy).values(), budget and budget.ratio, budget and budget.tokens]
     if any(isinstance(x, tuple) for x in lists):
         layers = layers_of(model)
         policy.check(layers)

@@ -22,6 +22,7 @@ from a2sf.engine.kernels import attend
 from a2sf.engine.trace import attention_mass
 from a2sf.errors import UserError
 from a2sf.policies.base import UNLIMITED, Retention
+from a2sf.policies.rule import ACCUMULATED
 
 IMPLEMENTATION = "a2sf"
 
@@ -145,8 +146,12 @@ class Plan:
         known = self._by_layer.get((layer, sliding_window))
         if known is not None:
             return known
-        numbers = np.array([self._numbers(i, layer, sliding_window) for i in range(len(self.row))])
-        key = numbers.tobytes()
+        kept = [self._kept(i, layer, sliding_window) for i in range(len(self.row))]
+        numbers = np.array([(k.budget, k.recent, k.sinks, k.forgetting_factor) for k in kept])
+        rules = {k.rule for k in kept}
+        assert len(rules) <= 1, "the sequences of a pass follow one policy"
+        rule = rules.pop() if rules else ACCUMULATED
+        key = (rule, numbers.tobytes())
         if key not in self._segments:
             budget, recent, sinks = (torch.from_numpy(numbers[:, j].astype(np.int64)) for j in range(3))
             row, start, length, parent = (
@@ -161,15 +166,16 @@ class Plan:
                 recent=recent,
                 sinks=sinks,
                 forgetting_factor=torch.from_numpy(numbers[:, 3].copy()),
+                rule=rule,
             )
         self._by_layer[layer, sliding_window] = self._segments[key]
         return self._segments[key]
 
-    def _numbers(self, segment: int, layer: int, window: int | None) -> tuple[float, float, float, float]:
+    def _kept(self, segment: int, layer: int, window: int | None) -> Retention:
         kept = self.retention(segment, layer)
         if window is not None:
             kept = within_window(kept, window, layer, self._end(segment), self.policy_on_sliding)
-        return kept.budget, kept.recent, kept.sinks, kept.forgetting_factor
+        return kept
 
     def _end(self, segment: int) -> int:
         tokens = 0

@@ -381,6 +381,9 @@ def check_settings(policy: Policy, budget: Budget | None, layers: int) -> None:
         ConfigError: if they do not.
     """
     policy.check(layers)
+    if "step" not in policy.schedules or not policy.causal:
+        # until a model's passes know schedules and whole sequences
+        raise ConfigError("policy", policy.name, "models run policies that evict causally and step by step alone")
     if not policy.uses_budget:
         return
     if budget is None:
@@ -403,7 +406,7 @@ def retention_of(policy: Policy, budget: Budget | None, total: int, context: int
     """
     slots = [budget.slots(total=total, context=context, layer=i) if budget else 1 for i in range(layers)]
     try:
-        return tuple(policy.retention(c, i) for i, c in enumerate(slots))
+        return tuple(policy.keeps(c, i, layers) for i, c in enumerate(slots))
     except ValueError as error:
         raise UserError(f"policy {policy.name} does not fit a budget of {min(slots)} tokens: {error}") from error
 

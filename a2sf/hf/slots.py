@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from a2sf.engine.eviction import EvictionState, Options, Segments
-from a2sf.engine.kernels import attend
+from a2sf.engine.kernels import attend, knows
 from a2sf.policies.base import UNLIMITED, Retention
+from a2sf.policies.rule import ACCUMULATED
 
 GROWTH = 256
 """Slots to spare, at least, where no budget and no length bounds a cache."""
@@ -40,7 +41,7 @@ class Step:
     columns: int
 
 
-class Rule:
+class Kept:
     """What is kept of each row, as the engine and the compiled cache take it."""
 
     def __init__(self, rows: list[Retention]) -> None:
@@ -48,6 +49,9 @@ class Rule:
         self.budget, self.recent, self.sinks = (
             torch.tensor([getattr(r, name) for r in rows]) for name in ("budget", "recent", "sinks")
         )
+        rules = {r.rule for r in rows}
+        assert len(rules) <= 1, "the rows of a batch follow one policy"
+        self.ranked = rules.pop() if rules else ACCUMULATED
         self.factor = torch.tensor([r.forgetting_factor for r in rows], dtype=torch.float64)
         # as the compiled cache takes them, made once instead of at every token
         numbers = (x.numpy() for x in (self.budget, self.recent, self.sinks, self.factor))
@@ -67,41 +71,45 @@ class Slots:
         self.heads = 0  # KV heads
         self._store: Any = None  # SlotCache or EvictionState
         self._slots = 0
+        self._factor = torch.empty(0)
         self._evicted: list[Tensor] = []
 
     @property
     def nbytes(self) -> int:
         if isinstance(self._store, EvictionState):
-            return sum(getattr(self._store, f.name).nbytes for f in fields(EvictionState))
+            return sum(x.nbytes for f in fields(EvictionState) if (x := getattr(self._store, f.name)) is not None)
         return self._store.nbytes if self._store is not None else 0
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, step: Step, rule: Rule, scale: float, limit: int | None
+        self, query: Tensor, key: Tensor, value: Tensor, step: Step, kept: Kept, scale: float, limit: int | None
     ) -> Tensor:
         """Insert, attend, score and evict the call's tokens, [B, H, T, V]; `limit` as for `PrunedLayer.attend`."""
         self.heads = key.shape[1]
-        compiled = query.device.type == "cpu" and query.dtype != torch.float64 and self.backend in ("auto", "numba")
+        self._factor = kept.factor
+        on_cpu = query.device.type == "cpu" and query.dtype != torch.float64 and self.backend in ("auto", "numba")
+        compiled = on_cpu and knows(kept.ranked)
         if compiled:
-            self._make_room(query, key, value, step, rule, limit)
+            self._make_room(query, key, value, step, kept, limit)
             if step.columns == 1 and not self.trace:
                 self.started = True
-                return self._store.attend(query, key, value, scale=scale, lengths=step.length.numpy(), **rule.numbers)
+                return self._store.attend(query, key, value, scale=scale, lengths=step.length.numpy(), **kept.numbers)
         segments = Segments(
             row=torch.arange(len(step.start)),
             start=step.start,
             length=step.length,
             parent=torch.full_like(step.start, -1),
-            budget=rule.budget,
-            recent=rule.recent,
-            sinks=rule.sinks,
-            forgetting_factor=rule.factor,
+            budget=kept.budget,
+            recent=kept.recent,
+            sinks=kept.sinks,
+            forgetting_factor=kept.factor,
+            rule=kept.ranked,
         )
         before = self.state() if self.started else None
         options = Options(scale, return_state=True, trace=self.trace)
         attended = attend(query, key, value, segments, options, before, backend=self.backend)
         self.started = True
         if compiled:
-            self._store.load(attended.state)
+            self._store.load(attended.state, kept.factor)
         else:
             self._store = attended.state
         if attended.evicted is not None:
@@ -117,7 +125,7 @@ class Slots:
         if isinstance(self._store, EvictionState):
             self._store = state
         else:
-            self._store.load(state)
+            self._store.load(state, self._factor)
 
     def evicted(self) -> Tensor:
         """int32 [B, K, columns], the position evicted at each column's step, -1 for none."""
@@ -131,11 +139,11 @@ class Slots:
         else:
             self._store.reorder(rows)
 
-    def _make_room(self, query: Tensor, key: Tensor, value: Tensor, step: Step, rule: Rule, limit: int | None) -> None:
+    def _make_room(self, query: Tensor, key: Tensor, value: Tensor, step: Step, kept: Kept, limit: int | None) -> None:
         """Allocate the slots at the first call; later only where neither the budget nor `limit` bounds them."""
         from a2sf.engine.kernels.cpu import SlotCache  # numba takes a second to load
 
-        need, most = int(torch.minimum(rule.budget, step.after).max()), int(rule.budget.max())
+        need, most = int(torch.minimum(kept.budget, step.after).max()), int(kept.budget.max())
         if self._store is not None and need <= self._slots:
             return
         if limit:
@@ -146,9 +154,9 @@ class Slots:
             self._slots = min(most, need + max(GROWTH, need // 2))
         B, H, _, D = query.shape
         K = key.shape[1]
-        grown = SlotCache(B, K, H // K, self._slots, D, value.shape[-1])
+        grown = SlotCache(B, K, H // K, self._slots, D, value.shape[-1], kept.ranked)
         if self._store is not None:
-            grown.load(self._store.state())
+            grown.load(self._store.state(), kept.factor)
         self._store = grown
 
 
@@ -174,22 +182,22 @@ class PrunedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.is_initialized = False
-        self._rule = Rule([])
+        self._kept = Kept([])
         self._slots: list[Slots] = []
 
     @property
     def rule(self) -> list[Retention]:
         """What is kept of each row."""
-        return self._rule.rows
+        return self._kept.rows
 
     @rule.setter
     def rule(self, rule: list[Retention]) -> None:
-        self._rule = Rule(rule)
+        self._kept = Kept(rule)
 
     @property
     def budget(self) -> Tensor:
         """int64 [B], of each row."""
-        return self._rule.budget
+        return self._kept.budget
 
     @property
     def attentions(self) -> int:
@@ -211,7 +219,7 @@ class PrunedLayer(CacheLayerMixin):
         """
         if which == len(self._slots):
             self._slots.append(Slots(self.positions, self.backend, self.trace))
-        output = self._slots[which].attend(query, key, value, step, self._rule, scale, limit)
+        output = self._slots[which].attend(query, key, value, step, self._kept, scale, limit)
         self.is_initialized = True
         return output
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from a2sf.errors import ConfigError
-from a2sf.policies.base import Policy, Retention
+from a2sf.policies.base import Policy, Retention, check_share, check_tokens, share_of
 
 
 @dataclass(kw_only=True)
 class A2SF(Policy):
-    """A2SF: accumulated attention with a forgetting factor; no recent window, no sinks.
+    """A2SF: accumulated attention with a forgetting factor; as in the paper no recent window and no sinks.
 
     Idea: multiplying a token's accumulated attention by `a < 1` at every step takes away the head start that old
     tokens have merely by having been looked at more often.
@@ -24,18 +24,34 @@ class A2SF(Policy):
     Attributes:
         forgetting_factor: one number in [0, 1], or one per layer. 0 keeps only the last query's attention, 1 is H2O's
             score without its recent window.
+        recent_share: share of the budget that the newest tokens take, from 0 to 1, rounded down.
+        recent: the same in tokens, instead of a share.
+        sinks: how many of the first tokens are never evicted. Where a budget is too small for all of it, sinks come
+            first; `budget.tokens` below `recent + sinks` is refused.
     """
 
     name: ClassVar[str] = "a2sf"
     label: ClassVar[str] = "A2SF"
 
     forgetting_factor: Any = 0.1  # float | list[float]; OmegaConf has no such union
+    recent_share: float = 0.0
+    recent: int | None = None
+    sinks: int = 0
 
     def __post_init__(self) -> None:
-        values = self.forgetting_factor
-        self.forgetting_factor = check_factors(values)
+        self.forgetting_factor = check_factors(self.forgetting_factor)
+        check_share("policy.recent_share", self.recent_share)
+        check_tokens("policy.sinks", self.sinks)
+        if self.recent is not None:
+            check_tokens("policy.recent", self.recent)
+            if self.recent_share:
+                raise ConfigError("policy.recent", self.recent, "give recent or recent_share, not both")
 
-    def check(self, layers: int) -> None:
+    @property
+    def least_budget(self) -> int:
+        return max(1, self.sinks + (self.recent or 0))
+
+    def check(self, layers: int, kv_heads: int | None = None) -> None:
         if isinstance(self.forgetting_factor, tuple) and len(self.forgetting_factor) != layers:
             raise ConfigError(
                 "forgetting_factor",
@@ -46,7 +62,14 @@ class A2SF(Policy):
 
     def retention(self, budget: int, layer: int) -> Retention:
         factor = self.forgetting_factor
-        return Retention(budget=budget, forgetting_factor=factor[layer] if isinstance(factor, tuple) else factor)
+        sinks = min(self.sinks, budget)
+        recent = share_of(budget, self.recent_share) if self.recent is None else self.recent
+        return Retention(
+            budget=budget,
+            recent=min(recent, budget - sinks),
+            sinks=sinks,
+            forgetting_factor=factor[layer] if isinstance(factor, tuple) else factor,
+        )
 
 
 def check_factors(value: Any) -> float | tuple[float, ...]:

@@ -14,8 +14,9 @@ from a2sf.evaluation import tasks
 from a2sf.evaluation.lm import PrunedLM
 from a2sf.policies.find import find_policies
 from tests.models import small
+from tests.policies import of_models
 
-POLICIES = [cls() for cls in find_policies().values()]
+POLICIES = [cls() for cls in of_models().values()]
 SHARED_TASKS = [("piqa", 0), ("winogrande", 0), ("arc_easy", 1)]
 
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from a2sf.engine.eviction import Attended, EvictionState, Options, Segments, reference
+from a2sf.engine.eviction import reference
 from a2sf.engine.kernels.dense import attend_dense, serves
-from a2sf.errors import ConfigError
+from a2sf.engine.kernels.parts import by_heads, by_prompt
+from a2sf.engine.kernels.stepwise import attend_torch
+from a2sf.engine.state import Attended, EvictionState, Options, Segments
+from a2sf.errors import ConfigError, UserError
+from a2sf.policies.rule import ACCUMULATED, Rule
+from a2sf.policies.schedule import STEP
 
-BACKENDS = ("reference", "numba", "triton")
+BACKENDS = ("reference", "numba", "triton", "torch")
 
 
 def attend(
@@ -26,36 +31,59 @@ def attend(
 
     Raises:
         ConfigError: if `backend` is unknown or cannot serve this call.
+        UserError: if the policy looks at later tokens and does not see whole sequences.
     """
     if backend not in ("auto", *BACKENDS):
         raise ConfigError("backend", backend, f"give auto or one of {', '.join(BACKENDS)}")
+    if segments.rule.foresee is not None and (state is not None or bool((segments.parent >= 0).any())):
+        raise UserError("a policy that looks at later tokens needs each sequence as one segment, from its first token")
     kind = f"{query.dtype} tensors on {query.device.type}"
     if backend == "auto":
         if query.device.type != "cpu" and serves(segments, options, state):
             return attend_dense(query, key, value, segments, options)
         backend = _choose(query)
-    elif backend != "reference" and query.dtype == torch.float64:
-        raise ConfigError("backend", backend, f"it computes in float32, and these are {kind}; give auto or reference")
+    elif backend in ("numba", "triton") and query.dtype == torch.float64:
+        raise ConfigError(
+            "backend", backend, f"it computes in float32, and these are {kind}; give auto, torch or reference"
+        )
     elif backend == "numba" and query.device.type != "cpu":
         raise ConfigError("backend", backend, f"numba serves tensors on the CPU, and these are {kind}; give auto")
 
+    if backend == "reference":
+        return reference(query, key, value, segments, options, state)
     # imported when first used, because numba and Triton take a second to load
-    if backend == "numba":
+    if backend == "numba" and segments.rule.own is None:
         from a2sf.engine.kernels.cpu import attend_cpu
 
-        return attend_cpu(query, key, value, segments, options, state)
-    if backend == "triton":
+        if segments.rule.whole:
+            return by_heads(attend, query, key, value, segments, options, state)
+        if segments.schedule.prompt and compiled_after(segments):
+            return by_prompt(attend, query, key, value, segments, options, state)
+        if knows(segments.rule) and not segments.schedule.prompt:
+            return attend_cpu(query, key, value, segments, options, state)
+    if backend == "triton" and segments.rule == ACCUMULATED and segments.schedule == STEP:
         from a2sf.engine.kernels.triton_kernel import attend_triton
 
         return attend_triton(query, key, value, segments, options, state)
-    return reference(query, key, value, segments, options, state)
+    return attend_torch(query, key, value, segments, options, state)
+
+
+def compiled_after(segments: Segments) -> bool:
+    """Whether the compiled kernel runs what comes after a prompt's cut: all but shares of the heads' own, step by step."""
+    across_heads = segments.rule.cut is not None and segments.rule.cut.floor is not None
+    return segments.schedule.then == "keep" or not across_heads
+
+
+def knows(rule: Rule) -> bool:
+    """Whether the compiled kernel of the CPU runs a rule, token by token."""
+    return rule.own is None and rule.cut is None and not rule.whole and not rule.shared
 
 
 def _choose(query: Tensor) -> str:
     if query.dtype == torch.float64:
-        return "reference"
+        return "torch"
     if query.device.type == "cpu":
         return "numba"
     from a2sf.engine.kernels.triton_kernel import available
 
-    return "triton" if query.is_cuda and available(query.device) else "reference"
+    return "triton" if query.is_cuda and available(query.device) else "torch"

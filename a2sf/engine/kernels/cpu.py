@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from a2sf.engine.eviction import Attended, EvictionState, Options, Segments
 from a2sf.engine.kernels import cpu_run
 from a2sf.engine.kernels.cpu_run import Given, Program
 from a2sf.engine.kernels.cpu_simd import LANES, TILE_ROWS
 from a2sf.engine.kernels.cpu_step import Call, Scratch, Shape, Store
 from a2sf.engine.kernels.cpu_threads import in_threads
+from a2sf.engine.levels import traced
+from a2sf.engine.state import Attended, EvictionState, Options, Segments
+from a2sf.policies.rule import ACCUMULATED, Rule
 
 LEAST_BLOCK, LARGEST_BLOCK = 4, 32
 """Tokens per block: more means longer matrix products, and more slots that are empty at a time."""
@@ -38,13 +40,17 @@ def attend_cpu(
     K, V = key.shape[1], value.shape[-1]
     start = None if state is None else (state.positions >= 0).sum(-1).amax(-1)
     plan = _plan(segments, start, options.return_state)
-    shape = Shape(K, H // K, D, V, plan.slots, plan.slots, plan.block)
+    most = 1 + segments.schedule.spare
+    if start is not None and options.trace:
+        most = max(most, 1 + int((start - segments.budget[segments.parent < 0]).max()))
+    asked = _asked(segments.rule) | {"spare": segments.schedule.spare, "most": most}
+    shape = Shape(K, H // K, D, V, plan.slots, plan.slots, plan.block, **asked)
 
     whole = plan.tokens == B * T
     output = (torch.empty if whole else torch.zeros)(B, T, H, V)
-    evicted = torch.full((B, K, T), -1, dtype=torch.int32) if options.trace else _NO_TRACE
-    call = _call(query, key, value, output, evicted, options.scale)
-    given = _canonical(state) if state is not None else _NONE
+    evicted = torch.full((B, K, T, most), -1, dtype=torch.int32) if options.trace else _NO_TRACE
+    call = _call(query, key, value, output, evicted, options.scale, segments.rule, _positions(segments, state, B, T))
+    given = _canonical(state, segments.rule) if state is not None else _NONE
     final, final_state = _NONE, None
     if options.return_state:
         final_state = _empty_state(segments.count, K, plan.final_slots, D, V)
@@ -57,7 +63,12 @@ def attend_cpu(
     _run(threads, quota, plan, shape, call, states, given, final)
     if final_state is not None:
         final_state = _in_order(final_state)
-    return Attended(output.transpose(1, 2).to(query.dtype), final_state, evicted if options.trace else None)
+    output = output.transpose(1, 2).to(query.dtype)
+    if not options.trace:
+        return Attended(output, final_state)
+    row, head, column, e = (evicted >= 0).nonzero(as_tuple=True)
+    gone = torch.stack([row, head, column, evicted[row, head, column, e].long()], 1)
+    return Attended(output, final_state, *traced(gone, (B, K, T)))
 
 
 class SlotCache:
@@ -69,11 +80,24 @@ class SlotCache:
         rows, heads, group: B, K and H // K.
         slots: the largest budget of any row, or the longest sequence where that is less.
         D, V: sizes of keys and values.
+        rule: how tokens are ranked.
+        spare: tokens that may be cached beyond the budget before some are evicted; `slots` counts them.
     """
 
-    def __init__(self, rows: int, heads: int, group: int, slots: int, D: int, V: int) -> None:
+    def __init__(
+        self,
+        rows: int,
+        heads: int,
+        group: int,
+        slots: int,
+        D: int,
+        V: int,
+        rule: Rule = ACCUMULATED,
+        spare: int = 0,
+    ) -> None:
+        self.rule = rule
         room = slots + 1 if slots >= 128 else -(-(slots + 1) // LANES) * LANES  # of few slots, some more do not matter
-        self._shape = Shape(heads, group, D, V, -(-room // LANES) * LANES, room, LARGEST_BLOCK)
+        self._shape = Shape(heads, group, D, V, -(-room // LANES) * LANES, room, LARGEST_BLOCK, spare, **_asked(rule))
         self._states = _allocate(rows * heads, self._shape)
 
     @property
@@ -110,14 +134,18 @@ class SlotCache:
         B, T, D = self.rows, query.shape[2], query.shape[3]
         room = self._shape.room
         length, limit = (np.broadcast_to(np.asarray(x), B) for x in (T if lengths is None else lengths, budget))
+        limit = limit + self._shape.spare
         after = self._states.count[:: self._shape.heads] + length
         need = np.minimum(after, limit + 1)
         if need.max() > room:
             raise ValueError(f"a row needs {need.max()} slots and the cache has {room}")
         block = np.minimum(np.where(after > limit, room - limit, T), self._shape.block)
         output = torch.zeros(B, T, query.shape[1], value.shape[-1])
-        call = _call(query, key, value, output, _NO_TRACE, D**-0.5 if scale is None else scale)
-        self._run(length, 0, call, factor=forgetting_factor, rule=(limit, recent, sinks, block))
+        fixed = self.rule.weight is not None or self.rule.bias is not None
+        positions = self.seen[:, None, None] + torch.arange(T) if fixed else None
+        scale = D**-0.5 if scale is None else scale
+        call = _call(query, key, value, output, _NO_TRACE, scale, self.rule, positions)
+        self._run(length, 0, call, factor=forgetting_factor, rule=(budget, recent, sinks, block))
         return output.transpose(1, 2).to(query.dtype)
 
     def state(self) -> EvictionState:
@@ -127,21 +155,21 @@ class SlotCache:
         self._run(0, 0, final=_canonical(state))
         return _in_order(state)
 
-    def load(self, state: EvictionState) -> None:
-        """Take over a state of as many rows."""
+    def load(self, state: EvictionState, forgetting_factor: Tensor | float = 1.0) -> None:
+        """Take over a state of as many rows; the factor is that of what was read, for a rule that divides by age."""
         if int((state.positions >= 0).sum(-1).max()) > self._shape.room:
             raise ValueError(f"the state holds more tokens than the cache's {self._shape.room} slots")
-        self._run(0, cpu_run.GIVEN, given=_canonical(state))
+        self._run(0, cpu_run.GIVEN - np.arange(self.rows), given=_canonical(state, self.rule), factor=forgetting_factor)
 
     def reorder(self, rows: Tensor) -> None:
         """Keep `rows` in that order; a row may be taken several times (beam search)."""
         pick, B = rows.numpy(), self.rows
-        self._states = Store(*(x.reshape(B, -1)[pick].reshape(-1) for x in self._states))
+        self._states = Store(*(x.reshape(B, x.size // B)[pick].reshape(-1) for x in self._states))
 
     def _run(
         self,
         length: np.ndarray | int,
-        source: int,
+        source: np.ndarray | int,
         call: Call | None = None,
         given: Given | None = None,
         final: Given | None = None,
@@ -151,7 +179,8 @@ class SlotCache:
         """One segment per row that goes on in the row's states, unless `source` says otherwise."""
         B, shape = self.rows, self._shape
         steps = np.empty((B, 11), np.int64)
-        for i, column in enumerate((np.arange(B), np.arange(B), 0, length, source, 0, *rule, 1)):
+        scored = int(self.rule.scored)
+        for i, column in enumerate((np.arange(B), np.arange(B), 0, length, source, 0, *rule, scored)):
             steps[:, i] = column
         factors = np.empty(B, np.float32)
         factors[:] = factor
@@ -184,7 +213,8 @@ def _run(
     rows = -(-plan.block * shape.group // TILE_ROWS) * TILE_ROWS * threads
     sizes = (shape.D, shape.slots + LANES, -(-shape.V // LANES) * LANES, 1)
     query, weights, attended, inverse = (np.empty(rows * n, np.float32) for n in sizes)
-    scratch = Scratch(query, weights, attended, inverse, np.empty(threads * plan.block, np.int64))
+    fresh, ranks = np.empty(threads * plan.block, np.int64), np.empty(threads * sizes[1], np.int32)
+    scratch = Scratch(query, weights, attended, inverse, fresh, ranks)
     left = np.repeat(plan.left, shape.heads)
     at = np.zeros((left.size, 2), np.int64)
     at[:, 0] = np.repeat(plan.program.first[:-1], shape.heads)
@@ -193,12 +223,56 @@ def _run(
     in_threads(lambda thread: cpu_run.run(thread, *work), threads)
 
 
-def _call(query: Tensor, key: Tensor, value: Tensor, output: Tensor, evicted: Tensor, scale: float) -> Call:
-    """`output` is float32 [B, T, H, V], `evicted` int32 [B, K, T] or empty, both contiguous."""
+def _asked(rule: Rule) -> dict[str, int]:
+    """What a rule asks of the kernel, as fields of `Shape`."""
+    return {
+        "counted": int(rule.counted),
+        "by_age": int(rule.by_age),
+        "weighted": int(rule.weight is not None),
+        "biased": int(rule.bias is not None),
+    }
+
+
+def _fixed(rule: Rule, key: Tensor, value: Tensor, positions: Tensor) -> list[Tensor]:
+    """`m` and `b` of tokens, float32; empty where the rule has none."""
+    key, value = key.detach().float(), value.detach().float()
+    made = (_NO_NUMBERS if f is None else f(key, value, positions) for f in (rule.weight, rule.bias))
+    return [x.float().contiguous() for x in made]
+
+
+def _positions(segments: Segments, state: EvictionState | None, rows: int, tokens: int) -> Tensor | None:
+    """int64 [B, 1, T], the position of every packed token; None where the rule does not ask for it."""
+    if segments.rule.weight is None and segments.rule.bias is None:
+        return None
+    at, end = torch.zeros(rows, 1, tokens, dtype=torch.int64), [0] * segments.count
+    seen = iter(() if state is None else state.seen.tolist())
+    columns = (segments.row, segments.start, segments.length, segments.parent)
+    for i, (row, start, length, parent) in enumerate(zip(*(x.tolist() for x in columns), strict=True)):
+        first = end[parent] if parent >= 0 else next(seen, 0)
+        end[i] = first + length
+        at[row, 0, start : start + length] = torch.arange(first, end[i])
+    return at
+
+
+def _call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    evicted: Tensor,
+    scale: float,
+    rule: Rule = ACCUMULATED,
+    positions: Tensor | None = None,
+) -> Call:
+    """`output` is float32 [B, T, H, V], `evicted` int32 [B, K, T, most] or empty, both contiguous; `positions` [B, 1, T]."""
     (q, q_strides), (k, k_strides), (v, v_strides) = (_flat(x) for x in (query, key, value))
     strides = np.array((q_strides, k_strides, v_strides), np.int64)
     scale_2 = np.float32(scale * math.log2(math.e))
-    return Call(q, k, v, strides, output.view(-1).numpy(), evicted.view(-1).numpy(), query.shape[2], scale_2)
+    fixed = (_NO_NUMBERS,) * 2 if positions is None else _fixed(rule, key, value, positions.expand(*key.shape[:3]))
+    weight, bias = (x.reshape(-1).numpy() for x in fixed)
+    return Call(
+        q, k, v, strides, output.view(-1).numpy(), evicted.view(-1).numpy(), weight, bias, query.shape[2], scale_2
+    )
 
 
 def _flat(x: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -214,12 +288,21 @@ def _allocate(states: int, shape: Shape) -> Store:
     """Memory for `states` states, empty."""
     width = -(-shape.V // LANES) * LANES
     n = states * shape.slots
+    terms, weights, biases = (
+        np.empty(n if used else 0, np.float32) for used in (shape.by_age, shape.weighted, shape.biased)
+    )
     return Store(
-        np.empty(n * shape.D, np.float32),
-        np.empty(states * shape.room * width, np.float32),
-        np.empty(n, np.float32),
-        np.empty(n, np.int32),
-        *(np.zeros(states, np.int64) for _ in range(4)),
+        keys=np.empty(n * shape.D, np.float32),
+        values=np.empty(states * shape.room * width, np.float32),
+        scores=np.empty(n, np.float32),
+        terms=terms,
+        weights=weights,
+        biases=biases,
+        positions=np.empty(n, np.int32),
+        count=np.zeros(states, np.int64),
+        used=np.zeros(states, np.int64),
+        seen=np.zeros(states, np.int64),
+        tainted=np.zeros(states, np.int64),
     )
 
 
@@ -234,17 +317,24 @@ def _empty_state(rows: int, K: int, slots: int, D: int, V: int) -> EvictionState
 
 
 def _in_order(state: EvictionState) -> EvictionState:
-    """Slots sorted by position, empty ones last."""
-    order = state.positions.where(state.positions >= 0, 2**62).argsort(-1)
+    """Slots sorted by position, empty ones last, and no more of them than are needed."""
+    most = max(1, int((state.positions >= 0).sum(-1).max())) if state.positions.numel() else 1
+    order = state.positions.where(state.positions >= 0, 2**62).argsort(-1)[..., :most]
     keys, values = (x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (state.keys, state.values))
     return EvictionState(state.positions.gather(2, order), state.scores.gather(2, order), keys, values, state.seen)
 
 
-def _canonical(state: EvictionState) -> Given:
+def _canonical(state: EvictionState, rule: Rule = ACCUMULATED) -> Given:
     scores, keys, values = (x.detach().float().contiguous().numpy() for x in (state.scores, state.keys, state.values))
-    return Given(state.positions.contiguous().numpy(), scores, keys, values, state.seen.contiguous().numpy())
+    weights, biases = (
+        x.reshape(state.positions.shape if x.numel() else (0, 0, 0)).numpy()
+        for x in _fixed(rule, state.keys, state.values, state.positions)
+    )
+    positions, seen = (x.contiguous().numpy() for x in (state.positions, state.seen))
+    return Given(positions, scores, keys, values, seen, weights, biases)
 
 
+_NO_NUMBERS = torch.empty(0)
 _NONE = _canonical(_empty_state(0, 1, 0, 1, 1))
 _NO_TRACE = torch.empty(0, dtype=torch.int32)
 _NO_TOKENS = torch.empty(0, 1, 1, 1)
@@ -287,16 +377,16 @@ def _make_plan(segments: Segments, start: list[int] | None, return_state: bool) 
     columns = (segments.row, segments.start, segments.length, segments.parent)
     row, first, length, parent = (x.tolist() for x in columns)
     budget, recent, sinks = (x.tolist() for x in (segments.budget, segments.recent, segments.sinks))
-    count = segments.count
+    count, spare = segments.count, segments.schedule.spare
     children: list[list[int]] = [[] for _ in range(count)]
     roots: list[int] = []
     held, block, work = [0] * count, [0] * count, [0] * count
     slots = final_slots = most = 1
     for i in range(count):
-        before = held[parent[i]] if parent[i] >= 0 else start[i] if start is not None else 0
+        before = held[parent[i]] if parent[i] >= 0 else start[len(roots)] if start is not None else 0
         (children[parent[i]] if parent[i] >= 0 else roots).append(i)
-        evicts = before + length[i] > budget[i]
-        held[i] = max(before, budget[i]) if evicts else before + length[i]
+        evicts = before + length[i] > budget[i] + spare
+        held[i] = max(before, budget[i] + spare) if evicts else before + length[i]
         # the block depends on the segment's own budget alone, so that a row's rounding does not depend on other rows
         need = -(-(held[i] + LEAST_BLOCK) // LANES) * LANES if evicts else -(-held[i] // LANES) * LANES
         block[i] = min(LARGEST_BLOCK, need - held[i]) if evicts else LARGEST_BLOCK
@@ -305,20 +395,20 @@ def _make_plan(segments: Segments, start: list[int] | None, return_state: bool) 
     # scores matter where some later eviction has a choice
     scored = [return_state] * count
     for i in reversed(range(count)):
-        scored[i] |= held[i] == budget[i] and recent[i] + sinks[i] < budget[i]
+        scored[i] |= held[i] >= budget[i] + spare and recent[i] + sinks[i] < budget[i]
         if parent[i] >= 0:
             scored[parent[i]] |= scored[i]
             work[parent[i]] += work[i]
 
     steps: list[tuple[int, ...]] = []
     tree_first, left, buffers = [0], [], 1
-    origin = cpu_run.EMPTY if start is None else cpu_run.GIVEN
+    origin = {root: cpu_run.EMPTY if start is None else cpu_run.GIVEN - at for at, root in enumerate(roots)}
     for root in sorted(roots, key=lambda i: -work[i]):
-        stack = [(root, origin, 0)]
+        stack = [(root, origin[root], 0)]
         while stack:
             i, source, target = stack.pop()
             buffers = max(buffers, target + 1)
-            rule = (budget[i], recent[i], sinks[i], block[i], int(scored[i]))
+            rule = (budget[i], recent[i], sinks[i], block[i], int(scored[i] and segments.rule.scored))
             steps.append((i, row[i], first[i], length[i], source, target, *rule))
             if children[i]:
                 # the last child goes on in its parent's state, the others work on a copy of it

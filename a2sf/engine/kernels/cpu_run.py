@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ class Program(NamedTuple):
 
 SEGMENT, ROW, START, LENGTH, SOURCE, TARGET, BUDGET, RECENT, SINKS, BLOCK, SCORED = range(11)
 EMPTY, GIVEN = -1, -2
-"""Values of SOURCE beside the buffer to copy: start empty, or from the state that was given."""
+"""Values of SOURCE beside the buffer to copy: start empty, or from row `GIVEN - SOURCE` of the states that were given."""
 
 
 class Given(NamedTuple):
@@ -34,6 +35,8 @@ class Given(NamedTuple):
     keys: Any  # float32 [S, K, N, D]
     values: Any  # float32 [S, K, N, V]
     seen: Any  # int64 [S]
+    weights: Any  # float32 [S, K, N], as are the biases; empty where they are not used
+    biases: Any
 
 
 @inner
@@ -52,13 +55,19 @@ def _copy(states, source, target, shape):
         store(states.values, d + i, load(states.values, c + i))
     for i in range(0, n, LANES):
         store(states.scores, b + i, load(states.scores, a + i))
+        if shape.by_age:
+            store(states.terms, b + i, load(states.terms, a + i))
+        if shape.weighted:
+            store(states.weights, b + i, load(states.weights, a + i))
+        if shape.biased:
+            store(states.biases, b + i, load(states.biases, a + i))
         store(states.positions, b + i, load(states.positions, a + i))
     states.count[target], states.used[target] = states.count[source], states.used[source]
     states.seen[target], states.tainted[target] = states.seen[source], states.tainted[source]
 
 
 @inner
-def _import(states, s, shape, given, row, head):
+def _import(states, s, shape, given, row, head, factor):
     """Start state `s` from a canonical state."""
     D, V, width = shape.D, shape.V, padded(shape.V)
     _begin(states, s)
@@ -71,6 +80,14 @@ def _import(states, s, shape, given, row, head):
         at = s * shape.slots + i
         states.positions[at] = given.positions[row, head, i]
         states.scores[at] = given.scores[row, head, i]
+        if shape.by_age:
+            terms = given.seen[row] - given.positions[row, head, i]
+            a = np.float64(factor)
+            states.terms[at] = terms if a == 1 else -math.expm1(terms * math.log(a)) / (1 - a) if a > 0 else 1
+        if shape.weighted:
+            states.weights[at] = given.weights[row, head, i]
+        if shape.biased:
+            states.biases[at] = given.biases[row, head, i]
         clean = True
         for d in range(D):
             x = given.keys[row, head, i, d]
@@ -115,8 +132,8 @@ def _advance(program, shape, call, states, scratch, given, final, thread, item, 
         if done == 0:
             if step[SOURCE] == EMPTY:
                 _begin(states, s)
-            elif step[SOURCE] == GIVEN:
-                _import(states, s, shape, given, step[SEGMENT], head)
+            elif step[SOURCE] <= GIVEN:
+                _import(states, s, shape, given, GIVEN - step[SOURCE], head, factor)
             elif step[SOURCE] != step[TARGET]:
                 _copy(states, base + step[SOURCE], s, shape)
         if done < step[LENGTH]:

@@ -93,6 +93,12 @@ def _exp2(builder: Any, x: Any) -> Any:
     return builder.select(invalid, x, builder.select(tiny, _constant(0.0), scaled))
 
 
+def _in_order(builder: Any, x: Any) -> Any:
+    whole = builder.bitcast(builder.fadd(x, _constant(0.0)), _INTS)
+    sign = builder.ashr(whole, _constant(31))
+    return builder.xor(whole, builder.and_(sign, _constant(0x7FFFFFFF)))
+
+
 def _bits_mask(builder: Any, m: Any) -> Any:
     return builder.zext(builder.bitcast(m, ir.IntType(LANES)), _LONG)
 
@@ -103,6 +109,7 @@ spread_int = _operation(ints, _spread)
 add = _operation(floats, lambda b, x, y: b.fadd(x, y))
 subtract = _operation(floats, lambda b, x, y: b.fsub(x, y))
 multiply = _operation(floats, lambda b, x, y: b.fmul(x, y))
+divide = _operation(floats, lambda b, x, y: b.fdiv(x, y))
 fma = _operation(floats, _fma)
 """(x, y, z) -> x * y + z."""
 larger = _operation(floats, lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
@@ -117,6 +124,9 @@ where = _operation(floats, lambda b, m, x, y: b.select(m, x, y))
 where_int = _operation(ints, lambda b, m, x, y: b.select(m, x, y))
 as_ints = _operation(ints, lambda b, x: b.bitcast(x, _INTS))
 """The bits of floats; for numbers >= 0 they are in the floats' order."""
+in_order = _operation(ints, _in_order)
+"""Integers in the order of any floats; 0 and -0 are one, NaN without a sign is the largest."""
+not_less = _operation(mask, lambda b, x, y: b.fcmp_ordered(">=", x, y))
 bits = _operation(types.int64, _bits_mask)
 """Lane i of a mask as bit i."""
 lowest_bit = _operation(types.int64, lambda b, x: _call(b, "llvm.cttz.i64", _LONG, x, ir.Constant(ir.IntType(1), 0)))

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
+from a2sf.engine import priorities
 from a2sf.engine.kernels.cpu_simd import (
     LANES,
     TILE_ROWS,
@@ -25,14 +26,17 @@ from a2sf.engine.kernels.cpu_simd import (
     at_most_unsigned,
     bits,
     both,
+    divide,
     equal,
     exp2,
     fma,
+    in_order,
     larger,
     largest,
     load,
     lowest_bit,
     multiply,
+    not_less,
     prefetch,
     scatter,
     smaller_int,
@@ -54,10 +58,11 @@ F32, I32, LARGEST_INT = np.float32, np.int32, np.int32(2**31 - 1)
 DEPTH = 64
 """Slots whose values are multiplied at a time: they stay in the first-level cache for all queries of a block."""
 LEAST_SUM = np.float32(1e-18)
+SHARE = np.float32(priorities.SHARE)
 
 
 class Shape(NamedTuple):
-    """Sizes that all functions share."""
+    """Sizes that all functions share, and what the rule asks for (0 or 1 but for `spare`)."""
 
     heads: int  # KV heads
     group: int  # query heads per KV head
@@ -66,6 +71,12 @@ class Shape(NamedTuple):
     slots: int  # per state, a multiple of 16
     room: int  # of them can be filled
     block: int  # tokens of the largest block
+    spare: int = 0  # tokens that may be cached beyond the budget before some are evicted
+    most: int = 1  # evictions of a step, at most: what a trace has room for
+    counted: int = 0  # a query adds 1 for what gets its share of attention, instead of the attention
+    by_age: int = 0  # priorities are divided by the number of terms, `Store.terms`
+    weighted: int = 0  # and multiplied by `Store.weights`
+    biased: int = 0  # and added to `Store.biases`
 
 
 class Store(NamedTuple):
@@ -74,6 +85,9 @@ class Store(NamedTuple):
     keys: Any  # float32 [states, slots / 16, D, 16]
     values: Any  # float32 [states, room, V rounded up to 16]
     scores: Any  # float32 [states, slots]
+    terms: Any  # float32 [states, slots], `N` of docs/semantics.md; this and the next two are empty where they are not used
+    weights: Any  # float32 [states, slots], `m`
+    biases: Any  # float32 [states, slots], `b`
     positions: Any  # int32 [states, slots]
     count: Any  # int64 [states]
     used: Any  # int64 [states]
@@ -89,6 +103,7 @@ class Scratch(NamedTuple):
     output: Any  # float32 [threads, rows, V rounded up to 16]
     inverse: Any  # float32 [threads, rows], 1 / softmax denominator
     fresh: Any  # int64 [threads, block], the slots of the block's tokens
+    ranks: Any  # int32 [threads, slots + 16], priorities as integers in their order
 
 
 class Call(NamedTuple):
@@ -99,7 +114,9 @@ class Call(NamedTuple):
     value: Any
     strides: Any  # int64 [3, 3], of query, key, value
     output: Any  # float32 [B, T, H, V], flat
-    evicted: Any  # int32 [B, K, T], flat, or empty
+    evicted: Any  # int32 [B, K, T, most], flat, or empty
+    weight: Any  # float32 [B, K, T], flat, or empty; of the tokens, as is the bias
+    bias: Any
     tokens: int  # T
     scale: Any  # float32, times log2(e)
 
@@ -207,6 +224,13 @@ def _insert(states, s, shape, call, row, head, start, w, fresh, fresh_at):
             states.values[v_to + v] = x
         states.positions[at] = states.seen[s] + i
         states.scores[at] = 0
+        token = (row * shape.heads + head) * call.tokens + start + i
+        if shape.by_age:
+            states.terms[at] = 0
+        if shape.weighted:
+            states.weights[at] = call.weight[token]
+        if shape.biased:
+            states.biases[at] = call.bias[token]
     return total(lost) + rest == F32(0)
 
 
@@ -265,6 +289,66 @@ def _score(states, s, shape, factor, weights, at, row_size, inverse, inverse_at)
         store(states.scores, s * shape.slots + j, fma(spread(factor), old, mass))
 
 
+@inner
+def _count(states, s, shape, factor, weights, at, row_size, inverse, inverse_at):
+    """A <- a * A + the number of the group's heads that give a token at least its share of attention."""
+    n = F32(states.count[s])
+    for j in range(0, states.used[s] * LANES, LANES):
+        heads = spread(F32(0))
+        for g in range(shape.group):
+            p = multiply(load(weights, at + g * row_size + j), spread(inverse[inverse_at + g]))
+            heads = add(heads, where(not_less(multiply(p, spread(n)), spread(SHARE)), spread(F32(1)), spread(F32(0))))
+        old = load(states.scores, s * shape.slots + j)
+        store(states.scores, s * shape.slots + j, fma(spread(factor), old, heads))
+
+
+@inner
+def _age(states, s, shape, factor, now):
+    """N <- a * N + 1 of the tokens that are cached at time `now`."""
+    for j in range(s * shape.slots, s * shape.slots + states.used[s] * LANES, LANES):
+        cached = at_most_unsigned(load(states.positions, j), spread_int(I32(now)))
+        old = load(states.terms, j)
+        store(states.terms, j, where(cached, fma(spread(factor), old, spread(F32(1))), old))
+
+
+@inner
+def _rank(states, s, shape, ranks, ranks_at):
+    """Priorities `b + m * A / N` of all slots, as integers in their order."""
+    for j in range(0, states.used[s] * LANES, LANES):
+        at = s * shape.slots + j
+        priority = load(states.scores, at)
+        if shape.by_age:
+            priority = divide(priority, load(states.terms, at))
+        if shape.weighted:
+            priority = multiply(priority, load(states.weights, at))
+        if shape.biased:
+            priority = add(priority, load(states.biases, at))
+        store(ranks, ranks_at + j, in_order(priority))
+
+
+@inner
+def _evict_ranked(states, s, shape, ranks, ranks_at, oldest, newest):
+    """`_evict` by the ranks of the slots instead of their scores."""
+    at, end, none = s * shape.slots, states.used[s] * LANES, spread_int(LARGEST_INT)
+    least = none
+    for j in range(0, end, LANES):
+        position = load(states.positions, at + j)
+        free = both(at_least(position, spread_int(I32(oldest))), at_least(spread_int(I32(newest)), position))
+        least = smaller_int(where_int(free, load(ranks, ranks_at + j), none), least)
+    least = spread_int(smallest_int(least))
+    victim = none
+    for j in range(0, end, LANES):
+        position = load(states.positions, at + j)
+        free = both(at_least(position, spread_int(I32(oldest))), at_least(spread_int(I32(newest)), position))
+        found = both(free, equal(load(ranks, ranks_at + j), least))
+        victim = smaller_int(where_int(found, position, none), victim)
+    lowest = smallest_int(victim)
+    for j in range(0, end, LANES):
+        position = load(states.positions, at + j)
+        store(states.positions, at + j, where_int(equal(position, spread_int(lowest)), spread_int(I32(-1)), position))
+    return lowest
+
+
 @leaf
 def _evict(states, s, shape, oldest, newest):
     """Drop the token with the least score among positions oldest..newest, the oldest of equals; return its position.
@@ -320,6 +404,10 @@ def block(states, s, shape, call, scratch, thread, head, row, start, limit, budg
     slots_at, f_at, heads = s * shape.slots, thread * shape.block, shape.heads * G
 
     w = limit if states.tainted[s] == 0 else 1
+    if states.tainted[s] != 0:  # a step may have freed several slots
+        for slot in range(min(states.used[s] * LANES, shape.room)):
+            if states.positions[slots_at + slot] < 0:
+                _clear(states, s, shape, slot)
     _free_slots(states, s, shape, w, scratch.fresh, f_at)
     if not _insert(states, s, shape, call, row, head, start, w, scratch.fresh, f_at):
         # a weight of 0 does not hide NaN or infinity: from here on one token at a time. A slot that is freed is then the
@@ -349,17 +437,30 @@ def block(states, s, shape, call, scratch, thread, head, row, start, limit, budg
                 at = w_at + r * row_size
                 sum_r = _recompute(states, s, shape, now, scratch.query, q_at + r * D, scratch.weights, at)
             scratch.inverse[i_at + r] = F32(1) / sum_r
+        states.count[s] += 1
         if scored:
             at = w_at + i * G * row_size
-            _score(states, s, shape, factor, scratch.weights, at, row_size, scratch.inverse, i_at + i * G)
-        states.count[s] += 1
-        if states.count[s] > budget:
-            gone = _evict(states, s, shape, sinks, now - recent)
-            if gone == LARGEST_INT:  # only a malformed state protects more than its budget
-                gone = _evict(states, s, shape, now - now, now)
-            if call.evicted.size:
-                call.evicted[(row * shape.heads + head) * call.tokens + start + i] = gone
-            states.count[s] -= 1
+            if shape.counted:
+                _count(states, s, shape, factor, scratch.weights, at, row_size, scratch.inverse, i_at + i * G)
+            else:
+                _score(states, s, shape, factor, scratch.weights, at, row_size, scratch.inverse, i_at + i * G)
+            if shape.by_age:
+                _age(states, s, shape, factor, now)
+        if states.count[s] > budget + shape.spare:
+            ranked = shape.by_age + shape.weighted + shape.biased > 0
+            if ranked:
+                _rank(states, s, shape, scratch.ranks, thread * row_size)
+            for e in range(states.count[s] - budget):
+                if ranked:
+                    gone = _evict_ranked(states, s, shape, scratch.ranks, thread * row_size, sinks, now - recent)
+                else:
+                    gone = _evict(states, s, shape, sinks, now - recent)
+                if gone == LARGEST_INT:  # only a malformed state protects more than its budget
+                    gone = _evict(states, s, shape, now - now, now)
+                if call.evicted.size:
+                    at = (row * shape.heads + head) * call.tokens + start + i
+                    call.evicted[at * shape.most + e] = gone
+            states.count[s] = budget
 
     slots = min(panels * LANES, shape.room)
     for j in range(0, slots, DEPTH):

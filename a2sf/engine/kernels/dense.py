@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from a2sf.engine.eviction import Attended, Options, Segments, accumulation_dtype
+from a2sf.engine.state import Attended, Options, Segments, accumulation_dtype
+from a2sf.policies.schedule import STEP
 
 CHUNK = 1024
 """Queries attended at a time: the mask of a tree is never larger than this times the tree's tokens."""
@@ -17,7 +18,7 @@ CHUNK = 1024
 
 def serves(segments: Segments, options: Options, state: object) -> bool:
     """Whether `attend_dense` gives what the recursion gives: no state or trace is asked for, and scores do not matter."""
-    if state is not None or options.return_state or options.trace:
+    if state is not None or options.return_state or options.trace or segments.schedule != STEP or segments.rule.whole:
         return False
     known = segments.__dict__.get("_dense")
     if known is None:

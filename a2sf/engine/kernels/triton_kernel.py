@@ -15,7 +15,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from a2sf.engine.eviction import Attended, EvictionState, Options, Rows, Segments, by_levels, empty_state
+from a2sf.engine.levels import Ran, Rows, by_levels
+from a2sf.engine.state import Attended, EvictionState, Options, Segments
 from a2sf.errors import ConfigError
 
 try:
@@ -191,19 +192,19 @@ def _recursion(
         tl.store(positions + slot, -1)
 
 
-def _triton_rows(rows: Rows, scale: float) -> tuple[Tensor, EvictionState, Tensor]:
+def _triton_rows(rows: Rows, options: Options) -> Ran:
     B, H, T, D = rows.query.shape
     K, V = rows.key.shape[1], rows.value.shape[-1]
     device = rows.query.device
 
     # `by_levels` packs time before heads: these transposes copy nothing
-    query, key, value = (x.transpose(1, 2).contiguous() for x in (rows.query * scale, rows.key, rows.value))
+    query, key, value = (x.transpose(1, 2).contiguous() for x in (rows.query * options.scale, rows.key, rows.value))
     output = query.new_zeros(B, T, H, V)
     evicted = torch.full((B, T, K), -1, dtype=torch.int32, device=device)
 
     # The slot buffer: what is cached already, and room for the new tokens, one more than the budget at most. Keys lie
     # size before slot, so that neighbouring threads load neighbouring slots and each sums its logits by itself.
-    old = rows.state or empty_state(rows)
+    old = rows.state
     past = old.positions.shape[-1]
     slots = max(past, int(torch.minimum(rows.budget, past + rows.length).max())) + 1
     slots = triton.cdiv(slots, 16) * 16  # aligned rows of keys
@@ -250,12 +251,16 @@ def _triton_rows(rows: Rows, scale: float) -> tuple[Tensor, EvictionState, Tenso
 
     state = EvictionState(
         positions=positions,
-        scores=cached_of(scores[..., None])[..., 0].float(),
+        scores=cached_of(scores[..., None])[..., 0],
         keys=cached_of(keys.transpose(2, 3)),
         values=cached_of(values),
         seen=old.seen + rows.length,
     )
-    return output.transpose(1, 2), state, evicted.transpose(1, 2)
+    gone = None
+    if options.trace:
+        evicted = evicted.transpose(1, 2)
+        gone = torch.cat([(evicted >= 0).nonzero(), evicted[evicted >= 0][:, None].long()], 1)
+    return Ran(output.transpose(1, 2), state, gone)
 
 
 def _constants(K: int, G: int, D: int, V: int) -> dict[str, int]:

@@ -24,6 +24,7 @@ from a2sf.policies.find import find_policies
 from a2sf.report.needle import needle_plot, needle_table
 from a2sf.report.output import Options, show
 from tests.conftest import SMOLLM2
+from tests.policies import of_models
 from tests.sweep_fixture import Plan, write_sweep
 
 DATA = tasks.DataSpec(source="bundle")
@@ -69,7 +70,7 @@ def asked(until: list[str], most: int = 4) -> list[Instance]:
 
 
 def test_a_batch_does_not_change_the_text_and_stop_sequences_end_it(smollm2, lm):
-    for policy in find_policies().values():
+    for policy in of_models().values():
         lm.use(policy(), Budget(ratio=0.5) if policy.uses_budget else None)
         together = lm.generate_until(asked(["\n"]), disable_tqdm=True)
         assert lm.counts.layer_requests == 3 * lm.layers

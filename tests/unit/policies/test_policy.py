@@ -42,7 +42,7 @@ def test_the_base_of_a_ratio_and_lists_of_one_per_layer():
 
 @given(policy=st.sampled_from(sorted(POLICIES)), budget=st.integers(1, 500))
 def test_every_policy_states_numbers_that_fit_any_budget(policy, budget):
-    kept = POLICIES[policy]().retention(budget, 0)
+    kept = POLICIES[policy]().keeps(budget)
     assert kept.recent + kept.sinks <= kept.budget
     assert kept.budget in (budget, UNLIMITED)  # all policies get the same
 

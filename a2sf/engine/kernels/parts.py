@@ -1,0 +1,284 @@
+"""Calls in parts that a compiled kernel knows: a prompt, its cut and what follows; heads that keep everything and others.
+
+`run` is a kernel that evicts token by token; what it never does itself is small and done here, in torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from a2sf.engine.levels import empty_state, traced
+from a2sf.engine.priorities import Numbers, of_rule, pooled, smallest, smallest_of_all_heads, unprotected
+from a2sf.engine.state import Attended, EvictionState, Options, Segments
+from a2sf.policies.base import UNLIMITED
+from a2sf.policies.rule import ACCUMULATED, Rule, Step
+from a2sf.policies.schedule import STEP
+
+Run = Callable[[Tensor, Tensor, Tensor, Segments, Options, EvictionState | None], Attended]
+
+
+def by_heads(
+    run: Run,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    options: Options,
+    state: EvictionState | None,
+) -> Attended:
+    """The heads that keep everything, and the others by the rest of their rule."""
+    K, group = key.shape[1], query.shape[1] // key.shape[1]
+    whole = torch.zeros(K, dtype=torch.bool)
+    whole[list(segments.rule.whole)] = True
+    everything = replace(
+        segments, budget=torch.full_like(segments.budget, UNLIMITED), rule=ACCUMULATED, schedule=STEP, prompt=None
+    )
+    parts = []
+    for heads, of_part in ((whole, everything), (~whole, replace(segments, rule=replace(segments.rule, whole=())))):
+        if bool(heads.any()):
+            kv, q = heads.nonzero()[:, 0], heads.repeat_interleave(group).nonzero()[:, 0]
+            before = None if state is None else state.heads(kv)
+            parts.append((kv, q, run(query[:, q], key[:, kv], value[:, kv], of_part, options, before)))
+    kv_back, q_back = torch.cat([kv for kv, _, _ in parts]).argsort(), torch.cat([q for _, q, _ in parts]).argsort()
+    ran = [attended for _, _, attended in parts]
+    output = torch.cat([a.output for a in ran], 1)[:, q_back]
+    final = None
+    if options.return_state:
+        states = [a.state for a in ran if a.state is not None]
+        slots = max(s.positions.shape[-1] for s in states)
+        padded = [s.pad(slots) for s in states]
+        tensors = {n: torch.cat([getattr(s, n) for s in padded], 1) for n in ("positions", "scores", "keys", "values")}
+        final = replace(padded[0], **tensors).heads(kv_back)
+    if not options.trace:
+        return Attended(output, final)
+    evicted = torch.cat([a.evicted for a in ran if a.evicted is not None], 1)[:, kv_back]
+    cuts = [torch.stack([c[:, 0], kv[c[:, 1]], *c[:, 2:].T], 1) for kv, _, a in parts if (c := a.cuts) is not None]
+    return Attended(output, final, evicted, torch.cat(cuts))
+
+
+def by_prompt(
+    run: Run,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    options: Options,
+    state: EvictionState | None,
+) -> Attended:
+    """Prompts with full attention, their cuts, and what follows on."""
+    return _Prompts(run, (query, key, value), segments, options, state).attended()
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A segment, split where its sequence's prompt ends.
+
+    Attributes:
+        up: the nearest segment above that has tokens, -1 for none.
+        root: which of the parentless segments it is below, in their order.
+        first: position of its first token.
+        before: how many of its tokens belong to the prompt.
+        after: how many do not.
+        ends: whether the prompt's last token is one of them.
+    """
+
+    up: int
+    root: int
+    first: int
+    before: int
+    after: int
+    ends: bool
+
+
+class _Prompts:
+    """One call under the prompt schedule; `ends` are the states after each segment, as far as it has been read."""
+
+    def __init__(
+        self,
+        run: Run,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        segments: Segments,
+        options: Options,
+        state: EvictionState | None,
+    ) -> None:
+        self.run, self.qkv, self.segments, self.options = run, qkv, segments, options
+        self.nodes = _nodes(segments, state)
+        self.ends: dict[int, EvictionState] = {}
+        self.ran: list[Attended] = []
+        self.gone: list[Tensor] = []
+        if state is None:
+            rows = int((segments.parent < 0).sum())
+            key, value = (x[:1].expand(rows, -1, -1, -1).float() for x in qkv[1:])
+            state = empty_state(key, value, segments.rule)
+        self.state = state
+
+    def attended(self) -> Attended:
+        rule, nodes, segments = self.segments.rule, self.nodes, self.segments
+        # where the rule looks at the end of a prompt alone, its scores are made when the prompt has been read
+        scored = rule.scored and rule.cut is None
+        reading = [i for i, n in enumerate(nodes) if n.before]
+        length = torch.tensor([nodes[i].before for i in reading], dtype=torch.int64)
+        of_prompts = Rule(scored=scored, counted=rule.counted)
+        self._read(reading, _unlimited(replace(_pick(segments, reading), length=length, rule=of_prompts)), self._start)
+        if rule.cut is not None:
+            for i in reading:
+                self._observe(i)
+        self._cut([i for i in reading if nodes[i].ends])
+
+        later = [i for i, n in enumerate(nodes) if n.after]
+        read = torch.tensor([nodes[i].before for i in later], dtype=torch.int64)
+        some = _pick(segments, later)
+        some = replace(some, start=some.start + read, length=some.length - read)
+        some = replace(some, rule=replace(rule, cut=None, scored=scored))
+        some = some if segments.schedule.then == "step" else _unlimited(some)
+        self._read(later, some, lambda i: self.ends[i] if nodes[i].before else self._start(i))
+
+        query, key, _ = self.qkv
+        output = self.ran[0].output if self.ran else query.new_zeros(*query.shape[:3], self.qkv[2].shape[-1])
+        for more in self.ran[1:]:
+            output = output + more.output  # each is 0 where the other is not
+        final = None
+        if self.options.return_state:
+            final = EvictionState.stack([self.ends.get(i) or self._start(i) for i in range(len(nodes))])
+        if not self.options.trace:
+            return Attended(output, final)
+        none = torch.empty(0, 4, dtype=torch.int64)
+        evicted, cuts = traced(torch.cat([none, *self.gone]), (key.shape[0], key.shape[1], key.shape[2]))
+        for a in self.ran:
+            assert a.evicted is not None
+            assert a.cuts is not None
+            evicted, cuts = torch.maximum(evicted, a.evicted), torch.cat([cuts, a.cuts])
+        return Attended(output, final, evicted, cuts)
+
+    def _start(self, i: int) -> EvictionState:
+        """The state that segment `i` starts from."""
+        node = self.nodes[i]
+        return self.ends[node.up] if node.up >= 0 else self.state.select(torch.tensor([node.root]))
+
+    def _read(self, ids: list[int], some: Segments, start: Callable[[int], EvictionState]) -> None:
+        """Read the segments `ids`, which are `some`; one whose parent is none of them begins with the state `start(i)`."""
+        if not ids:
+            return
+        place = {i: at for at, i in enumerate(ids)}
+        up = [place.get(self.nodes[i].up, -1) for i in ids]
+        begin = EvictionState.stack([start(i) for i, p in zip(ids, up, strict=True) if p < 0])
+        options = replace(self.options, return_state=True)
+        ran = self.run(*self.qkv, replace(some, parent=torch.tensor(up), schedule=STEP, prompt=None), options, begin)
+        assert ran.state is not None
+        self.ran.append(ran)
+        for i, at in place.items():
+            self.ends[i] = _trimmed(ran.state.select(torch.tensor([at])))
+
+    def _observe(self, i: int) -> None:
+        """Let the last queries of its prompt that segment `i` holds add their attention to the scores."""
+        assert self.segments.prompt is not None
+        node, end, row = self.nodes[i], self.ends[i], int(self.segments.row[i])
+        K, N = end.scores.shape[1:]
+        scores = end.scores.new_zeros(1, K, N)
+        past = self._start(i).scores
+        scores[..., : past.shape[-1]] = past
+        window = int(self.segments.prompt[i] - self.segments.recent[i])
+        skip = max(0, window - node.first)
+        if skip < node.before:
+            begin = int(self.segments.start[i])
+            asked = self.qkv[0][row, :, begin + skip : begin + node.before].to(scores.dtype).unflatten(0, (K, -1))
+            now = torch.arange(node.first + skip, node.first + node.before)
+            logits = asked @ end.keys[0, :, None].transpose(-1, -2) * self.options.scale  # [K, G, W, N]
+            logits = logits.masked_fill(end.positions[0, :, None, None] > now[:, None], -torch.inf)
+            scores += logits.softmax(-1).sum((1, 2))
+        self.ends[i] = replace(end, scores=scores)
+
+    def _cut(self, ids: list[int]) -> None:
+        """Cut the prompts that end in the segments `ids`."""
+        if not ids:
+            return
+        states, out = _cut(_pick(self.segments, ids), EvictionState.stack([self.ends[i] for i in ids]))
+        for at, i in enumerate(ids):
+            self.ends[i] = _trimmed(states.select(torch.tensor([at])))
+            head, position = out[at]
+            column = int(self.segments.start[i]) + self.nodes[i].before - 1
+            row = torch.full_like(head, int(self.segments.row[i]))
+            self.gone.append(torch.stack([row, head, torch.full_like(head, column), position], 1))
+
+
+def _nodes(segments: Segments, state: EvictionState | None) -> list[_Node]:
+    assert segments.prompt is not None
+    seen = iter(() if state is None else state.seen.tolist())
+    nodes: list[_Node] = []
+    roots = 0
+    columns = (segments.length, segments.parent, segments.prompt)
+    for n, p, prompt in zip(*(x.tolist() for x in columns), strict=True):
+        if p >= 0:
+            above = nodes[p]
+            tokens = above.before + above.after
+            up, root, first = p if tokens else above.up, above.root, above.first + tokens
+        else:
+            up, root, first = -1, roots, next(seen, 0)
+            roots += 1
+        before = min(max(prompt - first, 0), n)
+        nodes.append(_Node(up, root, first, before, n - before, before > 0 and first + before == prompt))
+    return nodes
+
+
+def _pick(segments: Segments, ids: list[int]) -> Segments:
+    """Some of the segments; their parents are not told."""
+    tensors = {f.name: x[ids] for f in fields(segments) if isinstance(x := getattr(segments, f.name), Tensor)}
+    return Segments(**tensors, rule=segments.rule, schedule=segments.schedule)
+
+
+def _unlimited(segments: Segments) -> Segments:
+    """The same, with nothing evicted."""
+    none = torch.zeros_like(segments.recent)
+    return replace(segments, budget=torch.full_like(segments.budget, UNLIMITED), recent=none, sinks=none)
+
+
+def _trimmed(state: EvictionState) -> EvictionState:
+    """One row's state with no more slots than it needs, so that nothing depends on the other rows."""
+    n = max(1, int((state.positions >= 0).sum(-1).max()))
+    parts = {name: getattr(state, name)[:, :, :n] for name in ("positions", "scores", "keys", "values")}
+    return replace(state, **parts)
+
+
+def _cut(segments: Segments, state: EvictionState) -> tuple[EvictionState, list[tuple[Tensor, Tensor]]]:
+    """States after their prompts' cuts, and for each the heads and positions of what goes."""
+    assert segments.prompt is not None
+    K, rule = state.positions.shape[1], segments.rule
+    integers = (segments.budget, segments.recent, segments.sinks, segments.prompt)
+    budget, recent, sinks, prompt = (x[:, None, None] for x in integers)
+    factor = segments.forgetting_factor.to(state.scores.dtype)[:, None, None]
+    numbers = Numbers(budget.repeat(1, K, 1), recent, sinks, factor, prompt, rule, segments.schedule)
+    cached, now = state.positions >= 0, prompt - 1
+    free = unprotected(numbers, state.positions, cached, now)
+    none = state.scores.new_zeros(0)
+    step = Step(none, state.keys, state.values, state.positions, cached, now, state.scores, none)
+    if rule.cut is not None:
+        step = replace(step, scores=pooled(numbers, step, free))
+    if numbers.across_heads:
+        out = smallest_of_all_heads(numbers, step, free)
+    else:
+        fixed = (None if f is None else f(state.keys, state.values, state.positions) for f in (rule.weight, rule.bias))
+        excess = numbers.excess(cached.sum(-1, keepdim=True), now)
+        out = smallest(of_rule(numbers, step, *fixed), state.positions, free, excess)
+    kept = cached & ~out
+    order = (~kept).int().argsort(dim=-1, stable=True)[:, :, : max(1, int(kept.sum(-1).max()))]
+    there = kept.gather(2, order)
+
+    def of(x: Tensor) -> Tensor:
+        return x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1])).where(there[..., None], 0)
+
+    after = replace(
+        state,
+        positions=state.positions.gather(2, order).where(there, -1),
+        scores=of(step.scores[..., None])[..., 0],
+        keys=of(state.keys),
+        values=of(state.values),
+    )
+    gone = []
+    for positions, row in zip(state.positions, out, strict=True):
+        head, column = row.nonzero(as_tuple=True)
+        gone.append((head, positions[head, column]))
+    return after, gone

@@ -1,0 +1,62 @@
+"""When tokens are evicted: after every token, every so many tokens, or once after the prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from a2sf.errors import ConfigError
+from a2sf.policies.base import THEN, WHEN, Policy
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When tokens are evicted (docs/semantics.md).
+
+    Attributes:
+        when: `step`: after every token, as soon as more than `C` are cached. `every`: once `C + every` are cached, down to
+            `C`. `prompt`: once after the prompt's last token, down to `C`.
+        every: tokens between two evictions, at least 1; for `every`.
+        then: after the prompt's cut, `keep` everything or go on `step` by step; for `prompt`.
+
+    Raises:
+        ConfigError: if a value is not allowed.
+    """
+
+    when: str = "step"
+    every: int = 1
+    then: str = "keep"
+
+    def __post_init__(self) -> None:
+        if self.when not in WHEN:
+            raise ConfigError("schedule.when", self.when, f"give one of {', '.join(WHEN)}")
+        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
+            raise ConfigError("schedule.every", self.every, "give a whole number of tokens, at least 1")
+        if self.then not in THEN:
+            raise ConfigError("schedule.then", self.then, f"give one of {', '.join(THEN)}")
+
+    @property
+    def spare(self) -> int:
+        """Tokens that may be cached beyond the budget between two steps, outside of a prompt."""
+        return self.every - 1 if self.when == "every" else 0
+
+    @property
+    def prompt(self) -> bool:
+        """Whether nothing is evicted while the prompt is read."""
+        return self.when == "prompt"
+
+
+STEP = Schedule()
+
+
+def schedule_for(policy: Policy, schedule: Schedule | None) -> Schedule:
+    """`schedule` if `policy` knows it; None stands for `step`, or for the only one that it knows.
+
+    Raises:
+        ConfigError: if it does not know it.
+    """
+    if schedule is None:
+        return STEP if "step" in policy.schedules else Schedule(policy.schedules[0])
+    if schedule.when not in policy.schedules:
+        known = " and ".join(policy.schedules)
+        raise ConfigError("schedule.when", schedule.when, f"the policy {policy.name} knows {known} alone")
+    return schedule

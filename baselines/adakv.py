@@ -1,0 +1,37 @@
+"""AdaKV: SnapKV with the slots of a layer given to the heads that make most of them.
+
+Paper: Feng et al., 2024 (arXiv 2407.11550): after each head's window and a floor, the layer's slots go to the best tokens of
+all its heads. Deviations: as SnapKV; heads are key/value heads; scores are compared as they are, a mean over the group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from a2sf.policies.base import Retention, check_share
+from a2sf.policies.rule import Cut, Rule
+from baselines.snapkv import SnapKV
+
+
+@dataclass(kw_only=True)
+class AdaKV(SnapKV):
+    """SnapKV's scores, budgets per head.
+
+    Attributes:
+        window, kernel: as for SnapKV.
+        floor: share of the budget beside the window that every head keeps, from 0 to 1; 1 is SnapKV.
+    """
+
+    name: ClassVar[str] = "adakv"
+    label: ClassVar[str] = "AdaKV"
+
+    floor: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("policy.floor", self.floor)
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        rule = Rule(cut=Cut(pooled=self.kernel, floor=self.floor))
+        return Retention(budget=budget, recent=min(self.window, budget), rule=rule)

@@ -1,0 +1,41 @@
+"""Future: keep what later tokens will attend to. An upper mark that no causal policy can have.
+
+Source: none. The priority is the attention that the later queries of the same sequence will pay, in full attention, summed
+over them and the group. It is not the best possible choice, which would look at the outputs, only one with foresight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from a2sf.policies.base import Policy, Retention
+from a2sf.policies.rule import Sequence, Step
+
+
+@dataclass(kw_only=True)
+class Future(Policy):
+    """Not causal: never ranked with the others, never used to generate."""
+
+    name: ClassVar[str] = "future"
+    label: ClassVar[str] = "Future (not causal)"
+    schedules: ClassVar[tuple[str, ...]] = ("step",)
+    causal: ClassVar[bool] = False
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        return Retention(budget=budget)
+
+    def foresee(self, sequence: Sequence) -> Tensor:
+        """Of each token, for every step: the attention that the queries after it will pay, [B, K, T, T]."""
+        T = sequence.key.shape[2]
+        at = torch.arange(T, device=sequence.key.device)
+        logits = sequence.query @ sequence.key[:, :, None].transpose(-1, -2) * sequence.scale
+        paid = logits.masked_fill(at > at[:, None], -torch.inf).softmax(-1).sum(2)  # [B, K, queries, T]
+        paid = paid * (at < sequence.lengths[:, None])[:, None, :, None]
+        return (paid.flip(2).cumsum(2).flip(2) - paid).transpose(2, 3)
+
+    def priorities(self, step: Step) -> Tensor:
+        return step.memory.gather(-1, step.now[..., None].expand(*step.positions.shape, 1))[..., 0]

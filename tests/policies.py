@@ -1,0 +1,97 @@
+"""Which policies and schedules there are, for tests that walk all of them, and rules of their own to walk beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from a2sf import Policy, Retention, Rule, Schedule, Step
+from a2sf.policies.find import find_policies
+
+SCHEDULES = (Schedule(), Schedule("every", every=3), Schedule("prompt", then="keep"), Schedule("prompt", then="step"))
+SMALL = {"window": 3, "kernel": 3, "sinks": 1, "heads": [[0, 1]], "forgetting_factor": 0.7, "seed": 5}
+"""Settings that matter in sequences of two dozen tokens, for the policies that have them."""
+
+
+@dataclass(kw_only=True)
+class RoCo(Policy):
+    """Robust cache (Ren and Zhu, 2024, arXiv 2402.06262): of the tokens whose attention varies least, the smallest mean."""
+
+    name: ClassVar[str] = "roco"
+    label: ClassVar[str] = "RoCo"
+    memory: ClassVar[int] = 1  # the sum of squares
+
+    varying: int = 2
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        return Retention(budget=budget)
+
+    def priorities(self, step: Step) -> tuple[Tensor, Tensor]:
+        squares = step.memory[..., 0] + step.probabilities.sum(2) ** 2
+        times = step.ages + 1
+        mean = step.scores / times
+        variance = (squares / times - mean**2).masked_fill(~step.cached, -torch.inf)
+        most = variance.topk(min(self.varying, variance.shape[-1])).values[..., -1:]
+        return mean.masked_fill((variance >= most) & (step.ages > 0), torch.inf), squares[..., None]
+
+
+@dataclass(kw_only=True)
+class Counted(Policy):
+    """How often a token got at least its share of attention, lately."""
+
+    name: ClassVar[str] = "counted"
+    label: ClassVar[str] = "Counted"
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        rule = Rule(counted=True, by_age=True, shared=True, weight=_one_more, bias=_first)
+        return Retention(budget=budget, recent=budget // 3, forgetting_factor=0.8, rule=rule)
+
+
+def _one_more(keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    return 1 + values[..., 0].abs()
+
+
+def _first(keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    return keys[..., 0] / 10
+
+
+def instances() -> list[Policy]:
+    """Every policy with its own settings, and with small ones where it has such."""
+    made = []
+    for cls in (*find_policies().values(), RoCo, Counted):
+        small = {k: v for k, v in SMALL.items() if k in {f.name for f in fields(cls)}}
+        made += [p for i, p in enumerate((cls(), cls(**small))) if i == 0 or small]
+    return list({repr(p): p for p in made}.values())
+
+
+def cases() -> list[tuple[Policy, Schedule]]:
+    """Every policy with every schedule that it knows."""
+    return [(p, s) for p in instances() for s in SCHEDULES if s.when in p.schedules]
+
+
+def label(x: object) -> str:
+    """A test's name for a policy or schedule."""
+    if isinstance(x, Schedule):
+        return x.when + {"step": "", "every": f"{x.every}", "prompt": f"-{x.then}"}[x.when]
+    return "-".join([x.name, *(str(v).replace(" ", "") for v in vars(x).values())]) if isinstance(x, Policy) else str(x)
+
+
+def of_models() -> dict[str, type[Policy]]:
+    """Those that a model's passes run: causal, and able to evict step by step."""
+    return {name: cls for name, cls in find_policies().items() if cls.causal and "step" in cls.schedules}
+
+
+def ties(cls: type[Policy]) -> bool:
+    """Whether equal keys have equal priorities, wherever they are.
+
+    A token that comes twice has keys of one length in a model's first layer, but for the rounding of its rotary embedding:
+    there the last bits decide, and they change with the shape of a batch.
+    """
+    rule = cls().keeps(8).rule
+    if rule.scored or rule.bias is None:
+        return False
+    first, second = rule.bias(torch.ones(2, 4), torch.ones(2, 4), torch.arange(2))
+    return bool(first == second)

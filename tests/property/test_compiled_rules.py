@@ -1,0 +1,140 @@
+"""Every policy and schedule on the compiled kernel of the CPU against the reference in float64: rows, trees, chunks.
+
+The examples are the same in every run, because in float32 a near tie of two priorities may go the other way.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from a2sf import Policy, Schedule
+from a2sf.engine.eviction import reference
+from a2sf.engine.kernels import attend, knows
+from a2sf.engine.kernels.cpu import SlotCache
+from a2sf.engine.state import Attended, Options, Segments
+from tests.policies import cases, instances, label
+
+PER_CASE = pytest.mark.parametrize(("policy", "schedule"), cases(), ids=label)
+SOME = settings(max_examples=6, deadline=None, derandomize=True)
+D, V, K, G = 20, 24, 2, 2
+seeds = st.integers(0, 10_000)
+
+
+def tensors(seed: int, rows: int, tokens: int) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    shapes = ((K * G, D), (K, D), (K, V))
+    return [torch.randn(rows, tokens, n, s, generator=g).transpose(1, 2) * (2 if n > K else 1) for n, s in shapes]
+
+
+def segments(
+    policy: Policy, schedule: Schedule, shape: list[tuple[int, ...]], budget: list[int], prompt: list[int]
+) -> Segments:
+    """`shape`: (row, start, length, parent) of each segment."""
+    kept = [policy.keeps(b) for b in budget]
+    whole = [torch.tensor(c) for c in zip(*shape, strict=True)]
+    numbers = [torch.tensor([getattr(k, n) for k in kept]) for n in ("budget", "recent", "sinks")]
+    factor = torch.tensor([k.forgetting_factor for k in kept], dtype=torch.float64)
+    return Segments(*whole, *numbers, factor, kept[0].rule, schedule, torch.tensor(prompt) if schedule.prompt else None)
+
+
+def assert_same(got: Attended, want: Attended) -> None:
+    assert (got.output - want.output).abs().max() < 2e-5
+    assert got.evicted.equal(want.evicted)
+    assert sorted(got.cuts.tolist()) == sorted(want.cuts.tolist())
+    slots = max(got.state.positions.shape[-1], want.state.positions.shape[-1])
+    a, b = got.state.pad(slots), want.state.pad(slots)
+    assert a.positions.equal(b.positions)
+    assert a.seen.equal(b.seen)
+    for name in ("scores", "keys", "values"):
+        torch.testing.assert_close(getattr(a, name).double(), getattr(b, name), atol=5e-5, rtol=5e-5)
+
+
+def both(qkv: list[Tensor], s: Segments, state=None, scale: float = 0.3) -> tuple[Attended, Attended]:
+    options = Options(scale, return_state=True, trace=True)
+    exact = None if state is None else state[1]
+    return (
+        attend(*qkv, s, options, None if state is None else state[0]),
+        reference(*(x.double() for x in qkv), s, options, exact),
+    )
+
+
+@PER_CASE
+@SOME
+@given(seed=seeds, data=st.data())
+def test_rows(policy, schedule, seed, data):
+    lengths = data.draw(st.lists(st.integers(0, 60), min_size=3, max_size=3))
+    budget, prompt = (data.draw(st.lists(st.integers(1, n), min_size=3, max_size=3)) for n in (40, 62))
+    s = segments(policy, schedule, [(b, 0, n, -1) for b, n in enumerate(lengths)], budget, prompt)
+    assert_same(*both(tensors(seed, 3, 60), s))
+
+
+@PER_CASE
+@SOME
+@given(seed=seeds, data=st.data())
+def test_trees(policy, schedule, seed, data):
+    """Choices after a context, some empty; the prompt ends with the context, or in a segment that follows on."""
+    if not policy.causal:
+        return
+    context = data.draw(st.integers(1, 30))
+    choices = data.draw(st.lists(st.integers(0, 12), min_size=1, max_size=4))
+    prompt = context + data.draw(st.sampled_from([0, 0, 3]))
+    shape, at = [(0, 0, context, -1)], context
+    for i, n in enumerate(choices):
+        shape.append((0, at, n, 0))
+        at += n
+        if i == 0:
+            shape.append((0, at, 5, 1))  # a grandchild
+            at += 5
+    # the parts agree where budgets do, so that one may evict before it forks
+    budget = data.draw(st.integers(1, 20))
+    s = segments(policy, schedule, shape, [budget] * len(shape), [prompt] * len(shape))
+    assert_same(*both(tensors(seed, 1, at), s))
+
+
+@PER_CASE
+@SOME
+@given(seed=seeds, data=st.data())
+def test_chunks(policy, schedule, seed, data):
+    if not policy.causal:
+        return
+    qkv, state = tensors(seed, 2, 50), None
+    budget, prompt = (data.draw(st.lists(st.integers(1, n), min_size=2, max_size=2)) for n in (25, 52))
+    edges = [0, *sorted(data.draw(st.sets(st.integers(1, 49), min_size=1, max_size=3))), 50]
+    for begin, end in pairwise(edges):
+        s = segments(policy, schedule, [(b, begin, end - begin, -1) for b in range(2)], budget, prompt)
+        got, want = both(qkv, s, state)
+        assert_same(got, want)
+        state = got.state, want.state
+
+
+@pytest.mark.parametrize("spare", [0, 2])
+@pytest.mark.parametrize("policy", [p for p in instances() if knows(p.keeps(9).rule)], ids=label)
+def test_token_by_token(policy, spare):
+    """`SlotCache`: some chunks, a state loaded in the middle, rows in another order."""
+    kept = policy.keeps(9)
+    if spare and "every" not in policy.schedules:
+        return
+    schedule = Schedule("every", every=spare + 1) if spare else Schedule()
+    qkv = tensors(5, 2, 50)
+    numbers = {n: getattr(kept, n) for n in ("budget", "recent", "sinks", "forgetting_factor")}
+    slots = min(kept.budget + spare, 50)
+    cache, order, outputs = SlotCache(2, K, G, slots, D, V, kept.rule, spare), torch.tensor([0, 1]), []
+    for begin, end in ((0, 20), (20, 21), (21, 22), (22, 40), (40, 50)):
+        part = [x[order, :, begin:end] for x in qkv]
+        outputs.append(cache.attend(*part, **numbers, scale=0.3)[order])
+        if begin == 20:
+            cache.reorder(torch.tensor([1, 0]))
+            order = torch.tensor([1, 0])
+        if begin == 21:
+            state, cache = cache.state(), SlotCache(2, K, G, slots, D, V, kept.rule, spare)
+            cache.load(state, kept.forgetting_factor)
+    s = segments(policy, schedule, [(b, 0, 50, -1) for b in range(2)], [9, 9], [1, 1])
+    _, want = both(qkv, s)
+    assert (torch.cat(outputs, 2) - want.output).abs().max() < 2e-5
+    assert cache.state().select(order).positions.equal(want.state.positions)

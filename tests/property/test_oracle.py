@@ -1,0 +1,139 @@
+"""The engine against the independent loops of `tests.oracle`, in float64: every kind of rule, every schedule."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from a2sf import Schedule, attend, make_policy
+from tests.oracle import Method, Token, run
+from tests.policies import SCHEDULES, Counted, RoCo, label
+
+T, K, G, D = 22, 2, 2, 6
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x)
+
+
+def unlike(cache: list[Token], now: int) -> list[float]:
+    mean = np.mean([unit(token.key) for token in cache], axis=0)
+    return [-float(unit(token.key) @ unit(mean)) for token in cache]
+
+
+def steady(cache: list[Token], now: int) -> list[float]:
+    means = [float(np.mean(token.seen)) for token in cache]
+    variances = [token.squares / len(token.seen) - m**2 for token, m in zip(cache, means, strict=True)]
+    most = sorted(variances)[-min(2, len(cache))]
+    return [
+        np.inf if variance >= most and token.position < now else mean
+        for token, mean, variance in zip(cache, means, variances, strict=True)
+    ]
+
+
+def observed(window: int, kernel: int, cache: list[Token], budget: int) -> tuple[dict[int, float], set[int]]:
+    """What the prompt's last queries saw of each token before them, pooled; and the window."""
+    w = min(window, budget)
+    before, end = cache[:-w], {token.position for token in cache[-w:]}
+    sums = [sum(token.seen[-w:]) for token in before]
+    half = kernel // 2
+    padded = [0.0] * half + sums + [0.0] * half
+    return {token.position: sum(padded[i : i + kernel]) / kernel for i, token in enumerate(before)}, end
+
+
+def snap(window: int, kernel: int):
+    def cut(caches: list[list[Token]], budget: int) -> list[set[int]]:
+        kept = []
+        for cache in caches:
+            scores, end = observed(window, kernel, cache, budget)
+            best = sorted(scores, key=lambda p: (-scores[p], -p))[: budget - len(end)]
+            kept.append(end | set(best))
+        return kept
+
+    return cut
+
+
+def across(window: int, kernel: int, floor: float):
+    def cut(caches: list[list[Token]], budget: int) -> list[set[int]]:
+        seen = [observed(window, kernel, cache, budget) for cache in caches]
+        kept, others = [], []
+        for head, (scores, end) in enumerate(seen):
+            best = sorted(scores, key=lambda p: -scores[p])
+            least = int(floor * (budget - len(end)))
+            kept.append(end | set(best[:least]))
+            others += [(scores[p], p, head) for p in best[least:]]
+        room = len(caches) * budget - sum(map(len, kept))
+        for _, position, head in sorted(others, reverse=True)[:room]:
+            kept[head].add(position)
+        return kept
+
+    return cut
+
+
+def accumulated(cache: list[Token], now: int) -> list[float]:
+    return [token.A for token in cache]
+
+
+METHODS = {
+    "a2sf": (
+        make_policy("a2sf", forgetting_factor=0.6, recent_share=0.3, sinks=1),
+        Method(accumulated, factor=0.6, sinks=lambda c: 1, recent=lambda c: min(c * 3 // 10, c - 1)),
+    ),
+    "mean": (
+        make_policy("mean_attention", forgetting_factor=0.8),
+        Method(lambda cache, now: [x.A / x.N for x in cache], factor=0.8, recent=lambda c: c // 4),
+    ),
+    "plain mean": (
+        make_policy("mean_attention"),
+        Method(lambda cache, now: [float(np.mean(x.seen)) for x in cache], recent=lambda c: c // 4),
+    ),
+    "last query": (make_policy("tova"), Method(lambda cache, now: [x.seen[-1] for x in cache], shared=True)),
+    "value norm": (
+        make_policy("vatp", sinks=2),
+        Method(
+            lambda cache, now: [x.A * np.abs(x.value).sum() for x in cache],
+            sinks=lambda c: min(2, c),
+            recent=lambda c: min(c // 2, c - min(2, c)),
+        ),
+    ),
+    "key norm": (make_policy("key_norm"), Method(lambda cache, now: [-np.linalg.norm(x.key) for x in cache])),
+    "keys": (make_policy("keydiff"), Method(unlike)),
+    "memory": (RoCo(), Method(steady)),
+    "counted": (
+        Counted(),
+        Method(
+            lambda cache, now: [(1 + abs(x.value[0])) * x.A / x.N + x.key[0] / 10 for x in cache],
+            factor=0.8,
+            counted=True,
+            shared=True,
+            recent=lambda c: c // 3,
+        ),
+    ),
+}
+CUTS = {
+    "snapkv": (make_policy("snapkv", window=3, kernel=3), Method(accumulated, cut=snap(3, 3))),
+    "wide": (make_policy("snapkv", window=2, kernel=7), Method(accumulated, cut=snap(2, 7))),
+    "adakv": (make_policy("adakv", window=3, kernel=3, floor=0.4), Method(accumulated, cut=across(3, 3, 0.4))),
+}
+CASES = [(name, schedule) for name in METHODS for schedule in SCHEDULES] + [(name, Schedule("prompt")) for name in CUTS]
+
+
+@pytest.mark.parametrize(("name", "schedule"), CASES, ids=label)
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 10_000), budget=st.integers(2, 12), prompt=st.integers(1, T + 2))
+def test_the_engine_is_the_oracle(name, schedule, seed, budget, prompt):
+    policy, method = (METHODS | CUTS)[name]
+    g = np.random.default_rng(seed)
+    q, k, v = 2 * g.normal(size=(K * G, T, D)), g.normal(size=(K, T, D)), g.normal(size=(K, T, D))
+    want, kept = run(method, q, k, v, budget, schedule.when, schedule.every, schedule.then, prompt)
+    tensors = [torch.from_numpy(x)[None] for x in (q, k, v)]
+    for backend in ("reference", "torch"):
+        out, state = attend(policy, *tensors, budget=budget, schedule=schedule, prompt=prompt, backend=backend)
+        assert [[p for p in head if p >= 0] for head in state.positions[0].tolist()] == kept
+        np.testing.assert_allclose(out[0].numpy(), want, atol=1e-10)
+    single, its = attend(policy, *(x.float() for x in tensors), budget=budget, schedule=schedule, prompt=prompt)
+    assume([[p for p in head if p >= 0] for head in its.positions[0].tolist()] == kept)  # near ties in float32
+    np.testing.assert_allclose(single[0].numpy(), want, atol=1e-5)
