@@ -81,7 +81,7 @@ class Architecture:
         return enlarge(model)
 
 
-OBJECT = "text only; given as a model object, since `AutoModelForCausalLM` does not load it"
+TEXT_ONLY = "text only"
 SHOWN = {
     "llama": "Llama (and all that use its classes: SmolLM2, Yi, InternLM3, EXAONE 3)",
     "mistral": "Mistral",
@@ -157,23 +157,25 @@ SUPPORTED = [
     Architecture("JetMoE", "jetmoe", {**LLAMA_LIKE, **EXPERTS, "kv_channels": 8}),
     Architecture("DeepSeek-V2", "deepseek_v2", LATENT, note="its keys and values are cached, not their latents"),
     Architecture("DeepSeek-V3", "deepseek_v3", LATENT, note="its keys and values are cached, not their latents"),
-    Architecture("LLaVA", "llava", wrapped({"model_type": "llama", **LLAMA_LIKE}, image_token_index=90), note=OBJECT),
+    Architecture(
+        "LLaVA", "llava", wrapped({"model_type": "llama", **LLAMA_LIKE}, image_token_index=90), note=TEXT_ONLY
+    ),
     Architecture(
         "Mistral 3",
         "mistral3",
         wrapped({"model_type": "mistral", **LLAMA_LIKE}, image_token_index=90),
-        note=OBJECT,
+        note=TEXT_ONLY,
     ),
-    Architecture("Qwen2-VL", "qwen2_vl", wrapped({**LLAMA_LIKE, **MROPE}, **IMAGE), note=OBJECT),
-    Architecture("Qwen2.5-VL", "qwen2_5_vl", wrapped({**LLAMA_LIKE, **MROPE}, **IMAGE), note=OBJECT),
+    Architecture("Qwen2-VL", "qwen2_vl", wrapped({**LLAMA_LIKE, **MROPE}, **IMAGE), note=TEXT_ONLY),
+    Architecture("Qwen2.5-VL", "qwen2_5_vl", wrapped({**LLAMA_LIKE, **MROPE}, **IMAGE), note=TEXT_ONLY),
     Architecture(
         "SmolVLM, Idefics3",
         "smolvlm",
         wrapped({"model_type": "llama", **LLAMA_LIKE}, image_token_id=90),
-        note=OBJECT,
+        note=TEXT_ONLY,
     ),
     Architecture(
-        "Gemma 3", "gemma3", wrapped({**EIGHT, **WINDOWS}, image_token_id=90, mm_tokens_per_image=4), note="text only"
+        "Gemma 3", "gemma3", wrapped({**EIGHT, **WINDOWS}, image_token_id=90, mm_tokens_per_image=4), note=TEXT_ONLY
     ),
     Architecture(
         "Whisper's decoder",

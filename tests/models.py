@@ -6,10 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-
-from a2sf.hf.loading import ModelSpec, local_checkpoint
-from tests.conftest import SMOLLM2
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 COMMON = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 LLAMA_LIKE = {
@@ -82,17 +79,6 @@ def enlarge(model: PreTrainedModel) -> PreTrainedModel:
             if parameter.ndim > 1:
                 parameter.mul_(8)
     return model.float().eval()
-
-
-def save_tiny(directory: Path, seed: int = 0, kind: str = "llama", **more: object) -> Path:
-    """Write a small random model with SmolLM2's tokenizer as a checkpoint that the harness can load."""
-    tokenizer = AutoTokenizer.from_pretrained(local_checkpoint(ModelSpec(SMOLLM2)))
-    _, settings = CONFIGS[kind]
-    random_model(CONFIGS[kind][0], seed, **{**settings, "vocab_size": len(tokenizer), **more}).save_pretrained(
-        directory
-    )
-    tokenizer.save_pretrained(directory)
-    return directory
 
 
 def write_piqa(file: Path, rows: int = 8, label: int = 0) -> Path:

@@ -25,7 +25,7 @@ from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import source_digest
 
-ENGINE_VERSION = 1
+ENGINE_VERSION = 2
 """Raised whenever a change of the engine or the scoring can move a number."""
 GENERATION_VERSION = 2
 """The same for what concerns only tasks that generate text."""

@@ -22,7 +22,6 @@ import torch
 from filelock import FileLock
 from transformers import (
     CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
     GgufConfig,
@@ -269,7 +268,7 @@ def _config(spec: ModelSpec) -> Any:
     names = getattr(config, "architectures", None) or []
     if names and not any(n.endswith(CAUSAL_ARCHITECTURES) for n in names):
         raise ConfigError(KEY, spec.path, f"{names[0]} is not a causal language model; give a decoder model")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not (code and "AutoModelForCausalLM" in own):
+    if weights.auto_class(config) is None and not (code and "AutoModelForCausalLM" in own):
         why = f"transformers has no causal language model of type {kind!r}; give a decoder model"
         raise ConfigError(KEY, spec.path, needs_code if "AutoModelForCausalLM" in own else why)
     return config

@@ -17,7 +17,14 @@ from typing import Any, Protocol
 import safetensors
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 from a2sf.errors import ConfigError
 from a2sf.hf.refusals import chain, first_line
@@ -200,8 +207,10 @@ def read(folder: Path, weights: Weights, dtype: torch.dtype, path: str, code: bo
     """
     check_whole(folder, weights, path)
     try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=code, local_files_only=True)
         model, told = from_pretrained(
             folder,
+            auto_class(config) or AutoModelForCausalLM,
             dtype=dtype,
             trust_remote_code=code,
             local_files_only=True,
@@ -214,12 +223,19 @@ def read(folder: Path, weights: Weights, dtype: torch.dtype, path: str, code: bo
     return model
 
 
-def from_pretrained(folder: Path, **settings: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+def auto_class(config: Any) -> Any:
+    """transformers' class for models of this config, which read text alone or images besides; None: it has none."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else None
+
+
+def from_pretrained(
+    folder: Path, auto: Any = AutoModelForCausalLM, **settings: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """transformers' own, with what it tells of the weights, for `check_complete`."""
     # shapes that do not fit are told there, all of them and with their names
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, ignore_mismatched_sizes=True, output_loading_info=True, **settings
-    )
+    loaded: Any = auto.from_pretrained(folder, ignore_mismatched_sizes=True, output_loading_info=True, **settings)
     return loaded
 
 

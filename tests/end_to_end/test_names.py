@@ -9,14 +9,15 @@ import pytest
 
 from a2sf.experiments.runs import load_sweep
 from tests.end_to_end.test_evaluate import evaluate, tables
-from tests.models import save_tiny, write_piqa
+from tests.hub.build import write_model
+from tests.models import write_piqa
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("place")
     for seed, run in enumerate(["run-a", "run-b"]):
-        save_tiny(root / run / "final", seed, max_position_embeddings=512)
+        write_model(root / run / "final", seed=seed)
     write_piqa(root / "data" / "piqa.jsonl")
     return root
 

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from a2sf.errors import ConfigError
 from a2sf.hf.loading import ModelSpec, fingerprint, load, prepare
+from tests.architectures import SUPPORTED
 from tests.hub.build import tokenizer_files, write_model
 from tests.models import LLAMA_LIKE
 
@@ -415,3 +417,21 @@ def test_lm_eval_refuses_what_the_sweeps_refuse(checkpoint):
     folder = checkpoint(tensors=without_a_layer)
     with pytest.raises(ConfigError, match="lack 9 of the parameters"):
         PrunedLM(str(folder))
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+def test_a_model_that_reads_images_too_is_loaded_and_reads_text(kind, tmp_path):
+    (of,) = (a for a in SUPPORTED if a.kind == kind)
+    settings = {**of.settings, "text_config": {**of.settings["text_config"], "vocab_size": 49152}}
+    model = replace(of, settings=settings).model()
+    model.save_pretrained(tmp_path)
+    for name, file in tokenizer_files().items():
+        (tmp_path / name).write_bytes(file.read_bytes())
+    loaded = load(spec(tmp_path))
+    assert type(loaded.model) is type(model)
+    ids = torch.tensor([loaded.tokenizer("The quick brown fox")["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(input_ids=ids).logits, model(input_ids=ids).logits)
+    del (weights := load_file(tmp_path / "model.safetensors"))[next(k for k in weights if "vision" not in k)]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert "lack 1 of the parameters" in refused(tmp_path)
