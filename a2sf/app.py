@@ -158,7 +158,8 @@ def _job(overrides: list[str], cell: Cell) -> list[str]:
     """A worker's overrides: those of the grid's point, and what was settled about this one cell since."""
     settled = {"tasks": f"[{cell.task}]", "plan_only": "false"}
     if cell.model.source.kind == "hub":  # quoted, since a commit may look like a number
-        settled |= {"model.path": f"'{cell.model.path}'", "model.revision": f"'{cell.model.revision}'"}
+        path = cell.model.path.replace("'", "\\'")
+        settled |= {"model.path": f"'{path}'", "model.revision": f"'{cell.model.revision}'"}
     others = [o for o in overrides if o.partition("=")[0].lstrip("+") not in settled]
     return [*others, *(f"{key}={value}" for key, value in settled.items())]
 

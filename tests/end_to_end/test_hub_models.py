@@ -149,7 +149,7 @@ def test_a_branch_that_moves_during_a_sweep_changes_nothing(world, ask, checkpoi
     if workers:  # of a process of their own, which they outlive
         hub.rules = [moves]
         command = [sys.executable, str(cases.SCRIPTS / "evaluate.py"), *grid, *COPA, f"runs_dir={tmp_path}"]
-        environment = {**os.environ, **hub.environment(tmp_path / "home"), "COLUMNS": "200"}
+        environment = {**os.environ, **hub.environment(tmp_path / "home")}
         ran = subprocess.run(
             [*command, "hydra/launcher=processes"], env=environment, capture_output=True, text=True, check=False
         )

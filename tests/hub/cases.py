@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import runpy
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -22,7 +21,6 @@ class Done(NamedTuple):
 def evaluate(*arguments: str) -> Done:
     """`python scripts/evaluate.py ...` in this process, which has its imports behind it after the first time."""
     out, err = io.StringIO(), io.StringIO()
-    os.environ["COLUMNS"] = "200"
     if str(SCRIPTS) not in sys.path:
         sys.path.insert(0, str(SCRIPTS))
     sys.argv = [str(SCRIPTS / "evaluate.py"), *arguments]

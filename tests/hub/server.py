@@ -94,7 +94,8 @@ class Hub:
     def environment(self, home: Path) -> dict[str, str]:
         """Variables to set before any library of the hub's is imported; `home` is its cache.
 
-        Whatever is asked of another host comes here as well, as to a proxy: it is logged as CONNECT and refused.
+        Whatever is asked of another host comes here as well, as to a proxy: it is logged as CONNECT and refused. Lines on
+        the screen are wide enough for what tests look for.
         """
         return {
             "HF_ENDPOINT": self.url,
@@ -105,6 +106,7 @@ class Hub:
             "HTTP_PROXY": self.url,
             "HTTPS_PROXY": self.url,
             "NO_PROXY": "127.0.0.1,localhost",
+            "COLUMNS": "200",
         }
 
     def requests(self) -> list[str]:
