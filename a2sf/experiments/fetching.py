@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -108,7 +109,19 @@ def _fetch(download: Download, screen: Console) -> None:
         TimeRemainingColumn(),
     ]
     with bar(screen, columns, repository.wanted.repo, download.size, lambda: repository.arrived() - before):
-        download.run()
+        _interruptible(download.run)
+
+
+def _interruptible(run: Callable[[threading.Event], None]) -> None:
+    """Run a download in a thread; Ctrl-C ends it with the piece that is arriving, not with the file."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run, stop)
+        try:
+            running.result()
+        except KeyboardInterrupt:
+            stop.set()
+            raise
 
 
 @contextmanager

@@ -269,6 +269,17 @@ def test_a_broken_download_goes_on(world, ask, checkpoints):
     assert not [r for r in requests if r.startswith("GET") and "tokenizer.json" in r]
 
 
+def test_a_download_that_is_interrupted_ends_within_a_file(world, ask, checkpoints):
+    """Where the library alone would go on to its end."""
+    hub, _ = world
+    hub.store.model("org/stopped").commit_folder(checkpoints["other"])
+    there, _ = ask(cases.interrupted, "org/stopped")
+    assert "config.json" in there
+    assert "model.safetensors" not in there
+    told, _ = ask(cases.load, "org/stopped")
+    assert told.startswith("ok")
+
+
 def test_without_the_hub_the_cache_is_used_and_it_is_said(world, ask, tmp_path):
     """The hub is gone, or must not be asked: what is cached runs; what is not, wholly or in part, is told apart."""
     hub, pool = world

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import runpy
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+import threading
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +56,20 @@ def prepare(path: str) -> None:
     from a2sf.hf import loading
 
     loading.prepare(loading.pin(loading.ModelSpec(path, device="cpu"))[0])
+
+
+def interrupted(path: str) -> list[str]:
+    """What is in the cache after a download that was told to stop."""
+    from a2sf.errors import UserError
+    from a2sf.hf import loading
+
+    download = loading.prepare(loading.pin(loading.ModelSpec(path, device="cpu"))[0])
+    assert download is not None
+    stop = threading.Event()
+    stop.set()
+    with suppress(UserError):
+        download.run(stop)
+    return [f.name for f in download.snapshot.folder.iterdir()]
 
 
 def home() -> str:
