@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import re
+import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any
 from huggingface_hub import HfApi, constants, get_cached_repo_tree, hf_hub_download, snapshot_download
 from huggingface_hub.errors import CachedRepoTreeNotFoundError
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import tqdm
 
 from a2sf.errors import ConfigError
 from a2sf.hf.refusals import HubError, Unreachable, Wanted, chain, first_line, refusal
@@ -126,8 +128,11 @@ class Snapshot:
         """Those that are not in the cache yet."""
         return [n for n in names if not (self.folder / n).is_file()]
 
-    def get(self, names: Iterable[str]) -> Path:
+    def get(self, names: Iterable[str], stop: threading.Event | None = None) -> Path:
         """The snapshot's folder, with these files in it; what is there already is not asked for again.
+
+        Args:
+            stop: set from elsewhere, ends a download after the piece that is arriving.
 
         Raises:
             ConfigError: if the hub does not give them.
@@ -138,7 +143,13 @@ class Snapshot:
             try:
                 if (kind, repo, commit) not in _listed:
                     _ask(wanted)  # else the library would try for a long time where there is no way to the hub
-                snapshot_download(repo, repo_type=kind, revision=commit, allow_patterns=[glob.escape(n) for n in left])
+                snapshot_download(
+                    repo,
+                    repo_type=kind,
+                    revision=commit,
+                    allow_patterns=[glob.escape(n) for n in left],
+                    tqdm_class=_until(stop) if stop else None,
+                )
                 if left := self.missing(left):  # it gives a folder that lacks them where it could not ask
                     hf_hub_download(repo, left[0], repo_type=kind, revision=commit)
                     left = self.missing(left)
@@ -155,6 +166,22 @@ class Snapshot:
             with suppress(OSError):  # it was finished and renamed meanwhile
                 total += file.stat().st_size
         return total
+
+
+class _Stopped(Exception):
+    pass
+
+
+def _until(stop: threading.Event) -> type[tqdm]:
+    """A bar that is not shown: it is what a download tells of each piece that has arrived, and the one way to end it."""
+
+    class Until(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            if stop.is_set():
+                raise _Stopped
+            return super().update(n)
+
+    return Until
 
 
 def snapshot(wanted: Wanted) -> Snapshot:

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import shutil
+import threading
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,13 +128,13 @@ class Download:
         """Bytes to come."""
         return sum(self.snapshot.sizes.get(n, 0) for n in self.names)
 
-    def run(self) -> None:
-        """Fetch it; what arrived whole before is not fetched again.
+    def run(self, stop: threading.Event | None = None) -> None:
+        """Fetch it, until `stop` is set; what arrived whole before is not fetched again.
 
         Raises:
             ConfigError: if the hub does not give it.
         """
-        self.snapshot.get(self.names)
+        self.snapshot.get(self.names, stop)
 
 
 def pin(spec: ModelSpec) -> tuple[ModelSpec, str | None]:

@@ -149,7 +149,7 @@ def test_a_branch_that_moves_during_a_sweep_changes_nothing(world, ask, checkpoi
     if workers:  # of a process of their own, which they outlive
         hub.rules = [moves]
         command = [sys.executable, str(cases.SCRIPTS / "evaluate.py"), *grid, *COPA, f"runs_dir={tmp_path}"]
-        environment = {**os.environ, **hub.environment(tmp_path / "home"), "COLUMNS": "200"}
+        environment = {**os.environ, **hub.environment(tmp_path / "home")}
         ran = subprocess.run(
             [*command, "hydra/launcher=processes"], env=environment, capture_output=True, text=True, check=False
         )
@@ -267,6 +267,17 @@ def test_a_broken_download_goes_on(world, ask, checkpoints):
     told, requests = ask(cases.load, "org/breaks")
     assert told.startswith(f"ok {commit}")
     assert not [r for r in requests if r.startswith("GET") and "tokenizer.json" in r]
+
+
+def test_a_download_that_is_interrupted_ends_within_a_file(world, ask, checkpoints):
+    """Where the library alone would go on to its end."""
+    hub, _ = world
+    hub.store.model("org/stopped").commit_folder(checkpoints["other"])
+    there, _ = ask(cases.interrupted, "org/stopped")
+    assert "config.json" in there
+    assert "model.safetensors" not in there
+    told, _ = ask(cases.load, "org/stopped")
+    assert told.startswith("ok")
 
 
 def test_without_the_hub_the_cache_is_used_and_it_is_said(world, ask, tmp_path):

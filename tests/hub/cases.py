@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-import os
 import runpy
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+import threading
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,6 @@ class Done(NamedTuple):
 def evaluate(*arguments: str) -> Done:
     """`python scripts/evaluate.py ...` in this process, which has its imports behind it after the first time."""
     out, err = io.StringIO(), io.StringIO()
-    os.environ["COLUMNS"] = "200"
     if str(SCRIPTS) not in sys.path:
         sys.path.insert(0, str(SCRIPTS))
     sys.argv = [str(SCRIPTS / "evaluate.py"), *arguments]
@@ -57,6 +56,20 @@ def prepare(path: str) -> None:
     from a2sf.hf import loading
 
     loading.prepare(loading.pin(loading.ModelSpec(path, device="cpu"))[0])
+
+
+def interrupted(path: str) -> list[str]:
+    """What is in the cache after a download that was told to stop."""
+    from a2sf.errors import UserError
+    from a2sf.hf import loading
+
+    download = loading.prepare(loading.pin(loading.ModelSpec(path, device="cpu"))[0])
+    assert download is not None
+    stop = threading.Event()
+    stop.set()
+    with suppress(UserError):
+        download.run(stop)
+    return [f.name for f in download.snapshot.folder.iterdir()]
 
 
 def home() -> str:

@@ -1,7 +1,7 @@
 """The server: enough of the hub's HTTP interface for huggingface_hub 2, transformers 5 and datasets 5.
 
-Two listeners, the hub and the host it keeps large files on. They must differ: where huggingface_hub asks for a file's
-headers it follows redirects within the hub, and wants X-Repo-Commit from where they end.
+Large files are redirected to a second port, as the real hub sends them to another host: huggingface_hub takes the commit
+from the redirect's own headers only where it does not follow it, and it follows redirects that stay on the host.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ class Hub:
     def environment(self, home: Path) -> dict[str, str]:
         """Variables to set before any library of the hub's is imported; `home` is its cache.
 
-        Whatever is asked of another host comes here as well, as to a proxy: it is logged as CONNECT and refused.
+        Whatever is asked of another host comes here as well, as to a proxy: it is logged as CONNECT and refused. Lines on
+        the screen are wide enough for what tests look for.
         """
         return {
             "HF_ENDPOINT": self.url,
@@ -105,6 +106,7 @@ class Hub:
             "HTTP_PROXY": self.url,
             "HTTPS_PROXY": self.url,
             "NO_PROXY": "127.0.0.1,localhost",
+            "COLUMNS": "200",
         }
 
     def requests(self) -> list[str]:
@@ -179,7 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _repository(self, kind: str, name: str) -> Repository:
         found = Repository(self.server.hub.store.root, kind, name)
-        if not found.exists():  # the hub does not tell strangers whether a repository exists
+        if not found.exists():  # without a token it could as well be private: 401 for both
             raise Refused(404 if "Authorization" in self.headers else 401, "RepoNotFound", "Repository not found")
         return found
 
@@ -196,7 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self._repository("datasets" if found[1] else "models", found[2])
         commit = repository.resolve(unquote(found[3]))
         self._gate(repository, commit)
-        self.extra = {"X-Repo-Commit": commit}  # huggingface_hub notes a missing file by the commit it is told
+        self.extra = {"X-Repo-Commit": commit}  # also of a file that is missing, which clients remember by commit
         file = repository.file(commit, found[4])
         sha256, sha1 = self.server.hub.store.digests(file)
         headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
@@ -206,7 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._file(file, headers | {"ETag": f'"{sha1}"'})
 
     def _api(self, raw: str) -> None:
-        found = API.fullmatch(raw)  # not unquoted: the revision is one part, whatever slashes are in it
+        found = API.fullmatch(raw)  # still quoted, so that a revision with slashes is one part
         if not found:
             status = 401 if raw.startswith("/api/whoami") else 404
             raise Refused(status, None, f"this hub has no {raw}")

@@ -21,7 +21,7 @@ LFS_SUFFIXES = {".safetensors", ".bin", ".parquet", ".gguf", ".arrow", ".h5"}
 
 
 class Refused(Exception):
-    """An answer that is an error; what huggingface_hub makes of it depends on `code`, the header X-Error-Code."""
+    """To answer with an error; `code` is the header X-Error-Code, by which clients tell errors of one status apart."""
 
     def __init__(self, status: int, code: str | None, message: str) -> None:
         super().__init__(message)

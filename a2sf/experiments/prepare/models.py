@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from rich.console import Console
@@ -104,4 +106,16 @@ def _download(download: Download, screen: Console) -> None:
     )
     before = repository.arrived()
     with download_bar(screen, repository.wanted.repo, download.size, lambda: repository.arrived() - before):
-        download.run()
+        _interruptible(download.run)
+
+
+def _interruptible(run: Callable[[threading.Event], None]) -> None:
+    """Run a download in a thread; Ctrl-C ends it with the piece that is arriving, not with the file."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run, stop)
+        try:
+            running.result()
+        except KeyboardInterrupt:
+            stop.set()
+            raise
