@@ -15,8 +15,9 @@ from typing import Any
 from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation import definitions, documents
 from a2sf.evaluation.definitions import SUITES, Definition
-from a2sf.evaluation.documents import Commit, DataSpec, Source
+from a2sf.evaluation.documents import Commit
 from a2sf.evaluation.examples import OwnDocuments, seeded
+from a2sf.evaluation.sources import DataSpec, Source, locate
 from a2sf.hf.refusals import Unreachable, chain, first_line
 
 __all__ = [
@@ -74,7 +75,7 @@ def check(name: str, data: DataSpec, shots: int) -> None:
             found.name,
             f"it needs {kind}, which is not available under pruning; give a log-likelihood or generation task",
         )
-    documents.locate(found, data, shots)
+    locate(found, data, shots)
 
 
 def name_of(ref: str) -> str:
@@ -117,7 +118,7 @@ class Settled:
         """
         if data.content is not None:
             return data
-        source = documents.locate(definitions.definition(name), data, shots)
+        source = locate(definitions.definition(name), data, shots)
         if source.kind == "files":
             content = documents.content_of_files(source)
         elif source.kind == "hub":
@@ -141,7 +142,7 @@ class Settled:
         Raises:
             UserError: if the hub does not give them.
         """
-        source = documents.locate(definitions.definition(name), data, shots)
+        source = locate(definitions.definition(name), data, shots)
         return source.repo, documents.size_to_fetch(source, data.content or "") if source.kind == "hub" else 0
 
 
@@ -149,24 +150,23 @@ def known_content(name: str, data: DataSpec, shots: int) -> str | None:
     """What identifies the documents as far as it is known without asking anybody or loading anything."""
     if data.content is not None:
         return data.content
-    source = documents.locate(definitions.definition(name), data, shots)
+    source = locate(definitions.definition(name), data, shots)
     return documents.content_of_files(source) if source.kind == "files" else None
 
 
 def identity(name: str, data: DataSpec, shots: int) -> dict[str, Any]:
     """What a number owes to the task and its documents, as plain data: definition, contents, splits."""
     found = definitions.definition(name)
-    source = documents.locate(found, data, shots)
     digest = found.digest()
+    read: dict[str, Any] = {"content": known_content(name, data, shots)}
+    if data.root is None:  # a hash of files is of the splits that are read, a commit is of all
+        source = locate(found, data, shots)
+        read |= {"split": source.scored, "fewshot_split": source.examples}
     return {
         "task": found.name,
         "task_version": version_of(name),
         **({"definition": digest} if digest else {}),
-        "data": {
-            "content": known_content(name, data, shots),
-            "split": source.scored,
-            "fewshot_split": source.examples,
-        },
+        "data": read,
     }
 
 
@@ -178,7 +178,7 @@ def build(name: str, data: DataSpec, *, shots: int, seed: int) -> Any:
     """
     check(name, data, shots)
     found = definitions.definition(name)
-    source = documents.locate(found, data, shots)
+    source = locate(found, data, shots)
     try:
         with _quiet(), seeded():
             task = _task(found, source, data, shots, seed)

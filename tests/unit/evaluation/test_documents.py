@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from a2sf.errors import ConfigError, UserError
-from a2sf.evaluation import definitions, documents, tasks
+from a2sf.evaluation import definitions, sources, tasks
 
 MMLU = {"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 1, "subject": "anatomy"}
 
@@ -29,7 +29,7 @@ def mmlu(name, n=3):
 
 
 def source(name, spec, shots=0):
-    return documents.locate(definitions.definition(name), spec, shots)
+    return sources.locate(definitions.definition(name), spec, shots)
 
 
 def content(name, spec, shots=0):
@@ -145,7 +145,7 @@ def index_sample():
 def test_layouts(tmp_path, files, splits):
     for file in files:
         write(tmp_path / file, piqa())
-    found = documents.find_splits(tmp_path, "piqa", definitions.definition("piqa").config)
+    found = sources.find_splits(tmp_path, "piqa", definitions.definition("piqa").config)
     assert list(found) == splits
     assert sum(map(len, found.values())) == (len(files) if splits else 0)
 
@@ -153,7 +153,7 @@ def test_layouts(tmp_path, files, splits):
 def test_splits_that_begin_alike_are_kept_apart(tmp_path):
     for split in ("validation_matched", "validation_mismatched"):
         write(tmp_path / "mnli" / f"{split}.jsonl", [{"kept": split}])
-    found = documents.find_splits(tmp_path, "mnli", definitions.definition("mnli").config)
+    found = sources.find_splits(tmp_path, "mnli", definitions.definition("mnli").config)
     assert {k: [f.stem for f in v] for k, v in found.items()} == {s: [s] for s in found}
     assert "validation_matched" in found
 
