@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from a2sf.app import _job
 from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation import tasks
+from a2sf.experiments import sweep
 from a2sf.experiments.cell import Cell
-from a2sf.experiments.prepare import documents, sweep
+from a2sf.experiments.prepare import documents
 from a2sf.experiments.runs import load_sweep, results_frame
 from a2sf.experiments.sweep import Runner
 from a2sf.experiments.tracking import Tracker, TrackerSpec
