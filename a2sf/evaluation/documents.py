@@ -17,7 +17,7 @@ from typing import Any
 
 from a2sf.errors import ConfigError, UserError, nearest
 from a2sf.evaluation.sources import FORMATS, Source
-from a2sf.hf.refusals import Unreachable, Wanted, chain, first_line, refusal
+from a2sf.hf.files.refusals import Unreachable, Wanted, chain, first_line, refusal
 
 HUB_SECONDS = 30.0
 

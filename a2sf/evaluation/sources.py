@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from a2sf.errors import ConfigError, nearest
 from a2sf.evaluation.definitions import Definition
-from a2sf.hf.refusals import Wanted, first_line
+from a2sf.hf.files.refusals import Wanted, first_line
 
 FORMATS = {"arrow": "arrow", "parquet": "parquet", "jsonl": "json", "json": "json"}
 USUAL_SPLITS = ("validation", "test", "train")

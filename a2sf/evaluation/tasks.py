@@ -18,7 +18,7 @@ from a2sf.evaluation.definitions import SUITES, Definition
 from a2sf.evaluation.documents import Commit
 from a2sf.evaluation.examples import OwnDocuments, seeded
 from a2sf.evaluation.sources import DataSpec, Source, locate
-from a2sf.hf.refusals import Unreachable, chain, first_line
+from a2sf.hf.files.refusals import Unreachable, chain, first_line
 
 __all__ = [
     "SUITES",

@@ -18,7 +18,7 @@ from a2sf.evaluation import tasks
 from a2sf.evaluation.documents import downloaded_bytes
 from a2sf.experiments.cell import Cell
 from a2sf.experiments.prepare.bar import download_bar
-from a2sf.hf.refusals import HubError
+from a2sf.hf.files.refusals import HubError
 
 
 @dataclass

@@ -17,8 +17,8 @@ from a2sf.experiments.cell import Cell
 from a2sf.experiments.config import Settings, check_layers
 from a2sf.experiments.names import Named, distinct
 from a2sf.experiments.prepare.bar import download_bar
+from a2sf.hf.files.refusals import NotOnHub, Unreachable
 from a2sf.hf.loading import Download, ModelSpec, fingerprint, pin, prepare
-from a2sf.hf.refusals import NotOnHub, Unreachable
 
 
 def pin_all(settings: Sequence[Settings], known: Mapping[str, str], screen: Console) -> list[Settings]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from a2sf.errors import ConfigError
+from a2sf.hf.files.paths import understand
 from a2sf.hf.loading import ModelSpec
-from a2sf.hf.paths import understand
 
 
 @pytest.fixture

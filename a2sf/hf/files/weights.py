@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from a2sf.errors import ConfigError
-from a2sf.hf.refusals import chain, first_line
+from a2sf.hf.files.refusals import chain, first_line
 
 KEY = "model.path"
 INDEX = ".index.json"
