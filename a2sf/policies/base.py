@@ -11,12 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from a2sf.errors import ConfigError
 from a2sf.policies.rule import ACCUMULATED, Rule, Sequence, Step
+
+if TYPE_CHECKING:  # what only needs names loads no torch
+    from torch import Tensor
 
 UNLIMITED = 2**31 - 1
 """A budget that no sequence reaches: nothing is evicted."""

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
-from torch import Tensor
+if TYPE_CHECKING:  # what only needs names loads no torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,9 @@ class Sequence:
     scale: float
 
 
-Fixed = Callable[[Tensor, Tensor, Tensor], Tensor]
+Fixed: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 """`(keys [..., D], values [..., V], positions [...]) -> [...]`: a number that is fixed when a token enters."""
-Own = Callable[[Step], Tensor | tuple[Tensor, Tensor]]
+Own: TypeAlias = "Callable[[Step], Tensor | tuple[Tensor, Tensor]]"
 """A step to priorities [B, K, N], or to those and new memory [B, K, N, M]."""
 
 
