@@ -27,8 +27,8 @@ class KeyDiff(Policy):
         return Retention(budget=budget)
 
     def priorities(self, step: Step) -> Tensor:
-        directions = normalize(step.keys, dim=-1)  # 0 where nothing is cached
-        usual = normalize(directions.sum(2, keepdim=True), dim=-1)
-        alike = (directions * usual).sum(-1)
+        shrink = 1 / step.keys.norm(dim=-1).clamp(min=1e-12)
+        usual = normalize(shrink[:, :, None] @ step.keys, dim=-1)  # an uncached key is 0
+        alike = (step.keys * usual).sum(-1) * shrink
         # two keys are as far from their mean: a tie that rounding must not decide
         return -alike.masked_fill(step.cached.sum(-1, keepdim=True) <= 2, 0)

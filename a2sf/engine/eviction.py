@@ -84,7 +84,8 @@ def _reference_rows(rows: Rows, options: Options) -> Ran:
         score[:, :, :n] = torch.where(going & here & numbers.scored(now), fresh, score[:, :, :n])
         # rank
         positions = position[:, :, :n].where(here, -1)
-        step = Step(p, keys, values, positions, here, now, score[:, :, :n].clone(), memory[:, :, :n].clone())
+        shown = score[:, :, :n].where(here, 0), memory[:, :, :n].where(here[..., None], 0)
+        step = Step(p, keys, values, positions, here, now, *shown)
         free = unprotected(numbers, positions, here, now) & going
         if rule.own is not None:
             priority, kept = of_own(rule, step, free)

@@ -77,8 +77,9 @@ def style_of(policy: str, known: Iterable[str] | None = None) -> Style:
     """
     order = sorted(known) if known is not None else sorted(built_in())
     index = order.index(policy) if policy in order else len(order) + sum(policy.encode())
-    index %= len(COLOURS)
-    return Style(COLOURS[index], MARKERS[index], DASHES[index])
+    turn, index = divmod(index, len(COLOURS))
+    other = (index + turn) % len(MARKERS)  # where a colour comes again, marker and dash are others
+    return Style(COLOURS[index], MARKERS[other], DASHES[other])
 
 
 def draw_all(grid: Grid, directory: Path, pair: tuple[str, str] = DEFAULT_PAIR) -> dict[str, list[Path]]:

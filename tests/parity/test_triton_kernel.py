@@ -182,7 +182,7 @@ def test_a_tree_of_segments(attend):
     assert_same(attend(*args), reference(*args), 1e-5)
 
 
-def test_a_state_above_the_budget_stays_there(attend):
+def test_a_state_above_the_budget_is_cut_to_it(attend):
     query, key, value = tokens(6, 1, 1, 2, 10, 4, 4, torch.float32)
     head, tail = ([x[:, :, part] for x in (query, key, value)] for part in (slice(0, 6), slice(6, 10)))
     state = reference(*head, rows((UNLIMITED, 0, 0, 0.5, 6)), OPTIONS).state

@@ -5,17 +5,20 @@ The examples are the same in every run, because in float32 a near tie of two pri
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from a2sf import Policy, Schedule
+from a2sf import Policy, Rule, Schedule
+from a2sf.engine import priorities
 from a2sf.engine.eviction import reference
-from a2sf.engine.kernels import attend, knows
+from a2sf.engine.kernels import attend, cpu_rank, knows
 from a2sf.engine.kernels.cpu import SlotCache
 from a2sf.engine.state import Attended, Options, Segments
 from tests.policies import cases, instances, label
@@ -138,3 +141,34 @@ def test_token_by_token(policy, spare):
     _, want = both(qkv, s)
     assert (torch.cat(outputs, 2) - want.output).abs().max() < 2e-5
     assert cache.state().select(order).positions.equal(want.state.positions)
+
+
+@pytest.mark.parametrize("when", ["every", "prompt"])
+def test_nothing_bad_outlives_its_token(when):
+    """NaN in a value reaches the outputs that it is in, also where several tokens go at once, and none after."""
+    q, k, v = tensors(7, 1, 40)
+    policy = next(p for p in instances() if {"every", "prompt"} <= set(p.schedules) and p.keeps(8).recent == 4)
+    s = segments(policy, Schedule(when, every=4, then="step"), [(0, 0, 40, -1)], [8], [15])
+    outlived = []
+    for at in range(3, 12):
+        bad = v.clone()
+        bad[0, 0, at] = float("nan")
+        got = attend(q, k, bad, s, Options(0.3, return_state=True))
+        want = reference(q.double(), k.double(), bad.double(), s, Options(0.3, return_state=True))
+        assert got.output.isnan().equal(want.output.isnan())
+        assert got.state.positions.equal(want.state.positions)
+        outlived.append(bool(got.output[0, :, -1].isfinite().all()))
+    assert any(outlived)
+
+
+def test_a_share_is_the_same_in_every_backend():
+    assert np.float32(priorities.SHARE) == cpu_rank.SHARE
+    # equal logits: every token has its share, whatever 1 / n is in binary
+    q, k, v = tensors(1, 1, 60)
+    counted = next(p for p in instances() if p.keeps(60).rule.counted)
+    numbers = segments(counted, Schedule(), [(0, 0, 60, -1)], [60], [1])
+    rule = Rule(counted=True)
+    s = replace(numbers, rule=rule, forgetting_factor=torch.ones(1, dtype=torch.float64))
+    for backend in ("reference", "torch", "numba"):
+        scores = attend(torch.zeros_like(q), k, v, s, Options(0.3, return_state=True), backend=backend).state.scores
+        assert scores[0, 0].tolist() == [G * n for n in range(60, 0, -1)]

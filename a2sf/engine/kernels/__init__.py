@@ -7,9 +7,9 @@ from torch import Tensor
 
 from a2sf.engine.eviction import reference
 from a2sf.engine.kernels.dense import attend_dense, serves
-from a2sf.engine.kernels.parts import by_heads, by_prompt
-from a2sf.engine.kernels.stepwise import attend_torch
+from a2sf.engine.parts import by_heads, by_prompt
 from a2sf.engine.state import Attended, EvictionState, Options, Segments
+from a2sf.engine.stepwise import attend_torch
 from a2sf.errors import ConfigError, UserError
 from a2sf.policies.rule import ACCUMULATED, Rule
 from a2sf.policies.schedule import STEP
@@ -76,7 +76,7 @@ def compiled_after(segments: Segments) -> bool:
 
 def knows(rule: Rule) -> bool:
     """Whether the compiled kernel of the CPU runs a rule, token by token."""
-    return rule.own is None and rule.cut is None and not rule.whole and not rule.shared
+    return rule.own is None and rule.cut is None and not rule.whole
 
 
 def _choose(query: Tensor) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from a2sf.engine.kernels import cpu_run
 from a2sf.engine.kernels.cpu_run import Given, Program
 from a2sf.engine.kernels.cpu_simd import LANES, TILE_ROWS
-from a2sf.engine.kernels.cpu_step import Call, Scratch, Shape, Store
+from a2sf.engine.kernels.cpu_state import Call, Scratch, Shape, Store
 from a2sf.engine.kernels.cpu_threads import in_threads
 from a2sf.engine.levels import traced
 from a2sf.engine.state import Attended, EvictionState, Options, Segments
@@ -56,10 +56,11 @@ def attend_cpu(
         final_state = _empty_state(segments.count, K, plan.final_slots, D, V)
         final = _canonical(final_state)
 
-    items, threads = plan.left.size * K, _threads(plan, shape)
+    items, threads = plan.left.size * _items(shape), _threads(plan, shape)
     hand_over = threads > 1 and items < ITEMS_PER_THREAD * threads
-    quota = max(plan.block, int(plan.tokens * K / threads / 16)) if hand_over else 0
-    states = _allocate((items if hand_over else threads) * plan.buffers, shape)
+    quota = max(plan.block, int(plan.tokens * _items(shape) / threads / 16)) if hand_over else 0
+    heads = K if shape.shared else 1
+    states = _allocate((items if hand_over else threads) * plan.buffers * heads, shape)
     _run(threads, quota, plan, shape, call, states, given, final)
     if final_state is not None:
         final_state = _in_order(final_state)
@@ -204,20 +205,26 @@ class SlotCache:
 
 def _threads(plan: _Plan, shape: Shape) -> int:
     work = plan.tokens * shape.heads * shape.group * (shape.D + shape.V) * shape.slots
-    return min(plan.left.size * shape.heads, torch.get_num_threads()) if work > LEAST_WORK else 1
+    return min(plan.left.size * _items(shape), torch.get_num_threads()) if work > LEAST_WORK else 1
+
+
+def _items(shape: Shape) -> int:
+    """Work items of a tree: heads run by themselves, or side by side where they keep the same tokens."""
+    return 1 if shape.shared else shape.heads
 
 
 def _run(
     threads: int, quota: int, plan: _Plan, shape: Shape, call: Call, states: Store, given: Given, final: Given
 ) -> None:
-    rows = -(-plan.block * shape.group // TILE_ROWS) * TILE_ROWS * threads
+    parts = threads * (shape.heads if shape.shared else 1)
+    rows = -(-plan.block * shape.group // TILE_ROWS) * TILE_ROWS * parts
     sizes = (shape.D, shape.slots + LANES, -(-shape.V // LANES) * LANES, 1)
     query, weights, attended, inverse = (np.empty(rows * n, np.float32) for n in sizes)
-    fresh, ranks = np.empty(threads * plan.block, np.int64), np.empty(threads * sizes[1], np.int32)
-    scratch = Scratch(query, weights, attended, inverse, fresh, ranks)
-    left = np.repeat(plan.left, shape.heads)
+    fresh, ranks = np.empty(parts * plan.block, np.int64), np.empty(threads * sizes[1], np.int32)
+    scratch = Scratch(query, weights, attended, inverse, fresh, ranks, np.empty(threads * sizes[1], np.float32))
+    left = np.repeat(plan.left, _items(shape))
     at = np.zeros((left.size, 2), np.int64)
-    at[:, 0] = np.repeat(plan.program.first[:-1], shape.heads)
+    at[:, 0] = np.repeat(plan.program.first[:-1], _items(shape))
     busy = np.zeros(left.size, np.int64)
     work = (quota, plan.buffers, plan.program, shape, call, states, scratch, given, final, at, left, busy)
     in_threads(lambda thread: cpu_run.run(thread, *work), threads)
@@ -230,6 +237,7 @@ def _asked(rule: Rule) -> dict[str, int]:
         "by_age": int(rule.by_age),
         "weighted": int(rule.weight is not None),
         "biased": int(rule.bias is not None),
+        "shared": int(rule.shared),
     }
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from numba import njit
 
 from a2sf.engine.kernels.cpu_simd import LANES, give, load, store, take
-from a2sf.engine.kernels.cpu_step import OPTIONS, add_panel, block, inner, padded
+from a2sf.engine.kernels.cpu_state import OPTIONS, add_panel, inner, padded
+from a2sf.engine.kernels.cpu_step import block, block_together
 
 
 class Program(NamedTuple):
@@ -122,21 +123,36 @@ def _export(states, s, shape, final, row, head):
 
 
 @inner
-def _advance(program, shape, call, states, scratch, given, final, thread, item, base, at, left, quota):
-    """Run work item `item` (a tree and a KV head) for about `quota` tokens; its states are `base`, `base + 1`, ..."""
-    tree, head = item // shape.heads, item % shape.heads
+def _advance(program, shape, call, states, scratch, given, final, thread, item, base, buffers, at, left, quota):
+    """Run work item `item` for about `quota` tokens; its states are `base`, `base + 1`, ...
+
+    An item is a tree and a KV head, or, with a shared kept set, a tree with all its heads, `buffers` states for each.
+    """
+    heads = shape.heads if shape.shared else 1
+    tree, head = (item, 0) if shape.shared else (item // shape.heads, item % shape.heads)
     while at[item, 0] < program.first[tree + 1] and quota > 0:
         i = at[item, 0]
         step, factor, done = program.steps[i], program.factor[i], at[item, 1]
         s = base + step[TARGET]
-        if done == 0:
+        for h in range(heads):
+            of_head = s + h * buffers
+            if done != 0:
+                break
             if step[SOURCE] == EMPTY:
-                _begin(states, s)
+                _begin(states, of_head)
             elif step[SOURCE] <= GIVEN:
-                _import(states, s, shape, given, GIVEN - step[SOURCE], head, factor)
+                _import(states, of_head, shape, given, GIVEN - step[SOURCE], head + h, factor)
             elif step[SOURCE] != step[TARGET]:
-                _copy(states, base + step[SOURCE], s, shape)
-        if done < step[LENGTH]:
+                _copy(states, base + step[SOURCE] + h * buffers, of_head, shape)
+        if done < step[LENGTH] and shape.shared:
+            w = block_together(
+                states, s, buffers, shape, call, scratch, thread, step[ROW], step[START] + done,
+                min(step[BLOCK], step[LENGTH] - done), step[BUDGET], step[RECENT], step[SINKS], factor, step[SCORED] != 0,
+            )  # fmt: skip
+            done += w
+            quota -= w
+            left[item] -= w
+        elif done < step[LENGTH]:
             w = block(
                 states, s, shape, call, scratch, thread, head, step[ROW], step[START] + done,
                 min(step[BLOCK], step[LENGTH] - done), step[BUDGET], step[RECENT], step[SINKS], factor, step[SCORED] != 0,
@@ -148,7 +164,8 @@ def _advance(program, shape, call, states, scratch, given, final, thread, item, 
             at[item, 1] = done
         else:
             if final.seen.size:
-                _export(states, s, shape, final, step[SEGMENT], head)
+                for h in range(heads):
+                    _export(states, s + h * buffers, shape, final, step[SEGMENT], head + h)
             at[item, 0] += 1
             at[item, 1] = 0
             left[item] -= 1
@@ -184,9 +201,11 @@ def _make_run(sources: int) -> Any:
             if quota == 0:
                 first = item + 1
             if take(busy, item):
-                base = (item if quota else thread) * buffers
+                base = (item if quota else thread) * buffers * (shape.heads if shape.shared else 1)
                 limit = quota if quota else left[item]
-                _advance(program, shape, call, states, scratch, given, final, thread, item, base, at, left, limit)
+                _advance(
+                    program, shape, call, states, scratch, given, final, thread, item, base, buffers, at, left, limit
+                )
                 if quota:
                     give(busy, item)
 

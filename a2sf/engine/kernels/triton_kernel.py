@@ -17,6 +17,7 @@ from torch import Tensor
 
 from a2sf.engine.levels import Ran, Rows, by_levels
 from a2sf.engine.state import Attended, EvictionState, Options, Segments
+from a2sf.engine.stepwise import torch_rows
 from a2sf.errors import ConfigError
 
 try:
@@ -195,7 +196,9 @@ def _recursion(
 def _triton_rows(rows: Rows, options: Options) -> Ran:
     B, H, T, D = rows.query.shape
     K, V = rows.key.shape[1], rows.value.shape[-1]
-    device = rows.query.device
+    device, held = rows.query.device, (rows.state.positions >= 0).sum(-1)
+    if held.numel() and bool((held > rows.budget[:, None]).any()):
+        return torch_rows(rows, options)  # the kernel evicts one token a step, and here more go at once
 
     # `by_levels` packs time before heads: these transposes copy nothing
     query, key, value = (x.transpose(1, 2).contiguous() for x in (rows.query * options.scale, rows.key, rows.value))
@@ -231,7 +234,7 @@ def _triton_rows(rows: Rows, options: Options) -> Ran:
         scores,
         positions,
         query.new_empty(B, H, slots),  # logits
-        (old.positions >= 0).sum(-1),
+        held,
         *(x.contiguous() for x in (old.seen, rows.length, rows.budget, rows.recent, rows.sinks)),
         rows.forgetting_factor.to(key.dtype).contiguous(),
         T,

@@ -284,3 +284,27 @@ def test_the_examples_of_the_docs_run():
     assert len(examples[1].split("@dataclass")[1].strip().splitlines()) <= 20
     out, want = (attend(policy, q, k, v, budget=6)[0] for policy in (made[1](), RoCo()))
     assert torch.equal(out, want)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("schedule", [Schedule(), Schedule("every", every=4), Schedule("prompt", then="step")])
+def test_what_a_step_shows(schedule, backend):
+    """Columns without a token are empty, also where one was; what is kept per token starts at 0."""
+    steps = []
+
+    def look(self, step: Step):
+        steps.append(step)
+        away = ~step.cached
+        assert (step.positions == -1).equal(away)
+        for name in ("keys", "values", "scores", "memory"):
+            assert not getattr(step, name)[away].any()
+        assert not step.probabilities.sum(2)[away].any()
+        torch.testing.assert_close(step.probabilities.sum(-1), torch.ones(1, 2, 2))
+        newest = step.cached & (step.ages == 0)
+        assert newest.sum(-1).eq(1).all()
+        assert not step.memory[newest].any()
+        assert (step.memory[..., 0] == step.ages.where(step.cached, 0)).all()
+        return step.scores, (step.memory + 1).where(step.cached[..., None], torch.nan)
+
+    attend(own(look, memory=1), *tensors(24), budget=5, schedule=schedule, prompt=13, backend=backend)
+    assert len(steps) == 24

@@ -9,6 +9,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from a2sf.analysis.collect import Grid, Selection, gather
+from a2sf.policies.find import find_policies
 from a2sf.report.plots import (
     FIGURES,
     by_budget,
@@ -80,7 +81,9 @@ def test_a_policy_looks_the_same_whatever_else_is_drawn() -> None:
     known = ["a2sf", "full", "h2o", "streaming", "window"]
     assert len({style_of(p, known).colour for p in known}) == len(known)
     assert len({style_of(p, known).marker for p in known}) == len(known)
-    assert style_of("h2o") == style_of("h2o", known)
+    installed = sorted(name for name, cls in find_policies().items() if not cls.__module__.startswith("tests"))
+    assert len({style_of(p) for p in installed}) == len(installed)
+    assert style_of("h2o") == style_of("h2o", installed)
     assert style_of("unheard of") == style_of("unheard of")
 
 

@@ -34,12 +34,12 @@ def attend_torch(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: Options, state: EvictionState | None = None
 ) -> Attended:
     """The recursion; arguments and result as in `a2sf.engine.eviction.reference`."""
-    return by_levels(_torch_rows, query, key, value, segments, options, state)
+    return by_levels(torch_rows, query, key, value, segments, options, state)
 
 
 @torch.inference_mode(False)  # tensors made here count their changes, which tells whether a rule only looks
 @torch.no_grad()
-def _torch_rows(rows: Rows, options: Options) -> Ran:
+def torch_rows(rows: Rows, options: Options) -> Ran:
     """Groups of rows that need as many slots, longest first within each."""
     slots = _slots(rows)
     output = rows.query.new_zeros(*rows.query.shape[:3], rows.value.shape[-1])

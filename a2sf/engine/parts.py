@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,6 +95,50 @@ class _Node:
     ends: bool
 
 
+class _Split(NamedTuple):
+    """Segments split where prompts end: what belongs to prompts, and what follows.
+
+    Attributes:
+        nodes: of all segments.
+        reading, later: which segments the parts are of.
+        first, second: the parts, each with parents of its own; None where there is nothing to read.
+    """
+
+    nodes: list[_Node]
+    reading: list[int]
+    first: Segments | None
+    later: list[int]
+    second: Segments | None
+
+    @staticmethod
+    def of(segments: Segments, state: EvictionState | None) -> _Split:
+        """`segments` split; those that start empty are split once for all layers of a model."""
+        known = segments.__dict__.get("_split") if state is None else None
+        if known is not None:
+            return known
+        rule, nodes = segments.rule, _nodes(segments, state)
+        # where the rule looks at the end of a prompt alone, its scores are made when the prompt has been read
+        scored = rule.scored and rule.cut is None
+        reading = [i for i, n in enumerate(nodes) if n.before]
+        later = [i for i, n in enumerate(nodes) if n.after]
+        read, rest, skipped = (
+            torch.tensor(x, dtype=torch.int64)
+            for x in (
+                [nodes[i].before for i in reading],
+                [nodes[i].after for i in later],
+                [nodes[i].before for i in later],
+            )
+        )
+        first, second = (replace(_pick(segments, nodes, ids), schedule=STEP, prompt=None) for ids in (reading, later))
+        first = _unlimited(replace(first, length=read, rule=Rule(scored=scored, counted=rule.counted)))
+        second = replace(second, start=second.start + skipped, length=rest, rule=replace(rule, cut=None, scored=scored))
+        second = second if segments.schedule.then == "step" else _unlimited(second)
+        split = _Split(nodes, reading, first if reading else None, later, second if later else None)
+        if state is None:
+            object.__setattr__(segments, "_split", split)
+        return split
+
+
 class _Prompts:
     """One call under the prompt schedule; `ends` are the states after each segment, as far as it has been read."""
 
@@ -105,45 +150,30 @@ class _Prompts:
         options: Options,
         state: EvictionState | None,
     ) -> None:
-        self.run, self.qkv, self.segments, self.options = run, qkv, segments, options
-        self.nodes = _nodes(segments, state)
+        self.run, self.qkv, self.segments, self.options, self.state = run, qkv, segments, options, state
+        self.split = _Split.of(segments, state)
         self.ends: dict[int, EvictionState] = {}
         self.ran: list[Attended] = []
         self.gone: list[Tensor] = []
-        if state is None:
-            rows = int((segments.parent < 0).sum())
-            key, value = (x[:1].expand(rows, -1, -1, -1).float() for x in qkv[1:])
-            state = empty_state(key, value, segments.rule)
-        self.state = state
 
     def attended(self) -> Attended:
-        rule, nodes, segments = self.segments.rule, self.nodes, self.segments
-        # where the rule looks at the end of a prompt alone, its scores are made when the prompt has been read
-        scored = rule.scored and rule.cut is None
-        reading = [i for i, n in enumerate(nodes) if n.before]
-        length = torch.tensor([nodes[i].before for i in reading], dtype=torch.int64)
-        of_prompts = Rule(scored=scored, counted=rule.counted)
-        self._read(reading, _unlimited(replace(_pick(segments, reading), length=length, rule=of_prompts)), self._start)
-        if rule.cut is not None:
-            for i in reading:
-                self._observe(i)
-        self._cut([i for i in reading if nodes[i].ends])
+        nodes, reading, first, later, second = self.split
+        if first is not None:
+            self._read(reading, first, keep=True)
+            if self.segments.rule.cut is not None:
+                for i in reading:
+                    self._observe(i)
+            self._cut([i for i in reading if nodes[i].ends])
+        if second is not None:
+            self._read(later, second, keep=self.options.return_state)
 
-        later = [i for i, n in enumerate(nodes) if n.after]
-        read = torch.tensor([nodes[i].before for i in later], dtype=torch.int64)
-        some = _pick(segments, later)
-        some = replace(some, start=some.start + read, length=some.length - read)
-        some = replace(some, rule=replace(rule, cut=None, scored=scored))
-        some = some if segments.schedule.then == "step" else _unlimited(some)
-        self._read(later, some, lambda i: self.ends[i] if nodes[i].before else self._start(i))
-
-        query, key, _ = self.qkv
-        output = self.ran[0].output if self.ran else query.new_zeros(*query.shape[:3], self.qkv[2].shape[-1])
+        query, key, value = self.qkv
+        output = self.ran[0].output if self.ran else query.new_zeros(*query.shape[:3], value.shape[-1])
         for more in self.ran[1:]:
-            output = output + more.output  # each is 0 where the other is not
+            output.add_(more.output)  # each is 0 where the other is not
         final = None
         if self.options.return_state:
-            final = EvictionState.stack([self.ends.get(i) or self._start(i) for i in range(len(nodes))])
+            final = EvictionState.stack([self.ends[i] if i in self.ends else self._start(i) for i in range(len(nodes))])
         if not self.options.trace:
             return Attended(output, final)
         none = torch.empty(0, 4, dtype=torch.int64)
@@ -156,27 +186,30 @@ class _Prompts:
 
     def _start(self, i: int) -> EvictionState:
         """The state that segment `i` starts from."""
-        node = self.nodes[i]
-        return self.ends[node.up] if node.up >= 0 else self.state.select(torch.tensor([node.root]))
+        node = self.split.nodes[i]
+        if node.up >= 0:
+            return self.ends[node.up]
+        if self.state is None:
+            key, value = (x[:1].float() for x in self.qkv[1:])
+            return empty_state(key, value, self.segments.rule)
+        return self.state.select(torch.tensor([node.root]))
 
-    def _read(self, ids: list[int], some: Segments, start: Callable[[int], EvictionState]) -> None:
-        """Read the segments `ids`, which are `some`; one whose parent is none of them begins with the state `start(i)`."""
-        if not ids:
-            return
-        place = {i: at for at, i in enumerate(ids)}
-        up = [place.get(self.nodes[i].up, -1) for i in ids]
-        begin = EvictionState.stack([start(i) for i, p in zip(ids, up, strict=True) if p < 0])
-        options = replace(self.options, return_state=True)
-        ran = self.run(*self.qkv, replace(some, parent=torch.tensor(up), schedule=STEP, prompt=None), options, begin)
-        assert ran.state is not None
+    def _read(self, ids: list[int], part: Segments, keep: bool) -> None:
+        """Read the segments `ids`, which are `part`; keep the states they end with."""
+        roots = [i for i, up in zip(ids, part.parent.tolist(), strict=True) if up < 0]
+        begin = None
+        if self.state is not None or any(self.split.nodes[i].up >= 0 or i in self.ends for i in roots):
+            begin = EvictionState.stack([self.ends[i] if i in self.ends else self._start(i) for i in roots])
+        ran = self.run(*self.qkv, part, replace(self.options, return_state=keep), begin)
         self.ran.append(ran)
-        for i, at in place.items():
-            self.ends[i] = _trimmed(ran.state.select(torch.tensor([at])))
+        if ran.state is not None:
+            for at, i in enumerate(ids):
+                self.ends[i] = _trimmed(ran.state.select(torch.tensor([at])))
 
     def _observe(self, i: int) -> None:
         """Let the last queries of its prompt that segment `i` holds add their attention to the scores."""
         assert self.segments.prompt is not None
-        node, end, row = self.nodes[i], self.ends[i], int(self.segments.row[i])
+        node, end, row = self.split.nodes[i], self.ends[i], int(self.segments.row[i])
         K, N = end.scores.shape[1:]
         scores = end.scores.new_zeros(1, K, N)
         past = self._start(i).scores
@@ -196,11 +229,13 @@ class _Prompts:
         """Cut the prompts that end in the segments `ids`."""
         if not ids:
             return
-        states, out = _cut(_pick(self.segments, ids), EvictionState.stack([self.ends[i] for i in ids]))
+        states, out = _cut(
+            _pick(self.segments, self.split.nodes, ids), EvictionState.stack([self.ends[i] for i in ids])
+        )
         for at, i in enumerate(ids):
             self.ends[i] = _trimmed(states.select(torch.tensor([at])))
             head, position = out[at]
-            column = int(self.segments.start[i]) + self.nodes[i].before - 1
+            column = int(self.segments.start[i]) + self.split.nodes[i].before - 1
             row = torch.full_like(head, int(self.segments.row[i]))
             self.gone.append(torch.stack([row, head, torch.full_like(head, column), position], 1))
 
@@ -224,10 +259,12 @@ def _nodes(segments: Segments, state: EvictionState | None) -> list[_Node]:
     return nodes
 
 
-def _pick(segments: Segments, ids: list[int]) -> Segments:
-    """Some of the segments; their parents are not told."""
+def _pick(segments: Segments, nodes: list[_Node], ids: list[int]) -> Segments:
+    """Some of the segments, each below the nearest one above that is among them."""
+    place = {i: at for at, i in enumerate(ids)}
+    up = torch.tensor([place.get(nodes[i].up, -1) for i in ids], dtype=torch.int64)
     tensors = {f.name: x[ids] for f in fields(segments) if isinstance(x := getattr(segments, f.name), Tensor)}
-    return Segments(**tensors, rule=segments.rule, schedule=segments.schedule)
+    return Segments(**(tensors | {"parent": up}), rule=segments.rule, schedule=segments.schedule)
 
 
 def _unlimited(segments: Segments) -> Segments:
