@@ -109,8 +109,8 @@ class PrunedLM(HFLM):
             one of your own, `module:Class`.
         budget: a `Budget`; or give `budget_ratio`, `budget_tokens` and `budget_base`.
         forgetting_factor: for a policy given by name, where it has one.
-        schedule: when tokens are evicted, a `Schedule` or its name (`step`, `every4`, `prompt`, `prompt-step`); None: step by
-            step, or after the prompt for a policy that knows no other. A request's prompt is its context: of a rolling
+        schedule: when tokens are evicted, a `Schedule` or its name (`step`, `every4`, `prompt`, `prompt-step`); None: step
+            by step, or after the prompt for a policy that knows no other. A request's prompt is its context: of a rolling
             window (perplexity) what lm-eval gives as such, at first the prefix token alone.
         backend: which implementation of the eviction runs, `auto` or a name in `a2sf.engine.kernels.BACKENDS`.
         batch_size: `auto`, or sequences per forward pass.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
@@ -231,7 +232,8 @@ def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
         common = {
             "model": names[stored.model],
             "policy": cell["policy"],
-            "budget_ratio": _plain(budget["ratio"]) if budget else 1.0,
+            # NaN and not None, so that a column without a ratio holds numbers, too
+            "budget_ratio": 1.0 if not budget else math.nan if budget["ratio"] is None else _plain(budget["ratio"]),
             "forgetting_factor": _plain(cell["forgetting_factor"]),
             "shots": cell["shots"],
             "task": cell["task"],

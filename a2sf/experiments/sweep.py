@@ -313,8 +313,8 @@ def hardly_pruned(stored: Iterable[StoredCell]) -> str | None:
     least = min(few, key=few.__getitem__)
     which = f"{len(few)} cells ({least} the first)" if len(few) > 1 else least
     return (
-        f"In {which}, only {100 * few[least]:.0f} % of the scored tokens saw a pruned cache: what is scored before an eviction "
-        "is the full cache's, whatever the policy; a smaller budget, or another schedule, prunes more."
+        f"In {which}, only {100 * few[least]:.0f} % of the scored tokens saw a pruned cache: what is scored before "
+        "an eviction is the full cache's, whatever the policy; a smaller budget, or another schedule, prunes more."
     )
 
 
