@@ -127,6 +127,9 @@ def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | No
         UserError: for the first value that is not allowed, before anything slow.
     """
     quiet()
+    from a2sf.experiments.grid import check_schedules
+
+    check_schedules([composed for _, composed in points])
     settings = [_read(composed) for _, composed in points]
     first = settings[0]
     directory = Path(first.runs_dir) / first.sweep_name
@@ -270,13 +273,15 @@ def _report(
     made: Plan, directory: Path, settings: Settings, outcomes: list[Outcome], refused: dict[str, list[str]]
 ) -> None:
     from a2sf.experiments.runs import results_frame
-    from a2sf.experiments.sweep import finish
+    from a2sf.experiments.sweep import finish, hardly_pruned
     from a2sf.report.tables import screen_table
 
     stored, failures = finish(directory, made.cells)
     if stored:
         screen.print(screen_table(stored))
         screen.print(f"{len(stored)} cells in {directory}/results.csv", highlight=False)
+        if note := hardly_pruned(stored):
+            screen.print(note, highlight=False, soft_wrap=True)
     tracker = _runner(settings).tracker
     if outcomes and stored:
         pictures = {p.stem: p for p in sorted((directory / "plots").glob("*.png"))}

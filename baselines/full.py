@@ -18,6 +18,7 @@ class Full(Policy):
     name: ClassVar[str] = "full"
     label: ClassVar[str] = "Full cache"
     uses_budget: ClassVar[bool] = False
+    evicts: ClassVar[bool] = False
 
     def retention(self, budget: int, layer: int) -> Retention:
         return Retention(budget=UNLIMITED)

@@ -12,7 +12,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 
 
 @dataclass
@@ -30,6 +30,7 @@ class CellSweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         from a2sf import app
+        from a2sf.experiments.grid import route
 
         assert self.config is not None
         assert self.hydra_context is not None
@@ -56,7 +57,8 @@ class CellSweeper(BasicSweeper):
             ConfigLoaderImpl._apply_overrides_to_config(values, composed)
             return composed
 
-        return app.run_grid([(list(p), compose(p)) for p in points], self._launch)
+        routed = route(points, lambda choice: str(OmegaConf.select(compose(list(choice)), "policy._target_")))
+        return app.run_grid([(p, compose(p)) for p in routed], self._launch)
 
     def _launch(self, jobs: list[list[str]]) -> list[JobReturn]:
         assert self.launcher is not None

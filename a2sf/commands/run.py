@@ -17,6 +17,7 @@ from a2sf import app
 from a2sf.commands.describe import attributes
 from a2sf.errors import UserError
 from a2sf.experiments import schema
+from a2sf.experiments.grid import addable
 from a2sf.shipped import shipped
 
 MULTIRUN = {"-m", "--multirun"}
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str]) -> None:
     if {"--help", "-h"} & set(given):
         print(help_text(_folders(given)))
         return
-    given = [f"+{a}" if a.startswith("sweep=") else a for a in given]
+    given = [f"+{a}" if a.startswith("sweep=") else addable(a) for a in given]
     other = INSTEAD & {a.partition("=")[0] for a in given}
     if other and MULTIRUN & set(given):
         raise UserError(f"{other.pop()} shows one configuration and runs nothing, so it cannot go with -m.")
@@ -124,7 +125,7 @@ def help_text(folders: Sequence[Path]) -> str:
     defaults = yaml.safe_load((shipped("conf") / "config.yaml").read_text())
     chosen = {k: v for entry in defaults["defaults"] if isinstance(entry, dict) for k, v in entry.items()}
     groups = {}
-    for group in ("model", "policy", "data", "tracker", "hydra/launcher"):
+    for group in ("model", "policy", "schedule", "data", "tracker", "hydra/launcher"):
         names = dict.fromkeys(f.stem for folder in folders for f in sorted((folder / group).glob("*.yaml")))
         if group == "policy":
             from a2sf.policies.find import installed

@@ -21,7 +21,8 @@ class Segments:
 
     A batch of rows is one segment per row without parents. Sequences that begin alike are a tree: the shared beginning
     is one segment, its continuations are children, and each child starts from a copy of its parent's state. A parent
-    and a child may differ in budget, recent and sinks only if the parent has not evicted yet (invariant 6).
+    and a child may differ in budget, recent and sinks only if the parent has not evicted yet (invariant 6), and in prompt
+    only if the parent ends within both; where the rule looks at the end of a prompt, before either looks.
 
     Attributes (int64 tensors [S] on the CPU):
         row, start, length: the tokens `[row, start : start + length]` of the packed query, key and value.

@@ -1,6 +1,6 @@
 """Retention traces: what every layer and KV head evicted at each step of a document, and what one can read off it.
 
-A trace holds one number per step, the position that went (`evicted` [L, K, T], L layers, K KV heads, T steps), from
+A trace holds one number per position, the step at which it went (`gone` [L, K, T], L layers, K KV heads, T tokens), from
 which all kept sets follow, and the attention behind it. Traces of a cell's first documents are one `.npz` file.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +16,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+
+from a2sf.engine.state import Attended
 
 CHUNK = 256
 """Queries whose attention is computed at a time."""
@@ -30,7 +31,7 @@ class Trace:
         document: its number in the task.
         pieces: the text of each token, [T].
         context: how many of the tokens are the prompt; the rest is a continuation.
-        evicted: int32 [L, K, T], the position evicted at each step, -1 for none.
+        gone: int32 [L, K, T]: the step at which each position was evicted, T if it never was.
         received: float32 [L, K, T], the attention each position got while it was cached (see `attention_mass`).
         lost: float32 [L, K, T], the share of each step's full attention that was on evicted positions.
     """
@@ -38,43 +39,43 @@ class Trace:
     document: int
     pieces: tuple[str, ...]
     context: int
-    evicted: np.ndarray
+    gone: np.ndarray
     received: np.ndarray
     lost: np.ndarray
 
-    @cached_property
-    def gone(self) -> np.ndarray:
-        """int32 [L, K, T]: the step at which each position was evicted, T if it never was."""
-        L, K, T = self.evicted.shape
-        gone = np.full((L, K, T + 1), T, np.int32)  # the last column takes the steps without an eviction
-        np.put_along_axis(gone, np.where(self.evicted >= 0, self.evicted, T), np.arange(T, dtype=np.int32), axis=2)
-        return gone[..., :T]
-
     def kept(self, step: int = -1) -> np.ndarray:
         """bool [L, K, T]: the positions in the cache after a step (default: the last)."""
-        T = self.evicted.shape[-1]
+        T = self.gone.shape[-1]
         step = range(T)[step]
         return (np.arange(T) <= step) & (self.gone > step)
 
     def first(self, tokens: int) -> Trace:
         """The trace after so many tokens; what positions received from later ones stays in `received`."""
-        arrays = (a[..., :tokens] for a in (self.evicted, self.received, self.lost))
-        return Trace(self.document, self.pieces[:tokens], min(tokens, self.context), *arrays)
+        gone, received, lost = (a[..., :tokens] for a in (self.gone, self.received, self.lost))
+        pieces = self.pieces[:tokens]
+        return Trace(self.document, pieces, min(tokens, self.context), gone.clip(max=len(pieces)), received, lost)
 
     def ages(self, layer: int) -> np.ndarray:
-        """How old each token was that `layer` evicted, in steps: of the first KV head's steps, then of the second's, ..."""
-        evicted = self.evicted[layer]
-        return (np.arange(evicted.shape[-1]) - evicted)[evicted >= 0]
+        """How old each token was that `layer` evicted, in steps: of the first KV head in the order they went, then of the
+        second, ..."""
+        head, position = self._evicted(layer)
+        return self.gone[layer][head, position] - position
 
     def masses(self, layer: int) -> np.ndarray:
         """The attention each token that `layer` evicted had received by then, in the order of `ages`."""
-        evicted = self.evicted[layer]
-        return np.take_along_axis(self.received[layer], evicted.clip(min=0), axis=1)[evicted >= 0]
+        return self.received[layer][self._evicted(layer)]
+
+    def _evicted(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Head and position of what `layer` evicted, head by head in the order they went."""
+        of_layer = self.gone[layer]
+        head, position = (of_layer < of_layer.shape[-1]).nonzero()
+        order = np.lexsort((position, of_layer[head, position], head))
+        return head[order], position[order]
 
     def summary(self) -> pd.DataFrame:
         """One row per layer: evicted tokens per KV head, their mean age and mass, and the mean share of attention lost."""
         rows = []
-        for layer, of_layer in enumerate(self.evicted):
+        for layer, of_layer in enumerate(self.gone):
             ages, masses = self.ages(layer), self.masses(layer)
             rows.append(
                 {
@@ -87,13 +88,28 @@ class Trace:
         return pd.DataFrame(rows).rename_axis("layer")
 
 
-def attention_mass(query: Tensor, key: Tensor, evicted: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def steps_of(attended: Attended) -> Tensor:
+    """int32 [B, K, T]: the step at which each position was evicted, T if it never was, of traced whole sequences."""
+    evicted, cuts = attended.evicted, attended.cuts
+    assert evicted is not None
+    T = evicted.shape[-1]
+    at = torch.arange(T, dtype=torch.int32, device=evicted.device)
+    gone = torch.full((*evicted.shape[:2], T + 1), T, dtype=torch.int32, device=evicted.device)
+    # the last column takes the steps without an eviction
+    gone.scatter_(2, torch.where(evicted >= 0, evicted, T).long(), at.expand_as(evicted).contiguous())
+    if cuts is not None:
+        row, head, step, position = cuts.to(gone.device).unbind(1)
+        gone[row, head, position] = step.int()
+    return gone[..., :T]
+
+
+def attention_mass(query: Tensor, key: Tensor, gone: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The attention behind an eviction: what positions received while they were cached, and what was lost with them.
 
     Args:
         query: [B, H, T, D], of whole sequences without padding.
         key: [B, K, T, D].
-        evicted: int32 [B, K, T], the position evicted at each step, -1 for none.
+        gone: int32 [B, K, T], the step at which each position was evicted, T if it never was.
         scale: factor of the logits.
 
     Returns:
@@ -105,9 +121,7 @@ def attention_mass(query: Tensor, key: Tensor, evicted: Tensor, scale: float) ->
     B, H, T, _ = query.shape
     K = key.shape[1]
     at = torch.arange(T, device=query.device)
-    gone = torch.full((B, K, T + 1), T, device=query.device)
-    gone.scatter_(2, torch.where(evicted >= 0, evicted, T).long(), at.expand(B, K, T))
-    gone = gone[..., None, None, :T]
+    gone = gone[:, :, None, None]
     received, lost = (torch.zeros(B, K, T, device=query.device) for _ in range(2))
     q, k = query.float().unflatten(1, (K, H // K)), key.float()[:, :, None]
     for start in range(0, T, CHUNK):
@@ -126,9 +140,9 @@ def overlap(a: Trace, b: Trace) -> np.ndarray:
     Raises:
         ValueError: if the traces are not of the same text and model.
     """
-    if a.evicted.shape != b.evicted.shape or a.pieces != b.pieces:
+    if a.gone.shape != b.gone.shape or a.pieces != b.pieces:
         raise ValueError("only traces of the same document and model can be compared")
-    T = a.evicted.shape[-1]
+    T = a.gone.shape[-1]
 
     def held(gone: np.ndarray) -> np.ndarray:
         deaths = np.apply_along_axis(np.bincount, -1, gone, minlength=T + 1)[..., :T]
@@ -147,7 +161,7 @@ def dumps(traces: Sequence[Trace]) -> bytes:
     """The content of that file."""
     arrays: dict[str, Any] = {"documents": np.array([t.document for t in traces], np.int64)}
     for t in traces:
-        arrays |= {f"{name}_{t.document}": getattr(t, name) for name in ("evicted", "received", "lost")}
+        arrays |= {f"{name}_{t.document}": getattr(t, name) for name in ("gone", "received", "lost")}
         arrays[f"pieces_{t.document}"] = np.array(t.pieces, dtype=np.str_)
         arrays[f"context_{t.document}"] = np.int64(t.context)
     file = io.BytesIO()
@@ -163,7 +177,16 @@ def load(file: Path | BinaryIO) -> list[Trace]:
                 int(d),
                 tuple(map(str, held[f"pieces_{d}"])),
                 int(held[f"context_{d}"]),
-                *(held[f"{name}_{d}"] for name in ("evicted", "received", "lost")),
+                held[f"gone_{d}"] if f"gone_{d}" in held else _gone(held[f"evicted_{d}"]),
+                *(held[f"{name}_{d}"] for name in ("received", "lost")),
             )
             for d in held["documents"]
         ]
+
+
+def _gone(evicted: np.ndarray) -> np.ndarray:
+    """`Trace.gone` from what traces held before 0.2: the position evicted at each step, -1 for none."""
+    L, K, T = evicted.shape
+    gone = np.full((L, K, T + 1), T, np.int32)  # the last column takes the steps without an eviction
+    np.put_along_axis(gone, np.where(evicted >= 0, evicted, T), np.arange(T, dtype=np.int32), axis=2)
+    return gone[..., :T]

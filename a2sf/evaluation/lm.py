@@ -24,15 +24,27 @@ from tqdm import tqdm
 
 from a2sf.engine.trace import Trace
 from a2sf.errors import ConfigError, UserError
-from a2sf.evaluation.packing import Item, Pack, pack
+from a2sf.evaluation.packing import Pack, pack
 from a2sf.evaluation.pretrained import load_pretrained
-from a2sf.hf.attention import NonFiniteError, Plan, UnsupportedModel, attached, mixes_windows, rope_switch, running
+from a2sf.evaluation.untouched import held, item, pruned_scores, untouched
+from a2sf.hf.attention import (
+    NonFiniteError,
+    Plan,
+    UnsupportedModel,
+    attached,
+    global_layers,
+    mixes_windows,
+    rope_switch,
+    running,
+)
 from a2sf.hf.calls import hooks_of, logits_at
 from a2sf.hf.exactness import require_exact
 from a2sf.hf.generation import PrunedCache, check_settings, prove_decoding, retention_of
+from a2sf.hf.loading import kv_heads_of
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policy
+from a2sf.policies.schedule import STEP, Schedule, schedule_for
 
 NAME = "a2sf"
 PACK_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -52,19 +64,24 @@ class Counts:
         tokens: tokens of all requests, as if each were computed by itself.
         computed: tokens that were computed.
         scored: positions whose logits were computed.
-        kept: sum over requests and layers of the tokens cached at the end; `kept / layer_requests` is the mean.
+        kept: sum over requests and layers of the tokens cached at the end, mean over KV heads; `kept / layer_requests` is
+            the mean.
         share: sum of the same as a share of each request's tokens.
         reused: requests answered from an earlier result.
         layer_requests: requests times layers.
+        targets: tokens whose log-likelihoods were asked for, or that were generated; of reused requests, too.
+        pruned: how many of them were predicted by a token that saw a pruned cache in some layer.
     """
 
     tokens: int = 0
     computed: int = 0
     scored: int = 0
-    kept: int = 0
+    kept: float = 0.0
     share: float = 0.0
     layer_requests: int = 0
     reused: int = 0
+    targets: int = 0
+    pruned: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +91,11 @@ class Request:
     read: tuple[int, ...]
     targets: tuple[int, ...]
     retention: tuple[Retention, ...]
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the context; the last of them predicts the first target."""
+        return len(self.read) + 1 - len(self.targets)
 
 
 @register_model(NAME)
@@ -87,6 +109,9 @@ class PrunedLM(HFLM):
             one of your own, `module:Class`.
         budget: a `Budget`; or give `budget_ratio`, `budget_tokens` and `budget_base`.
         forgetting_factor: for a policy given by name, where it has one.
+        schedule: when tokens are evicted, a `Schedule` or its name (`step`, `every4`, `prompt`, `prompt-step`); None: step
+            by step, or after the prompt for a policy that knows no other. A request's prompt is its context: of a rolling
+            window (perplexity) what lm-eval gives as such, at first the prefix token alone.
         backend: which implementation of the eviction runs, `auto` or a name in `a2sf.engine.kernels.BACKENDS`.
         batch_size: `auto`, or sequences per forward pass.
 
@@ -110,6 +135,7 @@ class PrunedLM(HFLM):
         budget_tokens: int | None = None,
         budget_base: str = "total",
         forgetting_factor: Any = None,
+        schedule: Schedule | str | None = None,
         backend: str = "auto",
         batch_size: int | str | None = "auto",
         **kwargs: Any,
@@ -135,7 +161,7 @@ class PrunedLM(HFLM):
             policy = named(**settings)
         if budget is None and (budget_ratio is not None or budget_tokens is not None or policy.uses_budget):
             budget = Budget(ratio=budget_ratio, tokens=budget_tokens, base=budget_base)
-        self.use(policy, budget)
+        self.use(policy, budget, Schedule.named(schedule) if isinstance(schedule, str) else schedule)
 
     @property
     def most_tokens(self) -> int:
@@ -146,14 +172,24 @@ class PrunedLM(HFLM):
     def layers(self) -> int:
         return self.model.config.get_text_config().num_hidden_layers
 
-    def use(self, policy: Policy, budget: Budget | None) -> None:
+    @property
+    def kv_heads(self) -> int | None:
+        """KV heads of each layer; None where the config does not tell one number."""
+        return kv_heads_of(self.model.config)
+
+    def use(self, policy: Policy, budget: Budget | None, schedule: Schedule | None = None) -> None:
         """Score with `policy` at `budget` from now on (None: for a policy that ignores budgets); counts start anew.
 
+        Args:
+            schedule: when tokens are evicted; None: as the policy does without being told.
+
         Raises:
-            ConfigError: if a per-layer list does not fit the model, or the budget is too small for the policy.
+            ConfigError: if a setting does not fit the model, the budget is too small for the policy, or the policy does not
+                know the schedule.
         """
         check_settings(policy, budget, self.layers)
-        self.policy, self.budget = policy, budget
+        policy.check(self.layers, self.kv_heads)
+        self.policy, self.budget, self.schedule = policy, budget, schedule_for(policy, schedule)
         self.counts = Counts()
         self.lengths: dict[str, tuple[int, int]] = {}
         self._documents: dict[str, tuple[str, int]] = {}  # task and document of each request, by its strings or tokens
@@ -165,6 +201,10 @@ class PrunedLM(HFLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """As HFLM's, through a bounded cache; a request that `known` answers is not computed again."""
+        if not self.policy.causal:
+            raise ConfigError("policy", self.policy.name, "it looks at later tokens, so it cannot generate text")
+        if self.schedule != STEP:
+            raise ConfigError("schedule", self.schedule.name, "text is generated step by step alone")
         prove_decoding(self.model, self.policy, self.budget)
         # lm-eval adds to the stop sequences that it is given
         own = [dataclasses.replace(r, arguments=copy.deepcopy(r.args)) for r in requests]
@@ -181,8 +221,9 @@ class PrunedLM(HFLM):
             continuation = self.tok_encode(text, add_special_tokens=False)
             self.lengths[h] = (len(context), len(continuation))
             kept = self.retention(len(context) + max(0, most - 1), len(context))
+            self._count_targets(len(continuation), len(context), kept)
             if h not in self.known:
-                self._count(len(context) + len(continuation[:-1]), kept)
+                self._count(len(context) + len(continuation[:-1]), len(context), kept)
             if self._to_trace(request) and continuation:
                 self._trace(request.doc_id, context, continuation[:-1], kept)
         return answers
@@ -229,6 +270,7 @@ class PrunedLM(HFLM):
         for h, found in zip(hashes, map(self.known.get, hashes), strict=True):
             if found is not None:
                 self.lengths[h] = found[2:]
+                self._count_known(*found[2:])
         new = [r for r, h in zip(requests, hashes, strict=True) if h not in self.known]
         self._documents = {str(r.args): document_of(r) for r in requests}
         answers = iter(super().loglikelihood(new, disable_tqdm=disable_tqdm or self.silent) if new else [])
@@ -237,7 +279,7 @@ class PrunedLM(HFLM):
             context, continuation = r.args
             tokens = self._encode_pair(*r.args) if context else ([self.prefix_token_id], self.tok_encode(continuation))
             request = self._request(*tokens)
-            cut = len(request.read) + 1 - len(request.targets)
+            cut = request.prompt
             self._trace(r.doc_id, list(request.read[:cut]), list(request.read[cut:]), request.retention)
         return [self.known[h][:2] if h in self.known else next(answers) for h in hashes]
 
@@ -274,6 +316,8 @@ class PrunedLM(HFLM):
             [0],
             lambda row, layer: kept[layer],
             self.layers,
+            schedule=self.schedule,
+            prompt=lambda row: len(context),
             policy_on_sliding=not mixes_windows(self.model.config),
             backend=self.engine,
             trace=True,
@@ -281,7 +325,7 @@ class PrunedLM(HFLM):
         with attached(self.model), torch.inference_mode(), running(plan):
             last = torch.tensor([len(read) - 1], device=self.device)
             logits_at(self.model, last, input_ids=torch.tensor([read], device=self.device), use_cache=False)
-        noted = (plan.evicted, plan.received, plan.lost)
+        noted = (plan.gone, plan.received, plan.lost)
         arrays = (torch.cat([of_layer[i] for i in range(self.layers)]).cpu().numpy() for of_layer in noted)
         pieces = tuple(self.tokenizer.decode([t]) for t in read)
         self.traces.append(Trace(document, pieces, len(context), *arrays))
@@ -308,15 +352,21 @@ class PrunedLM(HFLM):
                 bar.update(len(row.items))
         bar.close()
         for request in todo:
-            self._count(len(request.read), request.retention)
+            self._count(len(request.read), request.prompt, request.retention)
+            self._count_targets(len(request.targets), request.prompt, request.retention)
         return [a for a in answers if a is not None]
 
     def _rows(self, todo: list[Request]) -> Iterator[Pack]:
-        """The requests in rows; a row never mixes sequences that the model's rotary scaling treats differently."""
+        """The requests in rows; a row never mixes sequences that the model's rotary scaling treats differently.
+
+        Nor such that a policy ranks by different rules, as one may at different budgets.
+        """
         limit = rope_switch(self.model.config)
-        for beyond in (False, True):
-            part = [i for i, r in enumerate(todo) if (len(r.read) > limit) == beyond]
-            items = [Item(r.read, r.retention, min(k.budget for k in r.retention)) for r in map(todo.__getitem__, part)]
+        parts: dict[Any, list[int]] = {}
+        for i, r in enumerate(todo):
+            parts.setdefault((len(r.read) > limit, tuple(k.rule for k in r.retention)), []).append(i)
+        for part in parts.values():
+            items = [item(todo[i].read, todo[i].retention, self.schedule, todo[i].prompt, i) for i in part]
             for row in pack(items, max_tokens=self.tokens_per_pass, max_items=self.sequences_per_pass):
                 row.items = [part[i] for i in row.items]
                 row.owner = [part[i] for i in row.owner]
@@ -350,6 +400,8 @@ class PrunedLM(HFLM):
             parent=row.parent,
             retention=lambda segment, layer: todo[row.owner[segment]].retention[layer],
             layers=self.layers,
+            schedule=self.schedule,
+            prompt=lambda segment: todo[row.owner[segment]].prompt,
             policy_on_sliding=not mixes_windows(self.model.config),
             backend=self.engine,
         )
@@ -386,12 +438,23 @@ class PrunedLM(HFLM):
             for c, g in zip(chosen.cpu().split(sizes), greedy.cpu().split(sizes), strict=True)
         ]
 
-    def _count(self, total: int, retention: tuple[Retention, ...]) -> None:
-        kept = sum(min(r.budget, total) for r in retention)
+    def _count(self, total: int, prompt: int, retention: tuple[Retention, ...]) -> None:
+        kept = sum(held(r, self.schedule, total, prompt, self.kv_heads) for r in retention)
         self.counts.tokens += total
         self.counts.kept += kept
         self.counts.share += kept / total
         self.counts.layer_requests += len(retention)
+
+    def _count_targets(self, targets: int, prompt: int, retention: tuple[Retention, ...]) -> None:
+        acts = [r for r, is_global in zip(retention, global_layers(self.model.config), strict=True) if is_global]
+        clean = untouched(acts, self.schedule, prompt, self.kv_heads)
+        self.counts.targets += targets
+        self.counts.pruned += pruned_scores(targets, clean, prompt)
+
+    def _count_known(self, context: int, continuation: int) -> None:
+        """Count the targets of a request that was answered before, of which only the lengths are known."""
+        prompt = min(context + continuation, self.max_length + 1) - continuation  # as `_request`
+        self._count_targets(continuation, prompt, self.retention(prompt + continuation - 1, prompt))
 
 
 def document_of(request: Any) -> tuple[str, int]:

@@ -1,7 +1,8 @@
 """Many token sequences in one row, each common beginning computed once.
 
 Sequences that begin alike share a segment as far as their caches are certain to be equal: all the way if their retention
-is the same in every layer, else as long as neither has evicted (invariants 4 and 6 of docs/semantics.md). What is left is
+is the same in every layer (and their prompts as long, where the schedule looks at it), else as long as nothing depends on
+it (invariants 4 and 6 of docs/semantics.md; `a2sf.evaluation.untouched`). What is left is
 a forest of segments, laid end to end in one row without padding; position ids say where in its own sequence a token is.
 """
 
@@ -24,8 +25,8 @@ class Item:
 
     Attributes:
         tokens: its token ids.
-        key: equal for sequences whose caches evolve alike (same retention in every layer).
-        certain: tokens for which the cache is full whatever the key, i.e. its smallest budget of any layer.
+        key: equal for sequences whose caches evolve alike (same retention in every layer, same prompt).
+        certain: tokens after which the state is the same whatever the key; 0: it is to share nothing.
     """
 
     tokens: tuple[int, ...]
@@ -81,7 +82,7 @@ def pack(items: Sequence[Item], *, max_tokens: int, max_items: int | None = None
     row: list[int] = []
     size = 0
     for at, i in enumerate(order):
-        shared = _common(items[order[at - 1]].tokens, items[i].tokens) if row else 0
+        shared = _common(items[order[at - 1]].tokens, items[i].tokens) if row and items[i].certain else 0
         new = len(items[i].tokens) - (shared if shared >= SHARE_AT_LEAST else 0)
         room = max_tokens if shared < SHARE_AT_LEAST else 1.25 * max_tokens
         if row and (size + new > room or len(row) == max_items):

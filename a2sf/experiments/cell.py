@@ -1,4 +1,4 @@
-"""One cell = model × policy × budget × forgetting factor × task × shots: what defines it, and how it is computed."""
+"""One cell = model × policy × budget × schedule × task × shots: what defines it, and how it is computed."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from a2sf.hf.loading import ModelSpec, fingerprint
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import source_digest
+from a2sf.policies.schedule import Schedule, schedule_for
 
 ENGINE_VERSION = 2
 """Raised whenever a change of the engine or the scoring can move a number."""
@@ -44,6 +45,7 @@ class Cell:
         task: what finds the task again: lm-eval's name, `group::member`, or the path of a YAML file.
         limit: how many documents to score; None: all.
         seed: of the few-shot examples.
+        schedule: None: as the policy does without being told one, or where it makes no difference to it (`told_apart`).
         data: with what identifies the documents, where a sweep has settled it.
     """
 
@@ -56,6 +58,7 @@ class Cell:
     limit: int | None
     seed: int
     data: tasks.DataSpec
+    schedule: Schedule | None = None
     backend: str = "auto"
 
     @cached_property
@@ -70,6 +73,7 @@ class Cell:
             "policy_settings": _plain(dataclasses.asdict(self.policy)),
             **({"policy_source": source} if (source := source_digest(type(self.policy))) else {}),
             "budget": _plain(dataclasses.asdict(self.budget)) if self.budget else None,
+            **({"schedule": dataclasses.asdict(self.schedule)} if self.schedule else {}),
             **tasks.identity(self.task, self.data, self.shots),
             "shots": self.shots,
             "seed": self.seed if self.shots else None,
@@ -105,6 +109,8 @@ class Cell:
         if self.budget:
             key, value = ("r", self.budget.ratio) if self.budget.ratio is not None else ("c", self.budget.tokens)
             parts.append(f"{key}{_short(value)}" + ("" if self.budget.base == "total" else f"-{self.budget.base}"))
+        if self.schedule:
+            parts.append(self.schedule.name)
         if (factor := getattr(self.policy, "forgetting_factor", None)) is not None:
             parts.append(f"a{_short(factor)}")
         return "__".join([*parts, safe(self.task_name), f"{self.shots}shot", self.tail])
@@ -132,6 +138,7 @@ class Cell:
             "policy_label": self.policy.label,
             "policy_settings": settings,
             "budget": self.identity["budget"],
+            "schedule": schedule_for(self.policy, self.schedule).name,
             "forgetting_factor": settings.get("forgetting_factor"),
             "task": self.task_name,
             "shots": self.shots,
@@ -166,7 +173,7 @@ def compute(cell: Cell, lm: Any, runs: Path) -> tuple[dict[str, Any], pd.DataFra
 
     task = tasks.build(cell.task, cell.data, shots=cell.shots, seed=cell.seed)
     where = tasks.provenance(task)
-    lm.use(cell.policy, cell.budget)
+    lm.use(cell.policy, cell.budget, cell.schedule)
     # of several samples of one prompt only the first is stored
     drawn = (task.config.repeats or 1) > 1 or (task.config.generation_kwargs or {}).get("do_sample")
     lm.known = {} if drawn else _known(find_extendable(runs, cell.family), where)
@@ -185,6 +192,7 @@ def compute(cell: Cell, lm: Any, runs: Path) -> tuple[dict[str, Any], pd.DataFra
         "cell": cell.describe(),
         "metrics": _metrics(evaluated, cell.task_name),
         "documents": {"n": len({s["doc_id"] for s in samples}), **where},
+        "scored": {"tokens": counts.targets, "pruned": counts.pruned},
         "timing": {
             "seconds": seconds,
             "tokens": counts.tokens,

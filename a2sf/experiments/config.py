@@ -11,15 +11,17 @@ from omegaconf.errors import OmegaConfBaseException
 from a2sf.engine.kernels import BACKENDS
 from a2sf.errors import ConfigError, UserError, nearest
 from a2sf.evaluation.lm import check_batch_size
-from a2sf.evaluation.tasks import DataSpec, expand_suite, resolve
+from a2sf.evaluation.tasks import DataSpec, expand_suite, generates, resolve
 from a2sf.experiments.cell import Cell
+from a2sf.experiments.grid import LOOKED_AT, unused
 from a2sf.experiments.schema import Config
 from a2sf.experiments.tracking import TrackerSpec
-from a2sf.hf.loading import ModelSpec, layers_of
+from a2sf.hf.loading import ModelSpec, sizes_of
 from a2sf.policies import find
 from a2sf.policies.a2sf import check_factors
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
+from a2sf.policies.schedule import Schedule, told_apart
 
 DEFAULT_RATIO = 0.2
 MAX_SHOTS = 1000
@@ -56,6 +58,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
     name = config.model.name or (model_names or {}).get(model.path) or model.path.rstrip("/").rpartition("/")[2]
     policy = _policy(config)
     budget = _budget(config, policy)
+    schedule = told_apart(policy, _schedule(config))
     if model.pinned:  # else once it is, by whoever pins it
         check_layers(model, policy, budget)
     if config.shots is not None and not 0 <= config.shots <= MAX_SHOTS:
@@ -75,6 +78,8 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
     data = DataSpec(**dataclasses.asdict(config.data))
     # a group may want shots of its own for a member
     members = [d for task in expand_suite(config.tasks) for d in resolve(task)]
+    for task in () if policy.causal else [d.ref for d in members if generates(d.ref)]:
+        raise ConfigError("policy", policy.name, f"it looks at later tokens, and the task {task} generates text")
     shots_of = [(d.ref, (d.shots or 0) if config.shots is None else config.shots) for d in members]
     cells = tuple(
         Cell(
@@ -82,6 +87,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
             model=model,
             policy=policy,
             budget=budget,
+            schedule=schedule,
             task=task,
             shots=shots,
             limit=config.limit,
@@ -149,16 +155,26 @@ def _budget(config: Config, policy: Policy) -> Budget | None:
     return budget if policy.uses_budget else None
 
 
+def _schedule(config: Config) -> Schedule | None:
+    given = {k: v for k, v in dataclasses.asdict(config.schedule).items() if v is not None}
+    if "when" not in given:
+        for key, value in given.items():
+            raise unused(key, value)
+        return None
+    Schedule(**given)  # checked also where it is not looked at
+    return Schedule(**{k: v for k, v in given.items() if k in ("when", LOOKED_AT.get(given["when"]))})
+
+
 def check_layers(model: ModelSpec, policy: Policy, budget: Budget | None) -> None:
-    """Refuse a list of numbers per layer that is not as long as the model has layers.
+    """Refuse numbers per layer or head that do not fit the model's layers and heads.
 
     Raises:
         ConfigError: naming both; or if the model's config cannot be read.
     """
     lists = [*vars(policy).values(), budget and budget.ratio, budget and budget.tokens]
-    if any(isinstance(x, tuple) for x in lists):
-        layers = layers_of(model)
-        policy.check(layers)
+    if any(isinstance(x, tuple) and x for x in lists):
+        layers, kv_heads = sizes_of(model)
+        policy.check(layers, kv_heads)
         if budget:
             budget.check(layers)
 

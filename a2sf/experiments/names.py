@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 LONGEST_PART = 48
-"""Of a cell's name, which has up to seven parts; file systems allow 255 bytes, and temporary names add some."""
+"""Of a cell's name, which has up to eight parts; file systems allow 255 bytes, and temporary names add some."""
 DIGEST = 8
 
 

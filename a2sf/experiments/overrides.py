@@ -56,7 +56,7 @@ def _unreadable(override: str) -> str:
 
 def _parts(override: str) -> tuple[str, str]:
     key, _, value = override.partition("=")
-    return key.strip(), value.strip()
+    return key.strip().removeprefix("++"), value.strip()
 
 
 def _shell(text: str) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
@@ -67,6 +68,12 @@ class StoredCell:
     def metrics(self) -> dict[str, dict[str, Any]]:
         """metric name -> {value, stderr, n, higher_is_better}."""
         return self.result["metrics"]
+
+    @property
+    def pruned_share(self) -> float | None:
+        """Share of the scored tokens that saw a pruned cache; None where that was not noted, or nothing was scored."""
+        scored = self.result.get("scored") or {}
+        return scored["pruned"] / scored["tokens"] if scored.get("tokens") else None
 
     @cached_property
     def documents(self) -> pd.DataFrame:
@@ -225,7 +232,8 @@ def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
         common = {
             "model": names[stored.model],
             "policy": cell["policy"],
-            "budget_ratio": _plain(budget["ratio"]) if budget else 1.0,
+            # NaN and not None, so that a column without a ratio holds numbers, too
+            "budget_ratio": 1.0 if not budget else math.nan if budget["ratio"] is None else _plain(budget["ratio"]),
             "forgetting_factor": _plain(cell["forgetting_factor"]),
             "shots": cell["shots"],
             "task": cell["task"],
@@ -235,6 +243,7 @@ def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
             "weights": stored.model.weights,
             "budget_tokens": _plain(budget["tokens"]) if budget else None,
             "budget_base": budget["base"] if budget else None,
+            "schedule": schedule_of(cell),
             "policy_settings": json.dumps(cell["policy_settings"], sort_keys=True),
             "limit": cell["limit"],
             "seed": cell["seed"],
@@ -255,7 +264,14 @@ def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
 
 def asked(cell: dict[str, Any]) -> dict[str, Any]:
     """What a `cell` entry asks for, whatever the weights and documents were when it was computed."""
-    return {k: v for k, v in cell.items() if k not in ("id", "name", "identity")}
+    plain = {"schedule": "step"}  # where a cell is older than schedules
+    return plain | {k: v for k, v in cell.items() if k not in ("id", "name", "identity")}
+
+
+def schedule_of(cell: dict[str, Any]) -> str:
+    """The schedule of a `cell` entry, as a column of tables has it: "" for step by step."""
+    name = str(cell.get("schedule") or "step")
+    return "" if name == "step" else name
 
 
 def write_table(directory: Path, cells: Iterable[StoredCell]) -> Path:

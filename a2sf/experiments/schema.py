@@ -27,6 +27,21 @@ class BudgetConfig:
 
 
 @dataclass
+class ScheduleConfig:
+    """`schedule`: when tokens are evicted (`a2sf.policies.schedule.Schedule`).
+
+    Attributes:
+        when: step, every or prompt; null: step by step, or as a policy that knows no other does it
+        every: for every: tokens between two evictions
+        then: for prompt: keep everything after the cut, or step by step
+    """
+
+    when: str | None = None
+    every: Any = None
+    then: str | None = None
+
+
+@dataclass
 class ModelConfig:
     """`model`: which model, and how it is loaded (`a2sf.hf.loading.ModelSpec`).
 
@@ -90,6 +105,7 @@ class Config:
     Attributes:
         model: a file in model/
         policy: a file in policy/, or an installed policy; its settings are policy.<setting>
+        schedule: a file in schedule/
         budget: how many tokens a layer may keep
         forgetting_factor: for policies that have one; one number in [0, 1], or one per layer; null: the policy's own
         tasks: demo, paper, or a list such as [piqa,copa] of lm-eval's tasks and groups
@@ -108,6 +124,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     policy: Any = None
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     forgetting_factor: Any = None
     tasks: Any = "demo"

@@ -53,6 +53,8 @@ from a2sf.hf import loading
 
 log = logging.getLogger(__name__)
 LEASE_SECONDS = 60.0
+FEW = 0.2
+"""Share of the scored tokens below which a sweep says that pruning hardly entered its numbers."""
 SPACE_NEEDED = 20 * 2**20
 VERSIONS = ("torch", "transformers", "lm-eval", "datasets", "numba", "hydra-core", "pandas")
 
@@ -300,6 +302,20 @@ def finish(directory: Path, cells: Sequence[Cell]) -> tuple[list[StoredCell], li
         if file.exists() and cell.tail not in there:
             failures.append(json.loads(file.read_text()))
     return finished, failures
+
+
+def hardly_pruned(stored: Iterable[StoredCell]) -> str | None:
+    """One sentence about cells with a budget in which few scored tokens saw a pruned cache; None if there are none."""
+    shares = {s.path.name: s.pruned_share for s in stored if s.cell["budget"] is not None}
+    few = {name: share for name, share in shares.items() if share is not None and share < FEW}
+    if not few:
+        return None
+    least = min(few, key=few.__getitem__)
+    which = f"{len(few)} cells ({least} the first)" if len(few) > 1 else least
+    return (
+        f"In {which}, only {100 * few[least]:.0f} % of the scored tokens saw a pruned cache: what is scored before "
+        "an eviction is the full cache's, whatever the policy; a smaller budget, or another schedule, prunes more."
+    )
 
 
 def _clear_failures(directory: Path, cell: dict[str, Any]) -> None:

@@ -19,10 +19,11 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from a2sf.engine.eviction import Options, Segments
 from a2sf.engine.kernels import attend
-from a2sf.engine.trace import attention_mass
+from a2sf.engine.trace import attention_mass, steps_of
 from a2sf.errors import UserError
 from a2sf.policies.base import UNLIMITED, Retention
 from a2sf.policies.rule import ACCUMULATED
+from a2sf.policies.schedule import STEP, Schedule
 
 IMPLEMENTATION = "a2sf"
 
@@ -104,12 +105,15 @@ class Plan:
     Attributes:
         row, start, length, parent: the segments of the packed input (see `a2sf.engine.eviction.Segments`).
         retention: `retention(segment, layer)`: what a layer keeps of the sequence through a segment.
+        schedule: when tokens are evicted; a sliding window of the model's own always goes step by step.
+        prompt: `prompt(segment)`: tokens of the prompt of the sequence through a segment; for the prompt schedule.
         layers: attention layers of the model.
         policy_on_sliding: whether the policy acts on layers that have a sliding window of their own; False for models
             that mix such layers with global ones, whose sliding layers stay as the model defines them.
         backend: which implementation runs.
-        trace: whether to note in `evicted` what each layer evicts, int32 [B, K, T] (see `Attended`), and of a
-            single sequence without padding the attention behind it, in `received` and `lost` (`trace.attention_mass`).
+        trace: whether to note in `evicted` what each layer evicts (see `Attended`), and of a single sequence
+            without padding when each position went, in `gone`, int32 [B, K, T], and the attention behind it, in `received`
+            and `lost` (`trace.attention_mass`).
     """
 
     row: Sequence[int]
@@ -118,11 +122,14 @@ class Plan:
     parent: Sequence[int]
     retention: Callable[[int, int], Retention]
     layers: int
+    schedule: Schedule = STEP
+    prompt: Callable[[int], int] | None = None
     policy_on_sliding: bool = True
     backend: str = "auto"
     trace: bool = False
     reached: set[int] = field(default_factory=set)
     evicted: dict[int, Tensor] = field(default_factory=dict)
+    gone: dict[int, Tensor] = field(default_factory=dict)
     received: dict[int, Tensor] = field(default_factory=dict)
     lost: dict[int, Tensor] = field(default_factory=dict)
     _segments: dict[Any, Segments] = field(default_factory=dict)
@@ -151,7 +158,9 @@ class Plan:
         rules = {k.rule for k in kept}
         assert len(rules) <= 1, "the sequences of a pass follow one policy"
         rule = rules.pop() if rules else ACCUMULATED
-        key = (rule, numbers.tobytes())
+        own = sliding_window is not None and any(keeps_window(k, self.policy_on_sliding) for k in self._asked(layer))
+        schedule = STEP if own else self.schedule
+        key = (rule, schedule, numbers.tobytes())
         if key not in self._segments:
             budget, recent, sinks = (torch.from_numpy(numbers[:, j].astype(np.int64)) for j in range(3))
             row, start, length, parent = (
@@ -167,9 +176,18 @@ class Plan:
                 sinks=sinks,
                 forgetting_factor=torch.from_numpy(numbers[:, 3].copy()),
                 rule=rule,
+                schedule=schedule,
+                prompt=self._prompts() if schedule.prompt else None,
             )
         self._by_layer[layer, sliding_window] = self._segments[key]
         return self._segments[key]
+
+    def _asked(self, layer: int) -> Iterator[Retention]:
+        return (self.retention(i, layer) for i in range(len(self.row)))
+
+    def _prompts(self) -> Tensor:
+        assert self.prompt is not None, "the prompt schedule needs each sequence's prompt"
+        return torch.tensor([self.prompt(i) for i in range(len(self.row))], dtype=torch.int64)
 
     def _kept(self, segment: int, layer: int, window: int | None) -> Retention:
         kept = self.retention(segment, layer)
@@ -193,12 +211,18 @@ class Plan:
         if out.evicted is not None:
             noted = {"evicted": out.evicted}
             if list(self.length) == [query.shape[2]]:
-                noted["received"], noted["lost"] = attention_mass(query, key, out.evicted, scale)
+                noted["gone"] = gone = steps_of(out)
+                noted["received"], noted["lost"] = attention_mass(query, key, gone, scale)
             for name, found in noted.items():
                 known = getattr(self, name)
                 # a layer that calls its attention several times has the heads of all calls, in their order
                 known[layer] = torch.cat([known[layer], found], 1) if layer in known else found
         return out.output
+
+
+def keeps_window(kept: Retention, policy_on_sliding: bool) -> bool:
+    """Whether a layer with a sliding window of its own is left to it, and goes step by step."""
+    return not policy_on_sliding or kept.budget == UNLIMITED
 
 
 def within_window(kept: Retention, window: int, layer: int, tokens: int, policy_on_sliding: bool) -> Retention:
@@ -207,7 +231,7 @@ def within_window(kept: Retention, window: int, layer: int, tokens: int, policy_
     Raises:
         UnsupportedModel: if a policy is to act on the layer and the sequence is longer than its window.
     """
-    if not policy_on_sliding or kept.budget == UNLIMITED:
+    if keeps_window(kept, policy_on_sliding):
         # the token itself and window - 1 before it: what a sliding window of window - 1 cached tokens attends to
         return Retention(budget=window - 1, recent=window - 1)
     if tokens > window:
@@ -221,6 +245,14 @@ def within_window(kept: Retention, window: int, layer: int, tokens: int, policy_
 def mixes_windows(config: Any) -> bool:
     """Whether a model has both global layers and layers with a sliding window (Gemma-3)."""
     return len(set(getattr(config.get_text_config(), "layer_types", None) or ())) > 1
+
+
+def global_layers(config: Any) -> list[bool]:
+    """Of each layer, whether a policy acts on it: where windows are mixed, those without one."""
+    text = config.get_text_config()
+    if not mixes_windows(config):
+        return [True] * text.num_hidden_layers
+    return [kind == "full_attention" for kind in text.layer_types]
 
 
 def rope_switch(config: Any) -> float:

@@ -381,9 +381,6 @@ def check_settings(policy: Policy, budget: Budget | None, layers: int) -> None:
         ConfigError: if they do not.
     """
     policy.check(layers)
-    if "step" not in policy.schedules or not policy.causal:
-        # until a model's passes know schedules and whole sequences
-        raise ConfigError("policy", policy.name, "models run policies that evict causally and step by step alone")
     if not policy.uses_budget:
         return
     if budget is None:

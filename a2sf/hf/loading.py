@@ -305,10 +305,26 @@ def layers_of(spec: ModelSpec) -> int:
     Raises:
         ConfigError: if there is no such model.
     """
+    return sizes_of(spec)[0]
+
+
+def sizes_of(spec: ModelSpec) -> tuple[int, int | None]:
+    """How many layers the model has, and KV heads in each (`kv_heads_of`), from its config alone.
+
+    Raises:
+        ConfigError: if there is no such model.
+    """
     check_config(spec)
     file = gguf_file(spec)
     config = _config(spec) if file is None else AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    return int(config.get_text_config().num_hidden_layers)
+    return int(config.get_text_config().num_hidden_layers), kv_heads_of(config)
+
+
+def kv_heads_of(config: Any) -> int | None:
+    """KV heads of each layer; None where the config does not tell one number."""
+    text = config.get_text_config()
+    told = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
+    return told if isinstance(told, int) else None
 
 
 def prepare(spec: ModelSpec) -> Download | None:

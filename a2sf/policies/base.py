@@ -72,6 +72,8 @@ class Policy(ABC):
     """How tables and plots spell it."""
     uses_budget: ClassVar[bool] = True
     """False where the budget is ignored, so that all budgets are one cell."""
+    evicts: ClassVar[bool] = True
+    """False where nothing ever goes, so that all schedules are one cell."""
     schedules: ClassVar[tuple[str, ...]] = WHEN
     """The schedules that make sense for it."""
     causal: ClassVar[bool] = True

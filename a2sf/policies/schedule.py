@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from a2sf.errors import ConfigError
@@ -40,6 +41,28 @@ class Schedule:
         return self.every - 1 if self.when == "every" else 0
 
     @property
+    def name(self) -> str:
+        """How results name it: step, every4, prompt, prompt-step."""
+        if self.when == "every":
+            return f"every{self.every}"
+        return "prompt-step" if self.prompt and self.then == "step" else self.when
+
+    @staticmethod
+    def named(name: str) -> Schedule:
+        """The schedule of a `name`; `prompt-keep` is `prompt`, too.
+
+        Raises:
+            ConfigError: if there is none.
+        """
+        if (every := re.fullmatch(r"every(\d+)", name)) is not None:
+            return Schedule("every", every=int(every[1]))
+        known = {s.name: s for s in (STEP, Schedule("prompt"), Schedule("prompt", then="step"))}
+        known["prompt-keep"] = known["prompt"]
+        if name not in known:
+            raise ConfigError("schedule", name, f"give one of {', '.join(known)}, or every4 for every 4 tokens")
+        return known[name]
+
+    @property
     def prompt(self) -> bool:
         """Whether nothing is evicted while the prompt is read."""
         return self.when == "prompt"
@@ -60,3 +83,17 @@ def schedule_for(policy: Policy, schedule: Schedule | None) -> Schedule:
         known = " and ".join(policy.schedules)
         raise ConfigError("schedule.when", schedule.when, f"the policy {policy.name} knows {known} alone")
     return schedule
+
+
+def told_apart(policy: Policy, schedule: Schedule | None) -> Schedule | None:
+    """`schedule`, or None where `policy` does the same without being told one.
+
+    Raises:
+        ConfigError: if the policy does not know it.
+    """
+    if schedule is None:
+        return None
+    schedule = schedule_for(policy, schedule)
+    plain = schedule_for(policy, None)
+    alike = schedule.when == "every" and schedule.every == 1 and plain == STEP
+    return None if alike or not policy.evicts or schedule.name == plain.name else Schedule.named(schedule.name)

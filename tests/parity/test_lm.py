@@ -14,9 +14,9 @@ from a2sf.evaluation import tasks
 from a2sf.evaluation.lm import PrunedLM
 from a2sf.policies.find import find_policies
 from tests.models import small
-from tests.policies import of_models
+from tests.policies import SCHEDULES, cases, label
 
-POLICIES = [cls() for cls in of_models().values()]
+POLICIES = [cls() for cls in find_policies().values()]
 SHARED_TASKS = [("piqa", 0), ("winogrande", 0), ("arc_easy", 1)]
 
 
@@ -87,9 +87,14 @@ class StandIn:
         return "".join(chr(65 + i % 26) for i in (ids if isinstance(ids, list) else [ids]))
 
 
+@pytest.fixture
+def _any_tokenizer_at_all():
+    """For tests that make a model of their own."""
+
+
 @pytest.fixture(autouse=True)
 def _any_tokenizer(monkeypatch, request):
-    if "tiny" in request.fixturenames:
+    if {"tiny", "_any_tokenizer_at_all"} & set(request.fixturenames):
         monkeypatch.setattr(
             "lm_eval.models.huggingface.HFLM._create_tokenizer",
             lambda self, *a, **k: setattr(self, "tokenizer", StandIn()),
@@ -97,20 +102,59 @@ def _any_tokenizer(monkeypatch, request):
         monkeypatch.setattr("lm_eval.models.huggingface.configure_pad_token", lambda tokenizer, **_: tokenizer)
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)
-def test_a_log_likelihood_is_the_sum_over_the_pruned_model(tiny, policy):
+@pytest.mark.parametrize(("policy", "schedule"), cases(), ids=label)
+def test_a_log_likelihood_is_the_sum_over_the_pruned_model(tiny, policy, schedule):
     """Against one forward pass per request over the reference, logits everywhere, nothing shared."""
-    lm = tiny(policy, budget=Budget(ratio=0.25) if policy.uses_budget else None)
+    lm = tiny(policy, budget=Budget(ratio=0.25) if policy.uses_budget else None, schedule=schedule)
     ids = torch.randint(3, 97, (9, 60), generator=torch.Generator().manual_seed(5))
     ids[3:6, :30] = ids[0, :30]  # beginnings in common
     ids[6] = ids[0]
     todo = requests(ids, [30, 20, 5, 30, 30, 31, 40, 8, 1], [40, 60, 9, 37, 48, 32, 41, 60, 2])
     got = lm._loglikelihood_tokens(todo)
-    slow = tiny(policy, budget=lm.budget, backend="reference", batch_size=1)
+    slow = tiny(policy, budget=lm.budget, schedule=schedule, backend="reference", batch_size=1)
     for (_, context, continuation), (score, greedy) in zip(todo, got, strict=True):
         (expected,) = slow._loglikelihood_tokens([(None, context, continuation)])
         assert score == pytest.approx(expected[0], abs=1e-3)
         assert greedy == expected[1]
+    assert (slow.counts.targets, slow.counts.pruned) == (lm.counts.targets, lm.counts.pruned)
+
+
+@pytest.mark.usefixtures("_any_tokenizer_at_all")
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=label)
+def test_a_sliding_window_of_the_models_own_stays_as_it_is_under_every_schedule(schedule):
+    """A budget that evicts nothing is the model itself, whose sliding layers see eight tokens."""
+    model = small("gemma3")
+    lm = PrunedLM(model, A2SF(), Budget(tokens=500), schedule=schedule, tokenizer=StandIn())
+    (ids,) = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(8)).tolist()
+    ((got, _),) = lm._loglikelihood_tokens([(None, ids[:25], ids[25:])])
+    logs = model(torch.tensor([ids[:-1]])).logits.detach().log_softmax(-1)[0]
+    assert got == pytest.approx(sum(float(logs[i - 1, ids[i]]) for i in range(25, 40)), abs=1e-3)
+
+
+def test_scores_that_saw_a_pruned_cache_are_counted(tiny):
+    ids = torch.randint(3, 97, (3, 40), generator=torch.Generator().manual_seed(9))
+    todo = requests(ids, [20, 20, 4], [30, 21, 30])  # 10, 1 and 26 targets
+    of = {}
+    for name in ("step", "every4", "prompt", "prompt-step"):
+        lm = tiny("h2o", budget_tokens=8, schedule=name)
+        lm._loglikelihood_tokens(todo)
+        of[name] = lm.counts.pruned
+        assert lm.counts.targets == 37
+    # the first continuation token is predicted by the prompt's last, which saw all of it; the third prompt fits
+    assert of == {"step": 10 + 1 + 20, "every4": 10 + 1 + 17, "prompt": 9, "prompt-step": 9 + 20}
+
+
+def test_reused_requests_are_counted_as_if_computed(tiny):
+    todo = [Instance("loglikelihood", {}, ("a context of some length", " and more"), 0)]
+    lm = tiny("h2o", budget_tokens=8, schedule="prompt")
+    (answer,) = lm.loglikelihood(todo)
+    counted = (lm.counts.targets, lm.counts.pruned)
+    known = {h: (*answer, *lengths) for h, lengths in lm.lengths.items()}
+    lm.use(lm.policy, lm.budget, lm.schedule)
+    lm.known = known
+    assert lm.loglikelihood(todo) == [answer]
+    assert (lm.counts.reused, lm.counts.targets, lm.counts.pruned) == (1, *counted)
+    assert counted[1] > 0
 
 
 def test_the_order_and_company_of_requests_do_not_matter(tiny):
@@ -177,6 +221,9 @@ def test_lm_eval_takes_it_by_name(smollm2, bundle, tmp_path):
         ({"policy": "h2o"}, "exactly one"),
         ({"policy": "h2o", "budget_ratio": 3}, r"budget\.ratio=3"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"policy": "h2o", "budget_tokens": 8, "schedule": "evry4"}, "schedule=evry4 is not allowed: give one of step"),
+        ({"policy": "window", "budget_tokens": 8, "schedule": "prompt"}, "the policy window knows step alone"),
+        ({"policy": "h2o", "budget_tokens": 8, "schedule": "every0"}, r"schedule\.every=0"),
     ],
 )
 def test_bad_arguments(tiny, arguments, why):

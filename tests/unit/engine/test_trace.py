@@ -7,18 +7,20 @@ import pytest
 import torch
 
 from a2sf import evicting_attention
-from a2sf.engine.trace import Trace, attention_mass, load, overlap, save
+from a2sf.engine.state import Attended
+from a2sf.engine.trace import Trace, attention_mass, load, overlap, save, steps_of
 from a2sf.report.traced import picture
 
 # a budget of 2: one layer, two KV heads; the first head drops the oldest, the second always drops the newest but one
 EVICTED = np.array([[[-1, -1, 0, 1, 2], [-1, -1, 1, 2, 3]]], np.int32)
+GONE = np.array([[[2, 3, 4, 5, 5], [5, 2, 3, 4, 5]]], np.int32)  # the steps at which they went
 RECEIVED = np.array([[[0.5, 1.5, 1.0, 1.0, 1.0], [2.0, 0.5, 1.0, 0.5, 1.0]]], np.float32)
 LOST = np.array([[[0, 0, 0, 0.25, 0.5], [0, 0, 0, 0.75, 0]]], np.float32)
 PIECES = ("a", " bee", " sea", "\n", " e")
 
 
-def trace(evicted: np.ndarray = EVICTED) -> Trace:
-    return Trace(3, PIECES, 4, evicted, RECEIVED, LOST)
+def trace(gone: np.ndarray = GONE) -> Trace:
+    return Trace(3, PIECES, 4, gone, RECEIVED, LOST)
 
 
 def test_kept_positions_at_every_step():
@@ -53,7 +55,7 @@ def test_attention_behind_an_eviction_is_that_of_the_engine(heads):
             held = {*before.positions[0, head].tolist(), t} - {-1}
             (evicted[0, head, t],) = held - set(state.positions[0, head].tolist())
         before = state
-    received, lost = attention_mass(q, k, evicted, 16**-0.5)
+    received, lost = attention_mass(q, k, steps_of(Attended(q, None, evicted)), 16**-0.5)
     at = state.positions.long()
     torch.testing.assert_close(received.gather(2, at), state.scores, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(received.sum(-1), torch.full((1, 2), T * heads / 2.0), atol=1e-2, rtol=0)
@@ -70,22 +72,48 @@ def test_attention_behind_an_eviction_is_that_of_the_engine(heads):
 
 
 def test_overlap_is_the_mean_jaccard_index():
-    swapped = trace(EVICTED[:, ::-1])
+    swapped = trace(GONE[:, ::-1])
     # both heads, steps 0 to 4: 1, 1, then one of three positions in common
     assert overlap(trace(), swapped) == pytest.approx([(1 + 1 + 3 / 3) / 5])
     assert overlap(trace(), trace()) == pytest.approx([1.0])
     with pytest.raises(ValueError, match="same document"):
-        overlap(trace(), Trace(3, ("x", *PIECES[1:]), 4, EVICTED, RECEIVED, LOST))
+        overlap(trace(), Trace(3, ("x", *PIECES[1:]), 4, GONE, RECEIVED, LOST))
 
 
 def test_a_file_gives_back_what_was_written(tmp_path):
-    small = Trace(7, ("é", "x"), 1, np.full((2, 1, 2), -1, np.int32), np.ones((2, 1, 2)), np.zeros((2, 1, 2)))
+    small = Trace(7, ("é", "x"), 1, np.full((2, 1, 2), 2, np.int32), np.ones((2, 1, 2)), np.zeros((2, 1, 2)))
     save(tmp_path / "t.npz", [trace(), small])
     first, second = load(tmp_path / "t.npz")
     assert (first.document, first.pieces, first.context) == (3, PIECES, 4)
-    for name, expected in (("evicted", EVICTED), ("received", RECEIVED), ("lost", LOST)):
+    for name, expected in (("gone", GONE), ("received", RECEIVED), ("lost", LOST)):
         assert np.array_equal(getattr(first, name), expected)
-    assert (second.document, second.pieces, second.evicted.shape) == (7, ("é", "x"), (2, 1, 2))
+    assert (second.document, second.pieces, second.gone.shape) == (7, ("é", "x"), (2, 1, 2))
+
+
+def test_a_file_of_before_cuts_were_traced_is_read(tmp_path):
+    arrays = {
+        "evicted_3": EVICTED,
+        "received_3": RECEIVED,
+        "lost_3": LOST,
+        "pieces_3": np.array(PIECES),
+        "context_3": 4,
+    }
+    np.savez_compressed(tmp_path / "old.npz", documents=np.array([3]), **arrays)
+    (old,) = load(tmp_path / "old.npz")
+    assert np.array_equal(old.gone, GONE)
+
+
+def test_several_evictions_of_one_step():
+    """A cut at step 3 that takes three tokens of one head and one of the other."""
+    evicted = torch.full((1, 2, 5), -1, dtype=torch.int32)
+    evicted[0, 1, 3] = 2
+    cuts = torch.tensor([[0, 0, 3, 0], [0, 0, 3, 2], [0, 0, 3, 1]])
+    gone = steps_of(Attended(torch.empty(0), None, evicted, cuts))
+    assert gone.tolist() == [[[3, 3, 3, 5, 5], [5, 5, 3, 5, 5]]]
+    cut = Trace(3, PIECES, 4, gone.numpy(), RECEIVED, LOST)
+    assert np.flatnonzero(cut.kept(3)[0, 0]).tolist() == [3]
+    assert cut.ages(0).tolist() == [3, 2, 1, 1]
+    assert cut.masses(0).tolist() == [0.5, 1.5, 1.0, 1.0]
 
 
 def test_a_picture_has_a_row_per_policy(tmp_path):

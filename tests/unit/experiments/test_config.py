@@ -58,6 +58,24 @@ def sentence(*overrides: str) -> str:
         (["policy=streaming", "policy.sinks=-1"], ["policy.sinks=-1", "at least 0"]),
         (["policy=h2o", "policy.recent_share=1.5"], ["policy.recent_share=1.5", "from 0 to 1"]),
         (["policy=h2o", "+policy.heavy=3"], ["policy.heavy=3", "recent_share"]),
+        (["policy=window", "schedule=prompt"], ["schedule.when=prompt", "the policy window knows step alone"]),
+        (["policy=snapkv", "schedule=step"], ["schedule.when=step", "the policy snapkv knows prompt alone"]),
+        (["schedule=evry"], ["schedule=evry", "every, prompt, step", "did you mean every"]),
+        (["schedule.when=now"], ["schedule.when=now", "step, every, prompt"]),
+        (["schedule=every", "schedule.every=0"], ["schedule.every=0", "at least 1"]),
+        (["schedule=every", "schedule.every=some"], ["schedule.every=some", "at least 1"]),
+        (["schedule=prompt", "schedule.then=stop"], ["schedule.then=stop", "keep, step"]),
+        (["schedule=step", "schedule.every=0"], ["schedule.every=0", "at least 1"]),
+        (["schedule.every=4"], ["schedule.every=4", "schedule=every"]),
+        (["schedule.then=step"], ["schedule.then=step", "schedule=prompt"]),
+        (["policy=snapkv", "policy.window=0"], ["policy.window=0", "at least 1"]),
+        (["policy=snapkv", "policy.kernel=4"], ["policy.kernel=4", "odd"]),
+        (["policy=snapkv", "policy.kernel=0"], ["policy.kernel=0", "odd"]),
+        (["policy=adakv", "policy.floor=1.5"], ["policy.floor=1.5", "from 0 to 1"]),
+        (["policy=heads", "policy.heads=[[0,3]]"], ["policy.heads=[0, 3]", "30 layers of 3 key/value heads"]),
+        (["policy=heads", "policy.heads=[[30,0]]"], ["policy.heads=[30, 0]", "30 layers"]),
+        (["policy=heads", "policy.heads=nowhere.json"], ["policy.heads=nowhere.json", "No such file"]),
+        (["policy=future", "tasks=[needle]"], ["policy=future", "later tokens", "needle generates text"]),
         (["forgetting_factor=1.2"], ["forgetting_factor=1.2", "0 to 1"]),
         (["forgetting_factor=[0.1,0.2]"], ["forgetting_factor=[0.1, 0.2]", "one factor per layer, 30", "has 2"]),
         (["policy=h2oo"], ["policy=h2oo", "a2sf, adakv, full", "did you mean h2o"]),
@@ -125,10 +143,34 @@ def test_cells_that_a_policy_cannot_tell_apart_are_one():
     assert (len(full), len(h2o), len(a2sf)) == (1, 1, 2)
 
 
+def test_schedules_that_come_to_the_same_are_one_cell():
+    def of(*overrides: str):
+        (cell,) = settings("tasks=[copa]", "data=bundle", *overrides).cells
+        return cell
+
+    step = of("policy=h2o")
+    assert step.schedule is None
+    assert "schedule" not in step.identity  # as before there were schedules
+    assert of("policy=h2o", "schedule=step").id == step.id
+    assert of("policy=h2o", "schedule=every", "schedule.every=1").id == step.id
+    assert of("policy=full", "schedule=prompt").id == of("policy=full").id
+    assert of("policy=snapkv", "schedule=prompt").id == of("policy=snapkv").id
+    assert of("policy=snapkv").describe()["schedule"] == "prompt"
+    kinds = (["schedule=every", "schedule.every=4"], ["schedule=every"], ["schedule=prompt"])
+    others = [of("policy=h2o", *kind) for kind in (*kinds, ["schedule=prompt", "schedule.then=step"])]
+    assert len({step.id, *(c.id for c in others)}) == 5
+    parts = ["every4", "every16", "prompt", "prompt-step"]
+    assert [c.name.split("__")[3] for c in others] == parts
+    assert [c.describe()["schedule"] for c in others] == parts
+    ignored = of("policy=h2o", "schedule=prompt", "+schedule.every=4")  # in a grid another point looks at it
+    assert ignored.id == others[2].id
+
+
 def test_the_identity_changes_with_everything_that_could_change_a_number():
     base = settings("policy=h2o", "data=bundle", "shots=1").cells[0]
     for change in (
         "policy.recent_share=0.4",
+        "schedule=prompt",
         "budget.ratio=0.3",
         "budget.base=context",
         "shots=2",

@@ -9,8 +9,10 @@ import os
 import pandas as pd
 import pytest
 
+from a2sf.analysis.collect import grid_of
 from a2sf.errors import UserError
 from a2sf.experiments import runs
+from tests.sweep_fixture import Plan, write_sweep
 
 DOCUMENTS = pd.DataFrame({"doc_id": [0, 1], "loglikelihoods": [[-1.0, -2.0], [-0.5, -0.25]]})
 
@@ -126,3 +128,16 @@ def test_results_hold_no_nan(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         runs.write_cell(tmp_path / "a", body, DOCUMENTS, "")
     assert json.dumps([p.name for p in tmp_path.iterdir()]) == "[]"
+
+
+def test_a_sweep_of_budgets_in_tokens_alone_has_a_table(tmp_path):
+    tokens = {"budget": {"ratio": None, "tokens": 60, "base": "total"}}
+    cells = write_sweep(tmp_path / "s", Plan(policies=("h2o",), budgets=(0.2,), extra=tokens))
+    assert set(grid_of(cells).frame["budget"]) == {"60 tokens"}
+
+
+def test_a_schedule_has_a_column_and_step_by_step_is_none(tmp_path):
+    for schedule, column in ((None, ""), ("step", ""), ("every4", "every4")):
+        extra = {} if schedule is None else {"schedule": schedule}  # None: a cell of before there were schedules
+        cells = write_sweep(tmp_path / str(schedule), Plan(policies=("h2o",), budgets=(0.2,), extra=extra))
+        assert set(runs.results_frame(cells)["schedule"]) == {column}

@@ -20,10 +20,11 @@ TOKENS, BUDGET = 12, 4
 
 def trace(document: int, newest: bool, end: str = " end") -> Trace:
     """Two layers, one KV head; evicts the oldest token, or always the newest but one."""
-    gone = [-1 if t < BUDGET else t - 1 if newest else t - BUDGET for t in range(TOKENS)]
-    evicted = np.array([[gone]] * 2, np.int32)
-    received = np.full(evicted.shape, 0.5, np.float32)
-    return Trace(document, (*(f" t{i}" for i in range(TOKENS - 1)), end), 10, evicted, received, received / 5)
+    late = [TOKENS if p < BUDGET - 1 else p + 1 for p in range(TOKENS)]
+    steps = late if newest else [min(p + BUDGET, TOKENS) for p in range(TOKENS)]
+    gone = np.array([[steps]] * 2, np.int32)
+    received = np.full(gone.shape, 0.5, np.float32)
+    return Trace(document, (*(f" t{i}" for i in range(TOKENS - 1)), end), 10, gone, received, received / 5)
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_a_sweep_without_traces_shows_none(tmp_path: Path) -> None:
 def test_policies_that_generated_different_text_are_compared_on_the_prompt() -> None:
     a, b = alike(trace(0, True, " yes"), trace(0, False, " no"))
     assert len(a.pieces) == a.context == 10
-    assert a.evicted.shape == (2, 1, 10)
+    assert a.gone.shape == (2, 1, 10)
     assert np.isfinite(overlap(a, b)).all()
     same = trace(0, True)
     assert alike(same, same) == [same, same]

@@ -1,0 +1,69 @@
+"""What pruning has not touched yet: how far sequences may be computed together, which scores saw a pruned cache.
+
+A sequence is what its layers keep of it (`Retention`), the schedule, and the number of its prompt's tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from a2sf.evaluation.packing import Item
+from a2sf.policies.base import UNLIMITED, Retention
+from a2sf.policies.schedule import Schedule
+
+
+def untouched(kept: Sequence[Retention], schedule: Schedule, prompt: int, kv_heads: int | None = None) -> int:
+    """The first so many tokens of a sequence leave the cache of every layer whole; `UNLIMITED`: all do.
+
+    The token after them still attends to all of them; those after it see a pruned cache.
+
+    Args:
+        kv_heads: KV heads of a layer, for policies that name heads which keep everything; None: not known.
+    """
+    budgets = [r.budget for r in kept if kv_heads is None or len(r.rule.whole) < kv_heads]
+    budget = min(budgets, default=UNLIMITED)
+    if budget >= UNLIMITED:
+        return UNLIMITED
+    if not schedule.prompt:
+        return budget + schedule.spare
+    if prompt > budget:
+        return prompt - 1
+    return budget if schedule.then == "step" else UNLIMITED
+
+
+def shareable(kept: Sequence[Retention], schedule: Schedule, prompt: int) -> int:
+    """The first so many tokens of a sequence leave a state that depends on them alone, whatever is kept and the prompt."""
+    if any(r.rule.foresee is not None for r in kept):
+        return 0  # what is to come counts from the first token
+    whole = untouched(kept, schedule, prompt)
+    if not schedule.prompt:
+        return whole
+    # the prompt's last queries add to the scores, and which are the last depends on the prompt
+    looking = max((r.recent for r in kept if r.rule.cut is not None), default=0)
+    return max(0, min(whole, prompt - looking))
+
+
+def item(tokens: tuple[int, ...], kept: tuple[Retention, ...], schedule: Schedule, prompt: int, number: int) -> Item:
+    """A sequence as packing takes it; `number` tells it from the others where it is to share nothing."""
+    certain = shareable(kept, schedule, prompt)
+    alike = (kept, prompt if schedule.prompt else None, None if certain else number)
+    return Item(tokens, alike, certain)
+
+
+def pruned_scores(scored: int, clean: int, prompt: int) -> int:
+    """How many of `scored` tokens, predicted from the prompt's last token on, saw a pruned cache (`clean`: `untouched`)."""
+    first = prompt - 1
+    return max(0, first + scored - max(first, clean + 1))
+
+
+def held(kept: Retention, schedule: Schedule, total: int, prompt: int, kv_heads: int | None = None) -> float:
+    """Tokens that a layer has cached after `total` tokens, mean over its KV heads."""
+    C = kept.budget
+    if schedule.when == "every":
+        cached = total if total < C + schedule.every else C + (total - C) % schedule.every
+    elif schedule.prompt and schedule.then == "keep":
+        cached = min(prompt, C, total) + max(0, total - prompt)
+    else:
+        cached = min(C, total)
+    whole = len(kept.rule.whole) / kv_heads if kv_heads else 0.0
+    return cached + whole * (total - cached)

@@ -1,0 +1,56 @@
+"""Schedules by name, and which of them a policy cannot tell apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+
+from a2sf import Policy, Retention, Schedule, make_policy
+from a2sf.errors import ConfigError
+from a2sf.policies.find import find_policies
+from a2sf.policies.schedule import schedule_for, told_apart
+from tests.policies import SCHEDULES
+
+
+def test_a_schedule_is_found_by_its_name():
+    assert [s.name for s in SCHEDULES] == ["step", "every3", "prompt", "prompt-step"]
+    assert [Schedule.named(s.name) for s in SCHEDULES] == list(SCHEDULES)
+    assert Schedule.named("prompt-keep") == Schedule("prompt")
+    for name in ("every", "every-1", "evry", ""):
+        with pytest.raises(ConfigError, match="schedule="):
+            Schedule.named(name)
+
+
+@pytest.mark.parametrize("name", find_policies())
+def test_none_is_what_a_policy_does_without_being_told(name):
+    policy = make_policy(name)
+    assert told_apart(policy, None) is None
+    assert told_apart(policy, schedule_for(policy, None)) is None
+    for schedule in SCHEDULES:
+        if schedule.when not in policy.schedules:
+            with pytest.raises(ConfigError, match=f"the policy {name} knows"):
+                told_apart(policy, schedule)
+        elif schedule != schedule_for(policy, None):
+            assert told_apart(policy, schedule) == (schedule if policy.evicts else None)
+
+
+def test_what_is_not_looked_at_tells_nothing_apart():
+    h2o = make_policy("h2o")
+    assert told_apart(h2o, Schedule("every", every=1)) is None
+    assert told_apart(h2o, Schedule("prompt", every=7)) == Schedule("prompt")
+    assert told_apart(h2o, Schedule("every", every=7, then="step")) == Schedule("every", every=7)
+
+
+def test_a_policy_that_ignores_budgets_may_still_evict():
+    @dataclass(kw_only=True)
+    class Ten(Policy):
+        name: ClassVar[str] = "ten"
+        label: ClassVar[str] = "Ten"
+        uses_budget: ClassVar[bool] = False
+
+        def retention(self, budget: int, layer: int) -> Retention:
+            return Retention(budget=10)
+
+    assert told_apart(Ten(), Schedule("prompt")) == Schedule("prompt")
