@@ -23,6 +23,7 @@ from a2sf.engine.trace import attention_mass
 from a2sf.errors import UserError
 from a2sf.policies.base import UNLIMITED, Retention
 from a2sf.policies.rule import ACCUMULATED
+from a2sf.policies.schedule import STEP, Schedule
 
 IMPLEMENTATION = "a2sf"
 
@@ -108,6 +109,8 @@ class Plan:
         policy_on_sliding: whether the policy acts on layers that have a sliding window of their own; False for models
             that mix such layers with global ones, whose sliding layers stay as the model defines them.
         backend: which implementation runs.
+        schedule: when the policy evicts; layers that keep a sliding window of their own go step by step.
+        prompt: `prompt(segment)`: tokens of the prompt of the sequence through a segment; for the prompt schedule.
         trace: whether to note in `evicted` what each layer evicts, int32 [B, K, T] (see `Attended`), and of a
             single sequence without padding the attention behind it, in `received` and `lost` (`trace.attention_mass`).
     """
@@ -120,6 +123,8 @@ class Plan:
     layers: int
     policy_on_sliding: bool = True
     backend: str = "auto"
+    schedule: Schedule = STEP
+    prompt: Callable[[int], int] | None = None
     trace: bool = False
     reached: set[int] = field(default_factory=set)
     evicted: dict[int, Tensor] = field(default_factory=dict)
@@ -151,7 +156,14 @@ class Plan:
         rules = {k.rule for k in kept}
         assert len(rules) <= 1, "the sequences of a pass follow one policy"
         rule = rules.pop() if rules else ACCUMULATED
-        key = (rule, numbers.tobytes())
+        asked = (self.retention(i, layer) for i in range(len(self.row)))
+        own = sliding_window is not None and any(keeps_window(k, self.policy_on_sliding) for k in asked)
+        schedule = STEP if own else self.schedule
+        read = None
+        if schedule.prompt:
+            assert self.prompt is not None
+            read = torch.tensor([self.prompt(i) for i in range(len(self.row))], dtype=torch.int64)
+        key = (rule, schedule, numbers.tobytes())
         if key not in self._segments:
             budget, recent, sinks = (torch.from_numpy(numbers[:, j].astype(np.int64)) for j in range(3))
             row, start, length, parent = (
@@ -167,6 +179,8 @@ class Plan:
                 sinks=sinks,
                 forgetting_factor=torch.from_numpy(numbers[:, 3].copy()),
                 rule=rule,
+                schedule=schedule,
+                prompt=read,
             )
         self._by_layer[layer, sliding_window] = self._segments[key]
         return self._segments[key]
@@ -207,7 +221,7 @@ def within_window(kept: Retention, window: int, layer: int, tokens: int, policy_
     Raises:
         UnsupportedModel: if a policy is to act on the layer and the sequence is longer than its window.
     """
-    if not policy_on_sliding or kept.budget == UNLIMITED:
+    if keeps_window(kept, policy_on_sliding):
         # the token itself and window - 1 before it: what a sliding window of window - 1 cached tokens attends to
         return Retention(budget=window - 1, recent=window - 1)
     if tokens > window:
@@ -216,6 +230,11 @@ def within_window(kept: Retention, window: int, layer: int, tokens: int, policy_
             "beyond the model's window is not supported, shorten the sequences"
         )
     return kept
+
+
+def keeps_window(kept: Retention, policy_on_sliding: bool) -> bool:
+    """Whether a layer with a sliding window of its own goes by that, step by step, and not by what the policy says."""
+    return not policy_on_sliding or kept.budget == UNLIMITED
 
 
 def mixes_windows(config: Any) -> bool:
