@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from a2sf.engine.functional import attend, evicting_attention
     from a2sf.engine.state import EvictionState
-    from a2sf.hf.generation import PrunedCache, pruning
+    from a2sf.hf.generation import PrunedCache
+    from a2sf.hf.scope import pruning
     from a2sf.policies.a2sf import A2SF
     from a2sf.policies.base import Policy, Retention
     from a2sf.policies.budget import Budget
@@ -44,7 +45,7 @@ _WHERE = {
     "attend": "a2sf.engine.functional",
     "evicting_attention": "a2sf.engine.functional",
     "make_policy": "a2sf.policies.make",
-    "pruning": "a2sf.hf.generation",
+    "pruning": "a2sf.hf.scope",
 }
 
 

@@ -39,12 +39,13 @@ from a2sf.hf.attention import (
 )
 from a2sf.hf.calls import hooks_of, logits_at
 from a2sf.hf.exactness import require_exact
-from a2sf.hf.generation import PrunedCache, check_settings, prove_decoding, retention_of
+from a2sf.hf.generation import PrunedCache, prove_decoding
 from a2sf.hf.loading import kv_heads_of
+from a2sf.hf.settings import check_settings, retention_of
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policy
-from a2sf.policies.schedule import STEP, Schedule, schedule_for
+from a2sf.policies.schedule import Schedule, schedule_for
 
 NAME = "a2sf"
 PACK_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -203,8 +204,6 @@ class PrunedLM(HFLM):
         """As HFLM's, through a bounded cache; a request that `known` answers is not computed again."""
         if not self.policy.causal:
             raise ConfigError("policy", self.policy.name, "it looks at later tokens, so it cannot generate text")
-        if self.schedule != STEP:
-            raise ConfigError("schedule", self.schedule.name, "text is generated step by step alone")
         prove_decoding(self.model, self.policy, self.budget)
         # lm-eval adds to the stop sequences that it is given
         own = [dataclasses.replace(r, arguments=copy.deepcopy(r.args)) for r in requests]
@@ -248,7 +247,13 @@ class PrunedLM(HFLM):
         # the whole prompt comes at once, so that one of a single token is no chunk
         prompt = settings["attention_mask"].sum(1)
         cache = PrunedCache(
-            self.model, self.policy, self.budget, max_new_tokens=more, context_tokens=prompt, backend=self.engine
+            self.model,
+            self.policy,
+            self.budget,
+            schedule=self.schedule,
+            max_new_tokens=more,
+            context_tokens=prompt,
+            backend=self.engine,
         )
         try:
             text = super()._model_generate(context, max_length, stop, cache=cache, **settings)

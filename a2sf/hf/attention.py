@@ -220,11 +220,6 @@ class Plan:
         return out.output
 
 
-def keeps_window(kept: Retention, policy_on_sliding: bool) -> bool:
-    """Whether a layer with a sliding window of its own is left to it, and goes step by step."""
-    return not policy_on_sliding or kept.budget == UNLIMITED
-
-
 def within_window(kept: Retention, window: int, layer: int, tokens: int, policy_on_sliding: bool) -> Retention:
     """What a layer with a sliding window of its own keeps of a sequence of `tokens` tokens.
 
@@ -240,6 +235,11 @@ def within_window(kept: Retention, window: int, layer: int, tokens: int, policy_
             "beyond the model's window is not supported, shorten the sequences"
         )
     return kept
+
+
+def keeps_window(kept: Retention, policy_on_sliding: bool) -> bool:
+    """Whether a layer with a sliding window of its own goes by that, step by step, and not by what the policy says."""
+    return not policy_on_sliding or kept.budget == UNLIMITED
 
 
 def mixes_windows(config: Any) -> bool:

@@ -1,19 +1,17 @@
-"""Generating text with a cache that a policy keeps small: `PrunedCache` for transformers' `generate`, and `pruning`.
+"""Generating text with a cache that a policy keeps small: `PrunedCache` for transformers' `generate`.
 
     cache = PrunedCache(model, policy=A2SF(forgetting_factor=0.3), budget=Budget(ratio=0.2, base="context"))
     model.generate(**inputs, cache=cache, max_new_tokens=100)
 
 A hook around the model's call, put there by `PrunedCache`, tells the attention function which cache and which tokens a
-call is about; calls without a `PrunedCache` are untouched. Shapes as in `a2sf.engine.eviction`.
+call is about; calls without a `PrunedCache` are untouched. Shapes as in `a2sf.engine.state`.
 """
 
 from __future__ import annotations
 
-import numbers
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,18 +20,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from a2sf.engine.eviction import EvictionState
+from a2sf.engine.state import EvictionState
 from a2sf.errors import ConfigError, UserError
-from a2sf.hf.attention import Plan, UnsupportedModel, attached, check_finite, mixes_windows, rope_switch, within_window
+from a2sf.hf.attention import UnsupportedModel, check_finite, keeps_window, mixes_windows, rope_switch, within_window
 from a2sf.hf.calls import hooks_of, new_tokens
 from a2sf.hf.exactness import require_decoding, require_exact
-from a2sf.hf.slots import PrunedLayer, Step
+from a2sf.hf.kept import Kept
+from a2sf.hf.settings import check_settings, contexts_for, contexts_of, kv_heads_of, retention_of
+from a2sf.hf.slots import How, PrunedLayer, Step
 from a2sf.policies.base import UNLIMITED, Policy, Retention
 from a2sf.policies.budget import Budget
+from a2sf.policies.schedule import STEP, Schedule, schedule_for
 
 
 class PrunedCache(Cache):
-    """A cache of at most `C` tokens per layer and KV head, for one batch of sequences.
+    """A cache of at most `C` tokens per layer and KV head (more while a schedule says so), for one batch of sequences.
 
     Give it to `model.generate(..., cache=cache)` or to the model itself; padding (`attention_mask`) never enters it.
     Budgets are resolved once, from the first call's tokens, and stay when the cache is used again for the next turn.
@@ -42,8 +43,11 @@ class PrunedCache(Cache):
         model: the model it will be used with.
         policy, budget: what to keep (None: for a policy that ignores budgets). A ratio of base `context` is one of the
             row's prompt, of base `total` one of the tokens that are read: the prompt and all new tokens but the last.
+        schedule: when tokens are evicted; None: after every token, or after the prompt for a policy that knows no other.
+            A row's prompt is what the first call reads of it, or its `context_tokens`.
         max_new_tokens: as given to `generate`; needed for a ratio of base `total`.
-        context_tokens: the prompt's length, or each prompt's; needed for a ratio when the prompt is read in chunks.
+        context_tokens: the prompt's length, or each prompt's; needed when the prompt is read in chunks, for a ratio and
+            for the prompt schedule.
         backend: which implementation runs, `auto` or a name in `a2sf.engine.kernels.BACKENDS`.
         trace: keep note of what every step evicts (`evicted`), at a cost in speed and memory.
 
@@ -58,13 +62,16 @@ class PrunedCache(Cache):
         policy: Policy,
         budget: Budget | None = None,
         *,
+        schedule: Schedule | None = None,
         max_new_tokens: int | None = None,
         context_tokens: int | Sequence[int] | None = None,
         backend: str = "auto",
         trace: bool = False,
     ) -> None:
         config = model.config.get_text_config()
-        check_settings(policy, budget, config.num_hidden_layers)
+        check_settings(
+            policy, budget, config.num_hidden_layers, schedule=schedule, kv_heads=kv_heads_of(model), generating=True
+        )
         if (
             max_new_tokens is None
             and policy.uses_budget
@@ -78,15 +85,14 @@ class PrunedCache(Cache):
                 "a share of the whole sequence needs max_new_tokens=...; give it, or a ratio of base context",
             )
         self.policy, self.budget = policy, budget if policy.uses_budget else None
+        self.schedule = schedule_for(policy, schedule)
         self.prove(model)
         hooks_of(model)
         positions = getattr(config, "max_position_embeddings", None) or 2**31
-        super().__init__(layers=[PrunedLayer(positions, backend, trace) for _ in range(config.num_hidden_layers)])
+        super().__init__(layers=[PrunedLayer(How(positions, backend, trace)) for _ in range(config.num_hidden_layers)])
         self.layers: list[PrunedLayer]  # type: ignore[assignment]
         self.trace = trace
-        if context_tokens is not None and not isinstance(context_tokens, numbers.Integral):
-            context_tokens = [int(n) for n in context_tokens]  # type: ignore[union-attr]
-        self.max_new_tokens, self.context_tokens = max_new_tokens, context_tokens
+        self.max_new_tokens, self.context_tokens = max_new_tokens, contexts_of(context_tokens)
         self.policy_on_sliding = not mixes_windows(model.config)
         self.positions = positions
         self.rope_switch = rope_switch(model.config)
@@ -108,6 +114,7 @@ class PrunedCache(Cache):
         self.columns = 0  # tokens of every row, padding included: what transformers calls the sequence's length
         self.seen: Tensor | None = None  # int64 [B], tokens of each row that were no padding
         self.retention: list[tuple[Retention, ...]] = []  # what each layer keeps, per row
+        self.prompt: list[int] = []  # tokens of each row's prompt
         self.calls = 0
         self._pass: _CachePass | None = None
         self._attentions: list[int] = []  # how many times each layer calls its attention in a pass
@@ -142,7 +149,7 @@ class PrunedCache(Cache):
 
         Raises:
             UserError: if nothing has been read yet, so that neither the rows nor their budgets are known; if the states
-                are not of as many layers and rows, or hold more than the budget.
+                are not of as many layers and rows, hold more than the budget, or are of another policy.
         """
         if self.seen is None:
             raise UserError("a pruned cache takes over states once it has read something; call the model with it first")
@@ -151,26 +158,37 @@ class PrunedCache(Cache):
                 f"give one state for each of the {len(self.layers)} layers, each of {len(self.seen)} rows as this cache has"
             )
         for layer, state in zip(self.layers, states, strict=True):
-            if bool(((state.positions >= 0).sum(-1).amax(-1).cpu() > layer.budget).any()):
-                raise UserError(
-                    "a state holds more tokens than this cache's budget; make a cache with the state's budget"
-                )
+            layer.check(state)
         for layer, state in zip(self.layers, states, strict=True):
             layer.load(state)
         self.seen = states[0].seen.cpu().clone()
         self.columns = int(self.seen.max())
 
     def evicted(self, layer: int) -> Tensor:
-        """int32 [B, K, tokens fed, padding included]: the position evicted at each step, -1 for none; needs `trace`.
+        """int32 [B, K, tokens fed, padding included]: the position evicted at each step; needs `trace`.
+
+        It is -1 where a step evicted none, or several (`cuts`), as schedules other than `step` do.
 
         Raises:
             UserError: if the cache keeps no trace, or has read nothing yet.
         """
+        self._check_noted()
+        return self.layers[layer].evicted()
+
+    def cuts(self, layer: int) -> Tensor:
+        """int64 [n, 4]: row, head, token fed and position of each eviction at a step that evicted several; needs `trace`.
+
+        Raises:
+            UserError: if the cache keeps no trace, or has read nothing yet.
+        """
+        self._check_noted()
+        return self.layers[layer].cuts()
+
+    def _check_noted(self) -> None:
         if not self.trace or not self.calls:
             raise UserError(
                 "this cache has noted nothing; make it with PrunedCache(..., trace=True) and call the model"
             )
-        return self.layers[layer].evicted()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns
@@ -206,6 +224,7 @@ class PrunedCache(Cache):
             return  # beams often stay where they are, and moving them copies the cache
         self.seen = self.seen[rows]
         self.retention = [self.retention[i] for i in rows.tolist()]
+        self.prompt = [self.prompt[i] for i in rows.tolist()]
         for layer in self.layers:
             layer.batch_select_indices(rows)
 
@@ -238,8 +257,10 @@ class PrunedCache(Cache):
         in_chunks = (self.calls == 1 and shape[1] > 1) or (self.calls == 0 and shape[1] == 1)
         if in_chunks and self._depends_on_prompt and self.context_tokens is None:
             raise UserError(
-                "the prompt comes in chunks, so its length is not known when a share of it is needed; give "
-                "PrunedCache(..., context_tokens=...), or budget.tokens"
+                "the prompt comes in chunks, so its length is not known when "
+                + ("it is to be cut" if self.schedule.prompt else "a share of it is needed")
+                + "; give PrunedCache(..., context_tokens=...)"
+                + ("" if self.schedule.prompt else ", or budget.tokens")
             )
         if self.seen is not None and mask is not None:
             earlier = mask[:, : self.columns].long().sum(1).cpu()
@@ -274,8 +295,12 @@ class PrunedCache(Cache):
         self.columns += done.step.columns
         self.calls += 1
 
-    def rule(self, layer: int, window: int | None) -> list[Retention]:
-        """What `layer` keeps of each row; a layer may have a sliding window of its own."""
+    def rows(self, layer: int, window: int | None) -> list[Retention]:
+        """What `layer` keeps of each row; a layer may have a sliding window of its own.
+
+        Raises:
+            UnsupportedModel: if a row has outgrown the window.
+        """
         kept = [row[layer] for row in self.retention]
         if window is None:
             return kept
@@ -283,28 +308,29 @@ class PrunedCache(Cache):
         after = self._pass.step.after.tolist()
         return [within_window(k, window, layer, n, self.policy_on_sliding) for k, n in zip(kept, after, strict=True)]
 
-    def limit(self) -> int | None:
-        """The longest a row can get, where that is known."""
-        if self.max_new_tokens is None or self.calls:
-            return None
-        assert self._pass is not None
-        return int(self._pass.step.after.max()) + self.max_new_tokens
+    def kept(self, layer: int, window: int | None) -> Kept:
+        """The same, and when; a layer that goes by a window of its own goes step by step."""
+        own = window is not None and any(keeps_window(row[layer], self.policy_on_sliding) for row in self.retention)
+        return Kept(self.rows(layer, window), STEP if own else self.schedule, self.prompt)
+
+    @property
+    def more(self) -> int | None:
+        """How many tokens may come after this call's, where that is known."""
+        return None if self.calls else self.max_new_tokens
 
     @property
     def _depends_on_prompt(self) -> bool:
-        return self.budget is not None and self.budget.ratio is not None
+        return self.schedule.prompt or (self.budget is not None and self.budget.ratio is not None)
 
     def _resolve(self, length: Tensor) -> None:
         context = length.tolist()
         if self.context_tokens is not None:
-            given = self.context_tokens
-            context = [int(given)] * len(context) if isinstance(given, numbers.Integral) else list(given)
-            if context and len(length) % len(context) == 0:  # beams, or several texts of a prompt, are neighbours
-                context = [n for n in context for _ in range(len(length) // len(context))]
-            if len(context) != len(length):
-                raise UserError(f"context_tokens gives {len(context)} lengths and the batch has {len(length)} rows")
+            context = contexts_for(len(length), self.context_tokens)
+        if self.schedule.prompt and min(context, default=1) < 1:
+            raise UserError(f"row {context.index(0)} of the batch has no token in its prompt; give each at least one")
         layers, more = len(self.layers), max(0, (self.max_new_tokens or 0) - 1)  # the last token is never read
         self.retention = [retention_of(self.policy, self.budget, n + more, n, layers) for n in context]
+        self.prompt = context
 
     def _check_length(self, after: Tensor, earliest: Tensor, prompt: bool) -> None:
         """`earliest` [B]: the shortest length at which a cached key of the row was made."""
@@ -343,11 +369,11 @@ class _CachePass:
             check_finite(layer, tokens, query=query, key=key, value=value)
         store: PrunedLayer = self.cache.layers[layer]
         if not store.is_initialized:
-            store.rule = self.cache.rule(layer, window)
+            store.kept = self.cache.kept(layer, window)
         elif window is not None:
-            self.cache.rule(layer, window)  # refuses a sequence that has outgrown the window
+            self.cache.rows(layer, window)  # refuses a sequence that has outgrown the window
         which = self.attentions[layer]
-        output = store.attend(query, key, value, self.step, scale, self.cache.limit(), which)
+        output = store.attend(query, key, value, self.step, scale, self.cache.more, which)
         if self.step.columns == 1:
             # NaN and infinity end up in the output, but not those of a key that only gets no attention
             check_finite(layer, tokens, key=key, output=output)
@@ -358,10 +384,12 @@ class _CachePass:
 class _TrialCache(PrunedCache):
     """A cache that evicts nothing, to prove others by."""
 
-    def prove(self, model: PreTrainedModel) -> None: ...
+    def prove(self, model: PreTrainedModel) -> None:
+        self.schedule = STEP
 
     def _resolve(self, length: Tensor) -> None:
         self.retention = [(Retention(budget=UNLIMITED),) * len(self.layers) for _ in length]
+        self.prompt = length.tolist()
 
 
 def prove_decoding(model: PreTrainedModel, policy: Policy, budget: Budget | None) -> None:
@@ -372,112 +400,3 @@ def prove_decoding(model: PreTrainedModel, policy: Policy, budget: Budget | None
     """
     require_exact(model)
     require_decoding(model, lambda: _TrialCache(model, policy, budget, max_new_tokens=1, context_tokens=1))
-
-
-def check_settings(policy: Policy, budget: Budget | None, layers: int) -> None:
-    """Refuse a policy and budget that do not fit each other, or a model of `layers` layers.
-
-    Raises:
-        ConfigError: if they do not.
-    """
-    policy.check(layers)
-    if not policy.uses_budget:
-        return
-    if budget is None:
-        raise ConfigError("budget", None, f"the policy {policy.name} needs budget.ratio or budget.tokens")
-    budget.check(layers)
-    tokens = budget.tokens if isinstance(budget.tokens, tuple) else (budget.tokens,)
-    if budget.tokens is not None and min(tokens) < policy.least_budget:
-        raise ConfigError(
-            "budget.tokens",
-            budget.tokens,
-            f"recent + sinks may not exceed the budget, and {policy.name} protects {policy.least_budget} tokens",
-        )
-
-
-def retention_of(policy: Policy, budget: Budget | None, total: int, context: int, layers: int) -> tuple[Retention, ...]:
-    """What each layer keeps of a sequence of `total` tokens whose prompt has `context`.
-
-    Raises:
-        UserError: if the policy protects more tokens than the budget holds.
-    """
-    slots = [budget.slots(total=total, context=context, layer=i) if budget else 1 for i in range(layers)]
-    try:
-        return tuple(policy.keeps(c, i, layers) for i, c in enumerate(slots))
-    except ValueError as error:
-        raise UserError(f"policy {policy.name} does not fit a budget of {min(slots)} tokens: {error}") from error
-
-
-@dataclass(frozen=True)
-class _Scope:
-    """What `pruning` does to the calls of a model."""
-
-    policy: Policy
-    budget: Budget | None
-    max_new_tokens: int | None
-    backend: str
-
-    def supply(self, model: PreTrainedModel, cache: Any, keep: bool | None) -> PrunedCache | None:
-        """The cache for a call inside `pruning`: the one that was given if it is pruned, else a new one if any is kept."""
-        if isinstance(cache, PrunedCache):
-            return cache
-        if cache is not None and cache.get_seq_length() > 0:
-            raise UserError(
-                "inside pruning(...) the model was called with a cache that was filled without pruning; start with an "
-                "empty one, or a PrunedCache"
-            )
-        if cache is None and not (model.config.get_text_config().use_cache if keep is None else keep):
-            return None
-        more = self.max_new_tokens if cache is not None else 0  # without one it is a plain call, of its own tokens
-        return PrunedCache(model, self.policy, self.budget, max_new_tokens=more, backend=self.backend)
-
-    def plan(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> Plan:
-        start, length = (x.tolist() for x in new_tokens(shape, 0, mask))
-        layers = model.config.get_text_config().num_hidden_layers
-        kept = [retention_of(self.policy, self.budget, n, n, layers) for n in length]
-        return Plan.of_rows(
-            length,
-            start,
-            lambda row, layer: kept[row][layer],
-            layers,
-            policy_on_sliding=not mixes_windows(model.config),
-            backend=self.backend,
-        )
-
-
-@contextmanager
-def pruning(
-    model: PreTrainedModel,
-    policy: Policy,
-    budget: Budget | None = None,
-    *,
-    max_new_tokens: int | None = None,
-    backend: str = "auto",
-) -> Iterator[PreTrainedModel]:
-    """Prune every call of `model` inside the block: plain calls on padded batches, and `generate`.
-
-    A plain call (`use_cache=False`) reads a batch whose rows may be padded on either side (`attention_mask`) and prunes
-    each as one sequence of its own length. A call that keeps a cache, as `generate` makes them, gets a `PrunedCache`.
-
-        with pruning(model, H2O(), Budget(ratio=0.2, base="context")):
-            logits = model(ids, attention_mask=mask, use_cache=False).logits
-            text = model.generate(ids, attention_mask=mask, max_new_tokens=50)
-
-    Args:
-        model, policy, budget, max_new_tokens, backend: as for `PrunedCache`.
-
-    Raises:
-        ConfigError, UnsupportedModel: if a setting is not allowed or the model cannot be pruned.
-    """
-    check_settings(policy, budget, model.config.get_text_config().num_hidden_layers)
-    require_exact(model)
-    with suppress(UnsupportedModel):  # told once a cache is made; calls without one are exact
-        prove_decoding(model, policy, budget)
-    hooks = hooks_of(model)
-    hooks.close(None)  # a call that was interrupted left it open
-    before, hooks.scope = hooks.scope, _Scope(policy, budget if policy.uses_budget else None, max_new_tokens, backend)
-    try:
-        with attached(model):
-            yield model
-    finally:
-        hooks.scope = before

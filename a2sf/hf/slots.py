@@ -1,27 +1,27 @@
 """One layer of a bounded cache: rows of several lengths and budgets, read in one go, in chunks, or token by token.
 
-On the CPU a layer's cache is memory allocated once (`kernels.cpu.SlotCache`); elsewhere, and in float64, it is the state
-that `a2sf.engine.kernels.attend` hands on. Shapes as in `a2sf.engine.eviction`.
+On the CPU what is cached lies in memory allocated once (`kernels.cpu.SlotCache`); elsewhere, in float64, while a prompt is
+read that nothing is evicted from, and under rules that the compiled kernel does not know, it is the state that
+`a2sf.engine.kernels.attend` hands on. Heads that hold more than others lie in memory of their own.
+Shapes as in `a2sf.engine.state`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from a2sf.engine.eviction import EvictionState, Options, Segments
 from a2sf.engine.kernels import attend, knows
-from a2sf.policies.base import UNLIMITED, Retention
-from a2sf.policies.rule import ACCUMULATED
+from a2sf.engine.state import Attended, EvictionState, Options
+from a2sf.hf.kept import Kept
+from a2sf.policies.base import UNLIMITED
 
 GROWTH = 256
 """Slots to spare, at least, where no budget and no length bounds a cache."""
-PER_HEAD = ("positions", "scores", "keys", "values")
-"""What an `EvictionState` holds of every KV head."""
 
 
 @dataclass(frozen=True)
@@ -41,216 +41,348 @@ class Step:
     columns: int
 
 
-class Kept:
-    """What is kept of each row, as the engine and the compiled cache take it."""
+@dataclass(frozen=True)
+class How:
+    """How a layer's attention is computed.
 
-    def __init__(self, rows: list[Retention]) -> None:
-        self.rows = rows
-        self.budget, self.recent, self.sinks = (
-            torch.tensor([getattr(r, name) for r in rows]) for name in ("budget", "recent", "sinks")
-        )
-        rules = {r.rule for r in rows}
-        assert len(rules) <= 1, "the rows of a batch follow one policy"
-        self.ranked = rules.pop() if rules else ACCUMULATED
-        self.factor = torch.tensor([r.forgetting_factor for r in rows], dtype=torch.float64)
-        # as the compiled cache takes them, made once instead of at every token
-        numbers = (x.numpy() for x in (self.budget, self.recent, self.sinks, self.factor))
-        self.numbers = dict(zip(("budget", "recent", "sinks", "forgetting_factor"), numbers, strict=True))
-
-
-class Slots:
-    """What is cached for one attention of a layer.
-
-    Args:
-        positions, backend, trace: as for `PrunedLayer`.
-    """
-
-    def __init__(self, positions: int, backend: str, trace: bool) -> None:
-        self.positions, self.backend, self.trace = positions, backend, trace
-        self.started = False
-        self.heads = 0  # KV heads
-        self._store: Any = None  # SlotCache or EvictionState
-        self._slots = 0
-        self._factor = torch.empty(0)
-        self._evicted: list[Tensor] = []
-
-    @property
-    def nbytes(self) -> int:
-        if isinstance(self._store, EvictionState):
-            return sum(x.nbytes for f in fields(EvictionState) if (x := getattr(self._store, f.name)) is not None)
-        return self._store.nbytes if self._store is not None else 0
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, step: Step, kept: Kept, scale: float, limit: int | None
-    ) -> Tensor:
-        """Insert, attend, score and evict the call's tokens, [B, H, T, V]; `limit` as for `PrunedLayer.attend`."""
-        self.heads = key.shape[1]
-        self._factor = kept.factor
-        on_cpu = query.device.type == "cpu" and query.dtype != torch.float64 and self.backend in ("auto", "numba")
-        compiled = on_cpu and knows(kept.ranked)
-        if compiled:
-            self._make_room(query, key, value, step, kept, limit)
-            if step.columns == 1 and not self.trace:
-                self.started = True
-                return self._store.attend(query, key, value, scale=scale, lengths=step.length.numpy(), **kept.numbers)
-        segments = Segments(
-            row=torch.arange(len(step.start)),
-            start=step.start,
-            length=step.length,
-            parent=torch.full_like(step.start, -1),
-            budget=kept.budget,
-            recent=kept.recent,
-            sinks=kept.sinks,
-            forgetting_factor=kept.factor,
-            rule=kept.ranked,
-        )
-        before = self.state() if self.started else None
-        options = Options(scale, return_state=True, trace=self.trace)
-        attended = attend(query, key, value, segments, options, before, backend=self.backend)
-        self.started = True
-        if compiled:
-            self._store.load(attended.state, kept.factor)
-        else:
-            self._store = attended.state
-        if attended.evicted is not None:
-            self._evicted.append(attended.evicted.cpu())
-        return attended.output
-
-    def state(self) -> EvictionState:
-        """What is cached, in canonical form."""
-        return self._store if isinstance(self._store, EvictionState) else self._store.state()
-
-    def load(self, state: EvictionState) -> None:
-        """Go on from a state of as many rows, instead of what is cached."""
-        if isinstance(self._store, EvictionState):
-            self._store = state
-        else:
-            self._store.load(state, self._factor)
-
-    def evicted(self) -> Tensor:
-        """int32 [B, K, columns], the position evicted at each column's step, -1 for none."""
-        return torch.cat(self._evicted, dim=-1)
-
-    def select(self, rows: Tensor) -> None:
-        """Keep `rows` [B'] on the CPU, in that order."""
-        self._evicted = [x[rows] for x in self._evicted]
-        if isinstance(self._store, EvictionState):
-            self._store = self._store.select(rows)
-        else:
-            self._store.reorder(rows)
-
-    def _make_room(self, query: Tensor, key: Tensor, value: Tensor, step: Step, kept: Kept, limit: int | None) -> None:
-        """Allocate the slots at the first call; later only where neither the budget nor `limit` bounds them."""
-        from a2sf.engine.kernels.cpu import SlotCache  # numba takes a second to load
-
-        need, most = int(torch.minimum(kept.budget, step.after).max()), int(kept.budget.max())
-        if self._store is not None and need <= self._slots:
-            return
-        if limit:
-            self._slots = min(most, max(need, limit))
-        elif most < UNLIMITED and self._store is None:
-            self._slots = min(most, self.positions)
-        else:
-            self._slots = min(most, need + max(GROWTH, need // 2))
-        B, H, _, D = query.shape
-        K = key.shape[1]
-        grown = SlotCache(B, K, H // K, self._slots, D, value.shape[-1], kept.ranked)
-        if self._store is not None:
-            grown.load(self._store.state(), kept.factor)
-        self._store = grown
-
-
-class PrunedLayer(CacheLayerMixin):
-    """The cache of one layer; `PrunedCache` states its `rule` before the first call.
-
-    A layer that calls its attention several times in a pass (DiffLlama: the same keys with two halves of the values)
-    has as many `Slots`, and `state` and `evicted` show the KV heads of all of them, in the order of the calls.
-
-    Args:
+    Attributes:
         positions: the longest sequence that the model can read.
         backend: as for `a2sf.engine.kernels.attend`.
         trace: keep note of what every step evicts.
     """
 
+    positions: int
+    backend: str
+    trace: bool
+
+
+class Store:
+    """What some KV heads of an attention have cached: all of them, or those that hold about as much.
+
+    Args:
+        heads: int64 [K'], which of the attention's KV heads.
+        kept: what is kept of them.
+        group: query heads of each.
+    """
+
+    def __init__(self, heads: Tensor, kept: Kept, how: How, group: int) -> None:
+        self.heads, self.kept, self.how, self.group = heads, kept, how, group
+        self.queries = (heads[:, None] * group + torch.arange(group)).flatten()  # the query heads that read them
+        # one of the two holds what is cached; the memory stays while a state is made of it
+        self._memory: Any = None  # SlotCache
+        self._state: EvictionState | None = None
+        self._slots = self._held = 0  # slots there are, and the most that are taken in any head
+        # a policy's own rule has numbers for each token, if only none of them; what goes on where nothing goes has not
+        self._remembers = kept.ranked.own is not None
+
+    @property
+    def nbytes(self) -> int:
+        memory = self._memory.nbytes if self._memory is not None else 0
+        return memory + (0 if self._state is None else _nbytes(self._state))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, step: Step, scale: float) -> Attended:
+        """Insert, attend, score and evict the call's tokens; `settle` is to follow."""
+        if step.columns == 1 and self._state is None and self._memory is not None and not self.how.trace:
+            self._make_room(min(self.kept.most, self._held + 1), key.shape[-1], value.shape[-1], None)
+            self._held = min(self.kept.most, self._held + 1)
+            lengths = step.length.numpy()
+            return Attended(self._memory.attend(query, key, value, scale=scale, lengths=lengths, **self.kept.numbers))
+        before = None if self._state is None and self._memory is None else self.state()
+        segments = self.kept.segments(step.start, step.length)
+        options = Options(scale, return_state=True, trace=self.how.trace)
+        attended = attend(query, key, value, segments, options, before, backend=self.how.backend)
+        self._state = attended.state
+        return attended
+
+    def settle(self, seen: Tensor, more: int | None) -> None:
+        """After a call, put what is cached where the next one goes on.
+
+        Args:
+            seen: int64 [B], tokens of each row so far.
+            more: how many may come, where that is known.
+        """
+        state = self._state
+        if state is None:
+            return
+        if self.kept.prompt is not None and self.kept.read(seen):
+            self.kept = self.kept.after
+        on_cpu = state.keys.device.type == "cpu" and state.keys.dtype != torch.float64
+        on_cpu = on_cpu and self.how.backend in ("auto", "numba")
+        if not on_cpu or self.kept.prompt is not None or not knows(self.kept.ranked):
+            self._memory = None
+            return
+        self._state = None  # gone before more memory is asked for
+        self._held = int((state.positions >= 0).sum(-1).max())
+        if self._held > self._slots:
+            self._memory = None
+        self._make_room(self._held, state.keys.shape[-1], state.values.shape[-1], more)
+        self._memory.load(state, self.kept.factor)
+
+    def state(self) -> EvictionState:
+        """What is cached, in canonical form."""
+        state = self._memory.state() if self._state is None else self._state
+        return replace(state, memory=state.keys[..., :0]) if self._remembers and state.memory is None else state
+
+    def load(self, state: EvictionState) -> None:
+        """Go on from a state of as many rows; `settle` is to follow."""
+        self._state, self._memory, self._slots = state, None, 0
+
+    def select(self, rows: Tensor) -> None:
+        """Keep `rows` [B'] on the CPU, in that order."""
+        self.kept = self.kept.select(rows.tolist())
+        if self._state is not None:
+            self._state = self._state.select(rows)
+        elif self._memory is not None:
+            self._memory.reorder(rows)
+
+    def _make_room(self, need: int, D: int, V: int, more: int | None) -> None:
+        """Allocate slots: once where the budget or `more` bounds them, else whenever they are full."""
+        if self._memory is not None and need <= self._slots:
+            return
+        from a2sf.engine.kernels.cpu import SlotCache  # numba takes a second to load
+
+        most = self.kept.most
+        if more:
+            self._slots = max(need, min(most, need + more))
+        elif most < UNLIMITED and self._memory is None:
+            self._slots = max(need, min(most, self.how.positions))
+        else:
+            self._slots = max(need, min(most, need + max(GROWTH, need // 2)))
+        kept = self.kept
+        grown = SlotCache(
+            len(kept.rows), len(self.heads), self.group, self._slots, D, V, kept.ranked, kept.schedule.spare
+        )
+        if self._memory is not None:
+            grown.load(self._memory.state(), kept.factor)
+        self._memory = grown
+
+
+class Slots:
+    """What is cached for one attention of a layer, in one `Store` or in several.
+
+    Heads that keep everything are apart from the others, and after a prompt's cut that shifts slots between heads those
+    that hold about as many are together, so that no head takes the memory of a larger one.
+    """
+
+    def __init__(self, kept: Kept, how: How) -> None:
+        self.kept, self.how = kept, how
+        self.heads = self.group = 0  # KV heads, and query heads of each
+        self._stores: list[Store] = []
+        self._back = torch.empty(0)  # where each KV head is among those of all stores
+        self._evicted: list[Tensor] = []
+        self._cuts: list[Tensor] = []
+        self._columns = 0
+        self._apart = False  # whether the heads are as the prompt's cut left them
+
+    @property
+    def nbytes(self) -> int:
+        return sum(s.nbytes for s in self._stores)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, step: Step, scale: float, more: int | None) -> Tensor:
+        """Insert, attend, score and evict the call's tokens, [B, H, T, V]; `more` as for `PrunedLayer.attend`."""
+        if not self._stores:
+            self.heads, self.group = key.shape[1], query.shape[1] // key.shape[1]
+            self._arrange([torch.arange(self.heads)])
+        if len(self._stores) == 1:
+            ran = [self._stores[0].attend(query, key, value, step, scale)]
+            output = ran[0].output
+        else:
+            ran = []
+            output = query.new_empty(*query.shape[:3], value.shape[-1])
+            for store in self._stores:
+                ran.append(
+                    store.attend(query[:, store.queries], key[:, store.heads], value[:, store.heads], step, scale)
+                )
+                output[:, store.queries] = ran[-1].output
+        if self.how.trace:
+            self._note(ran)
+        self._columns += step.columns
+        self._settle(step.after, more)
+        return output
+
+    def state(self) -> EvictionState:
+        """What is cached, in canonical form."""
+        return joined([s.state() for s in self._stores], self._back)
+
+    def check(self, state: EvictionState) -> None:
+        """Raise `UserError` where this could not hold a state."""
+        self.kept.check(state)
+
+    def load(self, state: EvictionState) -> None:
+        """Go on from a state of as many rows, instead of what is cached."""
+        self._arrange([torch.arange(self.heads)])
+        for store in self._stores:
+            store.load(_only(state, store.heads))
+        self._settle(state.seen, None)
+
+    def evicted(self) -> Tensor:
+        """int32 [B, K, columns], the position evicted at each column's step, -1 for none or several."""
+        return torch.cat(self._evicted, dim=-1)
+
+    def cuts(self) -> Tensor:
+        """int64 [n, 4], the evictions of the steps that evicted several: row, head, column, position."""
+        return torch.cat(self._cuts)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep `rows` [B'] on the CPU, in that order."""
+        self._evicted = [x[rows] for x in self._evicted]
+        for i, cuts in enumerate(self._cuts):
+            new, old = (rows[:, None] == cuts[:, 0]).nonzero(as_tuple=True)
+            self._cuts[i] = torch.cat([new[:, None], cuts[old, 1:]], 1)
+        self.kept = self.kept.select(rows.tolist())
+        for store in self._stores:
+            store.select(rows)
+
+    def _arrange(self, together: list[Tensor]) -> None:
+        """Empty stores for the heads that are to be together, with heads that keep everything apart."""
+        whole = torch.zeros(self.heads, dtype=torch.bool)
+        whole[list(self.kept.whole)] = True
+        self._stores, self._apart = [], False
+        for heads in together:
+            for kept, some in ((self.kept.everything, heads[whole[heads]]), (self.kept, heads[~whole[heads]])):
+                if len(some):
+                    kept = self.kept.others if kept is self.kept and self.kept.whole else kept
+                    self._stores.append(Store(some, kept, self.how, self.group))
+        self._back = torch.cat([s.heads for s in self._stores]).argsort()
+
+    def _settle(self, seen: Tensor, more: int | None) -> None:
+        if self.kept.across_heads and not self._apart and self.kept.read(seen):
+            state = self._stores[0].state()
+            sizes = _rounded((state.positions >= 0).sum(-1).amax(0).cpu())
+            if len(sizes.unique()) > 1:
+                self._arrange([(sizes == n).nonzero()[:, 0] for n in sizes.unique()])
+                for store in self._stores:
+                    store.load(_only(state, store.heads))
+            self._apart = True
+        for store in self._stores:
+            store.settle(seen, more)
+
+    def _note(self, ran: list[Attended]) -> None:
+        evicted, cuts = [], []
+        for store, attended in zip(self._stores, ran, strict=True):
+            assert attended.evicted is not None
+            assert attended.cuts is not None
+            evicted.append(attended.evicted.cpu())
+            row, head, column, position = attended.cuts.cpu().unbind(1)
+            cuts.append(torch.stack([row, store.heads[head], column + self._columns, position], 1))
+        self._evicted.append(torch.cat(evicted, 1)[:, self._back])
+        self._cuts.append(torch.cat(cuts))
+
+
+def joined(states: list[EvictionState], order: Tensor | None = None) -> EvictionState:
+    """The KV heads of several states of the same rows, in their order or in `order`."""
+    if len(states) == 1:
+        return states[0]
+    slots = max(s.positions.shape[-1] for s in states)
+    padded = [s.pad(slots) for s in states]
+    names = [f.name for f in fields(EvictionState) if f.name != "seen" and getattr(states[0], f.name) is not None]
+    state = replace(states[0], **{n: torch.cat([getattr(s, n) for s in padded], 1) for n in names})
+    return state if order is None else state.heads(order)
+
+
+def _only(state: EvictionState, heads: Tensor) -> EvictionState:
+    """The state of some KV heads, with no more slots than they need and in memory of its own."""
+    some = state.heads(heads)
+    n = max(1, int((some.positions >= 0).sum(-1).max()))
+    parts = {
+        f.name: x[:, :, :n].clone() for f in fields(some) if (x := getattr(some, f.name)) is not None and x.ndim > 1
+    }
+    return replace(some, **parts)
+
+
+def _rounded(slots: Tensor) -> Tensor:
+    """Numbers of slots, rounded up to few different ones, by an eighth at most or to 16."""
+    unit = 2 ** (slots.clamp(min=1).double().log2().floor().long() - 3).clamp(min=4)
+    return (slots + unit - 1) // unit * unit
+
+
+def _nbytes(state: EvictionState) -> int:
+    return sum(x.nbytes for f in fields(EvictionState) if (x := getattr(state, f.name)) is not None)
+
+
+class PrunedLayer(CacheLayerMixin):
+    """The cache of one layer; `PrunedCache` states what is `kept` before the first call.
+
+    A layer that calls its attention several times in a pass (DiffLlama: the same keys with two halves of the values)
+    has as many `Slots`, and `state` and `evicted` show the KV heads of all of them, in the order of the calls.
+
+    Args:
+        how: how its attention is computed.
+    """
+
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, positions: int, backend: str, trace: bool) -> None:
+    def __init__(self, how: How) -> None:
         super().__init__()
-        self.positions, self.backend, self.trace = positions, backend, trace
+        self.how = how
         self.reset()
 
     def reset(self) -> None:
         self.is_initialized = False
-        self._kept = Kept([])
+        self.kept = Kept([])
         self._slots: list[Slots] = []
-
-    @property
-    def rule(self) -> list[Retention]:
-        """What is kept of each row."""
-        return self._kept.rows
-
-    @rule.setter
-    def rule(self, rule: list[Retention]) -> None:
-        self._kept = Kept(rule)
-
-    @property
-    def budget(self) -> Tensor:
-        """int64 [B], of each row."""
-        return self._kept.budget
-
-    @property
-    def attentions(self) -> int:
-        """How many times the layer calls its attention in a pass; 0 before the first."""
-        return len(self._slots)
 
     @property
     def nbytes(self) -> int:
         return sum(s.nbytes for s in self._slots)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, step: Step, scale: float, limit: int | None, which: int = 0
+        self, query: Tensor, key: Tensor, value: Tensor, step: Step, scale: float, more: int | None, which: int = 0
     ) -> Tensor:
         """Insert, attend, score and evict the call's tokens, [B, H, T, V].
 
         Args:
-            limit: the longest any row will get, where that is known; bounds the memory of an unlimited budget.
+            more: how many tokens may come after these, where that is known; bounds the memory of what is not evicted.
             which: how many times the layer called its attention before in this pass.
         """
         if which == len(self._slots):
-            self._slots.append(Slots(self.positions, self.backend, self.trace))
-        output = self._slots[which].attend(query, key, value, step, self._kept, scale, limit)
+            self._slots.append(Slots(self.kept, self.how))
+        output = self._slots[which].attend(query, key, value, step, scale, more)
         self.is_initialized = True
         return output
 
     def state(self) -> EvictionState:
         """What is cached, in canonical form."""
-        states = [s.state() for s in self._slots]
-        if len(states) == 1:
-            return states[0]
-        slots = max(s.positions.shape[-1] for s in states)
-        padded = [s.pad(slots) for s in states]
-        joined = {n: torch.cat([getattr(s, n) for s in padded], 1) for n in PER_HEAD}
-        return EvictionState(seen=states[0].seen, **joined)
+        return joined([s.state() for s in self._slots])
+
+    def check(self, state: EvictionState) -> None:
+        """Refuse a state that this layer could not hold.
+
+        Raises:
+            UserError: if it holds more than the budget, or was made by another policy.
+        """
+        for slots, part in zip(self._slots, self._parts(state), strict=True):
+            slots.check(part)
 
     def load(self, state: EvictionState) -> None:
         """Go on from a state of as many rows, instead of what is cached."""
-        heads = [s.heads for s in self._slots]
-        parts = {n: getattr(state, n).split(heads, dim=1) for n in PER_HEAD}
-        for i, slots in enumerate(self._slots):
-            slots.load(EvictionState(seen=state.seen, **{n: part[i] for n, part in parts.items()}))
+        for slots, part in zip(self._slots, self._parts(state), strict=True):
+            slots.load(part)
 
     def evicted(self) -> Tensor:
-        """int32 [B, K, columns], the position evicted at each column's step, -1 for none."""
+        """int32 [B, K, columns], the position evicted at each column's step, -1 for none or several."""
         return torch.cat([s.evicted() for s in self._slots], dim=1)
+
+    def cuts(self) -> Tensor:
+        """int64 [n, 4], the evictions of the steps that evicted several: row, head, column, position."""
+        parts, first = [], 0
+        for slots in self._slots:
+            parts.append(slots.cuts() + torch.tensor([0, first, 0, 0]))
+            first += slots.heads
+        return torch.cat(parts)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices` [B'] on the CPU, in that order."""
         if not self.is_initialized:
             return
-        self.rule = [self.rule[i] for i in indices.tolist()]
+        self.kept = self.kept.select(indices.tolist())
         for slots in self._slots:
             slots.select(indices)
+
+    def _parts(self, state: EvictionState) -> list[EvictionState]:
+        """The heads of each of the layer's attentions."""
+        return [state.heads(h) for h in torch.arange(state.positions.shape[1]).split([s.heads for s in self._slots])]
 
     # what transformers asks of a layer; `PrunedCache` answers for all of them
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...

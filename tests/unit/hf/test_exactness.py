@@ -13,7 +13,8 @@ from a2sf.hf import exactness
 from a2sf.hf.attention import Plan, UnsupportedModel, attached, running
 from a2sf.hf.calls import logits_at
 from a2sf.hf.exactness import check_exact, require_exact
-from a2sf.hf.generation import PrunedCache, pruning
+from a2sf.hf.generation import PrunedCache
+from a2sf.hf.scope import pruning
 from a2sf.policies.base import Retention
 from tests.architectures import EXPERTS, QWEN_EXPERTS
 from tests.models import LLAMA_LIKE, random_model, small

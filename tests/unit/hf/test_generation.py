@@ -9,13 +9,20 @@ import weakref
 import pytest
 import torch
 
-from a2sf import A2SF, Budget
+from a2sf import A2SF, Budget, Schedule
 from a2sf.errors import ConfigError, UserError
 from a2sf.hf.attention import NonFiniteError, UnsupportedModel
-from a2sf.hf.generation import PrunedCache, pruning
+from a2sf.hf.generation import PrunedCache
+from a2sf.hf.scope import pruning
+from baselines.adakv import AdaKV
 from baselines.full import Full
+from baselines.future import Future
+from baselines.heads import Heads
+from baselines.snapkv import SnapKV
 from baselines.streaming import Streaming
+from baselines.tova import TOVA
 from tests.models import COMMON, random_model, small
+from tests.policies import RoCo
 
 IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(0))
 GREEDY = {"do_sample": False, "eos_token_id": None}
@@ -37,6 +44,58 @@ def test_an_unlimited_budget_grows_with_the_sequence():
     expected = model.generate(IDS, max_new_tokens=300, **GREEDY)
     assert torch.equal(model.generate(IDS, cache=cache, max_new_tokens=300, **GREEDY), expected)
     assert cache.state(0).positions.shape[-1] == 319
+
+
+LONG = torch.randint(3, 97, (1, 600), generator=torch.Generator().manual_seed(1))
+
+
+def after_prompt(policy: object, schedule: Schedule | None = None, tokens: int = 64, **more: object) -> PrunedCache:
+    """A cache after a prompt of 600 tokens, in memory for so many, and ten more."""
+    model = small("llama", max_position_embeddings=2048)
+    cache = PrunedCache(model, policy, Budget(tokens=tokens), schedule=schedule, max_new_tokens=11, **more)
+    model.generate(LONG, cache=cache, max_new_tokens=11, **GREEDY)
+    return cache
+
+
+def test_the_prompt_is_cut_in_memory_and_what_is_kept_after_it_grows():
+    kept, step = (after_prompt(SnapKV(), Schedule("prompt", then=then)) for then in ("keep", "step"))
+    assert kept.state(0).positions.shape[-1] == 74
+    assert step.state(0).positions.shape[-1] == 64
+    full = after_prompt(Full())
+    assert step.nbytes <= kept.nbytes < 0.2 * full.nbytes
+
+
+def test_memory_under_a_schedule_that_evicts_every_so_often():
+    model = small("llama", max_position_embeddings=2048)
+    cache = PrunedCache(model, A2SF(), Budget(ratio=0.25, base="context"), schedule=Schedule("every", every=30))
+    sizes, bytes_ = set(), set()
+    with torch.no_grad():
+        model(LONG[:, :400], cache=cache)
+        for t in range(400, 490):
+            model(LONG[:, t : t + 1], cache=cache)
+            sizes.add(int(cache.state(1).positions.shape[-1]))
+            bytes_.add(cache.nbytes)
+    assert sizes == set(range(100, 130))
+    assert len(bytes_) == 1
+
+
+def test_heads_that_keep_everything_do_not_make_the_others_larger():
+    """One of six heads whole: the memory is that of one whole head and five small ones."""
+    none, one, full = (after_prompt(p) for p in (Heads(), Heads(heads=[[1, 0]]), Full()))
+    positions = one.state(1).positions[0]
+    assert [int((p >= 0).sum()) for p in positions] == [610, 64]
+    assert one.nbytes < 1.05 * (none.nbytes * 5 / 6 + full.nbytes / 6)
+
+
+@pytest.mark.parametrize("then", ["keep", "step"])
+def test_slots_that_move_between_heads_are_not_paid_for_twice(then):
+    """Heads that hold different numbers of tokens take about the memory of as many tokens in equal heads."""
+    shared, equal = (after_prompt(AdaKV(window=4, floor=f), Schedule("prompt", then=then), 100) for f in (0.0, 1.0))
+    counts = [(shared.state(i).positions >= 0).sum(-1)[0] for i in range(3)]
+    assert any(int(c.max()) > 1.3 * int(c.min()) for c in counts)
+    assert all(int(c.sum()) == 2 * (110 if then == "keep" else 100) for c in counts)
+    padded = sum(2 * int(c.max()) for c in counts) / sum(int(c.sum()) for c in counts)
+    assert shared.nbytes < min(1.15, padded) * equal.nbytes
 
 
 def test_the_model_is_as_before_outside_and_other_calls_are_untouched():
@@ -117,11 +176,20 @@ def test_budgets_by_tokens_and_by_shares_of_prompt_and_text():
         ({"policy": A2SF(), "budget": Budget(ratio=0.5)}, "max_new_tokens"),
         ({"policy": A2SF(), "budget": Budget(tokens=[4, 5])}, "one entry per layer"),
         ({"policy": A2SF(forgetting_factor=[0.1, 0.2]), "budget": Budget(tokens=4)}, "one factor per layer"),
+        ({"policy": Future(), "budget": Budget(tokens=4)}, "future is not allowed: it looks at later tokens"),
+        ({"policy": SnapKV(), "budget": Budget(tokens=4), "schedule": Schedule()}, "snapkv knows prompt alone"),
+        ({"policy": Streaming(), "budget": Budget(tokens=9), "schedule": Schedule("every")}, "streaming knows step"),
+        ({"policy": Heads(heads=[[0, 2]]), "budget": Budget(tokens=4)}, "3 layers of 2 key/value heads"),
+        ({"policy": A2SF(), "budget": Budget(tokens=4), "context_tokens": 0}, "at least 1 token"),
+        ({"policy": A2SF(), "budget": Budget(tokens=4), "context_tokens": []}, "at least 1 token"),
     ],
 )
 def test_settings_that_do_not_fit(settings, why):
     with pytest.raises(ConfigError, match=why):
         PrunedCache(small("llama"), **settings)
+    if "max_new_tokens" not in why:  # which plain calls do without
+        with pytest.raises(ConfigError, match=why), pruning(small("llama"), **settings):
+            pass
 
 
 def refused(why: str, **inputs: object) -> None:
@@ -148,6 +216,24 @@ def test_misuse_is_told_in_one_sentence():
     refused("must cover the 20 tokens", fed=IDS, input_ids=IDS[:, :1], attention_mask=gap)
     refused("prompt comes in chunks", fed=IDS, input_ids=IDS)
     refused("only a padding mask", input_ids=IDS, attention_mask=gap[:, None, None])
+
+
+def test_where_a_prompt_ends_is_asked_for_where_it_is_not_known():
+    model, mask = small("llama"), torch.ones_like(IDS)
+    mask[1] = 0
+    for why, ids, settings, more in (
+        ("not known when it is to be cut", IDS[:, :1], {}, {}),
+        ("gives 3 lengths and the batch has 2 rows", IDS, {"context_tokens": [5, 6, 7]}, {}),
+        ("row 1 of the batch has no token", IDS, {}, {"attention_mask": mask}),
+    ):
+        cache = PrunedCache(model, SnapKV(), Budget(tokens=4), **settings)
+        with torch.no_grad(), pytest.raises(UserError, match=why):
+            model(ids, cache=cache, **more)
+    with pruning(model, A2SF(), Budget(tokens=4), schedule=Schedule("prompt")):
+        with pytest.raises(UserError, match="does not tell where its prompt ends"):
+            model(IDS, use_cache=False)
+        with pytest.raises(UserError, match="does not tell where its prompt ends"):
+            model.generate(IDS, max_new_tokens=3, use_cache=False)
 
 
 def test_a_refused_call_leaves_nothing_behind():
@@ -249,6 +335,42 @@ def test_states_that_do_not_fit_are_refused():
         large.load(states[:2])
     with pytest.raises(UserError, match="each of 2 rows"):
         large.load([s.select(torch.tensor([0])) for s in states])
+
+
+def test_states_of_other_policies_are_refused():
+    model = small("llama")
+    with torch.no_grad():
+        caches = [PrunedCache(model, p, Budget(tokens=6)) for p in (A2SF(), TOVA(), RoCo())]
+        for cache in caches:
+            model(IDS, cache=cache)
+        for cache, other in ((caches[1], caches[0]), (caches[2], caches[0]), (caches[0], caches[2])):
+            with pytest.raises(UserError, match="made by another policy"):
+                cache.load([other.state(i) for i in range(3)])
+
+
+def test_states_before_and_after_the_prompts_cut():
+    """A prompt's state may hold any number of tokens, what comes after it as many as the schedule leaves."""
+    model = small("llama")
+
+    def cache(**settings: object) -> PrunedCache:
+        return PrunedCache(model, A2SF(), Budget(tokens=6), context_tokens=12, **settings)
+
+    with torch.no_grad():
+        keep, step, whole = cache(schedule=Schedule("prompt")), cache(schedule=Schedule("prompt", then="step")), cache()
+        model(IDS[:, :11], cache=keep)
+        model(IDS[:, :13], cache=step)
+        model(IDS[:, :1], cache=whole)
+        states = [keep.state(i) for i in range(3)]
+        assert states[0].positions.shape[-1] == 11
+        step.load(states)  # back in the prompt
+        expected = model(IDS[:, 11:14], cache=keep).logits
+        first = model(IDS[:, 11:12], cache=step).logits
+        torch.testing.assert_close(first, expected[:, :1])
+        assert step.state(0).positions.shape[-1] == 6
+        with pytest.raises(UserError, match="more tokens than this cache's budget"):
+            whole.load(states)
+        with pytest.raises(UserError, match="more tokens than this cache's budget"):
+            step.load([keep.state(i) for i in range(3)])  # two were kept after the cut
 
 
 def test_a_model_in_training_mode_is_told_so():

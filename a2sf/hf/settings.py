@@ -1,0 +1,101 @@
+"""What a policy, budget and schedule come to on a model: refused before anything is read, or numbers for each row."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
+from a2sf.errors import ConfigError, UserError
+from a2sf.policies.base import Policy, Retention
+from a2sf.policies.budget import Budget
+from a2sf.policies.schedule import Schedule, schedule_for
+
+
+def check_settings(
+    policy: Policy,
+    budget: Budget | None,
+    layers: int,
+    *,
+    schedule: Schedule | None = None,
+    kv_heads: int | None = None,
+    generating: bool = False,
+) -> None:
+    """Refuse a policy, budget and schedule that do not fit each other, or a model of `layers` layers.
+
+    Args:
+        schedule: None stands for `step`, or for the only one that the policy knows.
+        kv_heads: key/value heads of each layer, where that is known.
+        generating: whether text is to be generated, which no policy can do that looks at later tokens.
+
+    Raises:
+        ConfigError: if they do not.
+    """
+    policy.check(layers, kv_heads)
+    schedule_for(policy, schedule)
+    if generating and not policy.causal:
+        raise ConfigError(
+            "policy",
+            policy.name,
+            "it looks at later tokens, which generating does not have; score with it, or give another",
+        )
+    if not policy.uses_budget:
+        return
+    if budget is None:
+        raise ConfigError("budget", None, f"the policy {policy.name} needs budget.ratio or budget.tokens")
+    budget.check(layers)
+    tokens = budget.tokens if isinstance(budget.tokens, tuple) else (budget.tokens,)
+    if budget.tokens is not None and min(tokens) < policy.least_budget:
+        raise ConfigError(
+            "budget.tokens",
+            budget.tokens,
+            f"recent + sinks may not exceed the budget, and {policy.name} protects {policy.least_budget} tokens",
+        )
+
+
+def retention_of(policy: Policy, budget: Budget | None, total: int, context: int, layers: int) -> tuple[Retention, ...]:
+    """What each layer keeps of a sequence of `total` tokens whose prompt has `context`.
+
+    Raises:
+        UserError: if the policy protects more tokens than the budget holds.
+    """
+    slots = [budget.slots(total=total, context=context, layer=i) if budget else 1 for i in range(layers)]
+    try:
+        return tuple(policy.keeps(c, i, layers) for i, c in enumerate(slots))
+    except ValueError as error:
+        raise UserError(f"policy {policy.name} does not fit a budget of {min(slots)} tokens: {error}") from error
+
+
+def kv_heads_of(model: PreTrainedModel) -> int | None:
+    """Key/value heads of each of a model's layers; None where its settings do not tell."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    return heads if isinstance(heads, int) else None
+
+
+def contexts_of(given: int | Sequence[int] | None) -> int | list[int] | None:
+    """`context_tokens` as it was given, checked.
+
+    Raises:
+        ConfigError: unless it is None, a whole number of at least 1, or a list of such.
+    """
+    if given is None:
+        return None
+    one = isinstance(given, numbers.Integral)
+    tokens = [int(n) for n in ([given] if one else given)]  # type: ignore[union-attr, arg-type]
+    if min(tokens, default=0) < 1:
+        raise ConfigError("context_tokens", given, "give each prompt's length, at least 1 token")
+    return tokens[0] if one else tokens
+
+
+def contexts_for(rows: int, given: int | list[int]) -> list[int]:
+    """The prompt's length of each of `rows` rows: several texts of one prompt, such as beams, are neighbours.
+
+    Raises:
+        UserError: if there are no as many prompts.
+    """
+    tokens = given if isinstance(given, list) else [given]
+    if rows % len(tokens):
+        raise UserError(f"context_tokens gives {len(tokens)} lengths and the batch has {rows} rows")
+    return [n for n in tokens for _ in range(rows // len(tokens))]
