@@ -10,6 +10,7 @@ from torch import Tensor
 
 from a2sf import Policy, Retention, Rule, Schedule, Step
 from a2sf.policies.find import find_policies
+from a2sf.policies.rule import Cut
 
 SCHEDULES = (Schedule(), Schedule("every", every=3), Schedule("prompt", then="keep"), Schedule("prompt", then="step"))
 SMALL = {"window": 3, "kernel": 3, "sinks": 1, "heads": [[0, 1]], "forgetting_factor": 0.7, "seed": 5}
@@ -50,6 +51,21 @@ class Counted(Policy):
         return Retention(budget=budget, recent=budget // 3, forgetting_factor=0.8, rule=rule)
 
 
+@dataclass(kw_only=True)
+class Ending(Policy):
+    """What the end of a prompt attended to, its last queries more than those before."""
+
+    name: ClassVar[str] = "ending"
+    label: ClassVar[str] = "Ending"
+    schedules: ClassVar[tuple[str, ...]] = ("prompt",)
+
+    counted: bool = False
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        rule = Rule(cut=Cut(pooled=3), counted=self.counted)
+        return Retention(budget=budget, recent=min(5, budget), forgetting_factor=0.5, rule=rule)
+
+
 def _one_more(keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
     return 1 + values[..., 0].abs()
 
@@ -61,9 +77,10 @@ def _first(keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
 def instances() -> list[Policy]:
     """Every policy with its own settings, and with small ones where it has such."""
     made = []
-    for cls in (*find_policies().values(), RoCo, Counted):
+    for cls in (*find_policies().values(), RoCo, Counted, Ending):
         small = {k: v for k, v in SMALL.items() if k in {f.name for f in fields(cls)}}
         made += [p for i, p in enumerate((cls(), cls(**small))) if i == 0 or small]
+    made.append(Ending(counted=True))
     return list({repr(p): p for p in made}.values())
 
 

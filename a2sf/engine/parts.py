@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from a2sf.engine.levels import empty_state, traced
-from a2sf.engine.priorities import Numbers, of_rule, pooled, smallest, smallest_of_all_heads, unprotected
+from a2sf.engine.priorities import Numbers, mass, of_rule, pooled, smallest, smallest_of_all_heads, unprotected
 from a2sf.engine.state import Attended, EvictionState, Options, Segments
 from a2sf.policies.base import UNLIMITED
 from a2sf.policies.rule import ACCUMULATED, Rule, Step
@@ -214,6 +214,7 @@ class _Prompts:
         scores = end.scores.new_zeros(1, K, N)
         past = self._start(i).scores
         scores[..., : past.shape[-1]] = past
+        factor = self.segments.forgetting_factor[i].to(scores.dtype)
         window = int(self.segments.prompt[i] - self.segments.recent[i])
         skip = max(0, window - node.first)
         if skip < node.before:
@@ -222,7 +223,9 @@ class _Prompts:
             now = torch.arange(node.first + skip, node.first + node.before)
             logits = asked @ end.keys[0, :, None].transpose(-1, -2) * self.options.scale  # [K, G, W, N]
             logits = logits.masked_fill(end.positions[0, :, None, None] > now[:, None], -torch.inf)
-            scores += logits.softmax(-1).sum((1, 2))
+            forgotten = factor ** torch.arange(len(now) - 1, -1, -1)
+            asked_for = mass(self.segments.rule, logits.softmax(-1).permute(2, 0, 1, 3), now[:, None, None] + 1)
+            scores = scores * factor ** len(now) + (asked_for * forgotten[:, None, None]).sum(0)
         self.ends[i] = replace(end, scores=scores)
 
     def _cut(self, ids: list[int]) -> None:

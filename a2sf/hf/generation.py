@@ -70,7 +70,12 @@ class PrunedCache(Cache):
     ) -> None:
         config = model.config.get_text_config()
         check_settings(
-            policy, budget, config.num_hidden_layers, schedule=schedule, kv_heads=kv_heads_of(model), generating=True
+            policy,
+            budget,
+            config.num_hidden_layers,
+            schedule=schedule,
+            kv_heads=kv_heads_of(model.config),
+            generating=True,
         )
         if (
             max_new_tokens is None

@@ -73,9 +73,8 @@ class Kept:
 
     @property
     def whole(self) -> tuple[int, ...]:
-        """Heads that keep everything and can be kept apart: no head's priorities depend on the others."""
-        rule = self.ranked
-        return () if rule.shared or rule.own is not None or self.across_heads else rule.whole
+        """Heads that keep everything and can be kept apart; a policy's own function may look at all of them."""
+        return () if self.ranked.own is not None else self.ranked.whole
 
     @cached_property
     def everything(self) -> Kept:

@@ -105,7 +105,7 @@ def pruning(
         ConfigError, UnsupportedModel: if a setting is not allowed or the model cannot be pruned.
     """
     layers = model.config.get_text_config().num_hidden_layers
-    check_settings(policy, budget, layers, schedule=schedule, kv_heads=kv_heads_of(model), generating=True)
+    check_settings(policy, budget, layers, schedule=schedule, kv_heads=kv_heads_of(model.config), generating=True)
     require_exact(model)
     with suppress(UnsupportedModel):  # told once a cache is made; calls without one are exact
         prove_decoding(model, policy, budget)

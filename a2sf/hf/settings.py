@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-
-from transformers import PreTrainedModel
+from typing import Any
 
 from a2sf.errors import ConfigError, UserError
 from a2sf.policies.base import Policy, Retention
@@ -67,11 +66,11 @@ def retention_of(policy: Policy, budget: Budget | None, total: int, context: int
         raise UserError(f"policy {policy.name} does not fit a budget of {min(slots)} tokens: {error}") from error
 
 
-def kv_heads_of(model: PreTrainedModel) -> int | None:
-    """Key/value heads of each of a model's layers; None where its settings do not tell."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
-    return heads if isinstance(heads, int) else None
+def kv_heads_of(config: Any) -> int | None:
+    """KV heads of each layer; None where the config does not tell one number."""
+    text = config.get_text_config()
+    told = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
+    return told if isinstance(told, int) else None
 
 
 def contexts_of(given: int | Sequence[int] | None) -> int | list[int] | None:

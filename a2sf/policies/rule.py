@@ -108,6 +108,9 @@ class Rule:
         own: priorities by a function instead; `weight`, `bias` and `by_age` are not used.
         memory: numbers that `own` keeps per token, `M`.
         foresee: only where a policy is not causal: what it knows of each token beforehand, a `Sequence` to [B, K, T, M].
+
+    Raises:
+        ValueError: if some heads are to keep everything, and all heads one set or slots of each other.
     """
 
     scored: bool = True
@@ -121,6 +124,12 @@ class Rule:
     own: Own | None = None
     memory: int = 0
     foresee: Callable[[Sequence], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.whole and (self.shared or (self.cut is not None and self.cut.floor is not None)):
+            raise ValueError(
+                "heads that keep everything (whole) neither share a kept set nor give slots to other heads"
+            )
 
 
 ACCUMULATED = Rule()

@@ -42,7 +42,7 @@ def ids_for(rows: int = 2, length: int = TOKENS, seed: int = 0) -> Tensor:
 class Noted(Plan):
     """A pass that notes of each layer when every position went, int64 [B, K, T], T for never."""
 
-    gone: dict[int, Tensor] = field(default_factory=dict)
+    went: dict[int, Tensor] = field(default_factory=dict)
 
     def attend(self, layer, query, key, value, scale, window):
         options = Options(scale, trace=True)
@@ -57,7 +57,7 @@ class Noted(Plan):
         )
         row, head, column, position = out.cuts.unbind(1)
         gone[row, head, position] = column
-        self.gone[layer] = gone[..., :tokens]
+        self.went[layer] = gone[..., :tokens]
         return out.output
 
 
@@ -78,7 +78,7 @@ def one_pass(
         prompt=prompts.__getitem__,
     )
     with torch.no_grad(), attached(model), running(plan):
-        return model(ids, use_cache=False).logits, [plan.gone[i] for i in range(layers)]
+        return model(ids, use_cache=False).logits, [plan.went[i] for i in range(layers)]
 
 
 def close(a: Tensor, b: Tensor) -> None:

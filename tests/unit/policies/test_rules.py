@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from a2sf import Policy, Retention, Schedule, Step, attend, make_policy
+from a2sf import Policy, Retention, Rule, Schedule, Step, attend, make_policy
 from a2sf.engine import kernels
 from a2sf.engine.state import EvictionState, Options, Segments
 from a2sf.errors import ConfigError
 from a2sf.policies.base import check_name
 from a2sf.policies.find import find_policies
+from a2sf.policies.rule import Cut
 from a2sf.policies.schedule import schedule_for
 from tests.policies import RoCo
 
@@ -40,6 +41,13 @@ def tensors(tokens: int = 12):
 def test_schedules_that_are_refused(settings, said):
     with pytest.raises(ConfigError, match=said):
         Schedule(**settings)
+
+
+@pytest.mark.parametrize("more", [{"shared": True}, {"cut": Cut(floor=0.5)}])
+def test_heads_that_keep_everything_share_nothing(more):
+    with pytest.raises(ValueError, match="neither share a kept set nor give slots"):
+        Rule(whole=(0,), **more)
+    assert Rule(whole=(0,), cut=Cut()).whole == (0,)
 
 
 def test_a_policy_is_refused_with_a_schedule_that_it_does_not_know():
