@@ -1,4 +1,4 @@
-"""The real command with schedules: results, traces of cuts, what it says, and one policy's settings in a grid of several."""
+"""The real command with schedules: results, traces of cuts, what it says, and settings of one policy in a grid."""
 
 from __future__ import annotations
 
