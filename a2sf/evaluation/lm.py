@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from a2sf.engine.trace import Trace
 from a2sf.errors import ConfigError, UserError
+from a2sf.evaluation.counts import Counts
 from a2sf.evaluation.packing import Pack, pack
 from a2sf.evaluation.pretrained import load_pretrained
-from a2sf.evaluation.untouched import held, item, pruned_scores, untouched
+from a2sf.evaluation.untouched import item
 from a2sf.hf.attention import (
     NonFiniteError,
     Plan,
@@ -55,34 +56,6 @@ NAMED = 5
 """Documents that a message names at most."""
 GENERATED_ROWS = 8
 """Sequences generated at a time where `batch_size` is auto."""
-
-
-@dataclass
-class Counts:
-    """What was read since `PrunedLM.use`.
-
-    Attributes:
-        tokens: tokens of all requests, as if each were computed by itself.
-        computed: tokens that were computed.
-        scored: positions whose logits were computed.
-        kept: sum over requests and layers of the tokens cached at the end, mean over KV heads; `kept / layer_requests` is
-            the mean.
-        share: sum of the same as a share of each request's tokens.
-        reused: requests answered from an earlier result.
-        layer_requests: requests times layers.
-        targets: tokens whose log-likelihoods were asked for, or that were generated; of reused requests, too.
-        pruned: how many of them were predicted by a token that saw a pruned cache in some layer.
-    """
-
-    tokens: int = 0
-    computed: int = 0
-    scored: int = 0
-    kept: float = 0.0
-    share: float = 0.0
-    layer_requests: int = 0
-    reused: int = 0
-    targets: int = 0
-    pruned: int = 0
 
 
 @dataclass(frozen=True)
@@ -191,7 +164,7 @@ class PrunedLM(HFLM):
         check_settings(policy, budget, self.layers)
         policy.check(self.layers, self.kv_heads)
         self.policy, self.budget, self.schedule = policy, budget, schedule_for(policy, schedule)
-        self.counts = Counts()
+        self.counts = Counts(self.schedule, self.kv_heads, global_layers(self.model.config))
         self.lengths: dict[str, tuple[int, int]] = {}
         self._documents: dict[str, tuple[str, int]] = {}  # task and document of each request, by its strings or tokens
         self.traces: list[Trace] = []
@@ -220,9 +193,9 @@ class PrunedLM(HFLM):
             continuation = self.tok_encode(text, add_special_tokens=False)
             self.lengths[h] = (len(context), len(continuation))
             kept = self.retention(len(context) + max(0, most - 1), len(context))
-            self._count_targets(len(continuation), len(context), kept)
+            self.counts.count_targets(len(continuation), len(context), kept)
             if h not in self.known:
-                self._count(len(context) + len(continuation[:-1]), len(context), kept)
+                self.counts.count_read(len(context) + len(continuation[:-1]), len(context), kept)
             if self._to_trace(request) and continuation:
                 self._trace(request.doc_id, context, continuation[:-1], kept)
         return answers
@@ -357,8 +330,8 @@ class PrunedLM(HFLM):
                 bar.update(len(row.items))
         bar.close()
         for request in todo:
-            self._count(len(request.read), request.prompt, request.retention)
-            self._count_targets(len(request.targets), request.prompt, request.retention)
+            self.counts.count_read(len(request.read), request.prompt, request.retention)
+            self.counts.count_targets(len(request.targets), request.prompt, request.retention)
         return [a for a in answers if a is not None]
 
     def _rows(self, todo: list[Request]) -> Iterator[Pack]:
@@ -443,23 +416,10 @@ class PrunedLM(HFLM):
             for c, g in zip(chosen.cpu().split(sizes), greedy.cpu().split(sizes), strict=True)
         ]
 
-    def _count(self, total: int, prompt: int, retention: tuple[Retention, ...]) -> None:
-        kept = sum(held(r, self.schedule, total, prompt, self.kv_heads) for r in retention)
-        self.counts.tokens += total
-        self.counts.kept += kept
-        self.counts.share += kept / total
-        self.counts.layer_requests += len(retention)
-
-    def _count_targets(self, targets: int, prompt: int, retention: tuple[Retention, ...]) -> None:
-        acts = [r for r, is_global in zip(retention, global_layers(self.model.config), strict=True) if is_global]
-        clean = untouched(acts, self.schedule, prompt, self.kv_heads)
-        self.counts.targets += targets
-        self.counts.pruned += pruned_scores(targets, clean, prompt)
-
     def _count_known(self, context: int, continuation: int) -> None:
         """Count the targets of a request that was answered before, of which only the lengths are known."""
         prompt = min(context + continuation, self.max_length + 1) - continuation  # as `_request`
-        self._count_targets(continuation, prompt, self.retention(prompt + continuation - 1, prompt))
+        self.counts.count_targets(continuation, prompt, self.retention(prompt + continuation - 1, prompt))
 
 
 def document_of(request: Any) -> tuple[str, int]:

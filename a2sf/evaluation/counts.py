@@ -1,0 +1,58 @@
+"""How much was read, computed, kept and scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from a2sf.evaluation.untouched import held, pruned_scores, untouched
+from a2sf.policies.base import Retention
+from a2sf.policies.schedule import Schedule
+
+
+@dataclass
+class Counts:
+    """What was read since `PrunedLM.use`.
+
+    Attributes:
+        schedule: when tokens are evicted.
+        kv_heads: of each layer; None: not known.
+        acts: of each layer, whether the policy acts on it.
+        tokens: tokens of all requests, as if each were computed by itself.
+        computed: tokens that were computed.
+        scored: positions whose logits were computed.
+        kept: sum over requests and layers of the tokens cached at the end, mean over KV heads; `kept / layer_requests` is
+            the mean.
+        share: sum of the same as a share of each request's tokens.
+        reused: requests answered from an earlier result.
+        layer_requests: requests times layers.
+        targets: tokens whose log-likelihoods were asked for, or that were generated; of reused requests, too.
+        pruned: how many of them were predicted by a token that saw a pruned cache in some layer.
+    """
+
+    schedule: Schedule
+    kv_heads: int | None
+    acts: Sequence[bool]
+    tokens: int = 0
+    computed: int = 0
+    scored: int = 0
+    kept: float = 0.0
+    share: float = 0.0
+    layer_requests: int = 0
+    reused: int = 0
+    targets: int = 0
+    pruned: int = 0
+
+    def count_read(self, total: int, prompt: int, kept: Sequence[Retention]) -> None:
+        """Count a request of `total` tokens that was computed, and what each layer `kept` of it."""
+        cached = sum(held(r, self.schedule, total, prompt, self.kv_heads) for r in kept)
+        self.tokens += total
+        self.kept += cached
+        self.share += cached / total
+        self.layer_requests += len(kept)
+
+    def count_targets(self, targets: int, prompt: int, kept: Sequence[Retention]) -> None:
+        """Count what a prompt's last token and those after it predict."""
+        acted = [r for r, acts in zip(kept, self.acts, strict=True) if acts]
+        self.targets += targets
+        self.pruned += pruned_scores(targets, untouched(acted, self.schedule, prompt, self.kv_heads), prompt)
