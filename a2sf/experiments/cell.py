@@ -131,6 +131,7 @@ class Cell:
             "policy": self.policy.name,
             "policy_label": self.policy.label,
             "policy_settings": settings,
+            **({} if self.policy.causal else {"policy_causal": False}),
             "budget": self.identity["budget"],
             "forgetting_factor": settings.get("forgetting_factor"),
             "task": self.task_name,

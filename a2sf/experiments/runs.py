@@ -235,6 +235,7 @@ def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
             "weights": stored.model.weights,
             "budget_tokens": _plain(budget["tokens"]) if budget else None,
             "budget_base": budget["base"] if budget else None,
+            "schedule": schedule_of(cell),
             "policy_settings": json.dumps(cell["policy_settings"], sort_keys=True),
             "limit": cell["limit"],
             "seed": cell["seed"],
@@ -255,7 +256,14 @@ def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
 
 def asked(cell: dict[str, Any]) -> dict[str, Any]:
     """What a `cell` entry asks for, whatever the weights and documents were when it was computed."""
-    return {k: v for k, v in cell.items() if k not in ("id", "name", "identity")}
+    plain = {"schedule": "step"}  # where a cell is older than schedules
+    return plain | {k: v for k, v in cell.items() if k not in ("id", "name", "identity")}
+
+
+def schedule_of(cell: dict[str, Any]) -> str:
+    """The schedule of a `cell` entry, as a column of tables has it: "" for step by step."""
+    name = str(cell.get("schedule") or "step")
+    return "" if name == "step" else name
 
 
 def write_table(directory: Path, cells: Iterable[StoredCell]) -> Path:
