@@ -15,6 +15,7 @@ from a2sf.analysis.collect import DASH, Grid, Selection, gather
 from a2sf.analysis.compare import compare_pair, matched
 from a2sf.analysis.fidelity import fidelity_frame
 from a2sf.analysis.ranking import Ranked, rank
+from a2sf.analysis.reproduce import _grid
 from a2sf.analysis.stats import average_difference, holm
 from a2sf.errors import UserError
 from a2sf.experiments.runs import load_sweep, write_table
@@ -164,6 +165,13 @@ def test_schedules_are_rows_of_their_own_and_compared_within(scheduled: Path) ->
     assert [r[0].schedule for r in rankings] == list(order)
     titles = [t.title for t in ranking_tables(grid, rankings, PAIR)]
     assert titles[3] == "Ranking: tiny, 0-shot, acc (%), schedule prompt"
+
+
+def test_what_is_published_is_held_against_step_alone(scheduled: Path) -> None:
+    grid = _grid([scheduled], [])
+    assert grid is not None
+    assert set(grid.frame["schedule"]) == {"step", DASH}
+    assert len(grid.frame) < len(gather([scheduled]).frame)
 
 
 def test_one_schedule_is_no_column_and_is_told_unless_it_is_step(scheduled: Path) -> None:
