@@ -33,7 +33,7 @@ class PyramidKV(SnapKV):
         if not isinstance(self.beta, int) or isinstance(self.beta, bool) or self.beta < 1:
             raise ConfigError("policy.beta", self.beta, "give a whole number, at least 1")
 
-    def share(self, budget: int, layer: int, layers: int) -> int:
+    def of_layer(self, budget: int, layer: int, layers: int) -> int:
         window = min(self.window, budget)
         if layers == 1:
             return budget

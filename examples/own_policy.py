@@ -25,7 +25,9 @@ class FirstAndLast(Policy):
 
 
 if __name__ == "__main__":
-    from a2sf.engine.invariants import check
+    from a2sf.engine.invariants import check, told
 
     for finding in check(FirstAndLast()):
-        print("broken" if finding.broken else "holds ", finding.name, finding.broken or "")
+        print(
+            "broken" if finding.broken else "holds ", finding.name, f"({told(finding.schedule)})", finding.broken or ""
+        )

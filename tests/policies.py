@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from a2sf import Policy, Retention, Rule, Schedule, Step
+from a2sf.engine.invariants import schedules
 from a2sf.policies.find import find_policies
 from a2sf.policies.rule import Cut
 
-SCHEDULES = (Schedule(), Schedule("every", every=3), Schedule("prompt", then="keep"), Schedule("prompt", then="step"))
 SMALL = {"window": 3, "kernel": 3, "sinks": 1, "heads": [[0, 1]], "forgetting_factor": 0.7, "seed": 5}
 """Settings that matter in sequences of two dozen tokens, for the policies that have them."""
 
@@ -86,7 +86,7 @@ def instances() -> list[Policy]:
 
 def cases() -> list[tuple[Policy, Schedule]]:
     """Every policy with every schedule that it knows."""
-    return [(p, s) for p in instances() for s in SCHEDULES if s.when in p.schedules]
+    return [(p, s) for p in instances() for s in schedules(p)]
 
 
 def label(x: object) -> str:

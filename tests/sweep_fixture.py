@@ -26,6 +26,7 @@ class Plan:
         documents: task -> number of documents.
         noise: policy -> disturbance, see `NOISE`.
         extra: replaces keys of `cell` in every result.
+        schedule: the pruned cells' schedule; None: cells from before there were any.
     """
 
     policies: Sequence[str] = ("full", "window", "h2o", "a2sf")
@@ -37,6 +38,7 @@ class Plan:
     noise: dict[str, float] = field(default_factory=lambda: NOISE)
     extra: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    schedule: str | None = None
 
 
 def write_sweep(directory: Path, plan: Plan | None = None) -> list[StoredCell]:
@@ -61,14 +63,15 @@ def write_one(
     if factor is not None:
         spread *= 1 + 2 * abs(factor - 0.2)  # the best factor is 0.2
     documents = documents_of(task, plan.documents[task], spread, f"{plan.seed}{policy}{shots}")
-    name = "-".join(str(x) for x in (plan.model, policy, budget, factor, task, shots) if x is not None)
+    schedule = None if policy == "full" else plan.schedule
+    name = "-".join(str(x) for x in (plan.model, policy, budget, schedule, factor, task, shots) if x is not None)
     cell = {
         "id": hashlib.sha256(f"{name}{plan.extra}{plan.seed}".encode()).hexdigest()[:12],
         "model": plan.model,
         "model_path": plan.model,
         "dtype": "float32",
         "policy": policy,
-        "policy_label": LABELS[policy],
+        "policy_label": LABELS.get(policy, policy),
         "policy_settings": {} if factor is None else {"forgetting_factor": factor},
         "budget": None if budget is None else {"ratio": budget, "tokens": None, "base": "total"},
         "forgetting_factor": factor,
@@ -76,6 +79,8 @@ def write_one(
         "shots": shots,
         "limit": None,
         "seed": 1234,
+        **({"policy_causal": False} if policy == "future" else {}),
+        **({"schedule": schedule} if schedule else {}),
     } | plan.extra
     metrics = {}
     for metric in ("acc", "acc_norm"):

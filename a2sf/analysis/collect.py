@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -28,12 +30,15 @@ PER_TASK = ("split", "task_version", "data", "fewshot_split")
 OPTIONAL_COLUMNS = [
     *("stderr", "forgetting_factor", "budget_tokens", "budget_base", "policy_settings", *MUST_AGREE),
     *("tokens_per_second", "kept_tokens", "cache_share", "cell", "cell_id", "model_path", "weights"),
+    *("schedule", "causal"),
 ]
-SYSTEM = ["policy", "settings", "factor", "budget", "variant"]
+SYSTEM = ["policy", "settings", "factor", "budget", "schedule", "variant"]
 """Columns that tell one table row from another."""
 DEFAULT_METRIC = "acc"
 DEFAULT_PAIR = ("a2sf", "h2o")
 """The comparison the project is about: the first policy minus the second, at the same budget."""
+STEP = "step"
+"""How tables write the schedule that a result without one had."""
 DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
@@ -51,6 +56,7 @@ class Selection:
     policies: tuple[str, ...] = ()
     budgets: tuple[str, ...] = ()
     factors: tuple[str, ...] = ()
+    schedules: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     shots: tuple[int, ...] = ()
     mixed: bool = False
@@ -58,24 +64,29 @@ class Selection:
 
 @dataclass(frozen=True)
 class System:
-    """A policy at one budget and forgetting factor: one row of a table.
+    """A policy at one budget, schedule and forgetting factor: one row of a table.
 
     Attributes:
-        label: how tables spell the policy, with what tells two of its settings apart.
-        budget, factor: as tables write them.
+        label: how tables spell the policy, with what tells two of its settings apart, and the schedule if several are shown.
+        bare: the same without the schedule.
+        budget, factor, schedule: as tables write them.
+        causal: False for a policy that looks at later tokens: an upper mark, compared with no other.
         keys: task -> key of the cell (`Grid.cells`, `Grid.frame`).
         rows: task -> the frame's row.
     """
 
     policy: str
     label: str
+    bare: str
     settings: str
     budget: str
     budget_order: float
     factor: str
     factor_value: float
+    schedule: str
     variant: str
     is_full: bool
+    causal: bool
     keys: dict[str, str]
     rows: dict[str, Any]
 
@@ -84,7 +95,7 @@ class System:
 
     def average(self, tasks: Sequence[str]) -> float | None:
         """Unweighted mean over tasks; None where one is missing."""
-        return sum(map(self.value, tasks)) / len(tasks) if set(tasks) <= set(self.rows) else None
+        return fmean(map(self.value, tasks)) if set(tasks) <= set(self.rows) else None
 
 
 @dataclass(frozen=True)
@@ -120,9 +131,10 @@ class Grid:
         return bool(self.frame["higher_is_better"].iloc[0])
 
     def systems(self, pair: tuple[str, str] = DEFAULT_PAIR) -> list[System]:
-        """Every system of a grid with one model and number of shots: full cache on top, then by budget.
+        """Every system of a grid with one model and number of shots: full cache on top, then by budget and schedule.
 
-        Within a budget the pair that is compared comes last, the policies before it in the order of their names.
+        Within these the pair that is compared comes last of those that are causal, the policies before it in the order of
+        their names.
         """
         groups: dict[tuple[Any, ...], dict[str, Any]] = {}
         for row in self.frame.itertuples():
@@ -130,15 +142,31 @@ class Grid:
         systems = []
         for by_task in groups.values():
             first = next(iter(by_task.values()))
-            same = {k: getattr(first, k) for k in [*SYSTEM, "label", "budget_order", "factor_value", "is_full"]}
+            more = ["label", "bare", "budget_order", "factor_value", "is_full", "causal"]
+            same = {k: getattr(first, k) for k in [*SYSTEM, *more]}
             systems.append(System(**same, keys={task: r.key for task, r in by_task.items()}, rows=by_task))
 
         def order(s: System) -> tuple[Any, ...]:
             factor = -1.0 if math.isnan(s.factor_value) else s.factor_value
             place = {pair[1]: 1, pair[0]: 2}.get(s.policy, 0)
-            return (not s.is_full, s.budget_order, place, s.policy, s.settings, factor, s.factor, s.variant)
+            where = (not s.is_full, s.budget_order, s.budget, schedule_order(s.schedule), not s.causal)
+            return (*where, place, s.policy, s.settings, factor, s.factor, s.variant)
 
         return sorted(systems, key=order)
+
+    @property
+    def schedules(self) -> list[str]:
+        """Those of the pruned cells, step first."""
+        return sorted(self.frame.loc[~self.frame["is_full"], "schedule"].unique(), key=schedule_order)
+
+    @property
+    def one_schedule(self) -> str:
+        """What a title adds where all pruned cells have one schedule that is not the usual one; else nothing."""
+        return f", schedule {self.schedules[0]}" if len(self.schedules) == 1 and self.schedules != [STEP] else ""
+
+    def at(self, schedule: str) -> Grid:
+        """The pruned cells of one schedule, with the full cache's."""
+        return replace(self, frame=self.frame[self.frame["is_full"] | (self.frame["schedule"] == schedule)])
 
     def parts(self) -> list[tuple[str, int, Grid]]:
         """One grid per model and shots, in that order."""
@@ -204,6 +232,12 @@ def _documents_of(stored: StoredCell) -> str:
     return str(documents.get("content") or documents.get("fingerprint"))
 
 
+def schedule_order(schedule: str) -> tuple[bool, str, int]:
+    """Sorts schedules: step first, every16 after every4."""
+    digits = re.search(r"\d+", schedule)
+    return schedule not in (STEP, DASH), re.sub(r"\d+", "", schedule), int(digits[0]) if digits else 0
+
+
 def factor_label(value: Any) -> str:
     """How tables write a forgetting factor: a number, or the range of a list of one per layer."""
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
@@ -226,6 +260,7 @@ def _from_cells(cells: Sequence[StoredCell], source: str | None) -> pd.DataFrame
             "cell": stored.path.name,
             "label": stored.cell.get("policy_label") or stored.cell["policy"],
             "cell_id": stored.cell["id"],
+            "causal": stored.cell.get("policy_causal", True),
             "kept_tokens": timing.get("kept_tokens_mean"),
             "cache_share": timing.get("cache_share"),
         }
@@ -267,6 +302,8 @@ def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
     frame["factor"] = [factor_label(v) for v in frame["forgetting_factor"]]
     frame["factor_value"] = pd.to_numeric(frame["forgetting_factor"], errors="coerce")
     frame["settings"] = [_settings(s) for s in frame["policy_settings"]]
+    frame["schedule"] = frame["schedule"].fillna("").astype(str).replace("", STEP).mask(frame["is_full"], DASH)
+    frame["causal"] = ~frame["causal"].isin([False])
     frame["stderr"] = pd.to_numeric(frame["stderr"], errors="coerce")
     frame["key"] = frame["source"] + "/" + frame["cell"].fillna("").astype(str)
     frame["variant"] = ""
@@ -282,13 +319,14 @@ def _select(frame: pd.DataFrame, cells: dict[str, StoredCell], selection: Select
         "policy": selection.policies,
         "budget": selection.budgets,
         "factor": selection.factors,
+        "schedule": selection.schedules,
     }
     for column, values in wanted.items():
         if not values:
             continue
         # a filter on budgets or factors keeps the rows that have none, the full cache above all
         spared = frame["is_full"] | frame["factor"].eq(DASH) if column == "factor" else frame["is_full"]
-        spared = spared if column in ("budget", "factor") else pd.Series(False, index=frame.index)
+        spared = spared if column in ("budget", "factor", "schedule") else pd.Series(False, index=frame.index)
         present = frame.loc[~spared, column].unique()
         for value in values:
             if value not in present:
@@ -377,6 +415,9 @@ def _name_settings(frame: pd.DataFrame) -> pd.DataFrame:
                 frame.loc[chosen, "label"] = frame.loc[chosen, "label"] + f" ({said})"
     apart = frame["variant"] != ""
     frame.loc[apart, "label"] = frame.loc[apart, "label"] + " [" + frame.loc[apart, "variant"] + "]"
+    frame["bare"] = frame["label"]
+    if frame.loc[~frame["is_full"], "schedule"].nunique() > 1:
+        frame["label"] = frame["label"].where(frame["is_full"], frame["label"] + ", " + frame["schedule"])
     return frame
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -78,6 +78,22 @@ class Comparer:
         """Two systems, given as task -> key, on the average over tasks."""
         return self._attempt(lambda: average_difference([np.subtract(*self._values(a[t], b[t])) for t in sorted(a)]))
 
+    def over_budgets(self, a: Sequence[Mapping[str, str]], b: Sequence[Mapping[str, str]]) -> Difference | None:
+        """Two policies on the mean over budgets and tasks, each given as task -> key for the same budgets in turn.
+
+        Every document was answered once a budget, so what is paired and resampled is its mean over the budgets.
+        """
+
+        def changes(task: str) -> np.ndarray:
+            found = [np.subtract(*self._values(x[task], y[task])) for x, y in zip(a, b, strict=True)]
+            if len({len(c) for c in found}) > 1:
+                raise UserError(
+                    f"{task} was not run on the same documents at each budget, so budgets cannot be averaged."
+                )
+            return np.mean(found, axis=0)
+
+        return self._attempt(lambda: average_difference([changes(t) for t in sorted(a[0])]))
+
     def _values(self, a: str, b: str) -> tuple[np.ndarray, np.ndarray]:
         cells = self.grid.cells
         return paired_values(cells[a], cells[b], self.grid.metric, common=self.grid.mixed)
@@ -114,10 +130,10 @@ class Comparison:
 
 
 def matched(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> list[tuple[System, System | None]]:
-    """Every system of the pair's first policy with the second policy's system at the same budget, or None."""
+    """Every system of the pair's first policy with the second policy's at the same budget and schedule, or None."""
     systems = part.systems(pair)
-    controls = {(s.budget, s.variant): s for s in reversed(systems) if s.policy == pair[1]}
-    return [(s, controls.get((s.budget, s.variant))) for s in systems if s.policy == pair[0]]
+    controls = {(s.budget, s.schedule, s.variant): s for s in reversed(systems) if s.policy == pair[1]}
+    return [(s, controls.get((s.budget, s.schedule, s.variant))) for s in systems if s.policy == pair[0]]
 
 
 def compare_pair(grid: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> tuple[list[Comparison], list[str]]:
@@ -133,7 +149,10 @@ def compare_pair(grid: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> tuple[list
         family: list[Comparison] = []
         for first, second in matched(part, pair):
             if second is None:
-                notes.append(f"{model}, {shots}-shot: no {pair[1]} at budget {first.budget} to compare {pair[0]} with.")
+                of = f", schedule {first.schedule}," if len(grid.schedules) > 1 else ""
+                notes.append(
+                    f"{model}, {shots}-shot: no {pair[1]} at budget {first.budget}{of} to compare {pair[0]} with."
+                )
                 continue
             shared = sorted(set(first.keys) & set(second.keys))
             results = [(task, comparer.task(first.keys[task], second.keys[task])) for task in shared]

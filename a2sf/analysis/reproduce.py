@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from a2sf.analysis.claims import Claim, Verdict, check_factor, check_figures, check_headline, check_shape
-from a2sf.analysis.collect import DEFAULT_PAIR, Grid, Selection, gather
+from a2sf.analysis.collect import DEFAULT_PAIR, STEP, Grid, Selection, gather
 from a2sf.errors import UserError
 from a2sf.experiments.archive import is_archive
 from a2sf.experiments.runs import write_atomically
@@ -150,7 +150,8 @@ def _first(places: tuple[Path, ...]) -> Path | None:
 
 def _grid(directories: list[Path], notes: list[str]) -> Grid | None:
     try:
-        grid = gather(directories, Selection(metric="acc"))
+        # what is published was measured step by step
+        grid = gather(directories, Selection(metric="acc")).at(STEP)
     except UserError as error:
         notes.append(str(error))
         return None

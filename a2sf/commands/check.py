@@ -1,10 +1,11 @@
-"""`a2sf check mine:MyPolicy`: which invariants of docs/semantics.md a policy holds."""
+"""`a2sf check mine:MyPolicy`: which invariants of docs/semantics.md a policy holds, under each schedule that it knows."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from a2sf.errors import ConfigError, UserError, nearest
 from a2sf.policies.base import Policy
 from a2sf.policies.find import defaults, find_policy
 
+COLOURS = {"broken": "red", "except": "yellow", "holds": "green"}
+
 
 def main(arguments: Sequence[str]) -> None:
-    """Print a line for each invariant; exit with 1 if one does not hold."""
+    """Print for each invariant under which schedules it holds; exit with 1 if one does not hold under one."""
     parser = argparse.ArgumentParser(prog="a2sf check", description="Try the invariants of a policy on random tensors.")
     parser.add_argument("policy", help="a policy's name, or the class of one of your own, module:Class")
     parser.add_argument("settings", nargs="*", metavar="setting=value", help="its settings; its defaults otherwise")
@@ -29,17 +32,23 @@ def main(arguments: Sequence[str]) -> None:
     look_in(args.config_dir)
     policy = made(find_policy(args.policy), args.settings)
 
-    from a2sf.engine.invariants import check
+    from a2sf.engine.invariants import Finding, check, told
 
     console = Console(highlight=False)
-    console.print(f"{policy.label} ({policy!r}), {args.trials} trials each")
+    console.print(f"{policy.label} ({policy!r}), {args.trials} trials each", markup=False, soft_wrap=True)
     broken = 0
-    for finding in check(policy, args.trials):
-        mark = "[red]broken[/red]" if finding.broken else "[green]holds[/green] "
-        console.print(f"  {mark}  {finding.name}")
-        if finding.broken:
-            broken += 1
-            console.print(f"          {finding.broken}", markup=False, soft_wrap=True)
+    for name, of_one in groupby(check(policy, args.trials), lambda finding: finding.name):
+        findings = list(of_one)
+        said: dict[str, list[Finding]] = {"broken": [f for f in findings if f.broken]}
+        said["except"] = [f for f in findings if f.excepted]
+        said["holds"] = [f for f in findings if not f.broken and not f.excepted]
+        broken += len(said["broken"])
+        for word, some in said.items():
+            if some:
+                mark = f"[{COLOURS[word]}]{word:6}[/]"
+                console.print(f"  {mark}  {name}  [dim]{'; '.join(told(f.schedule) for f in some)}[/]", soft_wrap=True)
+            for why in dict.fromkeys(f.broken or f.excepted for f in some if word != "holds"):
+                console.print(f"          {why}", markup=False, soft_wrap=True)
     if broken:
         console.print(f"{broken} not held")
         sys.exit(1)

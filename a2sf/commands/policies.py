@@ -14,7 +14,7 @@ from rich.console import Console
 from a2sf.commands.check import look_in
 from a2sf.commands.describe import attributes, paper, summary
 from a2sf.errors import UserError
-from a2sf.policies.base import Policy
+from a2sf.policies.base import WHEN, Policy
 from a2sf.policies.find import built_in, defaults, find_policy, installed, load
 
 
@@ -61,10 +61,16 @@ def _print(console: Console, name: str, cls: type[Policy]) -> None:
     console.print(f"[bold]{name}[/bold]  {cls.label}", soft_wrap=True)
     about = attributes(cls)
     settings = {f"{n} = {value}": about.get(n, "") for n, value in defaults(cls).items()}
-    lines = [_summary(cls), *([f"Paper: {source}"] if (source := paper(cls)) else [])]
+    lines = [_summary(cls), *([f"Paper: {source}"] if (source := paper(cls)) else []), _when(cls)]
     lines += [f"{setting}  {told}".rstrip() for setting, told in settings.items()]
     for line in lines:
         console.print(f"    {line}", markup=False, soft_wrap=True)
+
+
+def _when(cls: type[Policy]) -> str:
+    """Under which schedules it runs, and whether it looks ahead."""
+    known = ", ".join(cls.schedules) if set(WHEN) - set(cls.schedules) else f"all ({', '.join(WHEN)})"
+    return f"Schedules: {known}" + ("" if cls.causal else "; not causal: an upper mark, never ranked with the others")
 
 
 def _summary(cls: type[Policy]) -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 from a2sf.analysis.collect import DEFAULT_PAIR, Selection, gather
 from a2sf.report.layout import PIVOTS
 from a2sf.report.output import FORMATS, Options, publish, show
+from a2sf.report.summaries import text_screen
 from a2sf.report.tables import screen
 
 
@@ -26,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
         "--budget", nargs="+", default=[], dest="budgets", help='as tables write them: 0.2, "64 tokens"'
     )
     choose.add_argument("--factor", nargs="+", default=[], dest="factors", help="forgetting factors")
+    choose.add_argument("--schedule", nargs="+", default=[], dest="schedules", help="step, every4, prompt, prompt-step")
     choose.add_argument("--task", nargs="+", default=[], dest="tasks")
     choose.add_argument("--shots", nargs="+", default=[], type=int)
     choose.add_argument(
@@ -54,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> None:
     """Show and write what `arguments` ask for."""
     args = parser().parse_args(arguments)
-    names = ("models", "policies", "budgets", "factors", "tasks", "shots")
+    names = ("models", "policies", "budgets", "factors", "schedules", "tasks", "shots")
     selection = Selection(metric=args.metric, mixed=args.allow_mixed, **{n: tuple(getattr(args, n)) for n in names})
     options = Options(
         pivot=args.pivot,
@@ -71,7 +73,7 @@ def main(arguments: Sequence[str]) -> None:
     else:
         shown = show(args.runs, selection, options)
         files = shown.files
-        for table in screen(shown.tables, options.stderr):
+        for table in [*screen(shown.tables, options.stderr), *text_screen(shown.rankings)]:
             console.print(table)
         for note in shown.notes:
             console.print(f"Note: {note}", markup=False, highlight=False)

@@ -1,49 +1,65 @@
 """What every policy must hold, tried on random tensors: the invariants of docs/semantics.md as functions.
 
-`a2sf check` runs them on a policy, the tests on every policy there is. `attend` below is the only place that says how a
-policy is run; an invariant is one function more in `INVARIANTS`.
+`a2sf check` runs them on a policy, the tests on every policy there is, each under every schedule that it knows. They see
+a policy only through `a2sf.attend`, so an own rule is tried as data is; an invariant is one function more in `INVARIANTS`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from a2sf.engine.eviction import EvictionState
-from a2sf.engine.functional import evicting_attention
-from a2sf.policies.base import UNLIMITED, Policy
+from a2sf.engine.functional import attend
+from a2sf.engine.state import EvictionState
+from a2sf.errors import ConfigError, UserError
+from a2sf.policies.base import UNLIMITED, Policy, Retention
+from a2sf.policies.schedule import Schedule
 
 TOKENS, ROWS, HEADS, KV_HEADS, SIZE = 24, 3, 4, 2, 8
+MOST_LAYERS = 128
 SEEDS = 8
+SCHEDULES = (Schedule(), Schedule("every", every=3), Schedule("prompt", then="keep"), Schedule("prompt", then="step"))
+"""What is tried, of each kind that a policy knows."""
 
 
 class Broken(Exception):
     """An invariant does not hold; the message says where it was seen."""
 
 
+class Excepted(Exception):
+    """An invariant does not concern this policy, and the message says why."""
+
+
 @dataclass(frozen=True)
 class Case:
-    """One random trial.
+    """One random trial. Tensors are float64, so that rounding decides between no two tokens.
 
     Attributes:
-        policy: the policy that is tried.
-        budget: `C`, from the policy's least to half the tokens.
-        cut: where a sequence is cut in two, from 1 to `TOKENS - 1`.
+        policy, schedule: what is tried.
+        layer, layers: of as many layers as the policy's settings fit, mostly one.
+        budget: int64 [ROWS], `C`, from the policy's least to half the tokens.
+        prompt: int64 [ROWS], each row's prompt, from one token to a few beyond its end.
         lengths: int64 [ROWS], the rows' own lengths, at least 1.
+        cuts: where a sequence is cut, one or two places in ascending order, from 1 to `TOKENS - 1`.
         query: [ROWS, HEADS, TOKENS, SIZE].
         key, value: [ROWS, KV_HEADS, TOKENS, SIZE].
     """
 
     policy: Policy
-    budget: int
-    cut: int
+    schedule: Schedule
+    layer: int
+    layers: int
+    budget: Tensor
+    prompt: Tensor
     lengths: Tensor
+    cuts: Sequence[int]
     query: Tensor
     key: Tensor
     value: Tensor
@@ -52,59 +68,125 @@ class Case:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.query, self.key, self.value
 
+    def run(self, *tensors: Tensor, rows: Sequence[int] | Tensor | None = None, **more: Any) -> Ran:
+        """Attend `tensors`, all by default, with the numbers of the trial's `rows`."""
+        numbers: dict[str, Any] = {"schedule": self.schedule, "layer": self.layer, "layers": self.layers}
+        at = torch.arange(ROWS) if rows is None else torch.as_tensor(rows)
+        numbers |= {"budget": self.budget[at], "prompt": self.prompt[at]} | more
+        return Ran(*attend(self.policy, *(tensors or self.tensors), **numbers))
+
+    def stated(self, row: int) -> Retention:
+        """What the policy says for that row."""
+        return self.policy.keeps(int(self.budget[row]), self.layer, self.layers)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """Output [B, HEADS, T, SIZE] and the state at the end."""
+
+    output: Tensor
+    state: EvictionState
+
+    @property
+    def kept(self) -> list[list[list[int]]]:
+        """The kept positions of each row and KV head."""
+        return [[[p for p in head if p >= 0] for head in row] for row in self.state.positions.tolist()]
+
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of one invariant: `broken` is None where it held in every trial, else where it did not."""
+    """What became of one invariant under one schedule.
+
+    Attributes:
+        broken: where it did not hold; None where it did in every trial.
+        excepted: why it does not concern this policy.
+    """
 
     name: str
-    broken: str | None
+    schedule: Schedule
+    broken: str | None = field(default=None)
+    excepted: str | None = field(default=None)
 
 
 def check(policy: Policy, seeds: int = SEEDS) -> Iterator[Finding]:
-    """Try every invariant on `policy`, each in `seeds` random trials.
+    """Try every invariant on `policy` under every schedule that it knows, each in `seeds` random trials.
 
     A policy that raises has broken the invariant that was tried.
+
+    Raises:
+        ConfigError: if its settings fit no model of two KV heads per layer.
     """
+    layers = _layers(policy)
     for name, invariant in INVARIANTS.items():
-        broken = None
-        for seed in range(seeds):
-            try:
-                invariant(case(policy, seed))
-            except Broken as error:
-                broken = f"{error} (trial {seed})"
-            except Exception as error:  # the user's own code
-                broken = f"it raised {type(error).__name__}: {error} (trial {seed})"
-            if broken:
-                break
-        yield Finding(name, broken)
+        for schedule in schedules(policy):
+            yield _try(name, invariant, lambda seed, s=schedule: case(policy, s, seed, layers), schedule, seeds)  # type: ignore[misc]
 
 
-def case(policy: Policy, seed: int) -> Case:
-    """The random trial of that number."""
-    g = torch.Generator().manual_seed(seed)
+def _try(
+    name: str, invariant: Callable[[Case], None], made: Callable[[int], Case], schedule: Schedule, seeds: int
+) -> Finding:
+    for seed in range(seeds):
+        try:
+            invariant(made(seed))
+        except Excepted as why:
+            return Finding(name, schedule, excepted=str(why))
+        except Broken as error:
+            return Finding(name, schedule, f"{error} (trial {seed})")
+        except Exception as error:  # the user's own code
+            return Finding(name, schedule, f"it raised {type(error).__name__}: {error} (trial {seed})")
+    return Finding(name, schedule)
 
-    def whole(low: int, high: int) -> int:
-        return int(torch.randint(low, max(low, high) + 1, (), generator=g))
 
-    return Case(
-        policy=policy,
-        budget=whole(policy.least_budget, TOKENS // 2),
-        cut=whole(1, TOKENS - 1),
-        lengths=torch.randint(1, TOKENS + 1, (ROWS,), generator=g),
-        query=torch.randn(ROWS, HEADS, TOKENS, SIZE, generator=g),
-        key=torch.randn(ROWS, KV_HEADS, TOKENS, SIZE, generator=g),
-        value=torch.randn(ROWS, KV_HEADS, TOKENS, SIZE, generator=g),
+def schedules(policy: Policy) -> list[Schedule]:
+    """Those of `SCHEDULES` that a policy knows."""
+    return [s for s in SCHEDULES if s.when in policy.schedules]
+
+
+def told(schedule: Schedule) -> str:
+    """A schedule in words."""
+    return {"every": f"every {schedule.every}", "prompt": f"prompt, then {schedule.then}"}.get(
+        schedule.when, schedule.when
     )
 
 
-def attend(
-    policy: Policy, budget: int, query: Tensor, key: Tensor, value: Tensor, **more: Any
-) -> tuple[Tensor, EvictionState]:
-    """Attention under `policy` in layer 0, as `evicting_attention`."""
-    kept = policy.retention(budget, 0)
-    numbers: dict[str, Any] = {f.name: getattr(kept, f.name) for f in dataclasses.fields(kept)}
-    return evicting_attention(query, key, value, **numbers, **more)
+def case(policy: Policy, schedule: Schedule, seed: int, layers: int | None = None) -> Case:
+    """The random trial of that number."""
+    g = torch.Generator().manual_seed(seed)
+    layers = _layers(policy) if layers is None else layers
+
+    def whole(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, max(low, high) + 1, shape, generator=g)
+
+    def normal(heads: int) -> Tensor:
+        return torch.randn(ROWS, heads, TOKENS, SIZE, generator=g).double()
+
+    made = Case(
+        policy=policy,
+        schedule=schedule,
+        layer=int(whole(0, layers - 1)),
+        layers=layers,
+        budget=whole(policy.least_budget, TOKENS // 2, ROWS),
+        prompt=whole(1, TOKENS + 3, ROWS),
+        lengths=whole(1, TOKENS, ROWS),
+        cuts=sorted(set(whole(1, TOKENS - 1, 2).tolist())),
+        query=2 * normal(HEADS),
+        key=normal(KV_HEADS),
+        value=normal(KV_HEADS),
+    )
+    alike = len({made.stated(row).rule for row in range(ROWS)}) == 1
+    return made if alike else replace(made, budget=made.budget[:1].expand(ROWS))
+
+
+def _layers(policy: Policy) -> int:
+    """How many layers a policy's settings fit; for most any number, and 1 will do."""
+    for layers in range(1, MOST_LAYERS):
+        try:
+            policy.check(layers, KV_HEADS)
+        except ConfigError:
+            continue
+        return layers
+    policy.check(1, KV_HEADS)
+    raise AssertionError("unreachable")
 
 
 def data(c: Case) -> None:
@@ -114,111 +196,213 @@ def data(c: Case) -> None:
         json.dumps(settings)
     except TypeError as error:
         raise Broken(f"a setting is neither number, text, list nor mapping of such: {error}") from error
-    if c.policy.retention(c.budget, 0) != c.policy.retention(c.budget, 0):
-        raise Broken(f"retention gives other numbers when it is asked again (budget {c.budget})")
-    if type(c.policy)(**settings).retention(c.budget, 0) != c.policy.retention(c.budget, 0):
-        raise Broken(f"retention gives other numbers for a policy with the same settings (budget {c.budget})")
+    C = int(c.budget[0])
+    numbers = _numbers(c.policy.retention(C, c.layer))
+    if numbers != _numbers(c.policy.retention(C, c.layer)):
+        raise Broken(f"retention gives other numbers when it is asked again (budget {C})")
+    twin = replace(c, policy=type(c.policy)(**settings))
+    if numbers != _numbers(twin.policy.retention(C, c.layer)):
+        raise Broken(f"retention gives other numbers for a policy with the same settings (budget {C})")
+    first, again, other = c.run(), c.run(), twin.run()
+    if first.kept != again.kept:
+        raise Broken("other tokens are kept when the same sequence is read again")
+    if first.kept != other.kept:
+        raise Broken("a policy with the same settings keeps other tokens")
 
 
 def whole_budget(c: Case) -> None:
     """A budget of the whole sequence is full causal attention."""
-    for budget in (TOKENS, TOKENS + c.cut):
-        output, _ = attend(c.policy, budget, *c.tensors)
-        full = torch.nn.functional.scaled_dot_product_attention(*c.tensors, is_causal=True, enable_gqa=True)
+    full = torch.nn.functional.scaled_dot_product_attention(*c.tensors, is_causal=True, enable_gqa=True)
+    for budget in (TOKENS, TOKENS + c.cuts[0]):
+        output = c.run(budget=budget).output
         _equal(output, full, f"budget {budget} for {TOKENS} tokens is not full attention")
+
+
+def same_schedules(c: Case) -> None:
+    """`every 1`, and a prompt of one token that goes on step by step, are `step`; a prompt alone is one cut."""
+    if c.schedule.prompt and c.schedule.then == "keep":
+        full = torch.nn.functional.scaled_dot_product_attention(*c.tensors, is_causal=True, enable_gqa=True)
+        one, two = (c.run(prompt=TOKENS, schedule=Schedule("prompt", then=then)) for then in ("keep", "step"))
+        _equal(one.output, full, "a prompt is not read with full attention")
+        _same_state(one.state, two.state, "what is kept at a prompt's cut depends on what comes then")
+        return
+    if "step" not in c.policy.schedules:
+        raise Excepted("it does not know step")
+    equal: dict[str, Any] = {"schedule": Schedule(c.schedule.when, every=1, then="step"), "prompt": 1}
+    step, same = c.run(schedule=Schedule()), c.run(**equal)
+    what = "a prompt of one token, then step" if c.schedule.prompt else "every 1"
+    _equal(same.output, step.output, f"{what} is not step")
+    _same_state(same.state, step.state, f"{what} does not keep what step keeps")
 
 
 def rows(c: Case) -> None:
     """Neither the batch, nor padding, nor the order of the batch changes a row."""
-    output, state = attend(c.policy, c.budget, *c.tensors, lengths=c.lengths)
+    single = replace(c, query=c.query.float(), key=c.key.float(), value=c.value.float())
+    # what data says the engine computes row by row, to the bit; a function of the policy's own may round otherwise
+    tolerance = 0.0 if c.stated(0).rule.own is None else 2e-5
+    ran = single.run(lengths=c.lengths)
     order = torch.arange(ROWS - 1, -1, -1)
-    turned, _ = attend(c.policy, c.budget, *(x[order] for x in c.tensors), lengths=c.lengths[order])
-    _equal(turned, output[order], "the order of the batch changes a row")
+    turned = single.run(*(x[order] for x in single.tensors), rows=order, lengths=c.lengths[order])
+    _equal(turned.output, ran.output[order], "the order of the batch changes a row", tolerance)
     for row, n in enumerate(c.lengths.tolist()):
-        alone, its = attend(c.policy, c.budget, *(x[row : row + 1, :, :n] for x in c.tensors))
-        _equal(alone[0], output[row, :, :n], f"a row of {n} tokens is another alone than in a padded batch")
-        _same_tokens(its.positions[0], state.positions[row], f"a row of {n} tokens keeps others in a padded batch")
+        alone = single.run(*(x[row : row + 1, :, :n] for x in single.tensors), rows=[row])
+        where = f"a row of {n} tokens"
+        _equal(alone.output[0], ran.output[row, :, :n], f"{where} is another alone than in a padded batch", tolerance)
+        if alone.kept[0] != ran.kept[row]:
+            raise Broken(f"{where} keeps others in a padded batch")
+        if bool(ran.output[row, :, n:].any()):
+            raise Broken(f"{where} has outputs where it is padded")
 
 
 def chunks(c: Case) -> None:
     """A sequence in chunks equals the whole; forks of a beginning equal each sequence from scratch."""
-    whole, end = attend(c.policy, c.budget, *c.tensors)
-    first, state = attend(c.policy, c.budget, *(x[:, :, : c.cut] for x in c.tensors))
-    later = [x[:, :, c.cut :] for x in c.tensors]
-    rest, continued = attend(c.policy, c.budget, *later, state=state)
-    _equal(torch.cat([first, rest], 2), whole, f"cut after {c.cut} tokens, the outputs differ from the whole's")
-    _same_tokens(continued.positions, end.positions, f"cut after {c.cut} tokens, others are kept")
-    forked, _ = attend(c.policy, c.budget, *later, state=state.select(torch.zeros(ROWS, dtype=torch.int64)))
-    _equal(forked[0], rest[0], f"forked after {c.cut} tokens, a row differs from the whole")
+    whole = c.run()
+    if not c.policy.causal:
+        try:
+            c.run(state=whole.state)
+        except UserError as why:
+            raise Excepted("it is not causal and reads a sequence at once") from why
+        raise Broken("it is not causal, and goes on from a state")
+    ran = c.run(*(x[:, :, : c.cuts[0]] for x in c.tensors))
+    outputs = [ran.output]
+    for at, end in pairwise([*c.cuts, TOKENS]):
+        before, chunk = ran.state, tuple(x[:, :, at:end] for x in c.tensors)
+        ran = c.run(*chunk, state=before)
+        outputs.append(ran.output)
+    where = f"cut after {' and '.join(map(str, c.cuts))} tokens"
+    _equal(torch.cat(outputs, 2), whole.output, f"{where}, the outputs differ from the whole's")
+    _same_state(ran.state, whole.state, f"{where}, another state is left")
+    # the last chunk again, all rows going on from row 0's beginning, each with its own tokens
+    zero = torch.zeros(ROWS, dtype=torch.int64)
+    forked = c.run(*chunk, rows=zero, state=before.select(zero))
+    own = (torch.cat([x[:1, :, :at].expand(ROWS, -1, -1, -1), x[:, :, at:]], 2) for x in c.tensors)
+    scratch = c.run(*own, rows=zero)
+    _equal(forked.output, scratch.output[:, :, at:], f"forked after {at} tokens, a row differs from the whole")
+    _same_state(forked.state, scratch.state, f"forked after {at} tokens, another state is left")
 
 
 def causal(c: Case) -> None:
     """Later tokens change nothing earlier."""
-    output, _ = attend(c.policy, c.budget, *c.tensors)
-    others = [torch.cat([x[:, :, : c.cut], x[:, :, c.cut :].flip(0, 2)], 2) for x in c.tensors]
-    changed, _ = attend(c.policy, c.budget, *others)
-    _equal(changed[:, :, : c.cut], output[:, :, : c.cut], f"tokens after {c.cut} change outputs before")
+    if not c.policy.causal:
+        raise Excepted("it is not causal, and says so")
+    cut = c.cuts[0]
+    others = [torch.cat([x[:, :, :cut], x[:, :, cut:].flip(0, 2)], 2) for x in c.tensors]
+    output, changed = c.run().output, c.run(*others).output
+    _equal(changed[:, :, :cut], output[:, :, :cut], f"tokens after {cut} change outputs before")
 
 
 def until_full(c: Case) -> None:
     """Budgets make no difference until one is full: sequences of different budgets share their beginnings."""
-    budgets = (max(c.budget, 2), max(c.budget, 2) + c.cut)
-    beginning = [x[:, :, : budgets[0]] for x in c.tensors]
-    (a, state), (b, other) = (attend(c.policy, budget, *beginning) for budget in budgets)
-    told = f"before anything is evicted, budgets of {budgets[0]} and {budgets[1]} tokens differ in"
-    _equal(a, b, f"{told} their outputs")
-    _equal(state.scores, other.scores, f"{told} their scores")
+    least = max(int(c.budget[0]), 2)
+    budgets = (least, least + c.cuts[0])
+    beginning = [x[:, :, :least] for x in c.tensors]
+    a, b = (c.run(*beginning, budget=budget) for budget in budgets)
+    said = f"before anything is evicted, budgets of {budgets[0]} and {budgets[1]} tokens differ in"
+    _equal(a.output, b.output, f"{said} their outputs")
+    if a.kept != b.kept:
+        raise Broken(f"{said} what they keep")
+    if c.stated(0).rule.cut is None:  # a window that is cut to the budget scores nothing else
+        _equal(a.state.scores, b.state.scores, f"{said} their scores")
+        if a.state.memory is not None and b.state.memory is not None:
+            _equal(a.state.memory, b.state.memory, f"{said} what is kept per token")
 
 
 def kept(c: Case) -> None:
-    """At most the budget is cached, each position once, sinks and the newest tokens among them."""
-    numbers = c.policy.retention(c.budget, 0)
-    if c.policy.uses_budget and numbers.budget > c.budget:
-        most = "no limit" if numbers.budget == UNLIMITED else f"{numbers.budget} tokens"
-        raise Broken(f"it may hold {c.budget} tokens and asks for {most}")
-    for tokens in (c.cut, TOKENS):
-        _, state = attend(c.policy, c.budget, *(x[:, :, :tokens] for x in c.tensors))
-        for positions in state.positions.reshape(-1, state.positions.shape[-1]).tolist():
-            there = [p for p in positions if p >= 0]
-            protected = {*range(min(numbers.sinks, tokens)), *range(max(0, tokens - numbers.recent), tokens)}
-            if there != sorted(set(there)):
-                raise Broken(f"the kept positions {there} are not each there once, in order")
-            if len(there) > numbers.budget:
-                raise Broken(f"{len(there)} tokens are cached at a budget of {c.budget}")
-            if not protected <= set(there):
-                raise Broken(f"{sorted(protected - set(there))} were evicted, which are protected")
+    """As much is cached as the budget and the schedule say, each position once, sinks and the newest among it."""
+    for budget in c.budget.tolist():
+        held = sum(c.policy.of_layer(budget, layer, 4) for layer in range(4))
+        if held != 4 * budget:
+            raise Broken(f"4 layers that may hold {budget} tokens each hold {held} together")
+    for tokens in {c.cuts[0], TOKENS}:
+        ran = c.run(*(x[:, :, :tokens] for x in c.tensors))
+        for row, heads in enumerate(ran.kept):
+            _kept_of_row(c, row, tokens, heads)
+
+
+def _kept_of_row(c: Case, row: int, tokens: int, heads: list[list[int]]) -> None:
+    numbers, given = c.stated(row), int(c.budget[row])
+    allowed, schedule, prompt = c.policy.of_layer(given, c.layer, c.layers), c.schedule, int(c.prompt[row])
+    if c.policy.uses_budget and numbers.budget > allowed:
+        asked = "no limit" if numbers.budget == UNLIMITED else f"{numbers.budget} tokens"
+        raise Broken(f"it may hold {allowed} tokens and asks for {asked}")
+    C = numbers.budget
+    protected = {*range(min(numbers.sinks, tokens)), *range(max(0, tokens - numbers.recent), tokens)}
+    for head, there in enumerate(heads):
+        if there != sorted(set(there)):
+            raise Broken(f"the kept positions {there} are not each there once, in order")
+        if not protected <= set(there):
+            raise Broken(f"{sorted(protected - set(there))} were evicted, which are protected")
+        low, high = min(tokens, C), min(tokens, C + schedule.spare)
+        if head in numbers.rule.whole:
+            low = high = tokens
+        if not schedule.prompt and not low <= len(there) <= high:
+            raise Broken(f"{len(there)} of {tokens} tokens are cached at a budget of {C}")
+    if schedule.prompt:
+        most = tokens if tokens < prompt else min(C, prompt) + tokens - prompt
+        each = min(most, C) if schedule.then == "step" and tokens >= prompt else most
+        held = sum(map(len, heads))
+        shifted = numbers.rule.cut is not None and numbers.rule.cut.floor is not None
+        if held != KV_HEADS * each or (not shifted and len({len(there) for there in heads}) > 1):
+            raise Broken(
+                f"heads hold {[len(there) for there in heads]} of {tokens} tokens at a budget of {C}, prompt {prompt}"
+            )
+
+
+def backends(c: Case) -> None:
+    """The readable reference and what a run takes give the same; here for rows of different numbers and lengths."""
+    reference, fast = (c.run(lengths=c.lengths, backend=b) for b in ("reference", "torch"))
+    _equal(fast.output, reference.output, "the torch path differs from the reference")
+    _same_state(fast.state, reference.state, "the torch path keeps another state than the reference")
+    single = c.run(*(x.float() for x in c.tensors), lengths=c.lengths)
+    _equal(single.output.double(), reference.output, "in float32 the outputs differ by more than rounding")
+    if single.kept != reference.kept:
+        raise Broken("in float32 other tokens are kept than in float64")
 
 
 def precision(c: Case) -> None:
     """Half precision is accumulated in float32: the kept tokens are those of an exact computation."""
     for dtype in (torch.bfloat16, torch.float16):
         halves = [x.to(dtype) for x in c.tensors]
-        output, state = attend(c.policy, c.budget, *halves)
-        exact, its = attend(c.policy, c.budget, *(x.double() for x in halves))
-        _same_tokens(state.positions, its.positions, f"in {dtype} other tokens are kept than in float64")
-        _equal(output.double(), exact, f"the outputs in {dtype} differ by more than rounding", torch.finfo(dtype).eps)
+        ran, exact = c.run(*halves), c.run(*(x.double() for x in halves))
+        if ran.output.dtype != dtype:
+            raise Broken(f"inputs of {dtype} give outputs of {ran.output.dtype}")
+        if ran.kept != exact.kept:
+            raise Broken(f"in {dtype} other tokens are kept than in float64")
+        said = f"the outputs in {dtype} differ by more than rounding"
+        _equal(ran.output.double(), exact.output, said, torch.finfo(dtype).eps)
 
 
 INVARIANTS: dict[str, Callable[[Case], None]] = {
-    "its settings are data, and determine its numbers": data,
+    "its settings are data, and determine what it does": data,
     "1  a budget of the whole sequence is full attention": whole_budget,
+    "2  schedules that come to the same are the same": same_schedules,
     "3  batch, padding and order do not change a row": rows,
     "4  chunks and forks equal the whole": chunks,
     "5  later tokens change nothing earlier": causal,
     "6  budgets make no difference until one is full": until_full,
-    "7  at most the budget is kept, sinks and newest among it": kept,
+    "7  what the budget says is kept, sinks and newest among it": kept,
     "8  half precision is accumulated in float32": precision,
+    "the reference and the fast paths agree": backends,
 }
-"""What is printed -> the check, which raises `Broken`. Numbered as in docs/semantics.md, whose second names policies."""
+"""What is printed -> the check, which raises `Broken` or `Excepted`. Numbered as in docs/semantics.md, whose second
+names policies besides."""
 
 
-def _equal(a: Tensor, b: Tensor, told: str, tolerance: float = 2e-5) -> None:
-    if not torch.allclose(a, b, atol=tolerance, rtol=max(tolerance, 1e-4)):
-        raise Broken(f"{told} (by {float((a - b).abs().max()):.2g})")
+def _numbers(kept: Retention) -> dict[str, Any]:
+    """What a retention says in numbers; a rule may hold functions, which need not compare equal."""
+    return {f.name: getattr(kept, f.name) for f in dataclasses.fields(kept) if f.name != "rule"}
 
 
-def _same_tokens(a: Tensor, b: Tensor, told: str) -> None:
-    slots = max(a.shape[-1], b.shape[-1])
-    wide = [torch.nn.functional.pad(x, (0, slots - x.shape[-1]), value=-1) for x in (a, b)]
-    if not torch.equal(*wide):
-        raise Broken(told)
+def _equal(a: Tensor, b: Tensor, said: str, tolerance: float = 1e-5) -> None:
+    if not torch.allclose(a, b, atol=tolerance, rtol=tolerance and max(tolerance, 1e-4)):
+        raise Broken(f"{said} (by {float((a - b).abs().max()):.2g})")
+
+
+def _same_state(a: EvictionState, b: EvictionState, said: str) -> None:
+    slots = max(a.positions.shape[-1], b.positions.shape[-1])
+    mine, other = (vars(x.pad(slots)) for x in (a, b))
+    if not torch.equal(mine["positions"], other["positions"]):
+        raise Broken(said)
+    for name, x in mine.items():
+        if x is not None:
+            _equal(x.double(), other[name].double(), f"{said}: {name}")

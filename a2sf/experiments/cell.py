@@ -137,6 +137,7 @@ class Cell:
             "policy": self.policy.name,
             "policy_label": self.policy.label,
             "policy_settings": settings,
+            **({} if self.policy.causal else {"policy_causal": False}),
             "budget": self.identity["budget"],
             "schedule": schedule_for(self.policy, self.schedule).name,
             "forgetting_factor": settings.get("forgetting_factor"),

@@ -102,13 +102,13 @@ class Policy(ABC):
         """What a policy that is not causal knows of each token before the first step, [B, K, T, M]."""
         raise NotImplementedError
 
-    def share(self, budget: int, layer: int, layers: int) -> int:
+    def of_layer(self, budget: int, layer: int, layers: int) -> int:
         """What layer `layer` of `layers` may hold where each may hold `budget` on average; the sum must be the same."""
         return budget
 
     def keeps(self, budget: int, layer: int = 0, layers: int = 1) -> Retention:
         """What layer `layer` of `layers` keeps at a budget of `budget` tokens, complete: what the engine runs."""
-        kept = self.retention(self.share(budget, layer, layers), layer)
+        kept = self.retention(self.of_layer(budget, layer, layers), layer)
         if type(self).priorities is Policy.priorities:
             return kept
         foresee = None if self.causal else self.foresee

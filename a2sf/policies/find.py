@@ -127,6 +127,8 @@ def check_class(cls: Any, path: str, key: str = "policy") -> None:
     settings = [a for a, kind in inspect.get_annotations(cls).items() if "ClassVar" not in str(kind)]
     if settings and "__dataclass_fields__" not in vars(cls):
         raise ConfigError(key, path, "it has fields, so it needs @dataclass(kw_only=True) above the class")
+    if hidden := [a for a in settings if callable(getattr(Policy, a, None))]:
+        raise ConfigError(key, path, f"its setting {hidden[0]} hides the method of that name; give it another")
     if _ours(cls.__module__):
         return
     if (ours := built_in().get(cls.name)) is not None:

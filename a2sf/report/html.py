@@ -101,6 +101,7 @@ def _plan(grid: Grid) -> dict[str, str]:
         "Budgets": ", ".join(pruned.sort_values("budget_order")["budget"].unique()) or DASH,
         "Forgetting factors": ", ".join(frame[frame["factor"] != DASH].sort_values("factor_value")["factor"].unique())
         or DASH,
+        "Schedules": ", ".join(grid.schedules) or DASH,
         "Tasks (documents)": ", ".join(f"{task} ({n})" for task, n in documents.items()),
         "Shots": _list(frame["shots"]),
         "Metric": grid.metric,

@@ -41,7 +41,9 @@ class Row:
     label: str
     budget: str
     factor: str
+    schedule: str = DASH
     is_full: bool = False
+    causal: bool = True
     entries: dict[str, Entry] = field(default_factory=dict)
     to_full: float | None = None
     to_control: float | None = None
@@ -53,7 +55,7 @@ class Table:
 
     Attributes:
         columns: keys of `Row.entries`, in order.
-        heads: headings of the leading text columns that are used, of `label`, `budget`, `factor`.
+        heads: headings of the leading text columns that are used, of `label`, `budget`, `schedule`, `factor`.
         to_full, to_control: headings of the difference columns; None leaves them out.
         tested: whether paired tests stand behind the marks.
     """
@@ -65,7 +67,7 @@ class Table:
     percent: bool
     columns: list[str]
     rows: list[Row]
-    heads: tuple[str, ...] = ("label", "budget", "factor")
+    heads: tuple[str, ...] = ("label", "budget", "schedule", "factor")
     to_full: str | None = None
     to_control: str | None = None
     tested: bool = False
@@ -96,14 +98,16 @@ def _by_task(model: str, shots: int, part: Grid, tested: bool, pair: tuple[str, 
     comparer = Comparer(part)
     rows = _mark(systems, rows, columns, part, comparer if tested and part.cells else None)
     full = {s.variant: r for s, r in zip(systems, rows, strict=True) if s.is_full}
-    control = {(s.budget, s.variant): r for s, r in zip(systems, rows, strict=True) if s.policy == pair[1]}
-    labels = {s.policy: s.label for s in systems}
+    control = {(s.budget, s.schedule, s.variant): r for s, r in zip(systems, rows, strict=True) if s.policy == pair[1]}
+    labels = {s.policy: s.bare for s in systems}
     final = []
     for system, row in zip(systems, rows, strict=True):
         against = full.get(system.variant, next(iter(full.values()), None))
         row = replace(row, to_full=None if system.is_full else _minus(row, against, score))
         if system.policy == pair[0]:
-            row = replace(row, to_control=_minus(row, control.get((system.budget, system.variant)), score))
+            row = replace(
+                row, to_control=_minus(row, control.get((system.budget, system.schedule, system.variant)), score)
+            )
         final.append(row)
     notes = list(comparer.refused)
     if not full:
@@ -113,7 +117,7 @@ def _by_task(model: str, shots: int, part: Grid, tested: bool, pair: tuple[str, 
     if len(rows) == 1:
         notes.append("There is one row only, so there is nothing to compare it with.")
     return Table(
-        title=f"{model}, {shots}-shot, {part.metric}" + (" (%)" if part.percent else ""),
+        title=f"{model}, {shots}-shot, {part.metric}" + (" (%)" if part.percent else "") + part.one_schedule,
         model=model,
         shots=shots,
         metric=part.metric,
@@ -137,24 +141,26 @@ def _row(system: System, tasks: list[str]) -> Row:
         # tasks share no documents, so their errors are independent
         stderr = math.sqrt(sum(e.stderr**2 for e in parts)) / len(parts)
         entries[AVERAGE] = Entry(fmean(e.value for e in parts), stderr, sum(e.n for e in parts))
-    return Row(system.label, system.budget, system.factor, system.is_full, entries)
+    return Row(system.bare, system.budget, system.factor, system.schedule, system.is_full, system.causal, entries)
 
 
 def _mark(
     systems: list[System], rows: list[Row], columns: list[str], part: Grid, comparer: Comparer | None
 ) -> list[Row]:
-    """Find the best pruned value per budget and column, and test the others against it."""
+    """Find the best pruned value per budget, schedule and column, and test the others against it; causal ones alone."""
     better = max if part.higher_is_better else min
-    pruned = [i for i, s in enumerate(systems) if not s.is_full]
+    pruned = [i for i, s in enumerate(systems) if not s.is_full and s.causal]
     tests: list[tuple[int, str, float]] = []
-    best: dict[tuple[str, str], float] = {}
-    for budget in dict.fromkeys(systems[i].budget for i in pruned):
+    best: dict[tuple[str, str, str], float] = {}
+    for place in dict.fromkeys((systems[i].budget, systems[i].schedule) for i in pruned):
         for column in columns:
-            peers = [i for i in pruned if systems[i].budget == budget and column in rows[i].entries]
+            peers = [
+                i for i in pruned if (systems[i].budget, systems[i].schedule) == place and column in rows[i].entries
+            ]
             if len(peers) < 2:
                 continue
             top = better(peers, key=lambda i: rows[i].entries[column].value)
-            best[budget, column] = rows[top].entries[column].value
+            best[*place, column] = rows[top].entries[column].value
             for i in peers if comparer else []:
                 p = _p_value(comparer, systems[i], systems[top], column) if i != top else None  # type: ignore[arg-type]
                 if p is not None:
@@ -165,7 +171,7 @@ def _mark(
     for i in pruned:
         entries = {}
         for column, entry in rows[i].entries.items():
-            is_best = entry.value == best.get((systems[i].budget, column))
+            is_best = entry.value == best.get((systems[i].budget, systems[i].schedule, column))
             entries[column] = replace(entry, best=is_best, tied=None if is_best else tied.get((i, column)))
         marked[i] = replace(rows[i], entries=entries)
     return marked
@@ -187,7 +193,10 @@ def _minus(row: Row, other: Row | None, column: str) -> float | None:
 
 
 def _used_heads(rows: list[Row]) -> tuple[str, ...]:
-    return tuple(h for h in ("label", "budget", "factor") if h == "label" or any(getattr(r, h) != DASH for r in rows))
+    several = len({r.schedule for r in rows if r.schedule != DASH}) > 1
+    shown = {"label": True, "schedule": several}
+    heads = ("label", "budget", "schedule", "factor")
+    return tuple(h for h in heads if shown.get(h, any(getattr(r, h) != DASH for r in rows)))
 
 
 def _numeric(text: str) -> float:
@@ -209,7 +218,7 @@ def _turn(table: Table, pivot: str) -> list[Table]:
         columns.sort(key=lambda c: (c != "no factor", _numeric(c), c))
     turned = []
     for column in table.columns:
-        rows: dict[tuple[str, str, str], Row] = {}
+        rows: dict[tuple[str, str, str, str], Row] = {}
         for row in table.rows:
             if column not in row.entries:
                 continue
@@ -218,8 +227,9 @@ def _turn(table: Table, pivot: str) -> list[Table]:
                 label,
                 DASH if pivot == "budget" else row.budget,
                 DASH if pivot in ("factor", "policy") else row.factor,
+                row.schedule,
             )
-            target = rows.setdefault(key, Row(*key, is_full=row.is_full))
+            target = rows.setdefault(key, Row(*key, is_full=row.is_full, causal=row.causal))
             # the full cache has no budget: it is the same under every one
             places = columns if pivot == "budget" and row.is_full else [across(row)]
             target.entries.update(dict.fromkeys(places, row.entries[column]))

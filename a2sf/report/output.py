@@ -9,6 +9,7 @@ from pathlib import Path
 from a2sf.analysis.collect import DEFAULT_PAIR, Grid, Selection, gather
 from a2sf.analysis.compare import compare_pair, comparisons_frame
 from a2sf.analysis.fidelity import fidelity_frame
+from a2sf.analysis.ranking import rank, ranking_frame
 from a2sf.errors import UserError
 from a2sf.experiments.archive import is_archive, place_of
 from a2sf.experiments.runs import write_atomically
@@ -16,7 +17,14 @@ from a2sf.report.html import Contents, read_failures, write_report
 from a2sf.report.layout import Table, build_tables
 from a2sf.report.needle import needle_plots, needle_tables
 from a2sf.report.plots import draw_all
-from a2sf.report.summaries import comparison_tables, fidelity_tables, text_latex, text_markdown
+from a2sf.report.summaries import (
+    TextTable,
+    comparison_tables,
+    fidelity_tables,
+    ranking_tables,
+    text_latex,
+    text_markdown,
+)
 from a2sf.report.tables import csv_frame, latex, markdown
 from a2sf.report.traced import read_traces, trace_frame, trace_pictures
 
@@ -48,9 +56,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Shown:
-    """What was made: the tables, the files written, and what a reader has to be told."""
+    """What was made: the tables, the rankings, the files written, and what a reader has to be told."""
 
     tables: list[Table]
+    rankings: list[TextTable]
     files: list[Path]
     notes: list[str]
 
@@ -65,7 +74,10 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     tables = build_tables(grid, options.pivot, pair=options.pair)
     comparisons, said = compare_pair(grid, options.pair)
     fidelity, unsaid = fidelity_frame(grid)
+    ranked, unranked = rank(grid, options.pair)
+    rankings = ranking_tables(grid, ranked, options.pair)
     text_tables = [
+        *rankings,
         *needle_tables(grid),
         *comparison_tables(comparisons, grid.percent),
         *fidelity_tables(grid, fidelity),
@@ -78,6 +90,7 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
         "tables.md": markdown(tables, options.stderr) + "\n" + text_markdown(text_tables),
         "tables.tex": latex(tables, options.stderr) + "\n" + text_latex(text_tables),
         "tables.csv": csv_frame(tables).to_csv(index=False),
+        "ranking.csv": ranking_frame(ranked).to_csv(index=False) if ranked else "",
         "comparisons.csv": comparisons_frame(comparisons).to_csv(index=False) if comparisons else "",
         "fidelity.csv": fidelity.to_csv(index=False) if len(fidelity) else "",
         "traces.csv": traces.to_csv(index=False) if len(traces) else "",
@@ -93,12 +106,12 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
         plots = needle_plots(grid, out / "plots") | draw_all(grid, out / "plots", options.pair)
         plots |= trace_pictures(traced, out / "plots")
     files += [file for pictures in plots.values() for file in pictures]
-    notes = list(dict.fromkeys([*said, *unsaid, *(n for t in tables for n in t.notes)]))
+    notes = list(dict.fromkeys([*said, *unsaid, *unranked, *(n for t in tables for n in t.notes)]))
     if options.report:
         failures = read_failures(directories)
         contents = Contents(grid, tables, comparisons, text_tables, plots, failures, notes, options.pair)
         files.append(write_report(out / "report.html", contents))
-    return Shown(tables, files, list(dict.fromkeys([*grid.notes, *notes])))
+    return Shown(tables, rankings, files, list(dict.fromkeys([*grid.notes, *notes])))
 
 
 def publish(grid: Grid, options: Options, figures: Path | None, readme: Path | None) -> list[Path]:

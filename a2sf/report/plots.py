@@ -7,8 +7,10 @@ nothing for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import textwrap
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -20,6 +22,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 
 from a2sf.analysis.collect import DASH, DEFAULT_PAIR, Grid, System
 from a2sf.analysis.compare import AVERAGE
@@ -30,8 +33,10 @@ from a2sf.policies.find import built_in
 
 # Okabe and Ito, 2008, "Color universal design"; black is the full cache's, the pale yellow is left out
 COLOURS = ("#D55E00", "#000000", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00")
-MARKERS = "osD^vPX"
-DASHES: tuple[str, ...] = ("-", "-", "--", "-.", ":", "--", "-.")
+MARKERS = "osD^vPX<>ph"
+DASHES: tuple[str, ...] = ("-", "--", ":", "-.")
+MOST = 8
+"""Lines in one panel, the full cache's among them."""
 GREY = "0.35"
 plt.rcParams.update(
     {
@@ -62,7 +67,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Style:
-    """How a policy is drawn, everywhere."""
+    """How a policy is drawn, everywhere; its second line in a picture differs in `dash`."""
 
     colour: str
     marker: str
@@ -76,10 +81,22 @@ def style_of(policy: str, known: Iterable[str] | None = None) -> Style:
         known: policies in the order that colours are dealt out; ours by default.
     """
     order = sorted(known) if known is not None else sorted(built_in())
-    index = order.index(policy) if policy in order else len(order) + sum(policy.encode())
-    turn, index = divmod(index, len(COLOURS))
-    other = (index + turn) % len(MARKERS)  # where a colour comes again, marker and dash are others
-    return Style(COLOURS[index], MARKERS[other], DASHES[other])
+    index = order.index(policy) if policy in order else len(order) + zlib.crc32(policy.encode())
+    # 7 colours and 11 markers make 77 pairs; what has the colour of another has another dash, too
+    colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+    return Style(colour, marker, DASHES[index // len(COLOURS) % len(DASHES)])
+
+
+def styles_of(lines: Sequence[Line]) -> dict[str, Style]:
+    """Label -> style, no two alike: lines of one policy have its colour and marker, and dashes of their own."""
+    styles: dict[str, Style] = {}
+    for line in lines:
+        style = style_of(line.policy)
+        start = DASHES.index(style.dash)
+        turned = [replace(style, dash=DASHES[(start + i) % len(DASHES)]) for i in range(len(DASHES))]
+        turned += [replace(t, marker=m) for m in MARKERS for t in turned]
+        styles[line.label] = next(t for t in turned if t not in styles.values())
+    return styles
 
 
 def draw_all(grid: Grid, directory: Path, pair: tuple[str, str] = DEFAULT_PAIR) -> dict[str, list[Path]]:
@@ -92,6 +109,12 @@ def draw_all(grid: Grid, directory: Path, pair: tuple[str, str] = DEFAULT_PAIR) 
             if figure is None:
                 continue
             where = f"{model}, {shots}-shot"
+            where += part.one_schedule
+            left = left_out(part, pair) if draw in LINES else []
+            if left:
+                caption += f"; at most {MOST} lines, without {', '.join(left)} (choose with --policy)"
+                told = textwrap.fill(f"not shown: {', '.join(left)}", 100)
+                figure.legends[0].set_title(told, prop=FontProperties(size=7))
             figure.suptitle(where, x=0.01, ha="left", fontsize=10)
             stem = name if len(parts) == 1 else f"{name}-{safe(model)}-{shots}shot"
             written[f"{caption} ({where})"] = save(figure, directory / stem)
@@ -110,16 +133,17 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 
 def by_budget(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
     """The metric against the budget, per task and on average, with 95 % bands."""
-    lines, columns = lines_of(part), _columns(part)
+    lines, columns = chosen_lines(part, pair), _columns(part)
     if not lines:
         return None
     figure, axes = _panels(columns)
+    styles = styles_of(lines)
     ticks = _ticks(part.systems())
     for axis, column in zip(axes, columns, strict=True):
         _level(axis, part, column)
         for line in lines:
             points = [(ticks[s.budget], *_score(s, column, part)) for s in line.systems if column in _has(s, part)]
-            _curve(axis, points, line, part)
+            _curve(axis, points, line, part, styles[line.label])
         axis.set_title(column)
         _budget_axis(axis, ticks)
     _finish(figure, axes, _unit(part))
@@ -134,17 +158,21 @@ def by_factor(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None
     column = _columns(part)[-1]
     budgets = list(dict.fromkeys(s.budget for s in swept))
     figure, axes = _panels(budgets, sharey=True)
-    controls = {s.budget: s for s in part.systems() if s.policy == pair[1]}
+    controls = [s for s in part.systems() if s.policy == pair[1]]
+    lines = [Line(s.label, s.policy, [s]) for s in (*swept, *controls)]
+    styles = styles_of(list({line.label: line for line in lines}.values()))
     for axis, budget in zip(axes, budgets, strict=True):
         _level(axis, part, column)
-        for policy in dict.fromkeys(s.policy for s in swept):
-            systems = [s for s in swept if s.budget == budget and s.policy == policy and column in _has(s, part)]
+        for label in dict.fromkeys(s.label for s in swept):
+            systems = [s for s in swept if s.budget == budget and s.label == label and column in _has(s, part)]
             points = [(s.factor_value, *_score(s, column, part)) for s in systems]
-            _curve(axis, points, Line(systems[0].label if systems else policy, policy, systems), part)
-        control = controls.get(budget)
-        if control is not None and column in _has(control, part):
+            if systems:
+                _curve(axis, points, Line(label, systems[0].policy, systems), part, styles[label])
+        for control in controls:
+            if control.budget != budget or column not in _has(control, part):
+                continue
             value, error = _score(control, column, part)
-            style = style_of(control.policy)
+            style = styles[control.label]
             scale = 100 if part.percent else 1
             label = f"{control.label} (scores as factor 1)"
             axis.errorbar(1, scale * value, scale * Z * error, color=style.colour, fmt=style.marker, ms=6, label=label)
@@ -163,9 +191,9 @@ def heat_map(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
     ticks = _ticks(part.systems())
     if not swept or len(ticks) < 2:
         return None
-    names = [s.policy for s in swept]
-    policy = pair[0] if pair[0] in names else names[0]
-    rows = sorted({s.factor_value for s in swept if s.policy == policy})
+    shown = next((s for s in swept if s.policy == pair[0]), swept[0])
+    swept = [s for s in swept if s.label == shown.label]
+    rows = sorted({s.factor_value for s in swept})
     budgets = list(ticks)
     values = np.full((len(rows), len(budgets)), np.nan)
     control = np.full((1, len(budgets)), np.nan)
@@ -174,9 +202,9 @@ def heat_map(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
     for s in part.systems():
         if s.is_full or column not in _has(s, part):
             continue
-        if s.policy == policy and not math.isnan(s.factor_value):
+        if s.label == shown.label and not math.isnan(s.factor_value):
             values[rows.index(s.factor_value), budgets.index(s.budget)] = scale * _score(s, column, part)[0]
-        elif s.policy == pair[1]:
+        elif s.policy == pair[1] and s.schedule == shown.schedule:
             control[0, budgets.index(s.budget)], label = scale * _score(s, column, part)[0], s.label
     has_control = not np.isnan(control).all()
     grid = np.vstack([values, control]) if has_control else values
@@ -196,7 +224,7 @@ def heat_map(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
     axis.set_xticks(range(len(budgets)), budgets)
     axis.set_yticks(range(len(grid)), [f"{r:g}" for r in rows] + ([label] if has_control else []))
     axis.set_xlabel("budget (framed: the best factor)")
-    axis.set_ylabel("forgetting factor")
+    axis.set_ylabel(f"forgetting factor of {shown.label}")
     axis.grid(False)
     figure.colorbar(image, label=f"{column}, {_unit(part)}")
     return figure
@@ -207,19 +235,21 @@ def trade_off(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None
     column = _columns(part)[-1]
     wanted = {"tokens_per_second": "measured tokens/s", "kept_tokens": "tokens kept per KV head"}
     measures = {k: v for k, v in wanted.items() if part.frame[k].notna().any()}
-    lines = lines_of(part)
+    lines = chosen_lines(part, pair)
+    styles = styles_of(lines)
     full = [s for s in part.systems() if s.is_full and column in _has(s, part)]
     if not lines or not measures:
         return None
     figure, axes = _panels(list(measures), sharey=True, width=3.6)
     if full:
         lines = [*lines, Line(full[0].label, full[0].policy, full)]
+        styles[full[0].label] = Style(GREY, "*", "-")
     for axis, (measure, label) in zip(axes, measures.items(), strict=True):
         for line in lines:
             points = [
                 (_measured(s, measure), *_score(s, column, part)) for s in line.systems if column in _has(s, part)
             ]
-            _curve(axis, points, line, part, bars=True)
+            _curve(axis, points, line, part, styles[line.label], bars=True)
         axis.set_xlabel(f"{label} (mean over tasks)" if len(part.tasks) > 1 else label)
         axis.set_xlim(left=0)
     _finish(figure, axes, f"{column}, {_unit(part)}")
@@ -233,15 +263,17 @@ def fidelity(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
         return None
     column = AVERAGE if (frame["task"] == AVERAGE).any() else str(frame["task"].iloc[0])
     ticks = _ticks(part.systems())
+    lines = chosen_lines(part, pair)
+    styles = styles_of(lines)
     figure, axes = _panels(list(MEASURES), width=3.4)
     for axis, (measure, label) in zip(axes, MEASURES.items(), strict=True):
         scale = 100 if measure == "agreement" else 1
-        for line in lines_of(part):
+        for line in lines:
             rows = frame[(frame["policy"] == line.policy) & (frame["label"] == line.systems[0].label)]
             rows = rows[(rows["factor"] == line.systems[0].factor) & (rows["task"] == column)]
             if rows.empty:
                 continue
-            style = style_of(line.policy)
+            style = styles[line.label]
             x = rows["budget"].map(ticks)
             axis.plot(
                 x, scale * rows[measure], color=style.colour, marker=style.marker, ls=style.dash, label=line.label
@@ -264,6 +296,29 @@ FIGURES: dict[str, tuple[str, Callable[[Grid, tuple[str, str]], Figure | None]]]
     "tradeoff": ("Accuracy against speed and kept cache", trade_off),
 }
 """File name -> caption and drawing function."""
+LINES = (by_budget, fidelity, trade_off)
+"""Those that draw a line for each policy."""
+
+
+def chosen_lines(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> list[Line]:
+    """At most `MOST` lines, the full cache's with them: the pair's, then the best on average, not causal ones last."""
+    lines, column = lines_of(part), _columns(part)[-1]
+    room = MOST - any(s.is_full for s in part.systems())
+    sign = -1 if part.higher_is_better else 1
+
+    def order(line: Line) -> tuple[bool, bool, float]:
+        scores = [_score(s, column, part)[0] for s in line.systems if column in _has(s, part)]
+        mean = sign * float(np.mean(scores)) if scores else math.inf
+        return line.policy not in pair, not line.systems[0].causal, mean
+
+    chosen = {line.label for line in sorted(lines, key=order)[:room]}
+    return [line for line in lines if line.label in chosen]
+
+
+def left_out(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> list[str]:
+    """The labels of the lines that `chosen_lines` leaves out."""
+    chosen = {line.label for line in chosen_lines(part, pair)}
+    return [line.label for line in lines_of(part) if line.label not in chosen]
 
 
 def lines_of(part: Grid) -> list[Line]:
@@ -350,13 +405,14 @@ def _level(axis: Axes, part: Grid, column: str) -> None:
                 axis.axhspan(scale * (value - Z * error), scale * (value + Z * error), color=GREY, alpha=0.08, lw=0)
 
 
-def _curve(axis: Axes, points: list[tuple[float, float, float]], line: Line, part: Grid, bars: bool = False) -> None:
+def _curve(
+    axis: Axes, points: list[tuple[float, float, float]], line: Line, part: Grid, style: Style, bars: bool = False
+) -> None:
     if not points:
         return
     scale = 100 if part.percent else 1
     x, value, error = np.array(points).T
     value, half = scale * value, scale * Z * np.nan_to_num(error)
-    style = Style(GREY, "*", "-") if line.systems[0].is_full else style_of(line.policy)
     axis.plot(x, value, color=style.colour, marker=style.marker, ms=5, ls=style.dash, lw=1.5, label=line.label)
     if bars:
         axis.errorbar(x, value, half, color=style.colour, fmt="none", lw=0.8, alpha=0.6)

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
+from rich import box
+from rich.markup import escape
+from rich.table import Table as RichTable
 
-from a2sf.analysis.collect import DASH, Grid
+from a2sf.analysis.collect import DASH, MINUS, Grid
 from a2sf.analysis.compare import AVERAGE, Comparison
+from a2sf.analysis.ranking import Ranked
 from a2sf.report.tables import number, to_tex
 
 HEADS = {
@@ -30,6 +34,13 @@ FIDELITY = (
 )
 
 
+RANKING = (
+    "Policies by the mean over budgets and tasks; equal means share a rank. Differences on the same documents, each "
+    "document's answers averaged over the budgets; Holm: corrected over this table."
+)
+UPPER_MARK = "A policy that is not causal is an upper mark: it has no rank and is tested against no other."
+
+
 @dataclass(frozen=True)
 class TextTable:
     """A table whose numbers are already written; the columns in `words` are left-aligned."""
@@ -37,7 +48,7 @@ class TextTable:
     title: str
     frame: pd.DataFrame
     legend: str
-    words: tuple[str, ...] = ("Task", "Policy", "Budget", "Factor")
+    words: tuple[str, ...] = ("Task", "Policy", "Budget", "Schedule", "Factor")
 
 
 def comparison_tables(comparisons: Sequence[Comparison], percent: bool) -> list[TextTable]:
@@ -65,6 +76,35 @@ def comparison_tables(comparisons: Sequence[Comparison], percent: bool) -> list[
             )
         title = f"{part[0].first} against {part[0].second}: {model}, {shots}-shot" + (" (points)" if percent else "")
         tables.append(TextTable(title, pd.DataFrame(rows), COMPARISONS))
+    return tables
+
+
+def ranking_tables(grid: Grid, rankings: Sequence[Sequence[Ranked]], pair: tuple[str, str]) -> list[TextTable]:
+    """One table per ranking."""
+    tables = []
+    for ranking in rankings:
+        first, percent = ranking[0], grid.percent
+        control = next((r.label for r in ranking if r.policy == pair[1]), None)
+        rows = []
+        for r in ranking:
+            row = {"Rank": DASH if r.rank is None else str(r.rank), "Policy": r.label, "Factor": r.factor}
+            row |= {budget: number(value, percent) for budget, value in r.means.items()}
+            row["Mean"] = number(r.mean, percent)
+            for head, difference, p in (("best", r.to_best, r.p_best), (control, r.to_control, r.p_control)):
+                if head is not None:
+                    value = None if difference is None else difference.value
+                    row[f"{MINUS} {head}"] = number(value, percent, signed=True)
+                    row[f"p ({head}, Holm)"] = p_text(p)
+            rows.append(row)
+        frame = pd.DataFrame(rows)
+        for head in ("Factor", "Mean"):
+            if (frame[head] == DASH).all() or (head == "Mean" and len(first.means) == 1):
+                frame = frame.drop(columns=head)
+        several = len({(r[0].schedule) for r in rankings}) > 1
+        told = f", schedule {first.schedule}" if several else grid.one_schedule
+        title = f"Ranking: {first.model}, {first.shots}-shot, {grid.metric}" + " (%)" * percent + told
+        legend = f"{RANKING} {UPPER_MARK}" if not all(r.causal for r in ranking) else RANKING
+        tables.append(TextTable(title, frame, legend))
     return tables
 
 
@@ -110,6 +150,20 @@ def text_markdown(tables: Sequence[TextTable]) -> str:
         body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         parts.append(f"### {table.title}\n\n{body}\n\n{table.legend}\n")
     return "\n".join(parts)
+
+
+def text_screen(tables: Sequence[TextTable]) -> list[RichTable]:
+    """Rich tables."""
+    rendered = []
+    for table in tables:
+        layout = {"title_justify": "left", "caption_justify": "left", "box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
+        out = RichTable(title=escape(table.title), caption=escape(table.legend), **layout)  # type: ignore[arg-type]
+        for head in map(str, table.frame):
+            out.add_column(escape(head), justify="left" if head in table.words else "right", overflow="fold")
+        for row in table.frame.to_numpy().tolist():
+            out.add_row(*map(escape, row))
+        rendered.append(out)
+    return rendered
 
 
 def text_latex(tables: Sequence[TextTable]) -> str:

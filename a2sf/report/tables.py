@@ -16,7 +16,7 @@ from a2sf.analysis.collect import DASH, MINUS, Selection, grid_of
 from a2sf.experiments.runs import StoredCell
 from a2sf.report.layout import Entry, Row, Table, build_tables
 
-HEADS = {"label": "Policy", "budget": "Budget", "factor": "Factor"}
+HEADS = {"label": "Policy", "budget": "Budget", "schedule": "Schedule", "factor": "Factor"}
 TIED = "†"
 
 
@@ -72,9 +72,11 @@ def legend(table: Table) -> str:
     entries = [e for row in table.rows for e in row.entries.values()]
     said = []
     if any(e.best for e in entries):
-        said.append("Bold: best pruned value at that budget.")
+        said.append(f"Bold: best pruned value at that budget{' and schedule' * ('schedule' in table.heads)}.")
     if table.tested and any(e.tied for e in entries):
         said.append(f"{TIED}: not told from that best by a paired test (5 %, Holm-corrected over the table).")
+    if any(not row.causal for row in table.rows):
+        said.append("A policy that is not causal is an upper mark: never bold, and tested against no other.")
     return " ".join(said)
 
 

@@ -21,8 +21,8 @@ PICTURED = 240
 """Tokens of a document that a picture shows, from its end."""
 
 
-Groups = dict[tuple[str, int, str, str], dict[tuple[str, str, str], dict[int, Trace]]]
-"""(model, shots, task, budget) -> (policy, label, factor) -> document -> trace."""
+Groups = dict[tuple[str, int, str, str, str], dict[tuple[str, str, str], dict[int, Trace]]]
+"""(model, shots, task, budget, schedule) -> (policy, label, factor) -> document -> trace."""
 
 
 def trace_frame(groups: Groups, pair: tuple[str, str] = DEFAULT_PAIR) -> pd.DataFrame:
@@ -30,10 +30,10 @@ def trace_frame(groups: Groups, pair: tuple[str, str] = DEFAULT_PAIR) -> pd.Data
 
     Returns:
         One row per cell and layer: `evicted`, `age`, `mass` and `lost` as in `Trace.summary`, mean over documents, and
-        `overlap`, the Jaccard index with the second policy of `pair` at the same budget.
+        `overlap`, the Jaccard index with the second policy of `pair` at the same budget and schedule.
     """
     rows = []
-    for (model, shots, task, budget), by_policy in groups.items():
+    for (model, shots, task, budget, _), by_policy in groups.items():
         other = next((found for (policy, _, _), found in by_policy.items() if policy == pair[1]), {})
         for (_, label, factor), traces in by_policy.items():
             means = pd.concat([t.summary() for t in traces.values()]).groupby("layer").mean()
@@ -47,7 +47,8 @@ def trace_frame(groups: Groups, pair: tuple[str, str] = DEFAULT_PAIR) -> pd.Data
 def trace_pictures(groups: Groups, directory: Path) -> dict[str, list[Path]]:
     """Caption -> the PNG and SVG written: a document's text once per policy, as each cache kept it."""
     written: dict[str, list[Path]] = {}
-    for (model, shots, task, budget), by_policy in groups.items():
+    for (model, shots, task, budget, schedule), by_policy in groups.items():
+        several = len({s for *where, s in groups if where == [model, shots, task, budget]}) > 1
         documents = sorted({d for traces in by_policy.values() for d in traces})[:DOCUMENTS]
         for document in documents:
             if len(written) == PICTURES:
@@ -58,14 +59,15 @@ def trace_pictures(groups: Groups, directory: Path) -> dict[str, list[Path]]:
                     alone = sum(other == label for _, other, _ in by_policy) == 1
                     shown[label if alone else f"{label} {factor}"] = traces[document]
             shown = dict(zip(shown, alike(*shown.values()), strict=True))
-            stem = f"kept-{safe(model)}-{safe(task)}-{shots}shot-{budget.replace(' ', '')}-doc{document}"
+            of = f", {schedule}" if several else ""
+            stem = f"kept-{safe(model)}-{safe(task)}-{shots}shot-{(budget + of).replace(' ', '')}-doc{document}"
             files = [directory / f"{stem}.{ending}" for ending in ("png", "svg")]
             directory.mkdir(parents=True, exist_ok=True)
             for file in files:
                 picture(shown, file)
-            written[f"What was kept of document {document} of {task} at budget {budget} ({model}, {shots}-shot)"] = (
-                files
-            )
+            written[
+                f"What was kept of document {document} of {task} at budget {budget}{of} ({model}, {shots}-shot)"
+            ] = files
     return written
 
 
@@ -83,7 +85,7 @@ def read_traces(grid: Grid) -> Groups:
             for task, key in system.keys.items():
                 file = part.cells[key].open_traces() if key in part.cells and not system.is_full else None
                 if file is not None:
-                    of = groups.setdefault((model, shots, task, system.budget), {})
+                    of = groups.setdefault((model, shots, task, system.budget, system.schedule), {})
                     of[system.policy, system.label, system.factor] = {t.document: t for t in load(file)}
     return groups
 

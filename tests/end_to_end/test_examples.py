@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from a2sf.engine.invariants import INVARIANTS
+from a2sf.engine.invariants import INVARIANTS, SCHEDULES
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NOTEBOOK = EXAMPLES / "from_question_to_figure.ipynb"
@@ -43,7 +43,7 @@ def test_generate(tmp_path):
 
 def test_own_policy_and_its_yaml(tmp_path):
     said = run(EXAMPLES / "own_policy.py", cwd=tmp_path)
-    assert said.count("holds") == len(INVARIANTS)
+    assert said.count("holds") == len(INVARIANTS) * len(SCHEDULES)
     plan = [
         "policy=first_and_last",
         "policy.first_share=0.5",

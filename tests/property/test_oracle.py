@@ -9,8 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from a2sf import Schedule, attend, make_policy
+from a2sf.engine.invariants import SCHEDULES
 from tests.oracle import Method, Token, run
-from tests.policies import SCHEDULES, Counted, RoCo, label
+from tests.policies import Counted, RoCo, label
 
 T, K, G, D = 22, 2, 2, 6
 

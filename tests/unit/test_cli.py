@@ -20,7 +20,8 @@ from a2sf.commands.describe import attributes, paper
 from a2sf.errors import UserError
 from a2sf.experiments import schema
 from a2sf.experiments.runs import load_sweep
-from a2sf.policies.find import built_in
+from a2sf.policies.base import WHEN
+from a2sf.policies.find import built_in, defaults
 from a2sf.shipped import shipped
 from tests.sweep_fixture import Plan, write_sweep
 
@@ -102,6 +103,40 @@ def test_every_key_and_choice_is_in_the_help():
                 assert f"\n  {name + '.' if name else ''}{key} " in told
     for choice in (*built_in(), "smollm2-135m*", "+sweep=paper_small  The shape of `paper`", "slurm_local"):
         assert choice in told
+
+
+def test_what_the_policies_command_prints(capsys):
+    from a2sf.commands import policies
+
+    policies.main([])
+    said = capsys.readouterr().out
+    assert said.count("\n    Schedules: ") == len(built_in())
+    assert said.count("not causal") == 1 + said.count("Future (not causal)")
+    assert "Schedules: all (step, every, prompt)" in said
+    assert "Schedules: step; not causal: an upper mark" in said
+
+
+def test_the_readme_has_every_policy_with_its_settings_and_schedules():
+    """Each row of the README's table, held to the class: name, label, settings with their defaults, schedules."""
+    table = (Path(__file__).parents[2] / "README.md").read_text().partition("## Policies\n")[2].partition("\n## ")[0]
+    rows = {}
+    for line in table.splitlines():
+        if (found := re.match(r"\| `(\w+)`(?: \(([^)]*)\))? \|", line)) is not None:
+            rows[found[1]] = (found[2], [c.strip() for c in line.strip("|").split("|")])
+    assert set(rows) == set(built_in())
+    assert len(rows) == 16
+    for name, cls in built_in().items():
+        label, (_, _, settings, schedules, _) = rows[name]
+        assert label in (None, cls.label), name
+        assert schedules == ("all" if set(cls.schedules) == set(WHEN) else ", ".join(cls.schedules)), name
+        known = defaults(cls)
+        told = set(re.findall(r"`(\w+)`", settings))
+        if (other := re.match(r"as `(\w+)`", settings)) is not None:
+            told = told - {other[1]} | set(defaults(built_in()[other[1]]))
+        assert told == set(known), name
+        for setting, value in re.findall(r"`(\w+)` (\d+(?:\.\d+)?)", settings):
+            assert known[setting] == float(value), (name, setting)
+        assert ("not causal" in rows[name][1][1]) == (not cls.causal), name
 
 
 def test_every_policy_says_what_it_is():

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
-from a2sf import Policy, Retention
+from a2sf import Policy, Retention, Step
 from a2sf.commands import check as command
 from a2sf.engine.invariants import INVARIANTS, check
 from a2sf.errors import ConfigError, UserError
@@ -74,13 +75,74 @@ class Least(Policy):
         return Retention(budget=min(budget, 4))
 
 
+@dataclass(kw_only=True)
+class Own(Policy):
+    """An own rule that is right; those below break it."""
+
+    name: ClassVar[str] = "right"
+    label: ClassVar[str] = "An own rule"
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        return Retention(budget=budget)
+
+    def priorities(self, step: Step) -> Any:
+        return step.scores * step.values.norm(dim=-1)
+
+
+class OfTheBatch(Own):
+    name = "of_the_batch"
+
+    def priorities(self, step: Step) -> Any:
+        return step.scores - step.scores.mean((0, 2), keepdim=True) * step.keys[..., 0]
+
+
+class Drawn(Own):
+    name = "drawn"
+
+    def priorities(self, step: Step) -> Any:
+        return torch.rand_like(step.scores)
+
+
+class Counting(Own):
+    """What it keeps is in the object, not with the tokens."""
+
+    name = "counting"
+    calls: ClassVar[int] = 0
+
+    def priorities(self, step: Step) -> Any:
+        Counting.calls += 1
+        return step.scores * (1 if Counting.calls % 7 else -1)
+
+
+class ByColumn(Own):
+    """A token's place in the tensors, which is no property of it."""
+
+    name = "by_column"
+
+    def priorities(self, step: Step) -> Any:
+        return torch.arange(step.scores.shape[-1], dtype=step.scores.dtype).expand_as(step.scores).clone()
+
+
+class WrongShape(Own):
+    name = "wrong_shape"
+
+    def priorities(self, step: Step) -> Any:
+        return step.scores[..., 0]
+
+
 def broken(policy: Policy) -> dict[str, str]:
     return {f.name[:1].strip() or "0": f.broken for f in check(policy) if f.broken}
 
 
 @pytest.mark.parametrize("name", find_policies())
-def test_every_policy_holds_every_invariant(name):
-    assert broken(find_policies()[name]()) == {}
+def test_every_policy_holds_every_invariant_under_each_schedule_that_it_knows(name):
+    policy = find_policies()[name]()
+    findings = list(check(policy, seeds=1))
+    assert [f for f in findings if f.broken] == []
+    assert {f.schedule.when for f in findings} == set(policy.schedules)
+    assert {f.name for f in findings} == set(INVARIANTS)
+    excepted = {f.name for f in findings if f.excepted}
+    assert bool(excepted) == (not policy.causal or "step" not in policy.schedules)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +154,11 @@ def test_every_policy_holds_every_invariant(name):
         (Opaque(), "i", "neither number, text, list"),
         (Greedy(), "7", r"it raised ValueError: recent \(5\)"),
         (Least(), "1", "is not full attention"),
+        (OfTheBatch(), "3", "a row of"),
+        (Drawn(), "i", "other tokens are kept when the same sequence is read again"),
+        (Counting(), "i", "other tokens are kept when"),
+        (ByColumn(), "t", "differs from the reference|keeps another state"),
+        (WrongShape(), "i", r"it raised UserError: WrongShape.priorities returns priorities of shape"),
     ],
     ids=lambda x: getattr(x, "name", ""),
 )
@@ -103,16 +170,21 @@ def test_a_broken_policy_is_told_what_it_breaks(made, which, told):
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     (tmp_path / "ofmine.py").write_text(policy("Mine", "mine", "My policy"))
-    (tmp_path / "ofmine2.py").write_text(policy("Mine", "mine", "x").replace("budget=budget,", "budget=2 * budget,"))
+    (tmp_path / "ofmine2.py").write_text(policy("Mine", "mine2", "x").replace("budget=budget,", "budget=2 * budget,"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", list(sys.path))
     command.main(["ofmine:Mine", "share=0.25", "--trials", "2"])
     said = capsys.readouterr().out
     assert "Mine(share=0.25)" in said
     assert said.count("holds") == len(INVARIANTS)
+    assert said.count("step; every 3; prompt, then keep; prompt, then step") == len(INVARIANTS)
     with pytest.raises(SystemExit, match="1"):
         command.main(["ofmine2:Mine", "--trials", "2"])
     assert "asks for" in capsys.readouterr().out
+    command.main(["future", "--trials", "1"])
+    said = capsys.readouterr().out
+    assert said.count("holds") == len(INVARIANTS) - 2
+    assert "it is not causal, and says so" in said
 
 
 @pytest.mark.parametrize(

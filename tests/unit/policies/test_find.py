@@ -70,8 +70,9 @@ def test_a_broken_package_stops_only_who_asks_for_it(site):
         (policy("Mine", "mine", ""), "the class needs a label"),
         (policy("Mine", "mine", "x").replace("@dataclass(kw_only=True)\n", ""), "it needs @dataclass"),
         (policy("Mine", "mine", "x").replace("def retention", "def retain"), "it does not define retention"),
+        (policy("Mine", "mine", "x").replace("share: float", "keeps: float"), "its setting keeps hides the method"),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_what_is_no_policy(site, text, told):
     (site / "mine.py").write_text(text)

@@ -114,7 +114,7 @@ def test_heads_must_fit_the_model(tmp_path):
 def test_shifting_slots_between_layers_keeps_their_sum(layers, budget):
     for cls in find_policies().values():
         policy = cls()
-        shares = [policy.share(budget, layer, layers) for layer in range(layers)]
+        shares = [policy.of_layer(budget, layer, layers) for layer in range(layers)]
         assert sum(shares) == layers * budget
         assert min(shares) >= 1
         assert shares == sorted(shares, reverse=True)
@@ -122,7 +122,7 @@ def test_shifting_slots_between_layers_keeps_their_sum(layers, budget):
 
 def test_the_pyramid_is_linear_from_first_to_last():
     policy = make_policy("pyramidkv", window=4, beta=20)
-    shares = [policy.share(104, layer, 20) for layer in range(20)]
+    shares = [policy.of_layer(104, layer, 20) for layer in range(20)]
     assert (shares[0], shares[-1]) == (4 + 195, 4 + 5)  # 2 * 100 - 100 / 20, and 100 / 20
     steps = [a - b for a, b in pairwise(shares)]
     assert all(abs(step - 10) <= 1 for step in steps)

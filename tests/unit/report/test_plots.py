@@ -9,19 +9,24 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from a2sf.analysis.collect import Grid, Selection, gather
-from a2sf.policies.find import find_policies
+from a2sf.policies.find import built_in
 from a2sf.report.plots import (
     FIGURES,
+    MOST,
+    Line,
     by_budget,
     by_factor,
+    chosen_lines,
     draw_all,
     fidelity,
     heat_map,
+    left_out,
     lines_of,
     style_of,
+    styles_of,
     trade_off,
 )
-from tests.sweep_fixture import Plan, write_sweep
+from tests.sweep_fixture import NOISE, Plan, write_sweep
 
 PAIR = ("a2sf", "h2o")
 
@@ -81,10 +86,51 @@ def test_a_policy_looks_the_same_whatever_else_is_drawn() -> None:
     known = ["a2sf", "full", "h2o", "streaming", "window"]
     assert len({style_of(p, known).colour for p in known}) == len(known)
     assert len({style_of(p, known).marker for p in known}) == len(known)
-    installed = sorted(name for name, cls in find_policies().items() if not cls.__module__.startswith("tests"))
-    assert len({style_of(p) for p in installed}) == len(installed)
-    assert style_of("h2o") == style_of("h2o", installed)
+    assert len({style_of(p) for p in built_in()}) == len(built_in())
+    assert len({(style_of(p).colour, style_of(p).dash) for p in built_in()}) == len(built_in())
     assert style_of("unheard of") == style_of("unheard of")
+
+
+def test_lines_of_one_policy_differ_in_their_dashes_and_no_two_lines_are_alike() -> None:
+    lines = [Line(f"{p} {i}", p, []) for p in (*sorted(built_in()), "mine", "yours") for i in range(4)]
+    styles = styles_of(lines)
+    assert len(set(styles.values())) == len(lines)
+    for policy in sorted(built_in()):
+        first, *others = [styles[f"{policy} {i}"] for i in range(4)]
+        assert first == style_of(policy)
+        assert {(s.colour, s.marker) for s in others} == {(first.colour, first.marker)}
+
+
+MANY = ("full", "window", "streaming", "h2o", "a2sf", "p1", "p2", "p3", "p4", "future")
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Grid:
+    directory = tmp_path_factory.mktemp("runs") / "many"
+    noise = NOISE | {"p1": 0.1, "p2": 1.5, "p3": 5.0, "p4": 6.0, "future": 0.0}
+    noise |= {"window": 3.0, "streaming": 8.0}
+    write_sweep(directory, Plan(policies=MANY, noise=noise, documents={"arc_easy": 400}))
+    return gather([directory])
+
+
+def test_at_most_eight_lines_and_the_caption_says_what_is_left_out(many: Grid, tmp_path: Path) -> None:
+    """Full cache, the pair, then the best on average; what looks ahead only where there is room."""
+    chosen = [line.policy for line in chosen_lines(many, PAIR)]
+    means = many.frame.groupby("policy")["value"].mean()
+    others = [p for p in MANY if p not in ("full", "future", *PAIR)]
+    assert set(chosen) == {*PAIR, *sorted(others, key=lambda p: -means[p])[: MOST - 3]}
+    figure = by_budget(many, PAIR)
+    assert figure is not None
+    labels = figure.axes[0].get_legend_handles_labels()[1]
+    assert len(labels) == MOST
+    captions = draw_all(many, tmp_path, PAIR)
+    left = left_out(many, PAIR)
+    assert set(left) == {line.label for line in lines_of(many)} - {line.label for line in chosen_lines(many, PAIR)}
+    (caption,) = [c for c in captions if c.startswith("Accuracy against budget")]
+    assert f"without {', '.join(left)} (choose with --policy)" in caption
+    assert "not shown: " + ", ".join(left) in (tmp_path / "budget.svg").read_text()  # a comment beside the glyphs
+    other = ("p4", "p3")
+    assert set(other) <= {line.policy for line in chosen_lines(many, other)}
 
 
 def test_files_are_written_and_reproducible(grid: Grid, tmp_path: Path) -> None:
