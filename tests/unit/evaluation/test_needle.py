@@ -108,7 +108,7 @@ def test_a_cell_of_the_task_and_its_traces(lm, tmp_path, monkeypatch):
     assert row["context_tokens"][0] > 100
     (trace,) = lm.traces
     assert trace.context == row["context_tokens"][0]
-    assert trace.evicted.shape == (lm.layers, 3, len(trace.pieces))
+    assert trace.gone.shape == (lm.layers, 3, len(trace.pieces))
     budget = one.budget.slots(total=trace.context + 11, context=trace.context, layer=0)
     assert (trace.kept().sum(-1) == budget).all()
 
