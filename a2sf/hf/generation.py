@@ -26,7 +26,8 @@ from a2sf.hf.attention import UnsupportedModel, check_finite, keeps_window, mixe
 from a2sf.hf.calls import hooks_of, new_tokens
 from a2sf.hf.exactness import require_decoding, require_exact
 from a2sf.hf.kept import Kept
-from a2sf.hf.settings import check_settings, contexts_for, contexts_of, kv_heads_of, retention_of
+from a2sf.hf.loading import kv_heads_of
+from a2sf.hf.settings import check_settings, contexts_for, contexts_of, retention_of
 from a2sf.hf.slots import How, PrunedLayer, Step
 from a2sf.policies.base import UNLIMITED, Policy, Retention
 from a2sf.policies.budget import Budget

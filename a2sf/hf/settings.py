@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import Any
 
 from a2sf.errors import ConfigError, UserError
 from a2sf.policies.base import Policy, Retention
@@ -64,13 +63,6 @@ def retention_of(policy: Policy, budget: Budget | None, total: int, context: int
         return tuple(policy.keeps(c, i, layers) for i, c in enumerate(slots))
     except ValueError as error:
         raise UserError(f"policy {policy.name} does not fit a budget of {min(slots)} tokens: {error}") from error
-
-
-def kv_heads_of(config: Any) -> int | None:
-    """KV heads of each layer; None where the config does not tell one number."""
-    text = config.get_text_config()
-    told = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
-    return told if isinstance(told, int) else None
 
 
 def contexts_of(given: int | Sequence[int] | None) -> int | list[int] | None:
