@@ -20,9 +20,9 @@ import numpy as np
 import pandas as pd
 
 from a2sf.errors import UserError, nearest
-from a2sf.experiments.archive import is_archive, read_archive
+from a2sf.experiments.archive import is_archive, read_sweep
 from a2sf.experiments.names import Named, distinct
-from a2sf.experiments.runs import TABLE, StoredCell, is_cell, load_sweep, results_frame
+from a2sf.experiments.runs import TABLE, StoredCell, is_cell, results_frame
 
 MUST_AGREE = ("limit", "seed", "dtype", "split", "task_version", "data", "fewshot_split")
 """What has to be the same in all cells of one table."""
@@ -190,8 +190,7 @@ def gather(directories: Sequence[Path], selection: Selection | None = None) -> G
                 f"{directory} holds only a {TABLE}: paired tests need the per-document files, so there are none."
             )
             continue
-        read = read_archive if is_archive(directory) else load_sweep
-        stored = _newest_documents(list(read(directory)), notes)
+        stored = _newest_documents(list(read_sweep(directory)), notes)
         frame = _from_cells(stored, directory.name)
         frames.append(frame)
         cells |= {f"{directory.name}/{c.path.name}": c for c in stored}

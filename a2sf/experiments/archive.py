@@ -18,6 +18,7 @@ import json
 import os
 import uuid
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -179,6 +180,15 @@ def read_archive(path: Path) -> list[ArchivedCell]:
         ArchivedCell(place / a["name"], a["result"], a["config"], tuple(a["columns"]), i, archive)
         for i, a in enumerate(about)
     ]
+
+
+def read_sweep(path: Path) -> Sequence[StoredCell]:
+    """The finished cells of a sweep's directory or of an archive.
+
+    Raises:
+        UserError: as `load_sweep` and `read_archive`.
+    """
+    return read_archive(path) if is_archive(path) else load_sweep(path)
 
 
 def unpack(path: Path, directory: Path) -> list[StoredCell]:

@@ -323,11 +323,11 @@ def _known(stored: StoredCell | None, where: dict[str, Any]) -> dict[str, tuple[
     if "generated" in stored.documents:
         columns = ["request_hashes", "generated", "context_tokens", "continuation_tokens"]
         for hashes, text, context, more in stored.documents[columns].itertuples(index=False):
-            known[hashes[0]] = (text, False, context[0], more[0])
+            known[hashes[0]] = (text, False, int(context[0]), int(more[0]))
         return known
     columns = ["request_hashes", "loglikelihoods", "is_greedy", "context_tokens", "continuation_tokens"]
     for prefix in ("", "more/"):
         if f"{prefix}{columns[0]}" in stored.documents:
             for row in stored.documents[[f"{prefix}{c}" for c in columns]].itertuples(index=False):
-                known.update({h: tuple(rest) for h, *rest in zip(*row, strict=True)})
+                known.update({h: (float(x), bool(g), int(c), int(n)) for h, x, g, c, n in zip(*row, strict=True)})
     return known

@@ -9,12 +9,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from a2sf import A2SF, Budget
+from a2sf.engine.invariants import SCHEDULES
 from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation import tasks
 from a2sf.evaluation.lm import PrunedLM
 from a2sf.policies.find import find_policies
 from tests.models import small
-from tests.policies import SCHEDULES, cases, label
+from tests.policies import cases, label
 
 POLICIES = [cls() for cls in find_policies().values()]
 SHARED_TASKS = [("piqa", 0), ("winogrande", 0), ("arc_easy", 1)]

@@ -8,10 +8,10 @@ from typing import ClassVar
 import pytest
 
 from a2sf import Policy, Retention, Schedule, make_policy
+from a2sf.engine.invariants import SCHEDULES
 from a2sf.errors import ConfigError
 from a2sf.policies.find import find_policies
 from a2sf.policies.schedule import schedule_for, told_apart
-from tests.policies import SCHEDULES
 
 
 def test_a_schedule_is_found_by_its_name():
