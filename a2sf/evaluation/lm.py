@@ -12,8 +12,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,28 +24,25 @@ from tqdm import tqdm
 
 from a2sf.engine.trace import Trace
 from a2sf.errors import ConfigError, UserError
-from a2sf.evaluation.counts import Counts
+from a2sf.evaluation.members import Answer, Member, Members
 from a2sf.evaluation.pretrained import load_pretrained
 from a2sf.evaluation.requests import Model, Request
-from a2sf.evaluation.scoring import Answer, Asked, Member, Scoring
+from a2sf.evaluation.scoring import Asked, Scoring
 from a2sf.hf.attention import (
     NonFiniteError,
     Plan,
     UnsupportedModel,
     attached,
-    global_layers,
     mixes_windows,
     running,
 )
 from a2sf.hf.calls import hooks_of, logits_at
 from a2sf.hf.exactness import require_exact
 from a2sf.hf.generation import PrunedCache, prove_decoding
-from a2sf.hf.loading import kv_heads_of
-from a2sf.hf.settings import check_settings, retention_of
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policy
-from a2sf.policies.schedule import Schedule, schedule_for
+from a2sf.policies.schedule import Schedule
 
 NAME = "a2sf"
 PACK_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -58,7 +54,7 @@ GENERATED_ROWS = 8
 
 
 @register_model(NAME)
-class PrunedLM(HFLM):
+class PrunedLM(Members, HFLM):
     """lm-eval's Hugging Face model with a pruned cache, `lm_eval.simple_evaluate(model="a2sf", ...)`.
 
     Args:
@@ -109,8 +105,6 @@ class PrunedLM(HFLM):
         self.engine = backend
         self.tokens_per_pass = self.most_tokens
         self.silent = False  # no progress bars
-        self.after_pass: Callable[[], None] | None = None
-        self.rank: Callable[[int], int] | None = None
         self._clock: float | None = None  # when the request for log-likelihoods came
         self.trace_documents = 0
         self.spent = 0.0  # seconds in which log-likelihoods were scored, of all members
@@ -129,93 +123,6 @@ class PrunedLM(HFLM):
     def most_tokens(self) -> int:
         """Computed tokens per forward pass on this device, while its memory suffices."""
         return PACK_TOKENS["cpu" if self.device.type == "cpu" else "cuda"]
-
-    @property
-    def layers(self) -> int:
-        return self.model.config.get_text_config().num_hidden_layers
-
-    @property
-    def kv_heads(self) -> int | None:
-        """KV heads of each layer; None where the config does not tell one number."""
-        return kv_heads_of(self.model.config)
-
-    @property
-    def policy(self) -> Policy:
-        return self.member.policy
-
-    @property
-    def budget(self) -> Budget | None:
-        return self.member.budget
-
-    @property
-    def schedule(self) -> Schedule:
-        return self.member.schedule
-
-    @property
-    def counts(self) -> Counts:
-        """What was read since `use`."""
-        return self.member.counts
-
-    @property
-    def known(self) -> dict[str, Answer]:
-        """Answers of an earlier result, by `request_hash`; what they answer is not computed again."""
-        return self.member.known
-
-    @known.setter
-    def known(self, answers: dict[str, Any]) -> None:
-        self.member.known = {h: Answer(*a) for h, a in answers.items()}
-
-    def use(self, policy: Policy, budget: Budget | None, schedule: Schedule | None = None) -> None:
-        """Score with `policy` at `budget` from now on (None: for a policy that ignores budgets); counts start anew.
-
-        Args:
-            schedule: when tokens are evicted; None: as the policy does without being told.
-
-        Raises:
-            ConfigError: if a setting does not fit the model, the budget is too small for the policy, or the policy does not
-                know the schedule.
-        """
-        self.group: Sequence[Member] = ()
-        self.take(self.as_member(policy, budget, schedule))
-
-    def as_member(self, policy: Policy, budget: Budget | None, schedule: Schedule | None = None) -> Member:
-        """One way of scoring with this model; arguments and errors as in `use`."""
-        check_settings(policy, budget, self.layers)
-        policy.check(self.layers, self.kv_heads)
-        schedule = schedule_for(policy, schedule)
-        return Member(policy, budget, schedule, Counts(schedule, self.kv_heads, global_layers(self.model.config)))
-
-    def take(self, member: Member) -> None:
-        """Answer as `member` from now on."""
-        self.member = member
-        self.lengths: dict[str, tuple[int, int]] = {}
-        self._documents: dict[str, tuple[str, int]] = {}  # task and document of each request, by its strings or tokens
-        self.traces: list[Trace] = []
-
-    @contextmanager
-    def together(
-        self,
-        members: Sequence[Member],
-        after_pass: Callable[[], None] | None = None,
-        rank: Callable[[int], int] | None = None,
-    ) -> Iterator[None]:
-        """Compute what one of `members` is asked for all of them, and answer the others from that.
-
-        Args:
-            after_pass: called after each pass; the members hold the answers so far.
-            rank: when a document is visited, the smallest first; None: those with the longest requests first.
-        """
-        before, self.group, self.after_pass, self.rank = self.member, members, after_pass, rank
-        try:
-            yield
-        finally:
-            self.group, self.after_pass, self.rank = (), None, None
-            self.take(before)
-
-    def retention(self, total: int, context: int, member: Member | None = None) -> tuple[Retention, ...]:
-        """What each layer keeps of a request of `total` tokens read, `context` of them its context."""
-        member = member or self.member
-        return retention_of(member.policy, member.budget, total, context, self.layers)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """As HFLM's, through a bounded cache; a request that `known` answers is not computed again."""
@@ -398,9 +305,9 @@ class PrunedLM(HFLM):
         hooks_of(self.model).close(None)  # a call that was interrupted left it open
         about = Model(self.layers, not mixes_windows(self.model.config), self.engine, self.device)
         scoring = Scoring(self.model, about, self.tokens_per_pass, self.sequences_per_pass)
-        if self.rank is not None:
+        if self.due is not None:
             document = [self._documents.get(str(strings), ("", -1))[1] for strings, _, _ in requests]
-            scoring.rank = lambda number, rank=self.rank: rank(document[number])
+            scoring.due = lambda number, due=self.due: due(document[number])
         try:
             with attached(self.model), torch.inference_mode():
                 scoring.run(asked, done, failed, self.after_pass or (lambda: None))

@@ -68,7 +68,7 @@ class Pack:
 
 
 def pack(
-    items: Sequence[Item], *, max_tokens: int, max_items: int | None = None, rank: Sequence[int] | None = None
+    items: Sequence[Item], *, max_tokens: int, max_items: int | None = None, due: Sequence[int] | None = None
 ) -> Iterator[Pack]:
     """Read `items` in as few computed tokens as sharing allows, in rows of about `max_tokens`.
 
@@ -79,12 +79,12 @@ def pack(
         items: the sequences.
         max_tokens: computed tokens per row.
         max_items: sequences per row; None: no limit.
-        rank: when each is to be read, the smallest first, together with those that begin alike; None: the longest first.
+        due: when each is to be read, the smallest first, together with those that begin alike; None: the longest first.
     """
-    due = [-len(i.tokens) for i in items] if rank is None else rank
+    when = [-len(i.tokens) for i in items] if due is None else due
     row: list[list[int]] = []
     size = count = 0
-    for unit in sorted(_units(items), key=lambda unit: min(due[i] for i in unit)):
+    for unit in sorted(_units(items), key=lambda unit: min(when[i] for i in unit)):
         row.append([])
         for i, new in _in_order(items, unit):
             room = OVERHANG * max_tokens if row[-1] else max_tokens

@@ -68,18 +68,17 @@ class Request:
 
     def item(self) -> Item:
         """As the model's tokens are packed."""
-        alike = (self.retention, self.schedule, self.prompt if self.schedule.prompt else None)
-        return Item(self.read, alike, self.certain)
+        return Item(self.read, (self.schedule, self._alike), self.certain)
 
-    def state(self, number: int) -> Item:
-        """As states are packed, among those that are ranked and forgotten alike; `number` tells it from all others."""
-        certain = shareable(self.retention, self.schedule, self.prompt)
-        alone = any(k.rule.foresee is not None for k in self.retention)
-        return Item(
-            self.read,
-            (self.retention, self.prompt if self.schedule.prompt else None, number if alone else None),
-            certain,
-        )
+    def state(self) -> Item:
+        """As states are packed, among those that are ranked and forgotten alike."""
+        return Item(self.read, self._alike, shareable(self.retention, self.schedule, self.prompt))
+
+    @property
+    def _alike(self) -> Hashable:
+        """What tells how a cache evolves: where it looks at what is to come, that as well."""
+        foresees = any(k.rule.foresee is not None for k in self.retention)
+        return self.retention, self.prompt if self.schedule.prompt else None, self.read if foresees else None
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def _states(row: Pack, members: list[int], todo: Sequence[Request]) -> Pack:
         # what begins apart in the row has no state in common
         trees.setdefault((row.path[which][0], todo[row.items[which]].factors), []).append(which)
     chosen = set(members)
-    items = [todo[i].state(which) if which in chosen else _NOTHING for which, i in enumerate(row.items)]
+    items = [todo[i].state() if which in chosen else _NOTHING for which, i in enumerate(row.items)]
     return build(items, list(trees.values()))
 
 

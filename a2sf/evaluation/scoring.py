@@ -1,66 +1,23 @@
-"""Passes of the model that score requests of several members: each token once, each failure to whom it concerns.
-
-A member is one way of scoring (a policy, a budget, a schedule) the requests that all of them are asked. A lone model is a
-group of one.
-"""
+"""Passes of the model that score requests of several members: each token once, each failure to whom it concerns."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
-from a2sf.evaluation.counts import Counts
+from a2sf.evaluation.members import Member
 from a2sf.evaluation.packing import Pack, pack
 from a2sf.evaluation.requests import Model, Request, pass_of
 from a2sf.hf.attention import NonFiniteError, rope_switch, running
 from a2sf.hf.calls import logits_at
-from a2sf.policies.base import Policy
-from a2sf.policies.budget import Budget
-from a2sf.policies.schedule import Schedule
 
 LOGSUMEXP_ROWS = 64
 LEAST_PASS = 64
 """Tokens per pass below which each sequence is read by itself, and fails by itself where memory does not suffice."""
-
-
-class Answer(NamedTuple):
-    """A log-likelihood (or a text), whether greedy decoding would have said it, tokens of context and continuation."""
-
-    value: Any
-    greedy: bool
-    context: int
-    continuation: int
-
-
-@dataclass
-class Member:
-    """One way of scoring, and what came of it.
-
-    Attributes:
-        known: answers of an earlier result, by `request_hash`.
-        answers: those computed in this group.
-        seconds: time that was spent on it, its share where several were computed together.
-        error: why it cannot go on; the others of its group do.
-    """
-
-    policy: Policy
-    budget: Budget | None
-    schedule: Schedule
-    counts: Counts
-    known: dict[str, Answer] = field(default_factory=dict)
-    answers: dict[str, Answer] = field(default_factory=dict)
-    seconds: float = 0.0
-    error: Exception | None = None
-
-    def answer(self, request: str) -> Answer | None:
-        """The answer to a request, by its hash."""
-        found = self.known.get(request)
-        return self.answers.get(request) if found is None else found
 
 
 @dataclass
@@ -79,14 +36,14 @@ class Scoring:
     Attributes:
         tokens_per_pass: computed tokens of a pass; halved when memory runs out.
         sequences_per_pass: None: no limit.
-        rank: when each request is to be read, by its number; None: the longest first.
+        due: when each request is to be read, by its number; None: the longest first.
     """
 
     model: PreTrainedModel
     about: Model
     tokens_per_pass: int
     sequences_per_pass: int | None = None
-    rank: Callable[[int], int] | None = None
+    due: Callable[[int], int] | None = None
 
     def run(
         self,
@@ -141,8 +98,8 @@ class Scoring:
             parts.setdefault(len(todo[i].read) > limit, []).append(i)
         for part in parts.values():
             items = [todo[i].item() for i in part]
-            rank = None if self.rank is None else [self.rank(asked[i].number) for i in part]
-            for row in pack(items, max_tokens=self.tokens_per_pass, max_items=most, rank=rank):
+            due = None if self.due is None else [self.due(asked[i].number) for i in part]
+            for row in pack(items, max_tokens=self.tokens_per_pass, max_items=most, due=due):
                 row.items = [part[i] for i in row.items]
                 row.owner = [part[i] for i in row.owner]
                 yield row

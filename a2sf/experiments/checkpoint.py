@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from a2sf.evaluation.scoring import Answer, Member
+from a2sf.evaluation.members import Answer, Member
 from a2sf.experiments.cell import Cell
 from a2sf.experiments.runs import write_atomically
 
@@ -59,7 +59,8 @@ def remove(directory: Path, cell: Cell) -> None:
     """Forget what was kept, now that the cell is finished."""
     file = _file(directory, cell)
     with suppress(OSError):
-        file.unlink()
+        for left in [file, *file.parent.glob(f".{file.name}.*")]:  # also of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
         file.parent.rmdir()  # where it was the last
 
 

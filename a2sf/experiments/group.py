@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from a2sf.evaluation import tasks
-from a2sf.evaluation.scoring import Answer, Member
+from a2sf.evaluation.members import Answer, Member
 from a2sf.experiments import checkpoint
 from a2sf.experiments.cell import Cell, compute
 from a2sf.experiments.runs import DiskError, StoredCell, find_extendable

@@ -205,6 +205,12 @@ class Plan:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """Attention of one layer, [B, H, T, V]."""
         check_finite(layer, (self.row, self.start, self.length), query=query, key=key, value=value)
+        return self.attend_checked(layer, query, key, value, scale, window)
+
+    def attend_checked(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """The same of tensors that are known to be finite."""
         options = Options(scale=scale, trace=self.trace)
         out = attend(query, key, value, self.segments(layer, window), options, backend=self.backend)
         self.reached.add(layer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -192,34 +191,6 @@ def test_a_directory_that_cannot_be_written(tmp_path):
     assert done.returncode == 1
     assert "cannot be written" in done.stderr or "Not a directory" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-def test_a_sweep_killed_at_random_moments_loses_and_repeats_nothing(sweep, tmp_path):
-    """`kill -9` at 20 random moments, started anew until done; then as an undisturbed run."""
-    undisturbed, _ = sweep
-    rng = random.Random(0)
-    seen: dict[Path, int] = {}
-    runs = tmp_path / "runs"
-    for _ in range(20):
-        process = subprocess.Popen(
-            command("-m", *GRID, "sweep_name=small", f"runs_dir={runs}"),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd=ROOT,
-            start_new_session=True,
-        )
-        time.sleep(rng.uniform(2, 7))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for file in runs.rglob("result.json"):
-            if not file.parent.name.startswith("."):
-                stamp = file.stat().st_mtime_ns
-                assert seen.setdefault(file, stamp) == stamp  # never computed again
-                read_cell(file.parent)  # whole
-    done = evaluate("-m", *GRID, "sweep_name=small", runs=runs)
-    assert done.returncode == 0, done.stderr
-    assert numbers(runs / "small") == numbers(undisturbed / "small")
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import json
 import multiprocessing
 import os
@@ -24,7 +25,8 @@ from a2sf.errors import UserError
 from a2sf.evaluation import scoring, tasks
 from a2sf.experiments import group, sweep
 from a2sf.experiments.cell import Cell
-from a2sf.experiments.runs import is_cell, load_sweep
+from a2sf.experiments.estimate import estimate
+from a2sf.experiments.runs import is_cell, load_sweep, tail_of
 from a2sf.experiments.sweep import DiskError, Runner, finish, plan
 from a2sf.experiments.tracking import Tracker, TrackerSpec
 from a2sf.hf.loading import ModelSpec, fingerprint
@@ -32,6 +34,8 @@ from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policies
 from a2sf.report.html import read_failures
 from tests.conftest import SMOLLM2
+
+HUB = tasks.DataSpec(content="c0ffee")
 
 
 def cell(policy: str = "full", **more: object) -> Cell:
@@ -218,6 +222,65 @@ def test_a_cell_that_another_process_computes_is_busy_until_that_process_is_dead
     assert outcome.status == "done"
 
 
+def interrupted(runner: Runner, cells: list[Cell], passes: int, monkeypatch) -> None:
+    """Run a group until so many passes are done."""
+    left = [passes]
+
+    def stop(members) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep, "compute_group", functools.partial(group.compute_group, watch=stop))
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(cells)
+
+
+def test_answers_of_unfinished_cells_are_read_by_the_next_start(runner, monkeypatch):
+    runner.batch_size = 4
+    cells = [cell(name) for name in ("full", "h2o", "window")]
+    interrupted(runner, cells, 3, monkeypatch)
+    kept = {f.stem: json.loads(f.read_text())["answers"] for f in (runner.directory / ".checkpoints").glob("*.json")}
+    assert sum(map(len, kept.values())) == 3 * 4
+    assert all(o.status == "done" for o in runner.run(cells))
+    assert not (runner.directory / ".checkpoints").exists()
+    for stored in load_sweep(runner.directory):
+        timing = stored.result["timing"]
+        assert timing["reused_requests"] == 0
+        columns = (stored.documents[c].explode() for c in ("request_hashes", "loglikelihoods"))
+        of = dict(zip(*columns, strict=True))
+        for h, answer in kept.get(tail_of(stored.path), {}).items():
+            assert of[h] == answer[0]  # to the bit: not computed again
+
+
+def test_a_damaged_checkpoint_counts_for_nothing(runner, monkeypatch):
+    runner.batch_size = 4
+    interrupted(runner, [cell("h2o")], 1, monkeypatch)
+    (file,) = (runner.directory / ".checkpoints").glob("*.json")
+    body = json.loads(file.read_text())
+    first = next(iter(body["answers"]))
+    body["answers"][first][0] = -99.0
+    file.write_text(json.dumps(body))
+    assert run(runner, cell("h2o")).status == "done"
+    (stored,) = load_sweep(runner.directory)
+    assert min(x for row in stored.documents["loglikelihoods"] for x in row) > -99
+
+
+def test_the_sum_over_a_sweep_is_what_was_computed(runner, monkeypatch):
+    read, counted = scoring.logits_at, []
+
+    def counting(*arguments, input_ids, **more):
+        counted.append(input_ids.shape[1])
+        return read(*arguments, input_ids=input_ids, **more)
+
+    monkeypatch.setattr(scoring, "logits_at", counting)
+    assert {o.status for o in runner.run([cell("full"), cell("h2o"), cell("a2sf")])} == {"done"}
+    timings = [s.result["timing"] for s in load_sweep(runner.directory)]
+    assert sum(t["computed_tokens"] for t in timings) == pytest.approx(sum(counted))
+    assert all(0.3 < t["shared"] <= 1 for t in timings)
+
+
 def test_traces_are_kept_beside_the_result(runner):
     runner.trace = 2
     assert run(runner, cell("h2o")).status == "done"
@@ -325,14 +388,24 @@ def test_nothing_is_served_across_another_engine_version(runner, monkeypatch):
     assert len(plan([cell()], runner.directory).pending) == 1
 
 
-def test_the_time_is_estimated_from_what_was_measured(runner):
-    assert sweep.estimate_seconds([cell("h2o")], runner.directory.parent) == (0, 0)
+def test_the_plan_tells_tokens_and_time_from_what_was_measured(runner):
+    runs = runner.directory.parent
+    cells = [cell(name, limit=8) for name in ("h2o", "window")]
+    (before,) = estimate([cells], runs)
+    assert before.seconds is None
     run(runner, cell("full"))
     (stored,) = load_sweep(runner.directory)
-    per_document = stored.result["timing"]["seconds"] / 4
-    todo = [cell("h2o", limit=40), cell("h2o", task="piqa"), cell("h2o", limit=None)]
-    seconds, known = sweep.estimate_seconds(todo, runner.directory.parent)
-    assert (seconds, known) == (pytest.approx(40 * per_document), 1)
+    planned, other, unknown = estimate([cells, [cell(task="piqa", limit=8)], [cell(limit=8, data=HUB)]], runs)
+    assert planned.tokens == pytest.approx(before.tokens, rel=0.3)  # first from characters, then from tokens
+    assert other.tokens
+    assert unknown.tokens == pytest.approx(estimate([cells[:1]], runs)[0].tokens)  # the same task's lengths
+    timing = stored.result["timing"]
+    assert planned.seconds == pytest.approx(planned.tokens * timing["seconds"] / timing["computed_tokens"])
+    assert all(o.status == "done" for o in runner.run(cells))
+    computed = sum(s.result["timing"]["computed_tokens"] for s in load_sweep(runner.directory) if s.cell["limit"] == 8)
+    assert planned.tokens == pytest.approx(
+        computed, rel=0.35
+    )  # four documents stand for eight, of which four are known
 
 
 def test_a_failure_file_is_whole_json(runner, monkeypatch):
