@@ -76,7 +76,7 @@ def guard(main: Callable[[], Any]) -> None:
             raise
         _fail(f"{error.filename} cannot be read or written ({error.strerror}).")
     except KeyboardInterrupt:
-        screen.print("Interrupted; finished cells are kept, and the same command goes on from there.")
+        screen.print("Interrupted; what was computed is kept, and the same command goes on from there.")
         sys.exit(130)
 
 

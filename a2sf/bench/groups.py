@@ -7,8 +7,10 @@ import contextlib
 import io
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from a2sf.bench.measuring import SMOLLM2, Figures, alternately
 from a2sf.evaluation import tasks
@@ -65,14 +67,14 @@ def measure(figures: Figures, options: argparse.Namespace) -> None:
     lm.silent = True
     run(lm, paper()[::8], ("piqa",), documents=4)  # warm
     for name, ways in (("paper", paper()), ("forgetting", forgetting())):
-        calls = {
-            "alone": lambda ways=ways: [run(lm, [w], TASKS) for w in ways],
-            "group": lambda ways=ways: run(lm, ways, TASKS),
+        calls: dict[str, Callable[[], Any]] = {
+            "alone": partial(one_by_one, lm, ways, TASKS),
+            "group": partial(run, lm, ways, TASKS),
         }
         seconds, found = alternately(1, warm=False, **calls)  # minutes long, and warm
         ratios[f"cells_alone_over_group_{name}"] = seconds["alone"] / seconds["group"]
         computed = sum(c.result["timing"]["computed_tokens"] for c in found["group"] if c.result)
-        alone = sum(c.result["timing"]["computed_tokens"] for group in found["alone"] for c in group if c.result)
+        alone = sum(c.result["timing"]["computed_tokens"] for c in found["alone"] if c.result)
         details[f"group_{name}"] = {"seconds": seconds, "tokens": {"alone": alone, "group": computed}}
         figures.save()
     ratios["plan_estimate_over_actual"] = planned_over_actual(lm)
@@ -82,8 +84,8 @@ def measure(figures: Figures, options: argparse.Namespace) -> None:
 
     theirs = harness.lm_eval_model(loaded, options.batch_size)
     calls = {
-        "lm_eval": lambda: harness.evaluate(theirs, 1),
-        "group": lambda: run(lm, paper(), harness.TASKS, shots=1),
+        "lm_eval": partial(harness.evaluate, theirs, 1),
+        "group": partial(run, lm, paper(), harness.TASKS, shots=1),
     }
     seconds, _ = alternately(1, warm=False, **calls)
     ratios["lm_eval_full_over_group_cell_1shot"] = seconds["lm_eval"] / (seconds["group"] / len(paper()))
@@ -100,6 +102,11 @@ def run(
         with tempfile.TemporaryDirectory() as folder:
             found += _computed(lm, group, Path(folder) / "s")
     return found
+
+
+def one_by_one(lm: PrunedLM, ways: Sequence[Way], of: Sequence[str]) -> list[Computed]:
+    """The same cells, each as a group of one."""
+    return [computed for way in ways for computed in run(lm, [way], of)]
 
 
 def planned_over_actual(lm: PrunedLM) -> float:

@@ -137,7 +137,7 @@ def _matmul_rate() -> float:
     return 2 * 2048**3 / best
 
 
-def _useful_flops(loaded: LoadedModel, computed: int, scored: int) -> float:
+def _useful_flops(loaded: LoadedModel, computed: float, scored: float) -> float:
     """Multiplications and additions of the layers' matrices for `computed` tokens and of the head for `scored` positions."""
     head = loaded.model.get_output_embeddings().weight.numel()
     layers = sum(

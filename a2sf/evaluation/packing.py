@@ -100,7 +100,8 @@ def pack(
 
 def build(items: Sequence[Item], trees: Sequence[list[int]]) -> Pack:
     """One row of `trees`, lists of indices of items; those of different trees share nothing."""
-    made, path_of = Pack(), {}
+    made = Pack()
+    path_of: dict[int, list[int]] = {}
     for tree in trees:
         if tree:
             ordered = sorted(tree, key=lambda i: items[i].tokens)

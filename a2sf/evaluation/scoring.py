@@ -78,6 +78,16 @@ class Scoring:
                         crowded = True
                         _fail(asked, error, row.items, failed)
                     break
+                except Exception as error:  # of some member alone, perhaps: a window of the model's own, a backend
+                    of_member = _by_member(row.items, asked)
+                    if len(of_member) == 1:
+                        _fail(asked, error, row.items, failed)
+                    for own in of_member if len(of_member) > 1 else ():
+                        self.run([asked[i] for i in own], done, failed, after_pass)
+                        for i in own:
+                            del pending[i]
+                    clock = time.perf_counter()
+                    break
                 for i, (value, greedy) in zip(row.items, scores, strict=True):
                     done(asked[i], value, greedy)
                     del pending[i]
@@ -153,15 +163,20 @@ def _fail(
     failed: Callable[[Member, Exception, list[int]], None],
 ) -> None:
     """Tell each member that some of the requests `rows` belong to."""
-    blamed: dict[int, list[Asked]] = {}
-    for i in rows:
-        blamed.setdefault(id(asked[i].member), []).append(asked[i])
-    if not blamed:  # nobody's, so it would come again
+    if not rows:  # nobody's, so it would come again
         raise error
-    for of_member in blamed.values():
-        member = of_member[0].member
+    for own in _by_member(rows, asked):
+        member = asked[own[0]].member
         member.error = error
-        failed(member, error, [a.number for a in of_member])
+        failed(member, error, [asked[i].number for i in own])
+
+
+def _by_member(rows: Sequence[int], asked: Sequence[Asked]) -> list[list[int]]:
+    """Places in `asked`, those of each member together."""
+    found: dict[int, list[int]] = {}
+    for i in rows:
+        found.setdefault(id(asked[i].member), []).append(i)
+    return list(found.values())
 
 
 def _share(row: Pack, asked: Sequence[Asked], seconds: float) -> None:

@@ -68,7 +68,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
         for differing in ({}, *json.loads(composed.group)):
             one = composed.copy()
             for key, value in {"group": None, **differing}.items():
-                OmegaConf.update(one, key, value, merge=False)
+                OmegaConf.update(one, key, value, merge=key != "policy")  # which is another one
             made.append(read(one, model_names))
         return dataclasses.replace(made[0], cells=tuple(c for s in made for c in s.cells))
     config = _typed(composed)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def compute_group(
             for name in list(members):
                 lm.take(members[name])
                 try:
-                    result, documents = attempt(lambda cell=of[name]: compute(cell, lm, task))
+                    result, documents = attempt(partial(compute, of[name], lm, task))
                 except DiskError:
                     raise
                 except Exception as error:
@@ -133,7 +134,8 @@ def compute_group(
 
 def _once(task: Any) -> None:
     """Let `task` make its requests once, and give them anew, without answers, to every evaluation."""
-    make, made = task.build_all_requests, []
+    make = task.build_all_requests
+    made: list[Any] = []
 
     def build_all_requests(**settings: Any) -> None:
         if not made:

@@ -39,5 +39,5 @@ class Mixed:
         outputs = []
         for plan, columns in zip(self.plans, self.columns, strict=True):
             q, k, v = (x.index_select(2, columns) for x in (query, key, value))
-            outputs.append(plan.attend_checked(layer, q, k, v, scale, window))
+            outputs.append(plan.checked(layer, q, k, v, scale, window))
         return torch.cat(outputs, 2).index_select(2, self.back)

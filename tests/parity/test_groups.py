@@ -11,6 +11,7 @@ from a2sf.errors import UserError
 from a2sf.evaluation import scoring
 from a2sf.evaluation.lm import PrunedLM, request_hash
 from a2sf.hf.attention import NonFiniteError
+from a2sf.policies.find import find_policies
 from a2sf.policies.schedule import Schedule
 from tests.models import small
 from tests.parity.test_lm import StandIn
@@ -122,8 +123,7 @@ def test_the_cut_after_a_prompt_leaves_its_context_to_all(lm, read):
 def test_a_failure_is_its_own(lm, monkeypatch):
     """NaN in the passes that read some member's requests, and a policy that protects more than its budget holds."""
     names = ("full", "h2o", "window", "streaming")
-    plain = {p.name: p for p, s in cases() if s == Schedule() and p.name in names}
-    of = [(plain[n], Budget(ratio=0.05) if plain[n].uses_budget else None) for n in names]
+    of = [(p := find_policies()[n](), Budget(ratio=0.05) if p.uses_budget else None) for n in names]
     full, window = ([a for a, _ in got] for got in answers(lm, members_of(lm, [(*w, None) for w in of[::2]])))
     original = scoring.pass_of
     blamed = []
@@ -151,6 +151,21 @@ def test_a_failure_is_its_own(lm, monkeypatch):
     assert "does not fit a budget" in told["streaming"]
     assert told["full"] == pytest.approx(full, abs=1e-3)
     assert told["window"] == pytest.approx(window, abs=1e-3)
+
+
+def test_what_one_policy_cannot_do_on_a_model_stops_no_other():
+    """A policy cannot prune beyond a sliding window of the model's own; the full cache has no difficulty with it."""
+    lm = PrunedLM(small("mistral", sliding_window=16), tokenizer=StandIn())
+    full = lm.loglikelihood(ask())
+    members = members_of(
+        lm, [(find_policies()[n](), Budget(ratio=0.5) if n == "h2o" else None) for n in ("h2o", "full")]
+    )
+    with lm.together(members):
+        lm.take(members[1])
+        assert [a for a, _ in lm.loglikelihood(ask())] == pytest.approx([a for a, _ in full], abs=1e-3)
+        lm.take(members[0])
+        with pytest.raises(UserError, match="sliding window of 16 tokens"):
+            lm.loglikelihood(ask())
 
 
 def test_answers_come_in_the_order_that_is_asked_for(lm):

@@ -198,9 +198,9 @@ def test_a_group_reaches_a_worker_whole():
     """Its first cell by overrides, the others by one key: policies, lists, schedules and all."""
     asked = [
         ["policy=h2o", "budget.ratio=0.1"],
-        ["policy=a2sf", "forgetting_factor=0.05", "policy.sinks=2", "budget.tokens=32", "schedule=every"],
-        ["policy=heads", "policy.heads=[[0,1],[2,0]]", "budget.base=context"],
-        ["policy=snapkv", "policy.window=8", "schedule=prompt", "schedule.then=step"],
+        ["policy=a2sf", "forgetting_factor=0.05", "++policy.sinks=2", "budget.tokens=32", "schedule=every"],
+        ["policy=heads", "++policy.heads=[[0,1],[2,0]]", "budget.base=context"],
+        ["policy=snapkv", "++policy.window=8", "schedule=prompt", "schedule.then=step"],
         ["policy=full", "budget.ratio=0.7"],
     ]
     common = ["tasks=[piqa]", "limit=3"]
