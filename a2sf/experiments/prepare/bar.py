@@ -28,7 +28,7 @@ def download_bar(screen: Console, what: str, total: int, arrived: Callable[[], i
 
 @contextmanager
 def bar(
-    screen: Console, columns: Sequence[ProgressColumn], what: str, total: int, completed: Callable[[], int]
+    screen: Console, columns: Sequence[ProgressColumn], what: str, total: int, completed: Callable[[], float]
 ) -> Iterator[None]:
     """A bar that follows `completed()`."""
     stop = threading.Event()
