@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import itertools
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from a2sf.errors import ConfigError, nearest
-from a2sf.experiments.cell import Cell
 from a2sf.experiments.sequential import PairedMean
+
+if TYPE_CHECKING:
+    from a2sf.experiments.cell import Cell
 
 ORDER_SEED = 2407
 """Of the order in which documents are visited: one for all cells, so that equal questions are asked first everywhere."""
@@ -46,9 +51,17 @@ class Until:
         if width is not None and not (_is_number(width) and 0 < width <= 100):
             raise ConfigError("until.half_width", width, "give a number of points above 0 and up to 100, or null")
         if not (_is_number(self.confidence) and 0.5 <= self.confidence < 1):
-            raise ConfigError("until.confidence", self.confidence, "give a probability from 0.5 to below 1, such as 0.95")
+            raise ConfigError(
+                "until.confidence", self.confidence, "give a probability from 0.5 to below 1, such as 0.95"
+            )
         if width is None and not self.verdict:
             object.__setattr__(self, "verdict", True)
+
+    @property
+    def tag(self) -> str:
+        """Part of a cell's name: which documents it has depends on what was to be told."""
+        settings = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return f"until{hashlib.sha256(settings.encode()).hexdigest()[:4]}"
 
     def check(self, policies: Sequence[str]) -> None:
         """Refuse a pair that a grid over `policies` has not.
