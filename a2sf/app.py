@@ -143,6 +143,8 @@ def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | No
     from a2sf.experiments.group import grouped
     from a2sf.experiments.prepare import documents, models
 
+    for until in dict.fromkeys(c.until for s in settings for c in s.cells if c.until):
+        until.check([c.policy.name for s in settings for c in s.cells if c.until == until])
     documents.check(c for s in settings for c in s.cells)
     settings = models.tell_apart(models.pin_all(settings, _model_names(), screen))
     settled = documents.settle([s.cells for s in settings], planned_only=first.plan_only)

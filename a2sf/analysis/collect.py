@@ -24,9 +24,9 @@ from a2sf.experiments.archive import is_archive, read_sweep
 from a2sf.experiments.names import Named, distinct
 from a2sf.experiments.runs import TABLE, StoredCell, is_cell, results_frame
 
-MUST_AGREE = ("limit", "seed", "dtype", "split", "task_version", "data", "fewshot_split")
+MUST_AGREE = ("limit", "stopped", "seed", "dtype", "split", "task_version", "data", "fewshot_split")
 """What has to be the same in all cells of one table."""
-PER_TASK = ("split", "task_version", "data", "fewshot_split")
+PER_TASK = ("stopped", "split", "task_version", "data", "fewshot_split")
 OPTIONAL_COLUMNS = [
     *("stderr", "forgetting_factor", "budget_tokens", "budget_base", "policy_settings", *MUST_AGREE),
     *("tokens_per_second", "kept_tokens", "cache_share", "cell", "cell_id", "model_path", "weights"),

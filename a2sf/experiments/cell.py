@@ -18,6 +18,7 @@ import pandas as pd
 from a2sf.evaluation import tasks
 from a2sf.evaluation.lm import request_hash
 from a2sf.experiments.names import safe
+from a2sf.experiments.until import Until
 from a2sf.hf.loading import ModelSpec, fingerprint
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
@@ -45,6 +46,7 @@ class Cell:
         seed: of the few-shot examples.
         schedule: None: as the policy does without being told one, or where it makes no difference to it (`told_apart`).
         data: with what identifies the documents, where a sweep has settled it.
+        until: when to stop before all documents are scored; None: never.
     """
 
     model_name: str
@@ -58,6 +60,7 @@ class Cell:
     data: tasks.DataSpec
     schedule: Schedule | None = None
     backend: str = "auto"
+    until: Until | None = None
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -116,7 +119,8 @@ class Cell:
     @property
     def tail(self) -> str:
         """The end of the name, which alone says which cell it is: how many documents, and the `id`."""
-        return f"{'all' if self.limit is None else f'n{self.limit}'}__{self.id}"
+        most = "all" if self.limit is None else f"n{self.limit}"
+        return f"{most}{f'-{self.until.tag}' if self.until else ''}__{self.id}"
 
     @property
     def family(self) -> str:
@@ -142,6 +146,7 @@ class Cell:
             "task": self.task_name,
             "shots": self.shots,
             "limit": self.limit,
+            **({"until": _plain(dataclasses.asdict(self.until))} if self.until else {}),
             "seed": self.seed,
             "identity": self.identity,
         }
@@ -162,8 +167,11 @@ def _short(value: Any) -> str:
     return f"{value}"
 
 
-def compute(cell: Cell, lm: Any, task: Any) -> tuple[dict[str, Any], pd.DataFrame]:
+def compute(cell: Cell, lm: Any, task: Any, samples: list[int] | None = None) -> tuple[dict[str, Any], pd.DataFrame]:
     """Evaluate a cell's documents with `lm`, a `PrunedLM` that answers as the cell's member of a group.
+
+    Args:
+        samples: numbers of the documents, ascending; None: the first `limit`.
 
     Returns:
         The body of `result.json` (without provenance), and the per-document table.
@@ -174,7 +182,11 @@ def compute(cell: Cell, lm: Any, task: Any) -> tuple[dict[str, Any], pd.DataFram
     started = datetime.now(UTC)
     clock, spent = time.perf_counter(), lm.spent
     evaluated = lm_eval.evaluate(
-        lm, task_dict={"tasks": {cell.task_name: task}}, limit=cell.limit, bootstrap_iters=BOOTSTRAP
+        lm,
+        task_dict={"tasks": {cell.task_name: task}},
+        limit=cell.limit if samples is None else None,
+        samples=None if samples is None else {cell.task_name: samples},
+        bootstrap_iters=BOOTSTRAP,
     )
     # of the time in which scores were computed, for others of the group as well, its share
     seconds = time.perf_counter() - clock - (lm.spent - spent) + lm.member.seconds

@@ -18,6 +18,7 @@ from a2sf.experiments.cell import Cell
 from a2sf.experiments.grid import LOOKED_AT, unused
 from a2sf.experiments.schema import Config
 from a2sf.experiments.tracking import TrackerSpec
+from a2sf.experiments.until import Until
 from a2sf.hf.loading import ModelSpec, sizes_of
 from a2sf.policies import find
 from a2sf.policies.a2sf import check_factors
@@ -102,6 +103,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
     members = [d for task in expand_suite(config.tasks) for d in resolve(task)]
     for task in () if policy.causal else [d.ref for d in members if generates(d.ref)]:
         raise ConfigError("policy", policy.name, f"it looks at later tokens, and the task {task} generates text")
+    until = _until(config, [d.ref for d in members])
     shots_of = [(d.ref, (d.shots or 0) if config.shots is None else config.shots) for d in members]
     cells = tuple(
         Cell(
@@ -116,6 +118,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
             seed=config.seed,
             data=data,
             backend=config.backend,
+            until=until,
         )
         for task, shots in dict.fromkeys(shots_of)
     )
@@ -186,6 +189,23 @@ def _schedule(config: Config) -> Schedule | None:
         return None
     Schedule(**given)  # checked also where it is not looked at
     return Schedule(**{k: v for k, v in given.items() if k in ("when", LOOKED_AT.get(given["when"]))})
+
+
+def _until(config: Config, tasks: Sequence[str]) -> Until | None:
+    given = dataclasses.asdict(config.until)
+    if given["pair"] is None:
+        for key in ("half_width", "verdict"):
+            if given[key]:
+                raise ConfigError(f"until.{key}", given[key], "name the two policies that are compared in until.pair")
+        return None
+    until = Until(**given)
+    for task in filter(generates, tasks):
+        raise ConfigError(
+            "until.pair", list(until.pair), f"until is for tasks that are scored, and {task} generates text"
+        )
+    if config.trace:
+        raise ConfigError("trace", config.trace, "with until a cell's first documents may not be scored; give 0")
+    return until
 
 
 def check_layers(model: ModelSpec, policy: Policy, budget: Budget | None) -> None:

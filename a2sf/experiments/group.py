@@ -19,9 +19,10 @@ import pandas as pd
 
 from a2sf.evaluation import tasks
 from a2sf.evaluation.members import Answer, Member
-from a2sf.experiments import checkpoint
+from a2sf.experiments import checkpoint, stopping
 from a2sf.experiments.cell import Cell, compute
 from a2sf.experiments.runs import DiskError, StoredCell, find_extendable
+from a2sf.experiments.stopping import Stop, Told
 
 OWN = ("policy", "budget", "schedule")
 """What the cells of a group differ in."""
@@ -75,7 +76,8 @@ def compute_group(
         first = cells[0]
         task = tasks.build(first.task, first.data, shots=first.shots, seed=first.seed)
         where = tasks.provenance(task)
-        _once(task)
+        if first.until is not None:
+            stopping.check(task)
     except Exception as error:
         yield from (Computed(c, error=error) for c in cells)
         return
@@ -101,10 +103,14 @@ def compute_group(
                 checkpoint.write(directory, of[name], where["fingerprint"], member)
 
     saved = time.monotonic()
+    stop = None if first.until is None else Stop(first.until, directory, list(of.values()), members, task)
+    _once(task, lambda: None if stop is None else stop.look())
 
     def after_pass() -> None:
         nonlocal saved
         watch(members)
+        if stop is not None:
+            stop.look()
         if time.monotonic() - saved >= checkpoint_seconds:
             try:
                 save()
@@ -113,11 +119,11 @@ def compute_group(
             saved = time.monotonic()
 
     try:
-        with lm.together(list(members.values()), after_pass):
+        with lm.together(list(members.values()), after_pass, None if stop is None else stop.due):
             for name in list(members):
                 lm.take(members[name])
                 try:
-                    result, documents = attempt(partial(compute, of[name], lm, task))
+                    result, documents = attempt(partial(_until_told, of[name], lm, task, stop))
                 except DiskError:
                     raise
                 except Exception as error:
@@ -132,18 +138,43 @@ def compute_group(
         raise
 
 
-def _once(task: Any) -> None:
-    """Let `task` make its requests once, and give them anew, without answers, to every evaluation."""
+def _until_told(cell: Cell, lm: Any, task: Any, stop: Stop | None) -> tuple[dict[str, Any], pd.DataFrame]:
+    """`compute`, of no more documents than it takes to tell what the group is to tell."""
+    if stop is None:
+        return compute(cell, lm, task)
+    if stop.told is None:
+        try:
+            result, documents = compute(cell, lm, task)
+        except Told:
+            pass
+        else:
+            return result | {"until": stop.report()}, documents
+    result, documents = compute(cell, lm, task, stop.told)
+    return result | {"until": stop.report()}, documents
+
+
+def _once(task: Any, ready: Callable[[], None]) -> None:
+    """Let `task` make its requests once, and give them anew, without answers, to every evaluation.
+
+    Args:
+        ready: called when it has them.
+    """
     make = task.build_all_requests
     made: list[Any] = []
 
-    def build_all_requests(**settings: Any) -> None:
+    def build_all_requests(samples: list[int] | None = None, **settings: Any) -> None:
         if not made:
             make(**settings)
             made.extend(task.instances)
         for instance in made:
             instance.resps, instance.filtered_resps = [], {}
         task._instances = list(made)
+        ready()
+        if samples is not None:  # which lm-eval counts from nought
+            place = {document: i for i, document in enumerate(samples)}
+            chosen = [i for i in made if i.doc_id in place]
+            renumbered = [(i.metadata[0], place[i.doc_id], *i.metadata[2:]) for i in chosen]
+            task._instances = [dataclasses.replace(i, metadata=m) for i, m in zip(chosen, renumbered, strict=True)]
 
     task.build_all_requests = build_all_requests
 

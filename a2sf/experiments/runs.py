@@ -79,6 +79,12 @@ class StoredCell:
         scored = self.result.get("scored") or {}
         return scored["pruned"] / scored["tokens"] if scored.get("tokens") else None
 
+    @property
+    def stopped(self) -> str | None:
+        """After how many documents of how many it stopped, since a comparison was told; None where all were scored."""
+        until = self.result.get("until") or {}
+        return f"{until['seen']} of {until['of']}" if until.get("seen", 0) < until.get("of", 0) else None
+
     @cached_property
     def documents(self) -> pd.DataFrame:
         """One row per document, in the order of doc_id.
@@ -253,6 +259,7 @@ def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
             "schedule": schedule_of(cell),
             "policy_settings": json.dumps(cell["policy_settings"], sort_keys=True),
             "limit": cell["limit"],
+            "stopped": stored.stopped,
             "seed": cell["seed"],
             "dtype": cell["dtype"],
             "split": result["documents"]["split"],

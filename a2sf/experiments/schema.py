@@ -84,6 +84,25 @@ class DataConfig:
 
 
 @dataclass
+class UntilConfig:
+    """`until`: when to stop before all documents are scored (`a2sf.experiments.until.Until`).
+
+    Attributes:
+        pair: names of the two policies that are compared, such as [a2sf,h2o]; null: all documents are scored
+        half_width: points to either side within which their difference on all documents is to be known
+        verdict: stop also as soon as one of them is known to be better; what is told if half_width is null
+        confidence: that no such interval of a group is ever wrong
+        metric: a number of each document between 0 and 1
+    """
+
+    pair: Any = None
+    half_width: Any = None
+    verdict: bool = False
+    confidence: float = 0.95
+    metric: str = "acc"
+
+
+@dataclass
 class TrackerConfig:
     """`tracker`: where results are logged besides (`a2sf.experiments.tracking.TrackerSpec`).
 
@@ -120,6 +139,7 @@ class Config:
         runs_dir: where sweeps' folders are
         plan_only: say what would run and how long it may take, and stop
         trace: documents of each cell whose evictions are noted in traces.npz
+        until: when to stop before all documents are scored
         checkpoint: seconds of work after which the answers of unfinished cells are kept
         group: cells computed together with this one; set by a sweep for its workers
     """
@@ -141,6 +161,7 @@ class Config:
     runs_dir: str = "runs"
     plan_only: bool = False
     trace: int = 0
+    until: UntilConfig = field(default_factory=UntilConfig)
     checkpoint: float = 60.0
     group: str | None = None
 

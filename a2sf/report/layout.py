@@ -58,6 +58,7 @@ class Table:
         heads: headings of the leading text columns that are used, of `label`, `budget`, `schedule`, `factor`.
         to_full, to_control: headings of the difference columns; None leaves them out.
         tested: whether paired tests stand behind the marks.
+        stopped: of a column whose documents were not all scored, how many were of how many.
     """
 
     title: str
@@ -72,6 +73,7 @@ class Table:
     to_control: str | None = None
     tested: bool = False
     notes: tuple[str, ...] = ()
+    stopped: dict[str, str] = field(default_factory=dict)
 
 
 def build_tables(
@@ -131,6 +133,7 @@ def _by_task(model: str, shots: int, part: Grid, tested: bool, pair: tuple[str, 
         else None,
         tested=tested and bool(part.cells),
         notes=tuple(notes),
+        stopped={t: r.stopped for s in systems for t, r in s.rows.items() if isinstance(r.stopped, str)},
     )
 
 

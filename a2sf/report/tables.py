@@ -77,6 +77,9 @@ def legend(table: Table) -> str:
         said.append(f"{TIED}: not told from that best by a paired test (5 %, Holm-corrected over the table).")
     if any(not row.causal for row in table.rows):
         said.append("A policy that is not causal is an upper mark: never bold, and tested against no other.")
+    if table.stopped:
+        early = ", ".join(f"{task} after {stopped} documents" for task, stopped in table.stopped.items())
+        said.append(f"Stopped when its comparison was told: {early}.")
     return " ".join(said)
 
 

@@ -1,0 +1,151 @@
+"""Watching a group's answers come in, and stopping it where its comparisons are told (`a2sf.experiments.until`).
+
+runs/<sweep>/.checkpoints/until-<group>.json   where a group stopped, for the cells that are still to be written
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from a2sf.errors import ConfigError, UserError
+from a2sf.evaluation.lm import request_hash
+from a2sf.evaluation.members import Member
+from a2sf.experiments.cell import Cell
+from a2sf.experiments.checkpoint import FOLDER
+from a2sf.experiments.runs import DiskError, write_atomically
+from a2sf.experiments.until import Until, Watch, order_of
+
+OWN = ("policy", "policy_settings", "policy_source", "budget", "schedule")
+"""What the cells of a group differ in, of their identity."""
+
+
+def check(task: Any) -> None:
+    """Refuse a task that cannot be looked at one document after the other.
+
+    Raises:
+        UserError: saying what it is.
+    """
+    if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
+        raise UserError(f"until is for tasks whose answers are scored, and {task.config.task} is {task.OUTPUT_TYPE}")
+
+
+class Told(Exception):
+    """Every comparison of a group is told; nothing more need be computed."""
+
+
+class Stop:
+    """When a group may stop.
+
+    Args:
+        directory: of the sweep.
+        cells: those of the group that are to be computed.
+        members: each cell's answers, by its name.
+        task: whose requests are made when the first are answered.
+
+    Attributes:
+        told: numbers of the documents that told everything, ascending; None: not told yet.
+    """
+
+    def __init__(
+        self, until: Until, directory: Path, cells: Sequence[Cell], members: Mapping[str, Member], task: Any
+    ) -> None:
+        self.until, self.task, self.members = until, task, dict(members)
+        self.pairs = [(a.name, b.name) for a, b in until.comparisons(cells)]
+        self._ids = {c.name: c.id for c in cells}
+        self.file = directory / FOLDER / f"until-{_group(cells[0])}.json"
+        self.told: list[int] | None = None
+        self._requests: dict[int, list[Any]] = {}
+        self._order: list[int] = []
+        self._place: dict[int, int] = {}
+        self._next = 0
+        self._watch: Watch | None = None
+        self._earlier: dict[str, Any] = {}
+        self._restore()
+
+    def due(self, document: int) -> int:
+        """When a document is visited."""
+        return self._place[document]
+
+    def look(self) -> None:
+        """Take in the documents that are answered by now; the task has made its requests.
+
+        Raises:
+            Told: if nothing more need be computed.
+        """
+        if not self._order:
+            for instance in self.task.instances:
+                self._requests.setdefault(instance.doc_id, []).append(instance)
+            numbers = sorted(self._requests)
+            self._order = [numbers[i] for i in order_of(len(numbers))]
+            self._place = {document: i for i, document in enumerate(self._order)}
+        if self.told is not None:
+            return
+        watch = self._watching()
+        watched = {name for pair in watch.pairs for name in pair}
+        while self._next < len(self._order) and watched:
+            found = {name: self._score(name, self._order[self._next]) for name in watched}
+            if None in found.values():
+                break
+            self._next += 1
+            watch.see({name: [score] for name, score in found.items() if score is not None})
+            if watch.told:
+                self.told = sorted(self._order[: self._next])
+                self._keep()
+                raise Told
+
+    def report(self) -> dict[str, Any]:
+        """What a result says of it: documents seen, of how many, and what was told."""
+        if self._watch is None:
+            return self._earlier
+        seen = len(self._order) if self.told is None else len(self.told)
+        return {"seen": seen, "of": len(self._order), "comparisons": self._watch.report()}
+
+    def _watching(self) -> Watch:
+        pairs = [p for p in self.pairs if all(self.members[n].error is None for n in p)]
+        if self._watch is None or list(self._watch.pairs) != pairs:  # one cannot go on: what it was compared with does
+            self._watch, self._next = Watch(self.until, len(self._order), pairs), 0
+        return self._watch
+
+    def _score(self, name: str, document: int) -> float | None:
+        """A document's metric for one cell; None: not all its requests are answered.
+
+        Raises:
+            ConfigError: if the task has no such metric of a document.
+        """
+        asked = sorted(self._requests[document], key=lambda i: i.idx)
+        answers = [self.members[name].answer(request_hash(i.args)) for i in asked]
+        if any(a is None for a in answers):
+            return None
+        metrics = self.task.process_results(asked[0].doc, [a[:2] for a in answers if a is not None])
+        value = metrics.get(self.until.metric)
+        if not isinstance(value, int | float) or not 0 <= value <= 1:
+            has = [m for m, v in metrics.items() if isinstance(v, int | float) and 0 <= v <= 1]
+            raise ConfigError(
+                "until.metric", self.until.metric, f"{self.task.config.task} has {', '.join(has)} of each document"
+            )
+        return float(value)
+
+    def _keep(self) -> None:
+        body = {"told": self.told, "pairs": [[self._ids[n] for n in p] for p in self.pairs], "report": self.report()}
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.file, json.dumps(body))
+        except OSError as error:
+            raise DiskError(f"{self.file} cannot be written ({error.strerror or error})") from error
+
+    def _restore(self) -> None:
+        """Stop where the group stopped before, unless there is something else to be told now."""
+        with suppress(OSError, ValueError, KeyError):
+            body = json.loads(self.file.read_text())
+            if all([self._ids[n] for n in p] in body["pairs"] for p in self.pairs):
+                self.told, self._earlier = list(body["told"]), body["report"]
+
+
+def _group(cell: Cell) -> str:
+    same = {k: v for k, v in cell.identity.items() if k not in OWN}
+    return hashlib.sha256(json.dumps([same, cell.tail.partition("__")[0]], sort_keys=True).encode()).hexdigest()[:8]

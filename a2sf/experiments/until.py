@@ -1,0 +1,139 @@
+"""Stopping a group of cells as soon as its comparisons are told: documents in one random order, an interval after each."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from a2sf.errors import ConfigError, nearest
+from a2sf.experiments.sequential import PairedMean
+
+if TYPE_CHECKING:
+    from a2sf.experiments.cell import Cell
+
+ORDER_SEED = 2407
+"""Of the order in which documents are visited: one for all cells, so that equal questions are asked first everywhere."""
+
+
+@dataclass(frozen=True)
+class Until:
+    """What is to be told about two policies, at each budget and schedule that both have.
+
+    Attributes:
+        pair: names of two policies.
+        half_width: points (hundredths of the metric) to either side within which the difference on all documents is to be
+            known; None: it is told when one of the two is better.
+        verdict: whether knowing which is better tells as well.
+        confidence: probability that no interval of a group ever misses the difference on all documents.
+        metric: a number per document between 0 and 1.
+    """
+
+    pair: tuple[str, str]
+    half_width: float | None = None
+    verdict: bool = False
+    confidence: float = 0.95
+    metric: str = "acc"
+
+    def __post_init__(self) -> None:
+        pair = self.pair
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(p, str) for p in pair)):
+            raise ConfigError("until.pair", pair, "give the names of two policies, such as [a2sf,h2o]")
+        object.__setattr__(self, "pair", tuple(pair))
+        if pair[0] == pair[1]:
+            raise ConfigError("until.pair", list(pair), "give two different policies")
+        width = self.half_width
+        if width is not None and not (_is_number(width) and 0 < width <= 100):
+            raise ConfigError("until.half_width", width, "give a number of points above 0 and up to 100, or null")
+        if not (_is_number(self.confidence) and 0.5 <= self.confidence < 1):
+            raise ConfigError(
+                "until.confidence", self.confidence, "give a probability from 0.5 to below 1, such as 0.95"
+            )
+        if width is None and not self.verdict:
+            object.__setattr__(self, "verdict", True)
+
+    @property
+    def tag(self) -> str:
+        """Part of a cell's name: which documents it has depends on what was to be told."""
+        settings = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return f"until{hashlib.sha256(settings.encode()).hexdigest()[:4]}"
+
+    def check(self, policies: Sequence[str]) -> None:
+        """Refuse a pair that a grid over `policies` has not.
+
+        Raises:
+            ConfigError: naming the first that is missing.
+        """
+        for name in self.pair:
+            if name not in policies:
+                allowed = f"its policies must be in the sweep, which has {', '.join(dict.fromkeys(policies))}"
+                raise ConfigError("until.pair", list(self.pair), allowed + nearest(name, policies))
+
+    def comparisons(self, cells: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
+        """The pairs of a group's cells that are compared: equal budget and schedule, where both have one."""
+        first, second = ([c for c in cells if c.policy.name == name] for name in self.pair)
+        return [
+            (a, b)
+            for a, b in itertools.product(first, second)
+            if (None in (a.budget, b.budget) or a.budget == b.budget)
+            and (None in (a.schedule, b.schedule) or a.schedule == b.schedule)
+        ]
+
+
+@dataclass
+class Watch:
+    """The comparisons of one group, and what is known of them.
+
+    Attributes:
+        until: what is to be told.
+        documents: how many there are, seen or not.
+        pairs: names of the cells that are compared.
+    """
+
+    until: Until
+    documents: int
+    pairs: Sequence[tuple[str, str]]
+    means: list[PairedMean] = field(init=False)
+
+    def __post_init__(self) -> None:
+        alpha = (1 - self.until.confidence) / max(1, len(self.pairs))
+        self.means = [PairedMean(self.documents, alpha) for _ in self.pairs]
+
+    def see(self, scores: Mapping[str, Sequence[float]]) -> None:
+        """Take in further documents in their order: by cell, the metric of each."""
+        for (a, b), mean in zip(self.pairs, self.means, strict=True):
+            mean.see(x - y for x, y in zip(scores[a], scores[b], strict=True))
+
+    @property
+    def told(self) -> bool:
+        """Whether every comparison is; a group without one never is."""
+        return bool(self.means) and all(map(self._told, self.means))
+
+    def _told(self, mean: PairedMean) -> bool:
+        until, (low, high) = self.until, mean.interval
+        if until.half_width is not None and 100 * mean.half_width <= until.half_width:
+            return True
+        return until.verdict and not low <= 0 <= high
+
+    def report(self) -> list[dict[str, Any]]:
+        """What is known: the cells, and the interval (in the metric's own unit) of the difference on all documents."""
+        return [
+            {"cells": list(pair), "low": mean.interval[0], "high": mean.interval[1]}
+            for pair, mean in zip(self.pairs, self.means, strict=True)
+        ]
+
+
+def order_of(documents: int) -> list[int]:
+    """The order in which `documents` documents are visited."""
+    order = list(range(documents))
+    random.Random(ORDER_SEED).shuffle(order)
+    return order
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
