@@ -31,6 +31,7 @@ import yaml
 
 from a2sf import __version__
 from a2sf.engine import trace as traces
+from a2sf.engine.kernels import noting
 from a2sf.errors import ConfigError, UserError
 from a2sf.experiments.cell import ENGINE_VERSION, Cell, compute
 from a2sf.experiments.runs import (
@@ -192,8 +193,9 @@ class Runner:
         try:
             lm = self._lm(cell)
             lm.trace_documents = self.trace
-            result, documents = _halving(lm, lambda: compute(cell, lm, self.directory.parent))
-            result["provenance"] = provenance(lm)
+            with noting() as ran:
+                result, documents = _halving(lm, lambda: compute(cell, lm, self.directory.parent))
+            result["provenance"] = provenance(lm, ran)
             config = yaml.safe_dump(cell.describe(), sort_keys=False)
         except (KeyboardInterrupt, SystemExit):
             raise
@@ -336,13 +338,13 @@ def _lock_file(directory: Path, cell: Cell) -> Path:
     return locks / f"{cell.tail}.lock"
 
 
-def provenance(lm: Any) -> dict[str, Any]:
-    """What a reader needs to repeat the run."""
+def provenance(lm: Any, ran: set[str]) -> dict[str, Any]:
+    """What a reader needs to repeat the run; `ran`: which implementations of the recursion ran."""
     return {
         **_git(),
         "a2sf": __version__,
         "engine": ENGINE_VERSION,
-        "backend": lm.engine,
+        "backend": "+".join(sorted(ran)) or "none",
         "weights_format": lm.weights_format,
         "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},
         "machine": {
