@@ -57,7 +57,11 @@ def by_heads(
     if not options.trace:
         return Attended(output, final)
     evicted = torch.cat([a.evicted for a in ran if a.evicted is not None], 1)[:, kv_back]
-    cuts = [torch.stack([c[:, 0], kv[c[:, 1]], *c[:, 2:].T], 1) for kv, _, a in parts if (c := a.cuts) is not None]
+    cuts = [
+        torch.stack([c[:, 0], kv.to(c.device)[c[:, 1]], *c[:, 2:].T], 1)
+        for kv, _, a in parts
+        if (c := a.cuts) is not None
+    ]
     return Attended(output, final, evicted, torch.cat(cuts))
 
 
@@ -176,7 +180,7 @@ class _Prompts:
             final = EvictionState.stack([self.ends[i] if i in self.ends else self._start(i) for i in range(len(nodes))])
         if not self.options.trace:
             return Attended(output, final)
-        none = torch.empty(0, 4, dtype=torch.int64)
+        none = torch.empty(0, 4, dtype=torch.int64, device=key.device)
         evicted, cuts = traced(torch.cat([none, *self.gone]), (key.shape[0], key.shape[1], key.shape[2]))
         for a in self.ran:
             assert a.evicted is not None
@@ -214,16 +218,16 @@ class _Prompts:
         scores = end.scores.new_zeros(1, K, N)
         past = self._start(i).scores
         scores[..., : past.shape[-1]] = past
-        factor = self.segments.forgetting_factor[i].to(scores.dtype)
+        factor = self.segments.forgetting_factor[i].to(scores)
         window = int(self.segments.prompt[i] - self.segments.recent[i])
         skip = max(0, window - node.first)
         if skip < node.before:
             begin = int(self.segments.start[i])
             asked = self.qkv[0][row, :, begin + skip : begin + node.before].to(scores.dtype).unflatten(0, (K, -1))
-            now = torch.arange(node.first + skip, node.first + node.before)
+            now = torch.arange(node.first + skip, node.first + node.before, device=scores.device)
             logits = asked @ end.keys[0, :, None].transpose(-1, -2) * self.options.scale  # [K, G, W, N]
             logits = logits.masked_fill(end.positions[0, :, None, None] > now[:, None], -torch.inf)
-            forgotten = factor ** torch.arange(len(now) - 1, -1, -1)
+            forgotten = factor ** torch.arange(len(now) - 1, -1, -1, device=scores.device)
             asked_for = mass(self.segments.rule, logits.softmax(-1).permute(2, 0, 1, 3), now[:, None, None] + 1)
             scores = scores * factor ** len(now) + (asked_for * forgotten[:, None, None]).sum(0)
         self.ends[i] = replace(end, scores=scores)
@@ -288,8 +292,8 @@ def _cut(segments: Segments, state: EvictionState) -> tuple[EvictionState, list[
     assert segments.prompt is not None
     K, rule = state.positions.shape[1], segments.rule
     integers = (segments.budget, segments.recent, segments.sinks, segments.prompt)
-    budget, recent, sinks, prompt = (x[:, None, None] for x in integers)
-    factor = segments.forgetting_factor.to(state.scores.dtype)[:, None, None]
+    budget, recent, sinks, prompt = (x[:, None, None].to(state.positions.device) for x in integers)
+    factor = segments.forgetting_factor.to(state.scores)[:, None, None]
     numbers = Numbers(budget.repeat(1, K, 1), recent, sinks, factor, prompt, rule, segments.schedule)
     cached, now = state.positions >= 0, prompt - 1
     free = unprotected(numbers, state.positions, cached, now)

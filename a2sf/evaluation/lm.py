@@ -22,6 +22,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 from tqdm import tqdm
 
+from a2sf.engine.kernels import noting
 from a2sf.engine.trace import Trace
 from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation.members import Answer, Member, Members
@@ -137,7 +138,9 @@ class PrunedLM(Members, HFLM):
         self._documents = {str(tokens): document_of(r) for r, (tokens, _) in zip(requests, prompts, strict=True)}
         fewer = self.tokens_per_pass / self.most_tokens  # after memory ran out
         self.batch_size_per_gpu = max(1, int((self.sequences_per_pass or GENERATED_ROWS) * fewer))
-        texts = iter(super().generate_until(new, disable_tqdm=disable_tqdm or self.silent) if new else [])
+        with noting() as ran:
+            texts = iter(super().generate_until(new, disable_tqdm=disable_tqdm or self.silent) if new else [])
+        self.member.ran |= ran
         answers = [self.known[h][0] if h in self.known else next(texts) for h in hashes]
         self.counts.reused += len(requests) - len(new)
         for request, h, text, (context, most) in zip(requests, hashes, answers, prompts, strict=True):

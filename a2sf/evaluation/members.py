@@ -39,6 +39,7 @@ class Member:
         answers: those computed in this group.
         asked: how many requests there are, where that is known by now.
         seconds: time that was spent on it, its share where several were computed together.
+        ran: which implementations of the recursion did so (`a2sf.engine.kernels.noting`).
         error: why it cannot go on; the others of its group do.
     """
 
@@ -50,6 +51,7 @@ class Member:
     answers: dict[str, Answer] = field(default_factory=dict)
     asked: int = 0
     seconds: float = 0.0
+    ran: set[str] = field(default_factory=set)
     error: Exception | None = None
 
     def answer(self, request: str) -> Answer | None:

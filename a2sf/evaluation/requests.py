@@ -107,7 +107,7 @@ def pass_of(row: Pack, todo: Sequence[Request], model: Model) -> Plan | Mixed:
     for members in calls.values():
         forest = _states(row, members, todo)
         of_part = _columns(forest, columns_of)
-        plans.append(_plan(forest, [todo[i] for i in row.items], model))
+        plans.append(_plan(forest, row.items, todo, model))
         columns.append(of_part)
         for at, which in enumerate(forest.items):
             found[which] = tokens + forest.columns(at)
@@ -152,7 +152,8 @@ def _firsts(forest: Pack) -> list[int]:
     return [forest.positions[start] for start in forest.start]
 
 
-def _plan(forest: Pack, asked: Sequence[Request], model: Model) -> Plan:
+def _plan(forest: Pack, items: Sequence[int], todo: Sequence[Request], model: Model) -> Plan:
+    asked = [todo[i] for i in items]
     return Plan(
         row=[0] * len(forest.start),
         start=forest.start,
@@ -164,4 +165,5 @@ def _plan(forest: Pack, asked: Sequence[Request], model: Model) -> Plan:
         prompt=lambda segment: asked[forest.owner[segment]].prompt,
         policy_on_sliding=model.policy_on_sliding,
         backend=model.backend,
+        serves=[items[which] for which in forest.items],
     )

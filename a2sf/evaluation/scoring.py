@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from a2sf.evaluation.members import Member
 from a2sf.evaluation.packing import Pack, pack
 from a2sf.evaluation.requests import Model, Request, pass_of
-from a2sf.hf.attention import NonFiniteError, rope_switch, running
+from a2sf.hf.attention import NonFiniteError, Plan, rope_switch, running
 from a2sf.hf.calls import logits_at
+from a2sf.hf.mixed import Mixed
 
 LOGSUMEXP_ROWS = 64
 LEAST_PASS = 64
@@ -66,7 +67,8 @@ class Scoring:
         while pending:
             for row in self._rows(list(pending), asked, todo):
                 try:
-                    scores = self._score(row, todo)
+                    reading = pass_of(row, todo, self.about)
+                    scores = self._score(row, todo, reading)
                 except NonFiniteError as error:  # whose rows are requests
                     _fail(asked, error, error.rows, failed)
                     break
@@ -91,6 +93,9 @@ class Scoring:
                 for i, (value, greedy) in zip(row.items, scores, strict=True):
                     done(asked[i], value, greedy)
                     del pending[i]
+                for plan in reading.plans:
+                    for i in plan.serves:
+                        asked[i].member.ran |= plan.ran
                 now = time.perf_counter()
                 _share(row, asked, now - clock)
                 clock = now
@@ -114,7 +119,7 @@ class Scoring:
                 row.owner = [part[i] for i in row.owner]
                 yield row
 
-    def _score(self, row: Pack, todo: Sequence[Request]) -> list[tuple[float, bool]]:
+    def _score(self, row: Pack, todo: Sequence[Request], reading: Plan | Mixed) -> list[tuple[float, bool]]:
         """(log-likelihood, is greedy) of each request of a row.
 
         Raises:
@@ -127,7 +132,7 @@ class Scoring:
         scored = [row.last(which, len(todo[i].targets)) for which, i in enumerate(row.items)]
         index, where = torch.cat([torch.from_numpy(s) for s in scored]).unique(return_inverse=True)
         try:
-            with running(pass_of(row, todo, self.about)):
+            with running(reading):
                 (logits,) = logits_at(
                     self.model,
                     index.to(device),

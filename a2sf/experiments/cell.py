@@ -167,11 +167,11 @@ def _short(value: Any) -> str:
     return f"{value}"
 
 
-def compute(cell: Cell, lm: Any, task: Any, samples: list[int] | None = None) -> tuple[dict[str, Any], pd.DataFrame]:
+def compute(cell: Cell, lm: Any, task: Any, chosen: list[int] | None = None) -> tuple[dict[str, Any], pd.DataFrame]:
     """Evaluate a cell's documents with `lm`, a `PrunedLM` that answers as the cell's member of a group.
 
     Args:
-        samples: numbers of the documents, ascending; None: the first `limit`.
+        chosen: numbers of the documents, ascending; None: the first `limit`.
 
     Returns:
         The body of `result.json` (without provenance), and the per-document table.
@@ -184,8 +184,8 @@ def compute(cell: Cell, lm: Any, task: Any, samples: list[int] | None = None) ->
     evaluated = lm_eval.evaluate(
         lm,
         task_dict={"tasks": {cell.task_name: task}},
-        limit=cell.limit if samples is None else None,
-        samples=None if samples is None else {cell.task_name: samples},
+        limit=cell.limit if chosen is None else None,
+        samples=None if chosen is None else {cell.task_name: chosen},
         bootstrap_iters=BOOTSTRAP,
     )
     # of the time in which scores were computed, for others of the group as well, its share

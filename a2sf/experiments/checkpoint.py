@@ -35,6 +35,7 @@ def write(directory: Path, cell: Cell, documents: str, member: Member) -> None:
         "documents": documents,
         "answers": {h: list(a) for h, a in member.answers.items()},
         "seconds": member.seconds,
+        "ran": sorted(member.ran),
         "counts": {name: getattr(member.counts, name) for name in COUNTED},
     }
     file = _file(directory, cell)
@@ -51,6 +52,7 @@ def restore(directory: Path, cell: Cell, documents: str, member: Member) -> None
             return
         member.answers = {h: Answer(*a) for h, a in body["answers"].items()}
         member.seconds = body["seconds"]
+        member.ran = set(body["ran"])
         for name in COUNTED:
             setattr(member.counts, name, body["counts"][name])
 

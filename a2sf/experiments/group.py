@@ -47,12 +47,13 @@ def grouped(cells: Iterable[Cell], more: Callable[[Cell], Hashable] = lambda cel
 
 @dataclass(frozen=True)
 class Computed:
-    """What became of a cell: a result and its documents, or an error."""
+    """What became of a cell: a result, its documents and what ran (`a2sf.engine.kernels.noting`), or an error."""
 
     cell: Cell
     result: dict[str, Any] | None = None
     documents: pd.DataFrame | None = None
     error: Exception | None = None
+    ran: frozenset[str] = frozenset()
 
 
 def compute_group(
@@ -129,7 +130,7 @@ def compute_group(
                 except Exception as error:
                     yield Computed(of[name], error=error)
                 else:
-                    yield Computed(of[name], result, documents)
+                    yield Computed(of[name], result, documents, ran=frozenset(members[name].ran))
                     checkpoint.remove(directory, of[name])
                 del members[name]
     except BaseException:  # interrupted: what was computed since the last checkpoint is kept

@@ -133,7 +133,7 @@ class Config:
         data: a file in data/
         batch_size: sequences per forward pass, or auto
         seed: of the few-shot examples
-        backend: which implementation evicts: auto, reference, numba, triton
+        backend: which implementation evicts: auto, reference, torch, numba, triton
         tracker: a file in tracker/
         sweep_name: folder of the results
         runs_dir: where sweeps' folders are

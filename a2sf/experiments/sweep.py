@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -208,7 +208,7 @@ class Runner:
         assert computed.result is not None
         assert computed.documents is not None
         lm = self._loaded[cell.model]
-        result = computed.result | {"provenance": provenance(lm)}
+        result = computed.result | {"provenance": provenance(lm, computed.ran)}
         try:
             noted = {TRACES: traces.dumps(lm.traces)} if lm.traces else {}
             config = yaml.safe_dump(cell.describe(), sort_keys=False)
@@ -359,13 +359,13 @@ def _lock_file(directory: Path, cell: Cell) -> Path:
     return locks / f"{cell.tail}.lock"
 
 
-def provenance(lm: Any) -> dict[str, Any]:
-    """What a reader needs to repeat the run."""
+def provenance(lm: Any, ran: Collection[str]) -> dict[str, Any]:
+    """What a reader needs to repeat the run; `ran`: which implementations of the recursion ran."""
     return {
         **_git(),
         "a2sf": __version__,
         "engine": ENGINE_VERSION,
-        "backend": lm.engine,
+        "backend": "+".join(sorted(ran)) or "none",
         "weights_format": lm.weights_format,
         "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},
         "machine": {

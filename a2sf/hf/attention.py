@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from a2sf.engine.eviction import Options, Segments
-from a2sf.engine.kernels import attend
+from a2sf.engine.kernels import attend, noting
 from a2sf.engine.trace import attention_mass, steps_of
 from a2sf.errors import UserError
 from a2sf.policies.base import UNLIMITED, Retention
@@ -114,6 +114,8 @@ class Plan:
         trace: whether to note in `evicted` what each layer evicts (see `Attended`), and of a single sequence
             without padding when each position went, in `gone`, int32 [B, K, T], and the attention behind it, in `received`
             and `lost` (`trace.attention_mass`).
+        serves: what the caller calls the sequences that are read.
+        ran: which implementations ran (`a2sf.engine.kernels.noting`).
     """
 
     row: Sequence[int]
@@ -127,6 +129,8 @@ class Plan:
     policy_on_sliding: bool = True
     backend: str = "auto"
     trace: bool = False
+    serves: Sequence[int] = ()
+    ran: set[str] = field(default_factory=set)
     reached: set[int] = field(default_factory=set)
     evicted: dict[int, Tensor] = field(default_factory=dict)
     gone: dict[int, Tensor] = field(default_factory=dict)
@@ -202,6 +206,11 @@ class Plan:
             segment = self.parent[segment]
         return tokens
 
+    @property
+    def plans(self) -> list[Plan]:
+        """Itself, as a pass of several plans has them."""
+        return [self]
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """Attention of one layer, [B, H, T, V]."""
         check_finite(layer, (self.row, self.start, self.length), query=query, key=key, value=value)
@@ -212,7 +221,9 @@ class Plan:
     ) -> Tensor:
         """The same of tensors that are known to be finite."""
         options = Options(scale=scale, trace=self.trace)
-        out = attend(query, key, value, self.segments(layer, window), options, backend=self.backend)
+        with noting() as names:
+            out = attend(query, key, value, self.segments(layer, window), options, backend=self.backend)
+        self.ran |= names
         self.reached.add(layer)
         if out.evicted is not None:
             noted = {"evicted": out.evicted}

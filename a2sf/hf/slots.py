@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from a2sf.engine.kernels import attend, knows
+from a2sf.engine.kernels import attend, knows, note
 from a2sf.engine.state import Attended, EvictionState, Options
 from a2sf.hf.kept import Kept
 from a2sf.policies.base import UNLIMITED
@@ -86,6 +86,7 @@ class Store:
             self._make_room(min(self.kept.most, self._held + 1), key.shape[-1], value.shape[-1], None)
             self._held = min(self.kept.most, self._held + 1)
             lengths = step.length.numpy()
+            note("numba")
             return Attended(self._memory.attend(query, key, value, scale=scale, lengths=lengths, **self.kept.numbers))
         before = None if self._state is None and self._memory is None else self.state()
         segments = self.kept.segments(step.start, step.length)

@@ -87,6 +87,7 @@ def test_a_sweep_ends_with_a_table_and_files(sweep):
         assert agrees == pytest.approx(cell.metrics["acc"]["value"])
         assert cell.result["documents"]["split"] == "validation"
         assert cell.result["provenance"]["versions"]["lm-eval"]
+        assert cell.result["provenance"]["backend"] == "numba"  # what ran, not what was asked for
         assert cell.result["timing"]["tokens_per_second"] > 0
     pruned = next(c for c in stored if c.cell["policy"] == "window" and c.cell["budget"]["ratio"] == 0.2)
     full = next(c for c in stored if c.cell["policy"] == "full")

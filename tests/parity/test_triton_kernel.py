@@ -19,9 +19,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from a2sf import Policy, Schedule
+from a2sf.engine import kernels
 from a2sf.engine.eviction import Attended, EvictionState, Options, Segments, reference
-from a2sf.engine.kernels import triton_kernel
+from a2sf.engine.invariants import schedules
+from a2sf.engine.kernels import triton_kernel, triton_step
 from a2sf.errors import ConfigError
+from a2sf.policies.rule import Rule
+from tests.policies import Counted, instances, label
 
 VECTORS = sorted((Path(__file__).parents[1] / "vectors").glob("*.npz"))
 UNLIMITED = 2**31 - 1
@@ -40,23 +45,47 @@ POLICIES = {
     "empty": (4, 1, 0, 0.5, 0),
 }
 
+# one policy for each rule: those that the kernel runs itself, those that it runs in parts (one of each kind), and one
+# that it does not run
+RULES = {p.keeps(9).rule: p for p in reversed(instances()) if p.causal}
+KNOWN = [p for rule, p in RULES.items() if kernels.knows(rule)]
+BY_SCORES = RULES[Rule()]
+PARTS = {
+    (r.whole, r.cut and r.cut.floor, r.counted): p for r, p in RULES.items() if r.own is None and not kernels.knows(r)
+}
+IN_PARTS = [
+    (p, s)
+    for p in (BY_SCORES, Counted(), *PARTS.values())
+    for s in schedules(p)
+    if s.prompt or "prompt" not in p.schedules
+]
+OWN = next(p for rule, p in RULES.items() if rule.own is not None)
+
+
+def by_name(*args) -> tuple[Attended, set[str]]:
+    """What Triton gives where it is asked for by its name, and what ran."""
+    with kernels.noting() as ran:
+        return kernels.attend(*args, backend="triton"), ran
+
 
 @pytest.fixture(scope="module", params=["interpreter"] + ["cuda"] * torch.cuda.is_available())
 def attend(request):
-    """`attend_triton`, with everything on the CPU for the caller."""
+    """`attend_triton`, or another function `by`, with everything on the CPU for the caller."""
     pytest.importorskip("triton", reason=NO_TRITON)
     if request.param == "cuda":
-        yield lambda *args: _to("cpu", triton_kernel.attend_triton(*(_to("cuda", a) for a in args)))
+        yield lambda *args, by=triton_kernel.attend_triton: _to("cpu", by(*(_to("cuda", a) for a in args)))
         return
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as worker:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")
             worker.submit(os.getpid).result()  # the worker has started, with this environment
-        yield lambda *args: worker.submit(triton_kernel.attend_triton, *args).result()
+        yield lambda *args, by=triton_kernel.attend_triton: worker.submit(by, *args).result()
 
 
 def _to(device: str, x):
     """`x` with its tensors on `device`; segments stay on the CPU by contract."""
+    if isinstance(x, tuple):
+        return tuple(_to(device, part) for part in x)
     if isinstance(x, Tensor):
         return x.to(device)
     if isinstance(x, Attended | EvictionState):
@@ -86,6 +115,7 @@ def assert_same(got: Attended, want: Attended, tolerance: float) -> None:
     assert (got.evicted is None) == (want.evicted is None)
     if want.evicted is not None:
         assert got.evicted.equal(want.evicted)
+        assert sorted(got.cuts.tolist()) == sorted(want.cuts.tolist())
     assert (got.state is None) == (want.state is None)
     if want.state is not None:
         assert got.state.positions.equal(want.state.positions)
@@ -163,7 +193,9 @@ def test_chunks_equal_the_whole(attend):
         state = got.state
         outputs.append(got.output)
         traces.append(got.evicted)
-    assert_same(Attended(torch.cat(outputs, 2), state, torch.cat(traces, 2)), want, 1e-6)  # scores pass on as float32
+    whole = Attended(torch.cat(outputs, 2), state, torch.cat(traces, 2), want.cuts)
+    assert not len(want.cuts)
+    assert_same(whole, want, 1e-6)  # scores pass on as float32
 
 
 def test_a_tree_of_segments(attend):
@@ -203,20 +235,93 @@ def test_no_state_and_no_trace_unless_asked_for(attend):
     assert_same(attend(*args), reference(*args), 1e-5)
 
 
+def of_policy(policy: Policy, schedule: Schedule, budget: list[int], length: list[int], prompt: int = 0) -> Segments:
+    kept = [policy.keeps(b) for b in budget]
+    s = rows(*((k.budget, k.recent, k.sinks, k.forgetting_factor, n) for k, n in zip(kept, length, strict=True)))
+    return replace(s, rule=kept[0].rule, schedule=schedule, prompt=torch.tensor([prompt] * len(budget)))
+
+
+@pytest.mark.parametrize("policy", KNOWN, ids=label)
+def test_rules(attend, policy):
+    args = (*tokens(11, 2, 2, 2, 11, 4, 5, torch.float64), of_policy(policy, Schedule(), [5, 4], [11, 9]), OPTIONS)
+    assert_same(attend(*args), reference(*args), 1e-12)
+
+
+@pytest.mark.parametrize("policy", [BY_SCORES, Counted()], ids=label)
+def test_several_at_once(attend, policy):
+    s = of_policy(policy, Schedule("every", every=3), [3, 5], [14, 12])
+    args = (*tokens(12, 2, 2, 2, 14, 4, 5, torch.float64), s, OPTIONS)
+    assert_same(attend(*args), reference(*args), 1e-12)
+
+
+def test_tiles_without_a_token(attend):
+    pytest.importorskip("triton", reason=NO_TRITON)
+    G, D = 40, 64
+    assert triton_kernel._constants(1, G, D, D)["TILE"] == 4
+    s = replace(rows((2, 0, 0, 0.9, 24)), schedule=Schedule("every", every=9))
+    args = (*tokens(13, 1, 1, G, 24, D, D, torch.float64), s, OPTIONS)
+    assert_same(attend(*args), reference(*args), 1e-12)
+
+
+@pytest.mark.parametrize("schedule", [Schedule(), Schedule("every", every=2)], ids=label)
+def test_what_is_not_a_number_goes_last_and_the_protected_stay(attend, schedule):
+    query, key, value = tokens(17, 1, 1, 2, 12, 4, 4, torch.float32)
+    key[0, 0, 6] = float("nan")
+    args = (query, key, value, replace(rows((4, 1, 1, 0.5, 12)), schedule=schedule), OPTIONS)
+    got, want = attend(*args), reference(*args)
+    assert got.output.isnan().equal(want.output.isnan())
+    assert got.state.positions.equal(want.state.positions)
+    assert got.evicted.equal(want.evicted)
+
+
+def test_rules_go_on_from_a_state(attend):
+    policy, schedule, length = Counted(), Schedule("every", every=2), [13, 8]
+    query, key, value = tokens(14, 2, 2, 1, 13, 4, 5, torch.float64)
+    got = want = None
+    for begin, end in ((0, 6), (6, 7), (7, 13)):
+        here = [min(max(n - begin, 0), end - begin) for n in length]
+        args = (*(x[:, :, begin:end] for x in (query, key, value)), of_policy(policy, schedule, [4, 3], here), OPTIONS)
+        got, want = (by(*args, x and x.state) for by, x in ((attend, got), (reference, want)))
+        assert_same(got, want, 1e-6)  # scores pass on as float32
+
+
+@pytest.mark.parametrize(("policy", "schedule"), IN_PARTS, ids=label)
+def test_prompts_and_other_parts(attend, policy, schedule):
+    args = (*tokens(15, 2, 2, 2, 12, 4, 5, torch.float32), of_policy(policy, schedule, [4, 5], [12, 10], 7), OPTIONS)
+    got, ran = attend(*args, by=by_name)
+    assert_same(got, reference(*args), 1e-5)
+    assert ran == {"triton" if kernels.compiled_after(args[3]) else "torch"}
+
+
+def test_a_rule_of_ones_own_is_for_torch(attend):
+    args = (*tokens(16, 1, 2, 1, 9, 4, 4, torch.float32), of_policy(OWN, Schedule(), [3], [9]), OPTIONS)
+    got, ran = attend(*args, by=by_name)
+    assert_same(got, reference(*args), 1e-5)
+    assert ran == {"torch"}
+
+
+COMPILED = {
+    "h2o": (Rule(), False, "fp32"),
+    "h2o, float64": (Rule(), False, "fp64"),
+    "every part of a rule": (Counted().keeps(9).rule, True, "fp32"),
+}
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
-@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+@pytest.mark.parametrize("case", COMPILED)
 @pytest.mark.parametrize("arch", [80, 90])
-def test_compiles_ahead_of_time(arch, dtype, tmp_path, monkeypatch):
+def test_compiles_ahead_of_time(arch, case, tmp_path, monkeypatch):
     pytest.importorskip("triton", reason=NO_TRITON)
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = triton_kernel._recursion
-    constants = triton_kernel._constants(K=8, G=4, D=128, V=128)
+    kernel, (rule, several, dtype) = triton_step.recursion, COMPILED[case]
+    constants = triton_kernel._constants(K=8, G=4, D=128, V=128) | triton_kernel._flags(rule, 8, several)
     types = dict.fromkeys(("positions", "cached", "seen", "length", "budget", "recent", "sinks"), "*i64")
-    types |= {"evicted": "*i32", "T": "i32", "slots": "i32"} | dict.fromkeys(constants, "constexpr")
+    types |= {"gone": "*i32"} | dict.fromkeys(("T", "slots", "spare", "ages", "events"), "i32")
+    types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, f"*{dtype}") for name in kernel.arg_names}
     # what a launch finds: aligned pointers, and a multiple of 16 slots
     aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name == "slots"]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -11,10 +15,27 @@ from a2sf.engine.parts import by_heads, by_prompt
 from a2sf.engine.state import Attended, EvictionState, Options, Segments
 from a2sf.engine.stepwise import attend_torch
 from a2sf.errors import ConfigError, UserError
-from a2sf.policies.rule import ACCUMULATED, Rule
-from a2sf.policies.schedule import STEP
+from a2sf.policies.rule import Rule
 
 BACKENDS = ("reference", "numba", "triton", "torch")
+_listening: list[set[str]] = []
+
+
+@contextmanager
+def noting() -> Iterator[set[str]]:
+    """The names of what runs inside: of `BACKENDS`, or `dense`."""
+    names: set[str] = set()
+    _listening.append(names)
+    try:
+        yield names
+    finally:
+        _listening.pop()
+
+
+def note(name: str) -> None:
+    """Say that an implementation runs."""
+    for names in _listening:
+        names.add(name)
 
 
 def attend(
@@ -37,9 +58,10 @@ def attend(
         raise ConfigError("backend", backend, f"give auto or one of {', '.join(BACKENDS)}")
     if segments.rule.foresee is not None and (state is not None or bool((segments.parent >= 0).any())):
         raise UserError("a policy that looks at later tokens needs each sequence as one segment, from its first token")
-    kind = f"{query.dtype} tensors on {query.device.type}"
+    kind, asked = f"{query.dtype} tensors on {query.device.type}", backend
     if backend == "auto":
         if query.device.type != "cpu" and serves(segments, options, state):
+            note("dense")
             return attend_dense(query, key, value, segments, options)
         backend = _choose(query)
     elif backend in ("numba", "triton") and query.dtype == torch.float64:
@@ -49,33 +71,38 @@ def attend(
     elif backend == "numba" and query.device.type != "cpu":
         raise ConfigError("backend", backend, f"numba serves tensors on the CPU, and these are {kind}; give auto")
 
-    if backend == "reference":
-        return reference(query, key, value, segments, options, state)
+    compiled = backend in ("numba", "triton") and segments.rule.own is None
+    if compiled and segments.rule.whole:
+        return by_heads(partial(attend, backend=asked), query, key, value, segments, options, state)
+    if compiled and segments.schedule.prompt and compiled_after(segments):
+        return by_prompt(partial(attend, backend=asked), query, key, value, segments, options, state)
+    if backend != "reference" and not (compiled and knows(segments.rule) and not segments.schedule.prompt):
+        backend = "torch"
+    note(backend)
+    return _of(backend)(query, key, value, segments, options, state)
+
+
+def _of(backend: str) -> Callable[..., Attended]:
     # imported when first used, because numba and Triton take a second to load
-    if backend == "numba" and segments.rule.own is None:
+    if backend == "numba":
         from a2sf.engine.kernels.cpu import attend_cpu
 
-        if segments.rule.whole:
-            return by_heads(attend, query, key, value, segments, options, state)
-        if segments.schedule.prompt and compiled_after(segments):
-            return by_prompt(attend, query, key, value, segments, options, state)
-        if knows(segments.rule) and not segments.schedule.prompt:
-            return attend_cpu(query, key, value, segments, options, state)
-    if backend == "triton" and segments.rule == ACCUMULATED and segments.schedule == STEP:
+        return attend_cpu
+    if backend == "triton":
         from a2sf.engine.kernels.triton_kernel import attend_triton
 
-        return attend_triton(query, key, value, segments, options, state)
-    return attend_torch(query, key, value, segments, options, state)
+        return attend_triton
+    return reference if backend == "reference" else attend_torch
 
 
 def compiled_after(segments: Segments) -> bool:
-    """Whether the compiled kernel runs what comes after a prompt's cut: all but shares of the heads' own, step by step."""
+    """Whether a compiled kernel runs what comes after a prompt's cut: all but shares of the heads' own, step by step."""
     across_heads = segments.rule.cut is not None and segments.rule.cut.floor is not None
     return segments.schedule.then == "keep" or not across_heads
 
 
 def knows(rule: Rule) -> bool:
-    """Whether the compiled kernel of the CPU runs a rule, token by token."""
+    """Whether the compiled kernels, of the CPU and of GPUs, run a rule token by token."""
     return rule.own is None and rule.cut is None and not rule.whole
 
 

@@ -1,8 +1,9 @@
 """The recursion as one fused Triton kernel, for GPUs.
 
-One program runs one row and KV head from its first token to its last. The tokens it may see live in a buffer of
-`budget + 1` slots in global memory, so that the work is O(T * budget * D) and nothing of size T x T exists. All query
-heads of a group read a key once.
+One program runs one row and KV head from its first token to its last, or one row, where its heads share a kept set. The
+tokens it may see live in a buffer of `budget + 1` slots in global memory, so that the work is O(T * budget * D) and nothing
+of size T x T exists. All query heads of a group read a key once. What a rule states as data runs here (`knows` in
+`a2sf.engine.kernels`), step by step or every so many tokens.
 
 Triton is optional: without it this module imports, and `available` says no. With `TRITON_INTERPRET=1` in the
 environment *before Triton is first imported*, the same kernel runs on the CPU, slowly, which is how it is tested.
@@ -11,18 +12,20 @@ environment *before Triton is first imported*, the same kernel runs on the CPU, 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from a2sf.engine.kernels.triton_step import recursion
 from a2sf.engine.levels import Ran, Rows, by_levels
+from a2sf.engine.priorities import SHARE, terms
 from a2sf.engine.state import Attended, EvictionState, Options, Segments
-from a2sf.engine.stepwise import torch_rows
 from a2sf.errors import ConfigError
+from a2sf.policies.rule import Fixed, Rule
 
 try:
     import triton
-    import triton.language as tl
 except ImportError:
     triton = None
 
@@ -62,154 +65,24 @@ def attend_triton(
 
 
 def _interpreted() -> bool:
-    return not isinstance(_recursion, triton.JITFunction)
-
-
-def _jit(function):
-    # T changes from call to call: without this, 1 and multiples of 16 would compile kernels of their own
-    return triton.jit(do_not_specialize=["T"])(function) if triton is not None else function
-
-
-@_jit
-def _recursion(
-    query,  # [B, T, H, D], times the scale
-    key,  # [B, T, K, D]
-    value,  # [B, T, K, V]
-    output,  # [B, T, H, V]
-    evicted,  # int32 [B, T, K]
-    keys,  # [B, K, D, slots], the slot buffer: in and out, in any order of position
-    values,  # [B, K, slots, V]
-    scores,  # [B, K, slots]
-    positions,  # int64 [B, K, slots]
-    logits,  # [B, K, G, slots], scratch
-    cached,  # int64 [B, K], how many slots are filled at the start: the first ones
-    seen,  # int64 [B], as are length, budget, recent, sinks
-    length,
-    budget,
-    recent,
-    sinks,
-    factor,  # [B]
-    T,
-    slots,
-    K: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    PADDED_G: tl.constexpr,  # powers of two, masked
-    PADDED_D: tl.constexpr,
-    PADDED_V: tl.constexpr,
-    TILE: tl.constexpr,  # slots at a time while attending,
-    WIDE_TILE: tl.constexpr,  # and while scoring
-):
-    # Threads of the program hand data to each other through global memory, and Triton does not order a store before
-    # another thread's load, nor a load before another thread's store. `debug_barrier` does, for all threads of the
-    # program, and no other program touches this row and head. Barriers stand wherever a location changes hands.
-    here = tl.program_id(0).to(tl.int64)
-    row, head = here // K, here % K
-    keys += here * D * slots
-    values += here * slots * V
-    scores += here * slots
-    positions += here * slots
-    logits += here * slots * G
-
-    first_position = tl.load(seen + row)
-    row_length, row_budget = tl.load(length + row), tl.load(budget + row)
-    row_recent, row_sinks = tl.load(recent + row), tl.load(sinks + row)
-    row_factor = tl.load(factor + row)
-
-    g, d, v = tl.arange(0, PADDED_G), tl.arange(0, PADDED_D), tl.arange(0, PADDED_V)
-    real_g, real_d, real_v = g < G, d < D, v < V
-    used = tl.load(cached + here)  # slots 0 to used - 1 are filled while a token attends
-    slot = used  # where the next token goes: the slot that was vacated last, or a new one
-
-    for t in range(row_length):
-        token = row * T + t
-        now = first_position + t
-
-        # insert, with score 0
-        new_key = tl.load(key + (token * K + head) * D + d, mask=real_d)
-        new_value = tl.load(value + (token * K + head) * V + v, mask=real_v)
-        tl.store(keys + d * slots + slot, new_key, mask=real_d)
-        tl.store(values + slot * V + v, new_value, mask=real_v)
-        tl.store(scores + slot, 0.0)
-        tl.store(positions + slot, now)
-        used = tl.maximum(used, slot + 1)
-        tl.debug_barrier()  # the slot is written before it is read
-
-        # attend to the cached tokens: softmax online, logits kept for the scores
-        heads = token * K * G + head * G + g
-        q = tl.load(query + heads[:, None] * D + d, mask=real_g[:, None] & real_d, other=0.0)
-        peak = tl.full([PADDED_G], float("-inf"), q.dtype)
-        total = tl.zeros([PADDED_G], q.dtype)
-        attended = tl.zeros([PADDED_G, PADDED_V], q.dtype)
-        for begin in range(0, used, TILE):
-            n = begin + tl.arange(0, TILE)
-            filled = n < used
-            k_tile = tl.load(keys + d[:, None] * slots + n, mask=real_d[:, None] & filled, other=0.0)
-            v_tile = tl.load(values + n[:, None] * V + v, mask=filled[:, None] & real_v, other=0.0)
-            logit = tl.where(filled, tl.sum(q[:, :, None] * k_tile, axis=1), float("-inf"))
-            tl.store(logits + g[:, None] * slots + n, logit, mask=real_g[:, None] & filled)
-            higher = tl.maximum(peak, tl.max(logit, axis=1))  # finite: a tile has a filled slot
-            shrink = tl.exp(peak - higher)
-            weight = tl.exp(logit - higher[:, None])
-            total = total * shrink + tl.sum(weight, axis=1)
-            attended = attended * shrink[:, None] + tl.sum(weight[:, :, None] * v_tile, axis=1)
-            peak = higher
-        tl.store(output + heads[:, None] * V + v, attended / total[:, None], mask=real_g[:, None] & real_v)
-        tl.debug_barrier()  # the logits are written before they are read
-
-        # score, and look for the least score among the unprotected, the oldest of equals; per lane first
-        least = tl.full([WIDE_TILE], float("inf"), q.dtype)
-        oldest = tl.full([WIDE_TILE], 2**62, tl.int64)
-        victim = tl.zeros([WIDE_TILE], tl.int64)
-        for begin in range(0, used, WIDE_TILE):
-            n = begin + tl.arange(0, WIDE_TILE)
-            filled = n < used
-            logit = tl.load(logits + g[:, None] * slots + n, mask=real_g[:, None] & filled, other=float("-inf"))
-            p = tl.exp(logit - peak[:, None]) / total[:, None]
-            score = row_factor * tl.load(scores + n, mask=filled, other=0.0) + tl.sum(p, axis=0)
-            position = tl.load(positions + n, mask=filled, other=0)
-            # Several threads may hold a copy of the same element. All of them read the old score before one writes
-            # the new one; a copy that read it later would count this token twice and choose another victim.
-            tl.debug_barrier()
-            tl.store(scores + n, score, mask=filled)
-            free = filled & (position >= row_sinks) & (position <= now - row_recent)
-            better = free & ((score < least) | ((score == least) & (position < oldest)))
-            least = tl.where(better, score, least)
-            oldest = tl.where(better, position, oldest)
-            victim = tl.where(better, n, victim)
-
-        # evict
-        slot = used
-        gone = now * 0 - 1
-        if used > row_budget:
-            oldest = tl.where(least == tl.min(least, axis=0), oldest, 2**62)
-            gone = tl.min(oldest, axis=0)
-            slot = tl.max(tl.where(oldest == gone, victim, 0), axis=0)
-        tl.store(evicted + token * K + head, gone.to(tl.int32))
-        tl.debug_barrier()  # scores are written and read before the next token takes the vacated slot
-
-    if slot < used:
-        tl.store(positions + slot, -1)
+    return not isinstance(recursion, triton.JITFunction)
 
 
 def _triton_rows(rows: Rows, options: Options) -> Ran:
     B, H, T, D = rows.query.shape
     K, V = rows.key.shape[1], rows.value.shape[-1]
-    device, held = rows.query.device, (rows.state.positions >= 0).sum(-1)
-    if held.numel() and bool((held > rows.budget[:, None]).any()):
-        return torch_rows(rows, options)  # the kernel evicts one token a step, and here more go at once
+    rule, spare, old = rows.rule, rows.schedule.spare, rows.state
+    device, held = rows.query.device, (old.positions >= 0).sum(-1)
 
     # `by_levels` packs time before heads: these transposes copy nothing
     query, key, value = (x.transpose(1, 2).contiguous() for x in (rows.query * options.scale, rows.key, rows.value))
     output = query.new_zeros(B, T, H, V)
-    evicted = torch.full((B, T, K), -1, dtype=torch.int32, device=device)
 
-    # The slot buffer: what is cached already, and room for the new tokens, one more than the budget at most. Keys lie
+    # The slot buffer: what is cached already, and room for the new tokens, one more than may stay at most. Keys lie
     # size before slot, so that neighbouring threads load neighbouring slots and each sums its logits by itself.
-    old = rows.state
     past = old.positions.shape[-1]
-    slots = max(past, int(torch.minimum(rows.budget, past + rows.length).max())) + 1
+    gone = torch.full((B, K, past + T, 2), -1, dtype=torch.int32, device=device)  # a token goes once
+    slots = max(past, int(torch.minimum(rows.budget + spare, past + rows.length).max())) + 1
     slots = triton.cdiv(slots, 16) * 16  # aligned rows of keys
 
     def buffer(x: Tensor, fill: int = 0) -> Tensor:
@@ -223,23 +96,47 @@ def _triton_rows(rows: Rows, options: Options) -> Ran:
     scores = buffer(old.scores.to(key.dtype))
     positions = buffer(old.positions, fill=-1)
 
-    _recursion[(B * K,)](
+    def fixed(number: Fixed | None) -> tuple[Tensor, Tensor]:
+        """`m` or `b` of the new tokens and in the slots; anything, which is not read, where the rule has none."""
+        if number is None:
+            return scores, scores
+        new = (old.seen[:, None] + torch.arange(T, device=device))[:, None].expand(B, K, T)
+        of_new, of_held = number(rows.key, rows.value, new), number(old.keys, old.values, old.positions)
+        return of_new.to(key.dtype).contiguous(), buffer(of_held.to(key.dtype))
+
+    (weight, weights), (bias, biases) = fixed(rule.weight), fixed(rule.bias)
+    factor = rows.forgetting_factor.to(key.dtype)
+    ages = int((old.seen + rows.length).max()) if rule.by_age else 0
+    flags = _flags(rule, K, several=spare > 0 or bool((held > rows.budget[:, None]).any()))
+    programs = B * K // flags["HEADS"]
+
+    recursion[(programs,)](
         query,
         key,
         value,
+        weight,
+        bias,
         output,
-        evicted,
+        gone,
         keys,
         values,
         scores,
         positions,
+        weights,
+        biases,
         query.new_empty(B, H, slots),  # logits
+        query.new_empty(programs, slots) if flags["RANKED"] else scores,
+        terms(factor[:, None], torch.arange(ages, device=device)).contiguous(),
         held,
         *(x.contiguous() for x in (old.seen, rows.length, rows.budget, rows.recent, rows.sinks)),
-        rows.forgetting_factor.to(key.dtype).contiguous(),
+        factor.contiguous(),
         T,
         slots,
+        spare,
+        ages,
+        past + T,
         **_constants(K, H // K, D, V),
+        **flags,
         **LAUNCH,
     )
 
@@ -259,11 +156,26 @@ def _triton_rows(rows: Rows, options: Options) -> Ran:
         values=cached_of(values),
         seen=old.seen + rows.length,
     )
-    gone = None
-    if options.trace:
-        evicted = evicted.transpose(1, 2)
-        gone = torch.cat([(evicted >= 0).nonzero(), evicted[evicted >= 0][:, None].long()], 1)
-    return Ran(output.transpose(1, 2), state, gone)
+    if not options.trace:
+        return Ran(output.transpose(1, 2), state)
+    went = gone[..., 0] >= 0
+    return Ran(output.transpose(1, 2), state, torch.cat([went.nonzero()[:, :2], gone[went].long()], 1))
+
+
+def _flags(rule: Rule, K: int, several: bool) -> dict[str, Any]:
+    """The parts of the kernel that a rule asks for; `several`: more than one token may go in a step."""
+    ranked = rule.by_age or rule.shared or rule.weight is not None or rule.bias is not None
+    return {
+        "HEADS": K if rule.shared else 1,
+        "HOLES": several,
+        "SCORED": rule.scored,
+        "COUNTED": rule.counted,
+        "BY_AGE": rule.by_age,
+        "WEIGHTED": rule.weight is not None,
+        "BIASED": rule.bias is not None,
+        "RANKED": ranked,
+        "SHARE": SHARE,
+    }
 
 
 def _constants(K: int, G: int, D: int, V: int) -> dict[str, int]:
