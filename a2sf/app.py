@@ -136,7 +136,10 @@ def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | No
     if any(
         (s.sweep_name, s.runs_dir, s.tracker) != (first.sweep_name, first.runs_dir, first.tracker) for s in settings
     ):
-        raise UserError("sweep_name, runs_dir and tracker name where a sweep's results go, so they cannot be swept")
+        raise UserError(
+            "sweep_name, runs_dir and tracker name where a sweep's results go, so they cannot be swept; several trackers "
+            "are a list, tracker=[wandb,tensorboard]"
+        )
 
     from a2sf.experiments import sweep
     from a2sf.experiments.prepare import documents, models
@@ -274,6 +277,7 @@ def _report(
 ) -> None:
     from a2sf.experiments.runs import results_frame
     from a2sf.experiments.sweep import finish, hardly_pruned
+    from a2sf.report.output import pictures
     from a2sf.report.tables import screen_table
 
     stored, failures = finish(directory, made.cells)
@@ -284,10 +288,9 @@ def _report(
             screen.print(note, highlight=False, soft_wrap=True)
     tracker = _runner(settings).tracker
     if outcomes and stored:
-        pictures = {p.stem: p for p in sorted((directory / "plots").glob("*.png"))}
-        tracker.log_summary(results_frame(stored), pictures)
+        tracker.log_summary(results_frame(stored), lambda: pictures(directory))
     if tracker.note and outcomes:
-        screen.print(tracker.note, highlight=False, soft_wrap=True)
+        screen.print(tracker.note, highlight=False, markup=False, soft_wrap=True)
     if failures:
         screen.print(
             f"[bold red]{len(failures)} of {len(made.cells)} cells failed[/bold red]; the same command retries"
@@ -347,9 +350,10 @@ def _explain(error: Exception) -> str:
         told = (shipped("conf") / "hydra/launcher" / f"{asked[1]}.yaml").read_text()  # which says how to install it
         extra = re.search(r"pip install \"a2sf\[\w+\]\"", told)
         return f"hydra/launcher={asked[1]} is not installed: {extra[0] if extra else error}."
-    if isinstance(error, MissingConfigException) and error.options is not None:
+    if isinstance(error, MissingConfigException) and "/" in str(error.missing_cfg_file):
         group, _, value = str(error.missing_cfg_file).rpartition("/")
-        options = sorted(error.options)
+        # of a list, tracker=[a,b], Hydra does not say
+        options = sorted(error.options or [f.stem for f in (shipped("conf") / group).glob("*.yaml")])
         return f"{group}={value} is not allowed: give one of {', '.join(options)}{nearest(value, options)}."
     cause = error
     while cause.__cause__ is not None and not isinstance(cause, OmegaConfBaseException):

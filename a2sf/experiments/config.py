@@ -99,7 +99,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
     )
     return Settings(
         cells=cells,
-        tracker=TrackerSpec(**dataclasses.asdict(config.tracker)),
+        tracker=TrackerSpec.chosen(**dataclasses.asdict(config.tracker)),
         batch_size=check_batch_size(config.batch_size),
         sweep_name=config.sweep_name,
         runs_dir=config.runs_dir,

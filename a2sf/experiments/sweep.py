@@ -205,7 +205,7 @@ class Runner:
         except OSError as error:
             raise DiskError(f"{path} cannot be written ({error.strerror or error})") from error
         _clear_failures(self.directory, stored.cell)
-        self.tracker.log_cell(stored, {"sweep": self.directory.name})
+        self.tracker.log_cell(stored)
         return Outcome(cell.name, "done")
 
     def fail(self, cell: Cell, error: Exception) -> Outcome:
