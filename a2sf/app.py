@@ -90,6 +90,9 @@ def job(composed: DictConfig) -> Any:
     adopt(HydraConfig.get())
     quiet()
     _share_cores()
+    from a2sf.experiments.workers import take_gpu
+
+    take_gpu(HydraConfig.get().launcher)
     settings = _read(composed)
     (cell,) = settings.cells
     return _runner(settings).run(cell)
@@ -116,12 +119,15 @@ def adopt(hydra: DictConfig) -> None:
             sys.path.append(place)  # last: no file of the user's hides a library's
 
 
-def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | None) -> None:
+def run_grid(
+    points: Sequence[tuple[list[str], DictConfig]], launch: Launch | None, *, computes_here: bool = True
+) -> None:
     """Check every point, print the plan, run what is to do, print the table.
 
     Args:
         points: the overrides and the composed configuration of each point of the grid.
         launch: how to run jobs; None: here, one after the other.
+        computes_here: whether jobs see this machine's GPUs.
 
     Raises:
         UserError: for the first value that is not allowed, before anything slow.
@@ -130,7 +136,7 @@ def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | No
     from a2sf.experiments.grid import check_schedules
 
     check_schedules([composed for _, composed in points])
-    settings = [_read(composed) for _, composed in points]
+    settings = [_read(composed, computes_here) for _, composed in points]
     first = settings[0]
     directory = Path(first.runs_dir) / first.sweep_name
     if any(
@@ -197,15 +203,16 @@ def _job(overrides: list[str], cell: Cell) -> list[str]:
     settled |= {"model.name": quote(cell.model_name)}
     if cell.model.source.kind == "hub":  # quoted, since a commit may look like a number
         settled |= {"model.path": quote(cell.model.path), "model.revision": quote(cell.model.revision)}
+    settled |= {"model.device": cell.model.device} if cell.model.device != "auto" else {}
     settled |= {"data.content": quote(cell.data.content)} if cell.data.content else {}
     others = [o for o in overrides if o.partition("=")[0].lstrip("+") not in settled]
     return [*others, *(f"{key}={value}" for key, value in settled.items())]
 
 
-def _read(composed: DictConfig) -> Settings:
+def _read(composed: DictConfig, computes_here: bool = True) -> Settings:
     from a2sf.experiments.config import read
 
-    return read(composed, _model_names())
+    return read(composed, _model_names(), here=computes_here)
 
 
 def _runner(settings: Settings) -> Runner:
@@ -350,11 +357,12 @@ def _explain(error: Exception) -> str:
         told = (shipped("conf") / "hydra/launcher" / f"{asked[1]}.yaml").read_text()  # which says how to install it
         extra = re.search(r"pip install \"a2sf\[\w+\]\"", told)
         return f"hydra/launcher={asked[1]} is not installed: {extra[0] if extra else error}."
-    if isinstance(error, MissingConfigException) and "/" in str(error.missing_cfg_file):
+    if isinstance(error, MissingConfigException):
         group, _, value = str(error.missing_cfg_file).rpartition("/")
-        # of a list, tracker=[a,b], Hydra does not say
-        options = sorted(error.options or [f.stem for f in (shipped("conf") / group).glob("*.yaml")])
-        return f"{group}={value} is not allowed: give one of {', '.join(options)}{nearest(value, options)}."
+        # of a list, tracker=[a,b], Hydra does not say what there is
+        options = sorted(error.options or [f.stem for f in (shipped("conf") / group).glob("*.yaml") if group])
+        if options:
+            return f"{group}={value} is not allowed: give one of {', '.join(options)}{nearest(value, options)}."
     cause = error
     while cause.__cause__ is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__  # type: ignore[assignment]

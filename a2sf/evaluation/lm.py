@@ -39,6 +39,7 @@ from a2sf.hf.attention import (
     running,
 )
 from a2sf.hf.calls import hooks_of, logits_at
+from a2sf.hf.devices import input_device
 from a2sf.hf.exactness import require_exact
 from a2sf.hf.generation import PrunedCache, prove_decoding
 from a2sf.hf.loading import kv_heads_of
@@ -121,6 +122,7 @@ class PrunedLM(HFLM):
         super().__init__(pretrained=pretrained, batch_size=1, **kwargs)
         if self.backend != "causal":
             raise UnsupportedModel("only decoder models have a cache to prune, and this one is an encoder-decoder")
+        self._device = input_device(self.model)
         self.engine = backend
         self.tokens_per_pass = self.most_tokens
         self.silent = False  # no progress bars

@@ -52,6 +52,7 @@ class ModelConfig:
         device: auto, cpu, cuda, cuda:N
         revision: branch, tag or commit on the hub
         trust_remote_code: run modelling code that comes with the weights
+        device_map: spread a large model: auto, balanced, balanced_low_0, sequential, or a JSON file of modules and devices
     """
 
     path: str = ""
@@ -60,6 +61,7 @@ class ModelConfig:
     device: str = "auto"
     revision: str = "main"
     trust_remote_code: bool = False
+    device_map: str | None = None
 
 
 @dataclass

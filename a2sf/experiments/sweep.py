@@ -50,6 +50,7 @@ from a2sf.experiments.runs import (
 )
 from a2sf.experiments.tracking import Tracker
 from a2sf.hf import loading
+from a2sf.hf.devices import devices_of
 
 log = logging.getLogger(__name__)
 LEASE_SECONDS = 60.0
@@ -351,6 +352,7 @@ def provenance(lm: Any) -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            **({"devices": spread} if (spread := devices_of(lm.model)) else {}),
         },
         "command": " ".join([sys.argv[0], *map(shlex.quote, sys.argv[1:])]),
     }

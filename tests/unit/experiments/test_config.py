@@ -82,6 +82,8 @@ def sentence(*overrides: str) -> str:
         (["model=smollm2"], ["model=smollm2", "did you mean smollm2-135m"]),
         (["model.dtype=int8"], ["model.dtype=int8", "float32, bfloat16"]),
         (["model.device=cuda:7"], ["model.device=cuda:7", "no such GPU"]),
+        (["model.device_map=blanced"], ["model.device_map=blanced", "did you mean balanced"]),
+        (["model.device_map=nowhere.json"], ["model.device_map=nowhere.json", "No such file"]),
         (["model.path=''"], ["model.path", "hub id"]),
         (["tasks=[pipa]"], ["tasks=pipa", "did you mean", "piqa"]),
         (["tasks=[]"], ["tasks=[]", "suite"]),
