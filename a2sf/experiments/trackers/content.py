@@ -73,7 +73,7 @@ def of_cell(stored: StoredCell, sweep: str) -> CellRun:
     cell, timing = stored.cell, stored.result["timing"]
     baseline = cell["budget"] is None
     row = results_frame([stored]).iloc[0].to_dict() if stored.metrics else {}
-    columns = {name: _plain(value) for name, value in row.items() if name not in MEASURED}
+    columns = {str(name): _plain(value) for name, value in row.items() if name not in MEASURED}
     for name, value in cell["policy_settings"].items():
         if name not in columns:
             columns[f"policy_{name}"] = _plain(value)
