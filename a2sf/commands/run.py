@@ -18,6 +18,7 @@ from a2sf.commands.describe import attributes
 from a2sf.errors import UserError
 from a2sf.experiments import schema
 from a2sf.experiments.grid import addable
+from a2sf.experiments.overrides import check_trackers
 from a2sf.shipped import shipped
 
 MULTIRUN = {"-m", "--multirun"}
@@ -45,7 +46,7 @@ One configuration; with -m the grid of all values; with a preset its grid. The s
 --config-dir DIR adds a folder of your own: DIR/model/, DIR/policy/, DIR/data/, DIR/sweep/ and Python files they name.
 --cfg job shows the configuration that would run; --hydra-help what else Hydra can do.
 
-groups (a file each; * is the default)
+groups (a file each; * is the default; of trackers a list, tracker=[wandb,tensorboard])
 {groups}
 
 presets
@@ -67,12 +68,14 @@ def main(arguments: Sequence[str]) -> None:
     """Run what the overrides in `arguments` ask for.
 
     Raises:
-        UserError: if two things are asked for at once.
+        UserError: if two things are asked for at once, or one tracker twice.
     """
     given = list(arguments)
     if {"--help", "-h"} & set(given):
         print(help_text(_folders(given)))
         return
+    for argument in given:
+        check_trackers(argument)
     given = [f"+{a}" if a.startswith("sweep=") else addable(a) for a in given]
     other = INSTEAD & {a.partition("=")[0] for a in given}
     if other and MULTIRUN & set(given):

@@ -38,6 +38,7 @@ from a2sf.hf.attention import (
     running,
 )
 from a2sf.hf.calls import hooks_of, logits_at
+from a2sf.hf.devices import input_device
 from a2sf.hf.exactness import require_exact
 from a2sf.hf.generation import PrunedCache, prove_decoding
 from a2sf.policies.base import Policy, Retention
@@ -103,6 +104,7 @@ class PrunedLM(Members, HFLM):
         super().__init__(pretrained=pretrained, batch_size=1, **kwargs)
         if self.backend != "causal":
             raise UnsupportedModel("only decoder models have a cache to prune, and this one is an encoder-decoder")
+        self._device = input_device(self.model)
         self.engine = backend
         self.tokens_per_pass = self.most_tokens
         self.silent = False  # no progress bars
@@ -271,7 +273,7 @@ class PrunedLM(Members, HFLM):
             last = torch.tensor([len(read) - 1], device=self.device)
             logits_at(self.model, last, input_ids=torch.tensor([read], device=self.device), use_cache=False)
         noted = (plan.gone, plan.received, plan.lost)
-        arrays = (torch.cat([of_layer[i] for i in range(self.layers)]).cpu().numpy() for of_layer in noted)
+        arrays = (torch.cat([of_layer[i].cpu() for i in range(self.layers)]).numpy() for of_layer in noted)
         pieces = tuple(self.tokenizer.decode([t]) for t in read)
         self.traces.append(Trace(document, pieces, len(context), *arrays))
 

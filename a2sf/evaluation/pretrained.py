@@ -11,7 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from a2sf.errors import ConfigError
 from a2sf.hf.loading import LoadedModel, ModelSpec, load, load_tokenizer
 
-OF_LOADING = ("revision", "dtype", "device", "trust_remote_code", "gguf_file")
+OF_LOADING = ("revision", "dtype", "device", "device_map", "trust_remote_code", "gguf_file")
 NOT_OURS = {
     "parallelize",
     "tp_plan",
@@ -36,7 +36,7 @@ def load_pretrained(pretrained: str, given: dict[str, Any]) -> tuple[LoadedModel
     """
     known = inspect.signature(HFLM.__init__).parameters
     for key, value in given.items():
-        if (key in NOT_OURS and value) or key not in known:
+        if (key in NOT_OURS and value) or (key not in known and key not in OF_LOADING):
             raise ConfigError(
                 key,
                 value,

@@ -14,7 +14,6 @@ from a2sf.evaluation.packing import Pack, pack
 from a2sf.evaluation.requests import Model, Request, pass_of
 from a2sf.hf.attention import NonFiniteError, Plan, rope_switch, running
 from a2sf.hf.calls import logits_at
-from a2sf.hf.mixed import Mixed
 
 LOGSUMEXP_ROWS = 64
 LEAST_PASS = 64
@@ -67,8 +66,7 @@ class Scoring:
         while pending:
             for row in self._rows(list(pending), asked, todo):
                 try:
-                    reading = pass_of(row, todo, self.about)
-                    scores = self._score(row, todo, reading)
+                    scores, plans = self._score(row, todo)
                 except NonFiniteError as error:  # whose rows are requests
                     _fail(asked, error, error.rows, failed)
                     break
@@ -93,7 +91,7 @@ class Scoring:
                 for i, (value, greedy) in zip(row.items, scores, strict=True):
                     done(asked[i], value, greedy)
                     del pending[i]
-                for plan in reading.plans:
+                for plan in plans:
                     for i in plan.serves:
                         asked[i].member.ran |= plan.ran
                 now = time.perf_counter()
@@ -119,8 +117,8 @@ class Scoring:
                 row.owner = [part[i] for i in row.owner]
                 yield row
 
-    def _score(self, row: Pack, todo: Sequence[Request], reading: Plan | Mixed) -> list[tuple[float, bool]]:
-        """(log-likelihood, is greedy) of each request of a row.
+    def _score(self, row: Pack, todo: Sequence[Request]) -> tuple[list[tuple[float, bool]], Sequence[Plan]]:
+        """(log-likelihood, is greedy) of each request of a row, and what computed them.
 
         Raises:
             NonFiniteError: if one depends on NaN or infinity; its `rows` are those requests' places in `todo`. A logit of
@@ -132,7 +130,7 @@ class Scoring:
         scored = [row.last(which, len(todo[i].targets)) for which, i in enumerate(row.items)]
         index, where = torch.cat([torch.from_numpy(s) for s in scored]).unique(return_inverse=True)
         try:
-            with running(reading):
+            with running(reading := pass_of(row, todo, self.about)):
                 (logits,) = logits_at(
                     self.model,
                     index.to(device),
@@ -155,10 +153,11 @@ class Scoring:
         if not bool(torch.isfinite(chosen).all()):
             pieces = zip(row.items, torch.isfinite(chosen).cpu().split(sizes), strict=True)
             raise NonFiniteError("the logits", logits.dtype, sorted(i for i, finite in pieces if not finite.all()))
-        return [
+        scores = [
             (float(c.double().sum()), bool(g.all()))
             for c, g in zip(chosen.cpu().split(sizes), greedy.cpu().split(sizes), strict=True)
         ]
+        return scores, reading.plans
 
 
 def _fail(

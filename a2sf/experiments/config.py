@@ -54,12 +54,13 @@ def as_group(points: Sequence[DictConfig]) -> str:
     return json.dumps([{k: OmegaConf.to_container(p)[k] for k in DIFFERING} for p in points])  # type: ignore[index, call-overload]
 
 
-def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Settings:
+def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, here: bool = True) -> Settings:
     """Check a composed configuration and list its cells.
 
     Args:
         composed: what Hydra composed on the schema, without its own `hydra` node.
         model_names: model path -> short name, for paths known under `conf/model/`.
+        here: whether this machine is the one that computes, so that it must have the GPUs that are asked for.
 
     Raises:
         ConfigError: for the first value that is not allowed; nothing slow has happened then.
@@ -76,6 +77,8 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
     if not config.model.path:
         raise ConfigError("model.path", "''", "give a hub id, a directory or a GGUF file")
     model = ModelSpec(**{f.name: getattr(config.model, f.name) for f in dataclasses.fields(ModelSpec) if f.init})
+    if here:
+        model.check_here()
     name = config.model.name or (model_names or {}).get(model.path) or model.path.rstrip("/").rpartition("/")[2]
     policy = _policy(config)
     budget = _budget(config, policy)
@@ -124,7 +127,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
     )
     return Settings(
         cells=cells,
-        tracker=TrackerSpec(**dataclasses.asdict(config.tracker)),
+        tracker=TrackerSpec.chosen(**dataclasses.asdict(config.tracker)),
         batch_size=check_batch_size(config.batch_size),
         sweep_name=config.sweep_name,
         runs_dir=config.runs_dir,

@@ -7,6 +7,8 @@ import shlex
 
 from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
 
+from a2sf.errors import ConfigError
+
 PLAIN = re.compile(r"[\w.+/\\%*@?|-]+", re.ASCII)
 """A value that Hydra reads without quotes."""
 
@@ -23,6 +25,18 @@ def explain_override(error: HydraException) -> str | None:
             "for one value with a comma in it, or -m to run each value."
         )
     return None
+
+
+def check_trackers(override: str) -> None:
+    """Refuse `tracker=[...]` that names one file twice, which Hydra would take for one.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    key, value = _parts(override)
+    names = [n.strip() for n in value.strip("[]").split(",")] if value.startswith("[") else []
+    if key.lstrip("+") == "tracker" and (twice := next((n for n in names if names.count(n) > 1), None)):
+        raise ConfigError("tracker", value, f"it names {twice} twice; give one of each kind")
 
 
 def quoted(key: str, value: str) -> str:

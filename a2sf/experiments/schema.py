@@ -52,6 +52,7 @@ class ModelConfig:
         device: auto, cpu, cuda, cuda:N
         revision: branch, tag or commit on the hub
         trust_remote_code: run modelling code that comes with the weights
+        device_map: spread a large model: auto, balanced, balanced_low_0, sequential, or a JSON file of modules and devices
     """
 
     path: str = ""
@@ -60,6 +61,7 @@ class ModelConfig:
     device: str = "auto"
     revision: str = "main"
     trust_remote_code: bool = False
+    device_map: str | None = None
 
 
 @dataclass
@@ -107,14 +109,16 @@ class TrackerConfig:
     """`tracker`: where results are logged besides (`a2sf.experiments.tracking.TrackerSpec`).
 
     Attributes:
-        kind: none or wandb
+        kinds: what each chosen file in tracker/ is: none, wandb or tensorboard
         project: W&B project
         entity: W&B user or team
+        directory: where TensorBoard's files go; runs/<sweep>/tensorboard if null
     """
 
-    kind: str = "none"
+    kinds: dict[str, str] = field(default_factory=dict)
     project: str = "a2sf"
     entity: str | None = None
+    directory: str | None = None
 
 
 @dataclass
@@ -134,7 +138,7 @@ class Config:
         batch_size: sequences per forward pass, or auto
         seed: of the few-shot examples
         backend: which implementation evicts: auto, reference, torch, numba, triton
-        tracker: a file in tracker/
+        tracker: a file in tracker/, or several: [wandb,tensorboard]
         sweep_name: folder of the results
         runs_dir: where sweeps' folders are
         plan_only: say what would run and how long it may take, and stop

@@ -54,6 +54,7 @@ from a2sf.experiments.runs import (
 )
 from a2sf.experiments.tracking import Tracker
 from a2sf.hf import loading
+from a2sf.hf.devices import devices_of
 
 log = logging.getLogger(__name__)
 LEASE_SECONDS = 60.0
@@ -216,7 +217,7 @@ class Runner:
         except OSError as error:
             raise DiskError(f"{path} cannot be written ({error.strerror or error})") from error
         _clear_failures(self.directory, stored.cell)
-        self.tracker.log_cell(stored, {"sweep": self.directory.name})
+        self.tracker.log_cell(stored)
         return Outcome(cell.name, "done")
 
     def fail(self, cell: Cell, error: Exception) -> Outcome:
@@ -374,6 +375,7 @@ def provenance(lm: Any, ran: Collection[str]) -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            **({"devices": spread} if (spread := devices_of(lm.model)) else {}),
         },
         "command": " ".join([sys.argv[0], *map(shlex.quote, sys.argv[1:])]),
     }

@@ -1,25 +1,24 @@
-"""Logging cells to Weights & Biases; a tracker that fails never costs a result."""
+"""Logging cells besides the disk, to one tracker or several; a tracker that fails never costs a result."""
 
 from __future__ import annotations
 
-import hashlib
+import importlib.util
 import logging
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from a2sf.errors import ConfigError, nearest
-from a2sf.experiments.names import safe
 from a2sf.experiments.runs import StoredCell
+from a2sf.experiments.trackers import content
+from a2sf.experiments.trackers.content import Destination
+from a2sf.experiments.trackers.tensorboard_files import TensorBoardFiles
+from a2sf.experiments.trackers.wandb_runs import WandbRuns
 
 log = logging.getLogger(__name__)
-KINDS = ("none", "wandb")
-LONGEST_NAME = 128
-"""Characters that W&B takes for a name."""
+NONE = "none"
 
 
 @dataclass(frozen=True)
@@ -27,117 +26,112 @@ class TrackerSpec:
     """Where results are logged besides the disk.
 
     Attributes:
-        kind: `none` or `wandb`.
+        kinds: of the trackers, each in `KINDS`.
         project, entity: as W&B names them.
+        directory: where TensorBoard's files go, in a folder for each sweep; None: `tensorboard/` in the sweep's own.
 
     Raises:
-        ConfigError: if `kind` is unknown.
+        ConfigError: if a kind is unknown, given twice or not installed.
     """
 
-    kind: str = "none"
+    kinds: tuple[str, ...] = ()
     project: str = "a2sf"
     entity: str | None = None
+    directory: str | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ConfigError("tracker", self.kind, f"give one of {', '.join(KINDS)}{nearest(self.kind, KINDS)}")
+        for kind in self.kinds:
+            if kind not in KINDS:
+                told = f"give one of {', '.join((NONE, *KINDS))}, or a list of them{nearest(kind, KINDS)}"
+                raise ConfigError("tracker", kind, told)
+            if self.kinds.count(kind) > 1:
+                raise ConfigError(
+                    "tracker", f"[{', '.join(self.kinds)}]", f"it holds {kind} twice; give each kind once"
+                )
+            if importlib.util.find_spec(kind) is None:
+                raise ConfigError("tracker", kind, f'{kind} is not installed; pip install "a2sf[{kind}]"')
+
+    @classmethod
+    def chosen(cls, kinds: Mapping[str, str], **settings: str | None) -> TrackerSpec:
+        """What the chosen files of `conf/tracker/` come to: `kinds` says of each, by its name, what it is.
+
+        Raises:
+            ConfigError: as above; or if `none` stands beside others, or two are of one kind.
+        """
+        among, names = list(kinds.values()), f"[{', '.join(kinds)}]"
+        if NONE in among and len(among) > 1:
+            raise ConfigError("tracker", names, "none goes with no other")
+        if twice := next((k for k in among if among.count(k) > 1), None):
+            raise ConfigError("tracker", names, f"two of them are of one kind ({twice}); give one of each kind")
+        return cls(kinds=tuple(k for k in among if k != NONE), **settings)  # type: ignore[arg-type]
+
+
+def _wandb(spec: TrackerSpec, sweep: str, directory: Path) -> Destination:
+    return WandbRuns(sweep, directory, spec.project, spec.entity)
+
+
+def _tensorboard(spec: TrackerSpec, sweep: str, directory: Path) -> Destination:
+    return TensorBoardFiles(Path(spec.directory) / sweep if spec.directory else directory / "tensorboard")
+
+
+KINDS: dict[str, Callable[[TrackerSpec, str, Path], Destination]] = {"wandb": _wandb, "tensorboard": _tensorboard}
+"""Kind, which is also the package it needs -> what makes one for a sweep in its directory."""
 
 
 class Tracker:
-    """Logs finished cells of one sweep: one run per cell, grouped by sweep, and a summary run at the end."""
+    """Logs finished cells of one sweep, and a summary at the end, to every tracker of a `TrackerSpec`.
+
+    Attributes:
+        failed: label -> why, of trackers that failed; they are left alone from then on, the others go on.
+    """
 
     def __init__(self, spec: TrackerSpec, sweep: str, directory: Path) -> None:
-        self.spec, self.sweep, self.directory = spec, sweep, directory
-        self.failed: str | None = None
-        self.mode = _mode() if spec.kind == "wandb" else "disabled"
+        self.sweep = sweep
+        self.failed: dict[str, str] = {}
+        self._undrawn: str | None = None
+        self._destinations = [KINDS[kind](spec, sweep, directory) for kind in spec.kinds]
+
+    def __bool__(self) -> bool:
+        """Whether anything is logged anywhere."""
+        return bool(self._destinations)
 
     @property
     def note(self) -> str | None:
-        """One line for the screen: where the runs went, and how to sync them."""
-        if self.failed:
-            return f"W&B failed ({self.failed}); results on disk are complete."
-        if self.mode == "offline":
-            return (
-                f"W&B is offline (not logged in); send the runs with: wandb sync {self.directory}/wandb/offline-run-*"
-            )
-        return None
+        """For the screen, a line for each: where the runs went, and how to see or send them; or what failed."""
+        notes = [f"{label} failed ({why}); results on disk are complete." for label, why in self.failed.items()]
+        self._each(lambda to: notes.append(to.note) if to.note else None)
+        notes += [f"The trackers have no plots: {self._undrawn}"] if self._undrawn else []
+        return "\n".join(notes) or None
 
-    def log_cell(self, stored: StoredCell, config: dict[str, Any]) -> None:
-        """One run: config, and metrics such as `acc/piqa/0shot`; the same cell continues the same run."""
+    def log_cell(self, stored: StoredCell) -> None:
+        """A cell's columns, and metrics such as `acc/piqa/0shot`."""
+        self._each(lambda to: to.log_cell(content.of_cell(stored, self.sweep)))
 
-        def values() -> dict[str, Any]:
-            cell, timing = stored.cell, stored.result["timing"]
-            where = f"{cell['task']}/{cell['shots']}shot"
-            found: dict[str, Any] = {f"{name}/{where}": m["value"] for name, m in stored.metrics.items()}
-            found |= {f"{name}_stderr/{where}": m["stderr"] for name, m in stored.metrics.items()}
-            found |= {key: timing[key] for key in ("tokens_per_second", "seconds", "cache_share")}
-            return {k: v for k, v in found.items() if v is not None}
+    def log_summary(self, table: pd.DataFrame, draw: Callable[[], Mapping[str, Path]]) -> None:
+        """The results table of the sweep, and its plots.
 
-        self._log(stored.path.name, "cell", {**config, "cell": stored.cell}, values)
-
-    def log_summary(self, table: pd.DataFrame, pictures: dict[str, Path]) -> None:
-        """One run for the sweep: the results table, and the plots that exist."""
-
-        def values() -> dict[str, Any]:
-            import wandb
-
-            shown: dict[str, Any] = {"results": wandb.Table(dataframe=one_type_per_column(table))}
-            return shown | {name: wandb.Image(str(file)) for name, file in pictures.items()}
-
-        self._log("summary", "summary", {"sweep": self.sweep}, values)
-
-    def _log(self, name: str, job_type: str, config: dict[str, Any], values: Callable[[], dict[str, Any]]) -> None:
-        if self.spec.kind != "wandb" or self.failed:
+        Args:
+            draw: makes the plots; name -> PNG. What it raises is a note.
+        """
+        if not self:
             return
+        pictures: Mapping[str, Path] = {}
         try:
-            import wandb
-
-            self.directory.mkdir(parents=True, exist_ok=True)
-            run = wandb.init(
-                project=self.spec.project,
-                entity=self.spec.entity,
-                name=safe(name, LONGEST_NAME),
-                id=run_id(self.sweep, name),
-                group=safe(self.sweep, LONGEST_NAME),
-                job_type=job_type,
-                config=config,
-                dir=str(self.directory),
-                mode=self.mode,  # type: ignore[arg-type]
-                resume="allow",
-                reinit="finish_previous",
-                settings=wandb.Settings(silent=True, console="off", disable_git=True, init_timeout=30),
-            )
-            run.log(values())
-            run.finish()
+            pictures = draw()
         except Exception as error:
-            self.failed = str(error).strip().partition("\n")[0] or type(error).__name__
-            log.debug("W&B failed", exc_info=True)
+            self._undrawn = _first_line(error)
+            log.debug("no plots for the trackers", exc_info=True)
+        self._each(lambda to: to.log_summary(content.of_sweep(table, pictures)))
+
+    def _each(self, do: Callable[[Destination], None]) -> None:
+        for to in self._destinations:
+            if to.label not in self.failed:
+                try:
+                    do(to)
+                except Exception as error:
+                    self.failed[to.label] = _first_line(error)
+                    log.debug("%s failed", to.label, exc_info=True)
 
 
-def run_id(sweep: str, name: str) -> str:
-    """The W&B id of a sweep's run: the same for the same names, another for others, whatever characters they hold."""
-    digest = hashlib.sha256(f"{sweep}\0{name}".encode()).hexdigest()[:12]
-    return f"{safe(sweep, 40)}-{safe(name, 60)}-{digest}"
-
-
-def one_type_per_column(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with every column either all numbers or all text, missing values aside, as W&B's tables want them."""
-    columns = {}
-    for name in table:
-        column = table[name]
-        present = column[column.notna()]
-        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in present)
-        written = present.astype(float) if numbers else present.map(str)
-        columns[name] = written.astype(object).reindex(column.index).where(column.notna(), None)
-    return pd.DataFrame(columns, index=table.index)
-
-
-def _mode() -> str:
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
-    import wandb
-
-    try:
-        return "online" if wandb.login(prompt=False, timeout=10) else "offline"
-    except Exception:  # whatever keeps us from logging in, offline always works
-        return "offline"
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

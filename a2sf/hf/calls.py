@@ -26,6 +26,7 @@ from a2sf.hf.attention import (
     attached,
     check_reached,
 )
+from a2sf.hf.devices import is_spread
 
 CACHE_NAMES = ("cache", "past_key_values")
 """What transformers' models call the cache they are given."""
@@ -207,7 +208,9 @@ def logits_at(model: PreTrainedModel, index: Tensor, **inputs: Any) -> Tensor:
     """
     columns = inputs["input_ids"].shape[1]
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    logits = model(**inputs, **({"logits_to_keep": index} if keeps else {})).logits
+    # numbers go to whichever device has the last layer; a tensor, accelerate would move to the first
+    columns_asked = index.tolist() if is_spread(model) else index
+    logits = model(**inputs, **({"logits_to_keep": columns_asked} if keeps else {})).logits
     if logits.shape[1] == columns != len(index):
         return logits[:, index]
     if logits.shape[1] != len(index):

@@ -26,6 +26,7 @@ from a2sf.hf.attention import (
     running,
 )
 from a2sf.hf.calls import hooks_of, idle, logits_at
+from a2sf.hf.devices import input_device
 from a2sf.hf.trial import agree, layers_of, likely, positions_of, try_layers
 from a2sf.policies.base import UNLIMITED, Retention
 
@@ -98,7 +99,7 @@ def check_exact(model: PreTrainedModel) -> None:
         layers=layers_of(model),
         policy_on_sliding=not mixes_windows(model.config),
     )
-    device = model.device
+    device = input_device(model)
     with torch.inference_mode(), idle(model), told(model):
         own = likely(model(torch.tensor([a, b], device=device), use_cache=False).logits)
         if agree(own[:1, :shared], own[1:, :shared], model.dtype) is False:
@@ -139,7 +140,7 @@ def check_decoding(model: PreTrainedModel, cache: Callable[[], Any]) -> None:
     why = f"{name} gives other logits when it decodes through a pruned cache than through its own"
     prompt = length_for(model, PROMPT + AFTER) - AFTER
     padding = prompt // 3
-    device = model.device
+    device = input_device(model)
     ids = torch.tensor(tokens_of(model, 2, prompt + AFTER), device=device)
     mask = torch.ones_like(ids)
     mask[1, :padding] = 0

@@ -31,6 +31,7 @@ from transformers import (
 from transformers.quantizers import AutoHfQuantizer
 
 from a2sf.errors import ConfigError
+from a2sf.hf import devices
 from a2sf.hf.exactness import check_exact
 from a2sf.hf.files import hub, weights
 from a2sf.hf.files.paths import KEY, PACKAGE, Source, understand
@@ -51,6 +52,8 @@ class ModelSpec:
             at the end make no other model.
         dtype: auto (bfloat16 on a GPU, float32 on a CPU) or a name in `DTYPES`.
         device: auto (a GPU if there is one) or a torch device.
+        device_map: how the model is spread over devices, a name in `devices.MAPS` or a JSON file of modules and devices;
+            None: it is on `device`.
         revision: branch, tag or commit on the hub; `pin` makes a commit of it.
         trust_remote_code: run modelling code that comes with the weights.
 
@@ -63,6 +66,7 @@ class ModelSpec:
     device: str = "auto"
     revision: str = "main"
     trust_remote_code: bool = False
+    device_map: str | None = None
     source: Source = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -71,23 +75,25 @@ class ModelSpec:
             object.__setattr__(self, name, value)
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ConfigError("model.dtype", self.dtype, f"give auto or one of {', '.join(DTYPES)}")
-        if self.device != "auto":
-            try:
-                device = torch.device(self.device)
-            except RuntimeError:
-                raise ConfigError("model.device", self.device, "give auto, cpu, cuda or cuda:N") from None
-            if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-                raise ConfigError("model.device", self.device, "this machine has no such GPU; give auto or cpu")
+        devices.check(self.device, self.device_map)
 
     @property
     def resolved_device(self) -> str:
-        return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        return devices.resolve(self.device, self.device_map)
 
     @property
     def resolved_dtype(self) -> str:
         if self.dtype != "auto":
             return self.dtype
         return "float32" if torch.device(self.resolved_device).type == "cpu" else "bfloat16"
+
+    def check_here(self) -> None:
+        """Refuse GPUs that this machine does not have.
+
+        Raises:
+            ConfigError: if it is to be on such a one.
+        """
+        devices.check_here(self.device, self.device_map)
 
     @property
     def pinned(self) -> bool:
@@ -377,21 +383,30 @@ def load(spec: ModelSpec) -> LoadedModel:
     Raises:
         ConfigError, UnsupportedModel: if it cannot be loaded or pruned.
     """
+    spec.check_here()
     spec, _ = pin(spec)
     check_config(spec)
     folder = local_checkpoint(spec)
     found = weights.find_weights(weights.Folder(folder), spec.path)
     tokenizer = _tokenizer(folder, spec)
     ids = tokenizer(PROBE)["input_ids"]
-    model = weights.read(folder, found, DTYPES[spec.resolved_dtype], spec.path, spec.trust_remote_code)
+    if spec.device_map is None:
+        model = _read(folder, found, spec, None).to(spec.resolved_device)  # type: ignore[arg-type]
+    else:
+        model = devices.spread(spec.device_map, cache_directory(), lambda placed: _read(folder, found, spec, placed))
     if not ids or max(ids) >= model.get_input_embeddings().num_embeddings:
         raise ConfigError(
             KEY, spec.path, "its tokenizer is not the model's: it gives tokens that the model does not know"
         )
-    model = model.to(spec.resolved_device).eval()  # type: ignore[arg-type]
+    model.eval()
     check_exact(model)
     is_gguf = spec.source.kind in ("package", "file") or bool(spec.source.file)
     return LoadedModel(model, tokenizer, fingerprint(spec), "gguf" if is_gguf else found.format)
+
+
+def _read(folder: Path, found: weights.Weights, spec: ModelSpec, placement: dict[str, Any] | None) -> PreTrainedModel:
+    dtype = DTYPES[spec.resolved_dtype]
+    return weights.read(folder, found, dtype, spec.path, spec.trust_remote_code, placement)
 
 
 def fingerprint(spec: ModelSpec) -> str | None:

@@ -114,6 +114,17 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     return Shown(tables, rankings, files, list(dict.fromkeys([*grid.notes, *notes])))
 
 
+def pictures(directory: Path) -> dict[str, Path]:
+    """Draw the plots of one sweep into its `plots/`; each one's name -> its PNG.
+
+    Raises:
+        UserError: if nothing can be shown.
+    """
+    grid = gather([directory])
+    drawn = needle_plots(grid, directory / "plots") | draw_all(grid, directory / "plots")
+    return {f.stem: f for files in drawn.values() for f in files if f.suffix == ".png"}
+
+
 def publish(grid: Grid, options: Options, figures: Path | None, readme: Path | None) -> list[Path]:
     """Figures and the README's table from committed results; nothing else is written.
 

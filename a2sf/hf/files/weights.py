@@ -199,8 +199,18 @@ def check_whole(folder: Path, weights: Weights, path: str) -> None:
             raise ConfigError(KEY, path, f"{name} is empty; delete {file} and get it again")
 
 
-def read(folder: Path, weights: Weights, dtype: torch.dtype, path: str, code: bool) -> PreTrainedModel:
+def read(
+    folder: Path,
+    weights: Weights,
+    dtype: torch.dtype,
+    path: str,
+    code: bool,
+    placement: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
     """The model with the weights of a local directory, every parameter read from there.
+
+    Args:
+        placement: what `from_pretrained` is told of devices (`device_map`, `offload_folder`); None: all on the CPU.
 
     Raises:
         ConfigError: if it cannot be read, or the weights are not those of this model.
@@ -216,11 +226,21 @@ def read(folder: Path, weights: Weights, dtype: torch.dtype, path: str, code: bo
             local_files_only=True,
             use_safetensors=weights.format == "safetensors",
             weights_only=True,
+            **(placement or {}),
         )
     except Exception as error:
         raise ConfigError(KEY, path, _unreadable(error, weights)) from error
-    check_complete(model, told, path)
+    check_complete(model, told, path, _held(folder, weights) if placement else frozenset())
     return model
+
+
+def _held(folder: Path, weights: Weights) -> frozenset[str]:
+    """The names of the parameters in safetensors files; empty for others."""
+    held: set[str] = set()
+    for name in weights.files if weights.format == "safetensors" else ():
+        with safetensors.safe_open(str(folder / name), framework="pt") as file:
+            held.update(file.keys())
+    return frozenset(held)
 
 
 def auto_class(config: Any) -> Any:
@@ -252,15 +272,20 @@ def _unreadable(error: Exception, weights: Weights) -> str:
     return f"{what} ({type(error).__name__}: {first_line(error)})"
 
 
-def check_complete(model: PreTrainedModel, told: Mapping[str, Any], path: str) -> None:
+def check_complete(
+    model: PreTrainedModel, told: Mapping[str, Any], path: str, held: frozenset[str] = frozenset()
+) -> None:
     """Refuse weights that are not those of this model, by what transformers tells of having loaded them.
+
+    Args:
+        held: names in the files, for parameters that accelerate keeps elsewhere until they are needed.
 
     Raises:
         ConfigError: if a parameter was not in the file (but one tied to another), its shape differs, or the file holds
             parts of layers that this model does not have.
     """
     name = type(model).__name__
-    absent = sorted({*told["missing_keys"], *_left_out(model)})
+    absent = sorted({*told["missing_keys"], *_left_out(model, held)})
     if mismatched := sorted(told["mismatched_keys"]):
         shown = [
             f"{key}: {tuple(there)} in the file, {tuple(needed)} in the model" for key, there, needed in mismatched
@@ -283,12 +308,15 @@ def check_complete(model: PreTrainedModel, told: Mapping[str, Any], path: str) -
     _keep_untied(model)
 
 
-def _left_out(model: PreTrainedModel) -> list[str]:
+def _left_out(model: PreTrainedModel, held: frozenset[str]) -> list[str]:
     """Parameters that transformers does not tell as missing since the model's class says so, but did not read either."""
     patterns = model._keys_to_ignore_on_load_missing or ()
     tied = getattr(model, "all_tied_weights_keys", {})
-    # transformers marks what it has read
-    marked = {n: getattr(p, "_is_hf_initialized", False) for n, p in model.named_parameters()}
+    # transformers marks what it has read, and accelerate replaces what it keeps elsewhere
+    marked = {
+        n: getattr(p, "_is_hf_initialized", False) or (p.device.type == "meta" and n in held)
+        for n, p in model.named_parameters()
+    }
     if not any(marked.values()):
         return []
     return [n for n, read in marked.items() if not read and n not in tied and any(re.search(p, n) for p in patterns)]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from a2sf.evaluation import tasks
 from a2sf.experiments.names import LONGEST_PART, Named, distinct, safe
-from a2sf.experiments.tracking import LONGEST_NAME, run_id
+from a2sf.experiments.trackers.wandb_runs import LONGEST_NAME, run_id
 from tests.unit.experiments.test_sweep import cell
 
 AWKWARD = [

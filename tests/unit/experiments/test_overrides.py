@@ -10,7 +10,8 @@ from hydra.errors import OverrideParseException
 from hypothesis import given
 from hypothesis import strategies as st
 
-from a2sf.experiments.overrides import explain_override, quote, quoted
+from a2sf.errors import ConfigError
+from a2sf.experiments.overrides import check_trackers, explain_override, quote, quoted
 
 AWKWARD = ["/a=b", "/a b(c)", "/x (1)/y", "a[b", "ü x", "C:\\x\\", 'say "hi"', "a,b", "{x}", "ends with \\", '\\"']
 
@@ -57,3 +58,10 @@ def test_other_slips(override, says):
     with pytest.raises(OverrideParseException) as raised:
         read(override)
     assert says in str(explain_override(raised.value))
+
+
+def test_one_tracker_twice_is_told():
+    check_trackers("tracker=[wandb,tensorboard]")
+    check_trackers("tracker=wandb,wandb")  # a grid's
+    with pytest.raises(ConfigError, match=r"tracker=\[wandb, wandb\] is not allowed: it names wandb twice"):
+        check_trackers("tracker=[wandb, wandb]")

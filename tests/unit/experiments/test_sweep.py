@@ -193,7 +193,7 @@ def test_a_tracker_that_cannot_be_reached_costs_no_result(tmp_path, smollm2, mon
 
     monkeypatch.setattr(sweep.loading, "load", lambda spec: smollm2)
     monkeypatch.setattr(wandb, "init", unreachable)
-    tracker = Tracker(TrackerSpec(kind="wandb"), "s", tmp_path / "s")
+    tracker = Tracker(TrackerSpec(kinds=("wandb",)), "s", tmp_path / "s")
     assert run(Runner(tmp_path / "s", tracker), cell()).status == "done"
     assert "cannot reach the server" in tracker.note
 

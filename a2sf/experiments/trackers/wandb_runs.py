@@ -1,0 +1,94 @@
+"""Weights & Biases: one run per cell, grouped by sweep, and one for the sweep's end; offline when not logged in."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from a2sf.experiments.names import safe
+from a2sf.experiments.trackers.content import CellRun, Summary
+
+LONGEST_NAME = 128
+"""Characters that W&B takes for a name."""
+BASELINE = "baseline"
+"""The tag of full-cache runs."""
+
+
+class WandbRuns:
+    """Logs to W&B (see `a2sf.experiments.trackers.content.Destination`).
+
+    Args:
+        directory: the sweep's; runs that are not sent yet lie in its `wandb/`.
+        project, entity: as W&B names them.
+    """
+
+    label = "W&B"
+
+    def __init__(self, sweep: str, directory: Path, project: str, entity: str | None) -> None:
+        self.sweep, self.directory, self.project, self.entity = sweep, directory, project, entity
+
+    @property
+    def note(self) -> str | None:
+        if self.mode != "offline":
+            return None
+        return f"W&B is offline (not logged in); send the runs with: wandb sync {self.directory}/wandb/offline-run-*"
+
+    @cached_property
+    def mode(self) -> str:
+        """W&B's mode: what `WANDB_MODE` says, else online where one is logged in."""
+        if os.environ.get("WANDB_MODE"):
+            return os.environ["WANDB_MODE"]
+        import wandb
+
+        try:
+            return "online" if wandb.login(prompt=False, timeout=10) else "offline"
+        except Exception:  # whatever keeps us from logging in, offline always works
+            return "offline"
+
+    def log_cell(self, run: CellRun) -> None:
+        # columns lie at the top, where W&B's table of runs shows and filters them; the same cell continues its run
+        config = {**run.columns, "cell": run.cell}
+        self._log(run.name, "cell", config, lambda: dict(run.metrics), [BASELINE] if run.baseline else [])
+
+    def log_summary(self, summary: Summary) -> None:
+        def values() -> dict[str, Any]:
+            import wandb
+
+            pictures = {name: wandb.Image(str(file)) for name, file in summary.pictures.items()}
+            return {"results": wandb.Table(dataframe=summary.table), **pictures}
+
+        self._log("summary", "summary", {"sweep": self.sweep}, values, [])
+
+    def _log(
+        self, name: str, job_type: str, config: dict[str, Any], values: Callable[[], dict[str, Any]], tags: list[str]
+    ) -> None:
+        import wandb
+
+        self.directory.mkdir(parents=True, exist_ok=True)
+        run = wandb.init(
+            project=self.project,
+            entity=self.entity,
+            name=safe(name, LONGEST_NAME),
+            id=run_id(self.sweep, name),
+            group=safe(self.sweep, LONGEST_NAME),
+            job_type=job_type,
+            config=config,
+            tags=tags,
+            dir=str(self.directory),
+            mode=self.mode,  # type: ignore[arg-type]
+            resume="allow",
+            reinit="finish_previous",
+            settings=wandb.Settings(silent=True, console="off", disable_git=True, init_timeout=30),
+        )
+        run.log(values())  # the last values logged are the run's summary
+        run.finish()
+
+
+def run_id(sweep: str, name: str) -> str:
+    """The W&B id of a sweep's run: the same for the same names, another for others, whatever characters they hold."""
+    digest = hashlib.sha256(f"{sweep}\0{name}".encode()).hexdigest()[:12]
+    return f"{safe(sweep, 40)}-{safe(name, 60)}-{digest}"
