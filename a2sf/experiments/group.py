@@ -98,10 +98,13 @@ def compute_group(
         members[cell.name] = member
     of = {c.name: c for c in cells if c.name in members}
 
-    def save() -> None:
-        for name, member in members.items():
-            if member.answers and member.error is None:
-                checkpoint.write(directory, of[name], where["fingerprint"], member)
+    def save(names: Iterable[str]) -> None:
+        for name in names:
+            if members[name].answers and members[name].error is None:
+                try:
+                    checkpoint.write(directory, of[name], where["fingerprint"], members[name])
+                except OSError as error:
+                    raise DiskError(f"{directory} cannot be written ({error.strerror or error})") from error
 
     saved = time.monotonic()
     stop = None if first.until is None else Stop(first.until, directory, list(of.values()), members, task)
@@ -113,10 +116,7 @@ def compute_group(
         if stop is not None:
             stop.look()
         if time.monotonic() - saved >= checkpoint_seconds:
-            try:
-                save()
-            except OSError as error:
-                raise DiskError(f"{directory} cannot be written ({error.strerror or error})") from error
+            save(members)
             saved = time.monotonic()
 
     try:
@@ -128,14 +128,15 @@ def compute_group(
                 except DiskError:
                     raise
                 except Exception as error:
+                    save([name])  # it may be something that comes after the answers
                     yield Computed(of[name], error=error)
                 else:
                     yield Computed(of[name], result, documents, ran=frozenset(members[name].ran))
                     checkpoint.remove(directory, of[name])
                 del members[name]
     except BaseException:  # interrupted: what was computed since the last checkpoint is kept
-        with suppress(OSError):
-            save()
+        with suppress(DiskError):
+            save(members)
         raise
 
 
