@@ -34,6 +34,7 @@ from a2sf.errors import UserError, nearest
 from a2sf.shipped import shipped
 
 if TYPE_CHECKING:
+    from a2sf.experiments.aggregates import Group
     from a2sf.experiments.cell import Cell
     from a2sf.experiments.config import Settings
     from a2sf.experiments.sweep import Outcome, Plan, Runner
@@ -127,10 +128,12 @@ def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | No
         UserError: for the first value that is not allowed, before anything slow.
     """
     quiet()
+    from a2sf.experiments.config import refuse_idle
     from a2sf.experiments.grid import check_schedules
 
     check_schedules([composed for _, composed in points])
     settings = [_read(composed) for _, composed in points]
+    refuse_idle(settings)
     first = settings[0]
     directory = Path(first.runs_dir) / first.sweep_name
     if any(
@@ -140,8 +143,10 @@ def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | No
 
     from a2sf.experiments import sweep
     from a2sf.experiments.prepare import documents, models
+    from a2sf.experiments.runs import write_groups
 
     documents.check(c for s in settings for c in s.cells)
+    models.check_prompting((c for s in settings for c in s.cells), hub=False)
     settings = models.tell_apart(models.pin_all(settings, _model_names(), screen))
     settled = documents.settle([s.cells for s in settings], planned_only=first.plan_only)
     settings = [dataclasses.replace(s, cells=cells) for s, cells in zip(settings, settled.cells, strict=True)]
@@ -151,7 +156,10 @@ def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | No
     _print_plan(made, sweep.estimate_seconds(made.pending, directory.parent), directory)
     if first.plan_only:
         return
+    groups = list(dict.fromkeys(g for s in settings for g in s.groups))
+    write_groups(directory, groups)
     broken = models.fetch([c.model for c in made.pending], screen)
+    models.check_prompting((c for c in made.pending if c.model not in broken), hub=True)
     made = dataclasses.replace(made, cells=documents.fetch(made.cells, made.pending, settled.refused, screen))
 
     outcomes: list[Outcome] = []
@@ -160,7 +168,7 @@ def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | No
         outcomes = [runner.fail(c, broken[c.model]) for c in made.pending if c.model in broken]
         with _progress(made, directory):
             outcomes += _run([c for c in made.pending if c.model not in broken], settings, points, launch)
-    _report(made, directory, settings[0], outcomes, settled.refused)
+    _report(made, directory, settings[0], outcomes, settled.refused, groups)
 
 
 def _run(
@@ -195,7 +203,13 @@ def _job(overrides: list[str], cell: Cell) -> list[str]:
     if cell.model.source.kind == "hub":  # quoted, since a commit may look like a number
         settled |= {"model.path": quote(cell.model.path), "model.revision": quote(cell.model.revision)}
     settled |= {"data.content": quote(cell.data.content)} if cell.data.content else {}
-    others = [o for o in overrides if o.partition("=")[0].lstrip("+") not in settled]
+    settled |= {"task_args": quote(cell.data.task_args) if cell.data.task_args else "null"}
+
+    def told(override: str) -> bool:
+        key = override.partition("=")[0].lstrip("+")
+        return key in settled or key.startswith("task_args.")
+
+    others = [o for o in overrides if not told(o)]
     return [*others, *(f"{key}={value}" for key, value in settled.items())]
 
 
@@ -270,22 +284,27 @@ def _progress(made: Plan, directory: Path) -> Iterator[None]:
 
 
 def _report(
-    made: Plan, directory: Path, settings: Settings, outcomes: list[Outcome], refused: dict[str, list[str]]
+    made: Plan,
+    directory: Path,
+    settings: Settings,
+    outcomes: list[Outcome],
+    refused: dict[str, list[str]],
+    groups: list[Group],
 ) -> None:
-    from a2sf.experiments.runs import results_frame
+    from a2sf.experiments.runs import table_of
     from a2sf.experiments.sweep import finish, hardly_pruned
     from a2sf.report.tables import screen_table
 
     stored, failures = finish(directory, made.cells)
     if stored:
-        screen.print(screen_table(stored))
+        screen.print(screen_table(stored, groups))
         screen.print(f"{len(stored)} cells in {directory}/results.csv", highlight=False)
         if note := hardly_pruned(stored):
             screen.print(note, highlight=False, soft_wrap=True)
     tracker = _runner(settings).tracker
     if outcomes and stored:
         pictures = {p.stem: p for p in sorted((directory / "plots").glob("*.png"))}
-        tracker.log_summary(results_frame(stored), pictures)
+        tracker.log_summary(table_of(stored, groups), pictures)
     if tracker.note and outcomes:
         screen.print(tracker.note, highlight=False, soft_wrap=True)
     if failures:

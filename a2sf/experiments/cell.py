@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache, cached_property
 from importlib.metadata import version
@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from a2sf.evaluation import tasks
 from a2sf.evaluation.lm import request_hash
+from a2sf.evaluation.prompting import SAMPLING_SEED, Prompting
 from a2sf.experiments.names import safe
 from a2sf.experiments.runs import StoredCell, find_extendable
 from a2sf.hf.loading import ModelSpec, fingerprint
@@ -45,8 +47,10 @@ class Cell:
         task: what finds the task again: lm-eval's name, `group::member`, or the path of a YAML file.
         limit: how many documents to score; None: all.
         seed: of the few-shot examples.
+        prompting: without what makes no difference to this task (`Prompting.of`).
         schedule: None: as the policy does without being told one, or where it makes no difference to it (`told_apart`).
         data: with what identifies the documents, where a sweep has settled it.
+        log_samples: whether texts are stored, and not only numbers and hashes; no part of what the cell is.
     """
 
     model_name: str
@@ -60,6 +64,8 @@ class Cell:
     data: tasks.DataSpec
     schedule: Schedule | None = None
     backend: str = "auto"
+    prompting: Prompting = field(default_factory=Prompting)
+    log_samples: bool = True
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -74,6 +80,7 @@ class Cell:
             **({"policy_source": source} if (source := source_digest(type(self.policy))) else {}),
             "budget": _plain(dataclasses.asdict(self.budget)) if self.budget else None,
             **({"schedule": dataclasses.asdict(self.schedule)} if self.schedule else {}),
+            **({"prompting": asked} if (asked := self.prompting.settings) else {}),
             **tasks.identity(self.task, self.data, self.shots),
             "shots": self.shots,
             "seed": self.seed if self.shots else None,
@@ -87,6 +94,11 @@ class Cell:
     def id(self) -> str:
         """Eight hex digits of the hash of `identity`."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What of lm-eval's options is set and concerns this cell, by the configuration's keys."""
+        return self.prompting.settings | ({"task_args": self.data.arguments} if self.data.task_args else {})
 
     @cached_property
     def task_name(self) -> str:
@@ -111,6 +123,8 @@ class Cell:
             parts.append(f"{key}{_short(value)}" + ("" if self.budget.base == "total" else f"-{self.budget.base}"))
         if self.schedule:
             parts.append(self.schedule.name)
+        if self.prompting.chat_template:
+            parts.append("-".join(["chat", *map(safe, filter(None, [self.prompting.name_of_template]))]))
         if (factor := getattr(self.policy, "forgetting_factor", None)) is not None:
             parts.append(f"a{_short(factor)}")
         return "__".join([*parts, safe(self.task_name), f"{self.shots}shot", self.tail])
@@ -145,6 +159,7 @@ class Cell:
             "shots": self.shots,
             "limit": self.limit,
             "seed": self.seed,
+            **({"options": options} if (options := self.options) else {}),
             "identity": self.identity,
         }
 
@@ -175,14 +190,17 @@ def compute(cell: Cell, lm: Any, runs: Path) -> tuple[dict[str, Any], pd.DataFra
     task = tasks.build(cell.task, cell.data, shots=cell.shots, seed=cell.seed)
     where = tasks.provenance(task)
     lm.use(cell.policy, cell.budget, cell.schedule)
+    asked = cell.prompting.apply(lm, task)
     # of several samples of one prompt only the first is stored
     drawn = (task.config.repeats or 1) > 1 or (task.config.generation_kwargs or {}).get("do_sample")
     lm.known = {} if drawn else _known(find_extendable(runs, cell.family), where)
+    if drawn:
+        torch.manual_seed(SAMPLING_SEED)
     started = datetime.now(UTC)
     clock = time.perf_counter()
     try:
         evaluated = lm_eval.evaluate(
-            lm, task_dict={"tasks": {cell.task_name: task}}, limit=cell.limit, bootstrap_iters=BOOTSTRAP
+            lm, task_dict={"tasks": {cell.task_name: task}}, limit=cell.limit, bootstrap_iters=BOOTSTRAP, **asked
         )
     finally:
         lm.known = {}
@@ -206,7 +224,8 @@ def compute(cell: Cell, lm: Any, runs: Path) -> tuple[dict[str, Any], pd.DataFra
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     }
-    return result, _documents(samples, task, lm)
+    documents = _documents(samples, task, lm)
+    return result, documents if cell.log_samples else _without_texts(documents)
 
 
 def _metrics(evaluated: dict[str, Any], task: str) -> dict[str, dict[str, Any]]:
@@ -272,6 +291,14 @@ def _documents(samples: list[dict[str, Any]], task: Any, lm: Any) -> pd.DataFram
     return pd.DataFrame(rows).drop_duplicates("doc_id").sort_values("doc_id", ignore_index=True)
 
 
+def _without_texts(documents: pd.DataFrame) -> pd.DataFrame:
+    """The documents with what is compared and counted, and no text: `generated` goes, others are empty."""
+    empty = {"context": "", "target": ""}
+    kept = documents.drop(columns="generated", errors="ignore")
+    kept["choices"] = [[""] * len(c) for c in documents["choices"]]
+    return kept.assign(**{k: v for k, v in empty.items() if k in kept})
+
+
 def _generated(sample: dict[str, Any], lm: Any) -> dict[str, Any]:
     """A row of a generation task: no choices, but the text, its target, and the numbers that describe the document."""
     arguments = tuple(sample["arguments"][0])
@@ -320,6 +347,8 @@ def _known(stored: StoredCell | None, where: dict[str, Any]) -> dict[str, tuple[
     if stored is None or stored.result["documents"]["fingerprint"] != where["fingerprint"]:
         return {}
     known: dict[str, tuple[Any, bool, int, int]] = {}
+    if "target" in stored.documents and "generated" not in stored.documents:
+        return {}  # its texts were not stored
     if "generated" in stored.documents:
         columns = ["request_hashes", "generated", "context_tokens", "continuation_tokens"]
         for hashes, text, context, more in stored.documents[columns].itertuples(index=False):

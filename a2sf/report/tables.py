@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from a2sf.analysis.collect import DASH, MINUS, Selection, grid_of
+from a2sf.experiments.aggregates import Group as TaskGroup
 from a2sf.experiments.runs import StoredCell
 from a2sf.report.layout import Entry, Row, Table, build_tables
 
@@ -37,9 +38,13 @@ class Markup:
     stderr: bool = False
 
 
-def screen_table(cells: Sequence[StoredCell]) -> Group:
+def screen_table(cells: Sequence[StoredCell], groups: Sequence[TaskGroup] = ()) -> Group:
     """The tables that end a sweep, for the screen: no tests, partial grids allowed (a missing cell is a dash)."""
-    return Group(*screen(build_tables(grid_of(cells, Selection(mixed=True)), tested=False)) if cells else ())
+    if not cells:
+        return Group()
+    grid = grid_of(cells, Selection(mixed=True), groups)
+    told = [escape(note) for note in grid.notes if groups]
+    return Group(*screen(build_tables(grid, tested=False)), *told)
 
 
 def number(value: float | None, percent: bool, signed: bool = False, decimals: int = 2) -> str:
