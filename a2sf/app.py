@@ -141,6 +141,7 @@ def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | No
     ):
         raise UserError("sweep_name, runs_dir and tracker name where a sweep's results go, so they cannot be swept")
 
+    from a2sf.evaluation import tasks
     from a2sf.experiments import sweep
     from a2sf.experiments.prepare import documents, models
     from a2sf.experiments.runs import write_groups
@@ -151,7 +152,10 @@ def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | No
     settled = documents.settle([s.cells for s in settings], planned_only=first.plan_only)
     settings = [dataclasses.replace(s, cells=cells) for s, cells in zip(settings, settled.cells, strict=True)]
     made = sweep.plan([c for s in settings for c in s.cells], directory)
-    for note in [*settled.notes, *made.notes]:
+    hidden = [
+        note for include in dict.fromkeys(s.include for s in settings if s.include) for note in tasks.hidden(*include)
+    ]
+    for note in [*dict.fromkeys(hidden), *settled.notes, *made.notes]:
         screen.print(note, highlight=False, soft_wrap=True)
     _print_plan(made, sweep.estimate_seconds(made.pending, directory.parent), directory)
     if first.plan_only:

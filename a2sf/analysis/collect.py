@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from a2sf.analysis.asked import asked_groups, with_options
 from a2sf.errors import UserError, nearest
 from a2sf.experiments.aggregates import MEMBERS, OPTIONS, Group, aggregates
 from a2sf.experiments.archive import groups_of, is_archive, read_sweep
@@ -41,8 +42,6 @@ DEFAULT_PAIR = ("a2sf", "h2o")
 STEP = "step"
 """How tables write the schedule that a result without one had."""
 DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
-LONGEST_OPTION = 40
-"""Characters of an option's value in a table's title."""
 
 
 @dataclass(frozen=True)
@@ -343,7 +342,8 @@ def _select(
     groups: Sequence[Group],
 ) -> Grid:
     frame["model"] = _distinct_models(frame)
-    groups, selection = _asked_groups(groups, selection)
+    groups, tasks = asked_groups(groups, selection.tasks)
+    selection = replace(selection, tasks=tasks)
     wanted = {
         "model": selection.models,
         "task": selection.tasks,
@@ -368,7 +368,7 @@ def _select(
         frame = frame[frame[column].isin(values) | spared]
     frame, metric, lacking = _one_metric(frame, selection.metric)
     frame = _without_duplicates(frame)
-    frame["model"] = _with_options(frame)
+    frame["model"] = with_options(frame)
     frame = _agreeing(frame, selection.mixed, notes)
     frame = _name_settings(frame)
     used = {k: c for k, c in cells.items() if k in set(frame["key"])}
@@ -379,33 +379,6 @@ def _select(
         scores = scores[scores["shots"].notna()]
     told = (*notes, *lacking, *incomplete)
     return Grid(frame.reset_index(drop=True), used, metric, told, selection.mixed, tuple(groups), scores)
-
-
-def _asked_groups(groups: Sequence[Group], selection: Selection) -> tuple[list[Group], Selection]:
-    """The groups to show, and the selection with a group's tasks for its name."""
-    latest = {(g.name, tuple(m.shots for m in g.members)): g for g in groups}
-    if not selection.tasks:
-        return list(latest.values()), selection
-    members = {g.name: [m.task for m in g.members] for g in latest.values()}
-    tasks = dict.fromkeys(t for name in selection.tasks for t in members.get(name, [name]))
-    shown = [g for g in latest.values() if set(members[g.name]) <= set(tasks)]
-    return shown, replace(selection, tasks=tuple(tasks))
-
-
-def _with_options(frame: pd.DataFrame) -> pd.Series:
-    """Models, with those of lm-eval's options behind their names in which results of one task differ."""
-    names = frame["model"].astype(str).copy()
-    for key in OPTIONS:
-        text = frame[key].map(lambda v: "" if pd.isna(v) else str(v).lower() if isinstance(v, bool) else str(v))
-        differ = text.groupby(frame["task"]).transform("nunique") > 1
-        chosen = differ & (text != "")
-        names[chosen] += ", " + text[chosen].map(lambda v, key=key: key if v == "true" else f"{key} {_shortened(v)}")
-    return names
-
-
-def _shortened(text: str) -> str:
-    plain = " ".join(text.split())
-    return plain if len(plain) <= LONGEST_OPTION else f"{plain[:LONGEST_OPTION]}… #{zlib.crc32(text.encode()):08x}"
 
 
 def _distinct_models(frame: pd.DataFrame) -> list[str]:

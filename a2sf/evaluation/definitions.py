@@ -125,7 +125,6 @@ def resolve(name: str, folder: Path | None = None) -> list[Definition]:
     return list({id(d): d for d in _named(requested, leaves).values()}.values())
 
 
-@cache
 def aggregates(name: str, folder: Path | None = None) -> list[Aggregate]:
     """How lm-eval averages a group and the groups inside it, outer ones first; none for anything but a group.
 
@@ -135,6 +134,10 @@ def aggregates(name: str, folder: Path | None = None) -> list[Aggregate]:
     Raises:
         ConfigError: as `resolve`.
     """
+    return list(_of_ours(name)) if folder is None else _aggregates(name, folder)
+
+
+def _aggregates(name: str, folder: Path | None = None) -> list[Aggregate]:
     if INSIDE in name and _find(name, folder)[1] is None:
         return []
     requested, built = _read(name, folder)
@@ -154,6 +157,11 @@ def aggregates(name: str, folder: Path | None = None) -> list[Aggregate]:
         for g in groups.values()
         if g.aggregate_metric_list
     ]
+
+
+@cache
+def _of_ours(name: str) -> list[Aggregate]:
+    return _aggregates(name)
 
 
 def _read(name: str, folder: Path | None) -> tuple[str, Any]:
@@ -348,10 +356,9 @@ def _find(name: str, folder: Path | None) -> tuple[str, Entry | None, dict[str, 
     return name, _index().get(name), mine
 
 
-def hides(found: Definition) -> bool:
-    """Whether a definition of the user's has the name of one of lm-eval's."""
-    ours = found.folder is not None and found.folder.is_relative_to(TASKS_DIRECTORY)
-    return found.ref.endswith(YAML) and not ours and (_quick(found.name) is not None or found.name in _index())
+def hides(name: str, folder: Path) -> bool:
+    """Whether a folder of the user's has a definition with the name of one of lm-eval's."""
+    return name in own.entries(folder) and (_quick(name) is not None or name in _index())
 
 
 def _in_file(path: Path) -> Entry | None:

@@ -41,7 +41,6 @@ def folder_of(file: Path | None) -> Path | None:
     return max(inside, key=lambda f: len(f.parts), default=None)
 
 
-@cache
 def entries(folder: Path) -> dict[str, Entry]:
     """What a folder defines, by name: tasks, groups and the tags of its tasks.
 
@@ -50,8 +49,13 @@ def entries(folder: Path) -> dict[str, Entry]:
     Raises:
         ConfigError: if a file cannot be read, or two define the same name.
     """
+    return _entries(tuple((file, file.stat().st_mtime_ns) for file in TaskIndex._iter_yaml_files(folder)))
+
+
+@cache
+def _entries(files: tuple[tuple[Path, int], ...]) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
-    for file in TaskIndex._iter_yaml_files(folder):
+    for file, _ in files:
         config = _read(file)
         if not {"task", "group", "class"} & set(config):
             continue

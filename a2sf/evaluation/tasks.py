@@ -32,6 +32,7 @@ __all__ = [
     "definition_of",
     "expand_suite",
     "generates",
+    "hidden",
     "identity",
     "include",
     "known_content",
@@ -83,6 +84,15 @@ def resolve(name: str, folder: Path | None = None) -> list[Definition]:
         ConfigError: if there is no such name, with the nearest ones, or lm-eval cannot load a member.
     """
     return definitions.resolve(name, folder)
+
+
+def hidden(asked: Sequence[str], folder: Path) -> list[str]:
+    """One sentence for each definition of the user's that is used in the place of lm-eval's of the same name."""
+    found = {n: str(own.entries(folder)[n].yaml_path) for n in asked if definitions.hides(n, folder)}
+    found |= {d.name: d.ref for n in asked for d in resolve(n, folder) if definitions.hides(d.name, folder)}
+    return [
+        f"{name}: the definition in {file} is used, and lm-eval's of that name is not." for name, file in found.items()
+    ]
 
 
 def aggregates(name: str, folder: Path | None = None) -> list[Aggregate]:
@@ -212,14 +222,6 @@ class Settled:
         else:
             content = _content(build(name, data, shots=shots, seed=0))
         return dataclasses.replace(data, content=content)
-
-    def note_hidden(self, name: str) -> None:
-        """Say so where a definition of the user's has taken the place of lm-eval's."""
-        found = definitions.definition(name)
-        if definitions.hides(found):
-            self.notes.append(
-                f"{found.name}: the definition in {found.ref} is used, and lm-eval's of that name is not."
-            )
 
     def fetch_size(self, name: str, data: DataSpec, shots: int) -> tuple[str, int]:
         """The dataset's name, and how many bytes have yet to come from the hub.

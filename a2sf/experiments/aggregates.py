@@ -104,7 +104,9 @@ def aggregates(
         tasks somewhere.
     """
     same = [c for c in same if c in table]
-    keys = table[same].astype(str).agg("\0".join, axis=1) if len(table) else pd.Series(dtype=str)
+    keys = pd.Series(
+        ["\0".join(map(str, row)) for row in table[same].itertuples(index=False)], table.index, dtype=object
+    )
     definitions = table["definition"] if "definition" in table else [None] * len(table)
     places = [
         (task, int(shots), None if pd.isna(d) else d)
@@ -145,8 +147,7 @@ def _scores(group: Group, cells: pd.DataFrame) -> list[dict[str, Any]]:
         columns = ("task", "shots", "value", "stderr", "n")
         known = {(task, shots): rest for task, shots, *rest in zip(*(of_metric[c] for c in columns), strict=True)}
         parts = [known[m.task, m.shots] for m in group.members if (m.task, m.shots) in known]
-        values = [float(value) for value, _, _ in parts]
-        errors = [math.nan if pd.isna(error) else float(error) for _, error, _ in parts]
+        values, errors = ([math.nan if pd.isna(p[i]) else float(p[i]) for p in parts] for i in (0, 1))
         sizes = [int(n) for _, _, n in parts]
         found.append(
             {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -38,6 +39,7 @@ class Settings:
 
     Attributes:
         groups: what is made of its cells' scores.
+        include: the names in `tasks`, and the folder of the user's own definitions; None where there is none.
         idle: keys that are given -> why no task of this point has a use for it; None where one has.
     """
 
@@ -49,6 +51,7 @@ class Settings:
     plan_only: bool
     trace: int
     groups: tuple[Group, ...] = ()
+    include: tuple[tuple[str, ...], Path] | None = None
     idle: dict[str, ConfigError | None] = field(default_factory=dict, compare=False)
 
 
@@ -147,6 +150,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
             for task in asked
             for g in aggregates(task, folder)
         ),
+        include=(tuple(asked), folder) if folder else None,
         idle=idle,
     )
 

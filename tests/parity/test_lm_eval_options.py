@@ -157,11 +157,11 @@ def test_a_tag_of_ones_own_and_what_hides(settings, own):
 
 def test_texts_are_left_out_and_nothing_else(settings, lm, tmp_path):
     for task in ("own_two", "own_writes"):
-        (cell,) = settings(f"tasks=[{task}]", "limit=3").cells
-        (bare,) = settings(f"tasks=[{task}]", "limit=3", "log_samples=false").cells
+        cell = settings(f"tasks=[{task}]", "limit=3").cells[0].settled()
+        bare = settings(f"tasks=[{task}]", "limit=3", "log_samples=false").cells[0].settled()
         assert bare.name == cell.name
-        result, documents = compute(bare.settled(), lm, tmp_path)
-        whole, with_texts = compute(cell.settled(), lm, tmp_path)
+        result, documents = compute(bare, lm, tmp_path)
+        whole, with_texts = compute(cell, lm, tmp_path)
         assert result["metrics"] == whole["metrics"]
         texts = {"context", "choices", "target", "generated"}
         numbers = [c for c in with_texts if c not in texts]

@@ -63,8 +63,6 @@ def settle(groups: Sequence[Sequence[Cell]], planned_only: bool = False) -> Sett
         UserError: if no cell's documents can be had.
     """
     settled, notes = tasks.Settled(), []
-    for task in dict.fromkeys(cell.task for group in groups for cell in group):
-        settled.note_hidden(task)
     known: dict[tuple[str, tasks.DataSpec, int], tasks.DataSpec | UserError] = {}
     for cell in (c for group in groups for c in group):
         key = cell.task, cell.data, cell.shots

@@ -41,7 +41,6 @@ def settings(*overrides):
     [
         (["chat_template=3"], ["chat_template=3", "true, false, or the name"]),
         (["fewshot_as_multiturn=true"], ["fewshot_as_multiturn=true", "needs chat_template=true"]),
-        (["fewshot_as_multiturn=perhaps"], ["fewshot_as_multiturn"]),
         (["gen_kwargs.temprature=0.5", "tasks=[needle]"], ["gen_kwargs.temprature=0.5", "did you mean temperature"]),
         (["gen_kwargs.max_gen_toks=5", "tasks=[copa]"], ["gen_kwargs=", "none of the tasks generates"]),
         (["gen_kwargs=much"], ["gen_kwargs=much", "a=1,b=2"]),
@@ -116,12 +115,13 @@ def test_a_name_of_ones_own_wins_and_that_is_said(tmp_path):
     (theirs,) = settings("tasks=[copa]").cells
     assert (mine.task, theirs.task) == (str(folder / "copa.yaml"), "copa")
     assert mine.task_name == theirs.task_name == "copa"
-    settled = tasks.Settled()
-    for cell in (mine, theirs):
-        settled.note_hidden(cell.task)
-    assert settled.notes == [f"copa: the definition in {folder}/copa.yaml is used, and lm-eval's of that name is not."]
-    in_group = settings("tasks=[copas]", f"include_path={folder}").cells
-    assert [c.task for c in in_group] == [mine.task, str(folder / "own_two.yaml")]
+    (folder / "mmlu.yaml").write_text("group: mmlu\ntask: [own_one]\n")
+    found = settings("tasks=[copas,mmlu,own_two]", f"include_path={folder}")
+    assert [c.task for c in found.cells] == [mine.task, str(folder / "own_two.yaml"), str(folder / "own_one.yaml")]
+    assert tasks.hidden(*found.include) == [
+        f"{name}: the definition in {folder}/{name}.yaml is used, and lm-eval's of that name is not."
+        for name in ("mmlu", "copa")
+    ]
     with pytest.raises(ConfigError, match=r"did you mean own_t"):
         settings("tasks=[own_too]", f"include_path={folder}")
     assert own.folder_of(folder / "copa.yaml") == folder.resolve()

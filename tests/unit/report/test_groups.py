@@ -60,8 +60,9 @@ def test_they_are_in_every_file_and_in_an_archive(sweep, tmp_path):
     for source in (directory, archive):
         shown = show([source], Selection(), Options(out=tmp_path / "out", plots=False))
         assert shown.tables[0].columns[0] == "easy"
-        files = [f.read_text() for f in shown.files if f.suffix in (".md", ".tex", ".csv", ".html")]
-        assert all("easy" in text and "even" in text for text in files if "arc" in text and "piqa" in text)
+        files = [f for f in shown.files if f.name in ("tables.md", "tables.tex", "tables.csv", "report.html")]
+        assert len(files) == 4
+        assert all("even" in f.read_text() for f in files)
     unpack(archive, tmp_path / "back")
     assert read_groups(tmp_path / "back") == GROUPS
     for csv_only in (tmp_path / "csv",):
@@ -82,7 +83,7 @@ def test_other_prompts_are_another_table(tmp_path):
     chat = write_sweep(tmp_path / "t", Plan(policies=("full", "h2o"), extra=options, seed=1))
     (alone,) = build_tables(grid_of(chat))
     assert alone.model == "tiny"  # nothing varies
-    first, second = build_tables(grid_of([*plain, *chat]))
+    first, second = build_tables(gather([tmp_path / "s", tmp_path / "t"]))
     assert first.model == "tiny"
     assert second.model.startswith("tiny, chat_template, system_instruction Be brief. Be brief.")
     assert len(second.model) < 110
