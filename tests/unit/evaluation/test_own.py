@@ -68,7 +68,7 @@ def test_an_argument_for_all_goes_to_those_that_know_it():
     assert needle.options == {"task_args": {"depths": [50], "lengths": [20]}}
     assert (copa.options, copa.data.task_args) == ({}, "")
     assert len(tasks.build(needle.task, needle.data, shots=0, seed=0).eval_docs) == 10
-    (ruler,) = settings("tasks=[niah_single_1]", "task_args.max_seq_lengths=[512]").cells
+    (ruler,) = settings("tasks=[ruler_vt]", "task_args.max_seq_lengths=[512]").cells
     assert ruler.options == {"task_args": {"max_seq_lengths": [512]}}
 
 
