@@ -59,6 +59,7 @@ class Table:
         heads: headings of the leading text columns that are used, of `label`, `budget`, `schedule`, `factor`.
         to_full, to_control: headings of the difference columns; None leaves them out.
         tested: whether paired tests stand behind the marks.
+        members: columns of tasks whose group has a column, too.
     """
 
     title: str
@@ -73,6 +74,7 @@ class Table:
     to_control: str | None = None
     tested: bool = False
     notes: tuple[str, ...] = ()
+    members: tuple[str, ...] = ()
 
 
 def build_tables(
@@ -133,6 +135,7 @@ def _by_task(model: str, shots: int, part: Grid, tested: bool, pair: tuple[str, 
         else None,
         tested=tested and bool(part.cells),
         notes=tuple(notes),
+        members=tuple(t for t in tasks if any(t == m.task for g in part.groups if g.name in groups for m in g.members)),
     )
 
 
@@ -251,6 +254,7 @@ def _turn(table: Table, pivot: str) -> list[Table]:
                 columns=columns,
                 rows=list(rows.values()),
                 heads=heads,
+                members=(),
                 to_full=None,
                 to_control=None,
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 from rich import box
@@ -19,6 +19,8 @@ from a2sf.report.layout import Entry, Row, Table, build_tables
 
 HEADS = {"label": "Policy", "budget": "Budget", "schedule": "Schedule", "factor": "Factor"}
 TIED = "†"
+SCREEN_COLUMNS = 12
+"""With more columns of numbers a screen shows groups without their tasks."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,11 @@ def screen(tables: Sequence[Table], stderr: bool = False) -> list[RichTable]:
     """Rich tables, budgets apart."""
     markup = Markup(bold=lambda text: f"[bold]{text}[/bold]", text=escape, stderr=stderr)
     rendered = []
-    for table in tables:
+    for table in map(_narrow, tables):
         out = RichTable(
             title=escape(table.title),
             title_justify="left",
-            caption=legend(table) or None,
+            caption=" ".join(filter(None, [legend(table), *table.notes])) or None,
             caption_justify="left",
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
@@ -106,6 +108,14 @@ def screen(tables: Sequence[Table], stderr: bool = False) -> list[RichTable]:
             )
         rendered.append(out)
     return rendered
+
+
+def _narrow(table: Table) -> Table:
+    """What a screen has room for: of a large group the score without its tasks'; the only note left says so."""
+    if len(table.columns) <= SCREEN_COLUMNS or not table.members:
+        return replace(table, notes=())
+    told = f"{len(table.members)} tasks of these groups are in the files alone."
+    return replace(table, columns=[c for c in table.columns if c not in table.members], notes=(told,))
 
 
 def markdown(tables: Sequence[Table], stderr: bool = False) -> str:

@@ -11,7 +11,7 @@ from a2sf.experiments.archive import pack, unpack
 from a2sf.experiments.runs import read_groups, write_groups, write_table
 from a2sf.report.layout import build_tables
 from a2sf.report.output import Options, show
-from a2sf.report.tables import screen_table
+from a2sf.report.tables import header, screen, screen_table
 from tests.sweep_fixture import Plan, write_sweep
 
 BOTH = (Member("arc_easy", 0), Member("piqa", 0))
@@ -50,6 +50,15 @@ def test_a_group_is_a_column_before_its_tasks(sweep):
         "The group other has no score in rows that lack some of its 2 tasks; lacking are arc_easy.",
     )
     assert screen_table(cells, GROUPS).renderables[-1].startswith("The group other")
+
+
+def test_a_screen_shows_a_large_group_without_its_tasks(sweep, monkeypatch):
+    (table,) = build_tables(gather([sweep[0]]), tested=False)
+    (wide,) = screen([table])
+    monkeypatch.setattr("a2sf.report.tables.SCREEN_COLUMNS", 4)
+    (narrow,) = screen([table])
+    assert [len(t.columns) for t in (wide, narrow)] == [len(header(table)), len(header(table)) - 2]
+    assert "2 tasks of these groups are in the files alone." in str(narrow.caption)
 
 
 def test_they_are_in_every_file_and_in_an_archive(sweep, tmp_path):
