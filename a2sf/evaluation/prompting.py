@@ -69,8 +69,17 @@ class Prompting:
         default = vars(Prompting())
         return {k: v for k, v in given.items() if v != default[k]}
 
-    def apply(self, lm: Any, task: Any) -> dict[str, Any]:
-        """Set up an `HFLM` and a task of lm-eval's; the arguments for `lm_eval.evaluate`.
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What `lm_eval.evaluate` is told, besides `set_up`."""
+        return {
+            "apply_chat_template": bool(self.chat_template),
+            "system_instruction": self.system_instruction,
+            "fewshot_as_multiturn": self.multiturn,
+        }
+
+    def set_up(self, lm: Any, task: Any) -> None:
+        """Make an `HFLM` and a task of lm-eval's ready; to do so twice changes nothing.
 
         lm-eval 0.4.13 takes the name of a template and applies the tokenizer's default: here the named one is applied.
         """
@@ -81,11 +90,6 @@ class Prompting:
             task.set_config(
                 "generation_kwargs", {**(task.config.generation_kwargs or {}), **json.loads(self.gen_kwargs)}
             )
-        return {
-            "apply_chat_template": bool(self.chat_template),
-            "system_instruction": self.system_instruction,
-            "fewshot_as_multiturn": self.multiturn,
-        }
 
     def check(self, tokenizer: Any, model: str) -> None:
         """Refuse a template that a tokenizer does not have, or a system instruction that its template would lose.

@@ -190,7 +190,7 @@ def compute(cell: Cell, lm: Any, runs: Path) -> tuple[dict[str, Any], pd.DataFra
     task = tasks.build(cell.task, cell.data, shots=cell.shots, seed=cell.seed)
     where = tasks.provenance(task)
     lm.use(cell.policy, cell.budget, cell.schedule)
-    asked = cell.prompting.apply(lm, task)
+    cell.prompting.set_up(lm, task)
     # of several samples of one prompt only the first is stored
     drawn = (task.config.repeats or 1) > 1 or (task.config.generation_kwargs or {}).get("do_sample")
     lm.known = {} if drawn else _known(find_extendable(runs, cell.family), where)
@@ -200,7 +200,11 @@ def compute(cell: Cell, lm: Any, runs: Path) -> tuple[dict[str, Any], pd.DataFra
     clock = time.perf_counter()
     try:
         evaluated = lm_eval.evaluate(
-            lm, task_dict={"tasks": {cell.task_name: task}}, limit=cell.limit, bootstrap_iters=BOOTSTRAP, **asked
+            lm,
+            task_dict={"tasks": {cell.task_name: task}},
+            limit=cell.limit,
+            bootstrap_iters=BOOTSTRAP,
+            **cell.prompting.arguments,
         )
     finally:
         lm.known = {}

@@ -24,6 +24,9 @@ from tests.hub.build import write_model
 from tests.own_tasks import SIZES, own_tasks
 
 CONF = Path(__file__).parents[2] / "conf"
+DEFAULT = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
+)
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}\n{% endfor %}>"
 
 
@@ -37,7 +40,7 @@ def loaded(tmp_path_factory):
     """A random model with SmolLM2's tokenizer and two chat templates."""
     folder = write_model(tmp_path_factory.mktemp("model"))
     found = load(ModelSpec(str(folder), device="cpu"))
-    found.tokenizer.chat_template = {"default": found.tokenizer.chat_template or TEMPLATE, "short": TEMPLATE}
+    found.tokenizer.chat_template = {"default": DEFAULT, "short": TEMPLATE}
     found.tokenizer.save_pretrained(folder)
     return folder, found
 
@@ -92,6 +95,8 @@ def test_the_same_prompts_and_log_likelihoods(settings, loaded, own, lm, tmp_pat
         assert list(got) == pytest.approx([a[0] for a in sample["filtered_resps"]], abs=1e-3)
     assert result["metrics"]["acc"]["value"] == expected["results"]["own_two"]["acc,none"]
     assert ("options" in result["cell"]) == bool(overrides)
+    begins = {"chat_template=true": "[", "chat_template=short": "<|im_start|>"}
+    assert documents["context"].str.startswith(begins.get(" ".join(overrides[:1]), "")).all()
 
 
 @pytest.mark.parametrize("given", ["gen_kwargs.max_gen_toks=9", "gen_kwargs='max_gen_toks=9'"])

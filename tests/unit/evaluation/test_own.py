@@ -67,6 +67,7 @@ def test_an_argument_for_all_goes_to_those_that_know_it():
     needle, copa = settings("tasks=[needle,copa]", "task_args.lengths=[20]", "task_args.needle.depths=[50]").cells
     assert needle.options == {"task_args": {"depths": [50], "lengths": [20]}}
     assert (copa.options, copa.data.task_args) == ({}, "")
+    assert not {"prompting", "task_args"} & set(copa.identity)  # the names of cells that say nothing are as before
     assert len(tasks.build(needle.task, needle.data, shots=0, seed=0).eval_docs) == 10
     (ruler,) = settings("tasks=[ruler_vt]", "task_args.max_seq_lengths=[512]").cells
     assert ruler.options == {"task_args": {"max_seq_lengths": [512]}}
