@@ -14,9 +14,9 @@ from lm_eval.tasks import TaskManager
 from a2sf.app import _job, _model_names
 from a2sf.evaluation.lm import PrunedLM
 from a2sf.experiments.aggregates import aggregates
-from a2sf.experiments.cell import compute
 from a2sf.experiments.config import read
 from a2sf.experiments.grid import addable
+from a2sf.experiments.group import compute_group
 from a2sf.experiments.runs import read_groups, results_frame, table_of, write_cell, write_groups
 from a2sf.experiments.schema import register
 from a2sf.hf.loading import ModelSpec, load
@@ -67,6 +67,12 @@ def lm(loaded):
     return made
 
 
+def compute(cell, lm, directory):
+    (made,) = compute_group([cell], lm, directory)
+    assert made.error is None
+    return made.result, made.documents
+
+
 def theirs(loaded, own, tasks, *, metadata=None, **flags):
     lm = HFLM(pretrained=loaded[1].model, tokenizer=loaded[1].tokenizer, batch_size=8, **flags.pop("model", {}))
     manager = TaskManager(include_path=str(own), include_defaults=False, metadata=metadata)
@@ -87,7 +93,7 @@ CASES = [
 @pytest.mark.parametrize(("overrides", "flags"), CASES, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_the_same_prompts_and_log_likelihoods(settings, loaded, own, lm, tmp_path, overrides, flags):
     (cell,) = settings("tasks=[own_two]", "limit=4", *overrides).cells
-    result, documents = compute(cell.settled(), lm, tmp_path)
+    result, documents = compute(cell.settled(), lm, tmp_path / "own")
     expected = theirs(loaded, own, ["own_two"], limit=4, num_fewshot=cell.shots, **flags)
     samples = sorted(expected["samples"]["own_two"], key=lambda s: s["doc_id"])
     assert list(documents["context"]) == [s["arguments"][0][0] for s in samples]
@@ -102,7 +108,7 @@ def test_the_same_prompts_and_log_likelihoods(settings, loaded, own, lm, tmp_pat
 @pytest.mark.parametrize("given", ["gen_kwargs.max_gen_toks=9", "gen_kwargs='max_gen_toks=9'"])
 def test_settings_of_generation(settings, loaded, own, lm, tmp_path, given):
     cell, other = settings("tasks=[own_writes,own_two]", "limit=3", given).cells
-    _, documents = compute(cell.settled(), lm, tmp_path)
+    _, documents = compute(cell.settled(), lm, tmp_path / "own")
     expected = theirs(loaded, own, ["own_writes"], limit=3, gen_kwargs="max_gen_toks=9")["samples"]["own_writes"]
     assert list(documents["generated"]) == [s["resps"][0][0] for s in expected]
     assert max(n for (n,) in documents["continuation_tokens"]) > 5  # the task's own limit
@@ -114,7 +120,7 @@ def test_arguments_of_a_task(settings, loaded, own, lm, tmp_path):
     given = ["task_args.number=3", "task_args.own_arguments.word=go"]
     cell, other = settings("tasks=[own_arguments,own_two]", *given).cells
     assert (cell.options, other.options) == ({"task_args": {"number": 3, "word": "go"}}, {})
-    _, documents = compute(cell.settled(), lm, tmp_path)
+    _, documents = compute(cell.settled(), lm, tmp_path / "own")
     expected = theirs(loaded, own, ["own_arguments"], metadata={"number": 3, "word": "go"})["samples"]["own_arguments"]
     assert list(documents["context"]) == [s["arguments"][0][0] for s in expected] == ["go 0", "go 1", "go 2"]
     assert cell.id != settings("tasks=[own_arguments]").cells[0].id
@@ -127,7 +133,7 @@ def test_a_worker_has_the_same_cell(settings, loaded):
     planned = [c.settled() for c in settings(*given).cells]
     assert len(planned) == 4
     for cell in planned:
-        (again,) = settings(*_job([addable(g) for g in given], cell)).cells
+        (again,) = settings(*_job([([addable(g) for g in given], None)], cell)).cells
         assert (again.id, again.options, again.task_name) == (cell.id, cell.options, cell.task_name)
 
 
@@ -136,7 +142,7 @@ def test_groups_score_as_lm_evals(settings, loaded, own, lm, tmp_path):
     assert [c.task_name for c in found.cells] == list(SIZES)
     stored = []
     for cell in found.cells:
-        result, documents = compute(cell.settled(), lm, tmp_path)
+        result, documents = compute(cell.settled(), lm, tmp_path / "own")
         stored.append(write_cell(tmp_path / "runs" / cell.name, result, documents, ""))
     write_groups(tmp_path / "runs", found.groups)
     assert read_groups(tmp_path / "runs") == list(found.groups)
@@ -165,8 +171,8 @@ def test_texts_are_left_out_and_nothing_else(settings, lm, tmp_path):
         cell = settings(f"tasks=[{task}]", "limit=3").cells[0].settled()
         bare = settings(f"tasks=[{task}]", "limit=3", "log_samples=false").cells[0].settled()
         assert bare.name == cell.name
-        result, documents = compute(bare, lm, tmp_path)
-        whole, with_texts = compute(cell, lm, tmp_path)
+        result, documents = compute(bare, lm, tmp_path / "own")
+        whole, with_texts = compute(cell, lm, tmp_path / "own")
         assert result["metrics"] == whole["metrics"]
         texts = {"context", "choices", "target", "generated"}
         numbers = [c for c in with_texts if c not in texts]
@@ -176,6 +182,6 @@ def test_texts_are_left_out_and_nothing_else(settings, lm, tmp_path):
         assert "it is" not in written
         stored = write_cell(tmp_path / "runs" / "bare" / bare.name, result, documents, "")
         (longer,) = settings(f"tasks=[{task}]", "log_samples=false").cells  # a higher limit goes on from it
-        again, _ = compute(longer.settled(), lm, tmp_path / "runs")
+        again, _ = compute(longer.settled(), lm, tmp_path / "runs" / "longer")
         assert again["timing"]["reused_requests"] == (6 if task == "own_two" else 0)
         assert stored.result["documents"]["n"] == 3
