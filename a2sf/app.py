@@ -34,6 +34,7 @@ from a2sf.errors import UserError, nearest
 from a2sf.shipped import shipped
 
 if TYPE_CHECKING:
+    from a2sf.experiments.aggregates import Group
     from a2sf.experiments.cell import Cell
     from a2sf.experiments.config import Settings
     from a2sf.experiments.estimate import Estimate
@@ -133,10 +134,12 @@ def run_grid(
         UserError: for the first value that is not allowed, before anything slow.
     """
     quiet()
+    from a2sf.experiments.config import refuse_idle
     from a2sf.experiments.grid import check_schedules
 
     check_schedules([composed for _, composed in points])
     settings = [_read(composed, computes_here) for _, composed in points]
+    refuse_idle(settings)
     first = settings[0]
     directory = Path(first.runs_dir) / first.sweep_name
     if any(
@@ -147,26 +150,35 @@ def run_grid(
             "are a list, tracker=[wandb,tensorboard]"
         )
 
+    from a2sf.evaluation import tasks
     from a2sf.experiments import sweep
     from a2sf.experiments.estimate import estimate
     from a2sf.experiments.group import grouped
     from a2sf.experiments.prepare import documents, models
+    from a2sf.experiments.runs import write_groups
 
     for until in dict.fromkeys(c.until for s in settings for c in s.cells if c.until):
         until.check([c.policy.name for s in settings for c in s.cells if c.until == until])
     documents.check(c for s in settings for c in s.cells)
+    models.check_prompting((c for s in settings for c in s.cells), hub=False)
     settings = models.tell_apart(models.pin_all(settings, _model_names(), screen))
     settled = documents.settle([s.cells for s in settings], planned_only=first.plan_only)
     settings = [dataclasses.replace(s, cells=cells) for s, cells in zip(settings, settled.cells, strict=True)]
     made = sweep.plan([c for s in settings for c in s.cells], directory)
-    for note in [*settled.notes, *made.notes]:
+    hidden = [
+        note for include in dict.fromkeys(s.include for s in settings if s.include) for note in tasks.hidden(*include)
+    ]
+    for note in [*dict.fromkeys(hidden), *settled.notes, *made.notes]:
         screen.print(note, highlight=False, soft_wrap=True)
     groups = grouped(made.pending)
     estimates = estimate(groups, directory.parent)
     _print_plan(made, groups, estimates, directory)
     if first.plan_only:
         return
+    scored = list(dict.fromkeys(g for s in settings for g in s.groups))
+    write_groups(directory, scored)
     broken = models.fetch([c.model for c in made.pending], screen)
+    models.check_prompting((c for c in made.pending if c.model not in broken), hub=True)
     made = dataclasses.replace(made, cells=documents.fetch(made.cells, made.pending, settled.refused, screen))
 
     outcomes: list[Outcome] = []
@@ -178,7 +190,7 @@ def run_grid(
             size = {c.name: e.tokens or 0 for g, e in zip(groups, estimates, strict=True) for c in g}
             todo = sorted(made.pending, key=lambda c: (c.model_name, -size[c.name], c.task, c.shots))
             outcomes += _run([c for c in todo if c.model not in broken], settings, points, launch)
-    _report(made, directory, settings[0], outcomes, settled.refused)
+    _report(made, directory, settings[0], outcomes, settled.refused, scored)
 
 
 def _run(
@@ -223,8 +235,14 @@ def _job(points: Sequence[tuple[list[str], DictConfig]], cell: Cell) -> list[str
         settled |= {"model.path": quote(cell.model.path), "model.revision": quote(cell.model.revision)}
     settled |= {"model.device": cell.model.device} if cell.model.device != "auto" else {}
     settled |= {"data.content": quote(cell.data.content)} if cell.data.content else {}
+    settled |= {"task_args": quote(cell.data.task_args) if cell.data.task_args else "null"}
     settled |= {"group": quote(as_group([composed for _, composed in others]))} if others else {}
-    left = [o for o in overrides if o.partition("=")[0].lstrip("+") not in settled]
+
+    def told(override: str) -> bool:
+        key = override.partition("=")[0].lstrip("+")
+        return key in settled or key.startswith("task_args.")
+
+    left = [o for o in overrides if not told(o)]
     return [*left, *(f"{key}={value}" for key, value in settled.items())]
 
 
@@ -313,22 +331,27 @@ def _progress(made: Plan, directory: Path) -> Iterator[None]:
 
 
 def _report(
-    made: Plan, directory: Path, settings: Settings, outcomes: list[Outcome], refused: dict[str, list[str]]
+    made: Plan,
+    directory: Path,
+    settings: Settings,
+    outcomes: list[Outcome],
+    refused: dict[str, list[str]],
+    groups: list[Group],
 ) -> None:
-    from a2sf.experiments.runs import results_frame
+    from a2sf.experiments.runs import table_of
     from a2sf.experiments.sweep import finish, hardly_pruned
     from a2sf.report.output import pictures
     from a2sf.report.tables import screen_table
 
     stored, failures = finish(directory, made.cells)
     if stored:
-        screen.print(screen_table(stored))
+        screen.print(screen_table(stored, groups))
         screen.print(f"{len(stored)} cells in {directory}/results.csv", highlight=False)
         if note := hardly_pruned(stored):
             screen.print(note, highlight=False, soft_wrap=True)
     tracker = _runner(settings).tracker
     if outcomes and stored:
-        tracker.log_summary(results_frame(stored), lambda: pictures(directory))
+        tracker.log_summary(table_of(stored, groups), lambda: pictures(directory))
     if tracker.note and outcomes:
         screen.print(tracker.note, highlight=False, markup=False, soft_wrap=True)
     if failures:

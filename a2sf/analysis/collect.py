@@ -19,18 +19,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from a2sf.analysis.asked import asked_groups, with_options
 from a2sf.errors import UserError, nearest
-from a2sf.experiments.archive import is_archive, read_sweep
+from a2sf.experiments.aggregates import MEMBERS, OPTIONS, Group, aggregates
+from a2sf.experiments.archive import groups_of, is_archive, read_sweep
 from a2sf.experiments.names import Named, distinct
 from a2sf.experiments.runs import TABLE, StoredCell, is_cell, results_frame
 
-MUST_AGREE = ("limit", "stopped", "seed", "dtype", "split", "task_version", "data", "fewshot_split")
+MUST_AGREE = ("limit", "stopped", "seed", "dtype", "split", "task_version", "definition", "data", "fewshot_split")
 """What has to be the same in all cells of one table."""
-PER_TASK = ("stopped", "split", "task_version", "data", "fewshot_split")
+PER_TASK = ("stopped", "split", "task_version", "definition", "data", "fewshot_split")
 OPTIONAL_COLUMNS = [
     *("stderr", "forgetting_factor", "budget_tokens", "budget_base", "policy_settings", *MUST_AGREE),
     *("tokens_per_second", "kept_tokens", "cache_share", "cell", "cell_id", "model_path", "weights"),
-    *("schedule", "causal"),
+    *("schedule", "causal", *OPTIONS),
 ]
 SYSTEM = ["policy", "settings", "factor", "budget", "schedule", "variant"]
 """Columns that tell one table row from another."""
@@ -107,6 +109,8 @@ class Grid:
         cells: the cells behind the rows, by the frame's `key`; empty where only a results.csv was there.
         metric: the metric shown.
         notes: what a reader has to be told, one sentence each.
+        groups: whose tasks were asked for together.
+        scores: one row per group and system that has all of its tasks.
     """
 
     frame: pd.DataFrame
@@ -114,6 +118,8 @@ class Grid:
     metric: str
     notes: tuple[str, ...] = field(default=())
     mixed: bool = False
+    groups: tuple[Group, ...] = ()
+    scores: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def tasks(self) -> list[str]:
@@ -170,8 +176,23 @@ class Grid:
 
     def parts(self) -> list[tuple[str, int, Grid]]:
         """One grid per model and shots, in that order."""
+
+        def scores(model: str, shots: int) -> pd.DataFrame:
+            return self.scores[(self.scores["model"] == model) & (self.scores["shots"] == shots)]
+
         groups = self.frame.groupby(["model", "shots"], sort=True)
-        return [(str(key[0]), int(str(key[1])), replace(self, frame=rows)) for key, rows in groups]
+        places = [(str(key[0]), int(str(key[1])), rows) for key, rows in groups]
+        return [
+            (m, n, replace(self, frame=rows, scores=scores(m, n) if len(self.scores) else self.scores))
+            for m, n, rows in places
+        ]
+
+    def group_scores(self) -> dict[str, dict[tuple[Any, ...], Any]]:
+        """Group -> system, by its `SYSTEM` -> the row of `scores`; of a grid with one model and number of shots."""
+        found: dict[str, dict[tuple[Any, ...], Any]] = {}
+        for row in self.scores.itertuples():
+            found.setdefault(str(row.task), {})[tuple(getattr(row, k) for k in SYSTEM)] = row
+        return found
 
 
 def gather(directories: Sequence[Path], selection: Selection | None = None) -> Grid:
@@ -183,6 +204,7 @@ def gather(directories: Sequence[Path], selection: Selection | None = None) -> G
     frames: list[pd.DataFrame] = []
     cells: dict[str, StoredCell] = {}
     notes: list[str] = []
+    groups: list[Group] = []
     for directory in directories:
         if not is_archive(directory) and (directory / TABLE).is_file() and not any(map(is_cell, directory.iterdir())):
             frames.append(_from_csv(directory))
@@ -190,20 +212,21 @@ def gather(directories: Sequence[Path], selection: Selection | None = None) -> G
                 f"{directory} holds only a {TABLE}: paired tests need the per-document files, so there are none."
             )
             continue
+        groups += groups_of(directory)
         stored = _newest_documents(list(read_sweep(directory)), notes)
         frame = _from_cells(stored, directory.name)
         frames.append(frame)
         cells |= {f"{directory.name}/{c.path.name}": c for c in stored}
-    return _select(pd.concat(frames, ignore_index=True), cells, selection or Selection(), notes)
+    return _select(pd.concat(frames, ignore_index=True), cells, selection or Selection(), notes, groups)
 
 
-def grid_of(cells: Sequence[StoredCell], selection: Selection | None = None) -> Grid:
+def grid_of(cells: Sequence[StoredCell], selection: Selection | None = None, groups: Sequence[Group] = ()) -> Grid:
     """The same for cells already read."""
     if not cells:
         raise UserError("There is no finished cell to show.")
     keyed = {f"{c.path.parent.name}/{c.path.name}": c for c in cells}
     frame = _from_cells(list(cells), None)
-    return _select(frame, keyed, selection or Selection(), [])
+    return _select(frame, keyed, selection or Selection(), [], groups)
 
 
 def _newest_documents(cells: list[StoredCell], notes: list[str]) -> list[StoredCell]:
@@ -281,6 +304,8 @@ def _from_csv(directory: Path) -> pd.DataFrame:
         raise UserError(f"{directory / TABLE} lacks the column {', '.join(sorted(missing))}.")
     if frame.empty:
         raise UserError(f"{directory / TABLE} holds no row; run `a2sf run` with that sweep first.")
+    if MEMBERS in frame:  # a group's score, of cells that are here, too
+        frame = frame[frame[MEMBERS].isna()].copy()
     frame["budget_ratio"] = [_number_or_text(v) for v in frame["budget_ratio"]]
     frame["label"], frame["source"] = frame["policy"], directory.name
     frame["higher_is_better"] = ~frame["metric"].str.contains("perplexity|bits_per_byte|loss")
@@ -309,8 +334,16 @@ def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def _select(frame: pd.DataFrame, cells: dict[str, StoredCell], selection: Selection, notes: list[str]) -> Grid:
+def _select(
+    frame: pd.DataFrame,
+    cells: dict[str, StoredCell],
+    selection: Selection,
+    notes: list[str],
+    groups: Sequence[Group],
+) -> Grid:
     frame["model"] = _distinct_models(frame)
+    groups, tasks = asked_groups(groups, selection.tasks)
+    selection = replace(selection, tasks=tasks)
     wanted = {
         "model": selection.models,
         "task": selection.tasks,
@@ -335,10 +368,17 @@ def _select(frame: pd.DataFrame, cells: dict[str, StoredCell], selection: Select
         frame = frame[frame[column].isin(values) | spared]
     frame, metric, lacking = _one_metric(frame, selection.metric)
     frame = _without_duplicates(frame)
+    frame["model"] = with_options(frame)
     frame = _agreeing(frame, selection.mixed, notes)
     frame = _name_settings(frame)
     used = {k: c for k, c in cells.items() if k in set(frame["key"])}
-    return Grid(frame.reset_index(drop=True), used, metric, (*notes, *lacking), selection.mixed)
+    scores, incomplete = aggregates(frame, groups, ["model", *SYSTEM])
+    if len(scores):
+        for name in sorted(scores.loc[scores["shots"].isna(), "task"].unique()):
+            lacking.append(f"The tasks of the group {name} have different shots, so its score is in {TABLE} alone.")
+        scores = scores[scores["shots"].notna()]
+    told = (*notes, *lacking, *incomplete)
+    return Grid(frame.reset_index(drop=True), used, metric, told, selection.mixed, tuple(groups), scores)
 
 
 def _distinct_models(frame: pd.DataFrame) -> list[str]:
@@ -373,7 +413,8 @@ def _without_duplicates(frame: pd.DataFrame) -> pd.DataFrame:
 def _agreeing(frame: pd.DataFrame, mixed: bool, notes: list[str]) -> pd.DataFrame:
     """Refuse cells of one table that differ in `MUST_AGREE`, or label them apart where mixing was asked for."""
     for key in MUST_AGREE:
-        text = frame[key].map(lambda v: "all" if pd.isna(v) else f"{v:g}" if isinstance(v, float) else str(v))
+        none = "all" if key == "limit" else DASH
+        text = frame[key].map(lambda v, none=none: none if pd.isna(v) else f"{v:g}" if isinstance(v, float) else str(v))
         group = ["model", "shots", "task"] if key in PER_TASK else ["model", "shots"]
         for _, rows in text.groupby([frame[g] for g in group]):
             if rows.nunique() == 1:

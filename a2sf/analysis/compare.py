@@ -78,6 +78,17 @@ class Comparer:
         """Two systems, given as task -> key, on the average over tasks."""
         return self._attempt(lambda: average_difference([np.subtract(*self._values(a[t], b[t])) for t in sorted(a)]))
 
+    def group(
+        self, a: Mapping[str, str], b: Mapping[str, str], tasks: Sequence[str], weighted: bool
+    ) -> Difference | None:
+        """Two systems on a group's score, over its tasks: of all documents alike where it is weighted by size."""
+
+        def changes() -> list[np.ndarray]:
+            found = [np.subtract(*self._values(a[t], b[t])) for t in tasks]
+            return [np.concatenate(found)] if weighted else found
+
+        return self._attempt(lambda: average_difference(changes()))
+
     def over_budgets(self, a: Sequence[Mapping[str, str]], b: Sequence[Mapping[str, str]]) -> Difference | None:
         """Two policies on the mean over budgets and tasks, each given as task -> key for the same budgets in turn.
 

@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     )
     choose.add_argument("--factor", nargs="+", default=[], dest="factors", help="forgetting factors")
     choose.add_argument("--schedule", nargs="+", default=[], dest="schedules", help="step, every4, prompt, prompt-step")
-    choose.add_argument("--task", nargs="+", default=[], dest="tasks")
+    choose.add_argument("--task", nargs="+", default=[], dest="tasks", help="tasks and groups")
     choose.add_argument("--shots", nargs="+", default=[], type=int)
     choose.add_argument(
         "--allow-mixed",

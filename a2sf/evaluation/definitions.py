@@ -24,6 +24,8 @@ from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from a2sf.errors import ConfigError, nearest
+from a2sf.evaluation import own
+from a2sf.evaluation.functions import function_file, known_arguments, live
 
 SUITES = {
     "paper": ("openbookqa", "winogrande", "piqa", "copa", "mathqa", "arc_easy", "arc_challenge"),
@@ -66,7 +68,12 @@ class Definition:
 
     def resolved(self) -> dict[str, Any]:
         """The same with its functions imported, to build the task from."""
-        return _Reader(resolve=True).config(self.entry) | _functions(self.settings)
+        return _Reader(resolve=True).config(self.entry) | live(self.settings)
+
+    @property
+    def arguments(self) -> frozenset[str]:
+        """Names that its code may look for in the task's metadata; none where no code sees it."""
+        return known_arguments(self.config)
 
     @property
     def folder(self) -> Path | None:
@@ -84,7 +91,7 @@ class Definition:
                 return {str(k): plain(v) for k, v in sorted(value.items(), key=lambda pair: str(pair[0]))}
             if isinstance(value, list):
                 return [plain(v) for v in value]
-            if isinstance(value, str) and (file := _function_file(value)) is not None:
+            if isinstance(value, str) and (file := function_file(value)) is not None:
                 parts.append(hashlib.sha256(file.read_bytes()).hexdigest())
                 return f"{file.name}:{value.rpartition('.')[2]}"
             return value
@@ -93,31 +100,83 @@ class Definition:
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def resolve(name: str) -> list[Definition]:
+def resolve(name: str, folder: Path | None = None) -> list[Definition]:
     """A task, tag, group or YAML file -> its tasks, each with what the group says of it.
+
+    Args:
+        folder: one that `own.include` has read, whose names win over lm-eval's.
 
     Raises:
         ConfigError: if there is no such name, with the nearest ones; or if it has a member that lm-eval cannot load.
     """
-    entry = _find(name)
-    if entry is None and INSIDE in name:
+    if INSIDE in name and _find(name, folder)[1] is None:
         group = name.partition(INSIDE)[0]
-        if _find(group) is not None:
-            members = resolve(group)
+        if _find(group, folder)[1] is not None:
+            members = resolve(group, folder)
             found = [d for d in members if d.ref == name]
             if not found:
                 known = [d.ref for d in members]
                 raise ConfigError("tasks", name, f"{group} has no such member{nearest(name, known)}")
             return found
+    requested, built = _read(name, folder)
+    leaves = list(_leaves(built))
+    if not leaves:
+        raise ConfigError("tasks", name, "lm-eval's group of that name has no member; name the tasks themselves")
+    return list({id(d): d for d in _named(requested, leaves).values()}.values())
+
+
+def aggregates(name: str, folder: Path | None = None) -> list[Aggregate]:
+    """How lm-eval averages a group and the groups inside it, outer ones first; none for anything but a group.
+
+    Args:
+        folder: as for `resolve`.
+
+    Raises:
+        ConfigError: as `resolve`.
+    """
+    return list(_of_ours(name)) if folder is None else _aggregates(name, folder)
+
+
+def _aggregates(name: str, folder: Path | None = None) -> list[Aggregate]:
+    if INSIDE in name and _find(name, folder)[1] is None:
+        return []
+    requested, built = _read(name, folder)
+    if not isinstance(built, Group):
+        return []
+    named = _named(requested, list(_leaves(built)))
+    groups = {g.name: g for g in [built, *built.get_all_groups()]}
+    return [
+        Aggregate(
+            g.name,
+            tuple(
+                (a.metric, tuple(a.filter_list) if a.filter_list is not None else None, a.weight_by_size)
+                for a in g.aggregate_metric_list
+            ),
+            tuple(named[leaf.number] for leaf in _leaves(g)),
+        )
+        for g in groups.values()
+        if g.aggregate_metric_list
+    ]
+
+
+@cache
+def _of_ours(name: str) -> list[Aggregate]:
+    return _aggregates(name)
+
+
+def _read(name: str, folder: Path | None) -> tuple[str, Any]:
+    """What finds a name again without the folder, and lm-eval's group, list of a tag's members, or task of that name.
+
+    Raises:
+        ConfigError: if there is no such name.
+    """
+    requested, entry, mine = _find(name, folder)
     if entry is None:
         if name.endswith(YAML) or "/" in name:
             raise ConfigError("tasks", name, "there is no such file; give the path of a task's YAML, or lm-eval's name")
-        known = [*SUITES, *_index()]
+        known = [*SUITES, *mine, *_index()]
         raise ConfigError("tasks", name, f"there is no such suite or lm-eval task{nearest(name, known)}")
-    leaves = list(_leaves(_build(name, entry)))
-    if not leaves:
-        raise ConfigError("tasks", name, "lm-eval's group of that name has no member; name the tasks themselves")
-    return _named(name, leaves)
+    return requested, _build(name, entry, mine)
 
 
 def definition(ref: str) -> Definition:
@@ -135,6 +194,19 @@ def definition(ref: str) -> Definition:
 @cache
 def _resolved(ref: str) -> tuple[Definition, ...]:
     return tuple(resolve(ref))
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """A group that lm-eval gives scores of its own, made of its tasks'.
+
+    Attributes:
+        averages: metric, its filters (None: all that the tasks have), whether weighted by the tasks' numbers of documents.
+    """
+
+    name: str
+    averages: tuple[tuple[str, tuple[str, ...] | None, bool], ...]
+    members: tuple[Definition, ...]
 
 
 @dataclass(frozen=True)
@@ -166,9 +238,9 @@ class _Reader(TaskFactory):
         elif entry.yaml_path is not None and self.resolve:
             cfg = dict(load_yaml(entry.yaml_path, resolve_func=True))
         else:
-            cfg = _functions(entry.cfg or {}) if self.resolve else deepcopy(entry.cfg or {})
+            cfg = live(entry.cfg or {}) if self.resolve else deepcopy(entry.cfg or {})
         if entry.kind is Kind.GROUP:
-            _members_only(cfg, entry.yaml_path.parent if entry.yaml_path else None)
+            _of_group(cfg, entry.yaml_path.parent if entry.yaml_path else None)
         return cfg | (overrides or {})
 
     def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Any:
@@ -214,10 +286,10 @@ def _unused(name: str, registry: dict[str, Entry]) -> str:
     return next(n for i in itertools.count(1) if (n := name if i == 1 else f"{name}#{i}") not in registry)
 
 
-def _build(name: str, entry: Entry) -> Any:
-    known = _index() if entry.kind in (Kind.GROUP, Kind.TAG) else {}
+def _build(name: str, entry: Entry, mine: dict[str, Entry]) -> Any:
+    known = {**_index(), **mine} if entry.kind in (Kind.GROUP, Kind.TAG) else {}
     try:
-        return _Reader(resolve=False).build(entry, registry=dict(known))
+        return _Reader(resolve=False).build(entry, registry=known)
     except (ValueError, TypeError, KeyError, OSError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -232,13 +304,17 @@ def _leaves(built: Any) -> Iterator[_Leaf]:
         yield from _leaves(child)
 
 
-def _named(requested: str, leaves: list[_Leaf]) -> list[Definition]:
-    """Names that find each member again: lm-eval's own where the group changes nothing, else `group::member`."""
+def _named(requested: str, leaves: list[_Leaf]) -> dict[int, Definition]:
+    """By a leaf's number, under a name that finds it again: its own where the group changes nothing, else `group::member`.
+
+    Equal members are one object.
+    """
+    of: dict[int, Definition] = {}
     found: dict[tuple[str, str, int | None], Definition] = {}
     label = home = requested
     if requested.endswith(YAML):  # a worker may have another current directory
         home = str(Path(requested).expanduser().resolve())
-        label = str(_find(requested).name)  # type: ignore[union-attr]
+        label = str(_find(requested, None)[1].name)  # type: ignore[union-attr]
     for leaf in leaves:
         base = _Reader(resolve=False).config(leaf.entry)
         settings = {k: v for k, v in leaf.overrides.items() if k not in NOT_SETTINGS and base.get(k) != v}
@@ -246,6 +322,8 @@ def _named(requested: str, leaves: list[_Leaf]) -> list[Definition]:
         name = ref = leaf.entry.name
         if requested.endswith(YAML) and leaf.entry.yaml_path == Path(home):
             ref = home
+        elif not settings and INSIDE not in name and own.folder_of(leaf.entry.yaml_path):
+            ref = str(leaf.entry.yaml_path)
         elif settings or INSIDE in name:
             inner = name.removeprefix(f"{label}{INSIDE}")
             ref, name = f"{home}{INSIDE}{inner}", f"{label}{INSIDE}{inner}"
@@ -254,18 +332,33 @@ def _named(requested: str, leaves: list[_Leaf]) -> list[Definition]:
         if alike:  # the same task twice in a group, with different settings
             number = len({json.dumps(d.settings, sort_keys=True, default=str) for d in alike}) + 1
             ref, name = f"{ref}#{number}", f"{name}#{number}"
-        found.setdefault((ref, said, shots), Definition(ref, name, leaf.entry, settings, shots))
-    return list(found.values())
+        definition = Definition(ref, name, leaf.entry, settings, shots)
+        of[leaf.number] = found.setdefault((ref, said, shots), definition)
+    return of
 
 
-def _find(name: str) -> Entry | None:
-    """Where a name is written down: a quick look for a task spares reading lm-eval's 14,000 definitions."""
+def _find(name: str, folder: Path | None) -> tuple[str, Entry | None, dict[str, Entry]]:
+    """What finds a name again without the folder, where it is written down, and what else of the user's it may name.
+
+    A quick look for a task spares reading lm-eval's 14,000 definitions.
+    """
+    mine = own.entries(folder) if folder else {}
+    if name in mine:
+        file = mine[name].yaml_path
+        return (str(file) if file else name), mine[name], mine
     if name.endswith(YAML):
-        return _in_file(Path(name).expanduser().resolve())
+        path = Path(name).expanduser().resolve()
+        beside = own.folder_of(path)
+        return name, _in_file(path), own.entries(beside) if beside else {}
     path_of = _quick(name)
     if path_of is not None:
-        return Entry(name, Kind.TASK, path_of, cfg=_unresolved(path_of))
-    return _index().get(name)
+        return name, Entry(name, Kind.TASK, path_of, cfg=_unresolved(path_of)), mine
+    return name, _index().get(name), mine
+
+
+def hides(name: str, folder: Path) -> bool:
+    """Whether a folder of the user's has a definition with the name of one of lm-eval's."""
+    return name in own.entries(folder) and (_quick(name) is not None or name in _index())
 
 
 def _in_file(path: Path) -> Entry | None:
@@ -306,35 +399,16 @@ def _index() -> dict[str, Entry]:
     return TaskManager().task_index
 
 
-def _members_only(cfg: dict[str, Any], folder: Path | None) -> None:
-    """Drop how a group's scores are averaged; find a template that one of its members names beside the group's file."""
-    cfg.pop("aggregate_metric_list", None)
+def _of_group(cfg: dict[str, Any], folder: Path | None) -> None:
+    """Keep of how a group's scores are averaged what lm-eval looks at; find a template beside the group's file."""
+    if averages := cfg.pop("aggregate_metric_list", None):
+        cfg["aggregate_metric_list"] = [
+            {k: a[k] for k in ("metric", "filter_list", "weight_by_size") if k in a}
+            for a in (averages if isinstance(averages, list) else [averages])
+            if isinstance(a, dict) and "metric" in a
+        ]
     for member in cfg["task"] if isinstance(cfg.get("task"), list) else []:
         if isinstance(member, dict):
             if folder is not None and isinstance(member.get("include"), str):
                 member["include"] = str(folder / member["include"])
-            _members_only(member, folder)
-
-
-def _function_file(value: str) -> Path | None:
-    """The Python file of a function as lm-eval writes it where it does not import: `/folder/module.function`."""
-    module, _, name = value.rpartition(".")
-    if not value.startswith("/") or not name.isidentifier() or "\n" in value or len(value) > 1000:
-        return None
-    folder, _, inner = module.rpartition("/")
-    file = Path(folder) / f"{inner.replace('.', '/')}.py"
-    return file if file.is_file() else None
-
-
-def _functions(cfg: dict[str, Any]) -> dict[str, Any]:
-    """`cfg` with the functions that are written as strings imported, as lm-eval does."""
-    from lm_eval.tasks._yaml_loader import _import_fun_from_str
-
-    def live(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: live(v) for k, v in value.items()}
-        if isinstance(value, list):
-            return [live(v) for v in value]
-        return _import_fun_from_str(value) if isinstance(value, str) and _function_file(value) else value
-
-    return {k: live(v) for k, v in cfg.items()}
+            _of_group(member, folder)

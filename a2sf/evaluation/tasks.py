@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from a2sf.errors import ConfigError, UserError
-from a2sf.evaluation import definitions, documents
-from a2sf.evaluation.definitions import SUITES, Definition
+from a2sf.errors import ConfigError, UserError, nearest
+from a2sf.evaluation import definitions, documents, own
+from a2sf.evaluation.definitions import SUITES, Aggregate, Definition
 from a2sf.evaluation.documents import Commit
 from a2sf.evaluation.examples import OwnDocuments, seeded
 from a2sf.evaluation.sources import DataSpec, Source, locate
@@ -24,12 +25,16 @@ __all__ = [
     "SUITES",
     "DataSpec",
     "Settled",
+    "aggregates",
+    "arguments_of",
     "build",
     "check",
     "definition_of",
     "expand_suite",
     "generates",
+    "hidden",
     "identity",
+    "include",
     "known_content",
     "name_of",
     "provenance",
@@ -52,13 +57,95 @@ def expand_suite(tasks: Any) -> list[str]:
     return list(dict.fromkeys(t for n in names for t in SUITES.get(n, (n,))))
 
 
-def resolve(name: str) -> list[Definition]:
+def include(path: str | None) -> Path | None:
+    """A folder of the user's own definitions, made known; None where there is none.
+
+    Raises:
+        ConfigError: if a definition in there cannot be used.
+    """
+    if path is None:
+        return None
+    folder = own.include(path)
+    for name in SUITES:
+        if name in own.entries(folder):
+            raise ConfigError(
+                own.KEY, path, f"a task in there is called {name}, which is a suite; give it another name"
+            )
+    return folder
+
+
+def resolve(name: str, folder: Path | None = None) -> list[Definition]:
     """lm-eval's name of a task, tag or group, or the path of a YAML file -> its tasks, each with its settings.
+
+    Args:
+        folder: of the user's own definitions, as `include` gives it.
 
     Raises:
         ConfigError: if there is no such name, with the nearest ones, or lm-eval cannot load a member.
     """
-    return definitions.resolve(name)
+    return definitions.resolve(name, folder)
+
+
+def hidden(asked: Sequence[str], folder: Path) -> list[str]:
+    """One sentence for each definition of the user's that is used in the place of lm-eval's of the same name."""
+    found = {n: str(own.entries(folder)[n].yaml_path) for n in asked if definitions.hides(n, folder)}
+    found |= {d.name: d.ref for n in asked for d in resolve(n, folder) if definitions.hides(d.name, folder)}
+    return [
+        f"{name}: the definition in {file} is used, and lm-eval's of that name is not." for name, file in found.items()
+    ]
+
+
+def aggregates(name: str, folder: Path | None = None) -> list[Aggregate]:
+    """The scores that lm-eval makes of a group's tasks; none for anything but a group.
+
+    Raises:
+        ConfigError: as `resolve`.
+    """
+    return definitions.aggregates(name, folder)
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One of `task_args`, as it concerns one task.
+
+    Attributes:
+        key: as the user gave it, `task_args.<name>` or `task_args.<task>.<name>`.
+        refusal: why the task has no use for it; None: it has.
+    """
+
+    key: str
+    name: str
+    value: Any
+    refusal: str | None
+
+
+def arguments_of(found: Definition, asked: str, given: Mapping[str, Any], names: set[str]) -> list[Argument]:
+    """What of `task_args` is for one task.
+
+    Args:
+        asked: the name or group that the user asked for.
+        given: arguments for all tasks, and under the name of a task or group those for it alone, which win.
+        names: what counts as such a name.
+    """
+    of_tasks = {k for k, v in given.items() if k in names and isinstance(v, Mapping)}
+    keyed = {str(k): (f"task_args.{k}", v) for k, v in given.items() if k not in of_tasks}
+    for name in (n for n in dict.fromkeys((asked, found.entry.name, found.name)) if n in of_tasks):
+        keyed |= {str(k): (f"task_args.{name}.{k}", v) for k, v in given[name].items()}
+    known = found.arguments
+    looks = f"the code of {found.name} looks for no such argument"
+    return [
+        Argument(
+            full,
+            name,
+            value,
+            None
+            if name in known
+            else looks + nearest(name, known)
+            if known
+            else f"{found.name} has no code that takes arguments",
+        )
+        for name, (full, value) in keyed.items()
+    ]
 
 
 def check(name: str, data: DataSpec, shots: int) -> None:
@@ -166,6 +253,7 @@ def identity(name: str, data: DataSpec, shots: int) -> dict[str, Any]:
         "task": found.name,
         "task_version": version_of(name),
         **({"definition": digest} if digest else {}),
+        **({"task_args": data.arguments} if data.task_args else {}),
         "data": read,
     }
 
@@ -212,6 +300,10 @@ def _task(found: Definition, source: Source, data: DataSpec, shots: int, seed: i
     metadata = config.get("metadata")
     config["metadata"] = {**(metadata if isinstance(metadata, dict) else {"_metadata": metadata})}
     base = config.get("class", ConfigurableTask)
+    if data.task_args:
+        if not _ctor_accepts_config(base):
+            raise ConfigError("task_args", data.task_args, f"{found.name} is a class that takes no arguments")
+        config["metadata"] |= data.arguments
     if base is ConfigurableTask:
         examples = dict(config.get("fewshot_config") or {})
         if source.examples is not None:

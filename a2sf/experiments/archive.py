@@ -3,6 +3,7 @@
     x.a2sf.zip   cells.json          per cell: name, result (without checksums), configuration, columns of its documents
                  documents.parquet   the documents of all cells, with a column that says whose they are
                  results.csv         for a reader without this package
+                 groups.json         the tasks of groups that were asked for
                  traces/<cell>.npz   where evictions were noted
                  README.md           where the sweep's directory has one
 
@@ -29,17 +30,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from a2sf.errors import UserError
+from a2sf.experiments.aggregates import Group, read
 from a2sf.experiments.runs import (
     CONFIG,
     DOCUMENTS,
+    GROUPS,
     TABLE,
     TRACES,
     CorruptCell,
     StoredCell,
     is_cell,
     load_sweep,
-    results_frame,
+    read_groups,
+    table_of,
     write_cell,
+    write_groups,
     write_table,
 )
 
@@ -91,7 +96,9 @@ def pack(directory: Path, target: Path | None = None) -> Path:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr(CELLS, json.dumps(about, sort_keys=True, allow_nan=False))
             archive.writestr(DOCUMENTS, rows.getvalue())
-            archive.writestr(TABLE, results_frame(cells).to_csv(index=False))
+            archive.writestr(TABLE, table_of(cells, read_groups(directory)).to_csv(index=False))
+            if (directory / GROUPS).is_file():
+                archive.write(directory / GROUPS, GROUPS)
             for stored in cells:
                 if (traces := stored.path / TRACES).is_file():
                     archive.write(traces, f"traces/{stored.path.name}.npz")
@@ -191,6 +198,18 @@ def read_sweep(path: Path) -> Sequence[StoredCell]:
     return read_archive(path) if is_archive(path) else load_sweep(path)
 
 
+def groups_of(path: Path) -> list[Group]:
+    """The groups that a sweep's directory or an archive notes.
+
+    Raises:
+        CorruptCell, UserError: as `read_archive`.
+    """
+    if not is_archive(path):
+        return read_groups(path)
+    noted = _Archive(path).member(GROUPS)
+    return read(noted.getvalue().decode()) if noted else []
+
+
 def unpack(path: Path, directory: Path) -> list[StoredCell]:
     """Write an archive's cells to a sweep's directory, from which it goes on; those that are there stay.
 
@@ -206,6 +225,7 @@ def unpack(path: Path, directory: Path) -> list[StoredCell]:
         traces = cell.open_traces()
         more = {TRACES: traces.getvalue()} if traces else {}
         written.append(write_cell(target, cell.result, cell.documents, cell.config, more))
+    write_groups(directory, groups_of(path))
     note = _Archive(path).member(README)
     if note is not None and not (directory / README).exists():
         (directory / README).write_bytes(note.getvalue())

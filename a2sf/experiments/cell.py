@@ -7,16 +7,18 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache, cached_property
 from importlib.metadata import version
 from typing import Any
 
 import pandas as pd
+import torch
 
 from a2sf.evaluation import tasks
 from a2sf.evaluation.lm import request_hash
+from a2sf.evaluation.prompting import SAMPLING_SEED, Prompting
 from a2sf.experiments.names import safe
 from a2sf.experiments.until import Until
 from a2sf.hf.loading import ModelSpec, fingerprint
@@ -44,9 +46,11 @@ class Cell:
         task: what finds the task again: lm-eval's name, `group::member`, or the path of a YAML file.
         limit: how many documents to score; None: all.
         seed: of the few-shot examples.
+        prompting: without what makes no difference to this task (`Prompting.of`).
         schedule: None: as the policy does without being told one, or where it makes no difference to it (`told_apart`).
         data: with what identifies the documents, where a sweep has settled it.
         until: when to stop before all documents are scored; None: never.
+        log_samples: whether texts are stored, and not only numbers and hashes; no part of what the cell is.
     """
 
     model_name: str
@@ -61,6 +65,8 @@ class Cell:
     schedule: Schedule | None = None
     backend: str = "auto"
     until: Until | None = None
+    prompting: Prompting = field(default_factory=Prompting)
+    log_samples: bool = True
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -75,6 +81,7 @@ class Cell:
             **({"policy_source": source} if (source := source_digest(type(self.policy))) else {}),
             "budget": _plain(dataclasses.asdict(self.budget)) if self.budget else None,
             **({"schedule": dataclasses.asdict(self.schedule)} if self.schedule else {}),
+            **({"prompting": asked} if (asked := self.prompting.settings) else {}),
             **tasks.identity(self.task, self.data, self.shots),
             "shots": self.shots,
             "seed": self.seed if self.shots else None,
@@ -88,6 +95,11 @@ class Cell:
     def id(self) -> str:
         """Eight hex digits of the hash of `identity`."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What of lm-eval's options is set and concerns this cell, by the configuration's keys."""
+        return self.prompting.settings | ({"task_args": self.data.arguments} if self.data.task_args else {})
 
     @cached_property
     def task_name(self) -> str:
@@ -112,6 +124,8 @@ class Cell:
             parts.append(f"{key}{_short(value)}" + ("" if self.budget.base == "total" else f"-{self.budget.base}"))
         if self.schedule:
             parts.append(self.schedule.name)
+        if self.prompting.chat_template:
+            parts.append("-".join(["chat", *map(safe, filter(None, [self.prompting.name_of_template]))]))
         if (factor := getattr(self.policy, "forgetting_factor", None)) is not None:
             parts.append(f"a{_short(factor)}")
         return "__".join([*parts, safe(self.task_name), f"{self.shots}shot", self.tail])
@@ -148,6 +162,7 @@ class Cell:
             "limit": self.limit,
             **({"until": _plain(dataclasses.asdict(self.until))} if self.until else {}),
             "seed": self.seed,
+            **({"options": options} if (options := self.options) else {}),
             "identity": self.identity,
         }
 
@@ -181,12 +196,15 @@ def compute(cell: Cell, lm: Any, task: Any, chosen: list[int] | None = None) -> 
     where = tasks.provenance(task)
     started = datetime.now(UTC)
     clock, spent = time.perf_counter(), lm.spent
+    if drawn(task):
+        torch.manual_seed(SAMPLING_SEED)
     evaluated = lm_eval.evaluate(
         lm,
         task_dict={"tasks": {cell.task_name: task}},
         limit=cell.limit if chosen is None else None,
         samples=None if chosen is None else {cell.task_name: chosen},
         bootstrap_iters=BOOTSTRAP,
+        **cell.prompting.arguments,
     )
     # of the time in which scores were computed, for others of the group as well, its share
     seconds = time.perf_counter() - clock - (lm.spent - spent) + lm.member.seconds
@@ -210,7 +228,8 @@ def compute(cell: Cell, lm: Any, task: Any, chosen: list[int] | None = None) -> 
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     }
-    return result, _documents(samples, task, lm)
+    documents = _documents(samples, task, lm)
+    return result, documents if cell.log_samples else _without_texts(documents)
 
 
 def _metrics(evaluated: dict[str, Any], task: str) -> dict[str, dict[str, Any]]:
@@ -276,6 +295,14 @@ def _documents(samples: list[dict[str, Any]], task: Any, lm: Any) -> pd.DataFram
     return pd.DataFrame(rows).drop_duplicates("doc_id").sort_values("doc_id", ignore_index=True)
 
 
+def _without_texts(documents: pd.DataFrame) -> pd.DataFrame:
+    """The documents with what is compared and counted, and no text: `generated` goes, others are empty."""
+    empty = {"context": "", "target": ""}
+    kept = documents.drop(columns="generated", errors="ignore")
+    kept["choices"] = [[""] * len(c) for c in documents["choices"]]
+    return kept.assign(**{k: v for k, v in empty.items() if k in kept})
+
+
 def _generated(sample: dict[str, Any], lm: Any) -> dict[str, Any]:
     """A row of a generation task: no choices, but the text, its target, and the numbers that describe the document."""
     arguments = tuple(sample["arguments"][0])
@@ -317,3 +344,8 @@ def _gold(sample: dict[str, Any], task: Any) -> int:
         return target
     choices = task.doc_to_choice(sample["doc"])
     return choices.index(target) if target in choices else -1
+
+
+def drawn(task: Any) -> bool:
+    """Whether answers are drawn at random: of several samples of one prompt only the first is stored."""
+    return (task.config.repeats or 1) > 1 or bool((task.config.generation_kwargs or {}).get("do_sample"))

@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from a2sf.engine.kernels import BACKENDS
 from a2sf.errors import ConfigError, UserError, nearest
+from a2sf.evaluation.definitions import Definition
 from a2sf.evaluation.lm import check_batch_size
-from a2sf.evaluation.tasks import DataSpec, expand_suite, generates, resolve
+from a2sf.evaluation.prompting import Prompting, packed, plain_mapping
+from a2sf.evaluation.tasks import DataSpec, aggregates, arguments_of, expand_suite, generates, include, resolve
+from a2sf.experiments.aggregates import Average, Group, Member
 from a2sf.experiments.cell import Cell
 from a2sf.experiments.grid import LOOKED_AT, unused
 from a2sf.experiments.schema import Config
@@ -33,7 +37,13 @@ LONGEST_SWEEP_NAME = 200
 
 @dataclass(frozen=True)
 class Settings:
-    """One checked point of a grid: its cells, and what is not part of a cell."""
+    """One checked point of a grid: its cells, and what is not part of a cell.
+
+    Attributes:
+        groups: what is made of its cells' scores.
+        include: the names in `tasks`, and the folder of the user's own definitions; None where there is none.
+        idle: keys that are given -> why no task of this point has a use for it; None where one has.
+    """
 
     cells: tuple[Cell, ...]
     tracker: TrackerSpec
@@ -43,6 +53,9 @@ class Settings:
     plan_only: bool
     trace: int
     checkpoint: float
+    groups: tuple[Group, ...] = ()
+    include: tuple[tuple[str, ...], Path] | None = None
+    idle: dict[str, ConfigError | None] = field(default_factory=dict, compare=False)
 
 
 DIFFERING = ("policy", "budget", "schedule", "forgetting_factor")
@@ -102,12 +115,32 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
     if not 1 <= len(name_of_sweep.encode()) <= LONGEST_SWEEP_NAME:
         raise ConfigError("sweep_name", repr(name_of_sweep), f"give 1 to {LONGEST_SWEEP_NAME} bytes of text")
     data = DataSpec(**dataclasses.asdict(config.data))
+    folder = include(config.include_path)
+    asked = expand_suite(config.tasks)
     # a group may want shots of its own for a member
-    members = [d for task in expand_suite(config.tasks) for d in resolve(task)]
-    for task in () if policy.causal else [d.ref for d in members if generates(d.ref)]:
+    members = [(task, d) for task in asked for d in resolve(task, folder)]
+    generating = [d.ref for _, d in members if generates(d.ref)]
+    for task in () if policy.causal else generating:
         raise ConfigError("policy", policy.name, f"it looks at later tokens, and the task {task} generates text")
-    until = _until(config, [d.ref for d in members])
-    shots_of = [(d.ref, (d.shots or 0) if config.shots is None else config.shots) for d in members]
+    gen_kwargs = plain_mapping("gen_kwargs", config.gen_kwargs)
+    prompting = Prompting(
+        config.chat_template, config.system_instruction, config.fewshot_as_multiturn, packed(gen_kwargs)
+    )
+    arguments, idle = _arguments(config, members)
+    if config.fewshot_as_multiturn:
+        why = "it needs chat_template=true; without a template all is one text"
+        idle["fewshot_as_multiturn"] = (
+            None if prompting.chat_template else ConfigError("fewshot_as_multiturn", "true", why)
+        )
+    if gen_kwargs:
+        why = "none of the tasks generates text; leave it out"
+        idle["gen_kwargs"] = None if generating else ConfigError("gen_kwargs", config.gen_kwargs, why)
+
+    def shots_for(d: Definition) -> int:
+        return (d.shots or 0) if config.shots is None else config.shots
+
+    until = _until(config, generating)
+    shots_of = [(d.ref, shots_for(d)) for _, d in members]
     cells = tuple(
         Cell(
             model_name=name,
@@ -119,9 +152,11 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
             shots=shots,
             limit=config.limit,
             seed=config.seed,
-            data=data,
+            data=dataclasses.replace(data, task_args=arguments.get(task) or ""),
             backend=config.backend,
             until=until,
+            prompting=prompting.of(task in generating, shots),
+            log_samples=config.log_samples,
         )
         for task, shots in dict.fromkeys(shots_of)
     )
@@ -133,8 +168,48 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
         runs_dir=config.runs_dir,
         plan_only=config.plan_only,
         trace=config.trace,
+        groups=tuple(
+            Group(
+                g.name,
+                tuple(Average(*a) for a in g.averages),
+                tuple(Member(d.name, shots_for(d), d.digest()) for d in g.members),
+            )
+            for task in asked
+            for g in aggregates(task, folder)
+        ),
+        include=(tuple(asked), folder) if folder else None,
+        idle=idle,
         checkpoint=config.checkpoint,
     )
+
+
+def _arguments(
+    config: Config, members: list[tuple[str, Definition]]
+) -> tuple[dict[str, str | None], dict[str, ConfigError | None]]:
+    """`task_args` by task, and by argument why no task uses it, or None if one does."""
+    given = plain_mapping("task_args", config.task_args)
+    names = {n for asked, d in members for n in (asked, d.name, d.entry.name)}
+    used: dict[str, str | None] = {}
+    idle: dict[str, ConfigError | None] = {}
+    for asked, d in members if given else ():
+        found = arguments_of(d, asked, given, names)
+        used[d.ref] = packed({a.name: a.value for a in found if a.refusal is None})
+        for a in found:
+            told = None if a.refusal is None else ConfigError(a.key, a.value, a.refusal)
+            idle[a.key] = told and idle.get(a.key, told)
+    return used, idle
+
+
+def refuse_idle(settings: Sequence[Settings]) -> None:
+    """Refuse a key that is given and that no cell of a whole grid has a use for.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    for key in dict.fromkeys(k for s in settings for k in s.idle):
+        told = [s.idle[key] for s in settings if key in s.idle]
+        if None not in told:
+            raise told[0]  # type: ignore[misc]
 
 
 def _typed(composed: DictConfig) -> Config:
@@ -194,7 +269,7 @@ def _schedule(config: Config) -> Schedule | None:
     return Schedule(**{k: v for k, v in given.items() if k in ("when", LOOKED_AT.get(given["when"]))})
 
 
-def _until(config: Config, tasks: Sequence[str]) -> Until | None:
+def _until(config: Config, generating: Sequence[str]) -> Until | None:
     given = dataclasses.asdict(config.until)
     if given["pair"] is None:
         for key in ("half_width", "verdict"):
@@ -202,7 +277,7 @@ def _until(config: Config, tasks: Sequence[str]) -> Until | None:
                 raise ConfigError(f"until.{key}", given[key], "name the two policies that are compared in until.pair")
         return None
     until = Until(**given)
-    for task in filter(generates, tasks):
+    for task in generating:
         raise ConfigError(
             "until.pair", list(until.pair), f"until is for tasks that are scored, and {task} generates text"
         )

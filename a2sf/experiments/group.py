@@ -20,7 +20,7 @@ import pandas as pd
 from a2sf.evaluation import tasks
 from a2sf.evaluation.members import Answer, Member
 from a2sf.experiments import checkpoint, stopping
-from a2sf.experiments.cell import Cell, compute
+from a2sf.experiments.cell import Cell, compute, drawn
 from a2sf.experiments.runs import DiskError, StoredCell, find_extendable
 from a2sf.experiments.stopping import Stop, Told
 
@@ -79,12 +79,12 @@ def compute_group(
         where = tasks.provenance(task)
         if first.until is not None:
             stopping.check(task)
+        first.prompting.set_up(lm, task)
+        at_random = drawn(task)
     except Exception as error:
         yield from (Computed(c, error=error) for c in cells)
         return
-    # of several samples of one prompt only the first is stored
-    drawn = (task.config.repeats or 1) > 1 or (task.config.generation_kwargs or {}).get("do_sample")
-    stored = {} if drawn else find_extendable(directory.parent, {c.family for c in cells})
+    stored = {} if at_random else find_extendable(directory.parent, {c.family for c in cells})
     members: dict[str, Member] = {}
     for cell in cells:
         try:
@@ -93,7 +93,7 @@ def compute_group(
             yield Computed(cell, error=error)
             continue
         member.known = _known(stored.get(cell.family), where)
-        if not drawn:
+        if not at_random:
             checkpoint.restore(directory, cell, where["fingerprint"], member)
         members[cell.name] = member
     of = {c.name: c for c in cells if c.name in members}
@@ -186,6 +186,8 @@ def _known(stored: StoredCell | None, where: dict[str, Any]) -> dict[str, Answer
     if stored is None or stored.result["documents"]["fingerprint"] != where["fingerprint"]:
         return {}
     known: dict[str, Answer] = {}
+    if "target" in stored.documents and "generated" not in stored.documents:
+        return {}  # its texts were not stored
     if "generated" in stored.documents:
         columns = ["request_hashes", "generated", "context_tokens", "continuation_tokens"]
         for hashes, text, context, more in stored.documents[columns].itertuples(index=False):

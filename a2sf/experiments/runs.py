@@ -4,7 +4,8 @@
                         result.json         metrics, timings, provenance, checksums; written last
                         documents.parquet   one row per document: log-likelihoods, choices, metrics
                         traces.npz          what was evicted, where that was noted
-    runs/<sweep>/results.csv                one row per cell and metric
+    runs/<sweep>/results.csv                one row per cell and metric, and per group's score
+                 groups.json                the tasks of groups that were asked for
 
 A cell's directory is made under a temporary name and renamed, so a directory with its final name is complete.
 """
@@ -17,7 +18,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,11 +28,12 @@ from typing import Any, BinaryIO
 import pandas as pd
 
 from a2sf.errors import UserError
+from a2sf.experiments.aggregates import OPTIONS, Group, aggregates, read, written
 from a2sf.experiments.names import Named, distinct
 
 SCHEMA_VERSION = 1
 RESULT, DOCUMENTS, CONFIG, TABLE = "result.json", "documents.parquet", "config.yaml", "results.csv"
-TRACES = "traces.npz"
+TRACES, GROUPS = "traces.npz", "groups.json"
 IDENTIFYING = ["model", "policy", "budget_ratio", "forgetting_factor", "shots", "task"]
 LEADING_COLUMNS = [*IDENTIFYING, "metric", "value", "stderr", "n"]
 
@@ -257,6 +259,7 @@ def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
             "budget_tokens": _plain(budget["tokens"]) if budget else None,
             "budget_base": budget["base"] if budget else None,
             "schedule": schedule_of(cell),
+            **{key: _option(cell, key) for key in OPTIONS},
             "policy_settings": json.dumps(cell["policy_settings"], sort_keys=True),
             "limit": cell["limit"],
             "stopped": stored.stopped,
@@ -266,6 +269,7 @@ def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
             "fewshot_split": result["documents"].get("fewshot_split"),
             "data": result["documents"].get("content") or result["documents"].get("fingerprint"),
             "task_version": result["documents"]["task_version"],
+            "definition": cell.get("identity", {}).get("definition"),
             "seconds": result["timing"]["seconds"],
             "tokens_per_second": result["timing"]["tokens_per_second"],
             "cell": stored.path.name,
@@ -288,10 +292,36 @@ def schedule_of(cell: dict[str, Any]) -> str:
     return "" if name == "step" else name
 
 
+def _option(cell: dict[str, Any], key: str) -> Any:
+    value = cell.get("options", {}).get(key)
+    return json.dumps(value, sort_keys=True) if isinstance(value, dict | bool) else value
+
+
+def table_of(cells: Iterable[StoredCell], groups: Sequence[Group]) -> pd.DataFrame:
+    """`results_frame`, then a row for each group's score, with the number of its tasks in the column `members`."""
+    table = results_frame(cells)
+    made, _ = aggregates(table, groups)
+    return pd.concat([table, made], ignore_index=True) if len(made) else table
+
+
+def write_groups(directory: Path, groups: Sequence[Group]) -> None:
+    """Note groups beside a sweep's cells; one of the same name and shots takes the place of an earlier one."""
+    if groups:
+        known = {(g.name, tuple(m.shots for m in g.members)): g for g in [*read_groups(directory), *groups]}
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(directory / GROUPS, written(known.values()))
+
+
+def read_groups(directory: Path) -> list[Group]:
+    """The groups that a sweep's directory notes; none where it notes none."""
+    file = directory / GROUPS
+    return read(file.read_text()) if file.is_file() else []
+
+
 def write_table(directory: Path, cells: Iterable[StoredCell]) -> Path:
     """Write `results.csv` of a sweep, whole or not at all."""
     target = directory / TABLE
-    write_atomically(target, results_frame(cells).to_csv(index=False))
+    write_atomically(target, table_of(cells, read_groups(directory)).to_csv(index=False))
     return target
 
 

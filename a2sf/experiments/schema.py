@@ -134,6 +134,13 @@ class Config:
         tasks: demo, paper, or a list such as [piqa,copa] of lm-eval's tasks and groups
         shots: few-shot examples before each document; null: 0, or what a group says of its member
         limit: documents of each task, the first ones; null: all
+        chat_template: true, or the name of one of the tokenizer's templates, to ask in the form of a chat
+        system_instruction: text before everything else that the model reads
+        fewshot_as_multiturn: examples as turns of a chat, which is the default with a template, or in one turn
+        gen_kwargs: settings of generation that replace a task's, such as gen_kwargs.max_gen_toks=32
+        task_args: arguments for tasks whose code makes their documents; under a task's or group's name for it alone
+        include_path: a folder of your own task definitions, which are then found by name
+        log_samples: store prompts, choices and generated texts; false: only numbers and hashes
         data: a file in data/
         batch_size: sequences per forward pass, or auto
         seed: of the few-shot examples
@@ -156,6 +163,13 @@ class Config:
     tasks: Any = "demo"
     shots: int | None = None
     limit: int | None = None
+    chat_template: Any = False
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool | None = None
+    gen_kwargs: Any = None
+    task_args: Any = None
+    include_path: str | None = None
+    log_samples: bool = True
     data: DataConfig = field(default_factory=DataConfig)
     batch_size: Any = "auto"
     seed: int = 1234

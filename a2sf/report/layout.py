@@ -10,8 +10,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from statistics import fmean
+from typing import Any
 
-from a2sf.analysis.collect import DASH, DEFAULT_PAIR, MINUS, Grid, System
+from a2sf.analysis.collect import DASH, DEFAULT_PAIR, MINUS, SYSTEM, Grid, System
 from a2sf.analysis.compare import AVERAGE, Comparer
 from a2sf.analysis.stats import CONFIDENCE, holm
 
@@ -59,6 +60,7 @@ class Table:
         to_full, to_control: headings of the difference columns; None leaves them out.
         tested: whether paired tests stand behind the marks.
         stopped: of a column whose documents were not all scored, how many were of how many.
+        members: columns of tasks whose group has a column, too.
     """
 
     title: str
@@ -74,6 +76,7 @@ class Table:
     tested: bool = False
     notes: tuple[str, ...] = ()
     stopped: dict[str, str] = field(default_factory=dict)
+    members: tuple[str, ...] = ()
 
 
 def build_tables(
@@ -94,9 +97,10 @@ def build_tables(
 
 def _by_task(model: str, shots: int, part: Grid, tested: bool, pair: tuple[str, str]) -> Table:
     systems, tasks = part.systems(pair), part.tasks
-    columns = [*tasks, AVERAGE] if len(tasks) > 1 else tasks
+    groups = part.group_scores()
+    columns = [*groups, *([*tasks, AVERAGE] if len(tasks) > 1 else tasks)]
     score = columns[-1]
-    rows = [_row(system, tasks) for system in systems]
+    rows = [_row(system, tasks, groups) for system in systems]
     comparer = Comparer(part)
     rows = _mark(systems, rows, columns, part, comparer if tested and part.cells else None)
     full = {s.variant: r for s, r in zip(systems, rows, strict=True) if s.is_full}
@@ -134,11 +138,14 @@ def _by_task(model: str, shots: int, part: Grid, tested: bool, pair: tuple[str, 
         tested=tested and bool(part.cells),
         notes=tuple(notes),
         stopped={t: r.stopped for s in systems for t, r in s.rows.items() if isinstance(r.stopped, str)},
+        members=tuple(t for t in tasks if any(t == m.task for g in part.groups if g.name in groups for m in g.members)),
     )
 
 
-def _row(system: System, tasks: list[str]) -> Row:
-    entries = {t: Entry(float(r.value), float(r.stderr), int(r.n)) for t, r in system.rows.items()}
+def _row(system: System, tasks: list[str], groups: dict[str, dict[tuple[Any, ...], Any]]) -> Row:
+    place = tuple(getattr(system, k) for k in SYSTEM)
+    scored = {name: rows[place] for name, rows in groups.items() if place in rows} | system.rows
+    entries = {t: Entry(float(r.value), float(r.stderr), int(r.n)) for t, r in scored.items()}
     if len(tasks) > 1 and set(tasks) <= set(entries):
         parts = [entries[t] for t in tasks]
         # tasks share no documents, so their errors are independent
@@ -165,7 +172,7 @@ def _mark(
             top = better(peers, key=lambda i: rows[i].entries[column].value)
             best[*place, column] = rows[top].entries[column].value
             for i in peers if comparer else []:
-                p = _p_value(comparer, systems[i], systems[top], column) if i != top else None  # type: ignore[arg-type]
+                p = _p_value(comparer, systems[i], systems[top], column, part) if i != top else None  # type: ignore[arg-type]
                 if p is not None:
                     tests.append((i, column, p))
     corrected = holm([p for _, _, p in tests])
@@ -180,10 +187,14 @@ def _mark(
     return marked
 
 
-def _p_value(comparer: Comparer, a: System, b: System, column: str) -> float | None:
+def _p_value(comparer: Comparer, a: System, b: System, column: str, part: Grid) -> float | None:
     same = a.keys.keys() == b.keys.keys()
+    group = next((g for g in part.groups if g.name == column), None)
     if column == AVERAGE:
         difference = comparer.average(a.keys, b.keys) if same else None
+    elif group is not None and column not in a.keys:
+        scored = [m.task for m in group.members if m.task in part.tasks]  # which lm-eval takes for all, too
+        difference = comparer.group(a.keys, b.keys, scored, bool(group.weighted(part.metric)))
     else:
         difference = comparer.task(a.keys[column], b.keys[column])
     return None if difference is None else difference.p
@@ -246,6 +257,7 @@ def _turn(table: Table, pivot: str) -> list[Table]:
                 columns=columns,
                 rows=list(rows.values()),
                 heads=heads,
+                members=(),
                 to_full=None,
                 to_control=None,
             )

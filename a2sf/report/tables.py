@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 from rich import box
@@ -13,11 +13,14 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from a2sf.analysis.collect import DASH, MINUS, Selection, grid_of
+from a2sf.experiments.aggregates import Group as TaskGroup
 from a2sf.experiments.runs import StoredCell
 from a2sf.report.layout import Entry, Row, Table, build_tables
 
 HEADS = {"label": "Policy", "budget": "Budget", "schedule": "Schedule", "factor": "Factor"}
 TIED = "†"
+SCREEN_COLUMNS = 12
+"""With more columns of numbers a screen shows groups without their tasks."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,13 @@ class Markup:
     stderr: bool = False
 
 
-def screen_table(cells: Sequence[StoredCell]) -> Group:
+def screen_table(cells: Sequence[StoredCell], groups: Sequence[TaskGroup] = ()) -> Group:
     """The tables that end a sweep, for the screen: no tests, partial grids allowed (a missing cell is a dash)."""
-    return Group(*screen(build_tables(grid_of(cells, Selection(mixed=True)), tested=False)) if cells else ())
+    if not cells:
+        return Group()
+    grid = grid_of(cells, Selection(mixed=True), groups)
+    told = [escape(note) for note in grid.notes if groups]
+    return Group(*screen(build_tables(grid, tested=False)), *told)
 
 
 def number(value: float | None, percent: bool, signed: bool = False, decimals: int = 2) -> str:
@@ -87,11 +94,11 @@ def screen(tables: Sequence[Table], stderr: bool = False) -> list[RichTable]:
     """Rich tables, budgets apart."""
     markup = Markup(bold=lambda text: f"[bold]{text}[/bold]", text=escape, stderr=stderr)
     rendered = []
-    for table in tables:
+    for table in map(_narrow, tables):
         out = RichTable(
             title=escape(table.title),
             title_justify="left",
-            caption=legend(table) or None,
+            caption=" ".join(filter(None, [legend(table), *table.notes])) or None,
             caption_justify="left",
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
@@ -104,6 +111,14 @@ def screen(tables: Sequence[Table], stderr: bool = False) -> list[RichTable]:
             )
         rendered.append(out)
     return rendered
+
+
+def _narrow(table: Table) -> Table:
+    """What a screen has room for: of a large group the score without its tasks'; the only note left says so."""
+    if len(table.columns) <= SCREEN_COLUMNS or not table.members:
+        return replace(table, notes=())
+    told = f"{len(table.members)} tasks of these groups are in the files alone."
+    return replace(table, columns=[c for c in table.columns if c not in table.members], notes=(told,))
 
 
 def markdown(tables: Sequence[Table], stderr: bool = False) -> str:

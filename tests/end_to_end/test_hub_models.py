@@ -96,6 +96,15 @@ def test_the_same_weights_give_the_same_numbers_from_the_hub(world, ask, tmp_pat
     assert [r for r in requests if "/org/smol" in r] == requests[:1]  # which commit main is now
 
 
+def test_a_chat_template_is_looked_for_once_the_tokenizer_is_here(ask, tmp_path):
+    done, _ = evaluate(ask, tmp_path, "model.path=org/llama", "policy=full", "chat_template=true")
+    assert done.code == 1
+    assert done.err.strip() == (
+        "chat_template=true is not allowed: the tokenizer of org/llama has no chat template; give false."
+    )
+    assert not list(tmp_path.glob("single/*__*"))
+
+
 def test_an_opt_of_pickles_is_read_and_no_service_is_asked_to_convert_it(ask, tmp_path):
     told, requests = ask(cases.load, "facebook/opt-2.7b")
     assert told.startswith("ok")

@@ -7,6 +7,7 @@ import pytest
 from a2sf.experiments.runs import load_sweep
 from tests.end_to_end.test_evaluate import evaluate
 from tests.outside import own_folder
+from tests.own_tasks import own_tasks
 
 LAUNCHERS = {
     "processes": ["hydra.launcher.n_jobs=2"],
@@ -19,11 +20,17 @@ LAUNCHERS = {
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_sweep_under_a_launcher(launcher, tmp_path):
     own = own_folder(tmp_path / "own")  # whose policy every worker has to find
-    grid = ["policy=full,mine", "tasks=[copa]", "limit=2", "data=bundle", "sweep_name=launched", f"--config-dir={own}"]
+    tasks = own_tasks(tmp_path / "tasks")
+    grid = ["policy=full,mine", "tasks=[copa,own_group,own_arguments]", "limit=2", "data=bundle", "sweep_name=launched"]
+    grid += [f"--config-dir={own}", f"include_path={tasks}", "chat_template=true", "task_args.number=3"]
     done = evaluate("-m", *grid, f"hydra/launcher={launcher}", *LAUNCHERS[launcher], runs=tmp_path)
     assert done.returncode == 0, done.stderr + done.stdout
     stored = load_sweep(tmp_path / "launched")
     assert {s.cell["policy"] for s in stored} == {"full", "mine"}
+    assert len(stored) == 10
+    assert {s.cell["options"].get("task_args", {}).get("number") for s in stored} == {None, 3}
+    assert all(s.documents["context"].str.contains("<|im_start|>", regex=False).all() for s in stored)
+    assert "own_group" in done.stdout
     # workers side by side do not each take all cores
     assert {s.result["provenance"]["machine"]["threads"] for s in stored} == {1}
     assert (tmp_path / "launched" / "results.csv").exists()

@@ -18,7 +18,7 @@ from a2sf.experiments.config import Settings, check_layers
 from a2sf.experiments.names import Named, distinct
 from a2sf.experiments.prepare.bar import download_bar
 from a2sf.hf.files.refusals import NotOnHub, Unreachable
-from a2sf.hf.loading import Download, ModelSpec, fingerprint, pin, prepare
+from a2sf.hf.loading import Download, ModelSpec, fingerprint, load_tokenizer, pin, prepare
 
 
 def pin_all(settings: Sequence[Settings], known: Mapping[str, str], screen: Console) -> list[Settings]:
@@ -93,6 +93,24 @@ def fetch(models: Iterable[ModelSpec], screen: Console) -> dict[ModelSpec, UserE
     for told in broken.values():
         screen.print(f"[bold red]left out:[/bold red] {escape(str(told))}", highlight=False, soft_wrap=True)
     return broken
+
+
+def check_prompting(cells: Iterable[Cell], *, hub: bool) -> None:
+    """Refuse a chat template that a tokenizer does not have, before the first cell.
+
+    Args:
+        hub: look at the models of the hub, once they are fetched, or at all others, before anything is.
+
+    Raises:
+        ConfigError: naming the templates there are.
+    """
+    asked = dict.fromkeys((c.model, c.prompting) for c in cells if c.prompting.chat_template)
+    tokenizers: dict[ModelSpec, object] = {}
+    for model, prompting in asked:
+        if (model.source.kind == "hub") is hub:
+            if model not in tokenizers:
+                tokenizers[model] = load_tokenizer(model)
+            prompting.check(tokenizers[model], model.path)
 
 
 def _download(download: Download, screen: Console) -> None:

@@ -1,0 +1,80 @@
+"""A folder of the user's own task definitions (`include_path`), whose tasks are found by name.
+
+As in lm-eval, a name of one's own wins over lm-eval's; other than there, a file that cannot be read is refused.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lm_eval.tasks._index import Entry, Kind, TaskIndex
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from a2sf.errors import ConfigError
+
+KEY = "include_path"
+_folders: list[Path] = []
+
+
+def include(path: str) -> Path:
+    """Read a folder and remember it: groups in there find their members by name from now on.
+
+    Raises:
+        ConfigError: if there is no such folder, it defines nothing, or a definition cannot be read.
+    """
+    folder = Path(path).expanduser().resolve()
+    if not folder.is_dir():
+        raise ConfigError(KEY, path, "there is no such folder; give one with YAML files of tasks")
+    if not entries(folder):
+        raise ConfigError(KEY, path, "no YAML file in there defines a task or a group (`task:` or `group:`)")
+    if folder not in _folders:
+        _folders.append(folder)
+    return folder
+
+
+def folder_of(file: Path | None) -> Path | None:
+    """The remembered folder that a file lies in, the innermost; None for any other file."""
+    inside = [f for f in _folders if file is not None and file.is_relative_to(f)]
+    return max(inside, key=lambda f: len(f.parts), default=None)
+
+
+def entries(folder: Path) -> dict[str, Entry]:
+    """What a folder defines, by name: tasks, groups and the tags of its tasks.
+
+    Files without `task:` and `group:` are templates, which others include.
+
+    Raises:
+        ConfigError: if a file cannot be read, or two define the same name.
+    """
+    return _entries(tuple((file, file.stat().st_mtime_ns) for file in TaskIndex._iter_yaml_files(folder)))
+
+
+@cache
+def _entries(files: tuple[tuple[Path, int], ...]) -> dict[str, Entry]:
+    found: dict[str, Entry] = {}
+    for file, _ in files:
+        config = _read(file)
+        if not {"task", "group", "class"} & set(config):
+            continue
+        kind = TaskIndex._kind_of(config)
+        name = config.get("group" if kind is Kind.GROUP else "task")
+        if not isinstance(name, str) or not name:
+            raise ConfigError(KEY, file, "`task:` or `group:` in the file has to be one name")
+        if name in found and found[name].kind is not Kind.TAG:
+            raise ConfigError(KEY, file, f"it defines {name}, as {found[name].yaml_path} does; give one another name")
+        TaskIndex.process_cfg(config, file, found)
+    return found
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return dict(load_yaml(file, resolve_func=False))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f" in line {mark.line + 1}" if mark else ""
+        raise ConfigError(KEY, file, f"it is not YAML ({error.problem or error.context}{line})") from error
+    except Exception as error:
+        raise ConfigError(KEY, file, f"it cannot be read ({' '.join(str(error).split())})") from error

@@ -1,0 +1,177 @@
+"""Groups: a score made of the scores of several tasks, as lm-eval makes it.
+
+Which tasks a group has, and how they are weighted, is noted beside a sweep's cells (`groups.json`) when it is planned: a
+cell is the same cell whatever groups it was asked for in, and tables of an archive need no lm-eval.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pandas as pd
+
+OPTIONS = ["chat_template", "system_instruction", "fewshot_as_multiturn", "gen_kwargs", "task_args"]
+"""Columns for lm-eval's options; empty where an option is not set."""
+SAME = [
+    *("model", "policy", "budget_ratio", "forgetting_factor", "model_path", "weights", "budget_tokens", "budget_base"),
+    *("schedule", "policy_settings", "limit", "seed", "dtype", *OPTIONS),
+]
+"""Columns of `results.csv` that are equal in all cells of one aggregate."""
+MEMBERS = "members"
+"""Column that says how many tasks an aggregate is made of; empty for a cell."""
+NAMED = 3
+"""Tasks that a note names at most."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A task of a group: its name, how many examples, and what identifies its definition where that is not lm-eval's own."""
+
+    task: str
+    shots: int
+    definition: str | None = None
+
+
+@dataclass(frozen=True)
+class Average:
+    """A metric that a group averages over its tasks.
+
+    Attributes:
+        filters: of the metric; None: all that the tasks have.
+        weighted: by the tasks' numbers of documents.
+    """
+
+    metric: str
+    filters: tuple[str, ...] | None
+    weighted: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group as a sweep asked for it."""
+
+    name: str
+    averages: tuple[Average, ...]
+    members: tuple[Member, ...]
+
+    @property
+    def shots(self) -> int | None:
+        """Those of its members; None where they differ."""
+        several = {m.shots for m in self.members}
+        return several.pop() if len(several) == 1 else None
+
+    def weighted(self, metric: str) -> bool | None:
+        """Whether the metric, named as in results, is weighted by size; None where the group has no such average."""
+        name, _, filtered = metric.partition(",")
+        for a in self.averages:
+            if a.metric == name and (a.filters is None or (filtered or "none") in a.filters):
+                return a.weighted
+        return None
+
+
+def written(groups: Iterable[Group]) -> str:
+    """Groups as JSON."""
+    return json.dumps([asdict(g) for g in groups], indent=1) + "\n"
+
+
+def read(text: str) -> list[Group]:
+    """Groups from what `written` gave."""
+    return [
+        Group(
+            e["name"],
+            tuple(Average(a["metric"], a["filters"] and tuple(a["filters"]), a["weighted"]) for a in e["averages"]),
+            tuple(Member(**m) for m in e["members"]),
+        )
+        for e in json.loads(text)
+    ]
+
+
+def aggregates(
+    table: pd.DataFrame, groups: Iterable[Group], same: Sequence[str] = SAME
+) -> tuple[pd.DataFrame, list[str]]:
+    """One row for each group, metric and system of which all tasks are there.
+
+    Args:
+        table: one row per cell and metric, as `results_frame`.
+        same: columns that are equal in all cells of one aggregate.
+
+    Returns:
+        Rows with the columns of `table` as far as they apply, and `members`; and one sentence for each group that lacks
+        tasks somewhere.
+    """
+    same = [c for c in same if c in table]
+    keys = pd.Series(
+        ["\0".join(map(str, row)) for row in table[same].itertuples(index=False)], table.index, dtype=object
+    )
+    definitions = table["definition"] if "definition" in table else [None] * len(table)
+    places = [
+        (task, int(shots), None if pd.isna(d) else d)
+        for task, shots, d in zip(table["task"], table["shots"], definitions, strict=True)
+    ]
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    for group in groups:
+        wanted = {(m.task, m.shots, m.definition) for m in group.members}
+        mine = [place in wanted for place in places]
+        missing: set[str] = set()
+        for _, cells in table[mine].groupby(keys[mine], sort=False):
+            there = set(zip(cells["task"], cells["shots"], strict=True))
+            lacking = {m.task for m in group.members if (m.task, m.shots) not in there}
+            if lacking:
+                missing |= lacking
+            elif cells.duplicated(["task", "shots", "metric"]).any():
+                notes.append(f"The group {group.name} has no score where a task has two results, of other documents.")
+            else:
+                about = {key: cells[key].iloc[0] for key in same}
+                rows += [about | score for score in _scores(group, cells)]
+        if missing:
+            number = len({m.task for m in group.members})
+            first = ", ".join(sorted(missing)[:NAMED]) + ", …" * (len(missing) > NAMED)
+            notes.append(
+                f"The group {group.name} has no score in rows that lack some of its {number} tasks; lacking are {first}."
+            )
+    return pd.DataFrame(rows), list(dict.fromkeys(notes))
+
+
+def _scores(group: Group, cells: pd.DataFrame) -> list[dict[str, Any]]:
+    """lm-eval's `Group.aggregate`: over the tasks that have a metric, with its two formulas for the error."""
+    found = []
+    for metric, of_metric in cells.groupby("metric", sort=False):
+        weighted = group.weighted(str(metric))
+        if weighted is None:
+            continue
+        columns = ("task", "shots", "value", "stderr", "n")
+        known = {(task, shots): rest for task, shots, *rest in zip(*(of_metric[c] for c in columns), strict=True)}
+        parts = [known[m.task, m.shots] for m in group.members if (m.task, m.shots) in known]
+        values, errors = ([math.nan if pd.isna(p[i]) else float(p[i]) for p in parts] for i in (0, 1))
+        sizes = [int(n) for _, _, n in parts]
+        found.append(
+            {
+                "task": group.name,
+                "shots": group.shots,
+                "metric": metric,
+                "value": _mean(values, sizes if weighted else [1] * len(sizes)),
+                "stderr": _pooled(errors, sizes) if weighted else math.sqrt(sum(e**2 for e in errors)) / len(errors),
+                "n": sum(sizes),
+                MEMBERS: len(parts),
+                "weighted": weighted,
+            }
+        )
+    return found
+
+
+def _mean(values: Sequence[float], sizes: Sequence[int]) -> float:
+    return sum(v * n for v, n in zip(values, sizes, strict=True)) / sum(sizes)
+
+
+def _pooled(errors: Sequence[float], sizes: Sequence[int]) -> float:
+    """The error of a mean weighted by size, from the pooled variance."""
+    spare = sum(sizes) - len(sizes)
+    if not spare:
+        return math.nan
+    variance = sum((n - 1) * e**2 * n for n, e in zip(sizes, errors, strict=True)) / spare
+    return math.sqrt(variance / sum(sizes))
