@@ -254,12 +254,14 @@ def test_several_at_once(attend, policy):
     assert_same(attend(*args), reference(*args), 1e-12)
 
 
-def test_tiles_without_a_token(attend):
+def test_a_first_tile_without_a_token(attend):
     pytest.importorskip("triton", reason=NO_TRITON)
-    G, D = 40, 64
+    G, D, T = 40, 64, 14
     assert triton_kernel._constants(1, G, D, D)["TILE"] == 4
-    s = replace(rows((2, 0, 0, 0.9, 24)), schedule=Schedule("every", every=9))
-    args = (*tokens(13, 1, 1, G, 24, D, D, torch.float64), s, OPTIONS)
+    # of equal scores the oldest goes: after the cut slots 9 and 10 are filled, and the next token takes slot 8
+    s = replace(rows((2, 2, 0, 0.0, T)), schedule=Schedule("every", every=9))
+    query, key, value = tokens(13, 1, 1, G, T, D, D, torch.float64)
+    args = (torch.zeros_like(query), key, value, s, OPTIONS)
     assert_same(attend(*args), reference(*args), 1e-12)
 
 

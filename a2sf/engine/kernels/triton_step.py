@@ -206,7 +206,7 @@ def recursion(
                     for begin in range(0, used, WIDE_TILE):
                         n = begin + tl.arange(0, WIDE_TILE)
                         position = tl.load(positions + first * slots + n, mask=n < used, other=-1)
-                        free = (position >= row_sinks) & (position <= now - row_recent) & (position >= 0)
+                        free = (position >= row_sinks) & (position <= now - row_recent)  # an empty slot's is -1
                         priority = tl.load(ranks + n, mask=free, other=0.0)
                         least, oldest, victim = _better(priority, position, free, n, least, oldest, victim)
                     tl.debug_barrier()
