@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from a2sf.engine.eviction import reference
 from a2sf.engine.kernels.dense import attend_dense, serves
-from a2sf.engine.parts import by_heads, by_prompt
+from a2sf.engine.parts import by_heads, by_numbers, by_prompt
 from a2sf.engine.state import Attended, EvictionState, Options, Segments
 from a2sf.engine.stepwise import attend_torch
 from a2sf.errors import ConfigError, UserError
@@ -49,6 +51,8 @@ def attend(
     elif backend == "numba" and query.device.type != "cpu":
         raise ConfigError("backend", backend, f"numba serves tensors on the CPU, and these are {kind}; give auto")
 
+    if segments.rule.heads:
+        return by_numbers(partial(attend, backend=backend), query, key, value, segments, options, state)
     if backend == "reference":
         return reference(query, key, value, segments, options, state)
     # imported when first used, because numba and Triton take a second to load
@@ -76,7 +80,7 @@ def compiled_after(segments: Segments) -> bool:
 
 def knows(rule: Rule) -> bool:
     """Whether the compiled kernel of the CPU runs a rule, token by token."""
-    return rule.own is None and rule.cut is None and not rule.whole
+    return rule.own is None and rule.cut is None and not rule.whole and not rule.heads
 
 
 def _choose(query: Tensor) -> str:
