@@ -1,10 +1,10 @@
 """Calibrated: accumulated or mean attention with settings for each layer, or each key/value head, read from a file.
 
-The file is what `a2sf calibrate` writes: factor, recent share, sinks and whether the mean ranks, found on plain text, and how
-the layers (and heads) share out the slots. Nothing of it is chosen here.
+The file is what `a2sf calibrate` writes: factor, recent share, sinks and whether the mean ranks, found on plain text, and
+how the layers (and heads) share out the slots. Nothing of it is chosen here.
 
-Source: A2SF (arXiv 2407.20485) and the mean attention of RoCo (2402.06262) for what ranks; sharing out slots by measured
-error as in AdaKV (2407.11550), fixed beforehand instead of at each prompt. Deviations: where a layer's or head's share is below
+Source: A2SF (arXiv 2407.20485) and the mean attention of RoCo (2402.06262) for what ranks; slots shared out by what is lost
+as in AdaKV (2407.11550), but fixed beforehand instead of at each prompt. Deviations: where a layer's or head's share is below
 1, tokens go from there before `C` of them have been read.
 """
 
@@ -81,7 +81,7 @@ class Calibrated(Policy):
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer's part of the slots, relative to the other layers', and its heads' settings: one entry for all of them, or each."""
+    """A layer's part of the slots, relative to the other layers', and its heads' settings: one for all, or one each."""
 
     share: float
     heads: tuple[Head, ...]

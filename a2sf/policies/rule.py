@@ -124,8 +124,8 @@ class Rule:
         shared: one kept set for the layer: priorities are averaged over its key/value heads.
         cut: for rules that look at the end of a prompt.
         whole: key/value heads that keep everything.
-        heads: one entry for each key/value head of the layer, where they have numbers of their own: these then take the
-            place of the retention's `recent`, `sinks`, `forgetting_factor` and of `by_age`; the layer holds as much as before.
+        heads: one entry for each key/value head of the layer, where they have numbers of their own: these take the place of
+            the retention's `recent`, `sinks`, `forgetting_factor` and of `by_age`; the layer's slots are as many as before.
         own: priorities by a function instead; `weight`, `bias` and `by_age` are not used.
         memory: numbers that `own` keeps per token, `M`.
         foresee: only where a policy is not causal: what it knows of each token beforehand, a `Sequence` to [B, K, T, M].
@@ -154,7 +154,9 @@ class Rule:
                 "heads that keep everything (whole) neither share a kept set nor give slots to other heads"
             )
         if self.heads and (self.shared or self.whole or self.by_age or self.cut is not None or self.own is not None):
-            raise ValueError("heads with numbers of their own (heads) go with neither shared, whole, by_age, cut nor own")
+            raise ValueError(
+                "heads with numbers of their own (heads) go with neither shared, whole, by_age, cut nor own"
+            )
 
 
 ACCUMULATED = Rule()
