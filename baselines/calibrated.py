@@ -4,8 +4,8 @@ The file is what `a2sf calibrate` writes: factor, recent share, sinks and whethe
 how the layers (and heads) share out the slots. Nothing of it is chosen here.
 
 Source: A2SF (arXiv 2407.20485) and the mean attention of RoCo (2402.06262) for what ranks; slots shared out by what is lost
-as in AdaKV (2407.11550), but fixed beforehand instead of at each prompt. Deviations: where a layer's or head's share is below
-1, tokens go from there before `C` of them have been read.
+as in AdaKV (2407.11550), but fixed beforehand instead of at each prompt. Deviations: where a layer's or head's share is
+below 1, tokens go from there before `C` of them have been read.
 """
 
 from __future__ import annotations
