@@ -30,11 +30,12 @@ class HeldOut:
         self.full: list[Tensor | None] = [None] * len(passages)
         self._nothing = nothing
 
-    def change(self, policy: Policy, ratios: Sequence[float], which: int) -> float:
+    def change(self, policy: Policy, ratios: Sequence[float], which: int, only: int | None = None) -> float:
         """Sum over the tokens of passage `which` of |change of log-likelihood| under `policy`, mean over budgets.
 
         Args:
             ratios: budgets, as shares of the passage's tokens, evicting step by step.
+            only: the one layer that is pruned; None: all are.
         """
         tokens = len(self.passages[which]) - 1  # the last token is predicted, never read
         if (full := self.full[which]) is None:
@@ -42,6 +43,8 @@ class HeldOut:
         changes = []
         for ratio in ratios:
             kept = retention_of(policy, Budget(ratio=ratio), tokens, tokens, len(self._nothing))
+            if only is not None:
+                kept = (*self._nothing[:only], kept[only], *self._nothing[only + 1 :])
             changes.append(float((self._scores(which, kept) - full).abs().double().sum()))
         return sum(changes) / len(changes)
 

@@ -29,11 +29,13 @@ class Partial:
             self._known = json.loads(self.file.read_text())
         folder.mkdir(parents=True, exist_ok=True)
 
-    def get(self, name: str) -> list[Any]:
-        """What `add` was given under that name, as arrays, in order."""
-        return [np.asarray(x) for x in self._known.get(name, [])]
+    def get(self, name: str) -> tuple[int, np.ndarray]:
+        """How often `add` was called under that name, and the sum of what it was given."""
+        count, total = self._known.get(name, (0, 0.0))
+        return count, np.asarray(total)
 
     def add(self, name: str, values: np.ndarray | float) -> None:
-        """Keep the next passage's numbers; they come back exactly as they are."""
-        self._known.setdefault(name, []).append(np.asarray(values).tolist())
+        """Add the next passage's numbers; the sum comes back exactly as it is."""
+        count, total = self.get(name)
+        self._known[name] = (count + 1, (total + values).tolist())
         write_atomically(self.file, json.dumps(self._known))

@@ -83,7 +83,7 @@ def scores(model: Any, found: Iterable[Needle]) -> np.ndarray:
 
 
 def copied(layer: Layer, needle: Needle) -> Tensor:
-    """bool [H, answer]: whether a head's strongest attention, as a token of the answer is due, is where it is in the text."""
+    """bool [H, answer]: whether a head's strongest attention, as a token of the answer is due, is where the text has it."""
     asked = torch.tensor([i - 1 for i in needle.answer], device=layer.query.device)
     query = layer.query[0, :, asked].float()  # [H, answer, D]
     key = layer.key[0].float().repeat_interleave(query.shape[0] // layer.key.shape[1], 0)

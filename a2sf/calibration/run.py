@@ -162,7 +162,7 @@ class Calibration:
         return (found / paper.reshape(1, -1, *[1] * (found.ndim - 2))).mean(1)
 
     def _shared(self, best: Candidate) -> list[Candidate]:
-        """`best` with slots shared out among layers, and among heads where they may differ."""
+        """`best` with slots shared out among layers, or among all heads where those may differ."""
         multiples = [m for m in MULTIPLES if m * max(self.asked.ratios) <= 1]
         if multiples[-1] <= 1:
             raise UserError(
@@ -184,11 +184,37 @@ class Calibration:
             one = len(layer.heads) == 1
             curves[number, :, K] = each[0, ..., K] if one else curves[number, :, :K].sum(1)
         curves = self._scaled(curves)  # [layers, heads + 1, multiples]
-        made = [self._with_shares(best, "layers", s, allot(curves[:, K], multiples)[:, None]) for s in STRENGTHS]
-        if self.asked.per == "head" and K > 1:
-            each = allot(curves[:, :K].reshape(-1, len(multiples)), multiples).reshape(-1, K)
-            made += [self._with_shares(best, "heads", s, each) for s in STRENGTHS]
+        heads = self.asked.per == "head" and K > 1
+        curves = (curves[:, :K] if heads else curves[:, K:]).reshape(-1, len(multiples))
+        made = []
+        for told, weights in (("", np.ones(len(found))), (", by layers' weights", self.weights)):
+            shares = allot(curves * np.repeat(weights, len(curves) // len(found))[:, None], multiples)
+            among = f"{'heads' if heads else 'layers'}{told}"
+            made += [self._with_shares(best, among, s, shares.reshape(len(found), -1)) for s in STRENGTHS]
         return made
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """What a layer's local error weighs end to end, float64 [layers], mean 1.
+
+        The square of the change that the paper's setting makes in this layer alone, over its local error: changes go as the
+        root of errors, and those of several layers add up in squares. Measured on one passage of each length, of those that
+        local errors were measured on.
+        """
+        some = HeldOut(self.model, self.passages.local[: len({len(p) for p in self.passages.local})])
+        policy = Candidate("", (Layer(1.0, (PAPER,)),) * len(self.projections), None).policy("one layer")
+        key = f"weights {json.dumps(self.asked.ratios)}"
+        done, n = self.partial.get(key)[0], len(some.passages) * len(self.projections)
+        sums = np.zeros(len(self.projections))
+        for step in self.track("weights of layers", n, range(done, n)):
+            which, layer = divmod(step, len(sums))
+            sums[:] = 0
+            sums[layer] = some.change(policy, self.asked.ratios, which, only=layer)
+            self.partial.add(key, sums)
+        changes = self.partial.get(key)[1]
+        local = self.errors[:, :, self.settings.index(PAPER), -1].mean(1)
+        found = changes**2 / np.maximum(local, 1e-12)
+        return found / found.mean()
 
     def _with_shares(self, best: Candidate, among: str, strength: float, shares: np.ndarray) -> Candidate:
         """`best` with shares [layers, 1 or heads], mean 1, weakened to `strength`."""
@@ -206,10 +232,10 @@ class Calibration:
     def _local(self, what: str, key: str, trials: Callable[[int], Sequence[Trial]], pad: int = 0) -> np.ndarray:
         """Local errors of each layer's trials, mean over passages, [layers, trials (`pad`, if given), KV heads + 1]."""
         key = f"{key} {json.dumps(self.asked.ratios)}"
-        done = self.partial.get(key)
+        done, _ = self.partial.get(key)
         local, layers = self.passages.local, len(self.projections)
-        steps = iter(self.track(what, len(local) * layers, range(len(done) * layers, len(local) * layers)))
-        for ids in local[len(done) :]:
+        steps = iter(self.track(what, len(local) * layers, range(done * layers, len(local) * layers)))
+        for ids in local[done:]:
             rows: dict[int, np.ndarray] = {}
 
             def see(layer: Seen, rows: dict[int, np.ndarray] = rows) -> None:
@@ -218,20 +244,18 @@ class Calibration:
                 rows[layer.number] = np.pad(some, ((0, max(0, pad - len(some))), (0, 0)))
 
             look(self.model, ids, see)
-            done.append(np.stack([rows[i] for i in range(layers)]))
-            self.partial.add(key, done[-1])
+            self.partial.add(key, np.stack([rows[i] for i in range(layers)]))
         next(steps, None)
-        return np.mean(done, 0)
+        done, total = self.partial.get(key)
+        return total / done
 
     def _change(self, held_out: HeldOut, candidate: Candidate) -> float:
         """Mean absolute change of a held-out token's log-likelihood."""
         key = f"change {candidate.key} {json.dumps(self.asked.ratios)}"
-        done = [float(x) for x in self.partial.get(key)]
         policy, n = candidate.policy(), len(self.passages.held_out)
-        for which in self.track(candidate.name, n, range(len(done), n)):
-            done.append(held_out.change(policy, self.asked.ratios, which))
-            self.partial.add(key, done[-1])
-        return sum(done) / held_out.tokens
+        for which in self.track(candidate.name, n, range(self.partial.get(key)[0], n)):
+            self.partial.add(key, held_out.change(policy, self.asked.ratios, which))
+        return float(self.partial.get(key)[1]) / held_out.tokens
 
 
 def written(found: Found, name: str, about: dict[str, Any]) -> dict[str, Any]:
