@@ -69,7 +69,8 @@ def _needle(tokenizer: Any, document: dict[str, Any]) -> Needle:
 
 def scores(model: Any, found: Iterable[Needle]) -> np.ndarray:
     """Retrieval score of every query head, float64 [layers, H], from 0 to 1."""
-    hits, tokens = 0, 0
+    hits: Any = 0
+    tokens = 0
     for needle in found:
         of_layer: dict[int, Tensor] = {}
 

@@ -84,7 +84,8 @@ def passages(text: Text, tokenizer: Any, lengths: Sequence[int], tokens: int, he
 def _cut(left: Any, tokenizer: Any, lengths: Sequence[int], tokens: int, text: Text) -> tuple[tuple[int, ...], ...]:
     found: list[tuple[int, ...]] = []
     while sum(map(len, found)) < tokens or len(found) < len(lengths):
-        length, joined, ids = lengths[len(found) % len(lengths)], "", []
+        length, joined = lengths[len(found) % len(lengths)], ""
+        ids: list[int] = []
         while len(ids) < length:
             if (piece := next(left, None)) is None:
                 raise UserError(

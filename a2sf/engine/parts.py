@@ -71,9 +71,9 @@ def by_numbers(
         for at in alike.values():
             budget, recent, sinks = slots[:, at[0]].clone().unbind(1)
             factor = torch.full_like(segments.forgetting_factor, rule.heads[at[0]].forgetting_factor)
-            numbers = {"budget": budget, "recent": recent, "sinks": sinks, "forgetting_factor": factor}
             plain = replace(rule, heads=(), by_age=rule.heads[at[0]].by_age)
-            known.append((torch.tensor(at), replace(segments, **numbers, rule=plain)))
+            own = replace(segments, budget=budget, recent=recent, sinks=sinks, forgetting_factor=factor, rule=plain)
+            known.append((torch.tensor(at), own))
         object.__setattr__(segments, "_by_numbers", known)  # the same for all layers that retain alike
     return _together(run, known, query, key, value, options, state)
 
