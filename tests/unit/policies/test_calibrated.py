@@ -157,3 +157,20 @@ def test_a_bounded_cache_holds_heads_of_their_own():
     assert (cache.state(1).positions >= 0).sum(-1).tolist() == [
         [C for C, _, _ in head_slots(policy.layers[1].heads, 6)]
     ]
+
+
+def test_a_cell_is_named_by_what_the_file_holds(tmp_path):
+    """Not by its path: another file of the same content is the same cell, the same path with other content is not."""
+    from a2sf.evaluation.tasks import DataSpec
+    from a2sf.experiments.cell import Cell
+    from a2sf.hf.loading import ModelSpec
+    from tests.conftest import SMOLLM2
+
+    def cell(name: str, content: dict) -> str:
+        (tmp_path / name).write_text(yaml.safe_dump(content))
+        policy, data = make_policy("calibrated", file=str(tmp_path / name)), DataSpec(source="bundle", content="x")
+        return Cell("small", ModelSpec(SMOLLM2), policy, Budget(ratio=0.2), "piqa", 0, 5, 0, data).id
+
+    first = cell("a.yaml", CONTENT)
+    assert cell("b.yaml", CONTENT | {"made": {}}) == first
+    assert cell("a.yaml", CONTENT | {"layers": [*LAYERS, *LAYERS]}) != first
