@@ -6,6 +6,7 @@ One row of `Grid.frame` is one cell and metric. Directories of cells give everyt
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -40,6 +41,8 @@ DEFAULT_METRIC = "acc"
 DEFAULT_PAIR = ("a2sf", "h2o")
 """The comparison the project is about: the first policy minus the second, at the same budget."""
 STEP = "step"
+LONGEST_SETTING = 24
+"""Characters of a setting in a label."""
 """How tables write the schedule that a result without one had."""
 DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
@@ -450,7 +453,7 @@ def _name_settings(frame: pd.DataFrame) -> pd.DataFrame:
                 k for k in sorted(set().union(*parsed.values())) if len({str(p.get(k)) for p in parsed.values()}) > 1
             ]
             for v, settings in parsed.items():
-                said = ", ".join(f"{k} {settings.get(k, DASH)}" for k in differing)
+                said = ", ".join(f"{k} {_said(settings.get(k, DASH))}" for k in differing)
                 chosen = rows.index[rows["settings"] == v]
                 frame.loc[chosen, "label"] = frame.loc[chosen, "label"] + f" ({said})"
     apart = frame["variant"] != ""
@@ -459,6 +462,14 @@ def _name_settings(frame: pd.DataFrame) -> pd.DataFrame:
     if frame.loc[~frame["is_full"], "schedule"].nunique() > 1:
         frame["label"] = frame["label"].where(frame["is_full"], frame["label"] + ", " + frame["schedule"])
     return frame
+
+
+def _said(setting: Any) -> str:
+    """A setting in a label: data that has a name by its name, other long ones by the beginning of their hash."""
+    if isinstance(setting, dict) and isinstance(setting.get("name"), str):
+        return setting["name"]
+    said = str(setting)
+    return said if len(said) <= LONGEST_SETTING else f"#{hashlib.sha256(said.encode()).hexdigest()[:6]}"
 
 
 def _settings(text: Any) -> str:

@@ -21,6 +21,7 @@ from a2sf.engine.state import EvictionState
 from a2sf.errors import ConfigError, UserError
 from a2sf.policies.base import UNLIMITED, Policy, Retention
 from a2sf.policies.schedule import Schedule
+from a2sf.policies.slots import head_slots
 
 TOKENS, ROWS, HEADS, KV_HEADS, SIZE = 24, 3, 4, 2, 8
 MOST_LAYERS = 128
@@ -325,9 +326,11 @@ def _kept_of_row(c: Case, row: int, tokens: int, heads: list[list[int]]) -> None
     if c.policy.uses_budget and numbers.budget > allowed:
         asked = "no limit" if numbers.budget == UNLIMITED else f"{numbers.budget} tokens"
         raise Broken(f"it may hold {allowed} tokens and asks for {asked}")
+    own = head_slots(numbers.rule.heads, numbers.budget) if numbers.rule.heads else ()
     C = numbers.budget
-    protected = {*range(min(numbers.sinks, tokens)), *range(max(0, tokens - numbers.recent), tokens)}
     for head, there in enumerate(heads):
+        C, recent, sinks = own[head] if own else (numbers.budget, numbers.recent, numbers.sinks)
+        protected = {*range(min(sinks, tokens)), *range(max(0, tokens - recent), tokens)}
         if there != sorted(set(there)):
             raise Broken(f"the kept positions {there} are not each there once, in order")
         if not protected <= set(there):
@@ -337,7 +340,7 @@ def _kept_of_row(c: Case, row: int, tokens: int, heads: list[list[int]]) -> None
             low = high = tokens
         if not schedule.prompt and not low <= len(there) <= high:
             raise Broken(f"{len(there)} of {tokens} tokens are cached at a budget of {C}")
-    if schedule.prompt:
+    if schedule.prompt and not own:
         most = tokens if tokens < prompt else min(C, prompt) + tokens - prompt
         each = min(most, C) if schedule.then == "step" and tokens >= prompt else most
         held = sum(map(len, heads))

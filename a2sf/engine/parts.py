@@ -15,9 +15,11 @@ from torch import Tensor
 from a2sf.engine.levels import empty_state, traced
 from a2sf.engine.priorities import Numbers, mass, of_rule, pooled, smallest, smallest_of_all_heads, unprotected
 from a2sf.engine.state import Attended, EvictionState, Options, Segments
+from a2sf.errors import ConfigError
 from a2sf.policies.base import UNLIMITED
 from a2sf.policies.rule import ACCUMULATED, Rule, Step
 from a2sf.policies.schedule import STEP
+from a2sf.policies.slots import head_slots
 
 Run = Callable[[Tensor, Tensor, Tensor, Segments, Options, EvictionState | None], Attended]
 
@@ -32,20 +34,68 @@ def by_heads(
     state: EvictionState | None,
 ) -> Attended:
     """The heads that keep everything, and the others by the rest of their rule."""
-    K, group = key.shape[1], query.shape[1] // key.shape[1]
-    whole = torch.zeros(K, dtype=torch.bool)
+    whole = torch.zeros(key.shape[1], dtype=torch.bool)
     whole[list(segments.rule.whole)] = True
     everything = replace(
         segments, budget=torch.full_like(segments.budget, UNLIMITED), rule=ACCUMULATED, schedule=STEP, prompt=None
     )
-    parts = []
-    for heads, of_part in ((whole, everything), (~whole, replace(segments, rule=replace(segments.rule, whole=())))):
-        if bool(heads.any()):
-            kv, q = heads.nonzero()[:, 0], heads.repeat_interleave(group).nonzero()[:, 0]
-            before = None if state is None else state.heads(kv)
-            parts.append((kv, q, run(query[:, q], key[:, kv], value[:, kv], of_part, options, before)))
-    kv_back, q_back = torch.cat([kv for kv, _, _ in parts]).argsort(), torch.cat([q for _, q, _ in parts]).argsort()
-    ran = [attended for _, _, attended in parts]
+    others = replace(segments, rule=replace(segments.rule, whole=()))
+    parts = [(heads.nonzero()[:, 0], part) for heads, part in ((whole, everything), (~whole, others)) if heads.any()]
+    return _together(run, parts, query, key, value, options, state)
+
+
+def by_numbers(
+    run: Run,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    options: Options,
+    state: EvictionState | None,
+) -> Attended:
+    """Heads with numbers of their own (`Rule.heads`), those that have the same ones together.
+
+    Raises:
+        ConfigError: if the rule is for another number of key/value heads.
+    """
+    rule, K = segments.rule, key.shape[1]
+    if len(rule.heads) != K:
+        raise ConfigError("policy", f"{len(rule.heads)} heads", f"the layer has {K} key/value heads")
+    known = segments.__dict__.get("_by_numbers")
+    if known is None:
+        slots = torch.tensor([head_slots(rule.heads, C) for C in segments.budget.tolist()]).view(-1, K, 3)
+        alike: dict[object, list[int]] = {}
+        for h, head in enumerate(rule.heads):
+            alike.setdefault((head.forgetting_factor, head.by_age, slots[:, h].numpy().tobytes()), []).append(h)
+        known = []
+        for at in alike.values():
+            budget, recent, sinks = slots[:, at[0]].clone().unbind(1)
+            factor = torch.full_like(segments.forgetting_factor, rule.heads[at[0]].forgetting_factor)
+            plain = replace(rule, heads=(), by_age=rule.heads[at[0]].by_age)
+            own = replace(segments, budget=budget, recent=recent, sinks=sinks, forgetting_factor=factor, rule=plain)
+            known.append((torch.tensor(at), own))
+        object.__setattr__(segments, "_by_numbers", known)  # the same for all layers that retain alike
+    return _together(run, known, query, key, value, options, state)
+
+
+def _together(
+    run: Run,
+    parts: list[tuple[Tensor, Segments]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: Options,
+    state: EvictionState | None,
+) -> Attended:
+    """Key/value heads int64 [n], each with segments of their own, as one layer; every head is in one part."""
+    group = query.shape[1] // key.shape[1]
+    done = []
+    for kv, segments in parts:
+        q = (kv[:, None] * group + torch.arange(group)).flatten()
+        before = None if state is None else state.heads(kv)
+        done.append((kv, q, run(query[:, q], key[:, kv], value[:, kv], segments, options, before)))
+    kv_back, q_back = torch.cat([kv for kv, _, _ in done]).argsort(), torch.cat([q for _, q, _ in done]).argsort()
+    ran = [attended for _, _, attended in done]
     output = torch.cat([a.output for a in ran], 1)[:, q_back]
     final = None
     if options.return_state:
@@ -59,7 +109,7 @@ def by_heads(
     evicted = torch.cat([a.evicted for a in ran if a.evicted is not None], 1)[:, kv_back]
     cuts = [
         torch.stack([c[:, 0], kv.to(c.device)[c[:, 1]], *c[:, 2:].T], 1)
-        for kv, _, a in parts
+        for kv, _, a in done
         if (c := a.cuts) is not None
     ]
     return Attended(output, final, evicted, torch.cat(cuts))

@@ -6,9 +6,12 @@ A sequence is what its layers keep of it (`Retention`), the schedule, and the nu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from a2sf.policies.base import UNLIMITED, Retention
+from a2sf.policies.rule import ACCUMULATED
 from a2sf.policies.schedule import Schedule
+from a2sf.policies.slots import head_slots
 
 
 def untouched(kept: Sequence[Retention], schedule: Schedule, prompt: int, kv_heads: int | None = None) -> int:
@@ -19,7 +22,7 @@ def untouched(kept: Sequence[Retention], schedule: Schedule, prompt: int, kv_hea
     Args:
         kv_heads: KV heads of a layer, for policies that name heads which keep everything; None: not known.
     """
-    budgets = [r.budget for r in kept if kv_heads is None or len(r.rule.whole) < kv_heads]
+    budgets = [min(_budgets(r)) for r in kept if kv_heads is None or len(r.rule.whole) < kv_heads]
     budget = min(budgets, default=UNLIMITED)
     if budget >= UNLIMITED:
         return UNLIMITED
@@ -53,6 +56,9 @@ def pruned_scores(scored: int, clean: int, prompt: int) -> int:
 
 def held(kept: Retention, schedule: Schedule, total: int, prompt: int, kv_heads: int | None = None) -> float:
     """Tokens that a layer has cached after `total` tokens, mean over its KV heads."""
+    if kept.rule.heads:
+        each = [replace(kept, budget=C, recent=0, sinks=0, rule=ACCUMULATED) for C in _budgets(kept)]
+        return sum(held(head, schedule, total, prompt) for head in each) / len(each)
     C = kept.budget
     if schedule.when == "every":
         cached = total if total < C + schedule.every else C + (total - C) % schedule.every
@@ -62,3 +68,8 @@ def held(kept: Retention, schedule: Schedule, total: int, prompt: int, kv_heads:
         cached = min(C, total)
     whole = len(kept.rule.whole) / kv_heads if kv_heads else 0.0
     return cached + whole * (total - cached)
+
+
+def _budgets(kept: Retention) -> list[int]:
+    """The budget of each KV head that has one of its own, or of all."""
+    return [C for C, _, _ in head_slots(kept.rule.heads, kept.budget)] if kept.rule.heads else [kept.budget]

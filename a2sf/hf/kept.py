@@ -14,6 +14,7 @@ from a2sf.errors import UserError
 from a2sf.policies.base import UNLIMITED, Retention
 from a2sf.policies.rule import ACCUMULATED, Rule
 from a2sf.policies.schedule import STEP, Schedule
+from a2sf.policies.slots import head_slots
 
 
 class Kept:
@@ -120,13 +121,19 @@ class Kept:
             )
         held = (state.positions >= 0).sum(-1).cpu()
         held[:, list(self.ranked.whole)] = 0
-        most, seen = self.budget + self.schedule.spare, state.seen.cpu()
+        most, seen = self._largest() + self.schedule.spare, state.seen.cpu()
         if self.prompt is not None:
             later = (seen - self.prompt).clamp(min=0) if self.schedule.then == "keep" else 0
             most = torch.where(seen < self.prompt, held.amax(-1), most + later)
         fits = held.sum(-1) <= most * held.shape[1] if self.across_heads else held.amax(-1) <= most
         if not bool(fits.all()):
             raise UserError("a state holds more tokens than this cache's budget; make a cache with the state's budget")
+
+    def _largest(self) -> Tensor:
+        """The budget of each row, int64 [B]; of its largest head, where heads have numbers of their own."""
+        if not self.ranked.heads:
+            return self.budget
+        return torch.tensor([max(C for C, _, _ in head_slots(self.ranked.heads, n)) for n in self.budget.tolist()])
 
     def _ranked_by(self, rule: Rule, schedule: Schedule) -> Kept:
         prompt = None if self.prompt is None else self.prompt.tolist()

@@ -94,6 +94,25 @@ class Cut:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Head:
+    """What one key/value head of a layer keeps, where heads have numbers of their own.
+
+    Attributes:
+        share: its part of the layer's slots, relative to the other heads' (see `head_slots`).
+        forgetting_factor: `a`.
+        recent_share: share of its own budget that the newest tokens take, rounded down.
+        sinks: how many of the first tokens it never evicts; they come before recent ones.
+        by_age: as in `Rule`.
+    """
+
+    share: float = 1.0
+    forgetting_factor: float = 1.0
+    recent_share: float = 0.0
+    sinks: int = 0
+    by_age: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rule:
     """How a step makes priorities. The default is accumulated attention, `A`.
 
@@ -105,12 +124,15 @@ class Rule:
         shared: one kept set for the layer: priorities are averaged over its key/value heads.
         cut: for rules that look at the end of a prompt.
         whole: key/value heads that keep everything.
+        heads: one entry for each key/value head of the layer, where they have numbers of their own: these take the place of
+            the retention's `recent`, `sinks`, `forgetting_factor` and of `by_age`; the layer's slots are as many as before.
         own: priorities by a function instead; `weight`, `bias` and `by_age` are not used.
         memory: numbers that `own` keeps per token, `M`.
         foresee: only where a policy is not causal: what it knows of each token beforehand, a `Sequence` to [B, K, T, M].
 
     Raises:
-        ValueError: if some heads are to keep everything, and all heads one set or slots of each other.
+        ValueError: if some heads are to keep everything, and all heads one set or slots of each other; or if heads have
+            numbers of their own and are to share or shift something, or are ranked by a function.
     """
 
     scored: bool = True
@@ -121,6 +143,7 @@ class Rule:
     bias: Fixed | None = None
     cut: Cut | None = None
     whole: tuple[int, ...] = ()
+    heads: tuple[Head, ...] = ()
     own: Own | None = None
     memory: int = 0
     foresee: Callable[[Sequence], Tensor] | None = None
@@ -129,6 +152,10 @@ class Rule:
         if self.whole and (self.shared or (self.cut is not None and self.cut.floor is not None)):
             raise ValueError(
                 "heads that keep everything (whole) neither share a kept set nor give slots to other heads"
+            )
+        if self.heads and (self.shared or self.whole or self.by_age or self.cut is not None or self.own is not None):
+            raise ValueError(
+                "heads with numbers of their own (heads) go with neither shared, whole, by_age, cut nor own"
             )
 
 

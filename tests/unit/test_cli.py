@@ -124,7 +124,7 @@ def test_the_readme_has_every_policy_with_its_settings_and_schedules():
         if (found := re.match(r"\| `(\w+)`(?: \(([^)]*)\))? \|", line)) is not None:
             rows[found[1]] = (found[2], [c.strip() for c in line.strip("|").split("|")])
     assert set(rows) == set(built_in())
-    assert len(rows) == 16
+    assert len(rows) == 17
     for name, cls in built_in().items():
         label, (_, _, settings, schedules, _) = rows[name]
         assert label in (None, cls.label), name
@@ -150,7 +150,7 @@ def test_every_policy_says_what_it_is():
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("a2sf ", "run tables reproduce pack unpack bench policies check doctor"),
+        ("a2sf ", "run tables reproduce calibrate heads pack unpack bench policies check doctor"),
         ("a2sf po", "policies"),
         ("a2sf tables r", ""),
     ],

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from a2sf.engine.eviction import reference
 from a2sf.engine.kernels.dense import attend_dense, serves
-from a2sf.engine.parts import by_heads, by_prompt
+from a2sf.engine.parts import by_heads, by_numbers, by_prompt
 from a2sf.engine.state import Attended, EvictionState, Options, Segments
 from a2sf.engine.stepwise import attend_torch
 from a2sf.errors import ConfigError, UserError
@@ -71,6 +71,8 @@ def attend(
     elif backend == "numba" and query.device.type != "cpu":
         raise ConfigError("backend", backend, f"numba serves tensors on the CPU, and these are {kind}; give auto")
 
+    if segments.rule.heads:
+        return by_numbers(partial(attend, backend=asked), query, key, value, segments, options, state)
     compiled = backend in ("numba", "triton") and segments.rule.own is None
     if compiled and segments.rule.whole:
         return by_heads(partial(attend, backend=asked), query, key, value, segments, options, state)
@@ -103,7 +105,7 @@ def compiled_after(segments: Segments) -> bool:
 
 def knows(rule: Rule) -> bool:
     """Whether the compiled kernels, of the CPU and of GPUs, run a rule token by token."""
-    return rule.own is None and rule.cut is None and not rule.whole
+    return rule.own is None and rule.cut is None and not rule.whole and not rule.heads
 
 
 def _choose(query: Tensor) -> str:

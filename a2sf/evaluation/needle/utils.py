@@ -30,7 +30,7 @@ SYLLABLES = "ba be da do fa ga ka ki la lo ma mi na no pa ra ri sa so ta ti va v
 
 
 def documents(
-    seed: int = 0,
+    seed: int | str = 0,
     per_cell: int = 10,
     lengths: Any = LENGTHS,
     depths: Any = DEPTHS,

