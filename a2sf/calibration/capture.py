@@ -63,7 +63,7 @@ def look(model: PreTrainedModel, ids: Sequence[int], see: Callable[[Layer], None
     Raises:
         UnsupportedModel: if the model cannot be looked at so.
     """
-    with torch.inference_mode(), attached(model), running(Look(layers_of(model), see)):  # type: ignore[arg-type]
+    with torch.inference_mode(), attached(model), running(Look(layers_of(model), see)):
         index = torch.arange(len(ids) - last, len(ids), device=model.device)
         return logits_at(model, index, input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)[0]
 
