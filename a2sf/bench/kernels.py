@@ -1,4 +1,4 @@
-"""The eviction kernel against full attention, and against the per-token tensor loop of published code."""
+"""The eviction kernel against full attention and the per-token loop of published code, and policies against A2SF."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ from a2sf.engine.eviction import Options
 from a2sf.engine.functional import evicting_attention
 from a2sf.engine.kernels import attend
 from a2sf.hf.attention import Plan
-from a2sf.policies.base import Retention
+from a2sf.policies.a2sf import A2SF
+from a2sf.policies.base import Policy
+from a2sf.policies.make import make_policy
 
 RATIO, FACTOR = 0.2, 0.2
+COMPARED = ("mean_attention", "vatp", "key_norm", "random", "tova")
+"""Policies whose compiled step is set against A2SF's."""
+OWN = "keydiff"
+"""A policy with a rule of its own, which plain torch runs."""
 TARGETS = {
     "loop_over_kernel_T100": "≥ 12",
     "loop_over_kernel_T1024": "≥ 20",
@@ -25,6 +31,9 @@ TARGETS = {
     "kernel_over_sdpa_T1024": "≤ 1.0",
     "kernel_over_sdpa_T4096": "≤ 0.7",
     "time_per_token_16k_over_1k": "≤ 1.10",
+    # A2SF's time over the policy's: at 0.77 the policy takes 1.3 times as long
+    **{f"a2sf_over_{name}": "≥ 0.77" for name in COMPARED},
+    "own_rule_over_loop_T1024": "≤ 1.0",
 }
 
 
@@ -37,14 +46,7 @@ def measure(figures: Figures, repeats: int) -> None:
         budget = int(RATIO * length)
         many = {"T100": 60, "T1024": 30, "T4096": 8}[name]
 
-        # as in a model: the same rows in every layer, no state wanted
-        plan = Plan.of_rows(
-            [length] * rows, [0] * rows, lambda s, i, b=budget: Retention(budget=b, forgetting_factor=FACTOR), 1
-        )
-        segments = plan.segments(0, None)
-
-        def kernel(q=q, k=k, v=v, segments=segments):
-            return attend(q, k, v, segments, Options(scale=64**-0.5))
+        kernel = _call(q, k, v, budget, A2SF(forgetting_factor=FACTOR))
 
         def sdpa(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -62,6 +64,37 @@ def measure(figures: Figures, repeats: int) -> None:
 
     seconds, _ = alternately(9, short=of_length(1024), long=of_length(16384))
     ratios["time_per_token_16k_over_1k"] = (seconds["long"] / 16) / seconds["short"]
+    _policies(figures)
+    _own_rule(figures, repeats)
+
+
+def _policies(figures: Figures) -> None:
+    """A2SF's time over other policies': one sequence of 1,024 tokens."""
+    qkv, budget = tensors(1, 9, 3, 1024), int(RATIO * 1024)
+    policies = {"a2sf": A2SF(forgetting_factor=FACTOR)} | {name: make_policy(name) for name in COMPARED}
+    calls = {name: _call(*qkv, budget, policy) for name, policy in policies.items()}
+    seconds, _ = alternately(30, warm=True, **calls)
+    for name in COMPARED:
+        figures.ratios[f"a2sf_over_{name}"] = seconds["a2sf"] / seconds[name]
+    figures.details["milliseconds_policies_T1024"] = {n: 1000 * s for n, s in seconds.items()}
+
+
+def _own_rule(figures: Figures, repeats: int) -> None:
+    """The torch path with a rule of a policy's own over the loop, 16 rows of 1,024 tokens; the loop evicts by query head."""
+    q, k, v = tensors(16, 9, 3, 1024)
+    budget = int(RATIO * 1024)
+    own, loop = _call(q, k, v, budget, make_policy(OWN)), functools.partial(per_token_loop, q, k, v, budget, FACTOR)
+    seconds, _ = alternately(repeats, own=own, loop=loop)
+    figures.ratios["own_rule_over_loop_T1024"] = seconds["own"] / seconds["loop"]
+    figures.details["milliseconds_own_rule_T1024"] = {n: 1000 * s for n, s in seconds.items()}
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, budget: int, policy: Policy) -> Callable[[], Any]:
+    """Attention as in a model: the same rows in every layer, no state wanted."""
+    rows, length = q.shape[0], q.shape[2]
+    plan = Plan.of_rows([length] * rows, [0] * rows, lambda segment, layer: policy.keeps(budget, layer), 1)
+    segments = plan.segments(0, None)
+    return lambda: attend(q, k, v, segments, Options(scale=q.shape[-1] ** -0.5))
 
 
 def tensors(rows: int, heads: int, kv_heads: int, length: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from a2sf.engine.kernels import attend, dense
 from a2sf.engine.kernels.cpu import SlotCache
 from a2sf.errors import ConfigError
 from a2sf.policies.base import UNLIMITED
+from a2sf.policies.rule import Rule
 
 VECTORS = sorted((Path(__file__).parent.parent / "vectors").glob("*.npz"))
 
@@ -134,6 +136,24 @@ def test_scores_are_kept_for_descendants_only_where_they_decide_and_the_result_i
     got = attend(q, k, v, s, options, backend="numba")
     assert_same(got, reference(q.double(), k.double(), v.double(), s, options))
     assert got.state is None
+
+
+@pytest.mark.parametrize("rule", [Rule(), Rule(by_age=True), Rule(shared=True)], ids=["scores", "ranks", "shared"])
+def test_evictions_are_the_same_whether_they_are_told_or_not(rule: Rule) -> None:
+    """Also among equals, where the oldest goes: the kernel looks at positions only then, or where they are told."""
+    q, k, v = tensors(2, 4, 2, 90, 16, 16)
+    q[0] = 0
+    s = replace(segments([(b, 0, 90, -1, 20, 0, 0, 0.0) for b in range(2)]), rule=rule)
+    told, silent = (
+        attend(q, k, v, s, Options(0.25, return_state=True, trace=trace), backend="numba") for trace in (True, False)
+    )
+    assert_same(told, reference(q.double(), k.double(), v.double(), s, Options(0.25, return_state=True, trace=True)))
+    assert told.evicted is not None
+    assert told.evicted[0, 0, 20:].tolist() == list(range(70))
+    assert silent.output.equal(told.output)
+    assert silent.state is not None
+    assert told.state is not None
+    assert silent.state.positions.equal(told.state.positions)
 
 
 def test_states_are_handed_on() -> None:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from a2sf.engine.kernels import cpu_run
+from a2sf.engine.kernels.cpu_memory import allocate, make_scratch
 from a2sf.engine.kernels.cpu_run import Given, Program
-from a2sf.engine.kernels.cpu_simd import LANES, TILE_ROWS
-from a2sf.engine.kernels.cpu_state import Call, Scratch, Shape, Store
+from a2sf.engine.kernels.cpu_simd import LANES
+from a2sf.engine.kernels.cpu_state import COUNT, SEEN, Call, Scratch, Shape, Store
 from a2sf.engine.kernels.cpu_threads import in_threads
 from a2sf.engine.levels import traced
 from a2sf.engine.state import Attended, EvictionState, Options, Segments
@@ -60,8 +61,8 @@ def attend_cpu(
     hand_over = threads > 1 and items < ITEMS_PER_THREAD * threads
     quota = max(plan.block, int(plan.tokens * _items(shape) / threads / 16)) if hand_over else 0
     heads = K if shape.shared else 1
-    states = _allocate((items if hand_over else threads) * plan.buffers * heads, shape)
-    _run(threads, quota, plan, shape, call, states, given, final)
+    states = allocate((items if hand_over else threads) * plan.buffers * heads, shape)
+    _run(threads, quota, plan, shape, call, states, make_scratch(threads, shape), given, final)
     if final_state is not None:
         final_state = _in_order(final_state)
     output = output.transpose(1, 2).to(query.dtype)
@@ -99,11 +100,12 @@ class SlotCache:
         self.rule = rule
         room = slots + 1 if slots >= 128 else -(-(slots + 1) // LANES) * LANES  # of few slots, some more do not matter
         self._shape = Shape(heads, group, D, V, -(-room // LANES) * LANES, room, LARGEST_BLOCK, spare, **_asked(rule))
-        self._states = _allocate(rows * heads, self._shape)
+        self._states = allocate(rows * heads, self._shape)
+        self._scratch, self._scratch_of = make_scratch(1, self._shape._replace(block=1)), (1, 1)
 
     @property
     def rows(self) -> int:
-        return self._states.count.size // self._shape.heads
+        return len(self._states.counters) // self._shape.heads
 
     @property
     def nbytes(self) -> int:
@@ -112,7 +114,7 @@ class SlotCache:
     @property
     def seen(self) -> Tensor:
         """Tokens read so far, int64 [B]."""
-        return torch.from_numpy(self._states.seen.reshape(self.rows, -1)[:, 0].copy())
+        return torch.from_numpy(self._states.counters[:: self._shape.heads, SEEN].copy())
 
     def attend(
         self,
@@ -136,7 +138,7 @@ class SlotCache:
         room = self._shape.room
         length, limit = (np.broadcast_to(np.asarray(x), B) for x in (T if lengths is None else lengths, budget))
         limit = limit + self._shape.spare
-        after = self._states.count[:: self._shape.heads] + length
+        after = self._states.counters[:: self._shape.heads, COUNT] + length
         need = np.minimum(after, limit + 1)
         if need.max() > room:
             raise ValueError(f"a row needs {need.max()} slots and the cache has {room}")
@@ -151,7 +153,7 @@ class SlotCache:
 
     def state(self) -> EvictionState:
         """What is cached, in canonical form."""
-        shape, most = self._shape, max(1, int(self._states.count.max(initial=0)))
+        shape, most = self._shape, max(1, int(self._states.counters[:, COUNT].max(initial=0)))
         state = _empty_state(self.rows, shape.heads, most, shape.D, shape.V)
         self._run(0, 0, final=_canonical(state))
         return _in_order(state)
@@ -165,7 +167,9 @@ class SlotCache:
     def reorder(self, rows: Tensor) -> None:
         """Keep `rows` in that order; a row may be taken several times (beam search)."""
         pick, B = rows.numpy(), self.rows
-        self._states = Store(*(x.reshape(B, x.size // B)[pick].reshape(-1) for x in self._states))
+        before, self._states = self._states, allocate(len(pick) * self._shape.heads, self._shape)
+        for new, old in zip(self._states, before, strict=True):
+            new.reshape(-1)[:] = old.reshape(B, old.size // B)[pick].reshape(-1)
 
     def _run(
         self,
@@ -190,17 +194,11 @@ class SlotCache:
         plan = _Plan(Program(np.arange(B + 1), steps, factors), left, int(left.sum()), shape.slots, block, 1, 0)
         # a quota, so that every item has states of its own; large enough to run it in one go
         quota = int(left.max(initial=1))
-        threads = _threads(plan, shape)
-        _run(
-            threads,
-            quota,
-            plan,
-            shape._replace(block=block),
-            call or _NO_CALL,
-            self._states,
-            given or _NONE,
-            final or _NONE,
-        )
+        threads, shape = _threads(plan, shape), shape._replace(block=block)
+        if self._scratch_of != (threads, block):  # kept, because a step of one token takes less time than making it
+            self._scratch, self._scratch_of = make_scratch(threads, shape), (threads, block)
+        given, final = given or _NONE, final or _NONE
+        _run(threads, quota, plan, shape, call or _NO_CALL, self._states, self._scratch, given, final)
 
 
 def _threads(plan: _Plan, shape: Shape) -> int:
@@ -214,14 +212,16 @@ def _items(shape: Shape) -> int:
 
 
 def _run(
-    threads: int, quota: int, plan: _Plan, shape: Shape, call: Call, states: Store, given: Given, final: Given
+    threads: int,
+    quota: int,
+    plan: _Plan,
+    shape: Shape,
+    call: Call,
+    states: Store,
+    scratch: Scratch,
+    given: Given,
+    final: Given,
 ) -> None:
-    parts = threads * (shape.heads if shape.shared else 1)
-    rows = -(-plan.block * shape.group // TILE_ROWS) * TILE_ROWS * parts
-    sizes = (shape.D, shape.slots + LANES, -(-shape.V // LANES) * LANES, 1)
-    query, weights, attended, inverse = (np.empty(rows * n, np.float32) for n in sizes)
-    fresh, ranks = np.empty(parts * plan.block, np.int64), np.empty(threads * sizes[1], np.int32)
-    scratch = Scratch(query, weights, attended, inverse, fresh, ranks, np.empty(threads * sizes[1], np.float32))
     left = np.repeat(plan.left, _items(shape))
     at = np.zeros((left.size, 2), np.int64)
     at[:, 0] = np.repeat(plan.program.first[:-1], _items(shape))
@@ -290,28 +290,6 @@ def _flat(x: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
         x = x.contiguous()
     span = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
     return x.as_strided((span,), (1,)).numpy(), x.stride()[:3]
-
-
-def _allocate(states: int, shape: Shape) -> Store:
-    """Memory for `states` states, empty."""
-    width = -(-shape.V // LANES) * LANES
-    n = states * shape.slots
-    terms, weights, biases = (
-        np.empty(n if used else 0, np.float32) for used in (shape.by_age, shape.weighted, shape.biased)
-    )
-    return Store(
-        keys=np.empty(n * shape.D, np.float32),
-        values=np.empty(states * shape.room * width, np.float32),
-        scores=np.empty(n, np.float32),
-        terms=terms,
-        weights=weights,
-        biases=biases,
-        positions=np.empty(n, np.int32),
-        count=np.zeros(states, np.int64),
-        used=np.zeros(states, np.int64),
-        seen=np.zeros(states, np.int64),
-        tainted=np.zeros(states, np.int64),
-    )
 
 
 def _empty_state(rows: int, K: int, slots: int, D: int, V: int) -> EvictionState:

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from a2sf.engine.kernels.cpu_simd import LANES, give, load, store, take
-from a2sf.engine.kernels.cpu_state import OPTIONS, add_panel, inner, padded
+from a2sf.engine.kernels.cpu_state import COUNT, OPTIONS, SEEN, TAINTED, USED, add_panel, inner, padded
 from a2sf.engine.kernels.cpu_step import block, block_together
 
 
@@ -42,12 +42,12 @@ class Given(NamedTuple):
 
 @inner
 def _begin(states, s):
-    states.count[s] = states.used[s] = states.seen[s] = states.tainted[s] = 0
+    states.counters[s, COUNT] = states.counters[s, USED] = states.counters[s, SEEN] = states.counters[s, TAINTED] = 0
 
 
 @inner
 def _copy(states, source, target, shape):
-    n, width = states.used[source] * LANES, padded(shape.V)
+    n, width = states.counters[source, USED] * LANES, padded(shape.V)
     a, b = source * shape.slots, target * shape.slots
     for i in range(0, n * shape.D, LANES):
         store(states.keys, b * shape.D + i, load(states.keys, a * shape.D + i))
@@ -63,8 +63,8 @@ def _copy(states, source, target, shape):
         if shape.biased:
             store(states.biases, b + i, load(states.biases, a + i))
         store(states.positions, b + i, load(states.positions, a + i))
-    states.count[target], states.used[target] = states.count[source], states.used[source]
-    states.seen[target], states.tainted[target] = states.seen[source], states.tainted[source]
+    for column in range(states.counters.shape[1]):
+        states.counters[target, column] = states.counters[source, column]
 
 
 @inner
@@ -99,16 +99,16 @@ def _import(states, s, shape, given, row, head, factor):
             clean &= np.isfinite(x)
             states.values[(s * shape.room + i) * width + v] = x
         if not clean:
-            states.tainted[s] = 1
-        states.count[s] += 1
-    states.seen[s] = given.seen[row]
+            states.counters[s, TAINTED] = 1
+        states.counters[s, COUNT] += 1
+    states.counters[s, SEEN] = given.seen[row]
 
 
 @inner
 def _export(states, s, shape, final, row, head):
     """Write state `s` to a canonical state whose slots are in no order yet; empty ones come last."""
     D, V, width, i = shape.D, shape.V, padded(shape.V), 0
-    for slot in range(states.used[s] * LANES):
+    for slot in range(states.counters[s, USED] * LANES):
         at = s * shape.slots + slot
         if states.positions[at] < 0:
             continue
@@ -119,7 +119,7 @@ def _export(states, s, shape, final, row, head):
         for v in range(V):
             final.values[row, head, i, v] = states.values[(s * shape.room + slot) * width + v]
         i += 1
-    final.seen[row] = states.seen[s]
+    final.seen[row] = states.counters[s, SEEN]
 
 
 @inner
@@ -130,9 +130,10 @@ def _advance(program, shape, call, states, scratch, given, final, thread, item, 
     """
     heads = shape.heads if shape.shared else 1
     tree, head = (item, 0) if shape.shared else (item // shape.heads, item % shape.heads)
-    while at[item, 0] < program.first[tree + 1] and quota > 0:
-        i = at[item, 0]
-        step, factor, done = program.steps[i], program.factor[i], at[item, 1]
+    # what other threads' numbers lie beside is written once, at the end
+    i, done, rest = at[item, 0], at[item, 1], left[item]
+    while i < program.first[tree + 1] and quota > 0:
+        step, factor = program.steps[i], program.factor[i]
         s = base + step[TARGET]
         for h in range(heads):
             of_head = s + h * buffers
@@ -144,31 +145,28 @@ def _advance(program, shape, call, states, scratch, given, final, thread, item, 
                 _import(states, of_head, shape, given, GIVEN - step[SOURCE], head + h, factor)
             elif step[SOURCE] != step[TARGET]:
                 _copy(states, base + step[SOURCE] + h * buffers, of_head, shape)
+        w = 0
         if done < step[LENGTH] and shape.shared:
             w = block_together(
                 states, s, buffers, shape, call, scratch, thread, step[ROW], step[START] + done,
                 min(step[BLOCK], step[LENGTH] - done), step[BUDGET], step[RECENT], step[SINKS], factor, step[SCORED] != 0,
             )  # fmt: skip
-            done += w
-            quota -= w
-            left[item] -= w
         elif done < step[LENGTH]:
             w = block(
                 states, s, shape, call, scratch, thread, head, step[ROW], step[START] + done,
                 min(step[BLOCK], step[LENGTH] - done), step[BUDGET], step[RECENT], step[SINKS], factor, step[SCORED] != 0,
             )  # fmt: skip
-            done += w
-            quota -= w
-            left[item] -= w
-        if done < step[LENGTH]:
-            at[item, 1] = done
-        else:
+        done += w
+        quota -= w
+        rest -= w
+        if done == step[LENGTH]:
             if final.seen.size:
                 for h in range(heads):
                     _export(states, s + h * buffers, shape, final, step[SEGMENT], head + h)
-            at[item, 0] += 1
-            at[item, 1] = 0
-            left[item] -= 1
+            i += 1
+            done = 0
+            rest -= 1
+    at[item, 0], at[item, 1], left[item] = i, done, rest
 
 
 def _kept_on_disk(function: Any) -> Any:

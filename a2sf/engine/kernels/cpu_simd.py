@@ -93,6 +93,15 @@ def _exp2(builder: Any, x: Any) -> Any:
     return builder.select(invalid, x, builder.select(tiny, _constant(0.0), scaled))
 
 
+def _largest(builder: Any, x: Any) -> Any:
+    half = LANES // 2
+    while half:
+        other = builder.shuffle_vector(x, x, ir.Constant(_INTS, [(i + half) % LANES for i in range(LANES)]))
+        x = builder.select(builder.fcmp_ordered(">", x, other), x, other)
+        half //= 2
+    return builder.extract_element(x, ir.Constant(_INT, 0))
+
+
 def _in_order(builder: Any, x: Any) -> Any:
     whole = builder.bitcast(builder.fadd(x, _constant(0.0)), _INTS)
     sign = builder.ashr(whole, _constant(31))
@@ -122,13 +131,13 @@ equal = _operation(mask, lambda b, x, y: b.icmp_signed("==", x, y))
 both = _operation(mask, lambda b, x, y: b.and_(x, y))
 where = _operation(floats, lambda b, m, x, y: b.select(m, x, y))
 where_int = _operation(ints, lambda b, m, x, y: b.select(m, x, y))
-as_ints = _operation(ints, lambda b, x: b.bitcast(x, _INTS))
-"""The bits of floats; for numbers >= 0 they are in the floats' order."""
 in_order = _operation(ints, _in_order)
 """Integers in the order of any floats; 0 and -0 are one, NaN without a sign is the largest."""
 not_less = _operation(mask, lambda b, x, y: b.fcmp_ordered(">=", x, y))
 bits = _operation(types.int64, _bits_mask)
 """Lane i of a mask as bit i."""
+ones = _operation(types.int64, lambda b, x: _call(b, "llvm.ctpop.i64", _LONG, x))
+"""How many bits are 1."""
 lowest_bit = _operation(types.int64, lambda b, x: _call(b, "llvm.cttz.i64", _LONG, x, ir.Constant(ir.IntType(1), 0)))
 total = _operation(
     types.float32,
@@ -141,8 +150,18 @@ total = _operation(
         fastmath=("reassoc",),
     ),
 )
-largest = _operation(types.float32, lambda b, x: _call(b, f"llvm.vector.reduce.fmax.v{LANES}f32", _FLOAT, x))
+largest = _operation(types.float32, _largest)
+"""The largest lane; none may be NaN, which would take twice the instructions."""
 smallest_int = _operation(types.int32, lambda b, x: _call(b, f"llvm.vector.reduce.smin.v{LANES}i32", _INT, x))
+
+
+def _hidden(builder: Any, x: Any) -> Any:
+    """The integer x, and LLVM does not know that it is."""
+    return builder.asm(ir.FunctionType(_LONG, [_LONG]), "", "=r,0", [x], False)
+
+
+after = _operation(types.int64, lambda b, at: _hidden(b, b.add(at, ir.Constant(_LONG, LANES))))
+"""at + 16, hidden: LLVM would unroll loops eight times that are over two to four vectors in the common case."""
 
 
 def _address(context: Any, builder: Any, kind: Any, array: Any, at: Any) -> Any:
@@ -172,14 +191,34 @@ def load(typingctx: Any, array: Any, at: Any) -> Any:
 
 
 @_function
-def store(typingctx: Any, array: Any, at: Any, x: Any) -> Any:
-    """array[at : at + 16] = x."""
+def load_bits(typingctx: Any, array: Any, at: Any) -> Any:
+    """The bits of array[at : at + 16] as integers."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _store_to(builder, _address(context, builder, signature.args[0], args[0], args[1]), args[2])
-        return context.get_dummy_value()
+        return _load_from(builder, _address(context, builder, signature.args[0], args[0], args[1]), _INTS)
 
-    return types.void(array, types.intp, x), codegen
+    return ints(array, types.intp), codegen
+
+
+def _store(hidden: bool) -> Any:
+    @_function
+    def store(typingctx: Any, array: Any, at: Any, x: Any) -> Any:
+        """array[at : at + 16] = x."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            at = _hidden(builder, args[1]) if hidden else args[1]
+            _store_to(builder, _address(context, builder, signature.args[0], args[0], at), args[2])
+            return context.get_dummy_value()
+
+        return types.void(array, types.intp, x), codegen
+
+    return store
+
+
+store = _store(hidden=False)
+store_all = _store(hidden=True)
+"""As `store`, where x chooses between what is there and something else. LLVM would store the chosen lanes alone, and a
+processor cannot hand such a store on to the next load: each step would wait for the memory twice."""
 
 
 @_function
@@ -195,6 +234,47 @@ def scatter(typingctx: Any, source: Any, source_at: Any, target: Any, target_at:
         return context.get_dummy_value()
 
     return types.void(source, types.intp, target, types.intp), codegen
+
+
+def _shuffles(pattern: Callable[[int], tuple[int, ...]], apart: int) -> tuple[list[int], list[int]]:
+    """Lanes of two vectors, taken in turns by `pattern` of each group of four, and those that are `apart` after them."""
+    first = [i for group in range(0, LANES, 4) for i in pattern(group)]
+    return first, [i + apart for i in first]
+
+
+_TRANSPOSITION = (
+    _shuffles(lambda g: (g, g + LANES, g + 1, g + LANES + 1), 2),
+    _shuffles(lambda g: (g, g + 1, g + LANES, g + LANES + 1), 2),
+    *2 * (_shuffles(lambda g: tuple(range(2 * g, 2 * g + 4)), 4),),
+)
+"""Step n pairs vectors that are 2^n apart. At the end vector i holds column i with its two lowest bits exchanged."""
+
+
+@_function
+def transpose(
+    typingctx: Any, source: Any, offsets: Any, offsets_at: Any, column: Any, target: Any, target_at: Any, lanes: Any
+) -> Any:
+    """target[target_at + 16 * c + r] = source[offsets[offsets_at + r] + column + c] for 16 c, and the r in `lanes`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source, offsets, offsets_at, column, target, target_at, lanes = args
+        kinds = signature.args
+        first = _address(context, builder, kinds[1], offsets, offsets_at)
+        rows = []
+        for r in range(LANES):
+            offset = builder.add(builder.load(builder.gep(first, [ir.Constant(_LONG, r)])), column)
+            rows.append(_load_from(builder, _address(context, builder, kinds[0], source, offset), _FLOATS))
+        for n, shuffles in enumerate(_TRANSPOSITION):
+            for i in (i for i in range(LANES) if not i >> n & 1):
+                j = i + (1 << n)
+                rows[i], rows[j] = (builder.shuffle_vector(rows[i], rows[j], ir.Constant(_INTS, s)) for s in shuffles)
+        for i, row in enumerate(rows):
+            c = (i & ~3) | (i & 1) << 1 | i >> 1 & 1
+            to = _address(context, builder, kinds[4], target, builder.add(target_at, ir.Constant(_LONG, LANES * c)))
+            _store_to(builder, to, builder.select(lanes, row, _load_from(builder, to, _FLOATS)))
+        return context.get_dummy_value()
+
+    return types.void(source, offsets, types.intp, types.intp, target, types.intp, lanes), codegen
 
 
 @_function
@@ -215,16 +295,18 @@ def prefetch(typingctx: Any, array: Any, at: Any) -> Any:
 TILE_ROWS = 4
 TILE_VECTORS = 4 if binding.get_host_cpu_features().get("avx512f") else 1
 """Accumulators of one tile are 4 rows of this many vectors: what fits the registers."""
+HIGH_VECTORS = TILE_VECTORS // 2
+"""Up to as many vectors, a tile may have twice the rows."""
 
 
-def _tile(vectors: int) -> Any:
+def _tile(vectors: int, height: int = TILE_ROWS) -> Any:
     @_function
     def tile(
         typingctx: Any,
         a: Any, a_at: Any, a_row: Any, b: Any, b_at: Any, b_row: Any, b_vector: Any,
         depth: Any, c: Any, c_at: Any, c_row: Any, fresh: Any,
     ) -> Any:  # fmt: skip
-        """C = A @ B, or C += A @ B unless fresh, for 4 rows and `vectors` vectors of columns, in registers.
+        """C = A @ B, or C += A @ B unless fresh, for `height` rows and `vectors` vectors of columns, in registers.
 
         A[r, k] is at a_at + r * a_row + k, vector j of B[k] at b_at + k * b_row + j * b_vector, vector j of C[r] at
         c_at + r * c_row + 16 * j; k runs over range(depth), depth >= 1.
@@ -238,7 +320,7 @@ def _tile(vectors: int) -> Any:
             def index(at: Any, step: Any, times: int) -> Any:
                 return builder.add(at, builder.mul(step, ir.Constant(step.type, times)))
 
-            rows, columns = range(TILE_ROWS), range(vectors)
+            rows, columns = range(height), range(vectors)
             c_to = [
                 [
                     _address(context, builder, kinds[8], c, index(index(c_at, c_row, r), ir.Constant(_LONG, LANES), j))
@@ -286,6 +368,8 @@ def _tile(vectors: int) -> Any:
 
 
 tile1, tile2, tile3, tile4 = (_tile(vectors) for vectors in (1, 2, 3, 4))
+# an addition is done some steps after it was begun, so narrow tiles are twice as high to have as many under way
+high1, high2 = (_tile(vectors, 2 * TILE_ROWS) for vectors in (1, 2))
 
 
 def _atomic(emit: Callable[..., Any]) -> Any:

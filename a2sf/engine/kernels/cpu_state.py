@@ -32,7 +32,7 @@ class Shape(NamedTuple):
 
 
 class Store(NamedTuple):
-    """States, flat. An empty slot has position -1; `used` panels have been touched since the state was empty."""
+    """States, flat. An empty slot has position -1."""
 
     keys: Any  # float32 [states, slots / 16, D, 16]
     values: Any  # float32 [states, room, V rounded up to 16]
@@ -41,10 +41,12 @@ class Store(NamedTuple):
     weights: Any  # float32 [states, slots], `m`
     biases: Any  # float32 [states, slots], `b`
     positions: Any  # int32 [states, slots]
-    count: Any  # int64 [states]
-    used: Any  # int64 [states]
-    seen: Any  # int64 [states]
-    tainted: Any  # int64 [states], 1 once a key or value was not finite
+    counters: Any  # int64 [states, 8], the columns named below; a cache line each, which no two threads write to
+
+
+COUNT, USED, SEEN, TAINTED = range(4)
+"""Columns of `Store.counters`: cached tokens, panels touched since the state was empty, tokens read, and 1 once a key or
+value was not finite."""
 
 
 class Scratch(NamedTuple):
@@ -53,8 +55,9 @@ class Scratch(NamedTuple):
     query: Any  # float32 [threads, rows, D]
     weights: Any  # float32 [threads, rows, slots + 16]
     output: Any  # float32 [threads, rows, V rounded up to 16]
-    inverse: Any  # float32 [threads, rows], 1 / softmax denominator
-    fresh: Any  # int64 [threads, block], the slots of the block's tokens
+    inverse: Any  # float32 [threads, rows rounded up to 16], 1 / softmax denominator
+    fresh: Any  # int64 [threads, block rounded up to 16], the slots of the block's tokens
+    keys: Any  # int64 [threads, 16], where the keys of a panel's slots come from
     ranks: Any  # int32 [threads, slots + 16], priorities as integers in their order
     sums: Any  # float32 [threads, slots + 16], priorities summed over heads
 
@@ -87,13 +90,13 @@ def padded(n):
 
 @inner
 def add_panel(states, s, shape):
-    width, slot = padded(shape.V), states.used[s] * LANES
+    width, slot = padded(shape.V), states.counters[s, USED] * LANES
     store(states.positions, s * shape.slots + slot, spread_int(I32(-1)))
     # weight 0 times an unset value must be 0
     at = s * shape.room
     for i in range((at + slot) * width, (at + min(slot + LANES, shape.room)) * width, LANES):
         store(states.values, i, spread(F32(0)))
-    states.used[s] += 1
+    states.counters[s, USED] += 1
 
 
 @inner
@@ -110,7 +113,7 @@ def free_slots(states, s, shape, wanted, fresh, fresh_at):
     """Write the numbers of `wanted` free slots to fresh[fresh_at:], lowest first, so that they are less than `room`."""
     found, panel = 0, 0
     while found < wanted:
-        if panel == states.used[s]:
+        if panel == states.counters[s, USED]:
             add_panel(states, s, shape)
         free = bits(at_least(spread_int(I32(-1)), load(states.positions, s * shape.slots + panel * LANES)))
         while free != 0 and found < wanted:
