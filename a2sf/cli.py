@@ -14,7 +14,7 @@ COMMANDS = {
     "run": ("a2sf.commands.run", "measure: one configuration, or a grid (-m, +sweep=PRESET)"),
     "tables": ("a2sf.commands.tables", "tables, plots and a report of finished sweeps"),
     "reproduce": ("a2sf.commands.reproduce", "the A2SF paper's claims, with a verdict each"),
-    "calibrate": ("a2sf.commands.calibrate", "settings that lose least on plain text, by layer or head, as a policy"),
+    "calibrate": ("a2sf.commands.calibrate", "settings that lose least on plain text, by layer or head"),
     "heads": ("a2sf.commands.heads", "which heads copy from far back, as a list for policy=heads"),
     "pack": ("a2sf.commands.archive:main_pack", "a sweep as one file to hand on, which tables reads in place"),
     "unpack": ("a2sf.commands.archive:main_unpack", "its cells again, from which a sweep goes on"),

@@ -80,7 +80,7 @@ def sentence(*overrides: str) -> str:
         (["policy=future", "tasks=[needle]"], ["policy=future", "later tokens", "needle generates text"]),
         (["forgetting_factor=1.2"], ["forgetting_factor=1.2", "0 to 1"]),
         (["forgetting_factor=[0.1,0.2]"], ["forgetting_factor=[0.1, 0.2]", "one factor per layer, 30", "has 2"]),
-        (["policy=h2oo"], ["policy=h2oo", "a2sf, adakv, full", "did you mean h2o"]),
+        (["policy=h2oo"], ["policy=h2oo", "a2sf, adakv, calibrated, full", "did you mean h2o"]),
         (["model=smollm2"], ["model=smollm2", "did you mean smollm2-135m"]),
         (["model.dtype=int8"], ["model.dtype=int8", "float32, bfloat16"]),
         (["model.device=cuda:7"], ["model.device=cuda:7", "no such GPU"]),
