@@ -85,6 +85,8 @@ def pack(items: Sequence[Item], *, max_tokens: int, max_items: int | None = None
         shared = _common(items[order[at - 1]].tokens, items[i].tokens) if row and items[i].certain else 0
         new = len(items[i].tokens) - (shared if shared >= SHARE_AT_LEAST else 0)
         room = max_tokens if shared < SHARE_AT_LEAST else 1.25 * max_tokens
+        if shared >= max_tokens and (once := _certain(items[order[at - 1]], items[i], shared)) >= max_tokens:
+            new, room = len(items[i].tokens) - once, once + room  # to read it once more would cost more than a row
         if row and (size + new > room or len(row) == max_items):
             yield _build(items, row)
             row, size = [], 0
@@ -139,6 +141,11 @@ def _grow(made: Pack, path_of: dict[int, list[int]], items: Sequence[Item], grou
             parts.setdefault((full, item.tokens[end]), []).append(i)
     for part in parts.values():
         _grow(made, path_of, items, part, path)
+
+
+def _certain(a: Item, b: Item, common: int) -> int:
+    """How many of the `common` first tokens of two sequences are computed once."""
+    return common if a.key == b.key else min(common, a.certain, b.certain)
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

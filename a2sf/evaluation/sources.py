@@ -39,6 +39,8 @@ class DataSpec:
         fewshot_split: where few-shot examples come from; None: what the task says, else validation.
         revision: branch, tag or commit of a hub dataset; None: what the task says, else main.
         content: what identifies the documents, where it is settled already (`tasks.pin`).
+        task_args: what goes into the task's metadata, from which its code makes documents, as JSON; None: nothing.
+        tokenizer: folder of the tokenizer that such documents are measured with.
 
     Raises:
         ConfigError: if a value is not allowed.
@@ -50,6 +52,8 @@ class DataSpec:
     fewshot_split: str | None = None
     revision: str | None = None
     content: str | None = None
+    task_args: str | None = None
+    tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         if self.source not in ("hub", "bundle"):
@@ -75,6 +79,11 @@ class DataSpec:
     @property
     def label(self) -> str:
         return self.dir or self.source
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """`task_args` as plain data."""
+        return dict(json.loads(self.task_args)) if self.task_args else {}
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from typing import Any
 
 import pandas as pd
 
+from a2sf.errors import ConfigError
 from a2sf.evaluation import tasks
 from a2sf.evaluation.lm import request_hash
 from a2sf.experiments.names import safe
 from a2sf.experiments.runs import StoredCell, find_extendable
-from a2sf.hf.loading import ModelSpec, fingerprint
+from a2sf.hf.loading import ModelSpec, fingerprint, positions_of, tokenizer_folder
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import source_digest
@@ -99,7 +100,7 @@ class Cell:
         Raises:
             UserError: if there are no such documents, or they cannot be reached.
         """
-        data = tasks.Settled().data(self.task, self.data, self.shots)
+        data = tasks.Settled().data(self.task, measured(self), self.shots)
         return self if data == self.data else dataclasses.replace(self, data=data)
 
     @property
@@ -147,6 +148,28 @@ class Cell:
             "seed": self.seed,
             "identity": self.identity,
         }
+
+
+def measured(cell: Cell) -> tasks.DataSpec:
+    """The cell's `data`, with the tokenizer of its model where the task makes documents to a length in tokens.
+
+    Raises:
+        UserError: if a length is beyond the model's positions, or the tokenizer cannot be had.
+    """
+    data = cell.data
+    if not tasks.makes_documents(cell.task):
+        return data
+    if asked := tasks.lengths(cell.task, data):
+        key, lengths = asked
+        positions = positions_of(cell.model)
+        if positions is not None and max(lengths, default=0) > positions:
+            raise ConfigError(
+                key,
+                lengths,
+                f"the model {cell.model_name} has {positions} positions, and {cell.task_name} "
+                f"would ask for {max(lengths)}",
+            )
+    return data if data.tokenizer else dataclasses.replace(data, tokenizer=str(tokenizer_folder(cell.model)))
 
 
 @cache

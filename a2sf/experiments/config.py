@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 
 from omegaconf import DictConfig, OmegaConf
@@ -75,7 +76,12 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
         raise ConfigError("sweep_name", repr(name_of_sweep), allowed)
     if not 1 <= len(name_of_sweep.encode()) <= LONGEST_SWEEP_NAME:
         raise ConfigError("sweep_name", repr(name_of_sweep), f"give 1 to {LONGEST_SWEEP_NAME} bytes of text")
-    data = DataSpec(**dataclasses.asdict(config.data))
+    if config.task_args is not None and not isinstance(config.task_args, dict):
+        raise ConfigError(
+            "task_args", config.task_args, "give arguments by name, such as task_args.lengths=[1024,4096]"
+        )
+    told = json.dumps(config.task_args, sort_keys=True) if config.task_args else None
+    data = DataSpec(**dataclasses.asdict(config.data), task_args=told)
     # a group may want shots of its own for a member
     members = [d for task in expand_suite(config.tasks) for d in resolve(task)]
     for task in () if policy.causal else [d.ref for d in members if generates(d.ref)]:

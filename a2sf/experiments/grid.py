@@ -15,11 +15,13 @@ from a2sf.policies import find
 LOOKED_AT = {"every": "every", "prompt": "then"}
 """The key of `schedule` that each kind looks at beside `when`."""
 SETTING = re.compile(r"\+{0,2}policy\.(?!_target_\b)(\w+)")
+OPEN = re.compile(r"\+{0,2}(?:task_args|gen_kwargs)\.")
+"""Keys under which anything may stand."""
 
 
 def addable(override: str) -> str:
-    """The override so that Hydra takes a setting of a policy whose file does not list it; whether it has it, we say."""
-    return "++" + override.lstrip("+") if SETTING.match(override) else override
+    """The override so that Hydra takes a setting that no file lists; whether there is such a one, we say."""
+    return "++" + override.lstrip("+") if SETTING.match(override) or OPEN.match(override) else override
 
 
 def route(points: Sequence[Sequence[str]], target: Callable[[tuple[str, ...]], str]) -> list[list[str]]:

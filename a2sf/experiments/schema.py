@@ -108,9 +108,10 @@ class Config:
         schedule: a file in schedule/
         budget: how many tokens a layer may keep
         forgetting_factor: for policies that have one; one number in [0, 1], or one per layer; null: the policy's own
-        tasks: demo, paper, or a list such as [piqa,copa] of lm-eval's tasks and groups
+        tasks: demo, paper, long, or a list such as [piqa,copa] of lm-eval's tasks and groups
         shots: few-shot examples before each document; null: 0, or what a group says of its member
         limit: documents of each task, the first ones; null: all
+        task_args: arguments for tasks whose code makes their documents, such as task_args.lengths=[1024,4096]
         data: a file in data/
         batch_size: sequences per forward pass, or auto
         seed: of the few-shot examples
@@ -130,6 +131,7 @@ class Config:
     tasks: Any = "demo"
     shots: int | None = None
     limit: int | None = None
+    task_args: Any = None
     data: DataConfig = field(default_factory=DataConfig)
     batch_size: Any = "auto"
     seed: int = 1234
