@@ -36,6 +36,7 @@ from a2sf.shipped import shipped
 if TYPE_CHECKING:
     from a2sf.experiments.cell import Cell
     from a2sf.experiments.config import Settings
+    from a2sf.experiments.estimate import Estimate
     from a2sf.experiments.sweep import Outcome, Plan, Runner
 
 LISTED = 20
@@ -45,7 +46,7 @@ _runners: dict[tuple[Any, ...], Runner] = {}
 _added: list[Path] = []
 
 Launch = Callable[[list[list[str]]], list[Any]]
-"""Runs one job per list of overrides; each job's return value is an `Outcome`."""
+"""Runs one job per list of overrides; each job's return value is a list of `Outcome`, one per cell of a group."""
 
 
 def guard(main: Callable[[], Any]) -> None:
@@ -75,12 +76,12 @@ def guard(main: Callable[[], Any]) -> None:
             raise
         _fail(f"{error.filename} cannot be read or written ({error.strerror}).")
     except KeyboardInterrupt:
-        screen.print("Interrupted; finished cells are kept, and the same command goes on from there.")
+        screen.print("Interrupted; what was computed is kept, and the same command goes on from there.")
         sys.exit(130)
 
 
 def job(composed: DictConfig) -> Any:
-    """Hydra's task function: one cell of a sweep, or all that a single configuration asks for."""
+    """Hydra's task function: one group of a sweep's cells, or all that a single configuration asks for."""
     if HydraConfig.get().mode == RunMode.RUN:
         try:
             adopt(HydraConfig.get())
@@ -91,8 +92,7 @@ def job(composed: DictConfig) -> Any:
     quiet()
     _share_cores()
     settings = _read(composed)
-    (cell,) = settings.cells
-    return _runner(settings).run(cell)
+    return _runner(settings).run(settings.cells)
 
 
 def adopt(hydra: DictConfig) -> None:
@@ -139,6 +139,8 @@ def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | No
         raise UserError("sweep_name, runs_dir and tracker name where a sweep's results go, so they cannot be swept")
 
     from a2sf.experiments import sweep
+    from a2sf.experiments.estimate import estimate
+    from a2sf.experiments.group import grouped
     from a2sf.experiments.prepare import documents, models
 
     documents.check(c for s in settings for c in s.cells)
@@ -148,7 +150,9 @@ def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | No
     made = sweep.plan([c for s in settings for c in s.cells], directory)
     for note in [*settled.notes, *made.notes]:
         screen.print(note, highlight=False, soft_wrap=True)
-    _print_plan(made, sweep.estimate_seconds(made.pending, directory.parent), directory)
+    groups = grouped(made.pending)
+    estimates = estimate(groups, directory.parent)
+    _print_plan(made, groups, estimates, directory)
     if first.plan_only:
         return
     broken = models.fetch([c.model for c in made.pending], screen)
@@ -159,7 +163,10 @@ def run_grid(points: Sequence[tuple[list[str], DictConfig]], launch: Launch | No
         runner = _runner(first)
         outcomes = [runner.fail(c, broken[c.model]) for c in made.pending if c.model in broken]
         with _progress(made, directory):
-            outcomes += _run([c for c in made.pending if c.model not in broken], settings, points, launch)
+            # one model after the other, so that each is loaded once, and what takes longest first
+            size = {c.name: e.tokens or 0 for g, e in zip(groups, estimates, strict=True) for c in g}
+            todo = sorted(made.pending, key=lambda c: (c.model_name, -size[c.name], c.task, c.shots))
+            outcomes += _run([c for c in todo if c.model not in broken], settings, points, launch)
     _report(made, directory, settings[0], outcomes, settled.refused)
 
 
@@ -169,15 +176,22 @@ def _run(
     points: Sequence[tuple[list[str], DictConfig]],
     launch: Launch | None,
 ) -> list[Outcome]:
-    of = {c.name: (s, overrides, c) for s, (overrides, _) in zip(settings, points, strict=True) for c in s.cells}
-    # one model after the other, so that each is loaded once
-    todo = sorted(todo, key=lambda c: (c.model_name, c.task, c.shots))
+    from a2sf.experiments.group import grouped
+
+    of = {c.name: (s, point) for s, point in zip(settings, points, strict=True) for c in s.cells}
+
+    def apart(cell: Cell) -> tuple[Any, ...]:
+        asked = of[cell.name][0]
+        return asked.batch_size, asked.trace, asked.checkpoint
+
     finished: list[Outcome] = []
     while todo:
+        groups = grouped(todo, apart)
         if launch is None:
-            outcomes = [_runner(of[c.name][0]).run(c) for c in todo]
+            outcomes = [o for g in groups for o in _runner(of[g[0].name][0]).run(g)]
         else:
-            outcomes = [r.return_value for r in launch([_job(of[c.name][1], c) for c in todo])]
+            jobs = [_job([of[c.name][1] for c in g], g[0]) for g in groups]
+            outcomes = [o for done in launch(jobs) for o in done.return_value]
         finished += [o for o in outcomes if o.status != "busy"]
         busy = {o.name for o in outcomes if o.status == "busy"}
         todo = [c for c in todo if c.name in busy]
@@ -186,17 +200,20 @@ def _run(
     return finished
 
 
-def _job(overrides: list[str], cell: Cell) -> list[str]:
-    """A worker's overrides: those of the grid's point, and what was settled about this one cell since."""
+def _job(points: Sequence[tuple[list[str], DictConfig]], cell: Cell) -> list[str]:
+    """A worker's overrides: those of the first cell's point, what was settled since, and the group's other cells."""
+    from a2sf.experiments.config import as_group
     from a2sf.experiments.overrides import quote
 
+    (overrides, _), *others = points
     settled = {"tasks": f"[{quote(cell.task)}]", "shots": str(cell.shots), "plan_only": "false"}
     settled |= {"model.name": quote(cell.model_name)}
     if cell.model.source.kind == "hub":  # quoted, since a commit may look like a number
         settled |= {"model.path": quote(cell.model.path), "model.revision": quote(cell.model.revision)}
     settled |= {"data.content": quote(cell.data.content)} if cell.data.content else {}
-    others = [o for o in overrides if o.partition("=")[0].lstrip("+") not in settled]
-    return [*others, *(f"{key}={value}" for key, value in settled.items())]
+    settled |= {"group": quote(as_group([composed for _, composed in others]))} if others else {}
+    left = [o for o in overrides if o.partition("=")[0].lstrip("+") not in settled]
+    return [*left, *(f"{key}={value}" for key, value in settled.items())]
 
 
 def _read(composed: DictConfig) -> Settings:
@@ -210,10 +227,10 @@ def _runner(settings: Settings) -> Runner:
     from a2sf.experiments.tracking import Tracker
 
     directory = Path(settings.runs_dir) / settings.sweep_name
-    key = (directory, settings.tracker, settings.batch_size, settings.trace)
+    key = (directory, settings.tracker, settings.batch_size, settings.trace, settings.checkpoint)
     if key not in _runners:
         tracker = Tracker(settings.tracker, settings.sweep_name, directory)
-        _runners[key] = Runner(directory, tracker, settings.batch_size, settings.trace)
+        _runners[key] = Runner(directory, tracker, settings.batch_size, settings.trace, settings.checkpoint)
     return _runners[key]
 
 
@@ -228,10 +245,16 @@ def _names_in(folder: Path) -> list[tuple[str, str]]:
     return [(model["path"], name) for name, model in known.items() if isinstance(model, dict) and model.get("path")]
 
 
-def _print_plan(made: Plan, estimate: tuple[float, int], directory: Path) -> None:
-    pending, (seconds, known) = made.pending, estimate
-    some = "" if known == len(pending) else f"; {len(pending) - known} of them are not like any that was measured"
-    about = f", about {_duration(seconds)} at the speed measured here{some}" if known else ""
+def _print_plan(made: Plan, groups: Sequence[Sequence[Cell]], estimates: Sequence[Estimate], directory: Path) -> None:
+    pending = made.pending
+    known = [(len(g), e) for g, e in zip(groups, estimates, strict=True)]
+    tokens = sum(e.tokens for _, e in known if e.tokens is not None)
+    timed = sum(n for n, e in known if e.seconds is not None)
+    about = f", about {_rounded(tokens)} tokens to compute" if tokens else ""
+    if timed:
+        seconds = sum(e.seconds for _, e in known if e.seconds is not None)
+        some = "" if timed == len(pending) else f"; {len(pending) - timed} of them are not like any that was measured"
+        about += f", about {_duration(seconds)} at the speed measured here{some}"
     screen.print(
         f"[bold]{directory}[/bold]: {len(made.cells)} cells, {len(made.done)} done, {len(pending)} to run{about}",
         highlight=False,
@@ -240,6 +263,10 @@ def _print_plan(made: Plan, estimate: tuple[float, int], directory: Path) -> Non
         screen.print(f"  {cell.name}", highlight=False, style="dim", soft_wrap=True)
     if len(pending) > LISTED:
         screen.print(f"  … and {len(pending) - LISTED} more", style="dim")
+
+
+def _rounded(number: float) -> str:
+    return f"{float(f'{number:.2g}'):,.0f}"
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""A Hydra sweeper whose jobs are cells: the whole grid is checked, equal and finished cells are left out.
+"""A Hydra sweeper whose jobs are groups of cells: the whole grid is checked, equal and finished cells are left out.
 
 Hydra finds its plugins in the namespace package `hydra_plugins`: this one lies beside `a2sf` in a clone and in the wheel.
 """
@@ -26,7 +26,7 @@ ConfigStore.instance().store(group="hydra/sweeper", name="cells", node=CellSweep
 
 
 class CellSweeper(BasicSweeper):
-    """As Hydra's basic sweeper, with one job per cell that is still to compute."""
+    """As Hydra's basic sweeper, with one job per group of cells that are still to compute."""
 
     def sweep(self, arguments: list[str]) -> Any:
         from a2sf import app

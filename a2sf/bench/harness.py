@@ -48,14 +48,14 @@ def measure(figures: Figures, options: argparse.Namespace) -> None:
     """Add the ratios to lm-eval, saving them as they come: each takes minutes."""
     ratios, details = figures.ratios, figures.details
     loaded = load(SMOLLM2)
-    theirs = _lm_eval_model(loaded, options.batch_size)
+    theirs = lm_eval_model(loaded, options.batch_size)
     ours = PrunedLM(loaded.model, tokenizer=loaded.tokenizer)
     ours.silent = True
-    _evaluate(ours, 1, documents=8)  # warm, as theirs is
+    evaluate(ours, 1, documents=8)  # warm, as theirs is
     details["lm_eval_batch_size"] = theirs.batch_size
     accuracy: dict[str, dict[str, float]] = details.setdefault("accuracy", {})
     for shots in (1, 0):
-        calls: dict[str, Callable[[], Any]] = {"lm_eval": functools.partial(_evaluate, theirs, shots)}
+        calls: dict[str, Callable[[], Any]] = {"lm_eval": functools.partial(evaluate, theirs, shots)}
         calls |= {name: _with(ours, setting, shots) for name, setting in SETTINGS.items()}
         if shots == 1:
             calls["prompt"] = _with(ours, PROMPT, shots)
@@ -97,12 +97,12 @@ def accuracy_table(accuracy: dict[str, dict[str, float]]) -> Table:
 def _with(lm: Any, setting: tuple[Policy, Budget | None], shots: int) -> Callable[[], dict[str, float]]:
     def run() -> dict[str, float]:
         lm.use(*setting)
-        return _evaluate(lm, shots)
+        return evaluate(lm, shots)
 
     return run
 
 
-def _lm_eval_model(loaded: LoadedModel, batch_size: int | None) -> Any:
+def lm_eval_model(loaded: LoadedModel, batch_size: int | None) -> Any:
     """lm-eval's own model at the given batch size, or the one that is fastest here."""
     lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size or 1)
     if batch_size:
@@ -111,13 +111,13 @@ def _lm_eval_model(loaded: LoadedModel, batch_size: int | None) -> Any:
     for size in (4, 8, 16, 32):
         lm.batch_size_per_gpu = size
         started = time.perf_counter()
-        _evaluate(lm, 1, documents=8)
+        evaluate(lm, 1, documents=8)
         seconds[size] = time.perf_counter() - started
     lm.batch_size_per_gpu = min(seconds, key=seconds.__getitem__)
     return lm
 
 
-def _evaluate(lm: Any, shots: int, documents: int = DOCUMENTS) -> dict[str, float]:
+def evaluate(lm: Any, shots: int, documents: int = DOCUMENTS) -> dict[str, float]:
     """Accuracy of each task."""
     bundle = tasks.DataSpec(source="bundle")
     built = {t: tasks.build(t, bundle, shots=shots, seed=1234) for t in TASKS}
@@ -137,7 +137,7 @@ def _matmul_rate() -> float:
     return 2 * 2048**3 / best
 
 
-def _useful_flops(loaded: LoadedModel, computed: int, scored: int) -> float:
+def _useful_flops(loaded: LoadedModel, computed: float, scored: float) -> float:
     """Multiplications and additions of the layers' matrices for `computed` tokens and of the head for `scored` positions."""
     head = loaded.model.get_output_embeddings().weight.numel()
     layers = sum(
@@ -149,14 +149,14 @@ def _useful_flops(loaded: LoadedModel, computed: int, scored: int) -> float:
 def peak_of_lm_eval(batch_size: int | None) -> int:
     """Peak resident bytes of this process after an evaluation at 1 shot."""
     loaded = load(SMOLLM2)
-    _evaluate(HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size), 1)
+    evaluate(HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size), 1)
     return _peak()
 
 
 def peak_of_ours() -> int:
     """The same of ours."""
     loaded = load(SMOLLM2)
-    _evaluate(PrunedLM(loaded.model, *SETTINGS["a2sf"], tokenizer=loaded.tokenizer), 1)
+    evaluate(PrunedLM(loaded.model, *SETTINGS["a2sf"], tokenizer=loaded.tokenizer), 1)
     return _peak()
 
 

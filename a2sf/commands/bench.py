@@ -3,6 +3,7 @@
 Every figure is a ratio of two things timed in turns in one run, because machines are noisy.
 kernel: the eviction kernel against full attention and against the per-token loop of published code.
 lm_eval: lm-eval's own Hugging Face model against ours, the same weights and documents.
+groups: a sweep's cells computed together against one by one.
 decode: generating with a bounded cache against transformers' own cache.
 """
 
@@ -16,11 +17,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from a2sf.bench import decode, harness, kernels
+from a2sf.bench import decode, groups, harness, kernels
 from a2sf.bench.measuring import Figures
 
-PARTS = ("kernel", "lm_eval", "decode")
-TARGETS = harness.TARGETS | kernels.TARGETS | decode.TARGETS
+PARTS = ("kernel", "lm_eval", "groups", "decode")
+TARGETS = harness.TARGETS | groups.TARGETS | kernels.TARGETS | decode.TARGETS
 ALONE: dict[str, Callable[[argparse.Namespace], float]] = {
     "lm_eval": lambda options: harness.peak_of_lm_eval(options.batch_size),
     "ours": lambda options: harness.peak_of_ours(),
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str]) -> None:
             kernels.measure(figures, options.repeats)
         elif part == "lm_eval":
             harness.measure(figures, options)
+        elif part == "groups":
+            groups.measure(figures, options)
         else:
             decode.measure(figures, options)
         figures.save()

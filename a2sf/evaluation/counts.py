@@ -19,8 +19,10 @@ class Counts:
         kv_heads: of each layer; None: not known.
         acts: of each layer, whether the policy acts on it.
         tokens: tokens of all requests, as if each were computed by itself.
-        computed: tokens that were computed.
-        scored: positions whose logits were computed.
+        computed: tokens that were computed; of those that served several members of a group, an equal share.
+        needed: the same, those that served several counted whole.
+        together: how many of these served several.
+        scored: positions whose logits were computed, shared as `computed`.
         kept: sum over requests and layers of the tokens cached at the end, mean over KV heads; `kept / layer_requests` is
             the mean.
         share: sum of the same as a share of each request's tokens.
@@ -34,8 +36,10 @@ class Counts:
     kv_heads: int | None
     acts: Sequence[bool]
     tokens: int = 0
-    computed: int = 0
-    scored: int = 0
+    computed: float = 0
+    needed: int = 0
+    together: int = 0
+    scored: float = 0
     kept: float = 0.0
     share: float = 0.0
     layer_requests: int = 0

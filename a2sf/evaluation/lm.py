@@ -11,8 +11,8 @@ import copy
 import dataclasses
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,56 +24,37 @@ from tqdm import tqdm
 
 from a2sf.engine.trace import Trace
 from a2sf.errors import ConfigError, UserError
-from a2sf.evaluation.counts import Counts
-from a2sf.evaluation.packing import Pack, pack
+from a2sf.evaluation.members import Answer, Member, Members
 from a2sf.evaluation.pretrained import load_pretrained
-from a2sf.evaluation.untouched import item
+from a2sf.evaluation.requests import Model, Request
+from a2sf.evaluation.scoring import Asked, Scoring
 from a2sf.hf.attention import (
     NonFiniteError,
     Plan,
     UnsupportedModel,
     attached,
-    global_layers,
     mixes_windows,
-    rope_switch,
     running,
 )
 from a2sf.hf.calls import hooks_of, logits_at
 from a2sf.hf.exactness import require_exact
 from a2sf.hf.generation import PrunedCache, prove_decoding
-from a2sf.hf.loading import kv_heads_of
-from a2sf.hf.settings import check_settings, retention_of
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policy
-from a2sf.policies.schedule import Schedule, schedule_for
+from a2sf.policies.schedule import Schedule
 
 NAME = "a2sf"
 PACK_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Computed tokens per forward pass where `batch_size` is auto."""
-LOGSUMEXP_ROWS = 64
 NAMED = 5
 """Documents that a message names at most."""
 GENERATED_ROWS = 8
 """Sequences generated at a time where `batch_size` is auto."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """One log-likelihood to compute: the tokens the model reads, and those it must predict."""
-
-    read: tuple[int, ...]
-    targets: tuple[int, ...]
-    retention: tuple[Retention, ...]
-
-    @property
-    def prompt(self) -> int:
-        """Tokens of the context; the last of them predicts the first target."""
-        return len(self.read) + 1 - len(self.targets)
-
-
 @register_model(NAME)
-class PrunedLM(HFLM):
+class PrunedLM(Members, HFLM):
     """lm-eval's Hugging Face model with a pruned cache, `lm_eval.simple_evaluate(model="a2sf", ...)`.
 
     Args:
@@ -124,8 +105,9 @@ class PrunedLM(HFLM):
         self.engine = backend
         self.tokens_per_pass = self.most_tokens
         self.silent = False  # no progress bars
-        self.known: dict[str, tuple[Any, bool, int, int]] = {}
+        self._clock: float | None = None  # when the request for log-likelihoods came
         self.trace_documents = 0
+        self.spent = 0.0  # seconds in which log-likelihoods were scored, of all members
         self.sequences_per_pass = check_batch_size(batch_size)
         if isinstance(policy, str):
             named = find_policy(policy)
@@ -141,37 +123,6 @@ class PrunedLM(HFLM):
     def most_tokens(self) -> int:
         """Computed tokens per forward pass on this device, while its memory suffices."""
         return PACK_TOKENS["cpu" if self.device.type == "cpu" else "cuda"]
-
-    @property
-    def layers(self) -> int:
-        return self.model.config.get_text_config().num_hidden_layers
-
-    @property
-    def kv_heads(self) -> int | None:
-        """KV heads of each layer; None where the config does not tell one number."""
-        return kv_heads_of(self.model.config)
-
-    def use(self, policy: Policy, budget: Budget | None, schedule: Schedule | None = None) -> None:
-        """Score with `policy` at `budget` from now on (None: for a policy that ignores budgets); counts start anew.
-
-        Args:
-            schedule: when tokens are evicted; None: as the policy does without being told.
-
-        Raises:
-            ConfigError: if a setting does not fit the model, the budget is too small for the policy, or the policy does not
-                know the schedule.
-        """
-        check_settings(policy, budget, self.layers)
-        policy.check(self.layers, self.kv_heads)
-        self.policy, self.budget, self.schedule = policy, budget, schedule_for(policy, schedule)
-        self.counts = Counts(self.schedule, self.kv_heads, global_layers(self.model.config))
-        self.lengths: dict[str, tuple[int, int]] = {}
-        self._documents: dict[str, tuple[str, int]] = {}  # task and document of each request, by its strings or tokens
-        self.traces: list[Trace] = []
-
-    def retention(self, total: int, context: int) -> tuple[Retention, ...]:
-        """What each layer keeps of a request of `total` tokens read, `context` of them its context."""
-        return retention_of(self.policy, self.budget, total, context, self.layers)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """As HFLM's, through a bounded cache; a request that `known` answers is not computed again."""
@@ -243,23 +194,34 @@ class PrunedLM(HFLM):
         return text
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """As HFLM's, but a request that `known` answers (by `request_hash`) is not computed again."""
+        """As HFLM's, for all members of a group at once; what is known (by `request_hash`) is not computed again.
+
+        Raises:
+            NonFiniteError: if a score depends on NaN or infinity, with the documents.
+        """
+        if not self.group:
+            self.member.answers, self.member.error = {}, None
         hashes = [request_hash(r.args) for r in requests]
-        for h, found in zip(hashes, map(self.known.get, hashes), strict=True):
-            if found is not None:
-                self.lengths[h] = found[2:]
-                self._count_known(*found[2:])
-        new = [r for r, h in zip(requests, hashes, strict=True) if h not in self.known]
         self._documents = {str(r.args): document_of(r) for r in requests}
-        answers = iter(super().loglikelihood(new, disable_tqdm=disable_tqdm or self.silent) if new else [])
-        self.counts.reused += len(requests) - len(new)
+        asking = [m for m in self.group or [self.member] if m.error is None]
+        new = {h: r for h, r in zip(hashes, requests, strict=True) if any(m.answer(h) is None for m in asking)}
+        if new:
+            self._clock = time.perf_counter()
+            super().loglikelihood(list(new.values()), disable_tqdm=disable_tqdm or self.silent)
+        if self.member.error is not None:
+            raise self.member.error
         for r in filter(self._to_trace, requests):
             context, continuation = r.args
             tokens = self._encode_pair(*r.args) if context else ([self.prefix_token_id], self.tok_encode(continuation))
             request = self._request(*tokens)
             cut = request.prompt
             self._trace(r.doc_id, list(request.read[:cut]), list(request.read[cut:]), request.retention)
-        return [self.known[h][:2] if h in self.known else next(answers) for h in hashes]
+        found = [self.member.answer(h) for h in hashes]
+        for h, answer in zip(hashes, found, strict=True):
+            assert answer is not None
+            self.lengths[h] = answer[2:]
+            self._count(self.member, answer.context, answer.continuation, reused=h in self.known)
+        return [a[:2] for a in found if a is not None]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """As HFLM's, which scores one window at a time."""
@@ -311,46 +273,67 @@ class PrunedLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        todo = [self._request(r[1], r[2]) for r in requests]
-        answers: list[tuple[float, bool] | None] = [None] * len(todo)
+        """Of tokens; those that come with their strings are computed for all members, and kept by `request_hash`."""
+        if not self.group:
+            self.member.error = None
+        hashes = [None if strings is None else request_hash(strings) for strings, _, _ in requests]
+        asked = [a for j in range(len(requests)) for a in self._asked(requests, hashes, j)]
+        answers: dict[int, tuple[float, bool]] = {}
+        bar = tqdm(total=len(asked), disable=disable_tqdm, desc="log-likelihoods", leave=False)
+        started = self._clock or time.perf_counter()
+        self._clock = None
+        if asked:  # tokenising was for everybody
+            each = (time.perf_counter() - started) / len(members := {id(a.member): a.member for a in asked})
+            for member in members.values():
+                member.seconds += each
+
+        def done(a: Asked, value: float, greedy: bool) -> None:
+            strings, context, continuation = requests[a.number]
+            if (h := hashes[a.number]) is not None:
+                a.member.answers[h] = Answer(value, greedy, len(context), len(continuation))
+            if a.member is self.member:
+                answers[a.number] = (value, greedy)
+                if strings is not None:
+                    self.cache_hook.add_partial("loglikelihood", strings, (value, greedy))
+            bar.update()
+
+        def failed(member: Member, error: Exception, numbers: list[int]) -> None:
+            if isinstance(error, NonFiniteError):
+                member.error = error.about(self._subject(str(requests[j][0]) for j in numbers))
+
         require_exact(self.model)
         hooks_of(self.model).close(None)  # a call that was interrupted left it open
-        bar = tqdm(total=len(todo), disable=disable_tqdm, desc="log-likelihoods", leave=False)
-        with attached(self.model), torch.inference_mode():
-            for row in self._rows(todo):
+        about = Model(self.layers, not mixes_windows(self.model.config), self.engine, self.device)
+        scoring = Scoring(self.model, about, self.tokens_per_pass, self.sequences_per_pass)
+        if self.due is not None:
+            document = [self._documents.get(str(strings), ("", -1))[1] for strings, _, _ in requests]
+            scoring.due = lambda number, due=self.due: due(document[number])
+        try:
+            with attached(self.model), torch.inference_mode():
+                scoring.run(asked, done, failed, self.after_pass or (lambda: None))
+        finally:
+            self.tokens_per_pass = scoring.tokens_per_pass
+            self.spent += time.perf_counter() - started
+            bar.close()
+        if self.member.error is not None:
+            raise self.member.error
+        for h, (_, context, continuation) in zip(hashes, requests, strict=True):
+            if h is None:
+                self._count(self.member, len(context), len(continuation))
+        return [answers[j] for j in range(len(requests)) if j in answers]
+
+    def _asked(self, requests: Sequence[Any], hashes: Sequence[str | None], j: int) -> Iterator[Asked]:
+        """Request `j` as each member that lacks its answer reads it."""
+        _, context, continuation = requests[j]
+        h = hashes[j]
+        for member in [self.member] if h is None else self.group or [self.member]:
+            if member.error is None and (h is None or member.answer(h) is None):
                 try:
-                    scores = self._score(row, todo)
-                except NonFiniteError as error:  # whose rows are requests
-                    raise error.about(self._subject(str(requests[i][0]) for i in error.rows)) from error
-                for i, answer in zip(row.items, scores, strict=True):
-                    answers[i] = answer
-                    if (strings := requests[i][0]) is not None:
-                        self.lengths[request_hash(strings)] = (len(requests[i][1]), len(requests[i][2]))
-                        self.cache_hook.add_partial("loglikelihood", strings, answer)
-                bar.update(len(row.items))
-        bar.close()
-        for request in todo:
-            self.counts.count_read(len(request.read), request.prompt, request.retention)
-            self.counts.count_targets(len(request.targets), request.prompt, request.retention)
-        return [a for a in answers if a is not None]
+                    yield Asked(member, self._request(context, continuation, member), j)
+                except (UserError, ValueError) as error:
+                    member.error = error
 
-    def _rows(self, todo: list[Request]) -> Iterator[Pack]:
-        """The requests in rows; a row never mixes sequences that the model's rotary scaling treats differently.
-
-        Nor such that a policy ranks by different rules, as one may at different budgets.
-        """
-        limit = rope_switch(self.model.config)
-        parts: dict[Any, list[int]] = {}
-        for i, r in enumerate(todo):
-            parts.setdefault((len(r.read) > limit, tuple(k.rule for k in r.retention)), []).append(i)
-        for part in parts.values():
-            items = [item(todo[i].read, todo[i].retention, self.schedule, todo[i].prompt, i) for i in part]
-            for row in pack(items, max_tokens=self.tokens_per_pass, max_items=self.sequences_per_pass):
-                row.items = [part[i] for i in row.items]
-                row.owner = [part[i] for i in row.owner]
-                yield row
-
-    def _request(self, context: list[int], continuation: list[int]) -> Request:
+    def _request(self, context: list[int], continuation: list[int], member: Member | None = None) -> Request:
         if not context or not continuation:
             raise ValueError("a request needs at least one token of context and one of continuation")
         if len(continuation) > self.max_length:
@@ -358,68 +341,22 @@ class PrunedLM(HFLM):
                 f"a continuation of {len(continuation)} tokens is longer than the model's context window of "
                 f"{self.max_length}; choose another task or model"
             )
+        member = member or self.member
         # as HFLM: too long a context loses its beginning, and the last token is only predicted
         whole = (context + continuation)[-(self.max_length + 1) :]
-        read = tuple(whole[:-1])
-        return Request(read, tuple(continuation), self.retention(len(read), len(whole) - len(continuation)))
+        kept = self.retention(len(whole) - 1, len(whole) - len(continuation), member)
+        return Request(tuple(whole[:-1]), tuple(continuation), kept, member.schedule)
 
-    def _score(self, row: Pack, todo: list[Request]) -> list[tuple[float, bool]]:
-        """(log-likelihood, is greedy) of each request of a row.
-
-        Raises:
-            NonFiniteError: if one depends on NaN or infinity; its `rows` are those requests' places in `todo`. A logit of
-                -infinity counts only where it is a target's: no probability is nought, so it is an overflow. Others may
-                be, as models mark entries of the vocabulary that no token uses.
-        """
-        plan = Plan(
-            row=[0] * len(row.start),
-            start=row.start,
-            length=row.length,
-            parent=row.parent,
-            retention=lambda segment, layer: todo[row.owner[segment]].retention[layer],
-            layers=self.layers,
-            schedule=self.schedule,
-            prompt=lambda segment: todo[row.owner[segment]].prompt,
-            policy_on_sliding=not mixes_windows(self.model.config),
-            backend=self.engine,
-        )
-        # positions of the row that some request scores, each once
-        scored = [row.last(which, len(todo[i].targets)) for which, i in enumerate(row.items)]
-        index, where = torch.cat([torch.from_numpy(s) for s in scored]).unique(return_inverse=True)
-        try:
-            with running(plan):
-                (logits,) = logits_at(
-                    self.model,
-                    index.to(self.device),
-                    input_ids=torch.tensor([row.tokens], device=self.device),
-                    position_ids=torch.tensor([row.positions], device=self.device),
-                    use_cache=False,
-                )
-        except NonFiniteError as error:  # whose rows are segments
-            owners = sorted({row.owner[segment] for segment in error.rows})
-            raise NonFiniteError(error.where, error.dtype, owners) from error
-        self.counts.computed += len(row.tokens)
-        self.counts.scored += len(index)
-
-        targets = torch.tensor([t for i in row.items for t in todo[i].targets], device=self.device)
-        where = where.to(self.device)
-        # in parts, because it allocates what it is given once more
-        normalizer = torch.cat([part.float().logsumexp(-1) for part in logits.split(LOGSUMEXP_ROWS)])
-        chosen = logits[where, targets].float() - normalizer[where]
-        greedy = logits.argmax(-1)[where] == targets
-        sizes = [len(todo[i].targets) for i in row.items]
-        if not bool(torch.isfinite(chosen).all()):
-            pieces = zip(row.items, torch.isfinite(chosen).cpu().split(sizes), strict=True)
-            raise NonFiniteError("the logits", logits.dtype, sorted(i for i, finite in pieces if not finite.all()))
-        return [
-            (float(c.double().sum()), bool(g.all()))
-            for c, g in zip(chosen.cpu().split(sizes), greedy.cpu().split(sizes), strict=True)
-        ]
-
-    def _count_known(self, context: int, continuation: int) -> None:
-        """Count the targets of a request that was answered before, of which only the lengths are known."""
+    def _count(self, member: Member, context: int, continuation: int, reused: bool = False) -> None:
+        """Count a request that was answered, of which only the lengths are known."""
         prompt = min(context + continuation, self.max_length + 1) - continuation  # as `_request`
-        self.counts.count_targets(continuation, prompt, self.retention(prompt + continuation - 1, prompt))
+        total = prompt + continuation - 1
+        kept = self.retention(total, prompt, member)
+        member.counts.count_targets(continuation, prompt, kept)
+        if reused:
+            member.counts.reused += 1
+        else:
+            member.counts.count_read(total, prompt, kept)
 
 
 def document_of(request: Any) -> tuple[str, int]:

@@ -1,9 +1,9 @@
 """Many token sequences in one row, each common beginning computed once.
 
-Sequences that begin alike share a segment as far as their caches are certain to be equal: all the way if their retention
-is the same in every layer (and their prompts as long, where the schedule looks at it), else as long as nothing depends on
-it (invariants 4 and 6 of docs/semantics.md; `a2sf.evaluation.untouched`). What is left is
-a forest of segments, laid end to end in one row without padding; position ids say where in its own sequence a token is.
+Sequences that begin alike share a segment as far as the model's outputs are certain to be equal: all the way if their caches
+evolve alike, else as long as no cache was pruned (invariants 4 and 6 of docs/semantics.md; `a2sf.evaluation.untouched`).
+What is left is a forest of segments, laid end to end in one row without padding; position ids say where in its own sequence
+a token is.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import numpy as np
 
 SHARE_AT_LEAST = 8
 """Shorter common beginnings ("Question:") are computed again: sharing them would chain unrelated documents together."""
+OVERHANG = 1.25
+"""A row may be so many times as long as asked for, rather than cut a tree."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ class Item:
 
     Attributes:
         tokens: its token ids.
-        key: equal for sequences whose caches evolve alike (same retention in every layer, same prompt).
-        certain: tokens after which the state is the same whatever the key; 0: it is to share nothing.
+        key: equal for sequences that are equal all the way where their tokens are.
+        certain: tokens up to which it is equal to any other sequence of these tokens, whatever the key; 0: to none.
     """
 
     tokens: tuple[int, ...]
@@ -55,19 +57,19 @@ class Pack:
     items: list[int] = field(default_factory=list)
     path: list[list[int]] = field(default_factory=list)
 
+    def columns(self, which: int) -> np.ndarray:
+        """Where in the row the tokens of sequence `which` (an index into `items`) are, int64 [its length]."""
+        return np.concatenate([np.arange(self.start[s], self.start[s] + self.length[s]) for s in self.path[which]])
+
     def last(self, which: int, n: int) -> np.ndarray:
-        """Where in the row the last `n` tokens of sequence `which` (an index into `items`) are, int64 [n]."""
-        found: list[np.ndarray] = []
-        for segment in reversed(self.path[which]):
-            end = self.start[segment] + self.length[segment]
-            found.append(np.arange(max(self.start[segment], end - n), end))
-            n -= len(found[-1])
-            if n == 0:
-                break
-        return np.concatenate(found[::-1]) if found else np.empty(0, np.int64)
+        """The same of its last `n` tokens, int64 [n]."""
+        columns = self.columns(which)
+        return columns[max(0, len(columns) - n) :]
 
 
-def pack(items: Sequence[Item], *, max_tokens: int, max_items: int | None = None) -> Iterator[Pack]:
+def pack(
+    items: Sequence[Item], *, max_tokens: int, max_items: int | None = None, due: Sequence[int] | None = None
+) -> Iterator[Pack]:
     """Read `items` in as few computed tokens as sharing allows, in rows of about `max_tokens`.
 
     A row is cut where sequences have little in common if that is near, and never inside a sequence, so a row may be
@@ -77,75 +79,95 @@ def pack(items: Sequence[Item], *, max_tokens: int, max_items: int | None = None
         items: the sequences.
         max_tokens: computed tokens per row.
         max_items: sequences per row; None: no limit.
+        due: when each is to be read, the smallest first, together with those that begin alike; None: the longest first.
     """
-    order = sorted(range(len(items)), key=lambda i: items[i].tokens)
-    row: list[int] = []
-    size = 0
-    for at, i in enumerate(order):
-        shared = _common(items[order[at - 1]].tokens, items[i].tokens) if row and items[i].certain else 0
-        new = len(items[i].tokens) - (shared if shared >= SHARE_AT_LEAST else 0)
-        room = max_tokens if shared < SHARE_AT_LEAST else 1.25 * max_tokens
-        if shared >= max_tokens and (once := _certain(items[order[at - 1]], items[i], shared)) >= max_tokens:
-            new, room = len(items[i].tokens) - once, once + room  # to read it once more would cost more than a row
-        if row and (size + new > room or len(row) == max_items):
-            yield _build(items, row)
-            row, size = [], 0
-            new = len(items[i].tokens)
-        row.append(i)
-        size += new
-    if row:
-        yield _build(items, row)
+    when = [-len(i.tokens) for i in items] if due is None else due
+    row: list[list[int]] = []
+    size = count = 0
+    for unit in sorted(_units(items), key=lambda unit: min(when[i] for i in unit)):
+        row.append([])
+        for i, new in _in_order(items, unit):
+            room = OVERHANG * max_tokens if row[-1] else max_tokens
+            if row[-1] and (begun := len(items[i].tokens) - new) >= max_tokens:
+                room += begun  # to read that once more would cost more than a row
+            if count and (size + new > room or count == max_items):
+                yield build(items, row)
+                row, size, count = [[]], 0, 0
+            size += new if row[-1] else len(items[i].tokens)
+            row[-1].append(i)
+            count += 1
+    if count:
+        yield build(items, row)
 
 
-def _build(items: Sequence[Item], row: list[int]) -> Pack:
-    """`row`: indices of items, in the order of their tokens."""
-    made = Pack(items=row)
+def build(items: Sequence[Item], trees: Sequence[list[int]]) -> Pack:
+    """One row of `trees`, lists of indices of items; those of different trees share nothing."""
+    made = Pack()
     path_of: dict[int, list[int]] = {}
-    group = [row[0]]
-    for previous, i in pairwise(row):
-        if _common(items[previous].tokens, items[i].tokens) < SHARE_AT_LEAST:
-            _grow(made, path_of, items, group, [])
-            group = []
-        group.append(i)
-    _grow(made, path_of, items, group, [])
-    made.path = [path_of[i] for i in row]
+    for tree in trees:
+        if tree:
+            ordered = sorted(tree, key=lambda i: items[i].tokens)
+            path_of |= _grow(made, items, ordered)
+            made.items += ordered
+    made.path = [path_of[i] for i in made.items]
     return made
 
 
-def _grow(made: Pack, path_of: dict[int, list[int]], items: Sequence[Item], group: list[int], above: list[int]) -> None:
-    """Add the segment that all of `group` begin with after the segments `above`, then what follows it."""
-    depth = sum(made.length[s] for s in above)
-    first, last = items[group[0]], items[group[-1]]
-    end = _common(first.tokens, last.tokens)  # in sorted order the outermost two differ first
-    keys = {items[i].key for i in group}
-    if len(keys) > 1:
-        end = min(end, min(items[i].certain for i in group))
-    path = above
-    if end > depth:
-        made.parent.append(above[-1] if above else -1)
-        made.start.append(len(made.tokens))
-        made.length.append(end - depth)
-        made.owner.append(group[0])
-        made.tokens.extend(first.tokens[depth:end])
-        made.positions.extend(range(depth, end))
-        path = [*above, len(made.start) - 1]
-
-    # sequences whose cache is full by now go on only with their like; the others part where their tokens do
-    parts: dict[Hashable, list[int]] = {}
-    for i in group:
-        item = items[i]
-        if len(item.tokens) == end:
-            path_of[i] = path
-        else:
-            full = item.key if len(keys) > 1 and item.certain <= end else None
-            parts.setdefault((full, item.tokens[end]), []).append(i)
-    for part in parts.values():
-        _grow(made, path_of, items, part, path)
+def _units(items: Sequence[Item]) -> list[list[int]]:
+    """Indices of items, those together that begin alike."""
+    order = sorted(range(len(items)), key=lambda i: items[i].tokens)
+    units = [order[:1]] if order else []
+    for previous, i in pairwise(order):
+        if _common(items[previous].tokens, items[i].tokens) < SHARE_AT_LEAST:
+            units.append([])
+        units[-1].append(i)
+    return units
 
 
-def _certain(a: Item, b: Item, common: int) -> int:
-    """How many of the `common` first tokens of two sequences are computed once."""
-    return common if a.key == b.key else min(common, a.certain, b.certain)
+def _in_order(items: Sequence[Item], unit: list[int]) -> Iterator[tuple[int, int]]:
+    """The items of a unit as a walk through their tree meets them, each with the tokens it adds to those before it."""
+    tree = build(items, [unit])
+    before: list[int] = []
+    for path, i in sorted(zip(tree.path, tree.items, strict=True)):
+        yield i, sum(tree.length[s] for s in path[_common(before, path) :])
+        before = path
+
+
+def _grow(made: Pack, items: Sequence[Item], ordered: list[int]) -> dict[int, list[int]]:
+    """Add the tree of the items `ordered`, which are in the order of their tokens; each one's path, by its index.
+
+    Segments come as a walk through the tree meets them.
+    """
+    path_of: dict[int, list[int]] = {}
+    waiting: list[tuple[list[int], list[int], int]] = [(ordered, [], 0)]
+    while waiting:
+        group, above, depth = waiting.pop()
+        first, last = items[group[0]], items[group[-1]]
+        end = _common(first.tokens, last.tokens)  # in sorted order the outermost two differ first
+        several = len({items[i].key for i in group}) > 1
+        if several:
+            end = min(end, min(items[i].certain for i in group))
+        path = above
+        if end > depth:
+            made.parent.append(above[-1] if above else -1)
+            made.start.append(len(made.tokens))
+            made.length.append(end - depth)
+            made.owner.append(group[0])
+            made.tokens.extend(first.tokens[depth:end])
+            made.positions.extend(range(depth, end))
+            path = [*above, len(made.start) - 1]
+
+        # sequences whose cache is full by now go on only with their like; the others part where their tokens do
+        parts: dict[Hashable, list[int]] = {}
+        for i in group:
+            item = items[i]
+            if len(item.tokens) == end:
+                path_of[i] = path
+            else:
+                alike = item.key if several and item.certain <= end else None
+                parts.setdefault((alike, item.tokens[end]), []).append(i)
+        waiting += [(part, path, end) for part in reversed(parts.values())]
+    return path_of
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

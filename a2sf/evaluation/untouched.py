@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from a2sf.evaluation.packing import Item
 from a2sf.policies.base import UNLIMITED, Retention
 from a2sf.policies.schedule import Schedule
 
@@ -32,7 +31,10 @@ def untouched(kept: Sequence[Retention], schedule: Schedule, prompt: int, kv_hea
 
 
 def shareable(kept: Sequence[Retention], schedule: Schedule, prompt: int) -> int:
-    """The first so many tokens of a sequence leave a state that depends on them alone, whatever is kept and the prompt."""
+    """The first so many tokens of a sequence leave a state that depends on them alone, whatever is kept and the prompt.
+
+    The state of rules that rank and forget alike: what they add to the scores of whole caches differs.
+    """
     if any(r.rule.foresee is not None for r in kept):
         return 0  # what is to come counts from the first token
     whole = untouched(kept, schedule, prompt)
@@ -41,13 +43,6 @@ def shareable(kept: Sequence[Retention], schedule: Schedule, prompt: int) -> int
     # the prompt's last queries add to the scores, and which are the last depends on the prompt
     looking = max((r.recent for r in kept if r.rule.cut is not None), default=0)
     return max(0, min(whole, prompt - looking))
-
-
-def item(tokens: tuple[int, ...], kept: tuple[Retention, ...], schedule: Schedule, prompt: int, number: int) -> Item:
-    """A sequence as packing takes it; `number` tells it from the others where it is to share nothing."""
-    certain = shareable(kept, schedule, prompt)
-    alike = (kept, prompt if schedule.prompt else None, None if certain else number)
-    return Item(tokens, alike, certain)
 
 
 def pruned_scores(scored: int, clean: int, prompt: int) -> int:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, cached_property
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -20,7 +19,6 @@ from a2sf.errors import ConfigError
 from a2sf.evaluation import tasks
 from a2sf.evaluation.lm import request_hash
 from a2sf.experiments.names import safe
-from a2sf.experiments.runs import StoredCell, find_extendable
 from a2sf.hf.loading import ModelSpec, fingerprint, positions_of, tokenizer_folder
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
@@ -187,29 +185,22 @@ def _short(value: Any) -> str:
     return f"{value}"
 
 
-def compute(cell: Cell, lm: Any, runs: Path) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Score a cell's documents with `lm` (a `PrunedLM`), reusing those a smaller limit has scored already.
+def compute(cell: Cell, lm: Any, task: Any) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Evaluate a cell's documents with `lm`, a `PrunedLM` that answers as the cell's member of a group.
 
     Returns:
         The body of `result.json` (without provenance), and the per-document table.
     """
     import lm_eval
 
-    task = tasks.build(cell.task, cell.data, shots=cell.shots, seed=cell.seed)
     where = tasks.provenance(task)
-    lm.use(cell.policy, cell.budget, cell.schedule)
-    # of several samples of one prompt only the first is stored
-    drawn = (task.config.repeats or 1) > 1 or (task.config.generation_kwargs or {}).get("do_sample")
-    lm.known = {} if drawn else _known(find_extendable(runs, cell.family), where)
     started = datetime.now(UTC)
-    clock = time.perf_counter()
-    try:
-        evaluated = lm_eval.evaluate(
-            lm, task_dict={"tasks": {cell.task_name: task}}, limit=cell.limit, bootstrap_iters=BOOTSTRAP
-        )
-    finally:
-        lm.known = {}
-    seconds = time.perf_counter() - clock
+    clock, spent = time.perf_counter(), lm.spent
+    evaluated = lm_eval.evaluate(
+        lm, task_dict={"tasks": {cell.task_name: task}}, limit=cell.limit, bootstrap_iters=BOOTSTRAP
+    )
+    # of the time in which scores were computed, for others of the group as well, its share
+    seconds = time.perf_counter() - clock - (lm.spent - spent) + lm.member.seconds
     samples = evaluated["samples"][cell.task_name]
     counts = lm.counts
     result = {
@@ -221,6 +212,7 @@ def compute(cell: Cell, lm: Any, runs: Path) -> tuple[dict[str, Any], pd.DataFra
             "seconds": seconds,
             "tokens": counts.tokens,
             "computed_tokens": counts.computed,
+            "shared": counts.together / max(1, counts.needed),
             "tokens_per_second": counts.tokens / seconds,
             "kept_tokens_mean": counts.kept / max(1, counts.layer_requests),
             "cache_share": counts.share / max(1, counts.layer_requests),
@@ -336,21 +328,3 @@ def _gold(sample: dict[str, Any], task: Any) -> int:
         return target
     choices = task.doc_to_choice(sample["doc"])
     return choices.index(target) if target in choices else -1
-
-
-def _known(stored: StoredCell | None, where: dict[str, Any]) -> dict[str, tuple[Any, bool, int, int]]:
-    """request hash -> (log-likelihood or text, is greedy, context and continuation tokens), of documents scored before."""
-    if stored is None or stored.result["documents"]["fingerprint"] != where["fingerprint"]:
-        return {}
-    known: dict[str, tuple[Any, bool, int, int]] = {}
-    if "generated" in stored.documents:
-        columns = ["request_hashes", "generated", "context_tokens", "continuation_tokens"]
-        for hashes, text, context, more in stored.documents[columns].itertuples(index=False):
-            known[hashes[0]] = (text, False, int(context[0]), int(more[0]))
-        return known
-    columns = ["request_hashes", "loglikelihoods", "is_greedy", "context_tokens", "continuation_tokens"]
-    for prefix in ("", "more/"):
-        if f"{prefix}{columns[0]}" in stored.documents:
-            for row in stored.documents[[f"{prefix}{c}" for c in columns]].itertuples(index=False):
-                known.update({h: (float(x), bool(g), int(c), int(n)) for h, x, g, c, n in zip(*row, strict=True)})
-    return known

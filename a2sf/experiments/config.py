@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from omegaconf import DictConfig, OmegaConf
@@ -40,6 +41,16 @@ class Settings:
     runs_dir: str
     plan_only: bool
     trace: int
+    checkpoint: float
+
+
+DIFFERING = ("policy", "budget", "schedule", "forgetting_factor")
+"""The keys in which the cells of a group differ."""
+
+
+def as_group(points: Sequence[DictConfig]) -> str:
+    """The value of the key `group` that gives a worker the cells of some points beside its own."""
+    return json.dumps([{k: OmegaConf.to_container(p)[k] for k in DIFFERING} for p in points])  # type: ignore[index, call-overload]
 
 
 def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Settings:
@@ -52,6 +63,14 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
     Raises:
         ConfigError: for the first value that is not allowed; nothing slow has happened then.
     """
+    if composed.get("group"):
+        made = []
+        for differing in ({}, *json.loads(composed.group)):
+            one = composed.copy()
+            for key, value in {"group": None, **differing}.items():
+                OmegaConf.update(one, key, value, merge=key != "policy")  # which is another one
+            made.append(read(one, model_names))
+        return dataclasses.replace(made[0], cells=tuple(c for s in made for c in s.cells))
     config = _typed(composed)
     if not config.model.path:
         raise ConfigError("model.path", "''", "give a hub id, a directory or a GGUF file")
@@ -68,6 +87,8 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
         raise ConfigError("limit", config.limit, "give a number of documents of at least 1, or null for all")
     if config.trace < 0:
         raise ConfigError("trace", config.trace, "give the number of documents to trace, at least 0")
+    if not config.checkpoint > 0:
+        raise ConfigError("checkpoint", config.checkpoint, "give a number of seconds above 0")
     if config.backend not in ("auto", *BACKENDS):
         raise ConfigError("backend", config.backend, f"give auto or one of {', '.join(BACKENDS)}")
     name_of_sweep = config.sweep_name
@@ -111,6 +132,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
         runs_dir=config.runs_dir,
         plan_only=config.plan_only,
         trace=config.trace,
+        checkpoint=config.checkpoint,
     )
 
 

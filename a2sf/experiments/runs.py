@@ -36,6 +36,10 @@ IDENTIFYING = ["model", "policy", "budget_ratio", "forgetting_factor", "shots", 
 LEADING_COLUMNS = [*IDENTIFYING, "metric", "value", "stderr", "n"]
 
 
+class DiskError(UserError):
+    """Results cannot be written; the sweep stops, since it could keep nothing."""
+
+
 class CorruptCell(UserError):
     """A cell's files are there but are not what was written."""
 
@@ -183,17 +187,20 @@ def tail_of(path: Path) -> str:
     return "__".join(path.name.rsplit("__", 2)[1:])
 
 
-def find_extendable(runs: Path, family: str) -> StoredCell | None:
-    """The cell under any sweep of `runs` whose name ends with `family` and that scored the most documents."""
-    found = [p for p in runs.glob(f"*/*{family}") if is_cell(p)]
-    best: StoredCell | None = None
-    for path in sorted(found):
-        try:
-            stored = read_cell(path)
-        except CorruptCell:
-            continue
-        if best is None or stored.result["documents"]["n"] > best.result["documents"]["n"]:
-            best = stored
+def find_extendable(runs: Path, families: Iterable[str]) -> dict[str, StoredCell]:
+    """Per family, the cell under any sweep of `runs` whose name ends so and that scored the most documents."""
+    found: dict[str, list[Path]] = {f: [] for f in families}
+    for path in sorted(runs.glob("*/*__*")):  # one listing, however many are asked for
+        if (family := f"__{path.name.rpartition('__')[2]}") in found and is_cell(path):
+            found[family].append(path)
+    best: dict[str, StoredCell] = {}
+    for family, paths in found.items():
+        for path in paths:
+            with suppress(CorruptCell):
+                stored = read_cell(path)
+                n = stored.result["documents"]["n"]
+                if family not in best or n > best[family].result["documents"]["n"]:
+                    best[family] = stored
     return best
 
 

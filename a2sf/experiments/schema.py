@@ -121,6 +121,8 @@ class Config:
         runs_dir: where sweeps' folders are
         plan_only: say what would run and how long it may take, and stop
         trace: documents of each cell whose evictions are noted in traces.npz
+        checkpoint: seconds of work after which the answers of unfinished cells are kept
+        group: cells computed together with this one; set by a sweep for its workers
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -141,6 +143,8 @@ class Config:
     runs_dir: str = "runs"
     plan_only: bool = False
     trace: int = 0
+    checkpoint: float = 60.0
+    group: str | None = None
 
 
 def groups() -> dict[str, type]:

@@ -1,7 +1,7 @@
-"""Running cells: what is to do, one at a time, and nothing lost.
+"""Running cells: what is to do, a group at a time, and nothing lost.
 
-`plan` says which cells are there already; `Runner.run` computes one; `finish` writes the table and lists failures. Many
-processes may work on one `runs/` directory: a cell is computed by whoever holds its lease.
+`plan` says which cells are there already; `Runner.run` computes a group of them; `finish` writes the table and lists
+failures. Many processes may work on one `runs/` directory: a cell is computed by whoever holds its lease.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -32,10 +32,13 @@ import yaml
 from a2sf import __version__
 from a2sf.engine import trace as traces
 from a2sf.errors import ConfigError, UserError
-from a2sf.experiments.cell import ENGINE_VERSION, Cell, compute
+from a2sf.experiments import checkpoint
+from a2sf.experiments.cell import ENGINE_VERSION, Cell
+from a2sf.experiments.group import Computed, compute_group
 from a2sf.experiments.runs import (
     TRACES,
     CorruptCell,
+    DiskError,
     StoredCell,
     asked,
     finished_cells,
@@ -57,10 +60,6 @@ FEW = 0.2
 """Share of the scored tokens below which a sweep says that pruning hardly entered its numbers."""
 SPACE_NEEDED = 20 * 2**20
 VERSIONS = ("torch", "transformers", "lm-eval", "datasets", "numba", "hydra-core", "pandas")
-
-
-class DiskError(UserError):
-    """Results cannot be written; the sweep stops, since it could keep nothing."""
 
 
 @dataclass(frozen=True)
@@ -116,26 +115,6 @@ def _first_whole(paths: Iterable[Path]) -> Path | None:
     return None
 
 
-def estimate_seconds(todo: Sequence[Cell], runs: Path) -> tuple[float, int]:
-    """How long pending cells may take, from cells of the same model, task and shots that were measured.
-
-    Returns:
-        Seconds for the cells whose like was measured, and how many those are.
-    """
-    seen: dict[tuple[str, str, int], list[float]] = {}
-    for path in runs.glob("*/*__*"):
-        if is_cell(path):
-            with suppress(CorruptCell, KeyError):
-                stored = read_cell(path)
-                c, t = stored.cell, stored.result["timing"]
-                if t["tokens"] and t["reused_requests"] == 0:
-                    rate = t["seconds"] / stored.result["documents"]["n"]
-                    seen.setdefault((c["model"], c["task"], c["shots"]), []).append(rate)
-    of_cells = [(seen.get((c.model_name, c.task_name, c.shots)), c.limit) for c in todo]
-    known = [sum(rates) / len(rates) * limit for rates, limit in of_cells if rates and limit]
-    return sum(known), len(known)
-
-
 @dataclass
 class Outcome:
     """What became of a cell: `status` is done, there (already), busy (somebody else computes it) or failed."""
@@ -154,54 +133,77 @@ class Runner:
         tracker: where finished cells are logged besides.
         batch_size: sequences per forward pass, None for auto.
         trace: documents of each cell whose evictions are noted in the cell's `traces.npz` (see `a2sf.engine.trace`).
+        checkpoint: seconds of work after which the answers of unfinished cells are kept.
     """
 
     directory: Path
     tracker: Tracker
     batch_size: int | None = None
     trace: int = 0
+    checkpoint: float = 60.0
     _loaded: dict[loading.ModelSpec, Any] = field(default_factory=dict)
     _broken: dict[loading.ModelSpec, UserError] = field(default_factory=dict)
 
-    def run(self, cell: Cell) -> Outcome:
-        """Compute a cell unless it is there or somebody else is at it.
+    def run(self, cells: Sequence[Cell]) -> list[Outcome]:
+        """Compute the cells of a group, but those that are there and those that somebody else is at.
 
         A cell that raises is recorded under `failures/` and does not stop the others.
+
+        Args:
+            cells: equal in `group.key_of`.
 
         Raises:
             DiskError: if results cannot be written.
         """
         check_disk(self.directory)
-        try:
-            if not cell.model.pinned:  # by no sweep, which does it once for all its cells
-                cell = dataclasses.replace(cell, model=loading.pin(cell.model)[0])
-            cell = cell.settled()
-        except UserError as error:
-            return self.fail(cell, error)
-        path = self.directory / cell.name
-        lock = filelock.SoftFileLease(_lock_file(self.directory, cell), lease_duration=LEASE_SECONDS, timeout=0)
-        try:
-            with lock:
-                if any(map(is_cell, self.directory.glob(f"*__{cell.tail}"))):
-                    return Outcome(cell.name, "there")
-                return self._compute(cell, path)
-        except filelock.Timeout:
-            return Outcome(cell.name, "busy")
+        outcomes, todo = [], []
+        for cell in cells:
+            try:
+                todo.append(_settled(cell))
+            except UserError as error:
+                outcomes.append(self.fail(cell, error))
+        with ExitStack() as leases:
+            held: dict[str, Any] = {}
+            for cell in todo:
+                lock = filelock.SoftFileLease(_lock_file(self.directory, cell), lease_duration=LEASE_SECONDS, timeout=0)
+                try:
+                    leases.enter_context(lock)
+                except filelock.Timeout:
+                    outcomes.append(Outcome(cell.name, "busy"))
+                else:
+                    held[cell.name] = lock
+            there = {tail_of(p) for p in self.directory.iterdir() if is_cell(p)} if held else set()
+            outcomes += [Outcome(c.name, "there") for c in todo if c.name in held and c.tail in there]
+            mine = [c for c in todo if c.name in held and c.tail not in there]
+            for computed in self._computed(mine):
+                outcomes.append(self._keep(computed))
+                held[computed.cell.name].release()  # others need not wait for the rest of the group
+        return outcomes
 
-    def _compute(self, cell: Cell, path: Path) -> Outcome:
+    def _computed(self, cells: Sequence[Cell]) -> Iterator[Computed]:
+        if not cells:
+            return
         try:
-            lm = self._lm(cell)
-            lm.trace_documents = self.trace
-            result, documents = _halving(lm, lambda: compute(cell, lm, self.directory.parent))
-            result["provenance"] = provenance(lm)
-            config = yaml.safe_dump(cell.describe(), sort_keys=False)
-        except (KeyboardInterrupt, SystemExit):
-            raise
+            lm = self._lm(cells[0])
         except Exception as error:
-            return self.fail(cell, error)
+            yield from (Computed(c, error=error) for c in cells)
+            return
+        lm.trace_documents = self.trace
+        yield from compute_group(cells, lm, self.directory, self.checkpoint, lambda work: _halving(lm, work))
+
+    def _keep(self, computed: Computed) -> Outcome:
+        """Write a result, or record a failure."""
+        cell, path = computed.cell, self.directory / computed.cell.name
+        if computed.error is not None:
+            return self.fail(cell, computed.error)
+        assert computed.result is not None
+        assert computed.documents is not None
+        lm = self._loaded[cell.model]
+        result = computed.result | {"provenance": provenance(lm)}
         try:
             noted = {TRACES: traces.dumps(lm.traces)} if lm.traces else {}
-            stored = write_cell(path, result, documents, config, noted)
+            config = yaml.safe_dump(cell.describe(), sort_keys=False)
+            stored = write_cell(path, result, computed.documents, config, noted)
         except OSError as error:
             raise DiskError(f"{path} cannot be written ({error.strerror or error})") from error
         _clear_failures(self.directory, stored.cell)
@@ -255,6 +257,13 @@ class Runner:
         return lm
 
 
+def _settled(cell: Cell) -> Cell:
+    """The same cell, with model and documents looked up if they were not: by a sweep, once for all its cells."""
+    if not cell.model.pinned:
+        cell = dataclasses.replace(cell, model=loading.pin(cell.model)[0])
+    return cell.settled()
+
+
 def _halving(lm: Any, work: Any) -> Any:
     """`work()`, with half the tokens per forward pass whenever the GPU's memory does not suffice."""
     before = lm.tokens_per_pass
@@ -262,6 +271,8 @@ def _halving(lm: Any, work: Any) -> Any:
         try:
             return work()
         except torch.cuda.OutOfMemoryError:
+            if lm.member.error is not None:  # passes were as small as they can be
+                raise
             if lm.tokens_per_pass < 64:
                 lm.tokens_per_pass = before  # the next cell may be smaller
                 raise
@@ -297,6 +308,9 @@ def finish(directory: Path, cells: Sequence[Cell]) -> tuple[list[StoredCell], li
     finished = [s for s in everything if tail_of(s.path) in tails]
     there = {tail_of(s.path) for s in finished}
     failures = []
+    for cell in cells:
+        if cell.tail in there:  # of a process that ended between the two
+            checkpoint.remove(directory, cell)
     for cell in sorted(cells, key=lambda c: c.name):
         file = failure_file(directory, cell.name)
         if file.exists() and cell.tail not in there:

@@ -205,6 +205,12 @@ class Plan:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """Attention of one layer, [B, H, T, V]."""
         check_finite(layer, (self.row, self.start, self.length), query=query, key=key, value=value)
+        return self.checked(layer, query, key, value, scale, window)
+
+    def checked(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """The same of tensors that are known to be finite."""
         options = Options(scale=scale, trace=self.trace)
         out = attend(query, key, value, self.segments(layer, window), options, backend=self.backend)
         self.reached.add(layer)
@@ -274,7 +280,7 @@ active: ContextVar[Pass | None] = ContextVar("pass", default=None)
 
 
 @contextmanager
-def running(plan: Plan) -> Iterator[Plan]:
+def running(plan: Pass) -> Iterator[Pass]:
     """Make `plan` the one that `pruned_attention` follows, for one forward pass.
 
     Raises:

@@ -8,14 +8,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from a2sf import attend
-from a2sf.engine import kernels
-from a2sf.engine.eviction import Options
 from a2sf.evaluation.packing import pack
-from a2sf.evaluation.untouched import held, item, pruned_scores, untouched
-from a2sf.hf.attention import Plan
+from a2sf.evaluation.requests import Model, Request, pass_of
+from a2sf.evaluation.untouched import held, pruned_scores, untouched
 from tests.policies import cases, label
 
 LONGEST, HEADS, KV_HEADS, SIZE, LAYERS = 26, 4, 2, 4, 2
+CASES = cases()
 G = torch.Generator().manual_seed(11)
 # of each token at each position, so that equal beginnings have equal vectors and nothing ties
 QUERY = torch.randn(2, LONGEST, HEADS, SIZE, generator=G, dtype=torch.float64)
@@ -39,29 +38,22 @@ def vectors(tokens: list[int], positions: list[int]):
     return [x[tokens, positions].transpose(0, 1)[None] for x in (QUERY, KEY, VALUE)]
 
 
-@pytest.mark.parametrize(("policy", "schedule"), cases(), ids=label)
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(asked=requests(), max_tokens=st.sampled_from([20, 1000]))
-def test_packed_is_alone(policy, schedule, asked, max_tokens):
-    kept = [tuple(policy.keeps(max(C, policy.least_budget), i, LAYERS) for i in range(LAYERS)) for _, _, C in asked]
-    items = [item(t, k, schedule, p, i) for i, ((t, p, _), k) in enumerate(zip(asked, kept, strict=True))]
-    for row in pack(items, max_tokens=max_tokens):
-        plan = Plan(
-            row=[0] * len(row.start),
-            start=row.start,
-            length=row.length,
-            parent=row.parent,
-            retention=lambda s, layer, row=row: kept[row.owner[s]][layer],
-            layers=LAYERS,
-            schedule=schedule,
-            prompt=lambda s, row=row: asked[row.owner[s]][1],
-        )
+def request(policy, schedule, tokens, prompt, budget) -> Request:
+    kept = tuple(policy.keeps(max(budget, policy.least_budget), i, LAYERS) for i in range(LAYERS))
+    return Request(tokens, (0,) * (len(tokens) + 1 - prompt), kept, schedule)
+
+
+def check_packed_is_alone(asked, max_tokens):
+    """`asked`: policy, schedule, tokens, prompt and budget of each request."""
+    todo = [request(*a).simplest for a in asked]
+    seen = []
+    for row in pack([r.item() for r in todo], max_tokens=max_tokens):
+        seen += row.items
+        made = pass_of(row, todo, Model(LAYERS, True, "torch", torch.device("cpu")))
         for layer in range(LAYERS):
-            packed = kernels.attend(
-                *vectors(row.tokens, row.positions), plan.segments(layer, None), Options(SIZE**-0.5), backend="torch"
-            )
+            packed = made.attend(layer, *vectors(row.tokens, row.positions), SIZE**-0.5, None)
             for which, i in enumerate(row.items):
-                tokens, prompt, budget = asked[i]
+                policy, schedule, tokens, prompt, budget = asked[i]
                 alone, state = attend(
                     policy,
                     *vectors(list(tokens), list(range(len(tokens)))),
@@ -72,10 +64,26 @@ def test_packed_is_alone(policy, schedule, asked, max_tokens):
                     layers=LAYERS,
                     backend="reference",
                 )
-                got = packed.output[:, :, torch.from_numpy(row.last(which, len(tokens)))]
+                got = packed[:, :, torch.from_numpy(row.columns(which))]
                 torch.testing.assert_close(got, alone, atol=1e-9, rtol=0)
                 cached = (state.positions >= 0).sum(-1).double().mean()
-                assert held(kept[i][layer], schedule, len(tokens), prompt, KV_HEADS) == pytest.approx(cached)
+                kept = request(*asked[i]).retention[layer]
+                assert held(kept, schedule, len(tokens), prompt, KV_HEADS) == pytest.approx(cached)
+    assert sorted(seen) == list(range(len(asked)))
+
+
+@pytest.mark.parametrize(("policy", "schedule"), cases(), ids=label)
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(asked=requests(), max_tokens=st.sampled_from([20, 1000]))
+def test_packed_is_alone(policy, schedule, asked, max_tokens):
+    check_packed_is_alone([(policy, schedule, *a) for a in asked], max_tokens)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(asked=requests(), max_tokens=st.sampled_from([20, 1000]), data=st.data())
+def test_rows_of_a_pass_may_follow_different_policies_and_schedules(asked, max_tokens, data):
+    ways = data.draw(st.lists(st.sampled_from(CASES), min_size=1, max_size=4))
+    check_packed_is_alone([(*way, *a) for way in ways for a in asked], max_tokens)
 
 
 @pytest.mark.parametrize(("policy", "schedule"), cases(), ids=label)

@@ -17,7 +17,7 @@ from a2sf.errors import UserError
 from a2sf.evaluation import tasks
 from a2sf.evaluation.lm import PrunedLM
 from a2sf.evaluation.needle.utils import DEPTHS, LENGTHS, documents
-from a2sf.experiments import cell
+from a2sf.experiments import cell, group
 from a2sf.experiments.runs import StoredCell, write_cell
 from a2sf.hf.loading import ModelSpec
 from a2sf.policies.find import find_policies
@@ -99,14 +99,22 @@ def test_no_room_for_a_prompt_is_told_in_one_sentence(lm):
 def test_a_cell_of_the_task_and_its_traces(lm, tmp_path, monkeypatch):
     one = cell.Cell("small", ModelSpec(SMOLLM2), find_policies()["h2o"](), Budget(ratio=0.5), "needle", 0, 1, 0, DATA)
     lm.trace_documents = 1
-    result, table = cell.compute(one, lm, tmp_path)
+
+    def compute():
+        done = None
+        for done in group.compute_group([one], lm, tmp_path / "s"):  # noqa: B007 (the last one counts)
+            traces[:] = lm.traces
+        return done.result, done.documents
+
+    traces = []
+    result, table = compute()
     lm.trace_documents = 0
     assert result["metrics"]["exact_match"]["n"] == 1
     row = table.iloc[0]
     assert (row["doc/depth"], row["doc/length"]) == (0, 100)
     assert row["metric/exact_match"] in (0, 1)
     assert row["context_tokens"][0] > 100
-    (trace,) = lm.traces
+    (trace,) = traces
     assert trace.context == row["context_tokens"][0]
     assert trace.gone.shape == (lm.layers, 3, len(trace.pieces))
     budget = one.budget.slots(total=trace.context + 11, context=trace.context, layer=0)
@@ -114,7 +122,7 @@ def test_a_cell_of_the_task_and_its_traces(lm, tmp_path, monkeypatch):
 
     # of several answers to one request only the first is stored, so they are generated again
     stored = SimpleNamespace(result=json.loads(json.dumps(result)), documents=table)
-    monkeypatch.setattr(cell, "find_extendable", lambda *_: stored)
+    monkeypatch.setattr(group, "find_extendable", lambda *_: {one.family: stored})
     build = tasks.build
 
     def repeated(*arguments, **settings):
@@ -124,10 +132,10 @@ def test_a_cell_of_the_task_and_its_traces(lm, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(tasks, "build", repeated)
-        assert cell.compute(one, lm, tmp_path)[0]["timing"]["reused_requests"] == 0
+        assert compute()[0]["timing"]["reused_requests"] == 0
 
     # scored before: taken from the file, not generated again
-    again, same = cell.compute(one, lm, tmp_path)
+    again, same = compute()
     assert again["timing"]["reused_requests"] == 1
     pd.testing.assert_frame_equal(table, same)
 

@@ -11,7 +11,8 @@ from hydra.core.global_hydra import GlobalHydra
 from a2sf.app import _explain, _model_names
 from a2sf.errors import UserError
 from a2sf.evaluation import tasks
-from a2sf.experiments.config import read
+from a2sf.experiments.config import as_group, read
+from a2sf.experiments.overrides import quote
 from a2sf.experiments.schema import register
 
 CONF = Path(__file__).parents[3] / "conf"
@@ -46,6 +47,7 @@ def sentence(*overrides: str) -> str:
     ("overrides", "parts"),
     [
         (["budget.ratio=0"], ["budget.ratio=0", "0 < ratio <= 1"]),
+        (["checkpoint=0"], ["checkpoint=0", "above 0"]),
         (["budget.ratio=1.7", "policy=h2o"], ["budget.ratio=1.7", "0 < ratio <= 1"]),
         (["budget.ratio=nan"], ["budget.ratio=nan", "0 < ratio <= 1"]),
         (["budget.ratio=some"], ["budget.ratio=some", "0 < ratio <= 1"]),
@@ -190,3 +192,20 @@ def test_suites():
 def test_every_file_under_conf_policy_is_a_policy():
     for file in sorted((CONF / "policy").glob("*.yaml")):
         assert settings(f"policy={file.stem}").cells[0].policy.name == file.stem
+
+
+def test_a_group_reaches_a_worker_whole():
+    """Its first cell by overrides, the others by one key: policies, lists, schedules and all."""
+    asked = [
+        ["policy=h2o", "budget.ratio=0.1"],
+        ["policy=a2sf", "forgetting_factor=0.05", "++policy.sinks=2", "budget.tokens=32", "schedule=every"],
+        ["policy=heads", "++policy.heads=[[0,1],[2,0]]", "budget.base=context"],
+        ["policy=snapkv", "++policy.window=8", "schedule=prompt", "schedule.then=step"],
+        ["policy=full", "budget.ratio=0.7"],
+    ]
+    common = ["tasks=[piqa]", "limit=3"]
+    points = [compose("config", [*common, *a]) for a in asked]
+    expected = [c for p in points for c in read(p).cells]
+    made = settings(*common, *asked[0], f"group={quote(as_group(points[1:]))}")
+    assert list(made.cells) == expected
+    assert len({c.id for c in made.cells}) == len(asked)

@@ -9,6 +9,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from a2sf.app import _job
 from a2sf.errors import ConfigError, UserError
@@ -39,6 +40,12 @@ def folder(tmp_path):
         return tasks.DataSpec(dir=str(tmp_path / "data"))
 
     return write
+
+
+def run(runner: Runner, cell: Cell) -> sweep.Outcome:
+    """A group of one."""
+    (outcome,) = runner.run([cell])
+    return outcome
 
 
 @pytest.fixture
@@ -78,7 +85,7 @@ def test_settings_of_a_groups_member_name_its_cell(bundle):
 def test_a_worker_that_finds_other_documents_fails_its_cell(folder, runner):
     settled = cell(folder()).settled()
     folder(label=1)
-    outcome = runner.run(settled)
+    outcome = run(runner, settled)
     assert outcome.status == "failed"
     assert "changed after the sweep began" in outcome.error
 
@@ -87,17 +94,17 @@ def test_a_worker_that_finds_no_documents_fails_the_cell_that_was_planned(folder
     settled = cell(folder()).settled()
     planned = settled.name
     (tmp_path / "data" / "piqa.jsonl").unlink()
-    outcome = runner.run(cell(settled.data))
+    outcome = run(runner, cell(settled.data))
     assert (outcome.status, outcome.name) == ("failed", planned)
     assert "does not hold it" in outcome.error
 
 
 def test_a_higher_limit_reuses_only_the_same_documents(folder, runner):
     data = folder()
-    assert runner.run(cell(data, limit=2)).status == "done"
-    assert runner.run(cell(data, limit=4)).status == "done"
+    assert run(runner, cell(data, limit=2)).status == "done"
+    assert run(runner, cell(data, limit=4)).status == "done"
     folder(label=1)
-    assert runner.run(cell(data, limit=5)).status == "done"
+    assert run(runner, cell(data, limit=5)).status == "done"
     reused = {s.cell["limit"]: s.result["timing"]["reused_requests"] for s in load_sweep(runner.directory)}
     assert reused == {2: 0, 4: 4, 5: 0}
     table = results_frame(load_sweep(runner.directory)).drop_duplicates("limit").set_index("limit")["data"]
@@ -114,14 +121,14 @@ def test_unconditional_requests_are_no_choices(folder, runner, tmp_path):
     )
     folder()
     mi = cell(tasks.DataSpec(), str(tmp_path / "mi.yaml"), limit=3)
-    assert runner.run(mi).status == "done"
+    assert run(runner, mi).status == "done"
     (stored,) = load_sweep(runner.directory)
     for row in stored.documents.to_dict("records"):
         assert [len(row[c]) for c in ("choices", "loglikelihoods", "request_hashes", "context_tokens")] == [2] * 4
         assert row["prediction"] in (0, 1)
         assert (row["prediction"] == row["gold"]) == row["metric/acc"]
         assert len(row["more/loglikelihoods"]) == 2
-    assert runner.run(dataclasses.replace(mi, limit=6)).status == "done"
+    assert run(runner, dataclasses.replace(mi, limit=6)).status == "done"
     assert [s.result["timing"]["reused_requests"] for s in load_sweep(runner.directory)] == [0, 12]
 
 
@@ -153,7 +160,7 @@ def test_documents_that_fail_are_told_once_for_all_their_cells(folder, tmp_path)
 @given(st.text(st.characters(exclude_categories=["C"]), min_size=1).filter(lambda s: "${" not in s and s.strip()))
 def test_any_name_reaches_a_worker(name):
     made = cell(tasks.DataSpec(content="c0ffee"), name, shots=3)
-    overrides = _job(["tasks=[a,b]", "shots=0", "policy=full", "++data.content=old"], made)
+    overrides = _job([(["tasks=[a,b]", "shots=0", "policy=full", "++data.content=old"], OmegaConf.create())], made)
     parsed = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(overrides)}
     assert parsed["tasks"] == [name]
     assert (parsed["shots"], parsed["data.content"], parsed["policy"]) == (3, "c0ffee", "full")

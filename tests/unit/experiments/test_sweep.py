@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import json
 import multiprocessing
 import os
@@ -21,10 +22,11 @@ import torch
 
 from a2sf.engine.trace import load
 from a2sf.errors import UserError
-from a2sf.evaluation import tasks
-from a2sf.experiments import sweep
+from a2sf.evaluation import scoring, tasks
+from a2sf.experiments import group, sweep
 from a2sf.experiments.cell import Cell
-from a2sf.experiments.runs import is_cell, load_sweep
+from a2sf.experiments.estimate import estimate
+from a2sf.experiments.runs import is_cell, load_sweep, tail_of
 from a2sf.experiments.sweep import DiskError, Runner, finish, plan
 from a2sf.experiments.tracking import Tracker, TrackerSpec
 from a2sf.hf.loading import ModelSpec, fingerprint
@@ -32,6 +34,8 @@ from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policies
 from a2sf.report.html import read_failures
 from tests.conftest import SMOLLM2
+
+HUB = tasks.DataSpec(content="c0ffee")
 
 
 def cell(policy: str = "full", **more: object) -> Cell:
@@ -48,6 +52,12 @@ def cell(policy: str = "full", **more: object) -> Cell:
         "data": tasks.DataSpec(source="bundle"),
     }
     return Cell(**{**given, **more})  # type: ignore[arg-type]
+
+
+def run(runner: Runner, cell: Cell) -> sweep.Outcome:
+    """A group of one."""
+    (outcome,) = runner.run([cell])
+    return outcome
 
 
 @pytest.fixture
@@ -73,14 +83,14 @@ def test_a_cell_that_raises_on_its_third_document_is_recorded_and_retried(runner
         return task
 
     monkeypatch.setattr(tasks, "build", broken)
-    outcome = runner.run(cell())
+    outcome = run(runner, cell())
     assert (outcome.status, outcome.error) == ("failed", "RuntimeError: cannot score this document")
     _, failures = finish(runner.directory, [cell()])
     assert "third" in failures[0]["traceback"]
     assert not list(runner.directory.glob("smollm2*"))
 
     monkeypatch.setattr(tasks, "build", good)
-    assert runner.run(cell()).status == "done"
+    assert run(runner, cell()).status == "done"
     stored, failures = finish(runner.directory, [cell()])
     assert (len(stored), failures) == (1, [])
 
@@ -94,7 +104,7 @@ def test_a_model_that_fails_to_load_does_not_stop_the_others(runner, smollm2, mo
     monkeypatch.setattr(sweep.loading, "load", load)
     bad = cell(model=ModelSpec(path=SMOLLM2, dtype="float64", device="cpu"))
     cells = [cell("h2o"), bad, cell("window")]
-    assert [runner.run(c).status for c in cells] == ["done", "failed", "done"]
+    assert [run(runner, c).status for c in cells] == ["done", "failed", "done"]
     stored, failures = finish(runner.directory, cells)
     assert len(stored) == 2
     assert failures[0]["error"] == "OSError: weights are truncated"
@@ -106,7 +116,7 @@ def test_nan_in_the_weights_is_a_failure_that_names_the_layer(runner, smollm2):
     with torch.no_grad():
         weight[0, 0] = float("nan")
     try:
-        outcome = runner.run(cell())
+        outcome = run(runner, cell())
     finally:
         with torch.no_grad():
             weight[0, 0] = kept
@@ -115,40 +125,40 @@ def test_nan_in_the_weights_is_a_failure_that_names_the_layer(runner, smollm2):
 
 
 def test_out_of_memory_halves_the_batch(runner, monkeypatch):
-    sizes = []
-    compute = sweep.compute
+    sizes, read = [], scoring.logits_at
 
-    def crowded(which, lm, runs):
-        sizes.append(lm.tokens_per_pass)
-        if len(sizes) < 3:
+    def crowded(*arguments, input_ids, **more):
+        sizes.append(input_ids.shape[1])
+        if input_ids.shape[1] > 30:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return compute(which, lm, runs)
+        return read(*arguments, input_ids=input_ids, **more)
 
-    monkeypatch.setattr(sweep, "compute", crowded)
-    assert runner.run(cell()).status == "done"
-    assert sizes == [sizes[0], sizes[0] // 2, sizes[0] // 4]
+    monkeypatch.setattr(scoring, "logits_at", crowded)
+    assert run(runner, cell()).status == "done"
+    assert sizes[0] > 30 >= max(sizes[-3:])
 
 
-def test_too_little_memory_for_one_cell_does_not_slow_the_next(runner, monkeypatch):
-    compute = sweep.compute
+def test_too_little_memory_for_one_cell_takes_no_other_with_it(runner, monkeypatch):
+    make = scoring.pass_of
 
-    def crowded(which, lm, runs):
-        if which.policy.name == "h2o":
+    def crowded(row, todo, about):
+        if any(0 < k.recent < k.budget for i in row.items for k in todo[i].retention):  # h2o's
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        sizes.append(lm.tokens_per_pass)
-        return compute(which, lm, runs)
+        return make(row, todo, about)
 
-    sizes: list[int] = []
-    monkeypatch.setattr(sweep, "compute", crowded)
-    assert [runner.run(cell(name)).status for name in ("full", "h2o", "window")] == ["done", "failed", "done"]
-    assert sizes[0] == sizes[1]
+    monkeypatch.setattr(scoring, "pass_of", crowded)
+    cells = [cell(name) for name in ("full", "h2o", "window")]
+    status = {o.name: o.status for o in runner.run(cells)}
+    assert [status[c.name] for c in cells] == ["done", "failed", "done"]
+    (lm,) = runner._loaded.values()
+    assert lm.tokens_per_pass == lm.most_tokens
 
 
 def test_a_full_disk_stops_the_sweep_in_one_sentence(runner, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 100, 1000))
     with pytest.raises(DiskError, match=r"disk of .* is full"):
-        runner.run(cell())
+        run(runner, cell())
 
 
 def test_a_disk_that_fills_while_writing_leaves_no_half_result(runner, monkeypatch):
@@ -157,19 +167,19 @@ def test_a_disk_that_fills_while_writing_leaves_no_half_result(runner, monkeypat
 
     monkeypatch.setattr("pandas.DataFrame.to_parquet", full)
     with pytest.raises(DiskError, match="No space left on device"):
-        runner.run(cell())
-    assert not [p for p in runner.directory.iterdir() if p.is_dir() and p.name != "failures"]
+        run(runner, cell())
+    assert not [p for p in runner.directory.iterdir() if p.is_dir() and p.name not in ("failures", ".checkpoints")]
 
 
 def test_a_file_system_that_takes_no_more(runner):
     """The kernel's own limit on a file's size stands in for a full disk: real writes fail half way."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    runner.run(cell("h2o"))  # data sets and compiled code are cached by now
+    run(runner, cell("h2o"))  # data sets and compiled code are cached by now
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
     try:
         with pytest.raises(DiskError, match="cannot be written"):
-            runner.run(cell("window"))
+            run(runner, cell("window"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
@@ -185,7 +195,7 @@ def test_a_tracker_that_cannot_be_reached_costs_no_result(tmp_path, smollm2, mon
     monkeypatch.setattr(sweep.loading, "load", lambda spec: smollm2)
     monkeypatch.setattr(wandb, "init", unreachable)
     tracker = Tracker(TrackerSpec(kind="wandb"), "s", tmp_path / "s")
-    assert Runner(tmp_path / "s", tracker).run(cell()).status == "done"
+    assert run(Runner(tmp_path / "s", tracker), cell()).status == "done"
     assert "cannot reach the server" in tracker.note
 
 
@@ -202,19 +212,78 @@ def test_a_cell_that_another_process_computes_is_busy_until_that_process_is_dead
     owner.start()
     while not ready.exists():
         time.sleep(0.05)
-    assert runner.run(cell()).status == "busy"
+    assert run(runner, cell()).status == "busy"
     os.kill(owner.pid, signal.SIGKILL)
     owner.join()
     started = time.monotonic()
-    while (outcome := runner.run(cell())).status == "busy":
+    while (outcome := run(runner, cell())).status == "busy":
         assert time.monotonic() - started < 2 * sweep.LEASE_SECONDS
         time.sleep(0.5)
     assert outcome.status == "done"
 
 
+def interrupted(runner: Runner, cells: list[Cell], passes: int, monkeypatch) -> None:
+    """Run a group until so many passes are done."""
+    left = [passes]
+
+    def stop(members) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep, "compute_group", functools.partial(group.compute_group, watch=stop))
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(cells)
+
+
+def test_answers_of_unfinished_cells_are_read_by_the_next_start(runner, monkeypatch):
+    runner.batch_size = 4
+    cells = [cell(name) for name in ("full", "h2o", "window")]
+    interrupted(runner, cells, 3, monkeypatch)
+    kept = {f.stem: json.loads(f.read_text())["answers"] for f in (runner.directory / ".checkpoints").glob("*.json")}
+    assert sum(map(len, kept.values())) == 3 * 4
+    assert all(o.status == "done" for o in runner.run(cells))
+    assert not (runner.directory / ".checkpoints").exists()
+    for stored in load_sweep(runner.directory):
+        timing = stored.result["timing"]
+        assert timing["reused_requests"] == 0
+        columns = (stored.documents[c].explode() for c in ("request_hashes", "loglikelihoods"))
+        of = dict(zip(*columns, strict=True))
+        for h, answer in kept.get(tail_of(stored.path), {}).items():
+            assert of[h] == answer[0]  # to the bit: not computed again
+
+
+def test_a_damaged_checkpoint_counts_for_nothing(runner, monkeypatch):
+    runner.batch_size = 4
+    interrupted(runner, [cell("h2o")], 1, monkeypatch)
+    (file,) = (runner.directory / ".checkpoints").glob("*.json")
+    body = json.loads(file.read_text())
+    first = next(iter(body["answers"]))
+    body["answers"][first][0] = -99.0
+    file.write_text(json.dumps(body))
+    assert run(runner, cell("h2o")).status == "done"
+    (stored,) = load_sweep(runner.directory)
+    assert min(x for row in stored.documents["loglikelihoods"] for x in row) > -99
+
+
+def test_the_sum_over_a_sweep_is_what_was_computed(runner, monkeypatch):
+    read, counted = scoring.logits_at, []
+
+    def counting(*arguments, input_ids, **more):
+        counted.append(input_ids.shape[1])
+        return read(*arguments, input_ids=input_ids, **more)
+
+    monkeypatch.setattr(scoring, "logits_at", counting)
+    assert {o.status for o in runner.run([cell("full"), cell("h2o"), cell("a2sf")])} == {"done"}
+    timings = [s.result["timing"] for s in load_sweep(runner.directory)]
+    assert sum(t["computed_tokens"] for t in timings) == pytest.approx(sum(counted))
+    assert all(0.3 < t["shared"] <= 1 for t in timings)
+
+
 def test_traces_are_kept_beside_the_result(runner):
     runner.trace = 2
-    assert runner.run(cell("h2o")).status == "done"
+    assert run(runner, cell("h2o")).status == "done"
     (path,) = runner.directory.glob("smollm2*")
     traces = load(path / "traces.npz")
     assert [t.document for t in traces] == [0, 1]
@@ -226,7 +295,7 @@ def test_traces_are_kept_beside_the_result(runner):
 def test_equal_cells_are_one_and_finished_ones_are_recognised(runner):
     cells = [cell("full"), cell("full"), cell("h2o")]
     assert len(plan(cells, runner.directory).pending) == 2
-    runner.run(cells[0])
+    run(runner, cells[0])
     made = plan(cells, runner.directory)
     assert [c.policy.name for c in made.pending] == ["h2o"]
     elsewhere = plan(cells, runner.directory.parent / "another")
@@ -236,7 +305,7 @@ def test_equal_cells_are_one_and_finished_ones_are_recognised(runner):
 
 def test_a_damaged_cell_is_set_aside_and_taken_from_another_sweep(runner):
     done = cell()
-    runner.run(done)
+    run(runner, done)
     plan([done], runner.directory.parent / "another")
     file = runner.directory.parent / "another" / done.name / "result.json"
     text = file.read_text()
@@ -249,7 +318,7 @@ def test_a_damaged_cell_is_set_aside_and_taken_from_another_sweep(runner):
 def test_weights_that_change_during_a_sweep_are_a_failure(runner, smollm2, monkeypatch):
     changed = dataclasses.replace(smollm2, fingerprint="other")
     monkeypatch.setattr(sweep.loading, "load", lambda spec: changed)
-    outcome = runner.run(cell())
+    outcome = run(runner, cell())
     assert (outcome.status, "changed after the sweep began" in outcome.error) == ("failed", True)
 
 
@@ -274,7 +343,7 @@ def test_a_hub_model_is_looked_up_before_its_cells_are_named(runner, smollm2, mo
     monkeypatch.setattr(sweep.loading.hub, "commit_of", lambda wanted: (commit, None))
     monkeypatch.setattr(sweep.loading, "load", lambda spec: dataclasses.replace(smollm2, fingerprint=commit))
     on_main = cell(model=ModelSpec(path="owner/name", device="cpu"), model_name="name")
-    assert runner.run(on_main).status == "done"
+    assert run(runner, on_main).status == "done"
     at_commit = ModelSpec(path="owner/name", device="cpu", revision=commit)
     assert plan([cell(model=at_commit, model_name="name")], runner.directory).pending == []
     (stored,) = load_sweep(runner.directory)
@@ -289,7 +358,7 @@ def test_a_model_that_cannot_be_loaded_is_tried_once(runner, monkeypatch):
         raise UserError("it lacks a layer.")
 
     monkeypatch.setattr(sweep.loading, "load", load)
-    outcomes = [runner.run(cell(policy)) for policy in ("full", "h2o")]
+    outcomes = [run(runner, cell(policy)) for policy in ("full", "h2o")]
     assert [o.error for o in outcomes] == ["it lacks a layer."] * 2
     assert len(tried) == 1
 
@@ -307,31 +376,41 @@ def test_a_failure_with_weights_that_are_gone_does_not_stay(runner, smollm2, mon
     assert left == {second.name, cell("h2o").name}
     monkeypatch.setattr(sweep.loading, "load", lambda spec: dataclasses.replace(smollm2, fingerprint=spec.revision))
     stale = sweep.failure_file(runner.directory, second.name).read_text()
-    assert runner.run(third).status == "done"
+    assert run(runner, third).status == "done"
     assert {f["cell"] for f in read_failures([runner.directory])} == {cell("h2o").name}
     sweep.failure_file(runner.directory, second.name).write_text(stale)  # as an earlier version would have left it
     assert {f["cell"] for f in read_failures([runner.directory])} == {cell("h2o").name}
 
 
 def test_nothing_is_served_across_another_engine_version(runner, monkeypatch):
-    runner.run(cell())
+    run(runner, cell())
     monkeypatch.setattr("a2sf.experiments.cell.ENGINE_VERSION", 999)
     assert len(plan([cell()], runner.directory).pending) == 1
 
 
-def test_the_time_is_estimated_from_what_was_measured(runner):
-    assert sweep.estimate_seconds([cell("h2o")], runner.directory.parent) == (0, 0)
-    runner.run(cell("full"))
+def test_the_plan_tells_tokens_and_time_from_what_was_measured(runner):
+    runs = runner.directory.parent
+    cells = [cell(name, limit=8) for name in ("h2o", "window")]
+    (before,) = estimate([cells], runs)
+    assert before.seconds is None
+    run(runner, cell("full"))
     (stored,) = load_sweep(runner.directory)
-    per_document = stored.result["timing"]["seconds"] / 4
-    todo = [cell("h2o", limit=40), cell("h2o", task="piqa"), cell("h2o", limit=None)]
-    seconds, known = sweep.estimate_seconds(todo, runner.directory.parent)
-    assert (seconds, known) == (pytest.approx(40 * per_document), 1)
+    planned, other, unknown = estimate([cells, [cell(task="piqa", limit=8)], [cell(limit=8, data=HUB)]], runs)
+    assert planned.tokens == pytest.approx(before.tokens, rel=0.3)  # first from characters, then from tokens
+    assert other.tokens
+    assert unknown.tokens == pytest.approx(estimate([[cell(limit=8)]], runs)[0].tokens)  # the same task's lengths
+    timing = stored.result["timing"]
+    assert planned.seconds == pytest.approx(planned.tokens * timing["seconds"] / timing["computed_tokens"])
+    assert all(o.status == "done" for o in runner.run(cells))
+    computed = sum(s.result["timing"]["computed_tokens"] for s in load_sweep(runner.directory) if s.cell["limit"] == 8)
+    assert planned.tokens == pytest.approx(
+        computed, rel=0.35
+    )  # four documents stand for eight, of which four are known
 
 
 def test_a_failure_file_is_whole_json(runner, monkeypatch):
-    monkeypatch.setattr(sweep, "compute", lambda *_: 1 / 0)
-    runner.run(cell())
+    monkeypatch.setattr(group, "compute", lambda *_: 1 / 0)
+    run(runner, cell())
     record = json.loads(sweep.failure_file(runner.directory, cell().name).read_text())
     assert record["error"] == "ZeroDivisionError: division by zero"
     assert record["cell"]["task"] == "copa"

@@ -1,0 +1,168 @@
+"""How many tokens a sweep's groups will compute, and how long that takes at the speed measured here.
+
+Lengths of requests come from finished cells of the same task and shots, else from the documents themselves where they lie on
+this machine (by characters). A sample of documents of such lengths is packed as the real ones will be.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from a2sf.errors import UserError
+from a2sf.evaluation import tasks
+from a2sf.evaluation.lm import PACK_TOKENS
+from a2sf.evaluation.packing import Item, pack
+from a2sf.evaluation.requests import Request
+from a2sf.experiments.cell import Cell
+from a2sf.experiments.runs import CorruptCell, StoredCell, is_cell, read_cell
+from a2sf.hf.settings import retention_of
+from a2sf.policies.schedule import schedule_for
+
+SAMPLE = 12
+"""Documents that stand for a task's."""
+CHARACTERS_PER_TOKEN = 4.3
+
+Lengths = list[tuple[int, int]]
+"""Tokens of context and continuation of each request of a document."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one group: tokens to compute and seconds, each None where nothing like it is known."""
+
+    tokens: float | None = None
+    seconds: float | None = None
+
+
+@dataclass
+class _Speed:
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, tokens: float, seconds: float) -> None:
+        self.tokens += tokens
+        self.seconds += seconds
+
+
+@dataclass
+class Measured:
+    """What finished cells tell.
+
+    Attributes:
+        speeds: by model and dtype, and by these, task and shots.
+        per_document: the same of seconds per document, of cells that generate.
+        lengths: by task and shots, and by these and the model: each document's.
+    """
+
+    speeds: dict[Any, _Speed] = field(default_factory=dict)
+    per_document: dict[Any, _Speed] = field(default_factory=dict)
+    lengths: dict[Any, list[Lengths]] = field(default_factory=dict)
+
+    @classmethod
+    def under(cls, runs: Path, wanted: set[tuple[str, int]]) -> Measured:
+        """Of all sweeps in `runs`; `wanted`: tasks and shots whose lengths are of interest."""
+        measured = cls()
+        for path in runs.glob("*/*__*"):
+            if is_cell(path):
+                with suppress(CorruptCell, UserError, KeyError):
+                    measured._add(read_cell(path), wanted)
+        return measured
+
+    def _add(self, stored: StoredCell, wanted: set[tuple[str, int]]) -> None:
+        cell, timing = stored.cell, stored.result["timing"]
+        model, task = (cell["model"], cell["dtype"]), (cell["task"], cell["shots"])
+        generates = "generation" in cell.get("identity", {})
+        if timing["computed_tokens"]:
+            n = stored.result["documents"]["n"]
+            amount = n if generates else timing["computed_tokens"]
+            speeds = self.per_document if generates else self.speeds
+            if not (generates and timing["reused_requests"]):
+                for key in (model, (model, task)):
+                    speeds.setdefault(key, _Speed()).add(amount, timing["seconds"])
+        if task in wanted and not generates:
+            for key in (task, (task, cell["model"])):
+                if len(self.lengths.get(key, ())) < stored.result["documents"]["n"]:
+                    self.lengths[key] = _lengths(stored)
+
+
+def estimate(groups: Sequence[Sequence[Cell]], runs: Path) -> list[Estimate]:
+    """What each group will take; nothing is downloaded, and no model is loaded."""
+    measured = Measured.under(runs, {(g[0].task_name, g[0].shots) for g in groups})
+    known: dict[Any, float | None] = {}
+    made = []
+    for cells in groups:
+        cell = cells[0]
+        model, task = (cell.model_name, cell.identity["dtype"]), (cell.task_name, cell.shots)
+        if tasks.generates(cell.task):
+            speed = measured.per_document.get((model, task))
+            found = speed and cell.limit and speed.seconds / speed.tokens * cell.limit * len(cells)
+            made.append(Estimate(seconds=found or None))
+            continue
+        lengths = measured.lengths.get((task, cell.model_name)) or measured.lengths.get(task)
+        ways = tuple((repr(c.policy), c.budget, c.schedule) for c in cells)
+        key = (
+            task,
+            cell.data,
+            cell.limit,
+            cell.model_name if (task, cell.model_name) in measured.lengths else None,
+            ways,
+        )
+        if key not in known:
+            known[key] = _tokens(cells, lengths)
+        tokens = known[key]
+        speed = measured.speeds.get((model, task)) or measured.speeds.get(model)
+        made.append(Estimate(tokens, None if not speed or tokens is None else tokens * speed.seconds / speed.tokens))
+    return made
+
+
+def _tokens(cells: Sequence[Cell], lengths: list[Lengths] | None) -> float | None:
+    """Tokens that a group will compute."""
+    cell = cells[0]
+    documents = cell.limit
+    if lengths is None or documents is None:
+        if cell.data.root is None:
+            return None
+        with suppress(UserError):
+            task = tasks.build(cell.task, cell.data, shots=cell.shots, seed=cell.seed)
+            documents = min(documents or len(task.eval_docs), len(task.eval_docs))
+            lengths = lengths or _by_characters(task, min(documents, 2 * SAMPLE))
+    if not lengths or documents is None:
+        return None
+    sample = lengths[:: max(1, len(lengths) // SAMPLE)][:SAMPLE]
+    items = [item for c in cells for item in _items(c, sample)]
+    packed = pack(items, max_tokens=PACK_TOKENS["cpu" if cell.identity["device"] == "cpu" else "cuda"])
+    return sum(len(row.tokens) for row in packed) * documents / len(sample)
+
+
+def _items(cell: Cell, sample: Sequence[Lengths]) -> Iterator[Item]:
+    """A cell's requests of a sample of documents, in tokens that stand for any: each document has others."""
+    fresh, schedule = itertools.count(), schedule_for(cell.policy, cell.schedule)
+    for document in sample:
+        context = tuple(itertools.islice(fresh, max(c for c, _ in document)))
+        for c, n in document:
+            read = context[:c] + tuple(itertools.islice(fresh, n - 1))
+            with suppress(UserError):  # told when it is computed
+                kept = retention_of(cell.policy, cell.budget, len(read), c, layers=1)
+                yield Request(read, (0,) * n, kept, schedule).simplest.item()
+
+
+def _lengths(stored: StoredCell) -> list[Lengths]:
+    columns = [stored.documents["context_tokens"], stored.documents["continuation_tokens"]]
+    pairs = ([(int(c), int(n)) for c, n in zip(*row, strict=True) if c and n] for row in zip(*columns, strict=True))
+    return [p for p in pairs if p]
+
+
+def _by_characters(task: Any, documents: int) -> list[Lengths]:
+    """Lengths of a task's first documents, from their texts."""
+    task.build_all_requests(limit=documents)
+    found: dict[int, Lengths] = {}
+    for instance in task.instances:
+        if len(instance.args) == 2 and isinstance(instance.args[1], str):
+            c, n = (max(1, round(len(text) / CHARACTERS_PER_TOKEN)) for text in instance.args)
+            found.setdefault(instance.doc_id, []).append((c, n))
+    return list(found.values())

@@ -1,0 +1,166 @@
+"""Cells that are computed together: the same model, documents and examples, whatever the policy, budget and schedule.
+
+Documents, prompts and tokens are made once, and the requests of all cells go through the model together. A cell alone is a
+group of one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from a2sf.evaluation import tasks
+from a2sf.evaluation.members import Answer, Member
+from a2sf.experiments import checkpoint
+from a2sf.experiments.cell import Cell, compute
+from a2sf.experiments.runs import DiskError, StoredCell, find_extendable
+
+OWN = ("policy", "budget", "schedule")
+"""What the cells of a group differ in."""
+
+
+def key_of(cell: Cell) -> Hashable:
+    """Equal for cells that are computed together."""
+    return tuple(getattr(cell, f.name) for f in dataclasses.fields(cell) if f.name not in OWN)
+
+
+def grouped(cells: Iterable[Cell], more: Callable[[Cell], Hashable] = lambda cell: None) -> list[list[Cell]]:
+    """Cells by group, in the order of each group's first cell.
+
+    Args:
+        more: what else the cells of a group must have in common.
+    """
+    groups: dict[Hashable, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((key_of(cell), more(cell)), []).append(cell)
+    return list(groups.values())
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What became of a cell: a result and its documents, or an error."""
+
+    cell: Cell
+    result: dict[str, Any] | None = None
+    documents: pd.DataFrame | None = None
+    error: Exception | None = None
+
+
+def compute_group(
+    cells: Sequence[Cell],
+    lm: Any,
+    directory: Path,
+    checkpoint_seconds: float = 60.0,
+    attempt: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+    watch: Callable[[dict[str, Member]], None] = lambda members: None,
+) -> Iterator[Computed]:
+    """Score the documents of some cells with `lm`, a `PrunedLM`; what was scored before is not computed again.
+
+    Args:
+        cells: equal in `key_of`.
+        directory: of the sweep, where unfinished cells keep their answers.
+        checkpoint_seconds: after so much time the answers so far are written there.
+        attempt: calls what evaluates one cell, and may do so again.
+        watch: called after each pass with each cell's member, by its name, which holds its answers so far.
+    """
+    try:
+        first = cells[0]
+        task = tasks.build(first.task, first.data, shots=first.shots, seed=first.seed)
+        where = tasks.provenance(task)
+        _once(task)
+    except Exception as error:
+        yield from (Computed(c, error=error) for c in cells)
+        return
+    # of several samples of one prompt only the first is stored
+    drawn = (task.config.repeats or 1) > 1 or (task.config.generation_kwargs or {}).get("do_sample")
+    stored = {} if drawn else find_extendable(directory.parent, {c.family for c in cells})
+    members: dict[str, Member] = {}
+    for cell in cells:
+        try:
+            member = lm.as_member(cell.policy, cell.budget, cell.schedule)
+        except Exception as error:
+            yield Computed(cell, error=error)
+            continue
+        member.known = _known(stored.get(cell.family), where)
+        if not drawn:
+            checkpoint.restore(directory, cell, where["fingerprint"], member)
+        members[cell.name] = member
+    of = {c.name: c for c in cells if c.name in members}
+
+    def save() -> None:
+        for name, member in members.items():
+            if member.answers and member.error is None:
+                checkpoint.write(directory, of[name], where["fingerprint"], member)
+
+    saved = time.monotonic()
+
+    def after_pass() -> None:
+        nonlocal saved
+        watch(members)
+        if time.monotonic() - saved >= checkpoint_seconds:
+            try:
+                save()
+            except OSError as error:
+                raise DiskError(f"{directory} cannot be written ({error.strerror or error})") from error
+            saved = time.monotonic()
+
+    try:
+        with lm.together(list(members.values()), after_pass):
+            for name in list(members):
+                lm.take(members[name])
+                try:
+                    result, documents = attempt(partial(compute, of[name], lm, task))
+                except DiskError:
+                    raise
+                except Exception as error:
+                    yield Computed(of[name], error=error)
+                else:
+                    yield Computed(of[name], result, documents)
+                    checkpoint.remove(directory, of[name])
+                del members[name]
+    except BaseException:  # interrupted: what was computed since the last checkpoint is kept
+        with suppress(OSError):
+            save()
+        raise
+
+
+def _once(task: Any) -> None:
+    """Let `task` make its requests once, and give them anew, without answers, to every evaluation."""
+    make = task.build_all_requests
+    made: list[Any] = []
+
+    def build_all_requests(**settings: Any) -> None:
+        if not made:
+            make(**settings)
+            made.extend(task.instances)
+        for instance in made:
+            instance.resps, instance.filtered_resps = [], {}
+        task._instances = list(made)
+
+    task.build_all_requests = build_all_requests
+
+
+def _known(stored: StoredCell | None, where: dict[str, Any]) -> dict[str, Answer]:
+    """By request hash, the answers of documents that were scored before."""
+    if stored is None or stored.result["documents"]["fingerprint"] != where["fingerprint"]:
+        return {}
+    known: dict[str, Answer] = {}
+    if "generated" in stored.documents:
+        columns = ["request_hashes", "generated", "context_tokens", "continuation_tokens"]
+        for hashes, text, context, more in stored.documents[columns].itertuples(index=False):
+            known[hashes[0]] = Answer(text, False, int(context[0]), int(more[0]))
+        return known
+    columns = ["request_hashes", "loglikelihoods", "is_greedy", "context_tokens", "continuation_tokens"]
+    for prefix in ("", "more/"):
+        if f"{prefix}{columns[0]}" in stored.documents:
+            for row in stored.documents[[f"{prefix}{c}" for c in columns]].itertuples(index=False):
+                known.update({h: Answer(float(x), bool(g), int(c), int(n)) for h, x, g, c, n in zip(*row, strict=True)})
+    return known

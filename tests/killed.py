@@ -1,0 +1,63 @@
+"""A sweep in a process that is there to be killed; what it computed and what it kept is noted as it happens.
+
+Notes are lines of JSON: ["computed", time, cell, request hashes], ["kept", the same], ["done", time, cell].
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import time
+from pathlib import Path
+
+PASS_SECONDS = 0.03
+"""A pass takes at least so long, so that there is time to be killed in."""
+
+
+def preload() -> list[str]:
+    """Modules that a server of such processes loads once."""
+    return ["tests.killed", "a2sf.app", "a2sf.experiments.sweep", "a2sf.experiments.estimate", "lm_eval.tasks"]
+
+
+def run(arguments: list[str], notes: str) -> None:
+    """The command `a2sf run`, noting in the file `notes`."""
+    import torch
+
+    from a2sf import cli
+    from a2sf.experiments import checkpoint, sweep
+
+    torch.set_num_threads(1)
+    out = os.open(notes, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+    def note(*what: object) -> None:
+        os.write(out, (json.dumps(what) + "\n").encode())
+
+    seen: dict[str, set[str]] = {}
+
+    def watch(members) -> None:
+        for name, member in members.items():
+            known = seen.setdefault(name, set())
+            note("computed", time.time(), name, sorted(member.answers.keys() - known))
+            known |= member.answers.keys()
+        time.sleep(PASS_SECONDS)
+
+    restore, write, keep = checkpoint.restore, checkpoint.write, sweep.write_cell
+
+    def restored(directory, cell, documents, member) -> None:
+        restore(directory, cell, documents, member)
+        seen[cell.name] = set(member.answers)
+
+    def written(directory, cell, documents, member) -> None:
+        write(directory, cell, documents, member)
+        note("kept", time.time(), cell.name, sorted(member.answers))
+
+    def kept(path: Path, *more, **settings):
+        stored = keep(path, *more, **settings)
+        note("done", time.time(), path.name)
+        return stored
+
+    checkpoint.restore, checkpoint.write, sweep.write_cell = restored, written, kept
+    sweep.compute_group = functools.partial(sweep.compute_group, watch=watch)
+    cli.main(["run", *arguments])

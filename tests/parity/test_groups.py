@@ -1,0 +1,184 @@
+"""Ways of scoring that are computed together: the numbers of each alone, each token once, and no failure but one's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+
+from a2sf import Budget
+from a2sf.errors import UserError
+from a2sf.evaluation import scoring
+from a2sf.evaluation.lm import PrunedLM, request_hash
+from a2sf.hf.attention import NonFiniteError
+from a2sf.policies.find import find_policies
+from a2sf.policies.schedule import Schedule
+from tests.models import small
+from tests.parity.test_lm import StandIn
+from tests.policies import cases
+
+TEXT = "a lighthouse keeper counts the ships that pass by at night, and writes"
+DOCUMENTS = [(TEXT[i : i + 30 + 3 * i], choice) for i in range(6) for choice in (" ten", " eleven or so", " t")]
+BUDGETS = [Budget(ratio=0.2), Budget(ratio=0.5, base="context"), Budget(tokens=6), Budget(tokens=500)]
+
+
+@pytest.fixture(autouse=True)
+def _any_tokenizer(monkeypatch):
+    monkeypatch.setattr(
+        "lm_eval.models.huggingface.HFLM._create_tokenizer",
+        lambda self, *a, **k: setattr(self, "tokenizer", StandIn()),
+    )
+    monkeypatch.setattr("lm_eval.models.huggingface.configure_pad_token", lambda tokenizer, **_: tokenizer)
+
+
+@pytest.fixture
+def lm():
+    made = PrunedLM(small("llama"), tokenizer=StandIn())
+    made.silent = True
+    return made
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """How many tokens the model reads."""
+    counted, original = [0], scoring.logits_at
+
+    def counting(*arguments, input_ids, **more):
+        counted[0] += input_ids.shape[1]
+        return original(*arguments, input_ids=input_ids, **more)
+
+    monkeypatch.setattr(scoring, "logits_at", counting)
+    return counted
+
+
+def ask():
+    return [Instance("loglikelihood", {}, d, 0, metadata=("sums", i // 3, 1)) for i, d in enumerate(DOCUMENTS)]
+
+
+def ways(count: int):
+    """Policies, budgets and schedules, every policy and schedule among them."""
+    made = [(p, BUDGETS[i % len(BUDGETS)] if p.uses_budget else None, s) for i, (p, s) in enumerate(cases())]
+    fits = [(p, b, s) for p, b, s in made if b is None or b.tokens is None or b.tokens >= p.least_budget]
+    return [w for w in fits if w[0].least_budget <= 4][:: max(1, len(fits) // count)]
+
+
+def members_of(lm, of):
+    return [lm.as_member(*w) for w in of]
+
+
+def answers(lm, members):
+    with lm.together(members):
+        found = []
+        for member in members:
+            lm.take(member)
+            found.append(lm.loglikelihood(ask()))
+    return found
+
+
+def test_each_has_the_numbers_it_has_alone(lm, read):
+    of = ways(30)
+    members = members_of(lm, of)
+    together = answers(lm, members)
+    once, read[0] = read[0], 0
+    for way, member, got in zip(of, members, together, strict=True):
+        lm.use(*way)
+        alone = lm.loglikelihood(ask())
+        assert [a for a, _ in got] == pytest.approx([a for a, _ in alone], abs=1e-3)
+        assert [g for _, g in got] == [g for _, g in alone]
+        counts = member.counts
+        assert (counts.tokens, counts.kept, counts.targets, counts.pruned) == (
+            lm.counts.tokens,
+            lm.counts.kept,
+            lm.counts.targets,
+            lm.counts.pruned,
+        )
+    assert once == pytest.approx(sum(m.counts.computed for m in members))  # apportioned without a rest
+    assert once < 0.8 * read[0]
+    assert all(0 < m.counts.together <= m.counts.needed for m in members)
+
+
+def test_what_no_budget_prunes_is_computed_once_for_all(lm, read):
+    def computed(of):
+        read[0] = 0
+        found = answers(lm, members_of(lm, of))
+        return read[0], found
+
+    full = [w for w in ways(1000) if w[0].name == "full" and w[2] == Schedule()]
+    once, expected = computed(full)
+    others = [(p, Budget(tokens=5000), s) for p, _, s in ways(1000) if p.uses_budget]
+    assert computed(full + others) == (once, expected * (1 + len(others)))
+
+
+def test_the_cut_after_a_prompt_leaves_its_context_to_all(lm, read):
+    of = [
+        (p, Budget(tokens=6), s) for p, s in cases() if s.when == "prompt" and s.then == "keep" and p.least_budget < 6
+    ]
+    answers(lm, members_of(lm, of))
+    longest = {len(c) for c, _ in DOCUMENTS}
+    contexts = sum(longest)
+    continuations = sum(len(t) - 1 for _, t in DOCUMENTS)
+    assert read[0] <= contexts + len(of) * continuations
+
+
+def test_a_failure_is_its_own(lm, monkeypatch):
+    """NaN in the passes that read some member's requests, and a policy that protects more than its budget holds."""
+    names = ("full", "h2o", "window", "streaming")
+    of = [(p := find_policies()[n](), Budget(ratio=0.05) if p.uses_budget else None) for n in names]
+    full, window = ([a for a, _ in got] for got in answers(lm, members_of(lm, [(*w, None) for w in of[::2]])))
+    original = scoring.pass_of
+    blamed = []
+
+    def poisoned(row, todo, about):
+        bad = [w for w, i in enumerate(row.items) if any(0 < k.recent < k.budget for k in todo[i].retention)]
+        if bad:
+            blamed.extend(row.items[w] for w in bad)
+            raise NonFiniteError("the key of layer 1", torch.float32, sorted({row.path[w][-1] for w in bad}))
+        return original(row, todo, about)
+
+    monkeypatch.setattr(scoring, "pass_of", poisoned)
+    members = members_of(lm, [(p, b, None) for p, b in of])
+    told = {}
+    with lm.together(members):
+        for name, member in zip(names, members, strict=True):
+            lm.take(member)
+            try:
+                told[name] = [a for a, _ in lm.loglikelihood(ask())]
+            except UserError as error:
+                told[name] = str(error)
+    assert blamed
+    assert told["h2o"].startswith("task sums, document")
+    assert "key of layer 1" in told["h2o"]
+    assert "does not fit a budget" in told["streaming"]
+    assert told["full"] == pytest.approx(full, abs=1e-3)
+    assert told["window"] == pytest.approx(window, abs=1e-3)
+
+
+def test_what_one_policy_cannot_do_on_a_model_stops_no_other():
+    """A policy cannot prune beyond a sliding window of the model's own; the full cache has no difficulty with it."""
+    lm = PrunedLM(small("mistral", sliding_window=16), tokenizer=StandIn())
+    full = lm.loglikelihood(ask())
+    members = members_of(
+        lm, [(find_policies()[n](), Budget(ratio=0.5) if n == "h2o" else None) for n in ("h2o", "full")]
+    )
+    with lm.together(members):
+        lm.take(members[1])
+        assert [a for a, _ in lm.loglikelihood(ask())] == pytest.approx([a for a, _ in full], abs=1e-3)
+        lm.take(members[0])
+        with pytest.raises(UserError, match="sliding window of 16 tokens"):
+            lm.loglikelihood(ask())
+
+
+def test_answers_come_in_the_order_that_is_asked_for(lm):
+    lm.sequences_per_pass = 3 * 4
+    seen: list[str] = []
+    members = members_of(lm, ways(4)[:4])
+
+    def look():
+        seen.extend(h for m in members for h in m.answers if h not in seen)
+
+    order = [3, 0, 5, 1, 4, 2]
+    with lm.together(members, look, due=order.index):
+        lm.take(members[0])
+        lm.loglikelihood(ask())
+    of = {request_hash(r.args): r.doc_id for r in ask()}
+    assert list(dict.fromkeys(of[h] for h in seen)) == order
