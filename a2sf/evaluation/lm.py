@@ -109,6 +109,7 @@ class PrunedLM(Members, HFLM):
         self.engine = backend
         self.shared_context = shared_context
         self._before_cut: dict[str, int] = {}  # tokens of the shared context, by the prompt
+        self._cuts: dict[str, int] = {}  # where prompts to go on from are cut, by their tokens
         self.tokens_per_pass = self.most_tokens
         self.silent = False  # no progress bars
         self._clock: float | None = None  # when the request for log-likelihoods came
@@ -184,7 +185,7 @@ class PrunedLM(Members, HFLM):
         more = max_length - context.shape[1]
         # the whole prompt comes at once, so that one of a single token is no chunk
         read = [row[mask.bool()].tolist() for row, mask in zip(context, settings["attention_mask"], strict=True)]
-        prompt = [self._cuts[str(tokens)] for tokens in read]
+        prompt = [self._cuts[str(tokens)] if self.schedule.before_question else len(tokens) for tokens in read]
         cache = PrunedCache(
             self.model,
             self.policy,

@@ -81,7 +81,7 @@ def check(name: str, data: DataSpec, shots: int) -> None:
             found.name,
             f"it needs {kind}, which is not available under pruning; give a log-likelihood or generation task",
         )
-    if shots and (asked := lengths(name, data)):
+    if shots and (asked := lengths(name, data)) and asked[1]:
         raise ConfigError(
             "shots", shots, f"a prompt of {found.name} has the length that {asked[0]} says, with no room for examples"
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
@@ -187,3 +189,18 @@ def test_a_long_beginning_is_read_once_although_rows_are_short():
     # and not put together where nothing is shared
     apart = [Item((*text, 9000 + i, i), key=i, certain=100) for i in range(3)]
     assert [len(row.tokens) for row in pack(apart, max_tokens=1000)] == [5002] * 3
+
+
+def test_lm_evals_own_ruler_gets_the_models_tokenizer_and_its_lengths(monkeypatch, folder, count):
+    """Its words come from a package that is not needed otherwise."""
+    words = {"nouns": ["river", "lamp"], "adjectives": ["green", "tall"], "verbs": ["run"]}
+    package = SimpleNamespace(RandomWord=lambda: SimpleNamespace(_categories=words))
+    monkeypatch.setitem(sys.modules, "wonderwords", package)
+    monkeypatch.setattr("nltk.data.find", lambda *_: True)
+    task = tasks.build("niah_single_1", of(folder, max_seq_lengths=[400]), shots=0, seed=0)
+    document = next(iter(task.eval_docs))
+    assert document["max_length"] == 400
+    assert 300 < count(task.doc_to_text(document)) <= 400
+    assert task.config.metadata["tokenizer"] == folder
+    with pytest.raises(ConfigError, match=r"max_seq_lengths=\[9000\].* 8192 positions"):
+        a_cell(of(max_seq_lengths=[9000]), task="niah_single_1").settled()
