@@ -34,8 +34,9 @@ class Contexts:
             UserError: if the document has no such context, or the prompt does not hold it, or nothing comes after it.
         """
         if prompt not in self._known:
-            context = document.get(self.field) if isinstance(document, dict) else None
-            at = prompt.rfind(context) if isinstance(context, str) and context else -1
+            found = document.get(self.field) if isinstance(document, dict) else None
+            context = found if isinstance(found, str) else ""
+            at = prompt.rfind(context) if context else -1
             if at < 0:
                 raise UserError(
                     f"schedule.at=context cuts after a document's field {self.field!r}, and a prompt does not hold that text"

@@ -175,4 +175,4 @@ def _draw(axis: Axes, documents: pd.DataFrame, edges: Sequence[float], style: St
     scale = 100 if percent else 1
     x, mean, error = np.array(points).T
     axis.plot(x, scale * mean, color=style.colour, marker=style.marker, ms=5, ls=style.dash, lw=1.5, label=label)
-    axis.fill_between(x, scale * (mean - Z * error), scale * (mean + Z * error), color=style.colour, alpha=0.1, lw=0)
+    axis.fill_between(x, scale * (mean - Z * error), scale * (mean + Z * error), color=style.colour, alpha=0.07, lw=0)
