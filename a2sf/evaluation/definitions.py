@@ -27,13 +27,18 @@ from a2sf.errors import ConfigError, nearest
 from a2sf.evaluation import own
 from a2sf.evaluation.functions import function_file, known_arguments, live
 
+LONG = tuple(
+    f"long_{family}" for family in ("single", "multikey", "multivalue", "multiquery", "variables", "common", "frequent")
+)
 SUITES = {
     "paper": ("openbookqa", "winogrande", "piqa", "copa", "mathqa", "arc_easy", "arc_challenge"),
     "demo": ("piqa", "openbookqa", "arc_easy"),
+    "long": LONG,
+    "long_generate": tuple(f"{task}_generate" for task in LONG),
 }
-"""Names for lists of tasks. `paper`: the seven of arXiv 2407.20485."""
+"""Names for lists of tasks. `paper`: the seven of arXiv 2407.20485; `long`: ours of any length, choosing or writing."""
 
-OWN_TASKS = Path(__file__).parent / "needle"
+OWN_TASKS = (Path(__file__).parent / "needle", Path(__file__).parent / "long")
 TASKS_DIRECTORY = Path(_lm_eval_tasks).parent
 INSIDE = "::"
 """Between a group and one of its members, in the name of a member that exists only there."""
@@ -82,7 +87,7 @@ class Definition:
     def digest(self) -> str | None:
         """A hash of the definition and of the functions' files; None for lm-eval's own, which its version identifies."""
         own = self.folder is not None and self.folder.is_relative_to(TASKS_DIRECTORY)
-        if not self.settings and self.ref == self.name and (own or self.folder == OWN_TASKS):
+        if not self.settings and self.ref == self.name and (own or self.folder in OWN_TASKS):
             return None
         parts: list[Any] = []
 
@@ -380,9 +385,9 @@ def _quick(name: str) -> Path | None:
     if not name or "/" in name:
         return None
     pattern = re.compile(rf"^task:\s*['\"]?{re.escape(name)}['\"]?\s*$", re.MULTILINE)
-    own = OWN_TASKS / f"{name}.yaml"
-    if own.is_file():
-        return own
+    for ours in (folder / f"{name}.yaml" for folder in OWN_TASKS):
+        if ours.is_file():
+            return ours
     folders = {part for part in (name, name.split("_")[0]) if re.fullmatch(r"[\w.-]+", part)}
     likely = [p for part in sorted(folders) for p in sorted(TASKS_DIRECTORY.glob(f"{part}/**/*.yaml"))]
     likely += sorted(TASKS_DIRECTORY.glob(f"*/{name}/*.yaml")) if name in folders else []

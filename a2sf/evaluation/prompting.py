@@ -11,6 +11,7 @@ from a2sf.errors import ConfigError, nearest
 
 OF_LM_EVAL = ("until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """Settings of a generation that lm-eval understands besides transformers'."""
+EXAMPLES = {"gen_kwargs": "gen_kwargs.max_gen_toks=32", "task_args": "task_args.lengths=[1024,4096]"}
 SAMPLING_SEED = 1234
 """Of text that is drawn at random; lm-eval's default."""
 
@@ -144,7 +145,7 @@ def plain_mapping(key: str, value: Any) -> dict[str, Any]:
         return {}
     if isinstance(value, Mapping):
         return dict(value)
-    allowed = "give a mapping such as {a: 1}, JSON, or lm-eval's a=1,b=2"
+    allowed = f"give each by its name, such as {EXAMPLES[key]}, or all as JSON or lm-eval's a=1,b=2"
     if not isinstance(value, str):
         raise ConfigError(key, value, allowed)
     if value.lstrip().startswith("{"):

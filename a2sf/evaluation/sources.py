@@ -41,6 +41,7 @@ class DataSpec:
         content: what identifies the documents, where it is settled already (`tasks.pin`).
         task_args: what goes into the task's metadata, from which its code makes documents, as JSON with sorted keys; "":
             nothing.
+        tokenizer: folder of the tokenizer that such documents are measured with.
 
     Raises:
         ConfigError: if a value is not allowed.
@@ -53,6 +54,7 @@ class DataSpec:
     revision: str | None = None
     content: str | None = None
     task_args: str = ""
+    tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         if self.source not in ("hub", "bundle"):

@@ -7,6 +7,7 @@ from, the scored split and that of the examples can be chosen.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,12 +37,17 @@ __all__ = [
     "identity",
     "include",
     "known_content",
+    "lengths",
+    "makes_documents",
     "name_of",
     "provenance",
     "resolve",
+    "shared_context",
     "version_of",
 ]
 
+LENGTHS = ("lengths", "max_seq_lengths")
+"""What tasks call the lengths of their prompts: ours, and lm-eval's RULER."""
 OUTPUT_TYPES = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
 
 
@@ -162,6 +168,10 @@ def check(name: str, data: DataSpec, shots: int) -> None:
             found.name,
             f"it needs {kind}, which is not available under pruning; give a log-likelihood or generation task",
         )
+    if shots and (asked := lengths(name, data)) and asked[1]:
+        raise ConfigError(
+            "shots", shots, f"a prompt of {found.name} has the length that {asked[0]} says, with no room for examples"
+        )
     locate(found, data, shots)
 
 
@@ -184,6 +194,31 @@ def version_of(name: str) -> Any:
 def generates(name: str) -> bool:
     """Whether the task's answers are generated text."""
     return bool(definitions.definition(name).config.get("output_type") == "generate_until")
+
+
+def makes_documents(name: str) -> bool:
+    """Whether the task makes its documents by a function, which may ask for the model's tokenizer."""
+    return "custom_dataset" in definitions.definition(name).config
+
+
+def lengths(name: str, data: DataSpec) -> tuple[str, list[int]] | None:
+    """The lengths in tokens that documents are made to, and the key that says so; None where no lengths are asked for."""
+    if not makes_documents(name):
+        return None
+    metadata = definitions.definition(name).config.get("metadata")
+    told = (metadata if isinstance(metadata, dict) else {}) | data.arguments
+    for key in LENGTHS:
+        if key in told:
+            given = told[key] if isinstance(told[key], list) else [told[key]]
+            return f"task_args.{key}", [n for n in given if isinstance(n, int)]
+    return None
+
+
+def shared_context(name: str, data: DataSpec) -> str | None:
+    """The field of a document that its prompt begins with and that other documents have, too; None: the task names none."""
+    metadata = definitions.definition(name).config.get("metadata")
+    told = (metadata if isinstance(metadata, dict) else {}) | data.arguments
+    return told.get("shared_context")
 
 
 @dataclass
@@ -299,6 +334,8 @@ def _task(found: Definition, source: Source, data: DataSpec, shots: int, seed: i
     config |= {"task": found.name, "num_fewshot": shots}
     metadata = config.get("metadata")
     config["metadata"] = {**(metadata if isinstance(metadata, dict) else {"_metadata": metadata})}
+    if "custom_dataset" in config:
+        config["metadata"] |= {"tokenizer": data.tokenizer} if _takes_tokenizer(config["custom_dataset"]) else {}
     base = config.get("class", ConfigurableTask)
     if data.task_args:
         if not _ctor_accepts_config(base):
@@ -323,6 +360,11 @@ def _task(found: Definition, source: Source, data: DataSpec, shots: int, seed: i
         {"read_documents": reads, "shots": shots, "fewshot_seed": seed, "__module__": base.__module__},
     )
     return kind(config=config) if _ctor_accepts_config(base) else kind()
+
+
+def _takes_tokenizer(function: Any) -> bool:
+    parameters = inspect.signature(function).parameters.values()
+    return any(p.name == "tokenizer" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def provenance(task: Any) -> dict[str, Any]:

@@ -16,12 +16,13 @@ from typing import Any
 import pandas as pd
 import torch
 
+from a2sf.errors import ConfigError
 from a2sf.evaluation import tasks
 from a2sf.evaluation.lm import request_hash
 from a2sf.evaluation.prompting import SAMPLING_SEED, Prompting
 from a2sf.experiments.names import safe
 from a2sf.experiments.until import Until
-from a2sf.hf.loading import ModelSpec, fingerprint
+from a2sf.hf.loading import ModelSpec, fingerprint, positions_of, tokenizer_folder
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import source_digest
@@ -80,7 +81,7 @@ class Cell:
             "policy_settings": _plain(dataclasses.asdict(self.policy)),
             **({"policy_source": source} if (source := source_digest(type(self.policy))) else {}),
             "budget": _plain(dataclasses.asdict(self.budget)) if self.budget else None,
-            **({"schedule": dataclasses.asdict(self.schedule)} if self.schedule else {}),
+            **({"schedule": self.schedule.settings} if self.schedule else {}),
             **({"prompting": asked} if (asked := self.prompting.settings) else {}),
             **tasks.identity(self.task, self.data, self.shots),
             "shots": self.shots,
@@ -112,7 +113,7 @@ class Cell:
         Raises:
             UserError: if there are no such documents, or they cannot be reached.
         """
-        data = tasks.Settled().data(self.task, self.data, self.shots)
+        data = tasks.Settled().data(self.task, measured(self), self.shots)
         return self if data == self.data else dataclasses.replace(self, data=data)
 
     @property
@@ -167,6 +168,28 @@ class Cell:
         }
 
 
+def measured(cell: Cell) -> tasks.DataSpec:
+    """The cell's `data`, with the tokenizer of its model where the task makes documents to a length in tokens.
+
+    Raises:
+        UserError: if a length is beyond the model's positions, or the tokenizer cannot be had.
+    """
+    data = cell.data
+    if not tasks.makes_documents(cell.task):
+        return data
+    if asked := tasks.lengths(cell.task, data):
+        key, lengths = asked
+        positions = positions_of(cell.model)
+        if positions is not None and max(lengths, default=0) > positions:
+            raise ConfigError(
+                key,
+                lengths,
+                f"the model {cell.model_name} has {positions} positions, and {cell.task_name} "
+                f"would ask for {max(lengths)}",
+            )
+    return data if data.tokenizer else dataclasses.replace(data, tokenizer=str(tokenizer_folder(cell.model)))
+
+
 @cache
 def _lm_eval_version() -> str:
     return version("lm-eval")
@@ -194,6 +217,7 @@ def compute(cell: Cell, lm: Any, task: Any, chosen: list[int] | None = None) -> 
     import lm_eval
 
     where = tasks.provenance(task)
+    lm.shared_context = (task.config.metadata or {}).get("shared_context")
     started = datetime.now(UTC)
     clock, spent = time.perf_counter(), lm.spent
     if drawn(task):
@@ -215,6 +239,7 @@ def compute(cell: Cell, lm: Any, task: Any, chosen: list[int] | None = None) -> 
         "metrics": _metrics(evaluated, cell.task_name),
         "documents": {"n": len({s["doc_id"] for s in samples}), **where},
         "scored": {"tokens": counts.targets, "pruned": counts.pruned},
+        "lengths": counts.lengths,
         "timing": {
             "seconds": seconds,
             "tokens": counts.tokens,

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from a2sf.engine.kernels import BACKENDS
 from a2sf.errors import ConfigError, UserError, nearest
+from a2sf.evaluation import tasks
 from a2sf.evaluation.definitions import Definition
 from a2sf.evaluation.lm import check_batch_size
 from a2sf.evaluation.prompting import Prompting, packed, plain_mapping
@@ -24,6 +25,7 @@ from a2sf.experiments.schema import Config
 from a2sf.experiments.tracking import TrackerSpec
 from a2sf.experiments.until import Until
 from a2sf.hf.loading import ModelSpec, sizes_of
+from a2sf.hf.settings import check_cut
 from a2sf.policies import find
 from a2sf.policies.a2sf import check_factors
 from a2sf.policies.base import Policy
@@ -140,6 +142,15 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
         return (d.shots or 0) if config.shots is None else config.shots
 
     until = _until(config, generating)
+    if schedule is not None and schedule.before_question:
+        check_cut(budget, schedule)
+        for _, d in members:
+            if tasks.shared_context(d.ref, data) is None:
+                raise ConfigError(
+                    "schedule.at",
+                    schedule.at,
+                    f"the task {d.name} does not say where its context ends (shared_context in its metadata); give prompt",
+                )
     shots_of = [(d.ref, shots_for(d)) for _, d in members]
     cells = tuple(
         Cell(
@@ -266,7 +277,7 @@ def _schedule(config: Config) -> Schedule | None:
             raise unused(key, value)
         return None
     Schedule(**given)  # checked also where it is not looked at
-    return Schedule(**{k: v for k, v in given.items() if k in ("when", LOOKED_AT.get(given["when"]))})
+    return Schedule(**{k: v for k, v in given.items() if k == "when" or k in LOOKED_AT.get(given["when"], ())})
 
 
 def _until(config: Config, generating: Sequence[str]) -> Until | None:

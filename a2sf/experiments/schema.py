@@ -34,11 +34,13 @@ class ScheduleConfig:
         when: step, every or prompt; null: step by step, or as a policy that knows no other does it
         every: for every: tokens between two evictions
         then: for prompt: keep everything after the cut, or step by step
+        at: for prompt: cut after the whole prompt, or after the context that its questions share
     """
 
     when: str | None = None
     every: Any = None
     then: str | None = None
+    at: str | None = None
 
 
 @dataclass
@@ -131,7 +133,7 @@ class Config:
         schedule: a file in schedule/
         budget: how many tokens a layer may keep
         forgetting_factor: for policies that have one; one number in [0, 1], or one per layer; null: the policy's own
-        tasks: demo, paper, or a list such as [piqa,copa] of lm-eval's tasks and groups
+        tasks: demo, paper, long, or a list such as [piqa,copa] of lm-eval's tasks and groups
         shots: few-shot examples before each document; null: 0, or what a group says of its member
         limit: documents of each task, the first ones; null: all
         chat_template: true, or the name of one of the tokenizer's templates, to ask in the form of a chat

@@ -328,6 +328,33 @@ def sizes_of(spec: ModelSpec) -> tuple[int, int | None]:
     return int(config.get_text_config().num_hidden_layers), kv_heads_of(config)
 
 
+def positions_of(spec: ModelSpec) -> int | None:
+    """How many tokens the model can read and write at most, from its config alone; None where it does not say.
+
+    Raises:
+        ConfigError: if there is no such model.
+    """
+    check_config(spec)
+    file = gguf_file(spec)
+    config = _config(spec) if file is None else AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    text = config.get_text_config()
+    told = (getattr(text, key, None) for key in ("n_positions", "max_position_embeddings", "n_ctx"))  # as lm-eval asks
+    return next((int(n) for n in told if isinstance(n, int)), None)
+
+
+def tokenizer_folder(spec: ModelSpec) -> Path:
+    """A folder that the model's tokenizer can be loaded from, without the weights where they are files of their own.
+
+    Raises:
+        ConfigError: if there is no such model, or it has none.
+    """
+    spec = pin(spec)[0]
+    if gguf_file(spec) is not None:
+        return local_checkpoint(spec)
+    files = _files(spec)
+    return files.get(weights.find_texts(files, spec.path, spec.trust_remote_code))
+
+
 def kv_heads_of(config: Any) -> int | None:
     """KV heads of each layer; None where the config does not tell one number."""
     text = config.get_text_config()

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -16,7 +17,7 @@ from rich.filesize import decimal
 from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation import tasks
 from a2sf.evaluation.documents import downloaded_bytes
-from a2sf.experiments.cell import Cell
+from a2sf.experiments.cell import Cell, measured
 from a2sf.experiments.prepare.bar import download_bar
 from a2sf.hf.files.refusals import HubError
 
@@ -63,12 +64,15 @@ def settle(groups: Sequence[Sequence[Cell]], planned_only: bool = False) -> Sett
         UserError: if no cell's documents can be had.
     """
     settled, notes = tasks.Settled(), []
-    known: dict[tuple[str, tasks.DataSpec, int], tasks.DataSpec | UserError] = {}
+    known: dict[tuple[Any, ...], tasks.DataSpec | UserError] = {}
+
+    def key_of(cell: Cell) -> tuple[Any, ...]:
+        return cell.task, cell.data, cell.shots, cell.model if tasks.makes_documents(cell.task) else None
+
     for cell in (c for group in groups for c in group):
-        key = cell.task, cell.data, cell.shots
-        if key not in known:
+        if (key := key_of(cell)) not in known:
             try:
-                known[key] = settled.data(*key)
+                known[key] = settled.data(cell.task, measured(cell), cell.shots)
             except UserError as error:
                 if _is_mistake(error):
                     raise
@@ -78,7 +82,7 @@ def settle(groups: Sequence[Sequence[Cell]], planned_only: bool = False) -> Sett
     for group in groups:
         kept = []
         for cell in group:
-            found = known[cell.task, cell.data, cell.shots]
+            found = known[key_of(cell)]
             if isinstance(found, tasks.DataSpec):
                 kept.append(dataclasses.replace(cell, data=found))
             elif planned_only:
