@@ -250,7 +250,9 @@ def _print_plan(made: Plan, groups: Sequence[Sequence[Cell]], estimates: Sequenc
     known = [(len(g), e) for g, e in zip(groups, estimates, strict=True)]
     tokens = sum(e.tokens for _, e in known if e.tokens is not None)
     timed = sum(n for n, e in known if e.seconds is not None)
-    about = f", about {_rounded(tokens)} tokens to compute" if tokens else ""
+    counted = sum(n for n, e in known if e.tokens is not None)
+    of = "" if counted == len(pending) else f" for {counted} of them"
+    about = f", about {_rounded(tokens)} tokens to compute{of}" if tokens else ""
     if timed:
         seconds = sum(e.seconds for _, e in known if e.seconds is not None)
         some = "" if timed == len(pending) else f"; {len(pending) - timed} of them are not like any that was measured"
@@ -276,19 +278,21 @@ def _duration(seconds: float) -> str:
 
 @contextmanager
 def _progress(made: Plan, directory: Path) -> Iterator[None]:
-    """A bar that follows the finished cells on disk, whoever computes them."""
+    """A bar that follows the finished cells on disk, whoever computes them, and those that this process is at."""
     from a2sf.experiments.prepare.bar import bar
     from a2sf.experiments.runs import is_cell
     from a2sf.experiments.sweep import failure_file
 
     started = time.time()
 
-    def finished() -> int:
+    def finished() -> float:
         def failed(name: str) -> bool:
             file = failure_file(directory, name)
             return file.exists() and file.stat().st_mtime >= started
 
-        return len(made.done) + sum(is_cell(directory / c.name) or failed(c.name) for c in made.pending)
+        over = {c.name for c in made.pending if is_cell(directory / c.name) or failed(c.name)}
+        shares = [min(1.0, s) for r in _runners.values() for n, s in list(r.underway.items()) if n not in over]
+        return len(made.done) + len(over) + sum(shares)
 
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     columns += [TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()]

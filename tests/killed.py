@@ -5,7 +5,6 @@ Notes are lines of JSON: ["computed", time, cell, request hashes], ["kept", the 
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import time
@@ -36,7 +35,7 @@ def run(arguments: list[str], notes: str) -> None:
 
     seen: dict[str, set[str]] = {}
 
-    def watch(members) -> None:
+    def watch(runner, members) -> None:
         for name, member in members.items():
             known = seen.setdefault(name, set())
             note("computed", time.time(), name, sorted(member.answers.keys() - known))
@@ -59,5 +58,5 @@ def run(arguments: list[str], notes: str) -> None:
         return stored
 
     checkpoint.restore, checkpoint.write, sweep.write_cell = restored, written, kept
-    sweep.compute_group = functools.partial(sweep.compute_group, watch=watch)
+    sweep.Runner._watch = watch
     cli.main(["run", *arguments])

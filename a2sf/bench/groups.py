@@ -104,9 +104,9 @@ def run(
     return found
 
 
-def one_by_one(lm: PrunedLM, ways: Sequence[Way], of: Sequence[str]) -> list[Computed]:
+def one_by_one(lm: PrunedLM, ways: Sequence[Way], of: Sequence[str], documents: int = DOCUMENTS) -> list[Computed]:
     """The same cells, each as a group of one."""
-    return [computed for way in ways for computed in run(lm, [way], of)]
+    return [computed for way in ways for computed in run(lm, [way], of, documents=documents)]
 
 
 def planned_over_actual(lm: PrunedLM) -> float:

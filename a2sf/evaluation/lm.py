@@ -204,6 +204,8 @@ class PrunedLM(Members, HFLM):
         hashes = [request_hash(r.args) for r in requests]
         self._documents = {str(r.args): document_of(r) for r in requests}
         asking = [m for m in self.group or [self.member] if m.error is None]
+        for member in asking:
+            member.asked = len(set(hashes))
         new = {h: r for h, r in zip(hashes, requests, strict=True) if any(m.answer(h) is None for m in asking)}
         if new:
             self._clock = time.perf_counter()

@@ -37,6 +37,7 @@ class Member:
     Attributes:
         known: answers of an earlier result, by `request_hash`.
         answers: those computed in this group.
+        asked: how many requests there are, where that is known by now.
         seconds: time that was spent on it, its share where several were computed together.
         error: why it cannot go on; the others of its group do.
     """
@@ -47,6 +48,7 @@ class Member:
     counts: Counts
     known: dict[str, Answer] = field(default_factory=dict)
     answers: dict[str, Answer] = field(default_factory=dict)
+    asked: int = 0
     seconds: float = 0.0
     error: Exception | None = None
 

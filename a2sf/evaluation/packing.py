@@ -81,6 +81,7 @@ def pack(
         max_items: sequences per row; None: no limit.
         due: when each is to be read, the smallest first, together with those that begin alike; None: the longest first.
     """
+    items = numbered(items)
     when = [-len(i.tokens) for i in items] if due is None else due
     row: list[list[int]] = []
     size = count = 0
@@ -98,6 +99,12 @@ def pack(
             count += 1
     if count:
         yield build(items, row)
+
+
+def numbered(items: Sequence[Item]) -> list[Item]:
+    """The same with numbers for keys, which are compared often."""
+    numbers: dict[Hashable, int] = {}
+    return [Item(i.tokens, numbers.setdefault(i.key, len(numbers)), i.certain) for i in items]
 
 
 def build(items: Sequence[Item], trees: Sequence[list[int]]) -> Pack:

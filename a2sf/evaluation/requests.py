@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from a2sf.evaluation.packing import Item, Pack, build
+from a2sf.evaluation.packing import Item, Pack, build, numbered
 from a2sf.evaluation.untouched import shareable, untouched
 from a2sf.hf.attention import Plan
 from a2sf.hf.mixed import Mixed
@@ -135,7 +135,7 @@ def _states(row: Pack, members: list[int], todo: Sequence[Request]) -> Pack:
         trees.setdefault((row.path[which][0], todo[row.items[which]].factors), []).append(which)
     chosen = set(members)
     items = [todo[i].state() if which in chosen else _NOTHING for which, i in enumerate(row.items)]
-    return build(items, list(trees.values()))
+    return build(numbered(items), list(trees.values()))
 
 
 _NOTHING = Item((), None, 0)

@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ import yaml
 from a2sf import __version__
 from a2sf.engine import trace as traces
 from a2sf.errors import ConfigError, UserError
+from a2sf.evaluation.members import Member
 from a2sf.experiments import checkpoint
 from a2sf.experiments.cell import ENGINE_VERSION, Cell
 from a2sf.experiments.group import Computed, compute_group
@@ -134,6 +135,7 @@ class Runner:
         batch_size: sequences per forward pass, None for auto.
         trace: documents of each cell whose evictions are noted in the cell's `traces.npz` (see `a2sf.engine.trace`).
         checkpoint: seconds of work after which the answers of unfinished cells are kept.
+        underway: of unfinished cells of the group in work, by name, the share of their requests that is answered.
     """
 
     directory: Path
@@ -141,6 +143,7 @@ class Runner:
     batch_size: int | None = None
     trace: int = 0
     checkpoint: float = 60.0
+    underway: dict[str, float] = field(default_factory=dict)
     _loaded: dict[loading.ModelSpec, Any] = field(default_factory=dict)
     _broken: dict[loading.ModelSpec, UserError] = field(default_factory=dict)
 
@@ -176,6 +179,7 @@ class Runner:
             outcomes += [Outcome(c.name, "there") for c in todo if c.name in held and c.tail in there]
             mine = [c for c in todo if c.name in held and c.tail not in there]
             for computed in self._computed(mine):
+                self.underway.pop(computed.cell.name, None)
                 outcomes.append(self._keep(computed))
                 held[computed.cell.name].release()  # others need not wait for the rest of the group
         return outcomes
@@ -189,7 +193,12 @@ class Runner:
             yield from (Computed(c, error=error) for c in cells)
             return
         lm.trace_documents = self.trace
-        yield from compute_group(cells, lm, self.directory, self.checkpoint, lambda work: _halving(lm, work))
+        attempt = partial(_halving, lm)
+        yield from compute_group(cells, lm, self.directory, self.checkpoint, attempt, self._watch)
+
+    def _watch(self, members: dict[str, Member]) -> None:
+        """Note how far each cell is, after a pass."""
+        self.underway = {n: (len(m.known) + len(m.answers)) / m.asked for n, m in members.items() if m.asked}
 
     def _keep(self, computed: Computed) -> Outcome:
         """Write a result, or record a failure."""

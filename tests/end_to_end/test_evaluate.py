@@ -117,6 +117,9 @@ def test_another_sweep_reuses_the_cells_and_a_higher_limit_extends_them(sweep):
     assert "3 cells, 3 done, 0 to run" in linked.stdout
     more = evaluate("-m", *GRID, "sweep_name=more", "policy=h2o", "budget.ratio=0.2", "limit=6", runs=runs)
     assert more.returncode == 0, more.stderr
+    said = " ".join(more.stdout.split())
+    assert "tokens to compute, about" in said
+    assert "at the speed measured here" in said
     (extended,) = load_sweep(runs / "more")
     assert extended.result["timing"]["reused_requests"] == 8
     assert extended.metrics["acc"]["n"] == 6

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from a2sf import Budget
+from a2sf import Budget, Policy, Retention
 from a2sf.errors import UserError
 from a2sf.evaluation import scoring
 from a2sf.evaluation.lm import PrunedLM, request_hash
@@ -20,6 +22,16 @@ from tests.policies import cases
 TEXT = "a lighthouse keeper counts the ships that pass by at night, and writes"
 DOCUMENTS = [(TEXT[i : i + 30 + 3 * i], choice) for i in range(6) for choice in (" ten", " eleven or so", " t")]
 BUDGETS = [Budget(ratio=0.2), Budget(ratio=0.5, base="context"), Budget(tokens=6), Budget(tokens=500)]
+
+
+@dataclass(kw_only=True)
+class Protective(Policy):
+    """Protects more than a small budget holds."""
+
+    name, label = "protective", "Protective"
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        return Retention(budget=budget, sinks=9)
 
 
 @pytest.fixture(autouse=True)
@@ -122,8 +134,9 @@ def test_the_cut_after_a_prompt_leaves_its_context_to_all(lm, read):
 
 def test_a_failure_is_its_own(lm, monkeypatch):
     """NaN in the passes that read some member's requests, and a policy that protects more than its budget holds."""
-    names = ("full", "h2o", "window", "streaming")
-    of = [(p := find_policies()[n](), Budget(ratio=0.05) if p.uses_budget else None) for n in names]
+    names = ("full", "h2o", "window", "protective")
+    policies = [*(find_policies()[n]() for n in names[:3]), Protective()]
+    of = [(p, Budget(ratio=0.1) if p.uses_budget else None) for p in policies]
     full, window = ([a for a, _ in got] for got in answers(lm, members_of(lm, [(*w, None) for w in of[::2]])))
     original = scoring.pass_of
     blamed = []
@@ -148,7 +161,7 @@ def test_a_failure_is_its_own(lm, monkeypatch):
     assert blamed
     assert told["h2o"].startswith("task sums, document")
     assert "key of layer 1" in told["h2o"]
-    assert "does not fit a budget" in told["streaming"]
+    assert "does not fit a budget" in told["protective"]
     assert told["full"] == pytest.approx(full, abs=1e-3)
     assert told["window"] == pytest.approx(window, abs=1e-3)
 

@@ -28,12 +28,12 @@ def download_bar(screen: Console, what: str, total: int, arrived: Callable[[], i
 
 @contextmanager
 def bar(
-    screen: Console, columns: Sequence[ProgressColumn], what: str, total: int, completed: Callable[[], int]
+    screen: Console, columns: Sequence[ProgressColumn], what: str, total: int, completed: Callable[[], float]
 ) -> Iterator[None]:
     """A bar that follows `completed()`."""
     stop = threading.Event()
     with Progress(*columns, console=screen, transient=True) as shown:
-        row = shown.add_task(what, total=total, completed=completed())
+        row = shown.add_task(what, total=total, completed=int(completed()))
 
         def follow() -> None:
             while not stop.wait(POLL_SECONDS):

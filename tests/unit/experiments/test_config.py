@@ -205,7 +205,7 @@ def test_a_group_reaches_a_worker_whole():
     ]
     common = ["tasks=[piqa]", "limit=3"]
     points = [compose("config", [*common, *a]) for a in asked]
-    expected = [c for p in points for c in read(p).cells]
+    expected = [c for p in points for c in read(p, _model_names()).cells]
     made = settings(*common, *asked[0], f"group={quote(as_group(points[1:]))}")
     assert list(made.cells) == expected
     assert len({c.id for c in made.cells}) == len(asked)

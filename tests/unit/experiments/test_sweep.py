@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import functools
 import json
 import multiprocessing
 import os
@@ -226,13 +225,13 @@ def interrupted(runner: Runner, cells: list[Cell], passes: int, monkeypatch) -> 
     """Run a group until so many passes are done."""
     left = [passes]
 
-    def stop(members) -> None:
+    def stop(self, members) -> None:
         left[0] -= 1
         if not left[0]:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(sweep, "compute_group", functools.partial(group.compute_group, watch=stop))
+        patched.setattr(Runner, "_watch", stop)
         with pytest.raises(KeyboardInterrupt):
             runner.run(cells)
 
