@@ -122,7 +122,7 @@ class Grid:
     @property
     def percent(self) -> bool:
         """Whether the metric is a share, shown as a percentage."""
-        return self.metric.startswith(("acc", "exact_match", "em", "f1", "mc")) and bool(
+        return self.metric.startswith(("acc", "exact_match", "em", "f1", "mc", "recall")) and bool(
             self.frame["value"].between(0, 1).all()
         )
 

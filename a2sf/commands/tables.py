@@ -27,7 +27,9 @@ def parser() -> argparse.ArgumentParser:
         "--budget", nargs="+", default=[], dest="budgets", help='as tables write them: 0.2, "64 tokens"'
     )
     choose.add_argument("--factor", nargs="+", default=[], dest="factors", help="forgetting factors")
-    choose.add_argument("--schedule", nargs="+", default=[], dest="schedules", help="step, every4, prompt, prompt-step")
+    choose.add_argument(
+        "--schedule", nargs="+", default=[], dest="schedules", help="step, every4, prompt, prompt-step, context"
+    )
     choose.add_argument("--task", nargs="+", default=[], dest="tasks")
     choose.add_argument("--shots", nargs="+", default=[], type=int)
     choose.add_argument(

@@ -292,9 +292,9 @@ def _quick(name: str) -> Path | None:
     if not name or "/" in name:
         return None
     pattern = re.compile(rf"^task:\s*['\"]?{re.escape(name)}['\"]?\s*$", re.MULTILINE)
-    for own in (folder / f"{name}.yaml" for folder in OWN_TASKS):
-        if own.is_file():
-            return own
+    for file in (folder / f"{name}.yaml" for folder in OWN_TASKS):
+        if file.is_file():
+            return file
     folders = {part for part in (name, name.split("_")[0]) if re.fullmatch(r"[\w.-]+", part)}
     likely = [p for part in sorted(folders) for p in sorted(TASKS_DIRECTORY.glob(f"{part}/**/*.yaml"))]
     likely += sorted(TASKS_DIRECTORY.glob(f"*/{name}/*.yaml")) if name in folders else []

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from a2sf.engine.trace import Trace
 from a2sf.errors import ConfigError, UserError
+from a2sf.evaluation.contexts import Contexts
 from a2sf.evaluation.members import Answer, Member, Members
 from a2sf.evaluation.pretrained import load_pretrained
 from a2sf.evaluation.requests import Model, Request
@@ -69,6 +70,8 @@ class PrunedLM(Members, HFLM):
             window (perplexity) what lm-eval gives as such, at first the prefix token alone.
         backend: which implementation of the eviction runs, `auto` or a name in `a2sf.engine.kernels.BACKENDS`.
         batch_size: `auto`, or sequences per forward pass.
+        shared_context: the field of the documents that is the context, for a schedule that cuts after it
+            (`a2sf.evaluation.contexts`).
 
     `trace_documents` may be set to a number: of the first so many documents, what each layer evicts is then noted in
     `traces` (`a2sf.engine.trace`), for the first request of each.
@@ -93,6 +96,7 @@ class PrunedLM(Members, HFLM):
         schedule: Schedule | str | None = None,
         backend: str = "auto",
         batch_size: int | str | None = "auto",
+        shared_context: str | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(pretrained, str):
@@ -103,6 +107,9 @@ class PrunedLM(Members, HFLM):
         if self.backend != "causal":
             raise UnsupportedModel("only decoder models have a cache to prune, and this one is an encoder-decoder")
         self.engine = backend
+        self.shared_context = shared_context
+        self._before_cut: dict[str, int] = {}  # tokens of the shared context, by the prompt
+        self._cuts: dict[str, int] = {}  # where prompts to go on from are cut, by their tokens
         self.tokens_per_pass = self.most_tokens
         self.silent = False  # no progress bars
         self._clock: float | None = None  # when the request for log-likelihoods came
@@ -133,26 +140,33 @@ class PrunedLM(Members, HFLM):
         own = [dataclasses.replace(r, arguments=copy.deepcopy(r.args)) for r in requests]
         hashes = [request_hash(r.args) for r in requests]
         prompts = [self._prompt(*r.args) for r in requests]
+        if not self.group:
+            self.member.error = None
+        self._find_contexts(requests, [self.member])
+        if self.member.error is not None:
+            raise self.member.error
+        cuts = [self._cut(self.member, len(t), n, r.args[0]) for r, (t, _, n) in zip(requests, prompts, strict=True)]
+        self._cuts = {str(tokens): cut for (tokens, _, _), cut in zip(prompts, cuts, strict=True)}
         new = [r for r, h in zip(own, hashes, strict=True) if h not in self.known]
-        self._documents = {str(tokens): document_of(r) for r, (tokens, _) in zip(requests, prompts, strict=True)}
+        self._documents = {str(tokens): document_of(r) for r, (tokens, _, _) in zip(requests, prompts, strict=True)}
         fewer = self.tokens_per_pass / self.most_tokens  # after memory ran out
         self.batch_size_per_gpu = max(1, int((self.sequences_per_pass or GENERATED_ROWS) * fewer))
         texts = iter(super().generate_until(new, disable_tqdm=disable_tqdm or self.silent) if new else [])
         answers = [self.known[h][0] if h in self.known else next(texts) for h in hashes]
         self.counts.reused += len(requests) - len(new)
-        for request, h, text, (context, most) in zip(requests, hashes, answers, prompts, strict=True):
+        for request, h, text, (context, most, _), cut in zip(requests, hashes, answers, prompts, cuts, strict=True):
             continuation = self.tok_encode(text, add_special_tokens=False)
             self.lengths[h] = (len(context), len(continuation))
-            kept = self.retention(len(context) + max(0, most - 1), len(context))
-            self.counts.count_targets(len(continuation), len(context), kept)
+            kept = self.retention(len(context) + max(0, most - 1), cut)
+            self.counts.count_targets(len(continuation), len(context), kept, cut)
             if h not in self.known:
-                self.counts.count_read(len(context) + len(continuation[:-1]), len(context), kept)
+                self.counts.count_read(len(context) + len(continuation[:-1]), cut, kept)
             if self._to_trace(request) and continuation:
-                self._trace(request.doc_id, context, continuation[:-1], kept)
+                self._trace(request.doc_id, context, continuation[:-1], kept, cut)
         return answers
 
-    def _prompt(self, context: str, settings: dict[str, Any]) -> tuple[list[int], int]:
-        """The tokens HFLM reads before it generates, and how many it generates at most.
+    def _prompt(self, context: str, settings: dict[str, Any]) -> tuple[list[int], int, int]:
+        """The tokens HFLM reads before it generates, how many it generates at most, and the tokens of the whole prompt.
 
         Raises:
             UserError: if nothing can be read before so many.
@@ -164,12 +178,14 @@ class PrunedLM(Members, HFLM):
                 f"the task generates up to {most} tokens, which leaves no room for a prompt in the model's "
                 f"{self.max_length} positions; choose another task or model"
             )
-        return self.tok_encode(context)[-(self.max_length - most) :], most
+        whole = self.tok_encode(context)
+        return whole[-(self.max_length - most) :], most, len(whole)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
         more = max_length - context.shape[1]
         # the whole prompt comes at once, so that one of a single token is no chunk
-        prompt = settings["attention_mask"].sum(1)
+        read = [row[mask.bool()].tolist() for row, mask in zip(context, settings["attention_mask"], strict=True)]
+        prompt = [self._cuts[str(tokens)] if self.schedule.before_question else len(tokens) for tokens in read]
         cache = PrunedCache(
             self.model,
             self.policy,
@@ -184,8 +200,7 @@ class PrunedLM(Members, HFLM):
         except NonFiniteError as error:
             copies = max(1, cache.batch_size // len(context))  # beams, or several texts of one prompt
             rows = dict.fromkeys(row // copies for row in error.rows)
-            read = [context[i][settings["attention_mask"][i].bool()].tolist() for i in rows]
-            raise error.about(self._subject(map(str, read))) from error
+            raise error.about(self._subject(str(read[i]) for i in rows)) from error
         if cache.seen is None:
             raise UnsupportedModel(
                 f"{type(self.model).__name__} did not use the pruned cache that generate() gave it; choose another model"
@@ -203,6 +218,7 @@ class PrunedLM(Members, HFLM):
             self.member.answers, self.member.error = {}, None
         hashes = [request_hash(r.args) for r in requests]
         self._documents = {str(r.args): document_of(r) for r in requests}
+        self._find_contexts(requests, self.group or [self.member])
         asking = [m for m in self.group or [self.member] if m.error is None]
         for member in asking:
             member.asked = len(set(hashes))
@@ -215,14 +231,14 @@ class PrunedLM(Members, HFLM):
         for r in filter(self._to_trace, requests):
             context, continuation = r.args
             tokens = self._encode_pair(*r.args) if context else ([self.prefix_token_id], self.tok_encode(continuation))
-            request = self._request(*tokens)
-            cut = request.prompt
-            self._trace(r.doc_id, list(request.read[:cut]), list(request.read[cut:]), request.retention)
+            request = self._request(tokens[0], tokens[1], prompt=context)
+            n = request.context
+            self._trace(r.doc_id, list(request.read[:n]), list(request.read[n:]), request.retention, request.prompt)
         found = [self.member.answer(h) for h in hashes]
-        for h, answer in zip(hashes, found, strict=True):
+        for r, h, answer in zip(requests, hashes, found, strict=True):
             assert answer is not None
             self.lengths[h] = answer[2:]
-            self._count(self.member, answer.context, answer.continuation, reused=h in self.known)
+            self._count(self.member, answer.context, answer.continuation, r.args[0], reused=h in self.known)
         return [a[:2] for a in found if a is not None]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -250,7 +266,9 @@ class PrunedLM(Members, HFLM):
         number = request.doc_id
         return number is not None and number < self.trace_documents and all(t.document != number for t in self.traces)
 
-    def _trace(self, document: int, context: list[int], continuation: list[int], kept: tuple[Retention, ...]) -> None:
+    def _trace(
+        self, document: int, context: list[int], continuation: list[int], kept: tuple[Retention, ...], cut: int
+    ) -> None:
         """Read one sequence by itself and note what every layer evicts, and the attention behind it, in `traces`."""
         read = context + continuation
         plan = Plan.of_rows(
@@ -259,7 +277,7 @@ class PrunedLM(Members, HFLM):
             lambda row, layer: kept[layer],
             self.layers,
             schedule=self.schedule,
-            prompt=lambda row: len(context),
+            prompt=lambda row: cut,
             policy_on_sliding=not mixes_windows(self.model.config),
             backend=self.engine,
             trace=True,
@@ -326,16 +344,19 @@ class PrunedLM(Members, HFLM):
 
     def _asked(self, requests: Sequence[Any], hashes: Sequence[str | None], j: int) -> Iterator[Asked]:
         """Request `j` as each member that lacks its answer reads it."""
-        _, context, continuation = requests[j]
+        strings, context, continuation = requests[j]
         h = hashes[j]
         for member in [self.member] if h is None else self.group or [self.member]:
             if member.error is None and (h is None or member.answer(h) is None):
                 try:
-                    yield Asked(member, self._request(context, continuation, member), j)
+                    prompt = strings[0] if strings else None
+                    yield Asked(member, self._request(context, continuation, member, prompt), j)
                 except (UserError, ValueError) as error:
                     member.error = error
 
-    def _request(self, context: list[int], continuation: list[int], member: Member | None = None) -> Request:
+    def _request(
+        self, context: list[int], continuation: list[int], member: Member | None = None, prompt: str | None = None
+    ) -> Request:
         if not context or not continuation:
             raise ValueError("a request needs at least one token of context and one of continuation")
         if len(continuation) > self.max_length:
@@ -346,19 +367,56 @@ class PrunedLM(Members, HFLM):
         member = member or self.member
         # as HFLM: too long a context loses its beginning, and the last token is only predicted
         whole = (context + continuation)[-(self.max_length + 1) :]
-        kept = self.retention(len(whole) - 1, len(whole) - len(continuation), member)
-        return Request(tuple(whole[:-1]), tuple(continuation), kept, member.schedule)
+        cut = self._cut(member, len(whole) - len(continuation), len(context), prompt)
+        kept = self.retention(len(whole) - 1, cut, member)
+        return Request(tuple(whole[:-1]), tuple(continuation), kept, member.schedule, cut)
 
-    def _count(self, member: Member, context: int, continuation: int, reused: bool = False) -> None:
+    def _count(
+        self, member: Member, context: int, continuation: int, prompt: str | None = None, reused: bool = False
+    ) -> None:
         """Count a request that was answered, of which only the lengths are known."""
-        prompt = min(context + continuation, self.max_length + 1) - continuation  # as `_request`
-        total = prompt + continuation - 1
-        kept = self.retention(total, prompt, member)
-        member.counts.count_targets(continuation, prompt, kept)
+        read = min(context + continuation, self.max_length + 1) - continuation  # as `_request`
+        total, cut = read + continuation - 1, self._cut(member, read, context, prompt)
+        kept = self.retention(total, cut, member)
+        member.counts.count_targets(continuation, read, kept, cut)
         if reused:
             member.counts.reused += 1
         else:
-            member.counts.count_read(total, prompt, kept)
+            member.counts.count_read(total, cut, kept)
+
+    def _find_contexts(self, requests: Sequence[Any], members: Sequence[Member]) -> None:
+        """Note where the prompts' shared contexts end; a member that asks for it goes no further where they have none."""
+        self._before_cut = {}
+        cutting = [m for m in members if m.error is None and m.schedule.before_question]
+        try:
+            if cutting and self.shared_context is None:
+                raise ConfigError("schedule.at", "context", "it needs the name of a document's field as shared_context")
+            if cutting:
+                contexts = Contexts(str(self.shared_context), self.tok_encode)
+                self._before_cut = {r.args[0]: contexts.tokens(r.args[0], r.doc) for r in requests}
+        except UserError as error:
+            for member in cutting:
+                member.error = error
+
+    def _cut(self, member: Member, read: int, whole: int, prompt: str | None) -> int:
+        """Tokens before the prompt schedule's cut: those of the prompt, or of the context that it begins with.
+
+        Args:
+            read: the prompt's tokens that are read, of `whole` the last ones.
+
+        Raises:
+            UserError: if nothing of the context is read, or nothing says where it ends.
+        """
+        if not member.schedule.before_question:
+            return read
+        if prompt not in self._before_cut:
+            raise UserError("schedule.at=context cuts after the context of a prompt, and a request has none")
+        if (cut := self._before_cut[prompt] - (whole - read)) < 1:
+            raise UserError(
+                f"a prompt of {whole} tokens does not fit the model's {self.max_length} positions, so that nothing is left "
+                "of the context that schedule.at=context cuts after"
+            )
+        return cut
 
 
 def document_of(request: Any) -> tuple[str, int]:

@@ -127,7 +127,7 @@ class Members:
 
     def as_member(self, policy: Policy, budget: Budget | None, schedule: Schedule | None = None) -> Member:
         """One way of scoring with this model; arguments and errors as in `use`."""
-        check_settings(policy, budget, self.layers)
+        check_settings(policy, budget, self.layers, schedule=schedule)
         policy.check(self.layers, self.kv_heads)
         schedule = schedule_for(policy, schedule)
         return Member(policy, budget, schedule, Counts(schedule, self.kv_heads, global_layers(self.model.config)))

@@ -31,17 +31,24 @@ class Request:
     Attributes:
         retention: what each layer keeps.
         schedule: when tokens are evicted.
+        before_cut: tokens before the cut of the prompt schedule; None: all of the context.
     """
 
     read: tuple[int, ...]
     targets: tuple[int, ...]
     retention: tuple[Retention, ...]
     schedule: Schedule
+    before_cut: int | None = None
+
+    @property
+    def context(self) -> int:
+        """Tokens of the context; the last of them predicts the first target."""
+        return len(self.read) + 1 - len(self.targets)
 
     @property
     def prompt(self) -> int:
-        """Tokens of the context; the last of them predicts the first target."""
-        return len(self.read) + 1 - len(self.targets)
+        """Tokens that the prompt schedule reads before it evicts."""
+        return self.before_cut or self.context
 
     @cached_property
     def certain(self) -> int:

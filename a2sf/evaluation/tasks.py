@@ -37,6 +37,7 @@ __all__ = [
     "name_of",
     "provenance",
     "resolve",
+    "shared_context",
     "version_of",
 ]
 
@@ -80,7 +81,7 @@ def check(name: str, data: DataSpec, shots: int) -> None:
             found.name,
             f"it needs {kind}, which is not available under pruning; give a log-likelihood or generation task",
         )
-    if shots and (asked := lengths(name, data)):
+    if shots and (asked := lengths(name, data)) and asked[1]:
         raise ConfigError(
             "shots", shots, f"a prompt of {found.name} has the length that {asked[0]} says, with no room for examples"
         )
@@ -124,6 +125,13 @@ def lengths(name: str, data: DataSpec) -> tuple[str, list[int]] | None:
             given = told[key] if isinstance(told[key], list) else [told[key]]
             return f"task_args.{key}", [n for n in given if isinstance(n, int)]
     return None
+
+
+def shared_context(name: str, data: DataSpec) -> str | None:
+    """The field of a document that its prompt begins with and that other documents have, too; None: the task names none."""
+    metadata = definitions.definition(name).config.get("metadata")
+    told = (metadata if isinstance(metadata, dict) else {}) | data.arguments
+    return told.get("shared_context")
 
 
 @dataclass

@@ -72,7 +72,7 @@ class Cell:
             "policy_settings": _plain(dataclasses.asdict(self.policy)),
             **({"policy_source": source} if (source := source_digest(type(self.policy))) else {}),
             "budget": _plain(dataclasses.asdict(self.budget)) if self.budget else None,
-            **({"schedule": dataclasses.asdict(self.schedule)} if self.schedule else {}),
+            **({"schedule": self.schedule.settings} if self.schedule else {}),
             **tasks.identity(self.task, self.data, self.shots),
             "shots": self.shots,
             "seed": self.seed if self.shots else None,
@@ -194,6 +194,7 @@ def compute(cell: Cell, lm: Any, task: Any) -> tuple[dict[str, Any], pd.DataFram
     import lm_eval
 
     where = tasks.provenance(task)
+    lm.shared_context = (task.config.metadata or {}).get("shared_context")
     started = datetime.now(UTC)
     clock, spent = time.perf_counter(), lm.spent
     evaluated = lm_eval.evaluate(
@@ -208,6 +209,7 @@ def compute(cell: Cell, lm: Any, task: Any) -> tuple[dict[str, Any], pd.DataFram
         "metrics": _metrics(evaluated, cell.task_name),
         "documents": {"n": len({s["doc_id"] for s in samples}), **where},
         "scored": {"tokens": counts.targets, "pruned": counts.pruned},
+        "lengths": counts.lengths,
         "timing": {
             "seconds": seconds,
             "tokens": counts.tokens,

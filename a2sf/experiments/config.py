@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from a2sf.engine.kernels import BACKENDS
 from a2sf.errors import ConfigError, UserError, nearest
+from a2sf.evaluation import tasks
 from a2sf.evaluation.lm import check_batch_size
 from a2sf.evaluation.tasks import DataSpec, expand_suite, generates, resolve
 from a2sf.experiments.cell import Cell
@@ -19,6 +20,7 @@ from a2sf.experiments.grid import LOOKED_AT, unused
 from a2sf.experiments.schema import Config
 from a2sf.experiments.tracking import TrackerSpec
 from a2sf.hf.loading import ModelSpec, sizes_of
+from a2sf.hf.settings import check_cut
 from a2sf.policies import find
 from a2sf.policies.a2sf import check_factors
 from a2sf.policies.base import Policy
@@ -107,6 +109,15 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None) -> Set
     members = [d for task in expand_suite(config.tasks) for d in resolve(task)]
     for task in () if policy.causal else [d.ref for d in members if generates(d.ref)]:
         raise ConfigError("policy", policy.name, f"it looks at later tokens, and the task {task} generates text")
+    if schedule is not None and schedule.before_question:
+        check_cut(budget, schedule)
+        for d in members:
+            if tasks.shared_context(d.ref, data) is None:
+                raise ConfigError(
+                    "schedule.at",
+                    schedule.at,
+                    f"the task {d.name} does not say where its context ends (shared_context in its metadata); give prompt",
+                )
     shots_of = [(d.ref, (d.shots or 0) if config.shots is None else config.shots) for d in members]
     cells = tuple(
         Cell(
@@ -190,7 +201,7 @@ def _schedule(config: Config) -> Schedule | None:
             raise unused(key, value)
         return None
     Schedule(**given)  # checked also where it is not looked at
-    return Schedule(**{k: v for k, v in given.items() if k in ("when", LOOKED_AT.get(given["when"]))})
+    return Schedule(**{k: v for k, v in given.items() if k == "when" or k in LOOKED_AT.get(given["when"], ())})
 
 
 def check_layers(model: ModelSpec, policy: Policy, budget: Budget | None) -> None:

@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from a2sf.errors import ConfigError, UserError
 from a2sf.policies import find
 
-LOOKED_AT = {"every": "every", "prompt": "then"}
-"""The key of `schedule` that each kind looks at beside `when`."""
+LOOKED_AT = {"every": ("every",), "prompt": ("then", "at")}
+"""The keys of `schedule` that each kind looks at beside `when`."""
 SETTING = re.compile(r"\+{0,2}policy\.(?!_target_\b)(\w+)")
 OPEN = re.compile(r"\+{0,2}(?:task_args|gen_kwargs)\.")
 """Keys under which anything may stand."""
@@ -62,7 +62,7 @@ def check_schedules(points: Sequence[DictConfig]) -> None:
         ConfigError: naming it.
     """
     kinds = {OmegaConf.select(p, "schedule.when") for p in points}
-    for kind, key in LOOKED_AT.items():
+    for kind, key in ((kind, key) for kind, keys in LOOKED_AT.items() for key in keys):
         values = [v for p in points if (v := OmegaConf.select(p, f"schedule.{key}")) is not None]
         if values and kind not in kinds:
             raise unused(key, values[0])
@@ -70,5 +70,5 @@ def check_schedules(points: Sequence[DictConfig]) -> None:
 
 def unused(key: str, value: object) -> ConfigError:
     """What is told of a key that the schedule does not look at."""
-    kind = next(kind for kind, looked in LOOKED_AT.items() if looked == key)
+    kind = next(kind for kind, keys in LOOKED_AT.items() if key in keys)
     return ConfigError(f"schedule.{key}", value, f"it is for schedule={kind}, so give that as well")

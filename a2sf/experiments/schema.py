@@ -34,11 +34,13 @@ class ScheduleConfig:
         when: step, every or prompt; null: step by step, or as a policy that knows no other does it
         every: for every: tokens between two evictions
         then: for prompt: keep everything after the cut, or step by step
+        at: for prompt: cut after the whole prompt, or after the context that its questions share
     """
 
     when: str | None = None
     every: Any = None
     then: str | None = None
+    at: str | None = None
 
 
 @dataclass

@@ -45,7 +45,8 @@ class PrunedCache(Cache):
         policy, budget: what to keep (None: for a policy that ignores budgets). A ratio of base `context` is one of the
             row's prompt, of base `total` one of the tokens that are read: the prompt and all new tokens but the last.
         schedule: when tokens are evicted; None: after every token, or after the prompt for a policy that knows no other.
-            A row's prompt is what the first call reads of it, or its `context_tokens`.
+            A row's prompt is what the first call reads of it, or its `context_tokens`, which may be less: then the cut
+            comes within the first call.
         max_new_tokens: as given to `generate`; needed for a ratio of base `total`.
         context_tokens: the prompt's length, or each prompt's; needed when the prompt is read in chunks, for a ratio and
             for the prompt schedule.
@@ -92,6 +93,12 @@ class PrunedCache(Cache):
             )
         self.policy, self.budget = policy, budget if policy.uses_budget else None
         self.schedule = schedule_for(policy, schedule)
+        if self.schedule.before_question and context_tokens is None:
+            raise ConfigError(
+                "context_tokens",
+                None,
+                "schedule.at=context cuts within a prompt, so give the length of what comes before",
+            )
         self.prove(model)
         hooks_of(model)
         positions = getattr(config, "max_position_embeddings", None) or 2**31

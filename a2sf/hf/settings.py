@@ -31,7 +31,7 @@ def check_settings(
         ConfigError: if they do not.
     """
     policy.check(layers, kv_heads)
-    schedule_for(policy, schedule)
+    check_cut(budget if policy.uses_budget else None, schedule_for(policy, schedule))
     if generating and not policy.causal:
         raise ConfigError(
             "policy",
@@ -49,6 +49,20 @@ def check_settings(
             "budget.tokens",
             budget.tokens,
             f"recent + sinks may not exceed the budget, and {policy.name} protects {policy.least_budget} tokens",
+        )
+
+
+def check_cut(budget: Budget | None, schedule: Schedule) -> None:
+    """Refuse a budget that follows from a question, where the cut comes before it.
+
+    Raises:
+        ConfigError: if it does.
+    """
+    if schedule.before_question and budget is not None and budget.ratio is not None and budget.base == "total":
+        raise ConfigError(
+            "budget.base",
+            "total",
+            "schedule.at=context cuts before the question is known, so give a share of base context, or budget.tokens",
         )
 
 

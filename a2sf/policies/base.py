@@ -24,6 +24,7 @@ UNLIMITED = 2**31 - 1
 WHEN = ("step", "every", "prompt")
 """The schedules there are (`a2sf.policies.schedule`)."""
 THEN = ("keep", "step")
+AT = ("prompt", "context")
 
 
 @dataclass(frozen=True, kw_only=True)

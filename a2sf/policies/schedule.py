@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from a2sf.errors import ConfigError
-from a2sf.policies.base import THEN, WHEN, Policy
+from a2sf.policies.base import AT, THEN, WHEN, Policy
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,8 @@ class Schedule:
             `C`. `prompt`: once after the prompt's last token, down to `C`.
         every: tokens between two evictions, at least 1; for `every`.
         then: after the prompt's cut, `keep` everything or go on `step` by step; for `prompt`.
+        at: whether the cut comes after the whole `prompt`, or after the `context` that it begins with and before the
+            question, which is then not known when tokens go; for `prompt`.
 
     Raises:
         ConfigError: if a value is not allowed.
@@ -26,6 +30,7 @@ class Schedule:
     when: str = "step"
     every: int = 1
     then: str = "keep"
+    at: str = "prompt"
 
     def __post_init__(self) -> None:
         if self.when not in WHEN:
@@ -34,6 +39,8 @@ class Schedule:
             raise ConfigError("schedule.every", self.every, "give a whole number of tokens, at least 1")
         if self.then not in THEN:
             raise ConfigError("schedule.then", self.then, f"give one of {', '.join(THEN)}")
+        if self.at not in AT:
+            raise ConfigError("schedule.at", self.at, f"give one of {', '.join(AT)}")
 
     @property
     def spare(self) -> int:
@@ -42,10 +49,22 @@ class Schedule:
 
     @property
     def name(self) -> str:
-        """How results name it: step, every4, prompt, prompt-step."""
+        """How results name it: step, every4, prompt, prompt-step; context, context-step for a cut after the context."""
         if self.when == "every":
             return f"every{self.every}"
-        return "prompt-step" if self.prompt and self.then == "step" else self.when
+        where = "context" if self.before_question else self.when
+        return f"{where}-step" if self.prompt and self.then == "step" else where
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its fields as plain data, without what came later and is not made use of."""
+        fields = dataclasses.asdict(self)
+        return fields if self.before_question else {k: v for k, v in fields.items() if k != "at"}
+
+    @property
+    def before_question(self) -> bool:
+        """Whether the cut comes after the context, before the question."""
+        return self.prompt and self.at == "context"
 
     @staticmethod
     def named(name: str) -> Schedule:
@@ -56,7 +75,8 @@ class Schedule:
         """
         if (every := re.fullmatch(r"every(\d+)", name)) is not None:
             return Schedule("every", every=int(every[1]))
-        known = {s.name: s for s in (STEP, Schedule("prompt"), Schedule("prompt", then="step"))}
+        cuts = [Schedule("prompt", then=then, at=at) for at in AT for then in THEN]
+        known = {s.name: s for s in (STEP, *cuts)}
         known["prompt-keep"] = known["prompt"]
         if name not in known:
             raise ConfigError("schedule", name, f"give one of {', '.join(known)}, or every4 for every 4 tokens")

@@ -15,6 +15,7 @@ from a2sf.experiments.archive import is_archive, place_of
 from a2sf.experiments.runs import write_atomically
 from a2sf.report.html import Contents, read_failures, write_report
 from a2sf.report.layout import Table, build_tables
+from a2sf.report.lengths import length_plots, length_tables
 from a2sf.report.needle import needle_plots, needle_tables
 from a2sf.report.plots import draw_all
 from a2sf.report.summaries import (
@@ -81,6 +82,7 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
         *needle_tables(grid),
         *comparison_tables(comparisons, grid.percent),
         *fidelity_tables(grid, fidelity),
+        *length_tables(grid),
     ]
     traced = read_traces(grid)
     traces = trace_frame(traced, options.pair)
@@ -104,6 +106,7 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     plots: dict[str, list[Path]] = {}
     if options.plots:
         plots = needle_plots(grid, out / "plots") | draw_all(grid, out / "plots", options.pair)
+        plots |= length_plots(grid, out / "plots", options.pair)
         plots |= trace_pictures(traced, out / "plots")
     files += [file for pictures in plots.values() for file in pictures]
     notes = list(dict.fromkeys([*said, *unsaid, *unranked, *(n for t in tables for n in t.notes)]))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
+from transformers import AutoTokenizer
 
 from a2sf import Budget
 from a2sf.errors import ConfigError
 from a2sf.evaluation import tasks
 from a2sf.evaluation.long.families import FAMILIES, HOPS, QUESTIONS
 from a2sf.evaluation.packing import Item, pack
-from a2sf.experiments import cell
+from a2sf.experiments import cell, group
 from a2sf.hf.loading import ModelSpec, tokenizer_folder
 from a2sf.policies.find import find_policies
 from tests.conftest import SMOLLM2
@@ -37,8 +40,9 @@ def made(folder):
 
 
 @pytest.fixture(scope="module")
-def count(smollm2):
-    return lambda text: len(smollm2.tokenizer(text).input_ids)
+def count(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return lambda text: len(tokenizer(text).input_ids)
 
 
 def test_the_suites_are_the_families():
@@ -120,7 +124,7 @@ def test_the_text_holds_the_right_answer_and_no_other(made):
 
 
 def test_documents_follow_from_the_seed_and_the_lengths_alone(folder, made):
-    from a2sf.evaluation.long.utils import _rows
+    from a2sf.evaluation.long.documents import _rows
 
     task = made["long_multikey"]
     _rows.cache_clear()
@@ -156,8 +160,6 @@ def a_cell(data: tasks.DataSpec, task: str = "long_single", policy: str = "h2o")
 def test_lengths_beyond_the_models_positions_and_examples_are_refused():
     with pytest.raises(ConfigError, match=r"lengths=\[1024, 8193\] .* small has 8192 positions, .* would ask for 8193"):
         a_cell(of(lengths=[1024, 8193])).settled()
-    with pytest.raises(ConfigError, match=r"max_seq_lengths=\[9000\].* 8192 positions"):
-        a_cell(of(max_seq_lengths=[9000]), task="niah_single_1").settled()
     with pytest.raises(ConfigError, match=r"shots=1 .* the length that task_args\.lengths says"):
         tasks.check("long_single", of(), shots=1)
 
@@ -169,7 +171,11 @@ def test_a_cell_reads_each_text_once(smollm2, tmp_path):
     assert one.data.tokenizer
     assert one.id == dataclasses.replace(a_cell(of(lengths=[600])), data=one.data).id
     assert one.id != a_cell(of(lengths=[601])).settled().id
-    result, documents = cell.compute(one, PrunedLM(smollm2.model, tokenizer=smollm2.tokenizer), tmp_path)
+    lm = PrunedLM(smollm2.model, tokenizer=smollm2.tokenizer)
+    (done,) = group.compute_group([one], lm, tmp_path / "s")
+    if done.error is not None:
+        raise done.error
+    result, documents = done.result, done.documents
     assert result["metrics"]["acc"]["n"] == 4
     assert documents["context"].nunique() == 4
     timing = result["timing"]
@@ -183,3 +189,18 @@ def test_a_long_beginning_is_read_once_although_rows_are_short():
     # and not put together where nothing is shared
     apart = [Item((*text, 9000 + i, i), key=i, certain=100) for i in range(3)]
     assert [len(row.tokens) for row in pack(apart, max_tokens=1000)] == [5002] * 3
+
+
+def test_lm_evals_own_ruler_gets_the_models_tokenizer_and_its_lengths(monkeypatch, folder, count):
+    """Its words come from a package that is not needed otherwise."""
+    words = {"nouns": ["river", "lamp"], "adjectives": ["green", "tall"], "verbs": ["run"]}
+    package = SimpleNamespace(RandomWord=lambda: SimpleNamespace(_categories=words))
+    monkeypatch.setitem(sys.modules, "wonderwords", package)
+    monkeypatch.setattr("nltk.data.find", lambda *_: True)
+    task = tasks.build("niah_single_1", of(folder, max_seq_lengths=[400]), shots=0, seed=0)
+    document = next(iter(task.eval_docs))
+    written = 128  # tokens that RULER leaves for the answer
+    assert document["length"] == count(document["input"]) + written <= 400 == document["max_length"]
+    assert task.config.metadata["tokenizer"] == folder
+    with pytest.raises(ConfigError, match=r"max_seq_lengths=\[9000\].* 8192 positions"):
+        a_cell(of(max_seq_lengths=[9000]), task="niah_single_1").settled()

@@ -70,6 +70,18 @@ def sentence(*overrides: str) -> str:
         (["schedule=step", "schedule.every=0"], ["schedule.every=0", "at least 1"]),
         (["schedule.every=4"], ["schedule.every=4", "schedule=every"]),
         (["schedule.then=step"], ["schedule.then=step", "schedule=prompt"]),
+        (["schedule=prompt", "schedule.at=end", "policy=h2o"], ["schedule.at=end", "prompt, context"]),
+        (["schedule.at=context"], ["schedule.at=context", "schedule=prompt"]),
+        (
+            ["schedule=prompt", "schedule.at=context", "budget.base=context"],
+            ["schedule.at=context", "the task piqa", "give prompt"],
+        ),
+        (
+            ["schedule=prompt", "schedule.at=context", "tasks=needle"],
+            ["budget.base=total", "before the question", "base context"],
+        ),
+        (["tasks=long", "shots=1"], ["shots=1", "long_single has the length that task_args.lengths says"]),
+        (["task_args=1024"], ["task_args=1024", "task_args.lengths=[1024,4096]"]),
         (["policy=snapkv", "policy.window=0"], ["policy.window=0", "at least 1"]),
         (["policy=snapkv", "policy.kernel=4"], ["policy.kernel=4", "odd"]),
         (["policy=snapkv", "policy.kernel=0"], ["policy.kernel=0", "odd"]),

@@ -18,9 +18,21 @@ def test_a_schedule_is_found_by_its_name():
     assert [s.name for s in SCHEDULES] == ["step", "every3", "prompt", "prompt-step"]
     assert [Schedule.named(s.name) for s in SCHEDULES] == list(SCHEDULES)
     assert Schedule.named("prompt-keep") == Schedule("prompt")
+    cuts = [Schedule("prompt", then=then, at="context") for then in ("keep", "step")]
+    assert [s.name for s in cuts] == ["context", "context-step"]
+    assert [Schedule.named(s.name) for s in cuts] == cuts
+    assert told_apart(make_policy("snapkv"), cuts[0]) == cuts[0]
     for name in ("every", "every-1", "evry", ""):
         with pytest.raises(ConfigError, match="schedule="):
             Schedule.named(name)
+
+
+def test_where_the_prompt_is_cut_is_told_only_where_it_is_not_the_prompts_end():
+    assert Schedule("prompt").settings == {"when": "prompt", "every": 1, "then": "keep"}
+    assert Schedule("step", at="context").settings == Schedule("step").settings
+    assert Schedule("prompt", at="context").settings == {"when": "prompt", "every": 1, "then": "keep", "at": "context"}
+    with pytest.raises(ConfigError, match=r"schedule\.at=question is not allowed: give one of prompt, context"):
+        Schedule("prompt", at="question")
 
 
 @pytest.mark.parametrize("name", find_policies())

@@ -346,4 +346,4 @@ def test_script_writes_the_tables(sweep: Path, tmp_path: Path) -> None:
     assert "A2SF" in done.stdout
     names = {f.name for f in (tmp_path / "tables").iterdir()}
     assert names == {"tables.md", "tables.tex", "tables.csv", "ranking.csv", "comparisons.csv", "fidelity.csv"}
-    assert (tmp_path / "tables" / "tables.tex").read_text().count(r"\toprule") == 4
+    assert (tmp_path / "tables" / "tables.tex").read_text().count(r"\toprule") == 5

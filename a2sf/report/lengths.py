@@ -1,0 +1,178 @@
+"""At what sizes methods were tested: prompts and budgets in tokens as a table, accuracy by prompt length as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from a2sf.analysis.collect import DASH, DEFAULT_PAIR, Grid, System
+from a2sf.analysis.stats import Z
+from a2sf.experiments.names import safe
+from a2sf.report.plots import GREY, Line, Style, chosen_lines, left_out, save, styles_of
+from a2sf.report.summaries import TextTable
+
+GAP = 1.3
+"""Lengths of which one is so many times the next smaller one are of two bins, where that makes few bins."""
+MOST_BINS, QUANTILE_BINS = 6, 5
+FEWEST = 5
+"""Documents in a bin, at least, for its point to be drawn."""
+COLUMNS = 4
+LEGEND = (
+    "Tokens: the median, and in parentheses the smallest and the largest, of the documents' prompts and of what a layer may "
+    "keep of a request (mean over layers)."
+)
+
+
+def length_tables(grid: Grid) -> list[TextTable]:
+    """For each model and number of shots a row per task: the prompts' lengths, and what each budget comes to."""
+    tables = []
+    for model, shots, part in grid.parts():
+        systems = part.systems()
+        budgets = list(dict.fromkeys(s.budget for s in systems if not s.is_full))
+        rows = []
+        for task in part.tasks:
+            of_task = [s for s in systems if s.keys.get(task) in part.cells]
+            prompts = [n for s in of_task[:1] for n in _prompts(part, s, task)]
+            if not any(prompts):
+                continue
+            row = {"Task": task, "Documents": str(len(prompts)), "Prompt": _spread(_quantiles(prompts))}
+            for budget in budgets:
+                told = [_budget(part, s, task) for s in of_task if s.budget == budget]
+                row[f"Budget {budget}"] = _spread(next((t for t in told if t is not None), None))
+            rows.append(row)
+        if rows:
+            tables.append(TextTable(f"Sizes: {model}, {shots}-shot", pd.DataFrame(rows), LEGEND))
+    return tables
+
+
+def length_plots(grid: Grid, directory: Path, pair: tuple[str, str] = DEFAULT_PAIR) -> dict[str, list[Path]]:
+    """Caption -> the PNG and SVG written, for each model and number of shots whose prompts are of several lengths."""
+    written = {}
+    parts = grid.parts()
+    for model, shots, part in parts:
+        figure = length_figure(part, pair)
+        if figure is None:
+            continue
+        where = f"{model}, {shots}-shot{part.one_schedule}"
+        left = left_out(part, pair)
+        more = f"; without {', '.join(left)} (choose with --policy)" if left else ""
+        figure.suptitle(where, x=0.01, ha="left", fontsize=10)
+        stem = "length" if len(parts) == 1 else f"length-{safe(model)}-{shots}shot"
+        caption = f"{part.metric} by the length of the prompt, documents of all tasks together, with 95 % bands{more}"
+        written[f"{caption} ({where})"] = save(figure, directory / stem)
+    return written
+
+
+def length_figure(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
+    """The metric against the prompt's length in tokens, a panel for each budget; None where all are about as long."""
+    lines = chosen_lines(part, pair)
+    full = [Line(s.label, s.policy, [s]) for s in part.systems() if s.is_full]
+    values = {id(s): _by_length(part, s) for line in (*full, *lines) for s in line.systems}
+    every = [v["tokens"] for v in values.values() if len(v)]
+    edges = bins_of(pd.concat(every).tolist()) if every else []
+    budgets = list(dict.fromkeys(s.budget for line in lines for s in line.systems if len(values[id(s)])))
+    if len(edges) < 3 or not budgets:
+        return None
+    styles = styles_of(lines) | {line.label: Style(GREY, "*", ":") for line in full}
+    columns = min(COLUMNS, len(budgets))
+    rows = -(-len(budgets) // columns)
+    size = (max(4.2, 3.1 * columns), 2.7 * rows + 0.8)
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True, layout="constrained")
+    axes = list(grid.flat)
+    for axis in axes[len(budgets) :]:
+        axis.set_visible(False)
+    for axis, budget in zip(axes, budgets, strict=False):
+        for line in (*full, *lines):
+            for s in line.systems:
+                if s.is_full or s.budget == budget:
+                    _draw(axis, values[id(s)], edges, styles[line.label], line.label, part.percent)
+        axis.set_title(f"budget {budget}")
+        axis.set_xscale("log")
+        middles = _middles(pd.concat(every), edges)
+        axis.set_xticks(middles, [f"{m:,.0f}" for m in middles])
+        axis.xaxis.minorticks_off()
+        axis.set_xlabel("tokens of the prompt")
+    figure.supylabel(f"{part.metric} (%)" if part.percent else part.metric, fontsize=9)
+    seen = {t: h for axis in axes for h, t in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=min(len(seen), 3))
+    return figure
+
+
+def bins_of(lengths: Sequence[int]) -> list[float]:
+    """Edges of bins, the first below and the last above all lengths; two edges where there is nothing to tell apart.
+
+    Where lengths lie in a few heaps a bin is a heap, else bins hold as many documents each.
+    """
+    there = np.unique(np.asarray(lengths, dtype=float))
+    heaps = there[1:][there[1:] > GAP * there[:-1]]
+    if 1 <= len(heaps) < MOST_BINS:
+        inner = heaps
+    else:
+        inner = np.unique(np.quantile(lengths, np.linspace(0, 1, QUANTILE_BINS + 1)[1:-1]).round())
+        inner = inner[inner > there[0]]
+    return [float(there[0]), *inner.tolist(), float(there[-1]) + 1]
+
+
+def _by_length(part: Grid, s: System) -> pd.DataFrame:
+    """`tokens` and `value` of each document of a system, of all tasks."""
+    frames = [pd.DataFrame({"tokens": [], "value": []})]
+    for task in s.keys:
+        column = f"metric/{part.metric}"
+        stored = part.cells.get(s.keys[task])
+        if stored is not None and column in stored.documents and "context_tokens" in stored.documents:
+            found = pd.DataFrame({"tokens": _prompts(part, s, task), "value": stored.documents[column]})
+            frames.append(found[found["tokens"] > 0].dropna())
+    kept = [f for f in frames if len(f)]
+    return pd.concat(kept, ignore_index=True) if kept else frames[0]
+
+
+def _prompts(part: Grid, s: System, task: str) -> list[int]:
+    """Tokens of each document's longest prompt; 0 where it has none."""
+    documents = part.cells[s.keys[task]].documents
+    return [max(map(int, n), default=0) for n in documents["context_tokens"]] if "context_tokens" in documents else []
+
+
+def _budget(part: Grid, s: System, task: str) -> dict[str, Any] | None:
+    return (part.cells[s.keys[task]].result.get("lengths") or {}).get("budget")
+
+
+def _quantiles(values: Sequence[float]) -> dict[str, float]:
+    return {"min": min(values), "median": float(np.median(values)), "max": max(values)}
+
+
+def _spread(told: dict[str, Any] | None) -> str:
+    if told is None:
+        return DASH
+    low, middle, high = (f"{told[k]:,.0f}" for k in ("min", "median", "max"))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def _middles(lengths: pd.Series, edges: Sequence[float]) -> list[float]:
+    return [float(part.median()) for part in _in_bins(lengths, lengths, edges) if len(part)]
+
+
+def _in_bins(lengths: pd.Series, values: pd.Series, edges: Sequence[float]) -> Iterator[pd.Series]:
+    for low, high in pairwise(edges):
+        yield values[(lengths >= low) & (lengths < high)]
+
+
+def _draw(axis: Axes, documents: pd.DataFrame, edges: Sequence[float], style: Style, label: str, percent: bool) -> None:
+    points = []
+    in_bins = zip(*(_in_bins(documents["tokens"], documents[c], edges) for c in ("tokens", "value")), strict=True)
+    for tokens, values in in_bins:
+        if len(values) >= FEWEST:
+            points.append((tokens.median(), values.mean(), values.std(ddof=1) / len(values) ** 0.5))
+    if not points:
+        return
+    scale = 100 if percent else 1
+    x, mean, error = np.array(points).T
+    axis.plot(x, scale * mean, color=style.colour, marker=style.marker, ms=5, ls=style.dash, lw=1.5, label=label)
+    axis.fill_between(x, scale * (mean - Z * error), scale * (mean + Z * error), color=style.colour, alpha=0.07, lw=0)
