@@ -18,7 +18,7 @@ import numpy as np
 SHARE_AT_LEAST = 8
 """Shorter common beginnings ("Question:") are computed again: sharing them would chain unrelated documents together."""
 OVERHANG = 1.25
-"""A row may be so many times as long as asked for, rather than cut a tree."""
+"""A row may be so many times as long as asked for, or as its longest sequence, rather than cut a tree."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,8 @@ def pack(
     for unit in sorted(_units(items), key=lambda unit: min(when[i] for i in unit)):
         row.append([])
         for i, new in _in_order(items, unit):
-            room = OVERHANG * max_tokens if row[-1] else max_tokens
-            if row[-1] and (begun := len(items[i].tokens) - new) >= max_tokens:
-                room += begun  # to read that once more would cost more than a row
+            longest = max((len(items[j].tokens) for j in row[-1]), default=0)
+            room = OVERHANG * max(max_tokens, longest) if row[-1] else max_tokens
             if count and (size + new > room or count == max_items):
                 yield build(items, row)
                 row, size, count = [[]], 0, 0

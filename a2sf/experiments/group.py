@@ -95,10 +95,13 @@ def compute_group(
         members[cell.name] = member
     of = {c.name: c for c in cells if c.name in members}
 
-    def save() -> None:
-        for name, member in members.items():
-            if member.answers and member.error is None:
-                checkpoint.write(directory, of[name], where["fingerprint"], member)
+    def save(names: Iterable[str]) -> None:
+        for name in names:
+            if members[name].answers and members[name].error is None:
+                try:
+                    checkpoint.write(directory, of[name], where["fingerprint"], members[name])
+                except OSError as error:
+                    raise DiskError(f"{directory} cannot be written ({error.strerror or error})") from error
 
     saved = time.monotonic()
 
@@ -106,10 +109,7 @@ def compute_group(
         nonlocal saved
         watch(members)
         if time.monotonic() - saved >= checkpoint_seconds:
-            try:
-                save()
-            except OSError as error:
-                raise DiskError(f"{directory} cannot be written ({error.strerror or error})") from error
+            save(members)
             saved = time.monotonic()
 
     try:
@@ -121,14 +121,15 @@ def compute_group(
                 except DiskError:
                     raise
                 except Exception as error:
+                    save([name])  # it may be something that comes after the answers
                     yield Computed(of[name], error=error)
                 else:
                     yield Computed(of[name], result, documents)
                     checkpoint.remove(directory, of[name])
                 del members[name]
     except BaseException:  # interrupted: what was computed since the last checkpoint is kept
-        with suppress(OSError):
-            save()
+        with suppress(DiskError):
+            save(members)
         raise
 
 

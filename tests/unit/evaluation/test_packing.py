@@ -68,6 +68,12 @@ def test_short_common_beginnings_do_not_chain_documents():
     assert row.parent == [-1, -1]
 
 
+def test_the_choices_of_a_document_longer_than_a_row_share_its_context():
+    context = tuple(range(100))
+    (row,) = pack([Item((*context, 200 + i), 0, 5) for i in range(4)], max_tokens=20)
+    assert len(row.tokens) == 104
+
+
 def test_a_row_is_about_as_long_as_asked_for():
     many = [Item(tuple(range(i * 100, i * 100 + 50)), 0, 99) for i in range(20)]
     assert [len(row.tokens) for row in pack(many, max_tokens=200)] == [200] * 5

@@ -111,8 +111,8 @@ def test_the_cell_with_most_documents_is_the_one_to_extend(tmp_path):
         body = result(limit=limit)
         body["documents"]["n"] = limit
         runs.write_cell(tmp_path / "s" / f"x__n{limit}__abcd", body, DOCUMENTS, "")
-    assert runs.find_extendable(tmp_path, "__abcd").cell["limit"] == 9
-    assert runs.find_extendable(tmp_path, "__other") is None
+    assert runs.find_extendable(tmp_path, ["__abcd"])["__abcd"].cell["limit"] == 9
+    assert runs.find_extendable(tmp_path, ["__other"]) == {}
 
 
 def test_empty_and_missing_directories(tmp_path):
