@@ -206,7 +206,7 @@ def _read_hub(source: Source, commit: str) -> Any:
             last = source.repo.rpartition("/")[2]
             kept = Cache(dataset_name=last, repo_id=source.repo, config_name=name, version=version, hash=commit)
             return kept.as_dataset()
-        made = datasets.load_dataset(source.repo, source.name, revision=commit, **source.arguments)
+        made = datasets.load_dataset(source.repo, source.name, revision=commit, **_arguments(source))
     except Exception as error:
         raise _cannot(error, source, commit) from error
     for split in made.values():
@@ -225,8 +225,23 @@ def _builder(source: Source, commit: str) -> Any:
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     own = ("split", "streaming", "verification_mode", "keep_in_memory", "save_infos", "num_proc")
-    arguments = {k: v for k, v in source.arguments.items() if k not in own}
+    arguments = {k: v for k, v in _arguments(source).items() if k not in own}
     return datasets.load_dataset_builder(source.repo, source.name, revision=commit, **arguments)
+
+
+def _arguments(source: Source) -> dict[str, Any]:
+    """What a task hands on to datasets; columns that it describes in YAML as datasets takes them."""
+    import datasets
+
+    told = source.arguments.get("features")
+    if not isinstance(told, dict) or not all(
+        isinstance(column, dict) and "dtype" in column for column in told.values()
+    ):
+        return source.arguments
+    values = {name: datasets.Value(column["dtype"]) for name, column in told.items()}
+    lists = {name for name, column in told.items() if column.get("sequence")}
+    features = datasets.Features({n: datasets.List(v) if n in lists else v for n, v in values.items()})
+    return source.arguments | {"features": features}
 
 
 def _cannot(error: Exception, source: Source, commit: str) -> UserError:

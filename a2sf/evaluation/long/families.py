@@ -58,7 +58,7 @@ class Scene:
     """A text that can be made at any size, and the questions about it.
 
     Attributes:
-        write: number of units of filler (sentences, entries or words) -> the text; more units, longer text.
+        write: number of units of filler (sentences, kinds of entries, words) -> the text; more units, longer text.
         questions: to choose the answer of.
         written: to write the answer to.
     """
@@ -164,8 +164,7 @@ def common(seed: str, count: Count) -> Scene:
 
     def write(n: int) -> str:
         entries = [w for w in often for _ in range(COMMON_TIMES)]
-        kinds = max(len(seldom), -(-(n - len(entries)) // RARE_TIMES))
-        entries += [w for w in rare.first(kinds) for _ in range(RARE_TIMES)]
+        entries += [w for w in rare.first(len(seldom) + n) for _ in range(RARE_TIMES)]
         return TOLD_LIST + ", ".join(random.Random(f"{seed}/order").sample(entries, len(entries))) + "."
 
     return Scene(write, *_most("common", rng, often, seldom))

@@ -124,7 +124,7 @@ def test_the_text_holds_the_right_answer_and_no_other(made):
 
 
 def test_documents_follow_from_the_seed_and_the_lengths_alone(folder, made):
-    from a2sf.evaluation.long.utils import _rows
+    from a2sf.evaluation.long.documents import _rows
 
     task = made["long_multikey"]
     _rows.cache_clear()
