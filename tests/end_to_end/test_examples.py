@@ -62,6 +62,12 @@ def test_read_sweep(tmp_path):
     assert "arc_challenge" in said
 
 
+def test_when_is_it_told(tmp_path):
+    said = run(EXAMPLES / "when_is_it_told.py", cwd=tmp_path)
+    assert said.count("winogrande") == 7
+    assert "share of the documents: {'±5': 0.78, '±10': 0.48, 'which is better': 0.73}" in said
+
+
 def test_every_example_is_tested():
     """A new example gets a test here."""
     assert {f.name for f in EXAMPLES.glob("*.*") if f.is_file()} == {
@@ -69,6 +75,7 @@ def test_every_example_is_tested():
         "generate.py",
         "own_policy.py",
         "read_sweep.py",
+        "when_is_it_told.py",
         NOTEBOOK.name,
     }
 
