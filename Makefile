@@ -39,7 +39,10 @@ bench: $(READY)
 figures: $(READY)
 	$(BIN)/a2sf tables runs/reference/smollm2-135m.a2sf.zip --shots 0 --figures docs/figures --readme README.md
 	$(BIN)/a2sf tables runs/reference/smollm2-135m-forgetting.a2sf.zip --figures docs/figures/forgetting
-	cd docs/figures/forgetting && rm -f budget.* fidelity.* tradeoff.*  # the factor's pictures only
+	$(BIN)/a2sf tables runs/reference/smollm2-135m-methods.a2sf.zip --figures docs/figures/methods
+	$(BIN)/a2sf tables runs/reference/smollm2-135m-methods-prompt.a2sf.zip --figures docs/figures/methods-prompt
+	# what the pages do not show
+	cd docs/figures && rm -f forgetting/budget.* forgetting/fidelity.* forgetting/tradeoff.* methods*/tradeoff.* methods-prompt/budget.*
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
