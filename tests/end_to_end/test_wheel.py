@@ -113,7 +113,7 @@ def test_a_preset_of_ones_own_and_help(environment, empty):
     assert done.returncode == 0, done.stderr
     assert "runs/ours: 2 cells" in done.stdout
     told = a2sf(environment, empty, "run", "--help", "--config-dir=own").stdout
-    assert "+sweep=ours         A sweep of one's own." in told
+    assert "+sweep=ours A sweep of one's own." in " ".join(told.split())
     (offered,) = re.findall(r"mine, a2sf\*, .*theirs", " ".join(told.split()))
     assert set(offered.replace("*", "").split(", ")) == {"mine", *built_in(), "theirs"}
 
@@ -159,4 +159,4 @@ def test_the_shell_completes_overrides(environment, empty):
     assert "policy=" in offered[1].split()
     assert set(offered[2].split()) >= {"policy=h2o", "policy=theirs"}
     assert offered[3] == "+sweep=demo"
-    assert set(offered[4].split()) == {"model.dtype=", "model.device="}
+    assert set(offered[4].split()) == {"model.dtype=", "model.device=", "model.device_map="}

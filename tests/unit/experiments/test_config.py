@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from a2sf.app import _explain, _model_names
-from a2sf.errors import UserError
+from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation import tasks
 from a2sf.experiments.config import as_group, read
 from a2sf.experiments.overrides import quote
@@ -213,6 +214,10 @@ def test_suites():
 
 def test_every_file_under_conf_policy_is_a_policy():
     for file in sorted((CONF / "policy").glob("*.yaml")):
+        if "file" in (needed := yaml.safe_load(file.read_text())) and needed["file"] is None:
+            with pytest.raises(ConfigError, match=r"policy\.file"):  # of the user's own
+                settings(f"policy={file.stem}")
+            continue
         assert settings(f"policy={file.stem}").cells[0].policy.name == file.stem
 
 
