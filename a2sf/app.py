@@ -215,6 +215,10 @@ def _run(
         else:
             jobs = [_job([of[c.name][1] for c in g], g[0]) for g in groups]
             outcomes = [o for done in launch(jobs) for o in done.return_value]
+        named = {o.name for o in outcomes}
+        for cell in [c for c in todo if c.name not in named]:  # a worker reads all files anew, and found another cell
+            why = "its task's definition, or its policy's file or code, changed after the sweep began; start it again"
+            outcomes.append(_runner(of[cell.name][0]).fail(cell, UserError(why)))
         finished += [o for o in outcomes if o.status != "busy"]
         busy = {o.name for o in outcomes if o.status == "busy"}
         todo = [c for c in todo if c.name in busy]

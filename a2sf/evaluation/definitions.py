@@ -23,7 +23,7 @@ from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from a2sf.errors import ConfigError, nearest
+from a2sf.errors import ConfigError, UserError, nearest
 from a2sf.evaluation import own
 from a2sf.evaluation.functions import function_file, known_arguments, live
 
@@ -84,8 +84,12 @@ class Definition:
     def folder(self) -> Path | None:
         return self.entry.yaml_path.parent if self.entry.yaml_path else None
 
-    def digest(self) -> str | None:
-        """A hash of the definition and of the functions' files; None for lm-eval's own, which its version identifies."""
+    def digest(self, config: dict[str, Any] | None = None) -> str | None:
+        """A hash of the definition and of the functions' files; None for lm-eval's own, which its version identifies.
+
+        Args:
+            config: instead of what was read first.
+        """
         own = self.folder is not None and self.folder.is_relative_to(TASKS_DIRECTORY)
         if not self.settings and self.ref == self.name and (own or self.folder in OWN_TASKS):
             return None
@@ -101,8 +105,24 @@ class Definition:
                 return f"{file.name}:{value.rpartition('.')[2]}"
             return value
 
-        parts.append(plain(self.config))
+        parts.append(plain(self.config if config is None else config))
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def unchanged(found: Definition) -> None:
+    """Refuse a definition that is not what it was when this process first asked, or whose functions are not.
+
+    Raises:
+        UserError: if its files changed.
+    """
+    if found.digest() is None or found.entry.yaml_path is None:
+        return
+    now = found.digest(_Reader(resolve=False).written(found.entry) | found.settings)
+    if _first.setdefault(found.ref, now) != now:
+        raise UserError(f"tasks={found.name}: its definition changed after the sweep began; start it again")
+
+
+_first: dict[str, str | None] = {}
 
 
 def resolve(name: str, folder: Path | None = None) -> list[Definition]:
@@ -237,6 +257,10 @@ class _Reader(TaskFactory):
     def config(self, entry: Entry) -> dict[str, Any]:
         return self._load_full_config(entry)
 
+    def written(self, entry: Entry) -> dict[str, Any]:
+        """What an entry's file says now."""
+        return dict(load_yaml(entry.yaml_path, resolve_func=False))
+
     def _load_full_config(self, entry: Entry, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
         if entry.yaml_path is not None and entry.cfg is None:
             cfg = dict(load_yaml(entry.yaml_path, resolve_func=self.resolve))
@@ -330,6 +354,12 @@ def _named(requested: str, leaves: list[_Leaf]) -> dict[int, Definition]:
         elif not settings and INSIDE not in name and own.folder_of(leaf.entry.yaml_path):
             ref = str(leaf.entry.yaml_path)
         elif settings or INSIDE in name:
+            mine = own.folder_of(leaf.entry.yaml_path)
+            if mine is not None and not (home.endswith(YAML) and Path(home).is_relative_to(mine)):
+                why = (
+                    f"it redefines a task that the group {label} changes; define the group there, too, or name the task"
+                )
+                raise ConfigError(own.KEY, leaf.entry.yaml_path, why)
             inner = name.removeprefix(f"{label}{INSIDE}")
             ref, name = f"{home}{INSIDE}{inner}", f"{label}{INSIDE}{inner}"
         said, number = json.dumps(settings, sort_keys=True, default=str), 1

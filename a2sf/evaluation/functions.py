@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,15 @@ def function_file(value: str) -> Path | None:
         return None
     folder, _, inner = module.rpartition("/")
     file = Path(folder) / f"{inner.replace('.', '/')}.py"
-    return file if file.is_file() else None
+    if file.is_file():
+        return file
+    if not all(part.isidentifier() for part in inner.split(".")):
+        return None
+    with suppress(ImportError, ValueError, AttributeError):  # a module that Python finds, as lm-eval does next
+        spec = importlib.util.find_spec(inner)
+        if spec is not None and spec.origin is not None and (origin := Path(spec.origin)).suffix == ".py":
+            return origin
+    return None
 
 
 def live(cfg: dict[str, Any]) -> dict[str, Any]:

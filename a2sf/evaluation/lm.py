@@ -426,7 +426,8 @@ class PrunedLM(Members, HFLM):
 
 def document_of(request: Any) -> tuple[str, int]:
     """Task and document of one of lm-eval's requests; document -1 where it has none."""
-    return str(request.task_name), -1 if request.doc_id is None else int(request.doc_id)
+    number = getattr(request, "document", request.doc_id)  # where lm-eval counts chosen documents from nought
+    return str(request.task_name), -1 if number is None else int(number)
 
 
 def request_hash(arguments: tuple[Any, ...]) -> str:

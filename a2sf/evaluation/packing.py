@@ -19,6 +19,8 @@ SHARE_AT_LEAST = 8
 """Shorter common beginnings ("Question:") are computed again: sharing them would chain unrelated documents together."""
 OVERHANG = 1.25
 """A row may be so many times as long as asked for, or as its longest sequence, rather than cut a tree."""
+AT_A_TIME = 8
+"""Rows' worth of tokens, before sharing, that are packed together where sequences are due in an order."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,22 @@ def pack(
         items: the sequences.
         max_tokens: computed tokens per row.
         max_items: sequences per row; None: no limit.
-        due: when each is to be read, the smallest first, together with those that begin alike; None: the longest first.
+        due: when each is to be read, the smallest first; sharing is then among those that are due about together. None: the
+            longest first.
     """
     items = numbered(items)
-    when = [-len(i.tokens) for i in items] if due is None else due
+    if due is None:
+        yield from _rows(items, [-len(i.tokens) for i in items], max_tokens, max_items)
+        return
+    for part in _parts(items, due, AT_A_TIME * max_tokens):
+        for made in _rows([items[i] for i in part], [due[i] for i in part], max_tokens, max_items):
+            made.items = [part[i] for i in made.items]
+            made.owner = [part[i] for i in made.owner]
+            yield made
+
+
+def _rows(items: Sequence[Item], when: Sequence[int], max_tokens: int, max_items: int | None) -> Iterator[Pack]:
+    """`pack` of items that may all share; those that begin alike together, by the first of them."""
     row: list[list[int]] = []
     size = count = 0
     for unit in sorted(_units(items), key=lambda unit: min(when[i] for i in unit)):
@@ -98,6 +112,20 @@ def pack(
             count += 1
     if count:
         yield build(items, row)
+
+
+def _parts(items: Sequence[Item], due: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Indices of items as they are due, cut where they reach `tokens`; what is due at once stays together."""
+    part: list[int] = []
+    size = 0
+    for i in sorted(range(len(items)), key=due.__getitem__):
+        if part and size >= tokens and due[i] != due[part[-1]]:
+            yield part
+            part, size = [], 0
+        part.append(i)
+        size += len(items[i].tokens)
+    if part:
+        yield part
 
 
 def numbered(items: Sequence[Item]) -> list[Item]:

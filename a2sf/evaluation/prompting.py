@@ -9,7 +9,9 @@ from typing import Any
 
 from a2sf.errors import ConfigError, nearest
 
-OF_LM_EVAL = ("until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""Names that lm-eval has for the number of generated tokens; where several are given it takes the first of these."""
+OF_LM_EVAL = ("until", *LENGTHS)
 """Settings of a generation that lm-eval understands besides transformers'."""
 EXAMPLES = {"gen_kwargs": "gen_kwargs.max_gen_toks=32", "task_args": "task_args.lengths=[1024,4096]"}
 SAMPLING_SEED = 1234
@@ -44,7 +46,11 @@ class Prompting:
         object.__setattr__(self, "chat_template", template)
         object.__setattr__(self, "system_instruction", self.system_instruction or None)
         known = _known_settings() if self.gen_kwargs else set()
-        for key, value in (json.loads(self.gen_kwargs) if self.gen_kwargs else {}).items():
+        given = json.loads(self.gen_kwargs) if self.gen_kwargs else {}
+        if len(several := [k for k in LENGTHS if k in given]) > 1:
+            allowed = f"it says the same as {several[0]}; give one of them"
+            raise ConfigError(f"gen_kwargs.{several[1]}", given[several[1]], allowed)
+        for key, value in given.items():
             if key not in known:
                 allowed = "neither lm-eval nor transformers' GenerationConfig has such a setting"
                 raise ConfigError(f"gen_kwargs.{key}", value, allowed + nearest(key, known))
@@ -82,15 +88,23 @@ class Prompting:
     def set_up(self, lm: Any, task: Any) -> None:
         """Make an `HFLM` and a task of lm-eval's ready; to do so twice changes nothing.
 
+        Raises:
+            ConfigError: if a setting of generation would have no effect on this task.
+
         lm-eval 0.4.13 takes the name of a template and applies the tokenizer's default: here the named one is applied.
         """
         others = {k: v for k, v in lm.chat_template_args.items() if k != "chat_template"}
         named = {"chat_template": self.name_of_template} if self.name_of_template else {}
         lm.chat_template_args = others | named
         if self.gen_kwargs and task.get_config("output_type") == "generate_until":
-            task.set_config(
-                "generation_kwargs", {**(task.config.generation_kwargs or {}), **json.loads(self.gen_kwargs)}
-            )
+            given, own = json.loads(self.gen_kwargs), dict(task.config.generation_kwargs or {})
+            for other in LENGTHS if any(k in given for k in LENGTHS) else ():
+                own.pop(other, None)  # by another name, which might win
+            merged = own | given
+            if given.get("temperature") and merged.get("do_sample") is False:
+                allowed = f"{task.config.task} says do_sample: false; give gen_kwargs.do_sample=true as well"
+                raise ConfigError("gen_kwargs.temperature", given["temperature"], allowed)
+            task.set_config("generation_kwargs", merged)
 
     def check(self, tokenizer: Any, model: str) -> None:
         """Refuse a template that a tokenizer does not have, or a system instruction that its template would lose.

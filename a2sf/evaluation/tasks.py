@@ -305,6 +305,7 @@ def build(name: str, data: DataSpec, *, shots: int, seed: int) -> Any:
     try:
         with _quiet(), seeded():
             task = _task(found, source, data, shots, seed)
+        definitions.unchanged(found)
     except UserError:
         raise
     except Exception as error:

@@ -125,6 +125,8 @@ def aggregates(
                 missing |= lacking
             elif cells.duplicated(["task", "shots", "metric"]).any():
                 notes.append(f"The group {group.name} has no score where a task has two results, of other documents.")
+            elif "stopped" in cells and cells["stopped"].notna().any():
+                notes.append(f"The group {group.name} has no score where a task stopped before its last document.")
             else:
                 about = {key: cells[key].iloc[0] for key in same}
                 rows += [about | score for score in _scores(group, cells)]

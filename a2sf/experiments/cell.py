@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from a2sf.errors import ConfigError
 from a2sf.evaluation import tasks
@@ -373,4 +374,6 @@ def _gold(sample: dict[str, Any], task: Any) -> int:
 
 def drawn(task: Any) -> bool:
     """Whether answers are drawn at random: of several samples of one prompt only the first is stored."""
-    return (task.config.repeats or 1) > 1 or bool((task.config.generation_kwargs or {}).get("do_sample"))
+    settings = task.config.generation_kwargs
+    # lm-eval takes a temperature for a wish to sample
+    return (task.config.repeats or 1) > 1 or bool(settings and normalize_gen_kwargs(dict(settings))["do_sample"])

@@ -38,9 +38,22 @@ def write(directory: Path, cell: Cell, documents: str, member: Member) -> None:
         "ran": sorted(member.ran),
         "counts": {name: getattr(member.counts, name) for name in COUNTED},
     }
-    file = _file(directory, cell)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps({"checksum": _checksum(body), **body}))
+    write_in(_file(directory, cell), json.dumps({"checksum": _checksum(body), **body}))
+
+
+def write_in(file: Path, text: str) -> None:
+    """Write a file of the folder, which another process may just have removed since it was empty.
+
+    Raises:
+        OSError: if the disk refuses.
+    """
+    for last in (False, True):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return write_atomically(file, text)
+        except FileNotFoundError:
+            if last:
+                raise
 
 
 def restore(directory: Path, cell: Cell, documents: str, member: Member) -> None:

@@ -204,7 +204,10 @@ def _arguments(
     idle: dict[str, ConfigError | None] = {}
     for asked, d in members if given else ():
         found = arguments_of(d, asked, given, names)
-        used[d.ref] = packed({a.name: a.value for a in found if a.refusal is None})
+        told_it = packed({a.name: a.value for a in found if a.refusal is None})
+        if used.setdefault(d.ref, told_it) != told_it:
+            why = f"{d.name} is asked for twice, with different arguments; ask for it once"
+            raise ConfigError("task_args", config.task_args, why)
         for a in found:
             told = None if a.refusal is None else ConfigError(a.key, a.value, a.refusal)
             idle[a.key] = told and idle.get(a.key, told)

@@ -127,7 +127,7 @@ def _tokens(cells: Sequence[Cell], lengths: list[Lengths] | None) -> float | Non
     if lengths is None or documents is None:
         if cell.data.root is None:
             return None
-        with suppress(UserError):
+        with suppress(Exception):  # told when it is computed, of this group alone
             task = tasks.build(cell.task, cell.data, shots=cell.shots, seed=cell.seed)
             documents = min(documents or len(task.eval_docs), len(task.eval_docs))
             lengths = lengths or _by_characters(task, min(documents, 2 * SAMPLE))

@@ -177,6 +177,8 @@ def _once(task: Any, ready: Callable[[], None]) -> None:
             chosen = [i for i in made if i.doc_id in place]
             renumbered = [(i.metadata[0], place[i.doc_id], *i.metadata[2:]) for i in chosen]
             task._instances = [dataclasses.replace(i, metadata=m) for i, m in zip(chosen, renumbered, strict=True)]
+            for instance, original in zip(task._instances, chosen, strict=True):
+                instance.document = original.doc_id
 
     task.build_all_requests = build_all_requests
 

@@ -16,8 +16,8 @@ from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation.lm import request_hash
 from a2sf.evaluation.members import Member
 from a2sf.experiments.cell import Cell
-from a2sf.experiments.checkpoint import FOLDER
-from a2sf.experiments.runs import DiskError, write_atomically
+from a2sf.experiments.checkpoint import FOLDER, write_in
+from a2sf.experiments.runs import DiskError
 from a2sf.experiments.until import Until, Watch, order_of
 
 OWN = ("policy", "policy_settings", "policy_source", "budget", "schedule")
@@ -57,6 +57,7 @@ class Stop:
         self.until, self.task, self.members = until, task, dict(members)
         self.pairs = [(a.name, b.name) for a, b in until.comparisons(cells)]
         self._ids = {c.name: c.id for c in cells}
+        self._compared = {c.id for c in cells if c.policy.name in until.pair}
         self.file = directory / FOLDER / f"until-{_group(cells[0])}.json"
         self.told: list[int] | None = None
         self._requests: dict[int, list[Any]] = {}
@@ -131,18 +132,20 @@ class Stop:
         return float(value)
 
     def _keep(self) -> None:
-        body = {"told": self.told, "pairs": [[self._ids[n] for n in p] for p in self.pairs], "report": self.report()}
+        told = self._watching().pairs
+        body = {"told": self.told, "pairs": [[self._ids[n] for n in p] for p in told], "report": self.report()}
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.file, json.dumps(body))
+            write_in(self.file, json.dumps(body))
         except OSError as error:
             raise DiskError(f"{self.file} cannot be written ({error.strerror or error})") from error
 
     def _restore(self) -> None:
-        """Stop where the group stopped before, unless there is something else to be told now."""
+        """Stop where the group stopped before, unless a cell that is to be compared was not compared then."""
         with suppress(OSError, ValueError, KeyError):
             body = json.loads(self.file.read_text())
-            if all([self._ids[n] for n in p] in body["pairs"] for p in self.pairs):
+            told = {tuple(p) for p in body["pairs"]}
+            known = {cell for pair in told for cell in pair}
+            if self._compared <= known and all(tuple(self._ids[n] for n in p) in told for p in self.pairs):
                 self.told, self._earlier = list(body["told"]), body["report"]
 
 

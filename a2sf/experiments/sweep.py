@@ -173,6 +173,8 @@ class Runner:
                 try:
                     leases.enter_context(lock)
                 except filelock.Timeout:
+                    if cell.until is not None:  # what a group stops at is told by all of it
+                        return [*outcomes, *(Outcome(c.name, "busy") for c in todo)]
                     outcomes.append(Outcome(cell.name, "busy"))
                 else:
                     held[cell.name] = lock

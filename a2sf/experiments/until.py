@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from a2sf.errors import ConfigError, nearest
 from a2sf.experiments.sequential import PairedMean
+from a2sf.policies.schedule import schedule_for
 
 if TYPE_CHECKING:
     from a2sf.experiments.cell import Cell
@@ -75,13 +76,13 @@ class Until:
                 raise ConfigError("until.pair", list(self.pair), allowed + nearest(name, policies))
 
     def comparisons(self, cells: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
-        """The pairs of a group's cells that are compared: equal budget and schedule, where both have one."""
+        """The pairs of a group's cells that are compared: equal budget and schedule, or one that ignores budgets and any."""
         first, second = ([c for c in cells if c.policy.name == name] for name in self.pair)
         return [
             (a, b)
             for a, b in itertools.product(first, second)
-            if (None in (a.budget, b.budget) or a.budget == b.budget)
-            and (None in (a.schedule, b.schedule) or a.schedule == b.schedule)
+            if None in (a.budget, b.budget)
+            or (a.budget == b.budget and schedule_for(a.policy, a.schedule) == schedule_for(b.policy, b.schedule))
         ]
 
 

@@ -12,6 +12,7 @@ from a2sf import Budget, Policy, Retention
 from a2sf.errors import UserError
 from a2sf.evaluation import scoring
 from a2sf.evaluation.lm import PrunedLM, request_hash
+from a2sf.evaluation.packing import Item, pack
 from a2sf.hf.attention import NonFiniteError
 from a2sf.policies.find import find_policies
 from a2sf.policies.schedule import Schedule
@@ -195,3 +196,18 @@ def test_answers_come_in_the_order_that_is_asked_for(lm):
         lm.loglikelihood(ask())
     of = {request_hash(r.args): r.doc_id for r in ask()}
     assert list(dict.fromkeys(of[h] for h in seen)) == order
+
+
+def test_an_order_is_kept_where_everything_begins_alike():
+    """As with a template or the same examples: sequences that share a beginning are still read when they are due."""
+    head = tuple(range(100, 140))
+    items = [Item((*head, *range(i, i + 60)), "any", 10) for i in range(40)]
+    due = [(7 * i) % 40 for i in range(40)]
+    rows = list(pack(items, max_tokens=100, due=due))
+    assert sorted(i for row in rows for i in row.items) == list(range(40))
+    read = [[due[i] for i in row.items] for row in rows]
+    for earlier, later in zip(read, read[8:], strict=False):
+        assert max(earlier) < min(later)
+    for row in rows:
+        for which, i in enumerate(row.items):
+            assert [row.tokens[c] for c in row.columns(which)] == list(items[i].tokens)

@@ -113,6 +113,12 @@ def test_settings_of_generation(settings, loaded, own, lm, tmp_path, given):
     assert list(documents["generated"]) == [s["resps"][0][0] for s in expected]
     assert max(n for (n,) in documents["continuation_tokens"]) > 5  # the task's own limit
     assert cell.options == {"gen_kwargs": {"max_gen_toks": 9}}
+    # by another of lm-eval's names, which the task's own would win over
+    (same,) = settings("tasks=[own_writes]", "limit=3", "gen_kwargs.max_new_tokens=9").cells
+    assert list(compute(same.settled(), lm, tmp_path / "own")[1]["generated"]) == list(documents["generated"])
+    (hot,) = settings("tasks=[own_writes]", "limit=3", "gen_kwargs.temperature=0.7").cells
+    (failed,) = compute_group([hot.settled()], lm, tmp_path / "own")
+    assert "gen_kwargs.temperature=0.7 is not allowed" in str(failed.error)
     assert other.id == settings("tasks=[own_two]", "limit=3").cells[0].id
 
 

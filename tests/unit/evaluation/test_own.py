@@ -13,6 +13,7 @@ from lm_eval._cli.harness import HarnessCLI
 from a2sf.app import _model_names
 from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation import own, tasks
+from a2sf.evaluation.functions import function_file
 from a2sf.evaluation.prompting import Prompting
 from a2sf.experiments.config import read, refuse_idle
 from a2sf.experiments.grid import addable
@@ -43,6 +44,14 @@ def settings(*overrides):
         (["fewshot_as_multiturn=true"], ["fewshot_as_multiturn=true", "needs chat_template=true"]),
         (["gen_kwargs.temprature=0.5", "tasks=[needle]"], ["gen_kwargs.temprature=0.5", "did you mean temperature"]),
         (["gen_kwargs.max_gen_toks=5", "tasks=[copa]"], ["gen_kwargs=", "none of the tasks generates"]),
+        (
+            ["gen_kwargs='max_gen_toks=5,max_new_tokens=6'", "tasks=[needle]"],
+            ["gen_kwargs.max_new_tokens=6", "the same as max_gen_toks"],
+        ),
+        (
+            ["tasks=[ruler,niah_single_1]", "task_args.ruler.max_seq_lengths=[2000]"],
+            ["task_args=", "niah_single_1 is asked for twice"],
+        ),
         (["gen_kwargs=much"], ["gen_kwargs=much", "a=1,b=2"]),
         (["gen_kwargs='{much'"], ["gen_kwargs={much", "not JSON"]),
         (["task_args.lenghts=[10]", "tasks=[needle]"], ["task_args.lenghts=[10]", "did you mean lengths"]),
@@ -126,6 +135,43 @@ def test_a_name_of_ones_own_wins_and_that_is_said(tmp_path):
     with pytest.raises(ConfigError, match=r"did you mean own_t"):
         settings("tasks=[own_too]", f"include_path={folder}")
     assert own.folder_of(folder / "copa.yaml") == folder.resolve()
+
+
+def test_a_task_of_ones_own_that_a_group_of_lm_evals_changes(tmp_path):
+    folder = own_tasks(tmp_path / "own")
+    (folder / "hellaswag.yaml").write_text(
+        (folder / "own_one.yaml")
+        .read_text()
+        .replace("own_one", "hellaswag")
+        .replace("fewshot_split: train", "fewshot_split: test")
+    )
+    with pytest.raises(
+        ConfigError, match=r"hellaswag\.yaml is not allowed: it redefines a task that the group openllm"
+    ):
+        settings("tasks=[openllm]", f"include_path={folder}")
+
+
+def test_a_definition_that_changes_after_it_was_asked_for(tmp_path):
+    folder = own_tasks(tmp_path / "own")
+    (cell,) = settings("tasks=[own_one]", f"include_path={folder}").cells
+    before = tasks.build(cell.task, cell.data, shots=0, seed=1)
+    assert before.config.doc_to_text.startswith("Question")
+    assert tasks.identity(cell.task, cell.data, 0)["definition"]
+    file = folder / "own_one.yaml"
+    file.write_text(file.read_text().replace("Question:", "Ask:"))
+    with pytest.raises(UserError, match=r"tasks=own_one: its definition changed after the sweep began"):
+        tasks.build(cell.task, cell.data, shots=0, seed=1)
+
+
+def test_code_that_is_not_beside_the_definition_is_part_of_it(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    code = tmp_path / "elsewhere" / "scores_of_mine.py"
+    code.write_text("def score(doc, results):\n    return {'acc': 1.0}\n")
+    monkeypatch.syspath_prepend(code.parent)
+    folder = own_tasks(tmp_path / "own")
+    assert function_file(f"{folder}/scores_of_mine.score") == code
+    assert function_file(f"{folder}/no_such_module_at_all.score") is None
+    assert function_file("/some words. about") is None
 
 
 class Tokenizer:

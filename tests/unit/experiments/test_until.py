@@ -6,12 +6,13 @@ import dataclasses
 import json
 import shutil
 
+import filelock
 import numpy as np
 import pytest
 
 from a2sf.errors import ConfigError
 from a2sf.experiments.runs import load_sweep, results_frame
-from a2sf.experiments.sweep import Runner
+from a2sf.experiments.sweep import Runner, _lock_file
 from a2sf.experiments.tracking import Tracker, TrackerSpec
 from a2sf.experiments.until import Until, Watch, order_of
 from a2sf.policies.budget import Budget
@@ -45,7 +46,7 @@ def test_a_pair_that_the_sweep_has_not_is_refused():
 
 
 def test_cells_of_equal_budget_and_schedule_are_compared():
-    step, every = Schedule("step"), Schedule("every", every=4)
+    step, every = None, Schedule("every", every=4)  # as told_apart has them
     cells = [cell("full")]
     cells += [cell("window", budget=Budget(ratio=r)) for r in (0.1, 0.2)]
     cells += [cell("h2o", budget=Budget(ratio=r), schedule=s) for r in (0.1, 0.2, 0.4) for s in (step, every)]
@@ -54,7 +55,7 @@ def test_cells_of_equal_budget_and_schedule_are_compared():
         return [(a.budget and a.budget.ratio, b.budget.ratio) for a, b in Until(pair).comparisons(cells)]
 
     assert compared("full", "h2o") == [(None, r) for r in (0.1, 0.1, 0.2, 0.2, 0.4, 0.4)]
-    assert compared("window", "h2o") == [(0.1, 0.1), (0.1, 0.1), (0.2, 0.2), (0.2, 0.2)]
+    assert compared("window", "h2o") == [(0.1, 0.1), (0.2, 0.2)]
 
 
 def test_every_comparison_must_be_told():
@@ -114,6 +115,26 @@ def test_cells_that_were_lost_are_of_the_same_documents(stopped):
     for stored in load_sweep(runner.directory):
         assert stored.metrics == before[stored.path.name]["metrics"]
         assert stored.result["until"] == before[stored.path.name]["until"]
+
+
+def test_a_cell_whose_comparison_was_not_told_does_not_stop_where_others_did(stopped):
+    runner, cells = stopped
+    later = dataclasses.replace(cells[1], budget=Budget(ratio=0.3))
+    assert [o.status for o in runner.run([later])] == ["done"]
+    (stored,) = [s for s in load_sweep(runner.directory) if s.path.name == later.name]
+    assert stored.stopped is None
+    assert stored.result["documents"]["n"] == 60
+    assert stored.result["until"]["comparisons"] == []
+    shutil.rmtree(stored.path)
+
+
+def test_a_group_is_somebody_elses_as_a_whole(stopped):
+    """What stops it is told by all of it, so that its halves may not be told apart."""
+    runner, cells = stopped
+    others = [dataclasses.replace(c, limit=50) for c in cells]
+    with filelock.SoftFileLease(_lock_file(runner.directory, others[1]), lease_duration=60):
+        assert [o.status for o in runner.run(others)] == ["busy"] * 3
+    assert not any(c.name == s.path.name for c in others for s in load_sweep(runner.directory))
 
 
 def test_a_run_of_all_documents_is_another_cell_and_goes_on_from_there(stopped):
