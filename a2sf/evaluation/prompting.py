@@ -106,6 +106,16 @@ class Prompting:
                 raise ConfigError("gen_kwargs.temperature", given["temperature"], allowed)
             task.set_config("generation_kwargs", merged)
 
+    def tokens_around(self, tokenizer: Any) -> int:
+        """How many tokens template and system instruction add to a prompt, by one without a question."""
+        if not self.chat_template:
+            return len(tokenizer.encode(self.system_instruction or "", add_special_tokens=False))
+        said = [{"role": "system", "content": self.system_instruction}] if self.system_instruction else []
+        more = {"chat_template": self.name_of_template} if self.name_of_template else {}
+        empty = [*said, {"role": "user", "content": ""}]
+        text = tokenizer.apply_chat_template(empty, tokenize=False, add_generation_prompt=True, **more)
+        return len(tokenizer.encode(text, add_special_tokens=False))
+
     def check(self, tokenizer: Any, model: str) -> None:
         """Refuse a template that a tokenizer does not have, or a system instruction that its template would lose.
 

@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 import torch
 from lm_eval.models.utils import normalize_gen_kwargs
+from transformers import AutoTokenizer
 
 from a2sf.errors import ConfigError
 from a2sf.evaluation import tasks
@@ -188,6 +189,16 @@ def measured(cell: Cell) -> tasks.DataSpec:
                 f"the model {cell.model_name} has {positions} positions, and {cell.task_name} "
                 f"would ask for {max(lengths)}",
             )
+        if positions is not None and (cell.prompting.chat_template or cell.prompting.system_instruction):
+            around = cell.prompting.tokens_around(AutoTokenizer.from_pretrained(tokenizer_folder(cell.model)))
+            free = positions - max(lengths, default=0) + int(data.arguments.get("room") or 0)
+            if free < around:  # else lm-eval cuts the front of the prompt, which is the template's
+                raise ConfigError(
+                    key,
+                    lengths,
+                    f"template and system instruction take {around} of the {positions} positions of {cell.model_name} "
+                    f"besides; give smaller lengths, or task_args.room={around} for tasks of the suite long",
+                )
     return data if data.tokenizer else dataclasses.replace(data, tokenizer=str(tokenizer_folder(cell.model)))
 
 

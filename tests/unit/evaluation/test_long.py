@@ -15,6 +15,7 @@ from a2sf.errors import ConfigError
 from a2sf.evaluation import tasks
 from a2sf.evaluation.long.families import FAMILIES, HOPS, QUESTIONS
 from a2sf.evaluation.packing import Item, pack
+from a2sf.evaluation.prompting import Prompting
 from a2sf.experiments import cell, group
 from a2sf.hf.loading import ModelSpec, tokenizer_folder
 from a2sf.policies.find import find_policies
@@ -162,6 +163,15 @@ def test_lengths_beyond_the_models_positions_and_examples_are_refused():
         a_cell(of(lengths=[1024, 8193])).settled()
     with pytest.raises(ConfigError, match=r"shots=1 .* the length that task_args\.lengths says"):
         tasks.check("long_single", of(), shots=1)
+
+
+def test_a_template_needs_room_of_its_own():
+    """Else lm-eval would cut the front of a prompt, which is the template's."""
+    chat = Prompting(chat_template=True)
+    with pytest.raises(ConfigError, match=r"lengths=\[8192\] .* take 30 of the 8192 positions .* task_args\.room=30"):
+        dataclasses.replace(a_cell(of(lengths=[8192])), prompting=chat).settled()
+    measured = cell.measured(dataclasses.replace(a_cell(of(lengths=[8192], room=30)), prompting=chat))
+    assert measured.tokenizer
 
 
 def test_a_cell_reads_each_text_once(smollm2, tmp_path):
