@@ -144,14 +144,10 @@ def _until_told(cell: Cell, lm: Any, task: Any, stop: Stop | None) -> tuple[dict
     """`compute`, of no more documents than it takes to tell what the group is to tell."""
     if stop is None:
         return compute(cell, lm, task)
-    if stop.told is None:
-        try:
-            result, documents = compute(cell, lm, task)
-        except Told:
-            pass
-        else:
-            return result | {"until": stop.report()}, documents
-    result, documents = compute(cell, lm, task, stop.told)
+    try:
+        result, documents = compute(cell, lm, task, stop.told)
+    except Told:
+        result, documents = compute(cell, lm, task, stop.told)  # by now the documents that told it
     return result | {"until": stop.report()}, documents
 
 
