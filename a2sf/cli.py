@@ -15,6 +15,7 @@ COMMANDS = {
     "tables": ("a2sf.commands.tables", "tables, plots and a report of finished sweeps"),
     "reproduce": ("a2sf.commands.reproduce", "the A2SF paper's claims, with a verdict each"),
     "calibrate": ("a2sf.commands.calibrate", "settings that lose least on plain text, by layer or head"),
+    "errors": ("a2sf.commands.errors", "the error that policies make in each layer's output, on plain text"),
     "heads": ("a2sf.commands.heads", "which heads copy from far back, as a list for policy=heads"),
     "pack": ("a2sf.commands.archive:main_pack", "a sweep as one file to hand on, which tables reads in place"),
     "unpack": ("a2sf.commands.archive:main_unpack", "its cells again, from which a sweep goes on"),

@@ -1,10 +1,12 @@
 """How close a pruned cache stays to the full one, document by document, whether or not the answer is right.
 
-Three measures against the full-cache cell of the same model, task and shots (docs/statistics.md says how to read them):
+Five measures against the full-cache cell of the same model, task and shots (docs/statistics.md says how to read them):
 
 agreement     share of documents with the same chosen answer
 gold_shift    change of the right choice's log-likelihood, in nats per token of that choice
 margin_shift  change of its lead over the best wrong choice, in nats (sums over the continuation, as scored)
+change        absolute change of a choice's log-likelihood, in nats (sums), mean over the choices, right and wrong alike
+choice_kl     Kullback-Leibler divergence of the distribution over the choices (softmax of the sums) from the full cache's
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import log_softmax
 from statsmodels.stats.proportion import proportion_confint
 
 from a2sf.analysis.collect import Grid, System
@@ -25,6 +28,8 @@ MEASURES = {
     "agreement": "same answer as full cache",
     "gold_shift": "shift of the right choice (nats/token)",
     "margin_shift": "shift of the margin (nats)",
+    "change": "change of a choice (nats)",
+    "choice_kl": "divergence of the choices (nats)",
 }
 
 
@@ -43,6 +48,7 @@ def changes(pruned: StoredCell, full: StoredCell, common: bool = False) -> pd.Da
             "agreement": (left["prediction"].to_numpy() == right["prediction"].to_numpy()).astype(float),
             "gold_shift": here[:, 0] - there[:, 0],
             "margin_shift": here[:, 1] - there[:, 1],
+            **_of_choices(left, right),
         }
     )
 
@@ -97,12 +103,25 @@ def _of_system(part: Grid, system: System, full: System, notes: list[str]) -> li
 
 
 def _summary(n: int, values: np.ndarray, means: np.ndarray) -> dict[str, Any]:
-    """Measures ([3]) with the intervals of their bootstrap means ([resamples, 3])."""
+    """Measures ([5]) with the intervals of their bootstrap means ([resamples, 5])."""
     out: dict[str, Any] = {"n": n}
     for i, measure in enumerate(MEASURES):
         low, high = interval(means[:, i])
         out |= {measure: float(values[i]), f"{measure}_low": low, f"{measure}_high": high}
     return out
+
+
+def _of_choices(left: pd.DataFrame, right: pd.DataFrame) -> dict[str, np.ndarray]:
+    """`change` and `choice_kl` of each document, [n] each."""
+    pairs = [
+        (np.asarray(a, float), np.asarray(b, float))
+        for a, b in zip(left["loglikelihoods"], right["loglikelihoods"], strict=True)
+    ]
+    whole = [(log_softmax(a), log_softmax(b)) for a, b in pairs]
+    return {
+        "change": np.array([abs(a - b).mean() for a, b in pairs]),
+        "choice_kl": np.array([(np.exp(full) * (full - pruned)).sum() for pruned, full in whole]),
+    }
 
 
 def _gold_and_margin(documents: pd.DataFrame) -> np.ndarray:

@@ -66,13 +66,22 @@ def check(args: argparse.Namespace) -> None:
     """
     if args.per not in PERS:
         raise ConfigError("--per", args.per, f"give one of {', '.join(PERS)}{nearest(args.per, PERS)}")
+    check_numbers(args, ("tokens", "held_out", "top"))
+
+
+def check_numbers(args: argparse.Namespace, whole: Sequence[str]) -> None:
+    """Refuse budgets, lengths of passages, and numbers named in `whole`, that nothing can be done with.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
     for ratio in args.budget:
         if not 0 < ratio < 1:
             raise ConfigError("--budget", ratio, "give shares of a sequence's tokens, above 0 and below 1")
     for length in args.lengths:
         if length < LEAST_LENGTH:
             raise ConfigError("--lengths", length, f"give passages of at least {LEAST_LENGTH} tokens")
-    for key in ("tokens", "held_out", "top"):
+    for key in whole:
         if getattr(args, key) < 1:
             raise ConfigError(f"--{key.replace('_', '-')}", getattr(args, key), "give a whole number, at least 1")
 

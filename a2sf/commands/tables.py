@@ -42,6 +42,9 @@ def parser() -> argparse.ArgumentParser:
     lay.add_argument(
         "--pair", nargs=2, default=DEFAULT_PAIR, metavar="POLICY", help="difference to show: first minus second"
     )
+    lay.add_argument(
+        "--against", nargs="+", default=[], metavar="POLICY", help="compare every other policy with these, by budget"
+    )
     lay.add_argument("--stderr", action="store_true", help="add standard errors to the numbers")
     write = p.add_argument_group("what to write")
     write.add_argument(
@@ -63,6 +66,7 @@ def main(arguments: Sequence[str]) -> None:
     options = Options(
         pivot=args.pivot,
         pair=tuple(args.pair),
+        against=tuple(args.against),
         stderr=args.stderr,
         out=args.out,
         formats=tuple(args.format),

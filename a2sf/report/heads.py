@@ -1,12 +1,15 @@
-"""A number for each layer and head as a picture."""
+"""Numbers of each layer, or each layer and head, as pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+
+from a2sf.report.plots import Line, styles_of
 
 
 def heads_figure(
@@ -37,4 +40,39 @@ def heads_figure(
     axes.set_ylabel("layer")
     axes.set_title(title, fontsize=9)
     figure.colorbar(shown, ax=axes, label=unit, shrink=0.8)
+    return figure
+
+
+def errors_figure(frame: pd.DataFrame, labels: dict[str, str] | None = None) -> Figure:
+    """Error by layer, a line for each policy and a panel for each budget.
+
+    Args:
+        frame: columns `policy`, `budget`, `layer`, `error`, as `a2sf errors` writes them.
+        labels: how the legend spells a policy.
+    """
+    budgets = list(dict.fromkeys(frame["budget"]))
+    figure = Figure(figsize=(1.2 + 3.6 * len(budgets), 3.6), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(budgets), sharey=True))
+    names = list(dict.fromkeys(frame["policy"]))
+    lines = [Line((labels or {}).get(n, n), n.partition(",")[0], []) for n in names]
+    styles = styles_of(lines)
+    for axis, budget in zip(panels, budgets, strict=True):
+        for name, line in zip(names, lines, strict=True):
+            rows = frame[(frame["policy"] == name) & (frame["budget"] == budget)]
+            style = styles[line.label]
+            axis.plot(
+                rows["layer"],
+                rows["error"],
+                color=style.colour,
+                marker=style.marker,
+                ms=3,
+                ls=style.dash,
+                label=line.label,
+            )
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")  # powers of ten need the mathematics that `plots` switches off
+        axis.set_title(f"budget {budget:g}")
+        axis.set_xlabel("layer")
+    panels[0].set_ylabel("relative squared error")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from a2sf.analysis.against import against_frame, compare_against
 from a2sf.analysis.collect import DEFAULT_PAIR, Grid, Selection, gather
 from a2sf.analysis.compare import compare_pair, comparisons_frame
 from a2sf.analysis.fidelity import fidelity_frame
@@ -20,6 +21,7 @@ from a2sf.report.needle import needle_plots, needle_tables
 from a2sf.report.plots import draw_all
 from a2sf.report.summaries import (
     TextTable,
+    against_tables,
     comparison_tables,
     fidelity_tables,
     ranking_tables,
@@ -40,6 +42,7 @@ class Options:
     Attributes:
         pivot: what goes across, one of `a2sf.report.layout.PIVOTS`.
         pair: policies whose difference is shown, first minus second.
+        against: policies that every other is compared with at the same budget.
         stderr: add standard errors to the numbers of Markdown, LaTeX and screen.
         out: directory of `tables/`, `plots/` and `report.html`; the first sweep's by default.
         formats: files to write in `tables/`.
@@ -48,6 +51,7 @@ class Options:
 
     pivot: str = "task"
     pair: tuple[str, str] = field(default=DEFAULT_PAIR)
+    against: tuple[str, ...] = ()
     stderr: bool = False
     out: Path | None = None
     formats: tuple[str, ...] = FORMATS
@@ -76,7 +80,8 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     comparisons, said = compare_pair(grid, options.pair)
     fidelity, unsaid = fidelity_frame(grid)
     ranked, unranked = rank(grid, options.pair)
-    rankings = ranking_tables(grid, ranked, options.pair)
+    against, unpaired = compare_against(grid, options.against)
+    rankings = [*ranking_tables(grid, ranked, options.pair), *against_tables(against, grid.percent)]
     text_tables = [
         *rankings,
         *needle_tables(grid),
@@ -94,6 +99,7 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
         "tables.csv": csv_frame(tables).to_csv(index=False),
         "ranking.csv": ranking_frame(ranked).to_csv(index=False) if ranked else "",
         "comparisons.csv": comparisons_frame(comparisons).to_csv(index=False) if comparisons else "",
+        "against.csv": against_frame(against).to_csv(index=False) if against else "",
         "fidelity.csv": fidelity.to_csv(index=False) if len(fidelity) else "",
         "traces.csv": traces.to_csv(index=False) if len(traces) else "",
     }
@@ -109,7 +115,7 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
         plots |= length_plots(grid, out / "plots", options.pair)
         plots |= trace_pictures(traced, out / "plots")
     files += [file for pictures in plots.values() for file in pictures]
-    notes = list(dict.fromkeys([*said, *unsaid, *unranked, *(n for t in tables for n in t.notes)]))
+    notes = list(dict.fromkeys([*said, *unsaid, *unranked, *unpaired, *(n for t in tables for n in t.notes)]))
     if options.report:
         failures = read_failures(directories)
         contents = Contents(grid, tables, comparisons, text_tables, plots, failures, notes, options.pair)

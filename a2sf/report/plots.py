@@ -38,6 +38,8 @@ DASHES: tuple[str, ...] = ("-", "--", ":", "-.")
 MOST = 8
 """Lines in one panel, the full cache's among them."""
 GREY = "0.35"
+SHOWN = ("agreement", "gold_shift", "margin_shift")
+"""Measures of closeness that are drawn."""
 plt.rcParams.update(
     {
         "figure.dpi": 100,
@@ -265,8 +267,9 @@ def fidelity(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
     ticks = _ticks(part.systems())
     lines = chosen_lines(part, pair)
     styles = styles_of(lines)
-    figure, axes = _panels(list(MEASURES), width=3.4)
-    for axis, (measure, label) in zip(axes, MEASURES.items(), strict=True):
+    figure, axes = _panels(list(SHOWN), width=3.4)
+    for axis, measure in zip(axes, SHOWN, strict=True):
+        label = MEASURES[measure]
         scale = 100 if measure == "agreement" else 1
         for line in lines:
             rows = frame[(frame["policy"] == line.policy) & (frame["label"] == line.systems[0].label)]

@@ -10,7 +10,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from a2sf.analysis.collect import DASH, MINUS, Grid
+from a2sf.analysis.against import Against
+from a2sf.analysis.collect import DASH, MINUS, Grid, System
 from a2sf.analysis.compare import AVERAGE, Comparison
 from a2sf.analysis.ranking import Ranked
 from a2sf.report.tables import number, to_tex
@@ -19,6 +20,8 @@ HEADS = {
     "agreement": ("Same answer (%)", 1),
     "gold_shift": ("Right choice (nats/token)", 3),
     "margin_shift": ("Margin (nats)", 2),
+    "change": ("Change (nats)", 2),
+    "choice_kl": ("Choices' KL (nats)", 3),
 }
 """Measure -> heading and decimals."""
 COMPARISONS = (
@@ -30,10 +33,15 @@ COMPARISONS = (
 FIDELITY = (
     "Against the full cache on the same documents, with paired 95 % intervals. Same answer: share of documents with "
     "the same chosen answer. Right choice: change of its log-likelihood per token. Margin: change of its lead over the "
-    "best wrong choice."
+    "best wrong choice. Change: of any choice's log-likelihood, absolute, mean over the choices. Choices' KL: divergence "
+    "of the choices' distribution from the full cache's."
 )
-
-
+AGAINST = (
+    "Each policy minus the one in the second column at the same budget, average over tasks, on the same documents; "
+    "intervals 95 %, paired; Holm: corrected over all such comparisons of the model. Change and KL: the first's mean "
+    "change of a choice's log-likelihood, and divergence of the choices, over the second's; below 1 it is closer to the "
+    "full cache."
+)
 RANKING = (
     "Policies by the mean over budgets and tasks; equal means share a rank. Differences on the same documents, each "
     "document's answers averaged over the budgets; Holm: corrected over this table."
@@ -123,16 +131,41 @@ def fidelity_tables(grid: Grid, fidelity: pd.DataFrame) -> list[TextTable]:
             row = {"Policy": r["label"], "Budget": r["budget"], "Factor": r["factor"]}
             row[part.metric] = number(system.average(part.tasks if task == AVERAGE else [task]), part.percent)
             for measure, (head, decimals) in HEADS.items():
-                share = measure == "agreement"
+                share, signed = measure == "agreement", measure.endswith("_shift")
                 low, value, high = (
-                    number(r[measure + end], share, signed=not share, decimals=decimals)
-                    for end in ("_low", "", "_high")
+                    number(r[measure + end], share, signed=signed, decimals=decimals) for end in ("_low", "", "_high")
                 )
                 row[head] = f"{value} [{low}, {high}]"
             rows.append(row)
         title = f"Closeness to the full cache: {model}, {shots}-shot, {task}"
         tables.append(TextTable(title, pd.DataFrame(rows), FIDELITY))
     return tables
+
+
+def against_tables(found: Sequence[Against], percent: bool) -> list[TextTable]:
+    """One table per model and shots."""
+    tables = []
+    for model, shots in dict.fromkeys((a.model, a.shots) for a in found):
+        rows = []
+        for a in (a for a in found if (a.model, a.shots) == (model, shots)):
+            d = a.difference
+            row = {"Policy": _named(a.first), "Against": _named(a.second), "Budget": a.first.budget}
+            row |= {
+                "Difference": number(d.value, percent, signed=True),
+                "95 % interval": _interval(d.low, d.high, percent),
+            }
+            row |= {"p": p_text(d.p), "p (Holm)": p_text(a.p_holm)}
+            for measure, head in (("change", "Change"), ("choice_kl", "KL")):
+                r = a.ratios.get(measure)
+                row[head] = DASH if r is None else f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]"
+            rows.append(row)
+        title = f"Against the named: {model}, {shots}-shot" + (" (points)" if percent else "")
+        tables.append(TextTable(title, pd.DataFrame(rows), AGAINST, words=("Policy", "Against", "Budget")))
+    return tables
+
+
+def _named(system: System) -> str:
+    return system.label if system.factor == DASH else f"{system.label} {system.factor}"
 
 
 def p_text(p: float | None) -> str:

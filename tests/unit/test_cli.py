@@ -150,7 +150,7 @@ def test_every_policy_says_what_it_is():
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("a2sf ", "run tables reproduce calibrate heads pack unpack bench policies check doctor"),
+        ("a2sf ", "run tables reproduce calibrate errors heads pack unpack bench policies check doctor"),
         ("a2sf po", "policies"),
         ("a2sf tables r", ""),
     ],

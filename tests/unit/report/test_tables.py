@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from a2sf.analysis.against import against_frame, compare_against
 from a2sf.analysis.collect import DASH, MINUS, Grid, Selection, gather
 from a2sf.analysis.compare import AVERAGE, Comparer, compare_cells, compare_pair, comparisons_frame
-from a2sf.analysis.fidelity import changes, fidelity_frame
+from a2sf.analysis.fidelity import MEASURES, changes, fidelity_frame
 from a2sf.analysis.stats import holm, mcnemar_p
 from a2sf.errors import UserError
 from a2sf.experiments.runs import DOCUMENTS, StoredCell, load_sweep
@@ -171,19 +173,49 @@ def test_documents_are_joined_by_identity_not_by_order(sweep: Path) -> None:
 def test_fidelity_by_hand(sweep: Path) -> None:
     cells = load_sweep(sweep)
     a, full = cell(cells, "h2o", 0.5, "piqa"), cell(cells, "full", None, "piqa")
-    shift, agree, margin = [], [], []
+    shift, agree, margin, moved, kl = [], [], [], [], []
     for r, f in zip(a.documents.itertuples(), full.documents.itertuples(), strict=True):
         agree.append(r.prediction == f.prediction)
         shift.append((r.loglikelihoods[r.gold] - f.loglikelihoods[f.gold]) / r.continuation_tokens[r.gold])
         leads = [x.loglikelihoods[x.gold] - x.loglikelihoods[1 - x.gold] for x in (r, f)]
         margin.append(leads[0] - leads[1])
-    expected = [sum(v) / len(v) for v in (agree, shift, margin)]
+        moved.append(sum(abs(x - y) for x, y in zip(r.loglikelihoods, f.loglikelihoods, strict=True)) / 2)
+        p, q = ([math.exp(x) / sum(map(math.exp, d.loglikelihoods)) for x in d.loglikelihoods] for d in (f, r))
+        kl.append(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+    expected = [sum(v) / len(v) for v in (agree, shift, margin, moved, kl)]
     assert changes(a, full).mean().tolist() == pytest.approx(expected)
     frame, notes = fidelity_frame(gather([sweep]))
     row = frame[(frame.policy == "h2o") & (frame.budget == "0.5") & (frame.task == "piqa")].iloc[0]
-    assert [row[m] for m in ("agreement", "gold_shift", "margin_shift")] == pytest.approx(expected)
+    assert [row[m] for m in MEASURES] == pytest.approx(expected)
     assert row["gold_shift_low"] < row["gold_shift"] < row["gold_shift_high"]
     assert not notes
+
+
+def test_against_named_policies(sweep: Path) -> None:
+    """By hand for one pair; the same budget only; Holm over all; the named are not compared with each other."""
+    grid, cells = gather([sweep]), load_sweep(sweep)
+    found, notes = compare_against(grid, ["a2sf", "h2o"])
+    assert not notes
+    assert {(a.first.policy, a.second.policy) for a in found} == {("window", "a2sf"), ("window", "h2o")}
+    assert {a.first.budget == a.second.budget for a in found} == {True}
+    assert len(found) == 2 * (2 + 1)  # budgets x (two factors of a2sf, h2o)
+    assert [a.p_holm for a in found] == holm([a.difference.p for a in found])
+    one = next(a for a in found if (a.second.policy, a.first.budget) == ("h2o", "0.5"))
+    means = []
+    for task in ("arc_easy", "piqa"):
+        full = cell(cells, "full", None, task)
+        means.append([changes(cell(cells, p, 0.5, task), full)["change"].mean() for p in ("window", "h2o")])
+    window, h2o = (sum(column) / 2 for column in zip(*means, strict=True))
+    ratio = one.ratios["change"]
+    assert ratio.value == pytest.approx(window / h2o)
+    assert ratio.low < ratio.value < ratio.high
+    frame = against_frame(found)
+    assert frame["p_holm"].tolist() == [a.p_holm for a in found]
+    assert frame.loc[frame["second"] == "H2O", "change_ratio"].iloc[-1] == ratio.value
+    with pytest.raises(UserError, match=r"--against h2: there is no pruned result .* \(did you mean h2o\?\)"):
+        compare_against(grid, ["h2"])
+    shown = show([sweep], Selection(), Options(against=("h2o",), plots=False, report=False))
+    assert any("Against the named" in t.title for t in shown.rankings)
 
 
 @pytest.mark.parametrize("pivot", ["budget", "factor", "policy"])

