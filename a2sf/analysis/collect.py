@@ -6,11 +6,8 @@ One row of `Grid.frame` is one cell and metric. Directories of cells give everyt
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from a2sf.analysis.asked import asked_groups, with_options
+from a2sf.analysis.labels import DASH, budget_label, factor_label, first_of, name_settings, one_name, settings_label
 from a2sf.errors import UserError, nearest
 from a2sf.experiments.aggregates import MEMBERS, OPTIONS, Group, aggregates
 from a2sf.experiments.archive import groups_of, is_archive, read_sweep
@@ -41,10 +39,7 @@ DEFAULT_METRIC = "acc"
 DEFAULT_PAIR = ("a2sf", "h2o")
 """The comparison the project is about: the first policy minus the second, at the same budget."""
 STEP = "step"
-LONGEST_SETTING = 24
-"""Characters of a setting in a label."""
 """How tables write the schedule that a result without one had."""
-DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
 @dataclass(frozen=True)
@@ -263,18 +258,6 @@ def schedule_order(schedule: str) -> tuple[bool, str, int]:
     return schedule not in (STEP, DASH), re.sub(r"\d+", "", schedule), int(digits[0]) if digits else 0
 
 
-def factor_label(value: Any) -> str:
-    """How tables write a forgetting factor: a number, or the range of a list of one per layer."""
-    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
-        return DASH
-    parts = sorted({float(v) for v in str(value).split("/")})
-    return (
-        f"{parts[0]:g}"
-        if len(parts) == 1
-        else f"{parts[0]:g} to {parts[-1]:g} by layer #{zlib.crc32(str(value).encode()):08x}"
-    )
-
-
 def _from_cells(cells: Sequence[StoredCell], source: str | None) -> pd.DataFrame:
     frame = results_frame(cells)
     more = []
@@ -321,14 +304,14 @@ def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
         if column not in frame:
             frame[column] = None
     # files of published numbers have no base; there a ratio of 1 is the full cache
-    whole = np.array([_first(r) >= 1.0 for r in frame["budget_ratio"]])
+    whole = np.array([first_of(r) >= 1.0 for r in frame["budget_ratio"]])
     frame["is_full"] = whole & frame["budget_base"].isna() & frame["budget_tokens"].isna()
     budgets = frame[["is_full", "budget_ratio", "budget_tokens", "budget_base"]]
-    labelled = [_budget(*row) for row in budgets.itertuples(index=False)]
+    labelled = [budget_label(*row) for row in budgets.itertuples(index=False)]
     frame["budget"], frame["budget_order"] = ([pair[i] for pair in labelled] for i in (0, 1))
     frame["factor"] = [factor_label(v) for v in frame["forgetting_factor"]]
     frame["factor_value"] = pd.to_numeric(frame["forgetting_factor"], errors="coerce")
-    frame["settings"] = [_settings(s) for s in frame["policy_settings"]]
+    frame["settings"] = [settings_label(s) for s in frame["policy_settings"]]
     frame["schedule"] = frame["schedule"].fillna("").astype(str).replace("", STEP).mask(frame["is_full"], DASH)
     frame["causal"] = ~frame["causal"].isin([False])
     frame["stderr"] = pd.to_numeric(frame["stderr"], errors="coerce")
@@ -371,9 +354,10 @@ def _select(
         frame = frame[frame[column].isin(values) | spared]
     frame, metric, lacking = _one_metric(frame, selection.metric)
     frame = _without_duplicates(frame)
+    frame = one_name(frame, ["model", "shots", "task", *SYSTEM])
     frame["model"] = with_options(frame)
     frame = _agreeing(frame, selection.mixed, notes)
-    frame = _name_settings(frame)
+    frame = name_settings(frame)
     used = {k: c for k, c in cells.items() if k in set(frame["key"])}
     scores, incomplete = aggregates(frame, groups, ["model", *SYSTEM])
     if len(scores):
@@ -443,56 +427,9 @@ def _agreeing(frame: pd.DataFrame, mixed: bool, notes: list[str]) -> pd.DataFram
     return frame
 
 
-def _name_settings(frame: pd.DataFrame) -> pd.DataFrame:
-    """Where one policy was run with different settings, say which row is which."""
-    for _, rows in frame.groupby("policy"):
-        variants = rows["settings"].unique()
-        if len(variants) > 1:
-            parsed = {v: dict(json.loads(v)) for v in variants}
-            differing = [
-                k for k in sorted(set().union(*parsed.values())) if len({str(p.get(k)) for p in parsed.values()}) > 1
-            ]
-            for v, settings in parsed.items():
-                said = ", ".join(f"{k} {_said(settings.get(k, DASH))}" for k in differing)
-                chosen = rows.index[rows["settings"] == v]
-                frame.loc[chosen, "label"] = frame.loc[chosen, "label"] + f" ({said})"
-    apart = frame["variant"] != ""
-    frame.loc[apart, "label"] = frame.loc[apart, "label"] + " [" + frame.loc[apart, "variant"] + "]"
-    frame["bare"] = frame["label"]
-    if frame.loc[~frame["is_full"], "schedule"].nunique() > 1:
-        frame["label"] = frame["label"].where(frame["is_full"], frame["label"] + ", " + frame["schedule"])
-    return frame
-
-
-def _said(setting: Any) -> str:
-    """A setting in a label: data that has a name by its name, other long ones by the beginning of their hash."""
-    if isinstance(setting, dict) and isinstance(setting.get("name"), str):
-        return setting["name"]
-    said = str(setting)
-    return said if len(said) <= LONGEST_SETTING else f"#{hashlib.sha256(said.encode()).hexdigest()[:6]}"
-
-
-def _settings(text: Any) -> str:
-    """A policy's settings without the forgetting factor, which has its own column."""
-    if not isinstance(text, str):
-        return "{}"
-    settings = {k: v for k, v in json.loads(text).items() if k != "forgetting_factor"}
-    return json.dumps(settings, sort_keys=True)
-
-
-def _budget(is_full: bool, ratio: Any, tokens: Any, base: Any) -> tuple[str, float]:
-    """How tables write a budget, and where it sorts."""
-    if is_full:
-        return DASH, math.inf
-    if not pd.isna(tokens):
-        text = str(tokens) if isinstance(tokens, str) else f"{tokens:g}"
-        return f"{text} tokens", 1.0 + _first(tokens)
-    text = ratio if isinstance(ratio, str) else f"{ratio:g}"
-    return text if base in ("total", None) or pd.isna(base) else f"{text} of {base}", _first(ratio)
-
-
-def _first(value: Any) -> float:
-    return float(str(value).split("/")[0])
+def _some(rows: pd.DataFrame) -> str:
+    names = sorted(set(rows["key"]))
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
 def _number_or_text(value: Any) -> Any:
@@ -500,8 +437,3 @@ def _number_or_text(value: Any) -> Any:
         return float(value)
     except ValueError:
         return value
-
-
-def _some(rows: pd.DataFrame) -> str:
-    names = sorted(set(rows["key"]))
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")

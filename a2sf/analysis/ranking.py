@@ -7,8 +7,9 @@ from statistics import fmean
 
 import pandas as pd
 
-from a2sf.analysis.collect import DASH, DEFAULT_PAIR, Grid, System
+from a2sf.analysis.collect import DEFAULT_PAIR, Grid, System
 from a2sf.analysis.compare import Comparer
+from a2sf.analysis.labels import DASH
 from a2sf.analysis.stats import Difference, holm
 
 FEWEST = 3

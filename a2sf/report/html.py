@@ -12,9 +12,10 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from a2sf.analysis.collect import DASH, DEFAULT_PAIR, MUST_AGREE, Grid
+from a2sf.analysis.collect import DEFAULT_PAIR, MUST_AGREE, Grid
 from a2sf.analysis.compare import Comparison
 from a2sf.analysis.flips import flips
+from a2sf.analysis.labels import DASH
 from a2sf.experiments.runs import asked, finished_cells, is_cell, write_atomically
 from a2sf.report.layout import Table
 from a2sf.report.summaries import TextTable

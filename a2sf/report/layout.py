@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
-from a2sf.analysis.collect import DASH, DEFAULT_PAIR, MINUS, SYSTEM, Grid, System
+from a2sf.analysis.collect import DEFAULT_PAIR, SYSTEM, Grid, System
 from a2sf.analysis.compare import AVERAGE, Comparer
+from a2sf.analysis.labels import DASH, MINUS
 from a2sf.analysis.stats import CONFIDENCE, holm
 
 PIVOTS = ("task", "budget", "factor", "policy")

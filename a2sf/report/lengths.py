@@ -13,7 +13,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from a2sf.analysis.collect import DASH, DEFAULT_PAIR, Grid, System
+from a2sf.analysis.collect import DEFAULT_PAIR, Grid, System
+from a2sf.analysis.labels import DASH
 from a2sf.analysis.stats import Z
 from a2sf.experiments.names import safe
 from a2sf.report.plots import GREY, Line, Style, chosen_lines, left_out, save, styles_of

@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from a2sf.analysis.collect import DASH, Grid, grid_of
+from a2sf.analysis.collect import Grid, grid_of
+from a2sf.analysis.labels import DASH
 from a2sf.errors import UserError
 from a2sf.experiments.runs import StoredCell
 from a2sf.report.plots import save

@@ -24,9 +24,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
-from a2sf.analysis.collect import DASH, DEFAULT_PAIR, Grid, System
+from a2sf.analysis.collect import DEFAULT_PAIR, Grid, System
 from a2sf.analysis.compare import AVERAGE
 from a2sf.analysis.fidelity import MEASURES, fidelity_frame
+from a2sf.analysis.labels import DASH
 from a2sf.analysis.stats import Z
 from a2sf.experiments.names import safe
 from a2sf.policies.find import built_in

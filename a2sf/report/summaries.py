@@ -11,8 +11,9 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from a2sf.analysis.against import Against
-from a2sf.analysis.collect import DASH, MINUS, Grid, System
+from a2sf.analysis.collect import Grid, System
 from a2sf.analysis.compare import AVERAGE, Comparison
+from a2sf.analysis.labels import DASH, MINUS
 from a2sf.analysis.ranking import Ranked
 from a2sf.report.tables import number, to_tex
 

@@ -12,7 +12,8 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from a2sf.analysis.collect import DASH, MINUS, Selection, grid_of
+from a2sf.analysis.collect import Selection, grid_of
+from a2sf.analysis.labels import DASH, MINUS
 from a2sf.experiments.aggregates import Group as TaskGroup
 from a2sf.experiments.runs import StoredCell
 from a2sf.report.layout import Entry, Row, Table, build_tables

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a2sf import Budget, attend, make_policy
-from a2sf.analysis.collect import _name_settings
+from a2sf.analysis.labels import name_settings, one_name
 from a2sf.calibration import grid, run
 from a2sf.calibration.allot import allot
 from a2sf.calibration.capture import Layer, look, projections
@@ -252,6 +252,25 @@ def test_tables_call_a_file_by_its_name():
             "schedule": "step",
         }
     )
-    labels = _name_settings(frame)["label"].tolist()
-    assert labels[:2] == ["Calibrated (file layer 0.2)", "Calibrated (file head 0.2)"]
+    labels = name_settings(frame)["label"].tolist()
+    assert labels[:2] == ["Calibrated (layer 0.2)", "Calibrated (head 0.2)"]
     assert len(labels[2]) < 40
+
+
+def test_one_name_at_several_budgets_is_one_system_and_never_two_at_one():
+    """A file for each budget is one line of a plot; two contents of one name at one budget stay two systems."""
+    import pandas as pd
+
+    def stated(name: str, sinks: int) -> str:
+        policy = make_policy("calibrated", file={"name": name, "layers": [{"sinks": sinks}]})
+        return json.dumps({"file": policy.file}, sort_keys=True)
+
+    rows = [("a", 1, "0.1"), ("a", 2, "0.2"), ("b", 1, "0.1"), ("b", 2, "0.1")]
+    frame = pd.DataFrame(
+        {"policy": "calibrated", "budget": b, "task": "piqa", "settings": stated(name, sinks)}
+        for name, sinks, b in rows
+    )
+    given = frame["settings"].tolist()
+    found = one_name(frame, ["policy", "settings", "budget", "task"])["settings"].tolist()
+    assert found[0] == found[1] == json.dumps({"file": {"name": "a"}})
+    assert found[2:] == given[2:]

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from a2sf.analysis.collect import DASH, Grid, Selection, gather
+from a2sf.analysis.collect import Grid, Selection, gather
 from a2sf.analysis.compare import compare_pair, matched
 from a2sf.analysis.fidelity import fidelity_frame
+from a2sf.analysis.labels import DASH
 from a2sf.analysis.ranking import Ranked, rank
 from a2sf.analysis.reproduce import _grid
 from a2sf.analysis.stats import average_difference, holm

@@ -16,9 +16,10 @@ import pytest
 from rich.console import Console
 
 from a2sf.analysis.against import against_frame, compare_against
-from a2sf.analysis.collect import DASH, MINUS, Grid, Selection, gather
+from a2sf.analysis.collect import Grid, Selection, gather
 from a2sf.analysis.compare import AVERAGE, Comparer, compare_cells, compare_pair, comparisons_frame
 from a2sf.analysis.fidelity import MEASURES, changes, fidelity_frame
+from a2sf.analysis.labels import DASH, MINUS
 from a2sf.analysis.stats import holm, mcnemar_p
 from a2sf.errors import UserError
 from a2sf.experiments.runs import DOCUMENTS, StoredCell, load_sweep
