@@ -1,7 +1,7 @@
 """`a2sf reproduce`: run what this machine can of the A2SF paper, then give a verdict on every published claim.
 
-It runs or resumes the sweep `paper` for the models that are here, and the small sweep where
-none is, with one over forgetting factors; `--no-run` only compares what runs/ holds.
+It runs or resumes the sweep `paper` for the models that are here, and the small sweep where none is, with the authors'
+present algorithm beside it, and one over forgetting factors; `--no-run` only compares what runs/ holds.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--factor-preset", default="forgetting", help="sweep preset over forgetting factors, run then, too"
     )
+    parser.add_argument(
+        "--authors-preset",
+        default="paper_authors",
+        help="what the authors' repository does now: rows of their own in the small preset's sweep, no verdicts",
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="directory of the sweeps")
     parser.add_argument(
         "--small", type=Path, help="the small model's sweep (default: the small preset's, then runs/reference)"
@@ -50,8 +55,13 @@ def main(arguments: Sequence[str]) -> None:
         models = list(published_figures(args.reference)["model"].unique())
         told = {m: run_sweep(args.preset, [f"model={m}", f"sweep_name={args.preset}"], args.download) for m in models}
         why_not = "; ".join(f"{m}: {why}" for m, why in told.items() if why) or "the sweep has no such cell"
-        for preset in (args.small_preset, args.factor_preset) if all(told.values()) else ():
-            if why := run_sweep(preset, [f"sweep_name={preset}"]):
+        small_sweeps = {
+            args.small_preset: args.small_preset,
+            args.authors_preset: args.small_preset,
+            args.factor_preset: args.factor_preset,
+        }
+        for preset, sweep in small_sweeps.items() if all(told.values()) else ():
+            if why := run_sweep(preset, [f"sweep_name={sweep}"]):
                 console.print(f"The sweep {preset} did not finish: {why}", markup=False)
     small = (args.small,) if args.small else (args.runs / args.small_preset, args.reference / REFERENCE_SWEEPS[0])
     factors = (args.runs / args.factor_preset, args.reference / REFERENCE_SWEEPS[1])

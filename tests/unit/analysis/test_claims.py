@@ -186,3 +186,24 @@ def test_script_compares_without_running(tmp_path: Path) -> None:
     assert missing.returncode == 1
     assert "Traceback" not in missing.stderr
     assert "a2sf_authors_0shot.csv is missing" in missing.stderr
+
+
+def test_the_authors_present_algorithm_is_run_beside_the_papers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a published model: the small sweep, then the authors' cells in the same directory, then the factors."""
+    from a2sf.commands import reproduce
+
+    asked = []
+
+    def run_sweep(preset: str, overrides: list[str], download: bool = False) -> str:
+        asked.append((preset, overrides[-1]))
+        return "no hub" if preset == "paper" else ""
+
+    monkeypatch.setattr(reproduce, "run_sweep", run_sweep)
+    reproduce.main(["--runs", str(tmp_path), "--reference", str(REFERENCE)])
+    assert [a for a in asked if a[0] != "paper"] == [
+        ("paper_small", "sweep_name=paper_small"),
+        ("paper_authors", "sweep_name=paper_small"),
+        ("forgetting", "sweep_name=forgetting"),
+    ]

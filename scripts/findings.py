@@ -1,0 +1,236 @@
+"""docs/findings.md, from text to figures: `python scripts/findings.py calibrate | test | figures`.
+
+calibrate   settings by layer, head and share at three budgets, on plain text, to runs/reference/findings (half an hour)
+test        the held-out test, resumable, and its archive in runs/reference/findings (hours)
+figures     tables and figures from what is stored there (seconds)
+
+runs/reference/findings/README.md is the design, written before the test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from a2sf.analysis.against import compare_against
+from a2sf.analysis.collect import Selection, System, gather
+from a2sf.analysis.compare import AVERAGE
+from a2sf.analysis.fidelity import fidelity_frame
+from a2sf.report.heads import errors_figure
+from a2sf.report.output import replace_block
+from a2sf.report.plots import Line, save, styles_of
+from a2sf.report.summaries import against_tables, fidelity_tables, text_markdown
+
+STORE = Path("runs/reference/findings")
+SETTINGS_OF = STORE / "smollm2-135m"
+TESTED = STORE / "heldout.a2sf.zip"
+FIGURES = Path("docs/figures/findings")
+PAGE = Path("docs/findings.md")
+BUDGETS = ("0.1", "0.2", "0.4")
+KINDS = {
+    "model": "one setting",
+    "layer": "by layer",
+    "head": "by head",
+    "layer-shares": "layers, slots shared",
+    "head-shares": "heads, slots shared",
+}
+"""File -> what tables call it."""
+RULES = ("h2o", "a2sf", "mean_attention", "tova")
+NAMED = ("a2sf", "h2o")
+FAMILY = ("0.1", "0.2")
+"""Budgets of the comparisons that were decided on beforehand."""
+SETTINGS = {
+    "share": ("slots, over the mean", "cividis"),
+    "recent_share": ("share for the newest", "viridis"),
+    "forgetting_factor": ("forgetting factor", "plasma"),
+    "by_age": ("ranked by A / N", "Greys"),
+}
+"""What a calibrated file says of a head, as a picture's title and colours."""
+
+
+def held_out_tables(sweep: Path) -> str:
+    """Markdown: the comparisons that were decided on beforehand, all others, and every system's own numbers."""
+    grid = gather([sweep])
+    told = Selection(policies=("full", "calibrated", *NAMED), budgets=FAMILY)
+    decided, _ = compare_against(gather([sweep], told), NAMED)
+    others, _ = compare_against(grid, NAMED)
+    closeness, _ = fidelity_frame(grid)
+    parts = [
+        "## Decided on beforehand",
+        text_markdown(against_tables(decided, grid.percent)),
+        "## Every system",
+        text_markdown(fidelity_tables(grid, closeness)),
+        "## Every system against A2SF and H2O, with all budgets in one correction",
+        text_markdown(against_tables(others, grid.percent)),
+    ]
+    return "\n\n".join(parts)
+
+
+def closeness_figure(sweep: Path) -> Figure:
+    """Accuracy, and change of the choices' log-likelihoods, against the budget; a row for each number of shots."""
+    grid = gather([sweep])
+    parts = grid.parts()
+    figure, panels = plt.subplots(
+        len(parts), 3, figsize=(11, 3.1 * len(parts) + 0.8), squeeze=False, layout="constrained"
+    )
+    for (_, shots, part), axes in zip(parts, panels, strict=True):
+        close, _ = fidelity_frame(part)
+        close = close[close["task"] == AVERAGE]
+        groups: dict[str, list[System]] = {}
+        for s in part.systems():
+            if not s.is_full and s.average(part.tasks) is not None:
+                groups.setdefault(_told(s), []).append(s)
+        lines = [Line(told, of[0].policy, of) for told, of in groups.items()]
+        styles = styles_of(lines)
+        for line in lines:
+            style, x = styles[line.label], [s.budget_order for s in line.systems]
+            look: dict[str, Any] = {"color": style.colour, "marker": style.marker, "ls": style.dash, "ms": 5}
+            axes[0].plot(x, [100 * (s.average(part.tasks) or 0) for s in line.systems], label=line.label, **look)
+            rows = pd.concat([_of(close, s) for s in line.systems])
+            for axis, measure in zip(axes[1:], ("change", "agreement"), strict=True):
+                scale = 100 if measure == "agreement" else 1
+                axis.plot(x, scale * rows[measure], label=line.label, **look)
+                axis.fill_between(
+                    x,
+                    scale * rows[f"{measure}_low"],
+                    scale * rows[f"{measure}_high"],
+                    color=style.colour,
+                    alpha=0.15,
+                    lw=0,
+                )
+        for s in part.systems():
+            if s.is_full and (value := s.average(part.tasks)) is not None:
+                axes[0].axhline(100 * value, color="0.35", ls=(0, (1, 1)), label=s.label)
+        axes[1].set_yscale("log")
+        axes[1].yaxis.set_major_formatter("{x:g}")
+        axes[1].yaxis.set_minor_formatter("{x:g}")
+        axes[1].tick_params(axis="y", which="minor", labelsize=7)
+        for axis, title in zip(axes, ("accuracy (%)", "|change| of a choice (nats)", "same answer (%)"), strict=True):
+            axis.set_title(f"{title}, {shots}-shot")
+            axis.set_xticks(sorted({s.budget_order for line in lines for s in line.systems}))
+            axis.set_xlabel("budget")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def chosen_figure(files: Sequence[Path]) -> Figure:
+    """What calibration chose for each layer and head: a column for each file, a row for each setting."""
+    figure, panels = plt.subplots(
+        len(SETTINGS),
+        len(files),
+        figsize=(3.4 * len(files) + 1, 1.25 * len(SETTINGS) + 0.9),
+        squeeze=False,
+        layout="constrained",
+    )
+    read = [_numbers(yaml.safe_load(f.read_text())) for f in files]
+    for axes, (key, (title, colours)) in zip(panels, SETTINGS.items(), strict=True):
+        most = max(1.0, *(float(numbers[key].max()) for numbers, _ in read))
+        for axis, (numbers, told) in zip(axes, read, strict=True):
+            shown = axis.imshow(numbers[key].T, aspect="auto", vmin=0, vmax=most, cmap=colours)
+            axis.grid(False)
+            axis.set_yticks(range(numbers[key].shape[1]))
+            if axes is panels[0]:
+                axis.set_title(told)
+            if axes is panels[-1]:
+                axis.set_xlabel("layer")
+            else:
+                axis.set_xticklabels([])
+        axes[0].set_ylabel("KV head")
+        figure.colorbar(shown, ax=list(axes), label=title, shrink=0.95)
+    return figure
+
+
+def _numbers(file: dict[str, Any]) -> tuple[dict[str, np.ndarray], str]:
+    """Setting -> [layers, heads], and what the picture calls the file."""
+    most = max(len(layer.get("heads", [layer])) for layer in file["layers"])
+    found: dict[str, list[list[float]]] = {key: [] for key in SETTINGS}
+    for layer in file["layers"]:
+        heads = layer.get("heads", [layer])
+        inside = "heads" in layer
+        for key, rows in found.items():
+            row = [float(h[key]) * (layer["share"] if inside and key == "share" else 1) for h in heads]
+            rows.append(row * (most // len(row)))
+    budgets = ", ".join(f"{b:g}" for b in file["made"]["budgets"])
+    return {key: np.array(rows) for key, rows in found.items()}, f"{file['name']}, budget {budgets}"
+
+
+def _of(close: pd.DataFrame, s: System) -> pd.DataFrame:
+    return close[(close["label"] == s.label) & (close["budget"] == s.budget) & (close["factor"] == s.factor)]
+
+
+def _told(s: System) -> str:
+    return f"{s.label} {s.factor}" if s.policy == "a2sf" else s.label
+
+
+def calibrate() -> None:
+    """Every file anew; what was measured before is used."""
+    for budget in BUDGETS:
+        for kind, name in KINDS.items():
+            per, _, shares = kind.partition("-")
+            file = Path(f"runs/calibrated/{kind}-{budget}.yaml")
+            _a2sf(
+                "calibrate",
+                "--budget",
+                budget,
+                "--per",
+                per,
+                *["--shares"] * bool(shares),
+                "--name",
+                name,
+                "--out",
+                str(file),
+            )
+            kept = SETTINGS_OF / file.name
+            kept.write_text(
+                re.sub(r"^# .*", f"# a2sf run policy=calibrated policy.file={kept}", file.read_text(), count=1)
+            )
+    own = [f"calibrated,file={SETTINGS_OF}/head-shares-{b}.yaml" for b in BUDGETS]
+    frames = []
+    for budget, file in zip(BUDGETS, own, strict=True):
+        out = Path(f"runs/calibrated/by_layer-{budget}.csv")
+        _a2sf("errors", *RULES, file, "future", "--budget", budget, "--out", str(out))
+        frames.append(pd.read_csv(out).replace({"policy": {file: "calibrated"}}))
+    pd.concat(frames).to_csv(STORE / "by_layer.csv", index=False, float_format="%.6g")
+
+
+def test() -> None:
+    """The preset, and A2SF with the factor that calibration found at 0.4, as one archive."""
+    _a2sf("run", "+sweep=heldout")
+    _a2sf("run", "+sweep=heldout", "policy=a2sf", "forgetting_factor=0.4", "budget.ratio=0.4")
+    _a2sf("pack", "runs/heldout", str(TESTED))
+
+
+def figures() -> None:
+    """Tables between the marks of docs/findings.md, and its figures."""
+    by_layer = pd.read_csv(STORE / "by_layer.csv")
+    labels = {"h2o": "H2O", "a2sf": "A2SF 0.1", "mean_attention": "Mean attention", "tova": "TOVA"}
+    labels |= {"calibrated": "Calibrated (heads, slots shared)", "future": "Oracle (later queries)"}
+    save(errors_figure(by_layer, labels), FIGURES / "by_layer")
+    save(closeness_figure(TESTED), FIGURES / "heldout")
+    save(chosen_figure([SETTINGS_OF / f"head-shares-{b}.yaml" for b in BUDGETS]), FIGURES / "chosen")
+    replace_block(PAGE, held_out_tables(TESTED))
+    means = by_layer.groupby(["policy", "budget"], sort=False)["error"].mean().unstack()
+    print(means.round(4).to_string())
+    print(f"Written: {PAGE}, {FIGURES}")
+
+
+def _a2sf(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "a2sf.cli", *arguments], check=True)
+
+
+if __name__ == "__main__":
+    steps = {"calibrate": calibrate, "test": test, "figures": figures}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=steps)
+    steps[parser.parse_args().step]()
