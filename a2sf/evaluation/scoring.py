@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from a2sf.evaluation.logits import log_probabilities
 from a2sf.evaluation.members import Member
 from a2sf.evaluation.packing import Pack, pack
 from a2sf.evaluation.requests import Model, Request, pass_of
 from a2sf.hf.attention import NonFiniteError, Plan, rope_switch, running
 from a2sf.hf.calls import logits_at
 
-LOGSUMEXP_ROWS = 64
 LEAST_PASS = 64
 """Tokens per pass below which each sequence is read by itself, and fails by itself where memory does not suffice."""
 
@@ -144,11 +144,7 @@ class Scoring:
             raise NonFiniteError(error.where, error.dtype, through) from error
 
         targets = torch.tensor([t for i in row.items for t in todo[i].targets], device=device)
-        where = where.to(device)
-        # in parts, because it allocates what it is given once more
-        normalizer = torch.cat([part.float().logsumexp(-1) for part in logits.split(LOGSUMEXP_ROWS)])
-        chosen = logits[where, targets].float() - normalizer[where]
-        greedy = logits.argmax(-1)[where] == targets
+        chosen, greedy = log_probabilities(logits, where.to(device), targets)
         sizes = [len(todo[i].targets) for i in row.items]
         if not bool(torch.isfinite(chosen).all()):
             pieces = zip(row.items, torch.isfinite(chosen).cpu().split(sizes), strict=True)
