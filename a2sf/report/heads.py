@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator
 
 from a2sf.report.plots import Line, styles_of
 
@@ -43,13 +44,18 @@ def heads_figure(
     return figure
 
 
-def errors_figure(frame: pd.DataFrame, labels: dict[str, str] | None = None) -> Figure:
+def errors_figure(frame: pd.DataFrame, labels: dict[str, str] | None = None, over: str | None = None) -> Figure:
     """Error by layer, a line for each policy and a panel for each budget.
 
     Args:
         frame: columns `policy`, `budget`, `layer`, `error`, as `a2sf errors` writes them.
         labels: how the legend spells a policy.
+        over: a policy whose errors the others are divided by, for lines that lie close together.
     """
+    if over is not None:
+        base = frame[frame["policy"] == over].set_index(["budget", "layer"])["error"]
+        by = base.loc[list(zip(frame["budget"], frame["layer"], strict=True))].to_numpy()
+        frame = frame.assign(error=frame["error"] / by)
     budgets = list(dict.fromkeys(frame["budget"]))
     figure = Figure(figsize=(1.2 + 3.6 * len(budgets), 3.6), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(budgets), sharey=True))
@@ -70,9 +76,12 @@ def errors_figure(frame: pd.DataFrame, labels: dict[str, str] | None = None) -> 
                 label=line.label,
             )
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")  # powers of ten need the mathematics that `plots` switches off
+        axis.minorticks_off()
         axis.set_title(f"budget {budget:g}")
         axis.set_xlabel("layer")
-    panels[0].set_ylabel("relative squared error")
+    told = "relative squared error"
+    panels[0].set_ylabel(told if over is None else f"{told}, over that of {(labels or {}).get(over, over)}")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
