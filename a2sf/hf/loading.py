@@ -16,6 +16,7 @@ import shutil
 import threading
 import uuid
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -322,10 +323,28 @@ def sizes_of(spec: ModelSpec) -> tuple[int, int | None]:
     Raises:
         ConfigError: if there is no such model.
     """
+    config = _any_config(spec)
+    return int(config.get_text_config().num_hidden_layers), kv_heads_of(config)
+
+
+def _any_config(spec: ModelSpec) -> Any:
+    """The model's config, whatever its files are.
+
+    Raises:
+        ConfigError: if there is no such model.
+    """
     check_config(spec)
     file = gguf_file(spec)
-    config = _config(spec) if file is None else AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    return int(config.get_text_config().num_hidden_layers), kv_heads_of(config)
+    if file is None:
+        return _config(spec)
+    stat = file.stat()
+    return _gguf_config(file, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _gguf_config(file: Path, size: int, changed: int) -> Any:
+    """Of a file as it is: its vocabulary is read with it, which takes seconds, and a grid asks for each of its cells."""
+    return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def positions_of(spec: ModelSpec) -> int | None:
@@ -334,10 +353,7 @@ def positions_of(spec: ModelSpec) -> int | None:
     Raises:
         ConfigError: if there is no such model.
     """
-    check_config(spec)
-    file = gguf_file(spec)
-    config = _config(spec) if file is None else AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    text = config.get_text_config()
+    text = _any_config(spec).get_text_config()
     told = (getattr(text, key, None) for key in ("n_positions", "max_position_embeddings", "n_ctx"))  # as lm-eval asks
     return next((int(n) for n in told if isinstance(n, int)), None)
 

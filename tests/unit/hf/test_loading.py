@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from a2sf.errors import ConfigError
-from a2sf.hf.loading import ModelSpec, fingerprint, load, prepare
+from a2sf.hf import loading
+from a2sf.hf.loading import ModelSpec, fingerprint, load, prepare, sizes_of
 from tests.architectures import SUPPORTED
 from tests.hub.build import tokenizer_files, write_model
 from tests.models import LLAMA_LIKE
@@ -367,6 +368,18 @@ def write_gguf(file: Path, *leave_out: str) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def test_a_grid_reads_the_sizes_of_a_gguf_file_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    """Each cell with numbers per layer asks; a real vocabulary takes seconds."""
+    file = write_gguf(tmp_path / "model.gguf")
+    read, real = [], loading.AutoConfig.from_pretrained
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda *a, **k: read.append(a) or real(*a, **k))
+    assert [sizes_of(spec(file)) for _ in range(3)] == [sizes_of(spec(file))] * 3
+    assert len(read) == 1
+    os.utime(file, ns=(1, 1))
+    sizes_of(spec(file))
+    assert len(read) == 2
 
 
 def test_a_gguf_file_that_lacks_a_tensor_is_refused_and_not_kept(tmp_path, monkeypatch):
