@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from a2sf.experiments.runs import load_sweep
-from tests.end_to_end.test_evaluate import ROOT, evaluate
+from tests.end_to_end.test_evaluate import evaluate, tables
 from tests.hub.build import write_model
 from tests.hub.paper import commit_dataset, paper_documents
 from tests.hub.server import Rule
@@ -39,11 +37,6 @@ def run(hub, tiny, tmp_path):
 def questions(n=20, label=0, train=None):
     rows = [{"goal": f"Goal number {i}", "sol1": f"right {i}", "sol2": f"wrong {i}", "label": label} for i in range(n)]
     return {None: {"train": rows[:5], "validation": rows}}
-
-
-def tables(directory: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / "tables.py"), str(directory)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=200)
 
 
 def numbers(text: str) -> list[str]:
