@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 
 import pandas as pd
@@ -12,7 +13,8 @@ from a2sf.experiments.runs import load_sweep
 from tests.end_to_end.test_evaluate import evaluate, tables
 from tests.hub.build import write_model
 from tests.hub.paper import commit_dataset, paper_documents
-from tests.hub.server import Rule
+from tests.hub.server import Hub, Rule
+from tests.hub.store import Store
 
 PAPER = ["openbookqa", "winogrande", "piqa", "copa", "mathqa", "arc_easy", "arc_challenge"]
 
@@ -22,10 +24,28 @@ def tiny(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A hub and a folder for a cache: the same for all, so that all starts have one environment."""
+    root = tmp_path_factory.mktemp("hub")
+    with Hub(Store(root)) as made:
+        yield made, root / "home"
+
+
 @pytest.fixture
-def run(hub, tiny, tmp_path):
-    """Runs the command against the hub, with a cache of its own."""
-    environment = hub.environment(tmp_path / "home")
+def hub(place, tmp_path):
+    """The hub, empty, and nothing cached."""
+    made, home = place
+    made.store, made.rules = Store(tmp_path / "hub"), []
+    made.requests()
+    shutil.rmtree(home, ignore_errors=True)
+    return made
+
+
+@pytest.fixture
+def run(hub, place, tiny, tmp_path):
+    """Runs the command against the hub."""
+    environment = hub.environment(place[1])
 
     def run(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         model = [] if any(a.startswith("model") for a in arguments) else [f"model.path={tiny}"]
