@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import lm_eval
 import pytest
 import torch
@@ -14,6 +16,7 @@ from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation import tasks
 from a2sf.evaluation.lm import PrunedLM
 from a2sf.policies.find import find_policies
+from tests.hub.build import write_model
 from tests.models import shared
 from tests.policies import cases, label
 from tests.stand_in import StandIn
@@ -22,8 +25,13 @@ POLICIES = [cls() for cls in find_policies().values()]
 SHARED_TASKS = [("piqa", 0), ("winogrande", 0), ("arc_easy", 1)]
 
 
+@cache
+def task_of(name: str, bundle, shots: int):
+    return tasks.build(name, bundle, shots=shots, seed=1234)
+
+
 def evaluate(lm, task: str, bundle, *, shots: int = 0, limit: int = 4):
-    built = tasks.build(task, bundle, shots=shots, seed=1234)
+    built = task_of(task, bundle, shots)
     got = lm_eval.evaluate(lm, task_dict={"tasks": {task: built}}, limit=limit, bootstrap_iters=0)
     return got["results"][task]["acc,none"], [a[0] for s in got["samples"][task] for a in s["filtered_resps"]]
 
@@ -173,9 +181,8 @@ def test_known_requests_are_not_computed_again(tiny):
     assert lm.counts.reused == 1
 
 
-def test_lm_eval_takes_it_by_name(smollm2, bundle, tmp_path):
-    smollm2.model.save_pretrained(tmp_path)
-    smollm2.tokenizer.save_pretrained(tmp_path)
+def test_lm_eval_takes_it_by_name(bundle, tmp_path):
+    write_model(tmp_path)
     task = tasks.build("copa", bundle, shots=0, seed=1)
     arguments = f"pretrained={tmp_path},policy=h2o,budget_ratio=0.5,dtype=float32"
     got = lm_eval.simple_evaluate(
