@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -65,6 +66,12 @@ def small(name: str, seed: int = 0, **more: object) -> PreTrainedModel:
     """A random model of architecture `name`, with weights large enough that attention matters."""
     kind, settings = CONFIGS[name]
     return random_model(kind, seed, **{**settings, **more})
+
+
+@cache
+def shared(name: str) -> PreTrainedModel:
+    """`small(name)`, made (and its decoding proved) once: for tests that only read it."""
+    return small(name)
 
 
 def random_model(kind: str, seed: int = 0, **settings: object) -> PreTrainedModel:

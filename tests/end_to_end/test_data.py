@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from a2sf.experiments.runs import load_sweep
-from tests.end_to_end.test_evaluate import ROOT, evaluate
+from tests.end_to_end.test_evaluate import evaluate, tables
 from tests.hub.build import write_model
 from tests.hub.paper import commit_dataset, paper_documents
-from tests.hub.server import Rule
+from tests.hub.server import Hub, Rule
+from tests.hub.store import Store
 
 PAPER = ["openbookqa", "winogrande", "piqa", "copa", "mathqa", "arc_easy", "arc_challenge"]
 
@@ -24,10 +24,28 @@ def tiny(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A hub and a folder for a cache: the same for all, so that all starts have one environment."""
+    root = tmp_path_factory.mktemp("hub")
+    with Hub(Store(root)) as made:
+        yield made, root / "home"
+
+
 @pytest.fixture
-def run(hub, tiny, tmp_path):
-    """Runs the command against the hub, with a cache of its own."""
-    environment = hub.environment(tmp_path / "home")
+def hub(place, tmp_path):
+    """The hub, empty, and nothing cached."""
+    made, home = place
+    made.store, made.rules = Store(tmp_path / "hub"), []
+    made.requests()
+    shutil.rmtree(home, ignore_errors=True)
+    return made
+
+
+@pytest.fixture
+def run(hub, place, tiny, tmp_path):
+    """Runs the command against the hub."""
+    environment = hub.environment(place[1])
 
     def run(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         model = [] if any(a.startswith("model") for a in arguments) else [f"model.path={tiny}"]
@@ -39,11 +57,6 @@ def run(hub, tiny, tmp_path):
 def questions(n=20, label=0, train=None):
     rows = [{"goal": f"Goal number {i}", "sol1": f"right {i}", "sol2": f"wrong {i}", "label": label} for i in range(n)]
     return {None: {"train": rows[:5], "validation": rows}}
-
-
-def tables(directory: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / "tables.py"), str(directory)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=200)
 
 
 def numbers(text: str) -> list[str]:

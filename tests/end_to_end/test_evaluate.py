@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 
 from a2sf.experiments.runs import is_cell, load_sweep, read_cell
+from tests.started import started
 
 ROOT = Path(__file__).parents[2]
 GRID = ["policy=full,window,h2o,a2sf", "budget.ratio=0.2,0.4", "tasks=[copa]", "limit=4", "data=bundle"]
@@ -24,28 +25,19 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *arguments]
 
 
-def evaluate(*arguments: str, runs: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def evaluate(*arguments: str, runs: Path, anew: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own; started `anew` where workers are to be started, or if asked."""
+    told = {**os.environ, "COLUMNS": "150", "HF_HUB_OFFLINE": "1", **environment}
+    arguments = (*arguments, f"runs_dir={runs}")
+    if not anew and not any(a.startswith("hydra/launcher=") for a in arguments):
+        return started("evaluate.py", *arguments, environment=told)
     return subprocess.run(
-        command(*arguments, f"runs_dir={runs}"),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "150", "HF_HUB_OFFLINE": "1", **environment},
+        command(*arguments), capture_output=True, text=True, check=False, timeout=400, cwd=ROOT, env=told
     )
 
 
-def tables(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "tables.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "150"},
-    )
+def tables(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return started("tables.py", *map(str, arguments), environment={**os.environ, "COLUMNS": "150", **environment})
 
 
 def numbers(directory: Path) -> dict[str, object]:
@@ -60,7 +52,7 @@ def numbers(directory: Path) -> dict[str, object]:
 def sweep(tmp_path_factory):
     """A small real sweep, run once, logged to W&B offline."""
     runs = tmp_path_factory.mktemp("runs")
-    done = evaluate("-m", *GRID, "sweep_name=small", "tracker=wandb", runs=runs, WANDB_MODE="offline")
+    done = evaluate("-m", *GRID, "sweep_name=small", "tracker=wandb", runs=runs, anew=True, WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr
     return runs, done
 

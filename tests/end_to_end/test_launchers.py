@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from a2sf.experiments.runs import load_sweep
+from a2sf.hf.loading import ModelSpec, local_checkpoint
 from tests.end_to_end.test_evaluate import evaluate
+from tests.hub.build import SMOLLM2, write_model
 from tests.outside import own_folder
 from tests.own_tasks import own_tasks
 
@@ -16,13 +20,24 @@ LAUNCHERS = {
 }
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A small model whose tokenizer has SmolLM2's chat template."""
+    folder = write_model(tmp_path_factory.mktemp("models") / "tiny")
+    template = "chat_template.jinja"
+    (folder / template).write_text((Path(local_checkpoint(ModelSpec(SMOLLM2))) / template).read_text())
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_sweep_under_a_launcher(launcher, tmp_path):
+def test_a_sweep_under_a_launcher(launcher, tiny, tmp_path):
     own = own_folder(tmp_path / "own")  # whose policy every worker has to find
     tasks = own_tasks(tmp_path / "tasks")
     grid = ["policy=full,mine", "tasks=[copa,own_group,own_arguments]", "limit=2", "data=bundle", "sweep_name=launched"]
     grid += [f"--config-dir={own}", f"include_path={tasks}", "chat_template=true", "task_args.number=3"]
+    if launcher != "processes":  # whose workers read the real model, each
+        grid.append(f"model.path={tiny}")
     done = evaluate("-m", *grid, f"hydra/launcher={launcher}", *LAUNCHERS[launcher], runs=tmp_path)
     assert done.returncode == 0, done.stderr + done.stdout
     stored = load_sweep(tmp_path / "launched")

@@ -11,9 +11,11 @@ from a2sf.engine.invariants import SCHEDULES
 from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation.contexts import Contexts
 from a2sf.evaluation.lm import PrunedLM
-from tests.models import small
-from tests.parity.test_lm import StandIn
+from tests.models import shared
 from tests.policies import cases, label, ties
+from tests.stand_in import StandIn
+
+pytestmark = pytest.mark.usefixtures("stand_in")
 
 CONTEXT = "a text that two questions share, of more than a few words"
 QUESTIONS = [" who?", " where to?"]
@@ -26,35 +28,9 @@ CUTS = {
 }.values()
 
 
-@pytest.fixture(autouse=True)
-def _any_tokenizer(monkeypatch):
-    monkeypatch.setattr(
-        "lm_eval.models.huggingface.HFLM._create_tokenizer",
-        lambda self, *a, **k: setattr(self, "tokenizer", StandIn()),
-    )
-    monkeypatch.setattr("lm_eval.models.huggingface.configure_pad_token", lambda tokenizer, **_: tokenizer)
-
-
-class Padding(StandIn):
-    """A stand-in that encodes batches."""
-
-    padding_side = "left"
-
-    def __call__(self, texts, **_):
-        rows = [torch.tensor(self.encode(t)) for t in texts]
-        most = max(map(len, rows))
-        ids = torch.stack([torch.nn.functional.pad(r, (most - len(r), 0)) for r in rows])
-        return {"input_ids": ids, "attention_mask": (ids > 0).long()}
-
-    def batch_decode(self, rows):
-        return [self.decode(row.tolist()) for row in rows]
-
-
-def lm_of(policy="snapkv", schedule="context", field="text", tokenizer=None, **more) -> PrunedLM:
+def lm_of(policy="snapkv", schedule="context", field="text", **more) -> PrunedLM:
     more = more or {"budget_tokens": 9}
-    lm = PrunedLM(small("llama"), policy, schedule=schedule, tokenizer=StandIn(), shared_context=field, **more)
-    lm.tokenizer = tokenizer or lm.tokenizer
-    return lm
+    return PrunedLM(shared("llama"), policy, schedule=schedule, tokenizer=StandIn(), shared_context=field, **more)
 
 
 def scored(doc=CONTEXT) -> list[Instance]:
@@ -107,7 +83,7 @@ def test_what_is_kept_of_the_context_does_not_depend_on_the_question():
 
 
 def test_text_is_generated_with_the_same_cut():
-    lm = lm_of("a2sf", budget=Budget(ratio=0.2, base="context"), tokenizer=Padding())
+    lm = lm_of("a2sf", budget=Budget(ratio=0.2, base="context"))
     settings = {"until": ["\n"], "max_gen_toks": 6, "do_sample": False}
     asked = [
         Instance("generate_until", {"text": CONTEXT}, (CONTEXT + q, settings), 0, ("t", i, 1))
@@ -150,7 +126,7 @@ def test_mistakes_are_told_in_one_sentence():
     with pytest.raises(UserError, match="a prompt of 62 tokens does not fit the model's 8 positions"):
         lm_of(max_length=8, budget_tokens=9).loglikelihood(scored()[:1], disable_tqdm=True)
     with pytest.raises(ConfigError, match="context_tokens=None"):
-        PrunedCache(small("llama"), make_policy("h2o"), Budget(tokens=5), schedule=Schedule("prompt", at="context"))
+        PrunedCache(shared("llama"), make_policy("h2o"), Budget(tokens=5), schedule=Schedule("prompt", at="context"))
 
 
 def test_one_members_mistake_is_its_own():

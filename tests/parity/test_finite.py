@@ -13,40 +13,15 @@ from a2sf.hf.generation import PrunedCache
 from a2sf.hf.scope import pruning
 from a2sf.policies.find import find_policies
 from tests.models import small
-from tests.parity.test_lm import StandIn
+from tests.stand_in import StandIn
 
-
-class Tokenizer(StandIn):
-    """A stand-in that also pads, as generating asks of it."""
-
-    padding_side = "left"
-
-    def __call__(self, texts, **_):
-        rows = [self.encode(x) for x in texts]
-        width = max(map(len, rows))
-        return {
-            "input_ids": torch.tensor([[0] * (width - len(r)) + r for r in rows]),
-            "attention_mask": torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows]),
-        }
-
-    def batch_decode(self, rows, **_):
-        return [self.decode(r.tolist() if hasattr(r, "tolist") else r) for r in rows]
-
+pytestmark = pytest.mark.usefixtures("stand_in")
 
 POLICIES = [cls() for cls in find_policies().values()]
 BAD = 50
 NAN, INF = float("nan"), float("inf")
 BUDGET = Budget(tokens=8)
 IDS = torch.randint(51, 97, (3, 12), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True)
-def _any_tokenizer(monkeypatch):
-    monkeypatch.setattr(
-        "lm_eval.models.huggingface.HFLM._create_tokenizer",
-        lambda self, *a, **k: setattr(self, "tokenizer", Tokenizer()),
-    )
-    monkeypatch.setattr("lm_eval.models.huggingface.configure_pad_token", lambda tokenizer, **_: tokenizer)
 
 
 def spoilt(value: float = NAN, token: int = BAD, where: str = "last_hidden_state"):
@@ -63,7 +38,7 @@ def spoilt(value: float = NAN, token: int = BAD, where: str = "last_hidden_state
 
 def lm_of(model, policy=None, **more) -> PrunedLM:
     policy = policy or A2SF(forgetting_factor=0.4)
-    return PrunedLM(model, policy, BUDGET if policy.uses_budget else None, tokenizer=Tokenizer(), **more)
+    return PrunedLM(model, policy, BUDGET if policy.uses_budget else None, tokenizer=StandIn(), **more)
 
 
 def ask(kind: str, *documents: tuple) -> list[Instance]:
@@ -71,7 +46,7 @@ def ask(kind: str, *documents: tuple) -> list[Instance]:
 
 
 def text(token: int) -> str:
-    """A text of one token, for `Tokenizer`."""
+    """A text of one token, for `StandIn`."""
     return next(chr(c) for c in range(90, 180) if 3 + c % 90 == token)
 
 
@@ -80,7 +55,7 @@ DIRTY = (f"the lighthouse {text(BAD)} keeper", " counts")
 
 
 def tokens(*texts: str) -> set[int]:
-    return {t for x in texts for t in Tokenizer().encode(x)}
+    return {t for x in texts for t in StandIn().encode(x)}
 
 
 def test_the_texts_are_what_they_are_for():

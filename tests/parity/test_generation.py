@@ -17,7 +17,7 @@ from a2sf.hf.scope import pruning
 from a2sf.hf.settings import retention_of
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
-from tests.models import small
+from tests.models import shared, small
 from tests.policies import cases, label, ties
 
 # of each policy the instance whose settings matter in so few tokens
@@ -27,7 +27,7 @@ CASES = pytest.mark.parametrize(("policy", "schedule"), ALL, ids=label)
 UNTIED = pytest.mark.parametrize(("policy", "schedule"), [(p, s) for p, s in ALL if not ties(type(p))], ids=label)
 ARCHITECTURES = {"llama": False, "opt": False, "qwen3": True, "gemma3": True}
 """And whether they give all keys one length, so that rounding decides under a rule that only looks at that."""
-TOKENS = 30
+TOKENS = 24
 PROMPTS = [14, 9]
 BUDGET = Budget(tokens=7)
 
@@ -101,7 +101,7 @@ def check_kept(cache: PrunedCache, gone: list[Tensor], step: int) -> None:
     ids=label,
 )
 def test_token_by_token_equals_one_pass(policy, schedule, name):
-    model, ids = small(name), ids_for()
+    model, ids = shared(name), ids_for()
     expected, gone = one_pass(model, policy, schedule, ids, PROMPTS)
     cache = PrunedCache(model, policy, BUDGET, schedule=schedule, context_tokens=PROMPTS)
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_other_architectures(name):
 @CASES
 @pytest.mark.parametrize("chunks", [[20], [1, 5, 3, 11], [9, 8, 2]], ids=str)
 def test_a_prompt_in_one_go_or_in_chunks_then_token_by_token(policy, schedule, chunks):
-    model, ids = small("llama"), ids_for()
+    model, ids = shared("llama"), ids_for()
     expected, gone = one_pass(model, policy, schedule, ids, PROMPTS)
     trace = len(chunks) == 3
     cache, at = PrunedCache(model, policy, BUDGET, schedule=schedule, context_tokens=PROMPTS, trace=trace), 0
@@ -145,7 +145,7 @@ def test_a_prompt_in_one_go_or_in_chunks_then_token_by_token(policy, schedule, c
 )
 @UNTIED
 def test_left_padding_never_enters_the_cache_and_each_row_has_its_own_budget(policy, schedule, name, budget):
-    model, ids = small(name), ids_for(rows=3)
+    model, ids = shared(name), ids_for(rows=3)
     lengths, more = [12, 20, 5], 8
     mask = torch.zeros(3, 20, dtype=torch.long)
     padded = torch.zeros(3, 20, dtype=torch.long)
@@ -169,7 +169,7 @@ def test_left_padding_never_enters_the_cache_and_each_row_has_its_own_budget(pol
 
 @UNTIED
 def test_generate_chooses_what_scoring_the_same_text_would(policy, schedule):
-    model, ids = small("llama"), ids_for(rows=2, length=15)
+    model, ids = shared("llama"), ids_for(rows=2, length=15)
     cache = PrunedCache(model, policy, BUDGET, schedule=schedule)
     text = model.generate(ids, cache=cache, max_new_tokens=12, do_sample=False, eos_token_id=None)
     expected, gone = one_pass(model, policy, schedule, text, [15, 15])
@@ -180,7 +180,7 @@ def test_generate_chooses_what_scoring_the_same_text_would(policy, schedule):
 @UNTIED
 def test_beams_equal_beams_that_read_everything_anew(policy, schedule):
     """Beam search that reorders the cache finds the sequences that a search without a cache finds."""
-    model, ids = small("llama"), ids_for(rows=2, length=15)
+    model, ids = shared("llama"), ids_for(rows=2, length=15)
     common = {"max_new_tokens": 10, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
     cached = model.generate(ids, cache=PrunedCache(model, policy, BUDGET, schedule=schedule), **common)
     with pruning(model, policy, BUDGET, schedule=schedule, context_tokens=[15, 15]):
@@ -192,7 +192,7 @@ def test_beams_equal_beams_that_read_everything_anew(policy, schedule):
 
 @UNTIED
 def test_sampling_with_a_seed_equals_sampling_that_reads_everything_anew(policy, schedule):
-    model, ids = small("qwen2"), ids_for(rows=2, length=15)
+    model, ids = shared("qwen2"), ids_for(rows=2, length=15)
     common = {"max_new_tokens": 10, "do_sample": True, "num_return_sequences": 3, "top_k": 5}
     torch.manual_seed(3)
     cached = model.generate(ids, cache=PrunedCache(model, policy, BUDGET, schedule=schedule), **common)
@@ -203,7 +203,7 @@ def test_sampling_with_a_seed_equals_sampling_that_reads_everything_anew(policy,
 
 @UNTIED
 def test_a_conversation_goes_on_in_the_cache_of_its_last_turn(policy, schedule):
-    model, ids, more = small("llama"), ids_for(rows=2, length=12), ids_for(rows=2, length=9, seed=1)
+    model, ids, more = shared("llama"), ids_for(rows=2, length=12), ids_for(rows=2, length=9, seed=1)
     cache = PrunedCache(model, policy, BUDGET, schedule=schedule)
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     first = model.generate(ids, cache=cache, **settings)
@@ -216,7 +216,7 @@ def test_a_conversation_goes_on_in_the_cache_of_its_last_turn(policy, schedule):
 @pytest.mark.parametrize("side", ["left", "right"])
 @CASES
 def test_plain_calls_inside_pruning_read_padded_rows_as_if_alone(policy, schedule, side):
-    model, ids = small("llama"), ids_for()
+    model, ids = shared("llama"), ids_for()
     mask = torch.ones_like(ids)
     mask[1, slice(0, 11) if side == "left" else slice(19, None)] = 0
     for keep in (False, True):
@@ -231,9 +231,9 @@ def test_plain_calls_inside_pruning_read_padded_rows_as_if_alone(policy, schedul
 @pytest.mark.parametrize("backend", ["float64", "reference", "numba"])
 @CASES
 def test_backends_and_float64(policy, schedule, backend):
-    model, ids = small("llama"), ids_for()
+    model, ids = shared("llama"), ids_for()
     if backend == "float64":
-        model, backend = model.double(), "auto"
+        model, backend = small("llama").double(), "auto"
     expected, gone = one_pass(model, policy, schedule, ids, PROMPTS)
     cache = PrunedCache(model, policy, BUDGET, schedule=schedule, context_tokens=PROMPTS, backend=backend, trace=True)
     order = [1, 0, 1]

@@ -16,9 +16,11 @@ from a2sf.evaluation.packing import Item, pack
 from a2sf.hf.attention import NonFiniteError
 from a2sf.policies.find import find_policies
 from a2sf.policies.schedule import Schedule
-from tests.models import small
-from tests.parity.test_lm import StandIn
+from tests.models import shared, small
 from tests.policies import cases
+from tests.stand_in import StandIn
+
+pytestmark = pytest.mark.usefixtures("stand_in")
 
 TEXT = "a lighthouse keeper counts the ships that pass by at night, and writes"
 DOCUMENTS = [(TEXT[i : i + 30 + 3 * i], choice) for i in range(6) for choice in (" ten", " eleven or so", " t")]
@@ -35,18 +37,9 @@ class Protective(Policy):
         return Retention(budget=budget, sinks=9)
 
 
-@pytest.fixture(autouse=True)
-def _any_tokenizer(monkeypatch):
-    monkeypatch.setattr(
-        "lm_eval.models.huggingface.HFLM._create_tokenizer",
-        lambda self, *a, **k: setattr(self, "tokenizer", StandIn()),
-    )
-    monkeypatch.setattr("lm_eval.models.huggingface.configure_pad_token", lambda tokenizer, **_: tokenizer)
-
-
 @pytest.fixture
 def lm():
-    made = PrunedLM(small("llama"), tokenizer=StandIn())
+    made = PrunedLM(shared("llama"), tokenizer=StandIn())
     made.silent = True
     return made
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import lm_eval
 import pytest
 import torch
@@ -14,15 +16,22 @@ from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation import tasks
 from a2sf.evaluation.lm import PrunedLM
 from a2sf.policies.find import find_policies
-from tests.models import small
+from tests.hub.build import write_model
+from tests.models import shared
 from tests.policies import cases, label
+from tests.stand_in import StandIn
 
 POLICIES = [cls() for cls in find_policies().values()]
 SHARED_TASKS = [("piqa", 0), ("winogrande", 0), ("arc_easy", 1)]
 
 
-def evaluate(lm, task: str, bundle, *, shots: int = 0, limit: int = 6):
-    built = tasks.build(task, bundle, shots=shots, seed=1234)
+@cache
+def task_of(name: str, bundle, shots: int):
+    return tasks.build(name, bundle, shots=shots, seed=1234)
+
+
+def evaluate(lm, task: str, bundle, *, shots: int = 0, limit: int = 4):
+    built = task_of(task, bundle, shots)
     got = lm_eval.evaluate(lm, task_dict={"tasks": {task: built}}, limit=limit, bootstrap_iters=0)
     return got["results"][task]["acc,none"], [a[0] for s in got["samples"][task] for a in s["filtered_resps"]]
 
@@ -49,8 +58,8 @@ def test_sharing_beginnings_is_exact(smollm2, lm, bundle, policy):
     budget = Budget(ratio=0.3) if policy.uses_budget else None
     alone = PrunedLM(smollm2.model, policy, budget, tokenizer=smollm2.tokenizer, batch_size=1)
     lm.use(policy, budget)
-    accuracy, together = evaluate(lm, "winogrande", bundle, limit=6)
-    expected_accuracy, separate = evaluate(alone, "winogrande", bundle, limit=6)
+    accuracy, together = evaluate(lm, "winogrande", bundle)
+    expected_accuracy, separate = evaluate(alone, "winogrande", bundle)
     moved = [abs(a - b) > 1e-3 for a, b in zip(together, separate, strict=True)]
     assert sum(moved) <= 1
     assert accuracy == expected_accuracy
@@ -61,46 +70,14 @@ def requests(tokens: torch.Tensor, cuts: list[int], lengths: list[int]):
     return [(None, row[:cut], row[cut:length]) for row, cut, length in rows]
 
 
-@pytest.fixture(scope="module")
-def tiny():
+@pytest.fixture
+def tiny(stand_in):
     """A random LLaMA behind the lm-eval interface; its requests are token ids, so any tokenizer will do."""
 
     def make(policy="full", **more):
-        return PrunedLM(small("llama"), policy, tokenizer=StandIn(), **more)
+        return PrunedLM(shared("llama"), policy, tokenizer=StandIn(), **more)
 
     return make
-
-
-class StandIn:
-    """As much of a tokenizer as HFLM asks for when requests are token ids."""
-
-    bos_token_id, eos_token_id, pad_token_id, vocab_size = 1, 2, 0, 97
-    pad_token, eos_token, unk_token, bos_token = "<pad>", "<eos>", None, "<bos>"
-    chat_template, name_or_path, is_fast, model_max_length = None, "stand-in", True, 256
-
-    def __len__(self):
-        return 97
-
-    def encode(self, text, **_):
-        return [3 + ord(c) % 90 for c in text]
-
-    def decode(self, ids, **_):
-        return "".join(chr(65 + i % 26) for i in (ids if isinstance(ids, list) else [ids]))
-
-
-@pytest.fixture
-def _any_tokenizer_at_all():
-    """For tests that make a model of their own."""
-
-
-@pytest.fixture(autouse=True)
-def _any_tokenizer(monkeypatch, request):
-    if {"tiny", "_any_tokenizer_at_all"} & set(request.fixturenames):
-        monkeypatch.setattr(
-            "lm_eval.models.huggingface.HFLM._create_tokenizer",
-            lambda self, *a, **k: setattr(self, "tokenizer", StandIn()),
-        )
-        monkeypatch.setattr("lm_eval.models.huggingface.configure_pad_token", lambda tokenizer, **_: tokenizer)
 
 
 @pytest.mark.parametrize(("policy", "schedule"), cases(), ids=label)
@@ -120,11 +97,11 @@ def test_a_log_likelihood_is_the_sum_over_the_pruned_model(tiny, policy, schedul
     assert (slow.counts.targets, slow.counts.pruned) == (lm.counts.targets, lm.counts.pruned)
 
 
-@pytest.mark.usefixtures("_any_tokenizer_at_all")
+@pytest.mark.usefixtures("stand_in")
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=label)
 def test_a_sliding_window_of_the_models_own_stays_as_it_is_under_every_schedule(schedule):
     """A budget that evicts nothing is the model itself, whose sliding layers see eight tokens."""
-    model = small("gemma3")
+    model = shared("gemma3")
     lm = PrunedLM(model, A2SF(), Budget(tokens=500), schedule=schedule, tokenizer=StandIn())
     (ids,) = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(8)).tolist()
     ((got, _),) = lm._loglikelihood_tokens([(None, ids[:25], ids[25:])])
@@ -183,7 +160,7 @@ def test_word_perplexity_under_pruning(tiny):
     lm = tiny("full", max_length=16)
     text = "some text that is longer than the window of the model"
     (full,) = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
-    theirs = HFLM(pretrained=small("llama"), tokenizer=StandIn(), max_length=16, batch_size=1)
+    theirs = HFLM(pretrained=shared("llama"), tokenizer=StandIn(), max_length=16, batch_size=1)
     (expected,) = theirs.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
     assert full == pytest.approx(expected, abs=1e-3)
     lm.use(A2SF(), Budget(tokens=2))
@@ -204,9 +181,8 @@ def test_known_requests_are_not_computed_again(tiny):
     assert lm.counts.reused == 1
 
 
-def test_lm_eval_takes_it_by_name(smollm2, bundle, tmp_path):
-    smollm2.model.save_pretrained(tmp_path)
-    smollm2.tokenizer.save_pretrained(tmp_path)
+def test_lm_eval_takes_it_by_name(bundle, tmp_path):
+    write_model(tmp_path)
     task = tasks.build("copa", bundle, shots=0, seed=1)
     arguments = f"pretrained={tmp_path},policy=h2o,budget_ratio=0.5,dtype=float32"
     got = lm_eval.simple_evaluate(

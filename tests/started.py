@@ -1,0 +1,169 @@
+"""Scripts of the repository in processes of their own, whose imports are behind them.
+
+A start of the command imports for seconds what the last start imported. Here it is a fork of a process that has imported
+it already, under the very environment that the start is to have; the script is run as `python scripts/X.py ...` runs it,
+with its own output, and ends as a process does. Its imports' own faults are seen where the command is started anew:
+the first sweep in test_evaluate, the workers of launchers, the wheel, the examples.
+
+`python -m tests.started FD` is the process at the root. It imports what reads no variable of the environment; of it are
+forked those that import the rest, one per environment, and of these the starts.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 400
+KEPT = 2
+"""Environments at a time."""
+
+FIRST = [
+    "torch.distributed.tensor",
+    "torch.export",
+    "matplotlib.pyplot",
+    "pyarrow.dataset",
+    "a2sf.analysis.stats",
+    "a2sf.engine.kernels.cpu",
+    "hydra._internal.hydra",
+]
+THEN = [
+    "a2sf.app",
+    "a2sf.commands.run",
+    "a2sf.commands.tables",
+    "a2sf.experiments.config",
+    "a2sf.experiments.estimate",
+    "a2sf.experiments.group",
+    "a2sf.experiments.prepare",
+    "a2sf.experiments.sweep",
+    "a2sf.report.output",
+    "lm_eval.models.huggingface",
+    "lm_eval.tasks",
+    "transformers.models.llama.modeling_llama",
+]
+ASKED_OF = {"huggingface_hub", "datasets", "transformers", "lm_eval", "accelerate", "wandb", "rich.console"}
+"""What reads the environment when it is imported, or may."""
+
+
+class Start(NamedTuple):
+    script: str
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+    directory: str
+    """Where its output goes, the files `out` and `err`."""
+
+
+def started(script: str, *arguments: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """`python scripts/SCRIPT arguments...` in the repository, with exactly these variables.
+
+    Raises:
+        subprocess.TimeoutExpired: after `SECONDS`.
+    """
+    told = {k: v for k, v in environment.items() if not k.startswith("PYTEST_")}
+    with TemporaryDirectory() as directory:
+        asked = Start(str(ROOT / "scripts" / script), arguments, told, directory)
+        root = _root()
+        root.send(asked)
+        code = root.recv()
+        if code is None:
+            raise subprocess.TimeoutExpired([script, *arguments], SECONDS)
+        out, err = ((Path(directory) / name).read_text() for name in ("out", "err"))
+    return subprocess.CompletedProcess([script, *arguments], code, out, err)
+
+
+@cache
+def _root() -> Connection:
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-m", "tests.started", str(theirs.fileno())]
+    process = subprocess.Popen(command, cwd=ROOT, pass_fds=[theirs.fileno()])
+    theirs.close()
+    connection = Connection(ours.detach())
+
+    def end() -> None:
+        connection.close()
+        process.wait()
+
+    atexit.register(end)
+    return connection
+
+
+def _serve_root(asked: Connection) -> None:
+    for module in FIRST:
+        importlib.import_module(module)
+    assert not ASKED_OF & sys.modules.keys(), sorted(ASKED_OF & sys.modules.keys())
+    fork = get_context("fork")
+    kept: dict[frozenset[tuple[str, str]], Connection] = {}
+    while (start := _next(asked)) is not None:
+        key = frozenset(start.environment.items())
+        if key not in kept:
+            here, there = fork.Pipe()
+            fork.Process(target=_serve, args=(there, start.environment, [asked, here, *kept.values()])).start()
+            there.close()
+            kept[key] = here
+        kept[key] = kept.pop(key)  # the newest is last
+        kept[key].send(start)
+        asked.send(kept[key].recv())
+        while len(kept) > KEPT:
+            kept.pop(next(iter(kept))).close()
+        fork.active_children()  # waits for those that have ended
+    for connection in kept.values():
+        connection.close()
+
+
+def _next(asked: Connection) -> Start | None:
+    try:
+        return asked.recv()
+    except EOFError:
+        return None
+
+
+def _serve(asked: Connection, environment: Mapping[str, str], others: Sequence[Connection]) -> None:
+    for connection in others:  # else they would not be seen to end
+        connection.close()
+    os.environ.clear()
+    os.environ.update(environment)
+    for module in THEN:
+        importlib.import_module(module)
+    while (start := _next(asked)) is not None:
+        process = get_context("fork").Process(target=_run, args=(start, asked))
+        process.start()
+        process.join(SECONDS)
+        if late := process.exitcode is None:
+            process.kill()
+            process.join()
+        asked.send(None if late else process.exitcode)
+
+
+def _run(start: Start, asked: Connection) -> None:
+    asked.close()
+    for number, name in ((1, "out"), (2, "err")):
+        file = os.open(Path(start.directory) / name, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, number)
+        os.close(file)
+    if threads := start.environment.get("OMP_NUM_THREADS"):  # the root may have been started with others
+        import torch
+
+        torch.set_num_threads(int(threads))
+    sys.argv = [start.script, *start.arguments]
+    sys.path[0] = str(Path(start.script).parent)
+    try:
+        runpy.run_path(start.script, run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # a fork would leave them out
+
+
+if __name__ == "__main__":
+    _serve_root(Connection(int(sys.argv[1])))
