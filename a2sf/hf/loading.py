@@ -308,15 +308,6 @@ def _check_quantizer(settings: Any, path: str) -> None:
         raise ConfigError(KEY, path, why) from error
 
 
-def layers_of(spec: ModelSpec) -> int:
-    """How many layers the model has, from its config alone.
-
-    Raises:
-        ConfigError: if there is no such model.
-    """
-    return sizes_of(spec)[0]
-
-
 def sizes_of(spec: ModelSpec) -> tuple[int, int | None]:
     """How many layers the model has, and KV heads in each (`kv_heads_of`), from its config alone.
 
