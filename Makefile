@@ -41,8 +41,10 @@ figures: $(READY)
 	$(BIN)/a2sf tables runs/reference/smollm2-135m-forgetting.a2sf.zip --figures docs/figures/forgetting
 	$(BIN)/a2sf tables runs/reference/smollm2-135m-methods.a2sf.zip --figures docs/figures/methods
 	$(BIN)/a2sf tables runs/reference/smollm2-135m-methods-prompt.a2sf.zip --figures docs/figures/methods-prompt
+	$(BIN)/a2sf tables runs/reference/smollm2-135m-long.a2sf.zip --figures docs/figures/long
 	# what the pages do not show
 	cd docs/figures && rm -f forgetting/budget.* forgetting/fidelity.* forgetting/tradeoff.* methods*/tradeoff.* methods-prompt/budget.*
+	cd docs/figures && rm -f length.* forgetting/length.* methods*/length.* long/budget.* long/fidelity.* long/tradeoff.*
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

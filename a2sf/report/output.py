@@ -145,7 +145,9 @@ def publish(grid: Grid, options: Options, figures: Path | None, readme: Path | N
         replace_block(readme, markdown(build_tables(grid, options.pivot, pair=options.pair), options.stderr))
         files.append(readme)
     if figures is not None:
-        files += [file for pictures in draw_all(grid, figures, options.pair).values() for file in pictures]
+        drawn = needle_plots(grid, figures) | draw_all(grid, figures, options.pair)
+        drawn |= length_plots(grid, figures, options.pair)
+        files += [file for pictures in drawn.values() for file in pictures]
     return files
 
 
