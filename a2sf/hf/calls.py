@@ -92,11 +92,13 @@ class Hooks:
         tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
         shape, mask = (tokens.shape[0], tokens.shape[1]), named.get("attention_mask")
         before: list[Tensor] = []
+        hidden, in_parts = None, False
         if shape[1] > columns(shape[0], tokens.device) and splits(model, named):
             if cache is None and self.scope is not None:
-                cache = self.scope.passing(model, shape, mask)
+                cache = hidden = self.scope.passing(model, shape, mask)
                 named |= {self.cache_name: cache} if cache is not None else {}
             ends = [] if cache is None else cache.parts(model, shape, mask)
+            in_parts = len(ends) > 1 or hidden is not None
             if cache is not None and len(ends) > 1:
                 before, named = self._read(Call(model, named, shape[1]), ends, cache)
                 tokens, mask = tokens[:, ends[-2] :], named.get("attention_mask")
@@ -118,7 +120,7 @@ class Hooks:
         stack = ExitStack()
         count = named.get("logits_to_keep", 0)
         real = mask[:, -shape[1] :].bool() if mask is not None and isinstance(count, int) else None
-        self.open = _Call(stack, current, cache, real, before)
+        self.open = _Call(stack, current, cache, real, in_parts, before, hidden)
         if model.config._attn_implementation != IMPLEMENTATION:
             stack.enter_context(attached(model))
         stack.callback(active.set, active.get())
@@ -138,9 +140,9 @@ class Hooks:
         return self.__dict__ | {"scope": None, "open": None}
 
     def after(self, model: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        before = self.open.before if self.open is not None and output is not None else []
+        call = self.open
         self.close(output)
-        return joined(before, output) if before else None
+        return joined(call.before, output, call.hidden) if call and output is not None and call.in_parts else None
 
     def close(self, output: Any) -> None:
         """End the open pass, if there is one; `output` is None where the model's call failed."""
@@ -162,14 +164,18 @@ class _Call:
     Attributes:
         stack: undoes its setting up.
         real: bool [B, T], the tokens that are no padding.
+        in_parts: whether it was read in several, or through a cache that its caller does not see.
         before: what was asked for of its earlier parts.
+        hidden: that cache.
     """
 
     stack: ExitStack
     current: Pass
     cache: BoundedCache | None
     real: Tensor | None
+    in_parts: bool
     before: list[Tensor]
+    hidden: BoundedCache | None
 
 
 def check_output(output: Any, real: Tensor | None) -> None:

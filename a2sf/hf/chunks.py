@@ -91,12 +91,13 @@ class Call:
         return found
 
 
-def joined(before: list[Tensor], output: Any) -> Any:
-    """The output of a call whose last part gave `output`."""
+def joined(before: list[Tensor], output: ModelOutput, hidden: Any = None) -> ModelOutput:
+    """The output of a call whose last part gave `output`, without the cache `hidden` that it was not asked for."""
+    shown = {name: x for name, x in output.items() if hidden is None or x is not hidden}
     if before:
         name = _what(output)
-        output[name] = torch.cat([*before, output[name]], 1)
-    return output
+        shown[name] = torch.cat([*before, output[name]], 1)
+    return type(output)(**shown)
 
 
 def _what(output: ModelOutput) -> str:

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from a2sf import A2SF, H2O, Budget, PrunedCache, Schedule
+from a2sf import A2SF, Budget, PrunedCache, Schedule
 from a2sf.errors import UserError
 from a2sf.evaluation import scoring
 from a2sf.evaluation.lm import PrunedLM
 from a2sf.hf import chunks
 from a2sf.hf.scope import pruning
+from baselines.h2o import H2O
 from tests.models import small
 from tests.parity.test_generation import ALL, BUDGET, PROMPTS, close, ids_for
 from tests.parity.test_lm import StandIn, requests
@@ -119,8 +120,8 @@ def test_plain_calls_inside_pruning(parts, keep, cached):
         for schedule, context in ((None, None), (Schedule("prompt"), [13, 20])):
             with (
                 torch.no_grad(),
-                sizes(model) as read,
                 pruning(model, H2O(), Budget(ratio=0.3), max_new_tokens=0, schedule=schedule, context_tokens=context),
+                sizes(model) as read,
             ):
                 out = model(ids, attention_mask=mask, use_cache=cached, logits_to_keep=keep)
                 assert (out.past_key_values is not None) == cached
@@ -137,15 +138,17 @@ def test_what_parts_cannot_tell_is_read_at_once(parts):
     model, ids = small("llama"), ids_for()
     parts(5)
     for asked in ({"output_hidden_states": True}, {"labels": ids}, {"return_dict": False}):
+        cache = PrunedCache(model, A2SF(), BUDGET)
         with torch.no_grad(), sizes(model) as read:
-            model(ids, cache=PrunedCache(model, A2SF(), BUDGET), **asked)
+            model(ids, cache=cache, **asked)
         assert read == [30]
     turned = small("phi3", rope_parameters={
         "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
         "original_max_position_embeddings": 20,
     }, original_max_position_embeddings=20)  # fmt: skip
+    cache = PrunedCache(turned, A2SF(), BUDGET)
     with torch.no_grad(), sizes(turned) as read:
-        turned(ids, cache=PrunedCache(turned, A2SF(), BUDGET))
+        turned(ids, cache=cache)
     assert read == [30]
 
 
@@ -205,7 +208,9 @@ def same(got, expected) -> None:
         assert greedy == expected_greedy
 
 
-@pytest.mark.parametrize(("policy", "schedule"), [(p, s) for p, s in cases() if not ties(type(p))], ids=label)
+@pytest.mark.parametrize(
+    ("policy", "schedule"), [(p, s) for p, s in cases() if p.causal and not ties(type(p))], ids=label
+)
 def test_long_requests_are_scored_in_parts(policy, schedule, monkeypatch):
     budget = Budget(ratio=0.25) if policy.uses_budget else None
     found = {}
@@ -245,6 +250,6 @@ def test_rows_are_read_in_parts_where_that_holds_less():
         lm.tokens_per_pass = 64
         with sizes(lm.model) as found:
             lm._loglikelihood_tokens([(None, list(range(3, 93)) * 2, [5, 6])])
-        read[policy] = found
+        read[policy] = found[3:]  # after the trial of the model
     assert max(read["window"]) <= 64
     assert read["full"] == [181]
