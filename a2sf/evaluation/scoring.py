@@ -136,8 +136,8 @@ class Scoring:
         targets = torch.tensor([t for i in row.items for t in todo[i].targets])
         chosen, greedy = torch.zeros(len(targets)), torch.zeros(len(targets), dtype=torch.bool)
         dtype = self.model.dtype
-        reading = pass_of(row, todo, self.about)
         try:
+            reading = pass_of(row, todo, self.about)
             for part in self._parts(row, reading, todo):
                 # which of the targets, and of the columns, are this part's
                 mine = ((index >= part.begin) & (index < part.end))[where].nonzero()[:, 0]
