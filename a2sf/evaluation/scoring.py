@@ -10,11 +10,14 @@ import torch
 from transformers import PreTrainedModel
 
 from a2sf.evaluation.logits import log_probabilities
+from a2sf.evaluation.long_rows import Part, in_parts, saves
 from a2sf.evaluation.members import Member
 from a2sf.evaluation.packing import Pack, pack
 from a2sf.evaluation.requests import Model, Request, pass_of
 from a2sf.hf.attention import NonFiniteError, Plan, rope_switch, running
-from a2sf.hf.calls import logits_at
+from a2sf.hf.chunks import bounds
+from a2sf.hf.head import logits_in_parts
+from a2sf.hf.mixed import Mixed
 
 LEAST_PASS = 64
 """Tokens per pass below which each sequence is read by itself, and fails by itself where memory does not suffice."""
@@ -129,31 +132,54 @@ class Scoring:
         # positions of the row that some request scores, each once
         scored = [row.last(which, len(todo[i].targets)) for which, i in enumerate(row.items)]
         index, where = torch.cat([torch.from_numpy(s) for s in scored]).unique(return_inverse=True)
+        targets = torch.tensor([t for i in row.items for t in todo[i].targets])
+        chosen, greedy = torch.zeros(len(targets)), torch.zeros(len(targets), dtype=torch.bool)
+        dtype = self.model.dtype
         try:
-            with running(reading := pass_of(row, todo, self.about)):
-                (logits,) = logits_at(
-                    self.model,
-                    index.to(device),
-                    input_ids=torch.tensor([row.tokens], device=device),
-                    position_ids=torch.tensor([row.positions], device=device),
-                    use_cache=False,
-                )
+            reading = pass_of(row, todo, self.about)
+            for part in self._parts(row, reading, todo):
+                # which of the targets, and of the columns, are this part's
+                mine = ((index >= part.begin) & (index < part.end))[where].nonzero()[:, 0]
+                asked, at = index[where[mine]].unique(return_inverse=True)
+                columns = asked - part.begin if len(asked) else torch.tensor([0])  # a model gives logits of something
+                with running(part.reading):
+                    done = 0
+                    for (logits,) in logits_in_parts(
+                        self.model,
+                        columns.to(device),
+                        input_ids=torch.tensor([row.tokens[part.begin : part.end]], device=device),
+                        position_ids=torch.tensor([row.positions[part.begin : part.end]], device=device),
+                        use_cache=False,
+                    ):
+                        dtype = logits.dtype
+                        here = ((at >= done) & (at < done + len(logits))).nonzero()[:, 0]
+                        those = mine[here]
+                        asks = ((at[here] - done).to(logits.device), targets[those].to(logits.device))
+                        chosen[those], greedy[those] = (x.cpu() for x in log_probabilities(logits, *asks))
+                        done += len(logits)
+                        del logits
         except NonFiniteError as error:  # whose rows are segments
             bad = set(error.rows)
             through = [i for i, path in zip(row.items, row.path, strict=True) if bad.intersection(path)]
             raise NonFiniteError(error.where, error.dtype, through) from error
-
-        targets = torch.tensor([t for i in row.items for t in todo[i].targets], device=device)
-        chosen, greedy = log_probabilities(logits, where.to(device), targets)
         sizes = [len(todo[i].targets) for i in row.items]
         if not bool(torch.isfinite(chosen).all()):
-            pieces = zip(row.items, torch.isfinite(chosen).cpu().split(sizes), strict=True)
-            raise NonFiniteError("the logits", logits.dtype, sorted(i for i, finite in pieces if not finite.all()))
+            pieces = zip(row.items, torch.isfinite(chosen).split(sizes), strict=True)
+            raise NonFiniteError("the logits", dtype, sorted(i for i, finite in pieces if not finite.all()))
         scores = [
             (float(c.double().sum()), bool(g.all()))
-            for c, g in zip(chosen.cpu().split(sizes), greedy.cpu().split(sizes), strict=True)
+            for c, g in zip(chosen.split(sizes), greedy.split(sizes), strict=True)
         ]
         return scores, reading.plans
+
+    def _parts(self, row: Pack, reading: Plan | Mixed, todo: Sequence[Request]) -> Iterator[Part]:
+        """The passes that read a row: one, or for a long row several that hold less together than at once."""
+        size = len(row.tokens)
+        # one that hangs over a little, as rows of short requests do, is read at once
+        ends = bounds(size, max(LEAST_PASS, self.tokens_per_pass))
+        if len(ends) > 1 and saves(row, ends, todo, self.model.config):
+            return in_parts(reading, ends)
+        return iter([Part(0, size, reading)])
 
 
 def _fail(

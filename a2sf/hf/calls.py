@@ -26,6 +26,7 @@ from a2sf.hf.attention import (
     attached,
     check_reached,
 )
+from a2sf.hf.chunks import Call, columns, joined, splits
 from a2sf.hf.devices import is_spread
 
 CACHE_NAMES = ("cache", "past_key_values")
@@ -37,6 +38,10 @@ class BoundedCache(Protocol):
     """A cache that a call goes through; `seen` int64 [B] counts each row's tokens so far, None before the first."""
 
     seen: Tensor | None
+
+    def parts(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> list[int]:
+        """Where the parts end, as columns, in which such a call is to be read; one that does not fit is refused."""
+        ...
 
     def begin(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> Pass:
         """Start a call on `shape` = (B, T) new tokens; `mask` [B, columns] is 0 where a token is padding."""
@@ -52,6 +57,10 @@ class Scope(Protocol):
 
     def supply(self, model: PreTrainedModel, cache: Any, keep: bool | None) -> BoundedCache | None:
         """The cache for a call that was given `cache` (or None) and `use_cache=keep`; None: it keeps no cache."""
+        ...
+
+    def passing(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> BoundedCache | None:
+        """A cache to read a call in parts through that keeps none; None: it is read at once."""
         ...
 
     def plan(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> Pass:
@@ -82,6 +91,18 @@ class Hooks:
             return None
         tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
         shape, mask = (tokens.shape[0], tokens.shape[1]), named.get("attention_mask")
+        before: list[Tensor] = []
+        hidden, in_parts = None, False
+        if shape[1] > columns(shape[0], tokens.device) and splits(model, named):
+            if cache is None and self.scope is not None:
+                cache = hidden = self.scope.passing(model, shape, mask)
+                named |= {self.cache_name: cache} if cache is not None else {}
+            ends = [] if cache is None else cache.parts(model, shape, mask)
+            in_parts = len(ends) > 1 or hidden is not None
+            if cache is not None and len(ends) > 1:
+                before, named = self._read(Call(model, named, shape[1]), ends, cache)
+                tokens, mask = tokens[:, ends[-2] :], named.get("attention_mask")
+                shape = shape[0], tokens.shape[1]
         past = torch.zeros(shape[0], dtype=torch.int64) if cache is None or cache.seen is None else cache.seen
         given = named.get("position_ids")
         if mask is None and given is not None and len(set(past.tolist())) > 1:
@@ -99,19 +120,29 @@ class Hooks:
         stack = ExitStack()
         count = named.get("logits_to_keep", 0)
         real = mask[:, -shape[1] :].bool() if mask is not None and isinstance(count, int) else None
-        self.open = _Call(stack, current, cache, real)
+        self.open = _Call(stack, current, cache, real, in_parts, before, hidden)
         if model.config._attn_implementation != IMPLEMENTATION:
             stack.enter_context(attached(model))
         stack.callback(active.set, active.get())
         active.set(current)
         return (), named
 
+    def _read(self, call: Call, ends: list[int], cache: BoundedCache) -> tuple[list[Tensor], dict[str, Any]]:
+        """Read all parts of a call but the last: what was asked for of them, and the arguments for the last."""
+        try:
+            return call.read(ends), call.part(ends[-2], ends[-1])
+        except BaseException:
+            cache.end(completed=False)
+            raise
+
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model brings its hooks along, but no open call and no scope."""
         return self.__dict__ | {"scope": None, "open": None}
 
-    def after(self, model: Any, args: Any, kwargs: Any, output: Any) -> None:
+    def after(self, model: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        call = self.open
         self.close(output)
+        return joined(call.before, output, call.hidden) if call and output is not None and call.in_parts else None
 
     def close(self, output: Any) -> None:
         """End the open pass, if there is one; `output` is None where the model's call failed."""
@@ -128,12 +159,23 @@ class Hooks:
 
 @dataclass(frozen=True)
 class _Call:
-    """A model's call that has begun: what undoes its setting up, and the tokens [B, T] that are no padding."""
+    """A model's call that has begun.
+
+    Attributes:
+        stack: undoes its setting up.
+        real: bool [B, T], the tokens that are no padding.
+        in_parts: whether it was read in several, or through a cache that its caller does not see.
+        before: what was asked for of its earlier parts.
+        hidden: that cache.
+    """
 
     stack: ExitStack
     current: Pass
     cache: BoundedCache | None
     real: Tensor | None
+    in_parts: bool
+    before: list[Tensor]
+    hidden: BoundedCache | None
 
 
 def check_output(output: Any, real: Tensor | None) -> None:

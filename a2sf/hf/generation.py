@@ -24,6 +24,7 @@ from a2sf.engine.state import EvictionState
 from a2sf.errors import ConfigError, UserError
 from a2sf.hf.attention import UnsupportedModel, check_finite, keeps_window, mixes_windows, rope_switch, within_window
 from a2sf.hf.calls import hooks_of, new_tokens
+from a2sf.hf.chunks import bounds, columns
 from a2sf.hf.exactness import require_decoding, require_exact
 from a2sf.hf.kept import Kept
 from a2sf.hf.loading import kv_heads_of
@@ -132,6 +133,7 @@ class PrunedCache(Cache):
         self._pass: _CachePass | None = None
         self._attentions: list[int] = []  # how many times each layer calls its attention in a pass
         self._spoilt = False
+        self._left = 0  # columns still to be read of a call that is read in parts
 
     def __bool__(self) -> bool:
         """False: Phi-3's generation drops a cache that is true where its rotary embedding changes; others ask for None."""
@@ -248,12 +250,29 @@ class PrunedCache(Cache):
                 "assistant model"
             )
 
-    def begin(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> _CachePass:
-        """Start a call of `model` on `shape` = (B, T) new tokens; `mask` [B, columns] is 0 where a token is padding.
+    def parts(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> list[int]:
+        """Where the parts end, as columns, in which a call of `model` is to be read (`a2sf.hf.chunks`).
 
         Raises:
-            UserError: if the cache does not fit the model, the batch or the mask, or a sequence gets too long.
+            UserError: as `begin`.
         """
+        most = columns(shape[0], model.device)
+        if self._left or shape[1] <= most:
+            return [shape[1]]
+        start, length = self._admit(model, shape, mask)
+        assert self.seen is not None
+        if int((self.seen + length).max()) > self.rope_switch:  # what comes later says how all are turned
+            return [shape[1]]
+        first = 0
+        if self.schedule.prompt:
+            cut = torch.minimum(torch.tensor(self.prompt) - self.seen, length)  # of the call's tokens, those before it
+            first = int(torch.where(cut > 0, start + cut, 0).max())
+        ends = bounds(shape[1], most, first)
+        self._left = shape[1] if len(ends) > 1 else 0
+        return ends
+
+    def _admit(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Check a call as a whole, and resolve the budgets at the first; where each row's new tokens are."""
         if self._model() is not model:
             raise UserError(
                 f"this cache was made for another model than this {type(model).__name__}; make one with "
@@ -286,14 +305,29 @@ class PrunedCache(Cache):
         after = seen + length
         self._check_length(after, torch.where(seen > 0, seen, after), prompt=self.calls == 0)
         if self.seen is None:
-            self._resolve(length)  # last, so that a call that is refused leaves nothing behind
+            if not self.retention:  # else `keep` gave it
+                self._resolve(length)  # last, so that a call that is refused leaves nothing behind
             self.seen = seen
-        self._pass = _CachePass(self, Step(start, length, seen, after, shape[1]), len(self.layers))
+        return start, length
+
+    def begin(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> _CachePass:
+        """Start a call of `model` on `shape` = (B, T) new tokens; `mask` [B, columns] is 0 where a token is padding.
+
+        Raises:
+            UserError: if the cache does not fit the model, the batch or the mask, or a sequence gets too long.
+        """
+        start, length = self._admit(model, shape, mask) if not self._left else new_tokens(shape, self.columns, mask)
+        assert self.seen is not None
+        after = self.seen + length
+        self._left = max(0, self._left - shape[1])
+        self._pass = _CachePass(self, Step(start, length, self.seen, after, shape[1]), len(self.layers))
         return self._pass
 
     def end(self, completed: bool) -> None:
         """Finish the call that `begin` started; a cache whose call failed is not used again."""
         done, self._pass = self._pass, None
+        if not completed and self._left:
+            self._spoilt, self._left = True, 0
         if done is None:
             return
         attentions = [done.attentions[i] for i in range(done.layers)]
@@ -306,7 +340,7 @@ class PrunedCache(Cache):
             )
         self.seen = done.step.after
         self.columns += done.step.columns
-        self.calls += 1
+        self.calls += 0 if self._left else 1
 
     def rows(self, layer: int, window: int | None) -> list[Retention]:
         """What `layer` keeps of each row; a layer may have a sliding window of its own.
@@ -329,11 +363,15 @@ class PrunedCache(Cache):
     @property
     def more(self) -> int | None:
         """How many tokens may come after this call's, where that is known."""
-        return None if self.calls else self.max_new_tokens
+        return None if self.calls or self.max_new_tokens is None else self._left + self.max_new_tokens
 
     @property
     def _depends_on_prompt(self) -> bool:
         return self.schedule.prompt or (self.budget is not None and self.budget.ratio is not None)
+
+    def keep(self, retention: list[tuple[Retention, ...]], prompt: list[int]) -> None:
+        """Resolve the budgets before the first call: what each layer keeps and the prompt's tokens, per row."""
+        self.retention, self.prompt = retention, prompt
 
     def _resolve(self, length: Tensor) -> None:
         context = length.tolist()

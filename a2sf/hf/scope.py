@@ -17,7 +17,7 @@ from a2sf.hf.exactness import require_exact
 from a2sf.hf.generation import PrunedCache, prove_decoding
 from a2sf.hf.loading import kv_heads_of
 from a2sf.hf.settings import check_settings, contexts_for, contexts_of, retention_of
-from a2sf.policies.base import Policy
+from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
 from a2sf.policies.schedule import Schedule, schedule_for
 
@@ -55,27 +55,55 @@ class _Scope:
             backend=self.backend,
         )
 
+    def passing(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> PrunedCache | None:
+        """A cache to read a call in parts through that keeps none; None where the model is only exact in one pass."""
+        _, length, context, kept = self._rows(model, shape, mask)
+        if min(context) < 1:
+            return None
+        try:
+            cache = PrunedCache(
+                model,
+                self.policy,
+                self.budget,
+                schedule=self.schedule,
+                max_new_tokens=0,
+                context_tokens=context,
+                backend=self.backend,
+            )
+        except UnsupportedModel:
+            return None
+        if max(length) > cache.positions:
+            return None
+        cache.keep(kept, context)
+        return cache
+
     def plan(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> Plan:
+        start, length, context, kept = self._rows(model, shape, mask)
+        return Plan.of_rows(
+            length,
+            start,
+            lambda row, layer: kept[row][layer],
+            len(kept[0]),
+            policy_on_sliding=not mixes_windows(model.config),
+            backend=self.backend,
+            schedule=schedule_for(self.policy, self.schedule),
+            prompt=context.__getitem__,
+        )
+
+    def _rows(
+        self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None
+    ) -> tuple[list[int], list[int], list[int], list[tuple[Retention, ...]]]:
+        """Of each row of a call without a cache: first column, tokens, those of the prompt, and what each layer keeps."""
         start, length = (x.tolist() for x in new_tokens(shape, 0, mask))
         layers = model.config.get_text_config().num_hidden_layers
-        schedule = schedule_for(self.policy, self.schedule)
-        if schedule.prompt and self.context_tokens is None:
+        if schedule_for(self.policy, self.schedule).prompt and self.context_tokens is None:
             raise UserError(
                 "a call without a cache does not tell where its prompt ends, which the prompt schedule asks for; give "
                 "pruning(..., context_tokens=...), or call the model with use_cache=True"
             )
         context = length if self.context_tokens is None else contexts_for(len(length), self.context_tokens)
         kept = [retention_of(self.policy, self.budget, n, c, layers) for n, c in zip(length, context, strict=True)]
-        return Plan.of_rows(
-            length,
-            start,
-            lambda row, layer: kept[row][layer],
-            layers,
-            policy_on_sliding=not mixes_windows(model.config),
-            backend=self.backend,
-            schedule=schedule,
-            prompt=context.__getitem__,
-        )
+        return start, length, context, kept
 
 
 @contextmanager

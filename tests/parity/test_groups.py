@@ -47,13 +47,13 @@ def lm():
 @pytest.fixture
 def read(monkeypatch):
     """How many tokens the model reads."""
-    counted, original = [0], scoring.logits_at
+    counted, original = [0], scoring.logits_in_parts
 
     def counting(*arguments, input_ids, **more):
         counted[0] += input_ids.shape[1]
         return original(*arguments, input_ids=input_ids, **more)
 
-    monkeypatch.setattr(scoring, "logits_at", counting)
+    monkeypatch.setattr(scoring, "logits_in_parts", counting)
     return counted
 
 

@@ -43,5 +43,5 @@ def test_one_part_keeps_what_the_others_measured(tmp_path, monkeypatch, capsys):
 
 
 def test_every_target_is_named_once():
-    parts = (kernels.TARGETS, bench.harness.TARGETS, bench.groups.TARGETS, bench.decode.TARGETS)
+    parts = (kernels.TARGETS, bench.harness.TARGETS, bench.groups.TARGETS, bench.decode.TARGETS, bench.prompt.TARGETS)
     assert len(bench.TARGETS) == sum(map(len, parts))

@@ -125,7 +125,7 @@ def test_nan_in_the_weights_is_a_failure_that_names_the_layer(runner, smollm2):
 
 
 def test_out_of_memory_halves_the_batch(runner, monkeypatch):
-    sizes, read = [], scoring.logits_at
+    sizes, read = [], scoring.logits_in_parts
 
     def crowded(*arguments, input_ids, **more):
         sizes.append(input_ids.shape[1])
@@ -133,7 +133,7 @@ def test_out_of_memory_halves_the_batch(runner, monkeypatch):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return read(*arguments, input_ids=input_ids, **more)
 
-    monkeypatch.setattr(scoring, "logits_at", crowded)
+    monkeypatch.setattr(scoring, "logits_in_parts", crowded)
     assert run(runner, cell()).status == "done"
     assert sizes[0] > 30 >= max(sizes[-3:])
 
@@ -268,13 +268,13 @@ def test_a_damaged_checkpoint_counts_for_nothing(runner, monkeypatch):
 
 
 def test_the_sum_over_a_sweep_is_what_was_computed(runner, monkeypatch):
-    read, counted = scoring.logits_at, []
+    read, counted = scoring.logits_in_parts, []
 
     def counting(*arguments, input_ids, **more):
         counted.append(input_ids.shape[1])
         return read(*arguments, input_ids=input_ids, **more)
 
-    monkeypatch.setattr(scoring, "logits_at", counting)
+    monkeypatch.setattr(scoring, "logits_in_parts", counting)
     assert {o.status for o in runner.run([cell("full"), cell("h2o"), cell("a2sf")])} == {"done"}
     timings = [s.result["timing"] for s in load_sweep(runner.directory)]
     assert sum(t["computed_tokens"] for t in timings) == pytest.approx(sum(counted))
