@@ -62,7 +62,7 @@ def gone(cache: PrunedCache, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     ids=label,
 )
 def test_a_call_in_parts_is_the_call_at_once(parts, policy, schedule, name):
-    model, ids = small(name), ids_for()
+    model, ids = small(name), ids_for(length=30)
     mask = torch.ones_like(ids)
     mask[1, :7] = 0
     caches = []
@@ -86,7 +86,7 @@ def test_a_call_in_parts_is_the_call_at_once(parts, policy, schedule, name):
 
 @pytest.mark.parametrize("schedule", [None, Schedule("prompt", at="context", then="step"), Schedule("every", every=5)])
 def test_generate_asks_for_the_last_logits_alone_and_writes_the_same(parts, schedule):
-    model, ids = small("qwen2"), ids_for()
+    model, ids = small("qwen2"), ids_for(length=30)
     texts = []
     for columns in (100, 6):
         parts(columns)
@@ -104,7 +104,7 @@ def test_generate_asks_for_the_last_logits_alone_and_writes_the_same(parts, sche
 
 
 def test_a_ratio_is_one_of_the_whole_prompt(parts):
-    model, ids = small("llama"), ids_for()
+    model, ids = small("llama"), ids_for(length=30)
     parts(5)
     cache = PrunedCache(model, A2SF(), Budget(ratio=0.3, base="context"))
     model.generate(ids, cache=cache, max_new_tokens=3, **GREEDY)
@@ -114,7 +114,7 @@ def test_a_ratio_is_one_of_the_whole_prompt(parts):
 @pytest.mark.parametrize("keep", [0, 3, 12])
 @pytest.mark.parametrize("cached", [False, True])
 def test_plain_calls_inside_pruning(parts, keep, cached):
-    model, ids = small("llama"), ids_for()
+    model, ids = small("llama"), ids_for(length=30)
     mask = torch.ones_like(ids)
     mask[0, -8:] = 0
     found = []
@@ -138,7 +138,7 @@ def test_plain_calls_inside_pruning(parts, keep, cached):
 
 
 def test_what_parts_cannot_tell_is_read_at_once(parts):
-    model, ids = small("llama"), ids_for()
+    model, ids = small("llama"), ids_for(length=30)
     parts(5)
     for asked in ({"output_hidden_states": True}, {"labels": ids}, {"return_dict": False}):
         cache = PrunedCache(model, A2SF(), BUDGET)
@@ -156,7 +156,7 @@ def test_what_parts_cannot_tell_is_read_at_once(parts):
 
 
 def test_a_cache_whose_part_failed_is_not_used_again(parts):
-    model, ids = small("llama"), ids_for()
+    model, ids = small("llama"), ids_for(length=30)
     parts(10)
     cache = PrunedCache(model, A2SF(), BUDGET)
     left = [2]
