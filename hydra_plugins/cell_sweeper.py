@@ -4,6 +4,7 @@ Hydra finds its plugins in the namespace package `hydra_plugins`: this one lies 
 """
 
 import copy
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +38,8 @@ class CellSweeper(BasicSweeper):
         assert self.hydra_context is not None
         app.adopt(self.config.hydra)
         loader = self.hydra_context.config_loader
-        parsed = OverridesParser.create(config_loader=loader).parse_overrides([*self._parse_config(), *arguments])
+        params = self._each_cells_own(arguments)
+        parsed = OverridesParser.create(config_loader=loader).parse_overrides([*params, *arguments])
         (points,) = self.split_arguments(parsed, None)
 
         # composing takes Hydra 60 ms: do it once per choice of groups, and set the other values on copies
@@ -64,6 +66,16 @@ class CellSweeper(BasicSweeper):
         for _, point in composed:
             settle_device(launcher, point)
         return app.run_grid(composed, self._launch, computes_here=asked_gpus(launcher) is None)
+
+    def _each_cells_own(self, arguments: list[str]) -> list[str]:
+        """The preset's parameters as overrides; a swept key in them, `${budget.ratio}`, is each cell's own."""
+        assert self.config is not None
+        known = dict(self.params or {})
+        swept = {*known, *(a.partition("=")[0].lstrip("+") for a in arguments)}
+        written = OmegaConf.to_container(self.config.hydra.sweeper.params or OmegaConf.create({}), resolve=False)
+        assert isinstance(written, dict)
+        own = {k: v for k, v in written.items() if swept.intersection(re.findall(r"\$\{([\w.]+)\}", str(v)))}
+        return [f"{k}={v}" for k, v in (known | own).items()]
 
     def _launch(self, jobs: list[list[str]]) -> list[JobReturn]:
         assert self.launcher is not None
