@@ -134,7 +134,9 @@ def test_slots_of_two_against_all_ways_to_share_them():
 
 
 def test_what_is_calibrated_on_is_scored_by_no_preset():
-    presets = [yaml.safe_load(f.read_text())["tasks"] for f in (shipped("conf") / "sweep").glob("*.yaml")]
+    files = [yaml.safe_load(f.read_text()) for f in (shipped("conf") / "sweep").glob("*.yaml")]
+    presets = [file["tasks"] for file in files if "tasks" in file]  # others take those of the preset they are built on
+    assert len(presets) > len(files) / 2
     scored = {t for p in presets for t in ([p] if isinstance(p, str) else p)} | {t for s in SUITES.values() for t in s}
     assert not scored & set(WHEEL)
     assert {"piqa", "needle"} <= scored
