@@ -66,7 +66,9 @@ DIFFERING = ("policy", "budget", "schedule", "forgetting_factor")
 
 def as_group(points: Sequence[DictConfig]) -> str:
     """The value of the key `group` that gives a worker the cells of some points beside its own."""
-    return json.dumps([{k: OmegaConf.to_container(p)[k] for k in DIFFERING} for p in points])  # type: ignore[index, call-overload]
+    # with each point's own values: what names another key would be read with the first one's
+    made = [{k: OmegaConf.to_container(p, resolve=True)[k] for k in DIFFERING} for p in points]  # type: ignore[index, call-overload]
+    return json.dumps(made)
 
 
 def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, here: bool = True) -> Settings:

@@ -221,14 +221,20 @@ def test_every_file_under_conf_policy_is_a_policy():
         assert settings(f"policy={file.stem}").cells[0].policy.name == file.stem
 
 
-def test_a_group_reaches_a_worker_whole():
-    """Its first cell by overrides, the others by one key: policies, lists, schedules and all."""
+def test_a_group_reaches_a_worker_whole(tmp_path):
+    """Its first cell by overrides, the others by one key: policies, lists, schedules, what names another key and all."""
+    for budget in (0.1, 0.4):
+        file = {"name": f"of {budget}", "layers": [{"forgetting_factor": budget}] * 30}
+        (tmp_path / f"a-{budget}.yaml").write_text(yaml.safe_dump(file))
+    own = f"++policy.file='{tmp_path}/a-${{budget.ratio}}.yaml'"
     asked = [
         ["policy=h2o", "budget.ratio=0.1"],
         ["policy=a2sf", "forgetting_factor=0.05", "++policy.sinks=2", "budget.tokens=32", "schedule=every"],
         ["policy=heads", "++policy.heads=[[0,1],[2,0]]", "budget.base=context"],
         ["policy=snapkv", "++policy.window=8", "schedule=prompt", "schedule.then=step"],
         ["policy=full", "budget.ratio=0.7"],
+        ["policy=calibrated", own, "budget.ratio=0.4"],
+        ["policy=calibrated", own, "budget.ratio=0.1"],
     ]
     common = ["tasks=[piqa]", "limit=3"]
     points = [compose("config", [*common, *a]) for a in asked]
@@ -236,3 +242,4 @@ def test_a_group_reaches_a_worker_whole():
     made = settings(*common, *asked[0], f"group={quote(as_group(points[1:]))}")
     assert list(made.cells) == expected
     assert len({c.id for c in made.cells}) == len(asked)
+    assert [c.policy.file["name"] for c in made.cells[-2:]] == ["of 0.4", "of 0.1"]
