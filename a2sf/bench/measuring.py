@@ -45,9 +45,8 @@ class Figures:
 
     def save(self) -> None:
         """Write the file."""
-        from a2sf.experiments.runs import (
-            write_atomically,
-        )  # brings pandas, which a process that is measured may not need
+        # here, because it brings pandas, which a process that is measured may not need
+        from a2sf.experiments.runs import write_atomically
 
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.file, json.dumps({"ratios": self.ratios, **self.details}, indent=2) + "\n")

