@@ -96,7 +96,7 @@ def job(composed: DictConfig) -> Any:
 
     take_gpu(HydraConfig.get().launcher)
     settings = _read(composed)
-    return _runner(settings).run(settings.cells)
+    return _runner(settings).run(settings.cells, settings.planned)
 
 
 def adopt(hydra: DictConfig) -> None:
@@ -213,7 +213,7 @@ def _run(
         if launch is None:
             outcomes = [o for g in groups for o in _runner(of[g[0].name][0]).run(g)]
         else:
-            jobs = [_job([of[c.name][1] for c in g], g[0]) for g in groups]
+            jobs = [_job([of[c.name][1] for c in g], g) for g in groups]
             outcomes = [o for done in launch(jobs) for o in done.return_value]
         named = {o.name for o in outcomes}
         for cell in [c for c in todo if c.name not in named]:  # a worker reads all files anew, and found another cell
@@ -227,12 +227,13 @@ def _run(
     return finished
 
 
-def _job(points: Sequence[tuple[list[str], DictConfig]], cell: Cell) -> list[str]:
+def _job(points: Sequence[tuple[list[str], DictConfig]], cells: Sequence[Cell]) -> list[str]:
     """A worker's overrides: those of the first cell's point, what was settled since, and the group's other cells."""
     from a2sf.experiments.config import as_group
     from a2sf.experiments.overrides import quote
 
     (overrides, _), *others = points
+    cell = cells[0]
     settled = {"tasks": f"[{quote(cell.task)}]", "shots": str(cell.shots), "plan_only": "false"}
     settled |= {"model.name": quote(cell.model_name)}
     if cell.model.source.kind == "hub":  # quoted, since a commit may look like a number
@@ -240,7 +241,7 @@ def _job(points: Sequence[tuple[list[str], DictConfig]], cell: Cell) -> list[str
     settled |= {"model.device": cell.model.device} if cell.model.device != "auto" else {}
     settled |= {"data.content": quote(cell.data.content)} if cell.data.content else {}
     settled |= {"task_args": quote(cell.data.task_args) if cell.data.task_args else "null"}
-    settled |= {"group": quote(as_group([composed for _, composed in others]))} if others else {}
+    settled |= {"group": quote(as_group([composed for _, composed in others], [c.name for c in cells]))}
 
     def told(override: str) -> bool:
         key = override.partition("=")[0].lstrip("+")

@@ -45,6 +45,7 @@ class Settings:
         groups: what is made of its cells' scores.
         include: the names in `tasks`, and the folder of the user's own definitions; None where there is none.
         idle: keys that are given -> why no task of this point has a use for it; None where one has.
+        planned: names of the cells that a sweep gave a worker, which computes no others; None: there is no sweep.
     """
 
     cells: tuple[Cell, ...]
@@ -58,17 +59,22 @@ class Settings:
     groups: tuple[Group, ...] = ()
     include: tuple[tuple[str, ...], Path] | None = None
     idle: dict[str, ConfigError | None] = field(default_factory=dict, compare=False)
+    planned: frozenset[str] | None = None
 
 
 DIFFERING = ("policy", "budget", "schedule", "forgetting_factor")
 """The keys in which the cells of a group differ."""
 
 
-def as_group(points: Sequence[DictConfig]) -> str:
-    """The value of the key `group` that gives a worker the cells of some points beside its own."""
+def as_group(points: Sequence[DictConfig], planned: Sequence[str]) -> str:
+    """The value of the key `group` that gives a worker the cells of some points beside its own.
+
+    Args:
+        planned: names of all its cells.
+    """
     # with each point's own values: what names another key would be read with the first one's
     made = [{k: OmegaConf.to_container(p, resolve=True)[k] for k in DIFFERING} for p in points]  # type: ignore[index, call-overload]
-    return json.dumps(made)
+    return json.dumps({"others": made, "planned": list(planned)})
 
 
 def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, here: bool = True) -> Settings:
@@ -83,13 +89,14 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
         ConfigError: for the first value that is not allowed; nothing slow has happened then.
     """
     if composed.get("group"):
-        made = []
-        for differing in ({}, *json.loads(composed.group)):
+        made, group = [], json.loads(composed.group)
+        for differing in ({}, *group["others"]):
             one = composed.copy()
             for key, value in {"group": None, **differing}.items():
                 OmegaConf.update(one, key, value, merge=key != "policy")  # which is another one
             made.append(read(one, model_names))
-        return dataclasses.replace(made[0], cells=tuple(c for s in made for c in s.cells))
+        cells = tuple(c for s in made for c in s.cells)
+        return dataclasses.replace(made[0], cells=cells, planned=frozenset(group["planned"]))
     config = _typed(composed)
     if not config.model.path:
         raise ConfigError("model.path", "''", "give a hub id, a directory or a GGUF file")

@@ -148,13 +148,14 @@ class Runner:
     _loaded: dict[loading.ModelSpec, Any] = field(default_factory=dict)
     _broken: dict[loading.ModelSpec, UserError] = field(default_factory=dict)
 
-    def run(self, cells: Sequence[Cell]) -> list[Outcome]:
+    def run(self, cells: Sequence[Cell], planned: Collection[str] | None = None) -> list[Outcome]:
         """Compute the cells of a group, but those that are there and those that somebody else is at.
 
         A cell that raises is recorded under `failures/` and does not stop the others.
 
         Args:
             cells: equal in `group.key_of`.
+            planned: names; cells with others, because a file was changed meanwhile, are left out. None: all are.
 
         Raises:
             DiskError: if results cannot be written.
@@ -166,6 +167,8 @@ class Runner:
                 todo.append(_settled(cell))
             except UserError as error:
                 outcomes.append(self.fail(cell, error))
+        if planned is not None:
+            todo = [c for c in todo if c.name in planned]
         with ExitStack() as leases:
             held: dict[str, Any] = {}
             for cell in todo:

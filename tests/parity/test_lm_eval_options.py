@@ -139,7 +139,7 @@ def test_a_worker_has_the_same_cell(settings, loaded):
     planned = [c.settled() for c in settings(*given).cells]
     assert len(planned) == 4
     for cell in planned:
-        (again,) = settings(*_job([([addable(g) for g in given], None)], cell)).cells
+        (again,) = settings(*_job([([addable(g) for g in given], None)], [cell])).cells
         assert (again.id, again.options, again.task_name) == (cell.id, cell.options, cell.task_name)
 
 

@@ -239,7 +239,9 @@ def test_a_group_reaches_a_worker_whole(tmp_path):
     common = ["tasks=[piqa]", "limit=3"]
     points = [compose("config", [*common, *a]) for a in asked]
     expected = [c for p in points for c in read(p, _model_names()).cells]
-    made = settings(*common, *asked[0], f"group={quote(as_group(points[1:]))}")
+    names = [c.name for c in expected]
+    made = settings(*common, *asked[0], f"group={quote(as_group(points[1:], names))}")
     assert list(made.cells) == expected
+    assert made.planned == set(names)
     assert len({c.id for c in made.cells}) == len(asked)
     assert [c.policy.file["name"] for c in made.cells[-2:]] == ["of 0.4", "of 0.1"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from unittest import mock
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -160,8 +161,11 @@ def test_documents_that_fail_are_told_once_for_all_their_cells(folder, tmp_path)
 @given(st.text(st.characters(exclude_categories=["C"]), min_size=1).filter(lambda s: "${" not in s and s.strip()))
 def test_any_name_reaches_a_worker(name):
     made = cell(tasks.DataSpec(content="c0ffee"), name, shots=3)
-    overrides = _job([(["tasks=[a,b]", "shots=0", "policy=full", "++data.content=old"], OmegaConf.create())], made)
+    given = ["tasks=[a,b]", "shots=0", "policy=full", "++data.content=old"]
+    with mock.patch.object(Cell, "name", "its name"):  # there is no such task to look up
+        overrides = _job([(given, OmegaConf.create())], [made])
     parsed = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(overrides)}
     assert parsed["tasks"] == [name]
     assert (parsed["shots"], parsed["data.content"], parsed["policy"]) == (3, "c0ffee", "full")
     assert len(overrides) == len(parsed)  # each key once
+    assert json.loads(parsed["group"]) == {"others": [], "planned": ["its name"]}

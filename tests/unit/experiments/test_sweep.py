@@ -322,6 +322,14 @@ def test_weights_that_change_during_a_sweep_are_a_failure(runner, smollm2, monke
     assert (outcome.status, "changed after the sweep began" in outcome.error) == ("failed", True)
 
 
+def test_a_worker_computes_no_cell_that_was_not_planned(runner):
+    """A file of settings that changed after the plan makes another cell; the sweep's folder must not get it."""
+    planned, other = cell("h2o"), cell("h2o", budget=Budget(ratio=0.4))
+    outcomes = runner.run([planned, other], [planned.name])
+    assert [(o.name, o.status) for o in outcomes] == [(planned.name, "done")]
+    assert [p.name for p in runner.directory.iterdir() if is_cell(p)] == [planned.name]
+
+
 IDENTIFYING = ["model.safetensors", "config.json", "tokenizer.json", "vocab.txt", "chat_template.jinja", "modeling.py"]
 
 
