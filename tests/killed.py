@@ -36,9 +36,10 @@ def run(arguments: list[str], notes: str) -> None:
     seen: dict[str, set[str]] = {}
 
     def watch(runner, members) -> None:
+        now = time.time()  # one for all of a pass
         for name, member in members.items():
             known = seen.setdefault(name, set())
-            note("computed", time.time(), name, sorted(member.answers.keys() - known))
+            note("computed", now, name, sorted(member.answers.keys() - known))
             known |= member.answers.keys()
         time.sleep(PASS_SECONDS)
 

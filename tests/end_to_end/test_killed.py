@@ -17,8 +17,6 @@ from tests.hub.build import write_model
 from tests.models import write_piqa
 
 KILLS, CHECKPOINT = 20, 0.25
-SLACK = 0.5
-"""Seconds between the end of a pass and its note, on a busy machine."""
 GRID = ["-m", "policy=full,window,h2o,a2sf,tova", "budget.ratio=0.2,0.5", "tasks=[piqa]", "batch_size=8"]
 
 
@@ -72,7 +70,7 @@ def test_a_sweep_killed_at_random_moments_loses_and_repeats_little(tmp_path):
             if process.is_alive():
                 os.kill(process.pid, signal.SIGKILL)
                 process.join()
-        ended, kills = time.time(), kills + 1
+        kills += 1
         lines = notes.read_text().splitlines()[before:] if notes.exists() else []
         told = [json.loads(line) for line in lines]
         fresh = [(when, name, h) for kind, when, name, *more in told if kind == "computed" for h in more[0]]
@@ -83,7 +81,8 @@ def test_a_sweep_killed_at_random_moments_loses_and_repeats_little(tmp_path):
         done = {p.name for p in (tmp_path / "runs" / "s").glob("*__*") if is_cell(p)}
         gone = [when for when, name, h in fresh if name not in done and h not in kept.get(name, ())]
         lost += len(gone)
-        assert not gone or ended - min(gone) < CHECKPOINT + killed.PASS_SECONDS + SLACK
+        passes = sorted(set(gone))  # by the killed process's own clock; it may have died keeping the last
+        assert len(passes) < 2 or passes[-2] - passes[0] < CHECKPOINT
         for path in (tmp_path / "runs" / "s").glob("*__*"):
             read_cell(path)  # whole
             stamp = (path / "result.json").stat().st_mtime_ns
