@@ -8,13 +8,12 @@ No task is looked at. The same command goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -131,7 +130,7 @@ def calibrate(args: argparse.Namespace, console: Console) -> None:
     about |= {"a2sf": __version__, "command": " ".join(sys.argv)}
     body = yaml.safe_dump(written(found, name, about), sort_keys=False, default_flow_style=None, width=160)
     write_atomically(out, f"# a2sf run policy=calibrated policy.file={out}\n{body}")
-    write_atomically(out.with_suffix(".errors.csv"), _csv(rows_of(calibration)))
+    write_atomically(out.with_suffix(".errors.csv"), pd.DataFrame(rows_of(calibration)).to_csv(index=False))
     _show(console, found, out)
 
 
@@ -164,14 +163,6 @@ def model_spec(args: argparse.Namespace) -> Any:
     path = yaml.safe_load(known.read_text())["path"] if "/" not in args.model and known.is_file() else args.model
     spec = loading.ModelSpec(path, dtype=args.dtype, device=args.device, revision=args.revision)
     return loading.pin(spec)[0]
-
-
-def _csv(rows: list[dict[str, Any]]) -> str:
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
 
 
 def _show(console: Console, found: Any, out: Path) -> None:

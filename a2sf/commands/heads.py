@@ -8,13 +8,12 @@ beside them, to compare with.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from rich.console import Console
 from rich.progress import track
 
@@ -70,7 +69,8 @@ def measure(args: argparse.Namespace, console: Console) -> None:
     other = out.with_name(f"{out.stem}-random{out.suffix}")
     write_atomically(out, json.dumps(sorted(chosen)))
     write_atomically(other, json.dumps(drawn))
-    write_atomically(out.with_suffix(".csv"), _csv(found))
+    scores = [{"layer": layer, "query_head": head, "score": score} for (layer, head), score in np.ndenumerate(found)]
+    write_atomically(out.with_suffix(".csv"), pd.DataFrame(scores).to_csv(index=False, float_format="%.6f"))
     title = f"Retrieval score, {args.documents} needles; framed: the {count} key/value heads chosen"
     figure = heads_figure(
         found, title, "share of needle tokens copied", [(a, b) for a, b in chosen], queries // kv_heads
@@ -85,11 +85,3 @@ def measure(args: argparse.Namespace, console: Console) -> None:
     console.print(f"{count} heads: {out}; at random: {other}; all scores: {out.with_suffix('.csv')}", soft_wrap=True)
     console.print(f"Pictures: {', '.join(map(str, pictures))}", soft_wrap=True)
     console.print(f"Score them with: a2sf run policy=heads policy.heads={out}", soft_wrap=True, markup=False)
-
-
-def _csv(found: np.ndarray) -> str:
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["layer", "query_head", "score"])
-    writer.writerows([layer, head, f"{score:.6f}"] for (layer, head), score in np.ndenumerate(found))
-    return file.getvalue()
