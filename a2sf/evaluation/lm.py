@@ -7,26 +7,20 @@ gives transformers' `generate` a bounded cache.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import hashlib
-import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
-from torch import Tensor
 from tqdm import tqdm
 
-from a2sf.engine.kernels import noting
 from a2sf.engine.trace import Trace
 from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation.contexts import Contexts
-from a2sf.evaluation.members import Answer, Member, Members
+from a2sf.evaluation.members import Answer, Member, document_of, request_hash
+from a2sf.evaluation.one_by_one import OneByOne
 from a2sf.evaluation.pretrained import load_pretrained
 from a2sf.evaluation.requests import Model, Request
 from a2sf.evaluation.scoring import Asked, Scoring
@@ -41,7 +35,6 @@ from a2sf.hf.attention import (
 from a2sf.hf.calls import hooks_of, logits_at
 from a2sf.hf.devices import input_device
 from a2sf.hf.exactness import require_exact
-from a2sf.hf.generation import PrunedCache, prove_decoding
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policy
@@ -52,12 +45,10 @@ PACK_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Computed tokens per forward pass where `batch_size` is auto."""
 NAMED = 5
 """Documents that a message names at most."""
-GENERATED_ROWS = 8
-"""Sequences generated at a time where `batch_size` is auto."""
 
 
 @register_model(NAME)
-class PrunedLM(Members, HFLM):
+class PrunedLM(OneByOne):
     """lm-eval's Hugging Face model with a pruned cache, `lm_eval.simple_evaluate(model="a2sf", ...)`.
 
     Args:
@@ -134,93 +125,13 @@ class PrunedLM(Members, HFLM):
         """Computed tokens per forward pass on this device, while its memory suffices."""
         return PACK_TOKENS["cpu" if self.device.type == "cpu" else "cuda"]
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """As HFLM's, through a bounded cache; a request that `known` answers is not computed again."""
-        if not self.policy.causal:
-            raise ConfigError("policy", self.policy.name, "it looks at later tokens, so it cannot generate text")
-        prove_decoding(self.model, self.policy, self.budget)
-        # lm-eval adds to the stop sequences that it is given
-        own = [dataclasses.replace(r, arguments=copy.deepcopy(r.args)) for r in requests]
-        hashes = [request_hash(r.args) for r in requests]
-        prompts = [self._prompt(*r.args) for r in requests]
-        if not self.group:
-            self.member.error = None
-        self._find_contexts(requests, [self.member])
-        if self.member.error is not None:
-            raise self.member.error
-        cuts = [self._cut(self.member, len(t), n, r.args[0]) for r, (t, _, n) in zip(requests, prompts, strict=True)]
-        self._cuts = {str(tokens): cut for (tokens, _, _), cut in zip(prompts, cuts, strict=True)}
-        new = [r for r, h in zip(own, hashes, strict=True) if h not in self.known]
-        self._documents = {str(tokens): document_of(r) for r, (tokens, _, _) in zip(requests, prompts, strict=True)}
-        fewer = self.tokens_per_pass / self.most_tokens  # after memory ran out
-        self.batch_size_per_gpu = max(1, int((self.sequences_per_pass or GENERATED_ROWS) * fewer))
-        with noting() as ran:
-            texts = iter(super().generate_until(new, disable_tqdm=disable_tqdm or self.silent) if new else [])
-        self.member.ran |= ran
-        answers = [self.known[h][0] if h in self.known else next(texts) for h in hashes]
-        self.counts.reused += len(requests) - len(new)
-        for request, h, text, (context, most, _), cut in zip(requests, hashes, answers, prompts, cuts, strict=True):
-            continuation = self.tok_encode(text, add_special_tokens=False)
-            self.lengths[h] = (len(context), len(continuation))
-            kept = self.retention(len(context) + max(0, most - 1), cut)
-            self.counts.count_targets(len(continuation), len(context), kept, cut)
-            if h not in self.known:
-                self.counts.count_read(len(context) + len(continuation[:-1]), cut, kept)
-            if self._to_trace(request) and continuation:
-                self._trace(request.doc_id, context, continuation[:-1], kept, cut)
-        return answers
-
-    def _prompt(self, context: str, settings: dict[str, Any]) -> tuple[list[int], int, int]:
-        """The tokens HFLM reads before it generates, how many it generates at most, and the tokens of the whole prompt.
-
-        Raises:
-            UserError: if nothing can be read before so many.
-        """
-        settings = normalize_gen_kwargs(copy.deepcopy(settings), self.max_gen_toks)
-        most = settings["max_gen_toks"]
-        if most >= self.max_length:
-            raise UserError(
-                f"the task generates up to {most} tokens, which leaves no room for a prompt in the model's "
-                f"{self.max_length} positions; choose another task or model"
-            )
-        whole = self.tok_encode(context)
-        return whole[-(self.max_length - most) :], most, len(whole)
-
-    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
-        more = max_length - context.shape[1]
-        # the whole prompt comes at once, so that one of a single token is no chunk
-        read = [row[mask.bool()].tolist() for row, mask in zip(context, settings["attention_mask"], strict=True)]
-        prompt = [self._cuts[str(tokens)] if self.schedule.before_question else len(tokens) for tokens in read]
-        cache = PrunedCache(
-            self.model,
-            self.policy,
-            self.budget,
-            schedule=self.schedule,
-            max_new_tokens=more,
-            context_tokens=prompt,
-            backend=self.engine,
-        )
-        try:
-            text = super()._model_generate(context, max_length, stop, cache=cache, **settings)
-        except NonFiniteError as error:
-            copies = max(1, cache.batch_size // len(context))  # beams, or several texts of one prompt
-            rows = dict.fromkeys(row // copies for row in error.rows)
-            raise error.about(self._subject(str(read[i]) for i in rows)) from error
-        if cache.seen is None:
-            raise UnsupportedModel(
-                f"{type(self.model).__name__} did not use the pruned cache that generate() gave it; choose another model"
-            )
-        self.counts.computed += int(cache.seen.sum())
-        return text
-
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """As HFLM's, for all members of a group at once; what is known (by `request_hash`) is not computed again.
 
         Raises:
             NonFiniteError: if a score depends on NaN or infinity, with the documents.
         """
-        if not self.group:
-            self.member.answers, self.member.error = {}, None
+        self._begin()
         hashes = [request_hash(r.args) for r in requests]
         self._documents = {str(r.args): document_of(r) for r in requests}
         self._find_contexts(requests, self.group or [self.member])
@@ -245,17 +156,6 @@ class PrunedLM(Members, HFLM):
             self.lengths[h] = answer[2:]
             self._count(self.member, answer.context, answer.continuation, r.args[0], reused=h in self.known)
         return [a[:2] for a in found if a is not None]
-
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """As HFLM's, which scores one window at a time."""
-        answers: list[float] = []
-        self._documents = {str(r.args): document_of(r) for r in requests}
-        for request in tqdm(requests, disable=disable_tqdm or self.silent, desc="rolling windows", leave=False):
-            try:
-                answers += super().loglikelihood_rolling([request], disable_tqdm=True)
-            except NonFiniteError as error:
-                raise error.about(self._subject([str(request.args)])) from error
-        return answers
 
     def _subject(self, requests: Iterable[str]) -> str:
         """What a message calls the documents of requests, given by their strings or tokens; "" where none is known."""
@@ -304,7 +204,7 @@ class PrunedLM(Members, HFLM):
         hashes = [None if strings is None else request_hash(strings) for strings, _, _ in requests]
         asked = [a for j in range(len(requests)) for a in self._asked(requests, hashes, j)]
         answers: dict[int, tuple[float, bool]] = {}
-        bar = tqdm(total=len(asked), disable=disable_tqdm, desc="log-likelihoods", leave=False)
+        bar = tqdm(total=len(asked), disable=disable_tqdm or self.silent, desc="log-likelihoods", leave=False)
         started = self._clock or time.perf_counter()
         self._clock = None
         if asked:  # tokenising was for everybody
@@ -422,18 +322,6 @@ class PrunedLM(Members, HFLM):
                 "of the context that schedule.at=context cuts after"
             )
         return cut
-
-
-def document_of(request: Any) -> tuple[str, int]:
-    """Task and document of one of lm-eval's requests; document -1 where it has none."""
-    number = getattr(request, "document", request.doc_id)  # where lm-eval counts chosen documents from nought
-    return str(request.task_name), -1 if number is None else int(number)
-
-
-def request_hash(arguments: tuple[Any, ...]) -> str:
-    """Identifies a request by its strings, and the settings of its generation."""
-    strings = [a if isinstance(a, str) else json.dumps(a, sort_keys=True, default=str) for a in arguments]
-    return hashlib.sha256("\0".join(strings).encode()).hexdigest()[:16]
 
 
 def check_batch_size(value: Any) -> int | None:

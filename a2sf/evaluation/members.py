@@ -6,6 +6,8 @@ model is a group of one.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -165,3 +167,15 @@ class Members:
         """What each layer keeps of a request of `total` tokens read, `context` of them its context."""
         member = member or self.member
         return retention_of(member.policy, member.budget, total, context, self.layers)
+
+
+def document_of(request: Any) -> tuple[str, int]:
+    """Task and document of one of lm-eval's requests; document -1 where it has none."""
+    number = getattr(request, "document", request.doc_id)  # where lm-eval counts chosen documents from nought
+    return str(request.task_name), -1 if number is None else int(number)
+
+
+def request_hash(arguments: tuple[Any, ...]) -> str:
+    """Identifies a request by its strings, and the settings of its generation."""
+    strings = [a if isinstance(a, str) else json.dumps(a, sort_keys=True, default=str) for a in arguments]
+    return hashlib.sha256("\0".join(strings).encode()).hexdigest()[:16]

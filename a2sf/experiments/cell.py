@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from a2sf.errors import ConfigError
 from a2sf.evaluation import tasks
-from a2sf.evaluation.lm import request_hash
+from a2sf.evaluation.members import request_hash
 from a2sf.evaluation.prompting import SAMPLING_SEED, Prompting
 from a2sf.experiments.names import safe
 from a2sf.experiments.until import Until

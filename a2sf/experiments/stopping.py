@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from a2sf.errors import ConfigError, UserError
-from a2sf.evaluation.lm import request_hash
-from a2sf.evaluation.members import Member
+from a2sf.evaluation.members import Member, request_hash
 from a2sf.experiments.cell import Cell
 from a2sf.experiments.checkpoint import FOLDER, write_in
 from a2sf.experiments.runs import DiskError

@@ -11,7 +11,8 @@ from lm_eval.api.instance import Instance
 from a2sf import Budget, Policy, Retention
 from a2sf.errors import UserError
 from a2sf.evaluation import scoring
-from a2sf.evaluation.lm import PrunedLM, request_hash
+from a2sf.evaluation.lm import PrunedLM
+from a2sf.evaluation.members import request_hash
 from a2sf.evaluation.packing import Item, pack
 from a2sf.hf.attention import NonFiniteError
 from a2sf.policies.find import find_policies

@@ -172,7 +172,7 @@ def test_known_requests_are_not_computed_again(tiny):
     lm = tiny("full")
     todo = [Instance("loglikelihood", {}, ("a context", " and more"), 0), Instance("loglikelihood", {}, ("b", " c"), 1)]
     answers = lm.loglikelihood(todo)
-    from a2sf.evaluation.lm import request_hash
+    from a2sf.evaluation.members import request_hash
 
     lm.known = {request_hash(todo[0].args): (-1.5, True, 9, 9)}
     known, computed = lm.loglikelihood(todo)

@@ -1,0 +1,153 @@
+"""Texts and rolling windows of unfinished cells: kept as they come, read by the next start, and by a larger limit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from a2sf.evaluation import tasks
+from a2sf.evaluation.lm import PrunedLM
+from a2sf.evaluation.one_by_one import OneByOne
+from a2sf.experiments import sweep
+from a2sf.experiments.cell import Cell
+from a2sf.experiments.runs import load_sweep
+from a2sf.experiments.sweep import Runner
+from a2sf.experiments.tracking import Tracker, TrackerSpec
+from a2sf.hf.loading import ModelSpec
+from a2sf.policies.budget import Budget
+from a2sf.policies.find import find_policies
+from tests.conftest import SMOLLM2
+
+COMMON = """
+task: {task}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+metadata: {{version: 1.0}}
+"""
+WRITES = """
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\\n\\n"], max_gen_toks: 6, do_sample: false}
+metric_list: [{metric: exact_match}]
+"""
+ROLLS = """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
+"""
+QUESTIONS = [
+    "What is the capital of France? It is",
+    "One, two, three, four,",
+    "Water boils at a temperature of",
+    "The sun rises in the east and sets in the",
+]
+
+
+@pytest.fixture
+def make(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"question": q, "answer": "Paris"}) for q in QUESTIONS))
+
+    def cell(kind: str, limit: int = 4, policy: str = "h2o") -> Cell:
+        file = tmp_path / f"{kind}.yaml"
+        file.write_text(COMMON.format(task=f"own_{kind}", data=data) + {"writes": WRITES, "rolls": ROLLS}[kind])
+        rule = find_policies()[policy]()
+        budget = Budget(ratio=0.5) if rule.uses_budget else None
+        return Cell("small", ModelSpec(SMOLLM2, device="cpu"), rule, budget, str(file), 0, limit, 1, tasks.DataSpec())
+
+    return cell
+
+
+@pytest.fixture
+def runners(tmp_path, smollm2, monkeypatch):
+    """Sweeps that know nothing of each other."""
+    monkeypatch.setattr(sweep.loading, "load", lambda spec: smollm2)
+
+    def new(name: str) -> Runner:
+        directory = tmp_path / name / "s"
+        return Runner(directory, Tracker(TrackerSpec(), "s", directory), batch_size=2)
+
+    return new
+
+
+def interrupt(runner: Runner, cells: list[Cell], passes: int, monkeypatch) -> dict[str, list[object]]:
+    """Run until so many passes are done; the answers that are kept then, of all cells."""
+    left = [passes]
+
+    def stop(self, members) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Runner, "_watch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(cells)
+    files = [json.loads(f.read_text()) for f in (runner.directory / ".checkpoints").glob("*.json")]
+    return {h: a for f in files for h, a in f["answers"].items()}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the model was asked for, in batches."""
+    batches: list[int] = []
+    generate, roll = OneByOne._batch, PrunedLM._loglikelihood_tokens
+
+    def texts(self, requests):
+        batches.append(len(requests))
+        return generate(self, requests)
+
+    def windows(self, requests, *more, **settings):
+        batches.append(len(requests))
+        return roll(self, requests, *more, **settings)
+
+    monkeypatch.setattr(OneByOne, "_batch", texts)
+    monkeypatch.setattr(PrunedLM, "_loglikelihood_tokens", windows)
+    return batches
+
+
+def stored(directory: Path) -> dict[str, tuple[object, ...]]:
+    return {s.path.name: (s.metrics, s.result["scored"], s.documents.to_json()) for s in load_sweep(directory)}
+
+
+@pytest.mark.parametrize(("kind", "passes", "kept", "left"), [("writes", 1, 2, [2, 4]), ("rolls", 3, 2, [2, 4])])
+def test_the_next_start_goes_on_with_what_is_missing(make, runners, asked, monkeypatch, kind, passes, kept, left):
+    cells = [make(kind), make(kind, policy="window")]
+    undisturbed = runners("undisturbed")
+    assert {o.status for o in undisturbed.run(cells)} == {"done"}
+    runner = runners("killed")
+    answers = interrupt(runner, cells, passes, monkeypatch)
+    assert len(answers) == kept
+    asked.clear()
+    assert {o.status for o in runner.run(cells)} == {"done"}
+    assert sum(asked) == sum(left)
+    assert stored(runner.directory) == stored(undisturbed.directory)
+    assert not (runner.directory / ".checkpoints").exists()
+
+
+@pytest.mark.parametrize("kind", ["writes", "rolls"])
+def test_a_larger_limit_asks_for_the_new_documents_alone(make, runners, asked, kind):
+    runner, whole = runners("few"), runners("whole")
+    assert runner.run([make(kind, limit=2)])[0].status == whole.run([make(kind)])[0].status == "done"
+    asked.clear()
+    assert runner.run([make(kind)])[0].status == "done"
+    assert sum(asked) == 2
+    (of_all,) = [s for s in load_sweep(runner.directory) if s.cell["limit"] == 4]
+    (expected,) = load_sweep(whole.directory)
+    assert of_all.metrics == expected.metrics
+    assert of_all.result["timing"]["reused_requests"] == 2
+    assert of_all.result["scored"] == expected.result["scored"]
+
+
+def test_what_is_drawn_at_random_is_not_kept(make, runners, monkeypatch):
+    cell = make("writes")
+    file = Path(cell.task)
+    file.write_text(file.read_text().replace("do_sample: false", "do_sample: true, temperature: 1.0"))
+    runner = runners("drawn")
+    assert interrupt(runner, [dataclasses.replace(cell)], 1, monkeypatch) == {}
