@@ -25,7 +25,7 @@ from a2sf.policies.schedule import schedule_for
 
 SAMPLE = 12
 """Documents that stand for a task's."""
-CHARACTERS_PER_TOKEN = 4.3
+CHARACTERS_PER_TOKEN = 4.7
 
 Lengths = list[tuple[int, int]]
 """Tokens of context and continuation of each request of a document."""
@@ -57,11 +57,13 @@ class Measured:
         speeds: by model and dtype, and by these, task and shots.
         per_document: the same of seconds per document, of cells that generate.
         lengths: by task and shots, and by these and the model: each document's.
+        sizes: by task: how many documents there are, where a cell was to have more.
     """
 
     speeds: dict[Any, _Speed] = field(default_factory=dict)
     per_document: dict[Any, _Speed] = field(default_factory=dict)
     lengths: dict[Any, list[Lengths]] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def under(cls, runs: Path, wanted: set[tuple[str, int]]) -> Measured:
@@ -84,6 +86,9 @@ class Measured:
             if not (generates and timing["reused_requests"]):
                 for key in (model, (model, task)):
                     speeds.setdefault(key, _Speed()).add(amount, timing["seconds"])
+        n, limit = stored.result["documents"]["n"], cell["limit"]
+        if not cell.get("until") and (limit is None or n < limit):
+            self.sizes[cell["task"]] = n
         if task in wanted and not generates:
             for key in (task, (task, cell["model"])):
                 if len(self.lengths.get(key, ())) < stored.result["documents"]["n"]:
@@ -113,30 +118,45 @@ def estimate(groups: Sequence[Sequence[Cell]], runs: Path) -> list[Estimate]:
             ways,
         )
         if key not in known:
-            known[key] = _tokens(cells, lengths)
+            known[key] = _tokens(cells, lengths, measured.sizes.get(cell.task_name))
         tokens = known[key]
         speed = measured.speeds.get((model, task)) or measured.speeds.get(model)
         made.append(Estimate(tokens, None if not speed or tokens is None else tokens * speed.seconds / speed.tokens))
     return made
 
 
-def _tokens(cells: Sequence[Cell], lengths: list[Lengths] | None) -> float | None:
-    """Tokens that a group will compute."""
+def _tokens(cells: Sequence[Cell], lengths: list[Lengths] | None, size: int | None = None) -> float | None:
+    """Tokens that a group will compute.
+
+    Args:
+        lengths: of the task's documents, or some of them.
+        size: how many documents there are, where that is known.
+    """
     cell = cells[0]
-    documents = cell.limit
+    documents = cell.limit if size is None else min(size, cell.limit or size)
+    more = 1.0  # what the average document is longer than that of `lengths`
     if lengths is None or documents is None:
         if cell.data.root is None:
             return None
         with suppress(Exception):  # told when it is computed, of this group alone
             task = tasks.build(cell.task, cell.data, shots=cell.shots, seed=cell.seed)
             documents = min(documents or len(task.eval_docs), len(task.eval_docs))
-            lengths = lengths or _by_characters(task, min(documents, 2 * SAMPLE))
+            if not lengths:
+                lengths, more = _by_characters(task, documents)
     if not lengths or documents is None:
         return None
-    sample = lengths[:: max(1, len(lengths) // SAMPLE)][:SAMPLE]
+    ordered = sorted(lengths, key=_read)
+    step = max(1.0, len(ordered) / SAMPLE)
+    sample = [ordered[int((i + 0.5) * step)] for i in range(min(SAMPLE, len(ordered)))]
     items = [item for c in cells for item in _items(c, sample)]
     packed = pack(items, max_tokens=PACK_TOKENS["cpu" if cell.identity["device"] == "cpu" else "cuda"])
-    return sum(len(row.tokens) for row in packed) * documents / len(sample)
+    per_token = sum(len(row.tokens) for row in packed) / sum(map(_read, sample))
+    return per_token * sum(map(_read, lengths)) / len(lengths) * more * documents
+
+
+def _read(document: Lengths) -> int:
+    """Tokens of a document's longest context and all its continuations."""
+    return max(c for c, _ in document) + sum(n for _, n in document)
 
 
 def _items(cell: Cell, sample: Sequence[Lengths]) -> Iterator[Item]:
@@ -157,12 +177,14 @@ def _lengths(stored: StoredCell) -> list[Lengths]:
     return [p for p in pairs if p]
 
 
-def _by_characters(task: Any, documents: int) -> list[Lengths]:
-    """Lengths of a task's first documents, from their texts."""
-    task.build_all_requests(limit=documents)
+def _by_characters(task: Any, documents: int) -> tuple[list[Lengths], float]:
+    """Lengths of some of a task's first `documents`, from their texts, and how much longer the average one is."""
+    chosen = list(range(0, documents, max(1, documents // (2 * SAMPLE))))
+    task.build_all_requests(samples=chosen)
     found: dict[int, Lengths] = {}
     for instance in task.instances:
         if len(instance.args) == 2 and isinstance(instance.args[1], str):
             c, n = (max(1, round(len(text) / CHARACTERS_PER_TOKEN)) for text in instance.args)
             found.setdefault(instance.doc_id, []).append((c, n))
-    return list(found.values())
+    sizes = [len(str(task.eval_docs[i])) for i in range(documents)]
+    return list(found.values()), (sum(sizes) / documents) / (sum(sizes[i] for i in chosen) / len(chosen))
