@@ -13,9 +13,11 @@ cells = read_sweep(sweep)
 
 results = results_frame(cells)
 accuracy = results[results["metric"] == "acc"]
-print(accuracy.pivot_table(index=["policy", "budget_ratio"], columns="task", values="value").round(3).to_string())
+print(
+    accuracy.pivot_table(index=["shots", "policy", "budget_ratio"], columns="task", values="value").round(3).to_string()
+)
 
-of_documents = [c.documents.assign(policy=c.cell["policy"], task=c.cell["task"], cell=c.path.name) for c in cells]
+of_documents = [c.documents.assign(**{k: c.cell[k] for k in ("policy", "task", "shots")}) for c in cells]
 documents = pd.concat(of_documents, ignore_index=True)
-right = (documents["prediction"] == documents["gold"]).groupby(documents["policy"]).mean()
-print(f"\n{len(documents)} scored documents; right answers by policy:\n{right.round(3).to_string()}")
+right = (documents["prediction"] == documents["gold"]).groupby([documents["shots"], documents["policy"]]).mean()
+print(f"\n{len(documents)} scored documents; right answers:\n{right.round(3).to_string()}")

@@ -58,14 +58,14 @@ def test_own_policy_and_its_yaml(tmp_path):
 
 def test_read_sweep(tmp_path):
     said = run(EXAMPLES / "read_sweep.py", cwd=tmp_path)
-    assert "24200 scored documents" in said
+    assert "48400 scored documents" in said
     assert "arc_challenge" in said
 
 
 def test_when_is_it_told(tmp_path):
     said = run(EXAMPLES / "when_is_it_told.py", cwd=tmp_path)
-    assert said.count("winogrande") == 7
-    assert "share of the documents: {'±5': 0.78, '±10': 0.48, 'which is better': 0.73}" in said
+    assert said.count("winogrande") == 14
+    assert "share of the documents: {'±5': 0.8, '±10': 0.5, 'which is better': 0.78}" in said
 
 
 def test_every_example_is_tested():
