@@ -7,10 +7,12 @@ this machine (by characters). A sample of documents of such lengths is packed as
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from a2sf.errors import UserError
@@ -25,6 +27,8 @@ from a2sf.policies.schedule import schedule_for
 
 SAMPLE = 12
 """Documents that stand for a task's."""
+MANY = 500
+"""Documents whose characters stand for a task's."""
 CHARACTERS_PER_TOKEN = 4.7
 
 Lengths = list[tuple[int, int]]
@@ -57,13 +61,13 @@ class Measured:
         speeds: by model and dtype, and by these, task and shots.
         per_document: the same of seconds per document, of cells that generate.
         lengths: by task and shots, and by these and the model: each document's.
-        sizes: by task: how many documents there are, where a cell was to have more.
+        sizes: by task and its data: how many documents there are, where a cell was to have more.
     """
 
     speeds: dict[Any, _Speed] = field(default_factory=dict)
     per_document: dict[Any, _Speed] = field(default_factory=dict)
     lengths: dict[Any, list[Lengths]] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
+    sizes: dict[Any, int] = field(default_factory=dict)
 
     @classmethod
     def under(cls, runs: Path, wanted: set[tuple[str, int]]) -> Measured:
@@ -79,20 +83,19 @@ class Measured:
         cell, timing = stored.cell, stored.result["timing"]
         model, task = (cell["model"], cell["dtype"]), (cell["task"], cell["shots"])
         generates = "generation" in cell.get("identity", {})
+        n, limit = stored.result["documents"]["n"], cell["limit"]
         if timing["computed_tokens"]:
-            n = stored.result["documents"]["n"]
             amount = n if generates else timing["computed_tokens"]
             speeds = self.per_document if generates else self.speeds
             if not (generates and timing["reused_requests"]):
                 for key in (model, (model, task)):
                     speeds.setdefault(key, _Speed()).add(amount, timing["seconds"])
-        n, limit = stored.result["documents"]["n"], cell["limit"]
-        if not cell.get("until") and (limit is None or n < limit):
-            self.sizes[cell["task"]] = n
         if task in wanted and not generates:
             for key in (task, (task, cell["model"])):
-                if len(self.lengths.get(key, ())) < stored.result["documents"]["n"]:
+                if len(self.lengths.get(key, ())) < n:
                     self.lengths[key] = _lengths(stored)
+        if not cell.get("until") and (limit is None or n < limit):
+            self.sizes[_documents(cell["identity"])] = n
 
 
 def estimate(groups: Sequence[Sequence[Cell]], runs: Path) -> list[Estimate]:
@@ -103,9 +106,11 @@ def estimate(groups: Sequence[Sequence[Cell]], runs: Path) -> list[Estimate]:
     for cells in groups:
         cell = cells[0]
         model, task = (cell.model_name, cell.identity["dtype"]), (cell.task_name, cell.shots)
+        size = measured.sizes.get(_documents(cell.identity))
         if tasks.generates(cell.task):
             speed = measured.per_document.get((model, task))
-            found = speed and cell.limit and speed.seconds / speed.tokens * cell.limit * len(cells)
+            documents = _asked(cell, size)
+            found = speed and documents and speed.seconds / speed.tokens * documents * len(cells)
             made.append(Estimate(seconds=found or None))
             continue
         lengths = measured.lengths.get((task, cell.model_name)) or measured.lengths.get(task)
@@ -118,7 +123,7 @@ def estimate(groups: Sequence[Sequence[Cell]], runs: Path) -> list[Estimate]:
             ways,
         )
         if key not in known:
-            known[key] = _tokens(cells, lengths, measured.sizes.get(cell.task_name))
+            known[key] = _tokens(cells, lengths, size)
         tokens = known[key]
         speed = measured.speeds.get((model, task)) or measured.speeds.get(model)
         made.append(Estimate(tokens, None if not speed or tokens is None else tokens * speed.seconds / speed.tokens))
@@ -133,7 +138,7 @@ def _tokens(cells: Sequence[Cell], lengths: list[Lengths] | None, size: int | No
         size: how many documents there are, where that is known.
     """
     cell = cells[0]
-    documents = cell.limit if size is None else min(size, cell.limit or size)
+    documents = _asked(cell, size)
     more = 1.0  # what the average document is longer than that of `lengths`
     if lengths is None or documents is None:
         if cell.data.root is None:
@@ -152,6 +157,16 @@ def _tokens(cells: Sequence[Cell], lengths: list[Lengths] | None, size: int | No
     packed = pack(items, max_tokens=PACK_TOKENS["cpu" if cell.identity["device"] == "cpu" else "cuda"])
     per_token = sum(len(row.tokens) for row in packed) / sum(map(_read, sample))
     return per_token * sum(map(_read, lengths)) / len(lengths) * more * documents
+
+
+def _asked(cell: Cell, size: int | None) -> int | None:
+    """How many documents a cell has of a task with `size`; None where that is not known."""
+    return cell.limit if size is None else min(size, cell.limit or size)
+
+
+def _documents(identity: dict[str, Any]) -> str:
+    """What a task's documents are known by."""
+    return json.dumps([identity["task"], identity["data"]], sort_keys=True)
 
 
 def _read(document: Lengths) -> int:
@@ -179,12 +194,19 @@ def _lengths(stored: StoredCell) -> list[Lengths]:
 
 def _by_characters(task: Any, documents: int) -> tuple[list[Lengths], float]:
     """Lengths of some of a task's first `documents`, from their texts, and how much longer the average one is."""
-    chosen = list(range(0, documents, max(1, documents // (2 * SAMPLE))))
+    chosen = _spread(documents, 2 * SAMPLE)
     task.build_all_requests(samples=chosen)
     found: dict[int, Lengths] = {}
     for instance in task.instances:
         if len(instance.args) == 2 and isinstance(instance.args[1], str):
             c, n = (max(1, round(len(text) / CHARACTERS_PER_TOKEN)) for text in instance.args)
             found.setdefault(instance.doc_id, []).append((c, n))
-    sizes = [len(str(task.eval_docs[i])) for i in range(documents)]
-    return list(found.values()), (sum(sizes) / documents) / (sum(sizes[i] for i in chosen) / len(chosen))
+    average, of_chosen = (
+        fmean(len(str(task.eval_docs[i])) for i in which) for which in (_spread(documents, MANY), chosen)
+    )
+    return list(found.values()), average / of_chosen
+
+
+def _spread(documents: int, most: int) -> list[int]:
+    """About `most` of so many documents, at equal distances."""
+    return list(range(0, documents, max(1, documents // most)))

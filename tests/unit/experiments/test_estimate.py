@@ -9,7 +9,7 @@ import pytest
 
 from a2sf.evaluation import tasks
 from a2sf.experiments.cell import Cell
-from a2sf.experiments.estimate import Measured, _tokens
+from a2sf.experiments.estimate import Measured, _documents, _tokens
 from a2sf.hf.loading import ModelSpec
 from a2sf.policies.find import find_policies
 from tests.conftest import SMOLLM2
@@ -29,10 +29,12 @@ def test_a_few_long_documents_count_for_what_they_are():
 
 def test_a_task_has_no_more_documents_than_a_cell_found():
     lengths = [[(10, 3)]] * 6
-    measured = Measured()
+    cells = full(200)
+    measured, identity = Measured(), cells[0].identity
     for limit, n in ((4, 4), (100, 6)):
         stored = SimpleNamespace(
-            cell={"model": "small", "dtype": "float32", "task": "copa", "shots": 0, "limit": limit},
+            cell={"model": "small", "dtype": "float32", "task": "copa", "shots": 0, "limit": limit}
+            | {"identity": identity},
             result={
                 "documents": {"n": n},
                 "timing": {"computed_tokens": 10, "seconds": 1.0, "reused_requests": 0},
@@ -40,5 +42,7 @@ def test_a_task_has_no_more_documents_than_a_cell_found():
             documents=pd.DataFrame({"context_tokens": [[10]] * n, "continuation_tokens": [[3]] * n}),
         )
         measured._add(stored, {("copa", 0)})
-    assert measured.sizes == {"copa": 6}
-    assert _tokens(full(200), lengths, measured.sizes["copa"]) == _tokens(full(6), lengths) == 6 * 12
+    assert list(measured.sizes.values()) == [6]
+    assert measured.sizes.get(_documents(identity)) == 6
+    assert measured.sizes.get(_documents(identity | {"data": {"content": "others"}})) is None
+    assert _tokens(cells, lengths, 6) == _tokens(full(6), lengths) == 6 * 12
