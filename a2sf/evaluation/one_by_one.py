@@ -21,6 +21,7 @@ from tqdm import tqdm
 from a2sf.engine.kernels import noting
 from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation.members import Answer, Members, document_of, request_hash
+from a2sf.evaluation.prompting import draws
 from a2sf.hf.attention import NonFiniteError, UnsupportedModel
 from a2sf.hf.generation import PrunedCache, prove_decoding
 
@@ -49,29 +50,29 @@ class OneByOne(Members, HFLM):
         self._cuts = {str(tokens): cut for (tokens, _, _), cut in zip(prompts, cuts, strict=True)}
         self._documents = {str(tokens): document_of(r) for r, (tokens, _, _) in zip(requests, prompts, strict=True)}
         self.member.asked = len(set(hashes))
-        texts = self._texts(requests, hashes, prompts, disable_tqdm)
-        for request, h, text, (context, most, _), cut in zip(requests, hashes, texts, prompts, cuts, strict=True):
-            continuation = self.tok_encode(text, add_special_tokens=False)
-            self.lengths[h] = (len(context), len(continuation))
+        answers = self._answers(requests, hashes, prompts, disable_tqdm)
+        for request, h, answer, (context, most, _), cut in zip(requests, hashes, answers, prompts, cuts, strict=True):
+            self.lengths[h] = (len(context), answer.continuation)
             kept = self.retention(len(context) + max(0, most - 1), cut)
-            self.counts.count_targets(len(continuation), len(context), kept, cut)
+            self.counts.count_targets(answer.continuation, len(context), kept, cut)
             if h in self.known:
                 self.counts.reused += 1
             else:
-                self.counts.count_read(len(context) + len(continuation[:-1]), cut, kept)
-            if self._to_trace(request) and continuation:
+                self.counts.count_read(len(context) + max(0, answer.continuation - 1), cut, kept)
+            if self._to_trace(request) and answer.continuation:
+                continuation = self.tok_encode(answer.value, add_special_tokens=False)
                 self._trace(request.doc_id, context, continuation[:-1], kept, cut)
-        return texts
+        return [a.value for a in answers]
 
-    def _texts(
+    def _answers(
         self, requests: Sequence[Any], hashes: Sequence[str], prompts: Sequence[Prompt], disable_tqdm: bool
-    ) -> list[str]:
+    ) -> list[Answer]:
         """The texts, in the batches that HFLM would make: of equal settings, the longest prompts first."""
-        texts: dict[int, str] = {}
+        answers: dict[int, Answer] = {}
         new: dict[str, list[int]] = {}
         for i, (request, h) in enumerate(zip(requests, hashes, strict=True)):
             if (answer := self.member.answer(h)) is not None:
-                texts[i] = answer.value
+                answers[i] = answer
             else:
                 new.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(i)
         fewer = self.tokens_per_pass / self.most_tokens  # after memory ran out
@@ -80,18 +81,17 @@ class OneByOne(Members, HFLM):
         with tqdm(total=total, disable=silent, desc="texts", leave=False) as bar:
             for alike in new.values():
                 alike.sort(key=lambda i: (-prompts[i][2], requests[i].args[0]))
+                kept = not draws(requests[alike[0]].args[1])  # what is drawn at random is drawn anew each time
                 for first in range(0, len(alike), rows):
                     batch = alike[first : first + rows]
-                    texts |= zip(batch, self._batch([requests[i] for i in batch]), strict=True)
-                    # what is drawn at random is drawn anew each time
-                    drawn = normalize_gen_kwargs(copy.deepcopy(requests[batch[0]].args[1]))["do_sample"]
-                    for i in () if drawn else batch:
-                        length = len(self.tok_encode(texts[i], add_special_tokens=False))
-                        self.member.answers[hashes[i]] = Answer(texts[i], False, len(prompts[i][0]), length)
+                    for i, text in zip(batch, self._batch([requests[i] for i in batch]), strict=True):
+                        length = len(self.tok_encode(text, add_special_tokens=False))
+                        answers[i] = Answer(text, False, len(prompts[i][0]), length)
+                    self.member.answers |= {hashes[i]: answers[i] for i in batch if kept}
                     bar.update(len(batch))
                     if self.after_pass is not None:
                         self.after_pass()
-        return [texts[i] for i in range(len(requests))]
+        return [answers[i] for i in range(len(requests))]
 
     def _batch(self, requests: Sequence[Any]) -> list[str]:
         started = time.perf_counter()
@@ -100,7 +100,9 @@ class OneByOne(Members, HFLM):
         with noting() as ran:
             texts: list[str] = super().generate_until(own, disable_tqdm=True)
         self.member.ran |= ran
-        self._spend(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.member.seconds += seconds
+        self.spent += seconds
         return texts
 
     def _prompt(self, context: str, settings: dict[str, Any]) -> Prompt:
@@ -177,7 +179,3 @@ class OneByOne(Members, HFLM):
         """A member by itself has no answers but those of this call."""
         if not self.group:
             self.member.answers, self.member.error = {}, None
-
-    def _spend(self, seconds: float) -> None:
-        self.member.seconds += seconds
-        self.spent += seconds

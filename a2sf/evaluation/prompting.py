@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from a2sf.errors import ConfigError, nearest
 
@@ -157,6 +160,11 @@ class Prompting:
     @property
     def _told(self) -> str:
         return str(self.chat_template).lower() if isinstance(self.chat_template, bool) else self.chat_template
+
+
+def draws(settings: Mapping[str, Any]) -> bool:
+    """Whether text of such settings of generation is drawn at random; lm-eval takes a temperature for a wish to."""
+    return bool(normalize_gen_kwargs(copy.deepcopy(dict(settings)))["do_sample"])
 
 
 def plain_mapping(key: str, value: Any) -> dict[str, Any]:

@@ -15,13 +15,12 @@ from typing import Any
 
 import pandas as pd
 import torch
-from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import AutoTokenizer
 
 from a2sf.errors import ConfigError
 from a2sf.evaluation import tasks
 from a2sf.evaluation.members import request_hash
-from a2sf.evaluation.prompting import SAMPLING_SEED, Prompting
+from a2sf.evaluation.prompting import SAMPLING_SEED, Prompting, draws
 from a2sf.experiments.names import safe
 from a2sf.experiments.until import Until
 from a2sf.hf.loading import ModelSpec, fingerprint, positions_of, tokenizer_folder
@@ -386,5 +385,4 @@ def _gold(sample: dict[str, Any], task: Any) -> int:
 def drawn(task: Any) -> bool:
     """Whether answers are drawn at random: of several samples of one prompt only the first is stored."""
     settings = task.config.generation_kwargs
-    # lm-eval takes a temperature for a wish to sample
-    return (task.config.repeats or 1) > 1 or bool(settings and normalize_gen_kwargs(dict(settings))["do_sample"])
+    return (task.config.repeats or 1) > 1 or bool(settings and draws(settings))
