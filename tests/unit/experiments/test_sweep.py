@@ -33,6 +33,7 @@ from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policies
 from a2sf.report.html import read_failures
 from tests.conftest import SMOLLM2
+from tests.interrupted import interrupted
 
 HUB = tasks.DataSpec(content="c0ffee")
 
@@ -222,26 +223,10 @@ def test_a_cell_that_another_process_computes_is_busy_until_that_process_is_dead
     assert outcome.status == "done"
 
 
-def interrupted(runner: Runner, cells: list[Cell], passes: int, monkeypatch) -> None:
-    """Run a group until so many passes are done."""
-    left = [passes]
-
-    def stop(self, members) -> None:
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Runner, "_watch", stop)
-        with pytest.raises(KeyboardInterrupt):
-            runner.run(cells)
-
-
 def test_answers_of_unfinished_cells_are_read_by_the_next_start(runner, monkeypatch):
     runner.batch_size = 4
     cells = [cell(name) for name in ("full", "h2o", "window")]
-    interrupted(runner, cells, 3, monkeypatch)
-    kept = {f.stem: json.loads(f.read_text())["answers"] for f in (runner.directory / ".checkpoints").glob("*.json")}
+    kept = interrupted(runner, cells, 3, monkeypatch)
     assert sum(map(len, kept.values())) == 3 * 4
     assert all(o.status == "done" for o in runner.run(cells))
     assert not (runner.directory / ".checkpoints").exists()
