@@ -62,7 +62,7 @@ def demo() -> list[Way]:
 def measure(figures: Figures, options: argparse.Namespace) -> None:
     """Add the ratios, saving them as they come: each takes minutes."""
     ratios, details = figures.ratios, figures.details
-    loaded = load(SMOLLM2)
+    loaded = load(figures.model)
     lm = PrunedLM(loaded.model, tokenizer=loaded.tokenizer)
     lm.silent = True
     run(lm, paper()[::8], ("piqa",), documents=4)  # warm

@@ -46,7 +46,7 @@ TARGETS = {
 def measure(figures: Figures, options: argparse.Namespace) -> None:
     """Add the ratios to lm-eval, saving them as they come: each takes minutes."""
     ratios, details = figures.ratios, figures.details
-    loaded = load(SMOLLM2)
+    loaded = load(figures.model)
     theirs = lm_eval_model(loaded, options.batch_size)
     ours = PrunedLM(loaded.model, tokenizer=loaded.tokenizer)
     ours.silent = True
@@ -64,14 +64,14 @@ def measure(figures: Figures, options: argparse.Namespace) -> None:
         details[f"seconds_{shots}shot"] = seconds
         if shots == 1:
             accuracy |= {f"{name}, float32": result for name, result in results.items()}
-            rate = _matmul_rate()
+            rate = _matmul_rate(figures.device)
             _with(ours, SETTINGS["full"], shots)()
             useful = _useful_flops(loaded, ours.counts.computed, ours.counts.scored)
             ratios["prompt_over_full_cell"] = seconds["prompt"] / seconds["full"]
             ratios["useful_flops_over_peak"] = useful / seconds["full"] / rate
             details["matmul_gflops"] = rate / 1e9
         figures.save()
-    half = load(dataclasses.replace(SMOLLM2, dtype="bfloat16"))
+    half = load(dataclasses.replace(figures.model, dtype="bfloat16"))
     ours_half = PrunedLM(half.model, tokenizer=half.tokenizer)
     ours_half.silent = True
     for name, setting in SETTINGS.items():
@@ -80,6 +80,8 @@ def measure(figures: Figures, options: argparse.Namespace) -> None:
         ratios[f"float32_over_bfloat16_{name}_1shot"] = seconds["float32"] / seconds["bfloat16"]
         accuracy[f"{name}, bfloat16"] = results["bfloat16"]
     figures.save()
+    if not figures.on_cpu:
+        return  # what follows is the process's memory
     peaks = {who: alone(who, "--batch-size", theirs.batch_size) for who in ("ours", "lm_eval")}
     ratios["peak_memory_ours_over_lm_eval_1shot"] = peaks["ours"] / peaks["lm_eval"]
     details["peak_mib"] = {who: p / 2**20 for who, p in peaks.items()}
@@ -125,14 +127,10 @@ def evaluate(lm: Any, shots: int, documents: int = DOCUMENTS) -> dict[str, float
     return {task: found["results"][task]["acc,none"] for task in TASKS}
 
 
-def _matmul_rate() -> float:
+def _matmul_rate(device: str) -> float:
     """float32 operations per second of a large matrix product, the best of a few."""
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    best = float("inf")
-    for _ in range(8):
-        started = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - started)
+    a, b = (torch.randn(2048, 2048, device=device) for _ in range(2))
+    best = min(alternately(1, warm=False, product=lambda: a @ b)[0]["product"] for _ in range(8))
     return 2 * 2048**3 / best
 
 

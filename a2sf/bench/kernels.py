@@ -42,7 +42,7 @@ def measure(figures: Figures, repeats: int) -> None:
     ratios, details = figures.ratios, figures.details
     shapes = {"T100": (16, 9, 9, 100), "T1024": (1, 9, 3, 1024), "T4096": (1, 9, 3, 4096)}
     for name, (rows, heads, kv_heads, length) in shapes.items():
-        q, k, v = tensors(rows, heads, kv_heads, length)
+        q, k, v = tensors(rows, heads, kv_heads, length, figures.device)
         budget = int(RATIO * length)
         many = {"T100": 60, "T1024": 30, "T4096": 8}[name]
 
@@ -59,7 +59,7 @@ def measure(figures: Figures, repeats: int) -> None:
         details[f"milliseconds_{name}"] = {n: 1000 * s for n, s in (fast | slow).items()}
 
     def of_length(length: int) -> Callable[[], Any]:
-        q, k, v = tensors(1, 9, 3, length)
+        q, k, v = tensors(1, 9, 3, length, figures.device)
         return lambda: evicting_attention(q, k, v, budget=256, recent=0, forgetting_factor=FACTOR)
 
     seconds, _ = alternately(9, short=of_length(1024), long=of_length(16384))
@@ -70,7 +70,7 @@ def measure(figures: Figures, repeats: int) -> None:
 
 def _policies(figures: Figures) -> None:
     """A2SF's time over other policies': one sequence of 1,024 tokens."""
-    qkv, budget = tensors(1, 9, 3, 1024), int(RATIO * 1024)
+    qkv, budget = tensors(1, 9, 3, 1024, figures.device), int(RATIO * 1024)
     policies = {"a2sf": A2SF(forgetting_factor=FACTOR)} | {name: make_policy(name) for name in COMPARED}
     calls = {name: _call(*qkv, budget, policy) for name, policy in policies.items()}
     seconds, _ = alternately(30, warm=True, **calls)
@@ -81,7 +81,7 @@ def _policies(figures: Figures) -> None:
 
 def _own_rule(figures: Figures, repeats: int) -> None:
     """The torch path with a rule of a policy's own over the loop, 16 rows of 1,024 tokens; the loop evicts by query head."""
-    q, k, v = tensors(16, 9, 3, 1024)
+    q, k, v = tensors(16, 9, 3, 1024, figures.device)
     budget = int(RATIO * 1024)
     own, loop = _call(q, k, v, budget, make_policy(OWN)), functools.partial(per_token_loop, q, k, v, budget, FACTOR)
     seconds, _ = alternately(repeats, own=own, loop=loop)
@@ -97,12 +97,12 @@ def _call(q: Tensor, k: Tensor, v: Tensor, budget: int, policy: Policy) -> Calla
     return lambda: attend(q, k, v, segments, Options(scale=q.shape[-1] ** -0.5))
 
 
-def tensors(rows: int, heads: int, kv_heads: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+def tensors(rows: int, heads: int, kv_heads: int, length: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """Random query, key and value, float32, heads of 64."""
     g = torch.Generator().manual_seed(0)
     q = torch.randn(rows, heads, length, 64, generator=g)
     k, v = (torch.randn(rows, kv_heads, length, 64, generator=g) for _ in range(2))
-    return q, k, v
+    return q.to(device), k.to(device), v.to(device)
 
 
 def per_token_loop(q: Tensor, k: Tensor, v: Tensor, budget: int, factor: float) -> Tensor:
@@ -110,8 +110,8 @@ def per_token_loop(q: Tensor, k: Tensor, v: Tensor, budget: int, factor: float) 
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
-    alive = torch.zeros(scores.shape[:2] + scores.shape[3:], dtype=torch.bool)
-    accumulated = torch.zeros(alive.shape)
+    alive = torch.zeros(scores.shape[:2] + scores.shape[3:], dtype=torch.bool, device=q.device)
+    accumulated = torch.zeros(alive.shape, device=q.device)
     attention = torch.zeros_like(scores)
     for t in range(q.shape[2]):
         alive[:, :, t] = True

