@@ -21,6 +21,10 @@ class ConfigError(UserError):
         super().__init__(f"{key}={value} is not allowed: {allowed}.")
 
 
+class UnsoundKernelError(ConfigError):
+    """A kernel that was compiled on this machine failed its trial against plain torch."""
+
+
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     """`known` names closest to a mistyped `name`, as the end of a sentence ("" when nothing is close)."""
     close = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+"""Where tests run that any device must pass."""
 COMMON = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 LLAMA_LIKE = {
     **COMMON,

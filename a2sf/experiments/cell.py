@@ -35,6 +35,8 @@ GENERATION_VERSION = 2
 """The same for what concerns only tasks that generate text."""
 FEWSHOT_VERSION = 2
 """The same for what concerns only few-shot examples."""
+GPU_VERSION = 2
+"""The same for what concerns only cells that are computed on a GPU."""
 BOOTSTRAP = 1000
 
 
@@ -73,11 +75,12 @@ class Cell:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that could change a document's log-likelihood; not how many documents are scored."""
+        device = self.model.resolved_device.partition(":")[0]
         return {
             "model": self.model.path,
             "weights": fingerprint(self.model),
             "dtype": self.model.resolved_dtype,
-            "device": self.model.resolved_device.partition(":")[0],
+            "device": device,
             "policy": self.policy.name,
             "policy_settings": _plain(dataclasses.asdict(self.policy)),
             **({"policy_source": source} if (source := source_digest(type(self.policy))) else {}),
@@ -89,6 +92,7 @@ class Cell:
             "seed": self.seed if self.shots else None,
             "engine": ENGINE_VERSION,
             "lm_eval": _lm_eval_version(),
+            **({"gpu": GPU_VERSION} if device != "cpu" else {}),
             **({"generation": GENERATION_VERSION} if tasks.generates(self.task) else {}),
             **({"fewshot": FEWSHOT_VERSION} if self.shots else {}),
         }

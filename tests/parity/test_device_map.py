@@ -19,8 +19,10 @@ from baselines.h2o import H2O
 from tests.hub.build import write_model
 
 # of three layers the first and the last wait on the disk, as do both ends of the model
+GPU = torch.cuda.is_available()
 LAYERS = {"model.layers.0": "disk", "model.layers.1": "cpu", "model.layers.2": "disk"}
 SOME = {"model.embed_tokens": "disk", **LAYERS, "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
+ON_GPU = {**SOME, "model.embed_tokens": 0, "model.layers.0": 0, "model.norm": 0, "model.rotary_emb": 0}
 POLICIES = [
     (A2SF(forgetting_factor=0.5), Budget(ratio=0.3), None),
     (H2O(), Budget(tokens=6), Schedule("prompt")),
@@ -33,19 +35,26 @@ def folder(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("untied") / "model")
 
 
-@pytest.fixture(scope="module", params=["tied", "bin"])
+@pytest.fixture(scope="module", params=["tied", "bin"] + ["gpu"] * GPU)
 def pair(request, tmp_path_factory):
-    """A model as it is, and spread; in safetensors with tied ends, and in a pickle whose weights are stored once more."""
+    """A model as it is, and spread; in safetensors with tied ends, and in a pickle whose weights are stored once more.
+
+    On a machine with a GPU it computes there once, too, with parts on the GPU, in the CPU's memory and on the disk.
+    """
     root = tmp_path_factory.mktemp(request.param)
     weights = "bin" if request.param == "bin" else "safetensors"
     folder = write_model(root / "model", weights=weights, tie_word_embeddings=request.param == "tied")
-    (root / "map.json").write_text(json.dumps(SOME))
-    plain = ModelSpec(str(folder), device="cpu")
-    return load(plain), load(ModelSpec(str(folder), device_map=str(root / "map.json")))
+    (root / "map.json").write_text(json.dumps(ON_GPU if request.param == "gpu" else SOME))
+    plain = ModelSpec(str(folder), dtype="float32", device="cuda" if request.param == "gpu" else "cpu")
+    return load(plain), load(ModelSpec(str(folder), dtype="float32", device_map=str(root / "map.json")))
 
 
 def test_it_waits_on_the_disk(pair):
     _, spread = pair
+    if devices.devices_of(spread.model) == ["0", "cpu", "disk"]:
+        assert GPU
+        assert devices.input_device(spread.model) == torch.device("cuda", 0)
+        return
     assert spread.model.device.type == "meta"
     assert devices.input_device(spread.model) == torch.device("cpu")
     assert devices.devices_of(spread.model) == ["cpu", "disk"]
@@ -58,7 +67,7 @@ def test_scores_are_the_same(pair):
     ]
     requests = [Instance("loglikelihood", {}, arguments=t, idx=0, doc_id=0, task_name="t") for t in texts]
     lms = [PrunedLM(loaded.model, tokenizer=loaded.tokenizer) for loaded in pair]
-    assert str(lms[1].device) == "cpu"
+    assert lms[1].device.type == lms[0].device.type
     for policy, budget, schedule in POLICIES:
         answers = []
         for lm in lms:
@@ -71,6 +80,7 @@ def test_generated_text_and_what_is_kept_are_the_same(pair):
     ids = torch.randint(3, 900, (2, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
+    ids, mask = (x.to(devices.input_device(pair[0].model)) for x in (ids, mask))
     for policy, budget, schedule in POLICIES:
         budget = Budget(ratio=budget.ratio, base="context") if budget.ratio else budget
         texts, kept = [], []

@@ -10,16 +10,18 @@ import pytest
 import torch
 
 from a2sf import Schedule, attend, make_policy
+from tests.models import DEVICES
 
 VECTORS = sorted((Path(__file__).parents[1] / "vectors" / "policies").glob("*.npz"))
 
 
 @pytest.mark.parametrize("path", VECTORS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", ["reference", "torch", "auto"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_vectors(path: Path, backend: str, dtype: torch.dtype) -> None:
+def test_vectors(path: Path, backend: str, dtype: torch.dtype, device: str) -> None:
     case = np.load(path)
-    q, k, v = (torch.from_numpy(case[name]).to(dtype) for name in ("query", "key", "value"))
+    q, k, v = (torch.from_numpy(case[name]).to(device, dtype) for name in ("query", "key", "value"))
     schedule = Schedule(**json.loads(str(case["schedule"])))
     output, state = attend(
         make_policy(str(case["policy"]), **json.loads(str(case["settings"]))),
@@ -33,7 +35,9 @@ def test_vectors(path: Path, backend: str, dtype: torch.dtype) -> None:
     # the stored outputs are rounded to float32
     tolerance = 2e-7 if dtype == torch.float64 else 2e-6
     for b, n in enumerate(case["lengths"].tolist()):
-        np.testing.assert_allclose(output[b, :, :n].numpy(), case["output"][b, :, :n], atol=tolerance, rtol=tolerance)
+        np.testing.assert_allclose(
+            output[b, :, :n].cpu().numpy(), case["output"][b, :, :n], atol=tolerance, rtol=tolerance
+        )
         assert (output[b, :, n:] == 0).all()
         for h in range(k.shape[1]):
             kept = [p for p in state.positions[b, h].tolist() if p >= 0]

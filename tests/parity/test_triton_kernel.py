@@ -24,7 +24,8 @@ from a2sf.engine import kernels
 from a2sf.engine.eviction import Attended, EvictionState, Options, Segments, reference
 from a2sf.engine.invariants import schedules
 from a2sf.engine.kernels import triton_kernel, triton_step
-from a2sf.errors import ConfigError
+from a2sf.engine.stepwise import torch_rows
+from a2sf.errors import ConfigError, UserError
 from a2sf.policies.rule import Rule
 from tests.policies import Counted, instances, label
 
@@ -302,10 +303,58 @@ def test_a_rule_of_ones_own_is_for_torch(attend):
     assert ran == {"torch"}
 
 
+def proved(*args) -> Attended:
+    """`attend_triton` after the trial that only a compiled kernel gets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_kernel, "available", lambda device=None: True)
+        patch.setattr(triton_kernel, "_interpreted", lambda: False)
+        found = triton_kernel.attend_triton(*args)
+    assert triton_kernel._proved
+    return found
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one at a time", "several at once"])
+@pytest.mark.parametrize("policy", KNOWN, ids=label)
+def test_a_sound_kernel_passes_its_trial(attend, policy, several):
+    schedule = Schedule("every", every=4) if several else Schedule()
+    args = (*tokens(18, 1, 2, 2, 6, 4, 5, torch.float32), of_policy(policy, schedule, [4], [6]), OPTIONS)
+    assert_same(attend(*args, by=proved), reference(*args), 1e-5)
+
+
+@pytest.mark.parametrize("wrong", ["nothing goes", "the newest goes", "another output"])
+def test_a_kernel_that_was_compiled_wrong_is_found_out(wrong, monkeypatch, caplog):
+    pytest.importorskip("triton", reason=NO_TRITON)
+
+    def compiled(rows, options):
+        if wrong == "nothing goes":
+            rows = replace(rows, budget=torch.full_like(rows.budget, UNLIMITED))
+        if wrong == "the newest goes":
+            rows = replace(rows, rule=replace(rows.rule, bias=lambda keys, values, positions: -9.0 * positions))
+        ran = torch_rows(rows, options)
+        return replace(ran, output=ran.output * 1.01) if wrong == "another output" else ran
+
+    monkeypatch.setattr(triton_kernel, "_run", compiled)
+    monkeypatch.setattr(triton_kernel, "_interpreted", lambda: False)
+    monkeypatch.setattr(triton_kernel, "available", lambda device=None: True)
+    monkeypatch.setattr(triton_kernel, "_proved", {})
+    monkeypatch.setattr(kernels, "_choose", lambda query: "triton")
+    kernels._say.cache_clear()
+    args = (*tokens(19, 2, 2, 2, 12, 4, 5, torch.float32), rows((4, 0, 0, 0.5, 12), (5, 1, 1, 0.5, 9)), OPTIONS)
+    with pytest.raises(UserError, match=r"backend=triton .* is wrong; give torch"):
+        kernels.attend(*args, backend="triton")
+    for _ in range(2):
+        with kernels.noting() as ran:
+            assert_same(kernels.attend(*args), reference(*args), 1e-5)
+        assert ran == {"torch"}
+    (said,) = (r.message for r in caplog.records if r.name == kernels.__name__)  # however often it is the case
+    assert "Torch runs now" in said
+
+
 COMPILED = {
-    "h2o": (Rule(), False, "fp32"),
-    "h2o, float64": (Rule(), False, "fp64"),
-    "every part of a rule": (Counted().keeps(9).rule, True, "fp32"),
+    "h2o": (Rule(), False, "fp32", 4),
+    "h2o, float64": (Rule(), False, "fp64", 4),
+    "h2o, many query heads": (Rule(), False, "fp32", 40),
+    "every part of a rule": (Counted().keeps(9).rule, True, "fp32", 4),
 }
 
 
@@ -319,8 +368,8 @@ def test_compiles_ahead_of_time(arch, case, tmp_path, monkeypatch):
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel, (rule, several, dtype) = triton_step.recursion, COMPILED[case]
-    constants = triton_kernel._constants(K=8, G=4, D=128, V=128) | triton_kernel._flags(rule, 8, several)
+    kernel, (rule, several, dtype, G) = triton_step.recursion, COMPILED[case]
+    constants = triton_kernel._constants(K=8, G=G, D=128, V=128) | triton_kernel._flags(rule, 8, several)
     types = dict.fromkeys(("positions", "cached", "seen", "length", "budget", "recent", "sinks"), "*i64")
     types |= {"gone": "*i32"} | dict.fromkeys(("T", "slots", "spare", "ages", "events"), "i32")
     types |= dict.fromkeys(constants, "constexpr")
@@ -332,6 +381,7 @@ def test_compiles_ahead_of_time(arch, case, tmp_path, monkeypatch):
 
     assert f".target sm_{arch}" in compiled.asm["ptx"]
     assert compiled.asm["cubin"].startswith(b"\x7fELF")
+    assert "tt.dot" not in compiled.asm["ttir"]  # which would be rounded to TF32
 
 
 def test_what_it_needs_is_said(monkeypatch):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -14,11 +15,12 @@ from a2sf.engine.kernels.dense import attend_dense, serves
 from a2sf.engine.parts import by_heads, by_numbers, by_prompt
 from a2sf.engine.state import Attended, EvictionState, Options, Segments
 from a2sf.engine.stepwise import attend_torch
-from a2sf.errors import ConfigError, UserError
+from a2sf.errors import ConfigError, UnsoundKernelError, UserError
 from a2sf.policies.rule import Rule
 
 BACKENDS = ("reference", "numba", "triton", "torch")
 _listening: list[set[str]] = []
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -80,8 +82,21 @@ def attend(
         return by_prompt(partial(attend, backend=asked), query, key, value, segments, options, state)
     if backend != "reference" and not (compiled and knows(segments.rule) and not segments.schedule.prompt):
         backend = "torch"
+    try:
+        done = _of(backend)(query, key, value, segments, options, state)
+    except UnsoundKernelError as error:
+        if asked != "auto":
+            raise
+        _say(f"{error} Torch runs now, and is slower.")
+        backend = "torch"
+        done = attend_torch(query, key, value, segments, options, state)
     note(backend)
-    return _of(backend)(query, key, value, segments, options, state)
+    return done
+
+
+@cache
+def _say(warning: str) -> None:
+    log.warning(warning)
 
 
 def _of(backend: str) -> Callable[..., Attended]:

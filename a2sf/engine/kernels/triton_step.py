@@ -92,10 +92,10 @@ def recursion(
 
     g, d, v = tl.arange(0, PADDED_G), tl.arange(0, PADDED_D), tl.arange(0, PADDED_V)
     real_g, real_d, real_v = g < G, d < D, v < V
-    count = tl.load(cached + first)  # of cached tokens
-    used = count  # slots from this one on are empty
-    slot = used  # where the next token goes
-    event = count * 0
+    begun = tl.load(cached + first)
+    count = begun  # of cached tokens
+    used = begun  # slots from this one on are empty
+    slot = begun  # where the next token goes
 
     for t in range(row_length):
         token = row * T + t
@@ -140,7 +140,10 @@ def recursion(
                     filled = tl.load(positions_ + n, mask=filled, other=-1) >= 0
                 k_tile = tl.load(keys_ + d[:, None] * slots + n, mask=real_d[:, None] & filled, other=0.0)
                 v_tile = tl.load(values_ + n[:, None] * V + v, mask=filled[:, None] & real_v, other=0.0)
-                logit = tl.where(filled, tl.sum(q[:, :, None] * k_tile, axis=1), float("-inf"))
+                product = q[:, :, None] * k_tile
+                if PADDED_G >= 16:  # else Triton makes a matrix product of it, which rounds to TF32
+                    product = tl.where(filled, product, 0.0)
+                logit = tl.where(filled, tl.sum(product, axis=1), float("-inf"))
                 if SCORED:
                     tl.store(logits_ + g[:, None] * slots + n, logit, mask=real_g[:, None] & filled)
                 higher = tl.maximum(peak, tl.max(logit, axis=1))  # finite: a tile has a filled slot,
@@ -150,7 +153,10 @@ def recursion(
                 shrink = tl.exp(peak - base)
                 power = tl.exp(logit - base[:, None])
                 total = total * shrink + tl.sum(power, axis=1)
-                attended = attended * shrink[:, None] + tl.sum(power[:, :, None] * v_tile, axis=1)
+                product = power[:, :, None] * v_tile
+                if PADDED_G >= 16:
+                    product = tl.where(filled[:, None], product, 0.0)
+                attended = attended * shrink[:, None] + tl.sum(product, axis=1)
                 peak = higher
             tl.store(output + heads[:, None] * V + v, attended / total[:, None], mask=real_g[:, None] & real_v)
             tl.debug_barrier()  # the logits are written before they are read
@@ -197,6 +203,8 @@ def recursion(
         if HOLES:
             slot = tl.min(hole, axis=0)
         excess = tl.where(count > row_budget + spare, count - row_budget, 0)
+        # Triton before 3.8 takes a variable for unchanging that serves as a loop's bound alone; this keeps `count` alive
+        event = begun + t + 1 - count  # tokens that went so far
         for e in range(excess):
             if HOLES:
                 tl.debug_barrier()  # positions are read before one is taken away, priorities written before they are read
@@ -214,11 +222,10 @@ def recursion(
             leaves = tl.min(oldest, axis=0)
             slot = tl.max(tl.where(oldest == leaves, victim, 0), axis=0)
             for here in range(first, first + HEADS):
-                tl.store(gone + (here * events + event) * 2, t)
-                tl.store(gone + (here * events + event) * 2 + 1, leaves.to(tl.int32))
+                tl.store(gone + (here * events + event + e) * 2, t)
+                tl.store(gone + (here * events + event + e) * 2 + 1, leaves.to(tl.int32))
                 if HOLES:
                     tl.store(positions + here * slots + slot, -1)
-            event += 1
         count -= excess
         tl.debug_barrier()  # scores are written and read before the next token takes the vacated slot
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,17 @@ def test_the_identity_changes_with_everything_that_could_change_a_number():
     ):
         assert settings("policy=h2o", "data=bundle", "shots=1", change).cells[0].id != base.id, change
     assert settings("policy=h2o", "data=bundle", "shots=1", "limit=9", "batch_size=3").cells[0].id == base.id
+
+
+def test_only_a_gpus_cells_are_of_the_gpus_version(monkeypatch):
+    cpu = settings("policy=h2o", "data=bundle", "model.device=cpu").cells[0]
+    gpu = dataclasses.replace(cpu, model=dataclasses.replace(cpu.model, device="cuda:1"))
+    assert "gpu" not in cpu.identity
+    before = gpu.id
+    assert before != cpu.id
+    monkeypatch.setattr("a2sf.experiments.cell.GPU_VERSION", 999)
+    assert dataclasses.replace(gpu).id != before
+    assert dataclasses.replace(cpu).id == cpu.id
 
 
 def test_suites():
