@@ -11,6 +11,7 @@ import yaml
 
 from a2sf.report.heads import errors_figure
 from a2sf.report.plots import save
+from tests.end_to_end.test_evaluate import evaluate
 from tests.sweep_fixture import Plan, write_sweep
 
 ROOT = Path(__file__).parents[3]
@@ -28,6 +29,12 @@ def test_accuracy_and_closeness_by_budget(findings, tmp_path: Path) -> None:
     assert labels == ["H2O", "A2SF 0.1", "Full cache"]  # of those that are drawn
     assert all(len(line.get_xdata()) == 2 for line in figure.axes[1].get_lines())
     save(figure, tmp_path / "f")
+
+
+def test_the_factor_of_its_own_is_planned(findings, tmp_path: Path) -> None:
+    done = evaluate("-m", *findings["FACTOR"], "tasks=[copa]", "plan_only=true", runs=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 cells" in done.stdout
 
 
 def test_what_was_chosen_layer_by_layer(findings, tmp_path: Path) -> None:
