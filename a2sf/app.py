@@ -30,7 +30,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from a2sf.errors import UserError, nearest
+from a2sf.errors import Notice, UserError, nearest
 from a2sf.shipped import shipped
 
 if TYPE_CHECKING:
@@ -382,6 +382,8 @@ def quiet() -> None:
     import warnings
 
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", category=Notice)
+    warnings.showwarning = _show
     for name in ("lm_eval", "transformers", "datasets", "wandb", "httpx", "accelerate", "huggingface_hub", "filelock"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import datasets
@@ -392,6 +394,11 @@ def quiet() -> None:
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def _show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """A warning as a sentence, without the line of code that it was raised in."""
+    sys.stderr.write(f"{message}\n")
 
 
 def _share_cores() -> None:

@@ -21,8 +21,12 @@ class ConfigError(UserError):
         super().__init__(f"{key}={value} is not allowed: {allowed}.")
 
 
-class UnsoundKernelError(ConfigError):
-    """A kernel that was compiled on this machine failed its trial against plain torch."""
+class UnsoundKernelError(UserError):
+    """A kernel that was compiled on this machine fails its trial against plain torch."""
+
+
+class Notice(UserWarning):
+    """What a user should know and need not mend; the commands print it, whatever other warnings they hide."""
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:

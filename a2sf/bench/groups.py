@@ -8,6 +8,7 @@ import io
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def run(
 ) -> list[Computed]:
     """Compute a group of cells for each task, without keeping anything."""
     found = []
-    for group in _groups(ways, of, shots, documents):
+    for group in _groups(lm, ways, of, shots, documents):
         with tempfile.TemporaryDirectory() as folder:
             found += _computed(lm, group, Path(folder) / "s")
     return found
@@ -114,12 +115,12 @@ def planned_over_actual(lm: PrunedLM) -> float:
     full = demo()[:1]
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "s"
-        for (cell,) in _groups(full, DEMO, 0, round(MEASURED_FIRST * DOCUMENTS)):
+        for (cell,) in _groups(lm, full, DEMO, 0, round(MEASURED_FIRST * DOCUMENTS)):
             for done in _computed(lm, [cell], directory):
                 assert done.result is not None
                 assert done.documents is not None
                 write_cell(directory / cell.name, done.result, done.documents, "")
-        groups = _groups(demo(), DEMO, 0, DOCUMENTS)
+        groups = _groups(lm, demo(), DEMO, 0, DOCUMENTS)
         planned = sum(e.seconds or 0.0 for e in estimate(groups, directory.parent))
         started = time.perf_counter()
         for group in groups:
@@ -127,9 +128,9 @@ def planned_over_actual(lm: PrunedLM) -> float:
         return planned / (time.perf_counter() - started)
 
 
-def _groups(ways: Sequence[Way], of: Sequence[str], shots: int, documents: int) -> list[list[Cell]]:
-    data = tasks.DataSpec(source="bundle")
-    common = {"model_name": "smollm2-135m", "model": SMOLLM2, "shots": shots, "limit": documents, "seed": 1234}
+def _groups(lm: PrunedLM, ways: Sequence[Way], of: Sequence[str], shots: int, documents: int) -> list[list[Cell]]:
+    data, model = tasks.DataSpec(source="bundle"), replace(SMOLLM2, device=str(lm.device))
+    common = {"model_name": "smollm2-135m", "model": model, "shots": shots, "limit": documents, "seed": 1234}
     return [[Cell(policy=p, budget=b, task=t, data=data, **common) for p, b in ways] for t in of]  # type: ignore[arg-type]
 
 

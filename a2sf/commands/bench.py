@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--only", choices=PARTS, help="one part instead of all; what others measured before stays")
     parser.add_argument("--repeats", type=int, default=3, help="how often each thing is timed; the median counts")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/bench.json"))
+    parser.add_argument("--out", type=Path, help="default: runs/bench/bench.json, on a GPU bench-cuda.json beside it")
     parser.add_argument("--device", default="cpu", help=f"cuda, for {', '.join(ON_GPU)}; the targets are a CPU's")
     parser.add_argument("--batch-size", type=int, help="lm-eval's batch size; default: the fastest here, searched for")
     decode.add_options(parser)
@@ -51,7 +51,8 @@ def main(arguments: Sequence[str]) -> None:
         return
     spec = dataclasses.replace(SMOLLM2, device=options.device)
     spec.check_here()
-    figures = Figures(options.out, device=spec.resolved_device)
+    beside = "bench.json" if spec.resolved_device == "cpu" else "bench-cuda.json"
+    figures = Figures(options.out or Path("runs/bench") / beside, device=spec.resolved_device)
     if options.only:
         figures.read()
     parts = PARTS if figures.on_cpu else ON_GPU

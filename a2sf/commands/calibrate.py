@@ -88,7 +88,7 @@ def calibrate(args: argparse.Namespace, console: Console) -> None:
     from a2sf.calibration.partial import Partial
     from a2sf.calibration.run import Asked, Calibration, rows_of, written
     from a2sf.calibration.texts import passages, read_text
-    from a2sf.experiments.cell import ENGINE_VERSION
+    from a2sf.experiments.cell import ENGINE_VERSION, GPU_VERSION
     from a2sf.experiments.names import safe
     from a2sf.experiments.runs import write_atomically
     from a2sf.hf import loading
@@ -106,6 +106,7 @@ def calibrate(args: argparse.Namespace, console: Console) -> None:
         "lengths": list(args.lengths),
         "seed": args.seed,
         "engine": ENGINE_VERSION,
+        **({} if spec.resolved_device == "cpu" else {"gpu": GPU_VERSION}),
     }
     tried = [repr(s) for s in settings()]
     partial = Partial(FOLDER / ".partial", {**about, "device": spec.resolved_device, "settings": tried})

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import platform
 import shlex
@@ -17,6 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ import yaml
 
 from a2sf import __version__
 from a2sf.engine import trace as traces
-from a2sf.errors import ConfigError, UserError
+from a2sf.errors import ConfigError, Notice, UserError
 from a2sf.evaluation.members import Member
 from a2sf.experiments import checkpoint
 from a2sf.experiments.cell import ENGINE_VERSION, Cell
@@ -56,7 +56,6 @@ from a2sf.experiments.tracking import Tracker
 from a2sf.hf import loading
 from a2sf.hf.devices import devices_of
 
-log = logging.getLogger(__name__)
 LEASE_SECONDS = 60.0
 FEW = 0.2
 """Share of the scored tokens below which a sweep says that pruning hardly entered its numbers."""
@@ -293,7 +292,8 @@ def _halving(lm: Any, work: Any) -> Any:
                 raise
             lm.tokens_per_pass //= 2
             torch.cuda.empty_cache()
-            log.warning("the GPU ran out of memory: going on with %d tokens per forward pass", lm.tokens_per_pass)
+            told = f"The GPU ran out of memory; the sweep goes on with {lm.tokens_per_pass} tokens per forward pass."
+            warnings.warn(told, Notice, stacklevel=1)
 
 
 def check_disk(directory: Path) -> None:
@@ -373,7 +373,8 @@ def provenance(lm: Any, ran: Collection[str]) -> dict[str, Any]:
         "engine": ENGINE_VERSION,
         "backend": "+".join(sorted(ran)) or "none",
         "weights_format": lm.weights_format,
-        "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in (*VERSIONS, *[n for n in ("triton",) if n in ran])}
+        | {"python": platform.python_version()},
         "machine": {
             "system": platform.platform(),
             "processor": _processor(),

@@ -24,8 +24,9 @@ from a2sf.engine import kernels
 from a2sf.engine.eviction import Attended, EvictionState, Options, Segments, reference
 from a2sf.engine.invariants import schedules
 from a2sf.engine.kernels import triton_kernel, triton_step
+from a2sf.engine.levels import Ran, Rows
 from a2sf.engine.stepwise import torch_rows
-from a2sf.errors import ConfigError, UserError
+from a2sf.errors import ConfigError, Notice, UserError
 from a2sf.policies.rule import Rule
 from tests.policies import Counted, instances, label
 
@@ -60,6 +61,7 @@ IN_PARTS = [
     for s in schedules(p)
     if s.prompt or "prompt" not in p.schedules
 ]
+EVERY = Schedule("every", every=4)
 OWN = next(p for rule, p in RULES.items() if rule.own is not None)
 
 
@@ -308,52 +310,76 @@ def proved(*args) -> Attended:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_kernel, "available", lambda device=None: True)
         patch.setattr(triton_kernel, "_interpreted", lambda: False)
+        patch.setattr(triton_kernel, "_found", {})
         found = triton_kernel.attend_triton(*args)
-    assert triton_kernel._proved
+        assert set(triton_kernel._found.values()) == {None}
     return found
 
 
-@pytest.mark.parametrize("several", [False, True], ids=["one at a time", "several at once"])
-@pytest.mark.parametrize("policy", KNOWN, ids=label)
-def test_a_sound_kernel_passes_its_trial(attend, policy, several):
-    schedule = Schedule("every", every=4) if several else Schedule()
+@pytest.mark.parametrize(("policy", "schedule"), [*((p, Schedule()) for p in KNOWN), (Counted(), EVERY)], ids=label)
+def test_a_sound_kernel_passes_its_trial(attend, policy, schedule):
     args = (*tokens(18, 1, 2, 2, 6, 4, 5, torch.float32), of_policy(policy, schedule, [4], [6]), OPTIONS)
     assert_same(attend(*args, by=proved), reference(*args), 1e-5)
 
 
-@pytest.mark.parametrize("wrong", ["nothing goes", "the newest goes", "another output"])
-def test_a_kernel_that_was_compiled_wrong_is_found_out(wrong, monkeypatch, caplog):
+def rounded(x: Tensor) -> Tensor:
+    """To TF32's ten bits."""
+    return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def newest_first(rows: Rows, options: Options, flags: dict) -> Ran:
+    return torch_rows(replace(rows, rule=replace(rows.rule, bias=lambda k, v, positions: -9.0 * positions)), options)
+
+
+def forgetful(rows: Rows, options: Options, flags: dict) -> Ran:
+    ran = torch_rows(rows, options)
+    return replace(ran, state=replace(ran.state, scores=torch.zeros_like(ran.state.scores)))
+
+
+def one_tile(rows: Rows, options: Options, flags: dict) -> Ran:
+    """As if only the first 512 slots were looked at."""
+    held = rows.state.positions < 512
+    positions = torch.where(held, rows.state.positions, -1)
+    return torch_rows(replace(rows, state=replace(rows.state, positions=positions)), options)
+
+
+def does_not_compile(rows: Rows, options: Options, flags: dict) -> Ran:
+    raise RuntimeError("out of resource: shared memory\nwith details")
+
+
+WRONG = {
+    "nothing goes": lambda r, o, flags: torch_rows(replace(r, budget=torch.full_like(r.budget, UNLIMITED)), o),
+    "the newest goes": newest_first,
+    "values in TF32": lambda r, o, flags: torch_rows(replace(r, value=rounded(r.value)), o),
+    "keys in TF32": lambda r, o, flags: torch_rows(replace(r, key=rounded(r.key)), o),
+    "scores are not handed on": forgetful,
+    "one tile": one_tile,
+    "out of resource: shared memory": does_not_compile,
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_kernel_that_was_compiled_wrong_is_found_out(wrong, monkeypatch):
     pytest.importorskip("triton", reason=NO_TRITON)
-
-    def compiled(rows, options):
-        if wrong == "nothing goes":
-            rows = replace(rows, budget=torch.full_like(rows.budget, UNLIMITED))
-        if wrong == "the newest goes":
-            rows = replace(rows, rule=replace(rows.rule, bias=lambda keys, values, positions: -9.0 * positions))
-        ran = torch_rows(rows, options)
-        return replace(ran, output=ran.output * 1.01) if wrong == "another output" else ran
-
-    monkeypatch.setattr(triton_kernel, "_run", compiled)
+    monkeypatch.setattr(triton_kernel, "_run", WRONG[wrong])
     monkeypatch.setattr(triton_kernel, "_interpreted", lambda: False)
     monkeypatch.setattr(triton_kernel, "available", lambda device=None: True)
-    monkeypatch.setattr(triton_kernel, "_proved", {})
+    monkeypatch.setattr(triton_kernel, "_found", {})
     monkeypatch.setattr(kernels, "_choose", lambda query: "triton")
-    kernels._say.cache_clear()
     args = (*tokens(19, 2, 2, 2, 12, 4, 5, torch.float32), rows((4, 0, 0, 0.5, 12), (5, 1, 1, 0.5, 9)), OPTIONS)
-    with pytest.raises(UserError, match=r"backend=triton .* is wrong; give torch"):
+    with pytest.raises(UserError, match="fails its trial on cpu") as told:
         kernels.attend(*args, backend="triton")
-    for _ in range(2):
-        with kernels.noting() as ran:
-            assert_same(kernels.attend(*args), reference(*args), 1e-5)
-        assert ran == {"torch"}
-    (said,) = (r.message for r in caplog.records if r.name == kernels.__name__)  # however often it is the case
-    assert "Torch runs now" in said
+    assert "\n" not in str(told.value)
+    assert (wrong in str(told.value)) == ("resource" in wrong)
+    with kernels.noting() as ran, pytest.warns(Notice, match="fails its trial on cpu .* It runs now, and is slower"):
+        assert_same(kernels.attend(*args), reference(*args), 1e-5)
+    assert ran == {"torch"}
 
 
 COMPILED = {
     "h2o": (Rule(), False, "fp32", 4),
     "h2o, float64": (Rule(), False, "fp64", 4),
-    "h2o, many query heads": (Rule(), False, "fp32", 40),
+    "h2o, many query heads": (Rule(), False, "fp32", 16),
     "every part of a rule": (Counted().keeps(9).rule, True, "fp32", 4),
 }
 
@@ -369,7 +395,8 @@ def test_compiles_ahead_of_time(arch, case, tmp_path, monkeypatch):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, (rule, several, dtype, G) = triton_step.recursion, COMPILED[case]
-    constants = triton_kernel._constants(K=8, G=G, D=128, V=128) | triton_kernel._flags(rule, 8, several)
+    size = 64 if G == 16 else 128  # tiles of 16 slots: then both products could be matrix products
+    constants = triton_kernel._constants(K=8, G=G, D=size, V=size) | triton_kernel._flags(rule, 8, several)
     types = dict.fromkeys(("positions", "cached", "seen", "length", "budget", "recent", "sinks"), "*i64")
     types |= {"gone": "*i32"} | dict.fromkeys(("T", "slots", "spare", "ages", "events"), "i32")
     types |= dict.fromkeys(constants, "constexpr")
@@ -382,6 +409,9 @@ def test_compiles_ahead_of_time(arch, case, tmp_path, monkeypatch):
     assert f".target sm_{arch}" in compiled.asm["ptx"]
     assert compiled.asm["cubin"].startswith(b"\x7fELF")
     assert "tt.dot" not in compiled.asm["ttir"]  # which would be rounded to TF32
+    # what the loop over tokens hands on, as written and as compiled; Triton 3.5 to 3.7 dropped a variable (before, one more)
+    carried = [compiled.asm[ir].partition("iter_args(")[2].partition(")")[0].count("=") for ir in ("ttir", "ttgir")]
+    assert carried == [3, 3]
 
 
 def test_what_it_needs_is_said(monkeypatch):

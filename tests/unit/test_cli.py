@@ -203,3 +203,17 @@ def test_a_launcher_that_is_not_installed(launcher):
     declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert extra
     assert extra[1] in declared["optional-dependencies"]
+
+
+def test_of_all_warnings_ours_are_printed(capfd):
+    code = """
+import warnings
+from a2sf import app
+from a2sf.errors import Notice
+app.quiet()
+for text in ("A kernel is slow.", "A kernel is slow.", "Another one."):
+    warnings.warn(text, Notice)
+warnings.warn("a library's", UserWarning)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert capfd.readouterr().err.splitlines() == ["A kernel is slow.", "Another one."]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
 
+import a2sf
 from a2sf.commands import doctor
+from a2sf.errors import Notice
 
 
 def test_a_healthy_machine(capsys, monkeypatch):
@@ -50,3 +53,14 @@ def test_a_kernel_that_computes_something_else(monkeypatch):
     works, told = doctor._tried("cpu", "numba")
     assert not works
     assert told.startswith("WRONG by 0.1")
+
+
+def test_a_kernel_that_another_stands_in_for(monkeypatch):
+    right = a2sf.evicting_attention
+
+    def stands_in(*args, **more):
+        warnings.warn("The Triton kernel fails its trial.\nAnd so on", Notice, stacklevel=2)
+        return right(*args, **more)
+
+    monkeypatch.setattr(a2sf, "evicting_attention", stands_in)
+    assert doctor._tried("cpu", "auto") == (False, "not here: The Triton kernel fails its trial.")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,12 +15,11 @@ from a2sf.engine.kernels.dense import attend_dense, serves
 from a2sf.engine.parts import by_heads, by_numbers, by_prompt
 from a2sf.engine.state import Attended, EvictionState, Options, Segments
 from a2sf.engine.stepwise import attend_torch
-from a2sf.errors import ConfigError, UnsoundKernelError, UserError
+from a2sf.errors import ConfigError, Notice, UnsoundKernelError, UserError
 from a2sf.policies.rule import Rule
 
 BACKENDS = ("reference", "numba", "triton", "torch")
 _listening: list[set[str]] = []
-log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -60,6 +59,9 @@ def attend(
         raise ConfigError("backend", backend, f"give auto or one of {', '.join(BACKENDS)}")
     if segments.rule.foresee is not None and (state is not None or bool((segments.parent >= 0).any())):
         raise UserError("a policy that looks at later tokens needs each sequence as one segment, from its first token")
+    if torch.is_autocast_enabled(query.device.type):  # which would lower the precision of scores
+        with torch.autocast(query.device.type, enabled=False):
+            return attend(query, key, value, segments, options, state, backend=backend)
     kind, asked = f"{query.dtype} tensors on {query.device.type}", backend
     if backend == "auto":
         if query.device.type != "cpu" and serves(segments, options, state):
@@ -87,16 +89,11 @@ def attend(
     except UnsoundKernelError as error:
         if asked != "auto":
             raise
-        _say(f"{error} Torch runs now, and is slower.")
+        warnings.warn(f"{error} It runs now, and is slower.", Notice, stacklevel=2)
         backend = "torch"
         done = attend_torch(query, key, value, segments, options, state)
     note(backend)
     return done
-
-
-@cache
-def _say(warning: str) -> None:
-    log.warning(warning)
 
 
 def _of(backend: str) -> Callable[..., Attended]:

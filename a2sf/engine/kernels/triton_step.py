@@ -203,7 +203,7 @@ def recursion(
         if HOLES:
             slot = tl.min(hole, axis=0)
         excess = tl.where(count > row_budget + spare, count - row_budget, 0)
-        # Triton before 3.8 takes a variable for unchanging that serves as a loop's bound alone; this keeps `count` alive
+        # Triton 3.5 to 3.7 take a variable that bounds a loop and does no more for unchanging; this keeps `count` alive
         event = begun + t + 1 - count  # tokens that went so far
         for e in range(excess):
             if HOLES:

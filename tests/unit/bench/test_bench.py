@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from a2sf import evicting_attention
 from a2sf.bench import kernels
 from a2sf.bench.measuring import Figures, alternately
 from a2sf.commands import bench
+from a2sf.errors import ConfigError
 
 
 def test_the_per_token_loop_computes_what_the_kernel_does():
@@ -45,3 +47,13 @@ def test_one_part_keeps_what_the_others_measured(tmp_path, monkeypatch, capsys):
 def test_every_target_is_named_once():
     parts = (kernels.TARGETS, bench.harness.TARGETS, bench.groups.TARGETS, bench.decode.TARGETS, bench.prompt.TARGETS)
     assert len(bench.TARGETS) == sum(map(len, parts))
+
+
+def test_a_gpus_figures_are_not_mixed_with_a_cpus(tmp_path, monkeypatch):
+    file = tmp_path / "bench.json"
+    file.write_text('{"ratios": {"loop_over_kernel_T100": 3.0}, "device": "NVIDIA H100"}')
+    monkeypatch.setattr(kernels, "measure", lambda figures, repeats: pytest.fail("measured"))
+    with pytest.raises(ConfigError, match=r"--out=.* was measured on NVIDIA H100, and this is a CPU"):
+        bench.main(["--only", "kernel", "--out", str(file)])
+    with pytest.raises(ConfigError, match=r"model\.device=cuda:9"):
+        bench.main(["--only", "kernel", "--device", "cuda:9"])

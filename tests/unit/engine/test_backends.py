@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from a2sf import Schedule, attend, make_policy
+from a2sf import Schedule, attend, evicting_attention, make_policy
 from a2sf.engine.kernels import noting
 
 
@@ -31,3 +31,14 @@ def test_what_ran(policy, schedule, backend, ran):
     assert everything == {ran, "reference"}
     attend(make_policy("h2o"), *tensors, budget=4, backend="torch")  # nobody listens
     assert everything == {ran, "reference"}
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_autocast_around_it_lowers_no_precision(backend):
+    q, k, v = torch.randn(1, 4, 40, 8), *torch.randn(2, 1, 2, 40, 8)
+    told = {"budget": 9, "recent": 2, "forgetting_factor": 0.5, "backend": backend}
+    want, kept = evicting_attention(q, k, v, **told)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, state = evicting_attention(q, k, v, **told)
+    assert got.equal(want)
+    assert state.positions.equal(kept.positions)
