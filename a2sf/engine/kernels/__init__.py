@@ -59,12 +59,15 @@ def attend(
         raise ConfigError("backend", backend, f"give auto or one of {', '.join(BACKENDS)}")
     if segments.rule.foresee is not None and (state is not None or bool((segments.parent >= 0).any())):
         raise UserError("a policy that looks at later tokens needs each sequence as one segment, from its first token")
-    if torch.is_autocast_enabled(query.device.type):  # which would lower the precision of scores
-        with torch.autocast(query.device.type, enabled=False):
+    device = query.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
+        device
+    ):  # it would lower scores' precision
+        with torch.autocast(device, enabled=False):
             return attend(query, key, value, segments, options, state, backend=backend)
-    kind, asked = f"{query.dtype} tensors on {query.device.type}", backend
+    kind, asked = f"{query.dtype} tensors on {device}", backend
     if backend == "auto":
-        if query.device.type != "cpu" and serves(segments, options, state):
+        if device != "cpu" and serves(segments, options, state):
             note("dense")
             return attend_dense(query, key, value, segments, options)
         backend = _choose(query)
@@ -72,7 +75,7 @@ def attend(
         raise ConfigError(
             "backend", backend, f"it computes in float32, and these are {kind}; give auto, torch or reference"
         )
-    elif backend == "numba" and query.device.type != "cpu":
+    elif backend == "numba" and device != "cpu":
         raise ConfigError("backend", backend, f"numba serves tensors on the CPU, and these are {kind}; give auto")
 
     if segments.rule.heads:
