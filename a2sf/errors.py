@@ -33,3 +33,9 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     """`known` names closest to a mistyped `name`, as the end of a sentence ("" when nothing is close)."""
     close = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message, as part of a sentence; the error's name where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__

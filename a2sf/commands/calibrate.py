@@ -88,7 +88,7 @@ def calibrate(args: argparse.Namespace, console: Console) -> None:
     from a2sf.calibration.partial import Partial
     from a2sf.calibration.run import Asked, Calibration, rows_of, written
     from a2sf.calibration.texts import passages, read_text
-    from a2sf.experiments.cell import ENGINE_VERSION, GPU_VERSION
+    from a2sf.experiments.cell import engine_versions
     from a2sf.experiments.names import safe
     from a2sf.experiments.runs import write_atomically
     from a2sf.hf import loading
@@ -105,8 +105,7 @@ def calibrate(args: argparse.Namespace, console: Console) -> None:
         "held_out": sum(map(len, cut.held_out)),
         "lengths": list(args.lengths),
         "seed": args.seed,
-        "engine": ENGINE_VERSION,
-        **({} if spec.resolved_device == "cpu" else {"gpu": GPU_VERSION}),
+        **engine_versions(spec.resolved_device.partition(":")[0]),
     }
     tried = [repr(s) for s in settings()]
     partial = Partial(FOLDER / ".partial", {**about, "device": spec.resolved_device, "settings": tried})

@@ -15,9 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from a2sf.errors import ConfigError, UserError, nearest
+from a2sf.errors import ConfigError, UserError, first_line, nearest
 from a2sf.evaluation.sources import FORMATS, Source
-from a2sf.hf.files.refusals import Unreachable, Wanted, chain, first_line, refusal
+from a2sf.hf.files.refusals import Unreachable, Wanted, chain, refusal
 
 HUB_SECONDS = 30.0
 

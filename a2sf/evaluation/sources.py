@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from a2sf.errors import ConfigError, nearest
+from a2sf.errors import ConfigError, first_line, nearest
 from a2sf.evaluation.definitions import Definition
-from a2sf.hf.files.refusals import Wanted, first_line
+from a2sf.hf.files.refusals import Wanted
 
 FORMATS = {"arrow": "arrow", "parquet": "parquet", "jsonl": "json", "json": "json"}
 USUAL_SPLITS = ("validation", "test", "train")

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from a2sf.errors import ConfigError, UserError, nearest
+from a2sf.errors import ConfigError, UserError, first_line, nearest
 from a2sf.evaluation import definitions, documents, own
 from a2sf.evaluation.definitions import SUITES, Aggregate, Definition
 from a2sf.evaluation.documents import Commit
 from a2sf.evaluation.examples import OwnDocuments, seeded
 from a2sf.evaluation.sources import DataSpec, Source, locate
-from a2sf.hf.files.refusals import Unreachable, chain, first_line
+from a2sf.hf.files.refusals import Unreachable, chain
 
 __all__ = [
     "SUITES",

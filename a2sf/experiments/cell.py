@@ -90,9 +90,8 @@ class Cell:
             **tasks.identity(self.task, self.data, self.shots),
             "shots": self.shots,
             "seed": self.seed if self.shots else None,
-            "engine": ENGINE_VERSION,
+            **engine_versions(device),
             "lm_eval": _lm_eval_version(),
-            **({"gpu": GPU_VERSION} if device != "cpu" else {}),
             **({"generation": GENERATION_VERSION} if tasks.generates(self.task) else {}),
             **({"fewshot": FEWSHOT_VERSION} if self.shots else {}),
         }
@@ -384,6 +383,11 @@ def _gold(sample: dict[str, Any], task: Any) -> int:
         return target
     choices = task.doc_to_choice(sample["doc"])
     return choices.index(target) if target in choices else -1
+
+
+def engine_versions(device: str) -> dict[str, int]:
+    """What tells numbers of this engine, computed on a kind of device, from an earlier one's."""
+    return {"engine": ENGINE_VERSION} | ({} if device == "cpu" else {"gpu": GPU_VERSION})
 
 
 def drawn(task: Any) -> bool:

@@ -373,7 +373,7 @@ def provenance(lm: Any, ran: Collection[str]) -> dict[str, Any]:
         "engine": ENGINE_VERSION,
         "backend": "+".join(sorted(ran)) or "none",
         "weights_format": lm.weights_format,
-        "versions": {name: version(name) for name in (*VERSIONS, *[n for n in ("triton",) if n in ran])}
+        "versions": {name: version(name) for name in (*VERSIONS, *({"triton"} & set(ran)))}
         | {"python": platform.python_version()},
         "machine": {
             "system": platform.platform(),

@@ -31,12 +31,12 @@ from transformers import (
 )
 from transformers.quantizers import AutoHfQuantizer
 
-from a2sf.errors import ConfigError
+from a2sf.errors import ConfigError, first_line
 from a2sf.hf import devices
 from a2sf.hf.exactness import check_exact
 from a2sf.hf.files import hub, weights
 from a2sf.hf.files.paths import KEY, PACKAGE, Source, understand
-from a2sf.hf.files.refusals import Wanted, first_line
+from a2sf.hf.files.refusals import Wanted
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 CAUSAL_ARCHITECTURES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")

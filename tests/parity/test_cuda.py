@@ -92,11 +92,9 @@ def test_generating(on, policy, schedule):
 
 
 def test_long_calls_are_read_in_parts(on, monkeypatch):
-    ids = ids_for(length=60)
-    ids = ids.to("cuda")
+    ids = ids_for(length=60).to("cuda")
     model, caches = on("llama", "cuda"), []
     for columns in (100, 7):
-        monkeypatch.setattr(chunks, "ELSEWHERE", 1)
         monkeypatch.setitem(chunks.TOKENS, "cuda", 1)
         monkeypatch.setattr(chunks, "LEAST", columns)
         cache = PrunedCache(model, H2O(), BUDGET)

@@ -18,8 +18,8 @@ from a2sf.hf.loading import ModelSpec, load
 from baselines.h2o import H2O
 from tests.hub.build import write_model
 
-# of three layers the first and the last wait on the disk, as do both ends of the model
 GPU = torch.cuda.is_available()
+# of three layers the first and the last wait on the disk, as do both ends of the model
 LAYERS = {"model.layers.0": "disk", "model.layers.1": "cpu", "model.layers.2": "disk"}
 SOME = {"model.embed_tokens": "disk", **LAYERS, "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
 ON_GPU = {**SOME, "model.embed_tokens": 0, "model.layers.0": 0, "model.norm": 0, "model.rotary_emb": 0}
@@ -50,14 +50,11 @@ def pair(request, tmp_path_factory):
 
 
 def test_it_waits_on_the_disk(pair):
-    _, spread = pair
-    if devices.devices_of(spread.model) == ["0", "cpu", "disk"]:
-        assert GPU
-        assert devices.input_device(spread.model) == torch.device("cuda", 0)
-        return
-    assert spread.model.device.type == "meta"
-    assert devices.input_device(spread.model) == torch.device("cpu")
-    assert devices.devices_of(spread.model) == ["cpu", "disk"]
+    plain, spread = pair
+    gpu = plain.model.device.type == "cuda"
+    assert gpu or spread.model.device.type == "meta"
+    assert devices.input_device(spread.model) == torch.device("cuda:0" if gpu else "cpu")
+    assert devices.devices_of(spread.model) == [*["0"] * gpu, "cpu", "disk"]
 
 
 def test_scores_are_the_same(pair):

@@ -60,9 +60,8 @@ def attend(
     if segments.rule.foresee is not None and (state is not None or bool((segments.parent >= 0).any())):
         raise UserError("a policy that looks at later tokens needs each sequence as one segment, from its first token")
     device = query.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
-        device
-    ):  # it would lower scores' precision
+    # it would lower the precision of scores
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return attend(query, key, value, segments, options, state, backend=backend)
     kind, asked = f"{query.dtype} tensors on {device}", backend

@@ -81,10 +81,7 @@ def _trial(rows: Rows, schedule: Schedule, tile: int) -> Rows:
 def _on(rows: Rows, device: torch.device | str, dtype: torch.dtype) -> Rows:
     def moved(of: Any) -> dict[str, Any]:
         tensors = {name: x for name, x in vars(of).items() if isinstance(x, Tensor)}
-        kept = {"forgetting_factor"}  # float64 everywhere
-        return {
-            n: x.to(device, dtype if x.is_floating_point() and n not in kept else x.dtype) for n, x in tensors.items()
-        }
+        return {n: x.to(device, dtype if x.is_floating_point() else x.dtype) for n, x in tensors.items()}
 
     return replace(rows, **moved(rows), state=replace(rows.state, **moved(rows.state)))
 

@@ -23,7 +23,7 @@ from a2sf.engine.kernels.triton_step import recursion
 from a2sf.engine.levels import Ran, Rows, by_levels
 from a2sf.engine.priorities import SHARE, terms
 from a2sf.engine.state import Attended, EvictionState, Options, Segments
-from a2sf.errors import ConfigError, UnsoundKernelError
+from a2sf.errors import ConfigError, UnsoundKernelError, first_line
 from a2sf.policies.rule import Fixed, Rule
 
 try:
@@ -93,7 +93,7 @@ def prove(rows: Rows, flags: dict[str, Any]) -> None:
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
-            told = f"it cannot run ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+            told = f"it cannot run ({type(error).__name__}: {first_line(error)})"
         _found[variant] = told
     if (told := _found[variant]) is not None:
         what = f"the Triton kernel fails its trial on {rows.query.device} (Triton {triton.__version__}: {told})"

@@ -141,7 +141,7 @@ def recursion(
                 k_tile = tl.load(keys_ + d[:, None] * slots + n, mask=real_d[:, None] & filled, other=0.0)
                 v_tile = tl.load(values_ + n[:, None] * V + v, mask=filled[:, None] & real_v, other=0.0)
                 product = q[:, :, None] * k_tile
-                if PADDED_G >= 16:  # else Triton makes a matrix product of it, which rounds to TF32
+                if PADDED_G >= 16:  # where Triton would make a matrix product of the sum, which rounds to TF32
                     product = tl.where(filled, product, 0.0)
                 logit = tl.where(filled, tl.sum(product, axis=1), float("-inf"))
                 if SCORED:

@@ -20,8 +20,8 @@ from huggingface_hub.errors import CachedRepoTreeNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import tqdm
 
-from a2sf.errors import ConfigError
-from a2sf.hf.files.refusals import HubError, Unreachable, Wanted, chain, first_line, refusal
+from a2sf.errors import ConfigError, first_line
+from a2sf.hf.files.refusals import HubError, Unreachable, Wanted, chain, refusal
 
 COMMIT = re.compile("[0-9a-f]{40}")
 _listed: dict[tuple[str, str, str], dict[str, int]] = {}

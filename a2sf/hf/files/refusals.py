@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from huggingface_hub import constants, get_token
 from huggingface_hub import errors as hub
 
-from a2sf.errors import ConfigError, UserError
+from a2sf.errors import ConfigError, UserError, first_line
 
 HTTP_LIBRARIES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp"}
 BROKEN = {"RemoteProtocolError", "ReadError", "ChunkedEncodingError", "ClientPayloadError"}
@@ -85,11 +85,6 @@ def chain(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(told))
         yield told
         told = told.__cause__ or (None if told.__suppress_context__ else told.__context__)
-
-
-def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def cached_repositories(kind: str = "model") -> list[str]:

@@ -26,8 +26,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from a2sf.errors import ConfigError
-from a2sf.hf.files.refusals import chain, first_line
+from a2sf.errors import ConfigError, first_line
+from a2sf.hf.files.refusals import chain
 
 KEY = "model.path"
 INDEX = ".index.json"
