@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ class Rows:
         query: [B, H, T, D], key: [B, K, T, D], value: [B, K, T, V], in the accumulation dtype.
         length, budget, recent, sinks, prompt: int64 [B]; forgetting_factor: float [B], all on the query's device. The
             prompt is 0 where the schedule does not ask for one.
+        lengths, budgets: once more, for whoever would wait for a GPU to tell them.
         rule, schedule: as in `Segments`.
         state: where to start from.
     """
@@ -32,8 +33,10 @@ class Rows:
     budget: Tensor
     recent: Tensor
     sinks: Tensor
-    forgetting_factor: Tensor
     prompt: Tensor
+    forgetting_factor: Tensor
+    lengths: list[int]
+    budgets: list[int]
     rule: Rule
     schedule: Schedule
     state: EvictionState
@@ -45,13 +48,19 @@ class Ran:
 
     Attributes:
         output: [B, H, T, V].
-        state: the end states.
+        state: the end states; None where the options ask for none and a backend spares itself the work.
         gone: int64 [n, 4], every eviction: row, head, column of the step, position; None unless asked for.
     """
 
     output: Tensor
-    state: EvictionState
+    state: EvictionState | None
     gone: Tensor | None = None
+
+    @property
+    def end(self) -> EvictionState:
+        """The end states, which were asked for."""
+        assert self.state is not None
+        return self.state
 
 
 RunRows = Callable[[Rows, Options], Ran]
@@ -72,45 +81,58 @@ def by_levels(
     device, dtype = query.device, accumulation_dtype(query.dtype)
     output = query.new_zeros(B, T, H, V).transpose(1, 2)
     gone: list[Tensor] = []
-    ends: list[EvictionState | None] = [None] * segments.count
+    ends: list[EvictionState] = []  # of each depth
+    order: list[int] = []  # the segments in them
+    place: dict[int, int] = {}  # of a segment at its depth
     prompt = torch.zeros_like(segments.length) if segments.prompt is None else segments.prompt
 
-    for ids in _levels(segments.parent):
+    levels = _levels(segments.parent)
+    for depth, ids in enumerate(levels):
         pick = torch.tensor(ids)
-        length = segments.length[pick].to(device)
-        offset = torch.arange(max(1, int(length.max())), device=device)
+        length = segments.length[pick]
+        offset = torch.arange(max(1, int(length.max())))
         real = offset < length[:, None]  # [S', T']
-        row = segments.row[pick].to(device)[:, None].expand_as(real)
-        column = (segments.start[pick].to(device)[:, None] + offset).clamp(max=T - 1)
+        row = segments.row[pick][:, None].expand_as(real)
+        column = (segments.start[pick][:, None] + offset).clamp(max=T - 1)
+        # few tensors go to the device, where each costs as much as a launch
+        row_at, column_at = torch.stack([row, column]).to(device)
+        of_row, of_column, at, step = torch.stack([row[real], column[real], *real.nonzero().unbind(1)]).to(device)
+        of_rows = (segments.length, segments.budget, segments.recent, segments.sinks, prompt)
+        numbers = torch.stack([x[pick] for x in of_rows]).to(device)
 
         parents = segments.parent[pick].tolist()
-        packed = [x[row, :, column].transpose(1, 2).to(dtype) for x in (query, key, value)]
+        packed = [x[row_at, :, column_at].transpose(1, 2).to(dtype) for x in (query, key, value)]
         if parents[0] >= 0:
-            start = EvictionState.stack([s for p in parents if (s := ends[p]) is not None])
+            start = ends[-1].select(torch.tensor([place[p] for p in parents]))
         else:
             start = state if state is not None else empty_state(packed[1], packed[2], segments.rule)
         rows = Rows(
             query=packed[0],
             key=packed[1],
             value=packed[2],
-            length=length,
-            budget=segments.budget[pick].to(device),
-            recent=segments.recent[pick].to(device),
-            sinks=segments.sinks[pick].to(device),
+            length=numbers[0],
+            budget=numbers[1],
+            recent=numbers[2],
+            sinks=numbers[3],
+            prompt=numbers[4],
             forgetting_factor=segments.forgetting_factor[pick].to(device),
-            prompt=prompt[pick].to(device),
+            lengths=length.tolist(),
+            budgets=segments.budget[pick].tolist(),
             rule=segments.rule,
             schedule=segments.schedule,
             state=start,
         )
-        ran = run_rows(rows, options)
-        output[row[real], :, column[real]] = ran.output.transpose(1, 2)[real].to(query.dtype)
+        wanted = options.return_state or depth + 1 < len(levels)
+        ran = run_rows(rows, replace(options, return_state=wanted))
+        output[of_row, :, of_column] = ran.output.transpose(1, 2)[at, step].to(query.dtype)
         if ran.gone is not None:
             segment, head, t, position = ran.gone.unbind(1)
-            gone.append(torch.stack([row[segment, t], head, column[segment, t], position], 1))
-        for i, number in enumerate(ids):
-            ends[number] = ran.state.select(torch.tensor([i]))
-    final = EvictionState.stack([s for s in ends if s is not None]) if options.return_state else None
+            gone.append(torch.stack([row_at[segment, t], head, column_at[segment, t], position], 1))
+        if wanted:
+            place = {number: i for i, number in enumerate(ids)}
+            order += ids
+            ends = [*ends, ran.end] if options.return_state else [ran.end]
+    final = EvictionState.stack(ends).select(torch.tensor(order).argsort()) if options.return_state else None
     if not options.trace:
         return Attended(output, final)
     none = torch.empty(0, 4, dtype=torch.int64, device=device)

@@ -91,6 +91,10 @@ class EvictionState:
             memory=None if self.memory is None else widen(self.memory, (0, 0, 0, more)),
         )
 
+    def cut(self, slots: int) -> EvictionState:
+        """The same state with the first `slots` slots of each KV head, which hold all tokens."""
+        return EvictionState(**{name: x if name == "seen" else x[:, :, :slots] for name, x in self._tensors().items()})
+
     def heads(self, heads: Tensor) -> EvictionState:
         """The state of some KV heads."""
         return EvictionState(

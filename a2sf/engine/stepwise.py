@@ -50,7 +50,7 @@ def torch_rows(rows: Rows, options: Options) -> Ran:
         ran = _Slots(_take(rows, pick), n, options).run()
         output[pick, :, : ran.output.shape[2]] = ran.output
         order.append(pick)
-        states.append(ran.state)
+        states.append(ran.end)
         if ran.gone is not None:
             gone.append(torch.cat([pick[ran.gone[:, :1]], ran.gone[:, 1:]], 1))
     back = torch.cat(order).argsort()
@@ -77,6 +77,7 @@ def _take(rows: Rows, pick: Tensor) -> Rows:
     taken: dict[str, Any] = {n: getattr(rows, n)[pick, :, :T] for n in ("query", "key", "value")}
     for name in ("length", "budget", "recent", "sinks", "forgetting_factor", "prompt"):
         taken[name] = getattr(rows, name)[pick]
+    taken["lengths"], taken["budgets"] = taken["length"].tolist(), taken["budget"].tolist()
     return replace(rows, **taken, state=rows.state.select(pick))
 
 

@@ -35,7 +35,7 @@ GENERATION_VERSION = 2
 """The same for what concerns only tasks that generate text."""
 FEWSHOT_VERSION = 2
 """The same for what concerns only few-shot examples."""
-GPU_VERSION = 2
+GPU_VERSION = 3
 """The same for what concerns only cells that are computed on a GPU."""
 BOOTSTRAP = 1000
 

@@ -71,6 +71,13 @@ def by_name(*args) -> tuple[Attended, set[str]]:
         return kernels.attend(*args, backend="triton"), ran
 
 
+def in_small_tiles(*args) -> Attended:
+    """`attend_triton` with as many tiles as can be."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_kernel, "TILES", {32: None})
+        return triton_kernel.attend_triton(*args)
+
+
 @pytest.fixture(scope="module", params=["interpreter"] + ["cuda"] * torch.cuda.is_available())
 def attend(request):
     """`attend_triton`, or another function `by`, with everything on the CPU for the caller."""
@@ -161,11 +168,21 @@ def test_policies_in_one_batch(attend, K, G, D, V, dtype, tolerance):
 
 
 def test_caches_wider_than_a_tile(attend):
-    pytest.importorskip("triton", reason=NO_TRITON)
-    K, G, T, D = 1, 40, 70, 4
-    constants = triton_kernel._constants(K, G, D, D)
-    assert max(constants["TILE"], constants["WIDE_TILE"]) < T  # several tiles while attending, and while scoring
+    K, G, T, D = 1, 3, 70, 4
     args = (*tokens(2, 2, K, G, T, D, D, torch.float64), rows((UNLIMITED, 0, 0, 0.9, T), (66, 5, 1, 0.3, T)), OPTIONS)
+    assert_same(attend(*args, by=in_small_tiles), reference(*args), 1e-12)
+
+
+@pytest.mark.parametrize("budget", [31, 32, 63, 64, 128])
+def test_budgets_at_the_edge_of_a_tile(attend, budget):
+    T = budget + 3
+    args = (*tokens(20, 1, 1, 2, T, 4, 4, torch.float64), rows((budget, 0, 0, 0.5, T)), OPTIONS)
+    assert_same(attend(*args), reference(*args), 1e-12)
+
+
+@pytest.mark.parametrize("G", [16, 40, 71])
+def test_many_query_heads(attend, G):
+    args = (*tokens(21, 1, 1, G, 9, 4, 4, torch.float64), rows((4, 0, 0, 0.5, 9)), OPTIONS)
     assert_same(attend(*args), reference(*args), 1e-12)
 
 
@@ -176,12 +193,13 @@ def test_of_equal_scores_the_oldest_goes(attend, factor):
     assert_same(attend(*args), reference(*args), 1e-5)
 
 
-@pytest.mark.parametrize(("G", "budget"), [(2, 4), (40, 66)], ids=["one tile", "two tiles"])
-def test_of_all_equal_scores_the_oldest_goes(attend, G, budget):
+@pytest.mark.parametrize("budget", [4, 66], ids=["one tile", "three tiles"])
+def test_of_all_equal_scores_the_oldest_goes(attend, budget):
     # vacated slots are refilled, so that age and place in the buffer part ways; nothing is left to rounding
     T = budget + 6
-    query, key, value = tokens(10, 1, 1, G, T, 4, 4, torch.float32)
-    got = attend(torch.zeros_like(query), key, value, rows((budget, 0, 0, 0.0, T)), OPTIONS)
+    query, key, value = tokens(10, 1, 1, 2, T, 4, 4, torch.float32)
+    args = (torch.zeros_like(query), key, value, rows((budget, 0, 0, 0.0, T)), OPTIONS)
+    got = attend(*args, by=in_small_tiles)
     assert got.evicted[0, 0].tolist() == [-1] * budget + list(range(6))
 
 
@@ -258,14 +276,12 @@ def test_several_at_once(attend, policy):
 
 
 def test_a_first_tile_without_a_token(attend):
-    pytest.importorskip("triton", reason=NO_TRITON)
-    G, D, T = 40, 64, 14
-    assert triton_kernel._constants(1, G, D, D)["TILE"] == 4
-    # of equal scores the oldest goes: after the cut slots 9 and 10 are filled, and the next token takes slot 8
-    s = replace(rows((2, 2, 0, 0.0, T)), schedule=Schedule("every", every=9))
-    query, key, value = tokens(13, 1, 1, G, T, D, D, torch.float64)
+    T = 42
+    # of equal scores the oldest goes: after the cut slots 35 and 36 are filled, and the next token takes slot 34
+    s = replace(rows((2, 2, 0, 0.0, T)), schedule=Schedule("every", every=37))
+    query, key, value = tokens(13, 1, 1, 2, T, 4, 4, torch.float64)
     args = (torch.zeros_like(query), key, value, s, OPTIONS)
-    assert_same(attend(*args), reference(*args), 1e-12)
+    assert_same(attend(*args, by=in_small_tiles), reference(*args), 1e-12)
 
 
 @pytest.mark.parametrize("schedule", [Schedule(), Schedule("every", every=2)], ids=label)
@@ -327,31 +343,31 @@ def rounded(x: Tensor) -> Tensor:
     return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
-def newest_first(rows: Rows, options: Options, flags: dict) -> Ran:
+def newest_first(rows: Rows, options: Options, **compiled) -> Ran:
     return torch_rows(replace(rows, rule=replace(rows.rule, bias=lambda k, v, positions: -9.0 * positions)), options)
 
 
-def forgetful(rows: Rows, options: Options, flags: dict) -> Ran:
+def forgetful(rows: Rows, options: Options, **compiled) -> Ran:
     ran = torch_rows(rows, options)
     return replace(ran, state=replace(ran.state, scores=torch.zeros_like(ran.state.scores)))
 
 
-def one_tile(rows: Rows, options: Options, flags: dict) -> Ran:
-    """As if only the first 512 slots were looked at."""
-    held = rows.state.positions < 512
+def one_tile(rows: Rows, options: Options, tiles: list[int], **compiled) -> Ran:
+    """As if only the first slots were looked at."""
+    held = rows.state.positions < tiles[0]
     positions = torch.where(held, rows.state.positions, -1)
     return torch_rows(replace(rows, state=replace(rows.state, positions=positions)), options)
 
 
-def does_not_compile(rows: Rows, options: Options, flags: dict) -> Ran:
+def does_not_compile(rows: Rows, options: Options, **compiled) -> Ran:
     raise RuntimeError("out of resource: shared memory\nwith details")
 
 
 WRONG = {
-    "nothing goes": lambda r, o, flags: torch_rows(replace(r, budget=torch.full_like(r.budget, UNLIMITED)), o),
+    "nothing goes": lambda r, o, **compiled: torch_rows(replace(r, budget=torch.full_like(r.budget, UNLIMITED)), o),
     "the newest goes": newest_first,
-    "values in TF32": lambda r, o, flags: torch_rows(replace(r, value=rounded(r.value)), o),
-    "keys in TF32": lambda r, o, flags: torch_rows(replace(r, key=rounded(r.key)), o),
+    "values in TF32": lambda r, o, **compiled: torch_rows(replace(r, value=rounded(r.value)), o),
+    "keys in TF32": lambda r, o, **compiled: torch_rows(replace(r, key=rounded(r.key)), o),
     "scores are not handed on": forgetful,
     "one tile": one_tile,
     "out of resource: shared memory": does_not_compile,
@@ -386,8 +402,8 @@ COMPILED = {
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 @pytest.mark.parametrize("case", COMPILED)
-@pytest.mark.parametrize("arch", [80, 90])
-def test_compiles_ahead_of_time(arch, case, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("arch", "tile"), [(80, 32), (90, 32), (80, 256)])
+def test_compiles_ahead_of_time(arch, tile, case, tmp_path, monkeypatch):
     pytest.importorskip("triton", reason=NO_TRITON)
     import triton
     from triton.backends.compiler import GPUTarget
@@ -395,16 +411,19 @@ def test_compiles_ahead_of_time(arch, case, tmp_path, monkeypatch):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, (rule, several, dtype, G) = triton_step.recursion, COMPILED[case]
-    size = 64 if G == 16 else 128  # tiles of 16 slots: then both products could be matrix products
-    constants = triton_kernel._constants(K=8, G=G, D=size, V=size) | triton_kernel._flags(rule, 8, several)
-    types = dict.fromkeys(("positions", "cached", "seen", "length", "budget", "recent", "sinks"), "*i64")
-    types |= {"gone": "*i32"} | dict.fromkeys(("T", "slots", "spare", "ages", "events"), "i32")
+    size = 64 if G == 16 else 128
+    constants = triton_kernel._constants(G=G, D=size, V=size, tile=tile)
+    options = triton_kernel.LAUNCH | {"num_warps": triton_kernel._warps(constants)}
+    constants |= triton_kernel._flags(rule, 8, several)
+    types = dict.fromkeys(triton_step.OF_ROWS, "*i64") | {"positions": "*i64", "gone": "*i32", "factor": f"*{dtype}"}
+    types |= dict.fromkeys((*triton_step.NUMBERS, "slots"), "i32")
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, f"*{dtype}") for name in kernel.arg_names}
     # what a launch finds: aligned pointers, and a multiple of 16 slots
-    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name == "slots"]
+    told = {name for name, kind in signature.items() if kind[0] == "*" or name == "slots"} - set(triton_step.OF_ROWS)
+    aligned = [i for i, name in enumerate(kernel.arg_names) if name in told]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=triton_kernel.LAUNCH)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
     assert f".target sm_{arch}" in compiled.asm["ptx"]
     assert compiled.asm["cubin"].startswith(b"\x7fELF")

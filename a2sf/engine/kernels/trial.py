@@ -30,12 +30,12 @@ def fault(run: RunRows, rows: Rows, *, several: bool, tile: int) -> str | None:
         tile: how many slots the kernel looks at together; one row of the trial holds more.
     """
     tried = _trial(rows, Schedule("every", every=3) if several else STEP, tile)
-    options = Options(rows.query.shape[-1] ** -0.5, trace=True)
+    options = Options(rows.query.shape[-1] ** -0.5, return_state=True, trace=True)
     got, want = run(tried, options), torch_rows(_on(tried, "cpu", torch.float64), options)
     if _kept(got) != _kept(want) or _gone(got) != _gone(want):
         return "it keeps other tokens than plain torch"
-    width = max(x.state.positions.shape[-1] for x in (got, want))
-    states = [vars(x.state.pad(width)) for x in (got, want)]
+    width = max(x.end.positions.shape[-1] for x in (got, want))
+    states = [vars(x.end.pad(width)) for x in (got, want)]
     pairs = [(got.output, want.output), *((states[0][name], states[1][name]) for name in ("scores", "keys", "values"))]
     tolerance = TOLERANCE[rows.query.dtype]
     if not all(torch.allclose(a.cpu().double(), b, atol=tolerance, rtol=tolerance) for a, b in pairs):
@@ -71,6 +71,8 @@ def _trial(rows: Rows, schedule: Schedule, tile: int) -> Rows:
         sinks=torch.tensor([tile - 4, 1]),
         forgetting_factor=torch.tensor([0.3, 0.7], dtype=torch.float64),
         prompt=torch.zeros(2, dtype=torch.int64),
+        lengths=[TOKENS, TOKENS - 2],
+        budgets=[held + 3, 5],
         rule=rows.rule,
         schedule=schedule,
         state=state,
@@ -87,7 +89,7 @@ def _on(rows: Rows, device: torch.device | str, dtype: torch.dtype) -> Rows:
 
 
 def _kept(ran: Ran) -> list[Any]:
-    return [[[p for p in head if p >= 0] for head in row] for row in ran.state.positions.tolist()]
+    return [[[p for p in head if p >= 0] for head in row] for row in ran.end.positions.tolist()]
 
 
 def _gone(ran: Ran) -> list[Any]:

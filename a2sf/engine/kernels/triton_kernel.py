@@ -12,6 +12,7 @@ environment *before Triton is first imported*, the same kernel runs on the CPU, 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,13 +32,11 @@ try:
 except ImportError:
     triton = None
 
-# Elements of the [heads, size, slots] product that one step of the slot loop holds in registers: 64 a thread, the most
-# that compiles without spilling for the usual head sizes.
-TILE_ELEMENTS = 16384
+TILES = {32: 64, 128: 512, 256: None}
+"""Slots that a program looks at together, for rows that keep fewer tokens than this. What was fastest on an H100."""
 LAUNCH = {
-    "num_warps": 8,
     # Slots are overwritten while the kernel runs. One stage keeps every load where it is written; more would let the
-    # compiler prefetch, which is only worth trying where the result can be checked on a GPU.
+    # compiler prefetch across the barriers.
     "num_stages": 1,
     "enable_fp_fusion": True,
 }
@@ -64,7 +63,11 @@ def attend_triton(
         have = "Triton is not installed" if triton is None else f"the tensors are on {query.device}"
         raise ConfigError("backend", "triton", f"it needs Triton (extra gpu) and a CUDA device, and {have}")
     with torch.cuda.device(query.device) if query.is_cuda else nullcontext():  # Triton launches on the current device
-        return by_levels(_triton_rows, query, key, value, segments, options, state)
+        found = by_levels(_triton_rows, query, key, value, segments, options, state)
+    if found.state is None:
+        return found
+    kept = max(1, int((found.state.positions >= 0).sum(-1).max()))  # waits for the GPU, so once, and at the end
+    return replace(found, state=found.state.cut(kept))
 
 
 def _interpreted() -> bool:
@@ -73,23 +76,27 @@ def _interpreted() -> bool:
 
 def _triton_rows(rows: Rows, options: Options) -> Ran:
     flags = _flags(rows.rule, rows.key.shape[1], several=rows.schedule.spare > 0 or _above_budget(rows))
+    tiles = [_tile(budget + rows.schedule.spare) for budget in rows.budgets]
     if not _interpreted():
-        prove(rows, flags)
-    return _run(rows, options, flags)
+        for tile in sorted(set(tiles)):
+            prove(rows, flags, tile)
+    return _run(rows, options, flags, tiles)
 
 
-def prove(rows: Rows, flags: dict[str, Any]) -> None:
+def prove(rows: Rows, flags: dict[str, Any], tile: int) -> None:
     """Try what is compiled for `rows`, once in a process: compilers have been wrong, and wrong scores look like scores.
 
     Raises:
         UnsoundKernelError: if it does not give what plain torch gives, or cannot be compiled.
     """
     H, K, D, V = rows.query.shape[1], rows.key.shape[1], rows.query.shape[-1], rows.value.shape[-1]
-    constants = _constants(K, H // K, D, V)
+    constants = _constants(H // K, D, V, tile)
     variant = (rows.query.device, rows.query.dtype, *constants.values(), *flags.values())
     if variant not in _found:
         try:
-            told = fault(partial(_run, flags=flags), rows, several=flags["HOLES"], tile=constants["WIDE_TILE"])
+            told = fault(
+                partial(_run, flags=flags, tiles=[tile, tile]), rows, several=flags["HOLES"], tile=constants["TILE"]
+            )
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
@@ -103,22 +110,27 @@ def prove(rows: Rows, flags: dict[str, Any]) -> None:
 _found: dict[tuple[Any, ...], str | None] = {}
 
 
-def _run(rows: Rows, options: Options, flags: dict[str, Any]) -> Ran:
+def _run(rows: Rows, options: Options, flags: dict[str, Any], tiles: list[int]) -> Ran:
+    """One launch for the rows of each tile (`tiles`, one per row), nothing in which the CPU waits for the GPU."""
     B, H, T, D = rows.query.shape
     K, V = rows.key.shape[1], rows.value.shape[-1]
     rule, spare, old = rows.rule, rows.schedule.spare, rows.state
     device, held = rows.query.device, (old.positions >= 0).sum(-1)
+    constants = {tile: _constants(H // K, D, V, tile) for tile in sorted(set(tiles))}
+    sizes = next(iter(constants.values()))
 
     # `by_levels` packs time before heads: these transposes copy nothing
-    query, key, value = (x.transpose(1, 2).contiguous() for x in (rows.query * options.scale, rows.key, rows.value))
+    key, value = (x.transpose(1, 2).contiguous() for x in (rows.key, rows.value))
+    query = key.new_zeros(B, T, K, sizes["SIZES"], sizes["PADDED_G"])
+    query[..., :D, : H // K] = (rows.query * options.scale).view(B, K, H // K, T, D).permute(0, 3, 1, 4, 2)
     output = query.new_zeros(B, T, H, V)
 
-    # The slot buffer: what is cached already, and room for the new tokens, one more than may stay at most. Keys lie
-    # size before slot, so that neighbouring threads load neighbouring slots and each sums its logits by itself.
+    # The slot buffer: what is cached already, and room for the new tokens, one more than may stay at most. Keys lie 32
+    # slots together, size before slot: threads load neighbours, and each sums a logit by itself.
     past = old.positions.shape[-1]
     gone = torch.full((B, K, past + T, 2), -1, dtype=torch.int32, device=device)  # a token goes once
-    slots = max(past, int(torch.minimum(rows.budget + spare, past + rows.length).max())) + 1
-    slots = triton.cdiv(slots, 16) * 16  # aligned rows of keys
+    most = max(1, past, *(min(n + spare, past + length) for n, length in zip(rows.budgets, rows.lengths, strict=True)))
+    slots = triton.cdiv(most + 1, max(tiles)) * max(tiles)
 
     def buffer(x: Tensor, fill: int = 0) -> Tensor:
         """`x` [B, K, past, ...] with `slots` slots."""
@@ -126,7 +138,9 @@ def _run(rows: Rows, options: Options, flags: dict[str, Any]) -> Ran:
         filled[:, :, :past] = x
         return filled
 
-    keys = buffer(old.keys.to(key.dtype)).transpose(2, 3).contiguous()
+    keys = key.new_zeros(B, K, slots // 32, sizes["SIZES"], 32)
+    if past:
+        keys[..., :D, :] = buffer(old.keys.to(key.dtype)).view(B, K, slots // 32, 32, D).transpose(3, 4)
     values = buffer(old.values.to(key.dtype))
     scores = buffer(old.scores.to(key.dtype))
     positions = buffer(old.positions, fill=-1)
@@ -140,11 +154,9 @@ def _run(rows: Rows, options: Options, flags: dict[str, Any]) -> Ran:
         return of_new.to(key.dtype).contiguous(), buffer(of_held.to(key.dtype))
 
     (weight, weights), (bias, biases) = fixed(rule.weight), fixed(rule.bias)
-    factor = rows.forgetting_factor.to(key.dtype)
+    factor = rows.forgetting_factor.to(key.dtype).contiguous()
     ages = int((old.seen + rows.length).max()) if rule.by_age else 0
-    programs = B * K // flags["HEADS"]
-
-    recursion[(programs,)](
+    arguments = (
         query,
         key,
         value,
@@ -158,38 +170,41 @@ def _run(rows: Rows, options: Options, flags: dict[str, Any]) -> Ran:
         positions,
         weights,
         biases,
-        query.new_empty(B, H, slots),  # logits
-        query.new_empty(programs, slots) if flags["RANKED"] else scores,
-        terms(factor[:, None], torch.arange(ages, device=device)).contiguous(),
+        query.new_empty(B, K, slots, sizes["PADDED_G"]),  # powers
+        query.new_empty(B, K // flags["HEADS"], slots) if flags["RANKED"] else scores,
+        terms(factor[:, None], torch.arange(ages, device=device)).contiguous() if ages else factor,
         held,
         *(x.contiguous() for x in (old.seen, rows.length, rows.budget, rows.recent, rows.sinks)),
-        factor.contiguous(),
+        factor,
         T,
         slots,
         spare,
         ages,
         past + T,
-        **_constants(K, H // K, D, V),
-        **flags,
-        **LAUNCH,
+        K,
+        1,  # one
     )
+    for tile, of_tile in constants.items():
+        members = torch.tensor([row for row, its in enumerate(tiles) if its == tile]).to(device)
+        grid = (len(members) * K // flags["HEADS"],)
+        recursion[grid](members, *arguments, **of_tile, **flags, **LAUNCH, num_warps=_warps(of_tile))
 
-    # canonical form: ascending positions, empty slots last
-    kept_slots = max(1, int((positions >= 0).sum(-1).max()))
-    order = positions.masked_fill(positions < 0, 2**62).argsort(dim=-1)[:, :, :kept_slots]
-    positions = positions.gather(2, order)
+    state = None
+    if options.return_state:  # in canonical form: ascending positions, empty slots last
+        order = positions.masked_fill(positions < 0, 2**62).argsort(dim=-1)[:, :, :most]
+        positions = positions.gather(2, order)
 
-    def cached_of(x: Tensor) -> Tensor:
-        picked = x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1]))
-        return torch.where(positions[..., None] >= 0, picked, 0)
+        def cached_of(x: Tensor) -> Tensor:
+            picked = x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1]))
+            return torch.where(positions[..., None] >= 0, picked, 0)
 
-    state = EvictionState(
-        positions=positions,
-        scores=cached_of(scores[..., None])[..., 0],
-        keys=cached_of(keys.transpose(2, 3)),
-        values=cached_of(values),
-        seen=old.seen + rows.length,
-    )
+        state = EvictionState(
+            positions=positions,
+            scores=cached_of(scores[..., None])[..., 0],
+            keys=cached_of(keys.transpose(3, 4).reshape(B, K, slots, -1))[..., :D],
+            values=cached_of(values),
+            seen=old.seen + rows.length,
+        )
     if not options.trace:
         return Ran(output.transpose(1, 2), state)
     went = gone[..., 0] >= 0
@@ -197,6 +212,8 @@ def _run(rows: Rows, options: Options, flags: dict[str, Any]) -> Ran:
 
 
 def _above_budget(rows: Rows) -> bool:
+    if rows.state.positions.shape[-1] <= min(rows.budgets):
+        return False
     return bool(((rows.state.positions >= 0).sum(-1) > rows.budget[:, None]).any())
 
 
@@ -216,21 +233,33 @@ def _flags(rule: Rule, K: int, several: bool) -> dict[str, Any]:
     }
 
 
-def _constants(K: int, G: int, D: int, V: int) -> dict[str, int]:
-    """What the kernel is compiled for.
+def _tile(capacity: int) -> int:
+    """Slots that a program looks at together, for a row that keeps `capacity` tokens between two steps at most.
 
-    The tiles must not depend on the batch, such as on its largest budget: they set the order of the sums, and a row's
-    result is the same to the last bit in whatever batch it is computed.
+    It must not depend on the batch, such as on its largest budget: it sets the order of the sums, and a row's result is the
+    same to the last bit in whatever batch it is computed.
     """
+    return next(tile for tile, below in TILES.items() if below is None or capacity < below)
+
+
+def _constants(G: int, D: int, V: int, tile: int) -> dict[str, int]:
+    """What the kernel is compiled for."""
     padded_g, padded_d, padded_v = (triton.next_power_of_2(x) for x in (G, D, V))
+    at_once = min(16, padded_d)
     return {
-        "K": K,
         "G": G,
         "D": D,
         "V": V,
         "PADDED_G": padded_g,
         "PADDED_D": padded_d,
         "PADDED_V": padded_v,
-        "TILE": min(64, max(1, TILE_ELEMENTS // (padded_g * max(padded_d, padded_v)))),
-        "WIDE_TILE": min(512, max(1, 4096 // padded_g)),
+        "SIZES": triton.cdiv(D, at_once) * at_once,
+        "AT_ONCE": at_once,
+        "TILE": max(32, min(tile, 4096 // padded_g)),
     }
+
+
+def _warps(constants: dict[str, int]) -> int:
+    """One for few slots, where only more programs help; else two threads for a slot, and no more than eight logits each."""
+    tile = constants["TILE"]
+    return min(16, max(1 if tile == 32 else tile // 16, tile * constants["PADDED_G"] // 256))
