@@ -94,11 +94,12 @@ def by_levels(
         real = offset < length[:, None]  # [S', T']
         row = segments.row[pick][:, None].expand_as(real)
         column = (segments.start[pick][:, None] + offset).clamp(max=T - 1)
-        # few tensors go to the device, where each costs as much as a launch
-        row_at, column_at = torch.stack([row, column]).to(device)
-        of_row, of_column, at, step = torch.stack([row[real], column[real], *real.nonzero().unbind(1)]).to(device)
+        # few tensors go to a GPU, where each costs as much as a launch, and none is waited for
+        row_at, column_at = torch.stack([row, column]).to(device, non_blocking=True)
+        of_real = torch.stack([row[real], column[real], *real.nonzero().unbind(1)])
+        of_row, of_column, at, step = of_real.to(device, non_blocking=True)
         of_rows = (segments.length, segments.budget, segments.recent, segments.sinks, prompt)
-        numbers = torch.stack([x[pick] for x in of_rows]).to(device)
+        numbers = torch.stack([x[pick] for x in of_rows]).to(device, non_blocking=True)
 
         parents = segments.parent[pick].tolist()
         packed = [x[row_at, :, column_at].transpose(1, 2).to(dtype) for x in (query, key, value)]
@@ -115,7 +116,7 @@ def by_levels(
             recent=numbers[2],
             sinks=numbers[3],
             prompt=numbers[4],
-            forgetting_factor=segments.forgetting_factor[pick].to(device),
+            forgetting_factor=segments.forgetting_factor[pick].to(device, non_blocking=True),
             lengths=length.tolist(),
             budgets=segments.budget[pick].tolist(),
             rule=segments.rule,
@@ -132,7 +133,9 @@ def by_levels(
             place = {number: i for i, number in enumerate(ids)}
             order += ids
             ends = [*ends, ran.end] if options.return_state else [ran.end]
-    final = EvictionState.stack(ends).select(torch.tensor(order).argsort()) if options.return_state else None
+    final = None
+    if options.return_state:
+        final = ends[0] if len(ends) == 1 else EvictionState.stack(ends).select(torch.tensor(order).argsort())
     if not options.trace:
         return Attended(output, final)
     none = torch.empty(0, 4, dtype=torch.int64, device=device)

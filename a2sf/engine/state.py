@@ -59,7 +59,8 @@ class EvictionState:
         positions: int64 [B, K, N], kept positions in ascending order, -1 where a slot is empty (empty slots come last).
         scores: [B, K, N], accumulated attention scores `A`, 0 where a slot is empty.
         keys: [B, K, N, D] and
-        values: [B, K, N, V]; all three in the engine's accumulation dtype (float32, or float64 for float64 inputs).
+        values: [B, K, N, V], finite (0, in states made here) where a slot is empty; all three in the engine's accumulation
+            dtype (float32, or float64 for float64 inputs).
         seen: int64 [B], tokens read so far, which is the next token's position.
         memory: [B, K, N, M], what a policy of its own rule keeps per token; None where the rule keeps nothing.
     """
@@ -92,8 +93,9 @@ class EvictionState:
         )
 
     def cut(self, slots: int) -> EvictionState:
-        """The same state with the first `slots` slots of each KV head, which hold all tokens."""
-        return EvictionState(**{name: x if name == "seen" else x[:, :, :slots] for name, x in self._tensors().items()})
+        """The same state with the first `slots` slots of each KV head, which hold all tokens, and no memory beyond them."""
+        cut = {name: x if name == "seen" else x[:, :, :slots].contiguous() for name, x in self._tensors().items()}
+        return EvictionState(**cut)
 
     def heads(self, heads: Tensor) -> EvictionState:
         """The state of some KV heads."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import runpy
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -235,6 +236,17 @@ def test_a_tree_of_segments(attend):
     assert_same(attend(*args), reference(*args), 1e-5)
 
 
+def test_a_forest_of_two_tiles_whose_ends_nobody_asks_for(attend):
+    segments = replace(
+        rows((20, 0, 0, 0.5, 18), (20, 0, 0, 0.5, 9), (4, 0, 0, 0.5, 7), (70, 0, 0, 0.5, 30), (70, 1, 0, 0.5, 5)),
+        row=torch.tensor([0, 0, 0, 1, 1]),
+        start=torch.tensor([0, 18, 27, 0, 30]),
+        parent=torch.tensor([-1, 0, -1, -1, 3]),
+    )
+    args = (*tokens(22, 2, 1, 2, 35, 4, 4, torch.float32), segments, Options(scale=0.5))
+    assert_same(attend(*args), reference(*args), 1e-5)
+
+
 def test_a_state_above_the_budget_is_cut_to_it(attend):
     query, key, value = tokens(6, 1, 1, 2, 10, 4, 4, torch.float32)
     head, tail = ([x[:, :, part] for x in (query, key, value)] for part in (slice(0, 6), slice(6, 10)))
@@ -249,6 +261,12 @@ def test_a_row_does_not_depend_on_its_batch(attend):
     beside = attend(query, key, value, rows(POLICIES["a2sf"], POLICIES["full"]), OPTIONS)
     assert beside.output[:1].equal(alone.output)  # to the last bit
     assert beside.evicted[:1].equal(alone.evicted)
+    # beside a row that begins above its budget
+    whole = reference(query, key, value, rows((UNLIMITED, 0, 0, 0.3, 9), (UNLIMITED, 0, 0, 0.3, 9)), OPTIONS).state
+    one = attend(query[:1], key[:1], value[:1], rows((12, 0, 0, 0.3, 12)), OPTIONS, whole.select(torch.tensor([0])))
+    two = attend(query, key, value, rows((12, 0, 0, 0.3, 12), (5, 0, 0, 0.3, 12)), OPTIONS, whole)
+    assert two.output[:1].equal(one.output)
+    assert two.evicted[:1].equal(one.evicted)
 
 
 def test_no_state_and_no_trace_unless_asked_for(attend):
@@ -277,7 +295,7 @@ def test_several_at_once(attend, policy):
 
 def test_a_first_tile_without_a_token(attend):
     T = 42
-    # of equal scores the oldest goes: after the cut slots 35 and 36 are filled, and the next token takes slot 34
+    # of equal scores the oldest goes: after the cut slots 37 and 38 are filled, and the next token takes slot 36
     s = replace(rows((2, 2, 0, 0.0, T)), schedule=Schedule("every", every=37))
     query, key, value = tokens(13, 1, 1, 2, T, 4, 4, torch.float64)
     args = (torch.zeros_like(query), key, value, s, OPTIONS)
@@ -431,6 +449,8 @@ def test_compiles_ahead_of_time(arch, tile, case, tmp_path, monkeypatch):
     # what the loop over tokens hands on, as written and as compiled; Triton 3.5 to 3.7 dropped a variable (before, one more)
     carried = [compiled.asm[ir].partition("iter_args(")[2].partition(")")[0].count("=") for ir in ("ttir", "ttgir")]
     assert carried == [3, 3]
+    barriers = re.findall(r"\b(?:gpu|ttg)\.(?:local_)?barrier\b", compiled.asm["ttgir"])
+    assert len(barriers) == (7 if several else 5)
 
 
 def test_what_it_needs_is_said(monkeypatch):

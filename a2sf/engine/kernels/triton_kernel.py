@@ -1,9 +1,9 @@
 """The recursion as one fused Triton kernel, for GPUs.
 
 One program runs one row and KV head from its first token to its last, or one row, where its heads share a kept set. The
-tokens it may see live in a buffer of `budget + 1` slots in global memory, so that the work is O(T * budget * D) and nothing
-of size T x T exists. All query heads of a group read a key once. What a rule states as data runs here (`knows` in
-`a2sf.engine.kernels`), step by step or every so many tokens.
+tokens it may see live in a buffer of slots in global memory, one more than the most that a row of the batch keeps,
+rounded up, so that the work is O(T * budget * D) and nothing of size T x T exists. All query heads of a group read a
+key once. What a rule states as data runs here (`knows` in `a2sf.engine.kernels`), step by step or every so many tokens.
 
 Triton is optional: without it this module imports, and `available` says no. With `TRITON_INTERPRET=1` in the
 environment *before Triton is first imported*, the same kernel runs on the CPU, slowly, which is how it is tested.
@@ -111,7 +111,7 @@ _found: dict[tuple[Any, ...], str | None] = {}
 
 
 def _run(rows: Rows, options: Options, flags: dict[str, Any], tiles: list[int]) -> Ran:
-    """One launch for the rows of each tile (`tiles`, one per row), nothing in which the CPU waits for the GPU."""
+    """One launch for the rows of each tile; `tiles`: one per row. The CPU waits for the GPU only for ages and a trace."""
     B, H, T, D = rows.query.shape
     K, V = rows.key.shape[1], rows.value.shape[-1]
     rule, spare, old = rows.rule, rows.schedule.spare, rows.state
@@ -185,9 +185,10 @@ def _run(rows: Rows, options: Options, flags: dict[str, Any], tiles: list[int]) 
         1,  # one
     )
     for tile, of_tile in constants.items():
-        members = torch.tensor([row for row, its in enumerate(tiles) if its == tile]).to(device)
+        members = torch.tensor([row for row, its in enumerate(tiles) if its == tile])
         grid = (len(members) * K // flags["HEADS"],)
-        recursion[grid](members, *arguments, **of_tile, **flags, **LAUNCH, num_warps=_warps(of_tile))
+        here = members.to(device, non_blocking=True)
+        recursion[grid](here, *arguments, **of_tile, **flags, **LAUNCH, num_warps=_warps(of_tile))
 
     state = None
     if options.return_state:  # in canonical form: ascending positions, empty slots last
@@ -237,7 +238,8 @@ def _tile(capacity: int) -> int:
     """Slots that a program looks at together, for a row that keeps `capacity` tokens between two steps at most.
 
     It must not depend on the batch, such as on its largest budget: it sets the order of the sums, and a row's result is the
-    same to the last bit in whatever batch it is computed.
+    same to the last bit in whatever batch it is computed. (A beginning that sequences of several budgets share is summed as
+    the one that owns it is.)
     """
     return next(tile for tile, below in TILES.items() if below is None or capacity < below)
 
