@@ -12,7 +12,7 @@ import yaml
 from a2sf.report.heads import errors_figure
 from a2sf.report.plots import save
 from tests.end_to_end.test_evaluate import evaluate
-from tests.sweep_fixture import Plan, write_sweep
+from tests.sweep_fixture import NOISE, Plan, write_sweep
 
 ROOT = Path(__file__).parents[3]
 
@@ -29,6 +29,27 @@ def test_accuracy_and_closeness_by_budget(findings, tmp_path: Path) -> None:
     assert labels == ["H2O", "A2SF 0.1", "Full cache"]  # of those that are drawn
     assert all(len(line.get_xdata()) == 2 for line in figure.axes[1].get_lines())
     save(figure, tmp_path / "f")
+
+
+def test_a_task_that_came_later_is_in_a_table_of_its_own(findings, tmp_path: Path) -> None:
+    policies, noise = ("full", "h2o", "a2sf", "calibrated"), NOISE | {"calibrated": 0.5}
+    for name, documents in (("s", {"arc_easy": 30, "piqa": 20}), ("later", {"hellaswag": 25})):
+        write_sweep(tmp_path / name, Plan(policies, (0.1, 0.2), documents=documents, noise=noise))
+    without = findings["held_out_tables"](tmp_path / "s")
+    with_it = findings["held_out_tables"](tmp_path / "s", tmp_path / "later")
+    first, last = without.split("### Every system")
+    assert with_it.startswith(first)
+    assert with_it.endswith(last)
+    assert "hellaswag" not in without
+    added = with_it.removeprefix(first).removesuffix(last)
+    assert [line for line in added.splitlines() if line.startswith("### ")] == [
+        "### The same with hellaswag",
+        "### hellaswag by itself",
+        "### Every system",
+    ]
+    decided = first.count("| calibrated | ")
+    assert decided == 4  # two named, two budgets
+    assert added.count("| calibrated | ") == decided + 2  # and by itself
 
 
 def test_the_factor_of_its_own_is_planned(findings, tmp_path: Path) -> None:
