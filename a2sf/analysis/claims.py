@@ -24,6 +24,7 @@ TOLERANCE = 0.01
 PUBLISHED_DTYPE = "float16"
 ALPHA = 1 - CONFIDENCE
 Row = Mapping[Hashable, Any]
+NO_CELL = "the sweep has no such cell"
 
 
 class Verdict(StrEnum):
@@ -55,13 +56,13 @@ class Claim:
     source: str = ""
 
 
-def check_figures(published: pd.DataFrame, grid: Grid | None, why_not: str) -> list[Claim]:
+def check_figures(published: pd.DataFrame, grid: Grid | None, why_not: Mapping[str, str]) -> list[Claim]:
     """Every published accuracy against the cell with the same model, policy, budget, factor, shots and task.
 
     Args:
         published: as runs/reference/a2sf_authors_0shot.csv.
         grid: what was measured; None where nothing was.
-        why_not: why a cell that is missing was not run.
+        why_not: model -> why a cell of it that is missing was not run; `NO_CELL` for a model that is not there.
     """
     measured = {} if grid is None else {_place(row): row for row in grid.frame.to_dict("records")}
     claims = []
@@ -71,18 +72,20 @@ def check_figures(published: pd.DataFrame, grid: Grid | None, why_not: str) -> l
         text += f", {row['task']}, {row['shots']}-shot"
         found = measured.get(_place(row))
         if found is None:
-            claims.append(Claim(text, Verdict.NOT_RUN, why_not, row["value"], source=row["source"]))
+            why = why_not.get(row["model"], NO_CELL)
+            claims.append(Claim(text, Verdict.NOT_RUN, why, row["value"], source=row["source"]))
             continue
         verdict, why = _figure(row, found)
         claims.append(Claim(text, verdict, why, row["value"], found["value"], row["source"]))
     return claims
 
 
-def check_headline(row: Row, grid: Grid | None, why_not: str) -> Claim:
+def check_headline(row: Row, grid: Grid | None, why_not: Mapping[str, str]) -> Claim:
     """A claim of the form "up to +x points over the earlier methods", on the average over the tasks it names.
 
     Args:
         row: of runs/reference/a2sf_headlines.csv.
+        why_not: as for `check_figures`.
     """
     text, published, source = f"{row['model']}: {row['claim']}", float(str(row["value"])), str(row["source"])
     parts = [] if grid is None else grid.parts()
@@ -90,7 +93,7 @@ def check_headline(row: Row, grid: Grid | None, why_not: str) -> Claim:
     others = str(row["others"]).split("/")
     gains = _gains(part, str(row["first"]), others) if part is not None else []
     if part is None or not gains:
-        return Claim(text, Verdict.NOT_RUN, why_not, published, source=source)
+        return Claim(text, Verdict.NOT_RUN, why_not.get(str(row["model"]), NO_CELL), published, source=source)
     budget, best = max(gains, key=lambda g: g[1].value)
     corrected = dict(zip([b for b, _ in gains], holm([d.p for _, d in gains]), strict=True))[budget]
     if how := _protocol(part, set(str(row["tasks"]).split("/"))):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,11 +76,11 @@ def run_sweep(preset: str, overrides: Sequence[str] = (), download: bool = False
     return "" if process.returncode == 0 else last or f"it exited with {process.returncode}"
 
 
-def compare(places: Places, why_not: str, pair: tuple[str, str] = DEFAULT_PAIR) -> Findings:
+def compare(places: Places, why_not: Mapping[str, str], pair: tuple[str, str] = DEFAULT_PAIR) -> Findings:
     """Hold what is on disk against the published claims.
 
     Args:
-        why_not: why the published models' cells are missing where they are.
+        why_not: published model -> why its cells are missing where they are.
     """
     notes: list[str] = []
     paper = _grid([places.paper], notes)
@@ -120,7 +121,7 @@ def counts(claims: Sequence[Claim]) -> dict[str, int]:
 
 
 def write_claims(directory: Path, findings: Findings) -> list[Path]:
-    """Write every verdict as `claims.csv` and `claims.md`."""
+    """Write every verdict as `claims.csv` and `claims.md`; the latter names a reason that several were not run for once."""
     directory.mkdir(parents=True, exist_ok=True)
     parts = {
         "Headline claims": findings.headlines,
@@ -134,11 +135,14 @@ def write_claims(directory: Path, findings: Findings) -> list[Path]:
     for title, claims in parts.items():
         said = "; ".join(f"{n} {verdict}" for verdict, n in counts(claims).items())
         lines += ["", f"## {title}", "", f"{said}." if claims else "Nothing was compared."]
-        if claims:
+        reasons = Counter(c.why for c in claims if c.verdict is Verdict.NOT_RUN)
+        shared = {why: n for why, n in reasons.items() if n > 1}
+        lines += ["", *(f"- {n} not run: {why}" for why, n in shared.items())] if shared else []
+        if rows := [c for c in claims if c.verdict is not Verdict.NOT_RUN or c.why not in shared]:
             lines += ["", "| Claim | Published | Measured | Verdict | Why |", "| :-- | --: | --: | :-- | :-- |"]
             lines += [
                 f"| {c.claim} | {_share(c.published)} | {_share(c.measured)} | {c.verdict.value} | {c.why} |"
-                for c in claims
+                for c in rows
             ]
     write_atomically(directory / "claims.md", "\n".join(lines) + "\n")
     return [directory / "claims.csv", directory / "claims.md"]

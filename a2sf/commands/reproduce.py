@@ -50,11 +50,11 @@ def main(arguments: Sequence[str]) -> None:
     args = parser.parse_args(arguments)
 
     console = Console()
-    why_not = "nothing was run on request, and there is no such cell"
+    models = list(published_figures(args.reference)["model"].unique())
+    why_not = dict.fromkeys(models, "nothing was run on request, and there is no such cell")
     if not args.no_run:
-        models = list(published_figures(args.reference)["model"].unique())
         told = {m: run_sweep(args.preset, [f"model={m}", f"sweep_name={args.preset}"], args.download) for m in models}
-        why_not = "; ".join(f"{m}: {why}" for m, why in told.items() if why) or "the sweep has no such cell"
+        why_not = {m: why for m, why in told.items() if why}
         small_sweeps = {
             args.small_preset: args.small_preset,
             args.authors_preset: args.small_preset,

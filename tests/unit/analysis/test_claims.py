@@ -10,9 +10,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from a2sf.analysis.claims import Claim, Verdict, check_figures, check_headline, check_shape
+from a2sf.analysis.claims import NO_CELL, Claim, Verdict, check_figures, check_headline, check_shape
 from a2sf.analysis.collect import Grid, gather
-from a2sf.analysis.reproduce import Places, compare, counts, write_claims
+from a2sf.analysis.reproduce import Findings, Places, compare, counts, write_claims
 from tests.sweep_fixture import NOISE, Plan, write_sweep
 
 ROOT = Path(__file__).parents[3]
@@ -28,7 +28,7 @@ HEADLINE = {
     "source": "paper",
 }
 HALF = {"dtype": "float16"}
-WHY = "no such model here"
+WHY = dict.fromkeys(("tiny", "llama-2-7b", "opt-2.7b"), "no such model here")
 
 
 def test_the_small_models_own_reference_is_where_it_is_looked_for():
@@ -74,8 +74,10 @@ def test_a_figure_of_another_protocol(tmp_path: Path) -> None:
 
 def test_a_figure_that_was_not_run(tmp_path: Path) -> None:
     grid = made(tmp_path / "s", policies=("h2o",))
-    for claim in check_figures(published(grid, model="large"), grid, WHY) + check_figures(published(grid), None, WHY):
-        assert (claim.verdict, claim.why, claim.measured) == (Verdict.NOT_RUN, WHY, None)
+    large, tiny = published(grid, model="large"), published(grid)
+    for rows, there, why in ((large, grid, NO_CELL), (large, grid, "not here"), (tiny, None, "not here")):
+        (claim,) = check_figures(rows, there, {} if why == NO_CELL else {"large": why, "tiny": why})
+        assert (claim.verdict, claim.why, claim.measured) == (Verdict.NOT_RUN, why, None)
 
 
 def test_factors_tell_figures_apart(tmp_path: Path) -> None:
@@ -153,7 +155,19 @@ def test_findings_are_written(tmp_path: Path) -> None:
     assert any("of tiny from" in note and "not of the published models" in note for note in findings.notes)
     csv, md = write_claims(tmp_path / "out", findings)
     assert len(pd.read_csv(csv)) == 266 + len(findings.shape)
-    assert "264 not run." in md.read_text()
+    text = md.read_text()
+    figures = pd.read_csv(REFERENCE / "a2sf_authors_0shot.csv")["model"].value_counts()
+    assert "264 not run." in text
+    assert f"- {figures['llama-2-7b'] + figures['opt-2.7b']} not run: no such model here\n" in text
+    assert f"- {figures['llama-7b']} not run: {NO_CELL}\n" in text  # each model its own reason
+    assert text.count("no such model here") == 2  # once for the figures, once for the headlines
+    assert "llama-2-7b full" not in text
+
+
+def test_one_that_was_not_run_keeps_its_row(tmp_path: Path) -> None:
+    claims = [Claim("a", Verdict.NOT_RUN, "for want of it"), Claim("b", Verdict.REPRODUCED, "so it is")]
+    _, md = write_claims(tmp_path, Findings(claims, [], [], []))
+    assert "| a |  |  | not run | for want of it |\n| b |" in md.read_text()
 
 
 def test_the_best_factor_comes_from_the_sweep_over_factors(tmp_path: Path) -> None:
