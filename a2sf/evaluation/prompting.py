@@ -17,6 +17,8 @@ LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 OF_LM_EVAL = ("until", *LENGTHS)
 """Settings of a generation that lm-eval understands besides transformers'."""
 EXAMPLES = {"gen_kwargs": "gen_kwargs.max_gen_toks=32", "task_args": "task_args.lengths=[1024,4096]"}
+QUESTION = "(the question)"
+"""What stands for one where a template's own text is looked for."""
 SAMPLING_SEED = 1234
 """Of text that is drawn at random; lm-eval's default."""
 
@@ -109,15 +111,19 @@ class Prompting:
                 raise ConfigError("gen_kwargs.temperature", given["temperature"], allowed)
             task.set_config("generation_kwargs", merged)
 
-    def tokens_around(self, tokenizer: Any) -> int:
-        """How many tokens template and system instruction add to a prompt, by one without a question."""
-        if not self.chat_template:
-            return len(tokenizer.encode(self.system_instruction or "", add_special_tokens=False))
-        said = [{"role": "system", "content": self.system_instruction}] if self.system_instruction else []
-        more = {"chat_template": self.name_of_template} if self.name_of_template else {}
-        empty = [*said, {"role": "user", "content": ""}]
-        text = tokenizer.apply_chat_template(empty, tokenize=False, add_generation_prompt=True, **more)
-        return len(tokenizer.encode(text, add_special_tokens=False))
+    def tokens_around(self, tokenizer: Any, shots: int = 0) -> tuple[int, int]:
+        """How many tokens template and system instruction put before a prompt, and after it and between turns."""
+        before, after = self.system_instruction or "", ""
+        if self.chat_template:
+            said = [{"role": "system", "content": self.system_instruction}] if self.system_instruction else []
+            more = {"chat_template": self.name_of_template} if self.name_of_template else {}
+            turns = ("user", "assistant") * (shots if self.multiturn else 0)
+            asked = [*said, *({"role": role, "content": QUESTION} for role in (*turns, "user"))]
+            text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **more)
+            before, _, after = text.partition(QUESTION)
+            after = after.replace(QUESTION, "")
+        head, tail = (len(tokenizer.encode(text, add_special_tokens=False)) for text in (before, after))
+        return head, tail
 
     def check(self, tokenizer: Any, model: str) -> None:
         """Refuse a template that a tokenizer does not have, or a system instruction that its template would lose.

@@ -192,7 +192,7 @@ def measured(cell: Cell) -> tasks.DataSpec:
                 f"would ask for {max(lengths)}",
             )
         if positions is not None and (cell.prompting.chat_template or cell.prompting.system_instruction):
-            around = cell.prompting.tokens_around(AutoTokenizer.from_pretrained(tokenizer_folder(cell.model)))
+            around = sum(cell.prompting.tokens_around(AutoTokenizer.from_pretrained(tokenizer_folder(cell.model))))
             free = positions - max(lengths, default=0) + int(data.arguments.get("room") or 0)
             if free < around:  # else lm-eval cuts the front of the prompt, which is the template's
                 raise ConfigError(

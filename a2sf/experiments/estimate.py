@@ -1,7 +1,8 @@
 """How many tokens a sweep's groups will compute, and how long that takes at the speed measured here.
 
 Lengths of requests come from finished cells of the same task and shots, else from the documents themselves where they lie on
-this machine (by characters). A sample of documents of such lengths is packed as the real ones will be.
+this machine (by characters), with what a chat template adds. A sample of documents of such lengths is packed as the real
+ones will be.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,9 +21,11 @@ from a2sf.errors import UserError
 from a2sf.evaluation import tasks
 from a2sf.evaluation.lm import PACK_TOKENS
 from a2sf.evaluation.packing import Item, pack
+from a2sf.evaluation.prompting import Prompting
 from a2sf.evaluation.requests import Request
 from a2sf.experiments.cell import Cell
 from a2sf.experiments.runs import CorruptCell, StoredCell, is_cell, read_cell
+from a2sf.hf.loading import ModelSpec, load_tokenizer
 from a2sf.hf.settings import retention_of
 from a2sf.policies.schedule import schedule_for
 
@@ -60,7 +64,7 @@ class Measured:
     Attributes:
         speeds: by model and dtype, and by these, task and shots.
         per_document: the same of seconds per document, of cells that generate.
-        lengths: by task and shots, and by these and the model: each document's.
+        lengths: by task, shots and how the model was asked, and by these and the model: each document's.
         sizes: by task and its data: how many documents there are, where a cell was to have more.
     """
 
@@ -82,6 +86,7 @@ class Measured:
     def _add(self, stored: StoredCell, wanted: set[tuple[str, int]]) -> None:
         cell, timing = stored.cell, stored.result["timing"]
         model, task = (cell["model"], cell["dtype"]), (cell["task"], cell["shots"])
+        asked = (*task, _as_text(cell.get("identity", {}).get("prompting")))
         generates = "generation" in cell.get("identity", {})
         n, limit = stored.result["documents"]["n"], cell["limit"]
         if timing["computed_tokens"]:
@@ -91,9 +96,9 @@ class Measured:
                 for key in (model, (model, task)):
                     speeds.setdefault(key, _Speed()).add(amount, timing["seconds"])
         if task in wanted and not generates:
-            for key in (task, (task, cell["model"])):
-                if len(self.lengths.get(key, ())) < n:
-                    self.lengths[key] = _lengths(stored)
+            for lengths_of in (asked, (asked, cell["model"])):
+                if len(self.lengths.get(lengths_of, ())) < n:
+                    self.lengths[lengths_of] = _lengths(stored)
         if not cell.get("until") and (limit is None or n < limit):
             self.sizes[_documents(cell["identity"])] = n
 
@@ -113,21 +118,44 @@ def estimate(groups: Sequence[Sequence[Cell]], runs: Path) -> list[Estimate]:
             found = speed and documents and speed.seconds / speed.tokens * documents * len(cells)
             made.append(Estimate(seconds=found or None))
             continue
-        lengths = measured.lengths.get((task, cell.model_name)) or measured.lengths.get(task)
+        lengths, own = _known_lengths(cell, measured)
         ways = tuple((repr(c.policy), c.budget, c.schedule) for c in cells)
-        key = (
-            task,
-            cell.data,
-            cell.limit,
-            cell.model_name if (task, cell.model_name) in measured.lengths else None,
-            ways,
-        )
+        asked = _as_text(cell.prompting.settings)
+        key = (task, asked, cell.data, cell.limit, cell.model_name if own or asked else None, ways)
         if key not in known:
             known[key] = _tokens(cells, lengths, size)
         tokens = known[key]
         speed = measured.speeds.get((model, task)) or measured.speeds.get(model)
         made.append(Estimate(tokens, None if not speed or tokens is None else tokens * speed.seconds / speed.tokens))
     return made
+
+
+def _known_lengths(cell: Cell, measured: Measured) -> tuple[list[Lengths] | None, bool]:
+    """Lengths of finished cells that were asked alike, else plainly; and whether they are this model's own."""
+    task, asked = (cell.task_name, cell.shots), _as_text(cell.prompting.settings)
+    for way in dict.fromkeys((asked, "")):
+        for key, own in ((((*task, way), cell.model_name), True), ((*task, way), False)):
+            if lengths := measured.lengths.get(key):
+                return lengths if way == asked else _framed(cell, lengths), own
+    return None, False
+
+
+def _framed(cell: Cell, lengths: Sequence[Lengths]) -> list[Lengths]:
+    """The same with a template and a system instruction around each request."""
+    around = sum(_around(cell))
+    return [[(c + around, n) for c, n in document] for document in lengths]
+
+
+def _around(cell: Cell) -> tuple[int, int]:
+    """About how many tokens a template and a system instruction add; none where there is no tokenizer here."""
+    with suppress(Exception):  # told when it is computed
+        return _added(cell.model, cell.prompting, cell.shots) if cell.prompting.settings else (0, 0)
+    return 0, 0
+
+
+@cache
+def _added(model: ModelSpec, prompting: Prompting, shots: int) -> tuple[int, int]:
+    return prompting.tokens_around(load_tokenizer(model, fetch=False), shots)
 
 
 def _tokens(cells: Sequence[Cell], lengths: list[Lengths] | None, size: int | None = None) -> float | None:
@@ -148,6 +176,7 @@ def _tokens(cells: Sequence[Cell], lengths: list[Lengths] | None, size: int | No
             documents = min(documents or len(task.eval_docs), len(task.eval_docs))
             if not lengths:
                 lengths, more = _by_characters(task, documents)
+                lengths = _framed(cell, lengths)
     if not lengths or documents is None:
         return None
     ordered = sorted(lengths, key=_read)
@@ -166,7 +195,11 @@ def _asked(cell: Cell, size: int | None) -> int | None:
 
 def _documents(identity: dict[str, Any]) -> str:
     """What a task's documents are known by."""
-    return json.dumps([identity["task"], identity["data"]], sort_keys=True)
+    return _as_text([identity["task"], identity["data"]])
+
+
+def _as_text(settings: Any) -> str:
+    return json.dumps(settings, sort_keys=True) if settings else ""
 
 
 def _read(document: Lengths) -> int:
@@ -175,10 +208,11 @@ def _read(document: Lengths) -> int:
 
 
 def _items(cell: Cell, sample: Sequence[Lengths]) -> Iterator[Item]:
-    """A cell's requests of a sample of documents, in tokens that stand for any: each document has others."""
+    """A cell's requests of a sample of documents, in tokens that stand for any, a template's head alike in all."""
     fresh, schedule = itertools.count(), schedule_for(cell.policy, cell.schedule)
+    head = tuple(-i for i in range(1, 1 + _around(cell)[0]))
     for document in sample:
-        context = tuple(itertools.islice(fresh, max(c for c, _ in document)))
+        context = (*head, *itertools.islice(fresh, max(c for c, _ in document)))
         for c, n in document:
             read = context[:c] + tuple(itertools.islice(fresh, n - 1))
             with suppress(UserError):  # told when it is computed

@@ -392,13 +392,18 @@ def prepare(spec: ModelSpec) -> Download | None:
     return None
 
 
-def load_tokenizer(spec: ModelSpec) -> Any:
+def load_tokenizer(spec: ModelSpec, *, fetch: bool = True) -> Any:
     """A model's tokenizer, without the model.
+
+    Args:
+        fetch: download what is not here; else only what the hub's cache holds is read.
 
     Raises:
         ConfigError: if it has none, or it cannot be loaded.
     """
     file = gguf_file(spec)
+    if not fetch and spec.source.kind == "hub":
+        return _tokenizer(hub.snapshot(spec.wanted).folder, spec)
     files = _files(spec) if file is None else weights.Folder(_converted(file, spec.path))
     return _tokenizer(files.get(weights.find_texts(files, spec.path, spec.trust_remote_code)), spec)
 

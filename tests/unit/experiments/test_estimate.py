@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
 
 from a2sf.evaluation import tasks
+from a2sf.evaluation.prompting import Prompting
 from a2sf.experiments.cell import Cell
-from a2sf.experiments.estimate import Measured, _documents, _tokens
-from a2sf.hf.loading import ModelSpec
+from a2sf.experiments.estimate import Measured, _documents, _known_lengths, _tokens
+from a2sf.hf.loading import ModelSpec, load_tokenizer
 from a2sf.policies.find import find_policies
 from tests.conftest import SMOLLM2
 
 
-def full(limit: int) -> list[Cell]:
+def full(limit: int, asked: Prompting | None = None, shots: int = 0) -> list[Cell]:
     spec, data = ModelSpec(SMOLLM2, device="cpu"), tasks.DataSpec(source="bundle")
-    return [Cell("small", spec, find_policies()["full"](), None, "copa", 0, limit, 1, data)]
+    prompting = (asked or Prompting()).of(False, shots)
+    return [Cell("small", spec, find_policies()["full"](), None, "copa", shots, limit, 1, data, prompting=prompting)]
+
+
+def finished(cell: Cell, n: int, context: int, continuation: int = 3) -> Any:
+    """What `Measured` reads of a cell with documents of one choice each."""
+    known = {"model": "small", "dtype": "float32", "task": "copa", "shots": cell.shots, "limit": cell.limit}
+    lengths = {"context_tokens": [[context]] * n, "continuation_tokens": [[continuation]] * n}
+    return SimpleNamespace(
+        cell=known | {"identity": cell.identity},
+        result={"documents": {"n": n}, "timing": {"computed_tokens": 10, "seconds": 1.0, "reused_requests": 0}},
+        documents=pd.DataFrame(lengths),
+    )
 
 
 def test_a_few_long_documents_count_for_what_they_are():
@@ -32,17 +47,34 @@ def test_a_task_has_no_more_documents_than_a_cell_found():
     cells = full(200)
     measured, identity = Measured(), cells[0].identity
     for limit, n in ((4, 4), (100, 6)):
-        stored = SimpleNamespace(
-            cell={"model": "small", "dtype": "float32", "task": "copa", "shots": 0, "limit": limit}
-            | {"identity": identity},
-            result={
-                "documents": {"n": n},
-                "timing": {"computed_tokens": 10, "seconds": 1.0, "reused_requests": 0},
-            },
-            documents=pd.DataFrame({"context_tokens": [[10]] * n, "continuation_tokens": [[3]] * n}),
-        )
-        measured._add(stored, {("copa", 0)})
+        measured._add(finished(replace(cells[0], limit=limit), n, 10), {("copa", 0)})
     assert list(measured.sizes.values()) == [6]
     assert measured.sizes.get(_documents(identity)) == 6
     assert measured.sizes.get(_documents(identity | {"data": {"content": "others"}})) is None
     assert _tokens(cells, lengths, 6) == _tokens(full(6), lengths) == 6 * 12
+
+
+def test_a_template_counts_and_lengths_are_of_what_was_asked_alike():
+    chat = Prompting(chat_template=True)
+    tokenizer = load_tokenizer(ModelSpec(SMOLLM2))
+    head, tail = chat.tokens_around(tokenizer)
+    alike, turns = chat.tokens_around(tokenizer, shots=1)
+    assert alike == head > 3
+    assert tail < turns < head + 2 * tail + 10  # the system's message comes once
+
+    def tokens(*stored: tuple[Prompting | None, int], shots: int = 0, asked: Prompting | None = chat) -> float:
+        (cell,) = full(12, asked, shots)
+        measured = Measured()
+        for other, context in stored:
+            measured._add(finished(full(12, other, shots)[0], 12, context), {("copa", shots)})
+        return (_tokens([cell], _known_lengths(cell, measured)[0], 12) or 0) / 12
+
+    shared = 11 / 12 * head  # read once for twelve
+    assert tokens((chat, 99)) == pytest.approx(99 + 2 - shared)
+    assert tokens((None, 10), (chat, 99)) == pytest.approx(99 + 2 - shared)
+    assert tokens((None, 10)) == pytest.approx(10 + head + tail + 2 - shared)
+    assert tokens((None, 10), shots=1) == pytest.approx(10 + head + turns + 2 - shared)
+    assert tokens((chat, 99), (None, 10), asked=None) == 10 + 2
+    plain = tokens(asked=None)  # by characters
+    assert tokens((chat, 99), asked=None) == plain
+    assert tokens() == pytest.approx(plain + head + tail - shared, rel=0.1)
