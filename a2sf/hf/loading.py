@@ -11,22 +11,16 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import os
-import shutil
 import threading
-import uuid
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoTokenizer,
-    GgufConfig,
     PreTrainedModel,
 )
 from transformers.quantizers import AutoHfQuantizer
@@ -34,7 +28,8 @@ from transformers.quantizers import AutoHfQuantizer
 from a2sf.errors import ConfigError, first_line
 from a2sf.hf import devices
 from a2sf.hf.exactness import check_exact
-from a2sf.hf.files import hub, weights
+from a2sf.hf.files import gguf, hub, weights
+from a2sf.hf.files.cache import cache_directory, digest
 from a2sf.hf.files.paths import KEY, PACKAGE, Source, understand
 from a2sf.hf.files.refusals import Wanted
 
@@ -156,11 +151,6 @@ def pin(spec: ModelSpec) -> tuple[ModelSpec, str | None]:
     return dataclasses.replace(spec, revision=commit), note
 
 
-def cache_directory() -> Path:
-    """Where converted checkpoints are kept."""
-    return Path(os.environ.get("A2SF_CACHE", Path.home() / ".cache" / "a2sf"))
-
-
 def gguf_file(spec: ModelSpec) -> Path | None:
     """The GGUF file that a model is, fetched if it is on the hub, or None if it is something else.
 
@@ -197,7 +187,7 @@ def local_checkpoint(spec: ModelSpec) -> Path:
     """
     file = gguf_file(spec)
     if file is not None:
-        return _converted(file, spec.path)
+        return gguf.converted(file, spec.path)
     files = _files(spec)
     found = weights.find_weights(files, spec.path)
     return files.get([*weights.find_texts(files, spec.path, spec.trust_remote_code), *found.all])
@@ -205,36 +195,6 @@ def local_checkpoint(spec: ModelSpec) -> Path:
 
 def _files(spec: ModelSpec) -> weights.Files:
     return hub.snapshot(spec.wanted) if spec.source.kind == "hub" else weights.Folder(Path(spec.path))
-
-
-def _converted(file: Path, path: str) -> Path:
-    digest = _file_digest(file)[:12]
-    target = cache_directory() / "checkpoints" / f"{file.stem}-{digest}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if not target.exists():
-            temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-            try:
-                model, told = weights.from_pretrained(
-                    file.parent,
-                    gguf_file=file.name,
-                    dtype=torch.float32,
-                    quantization_config=GgufConfig(dequantize=True),
-                )
-                tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            except Exception as error:
-                why = f"the GGUF file cannot be read ({type(error).__name__}: {first_line(error)})"
-                raise ConfigError(KEY, path, why) from error
-            weights.check_complete(model, told, path)
-            if hasattr(model.config, "quantization_config"):
-                del model.config.quantization_config
-            try:
-                model.save_pretrained(temporary)
-                tokenizer.save_pretrained(temporary)
-                temporary.rename(target)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-    return target
 
 
 def check_config(spec: ModelSpec) -> None:
@@ -328,14 +288,7 @@ def _any_config(spec: ModelSpec) -> Any:
     file = gguf_file(spec)
     if file is None:
         return _config(spec)
-    stat = file.stat()
-    return _gguf_config(file, stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=8)
-def _gguf_config(file: Path, size: int, changed: int) -> Any:
-    """Of a file as it is: its vocabulary is read with it, which takes seconds, and a grid asks for each of its cells."""
-    return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    return gguf.config_of(file)
 
 
 def positions_of(spec: ModelSpec) -> int | None:
@@ -404,7 +357,7 @@ def load_tokenizer(spec: ModelSpec, *, fetch: bool = True) -> Any:
     file = gguf_file(spec)
     if not fetch and spec.source.kind == "hub":
         return _tokenizer(hub.snapshot(spec.wanted).folder, spec)
-    files = _files(spec) if file is None else weights.Folder(_converted(file, spec.path))
+    files = _files(spec) if file is None else weights.Folder(gguf.converted(file, spec.path))
     return _tokenizer(files.get(weights.find_texts(files, spec.path, spec.trust_remote_code)), spec)
 
 
@@ -457,27 +410,8 @@ def fingerprint(spec: ModelSpec) -> str | None:
         return spec.revision if spec.pinned else None
     file = gguf_file(spec)
     if file is not None:
-        return _file_digest(file)[:16]
+        return digest(file)[:16]
     directory = Path(spec.path)
     names = weights.identifying(weights.Folder(directory), spec.path)
-    digests = [f"{n} {_file_digest(directory / n)}" for n in names]
+    digests = [f"{n} {digest(directory / n)}" for n in names]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:16]
-
-
-def _file_digest(file: Path) -> str:
-    """SHA-256 of a file's contents, remembered by path, size and time of change."""
-    stat = file.stat()
-    key = hashlib.sha256(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
-    known = cache_directory() / "digests" / key[:32]
-    if known.exists() and len(text := known.read_text()) == 64:
-        return text
-    with file.open("rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
-    try:
-        known.parent.mkdir(parents=True, exist_ok=True)
-        temporary = known.with_name(f"{known.name}.{os.getpid()}")
-        temporary.write_text(digest)
-        temporary.replace(known)
-    except OSError:
-        pass  # only a shortcut
-    return digest

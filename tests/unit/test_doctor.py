@@ -11,6 +11,8 @@ import torch
 import a2sf
 from a2sf.commands import doctor
 from a2sf.errors import Notice
+from a2sf.hf.loading import ModelSpec, local_checkpoint
+from tests.conftest import SMOLLM2
 
 
 def test_a_healthy_machine(capsys, monkeypatch):
@@ -24,6 +26,15 @@ def test_a_healthy_machine(capsys, monkeypatch):
     assert f"{'torch':<18} {torch.__version__}" in said
     assert f"{'WANDB_MODE':<18} offline" in said
     assert f"{'numba on cpu':<18} works" in said
+
+
+def test_converted_models_are_looked_for_where_they_are_put(monkeypatch):
+    small = SMOLLM2.removeprefix("pkg://").rpartition("/")[2].removesuffix(".gguf")
+    folder = local_checkpoint(ModelSpec(SMOLLM2))
+    assert folder.name.startswith(small)
+    assert folder.name in doctor._caches([])["converted"]
+    monkeypatch.setenv("A2SF_CACHE", str(folder))
+    assert doctor._caches([])["converted"] == f"none ({folder})"
 
 
 def test_what_is_wrong(capsys, monkeypatch):
