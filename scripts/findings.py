@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import pandas as pd
 import yaml
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from scipy.stats import spearmanr
 
 from a2sf.analysis.against import compare_against
 from a2sf.analysis.collect import Selection, System, gather
@@ -31,13 +33,13 @@ from a2sf.analysis.fidelity import fidelity_frame
 from a2sf.report.heads import errors_figure
 from a2sf.report.output import replace_block
 from a2sf.report.plots import COLOURS, MARKERS, Line, Style, save
-from a2sf.report.summaries import against_tables, fidelity_tables, text_markdown
+from a2sf.report.summaries import TextTable, against_tables, fidelity_tables, text_markdown
 
 STORE = Path("runs/reference/findings")
 SETTINGS_OF = STORE / "smollm2-135m"
 TESTED = STORE / "heldout.a2sf.zip"
-LATER = STORE / "hellaswag.a2sf.zip"
-"""hellaswag as far as it was run: the average is over the other tasks until it is whole; then it is in the other archive."""
+SEEDED = STORE / "seeds.a2sf.zip"
+"""Calibrated by head with slots shared, on what other seeds read."""
 FIGURES = Path("docs/figures/findings")
 PAGE = Path("docs/findings.md")
 BUDGETS = ("0.1", "0.2", "0.4")
@@ -51,16 +53,15 @@ KINDS = {
 """File -> what tables call it."""
 DRAWN = ("H2O", "A2SF 0.1", "Mean attention", *(f"Calibrated ({KINDS[k]})" for k in ("model", "head", "head-shares")))
 """Of the held-out test, in the picture; the others are in the table."""
-TASKS = "piqa arc_easy arc_challenge openbookqa winogrande copa hellaswag".split()
-FACTOR = (
-    "policy=a2sf forgetting_factor=0.4 budget.ratio=0.4 shots=0,1 limit=2000 sweep_name=heldout "
-    "model=smollm2-135m model.dtype=bfloat16 data=bundle"
-).split()
+PRESET = Path("conf/sweep/heldout.yaml")
+FACTOR = ("policy=a2sf", "forgetting_factor=0.4", "budget.ratio=0.4")
 """A2SF with the factor that calibration found at 0.4: no cell of the preset, which sweeps files of settings, too."""
 RULES = ("h2o", "a2sf", "mean_attention", "tova")
 NAMED = ("a2sf", "h2o")
 FAMILY = ("0.1", "0.2")
 """Budgets of the comparisons that were decided on beforehand."""
+SEEDS = (1, 2)
+"""Beside the test's 0."""
 SETTINGS = {
     "share": ("slots, over the mean", "cividis"),
     "recent_share": ("share for the newest", "viridis"),
@@ -70,23 +71,47 @@ SETTINGS = {
 """What a calibrated file says of a head, as a picture's title and colours."""
 
 
-def held_out_tables(sweep: Path, later: Path | None = None) -> str:
-    """Markdown: the comparisons that were decided on beforehand, the same with a task that came `later`, every system."""
+def held_out_tables(sweep: Path) -> str:
+    """Markdown: the comparisons that were decided on beforehand, corrected over all of them, then every system."""
     grid = gather([sweep])
     closeness, _ = fidelity_frame(grid)
-    parts = ["### Decided on beforehand", _decided([sweep])]
-    if later is not None:
-        parts += ["### The same with hellaswag", _decided([sweep, later])]
-        alone = gather([later])
-        parts += ["### hellaswag by itself", text_markdown(fidelity_tables(alone, fidelity_frame(alone)[0]))]
-    parts += ["### Every system", text_markdown(fidelity_tables(grid, closeness))]
-    return re.sub(r"(?m)^### (?=Against|Closeness)", "#### ", "\n\n".join(parts))
+    named = gather([sweep], Selection(policies=("full", "calibrated", *NAMED), budgets=FAMILY))
+    return "\n\n".join(
+        (
+            "### Decided on beforehand",
+            text_markdown(against_tables(compare_against(named, NAMED)[0], named.percent)),
+            "### Every system",
+            text_markdown(fidelity_tables(grid, closeness)),
+        )
+    )
 
 
-def _decided(sweeps: Sequence[Path]) -> str:
-    """Markdown: the calibrated against the named, averages over the sweeps' tasks, corrected over all of them."""
-    grid = gather(sweeps, Selection(policies=("full", "calibrated", *NAMED), budgets=FAMILY))
-    return text_markdown(against_tables(compare_against(grid, NAMED)[0], grid.percent))
+def seeds_tables(sweeps: Sequence[Path], files: dict[str, Sequence[Path]]) -> str:
+    """Markdown: what settings of each seed are worth, and how alike they are.
+
+    Args:
+        sweeps: the held-out test's, and that of other seeds.
+        files: budget -> the settings of each seed.
+    """
+    grid = gather(sweeps, Selection(policies=("full", "a2sf", "calibrated"), budgets=tuple(files)))
+    names = {f"Calibrated ({yaml.safe_load(file.read_text())['name']})" for seeds in files.values() for file in seeds}
+    found = [a for a in compare_against(grid, ("a2sf",))[0] if a.first.label in names]
+    legend = "As above; p-values are left out, since these decide nothing."
+    tables = [
+        replace(t, frame=t.frame.drop(columns=["p", "p (Holm)"]), legend=legend)
+        for t in against_tables(found, grid.percent)
+    ]
+    alike = []
+    for budget, seeds in files.items():
+        numbers = [_numbers(yaml.safe_load(file.read_text()))[0] for file in seeds]
+        row = {"Budget": budget}
+        for key, (title, _) in SETTINGS.items():
+            pairs = itertools.combinations([n[key].ravel() for n in numbers], 2)
+            row[title] = ", ".join(f"{spearmanr(a, b).statistic:.2f}" for a, b in pairs if np.ptp(a) and np.ptp(b))
+        alike.append(row)
+    legend = "Rank correlation over heads, for each pair of seeds in which heads differ."
+    tables.append(TextTable("How alike they are", pd.DataFrame(alike), legend, ("Budget",)))
+    return text_markdown(tables)
 
 
 def closeness_figure(sweep: Path) -> Figure:
@@ -189,24 +214,11 @@ def calibrate() -> None:
     """Every file anew; what was measured before is used."""
     for budget in BUDGETS:
         for kind, name in KINDS.items():
-            per, _, shares = kind.partition("-")
-            file = Path(f"runs/calibrated/{kind}-{budget}.yaml")
-            _a2sf(
-                "calibrate",
-                "--budget",
-                budget,
-                "--per",
-                per,
-                *["--shares"] * bool(shares),
-                "--name",
-                name,
-                "--out",
-                str(file),
-            )
-            kept = SETTINGS_OF / file.name
-            kept.write_text(
-                re.sub(r"^# .*", f"# a2sf run policy=calibrated policy.file={kept}", file.read_text(), count=1)
-            )
+            _calibrate(SETTINGS_OF / f"{kind}-{budget}.yaml", kind, budget, "--name", name)
+    for budget, files in by_seed().items():
+        for seed, file in enumerate(files[1:], 1):
+            named = f"{KINDS['head-shares']}, seed {seed}"
+            _calibrate(file, "head-shares", budget, "--seed", str(seed), "--name", named)
     own = [f"calibrated,file={SETTINGS_OF}/head-shares-{b}.yaml" for b in BUDGETS]
     frames = []
     for budget, file in zip(BUDGETS, own, strict=True):
@@ -216,12 +228,49 @@ def calibrate() -> None:
     pd.concat(frames).to_csv(STORE / "by_layer.csv", index=False, float_format="%.6g")
 
 
+def by_seed() -> dict[str, list[Path]]:
+    """Budget -> settings by head with slots shared, of the test's seed and of the others."""
+    return {
+        b: [
+            SETTINGS_OF / f"head-shares-{b}.yaml",
+            *(SETTINGS_OF / "seeds" / f"head-shares-{b}-seed{seed}.yaml" for seed in SEEDS),
+        ]
+        for b in FAMILY
+    }
+
+
+def _calibrate(kept: Path, kind: str, budget: str, *options: str) -> None:
+    """`a2sf calibrate`, and its file where the repository has it."""
+    per, _, shares = kind.partition("-")
+    file = Path("runs/calibrated") / kept.name
+    _a2sf("calibrate", "--budget", budget, "--per", per, *["--shares"] * bool(shares), *options, "--out", str(file))
+    kept.write_text(re.sub(r"^# .*", f"# a2sf run policy=calibrated policy.file={kept}", file.read_text(), count=1))
+
+
+def like_the_preset(sweep: str) -> list[str]:
+    """What the held-out preset says of model, data, tasks and shots, for cells that it does not have."""
+    preset = yaml.safe_load(PRESET.read_text())
+    groups = [f"{key.split('/')[-1]}={name}" for default in preset["defaults"] for key, name in default.items()]
+    return [
+        *groups,
+        f"model.dtype={preset['model']['dtype']}",
+        f"tasks=[{','.join(preset['tasks'])}]",
+        f"limit={preset['limit']}",
+        f"shots={preset['hydra']['sweeper']['params']['shots']}",
+        f"sweep_name={sweep}",
+    ]
+
+
 def test() -> None:
-    """The preset, and A2SF with the factor that calibration found at 0.4, as one archive."""
+    """The preset, A2SF with the factor that calibration found at 0.4, and other seeds, as two archives."""
     _a2sf("run", "+sweep=heldout")
-    _a2sf("run", "-m", *FACTOR, f"tasks=[{','.join(TASKS)}]")
+    _a2sf("run", "-m", *FACTOR, *like_the_preset("heldout"))
     _a2sf("pack", "runs/heldout", str(TESTED))
-    LATER.unlink(missing_ok=True)  # it is in the other now
+    for budget, files in by_seed().items():
+        others = ",".join(str(file) for file in files[1:])
+        settings = ("policy=calibrated", f"policy.file={others}", f"budget.ratio={budget}")
+        _a2sf("run", "-m", *settings, *like_the_preset("seeds"))
+    _a2sf("pack", "runs/seeds", str(SEEDED))
 
 
 def figures() -> None:
@@ -233,7 +282,8 @@ def figures() -> None:
     save(errors_figure(drawn, labels, over="a2sf"), FIGURES / "by_layer")
     save(closeness_figure(TESTED), FIGURES / "heldout")
     save(chosen_figure([SETTINGS_OF / f"head-shares-{b}.yaml" for b in BUDGETS]), FIGURES / "chosen")
-    replace_block(PAGE, held_out_tables(TESTED, LATER if LATER.exists() else None))
+    tables = held_out_tables(TESTED), "### Other seeds of calibration", seeds_tables([TESTED, SEEDED], by_seed())
+    replace_block(PAGE, re.sub(r"(?m)^### (?=Against|Closeness|What they|How alike)", "#### ", "\n\n".join(tables)))
     means = by_layer.groupby(["policy", "budget"], sort=False)["error"].mean().unstack()
     print(means.round(4).to_string())
     print(f"Written: {PAGE}, {FIGURES}")

@@ -31,31 +31,43 @@ def test_accuracy_and_closeness_by_budget(findings, tmp_path: Path) -> None:
     save(figure, tmp_path / "f")
 
 
-def test_a_task_that_came_later_is_in_a_table_of_its_own(findings, tmp_path: Path) -> None:
+def test_tables_decided_on_beforehand_and_of_every_system(findings, tmp_path: Path) -> None:
     policies, noise = ("full", "h2o", "a2sf", "calibrated"), NOISE | {"calibrated": 0.5}
-    for name, documents in (("s", {"arc_easy": 30, "piqa": 20}), ("later", {"hellaswag": 25})):
-        write_sweep(tmp_path / name, Plan(policies, (0.1, 0.2), documents=documents, noise=noise))
-    without = findings["held_out_tables"](tmp_path / "s")
-    with_it = findings["held_out_tables"](tmp_path / "s", tmp_path / "later")
-    first, last = without.split("### Every system")
-    assert with_it.startswith(first)
-    assert with_it.endswith(last)
-    assert "hellaswag" not in without
-    added = with_it.removeprefix(first).removesuffix(last)
-    assert [line for line in added.splitlines() if line.startswith("### ")] == [
-        "### The same with hellaswag",
-        "### hellaswag by itself",
-        "### Every system",
-    ]
-    decided = first.count("| calibrated | ")
-    assert decided == 4  # two named, two budgets
-    assert added.count("| calibrated | ") == decided + 2  # and by itself
+    write_sweep(tmp_path / "s", Plan(policies, (0.1, 0.2, 0.4), documents={"arc_easy": 30, "piqa": 20}, noise=noise))
+    decided, every = findings["held_out_tables"](tmp_path / "s").split("### Every system")
+    assert decided.count("| calibrated | ") == 4  # two named, two budgets: 0.4 is not among them
+    assert every.count("| calibrated | ") == 3
 
 
-def test_the_factor_of_its_own_is_planned(findings, tmp_path: Path) -> None:
-    done = evaluate("-m", *findings["FACTOR"], "tasks=[copa]", "plan_only=true", runs=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 cells" in done.stdout
+def test_cells_beside_the_presets_are_planned_with_its_model_and_data(findings, tmp_path: Path) -> None:
+    files = findings["by_seed"]()["0.2"]
+    seeds = ("policy=calibrated", f"policy.file={','.join(str(f) for f in files[1:])}", "budget.ratio=0.2")
+    for sweep, overrides, cells in (("heldout", findings["FACTOR"], 2), ("seeds", seeds, 4)):
+        done = evaluate(
+            "-m", *overrides, *findings["like_the_preset"](sweep), "tasks=[copa]", "plan_only=true", runs=tmp_path
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"runs/{sweep}: {cells} cells" in done.stdout.replace(str(tmp_path), "runs")
+    assert len(findings["like_the_preset"]("s")) == 7
+
+
+def test_what_another_seed_is_worth(findings, tmp_path: Path) -> None:
+    seeds = findings["by_seed"]()["0.2"]
+    documents = {"arc_easy": 30, "piqa": 20}
+    write_sweep(tmp_path / "s", Plan(("full", "a2sf", "h2o"), (0.1, 0.2), documents=documents))
+    for seed, name in enumerate(yaml.safe_load(file.read_text())["name"] for file in seeds):
+        extra = {"policy_label": "Calibrated", "policy_settings": {"file": {"name": name}}}
+        noise = NOISE | {"calibrated": (1 + seed) / 4}
+        write_sweep(tmp_path / str(seed), Plan(("calibrated",), (0.2,), documents=documents, noise=noise, extra=extra))
+    text = findings["seeds_tables"]([tmp_path / d for d in "s012"], {"0.2": seeds})
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| Calibrated")]
+    assert len(rows) == 3  # H2O is not among them
+    changes = [float(row[5].split()[0]) for row in rows]
+    assert changes == sorted(changes)
+    assert changes[0] < 1
+    assert "Holm" not in text
+    heads = text.splitlines()[-3].split(" | ")
+    assert len(heads[1].split(", ")) == 3  # a pair of each two
 
 
 def test_what_was_chosen_layer_by_layer(findings, tmp_path: Path) -> None:
