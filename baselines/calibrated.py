@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
@@ -21,6 +20,7 @@ from a2sf.errors import ConfigError
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.rule import Head, Rule
 from a2sf.policies.slots import head_slots, shared_out
+from a2sf.shipped import found
 
 KEY = "policy.file"
 ALLOWED = "give a file that `a2sf calibrate` wrote"
@@ -104,7 +104,7 @@ def _content(given: Any) -> tuple[Any, tuple[Layer, ...]]:
     told = given if isinstance(given, str) else "(its content)"
     if isinstance(given, str):
         try:
-            given = yaml.safe_load(Path(given).expanduser().read_text())
+            given = yaml.safe_load(found(given).read_text())
         except (OSError, ValueError, yaml.YAMLError) as error:
             why = " ".join(str(error).split())
             raise ConfigError(KEY, told, f"{ALLOWED}; {why}") from error

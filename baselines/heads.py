@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 from a2sf.errors import ConfigError
 from a2sf.policies.base import Retention
 from a2sf.policies.rule import Rule
+from a2sf.shipped import found
 from baselines.streaming import Streaming
 
 ALLOWED = "give a list of [layer, head] pairs, counted from 0, or a JSON file of one"
@@ -40,7 +40,7 @@ class Heads(Streaming):
         given = self.heads
         if isinstance(given, str):
             try:
-                given = json.loads(Path(given).read_text())
+                given = json.loads(found(given).read_text())
             except (OSError, ValueError) as error:
                 raise ConfigError("policy.heads", self.heads, f"{ALLOWED}; {error}") from error
         if not isinstance(given, Sequence) or isinstance(given, str) or not all(map(_is_pair, given)):

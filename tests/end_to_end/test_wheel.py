@@ -118,6 +118,12 @@ def test_a_preset_of_ones_own_and_help(environment, empty):
     assert set(offered.replace("*", "").split(", ")) == {"mine", *built_in(), "theirs"}
 
 
+def test_presets_find_their_settings(environment, empty):
+    done = a2sf(environment, empty, "run", "+sweep=heldout", "tasks=[copa]", "plan_only=true")
+    assert done.returncode == 0, done.stderr
+    assert "68 cells, 0 done, 68 to run" in done.stdout
+
+
 def test_published_numbers_are_in_the_wheel(environment, empty):
     done = a2sf(environment, empty, "reproduce", "--no-run")
     assert done.returncode == 0, done.stderr

@@ -15,7 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 
 import a2sf
-from a2sf.shipped import shipped
+from a2sf.policies.make import make_policy
+from a2sf.shipped import found, shipped
 
 ROOT = Path(__file__).parents[2]
 OURS = {"a2sf", "baselines", "hydra_plugins"}
@@ -69,6 +70,21 @@ def test_names_of_before_rooms():
     """Stored configurations and lm-eval's registration name these."""
     assert importlib.import_module("a2sf.policy").A2SF is a2sf.A2SF
     assert importlib.import_module("a2sf.lm").PrunedLM.__name__ == "PrunedLM"
+
+
+def test_a_published_file_is_the_package_s_where_there_is_none_here(tmp_path, monkeypatch):
+    name = "runs/reference/findings/heads/retrieval.json"
+    assert found(name) == Path(name)  # a clone's own
+    monkeypatch.chdir(tmp_path)
+    assert found(name) == shipped(name)
+    assert make_policy("heads", heads=name).heads == make_policy("heads", heads=str(shipped(name))).heads != ()
+    mine = tmp_path / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("[[0, 1]]")
+    assert make_policy("heads", heads=name).heads == ((0, 1),)
+    for other in ("findings/heads/retrieval.json", "conf/config.yaml", "runs/reference/none.json", str(tmp_path / "x")):
+        assert found(other) == Path(other)
+    assert found("~/x.json") == Path.home() / "x.json"
 
 
 def test_shipped_files_are_found():
