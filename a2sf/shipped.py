@@ -20,9 +20,12 @@ def shipped(path: str) -> Path:
 def found(path: str | Path) -> Path:
     """A user's path, where a name under `runs/reference/` that is not here means what comes with the package.
 
-    So presets and the docs' commands name settings and results alike in a clone and without one.
+    So presets and the docs' commands name settings alike in a clone and without one.
     """
-    given = Path(path).expanduser()
+    try:
+        given = Path(path).expanduser()
+    except RuntimeError:  # ~nobody
+        return Path(path)
     if given.is_absolute() or given.exists() or given.parts[:2] != PUBLISHED.parts:
         return given
     inside = shipped(given.as_posix())

@@ -30,6 +30,7 @@ from a2sf.analysis.against import compare_against
 from a2sf.analysis.collect import Selection, System, gather
 from a2sf.analysis.compare import AVERAGE
 from a2sf.analysis.fidelity import fidelity_frame
+from a2sf.errors import UserError
 from a2sf.report.heads import errors_figure
 from a2sf.report.output import replace_block
 from a2sf.report.plots import COLOURS, MARKERS, Line, Style, save
@@ -62,6 +63,8 @@ FAMILY = ("0.1", "0.2")
 """Budgets of the comparisons that were decided on beforehand."""
 SEEDS = (1, 2)
 """Beside the test's 0."""
+MORE = SETTINGS_OF / "seeds" / "head-shares-0.2-more.yaml"
+"""The test's seed, on three times the text."""
 SETTINGS = {
     "share": ("slots, over the mean", "cividis"),
     "recent_share": ("share for the newest", "viridis"),
@@ -86,16 +89,22 @@ def held_out_tables(sweep: Path) -> str:
     )
 
 
-def seeds_tables(sweeps: Sequence[Path], files: dict[str, Sequence[Path]]) -> str:
+def seeds_tables(sweeps: Sequence[Path], files: dict[str, Sequence[Path]], more: Sequence[Path] = ()) -> str:
     """Markdown: what settings of each seed are worth, and how alike they are.
 
     Args:
         sweeps: the held-out test's, and that of other seeds.
         files: budget -> the settings of each seed.
+        more: other settings, to be shown beside those.
     """
-    grid = gather(sweeps, Selection(policies=("full", "a2sf", "calibrated"), budgets=tuple(files)))
-    names = {f"Calibrated ({yaml.safe_load(file.read_text())['name']})" for seeds in files.values() for file in seeds}
-    found = [a for a in compare_against(grid, ("a2sf",))[0] if a.first.label in names]
+    grid = gather(sweeps, Selection(policies=("full", "calibrated", *NAMED), budgets=tuple(files)))
+    shown = [*itertools.chain(*files.values()), *more]
+    names = {f"Calibrated ({yaml.safe_load(file.read_text())['name']})" for file in shown}
+    found = [a for a in compare_against(grid, NAMED)[0] if a.first.label in names]
+    if lacking := names - {a.first.label for a in found}:
+        raise UserError(
+            f"There are no results of {', '.join(sorted(lacking))}; `python scripts/findings.py test` makes them."
+        )
     legend = "As above; p-values are left out, since these decide nothing."
     tables = [
         replace(t, frame=t.frame.drop(columns=["p", "p (Holm)"]), legend=legend)
@@ -219,6 +228,8 @@ def calibrate() -> None:
         for seed, file in enumerate(files[1:], 1):
             named = f"{KINDS['head-shares']}, seed {seed}"
             _calibrate(file, "head-shares", budget, "--seed", str(seed), "--name", named)
+    named = f"{KINDS['head-shares']}, three times the text"
+    _calibrate(MORE, "head-shares", "0.2", "--tokens", "12288", "--held-out", "6144", "--name", named)
     own = [f"calibrated,file={SETTINGS_OF}/head-shares-{b}.yaml" for b in BUDGETS]
     frames = []
     for budget, file in zip(BUDGETS, own, strict=True):
@@ -262,12 +273,12 @@ def like_the_preset(sweep: str) -> list[str]:
 
 
 def test() -> None:
-    """The preset, A2SF with the factor that calibration found at 0.4, and other seeds, as two archives."""
+    """The preset, A2SF with the factor that calibration found at 0.4, other seeds, and more text, as two archives."""
     _a2sf("run", "+sweep=heldout")
     _a2sf("run", "-m", *FACTOR, *like_the_preset("heldout"))
     _a2sf("pack", "runs/heldout", str(TESTED))
     for budget, files in by_seed().items():
-        others = ",".join(str(file) for file in files[1:])
+        others = ",".join(map(str, [*files[1:], *([MORE] if budget == "0.2" else [])]))
         settings = ("policy=calibrated", f"policy.file={others}", f"budget.ratio={budget}")
         _a2sf("run", "-m", *settings, *like_the_preset("seeds"))
     _a2sf("pack", "runs/seeds", str(SEEDED))
@@ -282,8 +293,8 @@ def figures() -> None:
     save(errors_figure(drawn, labels, over="a2sf"), FIGURES / "by_layer")
     save(closeness_figure(TESTED), FIGURES / "heldout")
     save(chosen_figure([SETTINGS_OF / f"head-shares-{b}.yaml" for b in BUDGETS]), FIGURES / "chosen")
-    tables = held_out_tables(TESTED), "### Other seeds of calibration", seeds_tables([TESTED, SEEDED], by_seed())
-    replace_block(PAGE, re.sub(r"(?m)^### (?=Against|Closeness|What they|How alike)", "#### ", "\n\n".join(tables)))
+    tables = held_out_tables(TESTED), "### Calibrated on other text", seeds_tables([TESTED, SEEDED], by_seed(), [MORE])
+    replace_block(PAGE, re.sub(r"(?m)^### (?=Against|Closeness|How alike)", "#### ", "\n\n".join(tables)))
     means = by_layer.groupby(["policy", "budget"], sort=False)["error"].mean().unstack()
     print(means.round(4).to_string())
     print(f"Written: {PAGE}, {FIGURES}")

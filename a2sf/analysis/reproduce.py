@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +120,7 @@ def counts(claims: Sequence[Claim]) -> dict[str, int]:
 
 
 def write_claims(directory: Path, findings: Findings) -> list[Path]:
-    """Write every verdict as `claims.csv` and `claims.md`; the latter names a reason that several were not run for once."""
+    """Write every verdict as `claims.csv` and `claims.md`; the latter folds figures that were not run by their reason."""
     directory.mkdir(parents=True, exist_ok=True)
     parts = {
         "Headline claims": findings.headlines,
@@ -135,10 +134,16 @@ def write_claims(directory: Path, findings: Findings) -> list[Path]:
     for title, claims in parts.items():
         said = "; ".join(f"{n} {verdict}" for verdict, n in counts(claims).items())
         lines += ["", f"## {title}", "", f"{said}." if claims else "Nothing was compared."]
-        reasons = Counter(c.why for c in claims if c.verdict is Verdict.NOT_RUN)
-        shared = {why: n for why, n in reasons.items() if n > 1}
-        lines += ["", *(f"- {n} not run: {why}" for why, n in shared.items())] if shared else []
-        if rows := [c for c in claims if c.verdict is not Verdict.NOT_RUN or c.why not in shared]:
+        folded: dict[str, list[Claim]] = {}
+        for c in claims if claims is findings.figures else []:
+            if c.verdict is Verdict.NOT_RUN:
+                folded.setdefault(c.why, []).append(c)
+        if folded:
+            lines.append("")
+        for why, of in folded.items():
+            models = ", ".join(dict.fromkeys(c.claim.partition(" ")[0] for c in of))
+            lines.append(f"- {len(of)} of {models} not run: {why}")
+        if rows := [c for c in claims if not (folded and c.verdict is Verdict.NOT_RUN)]:
             lines += ["", "| Claim | Published | Measured | Verdict | Why |", "| :-- | --: | --: | :-- | :-- |"]
             lines += [
                 f"| {c.claim} | {_share(c.published)} | {_share(c.measured)} | {c.verdict.value} | {c.why} |"

@@ -25,7 +25,7 @@ from a2sf.evaluation.prompting import Prompting
 from a2sf.evaluation.requests import Request
 from a2sf.experiments.cell import Cell
 from a2sf.experiments.runs import CorruptCell, StoredCell, is_cell, read_cell
-from a2sf.hf.loading import ModelSpec, load_tokenizer
+from a2sf.hf.loading import ModelSpec, tokenizer_here
 from a2sf.hf.settings import retention_of
 from a2sf.policies.schedule import schedule_for
 
@@ -131,12 +131,15 @@ def estimate(groups: Sequence[Sequence[Cell]], runs: Path) -> list[Estimate]:
 
 
 def _known_lengths(cell: Cell, measured: Measured) -> tuple[list[Lengths] | None, bool]:
-    """Lengths of finished cells that were asked alike, else plainly; and whether they are this model's own."""
-    task, asked = (cell.task_name, cell.shots), _as_text(cell.prompting.settings)
-    for way in dict.fromkeys((asked, "")):
-        for key, own in ((((*task, way), cell.model_name), True), ((*task, way), False)):
-            if lengths := measured.lengths.get(key):
-                return lengths if way == asked else _framed(cell, lengths), own
+    """Lengths of finished cells, asked alike or plainly with the template added; and whether they are this model's own."""
+    asked, own, any_model = _as_text(cell.prompting.settings), True, False
+    ways = [(asked, own), ("", own), ("", any_model), (asked, any_model)]  # another model's template is another
+    if not asked or _around(cell) == (0, 0):
+        ways = [(asked, own), (asked, any_model), ("", own), ("", any_model)]
+    for way, of in ways:
+        key = (cell.task_name, cell.shots, way)
+        if lengths := measured.lengths.get((key, cell.model_name) if of is own else key):
+            return lengths if way == asked else _framed(cell, lengths), of is own
     return None, False
 
 
@@ -148,14 +151,15 @@ def _framed(cell: Cell, lengths: Sequence[Lengths]) -> list[Lengths]:
 
 def _around(cell: Cell) -> tuple[int, int]:
     """About how many tokens a template and a system instruction add; none where there is no tokenizer here."""
-    with suppress(Exception):  # told when it is computed
-        return _added(cell.model, cell.prompting, cell.shots) if cell.prompting.settings else (0, 0)
-    return 0, 0
+    return _added(cell.model, cell.prompting, cell.shots) if cell.prompting.settings else (0, 0)
 
 
 @cache
 def _added(model: ModelSpec, prompting: Prompting, shots: int) -> tuple[int, int]:
-    return prompting.tokens_around(load_tokenizer(model, fetch=False), shots)
+    with suppress(Exception):  # told when it is computed
+        if (tokenizer := tokenizer_here(model)) is not None:
+            return prompting.tokens_around(tokenizer, shots)
+    return 0, 0
 
 
 def _tokens(cells: Sequence[Cell], lengths: list[Lengths] | None, size: int | None = None) -> float | None:

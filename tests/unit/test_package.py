@@ -15,6 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import a2sf
+from a2sf.errors import ConfigError
 from a2sf.policies.make import make_policy
 from a2sf.shipped import found, shipped
 
@@ -85,6 +86,9 @@ def test_a_published_file_is_the_package_s_where_there_is_none_here(tmp_path, mo
     for other in ("findings/heads/retrieval.json", "conf/config.yaml", "runs/reference/none.json", str(tmp_path / "x")):
         assert found(other) == Path(other)
     assert found("~/x.json") == Path.home() / "x.json"
+    for policy, key in (("heads", "heads"), ("calibrated", "file")):
+        with pytest.raises(ConfigError, match="No such file"):
+            make_policy(policy, **{key: "~nobody-at-all/x.json"})
 
 
 def test_shipped_files_are_found():

@@ -23,6 +23,11 @@ def checkpoints() -> Path:
     return cache_directory() / "checkpoints"
 
 
+def checkpoint_of(file: Path) -> Path:
+    """Where the checkpoint of a GGUF file is, or will be."""
+    return checkpoints() / f"{file.stem}-{digest(file)[:12]}"
+
+
 def converted(file: Path, path: str) -> Path:
     """The checkpoint of a GGUF file, made where there is none yet.
 
@@ -32,7 +37,7 @@ def converted(file: Path, path: str) -> Path:
     Raises:
         ConfigError: if the file cannot be read, or lacks weights.
     """
-    target = checkpoints() / f"{file.stem}-{digest(file)[:12]}"
+    target = checkpoint_of(file)
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not target.exists():

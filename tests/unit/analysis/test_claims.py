@@ -158,16 +158,19 @@ def test_findings_are_written(tmp_path: Path) -> None:
     text = md.read_text()
     figures = pd.read_csv(REFERENCE / "a2sf_authors_0shot.csv")["model"].value_counts()
     assert "264 not run." in text
-    assert f"- {figures['llama-2-7b'] + figures['opt-2.7b']} not run: no such model here\n" in text
-    assert f"- {figures['llama-7b']} not run: {NO_CELL}\n" in text  # each model its own reason
-    assert text.count("no such model here") == 2  # once for the figures, once for the headlines
+    assert (
+        f"- {figures['llama-2-7b'] + figures['opt-2.7b']} of llama-2-7b, opt-2.7b not run: no such model here\n" in text
+    )
+    assert f"- {figures['llama-7b']} of llama-7b not run: {NO_CELL}\n" in text  # each model its own reason
+    assert text.count("no such model here") == 3  # once for the figures, and for each headline
     assert "llama-2-7b full" not in text
 
 
-def test_one_that_was_not_run_keeps_its_row(tmp_path: Path) -> None:
-    claims = [Claim("a", Verdict.NOT_RUN, "for want of it"), Claim("b", Verdict.REPRODUCED, "so it is")]
-    _, md = write_claims(tmp_path, Findings(claims, [], [], []))
-    assert "| a |  |  | not run | for want of it |\n| b |" in md.read_text()
+def test_headlines_and_shape_that_were_not_run_keep_their_rows(tmp_path: Path) -> None:
+    claims = [Claim(name, Verdict.NOT_RUN, "for want of it") for name in "ab"]
+    for findings in (Findings(claims, [], [], []), Findings([], [], claims, [])):
+        _, md = write_claims(tmp_path, findings)
+        assert "| a |  |  | not run | for want of it |\n| b |  |  | not run | for want of it |\n" in md.read_text()
 
 
 def test_the_best_factor_comes_from_the_sweep_over_factors(tmp_path: Path) -> None:

@@ -24,9 +24,9 @@ def full(limit: int, asked: Prompting | None = None, shots: int = 0) -> list[Cel
     return [Cell("small", spec, find_policies()["full"](), None, "copa", shots, limit, 1, data, prompting=prompting)]
 
 
-def finished(cell: Cell, n: int, context: int, continuation: int = 3) -> Any:
+def finished(cell: Cell, n: int, context: int, continuation: int = 3, model: str = "small") -> Any:
     """What `Measured` reads of a cell with documents of one choice each."""
-    known = {"model": "small", "dtype": "float32", "task": "copa", "shots": cell.shots, "limit": cell.limit}
+    known = {"model": model, "dtype": "float32", "task": "copa", "shots": cell.shots, "limit": cell.limit}
     lengths = {"context_tokens": [[context]] * n, "continuation_tokens": [[continuation]] * n}
     return SimpleNamespace(
         cell=known | {"identity": cell.identity},
@@ -78,3 +78,16 @@ def test_a_template_counts_and_lengths_are_of_what_was_asked_alike():
     plain = tokens(asked=None)  # by characters
     assert tokens((chat, 99), asked=None) == plain
     assert tokens() == pytest.approx(plain + head + tail - shared, rel=0.1)
+
+
+def test_another_models_template_is_taken_last():
+    chat = Prompting(chat_template=True)
+    (cell,) = full(12, chat)
+    measured = Measured()
+    measured._add(finished(full(12, chat)[0], 12, 99, model="other"), {("copa", 0)})
+    assert _known_lengths(cell, measured) == ([[(99, 3)]] * 12, False)
+    for model, own in (("another", False), ("small", True)):
+        measured._add(finished(full(12)[0], 12, 10, model=model), {("copa", 0)})
+        lengths, found = _known_lengths(cell, measured)
+        assert 10 < lengths[0][0][0] < 99
+        assert found is own

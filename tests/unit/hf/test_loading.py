@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from a2sf.errors import ConfigError
 from a2sf.hf import loading
-from a2sf.hf.loading import ModelSpec, fingerprint, load, prepare, sizes_of
+from a2sf.hf.files import hub
+from a2sf.hf.loading import ModelSpec, fingerprint, load, load_tokenizer, prepare, sizes_of, tokenizer_here
 from tests.architectures import SUPPORTED
+from tests.conftest import SMOLLM2
 from tests.hub.build import tokenizer_files, write_model
 from tests.models import LLAMA_LIKE
 
@@ -449,3 +451,23 @@ def test_a_model_that_reads_images_too_is_loaded_and_reads_text(kind, tmp_path):
     del (weights := load_file(tmp_path / "model.safetensors"))[next(k for k in weights if "vision" not in k)]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert "lack 1 of the parameters" in refused(tmp_path)
+
+
+def test_a_tokenizer_that_is_here_is_read_and_none_is_fetched_or_converted(sources, tmp_path, monkeypatch):
+    commit = "0" * 40
+    local = spec(sources["llama"])
+    assert tokenizer_here(local).encode("a") == load_tokenizer(local).encode("a")
+    assert tokenizer_here(ModelSpec(SMOLLM2)) is not None  # converted before, for the other tests
+    monkeypatch.setenv("A2SF_CACHE", str(tmp_path / "cache"))
+    for asks in ("_ask", "commit_of", "snapshot_download"):
+        monkeypatch.setattr(hub, asks, lambda *_, asks=asks, **__: pytest.fail(asks))
+    monkeypatch.setattr(loading.gguf, "converted", lambda *_: pytest.fail("converted"))
+    monkeypatch.setattr(hub, "_cache", lambda _: tmp_path / "hub")
+    assert tokenizer_here(ModelSpec(SMOLLM2)) is None
+    for path in ("org/name", "org/name/x.gguf"):
+        assert tokenizer_here(ModelSpec(path)) is None
+        assert tokenizer_here(ModelSpec(path, revision=commit)) is None
+    folder = tmp_path / "hub" / "snapshots" / commit
+    folder.parent.mkdir(parents=True)
+    folder.symlink_to(sources["llama"])
+    assert tokenizer_here(ModelSpec("org/name", revision=commit)).encode("a") == load_tokenizer(local).encode("a")

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from a2sf.errors import UserError
 from a2sf.report.heads import errors_figure
 from a2sf.report.plots import save
 from tests.end_to_end.test_evaluate import evaluate
@@ -59,15 +60,19 @@ def test_what_another_seed_is_worth(findings, tmp_path: Path) -> None:
         extra = {"policy_label": "Calibrated", "policy_settings": {"file": {"name": name}}}
         noise = NOISE | {"calibrated": (1 + seed) / 4}
         write_sweep(tmp_path / str(seed), Plan(("calibrated",), (0.2,), documents=documents, noise=noise, extra=extra))
-    text = findings["seeds_tables"]([tmp_path / d for d in "s012"], {"0.2": seeds})
+    sweeps = [tmp_path / d for d in "s012"]
+    text = findings["seeds_tables"](sweeps, {"0.2": seeds[:2]}, seeds[2:])
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| Calibrated")]
-    assert len(rows) == 3  # H2O is not among them
+    assert [row[1] for row in rows] == ["A2SF 0.1"] * 3 + ["H2O"] * 3
     changes = [float(row[5].split()[0]) for row in rows]
-    assert changes == sorted(changes)
+    assert changes[:3] == sorted(changes[:3])
     assert changes[0] < 1
     assert "Holm" not in text
-    heads = text.splitlines()[-3].split(" | ")
-    assert len(heads[1].split(", ")) == 3  # a pair of each two
+    for files, pairs in ((seeds[:2], 1), (seeds, 3)):
+        heads = findings["seeds_tables"](sweeps, {"0.2": files}, seeds[2:]).splitlines()[-3].split(" | ")
+        assert len(heads[1].split(", ")) == pairs
+    with pytest.raises(UserError, match=r"no results of .*three times the text"):
+        findings["seeds_tables"](sweeps, {"0.2": seeds}, [findings["MORE"]])
 
 
 def test_what_was_chosen_layer_by_layer(findings, tmp_path: Path) -> None:
