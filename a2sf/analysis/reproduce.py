@@ -134,16 +134,11 @@ def write_claims(directory: Path, findings: Findings) -> list[Path]:
     for title, claims in parts.items():
         said = "; ".join(f"{n} {verdict}" for verdict, n in counts(claims).items())
         lines += ["", f"## {title}", "", f"{said}." if claims else "Nothing was compared."]
-        folded: dict[str, list[Claim]] = {}
-        for c in claims if claims is findings.figures else []:
-            if c.verdict is Verdict.NOT_RUN:
-                folded.setdefault(c.why, []).append(c)
-        if folded:
-            lines.append("")
-        for why, of in folded.items():
-            models = ", ".join(dict.fromkeys(c.claim.partition(" ")[0] for c in of))
-            lines.append(f"- {len(of)} of {models} not run: {why}")
-        if rows := [c for c in claims if not (folded and c.verdict is Verdict.NOT_RUN)]:
+        rows = claims
+        if claims is findings.figures:
+            rows = [c for c in claims if c.verdict is not Verdict.NOT_RUN]
+            lines += _not_run([c for c in claims if c.verdict is Verdict.NOT_RUN])
+        if rows:
             lines += ["", "| Claim | Published | Measured | Verdict | Why |", "| :-- | --: | --: | :-- | :-- |"]
             lines += [
                 f"| {c.claim} | {_share(c.published)} | {_share(c.measured)} | {c.verdict.value} | {c.why} |"
@@ -151,6 +146,15 @@ def write_claims(directory: Path, findings: Findings) -> list[Path]:
             ]
     write_atomically(directory / "claims.md", "\n".join(lines) + "\n")
     return [directory / "claims.csv", directory / "claims.md"]
+
+
+def _not_run(figures: Sequence[Claim]) -> list[str]:
+    """A line of Markdown for each reason, after an empty one."""
+    by_reason: dict[str, list[str]] = {}
+    for c in figures:
+        by_reason.setdefault(c.why, []).append(c.claim.partition(" ")[0])  # its model
+    told = [f"- {len(of)} of {', '.join(dict.fromkeys(of))} not run: {why}" for why, of in by_reason.items()]
+    return ["", *told] if told else []
 
 
 def _first(places: tuple[Path, ...]) -> Path | None:

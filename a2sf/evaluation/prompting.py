@@ -65,6 +65,11 @@ class Prompting:
         return self.chat_template if isinstance(self.chat_template, str) else None
 
     @property
+    def _named(self) -> dict[str, str]:
+        """For `apply_chat_template`: which of the tokenizer's templates, where it is not the default."""
+        return {"chat_template": self.name_of_template} if self.name_of_template else {}
+
+    @property
     def multiturn(self) -> bool:
         """Whether examples are turns."""
         return bool(self.chat_template) and self.fewshot_as_multiturn is not False
@@ -99,8 +104,7 @@ class Prompting:
         lm-eval 0.4.13 takes the name of a template and applies the tokenizer's default: here the named one is applied.
         """
         others = {k: v for k, v in lm.chat_template_args.items() if k != "chat_template"}
-        named = {"chat_template": self.name_of_template} if self.name_of_template else {}
-        lm.chat_template_args = others | named
+        lm.chat_template_args = others | self._named
         if self.gen_kwargs and task.get_config("output_type") == "generate_until":
             given, own = json.loads(self.gen_kwargs), dict(task.config.generation_kwargs or {})
             for other in LENGTHS if any(k in given for k in LENGTHS) else ():
@@ -116,10 +120,9 @@ class Prompting:
         before, after = self.system_instruction or "", ""
         if self.chat_template:
             said = [{"role": "system", "content": self.system_instruction}] if self.system_instruction else []
-            more = {"chat_template": self.name_of_template} if self.name_of_template else {}
             turns = ("user", "assistant") * (shots if self.multiturn else 0)
             asked = [*said, *({"role": role, "content": QUESTION} for role in (*turns, "user"))]
-            text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **more)
+            text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **self._named)
             before, _, after = text.partition(QUESTION)
             after = after.replace(QUESTION, "")
         head, tail = (len(tokenizer.encode(text, add_special_tokens=False)) for text in (before, after))
@@ -154,9 +157,8 @@ class Prompting:
     def _check_system(self, tokenizer: Any, model: str) -> None:
         """lm-eval leaves a system message out where the template raises at it; so do some templates themselves."""
         messages = [{"role": "system", "content": self.system_instruction}, {"role": "user", "content": "?"}]
-        more = {"chat_template": self.name_of_template} if self.name_of_template else {}
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, **more)
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **self._named)
         except Exception:  # jinja's TemplateError, whatever the template makes of it
             text = ""
         if str(self.system_instruction).strip() not in text:

@@ -15,7 +15,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from transformers import AutoTokenizer
 
 from a2sf.errors import ConfigError
 from a2sf.evaluation import tasks
@@ -23,7 +22,7 @@ from a2sf.evaluation.members import request_hash
 from a2sf.evaluation.prompting import SAMPLING_SEED, Prompting, draws
 from a2sf.experiments.names import safe
 from a2sf.experiments.until import Until
-from a2sf.hf.loading import ModelSpec, fingerprint, positions_of, tokenizer_folder
+from a2sf.hf.loading import ModelSpec, fingerprint, load_tokenizer, positions_of, tokenizer_folder
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import source_digest
@@ -192,7 +191,7 @@ def measured(cell: Cell) -> tasks.DataSpec:
                 f"would ask for {max(lengths)}",
             )
         if positions is not None and (cell.prompting.chat_template or cell.prompting.system_instruction):
-            around = sum(cell.prompting.tokens_around(AutoTokenizer.from_pretrained(tokenizer_folder(cell.model))))
+            around = sum(cell.prompting.tokens_around(load_tokenizer(cell.model)))
             free = positions - max(lengths, default=0) + int(data.arguments.get("room") or 0)
             if free < around:  # else lm-eval cuts the front of the prompt, which is the template's
                 raise ConfigError(

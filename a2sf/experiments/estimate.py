@@ -132,14 +132,14 @@ def estimate(groups: Sequence[Sequence[Cell]], runs: Path) -> list[Estimate]:
 
 def _known_lengths(cell: Cell, measured: Measured) -> tuple[list[Lengths] | None, bool]:
     """Lengths of finished cells, asked alike or plainly with the template added; and whether they are this model's own."""
-    asked, own, any_model = _as_text(cell.prompting.settings), True, False
-    ways = [(asked, own), ("", own), ("", any_model), (asked, any_model)]  # another model's template is another
+    asked = _as_text(cell.prompting.settings)
+    alike, plain = ((cell.task_name, cell.shots, way) for way in (asked, ""))
+    order = [(alike, True), (plain, True), (plain, False), (alike, False)]  # another model's template is another
     if not asked or _around(cell) == (0, 0):
-        ways = [(asked, own), (asked, any_model), ("", own), ("", any_model)]
-    for way, of in ways:
-        key = (cell.task_name, cell.shots, way)
-        if lengths := measured.lengths.get((key, cell.model_name) if of is own else key):
-            return lengths if way == asked else _framed(cell, lengths), of is own
+        order = [(alike, True), (alike, False), (plain, True), (plain, False)]
+    for way, own in order:
+        if lengths := measured.lengths.get((way, cell.model_name) if own else way):
+            return lengths if way == alike else _framed(cell, lengths), own
     return None, False
 
 

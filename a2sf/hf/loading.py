@@ -345,33 +345,37 @@ def prepare(spec: ModelSpec) -> Download | None:
     return None
 
 
-def tokenizer_here(spec: ModelSpec) -> Any | None:
-    """A model's tokenizer where it can be read without a download, a question to the hub, or a conversion; else None.
-
-    Raises:
-        ConfigError: if it cannot be loaded.
-    """
-    if not spec.pinned:
-        return None
-    of_hub = hub.Snapshot(spec.wanted).folder if spec.source.kind == "hub" else None
-    if of_hub is not None and not spec.source.file:
-        return _tokenizer(of_hub, spec) if of_hub.is_dir() else None
-    file = gguf_file(spec) if of_hub is None else of_hub / spec.source.file
-    if file is None:
-        return _tokenizer(Path(spec.path), spec)
-    converted = gguf.checkpoint_of(file) if file.is_file() else file
-    return _tokenizer(converted, spec) if converted.is_dir() else None
-
-
 def load_tokenizer(spec: ModelSpec) -> Any:
     """A model's tokenizer, without the model.
 
     Raises:
         ConfigError: if it has none, or it cannot be loaded.
     """
-    file = gguf_file(spec)
-    files = _files(spec) if file is None else weights.Folder(gguf.converted(file, spec.path))
-    return _tokenizer(files.get(weights.find_texts(files, spec.path, spec.trust_remote_code)), spec)
+    return _tokenizer(tokenizer_folder(spec), spec)
+
+
+def tokenizer_here(spec: ModelSpec) -> Any | None:
+    """A model's tokenizer where it can be read without a download, a question to the hub, or a conversion; else None.
+
+    Raises:
+        ConfigError: if it cannot be loaded.
+    """
+    folder = _folder_here(spec)
+    return _tokenizer(folder, spec) if folder is not None and folder.is_dir() else None
+
+
+def _folder_here(spec: ModelSpec) -> Path | None:
+    """`tokenizer_folder` as far as it is known without fetching or converting."""
+    if not spec.pinned:
+        return None
+    if spec.source.kind == "hub":
+        folder = hub.Snapshot(spec.wanted).folder
+        file = folder / spec.source.file if spec.source.file else None
+    else:
+        folder, file = Path(spec.path), gguf_file(spec)
+    if file is None:
+        return folder
+    return gguf.checkpoint_of(file) if file.is_file() else None
 
 
 def _tokenizer(folder: Path, spec: ModelSpec) -> Any:
