@@ -32,7 +32,7 @@ from a2sf.hf.attention import (
     mixes_windows,
     running,
 )
-from a2sf.hf.calls import hooks_of, logits_at
+from a2sf.hf.calls import logits_at
 from a2sf.hf.devices import input_device
 from a2sf.hf.exactness import require_exact
 from a2sf.policies.base import Policy, Retention
@@ -227,7 +227,6 @@ class PrunedLM(OneByOne):
                 member.error = error.about(self._subject(str(requests[j][0]) for j in numbers))
 
         require_exact(self.model)
-        hooks_of(self.model).close(None)  # a call that was interrupted left it open
         about = Model(self.layers, not mixes_windows(self.model.config), self.engine, self.device)
         scoring = Scoring(self.model, about, self.tokens_per_pass, self.sequences_per_pass)
         if self.due is not None:

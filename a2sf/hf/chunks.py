@@ -6,6 +6,7 @@ is read at once up to there: one layer after the other then holds all of it for 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,9 +53,9 @@ def splits(model: PreTrainedModel, named: dict[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Call:
-    """A model's call of `total` columns, and its arguments by name; one that `splits`."""
+    """A model's call of `total` columns: `run` reads some of them, `named` are its arguments; one that `splits`."""
 
-    model: PreTrainedModel
+    run: Callable[..., Any]
     named: dict[str, Any]
     total: int
 
@@ -84,11 +85,15 @@ class Call:
         """Call the model on all parts but the last; what is asked for of them, in their order."""
         found, begin = [], 0
         for end in ends[:-1]:
-            output = self.model(**self.part(begin, end))
+            output = self.run(**self.part(begin, end))
             if end > self.total - self.asked:
                 found.append(output[_what(output)])
             begin = end
         return found
+
+    def last(self, ends: list[int]) -> Any:
+        """The output of the last part, which may be the whole call."""
+        return self.run(**(self.part(ends[-2], ends[-1]) if len(ends) > 1 else self.named))
 
 
 def joined(before: list[Tensor], output: ModelOutput, hidden: Any = None) -> ModelOutput:

@@ -3,12 +3,13 @@
     cache = PrunedCache(model, policy=A2SF(forgetting_factor=0.3), budget=Budget(ratio=0.2, base="context"))
     model.generate(**inputs, cache=cache, max_new_tokens=100)
 
-A hook around the model's call, put there by `PrunedCache`, tells the attention function which cache and which tokens a
-call is about; calls without a `PrunedCache` are untouched. Shapes as in `a2sf.engine.state`.
+What `PrunedCache` puts around the model's call (`a2sf.hf.calls`) tells the attention function which cache and which tokens
+a call is about; calls without a `PrunedCache` are untouched. Shapes as in `a2sf.engine.state`.
 """
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections import Counter
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from transformers.cache_utils import Cache
 from a2sf.engine.state import EvictionState
 from a2sf.errors import ConfigError, UserError
 from a2sf.hf.attention import UnsupportedModel, check_finite, keeps_window, mixes_windows, rope_switch, within_window
-from a2sf.hf.calls import hooks_of, new_tokens
+from a2sf.hf.calls import decoder_of, following_copy, new_tokens, surround
 from a2sf.hf.chunks import bounds, columns
 from a2sf.hf.exactness import require_decoding, require_exact
 from a2sf.hf.kept import Kept
@@ -71,6 +72,7 @@ class PrunedCache(Cache):
         backend: str = "auto",
         trace: bool = False,
     ) -> None:
+        model = decoder_of(model)
         config = model.config.get_text_config()
         check_settings(
             policy,
@@ -101,7 +103,6 @@ class PrunedCache(Cache):
                 "schedule.at=context cuts within a prompt, so give the length of what comes before",
             )
         self.prove(model)
-        hooks_of(model)
         positions = getattr(config, "max_position_embeddings", None) or 2**31
         super().__init__(layers=[PrunedLayer(How(positions, backend, trace)) for _ in range(config.num_hidden_layers)])
         self.layers: list[PrunedLayer]  # type: ignore[assignment]
@@ -114,12 +115,24 @@ class PrunedCache(Cache):
         self.reset()
 
     def prove(self, model: PreTrainedModel) -> None:
-        """Try, once per model, that decoding through such a cache is exact.
+        """Try, once per model, that decoding through such a cache is exact, and prepare the model's calls for one.
 
         Raises:
             UnsupportedModel: if it is not.
         """
         prove_decoding(model, self.policy, self.budget)
+        surround(model)
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> PrunedCache:
+        """A cache for the same model; one that is copied together with its model is for the copy."""
+        twin = memo[id(self)] = object.__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        twin.belongs_to(following_copy(twin, self._model(), memo))
+        return twin
+
+    def belongs_to(self, model: PreTrainedModel | None) -> None:
+        """Be a cache for `model`; None: for one that is gone."""
+        self._model = weakref.ref(model) if model is not None else self._model
 
     def reset(self) -> None:
         """Forget everything; the next call starts a new batch and resolves the budgets anew."""

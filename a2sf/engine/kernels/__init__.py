@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 
 import torch
@@ -19,23 +20,24 @@ from a2sf.errors import ConfigError, Notice, UnsoundKernelError, UserError
 from a2sf.policies.rule import Rule
 
 BACKENDS = ("reference", "numba", "triton", "torch")
-_listening: list[set[str]] = []
+_listening: ContextVar[tuple[set[str], ...]] = ContextVar("listening", default=())
 
 
 @contextmanager
 def noting() -> Iterator[set[str]]:
     """The names of what runs inside: of `BACKENDS`, or `dense`."""
     names: set[str] = set()
-    _listening.append(names)
+    before = _listening.get()
     try:
+        _listening.set((*before, names))
         yield names
     finally:
-        _listening.pop()
+        _listening.set(before)
 
 
 def note(name: str) -> None:
     """Say that an implementation runs."""
-    for names in _listening:
+    for names in _listening.get():
         names.add(name)
 
 
