@@ -28,9 +28,7 @@ from a2sf.hf.attention import (
 )
 from a2sf.hf.chunks import Call, columns, joined, splits
 from a2sf.hf.devices import is_spread
-
-CACHE_NAMES = ("cache", "past_key_values")
-"""What transformers' models call the cache they are given."""
+from a2sf.hf.masks import CACHE_NAMES, arguments, check_call
 
 
 @runtime_checkable
@@ -89,6 +87,7 @@ class Hooks:
             named |= {self.cache_name: cache} if cache is not None else {}
         elif not isinstance(cache, BoundedCache):
             return None
+        shaping = check_call(model, named)
         tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
         shape, mask = (tokens.shape[0], tokens.shape[1]), named.get("attention_mask")
         before: list[Tensor] = []
@@ -125,6 +124,8 @@ class Hooks:
             stack.enter_context(attached(model))
         stack.callback(active.set, active.get())
         active.set(current)
+        stack.callback(arguments.set, arguments.get())
+        arguments.set(shaping)
         return (), named
 
     def _read(self, call: Call, ends: list[int], cache: BoundedCache) -> tuple[list[Tensor], dict[str, Any]]:
@@ -272,10 +273,6 @@ def new_tokens(shape: tuple[int, int], past: int, mask: Tensor | None) -> tuple[
     B, T = shape
     if mask is None:
         return torch.zeros(B, dtype=torch.int64), torch.full((B,), T)
-    if mask.ndim != 2:
-        raise UnsupportedModel(
-            "only a padding mask [batch, tokens] can be used with pruning; give attention_mask as one"
-        )
     if mask.shape != (B, past + T):
         raise UserError(
             f"attention_mask has shape {tuple(mask.shape)} and must cover the {past} tokens read so far and the {T} new "
