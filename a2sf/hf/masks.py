@@ -92,8 +92,8 @@ def no_mask(*, mask_function: Callable[..., Tensor], **settings: Any) -> None:
 
 def is_causal(mask_function: Callable[..., Tensor]) -> bool:
     """Whether transformers made a mask function of causal attention and sliding windows alone."""
-    parts = _parts(mask_function)
-    return causal_mask_function in parts and all(p is causal_mask_function or _code(p) is _WINDOW for p in parts)
+    found = {_code(part) for part in _parts(mask_function)}
+    return _CAUSAL in found and found <= {_CAUSAL, _WINDOW}
 
 
 def shows_the_same(
@@ -113,8 +113,8 @@ def shows_the_same(
     It is made for it, as the model would have; arguments as transformers gives them.
     """
     settings |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    sizes = {"q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "kv_offset": kv_offset}
-    shown = sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **sizes, **settings)
+    settings |= {"q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "kv_offset": kv_offset}
+    shown = sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **settings)
     assert shown is not None
     device = shown.device
     key = torch.arange(kv_length, device=device) + kv_offset
@@ -133,12 +133,13 @@ def _parts(mask_function: Callable[..., Tensor]) -> list[Callable[..., Tensor]]:
     """The functions of which all must show a token, as far as they are known."""
     if _code(mask_function) is not _ALL:
         return [mask_function]
-    return [part for f in mask_function.__closure__[0].cell_contents for part in _parts(f)]  # type: ignore[attr-defined]
+    (functions,) = (cell.cell_contents for cell in getattr(mask_function, "__closure__", ()))
+    return [part for function in functions for part in _parts(function)]
 
 
 def _code(function: Callable[..., Any]) -> Any:
     return getattr(function, "__code__", None)
 
 
-_ALL, _WINDOW = _code(and_masks(causal_mask_function)), _code(sliding_window_overlay(1))
+_CAUSAL, _ALL, _WINDOW = (_code(f) for f in (causal_mask_function, and_masks(), sliding_window_overlay(1)))
 AttentionMaskInterface.register(IMPLEMENTATION, no_mask)
