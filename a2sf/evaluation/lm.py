@@ -8,6 +8,7 @@ gives transformers' `generate` a bounded cache.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -16,12 +17,13 @@ import torch
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
+from a2sf.engine.kernels import check_backend
 from a2sf.engine.trace import Trace
 from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation.contexts import Contexts
 from a2sf.evaluation.members import Answer, Member, document_of, request_hash
 from a2sf.evaluation.one_by_one import OneByOne
-from a2sf.evaluation.pretrained import load_pretrained
+from a2sf.evaluation.pretrained import check_names, load_pretrained
 from a2sf.evaluation.requests import Model, Request
 from a2sf.evaluation.scoring import Asked, Scoring
 from a2sf.hf.attention import (
@@ -35,6 +37,7 @@ from a2sf.hf.attention import (
 from a2sf.hf.calls import logits_at
 from a2sf.hf.devices import input_device
 from a2sf.hf.exactness import require_exact
+from a2sf.policies.arguments import budget_of, policy_of, schedule_of
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policy
@@ -80,8 +83,8 @@ class PrunedLM(OneByOne):
     def __init__(
         self,
         pretrained: Any,
-        policy: Policy | str = "full",
-        budget: Budget | None = None,
+        policy: Policy | type[Policy] | str = "full",
+        budget: Budget | int | float | None = None,
         budget_ratio: float | None = None,
         budget_tokens: int | None = None,
         budget_base: str = "total",
@@ -92,6 +95,14 @@ class PrunedLM(OneByOne):
         shared_context: str | None = None,
         **kwargs: Any,
     ) -> None:
+        check_names(kwargs, inspect.signature(PrunedLM.__init__).parameters)
+        check_backend(backend)
+        policy = _policy(policy, forgetting_factor)
+        budget, schedule = budget_of(budget), schedule_of(schedule)
+        if budget is not None and (budget_ratio, budget_tokens, budget_base) != (None, None, "total"):
+            raise ConfigError("budget", budget, "give it, or budget_ratio, budget_tokens and budget_base; not both")
+        if budget is None and (budget_ratio is not None or budget_tokens is not None or policy.uses_budget):
+            budget = Budget(ratio=budget_ratio, tokens=budget_tokens, base=budget_base)
         if isinstance(pretrained, str):
             loaded, kwargs = load_pretrained(pretrained, kwargs)
             pretrained, self.weights_format = loaded.model, loaded.format
@@ -110,15 +121,7 @@ class PrunedLM(OneByOne):
         self.trace_documents = 0
         self.spent = 0.0  # seconds in which log-likelihoods were scored, of all members
         self.sequences_per_pass = check_batch_size(batch_size)
-        if isinstance(policy, str):
-            named = find_policy(policy)
-            settings = {} if forgetting_factor is None else {"forgetting_factor": forgetting_factor}
-            if settings and "forgetting_factor" not in {f.name for f in dataclasses.fields(named)}:
-                raise ConfigError("forgetting_factor", forgetting_factor, f"{policy} has none; leave it out")
-            policy = named(**settings)
-        if budget is None and (budget_ratio is not None or budget_tokens is not None or policy.uses_budget):
-            budget = Budget(ratio=budget_ratio, tokens=budget_tokens, base=budget_base)
-        self.use(policy, budget, Schedule.named(schedule) if isinstance(schedule, str) else schedule)
+        self.use(policy, budget, schedule)
 
     @property
     def most_tokens(self) -> int:
@@ -321,6 +324,22 @@ class PrunedLM(OneByOne):
                 "of the context that schedule.at=context cuts after"
             )
         return cut
+
+
+def _policy(given: Policy | type[Policy] | str, forgetting_factor: Any) -> Policy:
+    """The policy that is given, one that is named with its forgetting factor.
+
+    Raises:
+        ConfigError: if there is none, or it has no such factor.
+    """
+    if forgetting_factor is None:
+        return policy_of(given)
+    if not isinstance(given, str):
+        raise ConfigError("forgetting_factor", forgetting_factor, "it is for a policy that is given by its name")
+    named = find_policy(given)
+    if "forgetting_factor" not in {f.name for f in dataclasses.fields(named)}:
+        raise ConfigError("forgetting_factor", forgetting_factor, f"{given} has none; leave it out")
+    return named(forgetting_factor=forgetting_factor)  # type: ignore[call-arg]
 
 
 def check_batch_size(value: Any) -> int | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
-from a2sf.errors import ConfigError
+from a2sf.errors import ConfigError, nearest
 from a2sf.hf.loading import LoadedModel, ModelSpec, load, load_tokenizer
 
 OF_LOADING = ("revision", "dtype", "device", "device_map", "trust_remote_code", "gguf_file")
@@ -28,15 +29,32 @@ NOT_OURS = {
 """What HFLM does while it loads a model, which it does not here."""
 
 
+def check_names(given: dict[str, Any], own: Iterable[str]) -> None:
+    """Refuse arguments that nobody reads: HFLM takes any name, and drops what it does not know.
+
+    Args:
+        given: what is left for it.
+        own: the names of ours.
+
+    Raises:
+        ConfigError: if there is one, with the nearest name that there is.
+    """
+    known = {*own, *OF_LOADING, *inspect.signature(HFLM.__init__).parameters} - {"self", "kwargs"}
+    for key, value in given.items():
+        if key not in known:
+            near = nearest(key, known)
+            load = "" if near else "; if it is for loading, load the model with it and give that as pretrained"
+            raise ConfigError(key, value, f"the model a2sf has no such argument{near}{load}")
+
+
 def load_pretrained(pretrained: str, given: dict[str, Any]) -> tuple[LoadedModel, dict[str, Any]]:
     """The model that a path names, loaded with what `given` says of that, and what of `given` is left for HFLM.
 
     Raises:
         ConfigError: if the model cannot be loaded, or a setting is not for models loaded here.
     """
-    known = inspect.signature(HFLM.__init__).parameters
     for key, value in given.items():
-        if (key in NOT_OURS and value) or (key not in known and key not in OF_LOADING):
+        if key in NOT_OURS and value:
             raise ConfigError(
                 key,
                 value,

@@ -400,7 +400,7 @@ def check_arguments(module: nn.Module, dropout: float, other: dict[str, Any]) ->
     return layer
 
 
-# no mask function goes with it: transformers then builds no mask, and the pass in force knows where the padding is
+# the mask function that goes with it, `a2sf.hf.masks.no_mask`, makes none: the pass in force knows where the padding is
 AttentionInterface.register(IMPLEMENTATION, pruned_attention)
 
 

@@ -25,10 +25,8 @@ from a2sf.hf.attention import NonFiniteError, Pass, UnsupportedModel, attached, 
 from a2sf.hf.chunks import Call, columns, joined, splits
 from a2sf.hf.devices import is_spread
 from a2sf.hf.held import Held
+from a2sf.hf.masks import CACHE_NAMES, arguments, check_call
 from a2sf.hf.named import Configs, configs_of, named
-
-CACHE_NAMES = ("cache", "past_key_values")
-"""What transformers' models call the cache they are given."""
 
 
 @runtime_checkable
@@ -130,18 +128,18 @@ class Around:
         scope: Scope | None,
     ) -> Any:
         """A call in as many parts as it is read in."""
-        tokens, hidden = _tokens(named), None
+        tokens, hidden, shaping = _tokens(named), None, check_call(model, named)
         shape, mask = (tokens.shape[0], tokens.shape[1]), named.get("attention_mask")
         parts = shape[1] > columns(shape[0], tokens.device) and splits(model, named)
         if parts and cache is None and scope is not None:
             cache = hidden = scope.passing(model, shape, mask)
             named |= {self._cache_name: cache} if cache is not None else {}
         if cache is None:
-            return self._once(model, own, named, None, scope)
+            return self._once(model, own, named, None, scope, shaping)
         with _alone(cache):
             try:
                 ends = cache.parts(model, shape, mask) if parts else []
-                call = Call(lambda **part: self._once(model, own, part, cache, scope), named, shape[1])
+                call = Call(lambda **part: self._once(model, own, part, cache, scope, shaping), named, shape[1])
                 before = call.read(ends)
                 output = call.last(ends)
             except BaseException:
@@ -156,8 +154,9 @@ class Around:
         named: dict[str, Any],
         cache: BoundedCache | None,
         scope: Scope | None,
+        shaping: tuple[str, ...],
     ) -> Any:
-        """One pass of the model."""
+        """One pass of the model; `shaping` as `check_call` gives it."""
         tokens, mask, given = _tokens(named), named.get("attention_mask"), named.get("position_ids")
         shape = tokens.shape[0], tokens.shape[1]
         past = torch.zeros(shape[0], dtype=torch.int64) if cache is None or cache.seen is None else cache.seen
@@ -175,13 +174,15 @@ class Around:
             named = named | {"position_ids": (past[:, None].to(real.device) + real.cumsum(1) - 1).clamp(min=0)}
         if self._configs is None:
             self._configs = configs_of(model)
-        inside = _inside.get()
+        inside, before = _inside.get(), arguments.get()
         try:
             _inside.set((*inside, model))
+            arguments.set(shaping)
             with attached(model, configs=self._configs), following(current):
                 output = own(**named)
         finally:
             _inside.set(inside)
+            arguments.set(before)
         if cache is not None:
             cache.end(completed=True)
         _check_reached(model, current)
@@ -401,10 +402,6 @@ def new_tokens(shape: tuple[int, int], past: int, mask: Tensor | None) -> tuple[
     B, T = shape
     if mask is None:
         return torch.zeros(B, dtype=torch.int64), torch.full((B,), T)
-    if mask.ndim != 2:
-        raise UnsupportedModel(
-            "only a padding mask [batch, tokens] can be used with pruning; give attention_mask as one"
-        )
     if mask.shape != (B, past + T):
         raise UserError(
             f"attention_mask has shape {tuple(mask.shape)} and must cover the {past} tokens read so far and the {T} new "

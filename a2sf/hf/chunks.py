@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from a2sf.hf.masks import packs
+
 TOKENS = {"cpu": 1024}
 """Tokens of a part, of all rows, by the kind of device; matrix products of more are hardly faster."""
 ELSEWHERE = 8192
@@ -48,6 +50,8 @@ def splits(model: PreTrainedModel, named: dict[str, Any]) -> bool:
         return False
     if any(getattr(config, n, False) if named.get(n) is None else named[n] for n in ASKED_OF_ALL):
         return False
+    if packs(named):
+        return False  # a part would not show it
     return {n for n, x in named.items() if isinstance(x, Tensor)} <= TENSORS and (mask is None or mask.ndim == 2)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from a2sf.engine.kernels import check_backend
 from a2sf.engine.state import EvictionState
 from a2sf.errors import ConfigError, UserError
 from a2sf.hf.attention import UnsupportedModel, check_finite, keeps_window, mixes_windows, rope_switch, within_window
@@ -29,8 +30,9 @@ from a2sf.hf.chunks import bounds, columns
 from a2sf.hf.exactness import require_decoding, require_exact
 from a2sf.hf.kept import Kept
 from a2sf.hf.loading import kv_heads_of
-from a2sf.hf.settings import check_settings, contexts_for, contexts_of, retention_of
+from a2sf.hf.settings import check_settings, contexts_for, contexts_of, new_tokens_of, retention_of
 from a2sf.hf.slots import How, PrunedLayer, Step
+from a2sf.policies.arguments import budget_of, policy_of, schedule_of
 from a2sf.policies.base import UNLIMITED, Policy, Retention
 from a2sf.policies.budget import Budget
 from a2sf.policies.schedule import STEP, Schedule, schedule_for
@@ -45,10 +47,12 @@ class PrunedCache(Cache):
     Args:
         model: the model it will be used with.
         policy, budget: what to keep (None: for a policy that ignores budgets). A ratio of base `context` is one of the
-            row's prompt, of base `total` one of the tokens that are read: the prompt and all new tokens but the last.
-        schedule: when tokens are evicted; None: after every token, or after the prompt for a policy that knows no other.
-            A row's prompt is what the first call reads of it, or its `context_tokens`, which may be less: then the cut
-            comes within the first call.
+            row's prompt, of base `total` one of the tokens that are read: the prompt and all new tokens but the last. A
+            policy's name or class stands for one with its defaults, 64 for `Budget(tokens=64)`, 0.2 for
+            `Budget(ratio=0.2)`.
+        schedule: when tokens are evicted, a `Schedule` or its name; None: after every token, or after the prompt for a
+            policy that knows no other. A row's prompt is what the first call reads of it, or its `context_tokens`, which
+            may be less: then the cut comes within the first call.
         max_new_tokens: as given to `generate`; needed for a ratio of base `total`.
         context_tokens: the prompt's length, or each prompt's; needed when the prompt is read in chunks, for a ratio and
             for the prompt schedule.
@@ -63,16 +67,19 @@ class PrunedCache(Cache):
     def __init__(
         self,
         model: PreTrainedModel,
-        policy: Policy,
-        budget: Budget | None = None,
+        policy: Policy | type[Policy] | str,
+        budget: Budget | int | float | None = None,
         *,
-        schedule: Schedule | None = None,
+        schedule: Schedule | str | None = None,
         max_new_tokens: int | None = None,
         context_tokens: int | Sequence[int] | None = None,
         backend: str = "auto",
         trace: bool = False,
     ) -> None:
         model = decoder_of(model)
+        policy, budget, schedule = policy_of(policy), budget_of(budget), schedule_of(schedule)
+        max_new_tokens, contexts = new_tokens_of(max_new_tokens), contexts_of(context_tokens)
+        check_backend(backend)
         config = model.config.get_text_config()
         check_settings(
             policy,
@@ -107,7 +114,7 @@ class PrunedCache(Cache):
         super().__init__(layers=[PrunedLayer(How(positions, backend, trace)) for _ in range(config.num_hidden_layers)])
         self.layers: list[PrunedLayer]  # type: ignore[assignment]
         self.trace = trace
-        self.max_new_tokens, self.context_tokens = max_new_tokens, contexts_of(context_tokens)
+        self.max_new_tokens, self.context_tokens = max_new_tokens, contexts
         self.policy_on_sliding = not mixes_windows(model.config)
         self.positions = positions
         self.rope_switch = rope_switch(model.config)

@@ -11,13 +11,15 @@ from typing import Any, TypeVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from a2sf.engine.kernels import check_backend
 from a2sf.errors import UserError
 from a2sf.hf.attention import Plan, UnsupportedModel, attached, mixes_windows
 from a2sf.hf.calls import decoder_of, new_tokens, scoped, surround
 from a2sf.hf.exactness import require_exact
 from a2sf.hf.generation import PrunedCache, prove_decoding
 from a2sf.hf.loading import kv_heads_of
-from a2sf.hf.settings import check_settings, contexts_for, contexts_of, retention_of
+from a2sf.hf.settings import check_settings, contexts_for, contexts_of, new_tokens_of, retention_of
+from a2sf.policies.arguments import budget_of, policy_of, schedule_of
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
 from a2sf.policies.schedule import Schedule, schedule_for
@@ -127,10 +129,10 @@ class _Scope:
 @contextmanager
 def pruning(
     model: Model,
-    policy: Policy,
-    budget: Budget | None = None,
+    policy: Policy | type[Policy] | str,
+    budget: Budget | int | float | None = None,
     *,
-    schedule: Schedule | None = None,
+    schedule: Schedule | str | None = None,
     max_new_tokens: int | None = None,
     context_tokens: int | Sequence[int] | None = None,
     backend: str = "auto",
@@ -152,6 +154,9 @@ def pruning(
         ConfigError, UnsupportedModel: if a setting is not allowed or the model cannot be pruned.
     """
     given, model = model, decoder_of(model)
+    policy, budget, schedule = policy_of(policy), budget_of(budget), schedule_of(schedule)
+    max_new_tokens, contexts = new_tokens_of(max_new_tokens), contexts_of(context_tokens)
+    check_backend(backend)
     layers = model.config.get_text_config().num_hidden_layers
     check_settings(policy, budget, layers, schedule=schedule, kv_heads=kv_heads_of(model.config), generating=True)
     require_exact(model)
@@ -166,7 +171,7 @@ def pruning(
         budget if policy.uses_budget else None,
         schedule,
         max_new_tokens,
-        contexts_of(context_tokens),
+        contexts,
         backend,
         refused,
     )

@@ -10,7 +10,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from a2sf import A2SF, Budget
+from a2sf import A2SF, H2O, Budget
 from a2sf.engine.invariants import SCHEDULES
 from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation import tasks
@@ -181,6 +181,11 @@ def test_known_requests_are_not_computed_again(tiny):
     assert lm.counts.reused == 1
 
 
+def test_a_typo_in_model_args_is_told_before_the_model_is_loaded(tmp_path):
+    with pytest.raises(ConfigError, match="did you mean policy"):
+        lm_eval.simple_evaluate("a2sf", model_args=f"pretrained={tmp_path}/none,polcy=h2o", tasks=["copa"])
+
+
 def test_lm_eval_takes_it_by_name(bundle, tmp_path):
     write_model(tmp_path)
     task = tasks.build("copa", bundle, shots=0, seed=1)
@@ -201,6 +206,10 @@ def test_lm_eval_takes_it_by_name(bundle, tmp_path):
         ({"policy": "h2o", "budget_tokens": 8, "schedule": "evry4"}, "schedule=evry4 is not allowed: give one of step"),
         ({"policy": "window", "budget_tokens": 8, "schedule": "prompt"}, "the policy window knows step alone"),
         ({"policy": "h2o", "budget_tokens": 8, "schedule": "every0"}, r"schedule\.every=0"),
+        ({"polcy": "h2o"}, r"polcy=h2o is not allowed: the model a2sf has no such argument \(did you mean policy"),
+        ({"policy": H2O(), "forgetting_factor": 0.3}, "forgetting_factor=0.3 .* policy that is given by its name"),
+        ({"policy": "h2o", "budget": 8, "budget_ratio": 0.5}, "not both"),
+        ({"policy": "h2o", "budget": 8, "backend": "nunba"}, "did you mean numba"),
     ],
 )
 def test_bad_arguments(tiny, arguments, why):

@@ -182,14 +182,36 @@ def test_budgets_by_tokens_and_by_shares_of_prompt_and_text():
         ({"policy": Heads(heads=[[0, 2]]), "budget": Budget(tokens=4)}, "3 layers of 2 key/value heads"),
         ({"policy": A2SF(), "budget": Budget(tokens=4), "context_tokens": 0}, "at least 1 token"),
         ({"policy": A2SF(), "budget": Budget(tokens=4), "context_tokens": []}, "at least 1 token"),
+        ({"policy": A2SF(), "budget": Budget(tokens=4), "context_tokens": [2.9, 3]}, "a whole number of at least 1"),
+        ({"policy": A2SF(), "budget": Budget(tokens=4), "context_tokens": "12"}, "a whole number of at least 1"),
+        ({"policy": A2SF(), "budget": Budget(tokens=4), "max_new_tokens": 2.5}, "max_new_tokens=2.5 is not allowed"),
+        ({"policy": A2SF(), "budget": Budget(tokens=4), "max_new_tokens": -1}, "max_new_tokens=-1 is not allowed"),
+        ({"policy": A2SF(), "budget": Budget(tokens=4), "backend": "nunba"}, "did you mean numba"),
+        ({"policy": "h20", "budget": 4}, "did you mean h2o"),
+        ({"policy": A2SF(), "budget": 4.5}, "budget=4.5 is not allowed: give a whole number of tokens"),
+        ({"policy": A2SF(), "budget": 4, "schedule": "promt"}, "schedule=promt is not allowed"),
+        ({"policy": A2SF, "budget": 0.5}, "max_new_tokens"),
     ],
 )
 def test_settings_that_do_not_fit(settings, why):
     with pytest.raises(ConfigError, match=why):
         PrunedCache(small("llama"), **settings)
-    if "max_new_tokens" not in why:  # which plain calls do without
+    if why != "max_new_tokens":  # which plain calls do without
         with pytest.raises(ConfigError, match=why), pruning(small("llama"), **settings):
             pass
+
+
+def test_what_plainly_stands_for_a_policy_a_budget_and_a_schedule():
+    model = small("llama")
+    want = PrunedCache(model, A2SF(), Budget(ratio=0.3), schedule=Schedule("prompt"), max_new_tokens=6)
+    plain = PrunedCache(model, "a2sf", 0.3, schedule="prompt", max_new_tokens=6)
+    texts = [model.generate(IDS, cache=c, max_new_tokens=6, **GREEDY) for c in (want, plain)]
+    with pruning(model, A2SF, 0.3, schedule="prompt", max_new_tokens=6):
+        texts.append(model.generate(IDS, max_new_tokens=6, **GREEDY))
+    assert torch.equal(texts[0], texts[1])
+    assert torch.equal(texts[0], texts[2])
+    with torch.no_grad(), pruning(model, "a2sf", 5):
+        assert model(IDS, use_cache=False).logits.isfinite().all()
 
 
 def refused(why: str, **inputs: object) -> None:
