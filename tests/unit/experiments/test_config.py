@@ -219,6 +219,17 @@ def test_only_a_gpus_cells_are_of_the_gpus_version(monkeypatch):
     assert dataclasses.replace(cpu).id == cpu.id
 
 
+def test_only_a_changed_policys_cells_are_of_its_version(monkeypatch):
+    """Finished results of an earlier version are not reused, and those of all other policies are."""
+    h2o, snapkv = (settings(f"policy={p}", "data=bundle").cells[0] for p in ("h2o", "snapkv"))
+    assert not {"policy_version", "cut"} & {*h2o.identity, *snapkv.identity}
+    before = h2o.id, snapkv.id
+    monkeypatch.setattr(type(snapkv.policy), "version", 2)
+    changed = dataclasses.replace(snapkv)
+    assert (dataclasses.replace(h2o).id, changed.id != before[1]) == (before[0], True)
+    assert changed.identity == snapkv.identity | {"policy_version": 2}
+
+
 def test_suites():
     paper = [c.task for c in settings("tasks=paper").cells]
     assert paper == ["openbookqa", "winogrande", "piqa", "copa", "mathqa", "arc_easy", "arc_challenge"]
