@@ -250,12 +250,11 @@ def _kept_of_row(c: Case, row: int, tokens: int, heads: list[list[int]]) -> None
     if schedule.prompt and not own:
         most = tokens if tokens < prompt else min(C, prompt) + tokens - prompt
         each = min(most, C) if schedule.then == "step" and tokens >= prompt else most
-        held = sum(map(len, heads))
+        held = [len(there) for there in heads]
+        expected = [tokens if head in numbers.rule.whole else each for head in range(KV_HEADS)]
         shifted = numbers.rule.cut is not None and numbers.rule.cut.floor is not None
-        if held != KV_HEADS * each or (not shifted and len({len(there) for there in heads}) > 1):
-            raise Broken(
-                f"heads hold {[len(there) for there in heads]} of {tokens} tokens at a budget of {C}, prompt {prompt}"
-            )
+        if sum(held) != sum(expected) or (not shifted and held != expected):
+            raise Broken(f"heads hold {held} of {tokens} tokens at a budget of {C}, prompt {prompt}")
 
 
 def decided(c: Case) -> None:

@@ -67,7 +67,7 @@ def check_cut(budget: Budget | None, schedule: Schedule) -> None:
 
 
 def retention_of(
-    policy: Policy, budget: Budget | None, total: int, context: int, layers: int, schedule: Schedule | None
+    policy: Policy, budget: Budget | None, total: int, context: int, layers: int, schedule: Schedule | None = None
 ) -> tuple[Retention, ...]:
     """What each layer keeps of a sequence of `total` tokens whose prompt has `context`; `schedule` as in `check_settings`.
 
