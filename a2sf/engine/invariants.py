@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from a2sf.engine.cases import KV_HEADS, ROWS, TOKENS, Case, case, layers_of
 from a2sf.engine.opposite import chooses, opposite
 from a2sf.engine.state import EvictionState
-from a2sf.engine.trial import KV_HEADS, ROWS, TOKENS, Case, case, layers_of
 from a2sf.errors import UserError
 from a2sf.policies.base import UNLIMITED, Policy, Retention
 from a2sf.policies.schedule import Schedule
@@ -216,8 +216,8 @@ def until_full(c: Case) -> None:
 def kept(c: Case) -> None:
     """As much is cached as the budget and the schedule say, each position once, sinks and the newest among it."""
     for budget in c.budget.tolist():
-        for prompt in (None, *range(budget + 1, 3 * budget)) if c.schedule.prompt else (None,):
-            each = [c.policy.of_layer(budget, layer, 4, prompt) for layer in range(4)]
+        for prompt in ((n,) for n in range(budget + 1, 3 * budget + 1)) if c.schedule.prompt else ((),):
+            each = [c.policy.of_layer(budget, layer, 4, *prompt) for layer in range(4)]
             if sum(each) != 4 * budget:
                 raise Broken(f"4 layers that may hold {budget} tokens each hold {sum(each)} together")
     for tokens in {c.cuts[0], TOKENS}:
@@ -229,7 +229,7 @@ def kept(c: Case) -> None:
 def _kept_of_row(c: Case, row: int, tokens: int, heads: list[list[int]]) -> None:
     numbers, given = c.stated(row), int(c.budget[row])
     schedule, prompt = c.schedule, int(c.prompt[row])
-    allowed = c.policy.of_layer(given, c.layer, c.layers, prompt if schedule.prompt else None)
+    allowed = c.policy.of_layer(given, c.layer, c.layers, *((prompt,) if schedule.prompt else ()))
     if c.policy.uses_budget and numbers.budget > allowed:
         asked = "no limit" if numbers.budget == UNLIMITED else f"{numbers.budget} tokens"
         raise Broken(f"it may hold {allowed} tokens and asks for {asked}")

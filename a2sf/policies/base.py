@@ -117,7 +117,8 @@ class Policy(ABC):
 
         `prompt` as for `of_layer`.
         """
-        kept = self.retention(self.of_layer(budget, layer, layers, prompt), layer)
+        known = () if prompt is None else (prompt,)
+        kept = self.retention(self.of_layer(budget, layer, layers, *known), layer)
         if type(self).priorities is Policy.priorities:
             return kept
         foresee = None if self.causal else self.foresee

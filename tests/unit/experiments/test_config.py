@@ -62,7 +62,7 @@ def sentence(*overrides: str) -> str:
         (["policy=streaming", "policy.sinks=-1"], ["policy.sinks=-1", "at least 0"]),
         (["policy=h2o", "policy.recent_share=1.5"], ["policy.recent_share=1.5", "from 0 to 1"]),
         (["policy=h2o", "+policy.heavy=3"], ["policy.heavy=3", "recent_share"]),
-        (["policy=window", "schedule=prompt"], ["schedule.when=prompt", "the policy window knows step alone"]),
+        (["policy=future", "schedule=prompt"], ["schedule.when=prompt", "the policy future knows step alone"]),
         (["policy=snapkv", "schedule=step"], ["schedule.when=step", "the policy snapkv knows prompt alone"]),
         (["schedule=evry"], ["schedule=evry", "every, prompt, step", "did you mean every"]),
         (["schedule.when=now"], ["schedule.when=now", "step, every, prompt"]),
