@@ -87,21 +87,21 @@ def _reference_rows(rows: Rows, options: Options) -> Ran:
         shown = score[:, :, :n].where(here, 0), memory[:, :, :n].where(here[..., None], 0)
         step = Step(p, keys, values, positions, here, now, *shown)
         free = unprotected(numbers, positions, here, now) & going
+        if rule.cut is not None:
+            pooled_score = pooled(numbers, step, free)
+            score[:, :, :n] = torch.where(going & numbers.at_cut(now), pooled_score, step.scores)
+            step = replace(step, scores=score[:, :, :n].clone())
         if rule.own is not None:
             priority, kept = of_own(rule, step, free)
             memory[:, :, :n] = torch.where(going[..., None], kept, memory[:, :, :n])
         else:
-            if rule.cut is not None:
-                pooled_score = pooled(numbers, step, free)
-                score[:, :, :n] = torch.where(going & numbers.at_cut(now), pooled_score, step.scores)
-                step = replace(step, scores=score[:, :, :n].clone())
             priority = of_rule(
                 numbers, step, None if weight is None else weight[:, :, :n], None if bias is None else bias[:, :, :n]
             )
         # evict the smallest priorities among the unprotected, of equals the oldest
         out = smallest(priority, positions, free, torch.where(going, numbers.excess(count, now), 0))
         if numbers.across_heads:
-            out = torch.where(going & numbers.at_cut(now), smallest_of_all_heads(numbers, step, free), out)
+            out = torch.where(going & numbers.at_cut(now), smallest_of_all_heads(numbers, priority, step, free), out)
         cached[:, :, :n] &= ~out
         row, head, column = out.nonzero(as_tuple=True)
         gone.append(torch.stack([row, head, torch.full_like(row, t), position[row, head, column]], 1))

@@ -74,10 +74,6 @@ def attend(
     C = _per_row("budget", 1 if budget is None else _tokens(budget, layer, layers), B, torch.int64)
     if bool((C < 1).any()):
         raise ConfigError("budget", int(C.min()), "give a whole number of tokens, at least 1")
-    kept = [policy.keeps(c, layer, layers) for c in C.tolist()]
-    rules = {k.rule for k in kept}
-    if len(rules) > 1:
-        raise UserError(f"{policy.name} has other rules at other budgets; attend the rows in calls of their own")
     read = None
     if schedule.prompt:
         if prompt is None:
@@ -85,6 +81,11 @@ def attend(
         read = _per_row("prompt", prompt, B, torch.int64)
         if bool((read < 1).any()):
             raise ConfigError("prompt", int(read.min()), "a prompt has at least 1 token")
+    prompts = [None] * B if read is None else read.tolist()
+    kept = [policy.keeps(c, layer, layers, n) for c, n in zip(C.tolist(), prompts, strict=True)]
+    rules = {k.rule for k in kept}
+    if len(rules) > 1:
+        raise UserError(f"{policy.name} has other rules at other budgets; attend the rows in calls of their own")
     segments = Segments(
         row=torch.arange(B),
         start=torch.zeros(B, dtype=torch.int64),

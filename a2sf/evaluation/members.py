@@ -166,7 +166,7 @@ class Members:
     def retention(self, total: int, context: int, member: Member | None = None) -> tuple[Retention, ...]:
         """What each layer keeps of a request of `total` tokens read, `context` of them its context."""
         member = member or self.member
-        return retention_of(member.policy, member.budget, total, context, self.layers)
+        return retention_of(member.policy, member.budget, total, context, self.layers, member.schedule)
 
 
 def document_of(request: Any) -> tuple[str, int]:

@@ -36,6 +36,8 @@ FEWSHOT_VERSION = 2
 """The same for what concerns only few-shot examples."""
 GPU_VERSION = 3
 """The same for what concerns only cells that are computed on a GPU."""
+CUT_VERSION = 2
+"""The same for what concerns only policies from outside whose prompt's cut goes by more than attention head by head."""
 BOOTSTRAP = 1000
 
 
@@ -82,7 +84,7 @@ class Cell:
             "device": device,
             "policy": self.policy.name,
             "policy_settings": _plain(dataclasses.asdict(self.policy)),
-            **({"policy_source": source} if (source := source_digest(type(self.policy))) else {}),
+            **policy_versions(self.policy),
             "budget": _plain(dataclasses.asdict(self.budget)) if self.budget else None,
             **({"schedule": self.schedule.settings} if self.schedule else {}),
             **({"prompting": asked} if (asked := self.prompting.settings) else {}),
@@ -387,6 +389,20 @@ def _gold(sample: dict[str, Any], task: Any) -> int:
 def engine_versions(device: str) -> dict[str, int]:
     """What tells numbers of this engine, computed on a kind of device, from an earlier one's."""
     return {"engine": ENGINE_VERSION} | ({} if device == "cpu" else {"gpu": GPU_VERSION})
+
+
+def policy_versions(policy: Policy) -> dict[str, Any]:
+    """What tells numbers of this policy from an earlier version's; empty for one of ours in its first version."""
+    versions: dict[str, Any] = {}
+    if policy.version != Policy.version:
+        versions["policy_version"] = policy.version
+    if source := source_digest(type(policy)):
+        versions["policy_source"] = source
+        rule = policy.keeps(max(64, policy.least_budget)).rule
+        cut = rule.cut
+        if cut is not None and (cut.floor is not None or rule.own is not None or not rule.scored):
+            versions["cut"] = CUT_VERSION
+    return versions
 
 
 def drawn(task: Any) -> bool:

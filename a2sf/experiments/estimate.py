@@ -220,7 +220,7 @@ def _items(cell: Cell, sample: Sequence[Lengths]) -> Iterator[Item]:
         for c, n in document:
             read = context[:c] + tuple(itertools.islice(fresh, n - 1))
             with suppress(UserError):  # told when it is computed
-                kept = retention_of(cell.policy, cell.budget, len(read), c, layers=1)
+                kept = retention_of(cell.policy, cell.budget, len(read), c, 1, schedule)
                 yield Request(read, (0,) * n, kept, schedule).simplest.item()
 
 

@@ -19,7 +19,7 @@ from a2sf.experiments.checkpoint import FOLDER, write_in
 from a2sf.experiments.runs import DiskError
 from a2sf.experiments.until import Until, Watch, order_of
 
-OWN = ("policy", "policy_settings", "policy_source", "budget", "schedule")
+OWN = ("policy", "policy_settings", "policy_source", "policy_version", "cut", "budget", "schedule")
 """What the cells of a group differ in, of their identity."""
 
 

@@ -400,7 +400,8 @@ class PrunedCache(Cache):
         if self.schedule.prompt and min(context, default=1) < 1:
             raise UserError(f"row {context.index(0)} of the batch has no token in its prompt; give each at least one")
         layers, more = len(self.layers), max(0, (self.max_new_tokens or 0) - 1)  # the last token is never read
-        self.retention = [retention_of(self.policy, self.budget, n + more, n, layers) for n in context]
+        asked = (layers, self.schedule)
+        self.retention = [retention_of(self.policy, self.budget, n + more, n, *asked) for n in context]
         self.prompt = context
 
     def _check_length(self, after: Tensor, earliest: Tensor, prompt: bool) -> None:

@@ -122,7 +122,8 @@ class _Scope:
                 "pruning(..., context_tokens=...), or call the model with use_cache=True"
             )
         context = length if self.context_tokens is None else contexts_for(len(length), self.context_tokens)
-        kept = [retention_of(self.policy, self.budget, n, c, layers) for n, c in zip(length, context, strict=True)]
+        numbers = zip(length, context, strict=True)
+        kept = [retention_of(self.policy, self.budget, n, c, layers, self.schedule) for n, c in numbers]
         return start, length, context, kept
 
 

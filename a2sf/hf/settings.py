@@ -69,15 +69,18 @@ def check_cut(budget: Budget | None, schedule: Schedule) -> None:
         )
 
 
-def retention_of(policy: Policy, budget: Budget | None, total: int, context: int, layers: int) -> tuple[Retention, ...]:
-    """What each layer keeps of a sequence of `total` tokens whose prompt has `context`.
+def retention_of(
+    policy: Policy, budget: Budget | None, total: int, context: int, layers: int, schedule: Schedule | None = None
+) -> tuple[Retention, ...]:
+    """What each layer keeps of a sequence of `total` tokens whose prompt has `context`; `schedule` as in `check_settings`.
 
     Raises:
         UserError: if the policy protects more tokens than the budget holds.
     """
+    prompt = context if schedule_for(policy, schedule).prompt else None
     slots = [budget.slots(total=total, context=context, layer=i) if budget else 1 for i in range(layers)]
     try:
-        return tuple(policy.keeps(c, i, layers) for i, c in enumerate(slots))
+        return tuple(policy.keeps(c, i, layers, prompt) for i, c in enumerate(slots))
     except ValueError as error:
         raise UserError(f"policy {policy.name} does not fit a budget of {min(slots)} tokens: {error}") from error
 

@@ -178,7 +178,7 @@ def test_budgets_by_tokens_and_by_shares_of_prompt_and_text():
         ({"policy": A2SF(forgetting_factor=[0.1, 0.2]), "budget": Budget(tokens=4)}, "one factor per layer"),
         ({"policy": Future(), "budget": Budget(tokens=4)}, "future is not allowed: it looks at later tokens"),
         ({"policy": SnapKV(), "budget": Budget(tokens=4), "schedule": Schedule()}, "snapkv knows prompt alone"),
-        ({"policy": Streaming(), "budget": Budget(tokens=9), "schedule": Schedule("every")}, "streaming knows step"),
+        ({"policy": Future(), "budget": Budget(tokens=9), "schedule": Schedule("every")}, "future knows step"),
         ({"policy": Heads(heads=[[0, 2]]), "budget": Budget(tokens=4)}, "3 layers of 2 key/value heads"),
         ({"policy": A2SF(), "budget": Budget(tokens=4), "context_tokens": 0}, "at least 1 token"),
         ({"policy": A2SF(), "budget": Budget(tokens=4), "context_tokens": []}, "at least 1 token"),
