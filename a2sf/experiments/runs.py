@@ -29,7 +29,7 @@ import pandas as pd
 
 from a2sf.errors import UserError
 from a2sf.experiments.aggregates import OPTIONS, Group, aggregates, read, written
-from a2sf.experiments.names import Named, distinct
+from a2sf.experiments.names import ID_DIGITS, Named, distinct
 
 SCHEMA_VERSION = 1
 RESULT, DOCUMENTS, CONFIG, TABLE = "result.json", "documents.parquet", "config.yaml", "results.csv"
@@ -116,6 +116,7 @@ def write_cell(
 
     Raises:
         OSError: if the disk refuses; nothing is left behind then.
+        UserError: if another cell's result is at `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
@@ -136,6 +137,9 @@ def write_cell(
         except OSError:
             if not (path / RESULT).exists():  # not because somebody else finished the same cell first
                 raise
+            there, cell = read_cell(path).cell, result["cell"]
+            if id_of(there) != id_of(cell):
+                raise UserError(f"{path} holds the result of another cell; move it elsewhere") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return read_cell(path)
@@ -179,9 +183,9 @@ def read_cell(path: Path) -> StoredCell:
     return StoredCell(path, body)
 
 
-def set_aside(path: Path) -> Path:
-    """Move a corrupt cell out of the way, keeping it; returns where it went."""
-    target = path.with_name(f".{path.name}.corrupt-{uuid.uuid4().hex[:6]}")
+def set_aside(path: Path, why: str = "corrupt") -> Path:
+    """Move a corrupt cell, or one under another's name, out of the way, keeping it; returns where it went."""
+    target = path.with_name(f".{path.name}.{why}-{uuid.uuid4().hex[:6]}")
     path.rename(target)
     return target
 
@@ -191,25 +195,8 @@ def is_cell(path: Path) -> bool:
 
 
 def tail_of(path: Path) -> str:
-    """The part of a cell's directory's name that says which cell it is (`Cell.tail`)."""
+    """The part of a cell's directory's name that tells cells apart (`Cell.tail`)."""
     return "__".join(path.name.rsplit("__", 2)[1:])
-
-
-def find_extendable(runs: Path, families: Iterable[str]) -> dict[str, StoredCell]:
-    """Per family, the cell under any sweep of `runs` whose name ends so and that scored the most documents."""
-    found: dict[str, list[Path]] = {f: [] for f in families}
-    for path in sorted(runs.glob("*/*__*")):  # one listing, however many are asked for
-        if (family := f"__{path.name.rpartition('__')[2]}") in found and is_cell(path):
-            found[family].append(path)
-    best: dict[str, StoredCell] = {}
-    for family, paths in found.items():
-        for path in paths:
-            with suppress(CorruptCell):
-                stored = read_cell(path)
-                n = stored.result["documents"]["n"]
-                if family not in best or n > best[family].result["documents"]["n"]:
-                    best[family] = stored
-    return best
 
 
 def finished_cells(directory: Path) -> list[StoredCell]:
@@ -278,6 +265,13 @@ def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
             scores = {"metric": metric, "value": m["value"], "stderr": m["stderr"], "n": m["n"]}
             rows.append(common | scores | more)
     return pd.DataFrame(rows, columns=None if rows else LEADING_COLUMNS)
+
+
+def id_of(cell: dict[str, Any]) -> str:
+    """The `Cell.id` of a `cell` entry, from its identity; what it was given where there is none."""
+    if "identity" not in cell:
+        return str(cell.get("id"))
+    return hashlib.sha256(json.dumps(cell["identity"], sort_keys=True).encode()).hexdigest()[:ID_DIGITS]
 
 
 def asked(cell: dict[str, Any]) -> dict[str, Any]:

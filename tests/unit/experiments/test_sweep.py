@@ -25,8 +25,9 @@ from a2sf.evaluation import scoring, tasks
 from a2sf.experiments import group, sweep
 from a2sf.experiments.cell import Cell
 from a2sf.experiments.estimate import estimate
+from a2sf.experiments.reuse import plan
 from a2sf.experiments.runs import is_cell, load_sweep, tail_of
-from a2sf.experiments.sweep import DiskError, Runner, finish, plan
+from a2sf.experiments.sweep import DiskError, Runner, finish
 from a2sf.experiments.tracking import Tracker, TrackerSpec
 from a2sf.hf.loading import ModelSpec, fingerprint
 from a2sf.policies.budget import Budget
