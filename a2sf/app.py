@@ -161,9 +161,11 @@ def run_grid(
     for until in dict.fromkeys(c.until for s in settings for c in s.cells if c.until):
         until.check([c.policy.name for s in settings for c in s.cells if c.until == until])
     documents.check(c for s in settings for c in s.cells)
+    settings, unreadable = models.readable(settings, screen)
     models.check_prompting((c for s in settings for c in s.cells), hub=False)
     settings = models.tell_apart(models.pin_all(settings, _model_names(), screen))
     settled = documents.settle([s.cells for s in settings], planned_only=first.plan_only)
+    settled.refused.update(unreadable)
     settings = [dataclasses.replace(s, cells=cells) for s, cells in zip(settings, settled.cells, strict=True)]
     made = plan([c for s in settings for c in s.cells], directory)
     hidden = [

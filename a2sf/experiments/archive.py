@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import os
-import uuid
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from a2sf import atomic
 from a2sf.errors import UserError
 from a2sf.experiments.aggregates import Group, read
 from a2sf.experiments.runs import (
@@ -92,8 +92,7 @@ def pack(directory: Path, target: Path | None = None) -> Path:
     rows = io.BytesIO()
     pq.write_table(together, rows, compression="zstd", row_group_size=max(1, len(together)))
 
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
-    try:
+    with atomic.placed(target) as temporary:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr(CELLS, json.dumps(about, sort_keys=True, allow_nan=False))
             archive.writestr(DOCUMENTS, rows.getvalue())
@@ -110,11 +109,6 @@ def pack(directory: Path, target: Path | None = None) -> Path:
             digest = hashlib.sha256(file.read()[:-DIGEST_BYTES]).hexdigest()
             file.seek(-DIGEST_BYTES, os.SEEK_END)
             file.write(digest.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
     return target
 
 

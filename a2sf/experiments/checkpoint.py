@@ -13,10 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from a2sf import atomic
 from a2sf.evaluation.members import Answer, Member
 from a2sf.experiments.cell import Cell
 from a2sf.experiments.names import EARLIER_DIGITS
-from a2sf.experiments.runs import write_atomically
 
 FOLDER = ".checkpoints"
 COUNTED = ("computed", "needed", "together", "scored")
@@ -51,7 +51,7 @@ def write_in(file: Path, text: str) -> None:
     for last in (False, True):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            return write_atomically(file, text)
+            return atomic.write(file, text)
         except FileNotFoundError:
             if last:
                 raise

@@ -19,7 +19,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any, BinaryIO
 
 import pandas as pd
 
+from a2sf import atomic
 from a2sf.errors import UserError
 from a2sf.experiments.aggregates import OPTIONS, Group, aggregates, read, written
 from a2sf.experiments.names import ID_DIGITS, Named, distinct
@@ -119,36 +119,30 @@ def write_cell(
         UserError: if another cell's result is at `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
     try:
-        temporary.mkdir()
-        documents.to_parquet(temporary / DOCUMENTS, index=False)
-        (temporary / CONFIG).write_text(config)
-        for name, content in (more or {}).items():
-            (temporary / name).write_bytes(content)
-        checksums = {name: _sha256(temporary / name) for name in (DOCUMENTS, CONFIG, *(more or ()))}
-        body = {"schema_version": SCHEMA_VERSION, **result, "checksums": checksums}
-        body["checksums"][RESULT] = _digest(body)
-        (temporary / RESULT).write_text(json.dumps(body, indent=2, sort_keys=True, allow_nan=False) + "\n")
-        for file in temporary.iterdir():
-            _flush(file)
-        try:
-            temporary.rename(path)
-        except OSError:
-            if not (path / RESULT).exists():  # not because somebody else finished the same cell first
-                raise
-            there, cell = read_cell(path).cell, result["cell"]
-            if id_of(there) != id_of(cell):
-                raise UserError(f"{path} holds the result of another cell; move it elsewhere") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with atomic.placed(path) as temporary:
+            temporary.mkdir()
+            documents.to_parquet(temporary / DOCUMENTS, index=False)
+            (temporary / CONFIG).write_text(config, encoding="utf-8")
+            for name, content in (more or {}).items():
+                (temporary / name).write_bytes(content)
+            checksums = {name: _sha256(temporary / name) for name in (DOCUMENTS, CONFIG, *(more or ()))}
+            body = {"schema_version": SCHEMA_VERSION, **result, "checksums": checksums}
+            body["checksums"][RESULT] = _digest(body)
+            text = json.dumps(body, indent=2, sort_keys=True, allow_nan=False) + "\n"
+            (temporary / RESULT).write_text(text, encoding="utf-8")
+    except OSError:
+        if not (path / RESULT).exists():  # not because somebody else finished the same cell first
+            raise
+        there, cell = read_cell(path).cell, result["cell"]
+        if id_of(there) != id_of(cell):
+            raise UserError(f"{path} holds the result of another cell; move it elsewhere") from None
     return read_cell(path)
 
 
 def link_cell(source: Path, path: Path) -> None:
     """Make a finished cell of another sweep appear at `path`, as hard links where the file system has them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
 
     def copy(a: str, b: str) -> None:
         try:
@@ -157,11 +151,11 @@ def link_cell(source: Path, path: Path) -> None:
             shutil.copy2(a, b)
 
     try:
-        shutil.copytree(source, temporary, copy_function=copy)
-        with suppress(OSError):  # somebody else was first
-            temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with atomic.placed(path) as temporary:
+            shutil.copytree(source, temporary, copy_function=copy)
+    except OSError:
+        if not is_cell(path):  # somebody else was first
+            raise
 
 
 def read_cell(path: Path) -> StoredCell:
@@ -186,7 +180,7 @@ def read_cell(path: Path) -> StoredCell:
 def set_aside(path: Path, why: str = "corrupt") -> Path:
     """Move a corrupt cell, or one under another's name, out of the way, keeping it; returns where it went."""
     target = path.with_name(f".{path.name}.{why}-{uuid.uuid4().hex[:6]}")
-    path.rename(target)
+    atomic.rename(path, target)
     return target
 
 
@@ -303,7 +297,7 @@ def write_groups(directory: Path, groups: Sequence[Group]) -> None:
     if groups:
         known = {(g.name, tuple(m.shots for m in g.members)): g for g in [*read_groups(directory), *groups]}
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / GROUPS, written(known.values()))
+        atomic.write(directory / GROUPS, written(known.values()))
 
 
 def read_groups(directory: Path) -> list[Group]:
@@ -315,19 +309,8 @@ def read_groups(directory: Path) -> list[Group]:
 def write_table(directory: Path, cells: Iterable[StoredCell]) -> Path:
     """Write `results.csv` of a sweep, whole or not at all."""
     target = directory / TABLE
-    write_atomically(target, table_of(cells, read_groups(directory)).to_csv(index=False))
+    atomic.write(target, table_of(cells, read_groups(directory)).to_csv(index=False))
     return target
-
-
-def write_atomically(target: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.write_text(text)
-        _flush(temporary)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:
@@ -341,8 +324,3 @@ def _digest(body: dict[str, Any]) -> str:
 def _sha256(file: Path) -> str:
     with file.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _flush(file: Path) -> None:
-    with file.open("rb") as f:
-        os.fsync(f.fileno())

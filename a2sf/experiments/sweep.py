@@ -29,7 +29,7 @@ import filelock
 import torch
 import yaml
 
-from a2sf import __version__
+from a2sf import __version__, atomic
 from a2sf.engine import trace as traces
 from a2sf.errors import ConfigError, Notice, UserError
 from a2sf.evaluation.members import Member
@@ -43,7 +43,6 @@ from a2sf.experiments.runs import (
     StoredCell,
     asked,
     finished_cells,
-    write_atomically,
     write_cell,
     write_table,
 )
@@ -113,13 +112,17 @@ class Runner:
         with ExitStack() as leases:
             held: dict[str, Any] = {}
             for cell in todo:
-                lock = filelock.SoftFileLease(_lock_file(self.directory, cell), lease_duration=LEASE_SECONDS, timeout=0)
+                file = _lock_file(self.directory, cell)
+                lock = filelock.SoftFileLease(file, lease_duration=LEASE_SECONDS, timeout=0)
                 try:
+                    file.parent.mkdir(parents=True, exist_ok=True)
                     leases.enter_context(lock)
                 except filelock.Timeout:
                     if cell.until is not None:  # what a group stops at is told by all of it
                         return [*outcomes, *(Outcome(c.name, "busy") for c in todo)]
                     outcomes.append(Outcome(cell.name, "busy"))
+                except OSError as error:  # another user's folder
+                    raise DiskError(f"{file} cannot be written ({error.strerror or error})") from error
                 else:
                     held[cell.name] = lock
             locked = [c for c in todo if c.name in held]
@@ -185,7 +188,7 @@ class Runner:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             _clear_failures(self.directory, cell.describe())
-            write_atomically(file, json.dumps(record, indent=2))
+            atomic.write(file, json.dumps(record, indent=2))
         except OSError as problem:
             raise DiskError(f"{file} cannot be written ({problem.strerror or problem})") from problem
         return Outcome(cell.name, "failed", str(record["error"]))
@@ -303,9 +306,7 @@ def failure_file(directory: Path, name: str) -> Path:
 
 
 def _lock_file(directory: Path, cell: Cell) -> Path:
-    locks = directory.parent / ".locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    return locks / f"{cell.tail}.lock"
+    return directory.parent / ".locks" / f"{cell.tail}.lock"
 
 
 def provenance(lm: Any, ran: Collection[str]) -> dict[str, Any]:

@@ -210,6 +210,7 @@ def hold(lock: str, ready: str) -> None:
 def test_a_cell_that_another_process_computes_is_busy_until_that_process_is_dead(runner, tmp_path):
     ready = tmp_path / "ready"
     lock = sweep._lock_file(runner.directory, cell())
+    lock.parent.mkdir(parents=True)
     owner = multiprocessing.get_context("spawn").Process(target=hold, args=(str(lock), str(ready)))
     owner.start()
     while not ready.exists():
