@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from a2sf.experiments.cell import Cell
     from a2sf.experiments.config import Settings
     from a2sf.experiments.estimate import Estimate
-    from a2sf.experiments.sweep import Outcome, Plan, Runner
+    from a2sf.experiments.reuse import Plan
+    from a2sf.experiments.sweep import Outcome, Runner
 
 LISTED = 20
 POLL_SECONDS = 2.0
@@ -151,20 +152,22 @@ def run_grid(
         )
 
     from a2sf.evaluation import tasks
-    from a2sf.experiments import sweep
     from a2sf.experiments.estimate import estimate
     from a2sf.experiments.group import grouped
     from a2sf.experiments.prepare import documents, models
+    from a2sf.experiments.reuse import plan
     from a2sf.experiments.runs import write_groups
 
     for until in dict.fromkeys(c.until for s in settings for c in s.cells if c.until):
         until.check([c.policy.name for s in settings for c in s.cells if c.until == until])
     documents.check(c for s in settings for c in s.cells)
+    settings, unreadable = models.readable(settings, screen)
     models.check_prompting((c for s in settings for c in s.cells), hub=False)
     settings = models.tell_apart(models.pin_all(settings, _model_names(), screen))
     settled = documents.settle([s.cells for s in settings], planned_only=first.plan_only)
+    settled.refused.update(unreadable)
     settings = [dataclasses.replace(s, cells=cells) for s, cells in zip(settings, settled.cells, strict=True)]
-    made = sweep.plan([c for s in settings for c in s.cells], directory)
+    made = plan([c for s in settings for c in s.cells], directory)
     hidden = [
         note for include in dict.fromkeys(s.include for s in settings if s.include) for note in tasks.hidden(*include)
     ]

@@ -23,7 +23,7 @@ from a2sf.errors import UserError, nearest
 from a2sf.experiments.aggregates import MEMBERS, OPTIONS, Group, aggregates
 from a2sf.experiments.archive import groups_of, is_archive, read_sweep
 from a2sf.experiments.names import Named, distinct
-from a2sf.experiments.runs import TABLE, StoredCell, is_cell, results_frame
+from a2sf.experiments.runs import TABLE, StoredCell, id_of, is_cell, results_frame
 
 MUST_AGREE = ("limit", "stopped", "seed", "dtype", "split", "task_version", "definition", "data", "fewshot_split")
 """What has to be the same in all cells of one table."""
@@ -267,7 +267,7 @@ def _from_cells(cells: Sequence[StoredCell], source: str | None) -> pd.DataFrame
             "source": source or stored.path.parent.name,
             "cell": stored.path.name,
             "label": stored.cell.get("policy_label") or stored.cell["policy"],
-            "cell_id": stored.cell["id"],
+            "cell_id": id_of(stored.cell),
             "causal": stored.cell.get("policy_causal", True),
             "kept_tokens": timing.get("kept_tokens_mean"),
             "cache_share": timing.get("cache_share"),

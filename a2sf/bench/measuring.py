@@ -67,10 +67,10 @@ class Figures:
     def save(self) -> None:
         """Write the file."""
         # here, because it brings pandas, which a process that is measured may not need
-        from a2sf.experiments.runs import write_atomically
+        from a2sf import atomic
 
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.file, json.dumps({"ratios": self.ratios, **self.details}, indent=2) + "\n")
+        atomic.write(self.file, json.dumps({"ratios": self.ratios, **self.details}, indent=2) + "\n")
 
 
 def alternately(

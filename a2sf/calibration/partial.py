@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from a2sf.experiments.runs import write_atomically
+from a2sf import atomic
 
 
 class Partial:
@@ -38,4 +38,4 @@ class Partial:
         """Add the next passage's numbers; the sum comes back exactly as it is."""
         count, total = self.get(name)
         self._known[name] = (count + 1, (total + values).tolist())
-        write_atomically(self.file, json.dumps(self._known))
+        atomic.write(self.file, json.dumps(self._known))

@@ -83,6 +83,7 @@ def check_numbers(args: argparse.Namespace, whole: Sequence[str]) -> None:
 
 def calibrate(args: argparse.Namespace, console: Console) -> None:
     """Load, measure, choose, write."""
+    from a2sf import atomic
     from a2sf.calibration.capture import check_model
     from a2sf.calibration.grid import settings
     from a2sf.calibration.partial import Partial
@@ -90,7 +91,6 @@ def calibrate(args: argparse.Namespace, console: Console) -> None:
     from a2sf.calibration.texts import passages, read_text
     from a2sf.experiments.cell import engine_versions
     from a2sf.experiments.names import safe
-    from a2sf.experiments.runs import write_atomically
     from a2sf.hf import loading
 
     text = read_text(args.text)
@@ -129,8 +129,8 @@ def calibrate(args: argparse.Namespace, console: Console) -> None:
     about |= {"budgets": list(asked.ratios), "schedule": "step", "per": asked.per, "shares": asked.shares}
     about |= {"a2sf": __version__, "command": " ".join(sys.argv)}
     body = yaml.safe_dump(written(found, name, about), sort_keys=False, default_flow_style=None, width=160)
-    write_atomically(out, f"# a2sf run policy=calibrated policy.file={out}\n{body}")
-    write_atomically(out.with_suffix(".errors.csv"), pd.DataFrame(rows_of(calibration)).to_csv(index=False))
+    atomic.write(out, f"# a2sf run policy=calibrated policy.file={out}\n{body}")
+    atomic.write(out.with_suffix(".errors.csv"), pd.DataFrame(rows_of(calibration)).to_csv(index=False))
     _show(console, found, out)
 
 

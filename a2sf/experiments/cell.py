@@ -20,7 +20,7 @@ from a2sf.errors import ConfigError
 from a2sf.evaluation import tasks
 from a2sf.evaluation.members import request_hash
 from a2sf.evaluation.prompting import SAMPLING_SEED, Prompting, draws
-from a2sf.experiments.names import safe
+from a2sf.experiments.names import ID_DIGITS, safe
 from a2sf.experiments.until import Until
 from a2sf.hf.loading import ModelSpec, fingerprint, load_tokenizer, positions_of, tokenizer_folder
 from a2sf.policies.base import Policy
@@ -99,8 +99,8 @@ class Cell:
 
     @cached_property
     def id(self) -> str:
-        """Eight hex digits of the hash of `identity`."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:8]
+        """The beginning of the hash of `identity`, in hex digits."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:ID_DIGITS]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -138,14 +138,9 @@ class Cell:
 
     @property
     def tail(self) -> str:
-        """The end of the name, which alone says which cell it is: how many documents, and the `id`."""
+        """The end of the name, which tells cells apart: how many documents, and the `id`."""
         most = "all" if self.limit is None else f"n{self.limit}"
         return f"{most}{f'-{self.until.tag}' if self.until else ''}__{self.id}"
-
-    @property
-    def family(self) -> str:
-        """What cells that differ only in `limit` have in common: the end of their names."""
-        return f"__{self.id}"
 
     def describe(self) -> dict[str, Any]:
         """The `cell` entry of `result.json`."""

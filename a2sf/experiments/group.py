@@ -21,7 +21,8 @@ from a2sf.evaluation import tasks
 from a2sf.evaluation.members import Answer, Member
 from a2sf.experiments import checkpoint, stopping
 from a2sf.experiments.cell import Cell, compute, drawn
-from a2sf.experiments.runs import DiskError, StoredCell, find_extendable
+from a2sf.experiments.reuse import find_extendable
+from a2sf.experiments.runs import DiskError, StoredCell
 from a2sf.experiments.stopping import Stop, Told
 
 OWN = ("policy", "budget", "schedule")
@@ -84,7 +85,7 @@ def compute_group(
     except Exception as error:
         yield from (Computed(c, error=error) for c in cells)
         return
-    stored = {} if at_random else find_extendable(directory.parent, {c.family for c in cells})
+    stored = {} if at_random else find_extendable(directory.parent, cells)
     members: dict[str, Member] = {}
     for cell in cells:
         try:
@@ -92,7 +93,7 @@ def compute_group(
         except Exception as error:
             yield Computed(cell, error=error)
             continue
-        member.known = _known(stored.get(cell.family), where)
+        member.known = _known(stored.get(cell.name), where)
         if not at_random:
             checkpoint.restore(directory, cell, where["fingerprint"], member)
         members[cell.name] = member

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 LONGEST_PART = 48
 """Of a cell's name, which has up to eight parts; file systems allow 255 bytes, and temporary names add some."""
 DIGEST = 8
+ID_DIGITS = 16
+"""Hex digits of a cell's hash at the end of its name."""
+EARLIER_DIGITS = 8
+"""How many there were in names before 0.2.0; such results are still found and reused."""
 
 
 def safe(text: str, longest: int = LONGEST_PART) -> str:

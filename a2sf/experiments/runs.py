@@ -19,7 +19,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,9 +26,10 @@ from typing import Any, BinaryIO
 
 import pandas as pd
 
+from a2sf import atomic
 from a2sf.errors import UserError
 from a2sf.experiments.aggregates import OPTIONS, Group, aggregates, read, written
-from a2sf.experiments.names import Named, distinct
+from a2sf.experiments.names import ID_DIGITS, Named, distinct
 
 SCHEMA_VERSION = 1
 RESULT, DOCUMENTS, CONFIG, TABLE = "result.json", "documents.parquet", "config.yaml", "results.csv"
@@ -116,35 +116,33 @@ def write_cell(
 
     Raises:
         OSError: if the disk refuses; nothing is left behind then.
+        UserError: if another cell's result is at `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
     try:
-        temporary.mkdir()
-        documents.to_parquet(temporary / DOCUMENTS, index=False)
-        (temporary / CONFIG).write_text(config)
-        for name, content in (more or {}).items():
-            (temporary / name).write_bytes(content)
-        checksums = {name: _sha256(temporary / name) for name in (DOCUMENTS, CONFIG, *(more or ()))}
-        body = {"schema_version": SCHEMA_VERSION, **result, "checksums": checksums}
-        body["checksums"][RESULT] = _digest(body)
-        (temporary / RESULT).write_text(json.dumps(body, indent=2, sort_keys=True, allow_nan=False) + "\n")
-        for file in temporary.iterdir():
-            _flush(file)
-        try:
-            temporary.rename(path)
-        except OSError:
-            if not (path / RESULT).exists():  # not because somebody else finished the same cell first
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with atomic.placed(path) as temporary:
+            temporary.mkdir()
+            documents.to_parquet(temporary / DOCUMENTS, index=False)
+            (temporary / CONFIG).write_text(config, encoding="utf-8")
+            for name, content in (more or {}).items():
+                (temporary / name).write_bytes(content)
+            checksums = {name: _sha256(temporary / name) for name in (DOCUMENTS, CONFIG, *(more or ()))}
+            body = {"schema_version": SCHEMA_VERSION, **result, "checksums": checksums}
+            body["checksums"][RESULT] = _digest(body)
+            text = json.dumps(body, indent=2, sort_keys=True, allow_nan=False) + "\n"
+            (temporary / RESULT).write_text(text, encoding="utf-8")
+    except OSError:
+        if not (path / RESULT).exists():  # not because somebody else finished the same cell first
+            raise
+        there, cell = read_cell(path).cell, result["cell"]
+        if id_of(there) != id_of(cell):
+            raise UserError(f"{path} holds the result of another cell; move it elsewhere") from None
     return read_cell(path)
 
 
 def link_cell(source: Path, path: Path) -> None:
     """Make a finished cell of another sweep appear at `path`, as hard links where the file system has them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
 
     def copy(a: str, b: str) -> None:
         try:
@@ -153,11 +151,11 @@ def link_cell(source: Path, path: Path) -> None:
             shutil.copy2(a, b)
 
     try:
-        shutil.copytree(source, temporary, copy_function=copy)
-        with suppress(OSError):  # somebody else was first
-            temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with atomic.placed(path) as temporary:
+            shutil.copytree(source, temporary, copy_function=copy)
+    except OSError:
+        if not is_cell(path):  # somebody else was first
+            raise
 
 
 def read_cell(path: Path) -> StoredCell:
@@ -179,10 +177,10 @@ def read_cell(path: Path) -> StoredCell:
     return StoredCell(path, body)
 
 
-def set_aside(path: Path) -> Path:
-    """Move a corrupt cell out of the way, keeping it; returns where it went."""
-    target = path.with_name(f".{path.name}.corrupt-{uuid.uuid4().hex[:6]}")
-    path.rename(target)
+def set_aside(path: Path, why: str = "corrupt") -> Path:
+    """Move a corrupt cell, or one under another's name, out of the way, keeping it; returns where it went."""
+    target = path.with_name(f".{path.name}.{why}-{uuid.uuid4().hex[:6]}")
+    atomic.rename(path, target)
     return target
 
 
@@ -191,25 +189,8 @@ def is_cell(path: Path) -> bool:
 
 
 def tail_of(path: Path) -> str:
-    """The part of a cell's directory's name that says which cell it is (`Cell.tail`)."""
+    """The part of a cell's directory's name that tells cells apart (`Cell.tail`)."""
     return "__".join(path.name.rsplit("__", 2)[1:])
-
-
-def find_extendable(runs: Path, families: Iterable[str]) -> dict[str, StoredCell]:
-    """Per family, the cell under any sweep of `runs` whose name ends so and that scored the most documents."""
-    found: dict[str, list[Path]] = {f: [] for f in families}
-    for path in sorted(runs.glob("*/*__*")):  # one listing, however many are asked for
-        if (family := f"__{path.name.rpartition('__')[2]}") in found and is_cell(path):
-            found[family].append(path)
-    best: dict[str, StoredCell] = {}
-    for family, paths in found.items():
-        for path in paths:
-            with suppress(CorruptCell):
-                stored = read_cell(path)
-                n = stored.result["documents"]["n"]
-                if family not in best or n > best[family].result["documents"]["n"]:
-                    best[family] = stored
-    return best
 
 
 def finished_cells(directory: Path) -> list[StoredCell]:
@@ -280,6 +261,13 @@ def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=None if rows else LEADING_COLUMNS)
 
 
+def id_of(cell: dict[str, Any]) -> str:
+    """The `Cell.id` of a `cell` entry, from its identity; what it was given where there is none."""
+    if "identity" not in cell:
+        return str(cell.get("id"))
+    return hashlib.sha256(json.dumps(cell["identity"], sort_keys=True).encode()).hexdigest()[:ID_DIGITS]
+
+
 def asked(cell: dict[str, Any]) -> dict[str, Any]:
     """What a `cell` entry asks for, whatever the weights and documents were when it was computed."""
     plain = {"schedule": "step"}  # where a cell is older than schedules
@@ -309,7 +297,7 @@ def write_groups(directory: Path, groups: Sequence[Group]) -> None:
     if groups:
         known = {(g.name, tuple(m.shots for m in g.members)): g for g in [*read_groups(directory), *groups]}
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / GROUPS, written(known.values()))
+        atomic.write(directory / GROUPS, written(known.values()))
 
 
 def read_groups(directory: Path) -> list[Group]:
@@ -321,19 +309,8 @@ def read_groups(directory: Path) -> list[Group]:
 def write_table(directory: Path, cells: Iterable[StoredCell]) -> Path:
     """Write `results.csv` of a sweep, whole or not at all."""
     target = directory / TABLE
-    write_atomically(target, table_of(cells, read_groups(directory)).to_csv(index=False))
+    atomic.write(target, table_of(cells, read_groups(directory)).to_csv(index=False))
     return target
-
-
-def write_atomically(target: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.write_text(text)
-        _flush(temporary)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:
@@ -347,8 +324,3 @@ def _digest(body: dict[str, Any]) -> str:
 def _sha256(file: Path) -> str:
     with file.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _flush(file: Path) -> None:
-    with file.open("rb") as f:
-        os.fsync(f.fileno())

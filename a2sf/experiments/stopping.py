@@ -16,6 +16,7 @@ from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation.members import Member, request_hash
 from a2sf.experiments.cell import Cell
 from a2sf.experiments.checkpoint import FOLDER, write_in
+from a2sf.experiments.names import EARLIER_DIGITS, ID_DIGITS
 from a2sf.experiments.runs import DiskError
 from a2sf.experiments.until import Until, Watch, order_of
 
@@ -58,6 +59,7 @@ class Stop:
         self._ids = {c.name: c.id for c in cells}
         self._compared = {c.id for c in cells if c.policy.name in until.pair}
         self.file = directory / FOLDER / f"until-{_group(cells[0])}.json"
+        self._earlier_file = directory / FOLDER / f"until-{_group(cells[0])[:EARLIER_DIGITS]}.json"
         self.told: list[int] | None = None
         self._requests: dict[int, list[Any]] = {}
         self._order: list[int] = []
@@ -141,13 +143,17 @@ class Stop:
     def _restore(self) -> None:
         """Stop where the group stopped before, unless a cell that is to be compared was not compared then."""
         with suppress(OSError, ValueError, KeyError):
-            body = json.loads(self.file.read_text())
+            short = not self.file.exists()
+            body = json.loads((self._earlier_file if short else self.file).read_text())
             told = {tuple(p) for p in body["pairs"]}
             known = {cell for pair in told for cell in pair}
-            if self._compared <= known and all(tuple(self._ids[n] for n in p) in told for p in self.pairs):
+            digits = EARLIER_DIGITS if short else ID_DIGITS
+            compared = {i[:digits] for i in self._compared}
+            if compared <= known and all(tuple(self._ids[n][:digits] for n in p) in told for p in self.pairs):
                 self.told, self._earlier = list(body["told"]), body["report"]
 
 
 def _group(cell: Cell) -> str:
     same = {k: v for k, v in cell.identity.items() if k not in OWN}
-    return hashlib.sha256(json.dumps([same, cell.tail.partition("__")[0]], sort_keys=True).encode()).hexdigest()[:8]
+    told = json.dumps([same, cell.tail.partition("__")[0]], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:ID_DIGITS]

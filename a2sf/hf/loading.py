@@ -422,7 +422,17 @@ def fingerprint(spec: ModelSpec) -> str | None:
     """What identifies the weights and the tokenizer without loading them; None for a branch or tag of the hub.
 
     A hash of the contents of the GGUF file or of the files that are read of a local directory; for a hub id, the commit.
+
+    Raises:
+        ConfigError: if a file cannot be read.
     """
+    try:
+        return _fingerprint(spec)
+    except OSError as error:
+        raise weights.unreadable(error, spec.path, Path(spec.path)) from error
+
+
+def _fingerprint(spec: ModelSpec) -> str | None:
     if spec.source.kind == "hub":
         return spec.revision if spec.pinned else None
     file = gguf_file(spec)

@@ -12,11 +12,12 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from a2sf import atomic
 from a2sf.analysis.collect import DEFAULT_PAIR, MUST_AGREE, Grid
 from a2sf.analysis.compare import Comparison
 from a2sf.analysis.flips import flips
 from a2sf.analysis.labels import DASH
-from a2sf.experiments.runs import asked, finished_cells, is_cell, write_atomically
+from a2sf.experiments.runs import asked, finished_cells, is_cell
 from a2sf.report.layout import Table
 from a2sf.report.summaries import TextTable
 from a2sf.report.tables import TIED, header, legend, number
@@ -67,7 +68,7 @@ def write_report(target: Path, contents: Contents) -> Path:
         notes=list(dict.fromkeys([*contents.grid.notes, *contents.notes])),
     )
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, html)
+    atomic.write(target, html)
     return target
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from a2sf import atomic
 from a2sf.analysis.against import against_frame, compare_against
 from a2sf.analysis.collect import DEFAULT_PAIR, Grid, Selection, gather
 from a2sf.analysis.compare import compare_pair, comparisons_frame
@@ -13,7 +14,6 @@ from a2sf.analysis.fidelity import fidelity_frame
 from a2sf.analysis.ranking import rank, ranking_frame
 from a2sf.errors import UserError
 from a2sf.experiments.archive import is_archive, place_of
-from a2sf.experiments.runs import write_atomically
 from a2sf.report.html import Contents, read_failures, write_report
 from a2sf.report.layout import Table, build_tables
 from a2sf.report.lengths import length_plots, length_tables
@@ -107,7 +107,7 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     for name, text in written.items():
         if text and name.rsplit(".", 1)[1] in options.formats:
             (out / "tables").mkdir(parents=True, exist_ok=True)
-            write_atomically(out / "tables" / name, text)
+            atomic.write(out / "tables" / name, text)
             files.append(out / "tables" / name)
     plots: dict[str, list[Path]] = {}
     if options.plots:
@@ -162,4 +162,4 @@ def replace_block(readme: Path, text: str) -> None:
     _, end, after = rest.partition(README_END)
     if not begin or not end:
         raise UserError(f"{readme} has no {README_BEGIN} … {README_END} to put the table between.")
-    write_atomically(readme, f"{before}{begin}\n{text.strip()}\n{end}{after}")
+    atomic.write(readme, f"{before}{begin}\n{text.strip()}\n{end}{after}")

@@ -50,6 +50,31 @@ def pin_all(settings: Sequence[Settings], known: Mapping[str, str], screen: Cons
     return made
 
 
+def readable(settings: Sequence[Settings], screen: Console) -> tuple[list[Settings], dict[str, list[str]]]:
+    """The same without the cells of local models whose files cannot be read, and why -> those cells, told at once.
+
+    Raises:
+        UserError: if no cell is left.
+    """
+    broken: dict[ModelSpec, str] = {}
+    for model in dict.fromkeys(c.model for s in settings for c in s.cells):
+        try:
+            fingerprint(model)
+        except UserError as error:
+            if model.source.kind == "hub":  # which is asked later
+                continue
+            broken[model] = str(error)
+    refused: dict[str, list[str]] = {}
+    for cell in (c for s in settings for c in s.cells if c.model in broken):
+        refused.setdefault(broken[cell.model], []).append(f"{cell.model_name}__{cell.task_name}")
+    left = [replace(s, cells=tuple(c for c in s.cells if c.model not in broken)) for s in settings]
+    if broken and not any(s.cells for s in left):
+        raise UserError(next(iter(broken.values())))
+    for told in refused:
+        screen.print(f"[bold red]left out:[/bold red] {escape(told)}", highlight=False, soft_wrap=True)
+    return left, refused
+
+
 def tell_apart(settings: Sequence[Settings]) -> list[Settings]:
     """The same, with names for models that end alike."""
     weights = {c.model: fingerprint(c.model) for s in settings for c in s.cells}

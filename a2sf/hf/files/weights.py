@@ -74,6 +74,7 @@ class Folder:
 
     @property
     def sizes(self) -> dict[str, int]:
+        list(self.directory.iterdir())  # raises where it cannot be looked into, as glob does not
         files = [*self.directory.glob("*"), *self.directory.glob("*/*")]
         return {f.relative_to(self.directory).as_posix(): f.stat().st_size for f in files if f.is_file()}
 
@@ -170,10 +171,17 @@ def _no_weights(there: Mapping[str, int]) -> str:
 def _shards(index: Path, path: str) -> tuple[str, ...]:
     try:
         return tuple(sorted(set(json.loads(index.read_text())["weight_map"].values())))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except OSError as error:
+        raise unreadable(error, path, index) from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(
             KEY, path, f"{index.name} does not say where the weights are ({first_line(error)})"
         ) from error
+
+
+def unreadable(error: OSError, path: str, file: Path) -> ConfigError:
+    """The refusal of a model for a file or directory that the system does not let us read."""
+    return ConfigError(KEY, path, f"{error.filename or file} cannot be read ({error.strerror or first_line(error)})")
 
 
 def check_whole(folder: Path, weights: Weights, path: str) -> None:
@@ -190,7 +198,9 @@ def check_whole(folder: Path, weights: Weights, path: str) -> None:
             if not pointer and weights.format == "safetensors":
                 with safetensors.safe_open(str(file), framework="pt"):
                     pass
-        except (OSError, safetensors.SafetensorError) as error:
+        except OSError as error:
+            raise unreadable(error, path, file) from error
+        except safetensors.SafetensorError as error:
             why = f"{name} is not a whole safetensors file ({first_line(error)})"
             raise ConfigError(KEY, path, f"{why}; delete {file} and get it again") from error
         if pointer:
