@@ -354,7 +354,11 @@ def _task(found: Definition, source: Source, data: DataSpec, shots: int, seed: i
                 config |= {"test_split": source.scored, "validation_split": None}
             if source.kind == "files":
                 config["training_split"] = None if source.examples is None else config.get("training_split")
-    reads = None if source.kind == "task" else staticmethod(lambda: documents.read(source, data.content))
+    reads: Any = None
+    if source.kind != "task":
+        reads = staticmethod(lambda: documents.read(source, data.content))
+    elif base is ConfigurableTask and (local := documents.local_json(config, found.name)) is not None:
+        reads = staticmethod(lambda: local)
     kind: Any = type(
         base.__name__,
         (OwnDocuments, base),
