@@ -23,7 +23,7 @@ from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation.contexts import Contexts
 from a2sf.evaluation.members import Answer, Member, document_of, request_hash
 from a2sf.evaluation.one_by_one import OneByOne
-from a2sf.evaluation.pretrained import check_names, load_pretrained
+from a2sf.evaluation.pretrained import check_given, check_names, check_tokens, load_pretrained
 from a2sf.evaluation.requests import Model, Request
 from a2sf.evaluation.scoring import Asked, Scoring
 from a2sf.hf.attention import (
@@ -56,7 +56,8 @@ class PrunedLM(OneByOne):
 
     Args:
         pretrained: a model, or what `ModelSpec.path` may be; then `a2sf.hf.loading` loads it, with `revision`, `dtype` and
-            `device` (auto where not given) and `trust_remote_code`.
+            `device` (auto where not given), `trust_remote_code` and `add_bos_token`. Every other argument of HFLM is
+            honoured or refused (`a2sf.evaluation.pretrained`).
         policy: a `Policy`, a policy's name (`model_args="pretrained=...,policy=h2o,budget_ratio=0.2"`), or the class of
             one of your own, `module:Class`.
         budget: a `Budget`; or give `budget_ratio`, `budget_tokens` and `budget_base`.
@@ -107,7 +108,10 @@ class PrunedLM(OneByOne):
             loaded, kwargs = load_pretrained(pretrained, kwargs)
             pretrained, self.weights_format = loaded.model, loaded.format
             kwargs.setdefault("tokenizer", loaded.tokenizer)
+        else:
+            kwargs = check_given(pretrained, kwargs)
         super().__init__(pretrained=pretrained, batch_size=1, **kwargs)
+        check_tokens(self, kwargs)
         if self.backend != "causal":
             raise UnsupportedModel("only decoder models have a cache to prune, and this one is an encoder-decoder")
         self._device = input_device(self.model)

@@ -82,6 +82,7 @@ class Cell:
             "weights": fingerprint(self.model),
             "dtype": self.model.resolved_dtype,
             "device": device,
+            **({} if self.model.add_bos_token is None else {"add_bos_token": self.model.add_bos_token}),
             "policy": self.policy.name,
             "policy_settings": _plain(dataclasses.asdict(self.policy)),
             **policy_versions(self.policy),
@@ -105,7 +106,12 @@ class Cell:
     @property
     def options(self) -> dict[str, Any]:
         """What of lm-eval's options is set and concerns this cell, by the configuration's keys."""
-        return self.prompting.settings | ({"task_args": self.data.arguments} if self.data.task_args else {})
+        bos = self.model.add_bos_token
+        return {
+            **self.prompting.settings,
+            **({"task_args": self.data.arguments} if self.data.task_args else {}),
+            **({} if bos is None else {"add_bos_token": bos}),
+        }
 
     @cached_property
     def task_name(self) -> str:

@@ -55,6 +55,7 @@ class ModelConfig:
         revision: branch, tag or commit on the hub
         trust_remote_code: run modelling code that comes with the weights
         device_map: spread a large model: auto, balanced, balanced_low_0, sequential, or a JSON file of modules and devices
+        add_bos_token: put the beginning-of-sequence token before each text, or do not; null: as the tokenizer's files say
     """
 
     path: str = ""
@@ -64,6 +65,7 @@ class ModelConfig:
     revision: str = "main"
     trust_remote_code: bool = False
     device_map: str | None = None
+    add_bos_token: bool | None = None
 
 
 @dataclass

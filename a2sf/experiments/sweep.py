@@ -209,7 +209,12 @@ class Runner:
                 raise ConfigError(
                     "model.path", cell.model.path, "its files changed after the sweep began; start it again"
                 )
-            lm = PrunedLM(loaded.model, tokenizer=loaded.tokenizer, batch_size=self.batch_size or "auto")
+            lm = PrunedLM(
+                loaded.model,
+                tokenizer=loaded.tokenizer,
+                batch_size=self.batch_size or "auto",
+                add_bos_token=cell.model.add_bos_token,
+            )
             lm.silent = True
             lm.weights_format = loaded.format
             self._loaded[cell.model] = lm

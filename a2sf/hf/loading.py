@@ -17,12 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from a2sf.errors import ConfigError, first_line
@@ -32,10 +27,10 @@ from a2sf.hf.files import gguf, hub, weights
 from a2sf.hf.files.cache import cache_directory, digest
 from a2sf.hf.files.paths import KEY, PACKAGE, Source, understand
 from a2sf.hf.files.refusals import Wanted
+from a2sf.hf.tokenizer import PROBE, read_tokenizer
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 CAUSAL_ARCHITECTURES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-PROBE = "The quick brown fox jumps over the lazy dog."
 
 
 @dataclass(frozen=True)
@@ -52,6 +47,7 @@ class ModelSpec:
             None: it is on `device`.
         revision: branch, tag or commit on the hub; `pin` makes a commit of it.
         trust_remote_code: run modelling code that comes with the weights.
+        add_bos_token: whether the tokenizer puts its beginning-of-sequence token before each text; None: as its files say.
 
     Raises:
         ConfigError: if a value is not allowed.
@@ -63,6 +59,7 @@ class ModelSpec:
     revision: str = "main"
     trust_remote_code: bool = False
     device_map: str | None = None
+    add_bos_token: bool | None = None
     source: Source = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -379,11 +376,7 @@ def _folder_here(spec: ModelSpec) -> Path | None:
 
 
 def _tokenizer(folder: Path, spec: ModelSpec) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code, local_files_only=True)
-    except Exception as error:
-        why = f"its tokenizer cannot be loaded ({type(error).__name__}: {first_line(error)})"
-        raise ConfigError(KEY, spec.path, why) from error
+    return read_tokenizer(folder, spec.path, trust_remote_code=spec.trust_remote_code, add_bos_token=spec.add_bos_token)
 
 
 def load(spec: ModelSpec) -> LoadedModel:

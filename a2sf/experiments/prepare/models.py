@@ -121,7 +121,7 @@ def fetch(models: Iterable[ModelSpec], screen: Console) -> dict[ModelSpec, UserE
 
 
 def check_prompting(cells: Iterable[Cell], *, hub: bool) -> None:
-    """Refuse a chat template that a tokenizer does not have, before the first cell.
+    """Refuse a chat template, or a beginning-of-sequence token, that a tokenizer does not have, before the first cell.
 
     Args:
         hub: look at the models of the hub, once they are fetched, or at all others, before anything is.
@@ -129,7 +129,7 @@ def check_prompting(cells: Iterable[Cell], *, hub: bool) -> None:
     Raises:
         ConfigError: naming the templates there are.
     """
-    asked = dict.fromkeys((c.model, c.prompting) for c in cells if c.prompting.chat_template)
+    asked = dict.fromkeys((c.model, c.prompting) for c in cells if c.prompting.chat_template or c.model.add_bos_token)
     tokenizers: dict[ModelSpec, object] = {}
     for model, prompting in asked:
         if (model.source.kind == "hub") is hub:
