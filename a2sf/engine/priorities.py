@@ -170,7 +170,8 @@ def smallest_of_all_heads(numbers: Numbers, priority: Tensor, step: Step, free: 
     # of equals the newest is the better one, then that of the lower head
     age = step.positions * K + torch.arange(K - 1, -1, -1, device=free.device)[:, None]
     over = (own.sum(1) - equal.sum(1))[:, None]
-    lost = smallest(*(x.flatten(1) for x in (priority, age, free)), over).unflatten(1, (K, N)).sum(-1)
+    ranks, ages, candidates = (x.flatten(1) for x in (priority, age, free))
+    lost = smallest(ranks, ages, candidates, over).unflatten(1, (K, N)).sum(-1)
     # in units of 1 / `whole`: exact, as 0.7 is in decimal
     floor = Fraction(str(numbers.rule.cut.floor)).limit_denominator(10**9)
     part, whole = floor.numerator, floor.denominator
