@@ -184,16 +184,16 @@ def run_grid(
     models.check_prompting((c for c in made.pending if c.model not in broken), hub=True)
     made = dataclasses.replace(made, cells=documents.fetch(made.cells, made.pending, settled.refused, screen))
 
-    outcomes: list[Outcome] = []
     if made.pending:
         runner = _runner(first)
-        outcomes = [runner.fail(c, broken[c.model]) for c in made.pending if c.model in broken]
+        for cell in (c for c in made.pending if c.model in broken):
+            runner.fail(cell, broken[cell.model])
         with _progress(made, directory):
             # one model after the other, so that each is loaded once, and what takes longest first
             size = {c.name: e.tokens or 0 for g, e in zip(groups, estimates, strict=True) for c in g}
             todo = sorted(made.pending, key=lambda c: (c.model_name, -size[c.name], c.task, c.shots))
-            outcomes += _run([c for c in todo if c.model not in broken], settings, points, launch)
-    _report(made, directory, settings[0], outcomes, settled.refused, scored)
+            _run([c for c in todo if c.model not in broken], settings, points, launch)
+    _report(made, directory, settings[0], settled.refused, scored)
 
 
 def _run(
@@ -342,7 +342,6 @@ def _report(
     made: Plan,
     directory: Path,
     settings: Settings,
-    outcomes: list[Outcome],
     refused: dict[str, list[str]],
     groups: list[Group],
 ) -> None:
@@ -358,10 +357,11 @@ def _report(
         if note := hardly_pruned(stored):
             screen.print(note, highlight=False, soft_wrap=True)
     tracker = _runner(settings).tracker
-    if outcomes and stored:
+    if stored and tracker:
+        for cell in stored:  # whoever computed it
+            tracker.log_cell(cell)
         tracker.log_summary(table_of(stored, groups), lambda: pictures(directory))
-    if tracker.note and outcomes:
-        screen.print(tracker.note, highlight=False, markup=False, soft_wrap=True)
+        screen.print(tracker.note or "", highlight=False, markup=False, soft_wrap=True)
     if failures:
         screen.print(
             f"[bold red]{len(failures)} of {len(made.cells)} cells failed[/bold red]; the same command retries"

@@ -125,6 +125,26 @@ def test_another_sweep_reuses_the_cells_and_a_higher_limit_extends_them(sweep):
         assert list(a) == pytest.approx(list(b), abs=1e-3)
 
 
+def test_what_another_sweep_computed_is_logged_too_and_a_finished_sweep_on_demand(sweep):
+    runs, _ = sweep
+    asked = ["-m", "policy=full,h2o", "tasks=[copa]", "limit=4", "data=bundle", "sweep_name=tracked"]
+    boards = runs / "tracked" / "tensorboard"
+
+    def logged() -> dict[str, int]:
+        return {f.name: len(list(f.glob("events*"))) for f in boards.glob("*") if f.is_dir()}
+
+    assert evaluate(*asked, runs=runs).returncode == 0  # all reused, and no tracker
+    assert logged() == {}
+    names = {s.path.name for s in load_sweep(runs / "tracked")}
+    assert sum("__full__" in n for n in names) == 1
+    done = evaluate(*asked, "tracker=tensorboard", runs=runs)
+    assert "2 done, 0 to run" in done.stdout
+    assert logged() == dict.fromkeys([*names, "summary"], 1)
+    assert "tensorboard --logdir" in done.stdout
+    again = evaluate(*asked, "tracker=tensorboard", runs=runs)
+    assert "TensorBoard has these cells already" in again.stdout
+
+
 def test_a_damaged_result_is_set_aside_and_computed_again(sweep):
     runs, _ = sweep
     victim = sorted(p for p in (runs / "small").iterdir() if is_cell(p))[0]

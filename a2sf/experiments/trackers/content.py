@@ -46,13 +46,18 @@ class Summary:
 
 
 class Destination(Protocol):
-    """A tracker. What its methods raise is a note to the user, and ends its part in the sweep.
+    """A tracker. What its methods raise is a note to the user; repeated, it ends the tracker's part in the sweep.
 
     Attributes:
         label: what it is called.
     """
 
     label: str
+
+    @property
+    def marks(self) -> Path | None:
+        """The file that notes what was logged, beside it; None where nothing is logged in earnest."""
+        ...
 
     @property
     def note(self) -> str | None:
