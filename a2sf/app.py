@@ -106,15 +106,16 @@ def adopt(hydra: DictConfig) -> None:
     Every worker does so itself, from the configuration that it gets.
 
     Raises:
-        UserError: if one of ours hides a file there, which Hydra would not say.
+        UserError: if a file there hides one of ours, which Hydra would not say, or text in one is read as a number.
     """
-    added = [Path(s.path) for s in hydra.runtime.config_sources if s.schema == "file" and s.provider != "main"]
+    from a2sf.experiments import config_dir
+
+    sources = [s for s in hydra.runtime.config_sources if s.schema in ("file", config_dir.SCHEME)]
+    added = [Path(s.path) for s in sources if s.provider != "main"]
     for folder in added:
-        for ours in shipped("conf").rglob("*.yaml"):
-            if (hidden := folder / ours.relative_to(shipped("conf"))).exists():
-                raise UserError(
-                    f"{hidden} has the name of a file that comes with a2sf, which hides it: give it another."
-                )
+        config_dir.check(folder)
+    if config_dir.used() is None:  # a worker
+        config_dir.use(next((Path(s.path) for s in sources if s.schema == config_dir.SCHEME), None))
     _added[:] = added
     for place in map(str, [*added, hydra.runtime.cwd]):
         if place not in sys.path:

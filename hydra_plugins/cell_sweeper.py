@@ -32,15 +32,17 @@ class CellSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> Any:
         from a2sf import app
         from a2sf.experiments.grid import route
+        from a2sf.experiments.overrides import as_written
         from a2sf.experiments.workers import asked_gpus, settle_device
 
         assert self.config is not None
         assert self.hydra_context is not None
         app.adopt(self.config.hydra)
         loader = self.hydra_context.config_loader
-        params = self._each_cells_own(arguments)
+        params = [as_written(p) for p in self._each_cells_own(arguments)]  # the command's own are so already
         parsed = OverridesParser.create(config_loader=loader).parse_overrides([*params, *arguments])
         (points,) = self.split_arguments(parsed, None)
+        points = [[as_written(o) for o in point] for point in points]  # Hydra drops the quotes in choice("1.10","1.20")
 
         # composing takes Hydra 60 ms: do it once per choice of groups, and set the other values on copies
         known = set(loader.list_groups(""))

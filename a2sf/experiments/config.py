@@ -258,8 +258,12 @@ def _policy(config: Config) -> Policy:
             has = f"{cls.name} has {', '.join(fields)}" if fields else f"{cls.name} has no settings"
             raise ConfigError(f"policy.{key}", value, has + nearest(key, fields))
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(cls), node)
-        return OmegaConf.to_object(typed)  # type: ignore[return-value]
+        made: Policy = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), node))  # type: ignore[assignment]
+        for key, value in node.items():
+            if isinstance(getattr(made, key), str) and not isinstance(value, str):  # 1.1 may have been written 1.10
+                allowed = f"it is text; write it in quotes, policy.{key}='\"…\"' on the command line"
+                raise ConfigError(f"policy.{key}", value, allowed)
+        return made
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None

@@ -10,6 +10,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+NAMES = {"names": True}
+"""Marks keys that hold names, or a list of names, beside what is not text."""
+
 
 @dataclass
 class BudgetConfig:
@@ -101,7 +104,7 @@ class UntilConfig:
         metric: a number of each document between 0 and 1
     """
 
-    pair: Any = None
+    pair: Any = field(default=None, metadata=NAMES)
     half_width: Any = None
     verdict: bool = False
     confidence: float = 0.95
@@ -164,10 +167,10 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     forgetting_factor: Any = None
-    tasks: Any = "demo"
+    tasks: Any = field(default="demo", metadata=NAMES)
     shots: int | None = None
     limit: int | None = None
-    chat_template: Any = False
+    chat_template: Any = field(default=False, metadata=NAMES)
     system_instruction: str | None = None
     fewshot_as_multiturn: bool | None = None
     gen_kwargs: Any = None
@@ -192,6 +195,29 @@ def groups() -> dict[str, type]:
     """The parts of a configuration that are dataclasses of their own: key -> class."""
     parts = vars(Config())
     return {name: type(part) for name, part in parts.items() if dataclasses.is_dataclass(part)}
+
+
+def is_key(key: str) -> bool:
+    """Whether a configuration has that key, or a group of keys of that name."""
+    return _field(key) is not None
+
+
+def holds_text(key: str) -> bool:
+    """Whether a key's value is text, whatever it looks like."""
+    found = _field(key)
+    return found is not None and str(found.type).startswith("str")
+
+
+def holds_names(key: str) -> bool:
+    """Whether a key's value is text, unless it is true, false or null."""
+    found = _field(key)
+    return found is not None and "names" in found.metadata
+
+
+def _field(key: str) -> dataclasses.Field[Any] | None:
+    *group, name = key.split(".")
+    cls = groups().get(".".join(group)) if group else Config
+    return None if cls is None else next((f for f in dataclasses.fields(cls) if f.name == name), None)
 
 
 def register() -> None:

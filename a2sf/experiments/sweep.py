@@ -33,7 +33,7 @@ from a2sf import __version__, atomic
 from a2sf.engine import trace as traces
 from a2sf.errors import ConfigError, Notice, UserError
 from a2sf.evaluation.members import Member
-from a2sf.experiments import checkpoint
+from a2sf.experiments import checkpoint, config_dir
 from a2sf.experiments.cell import ENGINE_VERSION, Cell
 from a2sf.experiments.group import Computed, compute_group
 from a2sf.experiments.reuse import Finished, results_of
@@ -332,7 +332,7 @@ def provenance(lm: Any, ran: Collection[str]) -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             **({"devices": spread} if (spread := devices_of(lm.model)) else {}),
         },
-        "command": " ".join([sys.argv[0], *map(shlex.quote, sys.argv[1:])]),
+        "command": " ".join([sys.argv[0], *map(shlex.quote, [*config_dir.option(), *sys.argv[1:]])]),
     }
 
 
