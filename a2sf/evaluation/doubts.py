@@ -48,7 +48,7 @@ def doubts(task: Any, samples: Sequence[dict[str, Any]], lm: Any) -> list[dict[s
         said = [*_of_answers(task, sample), *([CUT] if unread else []), *_of_tokens(task, arguments, lm)]
         for what in dict.fromkeys(said):
             found.setdefault(what, []).append(number)
-    return [_note(task, what, numbers, len(documents), lm, cut) for what, numbers in found.items()]
+    return [*(_note(task, what, n, len(documents), lm, cut) for what, n in found.items()), *_of_examples(task)]
 
 
 def not_numbers(name: str, scores: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -94,6 +94,23 @@ def _of_answers(task: Any, sample: dict[str, Any]) -> Iterator[str]:
                 yield NO_ANSWER
         elif target is None or (isinstance(target, str | list) and not target):
             yield NO_TARGET
+
+
+def _of_examples(task: Any) -> list[dict[str, Any]]:
+    """A note on examples whose right answer is none of their choices: lm-eval prints the last choice for -1."""
+    if not (task.shots and isinstance(task, ConfigurableTask) and task.config.doc_to_choice is not None):
+        return []
+    examples, how = task.examples(), task.fewshot_cfg
+    wrong = 0
+    for i in examples.used:
+        right = task.doc_to_target(examples.pool[i], how.doc_to_target)
+        wrong += (
+            isinstance(right, int) and _place(right, task.doc_to_choice(examples.pool[i], how.doc_to_choice)) is None
+        )
+    text = (
+        f"{task.config.task}: of {len(examples.used)} examples that stand before documents, {wrong} have a right answer"
+    )
+    return [{"text": f"{text} that is none of their choices, so that they show a wrong one."}] if wrong else []
 
 
 def _place(right: Any, choices: Sequence[Any]) -> int | None:

@@ -39,6 +39,9 @@ class Examples:
         kind: lm-eval's sampler that the task asks for.
         headroom: draw one more, as lm-eval does where it expects the document itself in the pool.
         task: its name, for messages.
+
+    Attributes:
+        used: places in the pool of those that were given, but where a task has a sampler of its own.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Examples:
         self._place: dict[str, int] = {}
         for i, document in enumerate(scored):
             self._place.setdefault(_text(document), i)
+        self.used: set[int] = set()
         self._draws = self._sequence()
         self._drawn: list[list[int]] = []
         self._prints: dict[int, tuple[str, str] | None] = {}
@@ -84,6 +88,7 @@ class Examples:
             sampler = self.kind(pool, rnd=random.Random(f"{self.seed} {_text(document)}").getrandbits(32))
             return list(sampler.sample(self.shots, None))
         self._enough(len(chosen))
+        self.used.update(chosen[: self.shots])
         return [self.pool[i] for i in chosen[: self.shots]]
 
     def check(self, documents: Sequence[Document]) -> None:

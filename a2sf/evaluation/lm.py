@@ -170,6 +170,7 @@ class PrunedLM(OneByOne):
             self.lengths[h] = answer[2:]
             self.unread[h] = max(0, answer.context + answer.continuation - self.max_length - 1)
             self._count(self.member, answer.context, answer.continuation, r.args[0], reused=h in self.known)
+        self._warn_of_unread(requests, hashes)
         return [a[:2] for a in found if a is not None]
 
     def joins(self, context: str, continuation: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,8 @@ from a2sf.evaluation.prompting import check_stops, draws
 from a2sf.hf.attention import NonFiniteError, UnsupportedModel
 from a2sf.hf.generation import PrunedCache, prove_decoding
 
+log = logging.getLogger("lm_eval.models.a2sf")
+UNREAD = "Prompts lose their beginning, since they are too long for the model's"
 GENERATED_ROWS = 8
 """Sequences generated at a time where `batch_size` is auto."""
 
@@ -66,6 +69,7 @@ class OneByOne(Members, HFLM):
             if self._to_trace(request) and answer.continuation:
                 continuation = self.tok_encode(answer.value, add_special_tokens=False)
                 self._trace(request.doc_id, context, continuation[:-1], kept, cut)
+        self._warn_of_unread(requests, hashes)
         return [a.value for a in answers]
 
     def _answers(
@@ -200,6 +204,14 @@ class OneByOne(Members, HFLM):
         tokens = self.tok_encode(text)
         windows = utils.get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
         return [utils.make_disjoint_window(w) for w in windows]
+
+    def _warn_of_unread(self, requests: Sequence[Any], hashes: Sequence[str]) -> None:
+        """Warn, as HFLM does, of prompts whose beginning was not read; a sweep says it with the cell instead."""
+        cut = [r for r, h in zip(requests, hashes, strict=True) if self.unread[h]]
+        if cut:
+            task, number = document_of(cut[0])
+            which = f", task {task}, document {number} the first" if number >= 0 else ""
+            log.warning(f"{UNREAD} {self.max_length} positions: {len(cut)} of {len(requests)} requests{which}.")
 
     def _begin(self) -> None:
         """A member by itself has no answers but those of this call."""

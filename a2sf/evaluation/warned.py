@@ -25,8 +25,7 @@ CATEGORIES = (RuntimeWarning, UserWarning)
 LONGEST = 300
 NOISE = {
     "Label index was not in within range": "said with task and document (`a2sf.evaluation.doubts`)",
-    "exceeds model's maximum length": "said with task and document",
-    "Left truncation applied": "said with task and document",
+    "Prompts lose their beginning": "the same",
     "Token indices sequence length is longer": "a prompt that is cut is said with task and document",
     "divide by zero encountered": "lm-eval's acc_norm of an empty choice, which is said with task and document",
     "is defined, but aggregation is not": "lm-eval takes the one that the metric was registered with",

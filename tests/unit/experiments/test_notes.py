@@ -209,7 +209,7 @@ def test_collecting_leaves_everything_as_it_was(capsys):
         log.warning("outer 2")  # the same but for a digit
         with collected(Warned()) as again:
             log.warning_once("inner")
-            warning_once(logging.getLogger("lm_eval"), "Left truncation applied.")  # which we say ourselves
+            warning_once(logging.getLogger("lm_eval"), "Prompts lose their beginning.")  # which we say ourselves
         with pytest.warns(Notice, match="at once"):
             warnings.warn("at once", Notice, stacklevel=1)
     assert outer.notes == [{"text": "transformers warns: outer 1", "times": 2}]
@@ -254,3 +254,25 @@ def test_generated_texts(computed, tmp_path):
 def test_an_empty_stop_sequence_is_refused(until):
     with pytest.raises(ConfigError, match=r"gen_kwargs\.until=.* is not allowed: give texts of at least one character"):
         Prompting(gen_kwargs=f'{{"until": {until}}}')
+
+
+def test_examples_without_an_answer_are_counted(folder, loaded, tmp_path):
+    file = task(tmp_path, [{"goal": f"Which {i}?", "label": -1 if i in (1, 2) else 1} for i in range(4)])
+    file.write_text(file.read_text() + "fewshot_split: test\n")
+    lm = PrunedLM(loaded.model, tokenizer=loaded.tokenizer)
+    cell = Cell("m", ModelSpec(str(folder)), find_policies()["full"](), None, str(file), 3, None, 0, DataSpec())
+    (made,) = compute_group([cell.settled()], lm, tmp_path / "runs" / "s")
+    assert texts([made])[0][1] == (
+        "odd: of 4 examples that stand before documents, 2 have a right answer that is none of their choices, so that "
+        "they show a wrong one."
+    )
+
+
+def test_lm_evals_users_are_warned_of_prompts_that_are_cut(loaded, tmp_path, caplog):
+    lm = PrunedLM(loaded.model, tokenizer=loaded.tokenizer, max_length=16)
+    built = tasks.build(str(task(tmp_path, [{}, {"goal": "so " * 30}])), DataSpec(), shots=0, seed=0)
+    with caplog.at_level(logging.WARNING, "lm_eval"):
+        lm_eval.evaluate(lm, task_dict={"tasks": {"odd": built}}, bootstrap_iters=0)
+    said = [r.getMessage() for r in caplog.records if "Prompts lose their beginning" in r.getMessage()]
+    assert len(said) == 1
+    assert said[0].endswith("the model's 16 positions: 2 of 4 requests, task odd, document 1 the first.")
