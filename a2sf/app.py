@@ -346,6 +346,7 @@ def _report(
     refused: dict[str, list[str]],
     groups: list[Group],
 ) -> None:
+    from a2sf.experiments.notes import notes_of
     from a2sf.experiments.runs import table_of
     from a2sf.experiments.sweep import finish, hardly_pruned
     from a2sf.report.output import pictures
@@ -355,8 +356,8 @@ def _report(
     if stored:
         screen.print(screen_table(stored, groups))
         screen.print(f"{len(stored)} cells in {directory}/results.csv", highlight=False)
-        if note := hardly_pruned(stored):
-            screen.print(note, highlight=False, soft_wrap=True)
+        for note in filter(None, [hardly_pruned(stored), *notes_of(stored)]):
+            screen.print(note, highlight=False, markup=False, soft_wrap=True)
     tracker = _runner(settings).tracker
     if stored and tracker:
         for cell in stored:  # whoever computed it
@@ -381,7 +382,7 @@ def _report(
 
 
 def quiet() -> None:
-    """Libraries keep to themselves; what the user needs to know, we say."""
+    """Libraries keep to themselves; what the user needs to know, we say, warnings about a cell's numbers with its result."""
     import logging
     import warnings
 

@@ -46,6 +46,10 @@ from a2sf.policies.schedule import Schedule
 NAME = "a2sf"
 PACK_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Computed tokens per forward pass where `batch_size` is auto."""
+NOTHING = (
+    "a request has no token of {} of its own (as lm-eval tokenises it, the continuation is what comes after the context's "
+    "tokens), so that there is nothing to score; change the document, or leave it out"
+)
 NAMED = 5
 """Documents that a message names at most."""
 
@@ -119,6 +123,7 @@ class PrunedLM(OneByOne):
         self.shared_context = shared_context
         self._before_cut: dict[str, int] = {}  # tokens of the shared context, by the prompt
         self._cuts: dict[str, int] = {}  # where prompts to go on from are cut, by their tokens
+        self._joined: dict[tuple[str, str], bool] = {}
         self.tokens_per_pass = self.most_tokens
         self.silent = False  # no progress bars
         self._clock: float | None = None  # when the request for log-likelihoods came
@@ -146,9 +151,14 @@ class PrunedLM(OneByOne):
         for member in asking:
             member.asked = len(set(hashes))
         new = {h: r for h, r in zip(hashes, requests, strict=True) if any(m.answer(h) is None for m in asking)}
+        for r in new.values():
+            context, continuation = r.args
+            if not context and not self.tok_encode(continuation, add_special_tokens=False):  # where lm-eval fails
+                raise UserError(f"{self._subject([str(r.args)])}: {NOTHING.format('continuation')}")
         if new:
             self._clock = time.perf_counter()
-            super().loglikelihood(list(new.values()), disable_tqdm=disable_tqdm or self.silent)
+            with self.aside():
+                super().loglikelihood(list(new.values()), disable_tqdm=disable_tqdm or self.silent)
         if self.member.error is not None:
             raise self.member.error
         for r in filter(self._to_trace, requests):
@@ -161,8 +171,19 @@ class PrunedLM(OneByOne):
         for r, h, answer in zip(requests, hashes, found, strict=True):
             assert answer is not None
             self.lengths[h] = answer[2:]
+            self.unread[h] = max(0, answer.context + answer.continuation - self.max_length - 1)
             self._count(self.member, answer.context, answer.continuation, r.args[0], reused=h in self.known)
+        self._warn_of_unread(requests, hashes)
         return [a[:2] for a in found if a is not None]
+
+    def joins(self, context: str, continuation: str) -> bool:
+        """Whether a token goes across the end of a context, so that lm-eval scores something else than the continuation."""
+        if not context:
+            return False  # the continuation is then tokenised by itself
+        if (key := (context, continuation)) not in self._joined:
+            read, scored = self._encode_pair(context, continuation)
+            self._joined[key] = self.tok_encode(context + continuation) != [*read, *scored]
+        return self._joined[key]
 
     def _subject(self, requests: Iterable[str]) -> str:
         """What a message calls the documents of requests, given by their strings or tokens; "" where none is known."""
@@ -263,13 +284,14 @@ class PrunedLM(OneByOne):
                     prompt = strings[0] if strings else None
                     yield Asked(member, self._request(context, continuation, member, prompt), j)
                 except (UserError, ValueError) as error:
-                    member.error = error
+                    subject = "" if strings is None else self._subject([str(strings)])
+                    member.error = type(error)(f"{subject}: {error}") if subject else error
 
     def _request(
         self, context: list[int], continuation: list[int], member: Member | None = None, prompt: str | None = None
     ) -> Request:
         if not context or not continuation:
-            raise ValueError("a request needs at least one token of context and one of continuation")
+            raise UserError(NOTHING.format("continuation" if context else "context"))
         if len(continuation) > self.max_length:
             raise UserError(
                 f"a continuation of {len(continuation)} tokens is longer than the model's context window of "

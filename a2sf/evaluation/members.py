@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from a2sf.engine.trace import Trace
 from a2sf.evaluation.counts import Counts
+from a2sf.evaluation.warned import Warned
 from a2sf.hf.attention import global_layers
 from a2sf.hf.loading import kv_heads_of
 from a2sf.hf.settings import check_settings, retention_of
@@ -69,6 +70,8 @@ class Members:
         member: who is answered.
         group: all that are computed together; empty: the member alone.
         lengths: by `request_hash`, tokens of context and continuation of what was answered.
+        unread: by `request_hash`, tokens at a prompt's beginning that were not read, since all together were too many.
+        warned: what libraries warned of while the model was loaded.
         traces: of the member's first documents.
     """
 
@@ -78,6 +81,9 @@ class Members:
     after_pass: Callable[[], None] | None = None
     due: Callable[[int], int] | None = None
     lengths: dict[str, tuple[int, int]]
+    unread: dict[str, int]
+    warned: Warned | None = None
+    aside: Callable[[], AbstractContextManager[Any]] = nullcontext
     traces: list[Trace]
     _documents: dict[str, tuple[str, int]]
 
@@ -139,7 +145,7 @@ class Members:
     def take(self, member: Member) -> None:
         """Answer as `member` from now on."""
         self.member = member
-        self.lengths = {}
+        self.lengths, self.unread = {}, {}
         self._documents = {}  # task and document of each request, by its strings or tokens
         self.traces = []
 
@@ -149,18 +155,24 @@ class Members:
         members: Sequence[Member],
         after_pass: Callable[[], None] | None = None,
         due: Callable[[int], int] | None = None,
+        aside: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Iterator[None]:
         """Compute what one of `members` is asked for all of them, and answer the others from that.
 
         Args:
             after_pass: called after each pass; the members hold the answers so far.
             due: when a document is visited, the smallest first; None: those with the longest requests first.
+            aside: entered around what is computed for all members, rather than for the one that asks.
         """
         before, self.group, self.after_pass, self.due = self.member, members, after_pass, due
+        self.aside = aside
+        self._joined: dict[tuple[str, str], bool] = {}
         try:
             yield
         finally:
             self.group, self.after_pass, self.due = (), None, None
+            self.aside = nullcontext
+            self._joined = {}
             self.take(before)
 
     def retention(self, total: int, context: int, member: Member | None = None) -> tuple[Retention, ...]:

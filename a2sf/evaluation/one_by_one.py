@@ -8,10 +8,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lm_eval import utils
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -21,10 +23,12 @@ from tqdm import tqdm
 from a2sf.engine.kernels import noting
 from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation.members import Answer, Members, document_of, request_hash
-from a2sf.evaluation.prompting import draws
+from a2sf.evaluation.prompting import check_stops, draws
 from a2sf.hf.attention import NonFiniteError, UnsupportedModel
 from a2sf.hf.generation import PrunedCache, prove_decoding
 
+log = logging.getLogger("lm_eval.models.a2sf")
+UNREAD = "Prompts lose their beginning, since they are too long for the model's"
 GENERATED_ROWS = 8
 """Sequences generated at a time where `batch_size` is auto."""
 
@@ -51,8 +55,11 @@ class OneByOne(Members, HFLM):
         self._documents = {str(tokens): document_of(r) for r, (tokens, _, _) in zip(requests, prompts, strict=True)}
         self.member.asked = len(set(hashes))
         answers = self._answers(requests, hashes, prompts, disable_tqdm)
-        for request, h, answer, (context, most, _), cut in zip(requests, hashes, answers, prompts, cuts, strict=True):
+        for request, h, answer, (context, most, whole), cut in zip(
+            requests, hashes, answers, prompts, cuts, strict=True
+        ):
             self.lengths[h] = (len(context), answer.continuation)
+            self.unread[h] = whole - len(context)
             kept = self.retention(len(context) + max(0, most - 1), cut)
             self.counts.count_targets(answer.continuation, len(context), kept, cut)
             if h in self.known:
@@ -62,6 +69,7 @@ class OneByOne(Members, HFLM):
             if self._to_trace(request) and answer.continuation:
                 continuation = self.tok_encode(answer.value, add_special_tokens=False)
                 self._trace(request.doc_id, context, continuation[:-1], kept, cut)
+        self._warn_of_unread(requests, hashes)
         return [a.value for a in answers]
 
     def _answers(
@@ -109,17 +117,39 @@ class OneByOne(Members, HFLM):
         """What is read of a prompt.
 
         Raises:
-            UserError: if nothing can be read before so many new tokens.
+            UserError: if nothing can be read before so many new tokens, or a stop sequence is empty.
         """
         settings = normalize_gen_kwargs(copy.deepcopy(settings), self.max_gen_toks)
+        check_stops(settings["until"], "generation_kwargs.until")
         most = settings["max_gen_toks"]
         if most >= self.max_length:
             raise UserError(
                 f"the task generates up to {most} tokens, which leaves no room for a prompt in the model's "
                 f"{self.max_length} positions; choose another task or model"
             )
-        whole = self.tok_encode(context)
+        whole = self._read(context)
+        if not whole:
+            raise UserError("a prompt has no token, so that there is nothing to go on from; change the document")
         return whole[-(self.max_length - most) :], most, len(whole)
+
+    def _read(self, context: str) -> list[int]:
+        """The tokens of a prompt; of a batch, lm-eval leaves the beginning-of-sequence token as the first text has it."""
+        tokens, _ = super().tok_batch_encode([context])
+        return list(tokens[0].tolist())
+
+    def tok_batch_encode(
+        self,
+        strings: Sequence[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """As HFLM's for each text by itself, padded on the left: so that no text depends on its company."""
+        rows = [self._read(s)[-(left_truncate_len or 0) :] for s in strings]
+        width = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id or 0
+        ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows])
+        return ids, torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
         more = max_length - context.shape[1]
@@ -174,6 +204,14 @@ class OneByOne(Members, HFLM):
         tokens = self.tok_encode(text)
         windows = utils.get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
         return [utils.make_disjoint_window(w) for w in windows]
+
+    def _warn_of_unread(self, requests: Sequence[Any], hashes: Sequence[str]) -> None:
+        """Warn, as HFLM does, of prompts whose beginning was not read; a sweep says it with the cell instead."""
+        cut = [r for r, h in zip(requests, hashes, strict=True) if self.unread[h]]
+        if cut:
+            task, number = document_of(cut[0])
+            which = f", task {task}, document {number} the first" if number >= 0 else ""
+            log.warning(f"{UNREAD} {self.max_length} positions: {len(cut)} of {len(requests)} requests{which}.")
 
     def _begin(self) -> None:
         """A member by itself has no answers but those of this call."""

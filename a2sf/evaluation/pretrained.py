@@ -64,8 +64,8 @@ def load_pretrained(pretrained: str, given: dict[str, Any]) -> tuple[LoadedModel
         settings["device"] = str(settings["device"])
     path = "/".join(filter(None, [pretrained, settings.pop("gguf_file", None)]))
     bos = given.get("add_bos_token")
-    own = {} if isinstance(given.get("tokenizer"), str) else {"add_bos_token": bos}
-    loaded = load(ModelSpec(path, **settings, **own))
+    own = None if isinstance(given.get("tokenizer"), str) else bos  # else of the other tokenizer
+    loaded = load(ModelSpec(path, add_bos_token=own, **settings))
     left = {k: v for k, v in given.items() if k not in OF_LOADING and k not in NOT_OURS and v is not None}
     if isinstance(name := left.get("tokenizer"), str):
         of_code = {"trust_remote_code": settings.get("trust_remote_code", False), "add_bos_token": bos}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from a2sf.evaluation.definitions import SUITES, Aggregate, Definition
 from a2sf.evaluation.documents import Commit
 from a2sf.evaluation.examples import OwnDocuments, seeded
 from a2sf.evaluation.sources import DataSpec, Source, locate
+from a2sf.evaluation.warned import silent
 from a2sf.hf.files.refusals import Unreachable, chain
 
 __all__ = [
@@ -303,7 +303,7 @@ def build(name: str, data: DataSpec, *, shots: int, seed: int) -> Any:
     found = definitions.definition(name)
     source = locate(found, data, shots)
     try:
-        with _quiet(), seeded():
+        with silent(), seeded():
             task = _task(found, source, data, shots, seed)
         definitions.unchanged(found)
     except UserError:
@@ -397,14 +397,3 @@ def _why(error: Exception, source: Source, data: DataSpec) -> str:
     if isinstance(error, ImportError):
         return f"its code needs a library that is not installed ({first_line(inner)})"
     return f"its documents cannot be used from {data.label} ({type(inner).__name__}: {first_line(inner)})"
-
-
-class _quiet:
-    """Keep lm-eval's and datasets' progress and advice off the screen."""
-
-    def __enter__(self) -> None:
-        self.level = logging.getLogger("lm_eval").level
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("lm_eval").setLevel(self.level)

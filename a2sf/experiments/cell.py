@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache, cached_property
@@ -18,8 +19,10 @@ import torch
 
 from a2sf.errors import ConfigError
 from a2sf.evaluation import tasks
+from a2sf.evaluation.doubts import doubts, not_numbers
 from a2sf.evaluation.members import request_hash
 from a2sf.evaluation.prompting import SAMPLING_SEED, Prompting, draws
+from a2sf.evaluation.warned import collected
 from a2sf.experiments.names import ID_DIGITS, safe
 from a2sf.experiments.until import Until
 from a2sf.hf.loading import ModelSpec, fingerprint, load_tokenizer, positions_of, tokenizer_folder
@@ -228,7 +231,7 @@ def compute(cell: Cell, lm: Any, task: Any, chosen: list[int] | None = None) -> 
         chosen: numbers of the documents, ascending; None: the first `limit`.
 
     Returns:
-        The body of `result.json` (without provenance), and the per-document table.
+        The body of `result.json` (without provenance), and the per-document table. `notes` is there even if it is empty.
     """
     import lm_eval
 
@@ -238,14 +241,15 @@ def compute(cell: Cell, lm: Any, task: Any, chosen: list[int] | None = None) -> 
     clock, spent = time.perf_counter(), lm.spent
     if drawn(task):
         torch.manual_seed(SAMPLING_SEED)
-    evaluated = lm_eval.evaluate(
-        lm,
-        task_dict={"tasks": {cell.task_name: task}},
-        limit=cell.limit if chosen is None else None,
-        samples=None if chosen is None else {cell.task_name: chosen},
-        bootstrap_iters=BOOTSTRAP,
-        **cell.prompting.arguments,
-    )
+    with collected() as warned:
+        evaluated = lm_eval.evaluate(
+            lm,
+            task_dict={"tasks": {cell.task_name: task}},
+            limit=cell.limit if chosen is None else None,
+            samples=None if chosen is None else {cell.task_name: chosen},
+            bootstrap_iters=BOOTSTRAP,
+            **cell.prompting.arguments,
+        )
     # of the time in which scores were computed, for others of the group as well, its share
     seconds = time.perf_counter() - clock - (lm.spent - spent) + lm.member.seconds
     samples = evaluated["samples"][cell.task_name]
@@ -254,6 +258,11 @@ def compute(cell: Cell, lm: Any, task: Any, chosen: list[int] | None = None) -> 
         "cell": cell.describe(),
         "metrics": _metrics(evaluated, cell.task_name),
         "documents": {"n": len({s["doc_id"] for s in samples}), **where},
+        "notes": [
+            *doubts(task, samples, lm),
+            *not_numbers(cell.task_name, evaluated["results"][cell.task_name]),
+            *warned.notes,
+        ],
         "scored": {"tokens": counts.targets, "pruned": counts.pruned},
         "lengths": counts.lengths,
         "timing": {
@@ -276,7 +285,7 @@ def compute(cell: Cell, lm: Any, task: Any, chosen: list[int] | None = None) -> 
 def _metrics(evaluated: dict[str, Any], task: str) -> dict[str, dict[str, Any]]:
     scores = evaluated["results"][task]
     better = evaluated.get("higher_is_better", {}).get(task, {})
-    n = evaluated["n-samples"][task]["effective"]
+    n = Counter((metric, s["filter"]) for s in evaluated["samples"][task] for metric in s["metrics"])
     found = {}
     for key, value in scores.items():
         metric, _, filtered = key.partition(",")
@@ -286,7 +295,7 @@ def _metrics(evaluated: dict[str, Any], task: str) -> dict[str, dict[str, Any]]:
         found[name] = {
             "value": _number(value),
             "stderr": _number(scores.get(f"{metric}_stderr,{filtered}")),
-            "n": n,
+            "n": n[metric, filtered],  # a document may have no value of a metric
             "higher_is_better": better.get(metric),
         }
     return found

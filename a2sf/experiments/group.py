@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ import pandas as pd
 
 from a2sf.evaluation import tasks
 from a2sf.evaluation.members import Answer, Member
+from a2sf.evaluation.warned import Warned, collected
 from a2sf.experiments import checkpoint, stopping
 from a2sf.experiments.cell import Cell, compute, drawn
 from a2sf.experiments.reuse import find_extendable
@@ -74,9 +75,11 @@ def compute_group(
         attempt: calls what evaluates one cell, and may do so again.
         watch: called after each pass with each cell's member, by its name, which holds its answers so far.
     """
+    warned = Warned()  # of what is done for all cells
     try:
         first = cells[0]
-        task = tasks.build(first.task, first.data, shots=first.shots, seed=first.seed)
+        with collected(warned):
+            task = tasks.build(first.task, first.data, shots=first.shots, seed=first.seed)
         where = tasks.provenance(task)
         if first.until is not None:
             stopping.check(task)
@@ -109,7 +112,8 @@ def compute_group(
 
     saved = time.monotonic()
     stop = None if first.until is None else Stop(first.until, directory, list(of.values()), members, task)
-    _once(task, lambda: None if stop is None else stop.look())
+    aside = partial(collected, warned)
+    _once(task, lambda: None if stop is None else stop.look(), aside)
 
     def after_pass() -> None:
         nonlocal saved
@@ -121,7 +125,7 @@ def compute_group(
             saved = time.monotonic()
 
     try:
-        with lm.together(list(members.values()), after_pass, None if stop is None else stop.due):
+        with lm.together(list(members.values()), after_pass, None if stop is None else stop.due, aside):
             for name in list(members):
                 lm.take(members[name])
                 try:
@@ -132,6 +136,7 @@ def compute_group(
                     save([name])  # it may be something that comes after the answers
                     yield Computed(of[name], error=error)
                 else:
+                    result = with_notes(result, lm.warned, warned)
                     yield Computed(of[name], result, documents, ran=frozenset(members[name].ran))
                     checkpoint.remove(directory, of[name])
                 del members[name]
@@ -152,18 +157,26 @@ def _until_told(cell: Cell, lm: Any, task: Any, stop: Stop | None) -> tuple[dict
     return result | {"until": stop.report()}, documents
 
 
-def _once(task: Any, ready: Callable[[], None]) -> None:
+def with_notes(result: dict[str, Any], *warned: Warned | None) -> dict[str, Any]:
+    """A result with what was warned of for several cells after its own notes; without `notes` where there are none."""
+    notes = [*result.pop("notes"), *(note for w in warned if w is not None for note in w.notes)]
+    return result | ({"notes": notes} if notes else {})
+
+
+def _once(task: Any, ready: Callable[[], None], aside: Callable[[], AbstractContextManager[Any]]) -> None:
     """Let `task` make its requests once, and give them anew, without answers, to every evaluation.
 
     Args:
         ready: called when it has them.
+        aside: entered around the making, which is for all.
     """
     make = task.build_all_requests
     made: list[Any] = []
 
     def build_all_requests(samples: list[int] | None = None, **settings: Any) -> None:
         if not made:
-            make(**settings)
+            with aside():
+                make(**settings)
             made.extend(task.instances)
         for instance in made:
             instance.resps, instance.filtered_resps = [], {}

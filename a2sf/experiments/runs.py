@@ -76,6 +76,11 @@ class StoredCell:
         return self.result["metrics"]
 
     @property
+    def notes(self) -> list[dict[str, Any]]:
+        """What a reader of its numbers has to know: `text`, and for a library's warning how many `times` it came."""
+        return list(self.result.get("notes") or [])
+
+    @property
     def pruned_share(self) -> float | None:
         """Share of the scored tokens that saw a pruned cache; None where that was not noted, or nothing was scored."""
         scored = self.result.get("scored") or {}

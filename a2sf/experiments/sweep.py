@@ -33,6 +33,7 @@ from a2sf import __version__, atomic
 from a2sf.engine import trace as traces
 from a2sf.errors import ConfigError, Notice, UserError
 from a2sf.evaluation.members import Member
+from a2sf.evaluation.warned import collected
 from a2sf.experiments import checkpoint, config_dir
 from a2sf.experiments.cell import ENGINE_VERSION, Cell
 from a2sf.experiments.group import Computed, compute_group
@@ -201,7 +202,8 @@ class Runner:
             if cell.model in self._broken:
                 raise self._broken[cell.model]
             try:
-                loaded = loading.load(cell.model)
+                with collected() as warned:
+                    loaded = loading.load(cell.model)
             except UserError as error:  # it will be so for its other cells
                 self._broken[cell.model] = error
                 raise
@@ -215,7 +217,7 @@ class Runner:
                 batch_size=self.batch_size or "auto",
                 add_bos_token=cell.model.add_bos_token,
             )
-            lm.silent = True
+            lm.silent, lm.warned = True, warned
             lm.weights_format = loaded.format
             self._loaded[cell.model] = lm
         lm = self._loaded[cell.model]

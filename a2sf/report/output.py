@@ -14,6 +14,7 @@ from a2sf.analysis.fidelity import fidelity_frame
 from a2sf.analysis.ranking import rank, ranking_frame
 from a2sf.errors import UserError
 from a2sf.experiments.archive import is_archive, place_of
+from a2sf.experiments.notes import notes_of
 from a2sf.report.html import Contents, read_failures, write_report
 from a2sf.report.layout import Table, build_tables
 from a2sf.report.lengths import length_plots, length_tables
@@ -115,7 +116,8 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
         plots |= length_plots(grid, out / "plots", options.pair)
         plots |= trace_pictures(traced, out / "plots")
     files += [file for pictures in plots.values() for file in pictures]
-    notes = list(dict.fromkeys([*said, *unsaid, *unranked, *unpaired, *(n for t in tables for n in t.notes)]))
+    of_tables = [*said, *unsaid, *unranked, *unpaired, *(n for t in tables for n in t.notes)]
+    notes = list(dict.fromkeys([*of_tables, *notes_of(grid.cells.values())]))
     if options.report:
         failures = read_failures(directories)
         contents = Contents(grid, tables, comparisons, text_tables, plots, failures, notes, options.pair)

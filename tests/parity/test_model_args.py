@@ -181,3 +181,16 @@ def test_a_tokenizer_without_such_a_token_is_refused_before_the_first_cell(tmp_p
         ConfigError, match=r"model\.add_bos_token=true is not allowed: .* no beginning-of-sequence token"
     ):
         check_prompting([cell], hub=False)
+
+
+def test_no_prompt_depends_on_how_another_one_begins(folder):
+    """lm-eval looks at the first of a batch alone for whether to put the beginning-of-sequence token."""
+    lm = PrunedLM(str(folder), device="cpu", dtype="float32", add_bos_token=True, batch_size=2)
+    settings = {"until": ["\n\n"], "max_gen_toks": 6, "do_sample": False}
+    prompts = [f"{lm.tokenizer.bos_token}A longer prompt that begins so", "Once upon a time"]
+    todo = [Instance("generate_until", {}, (p, settings), i) for i, p in enumerate(prompts)]
+    ids, mask = lm.tok_batch_encode(prompts)
+    assert [row[on.bool()][0] for row, on in zip(ids, mask, strict=True)] == [lm.tokenizer.bos_token_id] * 2
+    assert lm.generate_until(todo) == [lm.generate_until([one])[0] for one in todo]
+    theirs = HFLM(str(folder), device="cpu", dtype="float32", add_bos_token=True, batch_size=1)
+    assert lm.generate_until(todo) == [theirs.generate_until([one])[0] for one in todo]
