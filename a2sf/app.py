@@ -317,7 +317,6 @@ def _report(
 ) -> None:
     from a2sf.experiments.runs import table_of
     from a2sf.experiments.sweep import finish, hardly_pruned
-    from a2sf.report.output import pictures
     from a2sf.report.tables import screen_table
 
     stored, failures = finish(directory, made.cells)
@@ -328,7 +327,7 @@ def _report(
             screen.print(note, highlight=False, soft_wrap=True)
     tracker = _runner(settings).tracker
     if outcomes and stored:
-        tracker.log_summary(table_of(stored, groups), lambda: pictures(directory))
+        tracker.log_summary(table_of(stored, groups), lambda: _pictures(directory))
     if tracker.note and outcomes:
         screen.print(tracker.note, highlight=False, markup=False, soft_wrap=True)
     if failures:
@@ -346,6 +345,12 @@ def _report(
         screen.print(f"[bold red]{several} not run[/bold red]: {escape(told)}", highlight=False, soft_wrap=True)
     if failures or refused:
         sys.exit(1)
+
+
+def _pictures(directory: Path) -> dict[str, Path]:
+    from a2sf.report.output import pictures  # which takes a second to import
+
+    return pictures(directory)
 
 
 def quiet() -> None:
