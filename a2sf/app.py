@@ -8,8 +8,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,20 +17,14 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from a2sf.errors import Notice, UserError, nearest
 from a2sf.shipped import shipped
+from a2sf.starting import importing, set_environment
 
 if TYPE_CHECKING:
     from a2sf.experiments.aggregates import Group
@@ -53,8 +46,6 @@ Launch = Callable[[list[list[str]]], list[Any]]
 
 def guard(main: Callable[[], Any]) -> None:
     """Run the app; a user's mistake is one sentence on standard error and exit code 1, never a traceback."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra raises what we explain
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # not by way of SIGINT, which a process that a script started in the background ignores
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -90,11 +81,12 @@ def job(composed: DictConfig) -> Any:
             return run_grid([([], composed)], None)
         except UserError as error:  # told here, since Hydra would put a line of its own before it
             _fail(str(error))
+    set_environment()  # of a worker on another machine
     adopt(HydraConfig.get())
     quiet()
-    _share_cores()
-    from a2sf.experiments.workers import take_gpu
+    from a2sf.experiments.workers import share_cores, take_gpu
 
+    share_cores(HydraConfig.get().launcher)
     take_gpu(HydraConfig.get().launcher)
     settings = _read(composed)
     return _runner(settings).run(settings.cells, settings.planned)
@@ -156,6 +148,7 @@ def run_grid(
     from a2sf.experiments.estimate import estimate
     from a2sf.experiments.group import grouped
     from a2sf.experiments.prepare import documents, models
+    from a2sf.experiments.progress import Progress, shown
     from a2sf.experiments.reuse import plan
     from a2sf.experiments.runs import write_groups
 
@@ -187,9 +180,10 @@ def run_grid(
 
     if made.pending:
         runner = _runner(first)
+        progress = Progress(made, groups, estimates, directory, _underway)
         for cell in (c for c in made.pending if c.model in broken):
             runner.fail(cell, broken[cell.model])
-        with _progress(made, directory):
+        with shown(screen, progress):
             # one model after the other, so that each is loaded once, and what takes longest first
             size = {c.name: e.tokens or 0 for g, e in zip(groups, estimates, strict=True) for c in g}
             todo = sorted(made.pending, key=lambda c: (c.model_name, -size[c.name], c.task, c.shots))
@@ -285,6 +279,8 @@ def _names_in(folder: Path) -> list[tuple[str, str]]:
 
 
 def _print_plan(made: Plan, groups: Sequence[Sequence[Cell]], estimates: Sequence[Estimate], directory: Path) -> None:
+    from a2sf.experiments.progress import duration
+
     pending = made.pending
     known = [(len(g), e) for g, e in zip(groups, estimates, strict=True)]
     tokens = sum(e.tokens for _, e in known if e.tokens is not None)
@@ -295,7 +291,7 @@ def _print_plan(made: Plan, groups: Sequence[Sequence[Cell]], estimates: Sequenc
     if timed:
         seconds = sum(e.seconds for _, e in known if e.seconds is not None)
         some = "" if timed == len(pending) else f"; {len(pending) - timed} of them are not like any that was measured"
-        about += f", about {_duration(seconds)} at the speed measured here{some}"
+        about += f", about {duration(seconds)} at the speed measured here{some}"
     screen.print(
         f"[bold]{directory}[/bold]: {len(made.cells)} cells, {len(made.done)} done, {len(pending)} to run{about}",
         highlight=False,
@@ -310,33 +306,9 @@ def _rounded(number: float) -> str:
     return f"{float(f'{number:.2g}'):,.0f}"
 
 
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
-
-
-@contextmanager
-def _progress(made: Plan, directory: Path) -> Iterator[None]:
-    """A bar that follows the finished cells on disk, whoever computes them, and those that this process is at."""
-    from a2sf.experiments.prepare.bar import bar
-    from a2sf.experiments.runs import is_cell
-    from a2sf.experiments.sweep import failure_file
-
-    started = time.time()
-
-    def finished() -> float:
-        def failed(name: str) -> bool:
-            file = failure_file(directory, name)
-            return file.exists() and file.stat().st_mtime >= started
-
-        over = {c.name for c in made.pending if is_cell(directory / c.name) or failed(c.name)}
-        shares = [min(1.0, s) for r in _runners.values() for n, s in list(r.underway.items()) if n not in over]
-        return len(made.done) + len(over) + sum(shares)
-
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-    columns += [TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()]
-    with bar(screen, columns, "cells", len(made.cells), finished):
-        yield
+def _underway(name: str) -> float | None:
+    """How much of the work on a cell is done, where this process is at it."""
+    return next((r.underway[name] for r in list(_runners.values()) if name in r.underway), None)
 
 
 def _report(
@@ -349,7 +321,6 @@ def _report(
     from a2sf.experiments.notes import notes_of
     from a2sf.experiments.runs import table_of
     from a2sf.experiments.sweep import finish, hardly_pruned
-    from a2sf.report.output import pictures
     from a2sf.report.tables import screen_table
 
     stored, failures = finish(directory, made.cells)
@@ -362,7 +333,7 @@ def _report(
     if stored and tracker:
         for cell in stored:  # whoever computed it
             tracker.log_cell(cell)
-        tracker.log_summary(table_of(stored, groups), lambda: pictures(directory))
+        tracker.log_summary(table_of(stored, groups), lambda: _pictures(directory))
         screen.print(tracker.note or "", highlight=False, markup=False, soft_wrap=True)
     if failures:
         screen.print(
@@ -381,6 +352,12 @@ def _report(
         sys.exit(1)
 
 
+def _pictures(directory: Path) -> dict[str, Path]:
+    from a2sf.report.output import pictures  # which takes a second to import
+
+    return pictures(directory)
+
+
 def quiet() -> None:
     """Libraries keep to themselves; what the user needs to know, we say, warnings about a cell's numbers with its result."""
     import logging
@@ -391,6 +368,7 @@ def quiet() -> None:
     warnings.showwarning = _show
     for name in ("lm_eval", "transformers", "datasets", "wandb", "httpx", "accelerate", "huggingface_hub", "filelock"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    _import_libraries()
     import datasets
     import huggingface_hub
     import transformers
@@ -401,23 +379,19 @@ def quiet() -> None:
     transformers.logging.disable_progress_bar()
 
 
+@cache
+def _import_libraries() -> None:
+    """Once, since what is there by then counts as needed until the process ends."""
+    with importing():
+        import datasets  # noqa: F401
+        import transformers.modeling_utils  # noqa: F401
+
+        from a2sf.experiments import config, sweep  # noqa: F401
+
+
 def _show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
     """A warning as a sentence, without the line of code that it was raised in."""
     sys.stderr.write(f"{message}\n")
-
-
-def _share_cores() -> None:
-    """Workers side by side on one machine share its cores instead of each taking all."""
-    launcher = HydraConfig.get().launcher
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = launcher.get("n_jobs") or 1
-    per_worker = cores // (cores if workers < 0 else workers)  # joblib
-    per_worker = launcher.get("cpus_per_task") or per_worker  # submitit
-    per_worker = OmegaConf.select(launcher, "ray.remote.num_cpus") or per_worker  # ray
-    if per_worker < cores:
-        import torch
-
-        torch.set_num_threads(max(1, int(per_worker)))
 
 
 def _explain(error: Exception) -> str:

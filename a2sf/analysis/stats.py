@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy import optimize, stats
-from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.multitest import multipletests
+from scipy import optimize, special
+
+# scipy.stats and statsmodels, which take a second to import, are imported where they are used: a sweep's table needs neither
 
 CONFIDENCE = 0.95
 POWER = 0.8
@@ -23,7 +23,7 @@ RESAMPLES = 2000
 SIGN_FLIPS = 100_000
 """Random sign flips behind the p-value of an average; the smallest p-value they can show is 1e-5."""
 
-Z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2))
+Z = float(special.ndtri(0.5 + CONFIDENCE / 2))
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ def is_binary(values: np.ndarray) -> bool:
 
 def standard_error(values: np.ndarray) -> float:
     """Standard error of the mean, with n - 1, as lm-eval gives it (NaN for one document)."""
+    from scipy import stats
+
     return float(stats.sem(values)) if len(values) > 1 else math.nan
 
 
@@ -105,6 +107,8 @@ def mcnemar_p(gained: int, lost: int) -> float:
     """Exact McNemar test on the documents whose answer flipped."""
     if gained + lost == 0:
         return 1.0
+    from statsmodels.stats.contingency_tables import mcnemar
+
     return float(min(1.0, mcnemar(np.array([[0, gained], [lost, 0]]), exact=True).pvalue))
 
 
@@ -129,7 +133,7 @@ def detectable_difference(n: int, discordance: float) -> float:
         n: documents.
         discordance: share of documents whose answer flipped, either way.
     """
-    z_power = stats.norm.ppf(POWER)
+    z_power = special.ndtri(POWER)
 
     def surplus(delta: float) -> float:
         flips = max(discordance, delta)
@@ -140,7 +144,11 @@ def detectable_difference(n: int, discordance: float) -> float:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm-corrected p-values, in the given order."""
-    return [float(p) for p in multipletests(p_values, method="holm")[1]] if len(p_values) else []
+    if not len(p_values):
+        return []
+    from statsmodels.stats.multitest import multipletests
+
+    return [float(p) for p in multipletests(p_values, method="holm")[1]]
 
 
 def bootstrap_means(values: np.ndarray, task: int = 0) -> np.ndarray:
@@ -164,7 +172,7 @@ def _bootstrap_interval(changes: Sequence[np.ndarray]) -> tuple[float, float, fl
     """95 % interval of the mean over tasks, and the p-value of zero from the bootstrap's standard error."""
     means = np.mean([bootstrap_means(c, task) for task, c in enumerate(changes)], axis=0)
     value, spread = float(np.mean([c.mean() for c in changes])), float(means.std(ddof=1))
-    p = 2 * float(stats.norm.sf(abs(value) / spread)) if spread > 0 else float(value == 0)
+    p = 2 * float(special.ndtr(-abs(value) / spread)) if spread > 0 else float(value == 0)
     return *interval(means), p
 
 

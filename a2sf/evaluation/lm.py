@@ -150,6 +150,7 @@ class PrunedLM(OneByOne):
         asking = [m for m in self.group or [self.member] if m.error is None]
         for member in asking:
             member.asked = len(set(hashes))
+            member.planned = member.read = member.new = 0
         new = {h: r for h, r in zip(hashes, requests, strict=True) if any(m.answer(h) is None for m in asking)}
         for r in new.values():
             context, continuation = r.args
@@ -231,6 +232,9 @@ class PrunedLM(OneByOne):
             self.member.error = None
         hashes = [None if strings is None else request_hash(strings) for strings, _, _ in requests]
         asked = [a for j in range(len(requests)) for a in self._asked(requests, hashes, j)]
+        for a in (a for a in asked if hashes[a.number] is not None):
+            a.member.planned += len(a.request.read)
+            a.member.new += 1
         answers: dict[int, tuple[float, bool]] = {}
         bar = tqdm(total=len(asked), disable=disable_tqdm or self.silent, desc="log-likelihoods", leave=False)
         started = self._clock or time.perf_counter()
@@ -244,6 +248,7 @@ class PrunedLM(OneByOne):
             strings, context, continuation = requests[a.number]
             if (h := hashes[a.number]) is not None:
                 a.member.answers[h] = Answer(value, greedy, len(context), len(continuation))
+                a.member.read += len(a.request.read)
             if a.member is self.member:
                 answers[a.number] = (value, greedy)
                 if strings is not None:

@@ -41,6 +41,8 @@ class Member:
         known: answers of an earlier result, by `request_hash`.
         answers: those computed in this group.
         asked: how many requests there are, where that is known by now.
+        planned, read: tokens of the requests that had no answer when they were asked, and of those that have one by now.
+        new: how many requests had no answer.
         seconds: time that was spent on it, its share where several were computed together.
         ran: which implementations of the recursion did so (`a2sf.engine.kernels.noting`).
         error: why it cannot go on; the others of its group do.
@@ -53,9 +55,21 @@ class Member:
     known: dict[str, Answer] = field(default_factory=dict)
     answers: dict[str, Answer] = field(default_factory=dict)
     asked: int = 0
+    planned: int = 0
+    read: int = 0
+    new: int = 0
     seconds: float = 0.0
     ran: set[str] = field(default_factory=set)
     error: Exception | None = None
+
+    @property
+    def share(self) -> float:
+        """How much of the work on its requests is done, by tokens where these are counted; nought while none is known."""
+        if not self.asked:
+            return 0.0
+        if not self.planned:
+            return min(1.0, (len(self.known) + len(self.answers)) / self.asked)
+        return 1 - self.new / self.asked * (1 - self.read / self.planned)
 
     def answer(self, request: str) -> Answer | None:
         """The answer to a request, by its hash."""

@@ -36,6 +36,7 @@ def write(directory: Path, cell: Cell, documents: str, member: Member) -> None:
         "documents": documents,
         "answers": {h: list(a) for h, a in member.answers.items()},
         "seconds": member.seconds,
+        "share": member.share,
         "ran": sorted(member.ran),
         "counts": {name: getattr(member.counts, name) for name in COUNTED},
     }
@@ -72,6 +73,14 @@ def restore(directory: Path, cell: Cell, documents: str, member: Member) -> None
         member.ran = set(body["ran"])
         for name in COUNTED:
             setattr(member.counts, name, body["counts"][name])
+
+
+def share_of(directory: Path, cell: Cell) -> float:
+    """How much of a cell's work is done by what was kept for it; nought where nothing was."""
+    for file in _files(directory, cell):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return float(json.loads(file.read_text())["share"])
+    return 0.0
 
 
 def remove(directory: Path, cell: Cell) -> None:

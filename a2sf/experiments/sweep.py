@@ -77,7 +77,7 @@ class Runner:
         batch_size: sequences per forward pass, None for auto.
         trace: documents of each cell whose evictions are noted in the cell's `traces.npz` (see `a2sf.engine.trace`).
         checkpoint: seconds of work after which the answers of unfinished cells are kept.
-        underway: of unfinished cells of the group in work, by name, the share of their requests that is answered.
+        underway: of unfinished cells of the group in work, by name, the share of their work that is done.
     """
 
     directory: Path
@@ -151,7 +151,7 @@ class Runner:
 
     def _watch(self, members: dict[str, Member]) -> None:
         """Note how far each cell is, after a pass."""
-        self.underway = {n: (len(m.known) + len(m.answers)) / m.asked for n, m in members.items() if m.asked}
+        self.underway = {name: member.share for name, member in members.items() if member.asked}
 
     def _keep(self, computed: Computed) -> Outcome:
         """Write a result, or record a failure."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -65,6 +66,7 @@ def test_a_sweep_ends_with_a_table_and_files(sweep):
         assert label in done.stdout
     assert "Traceback" not in done.stderr
     assert "it/s" not in done.stderr  # libraries keep to themselves
+    assert re.search(rf"^{CELLS} of {CELLS} cells, 100 % of the work, .* so far; finished ", done.stdout, re.M)
     table = pd.read_csv(directory / "results.csv")
     assert ",".join(table.columns).startswith(
         "model,policy,budget_ratio,forgetting_factor,shots,task,metric,value,stderr,n"
