@@ -22,8 +22,8 @@ from a2sf.experiments import checkpoint
 from a2sf.experiments.cell import Cell
 from a2sf.experiments.estimate import Estimate
 from a2sf.experiments.prepare.bar import bar
-from a2sf.experiments.runs import is_cell
 from a2sf.experiments.reuse import Plan
+from a2sf.experiments.runs import is_cell
 
 MINUTE = 60.0
 POLL_SECONDS = 1.0

@@ -17,7 +17,8 @@ from a2sf.experiments import checkpoint, progress
 from a2sf.experiments.cell import Cell
 from a2sf.experiments.estimate import Estimate
 from a2sf.experiments.progress import Progress, shown
-from a2sf.experiments.sweep import Plan, failure_file
+from a2sf.experiments.reuse import Plan
+from a2sf.experiments.sweep import failure_file
 from a2sf.hf.loading import ModelSpec
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policy
