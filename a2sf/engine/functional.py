@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from a2sf.engine import kernels
+from a2sf.engine.eviction import wants_gradient
 from a2sf.engine.state import EvictionState, Options, Segments
 from a2sf.errors import ConfigError, UserError
 from a2sf.policies.arguments import policy_of, schedule_of
@@ -49,7 +50,7 @@ def attend(
         layer, layers: which layer of how many, for policies whose numbers differ by layer.
         state: continue from here; None: empty caches.
         scale: factor on the logits; default `D ** -0.5`.
-        backend: `auto`, or the name of one of `a2sf.engine.kernels.BACKENDS`.
+        backend: `auto`, or the name of one of `a2sf.engine.kernels.BACKENDS`; only `reference` has gradients.
 
     Returns:
         output [B, H, T, V] in the query's dtype, and the state after each row's last token; `state.positions`
@@ -130,7 +131,7 @@ def evicting_attention(
         scale: factor on the logits; default `D ** -0.5`.
         lengths: int tensor [B], the rows' own lengths if they are right-padded; output past a row's length is 0.
         state: continue from here; None: empty caches.
-        backend: `auto`, or the name of one of `a2sf.engine.kernels.BACKENDS`.
+        backend: `auto`, or the name of one of `a2sf.engine.kernels.BACKENDS`; only `reference` has gradients.
 
     Returns:
         output [B, H, T, V] in the query's dtype, and the state after each row's last token.
@@ -163,6 +164,8 @@ def _run(
 ) -> tuple[Tensor, EvictionState]:
     if state is not None:
         _check_state(state, query, key, segments.rule)
+    if backend != "reference" and wants_gradient(query, key, value, state):
+        raise ConfigError("backend", backend, "only reference has gradients; give it, or call under torch.no_grad()")
     options = Options(scale=query.shape[-1] ** -0.5 if scale is None else scale, return_state=True)
     attended = kernels.attend(query, key, value, segments, options, state, backend=backend)
     assert attended.state is not None

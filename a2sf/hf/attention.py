@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from a2sf.engine.eviction import Options, Segments
+from a2sf.engine.eviction import Options, Segments, wants_gradient
 from a2sf.engine.kernels import attend, noting
 from a2sf.engine.trace import attention_mass, steps_of
 from a2sf.errors import UserError
@@ -379,7 +379,25 @@ def pruned_attention(
             f"{type(module).__name__} builds an attention mask of its own, which the engine does not support"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return plan.attend(layer, query, key, value, scale, sliding_window or None).transpose(1, 2), None
+    output = plan.attend(layer, query, key, value, scale, sliding_window or None).transpose(1, 2)
+    if not output.requires_grad and wants_gradient(query, key, value):
+        output = _WithoutGradient.apply(output, query, key, value)
+    return output, None
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """An output that cannot be differentiated, which whoever tries is told; without it, gradients would lack a part."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *inputs: Tensor) -> Tensor:
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        raise UserError(
+            "a pruned call was differentiated, which only backend=reference can be; give pruning(..., backend='reference') "
+            "or a PrunedCache with it"
+        )
 
 
 def check_arguments(module: nn.Module, dropout: float, other: dict[str, Any]) -> int:
