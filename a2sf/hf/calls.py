@@ -399,9 +399,22 @@ def new_tokens(shape: tuple[int, int], past: int, mask: Tensor | None) -> tuple[
     Raises:
         UserError: if the mask has another size, or a gap within a row's new tokens.
     """
+    start, length, order = ragged_tokens(shape, past, mask)
+    if order is not None:
+        raise UserError("attention_mask has a gap inside a row's new tokens; pad at the beginning or at the end")
+    return start, length
+
+
+def ragged_tokens(shape: tuple[int, int], past: int, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `new_tokens`, and where a row has a gap the columns int64 [B, T] in an order that brings its tokens together.
+
+    Raises:
+        UserError: if the mask has another size.
+    """
     B, T = shape
+    whole = torch.zeros(B, dtype=torch.int64), torch.full((B,), T), None
     if mask is None:
-        return torch.zeros(B, dtype=torch.int64), torch.full((B,), T)
+        return whole
     if mask.shape != (B, past + T):
         raise UserError(
             f"attention_mask has shape {tuple(mask.shape)} and must cover the {past} tokens read so far and the {T} new "
@@ -409,10 +422,10 @@ def new_tokens(shape: tuple[int, int], past: int, mask: Tensor | None) -> tuple[
         )
     real = mask[:, past:].bool().cpu()
     if bool(real.all()):
-        return torch.zeros(B, dtype=torch.int64), torch.full((B,), T)
+        return whole
     length = real.sum(1)
     start = real.int().argmax(1)
     column = torch.arange(T)
-    if not torch.equal(real, (column >= start[:, None]) & (column < (start + length)[:, None])):
-        raise UserError("attention_mask has a gap inside a row's new tokens; pad at the beginning or at the end")
-    return start, length
+    if torch.equal(real, (column >= start[:, None]) & (column < (start + length)[:, None])):
+        return start, length, None
+    return torch.zeros_like(start), length, (~real).int().argsort(dim=1, stable=True)

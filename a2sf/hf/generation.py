@@ -25,7 +25,7 @@ from a2sf.engine.kernels import check_backend
 from a2sf.engine.state import EvictionState
 from a2sf.errors import ConfigError, UserError
 from a2sf.hf.attention import UnsupportedModel, check_finite, keeps_window, mixes_windows, rope_switch, within_window
-from a2sf.hf.calls import decoder_of, following_copy, new_tokens, surround
+from a2sf.hf.calls import decoder_of, following_copy, ragged_tokens, surround
 from a2sf.hf.chunks import bounds, columns
 from a2sf.hf.exactness import require_decoding, require_exact
 from a2sf.hf.kept import Kept
@@ -153,6 +153,7 @@ class PrunedCache(Cache):
         self._pass: _CachePass | None = None
         self._attentions: list[int] = []  # how many times each layer calls its attention in a pass
         self._spoilt = False
+        self._given = self._begins = False  # whether generate was given this cache, and no call came since it began
         self._left = 0  # columns still to be read of a call that is read in parts
 
     def __bool__(self) -> bool:
@@ -279,9 +280,10 @@ class PrunedCache(Cache):
         most = columns(shape[0], model.device)
         if self._left or shape[1] <= most:
             return [shape[1]]
-        start, length = self._admit(model, shape, mask)
+        start, length, order = self._admit(model, shape, mask)
         assert self.seen is not None
-        if int((self.seen + length).max()) > self.rope_switch:  # what comes later says how all are turned
+        switches = int((self.seen + length).max()) > self.rope_switch  # what comes later says how all are turned
+        if switches or (order is not None and self.schedule.prompt):
             return [shape[1]]
         first = 0
         if self.schedule.prompt:
@@ -291,7 +293,9 @@ class PrunedCache(Cache):
         self._left = shape[1] if len(ends) > 1 else 0
         return ends
 
-    def _admit(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _admit(
+        self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Check a call as a whole, and resolve the budgets at the first; where each row's new tokens are."""
         if self._model() is not model:
             raise UserError(
@@ -305,15 +309,8 @@ class PrunedCache(Cache):
                 f"this cache holds a batch of {len(self.seen)} sequences and the model was called with {shape[0]}; make "
                 "a cache for each batch"
             )
-        start, length = new_tokens(shape, self.columns, mask)
-        in_chunks = (self.calls == 1 and shape[1] > 1) or (self.calls == 0 and shape[1] == 1)
-        if in_chunks and self._depends_on_prompt and self.context_tokens is None:
-            raise UserError(
-                "the prompt comes in chunks, so its length is not known when "
-                + ("it is to be cut" if self.schedule.prompt else "a share of it is needed")
-                + "; give PrunedCache(..., context_tokens=...)"
-                + ("" if self.schedule.prompt else ", or budget.tokens")
-            )
+        start, length, order = self._new_tokens(shape, mask)
+        self._check_prompt_is_known(shape[1])
         if self.seen is not None and mask is not None:
             earlier = mask[:, : self.columns].long().sum(1).cpu()
             if not torch.equal(earlier, self.seen):
@@ -328,7 +325,50 @@ class PrunedCache(Cache):
             if not self.retention:  # else `keep` gave it
                 self._resolve(length)  # last, so that a call that is refused leaves nothing behind
             self.seen = seen
-        return start, length
+        return start, length, order
+
+    def _new_tokens(self, shape: tuple[int, int], mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Where each row's new tokens are; a later turn's may have a gap, between the last answer and the question."""
+        start, length, order = ragged_tokens(shape, self.columns, mask)
+        if order is not None and (self.seen is None or self.trace):
+            why = "a trace notes steps by their columns, so give rows of one length" if self.seen is not None else None
+            raise UserError(
+                f"attention_mask has a gap inside a row's new tokens; {why or 'pad at the beginning or at the end'}"
+            )
+        return start, length, order
+
+    def _check_prompt_is_known(self, columns: int) -> None:
+        """Refuse a call of `columns` tokens where what follows from the prompt's length may be wrong.
+
+        The first call is the prompt. It may be a part of it where it brings one token, and was one where the second brings
+        several, unless `generate` began there.
+
+        Raises:
+            UserError: if it does.
+        """
+        depends = self.schedule.prompt or (self.budget is not None and self.budget.ratio is not None)
+        unknown = (self.calls == 1 and columns > 1) or (self.calls == 0 and columns == 1)
+        if not depends or not unknown or self._begins or self.context_tokens is not None:
+            return
+        needed = "for the cut after it" if self.schedule.prompt else "for a budget that is a share of it"
+        told = (
+            "the first call brings a single token"
+            if not self.calls
+            else (f"the first call brought {max(self.prompt)} tokens and the second brings several more")
+        )
+        raise UserError(
+            f"{told}, so it is not known where the prompt ends, which is needed {needed}; give its length as "
+            "context_tokens=..." + ("" if self.schedule.prompt else ", or a budget of tokens")
+        )
+
+    @property
+    def _is_user_defined(self) -> bool:
+        """transformers' `generate` sets it where it begins on a cache that its caller gave: a turn begins."""
+        return self._given
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, value: bool) -> None:
+        self._given = self._begins = value
 
     def begin(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> _CachePass:
         """Start a call of `model` on `shape` = (B, T) new tokens; `mask` [B, columns] is 0 where a token is padding.
@@ -336,16 +376,17 @@ class PrunedCache(Cache):
         Raises:
             UserError: if the cache does not fit the model, the batch or the mask, or a sequence gets too long.
         """
-        start, length = self._admit(model, shape, mask) if not self._left else new_tokens(shape, self.columns, mask)
+        start, length, order = self._admit(model, shape, mask) if not self._left else self._new_tokens(shape, mask)
         assert self.seen is not None
         after = self.seen + length
         self._left = max(0, self._left - shape[1])
-        self._pass = _CachePass(self, Step(start, length, self.seen, after, shape[1]), len(self.layers))
+        self._pass = _CachePass(self, Step(start, length, self.seen, after, shape[1], order), len(self.layers))
         return self._pass
 
     def end(self, completed: bool) -> None:
         """Finish the call that `begin` started; a cache whose call failed is not used again."""
         done, self._pass = self._pass, None
+        self._begins = False
         if not completed and self._left:
             self._spoilt, self._left = True, 0
         if done is None:
@@ -384,10 +425,6 @@ class PrunedCache(Cache):
     def more(self) -> int | None:
         """How many tokens may come after this call's, where that is known."""
         return None if self.calls or self.max_new_tokens is None else self._left + self.max_new_tokens
-
-    @property
-    def _depends_on_prompt(self) -> bool:
-        return self.schedule.prompt or (self.budget is not None and self.budget.ratio is not None)
 
     def keep(self, retention: list[tuple[Retention, ...]], prompt: list[int]) -> None:
         """Resolve the budgets before the first call: what each layer keeps and the prompt's tokens, per row."""
@@ -436,6 +473,8 @@ class _CachePass:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """Insert, attend, score and evict in one layer, [B, H, T, V]."""
+        if (order := self.step.order) is not None:
+            query, key, value = (_in_order(x, order) for x in (query, key, value))
         tokens = (range(len(self.step.start)), self.step.start.tolist(), self.step.length.tolist())
         if self.step.columns > 1:
             check_finite(layer, tokens, query=query, key=key, value=value)
@@ -450,7 +489,13 @@ class _CachePass:
             # NaN and infinity end up in the output, but not those of a key that only gets no attention
             check_finite(layer, tokens, key=key, output=output)
         self.attentions[layer] += 1
-        return output
+        return output if order is None else _in_order(output, order.argsort(1))
+
+
+def _in_order(x: Tensor, order: Tensor) -> Tensor:
+    """`x` [B, heads, T, D] with the columns of each row in an order [B, T]."""
+    index = order.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+    return x.gather(2, index)
 
 
 class _TrialCache(PrunedCache):

@@ -32,6 +32,7 @@ class Step:
         start, length: row `b` has tokens in the columns `[start, start + length)`; the others are padding.
         before, after: tokens of the row read before and after this call.
         columns: T, tokens of the call with padding.
+        order: int64 [B, T], the columns in the order that `start` and `length` are about, where a row has a gap.
     """
 
     start: Tensor
@@ -39,6 +40,7 @@ class Step:
     before: Tensor
     after: Tensor
     columns: int
+    order: Tensor | None = None
 
 
 @dataclass(frozen=True)
