@@ -19,6 +19,7 @@ from baselines.adakv import AdaKV
 from baselines.full import Full
 from baselines.future import Future
 from baselines.heads import Heads
+from baselines.pyramidkv import PyramidKV
 from baselines.snapkv import SnapKV
 from baselines.streaming import Streaming
 from baselines.tova import TOVA
@@ -64,6 +65,12 @@ def test_the_prompt_is_cut_in_memory_and_what_is_kept_after_it_grows():
     assert step.state(0).positions.shape[-1] == 64
     full = after_prompt(Full())
     assert step.nbytes <= kept.nbytes < 0.2 * full.nbytes
+
+
+def test_a_budget_above_half_of_the_prompt_is_spent():
+    """Four fifths of a prompt of 600 tokens in layers of their own sizes, and the ten tokens after it."""
+    cache = after_prompt(PyramidKV(), tokens=480)
+    assert [int((cache.state(i).positions >= 0).sum(-1).max()) for i in range(3)] == [610, 490, 370]
 
 
 def test_memory_under_a_schedule_that_evicts_every_so_often():
