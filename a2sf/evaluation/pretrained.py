@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
-from a2sf.errors import ConfigError
-from a2sf.hf.loading import LoadedModel, ModelSpec, load, load_tokenizer
+from a2sf.errors import ConfigError, Notice
+from a2sf.hf.loading import LoadedModel, ModelSpec, left_alone, load, load_tokenizer
 
-OF_LOADING = ("revision", "dtype", "device", "device_map", "trust_remote_code", "gguf_file")
+OF_LOADING = ("revision", "dtype", "device", "device_map", "trust_remote_code", "gguf_file", "peft")
 NOT_OURS = {
     "parallelize",
     "tp_plan",
-    "peft",
     "delta",
     "autogptq",
     "gptqmodel",
@@ -49,8 +49,13 @@ def load_pretrained(pretrained: str, given: dict[str, Any]) -> tuple[LoadedModel
         settings["dtype"] = str(settings["dtype"]).removeprefix("torch.")
     if "device" in settings:
         settings["device"] = str(settings["device"])
+    if "peft" in settings:
+        settings["adapter"] = settings.pop("peft")
     path = "/".join(filter(None, [pretrained, settings.pop("gguf_file", None)]))
-    loaded = load(ModelSpec(path, **settings))
+    spec = ModelSpec(path, **settings)
+    loaded = load(spec)
+    if note := left_alone(spec):
+        warnings.warn(note, Notice, stacklevel=2)
     left = {k: v for k, v in given.items() if k not in OF_LOADING and k not in NOT_OURS and v is not None}
     if isinstance(name := left.get("tokenizer"), str):
         left["tokenizer"] = load_tokenizer(ModelSpec(name, trust_remote_code=settings.get("trust_remote_code", False)))

@@ -78,6 +78,7 @@ class Cell:
         return {
             "model": self.model.path,
             "weights": fingerprint(self.model),
+            **({"adapter": {"path": a.path, "weights": a.fingerprint()}} if (a := self.model.added) else {}),
             "dtype": self.model.resolved_dtype,
             "device": device,
             "policy": self.policy.name,
@@ -148,6 +149,7 @@ class Cell:
             "name": self.name,
             "model": self.model_name,
             "model_path": self.model.path,
+            **({"adapter": a.path} if (a := self.model.added) else {}),
             "dtype": self.identity["dtype"],
             "policy": self.policy.name,
             "policy_label": self.policy.label,

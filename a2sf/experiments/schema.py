@@ -54,6 +54,7 @@ class ModelConfig:
         device: auto, cpu, cuda, cuda:N
         revision: branch, tag or commit on the hub
         trust_remote_code: run modelling code that comes with the weights
+        adapter: a directory or hub id (owner/name@revision) of LoRA or other weights that peft adds to the model; null: none
         device_map: spread a large model: auto, balanced, balanced_low_0, sequential, or a JSON file of modules and devices
     """
 
@@ -64,6 +65,7 @@ class ModelConfig:
     revision: str = "main"
     trust_remote_code: bool = False
     device_map: str | None = None
+    adapter: str | None = None
 
 
 @dataclass
