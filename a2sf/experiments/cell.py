@@ -22,7 +22,7 @@ from a2sf.evaluation.members import request_hash
 from a2sf.evaluation.prompting import SAMPLING_SEED, Prompting, draws
 from a2sf.experiments.names import ID_DIGITS, safe
 from a2sf.experiments.until import Until
-from a2sf.hf.loading import ModelSpec, fingerprint, load_tokenizer, positions_of, tokenizer_folder
+from a2sf.hf.loading import ModelSpec, adapter_of, fingerprint, load_tokenizer, positions_of, tokenizer_folder
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import source_digest
@@ -78,7 +78,7 @@ class Cell:
         return {
             "model": self.model.path,
             "weights": fingerprint(self.model),
-            **({"adapter": {"path": a.path, "weights": a.fingerprint()}} if (a := self.model.added) else {}),
+            **adapter_of(self.model),
             "dtype": self.model.resolved_dtype,
             "device": device,
             "policy": self.policy.name,

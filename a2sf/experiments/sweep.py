@@ -207,7 +207,12 @@ class Runner:
                 raise
             for key, value, found, planned in (
                 ("model.path", cell.model.path, loaded.fingerprint, cell.identity["weights"]),
-                ("model.adapter", cell.model.adapter, loaded.adapter, cell.identity.get("adapter", {}).get("weights")),
+                (
+                    "model.adapter",
+                    cell.model.adapter,
+                    loaded.adapter,
+                    (cell.identity.get("adapter") or {}).get("weights"),
+                ),
             ):
                 if found != planned:
                     raise ConfigError(key, value, "its files changed after the sweep began; start it again")

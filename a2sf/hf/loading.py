@@ -359,6 +359,18 @@ def prepare(spec: ModelSpec) -> list[Download]:
     return [d for d in found if d is not None]
 
 
+def adapter_of(spec: ModelSpec) -> dict[str, Any]:
+    """What identifies the adapter, as an entry `adapter`; none where there is no adapter.
+
+    None is the entry of a local model that has one beside it, which is not used: what was computed when it was is not
+    to be taken for this model's.
+    """
+    if (added := spec.added) is not None:
+        return {"adapter": {"path": added.path, "weights": added.fingerprint()}}
+    is_beside = spec.source.kind == "directory" and (Path(spec.path) / adapters.CONFIG).exists()
+    return {"adapter": None} if is_beside else {}
+
+
 def left_alone(spec: ModelSpec) -> str | None:
     """One sentence about an adapter that lies beside a model on this machine and is not used; None where there is none."""
     folder = Path(spec.source.path).parent if spec.source.kind == "file" else _folder_here(spec)

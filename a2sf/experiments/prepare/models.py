@@ -18,7 +18,7 @@ from a2sf.experiments.config import Settings, check_layers
 from a2sf.experiments.names import Named, distinct
 from a2sf.experiments.prepare.bar import download_bar
 from a2sf.hf.files.refusals import NotOnHub, Unreachable
-from a2sf.hf.loading import Download, ModelSpec, fingerprint, left_alone, load_tokenizer, pin, prepare
+from a2sf.hf.loading import Download, ModelSpec, adapter_of, fingerprint, left_alone, load_tokenizer, pin, prepare
 
 
 def pin_all(settings: Sequence[Settings], known: Mapping[str, str], screen: Console) -> list[Settings]:
@@ -80,10 +80,10 @@ def readable(settings: Sequence[Settings], screen: Console) -> tuple[list[Settin
 def tell_apart(settings: Sequence[Settings]) -> list[Settings]:
     """The same, with names for models that end alike."""
     weights = {c.model: fingerprint(c.model) for s in settings for c in s.cells}
-    adapters = {m: {"path": a.path, "weights": a.fingerprint()} for m in weights if (a := m.added)}
+    adapters = {m: adapter_of(m).get("adapter") for m in weights}
 
     def known(cell: Cell) -> Named:
-        return Named.of(cell.model_name, cell.model.path, weights[cell.model], adapters.get(cell.model))
+        return Named.of(cell.model_name, cell.model.path, weights[cell.model], adapters[cell.model])
 
     names = distinct(known(c) for s in settings for c in s.cells)
     return [replace(s, cells=tuple(replace(c, model_name=names[known(c)]) for c in s.cells)) for s in settings]

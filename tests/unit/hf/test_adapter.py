@@ -115,6 +115,14 @@ def test_it_is_part_of_what_a_cell_is_and_nothing_is_where_there_is_none(base, f
     assert len(set(distinct(named).values())) == 3
 
 
+def test_what_was_computed_with_one_beside_the_model_is_not_reused(base, files, tmp_path):
+    whole = tmp_path / "whole"
+    shutil.copytree(base, whole)
+    assert "adapter" not in cell(model=spec(whole)).identity
+    shutil.copy(files / "adapter_config.json", whole)
+    assert cell(model=spec(whole)).identity["adapter"] is None
+
+
 def test_tables_name_it_and_a_grid_may_hold_both(base, files):
     both = [
         settings("data=bundle", "tasks=[copa]", f"model.path={base}", *more)
