@@ -236,6 +236,7 @@ def _job(points: Sequence[tuple[list[str], DictConfig]], cells: Sequence[Cell]) 
     settled |= {"model.name": quote(cell.model_name)}
     if cell.model.source.kind == "hub":  # quoted, since a commit may look like a number
         settled |= {"model.path": quote(cell.model.path), "model.revision": quote(cell.model.revision)}
+    settled |= {"model.adapter": quote(cell.model.adapter)} if cell.model.adapter else {}
     settled |= {"model.device": cell.model.device} if cell.model.device != "auto" else {}
     settled |= {"data.content": quote(cell.data.content)} if cell.data.content else {}
     settled |= {"task_args": quote(cell.data.task_args) if cell.data.task_args else "null"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from rich.table import Table
 
 from a2sf import __version__
 from a2sf.app import quiet
-from a2sf.errors import ConfigError, nearest
+from a2sf.errors import ConfigError, Notice, nearest
 from a2sf.shipped import shipped
 
 PERS = ("model", "layer", "head")
@@ -162,7 +163,10 @@ def model_spec(args: argparse.Namespace) -> Any:
     known = shipped("conf") / "model" / f"{args.model}.yaml"
     path = yaml.safe_load(known.read_text())["path"] if "/" not in args.model and known.is_file() else args.model
     spec = loading.ModelSpec(path, dtype=args.dtype, device=args.device, revision=args.revision)
-    return loading.pin(spec)[0]
+    spec = loading.pin(spec)[0]
+    if note := loading.left_alone(spec):
+        warnings.warn(note, Notice, stacklevel=2)
+    return spec
 
 
 def _show(console: Console, found: Any, out: Path) -> None:

@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from a2sf.errors import ConfigError, nearest
-from a2sf.hf.loading import LoadedModel, ModelSpec, load, load_tokenizer
+from a2sf.errors import ConfigError, Notice, nearest
+from a2sf.hf.loading import LoadedModel, ModelSpec, left_alone, load, load_tokenizer
 from a2sf.hf.tokenizer import check_bos
 
-OF_LOADING = ("revision", "dtype", "device", "device_map", "trust_remote_code", "gguf_file")
+OF_LOADING = ("revision", "dtype", "device", "device_map", "trust_remote_code", "gguf_file", "peft")
 LOAD_IT = "it is not for a model that is given by its name; load the model with it and give that as pretrained"
 NOT_OURS = {
     **dict.fromkeys(("parallelize", "max_memory_per_gpu", "max_cpu_memory", "offload_folder", "tp_plan"), LOAD_IT),
-    **dict.fromkeys(("peft", "delta", "autogptq", "gptqmodel", "subfolder"), LOAD_IT),
+    **dict.fromkeys(("delta", "autogptq", "gptqmodel", "subfolder"), LOAD_IT),
     "use_fast_tokenizer": "transformers 5 has fast tokenizers alone; leave it out",
     "truncation": "a prompt that is too long for the model loses its beginning, as lm-eval has it; leave it out",
     "softmax_dtype": "log-likelihoods are computed in float32; leave it out",
@@ -62,10 +63,15 @@ def load_pretrained(pretrained: str, given: dict[str, Any]) -> tuple[LoadedModel
         settings["dtype"] = str(settings["dtype"]).removeprefix("torch.")
     if "device" in settings:
         settings["device"] = str(settings["device"])
+    if "peft" in settings:
+        settings["adapter"] = settings.pop("peft")
     path = "/".join(filter(None, [pretrained, settings.pop("gguf_file", None)]))
     bos = given.get("add_bos_token")
     own = None if isinstance(given.get("tokenizer"), str) else bos  # else of the other tokenizer
-    loaded = load(ModelSpec(path, add_bos_token=own, **settings))
+    spec = ModelSpec(path, add_bos_token=own, **settings)
+    loaded = load(spec)
+    if note := left_alone(spec):
+        warnings.warn(note, Notice, stacklevel=2)
     left = {k: v for k, v in given.items() if k not in OF_LOADING and k not in NOT_OURS and v is not None}
     if isinstance(name := left.get("tokenizer"), str):
         of_code = {"trust_remote_code": settings.get("trust_remote_code", False), "add_bos_token": bos}

@@ -25,7 +25,7 @@ from a2sf.evaluation.prompting import SAMPLING_SEED, Prompting, draws
 from a2sf.evaluation.warned import collected
 from a2sf.experiments.names import ID_DIGITS, safe
 from a2sf.experiments.until import Until
-from a2sf.hf.loading import ModelSpec, fingerprint, load_tokenizer, positions_of, tokenizer_folder
+from a2sf.hf.loading import ModelSpec, adapter_of, fingerprint, load_tokenizer, positions_of, tokenizer_folder
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import source_digest
@@ -83,6 +83,7 @@ class Cell:
         return {
             "model": self.model.path,
             "weights": fingerprint(self.model),
+            **adapter_of(self.model),
             "dtype": self.model.resolved_dtype,
             "device": device,
             **({} if self.model.add_bos_token is None else {"add_bos_token": self.model.add_bos_token}),
@@ -159,6 +160,7 @@ class Cell:
             "name": self.name,
             "model": self.model_name,
             "model_path": self.model.path,
+            **({"adapter": a.path} if (a := self.model.added) else {}),
             "dtype": self.identity["dtype"],
             "policy": self.policy.name,
             "policy_label": self.policy.label,

@@ -104,6 +104,8 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
     if here:
         model.check_here()
     name = config.model.name or (model_names or {}).get(model.path) or model.path.rstrip("/").rpartition("/")[2]
+    if model.added is not None and not config.model.name:
+        name = f"{name}+{model.added.name}"
     policy = _policy(config)
     budget = _budget(config, policy)
     schedule = told_apart(policy, _schedule(config))

@@ -78,7 +78,7 @@ def results_of(cells: Iterable[Cell], stored: Iterable[StoredCell]) -> dict[str,
     among: dict[str, list[StoredCell]] = {}
     for one in stored:
         among.setdefault(_place(tail_of(one.path)), []).append(one)
-    found = {}
+    found: dict[str, StoredCell] = {}
     for cell in cells:
         for one in among.get(_place(cell.tail), ()):
             if matches(one.cell, cell):
@@ -109,11 +109,12 @@ def plan(cells: Iterable[Cell], directory: Path) -> Plan:
     """Recognise equal cells and those already computed, in this sweep or (linked here) in another one."""
     unique = {c.name: c for c in {c.tail: c for c in cells}.values()}
     finished = Finished(sorted(directory.parent.glob("*/*__*")), unique.values())
-    done, notes = set(), []
+    done: set[str] = set()
+    notes: list[str] = []
     for name, cell in unique.items():
-        own, others = [], []
-        for path in finished.named(cell):
-            (own if path.parent == directory else others).append(path)
+        named = finished.named(cell)
+        own = [p for p in named if p.parent == directory]
+        others = [p for p in named if p.parent != directory]
         if _any_is_of(cell, own, notes):
             done.add(name)
         elif (same := _first_of(cell, others, notes)) is not None:

@@ -67,8 +67,9 @@ class StoredCell:
     def model(self) -> Named:
         """Which model it is: its name, where it was, and its fingerprint or commit."""
         cell = self.cell
-        weights = cell.get("identity", {}).get("weights")
-        return Named(cell["model"], cell.get("model_path") or cell["model"], weights)
+        identity = cell.get("identity", {})
+        path = cell.get("model_path") or cell["model"]
+        return Named.of(cell["model"], path, identity.get("weights"), identity.get("adapter"))
 
     @property
     def metrics(self) -> dict[str, dict[str, Any]]:

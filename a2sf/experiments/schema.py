@@ -57,6 +57,7 @@ class ModelConfig:
         device: auto, cpu, cuda, cuda:N
         revision: branch, tag or commit on the hub
         trust_remote_code: run modelling code that comes with the weights
+        adapter: a directory or hub id (owner/name@revision) of LoRA or other weights that peft adds to the model; null: none
         device_map: spread a large model: auto, balanced, balanced_low_0, sequential, or a JSON file of modules and devices
         add_bos_token: put the beginning-of-sequence token before each text, or do not; null: as the tokenizer's files say
     """
@@ -69,6 +70,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     device_map: str | None = None
     add_bos_token: bool | None = None
+    adapter: str | None = None
 
 
 @dataclass

@@ -207,10 +207,17 @@ class Runner:
             except UserError as error:  # it will be so for its other cells
                 self._broken[cell.model] = error
                 raise
-            if loaded.fingerprint != cell.identity["weights"]:
-                raise ConfigError(
-                    "model.path", cell.model.path, "its files changed after the sweep began; start it again"
-                )
+            for key, value, found, planned in (
+                ("model.path", cell.model.path, loaded.fingerprint, cell.identity["weights"]),
+                (
+                    "model.adapter",
+                    cell.model.adapter,
+                    loaded.adapter,
+                    (cell.identity.get("adapter") or {}).get("weights"),
+                ),
+            ):
+                if found != planned:
+                    raise ConfigError(key, value, "its files changed after the sweep began; start it again")
             lm = PrunedLM(
                 loaded.model,
                 tokenizer=loaded.tokenizer,

@@ -23,6 +23,7 @@ from transformers.quantizers import AutoHfQuantizer
 from a2sf.errors import ConfigError, first_line
 from a2sf.hf import devices
 from a2sf.hf.exactness import check_exact
+from a2sf.hf.files import adapter as adapters
 from a2sf.hf.files import gguf, hub, weights
 from a2sf.hf.files.cache import cache_directory, digest
 from a2sf.hf.files.paths import KEY, PACKAGE, Source, understand
@@ -48,6 +49,8 @@ class ModelSpec:
         revision: branch, tag or commit on the hub; `pin` makes a commit of it.
         trust_remote_code: run modelling code that comes with the weights.
         add_bos_token: whether the tokenizer puts its beginning-of-sequence token before each text; None: as its files say.
+        adapter: a directory or hub id (`owner/name@revision`) of weights that peft adds; None: none are, also where some
+            lie beside the model. Kept in one spelling.
 
     Raises:
         ConfigError: if a value is not allowed.
@@ -60,12 +63,18 @@ class ModelSpec:
     trust_remote_code: bool = False
     device_map: str | None = None
     add_bos_token: bool | None = None
+    adapter: str | None = None
     source: Source = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         source = understand(self.path, self.revision)
         for name, value in (("source", source), ("path", source.path), ("revision", source.revision)):
             object.__setattr__(self, name, value)
+        if self.adapter is not None:
+            object.__setattr__(self, "adapter", adapters.understand(self.adapter).value)
+            if self.device_map is not None:
+                why = "an adapter is added on one device only; merge it into the model first, or leave out model.device_map"
+                raise ConfigError(adapters.KEY, self.adapter, why)
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ConfigError("model.dtype", self.dtype, f"give auto or one of {', '.join(DTYPES)}")
         devices.check(self.device, self.device_map)
@@ -91,7 +100,13 @@ class ModelSpec:
     @property
     def pinned(self) -> bool:
         """Whether it can only mean one thing: all but a branch or tag of the hub."""
-        return self.source.kind != "hub" or hub.is_commit(self.revision)
+        of_model = self.source.kind != "hub" or hub.is_commit(self.revision)
+        return of_model and (self.added is None or self.added.pinned)
+
+    @property
+    def added(self) -> adapters.Adapter | None:
+        """The adapter."""
+        return None if self.adapter is None else adapters.understand(self.adapter)
 
     @property
     def wanted(self) -> Wanted:
@@ -105,6 +120,7 @@ class LoadedModel:
 
     Attributes:
         fingerprint: that of what was loaded.
+        adapter: the same of the adapter; None: there is none.
         format: which kind of file the weights were read from: safetensors, bin or gguf.
     """
 
@@ -112,6 +128,7 @@ class LoadedModel:
     tokenizer: Any
     fingerprint: str | None
     format: str = "safetensors"
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -144,8 +161,14 @@ def pin(spec: ModelSpec) -> tuple[ModelSpec, str | None]:
     """
     if spec.pinned:
         return spec, None
-    commit, note = hub.commit_of(spec.wanted)
-    return dataclasses.replace(spec, revision=commit), note
+    notes = []
+    if spec.source.kind == "hub":
+        commit, note = hub.commit_of(spec.wanted)
+        spec, notes = dataclasses.replace(spec, revision=commit), [note]
+    if spec.added is not None:
+        added, note = spec.added.pin()
+        spec, notes = dataclasses.replace(spec, adapter=added.value), [*notes, note]
+    return spec, " ".join(filter(None, notes)) or None
 
 
 def gguf_file(spec: ModelSpec) -> Path | None:
@@ -319,12 +342,39 @@ def kv_heads_of(config: Any) -> int | None:
     return told if isinstance(told, int) else None
 
 
-def prepare(spec: ModelSpec) -> Download | None:
-    """Check a model as far as it goes without its weights; what is still to fetch of it, None if everything is here.
+def prepare(spec: ModelSpec) -> list[Download]:
+    """Check a model and its adapter as far as it goes without their weights; what is still to fetch of them.
 
     Raises:
         ConfigError: as `check_config`; or if files are missing or not whole.
     """
+    found = [_prepare(spec)]
+    if spec.added is not None:
+        names = spec.added.names()
+        if (snapshot := spec.added.snapshot) and (left := snapshot.missing(names)):
+            found.append(Download(spec, snapshot, tuple(left)))
+    return [d for d in found if d is not None]
+
+
+def adapter_of(spec: ModelSpec) -> dict[str, Any]:
+    """What identifies the adapter, as an entry `adapter`; none where there is no adapter.
+
+    None is the entry of a local model that has one beside it, which is not used: what was computed when it was is not
+    to be taken for this model's.
+    """
+    if (added := spec.added) is not None:
+        return {"adapter": {"path": added.path, "weights": added.fingerprint()}}
+    is_beside = spec.source.kind == "directory" and (Path(spec.path) / adapters.CONFIG).exists()
+    return {"adapter": None} if is_beside else {}
+
+
+def left_alone(spec: ModelSpec) -> str | None:
+    """One sentence about an adapter that lies beside a model on this machine and is not used; None where there is none."""
+    folder = Path(spec.source.path).parent if spec.source.kind == "file" else _folder_here(spec)
+    return None if spec.adapter or folder is None else adapters.beside(folder)
+
+
+def _prepare(spec: ModelSpec) -> Download | None:
     check_config(spec)
     source = spec.source
     if source.kind in ("package", "file"):
@@ -401,9 +451,12 @@ def load(spec: ModelSpec) -> LoadedModel:
             KEY, spec.path, "its tokenizer is not the model's: it gives tokens that the model does not know"
         )
     model.eval()
+    if (added := spec.added) is not None:
+        added.add_to(model)
     check_exact(model)
     is_gguf = spec.source.kind in ("package", "file") or bool(spec.source.file)
-    return LoadedModel(model, tokenizer, fingerprint(spec), "gguf" if is_gguf else found.format)
+    of_adapter = None if added is None else added.fingerprint()
+    return LoadedModel(model, tokenizer, fingerprint(spec), "gguf" if is_gguf else found.format, of_adapter)
 
 
 def _read(folder: Path, found: weights.Weights, spec: ModelSpec, placement: dict[str, Any] | None) -> PreTrainedModel:

@@ -18,7 +18,7 @@ from a2sf.experiments.config import Settings, check_layers
 from a2sf.experiments.names import Named, distinct
 from a2sf.experiments.prepare.bar import download_bar
 from a2sf.hf.files.refusals import NotOnHub, Unreachable
-from a2sf.hf.loading import Download, ModelSpec, fingerprint, load_tokenizer, pin, prepare
+from a2sf.hf.loading import Download, ModelSpec, adapter_of, fingerprint, left_alone, load_tokenizer, pin, prepare
 
 
 def pin_all(settings: Sequence[Settings], known: Mapping[str, str], screen: Console) -> list[Settings]:
@@ -60,6 +60,8 @@ def readable(settings: Sequence[Settings], screen: Console) -> tuple[list[Settin
     for model in dict.fromkeys(c.model for s in settings for c in s.cells):
         try:
             fingerprint(model)
+            if model.added is not None:
+                model.added.fingerprint()
         except UserError as error:
             if model.source.kind == "hub":  # which is asked later
                 continue
@@ -78,9 +80,10 @@ def readable(settings: Sequence[Settings], screen: Console) -> tuple[list[Settin
 def tell_apart(settings: Sequence[Settings]) -> list[Settings]:
     """The same, with names for models that end alike."""
     weights = {c.model: fingerprint(c.model) for s in settings for c in s.cells}
+    adapters = {m: adapter_of(m).get("adapter") for m in weights}
 
     def known(cell: Cell) -> Named:
-        return Named(cell.model_name, cell.model.path, weights[cell.model])
+        return Named.of(cell.model_name, cell.model.path, weights[cell.model], adapters[cell.model])
 
     names = distinct(known(c) for s in settings for c in s.cells)
     return [replace(s, cells=tuple(replace(c, model_name=names[known(c)]) for c in s.cells)) for s in settings]
@@ -102,19 +105,23 @@ def fetch(models: Iterable[ModelSpec], screen: Console) -> dict[ModelSpec, UserE
     """
     models = list(dict.fromkeys(models))
     broken: dict[ModelSpec, UserError] = {}
-    downloads = []
+    downloads: list[Download] = []
     for model in models:
         try:
-            downloads.append(prepare(model))
+            downloads += prepare(model)
         except UserError as error:
             broken[model] = error
-    for download in filter(None, downloads):
+    for download in downloads:
+        if download.spec in broken:
+            continue
         try:
             _download(download, screen)
         except UserError as error:
             broken[download.spec] = error
     if broken and len(broken) == len(models):
         raise next(iter(broken.values()))
+    for note in dict.fromkeys(filter(None, (left_alone(m) for m in models if m not in broken))):
+        screen.print(note, highlight=False, markup=False, soft_wrap=True)
     for told in broken.values():
         screen.print(f"[bold red]left out:[/bold red] {escape(str(told))}", highlight=False, soft_wrap=True)
     return broken

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from a2sf.errors import ConfigError, first_line
+from a2sf.hf.files import adapter
 from a2sf.hf.files.refusals import chain
 
 KEY = "model.path"
@@ -158,7 +159,7 @@ def _no_weights(there: Mapping[str, int]) -> str:
     if ggufs:
         return f"it holds GGUF files; name one of them ({_some(ggufs)}), as in owner/name/{ggufs[0]}"
     if "adapter_config.json" in there:
-        return "it holds an adapter, not a whole model; merge it into its base model and give what comes out"
+        return "it holds an adapter, not a whole model; give its base model as model.path and this as model.adapter"
     if "config.json" not in there:
         return "it holds no model (there is no config.json)"
     others = {
@@ -265,7 +266,8 @@ def from_pretrained(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """transformers' own, with what it tells of the weights, for `check_complete`."""
     # shapes that do not fit are told there, all of them and with their names
-    loaded: Any = auto.from_pretrained(folder, ignore_mismatched_sizes=True, output_loading_info=True, **settings)
+    told = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    loaded: Any = auto.from_pretrained(folder, **told, **adapter.NOWHERE, **settings)
     return loaded
 
 
