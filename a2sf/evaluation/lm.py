@@ -203,6 +203,7 @@ class PrunedLM(OneByOne):
             self.member.error = None
         hashes = [None if strings is None else request_hash(strings) for strings, _, _ in requests]
         asked = [a for j in range(len(requests)) for a in self._asked(requests, hashes, j)]
+        asked = [a for a in asked if a.member.error is None]  # nothing is computed for who cannot be answered in full
         answers: dict[int, tuple[float, bool]] = {}
         bar = tqdm(total=len(asked), disable=disable_tqdm or self.silent, desc="log-likelihoods", leave=False)
         started = self._clock or time.perf_counter()
@@ -254,6 +255,7 @@ class PrunedLM(OneByOne):
         for member in [self.member] if h is None else self.group or [self.member]:
             if member.error is None and (h is None or member.answer(h) is None):
                 try:
+                    self._check_tokens([*context, *continuation], str(strings))
                     prompt = strings[0] if strings else None
                     yield Asked(member, self._request(context, continuation, member, prompt), j)
                 except (UserError, ValueError) as error:

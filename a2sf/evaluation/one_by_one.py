@@ -49,6 +49,8 @@ class OneByOne(Members, HFLM):
         cuts = [self._cut(self.member, len(t), n, r.args[0]) for r, (t, _, n) in zip(requests, prompts, strict=True)]
         self._cuts = {str(tokens): cut for (tokens, _, _), cut in zip(prompts, cuts, strict=True)}
         self._documents = {str(tokens): document_of(r) for r, (tokens, _, _) in zip(requests, prompts, strict=True)}
+        for tokens, _, _ in prompts:
+            self._check_tokens(tokens, str(tokens))
         self.member.asked = len(set(hashes))
         answers = self._answers(requests, hashes, prompts, disable_tqdm)
         for request, h, answer, (context, most, _), cut in zip(requests, hashes, answers, prompts, cuts, strict=True):
@@ -153,6 +155,8 @@ class OneByOne(Members, HFLM):
         self._begin()
         hashes = [request_hash(r.args) for r in requests]
         self._documents = {str(r.args): document_of(r) for r in requests}
+        for r in requests:
+            self._check_tokens(self.tok_encode(r.args[0]), str(r.args))
         self.member.asked = len(set(hashes))
         bar = tqdm(requests, disable=disable_tqdm or self.silent, desc="rolling windows", leave=False)
         return [self._rolled(request, h) for request, h in zip(bar, hashes, strict=True)]
@@ -174,6 +178,23 @@ class OneByOne(Members, HFLM):
         tokens = self.tok_encode(text)
         windows = utils.get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
         return [utils.make_disjoint_window(w) for w in windows]
+
+    def _check_tokens(self, tokens: Sequence[int], request: str) -> None:
+        """Refuse tokens that the model has no embedding of, which on a GPU would end the process.
+
+        Args:
+            request: whose they are, as a key of `_documents`.
+
+        Raises:
+            UserError: with the token and the document.
+        """
+        known = self.model.get_input_embeddings().num_embeddings
+        if tokens and (token := max(tokens)) >= known:
+            where = self._subject([request])
+            raise UserError(
+                f"{where}{where and ': '}the tokenizer gives {self.tokenizer.decode([token])!r} as token {token}, and the "
+                f"model knows {known} tokens, the last one {known - 1}: give the tokenizer that belongs to the model"
+            )
 
     def _begin(self) -> None:
         """A member by itself has no answers but those of this call."""
