@@ -127,6 +127,10 @@ def run_grid(
     Raises:
         UserError: for the first value that is not allowed, before anything slow.
     """
+    from a2sf.experiments import keys
+
+    for _, composed in points:
+        keys.check(composed)
     quiet()
     from a2sf.experiments.config import refuse_idle
     from a2sf.experiments.grid import check_schedules
@@ -396,7 +400,7 @@ def _show(message: Warning | str, category: type[Warning], *_: object, **__: obj
 
 
 def _explain(error: Exception) -> str:
-    from a2sf.experiments.config import explain
+    from a2sf.experiments.keys import explain
     from a2sf.experiments.overrides import explain_override
 
     if isinstance(error, HydraException) and (told := explain_override(error)):

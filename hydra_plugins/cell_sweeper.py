@@ -31,9 +31,9 @@ class CellSweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         from a2sf import app
-        from a2sf.experiments.grid import route
+        from a2sf.experiments.grid import addable, route
+        from a2sf.experiments.keys import check_keys
         from a2sf.experiments.overrides import as_written
-        from a2sf.experiments.workers import asked_gpus, settle_device
 
         assert self.config is not None
         assert self.hydra_context is not None
@@ -62,8 +62,13 @@ class CellSweeper(BasicSweeper):
             ConfigLoaderImpl._apply_overrides_to_config(values, composed)
             return composed
 
+        check_keys(compose([addable(o) for o in points[0]]))  # before policies are imported
         routed = route(points, lambda choice: str(OmegaConf.select(compose(list(choice)), "policy._target_")))
         composed = [(p, compose(p)) for p in routed]
+        for _, point in composed:
+            check_keys(point)
+        from a2sf.experiments.workers import asked_gpus, settle_device
+
         launcher = self.config.hydra.launcher
         for _, point in composed:
             settle_device(launcher, point)

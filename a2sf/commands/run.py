@@ -73,6 +73,8 @@ def main(arguments: Sequence[str]) -> None:
         print(help_text([*([folder] if folder else []), shipped("conf")]))
         return
     config_dir.use(folder)
+    if folder is not None:
+        config_dir.check(folder)
     for argument in given:
         check_trackers(argument)
     given = [a if a.startswith("-") else as_written(a) for a in given]

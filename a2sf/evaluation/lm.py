@@ -232,6 +232,7 @@ class PrunedLM(OneByOne):
             self.member.error = None
         hashes = [None if strings is None else request_hash(strings) for strings, _, _ in requests]
         asked = [a for j in range(len(requests)) for a in self._asked(requests, hashes, j)]
+        asked = [a for a in asked if a.member.error is None]  # nothing is computed for who cannot be answered in full
         for a in (a for a in asked if hashes[a.number] is not None):
             a.member.planned += len(a.request.read)
             a.member.new += 1
@@ -286,6 +287,7 @@ class PrunedLM(OneByOne):
         for member in [self.member] if h is None else self.group or [self.member]:
             if member.error is None and (h is None or member.answer(h) is None):
                 try:
+                    self._check_tokens([*context, *continuation], str(strings))
                     prompt = strings[0] if strings else None
                     yield Asked(member, self._request(context, continuation, member, prompt), j)
                 except (UserError, ValueError) as error:

@@ -53,6 +53,8 @@ class OneByOne(Members, HFLM):
         cuts = [self._cut(self.member, len(t), n, r.args[0]) for r, (t, _, n) in zip(requests, prompts, strict=True)]
         self._cuts = {str(tokens): cut for (tokens, _, _), cut in zip(prompts, cuts, strict=True)}
         self._documents = {str(tokens): document_of(r) for r, (tokens, _, _) in zip(requests, prompts, strict=True)}
+        for tokens, _, _ in prompts:
+            self._check_tokens(tokens, str(tokens))
         self.member.asked = len(set(hashes))
         answers = self._answers(requests, hashes, prompts, disable_tqdm)
         for request, h, answer, (context, most, whole), cut in zip(
@@ -183,6 +185,8 @@ class OneByOne(Members, HFLM):
         self._begin()
         hashes = [request_hash(r.args) for r in requests]
         self._documents = {str(r.args): document_of(r) for r in requests}
+        for r in requests:
+            self._check_tokens(self.tok_encode(r.args[0]), str(r.args))
         self.member.asked = len(set(hashes))
         bar = tqdm(requests, disable=disable_tqdm or self.silent, desc="rolling windows", leave=False)
         return [self._rolled(request, h) for request, h in zip(bar, hashes, strict=True)]
@@ -212,6 +216,23 @@ class OneByOne(Members, HFLM):
             task, number = document_of(cut[0])
             which = f", task {task}, document {number} the first" if number >= 0 else ""
             log.warning(f"{UNREAD} {self.max_length} positions: {len(cut)} of {len(requests)} requests{which}.")
+
+    def _check_tokens(self, tokens: Sequence[int], request: str) -> None:
+        """Refuse tokens that the model has no embedding of, which on a GPU would end the process.
+
+        Args:
+            request: whose they are, as a key of `_documents`.
+
+        Raises:
+            UserError: with the token and the document.
+        """
+        known = self.model.get_input_embeddings().num_embeddings
+        if tokens and (token := max(tokens)) >= known:
+            where = self._subject([request])
+            raise UserError(
+                f"{where}{where and ': '}the tokenizer gives {self.tokenizer.decode([token])!r} as token {token}, and the "
+                f"model knows {known} tokens, the last one {known - 1}: give the tokenizer that belongs to the model"
+            )
 
     def _begin(self) -> None:
         """A member by itself has no answers but those of this call."""

@@ -17,8 +17,6 @@ from a2sf.analysis.compare import AVERAGE, Comparer
 from a2sf.analysis.labels import DASH, MINUS
 from a2sf.analysis.stats import CONFIDENCE, holm
 
-PIVOTS = ("task", "budget", "factor", "policy")
-
 
 @dataclass(frozen=True)
 class Entry:

@@ -15,6 +15,7 @@ from a2sf.engine.invariants import SCHEDULES
 from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation import tasks
 from a2sf.evaluation.lm import PrunedLM
+from a2sf.hf.loading import ModelSpec, load
 from a2sf.policies.find import find_policies
 from tests.hub.build import write_model
 from tests.models import shared
@@ -154,6 +155,25 @@ def test_too_long_a_context_loses_its_beginning_and_too_long_a_continuation_is_r
     assert long[0] == pytest.approx(cut[0], abs=1e-5)
     with pytest.raises(UserError, match="continuation of 40 tokens is longer than the model's context window of 32"):
         lm._loglikelihood_tokens([(None, ids[:20], ids[20:])])
+
+
+@pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling", "generate_until"])
+def test_a_token_that_the_model_does_not_know_is_named_before_anything_is_computed(kind, tmp_path, monkeypatch):
+    """One that was added to the tokenizer alone; without a word of it a GPU ends the process."""
+    loaded = load(ModelSpec(str(write_model(tmp_path / "model"))))
+    loaded.tokenizer.add_tokens(["<note>"])
+    lm = PrunedLM(loaded.model, A2SF(), Budget(ratio=0.5), tokenizer=loaded.tokenizer)
+    computes = (PrunedLM, "_model_generate") if kind == "generate_until" else (type(loaded.model), "forward")
+    monkeypatch.setattr(*computes, lambda *_, **__: pytest.fail("computed"))
+    texts = {"loglikelihood": lambda t: (t, " yes"), "loglikelihood_rolling": lambda t: (t,)}
+    arguments = texts.get(kind, lambda t: (t, {"until": ["."], "max_gen_toks": 2}))
+    asked = [
+        Instance(kind, {}, arguments(text), 0, metadata=("odd", number, 1), task_name="odd", doc_id=number)
+        for number, text in enumerate(["A plain text", "A text with a <note> in it"])
+    ]
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"task odd, document 1: .*'<note>' as token 49152, .*knows 49152 tokens"):
+            getattr(lm, kind)(asked)
 
 
 def test_word_perplexity_under_pruning(tiny):
