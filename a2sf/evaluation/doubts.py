@@ -6,7 +6,7 @@ lm-eval scores them all the same, most of them without a word; so do we, and say
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -48,7 +48,8 @@ def doubts(task: Any, samples: Sequence[dict[str, Any]], lm: Any) -> list[dict[s
         said = [*_of_answers(task, sample), *([CUT] if unread else []), *_of_tokens(task, arguments, lm)]
         for what in dict.fromkeys(said):
             found.setdefault(what, []).append(number)
-    return [*(_note(task, what, n, len(documents), lm, cut) for what, n in found.items()), *_of_examples(task)]
+    notes = [_note(task, what, numbers, len(documents), lm, cut) for what, numbers in found.items()]
+    return [*notes, *_of_examples(task), *_of_ends(task, documents.values(), lm)]
 
 
 def not_numbers(name: str, scores: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -111,6 +112,15 @@ def _of_examples(task: Any) -> list[dict[str, Any]]:
         f"{task.config.task}: of {len(examples.used)} examples that stand before documents, {wrong} have a right answer"
     )
     return [{"text": f"{text} that is none of their choices, so that they show a wrong one."}] if wrong else []
+
+
+def _of_ends(task: Any, samples: Iterable[dict[str, Any]], lm: Any) -> list[dict[str, Any]]:
+    """A note on texts that go on, told in one for all cells: how many there are differs from policy to policy."""
+    if task.OUTPUT_TYPE != "generate_until":
+        return []
+    goes_on = sum(lm.ended.get(request_hash(tuple(s["arguments"][0]))) is False for s in samples)
+    text = f"{task.config.task}: texts were ended by the limit of their tokens (max_gen_toks), before a stop sequence."
+    return [{"text": text, "times": goes_on}] if goes_on else []
 
 
 def _place(right: Any, choices: Sequence[Any]) -> int | None:

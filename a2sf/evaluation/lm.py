@@ -123,6 +123,7 @@ class PrunedLM(OneByOne):
         self.shared_context = shared_context
         self._before_cut: dict[str, int] = {}  # tokens of the shared context, by the prompt
         self._cuts: dict[str, int] = {}  # where prompts to go on from are cut, by their tokens
+        self._ended: dict[str, bool] = {}  # whether texts ended, by their prompts' tokens
         self._joined: dict[tuple[str, str], bool] = {}
         self.tokens_per_pass = self.most_tokens
         self.silent = False  # no progress bars
@@ -171,7 +172,7 @@ class PrunedLM(OneByOne):
         found = [self.member.answer(h) for h in hashes]
         for r, h, answer in zip(requests, hashes, found, strict=True):
             assert answer is not None
-            self.lengths[h] = answer[2:]
+            self.lengths[h] = answer.context, answer.continuation
             self.unread[h] = max(0, answer.context + answer.continuation - self.max_length - 1)
             self._count(self.member, answer.context, answer.continuation, r.args[0], reused=h in self.known)
         self._warn_of_unread(requests, hashes)

@@ -25,12 +25,16 @@ from a2sf.policies.schedule import Schedule, schedule_for
 
 
 class Answer(NamedTuple):
-    """A log-likelihood (or a text), whether greedy decoding would have said it, tokens of context and continuation."""
+    """A log-likelihood (or a text), whether greedy decoding would have said it, tokens of context and continuation.
+
+    `ended`: whether a text was ended by a stop sequence, and not by the limit of its tokens; None where that is not known.
+    """
 
     value: Any
     greedy: bool
     context: int
     continuation: int
+    ended: bool | None = None
 
 
 @dataclass
@@ -85,6 +89,7 @@ class Members:
         group: all that are computed together; empty: the member alone.
         lengths: by `request_hash`, tokens of context and continuation of what was answered.
         unread: by `request_hash`, tokens at a prompt's beginning that were not read, since all together were too many.
+        ended: by `request_hash`, as in `Answer`.
         warned: what libraries warned of while the model was loaded.
         traces: of the member's first documents.
     """
@@ -96,6 +101,7 @@ class Members:
     due: Callable[[int], int] | None = None
     lengths: dict[str, tuple[int, int]]
     unread: dict[str, int]
+    ended: dict[str, bool | None]
     warned: Warned | None = None
     aside: Callable[[], AbstractContextManager[Any]] = nullcontext
     traces: list[Trace]
@@ -159,7 +165,7 @@ class Members:
     def take(self, member: Member) -> None:
         """Answer as `member` from now on."""
         self.member = member
-        self.lengths, self.unread = {}, {}
+        self.lengths, self.unread, self.ended = {}, {}, {}
         self._documents = {}  # task and document of each request, by its strings or tokens
         self.traces = []
 

@@ -61,7 +61,7 @@ class OneByOne(Members, HFLM):
             requests, hashes, answers, prompts, cuts, strict=True
         ):
             self.lengths[h] = (len(context), answer.continuation)
-            self.unread[h] = whole - len(context)
+            self.unread[h], self.ended[h] = whole - len(context), answer.ended
             kept = self.retention(len(context) + max(0, most - 1), cut)
             self.counts.count_targets(answer.continuation, len(context), kept, cut)
             if h in self.known:
@@ -96,7 +96,8 @@ class OneByOne(Members, HFLM):
                     batch = alike[first : first + rows]
                     for i, text in zip(batch, self._batch([requests[i] for i in batch]), strict=True):
                         length = len(self.tok_encode(text, add_special_tokens=False))
-                        answers[i] = Answer(text, False, len(prompts[i][0]), length)
+                        tokens = prompts[i][0]
+                        answers[i] = Answer(text, False, len(tokens), length, self._ended.get(str(tokens)))
                     self.member.answers |= {hashes[i]: answers[i] for i in batch if kept}
                     bar.update(len(batch))
                     if self.after_pass is not None:
@@ -178,7 +179,19 @@ class OneByOne(Members, HFLM):
                 f"{type(self.model).__name__} did not use the pruned cache that generate() gave it; choose another model"
             )
         self.counts.computed += int(cache.seen.sum())
+        if len(text) == len(read):
+            whole = text.shape[1] >= max_length
+            ends = [not whole or self._ends(row[context.shape[1] :].tolist(), stop) for row in text]
+            self._ended = {str(tokens): end for tokens, end in zip(read, ends, strict=True)}
         return text
+
+    def _ends(self, tokens: list[int], stop: list[str]) -> bool:
+        """Whether a text holds a stop sequence or the token that ends it."""
+        eos = self.model.generation_config.eos_token_id
+        return bool(
+            {self.eot_token_id, *(eos if isinstance(eos, list) else [eos])} & set(tokens)
+            or any(s in self.tok_decode(tokens, skip_special_tokens=False) for s in stop)
+        )
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """As HFLM's, which scores one window at a time; what the member has an answer to is not computed again."""

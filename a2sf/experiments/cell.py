@@ -376,6 +376,7 @@ def _generated(sample: dict[str, Any], lm: Any) -> dict[str, Any]:
         "continuation_tokens": [tokens],
         "target": str(sample["target"]),
         "generated": sample["resps"][0][0],
+        "ended": lm.ended.get(request_hash(arguments)),
         **{f"doc/{k}": float(v) for k, v in sample["doc"].items() if isinstance(v, int | float)},
         **{f"metric/{m}{end}": float(v) for m, v in metrics.items()},
     }

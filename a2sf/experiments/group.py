@@ -201,9 +201,10 @@ def _known(stored: StoredCell | None, where: dict[str, Any]) -> dict[str, Answer
     if "target" in stored.documents and "generated" not in stored.documents:
         return {}  # its texts were not stored
     if "generated" in stored.documents:
-        columns = ["request_hashes", "generated", "context_tokens", "continuation_tokens"]
-        for hashes, text, context, more in stored.documents[columns].itertuples(index=False):
-            known[hashes[0]] = Answer(text, False, int(context[0]), int(more[0]))
+        columns = ["request_hashes", "generated", "context_tokens", "continuation_tokens", "ended"]
+        for hashes, text, context, more, end in stored.documents.reindex(columns=columns).itertuples(index=False):
+            ended = None if pd.isna(end) else bool(end)  # older results do not say
+            known[hashes[0]] = Answer(text, False, int(context[0]), int(more[0]), ended)
         return known
     columns = ["request_hashes", "loglikelihoods", "is_greedy", "context_tokens", "continuation_tokens"]
     for prefix in ("", "more/"):

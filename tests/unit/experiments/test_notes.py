@@ -241,9 +241,17 @@ def test_generated_texts(computed, tmp_path):
     file = tmp_path / "texts.yaml"
     own = WRITES.replace("FOLDER", str(tmp_path))
     file.write_text(own.replace("UNTIL", '["\\n"]'))
-    for none, cut in texts(computed(file)):
+    made = computed(file)
+    for none, cut, limit in texts(made):
+        assert limit.startswith("writes: texts were ended by the limit of their tokens")
         assert none.startswith("writes: in 2 of 4 documents (documents 1, 2), there is no right answer")
         assert cut.startswith("writes: in 1 of 4 documents (document 3), the prompt is too long for the model's 2048")
+    for cell in made:
+        assert cell.result["notes"][-1]["times"] == (cell.documents["ended"] == False).sum() > 0  # noqa: E712
+    whole = tmp_path / "whole.yaml"  # every text has the last token's letters
+    stop = json.dumps([t[0] for t in made[0].documents["generated"]])
+    whole.write_text(own.replace("UNTIL", stop))
+    assert next(c.documents["ended"].all() for c in computed(whole))
     file = tmp_path / "empty.yaml"
     file.write_text(own.replace("UNTIL", '["x", ""]'))
     for cell in computed(file):
