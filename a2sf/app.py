@@ -293,6 +293,7 @@ def _print_plan(made: Plan, groups: Sequence[Sequence[Cell]], estimates: Sequenc
     screen.print(
         f"[bold]{directory}[/bold]: {len(made.cells)} cells, {len(made.done)} done, {len(pending)} to run{about}",
         highlight=False,
+        soft_wrap=True,
     )
     for cell in pending[:LISTED]:
         screen.print(f"  {cell.name}", highlight=False, style="dim", soft_wrap=True)
