@@ -172,7 +172,7 @@ def run_grid(
     for note in [*dict.fromkeys(hidden), *settled.notes, *made.notes]:
         screen.print(note, highlight=False, soft_wrap=True)
     groups = grouped(made.pending)
-    estimates = estimate(groups, directory.parent)
+    estimates = estimate(groups, directory.parent, trial=computes_here)
     _print_plan(made, groups, estimates, directory)
     if first.plan_only:
         return
@@ -296,10 +296,13 @@ def _print_plan(made: Plan, groups: Sequence[Sequence[Cell]], estimates: Sequenc
     if timed:
         seconds = sum(e.seconds for _, e in known if e.seconds is not None)
         some = "" if timed == len(pending) else f"; {len(pending) - timed} of them are not like any that was measured"
-        about += f", about {duration(seconds)} at the speed measured here{some}"
+        tried = sum(n for n, e in known if e.tried)
+        how = "at the speed measured here" if not tried else "by a short trial of this machine's speed"
+        about += f", about {duration(seconds)} {'partly ' if 0 < tried < timed else ''}{how}{some}"
     screen.print(
         f"[bold]{directory}[/bold]: {len(made.cells)} cells, {len(made.done)} done, {len(pending)} to run{about}",
         highlight=False,
+        soft_wrap=True,
     )
     for cell in pending[:LISTED]:
         screen.print(f"  {cell.name}", highlight=False, style="dim", soft_wrap=True)

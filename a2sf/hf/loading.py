@@ -411,6 +411,16 @@ def tokenizer_here(spec: ModelSpec) -> Any | None:
     return _tokenizer(folder, spec) if folder is not None and folder.is_dir() else None
 
 
+def config_here(spec: ModelSpec) -> Any | None:
+    """A model's config where it can be read without a download, a question to the hub, or a conversion; else None."""
+    folder = _folder_here(spec)
+    if folder is not None and (folder / "config.json").is_file():
+        return AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code, local_files_only=True)
+    if spec.source.kind != "hub" and (file := gguf_file(spec)) is not None and file.is_file():
+        return gguf.config_of(file)
+    return None
+
+
 def _folder_here(spec: ModelSpec) -> Path | None:
     """`tokenizer_folder` as far as it is known without fetching or converting."""
     if not spec.pinned:

@@ -62,6 +62,7 @@ def test_a_sweep_ends_with_a_table_and_files(sweep):
     runs, done = sweep
     directory = runs / "small"
     assert f"{CELLS} cells, 0 done, {CELLS} to run" in done.stdout
+    assert "by a short trial of this machine's speed" in " ".join(done.stdout.split())  # the model never ran here
     for label in ("Full cache", "Window", "H2O", "A2SF", "copa"):
         assert label in done.stdout
     assert "Traceback" not in done.stderr
