@@ -59,7 +59,7 @@ def write_in(file: Path, text: str) -> None:
 def restore(directory: Path, cell: Cell, documents: str, member: Member) -> None:
     """Give a member what was kept for a cell, if anything was, of the same documents."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        body = json.loads(_file(directory, cell).read_text())
+        body = json.loads(_file(directory, cell).read_text(encoding="utf-8"))
         checksum = body.pop("checksum")
         if checksum != _checksum(body) or (body["cell"], body["documents"]) != (cell.id, documents):
             return

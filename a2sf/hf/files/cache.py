@@ -17,14 +17,14 @@ def digest(file: Path) -> str:
     stat = file.stat()
     key = hashlib.sha256(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
     known = cache_directory() / "digests" / key[:32]
-    if known.exists() and len(text := known.read_text()) == 64:
+    if known.exists() and len(text := known.read_text(encoding="utf-8")) == 64:
         return text
     with file.open("rb") as f:
         found = hashlib.file_digest(f, "sha256").hexdigest()
     try:
         known.parent.mkdir(parents=True, exist_ok=True)
         temporary = known.with_name(f"{known.name}.{os.getpid()}")
-        temporary.write_text(found)
+        temporary.write_text(found, encoding="utf-8")
         temporary.replace(known)
     except OSError:
         pass  # only a shortcut

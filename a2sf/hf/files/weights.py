@@ -169,7 +169,7 @@ def _no_weights(there: Mapping[str, int]) -> str:
 
 def _shards(index: Path, path: str) -> tuple[str, ...]:
     try:
-        return tuple(sorted(set(json.loads(index.read_text())["weight_map"].values())))
+        return tuple(sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(
             KEY, path, f"{index.name} does not say where the weights are ({first_line(error)})"
