@@ -151,7 +151,7 @@ def run_grid(
     from a2sf.evaluation import tasks
     from a2sf.experiments.estimate import estimate
     from a2sf.experiments.group import grouped
-    from a2sf.experiments.prepare import documents, models
+    from a2sf.experiments.prepare import documents, models, texts
     from a2sf.experiments.progress import Progress, shown
     from a2sf.experiments.reuse import plan
     from a2sf.experiments.runs import write_groups
@@ -181,6 +181,8 @@ def run_grid(
     broken = models.fetch([c.model for c in made.pending], screen)
     models.check_prompting((c for c in made.pending if c.model not in broken), hub=True)
     made = dataclasses.replace(made, cells=documents.fetch(made.cells, made.pending, settled.refused, screen))
+    for note in texts.note_texts(made.cells, made.done, directory):
+        screen.print(note, highlight=False, soft_wrap=True)
 
     if made.pending:
         runner = _runner(first)
@@ -279,7 +281,7 @@ def _model_names() -> dict[str, str]:
 
 @cache
 def _names_in(folder: Path) -> list[tuple[str, str]]:
-    known = {f.stem: yaml.safe_load(f.read_text()) for f in sorted(folder.glob("*.yaml"))}
+    known = {f.stem: yaml.safe_load(f.read_text(encoding="utf-8")) for f in sorted(folder.glob("*.yaml"))}
     return [(model["path"], name) for name, model in known.items() if isinstance(model, dict) and model.get("path")]
 
 
@@ -409,7 +411,9 @@ def _explain(error: Exception) -> str:
     if isinstance(error, HydraException) and (told := explain_override(error)):
         return told
     if isinstance(error, MissingConfigException) and (asked := re.match(r"In 'hydra/launcher/(\w+)'", str(error))):
-        told = (shipped("conf") / "hydra/launcher" / f"{asked[1]}.yaml").read_text()  # which says how to install it
+        told = (shipped("conf") / "hydra/launcher" / f"{asked[1]}.yaml").read_text(
+            encoding="utf-8"
+        )  # which says how to install it
         extra = re.search(r"pip install \"a2sf\[\w+\]\"", told)
         return f"hydra/launcher={asked[1]} is not installed: {extra[0] if extra else error}."
     if isinstance(error, MissingConfigException):

@@ -47,13 +47,13 @@ def rename(source: Path, target: Path) -> None:
 
 
 def write(target: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all; text as UTF-8.
+    """Write a file whole or not at all; text as UTF-8, with names of files as they are on the disk.
 
     Raises:
         OSError: if the disk refuses.
     """
     with placed(target) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape"))
 
 
 def flush(path: Path) -> None:

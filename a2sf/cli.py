@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib
 import sys
+import unicodedata
 from collections.abc import Sequence
 
 from a2sf import __version__
@@ -48,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: the command line after the program's name; that of the process by default.
     """
+    forgive_screen()
     set_environment()
     name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     if name in ("--help", "-h"):
@@ -60,6 +63,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from a2sf import app
 
     app.guard(lambda: _run(name, rest))
+
+
+PLAIN = {
+    **dict.fromkeys("\N{MINUS SIGN}\N{EN DASH}\N{EM DASH}", "-"),
+    "…": "...",
+    "†": "+",
+    "Δ": "d",
+    "±": "+-",
+    "\N{MULTIPLICATION SIGN}": "x",
+}
+"""How a screen shows signs that its encoding has not: above all no minus may become a question mark."""
+
+
+def forgive_screen() -> None:
+    """Let both streams replace what their encoding has not, so that no result is lost because of how it is shown."""
+
+    def replaced(error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        text = error.object[error.start : error.end]
+        plain = (
+            PLAIN.get(c) or unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode() or "?" for c in text
+        )
+        return "".join(plain), error.end
+
+    codecs.register_error("a2sf", replaced)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="a2sf")
 
 
 def _run(name: str, arguments: list[str]) -> None:

@@ -66,7 +66,7 @@ def run_sweep(preset: str, overrides: Sequence[str] = (), download: bool = False
     """
     command = [sys.executable, "-P", "-m", "a2sf.cli", "run", "-m", f"+sweep={preset}", *overrides]
     environment = os.environ if download else os.environ | {"HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace", env=environment) as process:
         last = ""
         assert process.stderr is not None
         for line in process.stderr:

@@ -26,7 +26,7 @@ class Partial:
         self.file = folder / f"{key}.json"
         self._known: dict[str, Any] = {}
         with suppress(OSError, ValueError):  # a file that cannot be read is begun anew
-            self._known = json.loads(self.file.read_text())
+            self._known = json.loads(self.file.read_text(encoding="utf-8"))
         folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, name: str) -> tuple[int, np.ndarray]:

@@ -161,7 +161,11 @@ def model_spec(args: argparse.Namespace) -> Any:
     from a2sf.hf import loading
 
     known = shipped("conf") / "model" / f"{args.model}.yaml"
-    path = yaml.safe_load(known.read_text())["path"] if "/" not in args.model and known.is_file() else args.model
+    path = (
+        yaml.safe_load(known.read_text(encoding="utf-8"))["path"]
+        if "/" not in args.model and known.is_file()
+        else args.model
+    )
     spec = loading.ModelSpec(path, dtype=args.dtype, device=args.device, revision=args.revision)
     spec = loading.pin(spec)[0]
     if note := loading.left_alone(spec):

@@ -127,7 +127,7 @@ def help_text(folders: Sequence[Path]) -> str:
     Args:
         folders: where configurations lie, the user's own first.
     """
-    defaults = yaml.safe_load((shipped("conf") / "config.yaml").read_text())
+    defaults = yaml.safe_load((shipped("conf") / "config.yaml").read_text(encoding="utf-8"))
     chosen = {k: v for entry in defaults["defaults"] if isinstance(entry, dict) for k, v in entry.items()}
     groups = {}
     for group in ("model", "policy", "schedule", "data", "tracker", "hydra/launcher"):
@@ -155,7 +155,7 @@ def _keys(cls: Any, prefix: str = "") -> dict[str, str]:
 
 def _about(preset: Path) -> str:
     """The first comment of a preset that is not Hydra's `@package`."""
-    comments = (line.lstrip("# ") for line in preset.read_text().splitlines() if line.startswith("#"))
+    comments = (line.lstrip("# ") for line in preset.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
     return next((c for c in comments if not c.startswith("@package")), "")
 
 

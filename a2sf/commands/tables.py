@@ -33,6 +33,9 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="show runs together that differ in limit, seed, dtype, split or version",
     )
+    choose.add_argument(
+        "--strict", action="store_true", help="refuse results of different versions of torch or transformers"
+    )
     lay = p.add_argument_group("how to show it")
     lay.add_argument("--pivot", choices=PIVOTS, default="task", help="what goes across")
     lay.add_argument("--pair", nargs=2, metavar="POLICY", help="difference to show: first minus second")
@@ -63,7 +66,9 @@ def main(arguments: Sequence[str]) -> None:
     from a2sf.report.tables import screen
 
     names = ("models", "policies", "budgets", "factors", "schedules", "tasks", "shots")
-    selection = Selection(metric=args.metric, mixed=args.allow_mixed, **{n: tuple(getattr(args, n)) for n in names})
+    selection = Selection(
+        metric=args.metric, mixed=args.allow_mixed, strict=args.strict, **{n: tuple(getattr(args, n)) for n in names}
+    )
     options = Options(
         pivot=args.pivot,
         pair=tuple(args.pair or DEFAULT_PAIR),

@@ -17,6 +17,7 @@ import numpy as np
 from lm_eval.api.samplers import ContextSampler, FirstNSampler
 
 from a2sf.errors import ConfigError, UserError, first_line
+from a2sf.evaluation.numbers import index_of
 
 Document = dict[str, Any]
 CHECKED_POOL = 2000
@@ -225,8 +226,8 @@ class OwnDocuments:
             answer = task.doc_to_target(document, how.doc_to_target)
             if task.multiple_input and choices:
                 question, choices = choices[question], None
-            if choices and isinstance(answer, int):
-                answer = choices[answer]
+            if choices and (index := index_of(answer)) is not None:
+                answer = choices[index]
             return str(question), str(answer[0] if isinstance(answer, list) else answer)
         except Exception:  # a document that has no answer, or other fields than the task's own examples
             return None

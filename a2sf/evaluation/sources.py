@@ -42,6 +42,8 @@ class DataSpec:
         fewshot_split: where few-shot examples come from; None: what the task says, else validation.
         revision: branch, tag or commit of a hub dataset; None: what the task says, else main.
         content: what identifies the documents, where it is settled already (`tasks.pin`).
+        cluster: the field of a document whose text it may share with others (`a2sf.evaluation.shared_texts`); it changes no
+            document's number and is no part of what identifies them.
         task_args: what goes into the task's metadata, from which its code makes documents, as JSON with sorted keys; "":
             nothing.
         tokenizer: folder of the tokenizer that such documents are measured with.
@@ -56,13 +58,14 @@ class DataSpec:
     fewshot_split: str | None = None
     revision: str | None = None
     content: str | None = None
+    cluster: str | None = None
     task_args: str = ""
     tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         if self.source not in ("hub", "bundle"):
             raise ConfigError("data.source", self.source, "give hub or bundle, or a directory as data.dir")
-        for key in ("split", "fewshot_split", "revision"):
+        for key in ("split", "fewshot_split", "revision", "cluster"):
             if (value := getattr(self, key)) is not None and not str(value).strip():
                 raise ConfigError(f"data.{key}", repr(value), "give a name, or null")
         if self.dir is not None:
@@ -85,6 +88,13 @@ class DataSpec:
     @property
     def label(self) -> str:
         return self.dir or self.source
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Which documents were asked for, without what is as usual: `dir` or `source`, the splits, the revision."""
+        place = {"dir": self.dir} if self.dir is not None else {} if self.source == "hub" else {"source": self.source}
+        more = {"split": self.split, "fewshot_split": self.fewshot_split, "revision": self.revision}
+        return place | {k: v for k, v in more.items() if v is not None}
 
     @property
     def arguments(self) -> dict[str, Any]:

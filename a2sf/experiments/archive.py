@@ -80,9 +80,9 @@ def pack(directory: Path, target: Path | None = None) -> Path:
         target = target.with_name(target.name + SUFFIX)
     tables, about = [], []
     for i, stored in enumerate(cells):
-        table = pq.read_table(stored.path / DOCUMENTS).replace_schema_metadata(None)
+        table = pq.read_table(io.BytesIO((stored.path / DOCUMENTS).read_bytes())).replace_schema_metadata(None)
         result = {k: v for k, v in stored.result.items() if k != "checksums"}
-        config = (stored.path / CONFIG).read_text()
+        config = (stored.path / CONFIG).read_text(encoding="utf-8")
         about.append({"name": stored.path.name, "result": result, "config": config, "columns": table.column_names})
         tables.append(table.append_column(OWNER, pa.array([i] * len(table), pa.int32())))
     # rows of one document side by side, so that what they share is stored once

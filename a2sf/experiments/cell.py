@@ -7,7 +7,9 @@ import hashlib
 import json
 import math
 import time
+import warnings
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache, cached_property
@@ -17,10 +19,11 @@ from typing import Any
 import pandas as pd
 import torch
 
-from a2sf.errors import ConfigError
-from a2sf.evaluation import tasks
+from a2sf.errors import ConfigError, Notice
+from a2sf.evaluation import shared_texts, tasks
 from a2sf.evaluation.doubts import doubts, not_numbers
 from a2sf.evaluation.members import request_hash
+from a2sf.evaluation.numbers import index_of, number_of
 from a2sf.evaluation.prompting import SAMPLING_SEED, Prompting, draws
 from a2sf.evaluation.warned import collected
 from a2sf.experiments.names import ID_DIGITS, safe
@@ -150,7 +153,8 @@ class Cell:
     def tail(self) -> str:
         """The end of the name, which tells cells apart: how many documents, and the `id`."""
         most = "all" if self.limit is None else f"n{self.limit}"
-        return f"{most}{f'-{self.until.tag}' if self.until else ''}__{self.id}"
+        texts = f"-{safe(self.data.cluster)}" if self.data.cluster else ""  # whole texts are drawn, so others are seen
+        return f"{most}{f'-{self.until.tag}{texts}' if self.until else ''}__{self.id}"
 
     def describe(self) -> dict[str, Any]:
         """The `cell` entry of `result.json`."""
@@ -175,6 +179,7 @@ class Cell:
             **({"until": _plain(dataclasses.asdict(self.until))} if self.until else {}),
             "seed": self.seed,
             **({"options": options} if (options := self.options) else {}),
+            **({"data": asked} if (asked := self.data.settings) else {}),
             "identity": self.identity,
         }
 
@@ -256,6 +261,11 @@ def compute(cell: Cell, lm: Any, task: Any, chosen: list[int] | None = None) -> 
     seconds = time.perf_counter() - clock - (lm.spent - spent) + lm.member.seconds
     samples = evaluated["samples"][cell.task_name]
     counts = lm.counts
+    documents = _documents(samples, task, lm)
+    if field := shared_texts.field_of(task, cell.data.cluster):
+        keys = {s["doc_id"]: shared_texts.key_of(s["doc"], field) for s in samples}
+        documents[shared_texts.COLUMN] = documents["doc_id"].map(keys)
+        where |= {"cluster": field, "clusters": len(set(keys.values()))}
     result = {
         "cell": cell.describe(),
         "metrics": _metrics(evaluated, cell.task_name),
@@ -280,7 +290,6 @@ def compute(cell: Cell, lm: Any, task: Any, chosen: list[int] | None = None) -> 
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     }
-    documents = _documents(samples, task, lm)
     return result, documents if cell.log_samples else _without_texts(documents)
 
 
@@ -291,7 +300,11 @@ def _metrics(evaluated: dict[str, Any], task: str) -> dict[str, dict[str, Any]]:
     found = {}
     for key, value in scores.items():
         metric, _, filtered = key.partition(",")
-        if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
+        if not filtered or metric.endswith("_stderr"):
+            continue
+        if number_of(value) is None:
+            told = f"{task}: its metric {metric} is no number but {type(value).__name__}, and is not kept."
+            warnings.warn(told, Notice, stacklevel=1)
             continue
         name = metric if filtered == "none" else f"{metric},{filtered}"
         found[name] = {
@@ -304,7 +317,8 @@ def _metrics(evaluated: dict[str, Any], task: str) -> dict[str, dict[str, Any]]:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    number = number_of(value)
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _documents(samples: list[dict[str, Any]], task: Any, lm: Any) -> pd.DataFrame:
@@ -326,7 +340,6 @@ def _documents(samples: list[dict[str, Any]], task: Any, lm: Any) -> pd.DataFram
         # a metric may ask for more than the choices (acc_mutual_info: each without its context)
         n = min(len(arguments), _number_of_choices(sample, task))
         likelihoods, choices = asked["loglikelihoods"][:n], [a[-1] for a in arguments[:n]]
-        metrics = {m: sample[m] for m in sample["metrics"] if isinstance(sample.get(m), int | float)}
         rows.append(
             {
                 "doc_id": sample["doc_id"],
@@ -338,7 +351,7 @@ def _documents(samples: list[dict[str, Any]], task: Any, lm: Any) -> pd.DataFram
                 "prediction": max(range(n), key=likelihoods.__getitem__) if n > 1 else -1,
                 **{column: values[:n] for column, values in asked.items()},
                 **({f"more/{c}": values[n:] for c, values in asked.items()} if n < len(arguments) else {}),
-                **{f"metric/{m}": float(v) for m, v in metrics.items()},
+                **{f"metric/{m}": v for m, v in _numbers(sample, sample["metrics"]).items()},
             }
         )
     if task.OUTPUT_TYPE == "generate_until":
@@ -360,7 +373,6 @@ def _generated(sample: dict[str, Any], lm: Any) -> dict[str, Any]:
     arguments = tuple(sample["arguments"][0])
     context_tokens, tokens = lm.lengths.get(request_hash(arguments), (0, 0))
     end = "" if sample["filter"] == "none" else f",{sample['filter']}"
-    metrics = {m: sample[m] for m in sample["metrics"] if isinstance(sample.get(m), int | float)}
     return {
         "doc_id": sample["doc_id"],
         "doc_hash": sample["doc_hash"],
@@ -377,9 +389,15 @@ def _generated(sample: dict[str, Any], lm: Any) -> dict[str, Any]:
         "target": str(sample["target"]),
         "generated": sample["resps"][0][0],
         "ended": lm.ended.get(request_hash(arguments)),
-        **{f"doc/{k}": float(v) for k, v in sample["doc"].items() if isinstance(v, int | float)},
-        **{f"metric/{m}{end}": float(v) for m, v in metrics.items()},
+        **{f"doc/{k}": v for k, v in _numbers(sample["doc"], sample["doc"]).items()},
+        **{f"metric/{m}{end}": v for m, v in _numbers(sample, sample["metrics"]).items()},
     }
+
+
+def _numbers(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
+    """Those of some values that are numbers."""
+    found = {name: number_of(values.get(name)) for name in names}
+    return {name: number for name, number in found.items() if number is not None}
 
 
 def _number_of_choices(sample: dict[str, Any], task: Any) -> int:
@@ -393,8 +411,8 @@ def _gold(sample: dict[str, Any], task: Any) -> int:
     target = sample["target"]
     if task.multiple_input:
         target = task.doc_to_text(sample["doc"])
-    if isinstance(target, int):
-        return target
+    if (index := index_of(target)) is not None:
+        return index
     choices = task.doc_to_choice(sample["doc"])
     return choices.index(target) if target in choices else -1
 

@@ -63,7 +63,7 @@ def restore(directory: Path, cell: Cell, documents: str, member: Member) -> None
     with suppress(OSError, ValueError, KeyError, TypeError):
         here, earlier = _files(directory, cell)
         file = here if here.exists() else earlier
-        body = json.loads(file.read_text())
+        body = json.loads(file.read_text(encoding="utf-8"))
         checksum = body.pop("checksum")
         known = _plain(cell.identity), cell.id[:EARLIER_DIGITS]
         if checksum != _checksum(body) or body["cell"] not in known or body["documents"] != documents:
@@ -79,7 +79,7 @@ def share_of(directory: Path, cell: Cell) -> float:
     """How much of a cell's work is done by what was kept for it; nought where nothing was."""
     for file in _files(directory, cell):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            return float(json.loads(file.read_text())["share"])
+            return float(json.loads(file.read_text(encoding="utf-8"))["share"])
     return 0.0
 
 

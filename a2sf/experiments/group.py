@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from a2sf.evaluation import tasks
+from a2sf.evaluation import shared_texts, tasks
 from a2sf.evaluation.members import Answer, Member
 from a2sf.evaluation.warned import Warned, collected
 from a2sf.experiments import checkpoint, stopping
@@ -111,7 +111,9 @@ def compute_group(
                     raise DiskError(f"{directory} cannot be written ({error.strerror or error})") from error
 
     saved = time.monotonic()
-    stop = None if first.until is None else Stop(first.until, directory, list(of.values()), members, task)
+    field = shared_texts.field_of(task, first.data.cluster)
+    text_of = None if field is None else partial(shared_texts.key_of, field=field)
+    stop = None if first.until is None else Stop(first.until, directory, list(of.values()), members, task, text_of)
     aside = partial(collected, warned)
     _once(task, lambda: None if stop is None else stop.look(), aside)
 

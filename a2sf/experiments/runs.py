@@ -34,6 +34,8 @@ from a2sf.experiments.names import ID_DIGITS, Named, distinct
 SCHEMA_VERSION = 1
 RESULT, DOCUMENTS, CONFIG, TABLE = "result.json", "documents.parquet", "config.yaml", "results.csv"
 TRACES, GROUPS = "traces.npz", "groups.json"
+COMPUTED_WITH = ("torch", "transformers")
+"""Libraries that can move a number and whose versions are no part of what a cell is."""
 IDENTIFYING = ["model", "policy", "budget_ratio", "forgetting_factor", "shots", "task"]
 LEADING_COLUMNS = [*IDENTIFYING, "metric", "value", "stderr", "n"]
 
@@ -82,6 +84,11 @@ class StoredCell:
         return list(self.result.get("notes") or [])
 
     @property
+    def versions(self) -> dict[str, str]:
+        """Of the libraries that computed it, as far as that was noted."""
+        return (self.result.get("provenance") or {}).get("versions") or {}
+
+    @property
     def pruned_share(self) -> float | None:
         """Share of the scored tokens that saw a pruned cache; None where that was not noted, or nothing was scored."""
         scored = self.result.get("scored") or {}
@@ -102,7 +109,8 @@ class StoredCell:
         """
         file = self.path / DOCUMENTS
         try:
-            return pd.read_parquet(file)
+            with file.open("rb") as stream:  # a path of another encoding than the locale's is no text for pyarrow
+                return pd.read_parquet(stream)
         except Exception as error:
             raise UserError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
 
@@ -128,7 +136,8 @@ def write_cell(
     try:
         with atomic.placed(path) as temporary:
             temporary.mkdir()
-            documents.to_parquet(temporary / DOCUMENTS, index=False)
+            with (temporary / DOCUMENTS).open("wb") as stream:  # pyarrow reads a path in the locale's encoding
+                documents.to_parquet(stream, index=False)
             (temporary / CONFIG).write_text(config, encoding="utf-8")
             for name, content in (more or {}).items():
                 (temporary / name).write_bytes(content)
@@ -144,6 +153,22 @@ def write_cell(
         if id_of(there) != id_of(cell):
             raise UserError(f"{path} holds the result of another cell; move it elsewhere") from None
     return read_cell(path)
+
+
+def rewrite_cell(
+    path: Path, result: dict[str, Any], documents: pd.DataFrame, config: str, more: Mapping[str, bytes]
+) -> StoredCell:
+    """Write a finished cell with more noted in it in the place of what is there; arguments and errors as `write_cell`."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.old")
+    path.rename(beside)
+    try:
+        stored = write_cell(path, result, documents, config, more)
+    except BaseException:
+        if not path.exists():
+            beside.rename(path)
+        raise
+    shutil.rmtree(beside)
+    return stored
 
 
 def link_cell(source: Path, path: Path) -> None:
@@ -171,7 +196,7 @@ def read_cell(path: Path) -> StoredCell:
         CorruptCell: if a file is missing, truncated or altered.
     """
     try:
-        body = json.loads((path / RESULT).read_text())
+        body = json.loads((path / RESULT).read_text(encoding="utf-8"))
         stated = dict(body["checksums"])
         of_result = stated.pop(RESULT)
         good = _digest({**body, "checksums": stated}) == of_result
@@ -192,6 +217,11 @@ def set_aside(path: Path, why: str = "corrupt") -> Path:
 
 def is_cell(path: Path) -> bool:
     return path.is_dir() and not path.name.startswith(".") and (path / RESULT).exists()
+
+
+def name_of(path: Path) -> str:
+    """The last part of a path as text, whatever encoding the locale reads paths in."""
+    return os.fsencode(path.name).decode("utf-8", "replace")
 
 
 def tail_of(path: Path) -> str:
@@ -229,7 +259,7 @@ def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
     cells = list(cells)
     names = distinct(c.model for c in cells)
     for stored in cells:
-        cell, result = stored.cell, stored.result
+        cell, result, versions = stored.cell, stored.result, stored.versions
         budget = cell["budget"]
         common = {
             "model": names[stored.model],
@@ -257,9 +287,12 @@ def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
             "data": result["documents"].get("content") or result["documents"].get("fingerprint"),
             "task_version": result["documents"]["task_version"],
             "definition": cell.get("identity", {}).get("definition"),
+            "data_settings": json.dumps(cell["data"], sort_keys=True) if cell.get("data") else None,
+            "device": cell.get("identity", {}).get("device"),
+            **{name: versions.get(name) for name in COMPUTED_WITH},
             "seconds": result["timing"]["seconds"],
             "tokens_per_second": result["timing"]["tokens_per_second"],
-            "cell": stored.path.name,
+            "cell": name_of(stored.path),
         }
         for metric, m in stored.metrics.items():
             scores = {"metric": metric, "value": m["value"], "stderr": m["stderr"], "n": m["n"]}
@@ -309,7 +342,7 @@ def write_groups(directory: Path, groups: Sequence[Group]) -> None:
 def read_groups(directory: Path) -> list[Group]:
     """The groups that a sweep's directory notes; none where it notes none."""
     file = directory / GROUPS
-    return read(file.read_text()) if file.is_file() else []
+    return read(file.read_text(encoding="utf-8")) if file.is_file() else []
 
 
 def write_table(directory: Path, cells: Iterable[StoredCell]) -> Path:

@@ -83,6 +83,7 @@ class DataConfig:
         split: which split is scored; the task's own if null
         fewshot_split: where few-shot examples come from; if null what the task says, else validation
         revision: branch, tag or commit of the data on the hub; its main branch if null
+        cluster: field of a document, such as passage, whose text several share; statistics then count texts, not documents
         content: what the documents must be, by their fingerprint; set by a sweep for its workers
     """
 
@@ -91,6 +92,7 @@ class DataConfig:
     split: str | None = None
     fewshot_split: str | None = None
     revision: str | None = None
+    cluster: str | None = None
     content: str | None = None
 
 

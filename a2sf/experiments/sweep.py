@@ -289,7 +289,7 @@ def finish(directory: Path, cells: Sequence[Cell]) -> tuple[list[StoredCell], li
     for cell in sorted(cells, key=lambda c: c.name):
         file = failure_file(directory, cell.name)
         if file.exists() and cell.name not in there:
-            failures.append(json.loads(file.read_text()))
+            failures.append(json.loads(file.read_text(encoding="utf-8")))
     return finished, failures
 
 
@@ -311,7 +311,7 @@ def _clear_failures(directory: Path, cell: dict[str, Any]) -> None:
     """Remove what was recorded of a cell that asked for the same, also of weights or documents that have changed since."""
     for file in (directory / "failures").glob("*.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            if asked(json.loads(file.read_text())["cell"]) == asked(cell):
+            if asked(json.loads(file.read_text(encoding="utf-8"))["cell"]) == asked(cell):
                 file.unlink()
 
 
@@ -349,7 +349,8 @@ def provenance(lm: Any, ran: Collection[str]) -> dict[str, Any]:
 def _git() -> dict[str, Any]:
     def git(*arguments: str) -> str | None:
         where = Path(__file__).parent
-        done = subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True, check=False)
+        asked = {"capture_output": True, "encoding": "utf-8", "errors": "replace", "check": False}
+        done = subprocess.run(["git", *arguments], cwd=where, **asked)
         return done.stdout.strip() if done.returncode == 0 else None
 
     commit, changes = None, None
@@ -363,7 +364,7 @@ def _git() -> dict[str, Any]:
 @cache
 def _processor() -> str:
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()

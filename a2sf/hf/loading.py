@@ -238,7 +238,7 @@ def _config(spec: ModelSpec) -> Any:
     texts = weights.find_texts(files, spec.path, code=True)  # the tokenizer is asked for later
     folder = files.get([n for n in texts if n == "config.json" or (code and n.endswith(".py"))])
     try:
-        raw = json.loads((folder / "config.json").read_text())
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind, own = raw.get("model_type"), raw.get("auto_map") or {}
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(KEY, spec.path, f"its config.json cannot be read ({first_line(error)})") from error

@@ -10,6 +10,7 @@ from a2sf import atomic
 from a2sf.analysis.against import against_frame, compare_against
 from a2sf.analysis.collect import DEFAULT_PAIR, Grid, Selection, gather
 from a2sf.analysis.compare import compare_pair, comparisons_frame
+from a2sf.analysis.documents import texts_note
 from a2sf.analysis.fidelity import fidelity_frame
 from a2sf.analysis.ranking import rank, ranking_frame
 from a2sf.errors import UserError
@@ -82,11 +83,12 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     fidelity, unsaid = fidelity_frame(grid)
     ranked, unranked = rank(grid, options.pair)
     against, unpaired = compare_against(grid, options.against)
-    rankings = [*ranking_tables(grid, ranked, options.pair), *against_tables(against, grid.percent)]
+    shared = texts_note(grid.cells_shown)
+    rankings = [*ranking_tables(grid, ranked, options.pair), *against_tables(against, grid.percent, shared)]
     text_tables = [
         *rankings,
         *needle_tables(grid),
-        *comparison_tables(comparisons, grid.percent),
+        *comparison_tables(comparisons, grid.percent, shared),
         *fidelity_tables(grid, fidelity),
         *length_tables(grid),
     ]
@@ -159,7 +161,7 @@ def replace_block(readme: Path, text: str) -> None:
     Raises:
         UserError: if the file or its marks are missing.
     """
-    old = readme.read_text() if readme.is_file() else ""
+    old = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     before, begin, rest = old.partition(README_BEGIN)
     _, end, after = rest.partition(README_END)
     if not begin or not end:

@@ -45,7 +45,7 @@ def commit_of(wanted: Wanted) -> tuple[str, str | None]:
         return _ask(wanted), None
     except Exception as error:
         ref = _cache(wanted) / "refs" / wanted.revision
-        known = ref.read_text().strip() if ref.is_file() else ""
+        known = ref.read_text(encoding="utf-8").strip() if ref.is_file() else ""
         if not (_cache(wanted) / "snapshots" / known).is_dir() or not is_commit(known):
             raise refusal(error, wanted) from error
         return known, f"{wanted.repo}: {_why_not(error)}; what the cache has is used, commit {known[:12]}."

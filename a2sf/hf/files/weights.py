@@ -171,7 +171,7 @@ def _no_weights(there: Mapping[str, int]) -> str:
 
 def _shards(index: Path, path: str) -> tuple[str, ...]:
     try:
-        return tuple(sorted(set(json.loads(index.read_text())["weight_map"].values())))
+        return tuple(sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
     except OSError as error:
         raise unreadable(error, path, index) from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
