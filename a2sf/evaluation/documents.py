@@ -206,8 +206,8 @@ def read(source: Source, content: str | None) -> Any:
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a call to another host, for nothing that we need
     if source.kind == "hub":
-        made = _read_hub(source, content or commit_of(source.repo, source.revision, source.task).hash)
-        return _with_splits(source, made)
+        commit = content or commit_of(source.repo, source.revision, source.task).hash
+        return _with_splits(source, _read_hub(source, commit))
     same_files(source, content)
     made: dict[str, Any] = {}
     for split in source.needed or list(source.files):

@@ -349,8 +349,8 @@ def provenance(lm: Any, ran: Collection[str]) -> dict[str, Any]:
 def _git() -> dict[str, Any]:
     def git(*arguments: str) -> str | None:
         where = Path(__file__).parent
-        asked = {"capture_output": True, "encoding": "utf-8", "errors": "replace", "check": False}
-        done = subprocess.run(["git", *arguments], cwd=where, **asked)
+        command = ["git", *arguments]
+        done = subprocess.run(command, cwd=where, capture_output=True, encoding="utf-8", errors="replace", check=False)
         return done.stdout.strip() if done.returncode == 0 else None
 
     commit, changes = None, None

@@ -89,6 +89,8 @@ class Around:
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> Around:
         model = self._model()
+        if model is None:
+            raise UserError(_GONE)
         twin = copy.deepcopy(model, memo)
         for cache in memo.pop(_copies_of(model), ()):
             cache.belongs_to(twin)
@@ -98,7 +100,7 @@ class Around:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model()
         if model is None:
-            raise UserError("this model is a shallow copy of one that is gone; copy models by copy.deepcopy")
+            raise UserError(_GONE)
         own = self._own or MethodType(type(model).forward, model)
         if any(m is model for m in _inside.get()):
             return own(*args, **kwargs)
@@ -202,6 +204,7 @@ _ORIGINAL = "_torchdynamo_orig_callable"
 _lock = threading.Lock()
 _used: dict[int, object] = {}
 """The caches that a call goes through, by `id`."""
+_GONE = "this model is a shallow copy of one that no longer exists; copy models by copy.deepcopy"
 _ELSEWHERE = (
     "this call of {} is not pruned: pruning(...) was entered in another thread or task and acts on the calls there; enter "
     "it where the model is called, or give the call a PrunedCache"

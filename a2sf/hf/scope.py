@@ -148,25 +148,31 @@ def pruning(
             text = model.generate(ids, attention_mask=mask, max_new_tokens=50)
 
     Args:
-        model, policy, budget, schedule, max_new_tokens, context_tokens, backend: as for `PrunedCache`. A call without a
-            cache is a prompt as a whole, unless `context_tokens` says how much of it; the prompt schedule needs to know.
+        model: a transformers model, or what wraps one (PEFT, torch.compile).
+        policy: as for `PrunedCache`.
+        budget: as for `PrunedCache`.
+        schedule: as for `PrunedCache`.
+        max_new_tokens: as for `PrunedCache`.
+        context_tokens: as for `PrunedCache`. A call without a cache is a prompt as a whole, unless this says how much of
+            it is; the prompt schedule needs to know.
+        backend: as for `PrunedCache`.
 
     Raises:
         ConfigError, UnsupportedModel: if a setting is not allowed or the model cannot be pruned.
     """
-    given, model = model, decoder_of(model)
+    decoder = decoder_of(model)
     policy, budget, schedule = policy_of(policy), budget_of(budget), schedule_of(schedule)
     max_new_tokens, contexts = new_tokens_of(max_new_tokens), contexts_of(context_tokens)
     check_backend(backend)
-    layers = model.config.get_text_config().num_hidden_layers
-    check_settings(policy, budget, layers, schedule=schedule, kv_heads=kv_heads_of(model.config), generating=True)
-    require_exact(model)
+    layers = decoder.config.get_text_config().num_hidden_layers
+    check_settings(policy, budget, layers, schedule=schedule, kv_heads=kv_heads_of(decoder.config), generating=True)
+    require_exact(decoder)
     refused = None
     try:
-        prove_decoding(model, policy, budget)
+        prove_decoding(decoder, policy, budget)
     except UnsupportedModel as error:
         refused = error.with_traceback(None)  # calls without a cache are exact
-    surround(model)
+    surround(decoder)
     scope = _Scope(
         policy,
         budget if policy.uses_budget else None,
@@ -176,5 +182,5 @@ def pruning(
         backend,
         refused,
     )
-    with attached(model), scoped(model, scope):
-        yield given
+    with attached(decoder), scoped(decoder, scope):
+        yield model
