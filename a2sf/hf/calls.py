@@ -86,11 +86,17 @@ class Around:
         self._cache_name = _cache_name(self._names)
         self._configs: Configs | None = None
 
+    def _surrounded(self) -> PreTrainedModel:
+        model = self._model()
+        if model is None:
+            raise UserError("this model is a shallow copy of one that is gone; copy models by copy.deepcopy")
+        return model
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return Around, (self._model(), self._own)
+        return Around, (self._surrounded(), self._own)
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> Around:
-        model = self._model()
+        model = self._surrounded()
         twin = copy.deepcopy(model, memo)
         for cache in memo.pop(_copies_of(model), ()):
             cache.belongs_to(twin)
@@ -98,9 +104,7 @@ class Around:
 
     @torch.compiler.disable(recursive=False)  # what it decides by is no part of a compiled graph
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self._model()
-        if model is None:
-            raise UserError("this model is a shallow copy of one that is gone; copy models by copy.deepcopy")
+        model = self._surrounded()
         own = self._own or MethodType(type(model).forward, model)
         if any(m is model for m in _inside.get()):
             return own(*args, **kwargs)

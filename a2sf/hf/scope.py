@@ -144,6 +144,8 @@ def pruning(
             logits = model(ids, attention_mask=mask, use_cache=False).logits
             text = model.generate(ids, attention_mask=mask, max_new_tokens=50)
 
+    It acts on the thread, or asyncio task, that enters it: others use the model as it is, and a warning tells them so.
+
     Args:
         model, policy, budget, schedule, max_new_tokens, context_tokens, backend: as for `PrunedCache`. A call without a
             cache is a prompt as a whole, unless `context_tokens` says how much of it; the prompt schedule needs to know.
@@ -151,16 +153,16 @@ def pruning(
     Raises:
         ConfigError, UnsupportedModel: if a setting is not allowed or the model cannot be pruned.
     """
-    given, model = model, decoder_of(model)
-    layers = model.config.get_text_config().num_hidden_layers
-    check_settings(policy, budget, layers, schedule=schedule, kv_heads=kv_heads_of(model.config), generating=True)
-    require_exact(model)
+    decoder = decoder_of(model)
+    layers = decoder.config.get_text_config().num_hidden_layers
+    check_settings(policy, budget, layers, schedule=schedule, kv_heads=kv_heads_of(decoder.config), generating=True)
+    require_exact(decoder)
     refused = None
     try:
-        prove_decoding(model, policy, budget)
+        prove_decoding(decoder, policy, budget)
     except UnsupportedModel as error:
         refused = error.with_traceback(None)  # calls without a cache are exact
-    surround(model)
+    surround(decoder)
     scope = _Scope(
         policy,
         budget if policy.uses_budget else None,
@@ -170,5 +172,5 @@ def pruning(
         backend,
         refused,
     )
-    with attached(model), scoped(model, scope):
-        yield given
+    with attached(decoder), scoped(decoder, scope):
+        yield model
