@@ -84,13 +84,17 @@ class Around:
         self._cache_name = _cache_name(self._names)
         self._configs: Configs | None = None
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Around, (self._model(), self._own)
-
-    def __deepcopy__(self, memo: dict[Any, Any]) -> Around:
+    def _surrounded(self) -> PreTrainedModel:
         model = self._model()
         if model is None:
-            raise UserError(_GONE)
+            raise UserError("this model is a shallow copy of one that no longer exists; copy models by copy.deepcopy")
+        return model
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Around, (self._surrounded(), self._own)
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Around:
+        model = self._surrounded()
         twin = copy.deepcopy(model, memo)
         for cache in memo.pop(_copies_of(model), ()):
             cache.belongs_to(twin)
@@ -98,9 +102,7 @@ class Around:
 
     @torch.compiler.disable(recursive=False)  # what it decides by is no part of a compiled graph
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self._model()
-        if model is None:
-            raise UserError(_GONE)
+        model = self._surrounded()
         own = self._own or MethodType(type(model).forward, model)
         if any(m is model for m in _inside.get()):
             return own(*args, **kwargs)
@@ -204,7 +206,6 @@ _ORIGINAL = "_torchdynamo_orig_callable"
 _lock = threading.Lock()
 _used: dict[int, object] = {}
 """The caches that a call goes through, by `id`."""
-_GONE = "this model is a shallow copy of one that no longer exists; copy models by copy.deepcopy"
 _ELSEWHERE = (
     "this call of {} is not pruned: pruning(...) was entered in another thread or task and acts on the calls there; enter "
     "it where the model is called, or give the call a PrunedCache"

@@ -45,7 +45,7 @@ class PrunedCache(Cache):
     Budgets are resolved once, from the first call's tokens, and stay when the cache is used again for the next turn.
 
     Args:
-        model: the model it will be used with.
+        model: the model it will be used with, or what wraps it (PEFT, torch.compile, data parallelism).
         policy, budget: what to keep (None: for a policy that ignores budgets). A ratio of base `context` is one of the
             row's prompt, of base `total` one of the tokens that are read: the prompt and all new tokens but the last. A
             policy's name or class stands for one with its defaults, 64 for `Budget(tokens=64)`, 0.2 for

@@ -147,6 +147,8 @@ def pruning(
             logits = model(ids, attention_mask=mask, use_cache=False).logits
             text = model.generate(ids, attention_mask=mask, max_new_tokens=50)
 
+    It acts on the thread, or asyncio task, that enters it: others use the model as it is, and a warning tells them so.
+
     Args:
         model: a transformers model, or what wraps one (PEFT, torch.compile).
         policy: as for `PrunedCache`.
