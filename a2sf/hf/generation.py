@@ -10,9 +10,8 @@ a call is about; calls without a `PrunedCache` are untouched. Shapes as in `a2sf
 from __future__ import annotations
 
 import copy
-import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +31,7 @@ from a2sf.hf.kept import Kept
 from a2sf.hf.loading import kv_heads_of
 from a2sf.hf.settings import check_settings, contexts_for, contexts_of, new_tokens_of, retention_of
 from a2sf.hf.slots import How, PrunedLayer, Step
+from a2sf.hf.stored import FORMAT, ModelRef, check, is_stored, settings, tensors_of
 from a2sf.policies.arguments import budget_of, policy_of, schedule_of
 from a2sf.policies.base import UNLIMITED, Policy, Retention
 from a2sf.policies.budget import Budget
@@ -118,7 +118,7 @@ class PrunedCache(Cache):
         self.policy_on_sliding = not mixes_windows(model.config)
         self.positions = positions
         self.rope_switch = rope_switch(model.config)
-        self._model = weakref.ref(model)
+        self._model = ModelRef(model)
         self.reset()
 
     def prove(self, model: PreTrainedModel) -> None:
@@ -138,8 +138,8 @@ class PrunedCache(Cache):
         return twin
 
     def belongs_to(self, model: PreTrainedModel | None) -> None:
-        """Be a cache for `model`; None: for one that is gone."""
-        self._model = weakref.ref(model) if model is not None else self._model
+        """Be a cache for `model`; None: for one that no longer exists."""
+        self._model = ModelRef(model) if model is not None else self._model
 
     def reset(self) -> None:
         """Forget everything; the next call starts a new batch and resolves the budgets anew."""
@@ -180,15 +180,58 @@ class PrunedCache(Cache):
             raise UserError("this cache has read nothing yet; call the model with it first")
         return self.layers[layer].state()
 
-    def load(self, states: Sequence[EvictionState]) -> None:
-        """Go on from stored states, one per layer and of as many rows, instead of what is cached.
+    def stored(self) -> dict[str, Any]:
+        """All that is cached, as tensors on the CPU and plain numbers, for `torch.save` and `load`.
 
         Raises:
-            UserError: if nothing has been read yet, so that neither the rows nor their budgets are known; if the states
-                are not of as many layers and rows, hold more than the budget, or are of another policy.
+            UserError: if nothing has been read yet.
         """
+        model = self._model()
+        if self.seen is None or model is None:
+            raise UserError("this cache has read nothing yet, or its model is no longer there")
+        layers = [{**layer.shape, "state": tensors_of(layer.state())} for layer in self.layers]
+        return {
+            "format": FORMAT,
+            **settings(model, self.policy, self.schedule, self.retention),
+            "prompt": list(self.prompt),
+            "seen": self.seen.clone(),
+            "columns": self.columns,
+            "calls": self.calls,
+            "attentions": list(self._attentions),
+            "layers": layers,
+        }
+
+    def _restore(self, stored: Mapping[str, Any]) -> None:
+        """Take over what another cache of the same model, policy and budget stored."""
+        model = self._model()
+        if model is None or self.trace:
+            raise UserError("a cache that keeps a trace, or whose model is gone, cannot take over a stored one")
+        retention = self._retention_of(stored["prompt"])
+        check(stored, settings(model, self.policy, self.schedule, retention))
+        self.reset()
+        self.retention, self.prompt, self.seen = retention, list(stored["prompt"]), stored["seen"].clone()
+        self.columns, self.calls, self._attentions = stored["columns"], stored["calls"], list(stored["attentions"])
+        for i, (layer, one) in enumerate(zip(self.layers, stored["layers"], strict=True)):
+            state = EvictionState(**{name: x.to(model.device) for name, x in one["state"].items()})
+            layer.restore(self.kept(i, one["window"]), one, state)
+
+    def load(self, states: Mapping[str, Any] | Sequence[EvictionState]) -> None:
+        """Go on from what `stored` gave, or from states, one per layer and of as many rows, instead of what is cached.
+
+        Raises:
+            UserError: if what is stored is of another model, policy, schedule or budget; if states are given and nothing
+                has been read yet, so that neither the rows nor their budgets are known; if the states are not of as many
+                layers and rows, hold more than the budget, or are of another policy.
+        """
+        if is_stored(states):
+            assert isinstance(states, Mapping)
+            return self._restore(states)
+        assert isinstance(states, Sequence)
         if self.seen is None:
-            raise UserError("a pruned cache takes over states once it has read something; call the model with it first")
+            raise UserError(
+                "a pruned cache takes over states once it has read something, since they do not say what a row keeps; "
+                "store cache.stored() instead, which a new cache loads"
+            )
         if len(states) != len(self.layers) or any(len(s.seen) != len(self.seen) for s in states):
             raise UserError(
                 f"give one state for each of the {len(self.layers)} layers, each of {len(self.seen)} rows as this cache has"
@@ -412,8 +455,9 @@ class PrunedCache(Cache):
         kept = [row[layer] for row in self.retention]
         if window is None:
             return kept
-        assert self._pass is not None
-        after = self._pass.step.after.tolist()
+        seen = self.seen if self._pass is None else self._pass.step.after
+        assert seen is not None
+        after = seen.tolist()
         return [within_window(k, window, layer, n, self.policy_on_sliding) for k, n in zip(kept, after, strict=True)]
 
     def kept(self, layer: int, window: int | None) -> Kept:
@@ -436,10 +480,13 @@ class PrunedCache(Cache):
             context = contexts_for(len(length), self.context_tokens)
         if self.schedule.prompt and min(context, default=1) < 1:
             raise UserError(f"row {context.index(0)} of the batch has no token in its prompt; give each at least one")
-        layers, more = len(self.layers), max(0, (self.max_new_tokens or 0) - 1)  # the last token is never read
-        asked = (layers, self.schedule)
-        self.retention = [retention_of(self.policy, self.budget, n + more, n, *asked) for n in context]
+        self.retention = self._retention_of(context)
         self.prompt = context
+
+    def _retention_of(self, context: list[int]) -> list[tuple[Retention, ...]]:
+        """What each layer keeps of rows whose prompts have so many tokens."""
+        layers, more = len(self.layers), max(0, (self.max_new_tokens or 0) - 1)  # the last token is never read
+        return [retention_of(self.policy, self.budget, n + more, n, layers, self.schedule) for n in context]
 
     def _check_length(self, after: Tensor, earliest: Tensor, prompt: bool) -> None:
         """`earliest` [B]: the shortest length at which a cached key of the row was made."""
@@ -480,7 +527,7 @@ class _CachePass:
             check_finite(layer, tokens, query=query, key=key, value=value)
         store: PrunedLayer = self.cache.layers[layer]
         if not store.is_initialized:
-            store.kept = self.cache.kept(layer, window)
+            store.kept, store.window = self.cache.kept(layer, window), window
         elif window is not None:
             self.cache.rows(layer, window)  # refuses a sequence that has outgrown the window
         which = self.attentions[layer]
