@@ -165,7 +165,11 @@ class PrunedLM(OneByOne):
             raise self.member.error
         for r in filter(self._to_trace, requests):
             context, continuation = r.args
-            tokens = self._encode_pair(*r.args) if context else ([self.prefix_token_id], self.tok_encode(continuation))
+            alone = (
+                [self.prefix_token_id],
+                self.tok_encode(continuation, add_special_tokens=False),
+            )  # as lm-eval reads it
+            tokens = self._encode_pair(*r.args) if context else alone
             request = self._request(tokens[0], tokens[1], prompt=context)
             n = request.context
             self._trace(r.doc_id, list(request.read[:n]), list(request.read[n:]), request.retention, request.prompt)
