@@ -46,6 +46,7 @@ Launch = Callable[[list[list[str]]], list[Any]]
 
 def guard(main: Callable[[], Any]) -> None:
     """Run the app; a user's mistake is one sentence on standard error and exit code 1, never a traceback."""
+    set_environment()
     # not by way of SIGINT, which a process that a script started in the background ignores
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from a2sf import __version__
 from a2sf.errors import UserError, nearest
-from a2sf.starting import set_environment
 
 COMMANDS = {
     "run": ("a2sf.commands.run", "measure: one configuration, or a grid (-m, +sweep=PRESET)"),
@@ -51,7 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: the command line after the program's name; that of the process by default.
     """
     forgive_screen()
-    set_environment()
     name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     if name in ("--help", "-h"):
         print(HELP.format(commands="\n".join(f"  {c:<10} {told}" for c, (_, told) in COMMANDS.items())))

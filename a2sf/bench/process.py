@@ -109,12 +109,12 @@ def tiny_model(folder: Path) -> None:
     tokenizer = load_tokenizer(SMOLLM2)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        num_hidden_layers=2,
-        max_position_embeddings=2048,
         hidden_size=64,
         intermediate_size=128,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        max_position_embeddings=2048,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

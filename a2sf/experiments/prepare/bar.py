@@ -33,8 +33,7 @@ def bar(
     """A bar that follows `completed()`."""
     stop = threading.Event()
     with Progress(*columns, console=screen, transient=True) as shown:
-        row = shown.add_task(what, total=total)
-        shown.update(row, completed=completed())
+        row = shown.add_task(what, total=total, completed=int(completed()))
 
         def follow() -> None:
             while not stop.wait(POLL_SECONDS):
