@@ -64,7 +64,7 @@ def texts_of(*documents: pd.DataFrame) -> Texts:
     Raises:
         UserError: if two of them know different texts, of two values of `data.cluster`.
     """
-    known = [Texts.keyed(d[TEXT]) for d in documents if TEXT in d and d[TEXT].notna().all()]
+    known = [Texts.keyed(d[TEXT].to_numpy()) for d in documents if TEXT in d and d[TEXT].notna().all()]
     if not known:
         return Texts.apart(len(documents[0]))
     for other in known[1:]:
