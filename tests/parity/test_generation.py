@@ -67,11 +67,12 @@ def one_pass(
     """Logits [B, T, vocabulary] and, per layer, when every position went [B, K, T]."""
     rows, length = ids.shape
     layers = model.config.get_text_config().num_hidden_layers
-    kept = retention_of(policy, budget if policy.uses_budget else None, length, length, layers)
+    held = budget if policy.uses_budget else None
+    kept = [retention_of(policy, held, length, prompt, layers, schedule) for prompt in prompts]
     plan = Noted.of_rows(
         [length] * rows,
         [0] * rows,
-        lambda row, layer: kept[layer],
+        lambda row, layer: kept[row][layer],
         layers,
         policy_on_sliding=not mixes_windows(model.config),
         schedule=schedule,

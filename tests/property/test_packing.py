@@ -39,7 +39,8 @@ def vectors(tokens: list[int], positions: list[int]):
 
 
 def request(policy, schedule, tokens, prompt, budget) -> Request:
-    kept = tuple(policy.keeps(max(budget, policy.least_budget), i, LAYERS) for i in range(LAYERS))
+    cut = prompt if schedule.prompt else None
+    kept = tuple(policy.keeps(max(budget, policy.least_budget), i, LAYERS, cut) for i in range(LAYERS))
     return Request(tokens, (0,) * (len(tokens) + 1 - prompt), kept, schedule)
 
 

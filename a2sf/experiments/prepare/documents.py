@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,10 +89,17 @@ def settle(groups: Sequence[Sequence[Cell]], planned_only: bool = False) -> Sett
                 kept.append(cell)
                 notes.append(f"The names of cells of {cell.task_name} are provisional: {found}")
             else:
-                refused.setdefault(str(found), []).append(cell.name)
+                refused.setdefault(str(found), []).append(_name(cell))
         cells.append(tuple(kept))
     _some_left(cells, refused)
     return Settlement(cells, [*settled.notes, *dict.fromkeys(notes)], refused)
+
+
+def _name(cell: Cell) -> str:
+    """A cell's name, or what is known of it where its documents cannot be read."""
+    with suppress(UserError):
+        return cell.name
+    return f"{cell.model_name}__{cell.policy.name}__{cell.task_name}"
 
 
 def fetch(cells: Sequence[Cell], pending: Sequence[Cell], refused: dict[str, list[str]], screen: Console) -> list[Cell]:

@@ -148,14 +148,12 @@ def test_documents_that_fail_are_told_once_for_all_their_cells(folder, tmp_path)
     data = folder()
     cells = [cell(data, task, policy=find_policies()[p]()) for task in ("piqa", "copa") for p in ("full", "window")]
     settled = documents.settle([cells])
-    refused: dict[str, list[str]] = {}
-    left = documents.fetch(settled.cells[0], settled.cells[0], refused, documents.Console())
-    assert {c.task for c in left} == {"piqa"}
-    ((why, names),) = refused.items()
+    assert {c.task for c in settled.cells[0]} == {"piqa"}
+    ((why, names),) = settled.refused.items()
     assert "copa.jsonl cannot be read" in why
     assert len(names) == 2
     with pytest.raises(UserError, match=r"copa\.jsonl cannot be read"):
-        documents.fetch(settled.cells[0][2:], settled.cells[0][2:], {}, documents.Console())
+        documents.settle([cells[2:]])
 
 
 @given(st.text(st.characters(exclude_categories=["C"]), min_size=1).filter(lambda s: "${" not in s and s.strip()))

@@ -8,7 +8,7 @@ import pytest
 
 from a2sf.errors import ConfigError
 from a2sf.evaluation import tasks
-from a2sf.experiments import sweep
+from a2sf.experiments import reuse
 from a2sf.experiments.prepare.texts import note_texts
 from a2sf.experiments.runs import load_sweep
 from a2sf.experiments.sweep import Runner
@@ -27,7 +27,7 @@ def test_a_result_says_which_documents_share_a_text(runner: Runner) -> None:  # 
     assert [c.name for c in asked] == [
         c.name for c in cells
     ]  # which documents share a text is no part of what a cell is
-    planned = sweep.plan([c.settled() for c in asked], runner.directory)
+    planned = reuse.plan([c.settled() for c in asked], runner.directory)
     (told,) = note_texts(planned.cells, planned.done, runner.directory)
     assert "2 finished cells" in told
     for stored in load_sweep(runner.directory):

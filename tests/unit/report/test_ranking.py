@@ -44,7 +44,8 @@ def scheduled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Cells of three schedules, and some from before there were any."""
     directory = tmp_path_factory.mktemp("runs") / "scheduled"
     for schedule in (None, "prompt", "every16", "every4"):
-        write_sweep(directory, Plan(schedule=schedule, seed=len(schedule or "")))
+        policies = Plan.policies if schedule is None else Plan.policies[1:]  # the full cache has no schedule
+        write_sweep(directory, Plan(policies=policies, schedule=schedule, seed=len(schedule or "")))
     write_table(directory, load_sweep(directory))
     return directory
 
