@@ -21,6 +21,7 @@ COMMANDS = {
     "unpack": ("a2sf.commands.archive:main_unpack", "its cells again, from which a sweep goes on"),
     "bench": ("a2sf.commands.bench", "speed and memory beside what the harness replaces"),
     "policies": ("a2sf.commands.policies", "the policies: what each does, its paper, its settings"),
+    "new": ("a2sf.commands.new", "files of your own that run at once: a policy, a task or a sweep"),
     "check": ("a2sf.commands.check", "which invariants a policy of your own holds (mine:MyPolicy)"),
     "doctor": ("a2sf.commands.doctor", "versions, devices, kernels, caches, disk: what a bug report needs"),
 }

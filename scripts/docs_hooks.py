@@ -39,14 +39,14 @@ def keys_page() -> str:
     head = """# Keys
 
 <!-- written by scripts/docs_hooks.py from a2sf/experiments/schema.py; do not edit -->
-Every key can be set (`key=value`) and swept (`-m key=a,b,c`). Unknown keys and values that are not allowed are refused before anything is
-loaded. `a2sf run --help` prints the same, with the files that each group has.
+Every key can be set (`key=value`) and swept (`-m key=a,b,c`). Unknown keys and values that are not allowed are refused
+before anything is loaded. `a2sf run --help` prints the same, with the files that each group has.
 
 | key | default | meaning |
 |---|---|---|
 """
     rows = (
-        f"| `{key}` | {f'`{default}`' if default else '–'} | {about.replace('|', chr(92) + '|')} |"
+        f"| `{key}` | {f'`{default}`' if default else ''} | {about.replace('|', chr(92) + '|')} |"
         for key, default, about in key_table(whole=True)
     )
     return head + "\n".join(rows) + "\n"
