@@ -19,6 +19,7 @@ COMMANDS = {
     "heads": ("a2sf.commands.heads", "which heads copy from far back, as a list for policy=heads"),
     "pack": ("a2sf.commands.archive:main_pack", "a sweep as one file to hand on, which tables reads in place"),
     "unpack": ("a2sf.commands.archive:main_unpack", "its cells again, from which a sweep goes on"),
+    "lm-eval": ("a2sf.commands.lm_eval", "lm-eval's own command line, with our model registered (--model a2sf)"),
     "bench": ("a2sf.commands.bench", "speed and memory beside what the harness replaces"),
     "policies": ("a2sf.commands.policies", "the policies: what each does, its paper, its settings"),
     "new": ("a2sf.commands.new", "files of your own that run at once: a policy, a task or a sweep"),
@@ -48,10 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: the command line after the program's name; that of the process by default.
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, which torch does
     name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    if name != "lm-eval":
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, which torch does
     if name in ("--help", "-h"):
-        print(HELP.format(commands="\n".join(f"  {c:<10} {told}" for c, (_, told) in COMMANDS.items())))
+        print(HELP.format(commands="\n".join(f"  {c:<10} {about}" for c, (_, about) in COMMANDS.items())))
         return
     if name == "--version":
         print(f"a2sf {__version__}")

@@ -1,0 +1,16 @@
+"""`a2sf lm-eval ...`: lm-eval's own command line, with the model `a2sf` registered."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run lm-eval with `arguments`; `--model a2sf --model_args pretrained=...,policy=h2o,budget_ratio=0.2` is ours."""
+    from lm_eval.__main__ import cli_evaluate
+
+    import a2sf.lm  # noqa: F401  # registers the model
+
+    sys.argv = ["a2sf lm-eval", *arguments]  # which lm-eval reads
+    cli_evaluate()
