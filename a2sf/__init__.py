@@ -14,17 +14,49 @@ if TYPE_CHECKING:
     from a2sf.policies.make import make_policy
     from a2sf.policies.rule import Rule, Step
     from a2sf.policies.schedule import Schedule
+    from baselines.adakv import AdaKV
+    from baselines.calibrated import Calibrated
+    from baselines.full import Full
+    from baselines.future import Future
+    from baselines.h2o import H2O
+    from baselines.heads import Heads
+    from baselines.key_norm import KeyNorm
+    from baselines.keydiff import KeyDiff
+    from baselines.mean_attention import MeanAttention
+    from baselines.pyramidkv import PyramidKV
+    from baselines.random import Random
+    from baselines.snapkv import SnapKV
+    from baselines.streaming import Streaming
+    from baselines.tova import TOVA
+    from baselines.vatp import VATP
+    from baselines.window import Window
 
 __all__ = [
     "A2SF",
+    "H2O",
+    "TOVA",
+    "VATP",
+    "AdaKV",
     "Budget",
+    "Calibrated",
     "EvictionState",
+    "Full",
+    "Future",
+    "Heads",
+    "KeyDiff",
+    "KeyNorm",
+    "MeanAttention",
     "Policy",
     "PrunedCache",
+    "PyramidKV",
+    "Random",
     "Retention",
     "Rule",
     "Schedule",
+    "SnapKV",
     "Step",
+    "Streaming",
+    "Window",
     "attend",
     "evicting_attention",
     "make_policy",
@@ -34,14 +66,30 @@ __version__ = "0.2.0"
 
 _WHERE = {
     "A2SF": "a2sf.policies.a2sf",
+    "AdaKV": "baselines.adakv",
     "Budget": "a2sf.policies.budget",
+    "Calibrated": "baselines.calibrated",
     "EvictionState": "a2sf.engine.state",
+    "Full": "baselines.full",
+    "Future": "baselines.future",
+    "H2O": "baselines.h2o",
+    "Heads": "baselines.heads",
+    "KeyDiff": "baselines.keydiff",
+    "KeyNorm": "baselines.key_norm",
+    "MeanAttention": "baselines.mean_attention",
     "Policy": "a2sf.policies.base",
     "PrunedCache": "a2sf.hf.generation",
+    "PyramidKV": "baselines.pyramidkv",
+    "Random": "baselines.random",
     "Retention": "a2sf.policies.base",
     "Rule": "a2sf.policies.rule",
     "Schedule": "a2sf.policies.schedule",
+    "SnapKV": "baselines.snapkv",
     "Step": "a2sf.policies.rule",
+    "Streaming": "baselines.streaming",
+    "TOVA": "baselines.tova",
+    "VATP": "baselines.vatp",
+    "Window": "baselines.window",
     "attend": "a2sf.engine.functional",
     "evicting_attention": "a2sf.engine.functional",
     "make_policy": "a2sf.policies.make",

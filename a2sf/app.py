@@ -8,8 +8,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,27 +17,22 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from a2sf.errors import Notice, UserError, nearest
 from a2sf.shipped import shipped
+from a2sf.starting import importing, set_environment
 
 if TYPE_CHECKING:
     from a2sf.experiments.aggregates import Group
     from a2sf.experiments.cell import Cell
     from a2sf.experiments.config import Settings
     from a2sf.experiments.estimate import Estimate
-    from a2sf.experiments.sweep import Outcome, Plan, Runner
+    from a2sf.experiments.reuse import Plan
+    from a2sf.experiments.sweep import Outcome, Runner
 
 LISTED = 20
 POLL_SECONDS = 2.0
@@ -52,8 +46,7 @@ Launch = Callable[[list[list[str]]], list[Any]]
 
 def guard(main: Callable[[], Any]) -> None:
     """Run the app; a user's mistake is one sentence on standard error and exit code 1, never a traceback."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra raises what we explain
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    set_environment()
     # not by way of SIGINT, which a process that a script started in the background ignores
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -89,11 +82,12 @@ def job(composed: DictConfig) -> Any:
             return run_grid([([], composed)], None)
         except UserError as error:  # told here, since Hydra would put a line of its own before it
             _fail(str(error))
+    set_environment()  # of a worker on another machine
     adopt(HydraConfig.get())
     quiet()
-    _share_cores()
-    from a2sf.experiments.workers import take_gpu
+    from a2sf.experiments.workers import share_cores, take_gpu
 
+    share_cores(HydraConfig.get().launcher)
     take_gpu(HydraConfig.get().launcher)
     settings = _read(composed)
     return _runner(settings).run(settings.cells, settings.planned)
@@ -105,15 +99,16 @@ def adopt(hydra: DictConfig) -> None:
     Every worker does so itself, from the configuration that it gets.
 
     Raises:
-        UserError: if one of ours hides a file there, which Hydra would not say.
+        UserError: if a file there hides one of ours, which Hydra would not say, or text in one is read as a number.
     """
-    added = [Path(s.path) for s in hydra.runtime.config_sources if s.schema == "file" and s.provider != "main"]
+    from a2sf.experiments import config_dir
+
+    sources = [s for s in hydra.runtime.config_sources if s.schema in ("file", config_dir.SCHEME)]
+    added = [Path(s.path) for s in sources if s.provider != "main"]
     for folder in added:
-        for ours in shipped("conf").rglob("*.yaml"):
-            if (hidden := folder / ours.relative_to(shipped("conf"))).exists():
-                raise UserError(
-                    f"{hidden} has the name of a file that comes with a2sf, which hides it: give it another."
-                )
+        config_dir.check(folder)
+    if config_dir.used() is None:  # a worker
+        config_dir.use(next((Path(s.path) for s in sources if s.schema == config_dir.SCHEME), None))
     _added[:] = added
     for place in map(str, [*added, hydra.runtime.cwd]):
         if place not in sys.path:
@@ -133,6 +128,10 @@ def run_grid(
     Raises:
         UserError: for the first value that is not allowed, before anything slow.
     """
+    from a2sf.experiments import keys
+
+    for _, composed in points:
+        keys.check(composed)
     quiet()
     from a2sf.experiments.config import refuse_idle
     from a2sf.experiments.grid import check_schedules
@@ -151,27 +150,30 @@ def run_grid(
         )
 
     from a2sf.evaluation import tasks
-    from a2sf.experiments import sweep
     from a2sf.experiments.estimate import estimate
     from a2sf.experiments.group import grouped
-    from a2sf.experiments.prepare import documents, models
+    from a2sf.experiments.prepare import documents, models, texts
+    from a2sf.experiments.progress import Progress, shown
+    from a2sf.experiments.reuse import plan
     from a2sf.experiments.runs import write_groups
 
     for until in dict.fromkeys(c.until for s in settings for c in s.cells if c.until):
         until.check([c.policy.name for s in settings for c in s.cells if c.until == until])
     documents.check(c for s in settings for c in s.cells)
+    settings, unreadable = models.readable(settings, screen)
     models.check_prompting((c for s in settings for c in s.cells), hub=False)
     settings = models.tell_apart(models.pin_all(settings, _model_names(), screen))
     settled = documents.settle([s.cells for s in settings], planned_only=first.plan_only)
+    settled.refused.update(unreadable)
     settings = [dataclasses.replace(s, cells=cells) for s, cells in zip(settings, settled.cells, strict=True)]
-    made = sweep.plan([c for s in settings for c in s.cells], directory)
+    made = plan([c for s in settings for c in s.cells], directory)
     hidden = [
         note for include in dict.fromkeys(s.include for s in settings if s.include) for note in tasks.hidden(*include)
     ]
     for note in [*dict.fromkeys(hidden), *settled.notes, *made.notes]:
         screen.print(note, highlight=False, soft_wrap=True)
     groups = grouped(made.pending)
-    estimates = estimate(groups, directory.parent)
+    estimates = estimate(groups, directory.parent, trial=computes_here)
     _print_plan(made, groups, estimates, directory)
     if first.plan_only:
         return
@@ -180,17 +182,20 @@ def run_grid(
     broken = models.fetch([c.model for c in made.pending], screen)
     models.check_prompting((c for c in made.pending if c.model not in broken), hub=True)
     made = dataclasses.replace(made, cells=documents.fetch(made.cells, made.pending, settled.refused, screen))
+    for note in texts.note_texts(made.cells, made.done, directory):
+        screen.print(note, highlight=False, soft_wrap=True)
 
-    outcomes: list[Outcome] = []
     if made.pending:
         runner = _runner(first)
-        outcomes = [runner.fail(c, broken[c.model]) for c in made.pending if c.model in broken]
-        with _progress(made, directory):
+        progress = Progress(made, groups, estimates, directory, _underway)
+        for cell in (c for c in made.pending if c.model in broken):
+            runner.fail(cell, broken[cell.model])
+        with shown(screen, progress):
             # one model after the other, so that each is loaded once, and what takes longest first
             size = {c.name: e.tokens or 0 for g, e in zip(groups, estimates, strict=True) for c in g}
             todo = sorted(made.pending, key=lambda c: (c.model_name, -size[c.name], c.task, c.shots))
-            outcomes += _run([c for c in todo if c.model not in broken], settings, points, launch)
-    _report(made, directory, settings[0], outcomes, settled.refused, scored)
+            _run([c for c in todo if c.model not in broken], settings, points, launch)
+    _report(made, directory, settings[0], settled.refused, scored)
 
 
 def _run(
@@ -238,6 +243,7 @@ def _job(points: Sequence[tuple[list[str], DictConfig]], cells: Sequence[Cell]) 
     settled |= {"model.name": quote(cell.model_name)}
     if cell.model.source.kind == "hub":  # quoted, since a commit may look like a number
         settled |= {"model.path": quote(cell.model.path), "model.revision": quote(cell.model.revision)}
+    settled |= {"model.adapter": quote(cell.model.adapter)} if cell.model.adapter else {}
     settled |= {"model.device": cell.model.device} if cell.model.device != "auto" else {}
     settled |= {"data.content": quote(cell.data.content)} if cell.data.content else {}
     settled |= {"task_args": quote(cell.data.task_args) if cell.data.task_args else "null"}
@@ -276,11 +282,13 @@ def _model_names() -> dict[str, str]:
 
 @cache
 def _names_in(folder: Path) -> list[tuple[str, str]]:
-    known = {f.stem: yaml.safe_load(f.read_text()) for f in sorted(folder.glob("*.yaml"))}
+    known = {f.stem: yaml.safe_load(f.read_text(encoding="utf-8")) for f in sorted(folder.glob("*.yaml"))}
     return [(model["path"], name) for name, model in known.items() if isinstance(model, dict) and model.get("path")]
 
 
 def _print_plan(made: Plan, groups: Sequence[Sequence[Cell]], estimates: Sequence[Estimate], directory: Path) -> None:
+    from a2sf.experiments.progress import duration
+
     pending = made.pending
     known = [(len(g), e) for g, e in zip(groups, estimates, strict=True)]
     tokens = sum(e.tokens for _, e in known if e.tokens is not None)
@@ -291,10 +299,13 @@ def _print_plan(made: Plan, groups: Sequence[Sequence[Cell]], estimates: Sequenc
     if timed:
         seconds = sum(e.seconds for _, e in known if e.seconds is not None)
         some = "" if timed == len(pending) else f"; {len(pending) - timed} of them are not like any that was measured"
-        about += f", about {_duration(seconds)} at the speed measured here{some}"
+        tried = sum(n for n, e in known if e.tried)
+        how = "at the speed measured here" if not tried else "by a short trial of this machine's speed"
+        about += f", about {duration(seconds)} {'partly ' if 0 < tried < timed else ''}{how}{some}"
     screen.print(
         f"[bold]{directory}[/bold]: {len(made.cells)} cells, {len(made.done)} done, {len(pending)} to run{about}",
         highlight=False,
+        soft_wrap=True,
     )
     for cell in pending[:LISTED]:
         screen.print(f"  {cell.name}", highlight=False, style="dim", soft_wrap=True)
@@ -306,59 +317,35 @@ def _rounded(number: float) -> str:
     return f"{float(f'{number:.2g}'):,.0f}"
 
 
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
-
-
-@contextmanager
-def _progress(made: Plan, directory: Path) -> Iterator[None]:
-    """A bar that follows the finished cells on disk, whoever computes them, and those that this process is at."""
-    from a2sf.experiments.prepare.bar import bar
-    from a2sf.experiments.runs import is_cell
-    from a2sf.experiments.sweep import failure_file
-
-    started = time.time()
-
-    def finished() -> float:
-        def failed(name: str) -> bool:
-            file = failure_file(directory, name)
-            return file.exists() and file.stat().st_mtime >= started
-
-        over = {c.name for c in made.pending if is_cell(directory / c.name) or failed(c.name)}
-        shares = [min(1.0, s) for r in _runners.values() for n, s in list(r.underway.items()) if n not in over]
-        return len(made.done) + len(over) + sum(shares)
-
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-    columns += [TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()]
-    with bar(screen, columns, "cells", len(made.cells), finished):
-        yield
+def _underway(name: str) -> float | None:
+    """How much of the work on a cell is done, where this process is at it."""
+    return next((r.underway[name] for r in list(_runners.values()) if name in r.underway), None)
 
 
 def _report(
     made: Plan,
     directory: Path,
     settings: Settings,
-    outcomes: list[Outcome],
     refused: dict[str, list[str]],
     groups: list[Group],
 ) -> None:
+    from a2sf.experiments.notes import notes_of
     from a2sf.experiments.runs import table_of
     from a2sf.experiments.sweep import finish, hardly_pruned
-    from a2sf.report.output import pictures
     from a2sf.report.tables import screen_table
 
     stored, failures = finish(directory, made.cells)
     if stored:
         screen.print(screen_table(stored, groups))
         screen.print(f"{len(stored)} cells in {directory}/results.csv", highlight=False)
-        if note := hardly_pruned(stored):
-            screen.print(note, highlight=False, soft_wrap=True)
+        for note in filter(None, [hardly_pruned(stored), *notes_of(stored)]):
+            screen.print(note, highlight=False, markup=False, soft_wrap=True)
     tracker = _runner(settings).tracker
-    if outcomes and stored:
-        tracker.log_summary(table_of(stored, groups), lambda: pictures(directory))
-    if tracker.note and outcomes:
-        screen.print(tracker.note, highlight=False, markup=False, soft_wrap=True)
+    if stored and tracker:
+        for cell in stored:  # whoever computed it
+            tracker.log_cell(cell)
+        tracker.log_summary(table_of(stored, groups), lambda: _pictures(directory))
+        screen.print(tracker.note or "", highlight=False, markup=False, soft_wrap=True)
     if failures:
         screen.print(
             f"[bold red]{len(failures)} of {len(made.cells)} cells failed[/bold red]; the same command retries"
@@ -376,8 +363,14 @@ def _report(
         sys.exit(1)
 
 
+def _pictures(directory: Path) -> dict[str, Path]:
+    from a2sf.report.output import pictures  # which takes a second to import
+
+    return pictures(directory)
+
+
 def quiet() -> None:
-    """Libraries keep to themselves; what the user needs to know, we say."""
+    """Libraries keep to themselves; what the user needs to know, we say, warnings about a cell's numbers with its result."""
     import logging
     import warnings
 
@@ -386,6 +379,7 @@ def quiet() -> None:
     warnings.showwarning = _show
     for name in ("lm_eval", "transformers", "datasets", "wandb", "httpx", "accelerate", "huggingface_hub", "filelock"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    _import_libraries()
     import datasets
     import huggingface_hub
     import transformers
@@ -396,33 +390,31 @@ def quiet() -> None:
     transformers.logging.disable_progress_bar()
 
 
+@cache
+def _import_libraries() -> None:
+    """Once, since what is there by then counts as needed until the process ends."""
+    with importing():
+        import datasets  # noqa: F401
+        import transformers.modeling_utils  # noqa: F401
+
+        from a2sf.experiments import config, sweep  # noqa: F401
+
+
 def _show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
     """A warning as a sentence, without the line of code that it was raised in."""
     sys.stderr.write(f"{message}\n")
 
 
-def _share_cores() -> None:
-    """Workers side by side on one machine share its cores instead of each taking all."""
-    launcher = HydraConfig.get().launcher
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = launcher.get("n_jobs") or 1
-    per_worker = cores // (cores if workers < 0 else workers)  # joblib
-    per_worker = launcher.get("cpus_per_task") or per_worker  # submitit
-    per_worker = OmegaConf.select(launcher, "ray.remote.num_cpus") or per_worker  # ray
-    if per_worker < cores:
-        import torch
-
-        torch.set_num_threads(max(1, int(per_worker)))
-
-
 def _explain(error: Exception) -> str:
-    from a2sf.experiments.config import explain
+    from a2sf.experiments.keys import explain
     from a2sf.experiments.overrides import explain_override
 
     if isinstance(error, HydraException) and (told := explain_override(error)):
         return told
     if isinstance(error, MissingConfigException) and (asked := re.match(r"In 'hydra/launcher/(\w+)'", str(error))):
-        told = (shipped("conf") / "hydra/launcher" / f"{asked[1]}.yaml").read_text()  # which says how to install it
+        told = (shipped("conf") / "hydra/launcher" / f"{asked[1]}.yaml").read_text(
+            encoding="utf-8"
+        )  # which says how to install it
         extra = re.search(r"pip install \"a2sf\[\w+\]\"", told)
         return f"hydra/launcher={asked[1]} is not installed: {extra[0] if extra else error}."
     if isinstance(error, MissingConfigException):

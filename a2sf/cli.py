@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib
 import os
 import sys
+import unicodedata
 from collections.abc import Sequence
 
 from a2sf import __version__
@@ -19,6 +21,7 @@ COMMANDS = {
     "heads": ("a2sf.commands.heads", "which heads copy from far back, as a list for policy=heads"),
     "pack": ("a2sf.commands.archive:main_pack", "a sweep as one file to hand on, which tables reads in place"),
     "unpack": ("a2sf.commands.archive:main_unpack", "its cells again, from which a sweep goes on"),
+    "track": ("a2sf.commands.track", "finished sweeps to W&B or TensorBoard, whoever computed them"),
     "lm-eval": ("a2sf.commands.lm_eval", "lm-eval's own command line, with our model registered (--model a2sf)"),
     "bench": ("a2sf.commands.bench", "speed and memory beside what the harness replaces"),
     "policies": ("a2sf.commands.policies", "the policies: what each does, its paper, its settings"),
@@ -49,9 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: the command line after the program's name; that of the process by default.
     """
+    forgive_screen()
     name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
-    if name != "lm-eval":
-        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, which torch does
+    if name == "lm-eval":
+        os.environ.setdefault("TQDM_DISABLE", "")  # its progress bars are its own
     if name in ("--help", "-h"):
         print(HELP.format(commands="\n".join(f"  {c:<10} {about}" for c, (_, about) in COMMANDS.items())))
         return
@@ -62,6 +66,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from a2sf import app
 
     app.guard(lambda: _run(name, rest))
+
+
+PLAIN = {
+    **dict.fromkeys("\N{MINUS SIGN}\N{EN DASH}\N{EM DASH}", "-"),
+    "…": "...",
+    "†": "+",
+    "Δ": "d",
+    "±": "+-",
+    "\N{MULTIPLICATION SIGN}": "x",
+}
+"""How a screen shows signs that its encoding has not: above all no minus may become a question mark."""
+
+
+def forgive_screen() -> None:
+    """Let both streams replace what their encoding has not, so that no result is lost because of how it is shown."""
+
+    def replaced(error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        text = error.object[error.start : error.end]
+        plain = (
+            PLAIN.get(c) or unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode() or "?" for c in text
+        )
+        return "".join(plain), error.end
+
+    codecs.register_error("a2sf", replaced)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="a2sf")
 
 
 def _run(name: str, arguments: list[str]) -> None:

@@ -1,7 +1,9 @@
 """AdaKV: SnapKV with the slots of a layer given to the heads that make most of them.
 
-Paper: Feng et al., 2024 (arXiv 2407.11550): after each head's window and a floor, the layer's slots go to the best tokens of
-all its heads. Deviations: as SnapKV; heads are key/value heads; scores are compared as they are, a mean over the group.
+Paper: Feng et al., 2024 (arXiv 2407.11550): how many of the layer's best tokens beside the windows are a head's own is mixed
+with an equal share, and each head keeps as many of its own best. Deviations: as SnapKV; heads are key/value heads; scores
+are compared as they are, a mean over the group; shares are rounded by largest remainder, so that the layer's sum is exact
+(the authors' code rounds each head by itself).
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ class AdaKV(SnapKV):
 
     Attributes:
         window, kernel: as for SnapKV.
-        floor: share of the budget beside the window that every head keeps, from 0 to 1; 1 is SnapKV.
+        floor: weight of the equal share, from 0 to 1; 1 is SnapKV.
     """
 
     name: ClassVar[str] = "adakv"
     label: ClassVar[str] = "AdaKV"
+    version: ClassVar[int] = 2
 
     floor: float = 0.2
 

@@ -58,7 +58,7 @@ class Calibrated(Policy):
                 told = f"it has settings for {len(layer.heads)} key/value heads a layer, and this model has {kv_heads}"
                 raise ConfigError(KEY, self.file["name"], told)
 
-    def of_layer(self, budget: int, layer: int, layers: int) -> int:
+    def of_layer(self, budget: int, layer: int, layers: int, prompt: int | None = None) -> int:
         shares = tuple(x.share for x in self.layers)
         if len(shares) != layers or len(set(shares)) == 1:
             return budget

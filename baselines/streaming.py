@@ -23,7 +23,6 @@ class Streaming(Policy):
 
     name: ClassVar[str] = "streaming"
     label: ClassVar[str] = "StreamingLLM"
-    schedules: ClassVar[tuple[str, ...]] = ("step",)
 
     sinks: int = 4
 

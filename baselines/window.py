@@ -18,7 +18,6 @@ class Window(Policy):
 
     name: ClassVar[str] = "window"
     label: ClassVar[str] = "Window"
-    schedules: ClassVar[tuple[str, ...]] = ("step",)
 
     def retention(self, budget: int, layer: int) -> Retention:
         return Retention(budget=budget, recent=budget)

@@ -16,7 +16,7 @@ pair = (sys.argv[2], sys.argv[3]) if len(sys.argv) > 3 else ("full", "window")
 
 
 def told_after(until: Until, a: pd.Series, b: pd.Series) -> int:
-    watch = Watch(until, len(a), [("a", "b")])
+    watch = Watch(until, [1] * len(a), [("a", "b")])
     for seen, document in enumerate(order_of(len(a)), 1):
         watch.see({"a": [a[document]], "b": [b[document]]})
         if watch.told:

@@ -31,16 +31,18 @@ class CellSweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         from a2sf import app
-        from a2sf.experiments.grid import route
-        from a2sf.experiments.workers import asked_gpus, settle_device
+        from a2sf.experiments.grid import addable, route
+        from a2sf.experiments.keys import check_keys
+        from a2sf.experiments.overrides import as_written
 
         assert self.config is not None
         assert self.hydra_context is not None
         app.adopt(self.config.hydra)
         loader = self.hydra_context.config_loader
-        params = self._each_cells_own(arguments)
+        params = [as_written(p) for p in self._each_cells_own(arguments)]  # the command's own are so already
         parsed = OverridesParser.create(config_loader=loader).parse_overrides([*params, *arguments])
         (points,) = self.split_arguments(parsed, None)
+        points = [[as_written(o) for o in point] for point in points]  # Hydra drops the quotes in choice("1.10","1.20")
 
         # composing takes Hydra 60 ms: do it once per choice of groups, and set the other values on copies
         known = set(loader.list_groups(""))
@@ -60,8 +62,13 @@ class CellSweeper(BasicSweeper):
             ConfigLoaderImpl._apply_overrides_to_config(values, composed)
             return composed
 
+        check_keys(compose([addable(o) for o in points[0]]))  # before policies are imported
         routed = route(points, lambda choice: str(OmegaConf.select(compose(list(choice)), "policy._target_")))
         composed = [(p, compose(p)) for p in routed]
+        for _, point in composed:
+            check_keys(point)
+        from a2sf.experiments.workers import asked_gpus, settle_device
+
         launcher = self.config.hydra.launcher
         for _, point in composed:
             settle_device(launcher, point)

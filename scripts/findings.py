@@ -99,7 +99,7 @@ def seeds_tables(sweeps: Sequence[Path], files: dict[str, Sequence[Path]], more:
     """
     grid = gather(sweeps, Selection(policies=("full", "calibrated", *NAMED), budgets=tuple(files)))
     shown = [*itertools.chain(*files.values()), *more]
-    names = {f"Calibrated ({yaml.safe_load(file.read_text())['name']})" for file in shown}
+    names = {f"Calibrated ({yaml.safe_load(file.read_text(encoding='utf-8'))['name']})" for file in shown}
     found = [a for a in compare_against(grid, NAMED)[0] if a.first.label in names]
     if lacking := names - {a.first.label for a in found}:
         raise UserError(
@@ -112,7 +112,7 @@ def seeds_tables(sweeps: Sequence[Path], files: dict[str, Sequence[Path]], more:
     ]
     alike = []
     for budget, seeds in files.items():
-        numbers = [_numbers(yaml.safe_load(file.read_text()))[0] for file in seeds]
+        numbers = [_numbers(yaml.safe_load(file.read_text(encoding="utf-8")))[0] for file in seeds]
         row = {"Budget": budget}
         for key, (title, _) in SETTINGS.items():
             pairs = itertools.combinations([n[key].ravel() for n in numbers], 2)
@@ -179,7 +179,7 @@ def chosen_figure(files: Sequence[Path]) -> Figure:
         squeeze=False,
         layout="constrained",
     )
-    read = [_numbers(yaml.safe_load(f.read_text())) for f in files]
+    read = [_numbers(yaml.safe_load(f.read_text(encoding="utf-8"))) for f in files]
     for row, (axes, (key, (title, colours))) in enumerate(zip(panels, SETTINGS.items(), strict=True)):
         most = max(1.0, *(float(numbers[key].max()) for numbers, _ in read))
         for axis, (numbers, told) in zip(axes, read, strict=True):
@@ -255,12 +255,14 @@ def _calibrate(kept: Path, kind: str, budget: str, *options: str) -> None:
     per, _, shares = kind.partition("-")
     file = Path("runs/calibrated") / kept.name
     _a2sf("calibrate", "--budget", budget, "--per", per, *["--shares"] * bool(shares), *options, "--out", str(file))
-    kept.write_text(re.sub(r"^# .*", f"# a2sf run policy=calibrated policy.file={kept}", file.read_text(), count=1))
+    kept.write_text(
+        re.sub(r"^# .*", f"# a2sf run policy=calibrated policy.file={kept}", file.read_text(encoding="utf-8"), count=1)
+    )
 
 
 def like_the_preset(sweep: str) -> list[str]:
     """What the held-out preset says of model, data, tasks and shots, for cells that it does not have."""
-    preset = yaml.safe_load(PRESET.read_text())
+    preset = yaml.safe_load(PRESET.read_text(encoding="utf-8"))
     groups = [f"{key.split('/')[-1]}={name}" for default in preset["defaults"] for key, name in default.items()]
     return [
         *groups,

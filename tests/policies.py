@@ -66,6 +66,37 @@ class Ending(Policy):
         return Retention(budget=budget, recent=min(5, budget), forgetting_factor=0.5, rule=rule)
 
 
+@dataclass(kw_only=True)
+class Divided(Policy):
+    """A layer's slots divided among its heads by more than attention, or by something else."""
+
+    name: ClassVar[str] = "divided"
+    label: ClassVar[str] = "Divided"
+    schedules: ClassVar[tuple[str, ...]] = ("prompt",)
+
+    scored: bool = True
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        cut = Cut(pooled=3, floor=0.3)
+        rule = Rule(weight=_one_more, bias=_first, cut=cut) if self.scored else Rule(scored=False, bias=_first, cut=cut)
+        return Retention(budget=budget, recent=min(3, budget), rule=rule)
+
+
+@dataclass(kw_only=True)
+class Looked(Policy):
+    """The same by a function, of the scores that the cut has averaged."""
+
+    name: ClassVar[str] = "looked"
+    label: ClassVar[str] = "Looked"
+    schedules: ClassVar[tuple[str, ...]] = ("prompt",)
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        return Retention(budget=budget, recent=min(3, budget), rule=Rule(cut=Cut(pooled=3, floor=0.3)))
+
+    def priorities(self, step: Step) -> Tensor:
+        return step.scores * -step.values[..., 1]
+
+
 def _one_more(keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
     return 1 + values[..., 0].abs()
 
@@ -77,10 +108,10 @@ def _first(keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
 def instances() -> list[Policy]:
     """Every policy with its own settings, and with small ones where it has such."""
     made = []
-    for cls in (*find_policies().values(), RoCo, Counted, Ending):
+    for cls in (*find_policies().values(), RoCo, Counted, Ending, Divided, Looked):
         small = {k: v for k, v in SMALL.items() if k in {f.name for f in fields(cls)}}
         made += [p for i, p in enumerate((cls(), cls(**small))) if i == 0 or small]
-    made.append(Ending(counted=True))
+    made += [Ending(counted=True), Divided(scored=False)]
     return list({repr(p): p for p in made}.values())
 
 

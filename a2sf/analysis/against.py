@@ -13,6 +13,7 @@ from a2sf.analysis.collect import Grid, System
 from a2sf.analysis.compare import Comparer
 from a2sf.analysis.fidelity import changes
 from a2sf.analysis.stats import Difference, bootstrap_means, holm, interval
+from a2sf.analysis.texts import Texts, tail_of
 from a2sf.errors import UserError, nearest
 
 RATIOS = ("change", "choice_kl")
@@ -113,7 +114,7 @@ class _Disturbance:
 
     def __init__(self, part: Grid, notes: list[str]) -> None:
         self.part, self.notes = part, notes
-        self.known: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray] | None] = {}
+        self.known: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray, list[Texts]] | None] = {}
 
     def ratios(self, first: System, second: System, full: System) -> dict[str, Ratio]:
         """Paired: both systems' means are of the same resampled documents."""
@@ -122,25 +123,27 @@ class _Disturbance:
             return {}
         values = one[0] / other[0]
         spread = one[1] / other[1]  # [resamples, measures]
-        return {m: Ratio(float(values[i]), *interval(spread[:, i])) for i, m in enumerate(RATIOS)}
+        return {m: Ratio(float(values[i]), *interval(spread[:, i], tail_of(one[2]))) for i, m in enumerate(RATIOS)}
 
-    def _means(self, system: System, full: System) -> tuple[np.ndarray, np.ndarray] | None:
+    def _means(self, system: System, full: System) -> tuple[np.ndarray, np.ndarray, list[Texts]] | None:
         key = tuple(system.keys[t] for t in self.part.tasks)
         if key not in self.known:
             self.known[key] = self._measured(system, full)
         return self.known[key]
 
-    def _measured(self, system: System, full: System) -> tuple[np.ndarray, np.ndarray] | None:
-        values, means = [], []
+    def _measured(self, system: System, full: System) -> tuple[np.ndarray, np.ndarray, list[Texts]] | None:
+        values, means, texts = [], [], []
         for index, task in enumerate(self.part.tasks):
             cells = [self.part.cells.get(s.keys[task]) for s in (system, full)]
             if cells[0] is None or cells[1] is None:
                 return None
             try:
-                changed = changes(cells[0], cells[1], self.part.mixed)[list(RATIOS)].to_numpy()
+                measures, of = changes(cells[0], cells[1], self.part.mixed)
             except UserError as error:
                 self.notes.append(str(error))
                 return None
+            changed = measures[list(RATIOS)].to_numpy()
             values.append(changed.mean(0))
-            means.append(bootstrap_means(changed, index))
-        return np.mean(values, axis=0), np.mean(means, axis=0)
+            means.append(bootstrap_means(changed, index, of))
+            texts.append(of)
+        return np.mean(values, axis=0), np.mean(means, axis=0), texts

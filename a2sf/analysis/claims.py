@@ -168,7 +168,7 @@ def _gains(part: Grid, first: str, others: Sequence[str]) -> list[tuple[str, Dif
     comparer = Comparer(part)
     gains = []
     for system in own:
-        rivals = [s for s in whole if s.policy in others and s.budget == system.budget]
+        rivals = [s for s in whole if s.policy in others and (s.budget, s.variant) == (system.budget, system.variant)]
         if rivals:
             best = max(rivals, key=lambda s: s.average(part.tasks) or 0.0)
             difference = comparer.average(system.keys, best.keys)
@@ -179,9 +179,9 @@ def _gains(part: Grid, first: str, others: Sequence[str]) -> list[tuple[str, Dif
 
 def _one_factor(systems: list[System], part: Grid) -> list[System]:
     """The systems of one forgetting factor, the best on average: choosing one per budget would flatter the method."""
-    groups: dict[tuple[str, str], list[System]] = {}
+    groups: dict[tuple[str, ...], list[System]] = {}
     for s in systems:
-        groups.setdefault((s.settings, s.factor), []).append(s)
+        groups.setdefault((s.settings, s.factor, s.variant), []).append(s)
     return max(groups.values(), key=lambda g: (len(g), np.mean([s.average(part.tasks) or 0.0 for s in g])), default=[])
 
 
@@ -201,15 +201,15 @@ def _order(where: str, part: Grid, systems: list[System], pair: tuple[str, str])
     rest = [p for p in dict.fromkeys(s.policy for s in systems if not s.is_full) if p not in pair]
     for better in pair:
         for worse in rest:
-            own = {s.budget: s for s in _one_factor([s for s in systems if s.policy == better], part)}
-            other = {s.budget: s for s in _one_factor([s for s in systems if s.policy == worse], part)}
-            tested = [(b, comparer.average(own[b].keys, other[b].keys)) for b in own if b in other]
-            kept = [(b, d) for b, d in tested if d is not None]
+            own = {(s.budget, s.variant): s for s in _one_factor([s for s in systems if s.policy == better], part)}
+            other = {(s.budget, s.variant): s for s in _one_factor([s for s in systems if s.policy == worse], part)}
+            tested = [comparer.average(own[b].keys, other[b].keys) for b in own if b in other]
+            kept = [d for d in tested if d is not None]
             if not kept:
                 continue
-            corrected = holm([d.p for _, d in kept])
-            told = [(d.value > 0) for (_, d), p in zip(kept, corrected, strict=True) if p <= ALPHA]
-            mean = float(np.mean([d.value for _, d in kept]))
+            corrected = holm([d.p for d in kept])
+            told = [d.value > 0 for d, p in zip(kept, corrected, strict=True) if p <= ALPHA]
+            mean = float(np.mean([d.value for d in kept]))
             why = f"higher at {sum(told)}, lower at {len(told) - sum(told)}, not told apart at {len(kept) - len(told)} "
             why += f"of {len(kept)} budgets; {100 * mean:+.1f} points on their mean."
             verdict = Verdict.REPRODUCED if told and all(told) else Verdict.UNCLEAR
@@ -231,7 +231,7 @@ def _best_factor(where: str, part: Grid, systems: list[System], factors: tuple[f
     best = max(means, key=lambda f: means[f])
     rival = max(outside if best in inside else inside, key=lambda f: means[f])
     comparer = Comparer(part)
-    pairs = [(a, b) for a in groups[best] for b in groups[rival] if a.budget == b.budget]
+    pairs = [(a, b) for a in groups[best] for b in groups[rival] if (a.budget, a.variant) == (b.budget, b.variant)]
     tests = [d for d in (comparer.average(a.keys, b.keys) for a, b in pairs) if d is not None]
     if not tests:
         return Claim(text, Verdict.NOT_RUN, "the per-document files are missing.", measured=best)

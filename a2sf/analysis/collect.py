@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -17,21 +18,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from a2sf.analysis.apart import MUST_AGREE, kept_apart, newest_documents, rest_of_identity
 from a2sf.analysis.asked import asked_groups, with_options
+from a2sf.analysis.documents import TEXT, documents_of, may_share, texts_of
 from a2sf.analysis.labels import DASH, budget_label, factor_label, first_of, name_settings, one_name, settings_label
 from a2sf.errors import UserError, nearest
 from a2sf.experiments.aggregates import MEMBERS, OPTIONS, Group, aggregates
 from a2sf.experiments.archive import groups_of, is_archive, read_sweep
 from a2sf.experiments.names import Named, distinct
-from a2sf.experiments.runs import TABLE, StoredCell, is_cell, results_frame
+from a2sf.experiments.runs import COMPUTED_WITH, TABLE, StoredCell, id_of, is_cell, name_of, results_frame
 
-MUST_AGREE = ("limit", "stopped", "seed", "dtype", "split", "task_version", "definition", "data", "fewshot_split")
-"""What has to be the same in all cells of one table."""
-PER_TASK = ("stopped", "split", "task_version", "definition", "data", "fewshot_split")
 OPTIONAL_COLUMNS = [
     *("stderr", "forgetting_factor", "budget_tokens", "budget_base", "policy_settings", *MUST_AGREE),
     *("tokens_per_second", "kept_tokens", "cache_share", "cell", "cell_id", "model_path", "weights"),
-    *("schedule", "causal", *OPTIONS),
+    *("schedule", "causal", "data_settings", "rest", *OPTIONS, *COMPUTED_WITH),
 ]
 SYSTEM = ["policy", "settings", "factor", "budget", "schedule", "variant"]
 """Columns that tell one table row from another."""
@@ -49,6 +49,7 @@ class Selection:
     Attributes:
         metric: the metric's name as in lm-eval; None takes `acc` where a task has it.
         mixed: show cells side by side although they differ in a `MUST_AGREE` key.
+        strict: refuse cells that were computed with different versions of a library.
     """
 
     metric: str | None = None
@@ -60,6 +61,7 @@ class Selection:
     tasks: tuple[str, ...] = ()
     shots: tuple[int, ...] = ()
     mixed: bool = False
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,21 @@ class Grid:
     def higher_is_better(self) -> bool:
         return bool(self.frame["higher_is_better"].iloc[0])
 
+    @property
+    def cells_shown(self) -> Iterator[StoredCell]:
+        """The cells behind the rows of `frame`, which may be fewer than `cells`."""
+        return (self.cells[key] for key in dict.fromkeys(self.frame["key"]) if key in self.cells)
+
+    @property
+    def versions_note(self) -> str:
+        """One sentence where cells were computed with different versions of a library; else nothing."""
+        told = []
+        for name in COMPUTED_WITH:
+            if (counts := self.frame[name].dropna().value_counts(sort=False)).size > 1:
+                parts = (f"{name} {version} ({n} cells)" for version, n in sorted(counts.items()))
+                told.append(", ".join(parts))
+        return f"Computed with different versions, which can move numbers: {'; '.join(told)}." if told else ""
+
     def systems(self, pair: tuple[str, str] = DEFAULT_PAIR) -> list[System]:
         """Every system of a grid with one model and number of shots: full cache on top, then by budget and schedule.
 
@@ -167,6 +184,10 @@ class Grid:
     def one_schedule(self) -> str:
         """What a title adds where all pruned cells have one schedule that is not the usual one; else nothing."""
         return f", schedule {self.schedules[0]}" if len(self.schedules) == 1 and self.schedules != [STEP] else ""
+
+    def apart(self) -> list[tuple[str, Grid]]:
+        """One grid for each value of what a sweep varied without a column (`a2sf.analysis.apart`), with its name."""
+        return [(str(v), replace(self, frame=rows)) for v, rows in self.frame.groupby("variant", sort=False)]
 
     def at(self, schedule: str) -> Grid:
         """The pruned cells of one schedule, with the full cache's."""
@@ -211,10 +232,10 @@ def gather(directories: Sequence[Path], selection: Selection | None = None) -> G
             )
             continue
         groups += groups_of(directory)
-        stored = _newest_documents(list(read_sweep(directory)), notes)
-        frame = _from_cells(stored, directory.name)
+        stored = newest_documents(list(read_sweep(directory)), notes)
+        frame = _from_cells(stored, name_of(directory))
         frames.append(frame)
-        cells |= {f"{directory.name}/{c.path.name}": c for c in stored}
+        cells |= {f"{name_of(directory)}/{name_of(c.path)}": c for c in stored}
     return _select(pd.concat(frames, ignore_index=True), cells, selection or Selection(), notes, groups)
 
 
@@ -222,34 +243,9 @@ def grid_of(cells: Sequence[StoredCell], selection: Selection | None = None, gro
     """The same for cells already read."""
     if not cells:
         raise UserError("There is no finished cell to show.")
-    keyed = {f"{c.path.parent.name}/{c.path.name}": c for c in cells}
+    keyed = {f"{name_of(c.path.parent)}/{name_of(c.path)}": c for c in cells}
     frame = _from_cells(list(cells), None)
     return _select(frame, keyed, selection or Selection(), [], groups)
-
-
-def _newest_documents(cells: list[StoredCell], notes: list[str]) -> list[StoredCell]:
-    """Leave out what a sweep computed on documents that have changed since, as the sweep's own table does."""
-    newest: dict[tuple[Any, ...], tuple[str, str]] = {}
-    for stored in cells:
-        key, finished = _place(stored), str(stored.result["timing"].get("finished"))
-        newest[key] = max(newest.get(key, ("", "")), (finished, _documents_of(stored)))
-    kept = [c for c in cells if _documents_of(c) == newest[_place(c)][1]]
-    for task in sorted({c.cell["task"] for c in cells if c not in kept}):
-        old = [c for c in cells if c not in kept and c.cell["task"] == task]
-        notes.append(
-            f"{task}: {len(old)} cell{'s' * (len(old) > 1)} of documents that have changed since are left out "
-            f"({old[0].path.name}{', …' * (len(old) > 1)})."
-        )
-    return kept
-
-
-def _place(stored: StoredCell) -> tuple[Any, ...]:
-    return stored.cell["model"], stored.cell["task"], stored.cell["shots"]
-
-
-def _documents_of(stored: StoredCell) -> str:
-    documents = stored.result["documents"]
-    return str(documents.get("content") or documents.get("fingerprint"))
 
 
 def schedule_order(schedule: str) -> tuple[bool, str, int]:
@@ -264,11 +260,12 @@ def _from_cells(cells: Sequence[StoredCell], source: str | None) -> pd.DataFrame
     for stored in cells:
         timing = stored.result["timing"]
         common = {
-            "source": source or stored.path.parent.name,
-            "cell": stored.path.name,
+            "source": source or name_of(stored.path.parent),
+            "cell": name_of(stored.path),
             "label": stored.cell.get("policy_label") or stored.cell["policy"],
-            "cell_id": stored.cell["id"],
+            "cell_id": id_of(stored.cell),
             "causal": stored.cell.get("policy_causal", True),
+            "rest": rest_of_identity(stored.cell),
             "kept_tokens": timing.get("kept_tokens_mean"),
             "cache_share": timing.get("cache_share"),
         }
@@ -293,7 +290,7 @@ def _from_csv(directory: Path) -> pd.DataFrame:
     if MEMBERS in frame:  # a group's score, of cells that are here, too
         frame = frame[frame[MEMBERS].isna()].copy()
     frame["budget_ratio"] = [_number_or_text(v) for v in frame["budget_ratio"]]
-    frame["label"], frame["source"] = frame["policy"], directory.name
+    frame["label"], frame["source"] = frame["policy"], name_of(directory)
     frame["higher_is_better"] = ~frame["metric"].str.contains("perplexity|bits_per_byte|loss")
     return _tidy(frame)
 
@@ -317,6 +314,8 @@ def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
     frame["stderr"] = pd.to_numeric(frame["stderr"], errors="coerce")
     frame["key"] = frame["source"] + "/" + frame["cell"].fillna("").astype(str)
     frame["variant"] = ""
+    frame["data_settings"] = frame["data_settings"].fillna("{}").astype(str).replace("", "{}")
+    frame["rest"] = frame["rest"].fillna("{}")
     return frame
 
 
@@ -354,18 +353,22 @@ def _select(
         frame = frame[frame[column].isin(values) | spared]
     frame, metric, lacking = _one_metric(frame, selection.metric)
     frame = _without_duplicates(frame)
-    frame = one_name(frame, ["model", "shots", "task", *SYSTEM])
     frame["model"] = with_options(frame)
-    frame = _agreeing(frame, selection.mixed, notes)
+    place = ["model", "shots", "task", *SYSTEM]
+    frame = one_name(kept_apart(frame, selection.mixed, place, notes), place)
     frame = name_settings(frame)
     used = {k: c for k, c in cells.items() if k in set(frame["key"])}
+    _errors_by_text(frame, used, metric)
     scores, incomplete = aggregates(frame, groups, ["model", *SYSTEM])
     if len(scores):
         for name in sorted(scores.loc[scores["shots"].isna(), "task"].unique()):
             lacking.append(f"The tasks of the group {name} have different shots, so its score is in {TABLE} alone.")
         scores = scores[scores["shots"].notna()]
     told = (*notes, *lacking, *incomplete)
-    return Grid(frame.reset_index(drop=True), used, metric, told, selection.mixed, tuple(groups), scores)
+    grid = Grid(frame.reset_index(drop=True), used, metric, told, selection.mixed, tuple(groups), scores)
+    if selection.strict and (note := grid.versions_note):
+        raise UserError(f"{note} Compute them with one, choose among them, or leave out --strict.")
+    return grid
 
 
 def _distinct_models(frame: pd.DataFrame) -> list[str]:
@@ -391,45 +394,22 @@ def _one_metric(frame: pd.DataFrame, metric: str | None) -> tuple[pd.DataFrame, 
     return chosen, metric, notes
 
 
+def _errors_by_text(frame: pd.DataFrame, cells: dict[str, StoredCell], metric: str) -> None:
+    """Standard errors of means over texts, where documents share some: lm-eval's take documents for independent."""
+    for row, key in frame["key"].items():
+        with suppress(UserError):  # who needs the documents says that they cannot be read
+            documents = documents_of(cells[key]) if key in cells and may_share(cells[key]) else None
+            column = f"metric/{metric}"
+            if documents is not None and TEXT in documents and column in documents:
+                texts, values = texts_of(documents), documents[column].to_numpy(float)
+                if texts.shared and not np.isnan(values).any():
+                    frame.loc[row, "stderr"] = texts.standard_error(values)
+
+
 def _without_duplicates(frame: pd.DataFrame) -> pd.DataFrame:
-    """The same cell met in two sweeps is one cell."""
+    """The same cell met in two sweeps is one cell; cells of more documents, or fewer, share its id."""
     known = frame["cell_id"].notna()
-    return frame[~(known & frame.duplicated(["cell_id", "metric"]))].copy()
-
-
-def _agreeing(frame: pd.DataFrame, mixed: bool, notes: list[str]) -> pd.DataFrame:
-    """Refuse cells of one table that differ in `MUST_AGREE`, or label them apart where mixing was asked for."""
-    for key in MUST_AGREE:
-        none = "all" if key == "limit" else DASH
-        text = frame[key].map(lambda v, none=none: none if pd.isna(v) else f"{v:g}" if isinstance(v, float) else str(v))
-        group = ["model", "shots", "task"] if key in PER_TASK else ["model", "shots"]
-        for _, rows in text.groupby([frame[g] for g in group]):
-            if rows.nunique() == 1:
-                continue
-            said = "; ".join(f"{value} in {_some(frame.loc[part.index])}" for value, part in rows.groupby(rows))
-            if not mixed:
-                raise UserError(
-                    f"These results differ in {key}: {said}; choose the runs or filters so that they agree, "
-                    "or say --allow-mixed."
-                )
-            notes.append(f"Mixed on request: {key} is {said}.")
-            frame.loc[rows.index, "variant"] += " " + key + " " + rows
-    frame["variant"] = frame["variant"].str.strip()
-    clash = frame.duplicated(["model", "shots", "task", *SYSTEM], keep=False)
-    if clash.any():
-        place = ["model", "shots", "task", *SYSTEM]
-        first = frame[clash].iloc[0]
-        alike = frame.loc[(frame[place] == first[place]).all(axis=1), "key"]
-        raise UserError(
-            f"Two cells claim the same place in the table ({first['label']}, budget {first['budget']}, "
-            f"{first['task']}): {', '.join(alike)}; give one of them."
-        )
-    return frame
-
-
-def _some(rows: pd.DataFrame) -> str:
-    names = sorted(set(rows["key"]))
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+    return frame[~(known & frame.duplicated(["cell_id", "limit", "stopped", "metric"]))].copy()
 
 
 def _number_or_text(value: Any) -> Any:

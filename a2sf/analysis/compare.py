@@ -9,38 +9,20 @@ import numpy as np
 import pandas as pd
 
 from a2sf.analysis.collect import DEFAULT_PAIR, Grid, System
+from a2sf.analysis.documents import paired_documents, texts_of
 from a2sf.analysis.stats import Difference, average_difference, holm, paired_difference
+from a2sf.analysis.texts import Texts
 from a2sf.errors import UserError
 from a2sf.experiments.runs import StoredCell
 
 AVERAGE = "average"
 """Column name of the unweighted mean over tasks."""
-DOCUMENT = ["doc_id", "doc_hash"]
 
 
-def paired_documents(a: StoredCell, b: StoredCell, common: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The documents of two cells, row by row the same.
-
-    Args:
-        common: keep the documents both have, instead of refusing cells whose documents differ.
-
-    Raises:
-        UserError: if the documents are not the same, or a per-document file cannot be read.
-    """
-    left, right = a.documents, b.documents
-    if left[DOCUMENT].equals(right[DOCUMENT]):
-        return left, right
-    both = left[DOCUMENT].merge(right[DOCUMENT], on=DOCUMENT, validate="1:1")
-    if both.empty or (not common and not len(both) == len(left) == len(right)):
-        raise UserError(
-            f"{a.path.name} and {b.path.name} were not run on the same documents "
-            f"({len(left)} and {len(right)}, {len(both)} in common), so they cannot be paired."
-        )
-    return both.merge(left, on=DOCUMENT), both.merge(right, on=DOCUMENT)
-
-
-def paired_values(a: StoredCell, b: StoredCell, metric: str, common: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Per-document values of a metric in two cells, in the same order.
+def paired_values(
+    a: StoredCell, b: StoredCell, metric: str, common: bool = False
+) -> tuple[np.ndarray, np.ndarray, Texts]:
+    """Per-document values of a metric in two cells, in the same order, and which of these documents share a text.
 
     Raises:
         UserError: as `paired_documents`, and if the metric has no per-document values.
@@ -50,7 +32,7 @@ def paired_values(a: StoredCell, b: StoredCell, metric: str, common: bool = Fals
     for cell, documents in ((a, left), (b, right)):
         if column not in documents or documents[column].isna().any():
             raise UserError(f"{cell.path.name} has no value of {metric} for each document, so it cannot be paired.")
-    return left[column].to_numpy(float), right[column].to_numpy(float)
+    return left[column].to_numpy(float), right[column].to_numpy(float), texts_of(left, right)
 
 
 def compare_cells(a: StoredCell, b: StoredCell, metric: str) -> Difference:
@@ -76,18 +58,20 @@ class Comparer:
 
     def average(self, a: Mapping[str, str], b: Mapping[str, str]) -> Difference | None:
         """Two systems, given as task -> key, on the average over tasks."""
-        return self._attempt(lambda: average_difference([np.subtract(*self._values(a[t], b[t])) for t in sorted(a)]))
+        return self._attempt(lambda: average_difference(*self._changes(a, b, sorted(a))))
 
     def group(
         self, a: Mapping[str, str], b: Mapping[str, str], tasks: Sequence[str], weighted: bool
     ) -> Difference | None:
         """Two systems on a group's score, over its tasks: of all documents alike where it is weighted by size."""
 
-        def changes() -> list[np.ndarray]:
-            found = [np.subtract(*self._values(a[t], b[t])) for t in tasks]
-            return [np.concatenate(found)] if weighted else found
+        def compared() -> Difference:
+            changes, texts = self._changes(a, b, tasks)
+            if weighted:
+                changes, texts = [np.concatenate(changes)], [Texts.joined(texts)]
+            return average_difference(changes, texts)
 
-        return self._attempt(lambda: average_difference(changes()))
+        return self._attempt(compared)
 
     def over_budgets(self, a: Sequence[Mapping[str, str]], b: Sequence[Mapping[str, str]]) -> Difference | None:
         """Two policies on the mean over budgets and tasks, each given as task -> key for the same budgets in turn.
@@ -95,17 +79,27 @@ class Comparer:
         Every document was answered once a budget, so what is paired and resampled is its mean over the budgets.
         """
 
-        def changes(task: str) -> np.ndarray:
-            found = [np.subtract(*self._values(x[task], y[task])) for x, y in zip(a, b, strict=True)]
-            if len({len(c) for c in found}) > 1:
-                raise UserError(
-                    f"{task} was not run on the same documents at each budget, so budgets cannot be averaged."
-                )
-            return np.mean(found, axis=0)
+        def compared() -> Difference:
+            tasks = sorted(a[0])
+            found = [self._changes(x, y, tasks) for x, y in zip(a, b, strict=True)]
+            for task, *changes in zip(tasks, *(c for c, _ in found), strict=True):
+                if len({len(c) for c in changes}) > 1:
+                    raise UserError(
+                        f"{task} was not run on the same documents at each budget, so budgets cannot be averaged."
+                    )
+            means = [np.mean(changes, axis=0) for changes in zip(*(c for c, _ in found), strict=True)]
+            return average_difference(means, found[0][1])
 
-        return self._attempt(lambda: average_difference([changes(t) for t in sorted(a[0])]))
+        return self._attempt(compared)
 
-    def _values(self, a: str, b: str) -> tuple[np.ndarray, np.ndarray]:
+    def _changes(
+        self, a: Mapping[str, str], b: Mapping[str, str], tasks: Sequence[str]
+    ) -> tuple[list[np.ndarray], list[Texts]]:
+        """For each task, the first system's values minus the second's, and which of the documents share a text."""
+        found = [self._values(a[t], b[t]) for t in tasks]
+        return [x - y for x, y, _ in found], [texts for *_, texts in found]
+
+    def _values(self, a: str, b: str) -> tuple[np.ndarray, np.ndarray, Texts]:
         cells = self.grid.cells
         return paired_values(cells[a], cells[b], self.grid.metric, common=self.grid.mixed)
 

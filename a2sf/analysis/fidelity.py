@@ -19,8 +19,10 @@ from scipy.special import log_softmax
 from statsmodels.stats.proportion import proportion_confint
 
 from a2sf.analysis.collect import Grid, System
-from a2sf.analysis.compare import AVERAGE, paired_documents
-from a2sf.analysis.stats import CONFIDENCE, bootstrap_means, interval
+from a2sf.analysis.compare import AVERAGE
+from a2sf.analysis.documents import paired_documents, texts_of
+from a2sf.analysis.stats import bootstrap_means, interval
+from a2sf.analysis.texts import Texts, tail_of
 from a2sf.errors import UserError
 from a2sf.experiments.runs import StoredCell
 
@@ -33,8 +35,11 @@ MEASURES = {
 }
 
 
-def changes(pruned: StoredCell, full: StoredCell, common: bool = False) -> pd.DataFrame:
+def changes(pruned: StoredCell, full: StoredCell, common: bool = False) -> tuple[pd.DataFrame, Texts]:
     """One row per document of what two cells share, one column per measure; NaN where a document has no right choice.
+
+    Returns:
+        The measures, and which of the documents share a text.
 
     Raises:
         UserError: if the documents differ, cannot be read, or have no choices.
@@ -43,7 +48,7 @@ def changes(pruned: StoredCell, full: StoredCell, common: bool = False) -> pd.Da
     if (left["prediction"] < 0).any():
         raise UserError(f"{pruned.cell['task']} has no choices, so there is no answer to agree with.")
     here, there = _gold_and_margin(left), _gold_and_margin(right)
-    return pd.DataFrame(
+    measured = pd.DataFrame(
         {
             "agreement": (left["prediction"].to_numpy() == right["prediction"].to_numpy()).astype(float),
             "gold_shift": here[:, 0] - there[:, 0],
@@ -51,6 +56,7 @@ def changes(pruned: StoredCell, full: StoredCell, common: bool = False) -> pd.Da
             **_of_choices(left, right),
         }
     )
+    return measured, texts_of(left, right)
 
 
 def fidelity_frame(grid: Grid) -> tuple[pd.DataFrame, list[str]]:
@@ -80,33 +86,36 @@ def fidelity_frame(grid: Grid) -> tuple[pd.DataFrame, list[str]]:
 
 def _of_system(part: Grid, system: System, full: System, notes: list[str]) -> list[tuple[str, dict[str, Any]]]:
     found: list[tuple[str, dict[str, Any]]] = []
-    values, means = [], []
+    values, means, texts = [], [], []
     for index, task in enumerate(part.tasks):
         if not {system.keys.get(task), full.keys.get(task)} <= part.cells.keys():
             continue
         try:
-            changed = changes(part.cells[system.keys[task]], part.cells[full.keys[task]], part.mixed).to_numpy()
+            measures, of = changes(part.cells[system.keys[task]], part.cells[full.keys[task]], part.mixed)
         except UserError as error:
             notes.append(str(error))
             continue
+        changed = measures.to_numpy()
         values.append(changed.mean(axis=0))
-        means.append(bootstrap_means(changed, index))
-        summary = _summary(len(changed), values[-1], means[-1])
+        means.append(bootstrap_means(changed, index, of))
+        texts.append(of)
+        summary = _summary(len(changed), values[-1], means[-1], tail_of([of]))
         # Wilson: resampling documents that all agree would say that disagreement is impossible
-        bounds = proportion_confint(changed[:, 0].sum(), len(changed), 1 - CONFIDENCE, method="wilson")
+        share = of.effective_share(changed[:, 0])
+        bounds = proportion_confint(share * changed[:, 0].sum(), share * len(changed), of.error_rate, method="wilson")
         summary |= {f"agreement_{end}": float(bound) for end, bound in zip(("low", "high"), bounds, strict=True)}
         found.append((task, summary))
     if len(values) == len(part.tasks) > 1:
         total = sum(summary["n"] for _, summary in found)
-        found.append((AVERAGE, _summary(total, np.mean(values, axis=0), np.mean(means, axis=0))))
+        found.append((AVERAGE, _summary(total, np.mean(values, axis=0), np.mean(means, axis=0), tail_of(texts))))
     return found
 
 
-def _summary(n: int, values: np.ndarray, means: np.ndarray) -> dict[str, Any]:
+def _summary(n: int, values: np.ndarray, means: np.ndarray, tail: float) -> dict[str, Any]:
     """Measures ([5]) with the intervals of their bootstrap means ([resamples, 5])."""
     out: dict[str, Any] = {"n": n}
     for i, measure in enumerate(MEASURES):
-        low, high = interval(means[:, i])
+        low, high = interval(means[:, i], tail)
         out |= {measure: float(values[i]), f"{measure}_low": low, f"{measure}_high": high}
     return out
 

@@ -71,20 +71,22 @@ def rank(grid: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> tuple[list[list[Ra
     rankings: list[list[Ranked]] = []
     notes: list[str] = []
     for model, shots, part in grid.parts():
-        for schedule in part.schedules:
-            some = part.at(schedule)
-            where = f"{model}, {shots}-shot" + (f", schedule {schedule}" if len(part.schedules) > 1 else "")
-            budgets, found, lacking = _competitors(some)
-            comparer = Comparer(some)
-            rows = _ranked(found, comparer, pair, (model, shots, schedule), some.higher_is_better)
-            if sum(r.rank is not None for r in rows) < FEWEST:
-                continue
-            if lacking:
-                notes.append(
-                    f"{where}: not ranked, for lack of a task or of a budget of {budgets}: {', '.join(lacking)}."
-                )
-            rankings.append([*rows, *_full(some, rows[0], (model, shots, schedule))])
-            notes += comparer.refused
+        for variant, one in part.apart():
+            for schedule in one.schedules:
+                some = one.at(schedule)
+                where = f"{model}, {shots}-shot" + (f", schedule {schedule}" if len(part.schedules) > 1 else "")
+                where += f", {variant}" if variant else ""
+                budgets, found, lacking = _competitors(some)
+                comparer = Comparer(some)
+                rows = _ranked(found, comparer, pair, (model, shots, schedule), some.higher_is_better)
+                if sum(r.rank is not None for r in rows) < FEWEST:
+                    continue
+                if lacking:
+                    notes.append(
+                        f"{where}: not ranked, for lack of a task or of a budget of {budgets}: {', '.join(lacking)}."
+                    )
+                rankings.append([*rows, *_full(some, rows[0], (model, shots, schedule))])
+                notes += comparer.refused
     return rankings, list(dict.fromkeys(notes))
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from a2sf import atomic
 from a2sf.analysis.claims import Claim, Verdict, check_factor, check_figures, check_headline, check_shape
 from a2sf.analysis.collect import DEFAULT_PAIR, STEP, Grid, Selection, gather
 from a2sf.errors import UserError
 from a2sf.experiments.archive import is_archive
-from a2sf.experiments.runs import write_atomically
 
 FIGURES, HEADLINES = "a2sf_authors_0shot.csv", "a2sf_headlines.csv"
 
@@ -66,7 +66,7 @@ def run_sweep(preset: str, overrides: Sequence[str] = (), download: bool = False
     """
     command = [sys.executable, "-P", "-m", "a2sf.cli", "run", "-m", f"+sweep={preset}", *overrides]
     environment = os.environ if download else os.environ | {"HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace", env=environment) as process:
         last = ""
         assert process.stderr is not None
         for line in process.stderr:
@@ -127,7 +127,7 @@ def write_claims(directory: Path, findings: Findings) -> list[Path]:
         "Published figures": findings.figures,
         "Shape on the small model": findings.shape,
     }
-    write_atomically(
+    atomic.write(
         directory / "claims.csv", claims_frame([c for claims in parts.values() for c in claims]).to_csv(index=False)
     )
     lines = ["# Claims and verdicts", "", *(f"- {note}" for note in findings.notes)]
@@ -144,7 +144,7 @@ def write_claims(directory: Path, findings: Findings) -> list[Path]:
                 f"| {c.claim} | {_share(c.published)} | {_share(c.measured)} | {c.verdict.value} | {c.why} |"
                 for c in rows
             ]
-    write_atomically(directory / "claims.md", "\n".join(lines) + "\n")
+    atomic.write(directory / "claims.md", "\n".join(lines) + "\n")
     return [directory / "claims.csv", directory / "claims.md"]
 
 

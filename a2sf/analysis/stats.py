@@ -1,7 +1,8 @@
 """Statistics of paired results: the same documents, answered by two systems. Plain arrays in, estimates out.
 
+Documents that share a text are not independent: whole texts are resampled, and flipped, wherever `Texts` says that they do.
 What each number means and why it was chosen is told in docs/statistics.md; the coverage of the intervals and the false
-positives of the tests are checked by simulation in tests/unit/test_stats.py.
+positives of the tests are checked by simulation in tests/unit/analysis/test_stats.py and test_texts.py.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy import optimize, stats
-from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.multitest import multipletests
+from scipy import optimize, special
 
-CONFIDENCE = 0.95
+# scipy.stats and statsmodels, which take a second to import, are imported where they are used: a sweep's table needs neither
+from a2sf.analysis.texts import CONFIDENCE, Texts, Z, tail_of
+
 POWER = 0.8
 RESAMPLES = 2000
 """Bootstrap resamples behind an interval."""
 SIGN_FLIPS = 100_000
 """Random sign flips behind the p-value of an average; the smallest p-value they can show is 1e-5."""
-
-Z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2))
+MOST_EXACT = 16
+"""Texts that differ up to which all their sign flips are gone through, instead of random ones."""
 
 
 @dataclass(frozen=True)
@@ -55,48 +56,73 @@ def is_binary(values: np.ndarray) -> bool:
     return bool(np.isin(values, (0.0, 1.0)).all())
 
 
-def standard_error(values: np.ndarray) -> float:
-    """Standard error of the mean, with n - 1, as lm-eval gives it (NaN for one document)."""
+def standard_error(values: np.ndarray, texts: Texts | None = None) -> float:
+    """Standard error of the mean, with n - 1, as lm-eval gives it (NaN for one document, or one text).
+
+    Args:
+        texts: of the documents; where some share one, the error is that of a mean of random texts.
+    """
+    if texts is not None and texts.shared:
+        return texts.standard_error(values)
+    from scipy import stats
+
     return float(stats.sem(values)) if len(values) > 1 else math.nan
 
 
-def paired_difference(first: np.ndarray, second: np.ndarray) -> Difference:
-    """Compare two systems on one task: exact McNemar where documents are right or wrong, paired bootstrap elsewhere."""
+def paired_difference(first: np.ndarray, second: np.ndarray, texts: Texts | None = None) -> Difference:
+    """Compare two systems on one task.
+
+    Where documents are right or wrong: exact McNemar test and Bonett and Price's interval; elsewhere the paired bootstrap.
+    Where documents share texts the test flips whole texts, and the interval is that of as many independent documents as
+    tell as much (Rao and Scott, 1992), or resamples whole texts.
+
+    Args:
+        first, second: the metric of each document, [n], in its own unit.
+        texts: which documents share a text; None: none do.
+    """
     first, second = np.asarray(first, float), np.asarray(second, float)
     change = first - second
+    texts = texts or Texts.apart(len(change))
     if not (is_binary(first) and is_binary(second)):
-        low, high, p = _bootstrap_interval([change])
+        low, high, p = _bootstrap_interval([change], [texts])
+        if texts.shared:
+            p = _sign_flip_p([change], [texts])
         return Difference(len(change), float(change.mean()), low, high, p)
     gained, lost = int((change > 0).sum()), int((change < 0).sum())
-    low, high = bonett_price(gained, lost, len(change))
+    share = texts.effective_share(change)
+    low, high = bonett_price(gained * share, lost * share, len(change) * share, texts.critical)
     return Difference(
         n=len(change),
         value=(gained - lost) / len(change),
         low=low,
         high=high,
-        p=mcnemar_p(gained, lost),
+        p=_sign_flip_p([change], [texts]) if texts.shared else mcnemar_p(gained, lost),
         gained=gained,
         lost=lost,
-        detectable=detectable_difference(len(change), (gained + lost) / len(change)),
+        detectable=detectable_difference(len(change) * share, (gained + lost) / len(change), texts.critical),
     )
 
 
-def average_difference(changes: Sequence[np.ndarray]) -> Difference:
+def average_difference(changes: Sequence[np.ndarray], texts: Sequence[Texts] | None = None) -> Difference:
     """Compare two systems on the unweighted average of several tasks.
 
-    The interval is a paired bootstrap, documents resampled within each task. Where every change is -1, 0 or 1, the
-    p-value is the matching sign-flip test (for one task that is McNemar's exact test); elsewhere the bootstrap's.
+    The interval is a paired bootstrap, documents (whole texts where some share one) resampled within each task. Where every
+    change is -1, 0 or 1, or documents share texts, the p-value is the matching sign-flip test (for one task of independent
+    documents that is McNemar's exact test); elsewhere the bootstrap's.
 
     Args:
         changes: for each task, the first system's values minus the second's, one per document.
+        texts: for each task, which documents share a text; None: none do.
     """
     changes = [np.asarray(c, float) for c in changes]
+    texts = [Texts.apart(len(c)) for c in changes] if texts is None else texts
     binary = all(is_binary(abs(c)) for c in changes)
-    low, high, p = _bootstrap_interval(changes)
+    low, high, p = _bootstrap_interval(changes, texts)
     gained = lost = None
     if binary:
         gained, lost = (int(sum((sign * c > 0).sum() for c in changes)) for sign in (1, -1))
-        p = _sign_flip_p(changes)
+    if binary or any(t.shared for t in texts):
+        p = _sign_flip_p(changes, texts)
     value = float(np.mean([c.mean() for c in changes]))
     return Difference(sum(map(len, changes)), value, low, high, p, gained, lost)
 
@@ -105,78 +131,115 @@ def mcnemar_p(gained: int, lost: int) -> float:
     """Exact McNemar test on the documents whose answer flipped."""
     if gained + lost == 0:
         return 1.0
+    from statsmodels.stats.contingency_tables import mcnemar
+
     return float(min(1.0, mcnemar(np.array([[0, gained], [lost, 0]]), exact=True).pvalue))
 
 
-def bonett_price(gained: int, lost: int, n: int) -> tuple[float, float]:
+def bonett_price(gained: float, lost: float, n: float, critical: float = Z) -> tuple[float, float]:
     """95 % interval of a paired difference of proportions: Wald on counts with one document added to each kind of flip.
 
     Source: Bonett and Price, 2012, J. Educ. Behav. Stat. 37(4), "Adjusted Wald confidence interval for a difference of
     binomial proportions based on paired data".
+
+    Args:
+        gained, lost, n: documents; not whole numbers where documents share texts.
+        critical: standard errors to either side.
     """
     up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
-    half = Z * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
+    half = critical * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
     return max(-1.0, up - down - half), min(1.0, up - down + half)
 
 
-def detectable_difference(n: int, discordance: float) -> float:
+def detectable_difference(n: float, discordance: float, critical: float = Z) -> float:
     """The smallest difference of two paired proportions that n documents show with 80 % power at the 5 % level.
 
     Solves Connor's sample-size formula for McNemar's test (1987, Biometrics 43) for the difference. A difference cannot
     be larger than the share of flipped answers, so a larger one is taken to flip just as many answers as it needs.
 
     Args:
-        n: documents.
+        n: independent documents.
         discordance: share of documents whose answer flipped, either way.
+        critical: standard errors beyond which a difference shows.
     """
-    z_power = stats.norm.ppf(POWER)
+    if math.isinf(critical):
+        return 1.0
+    z_power = special.ndtri(POWER)
 
     def surplus(delta: float) -> float:
         flips = max(discordance, delta)
-        return n * delta**2 - (Z * math.sqrt(flips) + z_power * math.sqrt(flips - delta**2)) ** 2
+        return n * delta**2 - (critical * math.sqrt(flips) + z_power * math.sqrt(flips - delta**2)) ** 2
 
     return float(optimize.brentq(surplus, 1e-9, 1.0)) if surplus(1.0) > 0 else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm-corrected p-values, in the given order."""
-    return [float(p) for p in multipletests(p_values, method="holm")[1]] if len(p_values) else []
+    if not len(p_values):
+        return []
+    from statsmodels.stats.multitest import multipletests
+
+    return [float(p) for p in multipletests(p_values, method="holm")[1]]
 
 
-def bootstrap_means(values: np.ndarray, task: int = 0) -> np.ndarray:
+def bootstrap_means(values: np.ndarray, task: int = 0, texts: Texts | None = None) -> np.ndarray:
     """Means of `RESAMPLES` resamplings of the rows of `values`, [n] or [n, columns]; the first axis becomes RESAMPLES.
 
-    The same n and task draw the same documents every time, so systems compared in different calls stay paired.
+    The same n (or number of texts) and task draw the same documents (texts) every time, so systems compared in different
+    calls stay paired.
 
     Args:
         task: tells tasks apart whose means are averaged; with the same draws they would move together.
+        texts: of the rows; where some share one, whole texts are drawn.
     """
-    return _weights(len(values), task) @ values.astype(np.float32)
+    if texts is None or not texts.shared:
+        return _weights(len(values), task) @ values.astype(np.float32)
+    weights = _weights(texts.number, task)
+    sizes = (weights @ texts.sizes.astype(np.float32)).reshape(-1, *[1] * (values.ndim - 1))
+    return weights @ texts.sums(values).astype(np.float32) / sizes
 
 
-def interval(means: np.ndarray) -> tuple[float, float]:
-    """95 % percentile interval of bootstrap means."""
-    low, high = np.quantile(means, [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
+def interval(means: np.ndarray, tail: float = 0.5 - CONFIDENCE / 2) -> tuple[float, float]:
+    """Percentile interval of bootstrap means; NaN where nothing bounds them.
+
+    Args:
+        tail: probability outside of it on either side (`a2sf.analysis.texts.tail_of` where documents share texts).
+    """
+    if math.isnan(tail):
+        return math.nan, math.nan
+    low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
 
 
-def _bootstrap_interval(changes: Sequence[np.ndarray]) -> tuple[float, float, float]:
+def _bootstrap_interval(changes: Sequence[np.ndarray], texts: Sequence[Texts]) -> tuple[float, float, float]:
     """95 % interval of the mean over tasks, and the p-value of zero from the bootstrap's standard error."""
-    means = np.mean([bootstrap_means(c, task) for task, c in enumerate(changes)], axis=0)
+    means = np.mean([bootstrap_means(c, i, t) for i, (c, t) in enumerate(zip(changes, texts, strict=True))], axis=0)
     value, spread = float(np.mean([c.mean() for c in changes])), float(means.std(ddof=1))
-    p = 2 * float(stats.norm.sf(abs(value) / spread)) if spread > 0 else float(value == 0)
-    return *interval(means), p
+    p = 2 * float(special.ndtr(-abs(value) / spread)) if spread > 0 else float(value == 0)
+    return *interval(means, tail_of(texts)), p
 
 
-def _sign_flip_p(changes: Sequence[np.ndarray]) -> float:
-    """Two-sided p-value when each flipped document is as likely to have flipped the other way."""
-    flips = [(int(abs(c).sum()), len(c)) for c in changes]
-    if sum(count for count, _ in flips) == 0:
+def _sign_flip_p(changes: Sequence[np.ndarray], texts: Sequence[Texts]) -> float:
+    """Two-sided p-value when each text's documents are as likely to have changed, all together, the other way.
+
+    Exact where documents share texts and at most `MOST_EXACT` texts changed, else from random flips.
+    """
+    # what each text adds to the sum of the tasks' means
+    parts = [t.sums(c) / len(c) for c, t in zip(changes, texts, strict=True)]
+    parts = [p[abs(p) > 1e-12] for p in parts]
+    moved = np.concatenate(parts)
+    if not len(moved):
         return 1.0
-    observed = abs(sum(c.mean() for c in changes))
+    observed = abs(moved.sum()) - 1e-12
+    if any(t.shared for t in texts) and len(moved) <= MOST_EXACT:
+        signs = 1 - 2 * ((np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved))) & 1)
+        return float((abs(signs @ moved) >= observed).mean())
     rng = np.random.default_rng(0)
-    draws = sum((2 * rng.binomial(count, 0.5, SIGN_FLIPS) - count) / n for count, n in flips)
-    return float((1 + (abs(draws) >= observed - 1e-12).sum()) / (1 + SIGN_FLIPS))
+    draws = np.zeros(SIGN_FLIPS)
+    for part in parts:  # texts that add equally much are drawn together
+        for size, count in zip(*np.unique(abs(part), return_counts=True), strict=True):
+            draws += size * (2 * rng.binomial(count, 0.5, SIGN_FLIPS) - count)
+    return float((1 + (abs(draws) >= observed).sum()) / (1 + SIGN_FLIPS))
 
 
 @lru_cache(maxsize=8)

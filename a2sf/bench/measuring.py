@@ -57,7 +57,7 @@ class Figures:
             ConfigError: if that was measured on another device.
         """
         if self.file.exists():
-            known = json.loads(self.file.read_text())
+            known = json.loads(self.file.read_text(encoding="utf-8"))
             if (theirs := known.get("device")) != (ours := self.details.get("device")):
                 told = f"it was measured on {theirs or 'a CPU'}, and this is {ours or 'a CPU'}; give another file"
                 raise ConfigError("--out", self.file, told)
@@ -67,10 +67,10 @@ class Figures:
     def save(self) -> None:
         """Write the file."""
         # here, because it brings pandas, which a process that is measured may not need
-        from a2sf.experiments.runs import write_atomically
+        from a2sf import atomic
 
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.file, json.dumps({"ratios": self.ratios, **self.details}, indent=2) + "\n")
+        atomic.write(self.file, json.dumps({"ratios": self.ratios, **self.details}, indent=2) + "\n")
 
 
 def alternately(
@@ -102,5 +102,5 @@ def alone(what: str, *arguments: Any) -> float:
 def peak() -> int:
     """The most resident bytes that this process ever had."""
     # not getrusage: what started this process counts there, too
-    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    (line,) = (x for x in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if x.startswith("VmHWM"))
     return int(line.split()[1]) * 1024

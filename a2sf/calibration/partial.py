@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from a2sf.experiments.runs import write_atomically
+from a2sf import atomic
 
 
 class Partial:
@@ -26,7 +26,7 @@ class Partial:
         self.file = folder / f"{key}.json"
         self._known: dict[str, Any] = {}
         with suppress(OSError, ValueError):  # a file that cannot be read is begun anew
-            self._known = json.loads(self.file.read_text())
+            self._known = json.loads(self.file.read_text(encoding="utf-8"))
         folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, name: str) -> tuple[int, np.ndarray]:
@@ -38,4 +38,4 @@ class Partial:
         """Add the next passage's numbers; the sum comes back exactly as it is."""
         count, total = self.get(name)
         self._known[name] = (count + 1, (total + values).tolist())
-        write_atomically(self.file, json.dumps(self._known))
+        atomic.write(self.file, json.dumps(self._known))

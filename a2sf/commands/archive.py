@@ -8,8 +8,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from a2sf.experiments.archive import is_archive, pack, place_of, unpack
-
 
 def main_pack(arguments: Sequence[str]) -> None:
     """Write one archive per sweep."""
@@ -19,6 +17,8 @@ def main_pack(arguments: Sequence[str]) -> None:
     parser.add_argument("run", type=Path, help="a sweep's directory, such as runs/demo")
     parser.add_argument("archive", type=Path, nargs="?", help="where to (default: beside the directory)")
     args = parser.parse_args(arguments)
+    from a2sf.experiments.archive import pack
+
     written = pack(args.run, args.archive)
     _say(f"Written: {written} ({written.stat().st_size / 2**10:.0f} KiB)")
 
@@ -29,6 +29,8 @@ def main_unpack(arguments: Sequence[str]) -> None:
     parser.add_argument("archive", type=Path)
     parser.add_argument("run", type=Path, nargs="?", help="a sweep's directory (default: beside the archive)")
     args = parser.parse_args(arguments)
+    from a2sf.experiments.archive import is_archive, place_of, unpack
+
     directory = args.run or place_of(args.archive)
     if not is_archive(args.archive):
         parser.error(f"{args.archive} is no archive that `a2sf pack` wrote")

@@ -6,6 +6,7 @@ lm_eval: lm-eval's own Hugging Face model against ours, the same weights and doc
 groups: a sweep's cells computed together against one by one.
 decode: generating with a bounded cache against transformers' own cache.
 prompt: a prompt of 8,000 tokens, memory and time of a process of its own.
+process: processor time of the command itself, from its start, and beside other busy processes.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from a2sf.bench import decode, groups, harness, kernels, prompt
+from a2sf.bench import decode, groups, harness, kernels, process, prompt
 from a2sf.bench.measuring import SMOLLM2, Figures
 
-PARTS = ("kernel", "lm_eval", "groups", "decode", "prompt")
+PARTS = ("kernel", "lm_eval", "groups", "decode", "prompt", "process")
 ON_GPU = ("kernel", "lm_eval", "groups")
-TARGETS = harness.TARGETS | groups.TARGETS | kernels.TARGETS | decode.TARGETS | prompt.TARGETS
+TARGETS = harness.TARGETS | groups.TARGETS | kernels.TARGETS | decode.TARGETS | prompt.TARGETS | process.TARGETS
 ALONE: dict[str, Callable[[argparse.Namespace], float]] = {
     "lm_eval": lambda options: harness.peak_of_lm_eval(options.batch_size),
     "ours": lambda options: harness.peak_of_ours(),
@@ -67,8 +68,10 @@ def main(arguments: Sequence[str]) -> None:
             groups.measure(figures, options)
         elif part == "decode":
             decode.measure(figures, options)
-        else:
+        elif part == "prompt":
             prompt.measure(figures)
+        else:
+            process.measure(figures, options.repeats)
         figures.save()
     title = f"medians of {options.repeats} or more, {torch.get_num_threads()} threads"
     table = Table("ratio", "measured", "target", title=title)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from rich.table import Table
 
 from a2sf import __version__
 from a2sf.app import quiet
-from a2sf.errors import ConfigError, nearest
+from a2sf.errors import ConfigError, Notice, nearest
 from a2sf.shipped import shipped
 
 PERS = ("model", "layer", "head")
@@ -83,6 +84,7 @@ def check_numbers(args: argparse.Namespace, whole: Sequence[str]) -> None:
 
 def calibrate(args: argparse.Namespace, console: Console) -> None:
     """Load, measure, choose, write."""
+    from a2sf import atomic
     from a2sf.calibration.capture import check_model
     from a2sf.calibration.grid import settings
     from a2sf.calibration.partial import Partial
@@ -90,7 +92,6 @@ def calibrate(args: argparse.Namespace, console: Console) -> None:
     from a2sf.calibration.texts import passages, read_text
     from a2sf.experiments.cell import engine_versions
     from a2sf.experiments.names import safe
-    from a2sf.experiments.runs import write_atomically
     from a2sf.hf import loading
 
     text = read_text(args.text)
@@ -129,8 +130,8 @@ def calibrate(args: argparse.Namespace, console: Console) -> None:
     about |= {"budgets": list(asked.ratios), "schedule": "step", "per": asked.per, "shares": asked.shares}
     about |= {"a2sf": __version__, "command": " ".join(sys.argv)}
     body = yaml.safe_dump(written(found, name, about), sort_keys=False, default_flow_style=None, width=160)
-    write_atomically(out, f"# a2sf run policy=calibrated policy.file={out}\n{body}")
-    write_atomically(out.with_suffix(".errors.csv"), pd.DataFrame(rows_of(calibration)).to_csv(index=False))
+    atomic.write(out, f"# a2sf run policy=calibrated policy.file={out}\n{body}")
+    atomic.write(out.with_suffix(".errors.csv"), pd.DataFrame(rows_of(calibration)).to_csv(index=False))
     _show(console, found, out)
 
 
@@ -160,9 +161,16 @@ def model_spec(args: argparse.Namespace) -> Any:
     from a2sf.hf import loading
 
     known = shipped("conf") / "model" / f"{args.model}.yaml"
-    path = yaml.safe_load(known.read_text())["path"] if "/" not in args.model and known.is_file() else args.model
+    path = (
+        yaml.safe_load(known.read_text(encoding="utf-8"))["path"]
+        if "/" not in args.model and known.is_file()
+        else args.model
+    )
     spec = loading.ModelSpec(path, dtype=args.dtype, device=args.device, revision=args.revision)
-    return loading.pin(spec)[0]
+    spec = loading.pin(spec)[0]
+    if note := loading.left_alone(spec):
+        warnings.warn(note, Notice, stacklevel=2)
+    return spec
 
 
 def _show(console: Console, found: Any, out: Path) -> None:

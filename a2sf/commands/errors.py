@@ -68,11 +68,11 @@ def measure(args: argparse.Namespace, policies: dict[str, Any], console: Console
     """Load, measure, write, and say what came out."""
     import pandas as pd
 
+    from a2sf import atomic
     from a2sf.calibration.by_layer import check_policies, errors_by_layer
     from a2sf.calibration.capture import check_model
     from a2sf.calibration.texts import passages, read_text
     from a2sf.experiments.names import safe
-    from a2sf.experiments.runs import write_atomically
     from a2sf.hf import loading
     from a2sf.hf.trial import layers_of
     from a2sf.report.heads import errors_figure
@@ -101,7 +101,7 @@ def measure(args: argparse.Namespace, policies: dict[str, Any], console: Console
     )
     out = args.out or FOLDER / f"{safe(Path(args.model).stem)}-errors.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, frame.to_csv(index=False))
+    atomic.write(out, frame.to_csv(index=False))
     table = Table("policy", *(f"{ratio:g}" for ratio in args.budget), title="Mean over layers", title_justify="left")
     for p, told in enumerate(policies):
         table.add_row(told, *(f"{found[p, r].mean():.4f}" for r in range(len(args.budget))))

@@ -47,9 +47,9 @@ def main(arguments: Sequence[str]) -> None:
 
 def measure(args: argparse.Namespace, console: Console) -> None:
     """Load, measure, write, and say what came out."""
+    from a2sf import atomic
     from a2sf.calibration import retrieval
     from a2sf.experiments.names import safe
-    from a2sf.experiments.runs import write_atomically
     from a2sf.hf import loading
     from a2sf.report.heads import heads_figure
     from a2sf.report.plots import save
@@ -67,10 +67,10 @@ def measure(args: argparse.Namespace, console: Console) -> None:
     out = args.out or FOLDER / f"{safe(Path(args.model).stem)}-heads.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     other = out.with_name(f"{out.stem}-random{out.suffix}")
-    write_atomically(out, json.dumps(sorted(chosen)))
-    write_atomically(other, json.dumps(drawn))
+    atomic.write(out, json.dumps(sorted(chosen)))
+    atomic.write(other, json.dumps(drawn))
     scores = [{"layer": layer, "query_head": head, "score": score} for (layer, head), score in np.ndenumerate(found)]
-    write_atomically(out.with_suffix(".csv"), pd.DataFrame(scores).to_csv(index=False, float_format="%.6f"))
+    atomic.write(out.with_suffix(".csv"), pd.DataFrame(scores).to_csv(index=False, float_format="%.6f"))
     title = f"Retrieval score, {args.documents} needles; framed: the {count} key/value heads chosen"
     figure = heads_figure(
         found, title, "share of needle tokens copied", [(a, b) for a, b in chosen], queries // kv_heads

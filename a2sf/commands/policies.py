@@ -50,7 +50,7 @@ def others(folder: Path | None) -> dict[str, str]:
     """Name -> class of what other packages offer and of the files under `folder`/policy."""
     found = {name: entry.value for name, entry in installed().items()}
     for file in sorted((folder / "policy").glob("*.yaml")) if folder else ():
-        node = yaml.safe_load(file.read_text())
+        node = yaml.safe_load(file.read_text(encoding="utf-8"))
         if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
             raise UserError(f"{file} names no class: give _target_: module.Class.")
         found[file.stem] = node["_target_"]

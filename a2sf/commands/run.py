@@ -16,17 +16,15 @@ from omegaconf import DictConfig
 from a2sf import app
 from a2sf.commands.describe import attributes
 from a2sf.errors import UserError
-from a2sf.experiments import schema
+from a2sf.experiments import config_dir, schema
 from a2sf.experiments.grid import addable
-from a2sf.experiments.overrides import check_trackers
+from a2sf.experiments.overrides import as_written, check_trackers
 from a2sf.shipped import shipped
 
 MULTIRUN = {"-m", "--multirun"}
 INSTEAD = {"--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc"}
 """What Hydra does instead of running."""
 VALUED = {
-    "--config-dir",
-    "-cd",
     "--config-path",
     "-cp",
     "--config-name",
@@ -70,12 +68,16 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         UserError: if two things are asked for at once, or one tracker twice.
     """
-    given = list(arguments)
+    folder, given = config_dir.taken_out(list(arguments))
     if {"--help", "-h"} & set(given):
-        print(help_text(_folders(given)))
+        print(help_text([*([folder] if folder else []), shipped("conf")]))
         return
+    config_dir.use(folder)
+    if folder is not None:
+        config_dir.check(folder)
     for argument in given:
         check_trackers(argument)
+    given = [a if a.startswith("-") else as_written(a) for a in given]
     given = [f"+{a}" if a.startswith("sweep=") else addable(a) for a in given]
     other = INSTEAD & {a.partition("=")[0] for a in given}
     if other and MULTIRUN & set(given):
@@ -125,7 +127,7 @@ def help_text(folders: Sequence[Path]) -> str:
     Args:
         folders: where configurations lie, the user's own first.
     """
-    defaults = yaml.safe_load((shipped("conf") / "config.yaml").read_text())
+    defaults = yaml.safe_load((shipped("conf") / "config.yaml").read_text(encoding="utf-8"))
     chosen = {k: v for entry in defaults["defaults"] if isinstance(entry, dict) for k, v in entry.items()}
     groups = {}
     for group in ("model", "policy", "schedule", "data", "tracker", "hydra/launcher"):
@@ -161,20 +163,10 @@ def _keys(cls: Any, prefix: str = "", *, whole: bool = False) -> Iterator[tuple[
 
 def _about(preset: Path) -> str:
     """The first comment of a preset that is not Hydra's `@package`."""
-    comments = (line.lstrip("# ") for line in preset.read_text().splitlines() if line.startswith("#"))
+    comments = (line.lstrip("# ") for line in preset.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
     return next((c for c in comments if not c.startswith("@package")), "")
 
 
 def _lines(entries: dict[str, str]) -> str:
     width = max(len(name) for name in entries)
     return "\n".join(f"  {name:<{width}}  {about}".rstrip() for name, about in entries.items())
-
-
-def _folders(arguments: Sequence[str]) -> list[Path]:
-    """The user's folder, if `arguments` name one, and ours."""
-    own = []
-    for at, argument in enumerate(arguments):
-        option, equals, value = argument.partition("=")
-        if option in ("--config-dir", "-cd"):
-            own += [Path(value)] if equals else [Path(a) for a in arguments[at + 1 : at + 2]]
-    return [*own, shipped("conf")]

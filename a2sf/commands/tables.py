@@ -8,11 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from a2sf.analysis.collect import DEFAULT_PAIR, Selection, gather
-from a2sf.report.layout import PIVOTS
-from a2sf.report.output import FORMATS, Options, publish, show
-from a2sf.report.summaries import text_screen
-from a2sf.report.tables import screen
+from a2sf.report.choices import FORMATS, PIVOTS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,11 +33,12 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="show runs together that differ in limit, seed, dtype, split or version",
     )
+    choose.add_argument(
+        "--strict", action="store_true", help="refuse results of different versions of torch or transformers"
+    )
     lay = p.add_argument_group("how to show it")
     lay.add_argument("--pivot", choices=PIVOTS, default="task", help="what goes across")
-    lay.add_argument(
-        "--pair", nargs=2, default=DEFAULT_PAIR, metavar="POLICY", help="difference to show: first minus second"
-    )
+    lay.add_argument("--pair", nargs=2, metavar="POLICY", help="difference to show: first minus second")
     lay.add_argument(
         "--against", nargs="+", default=[], metavar="POLICY", help="compare every other policy with these, by budget"
     )
@@ -61,11 +58,20 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> None:
     """Show and write what `arguments` ask for."""
     args = parser().parse_args(arguments)
+
+    # seconds of imports, which a slip in the arguments does not need
+    from a2sf.analysis.collect import DEFAULT_PAIR, Selection, gather
+    from a2sf.report.output import Options, publish, show
+    from a2sf.report.summaries import text_screen
+    from a2sf.report.tables import screen
+
     names = ("models", "policies", "budgets", "factors", "schedules", "tasks", "shots")
-    selection = Selection(metric=args.metric, mixed=args.allow_mixed, **{n: tuple(getattr(args, n)) for n in names})
+    selection = Selection(
+        metric=args.metric, mixed=args.allow_mixed, strict=args.strict, **{n: tuple(getattr(args, n)) for n in names}
+    )
     options = Options(
         pivot=args.pivot,
-        pair=tuple(args.pair),
+        pair=tuple(args.pair or DEFAULT_PAIR),
         against=tuple(args.against),
         stderr=args.stderr,
         out=args.out,

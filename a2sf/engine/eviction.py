@@ -6,6 +6,7 @@ For each token: insert, attend, score, evict (docs/semantics.md). Shapes as in `
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ def reference(
 ) -> Attended:
     """The recursion, one token at a time over all rows and heads; slow, readable, the oracle of the kernels.
 
+    Where a gradient is asked for, it goes through what is attended to; which tokens are kept has none.
+
     Args:
         query: [B, H, T, D].
         key: [B, K, T, D] and
@@ -41,27 +44,36 @@ def reference(
         segments: what to attend (see `Segments`).
         state: the state the parentless segments start from, one row for each in their order; None: empty caches.
     """
-    return by_levels(_reference_rows, query, key, value, segments, options, state)
+    differentiable = wants_gradient(query, key, value, state)
+    return by_levels(partial(_reference_rows, differentiable), query, key, value, segments, options, state)
+
+
+def wants_gradient(query: Tensor, key: Tensor, value: Tensor, state: EvictionState | None = None) -> bool:
+    """Whether a gradient is asked for of a call's input."""
+    inputs = [query, key, value, *([] if state is None else [state.keys, state.values])]
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _reference_rows(rows: Rows, options: Options) -> Ran:
+def _reference_rows(differentiable: bool, rows: Rows, options: Options) -> Ran:
     query, device, rule, old = rows.query, rows.query.device, rows.rule, rows.state
     B, H, T, D = query.shape
     K, past = rows.key.shape[1], old.positions.shape[-1]
-    grouped = query.reshape(B, K, H // K, T, D)
+    with torch.set_grad_enabled(differentiable):
+        grouped = query.reshape(B, K, H // K, T, D)
+        all_keys = torch.cat([old.keys, rows.key], dim=2)
+        all_values = torch.cat([old.values, rows.value], dim=2)
     numbers = Numbers.of(rows)
 
     # one column per token that is or may come to be cached: the given state's, then the new ones
     new = (old.seen[:, None] + torch.arange(T, device=device))[:, None].expand(B, K, T)
-    all_keys = torch.cat([old.keys, rows.key], dim=2)
-    all_values = torch.cat([old.values, rows.value], dim=2)
     position = torch.cat([old.positions, new], dim=2)
     cached = torch.cat([old.positions >= 0, torch.zeros_like(new, dtype=torch.bool)], dim=2)
     score = torch.cat([old.scores.to(query.dtype), query.new_zeros(B, K, T)], dim=2)
-    memory = _memory(rows, grouped, options.scale)
-    weight, bias = (None if f is None else f(all_keys, all_values, position) for f in (rule.weight, rule.bias))
+    memory = _memory(rows, grouped.detach(), options.scale)
+    fixed = all_keys.detach(), all_values.detach(), position
+    weight, bias = (None if f is None else f(*fixed) for f in (rule.weight, rule.bias))
 
     output = query.new_zeros(B, H, T, rows.value.shape[-1])
     gone = []
@@ -72,12 +84,14 @@ def _reference_rows(rows: Rows, options: Options) -> Ran:
         # insert, with score 0
         cached[:, :, n - 1 : n] = going
         here = cached[:, :, :n].clone()
-        keys, values = (x[:, :, :n].where(here[..., None], 0) for x in (all_keys, all_values))
-        # attend to the cached tokens
-        logits = torch.einsum("bkgd,bknd->bkgn", grouped[:, :, :, t], keys) * options.scale
-        p = logits.masked_fill(~here[:, :, None], -torch.inf).softmax(-1).masked_fill(~here[:, :, None], 0)
-        attended = torch.einsum("bkgn,bknv->bkgv", p, values).reshape(B, H, -1)
-        output[:, :, t] = torch.where(going, attended, 0)
+        with torch.set_grad_enabled(differentiable):
+            keys, values = (x[:, :, :n].where(here[..., None], 0) for x in (all_keys, all_values))
+            # attend to the cached tokens
+            logits = torch.einsum("bkgd,bknd->bkgn", grouped[:, :, :, t], keys) * options.scale
+            p = logits.masked_fill(~here[:, :, None], -torch.inf).softmax(-1).masked_fill(~here[:, :, None], 0)
+            attended = torch.einsum("bkgn,bknv->bkgv", p, values).reshape(B, H, -1)
+            output[:, :, t] = torch.where(going, attended, 0)
+        p, keys, values = p.detach(), keys.detach(), values.detach()
         # score
         count = here.sum(-1, keepdim=True)
         fresh = numbers.factor * score[:, :, :n] + mass(rule, p, count)
@@ -87,36 +101,34 @@ def _reference_rows(rows: Rows, options: Options) -> Ran:
         shown = score[:, :, :n].where(here, 0), memory[:, :, :n].where(here[..., None], 0)
         step = Step(p, keys, values, positions, here, now, *shown)
         free = unprotected(numbers, positions, here, now) & going
+        if rule.cut is not None:
+            pooled_score = pooled(numbers, step, free)
+            score[:, :, :n] = torch.where(going & numbers.at_cut(now), pooled_score, step.scores)
+            step = replace(step, scores=score[:, :, :n].clone())
         if rule.own is not None:
             priority, kept = of_own(rule, step, free)
             memory[:, :, :n] = torch.where(going[..., None], kept, memory[:, :, :n])
         else:
-            if rule.cut is not None:
-                pooled_score = pooled(numbers, step, free)
-                score[:, :, :n] = torch.where(going & numbers.at_cut(now), pooled_score, step.scores)
-                step = replace(step, scores=score[:, :, :n].clone())
             priority = of_rule(
                 numbers, step, None if weight is None else weight[:, :, :n], None if bias is None else bias[:, :, :n]
             )
         # evict the smallest priorities among the unprotected, of equals the oldest
         out = smallest(priority, positions, free, torch.where(going, numbers.excess(count, now), 0))
         if numbers.across_heads:
-            out = torch.where(going & numbers.at_cut(now), smallest_of_all_heads(numbers, step, free), out)
+            out = torch.where(going & numbers.at_cut(now), smallest_of_all_heads(numbers, priority, step, free), out)
         cached[:, :, :n] &= ~out
         row, head, column = out.nonzero(as_tuple=True)
         gone.append(torch.stack([row, head, torch.full_like(row, t), position[row, head, column]], 1))
-    return Ran(
-        output,
-        _canonical(rows, cached, position, score, all_keys, all_values, memory),
-        torch.cat(gone) if gone else None,
-    )
+    with torch.set_grad_enabled(differentiable):
+        end = _canonical(rows, cached, position, score, all_keys, all_values, memory)
+    return Ran(output, end, torch.cat(gone) if gone else None)
 
 
 def _memory(rows: Rows, grouped: Tensor, scale: float) -> Tensor:
     """What the rule keeps of the given state's tokens and, to begin with, of the new ones, [B, K, past + T, M]."""
     (B, K, T, _), old = rows.key.shape, rows.state
     if rows.rule.foresee is not None:
-        return rows.rule.foresee(Sequence(grouped, rows.key, rows.value, rows.length, scale))
+        return rows.rule.foresee(Sequence(grouped, rows.key.detach(), rows.value.detach(), rows.length, scale))
     past = rows.query.new_zeros(*old.positions.shape, rows.rule.memory) if old.memory is None else old.memory
     return torch.cat([past.to(rows.query.dtype), rows.query.new_zeros(B, K, T, rows.rule.memory)], dim=2)
 

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
 from a2sf.engine import kernels
+from a2sf.engine.eviction import wants_gradient
 from a2sf.engine.state import EvictionState, Options, Segments
 from a2sf.errors import ConfigError, UserError
+from a2sf.policies.arguments import policy_of, schedule_of
 from a2sf.policies.base import Policy, check_name
+from a2sf.policies.budget import Budget
 from a2sf.policies.rule import ACCUMULATED, Rule
 from a2sf.policies.schedule import Schedule, schedule_for
 
 
 def attend(
-    policy: Policy,
+    policy: Policy | type[Policy] | str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     *,
-    budget: int | Tensor | None = None,
-    schedule: Schedule | None = None,
+    budget: int | Tensor | Budget | None = None,
+    schedule: Schedule | str | None = None,
     prompt: int | Tensor | None = None,
     lengths: Tensor | None = None,
     layer: int = 0,
@@ -32,19 +37,20 @@ def attend(
     """Causal attention over a cache that `policy` prunes; a row's result never depends on the other rows.
 
     Args:
-        policy: any policy.
+        policy: any policy; its name or class stands for one with its defaults.
         query: [B, H, T, D], any floating dtype.
         key: [B, K, T, D] and
         value: [B, K, T, V]; `H` is a multiple of `K` (grouped-query attention).
-        budget: `C`, int or int tensor [B]; None for a policy that ignores it.
-        schedule: when tokens are evicted; None: after every token, or after the prompt for a policy that knows no other.
+        budget: `C`, int or int tensor [B], or a `Budget` of tokens; None for a policy that ignores it.
+        schedule: when tokens are evicted, a `Schedule` or its name; None: after every token, or after the prompt for a
+            policy that knows no other.
         prompt: int or int tensor [B], tokens of each row's prompt; for the prompt schedule. It counts from the row's
             first token, also where `state` is given, and may lie beyond this call's tokens.
         lengths: int tensor [B], the rows' own lengths if they are right-padded; output past a row's length is 0.
         layer, layers: which layer of how many, for policies whose numbers differ by layer.
         state: continue from here; None: empty caches.
         scale: factor on the logits; default `D ** -0.5`.
-        backend: `auto`, or the name of one of `a2sf.engine.kernels.BACKENDS`.
+        backend: `auto`, or the name of one of `a2sf.engine.kernels.BACKENDS`; only `reference` has gradients.
 
     Returns:
         output [B, H, T, V] in the query's dtype, and the state after each row's last token; `state.positions`
@@ -54,24 +60,21 @@ def attend(
         ConfigError: if a setting does not fit the policy, or the policy the layers and heads.
         ValueError: if shapes do not fit, a number is out of range, or a rule of the policy's own misbehaves.
     """
+    policy = policy_of(policy)
     check_name(type(policy))
-    schedule = schedule_for(policy, schedule)
+    schedule = schedule_for(policy, schedule_of(schedule))
     _check_shapes(query, key, value)
     B, T = query.shape[0], query.shape[2]
-    if not 0 <= layer < layers:
+    if not isinstance(layer, numbers.Integral) or not 0 <= layer < layers:
         raise ConfigError("layer", layer, f"give a number from 0 to {layers - 1}, the model has {layers} layers")
     policy.check(layers, key.shape[1])
     if budget is None and policy.uses_budget:
         raise ConfigError("budget", None, f"the policy {policy.name} needs a number of tokens, at least 1")
     if not policy.causal and state is not None:
         raise UserError(f"{policy.name} looks at later tokens, so it reads a whole sequence at once; give no state")
-    C = _per_row("budget", 1 if budget is None else budget, B, torch.int64)
+    C = _per_row("budget", 1 if budget is None else _tokens(budget, layer, layers), B, torch.int64)
     if bool((C < 1).any()):
         raise ConfigError("budget", int(C.min()), "give a whole number of tokens, at least 1")
-    kept = [policy.keeps(c, layer, layers) for c in C.tolist()]
-    rules = {k.rule for k in kept}
-    if len(rules) > 1:
-        raise UserError(f"{policy.name} has other rules at other budgets; attend the rows in calls of their own")
     read = None
     if schedule.prompt:
         if prompt is None:
@@ -79,6 +82,11 @@ def attend(
         read = _per_row("prompt", prompt, B, torch.int64)
         if bool((read < 1).any()):
             raise ConfigError("prompt", int(read.min()), "a prompt has at least 1 token")
+    prompts = [None] * B if read is None else read.tolist()
+    kept = [policy.keeps(c, layer, layers, n) for c, n in zip(C.tolist(), prompts, strict=True)]
+    rules = {k.rule for k in kept}
+    if len(rules) > 1:
+        raise UserError(f"{policy.name} has other rules at other budgets; attend the rows in calls of their own")
     segments = Segments(
         row=torch.arange(B),
         start=torch.zeros(B, dtype=torch.int64),
@@ -123,7 +131,7 @@ def evicting_attention(
         scale: factor on the logits; default `D ** -0.5`.
         lengths: int tensor [B], the rows' own lengths if they are right-padded; output past a row's length is 0.
         state: continue from here; None: empty caches.
-        backend: `auto`, or the name of one of `a2sf.engine.kernels.BACKENDS`.
+        backend: `auto`, or the name of one of `a2sf.engine.kernels.BACKENDS`; only `reference` has gradients.
 
     Returns:
         output [B, H, T, V] in the query's dtype, and the state after each row's last token.
@@ -156,17 +164,38 @@ def _run(
 ) -> tuple[Tensor, EvictionState]:
     if state is not None:
         _check_state(state, query, key, segments.rule)
+    if backend != "reference" and wants_gradient(query, key, value, state):
+        raise ConfigError("backend", backend, "only reference has gradients; give it, or call under torch.no_grad()")
     options = Options(scale=query.shape[-1] ** -0.5 if scale is None else scale, return_state=True)
     attended = kernels.attend(query, key, value, segments, options, state, backend=backend)
     assert attended.state is not None
     return attended.output, attended.state
 
 
+def _tokens(budget: int | Tensor | Budget, layer: int, layers: int) -> int | Tensor:
+    """A budget as `attend` is given it, in tokens of a layer."""
+    if not isinstance(budget, Budget):
+        return budget
+    if budget.ratio is not None:
+        raise ConfigError("budget.ratio", budget.ratio, "attend takes a number of tokens, so give that")
+    budget.check(layers)
+    return budget.slots(total=0, context=0, layer=layer)
+
+
 def _per_row(name: str, x: int | float | Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    given = torch.as_tensor(x, dtype=dtype).cpu()
+    whole = not dtype.is_floating_point
+    try:
+        given = torch.as_tensor(x, dtype=None if whole else dtype).cpu()
+        fits = not whole or not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
+    except (TypeError, ValueError, RuntimeError):
+        fits = False
+    if not fits:
+        raise ConfigError(
+            name, repr(x), f"give a {'whole ' if whole else ''}number, or a tensor of {rows}, one per row"
+        )
     if given.ndim and given.shape != (rows,):
         raise ValueError(f"{name} must be one number or a tensor of {rows}, one per row; got {tuple(given.shape)}")
-    return given.expand(rows).contiguous()
+    return given.to(dtype).expand(rows).contiguous()
 
 
 def _lengths(lengths: Tensor | None, rows: int, tokens: int) -> Tensor:
@@ -191,6 +220,10 @@ def _check_state(state: EvictionState, query: Tensor, key: Tensor, rule: Rule) -
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise ConfigError(name, kind, "give a tensor of a floating dtype, such as float32")
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if not (query.ndim == key.ndim == value.ndim == 4):
         raise ValueError(f"query, key and value must have 4 dimensions [batch, heads, tokens, size]: {shapes}")

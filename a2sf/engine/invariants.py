@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from a2sf.engine.functional import attend
+from a2sf.engine.cases import KV_HEADS, ROWS, TOKENS, Case, case, layers_of
+from a2sf.engine.opposite import chooses, opposite
 from a2sf.engine.state import EvictionState
-from a2sf.errors import ConfigError, UserError
+from a2sf.errors import UserError
 from a2sf.policies.base import UNLIMITED, Policy, Retention
 from a2sf.policies.schedule import Schedule
 from a2sf.policies.slots import head_slots
 
-TOKENS, ROWS, HEADS, KV_HEADS, SIZE = 24, 3, 4, 2, 8
-MOST_LAYERS = 128
 SEEDS = 8
+MOST_CHOICE = 64
+"""The largest budget that is tried in search of one that leaves a rule a choice."""
 SCHEDULES = (Schedule(), Schedule("every", every=3), Schedule("prompt", then="keep"), Schedule("prompt", then="step"))
 """What is tried, of each kind that a policy knows."""
 
@@ -36,62 +37,6 @@ class Broken(Exception):
 
 class Excepted(Exception):
     """An invariant does not concern this policy, and the message says why."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One random trial. Tensors are float64, so that rounding decides between no two tokens.
-
-    Attributes:
-        policy, schedule: what is tried.
-        layer, layers: of as many layers as the policy's settings fit, mostly one.
-        budget: int64 [ROWS], `C`, from the policy's least to half the tokens.
-        prompt: int64 [ROWS], each row's prompt, from one token to a few beyond its end.
-        lengths: int64 [ROWS], the rows' own lengths, at least 1.
-        cuts: where a sequence is cut, one or two places in ascending order, from 1 to `TOKENS - 1`.
-        query: [ROWS, HEADS, TOKENS, SIZE].
-        key, value: [ROWS, KV_HEADS, TOKENS, SIZE].
-    """
-
-    policy: Policy
-    schedule: Schedule
-    layer: int
-    layers: int
-    budget: Tensor
-    prompt: Tensor
-    lengths: Tensor
-    cuts: Sequence[int]
-    query: Tensor
-    key: Tensor
-    value: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.query, self.key, self.value
-
-    def run(self, *tensors: Tensor, rows: Sequence[int] | Tensor | None = None, **more: Any) -> Ran:
-        """Attend `tensors`, all by default, with the numbers of the trial's `rows`."""
-        numbers: dict[str, Any] = {"schedule": self.schedule, "layer": self.layer, "layers": self.layers}
-        at = torch.arange(ROWS) if rows is None else torch.as_tensor(rows)
-        numbers |= {"budget": self.budget[at], "prompt": self.prompt[at]} | more
-        return Ran(*attend(self.policy, *(tensors or self.tensors), **numbers))
-
-    def stated(self, row: int) -> Retention:
-        """What the policy says for that row."""
-        return self.policy.keeps(int(self.budget[row]), self.layer, self.layers)
-
-
-@dataclass(frozen=True)
-class Ran:
-    """Output [B, HEADS, T, SIZE] and the state at the end."""
-
-    output: Tensor
-    state: EvictionState
-
-    @property
-    def kept(self) -> list[list[list[int]]]:
-        """The kept positions of each row and KV head."""
-        return [[[p for p in head if p >= 0] for head in row] for row in self.state.positions.tolist()]
 
 
 @dataclass(frozen=True)
@@ -117,7 +62,7 @@ def check(policy: Policy, seeds: int = SEEDS) -> Iterator[Finding]:
     Raises:
         ConfigError: if its settings fit no model of two KV heads per layer.
     """
-    layers = _layers(policy)
+    layers = layers_of(policy)
     for name, invariant in INVARIANTS.items():
         for schedule in schedules(policy):
             yield _try(name, invariant, lambda seed, s=schedule: case(policy, s, seed, layers), schedule, seeds)  # type: ignore[misc]
@@ -148,46 +93,6 @@ def told(schedule: Schedule) -> str:
     return {"every": f"every {schedule.every}", "prompt": f"prompt, then {schedule.then}"}.get(
         schedule.when, schedule.when
     )
-
-
-def case(policy: Policy, schedule: Schedule, seed: int, layers: int | None = None) -> Case:
-    """The random trial of that number."""
-    g = torch.Generator().manual_seed(seed)
-    layers = _layers(policy) if layers is None else layers
-
-    def whole(low: int, high: int, *shape: int) -> Tensor:
-        return torch.randint(low, max(low, high) + 1, shape, generator=g)
-
-    def normal(heads: int) -> Tensor:
-        return torch.randn(ROWS, heads, TOKENS, SIZE, generator=g).double()
-
-    made = Case(
-        policy=policy,
-        schedule=schedule,
-        layer=int(whole(0, layers - 1)),
-        layers=layers,
-        budget=whole(policy.least_budget, TOKENS // 2, ROWS),
-        prompt=whole(1, TOKENS + 3, ROWS),
-        lengths=whole(1, TOKENS, ROWS),
-        cuts=sorted(set(whole(1, TOKENS - 1, 2).tolist())),
-        query=2 * normal(HEADS),
-        key=normal(KV_HEADS),
-        value=normal(KV_HEADS),
-    )
-    alike = len({made.stated(row).rule for row in range(ROWS)}) == 1
-    return made if alike else replace(made, budget=made.budget[:1].expand(ROWS))
-
-
-def _layers(policy: Policy) -> int:
-    """How many layers a policy's settings fit; for most any number, and 1 will do."""
-    for layers in range(1, MOST_LAYERS):
-        try:
-            policy.check(layers, KV_HEADS)
-        except ConfigError:
-            continue
-        return layers
-    policy.check(1, KV_HEADS)
-    raise AssertionError("unreachable")
 
 
 def data(c: Case) -> None:
@@ -311,9 +216,10 @@ def until_full(c: Case) -> None:
 def kept(c: Case) -> None:
     """As much is cached as the budget and the schedule say, each position once, sinks and the newest among it."""
     for budget in c.budget.tolist():
-        held = sum(c.policy.of_layer(budget, layer, 4) for layer in range(4))
-        if held != 4 * budget:
-            raise Broken(f"4 layers that may hold {budget} tokens each hold {held} together")
+        for prompt in ((n,) for n in range(budget + 1, 3 * budget + 1)) if c.schedule.prompt else ((),):
+            each = [c.policy.of_layer(budget, layer, 4, *prompt) for layer in range(4)]
+            if sum(each) != 4 * budget:
+                raise Broken(f"4 layers that may hold {budget} tokens each hold {sum(each)} together")
     for tokens in {c.cuts[0], TOKENS}:
         ran = c.run(*(x[:, :, :tokens] for x in c.tensors))
         for row, heads in enumerate(ran.kept):
@@ -322,7 +228,8 @@ def kept(c: Case) -> None:
 
 def _kept_of_row(c: Case, row: int, tokens: int, heads: list[list[int]]) -> None:
     numbers, given = c.stated(row), int(c.budget[row])
-    allowed, schedule, prompt = c.policy.of_layer(given, c.layer, c.layers), c.schedule, int(c.prompt[row])
+    schedule, prompt = c.schedule, int(c.prompt[row])
+    allowed = c.policy.of_layer(given, c.layer, c.layers, *((prompt,) if schedule.prompt else ()))
     if c.policy.uses_budget and numbers.budget > allowed:
         asked = "no limit" if numbers.budget == UNLIMITED else f"{numbers.budget} tokens"
         raise Broken(f"it may hold {allowed} tokens and asks for {asked}")
@@ -343,12 +250,33 @@ def _kept_of_row(c: Case, row: int, tokens: int, heads: list[list[int]]) -> None
     if schedule.prompt and not own:
         most = tokens if tokens < prompt else min(C, prompt) + tokens - prompt
         each = min(most, C) if schedule.then == "step" and tokens >= prompt else most
-        held = sum(map(len, heads))
+        held = [len(there) for there in heads]
+        expected = [tokens if head in numbers.rule.whole else each for head in range(KV_HEADS)]
         shifted = numbers.rule.cut is not None and numbers.rule.cut.floor is not None
-        if held != KV_HEADS * each or (not shifted and len({len(there) for there in heads}) > 1):
-            raise Broken(
-                f"heads hold {[len(there) for there in heads]} of {tokens} tokens at a budget of {C}, prompt {prompt}"
-            )
+        if sum(held) != sum(expected) or (not shifted and held != expected):
+            raise Broken(f"heads hold {held} of {tokens} tokens at a budget of {C}, prompt {prompt}")
+
+
+def decided(c: Case) -> None:
+    """A rule that is negated keeps something else; where the rule has no choice, the same."""
+    # a budget that leaves a choice, if one does: a window may fill the small ones
+    for budget in range(int(c.budget[0]), MOST_CHOICE + 1):
+        tokens = max(TOKENS, 2 * budget)
+        if choice := chooses(c.policy.keeps(budget, c.layer, c.layers, tokens), KV_HEADS, tokens):
+            break
+    else:
+        budget, tokens = int(c.budget[0]), TOKENS
+    # the same vectors again are longer ones, so that none is there twice
+    longer = [torch.cat([x * (1 + i / 8) for i in range(-(-tokens // TOKENS))], 2)[:, :, :tokens] for x in c.tensors]
+    policy, varied = opposite(c.policy)
+    ran, other = (x.run(*longer, budget=budget, prompt=tokens) for x in (c, replace(c, policy=policy)))
+    same = ran.kept == other.kept and torch.equal(ran.output, other.output)
+    if choice and not any(varied):
+        raise Excepted("its priorities are all equal, so that the oldest token goes")
+    if choice and same:
+        raise Broken(f"the opposite rule keeps the same tokens (budget {budget}): what it says is not looked at")
+    if not choice and not same:
+        raise Broken(f"the opposite rule keeps other tokens, where all but one are protected (budget {budget})")
 
 
 def backends(c: Case) -> None:
@@ -384,6 +312,7 @@ INVARIANTS: dict[str, Callable[[Case], None]] = {
     "5  later tokens change nothing earlier": causal,
     "6  budgets make no difference until one is full": until_full,
     "7  what the budget says is kept, sinks and newest among it": kept,
+    "a rule that is negated keeps something else": decided,
     "8  half precision is accumulated in float32": precision,
     "the reference and the fast paths agree": backends,
 }

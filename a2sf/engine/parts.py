@@ -214,7 +214,7 @@ class _Prompts:
         nodes, reading, first, later, second = self.split
         if first is not None:
             self._read(reading, first, keep=True)
-            if self.segments.rule.cut is not None:
+            if self.segments.rule.cut is not None and self.segments.rule.scored:
                 for i in reading:
                     self._observe(i)
             self._cut([i for i in reading if nodes[i].ends])
@@ -351,12 +351,13 @@ def _cut(segments: Segments, state: EvictionState) -> tuple[EvictionState, list[
     step = Step(none, state.keys, state.values, state.positions, cached, now, state.scores, none)
     if rule.cut is not None:
         step = replace(step, scores=pooled(numbers, step, free))
+    fixed = (None if f is None else f(state.keys, state.values, state.positions) for f in (rule.weight, rule.bias))
+    priority = of_rule(numbers, step, *fixed)
     if numbers.across_heads:
-        out = smallest_of_all_heads(numbers, step, free)
+        out = smallest_of_all_heads(numbers, priority, step, free)
     else:
-        fixed = (None if f is None else f(state.keys, state.values, state.positions) for f in (rule.weight, rule.bias))
         excess = numbers.excess(cached.sum(-1, keepdim=True), now)
-        out = smallest(of_rule(numbers, step, *fixed), state.positions, free, excess)
+        out = smallest(priority, state.positions, free, excess)
     kept = cached & ~out
     order = (~kept).int().argsort(dim=-1, stable=True)[:, :, : max(1, int(kept.sum(-1).max()))]
     there = kept.gather(2, order)

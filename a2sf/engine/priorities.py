@@ -6,6 +6,7 @@ Columns are slots in any order. B rows, K key/value heads, N columns; numbers of
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ class Numbers:
 
     def scored(self, now: Tensor) -> Tensor:
         """bool [B, 1, 1]: whether the attention at time `now` adds to the scores."""
-        if self.rule.cut is None:
+        if self.rule.cut is None or not self.rule.scored:
             return torch.full_like(now, self.rule.scored, dtype=torch.bool)
         return (now >= self.prompt - self.recent) & (now < self.prompt)
 
@@ -155,18 +156,28 @@ def smallest(priority: Tensor, positions: Tensor, free: Tensor, n: Tensor) -> Te
     return torch.zeros_like(free).scatter_(-1, order, chosen.expand_as(order)) & free
 
 
-def smallest_of_all_heads(numbers: Numbers, step: Step, free: Tensor) -> Tensor:
-    """bool [B, K, N]: who goes at a cut that leaves a layer `K * C` tokens, whichever heads they are in.
+def smallest_of_all_heads(numbers: Numbers, priority: Tensor, step: Step, free: Tensor) -> Tensor:
+    """bool [B, K, N]: who goes at a cut that divides a layer's slots among its heads; all but `free` tokens stay.
 
-    Each head keeps its protected tokens and `floor` of the best others; the rest goes to the best of all heads.
+    A head keeps as many of its best as a mix of two shares says: how many of the layer's best are its own, and as many as
+    every head would keep.
     """
     assert numbers.rule.cut is not None
     assert numbers.rule.cut.floor is not None
     K, N = free.shape[1:]
-    floor = (numbers.rule.cut.floor * (numbers.budget - numbers.recent)).long()
-    others = (free.sum(-1, keepdim=True) - floor).clamp(min=0)
-    contested = smallest(step.scores, step.positions, free, others)
-    over = (step.cached.sum((1, 2)) - numbers.budget.sum((1, 2))).clamp(min=0)[:, None]
-    # position by position, so that of equals the oldest goes, whatever its head
-    scores, positions, free = (x.transpose(1, 2).flatten(1) for x in (step.scores, step.positions, contested))
-    return smallest(scores, positions, free, over).unflatten(1, (N, K)).transpose(1, 2)
+    count, own = step.cached.sum(-1), free.sum(-1)  # [B, K]
+    equal = (torch.minimum(count, numbers.budget[..., 0]) - (count - own)).clamp(min=0)
+    # of equals the newest is the better one, then that of the lower head
+    age = step.positions * K + torch.arange(K - 1, -1, -1, device=free.device)[:, None]
+    over = (own.sum(1) - equal.sum(1))[:, None]
+    ranks, ages, candidates = (x.flatten(1) for x in (priority, age, free))
+    lost = smallest(ranks, ages, candidates, over).unflatten(1, (K, N)).sum(-1)
+    # in units of 1 / `whole`: exact, as 0.7 is in decimal
+    floor = Fraction(str(numbers.rule.cut.floor)).limit_denominator(10**9)
+    part, whole = floor.numerator, floor.denominator
+    mixed = (whole - part) * (own - lost) + part * equal
+    share, rest = mixed // whole, mixed % whole
+    best = rest.argsort(dim=-1, descending=True, stable=True)
+    more = torch.arange(K, device=free.device) < (equal - share).sum(1, keepdim=True)
+    share = share + torch.zeros_like(share).scatter_(1, best, more.long())
+    return smallest(priority, step.positions, free, (own - share)[..., None])

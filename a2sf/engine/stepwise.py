@@ -175,12 +175,12 @@ class _Slots:
             return
         free = unprotected(numbers, positions, cached, now)
         step = Step(p, held["keys"], held["values"], positions, cached, now, held["scores"], held["memory"])
+        if self.rule.cut is not None:
+            held["scores"].copy_(torch.where(numbers.at_cut(now), pooled(numbers, step, free), step.scores))
         if self.rule.own is not None:
             priority, memory = of_own(self.rule, step, free)
             held["memory"].copy_(memory)
         else:
-            if self.rule.cut is not None:
-                held["scores"].copy_(torch.where(numbers.at_cut(now), pooled(numbers, step, free), step.scores))
             priority = of_rule(numbers, step, held.get("weight"), held.get("bias"))
         if most == 0:
             return
@@ -193,7 +193,7 @@ class _Slots:
         else:
             out = smallest(priority, positions, free, excess)
         if numbers.across_heads:
-            out = torch.where(numbers.at_cut(now), smallest_of_all_heads(numbers, step, free), out)
+            out = torch.where(numbers.at_cut(now), smallest_of_all_heads(numbers, priority, step, free), out)
         self._note(t, out, positions)
         where = out.nonzero(as_tuple=True)
         positions[where] = -1

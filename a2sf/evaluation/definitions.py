@@ -421,7 +421,7 @@ def _quick(name: str) -> Path | None:
     folders = {part for part in (name, name.split("_")[0]) if re.fullmatch(r"[\w.-]+", part)}
     likely = [p for part in sorted(folders) for p in sorted(TASKS_DIRECTORY.glob(f"{part}/**/*.yaml"))]
     likely += sorted(TASKS_DIRECTORY.glob(f"*/{name}/*.yaml")) if name in folders else []
-    return next((p for p in likely if pattern.search(p.read_text(errors="ignore"))), None)
+    return next((p for p in likely if pattern.search(p.read_text(encoding="utf-8", errors="ignore"))), None)
 
 
 @cache

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from a2sf.errors import ConfigError, UserError, first_line, nearest
+from a2sf.evaluation import json_files
+from a2sf.evaluation.rows import Rows
 from a2sf.evaluation.sources import FORMATS, Source
 from a2sf.hf.files.refusals import Unreachable, Wanted, chain, refusal
 
@@ -25,7 +27,60 @@ HUB_SECONDS = 30.0
 def content_of_files(source: Source) -> str:
     """A hash of the files of the splits that are read."""
     parts = [f"{split} {f.suffix} {_digest(f)}" for split in source.needed for f in source.files[split]]
+    for split in source.needed:
+        if changed_in_a_table(source.task, tuple((f, _digest(f)) for f in source.files[split])):
+            parts.append(f"{split} value for value")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+@cache
+def changed_in_a_table(task: str, files: tuple[tuple[Path, str], ...]) -> bool:
+    """Whether these JSON files hold values that reading into a table changed, as was done before."""
+    paths = [file for file, _ in files]
+    if paths[0].suffix not in json_files.SUFFIXES:
+        return False
+    documents = [d for file in paths for d in _json(file, task)]
+    return not json_files.one_type_each(documents, listed=any(map(json_files.is_list, paths)))
+
+
+def local_json(config: dict[str, Any], task: str) -> dict[str, Rows] | None:
+    """The documents by split of a definition that names JSON files of this machine; None for any other definition.
+
+    Args:
+        config: lm-eval's configuration of the task; one that says the fields' types is left to the datasets library.
+
+    Raises:
+        UserError: if a file cannot be read.
+    """
+    arguments = {k: v for k, v in (config.get("dataset_kwargs") or {}).items() if k != "trust_remote_code"}
+    if config.get("dataset_path") != "json" or set(arguments) - {"data_files", "data_dir", "field"}:
+        return None
+    import datasets
+
+    found = datasets.load_dataset_builder("json", config.get("dataset_name"), **arguments).config.data_files or {}
+    if any("://" in str(file) for files in found.values() for file in files):
+        return None
+    field = arguments.get("field")
+    return {str(split): _rows([Path(str(f)) for f in files], task, field) for split, files in found.items()}
+
+
+def _rows(files: list[Path], task: str, field: str | None = None) -> Rows:
+    documents = Rows(d for file in files for d in _json(file, task, field))
+    if not len(documents):
+        raise UserError(f"tasks={task}: {files[0]} holds no document")
+    return documents
+
+
+def _json(file: Path, task: str, field: str | None = None) -> list[dict[str, Any]]:
+    """The documents of one file.
+
+    Raises:
+        UserError: if it does not hold any.
+    """
+    try:
+        return json_files.read(file, field)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"tasks={task}: {file} cannot be read as json ({first_line(error)})") from error
 
 
 def content_of_documents(*collections: Any) -> str:
@@ -151,12 +206,15 @@ def read(source: Source, content: str | None) -> Any:
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a call to another host, for nothing that we need
     if source.kind == "hub":
-        made = _read_hub(source, content or commit_of(source.repo, source.revision, source.task).hash)
-        return _with_splits(source, made)
+        commit = content or commit_of(source.repo, source.revision, source.task).hash
+        return _with_splits(source, _read_hub(source, commit))
     same_files(source, content)
-    made = datasets.DatasetDict()
+    made: dict[str, Any] = {}
     for split in source.needed or list(source.files):
         files = source.files[split]
+        if files[0].suffix in json_files.SUFFIXES:
+            made[split] = _rows(files, source.task)
+            continue
         form = FORMATS[files[0].suffix[1:]]
         try:
             # under a name of the contents: datasets itself goes by a file's path and date

@@ -16,11 +16,14 @@ from typing import Any
 import numpy as np
 from lm_eval.api.samplers import ContextSampler, FirstNSampler
 
-from a2sf.errors import ConfigError
+from a2sf.errors import ConfigError, UserError, first_line
+from a2sf.evaluation.numbers import index_of
 
 Document = dict[str, Any]
 CHECKED_POOL = 2000
 """Up to so many examples, whether enough are left is checked for each document before anything is scored."""
+SHOWN = 200
+"""Characters of a document in a message."""
 DOCUMENT_SEED = 0
 """Of the shuffles in a task's own processing of its documents; lm-eval's default."""
 
@@ -37,6 +40,9 @@ class Examples:
         kind: lm-eval's sampler that the task asks for.
         headroom: draw one more, as lm-eval does where it expects the document itself in the pool.
         task: its name, for messages.
+
+    Attributes:
+        used: places in the pool of those that were given, but where a task has a sampler of its own.
     """
 
     def __init__(
@@ -57,6 +63,7 @@ class Examples:
         self._place: dict[str, int] = {}
         for i, document in enumerate(scored):
             self._place.setdefault(_text(document), i)
+        self.used: set[int] = set()
         self._draws = self._sequence()
         self._drawn: list[list[int]] = []
         self._prints: dict[int, tuple[str, str] | None] = {}
@@ -82,6 +89,7 @@ class Examples:
             sampler = self.kind(pool, rnd=random.Random(f"{self.seed} {_text(document)}").getrandbits(32))
             return list(sampler.sample(self.shots, None))
         self._enough(len(chosen))
+        self.used.update(chosen[: self.shots])
         return [self.pool[i] for i in chosen[: self.shots]]
 
     def check(self, documents: Sequence[Document]) -> None:
@@ -195,6 +203,19 @@ class OwnDocuments:
             self.sampler = _Chosen(examples)
         return super().fewshot_context(doc=doc, **settings)  # type: ignore[misc]
 
+    def process_results(self, doc: Document, results: Any) -> dict[str, Any]:
+        """As the task's own.
+
+        Raises:
+            UserError: if that fails, with the document: a right answer that is no choice's, most often.
+        """
+        try:
+            return dict(super().process_results(doc, results))  # type: ignore[misc]
+        except Exception as error:
+            name, shown = self.config.task, f"{_text(doc):.{SHOWN}}"  # type: ignore[attr-defined]
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"tasks={name}: its metrics fail at a document ({why}): {shown}") from error
+
     def _printed(self, document: Document) -> tuple[str, str] | None:
         """Question and answer as lm-eval writes them in an example."""
         task: Any = self
@@ -205,8 +226,8 @@ class OwnDocuments:
             answer = task.doc_to_target(document, how.doc_to_target)
             if task.multiple_input and choices:
                 question, choices = choices[question], None
-            if choices and isinstance(answer, int):
-                answer = choices[answer]
+            if choices and (index := index_of(answer)) is not None:
+                answer = choices[index]
             return str(question), str(answer[0] if isinstance(answer, list) else answer)
         except Exception:  # a document that has no answer, or other fields than the task's own examples
             return None

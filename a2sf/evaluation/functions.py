@@ -79,6 +79,6 @@ def _parameters(file: Path, function: str) -> set[str]:
 
 def _parsed(file: Path) -> ast.AST:
     try:
-        return ast.parse(file.read_text(errors="ignore"))
+        return ast.parse(file.read_text(encoding="utf-8", errors="ignore"))
     except SyntaxError:
         return ast.Module([], [])  # told where it is imported

@@ -8,6 +8,7 @@ gives transformers' `generate` a bounded cache.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -16,12 +17,13 @@ import torch
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
+from a2sf.engine.kernels import check_backend
 from a2sf.engine.trace import Trace
 from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation.contexts import Contexts
 from a2sf.evaluation.members import Answer, Member, document_of, request_hash
 from a2sf.evaluation.one_by_one import OneByOne
-from a2sf.evaluation.pretrained import load_pretrained
+from a2sf.evaluation.pretrained import check_given, check_names, check_tokens, load_pretrained
 from a2sf.evaluation.requests import Model, Request
 from a2sf.evaluation.scoring import Asked, Scoring
 from a2sf.hf.attention import (
@@ -32,9 +34,10 @@ from a2sf.hf.attention import (
     mixes_windows,
     running,
 )
-from a2sf.hf.calls import hooks_of, logits_at
+from a2sf.hf.calls import logits_at
 from a2sf.hf.devices import input_device
 from a2sf.hf.exactness import require_exact
+from a2sf.policies.arguments import budget_of, policy_of, schedule_of
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policy
@@ -43,6 +46,10 @@ from a2sf.policies.schedule import Schedule
 NAME = "a2sf"
 PACK_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Computed tokens per forward pass where `batch_size` is auto."""
+NOTHING = (
+    "a request has no token of {} of its own (as lm-eval tokenises it, the continuation is what comes after the context's "
+    "tokens), so that there is nothing to score; change the document, or leave it out"
+)
 NAMED = 5
 """Documents that a message names at most."""
 
@@ -53,7 +60,8 @@ class PrunedLM(OneByOne):
 
     Args:
         pretrained: a model, or what `ModelSpec.path` may be; then `a2sf.hf.loading` loads it, with `revision`, `dtype` and
-            `device` (auto where not given) and `trust_remote_code`.
+            `device` (auto where not given), `trust_remote_code` and `add_bos_token`. Every other argument of HFLM is
+            honoured or refused (`a2sf.evaluation.pretrained`).
         policy: a `Policy`, a policy's name (`model_args="pretrained=...,policy=h2o,budget_ratio=0.2"`), or the class of
             one of your own, `module:Class`.
         budget: a `Budget`; or give `budget_ratio`, `budget_tokens` and `budget_base`.
@@ -80,8 +88,8 @@ class PrunedLM(OneByOne):
     def __init__(
         self,
         pretrained: Any,
-        policy: Policy | str = "full",
-        budget: Budget | None = None,
+        policy: Policy | type[Policy] | str = "full",
+        budget: Budget | int | float | None = None,
         budget_ratio: float | None = None,
         budget_tokens: int | None = None,
         budget_base: str = "total",
@@ -92,11 +100,22 @@ class PrunedLM(OneByOne):
         shared_context: str | None = None,
         **kwargs: Any,
     ) -> None:
+        check_names(kwargs, inspect.signature(PrunedLM.__init__).parameters)
+        check_backend(backend)
+        policy = _policy(policy, forgetting_factor)
+        budget, schedule = budget_of(budget), schedule_of(schedule)
+        if budget is not None and (budget_ratio, budget_tokens, budget_base) != (None, None, "total"):
+            raise ConfigError("budget", budget, "give it, or budget_ratio, budget_tokens and budget_base; not both")
+        if budget is None and (budget_ratio is not None or budget_tokens is not None or policy.uses_budget):
+            budget = Budget(ratio=budget_ratio, tokens=budget_tokens, base=budget_base)
         if isinstance(pretrained, str):
             loaded, kwargs = load_pretrained(pretrained, kwargs)
             pretrained, self.weights_format = loaded.model, loaded.format
             kwargs.setdefault("tokenizer", loaded.tokenizer)
+        else:
+            kwargs = check_given(pretrained, kwargs)
         super().__init__(pretrained=pretrained, batch_size=1, **kwargs)
+        check_tokens(self, kwargs)
         if self.backend != "causal":
             raise UnsupportedModel("only decoder models have a cache to prune, and this one is an encoder-decoder")
         self._device = input_device(self.model)
@@ -104,21 +123,15 @@ class PrunedLM(OneByOne):
         self.shared_context = shared_context
         self._before_cut: dict[str, int] = {}  # tokens of the shared context, by the prompt
         self._cuts: dict[str, int] = {}  # where prompts to go on from are cut, by their tokens
+        self._ended: dict[str, bool] = {}  # whether texts ended, by their prompts' tokens
+        self._joined: dict[tuple[str, str], bool] = {}
         self.tokens_per_pass = self.most_tokens
         self.silent = False  # no progress bars
         self._clock: float | None = None  # when the request for log-likelihoods came
         self.trace_documents = 0
         self.spent = 0.0  # seconds in which log-likelihoods were scored, of all members
         self.sequences_per_pass = check_batch_size(batch_size)
-        if isinstance(policy, str):
-            named = find_policy(policy)
-            settings = {} if forgetting_factor is None else {"forgetting_factor": forgetting_factor}
-            if settings and "forgetting_factor" not in {f.name for f in dataclasses.fields(named)}:
-                raise ConfigError("forgetting_factor", forgetting_factor, f"{policy} has none; leave it out")
-            policy = named(**settings)
-        if budget is None and (budget_ratio is not None or budget_tokens is not None or policy.uses_budget):
-            budget = Budget(ratio=budget_ratio, tokens=budget_tokens, base=budget_base)
-        self.use(policy, budget, Schedule.named(schedule) if isinstance(schedule, str) else schedule)
+        self.use(policy, budget, schedule)
 
     @property
     def most_tokens(self) -> int:
@@ -138,24 +151,45 @@ class PrunedLM(OneByOne):
         asking = [m for m in self.group or [self.member] if m.error is None]
         for member in asking:
             member.asked = len(set(hashes))
+            member.planned = member.read = member.new = 0
         new = {h: r for h, r in zip(hashes, requests, strict=True) if any(m.answer(h) is None for m in asking)}
+        for r in new.values():
+            context, continuation = r.args
+            if not context and not self.tok_encode(continuation, add_special_tokens=False):  # where lm-eval fails
+                raise UserError(f"{self._subject([str(r.args)])}: {NOTHING.format('continuation')}")
         if new:
             self._clock = time.perf_counter()
-            super().loglikelihood(list(new.values()), disable_tqdm=disable_tqdm or self.silent)
+            with self.aside():
+                super().loglikelihood(list(new.values()), disable_tqdm=disable_tqdm or self.silent)
         if self.member.error is not None:
             raise self.member.error
         for r in filter(self._to_trace, requests):
             context, continuation = r.args
-            tokens = self._encode_pair(*r.args) if context else ([self.prefix_token_id], self.tok_encode(continuation))
+            alone = (
+                [self.prefix_token_id],
+                self.tok_encode(continuation, add_special_tokens=False),
+            )  # as lm-eval reads it
+            tokens = self._encode_pair(*r.args) if context else alone
             request = self._request(tokens[0], tokens[1], prompt=context)
             n = request.context
             self._trace(r.doc_id, list(request.read[:n]), list(request.read[n:]), request.retention, request.prompt)
         found = [self.member.answer(h) for h in hashes]
         for r, h, answer in zip(requests, hashes, found, strict=True):
             assert answer is not None
-            self.lengths[h] = answer[2:]
+            self.lengths[h] = answer.context, answer.continuation
+            self.unread[h] = max(0, answer.context + answer.continuation - self.max_length - 1)
             self._count(self.member, answer.context, answer.continuation, r.args[0], reused=h in self.known)
+        self._warn_of_unread(requests, hashes)
         return [a[:2] for a in found if a is not None]
+
+    def joins(self, context: str, continuation: str) -> bool:
+        """Whether a token goes across the end of a context, so that lm-eval scores something else than the continuation."""
+        if not context:
+            return False  # the continuation is then tokenised by itself
+        if (key := (context, continuation)) not in self._joined:
+            read, scored = self._encode_pair(context, continuation)
+            self._joined[key] = self.tok_encode(context + continuation) != [*read, *scored]
+        return self._joined[key]
 
     def _subject(self, requests: Iterable[str]) -> str:
         """What a message calls the documents of requests, given by their strings or tokens; "" where none is known."""
@@ -203,6 +237,10 @@ class PrunedLM(OneByOne):
             self.member.error = None
         hashes = [None if strings is None else request_hash(strings) for strings, _, _ in requests]
         asked = [a for j in range(len(requests)) for a in self._asked(requests, hashes, j)]
+        asked = [a for a in asked if a.member.error is None]  # nothing is computed for who cannot be answered in full
+        for a in (a for a in asked if hashes[a.number] is not None):
+            a.member.planned += len(a.request.read)
+            a.member.new += 1
         answers: dict[int, tuple[float, bool]] = {}
         bar = tqdm(total=len(asked), disable=disable_tqdm or self.silent, desc="log-likelihoods", leave=False)
         started = self._clock or time.perf_counter()
@@ -216,6 +254,7 @@ class PrunedLM(OneByOne):
             strings, context, continuation = requests[a.number]
             if (h := hashes[a.number]) is not None:
                 a.member.answers[h] = Answer(value, greedy, len(context), len(continuation))
+                a.member.read += len(a.request.read)
             if a.member is self.member:
                 answers[a.number] = (value, greedy)
                 if strings is not None:
@@ -227,7 +266,6 @@ class PrunedLM(OneByOne):
                 member.error = error.about(self._subject(str(requests[j][0]) for j in numbers))
 
         require_exact(self.model)
-        hooks_of(self.model).close(None)  # a call that was interrupted left it open
         about = Model(self.layers, not mixes_windows(self.model.config), self.engine, self.device)
         scoring = Scoring(self.model, about, self.tokens_per_pass, self.sequences_per_pass)
         if self.due is not None:
@@ -254,16 +292,18 @@ class PrunedLM(OneByOne):
         for member in [self.member] if h is None else self.group or [self.member]:
             if member.error is None and (h is None or member.answer(h) is None):
                 try:
+                    self._check_tokens([*context, *continuation], str(strings))
                     prompt = strings[0] if strings else None
                     yield Asked(member, self._request(context, continuation, member, prompt), j)
                 except (UserError, ValueError) as error:
-                    member.error = error
+                    subject = "" if strings is None else self._subject([str(strings)])
+                    member.error = type(error)(f"{subject}: {error}") if subject else error
 
     def _request(
         self, context: list[int], continuation: list[int], member: Member | None = None, prompt: str | None = None
     ) -> Request:
         if not context or not continuation:
-            raise ValueError("a request needs at least one token of context and one of continuation")
+            raise UserError(NOTHING.format("continuation" if context else "context"))
         if len(continuation) > self.max_length:
             raise UserError(
                 f"a continuation of {len(continuation)} tokens is longer than the model's context window of "
@@ -322,6 +362,22 @@ class PrunedLM(OneByOne):
                 "of the context that schedule.at=context cuts after"
             )
         return cut
+
+
+def _policy(given: Policy | type[Policy] | str, forgetting_factor: Any) -> Policy:
+    """The policy that is given, one that is named with its forgetting factor.
+
+    Raises:
+        ConfigError: if there is none, or it has no such factor.
+    """
+    if forgetting_factor is None:
+        return policy_of(given)
+    if not isinstance(given, str):
+        raise ConfigError("forgetting_factor", forgetting_factor, "it is for a policy that is given by its name")
+    named = find_policy(given)
+    if "forgetting_factor" not in {f.name for f in dataclasses.fields(named)}:
+        raise ConfigError("forgetting_factor", forgetting_factor, f"{given} has none; leave it out")
+    return named(forgetting_factor=forgetting_factor)  # type: ignore[call-arg]
 
 
 def check_batch_size(value: Any) -> int | None:

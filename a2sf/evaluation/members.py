@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from a2sf.engine.trace import Trace
 from a2sf.evaluation.counts import Counts
+from a2sf.evaluation.warned import Warned
 from a2sf.hf.attention import global_layers
 from a2sf.hf.loading import kv_heads_of
 from a2sf.hf.settings import check_settings, retention_of
@@ -24,12 +25,16 @@ from a2sf.policies.schedule import Schedule, schedule_for
 
 
 class Answer(NamedTuple):
-    """A log-likelihood (or a text), whether greedy decoding would have said it, tokens of context and continuation."""
+    """A log-likelihood (or a text), whether greedy decoding would have said it, tokens of context and continuation.
+
+    `ended`: whether a text was ended by a stop sequence, and not by the limit of its tokens; None where that is not known.
+    """
 
     value: Any
     greedy: bool
     context: int
     continuation: int
+    ended: bool | None = None
 
 
 @dataclass
@@ -40,6 +45,8 @@ class Member:
         known: answers of an earlier result, by `request_hash`.
         answers: those computed in this group.
         asked: how many requests there are, where that is known by now.
+        planned, read: tokens of the requests that had no answer when they were asked, and of those that have one by now.
+        new: how many requests had no answer.
         seconds: time that was spent on it, its share where several were computed together.
         ran: which implementations of the recursion did so (`a2sf.engine.kernels.noting`).
         error: why it cannot go on; the others of its group do.
@@ -52,9 +59,21 @@ class Member:
     known: dict[str, Answer] = field(default_factory=dict)
     answers: dict[str, Answer] = field(default_factory=dict)
     asked: int = 0
+    planned: int = 0
+    read: int = 0
+    new: int = 0
     seconds: float = 0.0
     ran: set[str] = field(default_factory=set)
     error: Exception | None = None
+
+    @property
+    def share(self) -> float:
+        """How much of the work on its requests is done, by tokens where these are counted; nought while none is known."""
+        if not self.asked:
+            return 0.0
+        if not self.planned:
+            return min(1.0, (len(self.known) + len(self.answers)) / self.asked)
+        return 1 - self.new / self.asked * (1 - self.read / self.planned)
 
     def answer(self, request: str) -> Answer | None:
         """The answer to a request, by its hash."""
@@ -69,6 +88,9 @@ class Members:
         member: who is answered.
         group: all that are computed together; empty: the member alone.
         lengths: by `request_hash`, tokens of context and continuation of what was answered.
+        unread: by `request_hash`, tokens at a prompt's beginning that were not read, since all together were too many.
+        ended: by `request_hash`, as in `Answer`.
+        warned: what libraries warned of while the model was loaded.
         traces: of the member's first documents.
     """
 
@@ -78,6 +100,10 @@ class Members:
     after_pass: Callable[[], None] | None = None
     due: Callable[[int], int] | None = None
     lengths: dict[str, tuple[int, int]]
+    unread: dict[str, int]
+    ended: dict[str, bool | None]
+    warned: Warned | None = None
+    aside: Callable[[], AbstractContextManager[Any]] = nullcontext
     traces: list[Trace]
     _documents: dict[str, tuple[str, int]]
 
@@ -139,7 +165,7 @@ class Members:
     def take(self, member: Member) -> None:
         """Answer as `member` from now on."""
         self.member = member
-        self.lengths = {}
+        self.lengths, self.unread, self.ended = {}, {}, {}
         self._documents = {}  # task and document of each request, by its strings or tokens
         self.traces = []
 
@@ -149,24 +175,30 @@ class Members:
         members: Sequence[Member],
         after_pass: Callable[[], None] | None = None,
         due: Callable[[int], int] | None = None,
+        aside: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Iterator[None]:
         """Compute what one of `members` is asked for all of them, and answer the others from that.
 
         Args:
             after_pass: called after each pass; the members hold the answers so far.
             due: when a document is visited, the smallest first; None: those with the longest requests first.
+            aside: entered around what is computed for all members, rather than for the one that asks.
         """
         before, self.group, self.after_pass, self.due = self.member, members, after_pass, due
+        self.aside = aside
+        self._joined: dict[tuple[str, str], bool] = {}
         try:
             yield
         finally:
             self.group, self.after_pass, self.due = (), None, None
+            self.aside = nullcontext
+            self._joined = {}
             self.take(before)
 
     def retention(self, total: int, context: int, member: Member | None = None) -> tuple[Retention, ...]:
         """What each layer keeps of a request of `total` tokens read, `context` of them its context."""
         member = member or self.member
-        return retention_of(member.policy, member.budget, total, context, self.layers)
+        return retention_of(member.policy, member.budget, total, context, self.layers, member.schedule)
 
 
 def document_of(request: Any) -> tuple[str, int]:

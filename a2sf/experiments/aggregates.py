@@ -14,11 +14,11 @@ from typing import Any
 
 import pandas as pd
 
-OPTIONS = ["chat_template", "system_instruction", "fewshot_as_multiturn", "gen_kwargs", "task_args"]
+OPTIONS = ["chat_template", "system_instruction", "fewshot_as_multiturn", "gen_kwargs", "task_args", "add_bos_token"]
 """Columns for lm-eval's options; empty where an option is not set."""
 SAME = [
     *("model", "policy", "budget_ratio", "forgetting_factor", "model_path", "weights", "budget_tokens", "budget_base"),
-    *("schedule", "policy_settings", "limit", "seed", "dtype", *OPTIONS),
+    *("schedule", "policy_settings", "limit", "seed", "dtype", "data_settings", "device", *OPTIONS),
 ]
 """Columns of `results.csv` that are equal in all cells of one aggregate."""
 MEMBERS = "members"

@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import os
-import uuid
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from a2sf import atomic
 from a2sf.errors import UserError
 from a2sf.experiments.aggregates import Group, read
 from a2sf.experiments.runs import (
@@ -39,7 +39,8 @@ from a2sf.experiments.runs import (
     TRACES,
     CorruptCell,
     StoredCell,
-    is_cell,
+    finished_cells,
+    id_of,
     load_sweep,
     read_groups,
     table_of,
@@ -79,9 +80,9 @@ def pack(directory: Path, target: Path | None = None) -> Path:
         target = target.with_name(target.name + SUFFIX)
     tables, about = [], []
     for i, stored in enumerate(cells):
-        table = pq.read_table(stored.path / DOCUMENTS).replace_schema_metadata(None)
+        table = pq.read_table(io.BytesIO((stored.path / DOCUMENTS).read_bytes())).replace_schema_metadata(None)
         result = {k: v for k, v in stored.result.items() if k != "checksums"}
-        config = (stored.path / CONFIG).read_text()
+        config = (stored.path / CONFIG).read_text(encoding="utf-8")
         about.append({"name": stored.path.name, "result": result, "config": config, "columns": table.column_names})
         tables.append(table.append_column(OWNER, pa.array([i] * len(table), pa.int32())))
     # rows of one document side by side, so that what they share is stored once
@@ -91,8 +92,7 @@ def pack(directory: Path, target: Path | None = None) -> Path:
     rows = io.BytesIO()
     pq.write_table(together, rows, compression="zstd", row_group_size=max(1, len(together)))
 
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
-    try:
+    with atomic.placed(target) as temporary:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr(CELLS, json.dumps(about, sort_keys=True, allow_nan=False))
             archive.writestr(DOCUMENTS, rows.getvalue())
@@ -109,11 +109,6 @@ def pack(directory: Path, target: Path | None = None) -> Path:
             digest = hashlib.sha256(file.read()[:-DIGEST_BYTES]).hexdigest()
             file.seek(-DIGEST_BYTES, os.SEEK_END)
             file.write(digest.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
     return target
 
 
@@ -214,13 +209,21 @@ def unpack(path: Path, directory: Path) -> list[StoredCell]:
     """Write an archive's cells to a sweep's directory, from which it goes on; those that are there stay.
 
     Raises:
-        CorruptCell, UserError: as `read_archive`.
+        CorruptCell: if a byte of it was changed, or a cell that is there is damaged.
+        UserError: as `read_archive`; or if another cell is there under the name of one of the archive's.
         OSError: if the disk refuses.
     """
     written = []
-    for cell in read_archive(path):
+    cells = read_archive(path)
+    there = {s.path.name: _which(s) for s in finished_cells(directory)}
+    for cell in cells:
+        if there.get(cell.path.name, _which(cell)) != _which(cell):
+            there_is = directory / cell.path.name
+            raise UserError(f"{there_is} is not the archive's cell of that name; give another directory")
+    known = set(there.values())
+    for cell in cells:
         target = directory / cell.path.name
-        if is_cell(target):
+        if _which(cell) in known:
             continue
         traces = cell.open_traces()
         more = {TRACES: traces.getvalue()} if traces else {}
@@ -231,3 +234,8 @@ def unpack(path: Path, directory: Path) -> list[StoredCell]:
         (directory / README).write_bytes(note.getvalue())
     write_table(directory, load_sweep(directory))
     return written
+
+
+def _which(stored: StoredCell) -> str:
+    """Equal for results of one cell, whatever their directories are called."""
+    return json.dumps([id_of(stored.cell), stored.cell.get("limit"), stored.cell.get("until")], sort_keys=True)

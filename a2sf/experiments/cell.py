@@ -7,6 +7,9 @@ import hashlib
 import json
 import math
 import time
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache, cached_property
@@ -16,13 +19,16 @@ from typing import Any
 import pandas as pd
 import torch
 
-from a2sf.errors import ConfigError
-from a2sf.evaluation import tasks
+from a2sf.errors import ConfigError, Notice
+from a2sf.evaluation import shared_texts, tasks
+from a2sf.evaluation.doubts import doubts, not_numbers
 from a2sf.evaluation.members import request_hash
+from a2sf.evaluation.numbers import index_of, number_of
 from a2sf.evaluation.prompting import SAMPLING_SEED, Prompting, draws
-from a2sf.experiments.names import safe
+from a2sf.evaluation.warned import collected
+from a2sf.experiments.names import ID_DIGITS, safe
 from a2sf.experiments.until import Until
-from a2sf.hf.loading import ModelSpec, fingerprint, load_tokenizer, positions_of, tokenizer_folder
+from a2sf.hf.loading import ModelSpec, adapter_of, fingerprint, load_tokenizer, positions_of, tokenizer_folder
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import source_digest
@@ -36,6 +42,8 @@ FEWSHOT_VERSION = 2
 """The same for what concerns only few-shot examples."""
 GPU_VERSION = 3
 """The same for what concerns only cells that are computed on a GPU."""
+CUT_VERSION = 2
+"""The same for what concerns only policies from outside whose prompt's cut goes by more than attention head by head."""
 BOOTSTRAP = 1000
 
 
@@ -78,11 +86,13 @@ class Cell:
         return {
             "model": self.model.path,
             "weights": fingerprint(self.model),
+            **adapter_of(self.model),
             "dtype": self.model.resolved_dtype,
             "device": device,
+            **({} if self.model.add_bos_token is None else {"add_bos_token": self.model.add_bos_token}),
             "policy": self.policy.name,
             "policy_settings": _plain(dataclasses.asdict(self.policy)),
-            **({"policy_source": source} if (source := source_digest(type(self.policy))) else {}),
+            **policy_versions(self.policy),
             "budget": _plain(dataclasses.asdict(self.budget)) if self.budget else None,
             **({"schedule": self.schedule.settings} if self.schedule else {}),
             **({"prompting": asked} if (asked := self.prompting.settings) else {}),
@@ -97,13 +107,18 @@ class Cell:
 
     @cached_property
     def id(self) -> str:
-        """Eight hex digits of the hash of `identity`."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:8]
+        """The beginning of the hash of `identity`, in hex digits."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:ID_DIGITS]
 
     @property
     def options(self) -> dict[str, Any]:
         """What of lm-eval's options is set and concerns this cell, by the configuration's keys."""
-        return self.prompting.settings | ({"task_args": self.data.arguments} if self.data.task_args else {})
+        bos = self.model.add_bos_token
+        return {
+            **self.prompting.settings,
+            **({"task_args": self.data.arguments} if self.data.task_args else {}),
+            **({} if bos is None else {"add_bos_token": bos}),
+        }
 
     @cached_property
     def task_name(self) -> str:
@@ -136,14 +151,10 @@ class Cell:
 
     @property
     def tail(self) -> str:
-        """The end of the name, which alone says which cell it is: how many documents, and the `id`."""
+        """The end of the name, which tells cells apart: how many documents, and the `id`."""
         most = "all" if self.limit is None else f"n{self.limit}"
-        return f"{most}{f'-{self.until.tag}' if self.until else ''}__{self.id}"
-
-    @property
-    def family(self) -> str:
-        """What cells that differ only in `limit` have in common: the end of their names."""
-        return f"__{self.id}"
+        texts = f"-{safe(self.data.cluster)}" if self.data.cluster else ""  # whole texts are drawn, so others are seen
+        return f"{most}{f'-{self.until.tag}{texts}' if self.until else ''}__{self.id}"
 
     def describe(self) -> dict[str, Any]:
         """The `cell` entry of `result.json`."""
@@ -153,6 +164,7 @@ class Cell:
             "name": self.name,
             "model": self.model_name,
             "model_path": self.model.path,
+            **({"adapter": a.path} if (a := self.model.added) else {}),
             "dtype": self.identity["dtype"],
             "policy": self.policy.name,
             "policy_label": self.policy.label,
@@ -167,6 +179,7 @@ class Cell:
             **({"until": _plain(dataclasses.asdict(self.until))} if self.until else {}),
             "seed": self.seed,
             **({"options": options} if (options := self.options) else {}),
+            **({"data": asked} if (asked := self.data.settings) else {}),
             "identity": self.identity,
         }
 
@@ -225,7 +238,7 @@ def compute(cell: Cell, lm: Any, task: Any, chosen: list[int] | None = None) -> 
         chosen: numbers of the documents, ascending; None: the first `limit`.
 
     Returns:
-        The body of `result.json` (without provenance), and the per-document table.
+        The body of `result.json` (without provenance), and the per-document table. `notes` is there even if it is empty.
     """
     import lm_eval
 
@@ -235,22 +248,33 @@ def compute(cell: Cell, lm: Any, task: Any, chosen: list[int] | None = None) -> 
     clock, spent = time.perf_counter(), lm.spent
     if drawn(task):
         torch.manual_seed(SAMPLING_SEED)
-    evaluated = lm_eval.evaluate(
-        lm,
-        task_dict={"tasks": {cell.task_name: task}},
-        limit=cell.limit if chosen is None else None,
-        samples=None if chosen is None else {cell.task_name: chosen},
-        bootstrap_iters=BOOTSTRAP,
-        **cell.prompting.arguments,
-    )
+    with collected() as warned:
+        evaluated = lm_eval.evaluate(
+            lm,
+            task_dict={"tasks": {cell.task_name: task}},
+            limit=cell.limit if chosen is None else None,
+            samples=None if chosen is None else {cell.task_name: chosen},
+            bootstrap_iters=BOOTSTRAP,
+            **cell.prompting.arguments,
+        )
     # of the time in which scores were computed, for others of the group as well, its share
     seconds = time.perf_counter() - clock - (lm.spent - spent) + lm.member.seconds
     samples = evaluated["samples"][cell.task_name]
     counts = lm.counts
+    documents = _documents(samples, task, lm)
+    if field := shared_texts.field_of(task, cell.data.cluster):
+        keys = {s["doc_id"]: shared_texts.key_of(s["doc"], field) for s in samples}
+        documents[shared_texts.COLUMN] = documents["doc_id"].map(keys)
+        where |= {"cluster": field, "clusters": len(set(keys.values()))}
     result = {
         "cell": cell.describe(),
         "metrics": _metrics(evaluated, cell.task_name),
         "documents": {"n": len({s["doc_id"] for s in samples}), **where},
+        "notes": [
+            *doubts(task, samples, lm),
+            *not_numbers(cell.task_name, evaluated["results"][cell.task_name]),
+            *warned.notes,
+        ],
         "scored": {"tokens": counts.targets, "pruned": counts.pruned},
         "lengths": counts.lengths,
         "timing": {
@@ -266,31 +290,35 @@ def compute(cell: Cell, lm: Any, task: Any, chosen: list[int] | None = None) -> 
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     }
-    documents = _documents(samples, task, lm)
     return result, documents if cell.log_samples else _without_texts(documents)
 
 
 def _metrics(evaluated: dict[str, Any], task: str) -> dict[str, dict[str, Any]]:
     scores = evaluated["results"][task]
     better = evaluated.get("higher_is_better", {}).get(task, {})
-    n = evaluated["n-samples"][task]["effective"]
+    n = Counter((metric, s["filter"]) for s in evaluated["samples"][task] for metric in s["metrics"])
     found = {}
     for key, value in scores.items():
         metric, _, filtered = key.partition(",")
-        if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
+        if not filtered or metric.endswith("_stderr"):
+            continue
+        if number_of(value) is None:
+            told = f"{task}: its metric {metric} is no number but {type(value).__name__}, and is not kept."
+            warnings.warn(told, Notice, stacklevel=1)
             continue
         name = metric if filtered == "none" else f"{metric},{filtered}"
         found[name] = {
             "value": _number(value),
             "stderr": _number(scores.get(f"{metric}_stderr,{filtered}")),
-            "n": n,
+            "n": n[metric, filtered],  # a document may have no value of a metric
             "higher_is_better": better.get(metric),
         }
     return found
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    number = number_of(value)
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _documents(samples: list[dict[str, Any]], task: Any, lm: Any) -> pd.DataFrame:
@@ -312,7 +340,6 @@ def _documents(samples: list[dict[str, Any]], task: Any, lm: Any) -> pd.DataFram
         # a metric may ask for more than the choices (acc_mutual_info: each without its context)
         n = min(len(arguments), _number_of_choices(sample, task))
         likelihoods, choices = asked["loglikelihoods"][:n], [a[-1] for a in arguments[:n]]
-        metrics = {m: sample[m] for m in sample["metrics"] if isinstance(sample.get(m), int | float)}
         rows.append(
             {
                 "doc_id": sample["doc_id"],
@@ -324,7 +351,7 @@ def _documents(samples: list[dict[str, Any]], task: Any, lm: Any) -> pd.DataFram
                 "prediction": max(range(n), key=likelihoods.__getitem__) if n > 1 else -1,
                 **{column: values[:n] for column, values in asked.items()},
                 **({f"more/{c}": values[n:] for c, values in asked.items()} if n < len(arguments) else {}),
-                **{f"metric/{m}": float(v) for m, v in metrics.items()},
+                **{f"metric/{m}": v for m, v in _numbers(sample, sample["metrics"]).items()},
             }
         )
     if task.OUTPUT_TYPE == "generate_until":
@@ -346,7 +373,6 @@ def _generated(sample: dict[str, Any], lm: Any) -> dict[str, Any]:
     arguments = tuple(sample["arguments"][0])
     context_tokens, tokens = lm.lengths.get(request_hash(arguments), (0, 0))
     end = "" if sample["filter"] == "none" else f",{sample['filter']}"
-    metrics = {m: sample[m] for m in sample["metrics"] if isinstance(sample.get(m), int | float)}
     return {
         "doc_id": sample["doc_id"],
         "doc_hash": sample["doc_hash"],
@@ -362,9 +388,16 @@ def _generated(sample: dict[str, Any], lm: Any) -> dict[str, Any]:
         "continuation_tokens": [tokens],
         "target": str(sample["target"]),
         "generated": sample["resps"][0][0],
-        **{f"doc/{k}": float(v) for k, v in sample["doc"].items() if isinstance(v, int | float)},
-        **{f"metric/{m}{end}": float(v) for m, v in metrics.items()},
+        "ended": lm.ended.get(request_hash(arguments)),
+        **{f"doc/{k}": v for k, v in _numbers(sample["doc"], sample["doc"]).items()},
+        **{f"metric/{m}{end}": v for m, v in _numbers(sample, sample["metrics"]).items()},
     }
+
+
+def _numbers(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
+    """Those of some values that are numbers."""
+    found = {name: number_of(values.get(name)) for name in names}
+    return {name: number for name, number in found.items() if number is not None}
 
 
 def _number_of_choices(sample: dict[str, Any], task: Any) -> int:
@@ -378,8 +411,8 @@ def _gold(sample: dict[str, Any], task: Any) -> int:
     target = sample["target"]
     if task.multiple_input:
         target = task.doc_to_text(sample["doc"])
-    if isinstance(target, int):
-        return target
+    if (index := index_of(target)) is not None:
+        return index
     choices = task.doc_to_choice(sample["doc"])
     return choices.index(target) if target in choices else -1
 
@@ -387,6 +420,20 @@ def _gold(sample: dict[str, Any], task: Any) -> int:
 def engine_versions(device: str) -> dict[str, int]:
     """What tells numbers of this engine, computed on a kind of device, from an earlier one's."""
     return {"engine": ENGINE_VERSION} | ({} if device == "cpu" else {"gpu": GPU_VERSION})
+
+
+def policy_versions(policy: Policy) -> dict[str, Any]:
+    """What tells numbers of this policy from an earlier version's; empty for one of ours in its first version."""
+    versions: dict[str, Any] = {}
+    if policy.version != Policy.version:
+        versions["policy_version"] = policy.version
+    if source := source_digest(type(policy)):
+        versions["policy_source"] = source
+        rule = policy.keeps(max(64, policy.least_budget)).rule
+        cut = rule.cut
+        if cut is not None and (cut.floor is not None or rule.own is not None or not rule.scored):
+            versions["cut"] = CUT_VERSION
+    return versions
 
 
 def drawn(task: Any) -> bool:

@@ -13,9 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from a2sf import atomic
 from a2sf.evaluation.members import Answer, Member
 from a2sf.experiments.cell import Cell
-from a2sf.experiments.runs import write_atomically
+from a2sf.experiments.names import EARLIER_DIGITS
 
 FOLDER = ".checkpoints"
 COUNTED = ("computed", "needed", "together", "scored")
@@ -31,14 +32,15 @@ def write(directory: Path, cell: Cell, documents: str, member: Member) -> None:
         OSError: if the disk refuses.
     """
     body = {
-        "cell": cell.id,
+        "cell": _plain(cell.identity),
         "documents": documents,
         "answers": {h: list(a) for h, a in member.answers.items()},
         "seconds": member.seconds,
+        "share": member.share,
         "ran": sorted(member.ran),
         "counts": {name: getattr(member.counts, name) for name in COUNTED},
     }
-    write_in(_file(directory, cell), json.dumps({"checksum": _checksum(body), **body}))
+    write_in(_files(directory, cell)[0], json.dumps({"checksum": _checksum(body), **body}))
 
 
 def write_in(file: Path, text: str) -> None:
@@ -50,7 +52,7 @@ def write_in(file: Path, text: str) -> None:
     for last in (False, True):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            return write_atomically(file, text)
+            return atomic.write(file, text)
         except FileNotFoundError:
             if last:
                 raise
@@ -59,9 +61,12 @@ def write_in(file: Path, text: str) -> None:
 def restore(directory: Path, cell: Cell, documents: str, member: Member) -> None:
     """Give a member what was kept for a cell, if anything was, of the same documents."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        body = json.loads(_file(directory, cell).read_text())
+        here, earlier = _files(directory, cell)
+        file = here if here.exists() else earlier
+        body = json.loads(file.read_text(encoding="utf-8"))
         checksum = body.pop("checksum")
-        if checksum != _checksum(body) or (body["cell"], body["documents"]) != (cell.id, documents):
+        known = _plain(cell.identity), cell.id[:EARLIER_DIGITS]
+        if checksum != _checksum(body) or body["cell"] not in known or body["documents"] != documents:
             return
         member.answers = {h: Answer(*a) for h, a in body["answers"].items()}
         member.seconds = body["seconds"]
@@ -70,17 +75,32 @@ def restore(directory: Path, cell: Cell, documents: str, member: Member) -> None
             setattr(member.counts, name, body["counts"][name])
 
 
+def share_of(directory: Path, cell: Cell) -> float:
+    """How much of a cell's work is done by what was kept for it; nought where nothing was."""
+    for file in _files(directory, cell):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return float(json.loads(file.read_text(encoding="utf-8"))["share"])
+    return 0.0
+
+
 def remove(directory: Path, cell: Cell) -> None:
     """Forget what was kept, now that the cell is finished."""
-    file = _file(directory, cell)
     with suppress(OSError):
-        for left in [file, *file.parent.glob(f".{file.name}.*")]:  # also of a process that was killed while it wrote
-            left.unlink(missing_ok=True)
-        file.parent.rmdir()  # where it was the last
+        for file in _files(directory, cell):
+            # also of a process that was killed while it wrote
+            for left in [file, *file.parent.glob(f".{file.name}.*")]:
+                left.unlink(missing_ok=True)
+        (directory / FOLDER).rmdir()  # where it was the last
 
 
-def _file(directory: Path, cell: Cell) -> Path:
-    return directory / FOLDER / f"{cell.tail}.json"
+def _files(directory: Path, cell: Cell) -> list[Path]:
+    """Where a cell's answers are, and where they were when names had fewer digits."""
+    earlier = cell.tail.removesuffix(cell.id) + cell.id[:EARLIER_DIGITS]
+    return [directory / FOLDER / f"{tail}.json" for tail in (cell.tail, earlier)]
+
+
+def _plain(identity: dict[str, Any]) -> Any:
+    return json.loads(json.dumps(identity))
 
 
 def _checksum(body: dict[str, Any]) -> str:

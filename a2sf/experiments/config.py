@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from a2sf.engine.kernels import BACKENDS
-from a2sf.errors import ConfigError, UserError, nearest
+from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation import tasks
 from a2sf.evaluation.definitions import Definition
 from a2sf.evaluation.lm import check_batch_size
@@ -21,6 +21,7 @@ from a2sf.evaluation.tasks import DataSpec, aggregates, arguments_of, expand_sui
 from a2sf.experiments.aggregates import Average, Group, Member
 from a2sf.experiments.cell import Cell
 from a2sf.experiments.grid import LOOKED_AT, unused
+from a2sf.experiments.keys import check_keys, check_settings, explain
 from a2sf.experiments.schema import Config
 from a2sf.experiments.tracking import TrackerSpec
 from a2sf.experiments.until import Until
@@ -104,6 +105,8 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
     if here:
         model.check_here()
     name = config.model.name or (model_names or {}).get(model.path) or model.path.rstrip("/").rpartition("/")[2]
+    if model.added is not None and not config.model.name:
+        name = f"{name}+{model.added.name}"
     policy = _policy(config)
     budget = _budget(config, policy)
     schedule = told_apart(policy, _schedule(config))
@@ -237,7 +240,7 @@ def refuse_idle(settings: Sequence[Settings]) -> None:
 
 def _typed(composed: DictConfig) -> Config:
     try:
-        _check_keys(composed)  # Hydra lets +key through
+        check_keys(composed)
         return OmegaConf.to_object(composed)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
@@ -253,13 +256,14 @@ def _policy(config: Config) -> Policy:
         check_factors(config.forgetting_factor)  # also where the policy ignores it
         if "forgetting_factor" in fields:
             node["forgetting_factor"] = config.forgetting_factor
-    for key, value in node.items():
-        if key not in fields:
-            has = f"{cls.name} has {', '.join(fields)}" if fields else f"{cls.name} has no settings"
-            raise ConfigError(f"policy.{key}", value, has + nearest(key, fields))
+    check_settings(cls, node)
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(cls), node)
-        return OmegaConf.to_object(typed)  # type: ignore[return-value]
+        made: Policy = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), node))  # type: ignore[assignment]
+        for key, value in node.items():
+            if isinstance(getattr(made, key), str) and not isinstance(value, str):  # 1.1 may have been written 1.10
+                allowed = f"it is text; write it in quotes, policy.{key}='\"…\"' on the command line"
+                raise ConfigError(f"policy.{key}", value, allowed)
+        return made
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
@@ -321,40 +325,3 @@ def check_layers(model: ModelSpec, policy: Policy, budget: Budget | None) -> Non
         policy.check(layers, kv_heads)
         if budget:
             budget.check(layers)
-
-
-def explain(error: Exception, prefix: str = "") -> str:
-    """One sentence for an error of OmegaConf or Hydra about a key or a value."""
-    key = getattr(error, "full_key", None)
-    first = str(error).strip().partition("\n")[0].rstrip(".")
-    if key is None:
-        return first
-    if "not in" in first:
-        return _unknown(f"{prefix}{key}")
-    if inner := [k for k in _keys(Config) if k.startswith(f"{prefix}{key}.")]:
-        return f"{prefix}{key} is a group of keys; give {', '.join(inner)}."
-    return f"{prefix}{key} has a value that is not allowed: {first}."
-
-
-def _check_keys(node: DictConfig, prefix: str = "") -> None:
-    known = {f.name for f in dataclasses.fields(OmegaConf.get_type(node) or Config)}
-    for key in map(str, node):
-        if key not in known:
-            raise UserError(_unknown(f"{prefix}{key}"))
-        inner = node._get_node(key)
-        if isinstance(inner, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(inner)):
-            _check_keys(inner, f"{prefix}{key}.")
-
-
-def _unknown(key: str) -> str:
-    return f"{key} is not a key of the configuration{nearest(key, _keys(Config))}; see README for the list."
-
-
-def _keys(cls: type, prefix: str = "") -> list[str]:
-    keys = []
-    for f in dataclasses.fields(cls):
-        keys.append(prefix + f.name)
-        made = f.default_factory() if f.default_factory is not dataclasses.MISSING else None
-        if dataclasses.is_dataclass(made):
-            keys += _keys(type(made), f"{prefix}{f.name}.")
-    return keys

@@ -24,6 +24,7 @@ from a2sf.evaluation.packing import Item, pack
 from a2sf.evaluation.prompting import Prompting
 from a2sf.evaluation.requests import Request
 from a2sf.experiments.cell import Cell
+from a2sf.experiments.rate import seconds_per_token
 from a2sf.experiments.runs import CorruptCell, StoredCell, is_cell, read_cell
 from a2sf.hf.loading import ModelSpec, tokenizer_here
 from a2sf.hf.settings import retention_of
@@ -41,10 +42,15 @@ Lengths = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one group: tokens to compute and seconds, each None where nothing like it is known."""
+    """Of one group: tokens to compute and seconds, each None where nothing like it is known.
+
+    Attributes:
+        tried: the seconds are from a trial of this machine (`rate`), not from finished cells.
+    """
 
     tokens: float | None = None
     seconds: float | None = None
+    tried: bool = False
 
 
 @dataclass
@@ -103,8 +109,13 @@ class Measured:
             self.sizes[_documents(cell["identity"])] = n
 
 
-def estimate(groups: Sequence[Sequence[Cell]], runs: Path) -> list[Estimate]:
-    """What each group will take; nothing is downloaded, and no model is loaded."""
+def estimate(groups: Sequence[Sequence[Cell]], runs: Path, *, trial: bool = False) -> list[Estimate]:
+    """What each group will take; nothing is downloaded, and no model is loaded.
+
+    Args:
+        runs: where finished sweeps lie.
+        trial: try this machine's speed for models that no finished cell is of, for a second each.
+    """
     measured = Measured.under(runs, {(g[0].task_name, g[0].shots) for g in groups})
     known: dict[Any, float | None] = {}
     made = []
@@ -126,7 +137,9 @@ def estimate(groups: Sequence[Sequence[Cell]], runs: Path) -> list[Estimate]:
             known[key] = _tokens(cells, lengths, size)
         tokens = known[key]
         speed = measured.speeds.get((model, task)) or measured.speeds.get(model)
-        made.append(Estimate(tokens, None if not speed or tokens is None else tokens * speed.seconds / speed.tokens))
+        tried = speed is None and tokens is not None and trial
+        each = seconds_per_token(cell.model) if tried else speed and speed.seconds / speed.tokens
+        made.append(Estimate(tokens, tokens * each, tried) if tokens and each else Estimate(tokens))
     return made
 
 
@@ -220,7 +233,7 @@ def _items(cell: Cell, sample: Sequence[Lengths]) -> Iterator[Item]:
         for c, n in document:
             read = context[:c] + tuple(itertools.islice(fresh, n - 1))
             with suppress(UserError):  # told when it is computed
-                kept = retention_of(cell.policy, cell.budget, len(read), c, layers=1)
+                kept = retention_of(cell.policy, cell.budget, len(read), c, 1, schedule)
                 yield Request(read, (0,) * n, kept, schedule).simplest.item()
 
 

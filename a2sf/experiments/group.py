@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,13 @@ from typing import Any
 
 import pandas as pd
 
-from a2sf.evaluation import tasks
+from a2sf.evaluation import shared_texts, tasks
 from a2sf.evaluation.members import Answer, Member
+from a2sf.evaluation.warned import Warned, collected
 from a2sf.experiments import checkpoint, stopping
 from a2sf.experiments.cell import Cell, compute, drawn
-from a2sf.experiments.runs import DiskError, StoredCell, find_extendable
+from a2sf.experiments.reuse import find_extendable
+from a2sf.experiments.runs import DiskError, StoredCell
 from a2sf.experiments.stopping import Stop, Told
 
 OWN = ("policy", "budget", "schedule")
@@ -73,9 +75,11 @@ def compute_group(
         attempt: calls what evaluates one cell, and may do so again.
         watch: called after each pass with each cell's member, by its name, which holds its answers so far.
     """
+    warned = Warned()  # of what is done for all cells
     try:
         first = cells[0]
-        task = tasks.build(first.task, first.data, shots=first.shots, seed=first.seed)
+        with collected(warned):
+            task = tasks.build(first.task, first.data, shots=first.shots, seed=first.seed)
         where = tasks.provenance(task)
         if first.until is not None:
             stopping.check(task)
@@ -84,7 +88,7 @@ def compute_group(
     except Exception as error:
         yield from (Computed(c, error=error) for c in cells)
         return
-    stored = {} if at_random else find_extendable(directory.parent, {c.family for c in cells})
+    stored = {} if at_random else find_extendable(directory.parent, cells)
     members: dict[str, Member] = {}
     for cell in cells:
         try:
@@ -92,7 +96,7 @@ def compute_group(
         except Exception as error:
             yield Computed(cell, error=error)
             continue
-        member.known = _known(stored.get(cell.family), where)
+        member.known = _known(stored.get(cell.name), where)
         if not at_random:
             checkpoint.restore(directory, cell, where["fingerprint"], member)
         members[cell.name] = member
@@ -107,8 +111,11 @@ def compute_group(
                     raise DiskError(f"{directory} cannot be written ({error.strerror or error})") from error
 
     saved = time.monotonic()
-    stop = None if first.until is None else Stop(first.until, directory, list(of.values()), members, task)
-    _once(task, lambda: None if stop is None else stop.look())
+    field = shared_texts.field_of(task, first.data.cluster)
+    text_of = None if field is None else partial(shared_texts.key_of, field=field)
+    stop = None if first.until is None else Stop(first.until, directory, list(of.values()), members, task, text_of)
+    aside = partial(collected, warned)
+    _once(task, lambda: None if stop is None else stop.look(), aside)
 
     def after_pass() -> None:
         nonlocal saved
@@ -120,7 +127,7 @@ def compute_group(
             saved = time.monotonic()
 
     try:
-        with lm.together(list(members.values()), after_pass, None if stop is None else stop.due):
+        with lm.together(list(members.values()), after_pass, None if stop is None else stop.due, aside):
             for name in list(members):
                 lm.take(members[name])
                 try:
@@ -131,6 +138,7 @@ def compute_group(
                     save([name])  # it may be something that comes after the answers
                     yield Computed(of[name], error=error)
                 else:
+                    result = with_notes(result, lm.warned, warned)
                     yield Computed(of[name], result, documents, ran=frozenset(members[name].ran))
                     checkpoint.remove(directory, of[name])
                 del members[name]
@@ -151,18 +159,26 @@ def _until_told(cell: Cell, lm: Any, task: Any, stop: Stop | None) -> tuple[dict
     return result | {"until": stop.report()}, documents
 
 
-def _once(task: Any, ready: Callable[[], None]) -> None:
+def with_notes(result: dict[str, Any], *warned: Warned | None) -> dict[str, Any]:
+    """A result with what was warned of for several cells after its own notes; without `notes` where there are none."""
+    notes = [*result.pop("notes"), *(note for w in warned if w is not None for note in w.notes)]
+    return result | ({"notes": notes} if notes else {})
+
+
+def _once(task: Any, ready: Callable[[], None], aside: Callable[[], AbstractContextManager[Any]]) -> None:
     """Let `task` make its requests once, and give them anew, without answers, to every evaluation.
 
     Args:
         ready: called when it has them.
+        aside: entered around the making, which is for all.
     """
     make = task.build_all_requests
     made: list[Any] = []
 
     def build_all_requests(samples: list[int] | None = None, **settings: Any) -> None:
         if not made:
-            make(**settings)
+            with aside():
+                make(**settings)
             made.extend(task.instances)
         for instance in made:
             instance.resps, instance.filtered_resps = [], {}
@@ -187,9 +203,10 @@ def _known(stored: StoredCell | None, where: dict[str, Any]) -> dict[str, Answer
     if "target" in stored.documents and "generated" not in stored.documents:
         return {}  # its texts were not stored
     if "generated" in stored.documents:
-        columns = ["request_hashes", "generated", "context_tokens", "continuation_tokens"]
-        for hashes, text, context, more in stored.documents[columns].itertuples(index=False):
-            known[hashes[0]] = Answer(text, False, int(context[0]), int(more[0]))
+        columns = ["request_hashes", "generated", "context_tokens", "continuation_tokens", "ended"]
+        for hashes, text, context, more, end in stored.documents.reindex(columns=columns).itertuples(index=False):
+            ended = None if pd.isna(end) else bool(end)  # older results do not say
+            known[hashes[0]] = Answer(text, False, int(context[0]), int(more[0]), ended)
         return known
     columns = ["request_hashes", "loglikelihoods", "is_greedy", "context_tokens", "continuation_tokens"]
     for prefix in ("", "more/"):

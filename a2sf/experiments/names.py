@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 LONGEST_PART = 48
 """Of a cell's name, which has up to eight parts; file systems allow 255 bytes, and temporary names add some."""
 DIGEST = 8
+ID_DIGITS = 16
+"""Hex digits of a cell's hash at the end of its name."""
+EARLIER_DIGITS = 8
+"""How many there were in names before 0.2.0; such results are still found and reused."""
 
 
 def safe(text: str, longest: int = LONGEST_PART) -> str:
@@ -33,6 +38,14 @@ class Named:
     name: str
     path: str
     weights: str | None
+
+    @classmethod
+    def of(cls, name: str, path: str, weights: str | None, adapter: Mapping[str, Any] | None) -> Named:
+        """A model with an adapter (its `path` and `weights`), which is another one than without."""
+        if not adapter:
+            return cls(name, path, weights)
+        both = hashlib.sha256(f"{weights}+{adapter['weights']}".encode()).hexdigest()[:16]
+        return cls(name, f"{path}+{adapter['path']}", both)
 
 
 def distinct(models: Iterable[Named]) -> dict[Named, str]:

@@ -19,7 +19,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,13 +26,16 @@ from typing import Any, BinaryIO
 
 import pandas as pd
 
+from a2sf import atomic
 from a2sf.errors import UserError
 from a2sf.experiments.aggregates import OPTIONS, Group, aggregates, read, written
-from a2sf.experiments.names import Named, distinct
+from a2sf.experiments.names import ID_DIGITS, Named, distinct
 
 SCHEMA_VERSION = 1
 RESULT, DOCUMENTS, CONFIG, TABLE = "result.json", "documents.parquet", "config.yaml", "results.csv"
 TRACES, GROUPS = "traces.npz", "groups.json"
+COMPUTED_WITH = ("torch", "transformers")
+"""Libraries that can move a number and whose versions are no part of what a cell is."""
 IDENTIFYING = ["model", "policy", "budget_ratio", "forgetting_factor", "shots", "task"]
 LEADING_COLUMNS = [*IDENTIFYING, "metric", "value", "stderr", "n"]
 
@@ -67,13 +69,24 @@ class StoredCell:
     def model(self) -> Named:
         """Which model it is: its name, where it was, and its fingerprint or commit."""
         cell = self.cell
-        weights = cell.get("identity", {}).get("weights")
-        return Named(cell["model"], cell.get("model_path") or cell["model"], weights)
+        identity = cell.get("identity", {})
+        path = cell.get("model_path") or cell["model"]
+        return Named.of(cell["model"], path, identity.get("weights"), identity.get("adapter"))
 
     @property
     def metrics(self) -> dict[str, dict[str, Any]]:
         """metric name -> {value, stderr, n, higher_is_better}."""
         return self.result["metrics"]
+
+    @property
+    def notes(self) -> list[dict[str, Any]]:
+        """What a reader of its numbers has to know: `text`, and for a library's warning how many `times` it came."""
+        return list(self.result.get("notes") or [])
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of the libraries that computed it, as far as that was noted."""
+        return (self.result.get("provenance") or {}).get("versions") or {}
 
     @property
     def pruned_share(self) -> float | None:
@@ -96,7 +109,8 @@ class StoredCell:
         """
         file = self.path / DOCUMENTS
         try:
-            return pd.read_parquet(file)
+            with file.open("rb") as stream:  # a path of another encoding than the locale's is no text for pyarrow
+                return pd.read_parquet(stream)
         except Exception as error:
             raise UserError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
 
@@ -116,35 +130,50 @@ def write_cell(
 
     Raises:
         OSError: if the disk refuses; nothing is left behind then.
+        UserError: if another cell's result is at `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
     try:
-        temporary.mkdir()
-        documents.to_parquet(temporary / DOCUMENTS, index=False)
-        (temporary / CONFIG).write_text(config)
-        for name, content in (more or {}).items():
-            (temporary / name).write_bytes(content)
-        checksums = {name: _sha256(temporary / name) for name in (DOCUMENTS, CONFIG, *(more or ()))}
-        body = {"schema_version": SCHEMA_VERSION, **result, "checksums": checksums}
-        body["checksums"][RESULT] = _digest(body)
-        (temporary / RESULT).write_text(json.dumps(body, indent=2, sort_keys=True, allow_nan=False) + "\n")
-        for file in temporary.iterdir():
-            _flush(file)
-        try:
-            temporary.rename(path)
-        except OSError:
-            if not (path / RESULT).exists():  # not because somebody else finished the same cell first
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with atomic.placed(path) as temporary:
+            temporary.mkdir()
+            with (temporary / DOCUMENTS).open("wb") as stream:  # pyarrow reads a path in the locale's encoding
+                documents.to_parquet(stream, index=False)
+            (temporary / CONFIG).write_text(config, encoding="utf-8")
+            for name, content in (more or {}).items():
+                (temporary / name).write_bytes(content)
+            checksums = {name: _sha256(temporary / name) for name in (DOCUMENTS, CONFIG, *(more or ()))}
+            body = {"schema_version": SCHEMA_VERSION, **result, "checksums": checksums}
+            body["checksums"][RESULT] = _digest(body)
+            text = json.dumps(body, indent=2, sort_keys=True, allow_nan=False) + "\n"
+            (temporary / RESULT).write_text(text, encoding="utf-8")
+    except OSError:
+        if not (path / RESULT).exists():  # not because somebody else finished the same cell first
+            raise
+        there, cell = read_cell(path).cell, result["cell"]
+        if id_of(there) != id_of(cell):
+            raise UserError(f"{path} holds the result of another cell; move it elsewhere") from None
     return read_cell(path)
+
+
+def rewrite_cell(
+    path: Path, result: dict[str, Any], documents: pd.DataFrame, config: str, more: Mapping[str, bytes]
+) -> StoredCell:
+    """Write a finished cell with more noted in it in the place of what is there; arguments and errors as `write_cell`."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.old")
+    path.rename(beside)
+    try:
+        stored = write_cell(path, result, documents, config, more)
+    except BaseException:
+        if not path.exists():
+            beside.rename(path)
+        raise
+    shutil.rmtree(beside)
+    return stored
 
 
 def link_cell(source: Path, path: Path) -> None:
     """Make a finished cell of another sweep appear at `path`, as hard links where the file system has them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
 
     def copy(a: str, b: str) -> None:
         try:
@@ -153,11 +182,11 @@ def link_cell(source: Path, path: Path) -> None:
             shutil.copy2(a, b)
 
     try:
-        shutil.copytree(source, temporary, copy_function=copy)
-        with suppress(OSError):  # somebody else was first
-            temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with atomic.placed(path) as temporary:
+            shutil.copytree(source, temporary, copy_function=copy)
+    except OSError:
+        if not is_cell(path):  # somebody else was first
+            raise
 
 
 def read_cell(path: Path) -> StoredCell:
@@ -167,7 +196,7 @@ def read_cell(path: Path) -> StoredCell:
         CorruptCell: if a file is missing, truncated or altered.
     """
     try:
-        body = json.loads((path / RESULT).read_text())
+        body = json.loads((path / RESULT).read_text(encoding="utf-8"))
         stated = dict(body["checksums"])
         of_result = stated.pop(RESULT)
         good = _digest({**body, "checksums": stated}) == of_result
@@ -179,10 +208,10 @@ def read_cell(path: Path) -> StoredCell:
     return StoredCell(path, body)
 
 
-def set_aside(path: Path) -> Path:
-    """Move a corrupt cell out of the way, keeping it; returns where it went."""
-    target = path.with_name(f".{path.name}.corrupt-{uuid.uuid4().hex[:6]}")
-    path.rename(target)
+def set_aside(path: Path, why: str = "corrupt") -> Path:
+    """Move a corrupt cell, or one under another's name, out of the way, keeping it; returns where it went."""
+    target = path.with_name(f".{path.name}.{why}-{uuid.uuid4().hex[:6]}")
+    atomic.rename(path, target)
     return target
 
 
@@ -190,26 +219,14 @@ def is_cell(path: Path) -> bool:
     return path.is_dir() and not path.name.startswith(".") and (path / RESULT).exists()
 
 
+def name_of(path: Path) -> str:
+    """The last part of a path as text, whatever encoding the locale reads paths in."""
+    return os.fsencode(path.name).decode("utf-8", "replace")
+
+
 def tail_of(path: Path) -> str:
-    """The part of a cell's directory's name that says which cell it is (`Cell.tail`)."""
+    """The part of a cell's directory's name that tells cells apart (`Cell.tail`)."""
     return "__".join(path.name.rsplit("__", 2)[1:])
-
-
-def find_extendable(runs: Path, families: Iterable[str]) -> dict[str, StoredCell]:
-    """Per family, the cell under any sweep of `runs` whose name ends so and that scored the most documents."""
-    found: dict[str, list[Path]] = {f: [] for f in families}
-    for path in sorted(runs.glob("*/*__*")):  # one listing, however many are asked for
-        if (family := f"__{path.name.rpartition('__')[2]}") in found and is_cell(path):
-            found[family].append(path)
-    best: dict[str, StoredCell] = {}
-    for family, paths in found.items():
-        for path in paths:
-            with suppress(CorruptCell):
-                stored = read_cell(path)
-                n = stored.result["documents"]["n"]
-                if family not in best or n > best[family].result["documents"]["n"]:
-                    best[family] = stored
-    return best
 
 
 def finished_cells(directory: Path) -> list[StoredCell]:
@@ -242,7 +259,7 @@ def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
     cells = list(cells)
     names = distinct(c.model for c in cells)
     for stored in cells:
-        cell, result = stored.cell, stored.result
+        cell, result, versions = stored.cell, stored.result, stored.versions
         budget = cell["budget"]
         common = {
             "model": names[stored.model],
@@ -270,14 +287,24 @@ def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
             "data": result["documents"].get("content") or result["documents"].get("fingerprint"),
             "task_version": result["documents"]["task_version"],
             "definition": cell.get("identity", {}).get("definition"),
+            "data_settings": json.dumps(cell["data"], sort_keys=True) if cell.get("data") else None,
+            "device": cell.get("identity", {}).get("device"),
+            **{name: versions.get(name) for name in COMPUTED_WITH},
             "seconds": result["timing"]["seconds"],
             "tokens_per_second": result["timing"]["tokens_per_second"],
-            "cell": stored.path.name,
+            "cell": name_of(stored.path),
         }
         for metric, m in stored.metrics.items():
             scores = {"metric": metric, "value": m["value"], "stderr": m["stderr"], "n": m["n"]}
             rows.append(common | scores | more)
     return pd.DataFrame(rows, columns=None if rows else LEADING_COLUMNS)
+
+
+def id_of(cell: dict[str, Any]) -> str:
+    """The `Cell.id` of a `cell` entry, from its identity; what it was given where there is none."""
+    if "identity" not in cell:
+        return str(cell.get("id"))
+    return hashlib.sha256(json.dumps(cell["identity"], sort_keys=True).encode()).hexdigest()[:ID_DIGITS]
 
 
 def asked(cell: dict[str, Any]) -> dict[str, Any]:
@@ -309,31 +336,20 @@ def write_groups(directory: Path, groups: Sequence[Group]) -> None:
     if groups:
         known = {(g.name, tuple(m.shots for m in g.members)): g for g in [*read_groups(directory), *groups]}
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / GROUPS, written(known.values()))
+        atomic.write(directory / GROUPS, written(known.values()))
 
 
 def read_groups(directory: Path) -> list[Group]:
     """The groups that a sweep's directory notes; none where it notes none."""
     file = directory / GROUPS
-    return read(file.read_text()) if file.is_file() else []
+    return read(file.read_text(encoding="utf-8")) if file.is_file() else []
 
 
 def write_table(directory: Path, cells: Iterable[StoredCell]) -> Path:
     """Write `results.csv` of a sweep, whole or not at all."""
     target = directory / TABLE
-    write_atomically(target, table_of(cells, read_groups(directory)).to_csv(index=False))
+    atomic.write(target, table_of(cells, read_groups(directory)).to_csv(index=False))
     return target
-
-
-def write_atomically(target: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.write_text(text)
-        _flush(temporary)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:
@@ -347,8 +363,3 @@ def _digest(body: dict[str, Any]) -> str:
 def _sha256(file: Path) -> str:
     with file.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _flush(file: Path) -> None:
-    with file.open("rb") as f:
-        os.fsync(f.fileno())

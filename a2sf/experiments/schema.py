@@ -10,6 +10,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+NAMES = {"names": True}
+"""Marks keys that hold names, or a list of names, beside what is not text."""
+
 
 @dataclass
 class BudgetConfig:
@@ -54,7 +57,9 @@ class ModelConfig:
         device: auto, cpu, cuda, cuda:N
         revision: branch, tag or commit on the hub
         trust_remote_code: run modelling code that comes with the weights
+        adapter: a directory or hub id (owner/name@revision) of LoRA or other weights that peft adds to the model; null: none
         device_map: spread a large model: auto, balanced, balanced_low_0, sequential, or a JSON file of modules and devices
+        add_bos_token: put the beginning-of-sequence token before each text, or do not; null: as the tokenizer's files say
     """
 
     path: str = ""
@@ -64,6 +69,8 @@ class ModelConfig:
     revision: str = "main"
     trust_remote_code: bool = False
     device_map: str | None = None
+    add_bos_token: bool | None = None
+    adapter: str | None = None
 
 
 @dataclass
@@ -76,6 +83,7 @@ class DataConfig:
         split: which split is scored; the task's own if null
         fewshot_split: where few-shot examples come from; if null what the task says, else validation
         revision: branch, tag or commit of the data on the hub; its main branch if null
+        cluster: field of a document, such as passage, whose text several share; statistics then count texts, not documents
         content: what the documents must be, by their fingerprint; set by a sweep for its workers
     """
 
@@ -84,6 +92,7 @@ class DataConfig:
     split: str | None = None
     fewshot_split: str | None = None
     revision: str | None = None
+    cluster: str | None = None
     content: str | None = None
 
 
@@ -99,7 +108,7 @@ class UntilConfig:
         metric: a number of each document between 0 and 1
     """
 
-    pair: Any = None
+    pair: Any = field(default=None, metadata=NAMES)
     half_width: Any = None
     verdict: bool = False
     confidence: float = 0.95
@@ -162,10 +171,10 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     forgetting_factor: Any = None
-    tasks: Any = "demo"
+    tasks: Any = field(default="demo", metadata=NAMES)
     shots: int | None = None
     limit: int | None = None
-    chat_template: Any = False
+    chat_template: Any = field(default=False, metadata=NAMES)
     system_instruction: str | None = None
     fewshot_as_multiturn: bool | None = None
     gen_kwargs: Any = None
@@ -190,6 +199,29 @@ def groups() -> dict[str, type]:
     """The parts of a configuration that are dataclasses of their own: key -> class."""
     parts = vars(Config())
     return {name: type(part) for name, part in parts.items() if dataclasses.is_dataclass(part)}
+
+
+def is_key(key: str) -> bool:
+    """Whether a configuration has that key, or a group of keys of that name."""
+    return _field(key) is not None
+
+
+def holds_text(key: str) -> bool:
+    """Whether a key's value is text, whatever it looks like."""
+    found = _field(key)
+    return found is not None and str(found.type).startswith("str")
+
+
+def holds_names(key: str) -> bool:
+    """Whether a key's value is text, unless it is true, false or null."""
+    found = _field(key)
+    return found is not None and "names" in found.metadata
+
+
+def _field(key: str) -> dataclasses.Field[Any] | None:
+    *group, name = key.split(".")
+    cls = groups().get(".".join(group)) if group else Config
+    return None if cls is None else next((f for f in dataclasses.fields(cls) if f.name == name), None)
 
 
 def register() -> None:

@@ -24,16 +24,17 @@ class PairedMean:
     Args:
         population: how many members there are.
         alpha: probability that the truth is ever outside of `interval`.
+        steps: differences are multiples of one over it, as right and wrong answers are of 1; others make intervals wider.
 
     Attributes:
         n: members seen.
         interval: lowest and highest mean of the whole population that is not out yet; one number when all are seen.
     """
 
-    def __init__(self, population: int, alpha: float = 0.05) -> None:
-        self.population, self.alpha, self.n = population, alpha, 0
-        # in [0, 1]; differences of right and wrong answers are -1, 0 or 1, so that every mean they can have is there
-        self._means = np.linspace(0, 1, 2 * population + 1)
+    def __init__(self, population: int, alpha: float = 0.05, steps: int = 1) -> None:
+        self.population, self.alpha, self.steps, self.n = population, alpha, steps, 0
+        # in [0, 1]; every mean that multiples of a step can have is there
+        self._means = np.linspace(0, 1, 2 * population * steps + 1)
         self._spare = 0.0
         self._capital = np.zeros_like(self._means)  # logarithm
         self._sum, self._squares = 0.0, 0.25
@@ -60,7 +61,9 @@ class PairedMean:
                 raise ValueError(f"a difference of {difference} is not in [-1, 1]")
             if self.n == self.population:
                 raise ValueError(f"more than the {self.population} members of the population")
-            if difference not in (-1, 0, 1):  # the truth may lie between two candidates
+            if (
+                abs(self.steps * difference - round(self.steps * difference)) > ROUNDING
+            ):  # the truth may lie between two candidates
                 self._spare = self._means[1]
             self._bet((difference + 1) / 2)
             self._narrow()

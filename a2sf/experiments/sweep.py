@@ -1,7 +1,7 @@
-"""Running cells: what is to do, a group at a time, and nothing lost.
+"""Running cells: a group at a time, and nothing lost.
 
-`plan` says which cells are there already; `Runner.run` computes a group of them; `finish` writes the table and lists
-failures. Many processes may work on one `runs/` directory: a cell is computed by whoever holds its lease.
+`Runner.run` computes a group of cells; `finish` writes the table and lists failures. Many processes may work on one
+`runs/` directory: a cell is computed by whoever holds its lease.
 """
 
 from __future__ import annotations
@@ -29,26 +29,21 @@ import filelock
 import torch
 import yaml
 
-from a2sf import __version__
+from a2sf import __version__, atomic
 from a2sf.engine import trace as traces
 from a2sf.errors import ConfigError, Notice, UserError
 from a2sf.evaluation.members import Member
-from a2sf.experiments import checkpoint
+from a2sf.evaluation.warned import collected
+from a2sf.experiments import checkpoint, config_dir
 from a2sf.experiments.cell import ENGINE_VERSION, Cell
 from a2sf.experiments.group import Computed, compute_group
+from a2sf.experiments.reuse import Finished, results_of
 from a2sf.experiments.runs import (
     TRACES,
-    CorruptCell,
     DiskError,
     StoredCell,
     asked,
     finished_cells,
-    is_cell,
-    link_cell,
-    read_cell,
-    set_aside,
-    tail_of,
-    write_atomically,
     write_cell,
     write_table,
 )
@@ -61,59 +56,6 @@ FEW = 0.2
 """Share of the scored tokens below which a sweep says that pruning hardly entered its numbers."""
 SPACE_NEEDED = 20 * 2**20
 VERSIONS = ("torch", "transformers", "lm-eval", "datasets", "numba", "hydra-core", "pandas")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The cells of a sweep, each once.
-
-    Attributes:
-        cells: all of them.
-        done: names of those whose results are there.
-        notes: what the user should know (corrupt results that were set aside).
-    """
-
-    cells: list[Cell]
-    done: frozenset[str]
-    notes: list[str]
-
-    @property
-    def pending(self) -> list[Cell]:
-        return [c for c in self.cells if c.name not in self.done]
-
-
-def plan(cells: Iterable[Cell], directory: Path) -> Plan:
-    """Recognise equal cells and those already computed, in this sweep or (linked here) in another one."""
-    unique = {c.name: c for c in {c.tail: c for c in cells}.values()}
-    tails = {c.tail for c in unique.values()}
-    found: dict[str, list[Path]] = {}
-    for path in sorted(directory.parent.glob("*/*__*")):
-        if tail_of(path) in tails and is_cell(path):
-            found.setdefault(tail_of(path), []).append(path)
-    done, notes = set(), []
-    for name, cell in unique.items():
-        everywhere = found.get(cell.tail, [])
-        for path in [p for p in everywhere if p.parent == directory]:
-            everywhere.remove(path)
-            try:
-                read_cell(path)
-                done.add(name)
-                break
-            except CorruptCell as error:
-                notes.append(f"{error}; moved to {set_aside(path).name}, it will be computed again.")
-        else:
-            if (same := _first_whole(everywhere)) is not None:
-                link_cell(same, directory / name)
-                done.add(name)
-    return Plan(list(unique.values()), frozenset(done), notes)
-
-
-def _first_whole(paths: Iterable[Path]) -> Path | None:
-    for path in paths:
-        with suppress(CorruptCell):
-            read_cell(path)
-            return path
-    return None
 
 
 @dataclass
@@ -135,7 +77,7 @@ class Runner:
         batch_size: sequences per forward pass, None for auto.
         trace: documents of each cell whose evictions are noted in the cell's `traces.npz` (see `a2sf.engine.trace`).
         checkpoint: seconds of work after which the answers of unfinished cells are kept.
-        underway: of unfinished cells of the group in work, by name, the share of their requests that is answered.
+        underway: of unfinished cells of the group in work, by name, the share of their work that is done.
     """
 
     directory: Path
@@ -171,18 +113,24 @@ class Runner:
         with ExitStack() as leases:
             held: dict[str, Any] = {}
             for cell in todo:
-                lock = filelock.SoftFileLease(_lock_file(self.directory, cell), lease_duration=LEASE_SECONDS, timeout=0)
+                file = _lock_file(self.directory, cell)
+                lock = filelock.SoftFileLease(file, lease_duration=LEASE_SECONDS, timeout=0)
                 try:
+                    file.parent.mkdir(parents=True, exist_ok=True)
                     leases.enter_context(lock)
                 except filelock.Timeout:
                     if cell.until is not None:  # what a group stops at is told by all of it
                         return [*outcomes, *(Outcome(c.name, "busy") for c in todo)]
                     outcomes.append(Outcome(cell.name, "busy"))
+                except OSError as error:  # another user's folder
+                    raise DiskError(f"{file} cannot be written ({error.strerror or error})") from error
                 else:
                     held[cell.name] = lock
-            there = {tail_of(p) for p in self.directory.iterdir() if is_cell(p)} if held else set()
-            outcomes += [Outcome(c.name, "there") for c in todo if c.name in held and c.tail in there]
-            mine = [c for c in todo if c.name in held and c.tail not in there]
+            locked = [c for c in todo if c.name in held]
+            finished = Finished(self.directory.iterdir() if locked else (), locked)
+            there = {c.name for c in locked if finished.has(c)}
+            outcomes += [Outcome(name, "there") for name in there]
+            mine = [c for c in locked if c.name not in there]
             for computed in self._computed(mine):
                 self.underway.pop(computed.cell.name, None)
                 outcomes.append(self._keep(computed))
@@ -203,7 +151,7 @@ class Runner:
 
     def _watch(self, members: dict[str, Member]) -> None:
         """Note how far each cell is, after a pass."""
-        self.underway = {n: (len(m.known) + len(m.answers)) / m.asked for n, m in members.items() if m.asked}
+        self.underway = {name: member.share for name, member in members.items() if member.asked}
 
     def _keep(self, computed: Computed) -> Outcome:
         """Write a result, or record a failure."""
@@ -241,7 +189,7 @@ class Runner:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             _clear_failures(self.directory, cell.describe())
-            write_atomically(file, json.dumps(record, indent=2))
+            atomic.write(file, json.dumps(record, indent=2))
         except OSError as problem:
             raise DiskError(f"{file} cannot be written ({problem.strerror or problem})") from problem
         return Outcome(cell.name, "failed", str(record["error"]))
@@ -254,16 +202,29 @@ class Runner:
             if cell.model in self._broken:
                 raise self._broken[cell.model]
             try:
-                loaded = loading.load(cell.model)
+                with collected() as warned:
+                    loaded = loading.load(cell.model)
             except UserError as error:  # it will be so for its other cells
                 self._broken[cell.model] = error
                 raise
-            if loaded.fingerprint != cell.identity["weights"]:
-                raise ConfigError(
-                    "model.path", cell.model.path, "its files changed after the sweep began; start it again"
-                )
-            lm = PrunedLM(loaded.model, tokenizer=loaded.tokenizer, batch_size=self.batch_size or "auto")
-            lm.silent = True
+            for key, value, found, planned in (
+                ("model.path", cell.model.path, loaded.fingerprint, cell.identity["weights"]),
+                (
+                    "model.adapter",
+                    cell.model.adapter,
+                    loaded.adapter,
+                    (cell.identity.get("adapter") or {}).get("weights"),
+                ),
+            ):
+                if found != planned:
+                    raise ConfigError(key, value, "its files changed after the sweep began; start it again")
+            lm = PrunedLM(
+                loaded.model,
+                tokenizer=loaded.tokenizer,
+                batch_size=self.batch_size or "auto",
+                add_bos_token=cell.model.add_bos_token,
+            )
+            lm.silent, lm.warned = True, warned
             lm.weights_format = loaded.format
             self._loaded[cell.model] = lm
         lm = self._loaded[cell.model]
@@ -319,17 +280,16 @@ def finish(directory: Path, cells: Sequence[Cell]) -> tuple[list[StoredCell], li
     everything = finished_cells(directory)
     if everything:
         write_table(directory, everything)
-    tails = {c.tail for c in cells}
-    finished = [s for s in everything if tail_of(s.path) in tails]
-    there = {tail_of(s.path) for s in finished}
+    there = results_of(cells, everything)
+    finished = sorted({s.path: s for s in there.values()}.values(), key=lambda s: s.path)
     failures = []
     for cell in cells:
-        if cell.tail in there:  # of a process that ended between the two
+        if cell.name in there:  # of a process that ended between the two
             checkpoint.remove(directory, cell)
     for cell in sorted(cells, key=lambda c: c.name):
         file = failure_file(directory, cell.name)
-        if file.exists() and cell.tail not in there:
-            failures.append(json.loads(file.read_text()))
+        if file.exists() and cell.name not in there:
+            failures.append(json.loads(file.read_text(encoding="utf-8")))
     return finished, failures
 
 
@@ -351,7 +311,7 @@ def _clear_failures(directory: Path, cell: dict[str, Any]) -> None:
     """Remove what was recorded of a cell that asked for the same, also of weights or documents that have changed since."""
     for file in (directory / "failures").glob("*.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            if asked(json.loads(file.read_text())["cell"]) == asked(cell):
+            if asked(json.loads(file.read_text(encoding="utf-8"))["cell"]) == asked(cell):
                 file.unlink()
 
 
@@ -360,9 +320,7 @@ def failure_file(directory: Path, name: str) -> Path:
 
 
 def _lock_file(directory: Path, cell: Cell) -> Path:
-    locks = directory.parent / ".locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    return locks / f"{cell.tail}.lock"
+    return directory.parent / ".locks" / f"{cell.tail}.lock"
 
 
 def provenance(lm: Any, ran: Collection[str]) -> dict[str, Any]:
@@ -383,7 +341,7 @@ def provenance(lm: Any, ran: Collection[str]) -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             **({"devices": spread} if (spread := devices_of(lm.model)) else {}),
         },
-        "command": " ".join([sys.argv[0], *map(shlex.quote, sys.argv[1:])]),
+        "command": " ".join([sys.argv[0], *map(shlex.quote, [*config_dir.option(), *sys.argv[1:]])]),
     }
 
 
@@ -391,7 +349,8 @@ def provenance(lm: Any, ran: Collection[str]) -> dict[str, Any]:
 def _git() -> dict[str, Any]:
     def git(*arguments: str) -> str | None:
         where = Path(__file__).parent
-        done = subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True, check=False)
+        command = ["git", *arguments]
+        done = subprocess.run(command, cwd=where, capture_output=True, encoding="utf-8", errors="replace", check=False)
         return done.stdout.strip() if done.returncode == 0 else None
 
     commit, changes = None, None
@@ -405,7 +364,7 @@ def _git() -> dict[str, Any]:
 @cache
 def _processor() -> str:
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()

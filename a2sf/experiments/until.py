@@ -92,23 +92,31 @@ class Watch:
 
     Attributes:
         until: what is to be told.
-        documents: how many there are, seen or not.
+        documents: how many there are of each text, seen or not; what is drawn at random, and seen, is texts.
         pairs: names of the cells that are compared.
     """
 
     until: Until
-    documents: int
+    documents: Sequence[int]
     pairs: Sequence[tuple[str, str]]
     means: list[PairedMean] = field(init=False)
 
     def __post_init__(self) -> None:
         alpha = (1 - self.until.confidence) / max(1, len(self.pairs))
-        self.means = [PairedMean(self.documents, alpha) for _ in self.pairs]
+        steps = max(self.documents, default=1)
+        self.means = [PairedMean(len(self.documents), alpha, steps) for _ in self.pairs]
 
     def see(self, scores: Mapping[str, Sequence[float]]) -> None:
-        """Take in further documents in their order: by cell, the metric of each."""
+        """Take in a text's documents: by cell, the metric of each."""
+        largest = max(self.documents)
         for (a, b), mean in zip(self.pairs, self.means, strict=True):
-            mean.see(x - y for x, y in zip(scores[a], scores[b], strict=True))
+            mean.see([sum(x - y for x, y in zip(scores[a], scores[b], strict=True)) / largest])
+
+    def interval(self, mean: PairedMean) -> tuple[float, float]:
+        """Of the difference on all documents, from that of the texts' sums over the largest text's documents."""
+        scale = max(self.documents) * len(self.documents) / sum(self.documents)
+        low, high = mean.interval
+        return scale * low, scale * high
 
     @property
     def told(self) -> bool:
@@ -116,22 +124,22 @@ class Watch:
         return bool(self.means) and all(map(self._told, self.means))
 
     def _told(self, mean: PairedMean) -> bool:
-        until, (low, high) = self.until, mean.interval
-        if until.half_width is not None and 100 * mean.half_width <= until.half_width:
+        until, (low, high) = self.until, self.interval(mean)
+        if until.half_width is not None and 100 * (high - low) / 2 <= until.half_width:
             return True
         return until.verdict and not low <= 0 <= high
 
     def report(self) -> list[dict[str, Any]]:
         """What is known: the cells, and the interval (in the metric's own unit) of the difference on all documents."""
         return [
-            {"cells": list(pair), "low": mean.interval[0], "high": mean.interval[1]}
+            {"cells": list(pair)} | dict(zip(("low", "high"), self.interval(mean), strict=True))
             for pair, mean in zip(self.pairs, self.means, strict=True)
         ]
 
 
-def order_of(documents: int) -> list[int]:
-    """The order in which `documents` documents are visited."""
-    order = list(range(documents))
+def order_of(texts: int) -> list[int]:
+    """The order in which `texts` texts, each with its documents, are visited."""
+    order = list(range(texts))
     random.Random(ORDER_SEED).shuffle(order)
     return order
 

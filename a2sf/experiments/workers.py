@@ -1,4 +1,4 @@
-"""Which GPU each worker of a launcher computes on.
+"""Which GPU each worker of a launcher computes on, and with how many threads.
 
 Slurm and Ray give a job GPUs of its own and hide the others; joblib's workers see all of them, and each takes one.
 """
@@ -80,3 +80,14 @@ def take_gpu(launcher: Mapping[str, Any]) -> None:
         except Timeout:
             slot += 1
     torch.cuda.set_device(slot % there)
+
+
+def share_cores(launcher: Any) -> None:
+    """Let workers side by side on one machine share its cores instead of each taking all."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = launcher.get("n_jobs") or 1
+    per_worker = cores // (cores if workers < 0 else workers)  # joblib
+    per_worker = launcher.get("cpus_per_task") or per_worker  # submitit
+    per_worker = OmegaConf.select(launcher, "ray.remote.num_cpus") or per_worker  # ray
+    if per_worker < cores:
+        torch.set_num_threads(max(1, int(per_worker)))

@@ -1,7 +1,8 @@
 """The one attention function given to transformers' AttentionInterface.
 
-A model's layers call `pruned_attention` like any other attention implementation. What to do in each layer is in the
-active `Plan`, set by `running`; no modelling code is copied and no class is patched.
+A model's layers call `pruned_attention` like any other attention implementation, in the contexts (of a thread or a task)
+where `attached` has their configs name it. What to do in each layer is in the context's active `Plan`, set by `running`.
+No modelling code is copied, and nothing is set on a model or its config.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from a2sf.engine.eviction import Options, Segments
+from a2sf.engine.eviction import Options, Segments, wants_gradient
 from a2sf.engine.kernels import attend, noting
 from a2sf.engine.trace import attention_mass, steps_of
 from a2sf.errors import UserError
+from a2sf.hf.named import Configs, configs_of, named
 from a2sf.policies.base import UNLIMITED, Retention
 from a2sf.policies.rule import ACCUMULATED
 from a2sf.policies.schedule import STEP, Schedule
@@ -287,7 +289,7 @@ def rope_switch(config: Any) -> float:
 
 
 active: ContextVar[Pass | None] = ContextVar("pass", default=None)
-"""The pass that `pruned_attention` follows; set by `running`, and by the bounded cache around a model's call."""
+"""The pass that `pruned_attention` follows in this context; set by `running`, and around a model's pruned call."""
 
 
 @contextmanager
@@ -297,12 +299,20 @@ def running(plan: Pass) -> Iterator[Pass]:
     Raises:
         UnsupportedModel: at the end, if a layer did not call `pruned_attention` (its attention is its own).
     """
-    token = active.set(plan)
-    try:
+    with following(plan):
         yield plan
-    finally:
-        active.reset(token)
     check_reached(plan)
+
+
+@contextmanager
+def following(plan: Pass) -> Iterator[None]:
+    """The same without a look at the end; what is followed outside comes back however it ends."""
+    before = active.get()
+    try:
+        active.set(plan)
+        yield
+    finally:
+        active.set(before)
 
 
 def check_reached(plan: Pass) -> None:
@@ -320,23 +330,24 @@ def check_reached(plan: Pass) -> None:
 
 
 @contextmanager
-def attached(model: PreTrainedModel, implementation: str = IMPLEMENTATION) -> Iterator[None]:
-    """Let `model` call `pruned_attention` (or another registered one); its own attention comes back at the end.
+def attached(
+    model: PreTrainedModel, implementation: str = IMPLEMENTATION, configs: Configs | None = None
+) -> Iterator[None]:
+    """Let `model` call `pruned_attention` (or another registered one) in this context; elsewhere it calls its own.
+
+    Args:
+        configs: the model's, where they are known (`configs_of`).
 
     Raises:
         UnsupportedModel: if the model's attention cannot be set.
     """
-    before = model.config._attn_implementation
     if not model._can_set_attn_implementation():
         raise UnsupportedModel(
             f"{type(model).__name__} has an attention of its own that transformers' AttentionInterface does not reach, "
             "so it would run unpruned; choose another model"
         )
-    model.set_attn_implementation(implementation)
-    try:
+    with named(configs_of(model) if configs is None else configs, implementation):
         yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def pruned_attention(
@@ -358,14 +369,35 @@ def pruned_attention(
     """
     plan = active.get()
     if plan is None:
-        raise RuntimeError("the model's attention is set to 'a2sf' but no plan is active; use a2sf.pruning(model, ...)")
+        raise UserError(
+            f"{type(module).__name__} was called through a part of its model, which pruning(...) does not reach; inside of "
+            "it call the whole model that pruning(...) was given"
+        )
     layer = check_arguments(module, dropout, other)
     if attention_mask is not None and attention_mask.ndim != 2:
         raise UnsupportedModel(
             f"{type(module).__name__} builds an attention mask of its own, which the engine does not support"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return plan.attend(layer, query, key, value, scale, sliding_window or None).transpose(1, 2), None
+    output = plan.attend(layer, query, key, value, scale, sliding_window or None).transpose(1, 2)
+    if not output.requires_grad and wants_gradient(query, key, value):
+        output = _WithoutGradient.apply(output, query, key, value)
+    return output, None
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """An output that cannot be differentiated, which whoever tries is told; without it, gradients would lack a part."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *inputs: Tensor) -> Tensor:
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        raise UserError(
+            "a pruned call was differentiated, which only backend=reference can be; give pruning(..., backend='reference') "
+            "or a PrunedCache with it"
+        )
 
 
 def check_arguments(module: nn.Module, dropout: float, other: dict[str, Any]) -> int:
@@ -386,7 +418,7 @@ def check_arguments(module: nn.Module, dropout: float, other: dict[str, Any]) ->
     return layer
 
 
-# no mask function goes with it: transformers then builds no mask, and the pass in force knows where the padding is
+# the mask function that goes with it, `a2sf.hf.masks.no_mask`, makes none: the pass in force knows where the padding is
 AttentionInterface.register(IMPLEMENTATION, pruned_attention)
 
 

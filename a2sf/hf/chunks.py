@@ -6,6 +6,7 @@ is read at once up to there: one layer after the other then holds all of it for 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
+
+from a2sf.hf.masks import packs
 
 TOKENS = {"cpu": 1024}
 """Tokens of a part, of all rows, by the kind of device; matrix products of more are hardly faster."""
@@ -47,14 +50,16 @@ def splits(model: PreTrainedModel, named: dict[str, Any]) -> bool:
         return False
     if any(getattr(config, n, False) if named.get(n) is None else named[n] for n in ASKED_OF_ALL):
         return False
+    if packs(named):
+        return False  # a part would not show it
     return {n for n, x in named.items() if isinstance(x, Tensor)} <= TENSORS and (mask is None or mask.ndim == 2)
 
 
 @dataclass(frozen=True)
 class Call:
-    """A model's call of `total` columns, and its arguments by name; one that `splits`."""
+    """A model's call of `total` columns: `run` reads some of them, `named` are its arguments; one that `splits`."""
 
-    model: PreTrainedModel
+    run: Callable[..., Any]
     named: dict[str, Any]
     total: int
 
@@ -84,11 +89,15 @@ class Call:
         """Call the model on all parts but the last; what is asked for of them, in their order."""
         found, begin = [], 0
         for end in ends[:-1]:
-            output = self.model(**self.part(begin, end))
+            output = self.run(**self.part(begin, end))
             if end > self.total - self.asked:
                 found.append(output[_what(output)])
             begin = end
         return found
+
+    def last(self, ends: list[int]) -> Any:
+        """The output of the last part, which may be the whole call."""
+        return self.run(**(self.part(ends[-2], ends[-1]) if len(ends) > 1 else self.named))
 
 
 def joined(before: list[Tensor], output: ModelOutput, hidden: Any = None) -> ModelOutput:

@@ -98,7 +98,7 @@ def read_map(value: str) -> str | dict[str, int | str]:
 
 @cache
 def _read(file: Path, changed: int) -> dict[str, int | str]:
-    content = json.loads(file.read_text())
+    content = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or not content:
         raise ValueError('it must be an object such as {"model.embed_tokens": 0, "model.layers.0": "disk"}')
     for module in content:

@@ -6,6 +6,7 @@ an argument or a mask that changes the result, positions that do not follow `pos
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from a2sf.hf.attention import (
     rope_switch,
     running,
 )
-from a2sf.hf.calls import hooks_of, idle, logits_at
+from a2sf.hf.calls import Around, bare, cache_name_of, idle, logits_at, names_of
 from a2sf.hf.devices import input_device
 from a2sf.hf.trial import agree, layers_of, likely, positions_of, try_layers
 from a2sf.policies.base import UNLIMITED, Retention
@@ -47,32 +48,31 @@ TYPES = {
 """Layers that hold no plain KV cache."""
 
 _exact: weakref.WeakKeyDictionary[PreTrainedModel, torch.dtype] = weakref.WeakKeyDictionary()
-_decodes: weakref.WeakKeyDictionary[PreTrainedModel, tuple[torch.dtype, str]] = weakref.WeakKeyDictionary()
+_decodes: weakref.WeakKeyDictionary[PreTrainedModel, torch.dtype] = weakref.WeakKeyDictionary()
+_trying = threading.RLock()
+"""Of several threads that use a model first, one tries it and the others wait."""
 
 
 def require_exact(model: PreTrainedModel) -> None:
-    """As `check_exact`, but once per model and dtype.
+    """As `check_exact`, but once per model and dtype; a refusal is not remembered, as what caused it may go away.
 
     Raises:
         UnsupportedModel: if pruning the model is not exact.
     """
-    if _exact.get(model) != model.dtype:
-        check_exact(model)
+    with _trying:
+        if _exact.get(model) != model.dtype:
+            check_exact(model)
 
 
 def require_decoding(model: PreTrainedModel, cache: Callable[[], Any]) -> None:
-    """As `check_decoding`, but once per model and dtype; what was found is told each time.
+    """As `check_decoding`, but once per model and dtype; a refusal is not remembered.
 
     Raises:
         UnsupportedModel: if decoding through the cache is not exact.
     """
-    if _decodes.get(model, (None,))[0] != model.dtype:
-        try:
+    with _trying:
+        if _decodes.get(model) != model.dtype:
             check_decoding(model, cache)
-        except UnsupportedModel as error:
-            _decodes[model] = model.dtype, str(error)
-    if _decodes.get(model, (None, ""))[1]:
-        raise UnsupportedModel(_decodes[model][1])
 
 
 def check_exact(model: PreTrainedModel) -> None:
@@ -99,12 +99,12 @@ def check_exact(model: PreTrainedModel) -> None:
         layers=layers_of(model),
         policy_on_sliding=not mixes_windows(model.config),
     )
-    device = input_device(model)
+    device, call = input_device(model), bare(model)
     with torch.inference_mode(), idle(model), told(model):
-        own = likely(model(torch.tensor([a, b], device=device), use_cache=False).logits)
+        own = likely(_logits(model, call(torch.tensor([a, b], device=device), use_cache=False)))
         if agree(own[:1, :shared], own[1:, :shared], model.dtype) is False:
             raise UnsupportedModel(f"{name} is not causal: later tokens change earlier ones; give a decoder")
-        try_layers(model, torch.tensor([a], device=device))
+        try_layers(model, torch.tensor([a], device=device), call)
         read = [*a, *b[shared:]]
         index = torch.arange(1, len(read), device=device)
         try:
@@ -112,6 +112,7 @@ def check_exact(model: PreTrainedModel) -> None:
                 packed = logits_at(
                     model,
                     index,
+                    call,
                     input_ids=torch.tensor([read], device=device),
                     position_ids=torch.tensor([[*range(tokens), *range(shared, tokens)]], device=device),
                     use_cache=False,
@@ -121,7 +122,7 @@ def check_exact(model: PreTrainedModel) -> None:
     expected = torch.cat([own[:1, 1:], own[1:, shared:]], 1)
     if agree(expected, likely(packed), model.dtype) is False:
         what = "computes something around its attention that the engine does not reproduce"
-        if "position_ids" not in hooks_of(model).names:
+        if "position_ids" not in names_of(model):
             what = "takes no position_ids, so it counts positions in its own way, which the engine does not reproduce"
         raise UnsupportedModel(f"{name} {what}; its pruned scores would be wrong, choose another model")
     _exact[model] = model.dtype
@@ -145,15 +146,15 @@ def check_decoding(model: PreTrainedModel, cache: Callable[[], Any]) -> None:
     mask = torch.ones_like(ids)
     mask[1, :padding] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    hooks = hooks_of(model)
+    call, cache_name = Around(model, bare(model)), cache_name_of(model)  # leaves nothing on the model
     cuts = [(0, prompt), *((t, t + 1) for t in range(prompt, prompt + AFTER))]
 
     def read(held: Any) -> Tensor:
         logits = []
         for start, end in cuts:
             given: dict[str, Any] = {"input_ids": ids[:, start:end], "position_ids": positions[:, start:end]}
-            given |= {"attention_mask": mask[:, :end], hooks.cache_name: held, "use_cache": True}
-            logits.append(likely(model(**given).logits))
+            given |= {"attention_mask": mask[:, :end], cache_name: held, "use_cache": True}
+            logits.append(likely(_logits(model, call(**given))))
         return torch.cat(logits, 1)
 
     with torch.inference_mode(), idle(model), told(model, "; it can be scored, not generated with"):
@@ -164,7 +165,22 @@ def check_decoding(model: PreTrainedModel, cache: Callable[[], Any]) -> None:
         ours = read(cache())
     if agree(own[real][None], ours[real][None], model.dtype) is False:
         raise UnsupportedModel(f"{why}, so generated text would be wrong; it can be scored, not generated with")
-    _decodes[model] = model.dtype, ""
+    _decodes[model] = model.dtype
+
+
+def _logits(model: PreTrainedModel, output: Any) -> Tensor:
+    """The logits of a model's output.
+
+    Raises:
+        UnsupportedModel: if it has none.
+    """
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise UnsupportedModel(
+            f"{type(model).__name__} gives no logits, as a part of a model does not; give the whole model, such as "
+            "AutoModelForCausalLM loads"
+        )
+    return logits
 
 
 @contextmanager

@@ -3,15 +3,15 @@
     cache = PrunedCache(model, policy=A2SF(forgetting_factor=0.3), budget=Budget(ratio=0.2, base="context"))
     model.generate(**inputs, cache=cache, max_new_tokens=100)
 
-A hook around the model's call, put there by `PrunedCache`, tells the attention function which cache and which tokens a
-call is about; calls without a `PrunedCache` are untouched. Shapes as in `a2sf.engine.state`.
+What `PrunedCache` puts around the model's call (`a2sf.hf.calls`) tells the attention function which cache and which tokens
+a call is about; calls without a `PrunedCache` are untouched. Shapes as in `a2sf.engine.state`.
 """
 
 from __future__ import annotations
 
-import weakref
+import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,16 +20,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from a2sf.engine.kernels import check_backend
 from a2sf.engine.state import EvictionState
 from a2sf.errors import ConfigError, UserError
 from a2sf.hf.attention import UnsupportedModel, check_finite, keeps_window, mixes_windows, rope_switch, within_window
-from a2sf.hf.calls import hooks_of, new_tokens
+from a2sf.hf.calls import decoder_of, following_copy, ragged_tokens, surround
 from a2sf.hf.chunks import bounds, columns
 from a2sf.hf.exactness import require_decoding, require_exact
 from a2sf.hf.kept import Kept
 from a2sf.hf.loading import kv_heads_of
-from a2sf.hf.settings import check_settings, contexts_for, contexts_of, retention_of
+from a2sf.hf.settings import check_settings, contexts_for, contexts_of, new_tokens_of, retention_of
 from a2sf.hf.slots import How, PrunedLayer, Step
+from a2sf.hf.stored import FORMAT, ModelRef, check, is_stored, settings, tensors_of
+from a2sf.policies.arguments import budget_of, policy_of, schedule_of
 from a2sf.policies.base import UNLIMITED, Policy, Retention
 from a2sf.policies.budget import Budget
 from a2sf.policies.schedule import STEP, Schedule, schedule_for
@@ -42,12 +45,14 @@ class PrunedCache(Cache):
     Budgets are resolved once, from the first call's tokens, and stay when the cache is used again for the next turn.
 
     Args:
-        model: the model it will be used with.
+        model: the model it will be used with, or what wraps it (PEFT, torch.compile, data parallelism).
         policy, budget: what to keep (None: for a policy that ignores budgets). A ratio of base `context` is one of the
-            row's prompt, of base `total` one of the tokens that are read: the prompt and all new tokens but the last.
-        schedule: when tokens are evicted; None: after every token, or after the prompt for a policy that knows no other.
-            A row's prompt is what the first call reads of it, or its `context_tokens`, which may be less: then the cut
-            comes within the first call.
+            row's prompt, of base `total` one of the tokens that are read: the prompt and all new tokens but the last. A
+            policy's name or class stands for one with its defaults, 64 for `Budget(tokens=64)`, 0.2 for
+            `Budget(ratio=0.2)`.
+        schedule: when tokens are evicted, a `Schedule` or its name; None: after every token, or after the prompt for a
+            policy that knows no other. A row's prompt is what the first call reads of it, or its `context_tokens`, which
+            may be less: then the cut comes within the first call.
         max_new_tokens: as given to `generate`; needed for a ratio of base `total`.
         context_tokens: the prompt's length, or each prompt's; needed when the prompt is read in chunks, for a ratio and
             for the prompt schedule.
@@ -62,15 +67,19 @@ class PrunedCache(Cache):
     def __init__(
         self,
         model: PreTrainedModel,
-        policy: Policy,
-        budget: Budget | None = None,
+        policy: Policy | type[Policy] | str,
+        budget: Budget | int | float | None = None,
         *,
-        schedule: Schedule | None = None,
+        schedule: Schedule | str | None = None,
         max_new_tokens: int | None = None,
         context_tokens: int | Sequence[int] | None = None,
         backend: str = "auto",
         trace: bool = False,
     ) -> None:
+        model = decoder_of(model)
+        policy, budget, schedule = policy_of(policy), budget_of(budget), schedule_of(schedule)
+        max_new_tokens, contexts = new_tokens_of(max_new_tokens), contexts_of(context_tokens)
+        check_backend(backend)
         config = model.config.get_text_config()
         check_settings(
             policy,
@@ -101,25 +110,36 @@ class PrunedCache(Cache):
                 "schedule.at=context cuts within a prompt, so give the length of what comes before",
             )
         self.prove(model)
-        hooks_of(model)
         positions = getattr(config, "max_position_embeddings", None) or 2**31
         super().__init__(layers=[PrunedLayer(How(positions, backend, trace)) for _ in range(config.num_hidden_layers)])
         self.layers: list[PrunedLayer]  # type: ignore[assignment]
         self.trace = trace
-        self.max_new_tokens, self.context_tokens = max_new_tokens, contexts_of(context_tokens)
+        self.max_new_tokens, self.context_tokens = max_new_tokens, contexts
         self.policy_on_sliding = not mixes_windows(model.config)
         self.positions = positions
         self.rope_switch = rope_switch(model.config)
-        self._model = weakref.ref(model)
+        self._model = ModelRef(model)
         self.reset()
 
     def prove(self, model: PreTrainedModel) -> None:
-        """Try, once per model, that decoding through such a cache is exact.
+        """Try, once per model, that decoding through such a cache is exact, and prepare the model's calls for one.
 
         Raises:
             UnsupportedModel: if it is not.
         """
         prove_decoding(model, self.policy, self.budget)
+        surround(model)
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> PrunedCache:
+        """A cache for the same model; one that is copied together with its model is for the copy."""
+        twin = memo[id(self)] = object.__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        twin.belongs_to(following_copy(twin, self._model(), memo))
+        return twin
+
+    def belongs_to(self, model: PreTrainedModel | None) -> None:
+        """Be a cache for `model`; None: for one that no longer exists."""
+        self._model = ModelRef(model) if model is not None else self._model
 
     def reset(self) -> None:
         """Forget everything; the next call starts a new batch and resolves the budgets anew."""
@@ -133,6 +153,7 @@ class PrunedCache(Cache):
         self._pass: _CachePass | None = None
         self._attentions: list[int] = []  # how many times each layer calls its attention in a pass
         self._spoilt = False
+        self._given = self._begins = False  # whether generate was given this cache, and no call came since it began
         self._left = 0  # columns still to be read of a call that is read in parts
 
     def __bool__(self) -> bool:
@@ -159,15 +180,58 @@ class PrunedCache(Cache):
             raise UserError("this cache has read nothing yet; call the model with it first")
         return self.layers[layer].state()
 
-    def load(self, states: Sequence[EvictionState]) -> None:
-        """Go on from stored states, one per layer and of as many rows, instead of what is cached.
+    def stored(self) -> dict[str, Any]:
+        """All that is cached, as tensors on the CPU and plain numbers, for `torch.save` and `load`.
 
         Raises:
-            UserError: if nothing has been read yet, so that neither the rows nor their budgets are known; if the states
-                are not of as many layers and rows, hold more than the budget, or are of another policy.
+            UserError: if nothing has been read yet.
         """
+        model = self._model()
+        if self.seen is None or model is None:
+            raise UserError("this cache has read nothing yet, or its model is no longer there")
+        layers = [{**layer.shape, "state": tensors_of(layer.state())} for layer in self.layers]
+        return {
+            "format": FORMAT,
+            **settings(model, self.policy, self.schedule, self.retention),
+            "prompt": list(self.prompt),
+            "seen": self.seen.clone(),
+            "columns": self.columns,
+            "calls": self.calls,
+            "attentions": list(self._attentions),
+            "layers": layers,
+        }
+
+    def _restore(self, stored: Mapping[str, Any]) -> None:
+        """Take over what another cache of the same model, policy and budget stored."""
+        model = self._model()
+        if model is None or self.trace:
+            raise UserError("a cache that keeps a trace, or whose model is gone, cannot take over a stored one")
+        retention = self._retention_of(stored["prompt"])
+        check(stored, settings(model, self.policy, self.schedule, retention))
+        self.reset()
+        self.retention, self.prompt, self.seen = retention, list(stored["prompt"]), stored["seen"].clone()
+        self.columns, self.calls, self._attentions = stored["columns"], stored["calls"], list(stored["attentions"])
+        for i, (layer, one) in enumerate(zip(self.layers, stored["layers"], strict=True)):
+            state = EvictionState(**{name: x.to(model.device) for name, x in one["state"].items()})
+            layer.restore(self.kept(i, one["window"]), one, state)
+
+    def load(self, states: Mapping[str, Any] | Sequence[EvictionState]) -> None:
+        """Go on from what `stored` gave, or from states, one per layer and of as many rows, instead of what is cached.
+
+        Raises:
+            UserError: if what is stored is of another model, policy, schedule or budget; if states are given and nothing
+                has been read yet, so that neither the rows nor their budgets are known; if the states are not of as many
+                layers and rows, hold more than the budget, or are of another policy.
+        """
+        if is_stored(states):
+            assert isinstance(states, Mapping)
+            return self._restore(states)
+        assert isinstance(states, Sequence)
         if self.seen is None:
-            raise UserError("a pruned cache takes over states once it has read something; call the model with it first")
+            raise UserError(
+                "a pruned cache takes over states once it has read something, since they do not say what a row keeps; "
+                "store cache.stored() instead, which a new cache loads"
+            )
         if len(states) != len(self.layers) or any(len(s.seen) != len(self.seen) for s in states):
             raise UserError(
                 f"give one state for each of the {len(self.layers)} layers, each of {len(self.seen)} rows as this cache has"
@@ -259,9 +323,10 @@ class PrunedCache(Cache):
         most = columns(shape[0], model.device)
         if self._left or shape[1] <= most:
             return [shape[1]]
-        start, length = self._admit(model, shape, mask)
+        start, length, order = self._admit(model, shape, mask)
         assert self.seen is not None
-        if int((self.seen + length).max()) > self.rope_switch:  # what comes later says how all are turned
+        switches = int((self.seen + length).max()) > self.rope_switch  # what comes later says how all are turned
+        if switches or (order is not None and self.schedule.prompt):
             return [shape[1]]
         first = 0
         if self.schedule.prompt:
@@ -271,7 +336,9 @@ class PrunedCache(Cache):
         self._left = shape[1] if len(ends) > 1 else 0
         return ends
 
-    def _admit(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _admit(
+        self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Check a call as a whole, and resolve the budgets at the first; where each row's new tokens are."""
         if self._model() is not model:
             raise UserError(
@@ -285,15 +352,8 @@ class PrunedCache(Cache):
                 f"this cache holds a batch of {len(self.seen)} sequences and the model was called with {shape[0]}; make "
                 "a cache for each batch"
             )
-        start, length = new_tokens(shape, self.columns, mask)
-        in_chunks = (self.calls == 1 and shape[1] > 1) or (self.calls == 0 and shape[1] == 1)
-        if in_chunks and self._depends_on_prompt and self.context_tokens is None:
-            raise UserError(
-                "the prompt comes in chunks, so its length is not known when "
-                + ("it is to be cut" if self.schedule.prompt else "a share of it is needed")
-                + "; give PrunedCache(..., context_tokens=...)"
-                + ("" if self.schedule.prompt else ", or budget.tokens")
-            )
+        start, length, order = self._new_tokens(shape, mask)
+        self._check_prompt_is_known(shape[1])
         if self.seen is not None and mask is not None:
             earlier = mask[:, : self.columns].long().sum(1).cpu()
             if not torch.equal(earlier, self.seen):
@@ -308,7 +368,50 @@ class PrunedCache(Cache):
             if not self.retention:  # else `keep` gave it
                 self._resolve(length)  # last, so that a call that is refused leaves nothing behind
             self.seen = seen
-        return start, length
+        return start, length, order
+
+    def _new_tokens(self, shape: tuple[int, int], mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Where each row's new tokens are; a later turn's may have a gap, between the last answer and the question."""
+        start, length, order = ragged_tokens(shape, self.columns, mask)
+        if order is not None and (self.seen is None or self.trace):
+            why = "a trace notes steps by their columns, so give rows of one length" if self.seen is not None else None
+            raise UserError(
+                f"attention_mask has a gap inside a row's new tokens; {why or 'pad at the beginning or at the end'}"
+            )
+        return start, length, order
+
+    def _check_prompt_is_known(self, columns: int) -> None:
+        """Refuse a call of `columns` tokens where what follows from the prompt's length may be wrong.
+
+        The first call is the prompt. It may be a part of it where it brings one token, and was one where the second brings
+        several, unless `generate` began there.
+
+        Raises:
+            UserError: if it does.
+        """
+        depends = self.schedule.prompt or (self.budget is not None and self.budget.ratio is not None)
+        unknown = (self.calls == 1 and columns > 1) or (self.calls == 0 and columns == 1)
+        if not depends or not unknown or self._begins or self.context_tokens is not None:
+            return
+        needed = "for the cut after it" if self.schedule.prompt else "for a budget that is a share of it"
+        told = (
+            "the first call brings a single token"
+            if not self.calls
+            else (f"the first call brought {max(self.prompt)} tokens and the second brings several more")
+        )
+        raise UserError(
+            f"{told}, so it is not known where the prompt ends, which is needed {needed}; give its length as "
+            "context_tokens=..." + ("" if self.schedule.prompt else ", or a budget of tokens")
+        )
+
+    @property
+    def _is_user_defined(self) -> bool:
+        """transformers' `generate` sets it where it begins on a cache that its caller gave: a turn begins."""
+        return self._given
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, value: bool) -> None:
+        self._given = self._begins = value
 
     def begin(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> _CachePass:
         """Start a call of `model` on `shape` = (B, T) new tokens; `mask` [B, columns] is 0 where a token is padding.
@@ -316,16 +419,17 @@ class PrunedCache(Cache):
         Raises:
             UserError: if the cache does not fit the model, the batch or the mask, or a sequence gets too long.
         """
-        start, length = self._admit(model, shape, mask) if not self._left else new_tokens(shape, self.columns, mask)
+        start, length, order = self._admit(model, shape, mask) if not self._left else self._new_tokens(shape, mask)
         assert self.seen is not None
         after = self.seen + length
         self._left = max(0, self._left - shape[1])
-        self._pass = _CachePass(self, Step(start, length, self.seen, after, shape[1]), len(self.layers))
+        self._pass = _CachePass(self, Step(start, length, self.seen, after, shape[1], order), len(self.layers))
         return self._pass
 
     def end(self, completed: bool) -> None:
         """Finish the call that `begin` started; a cache whose call failed is not used again."""
         done, self._pass = self._pass, None
+        self._begins = False
         if not completed and self._left:
             self._spoilt, self._left = True, 0
         if done is None:
@@ -351,8 +455,9 @@ class PrunedCache(Cache):
         kept = [row[layer] for row in self.retention]
         if window is None:
             return kept
-        assert self._pass is not None
-        after = self._pass.step.after.tolist()
+        seen = self.seen if self._pass is None else self._pass.step.after
+        assert seen is not None
+        after = seen.tolist()
         return [within_window(k, window, layer, n, self.policy_on_sliding) for k, n in zip(kept, after, strict=True)]
 
     def kept(self, layer: int, window: int | None) -> Kept:
@@ -365,10 +470,6 @@ class PrunedCache(Cache):
         """How many tokens may come after this call's, where that is known."""
         return None if self.calls or self.max_new_tokens is None else self._left + self.max_new_tokens
 
-    @property
-    def _depends_on_prompt(self) -> bool:
-        return self.schedule.prompt or (self.budget is not None and self.budget.ratio is not None)
-
     def keep(self, retention: list[tuple[Retention, ...]], prompt: list[int]) -> None:
         """Resolve the budgets before the first call: what each layer keeps and the prompt's tokens, per row."""
         self.retention, self.prompt = retention, prompt
@@ -379,9 +480,13 @@ class PrunedCache(Cache):
             context = contexts_for(len(length), self.context_tokens)
         if self.schedule.prompt and min(context, default=1) < 1:
             raise UserError(f"row {context.index(0)} of the batch has no token in its prompt; give each at least one")
-        layers, more = len(self.layers), max(0, (self.max_new_tokens or 0) - 1)  # the last token is never read
-        self.retention = [retention_of(self.policy, self.budget, n + more, n, layers) for n in context]
+        self.retention = self._retention_of(context)
         self.prompt = context
+
+    def _retention_of(self, context: list[int]) -> list[tuple[Retention, ...]]:
+        """What each layer keeps of rows whose prompts have so many tokens."""
+        layers, more = len(self.layers), max(0, (self.max_new_tokens or 0) - 1)  # the last token is never read
+        return [retention_of(self.policy, self.budget, n + more, n, layers, self.schedule) for n in context]
 
     def _check_length(self, after: Tensor, earliest: Tensor, prompt: bool) -> None:
         """`earliest` [B]: the shortest length at which a cached key of the row was made."""
@@ -415,12 +520,14 @@ class _CachePass:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """Insert, attend, score and evict in one layer, [B, H, T, V]."""
+        if (order := self.step.order) is not None:
+            query, key, value = (_in_order(x, order) for x in (query, key, value))
         tokens = (range(len(self.step.start)), self.step.start.tolist(), self.step.length.tolist())
         if self.step.columns > 1:
             check_finite(layer, tokens, query=query, key=key, value=value)
         store: PrunedLayer = self.cache.layers[layer]
         if not store.is_initialized:
-            store.kept = self.cache.kept(layer, window)
+            store.kept, store.window = self.cache.kept(layer, window), window
         elif window is not None:
             self.cache.rows(layer, window)  # refuses a sequence that has outgrown the window
         which = self.attentions[layer]
@@ -429,7 +536,13 @@ class _CachePass:
             # NaN and infinity end up in the output, but not those of a key that only gets no attention
             check_finite(layer, tokens, key=key, output=output)
         self.attentions[layer] += 1
-        return output
+        return output if order is None else _in_order(output, order.argsort(1))
+
+
+def _in_order(x: Tensor, order: Tensor) -> Tensor:
+    """`x` [B, heads, T, D] with the columns of each row in an order [B, T]."""
+    index = order.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+    return x.gather(2, index)
 
 
 class _TrialCache(PrunedCache):

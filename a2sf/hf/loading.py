@@ -17,25 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from a2sf.errors import ConfigError, first_line
 from a2sf.hf import devices
 from a2sf.hf.exactness import check_exact
+from a2sf.hf.files import adapter as adapters
 from a2sf.hf.files import gguf, hub, weights
 from a2sf.hf.files.cache import cache_directory, digest
 from a2sf.hf.files.paths import KEY, PACKAGE, Source, understand
 from a2sf.hf.files.refusals import Wanted
+from a2sf.hf.tokenizer import PROBE, read_tokenizer
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 CAUSAL_ARCHITECTURES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-PROBE = "The quick brown fox jumps over the lazy dog."
 
 
 @dataclass(frozen=True)
@@ -52,6 +48,9 @@ class ModelSpec:
             None: it is on `device`.
         revision: branch, tag or commit on the hub; `pin` makes a commit of it.
         trust_remote_code: run modelling code that comes with the weights.
+        add_bos_token: whether the tokenizer puts its beginning-of-sequence token before each text; None: as its files say.
+        adapter: a directory or hub id (`owner/name@revision`) of weights that peft adds; None: none are, also where some
+            lie beside the model. Kept in one spelling.
 
     Raises:
         ConfigError: if a value is not allowed.
@@ -63,12 +62,19 @@ class ModelSpec:
     revision: str = "main"
     trust_remote_code: bool = False
     device_map: str | None = None
+    add_bos_token: bool | None = None
+    adapter: str | None = None
     source: Source = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         source = understand(self.path, self.revision)
         for name, value in (("source", source), ("path", source.path), ("revision", source.revision)):
             object.__setattr__(self, name, value)
+        if self.adapter is not None:
+            object.__setattr__(self, "adapter", adapters.understand(self.adapter).value)
+            if self.device_map is not None:
+                why = "an adapter is added on one device only; merge it into the model first, or leave out model.device_map"
+                raise ConfigError(adapters.KEY, self.adapter, why)
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ConfigError("model.dtype", self.dtype, f"give auto or one of {', '.join(DTYPES)}")
         devices.check(self.device, self.device_map)
@@ -94,7 +100,13 @@ class ModelSpec:
     @property
     def pinned(self) -> bool:
         """Whether it can only mean one thing: all but a branch or tag of the hub."""
-        return self.source.kind != "hub" or hub.is_commit(self.revision)
+        of_model = self.source.kind != "hub" or hub.is_commit(self.revision)
+        return of_model and (self.added is None or self.added.pinned)
+
+    @property
+    def added(self) -> adapters.Adapter | None:
+        """The adapter."""
+        return None if self.adapter is None else adapters.understand(self.adapter)
 
     @property
     def wanted(self) -> Wanted:
@@ -108,6 +120,7 @@ class LoadedModel:
 
     Attributes:
         fingerprint: that of what was loaded.
+        adapter: the same of the adapter; None: there is none.
         format: which kind of file the weights were read from: safetensors, bin or gguf.
     """
 
@@ -115,6 +128,7 @@ class LoadedModel:
     tokenizer: Any
     fingerprint: str | None
     format: str = "safetensors"
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -147,8 +161,14 @@ def pin(spec: ModelSpec) -> tuple[ModelSpec, str | None]:
     """
     if spec.pinned:
         return spec, None
-    commit, note = hub.commit_of(spec.wanted)
-    return dataclasses.replace(spec, revision=commit), note
+    notes = []
+    if spec.source.kind == "hub":
+        commit, note = hub.commit_of(spec.wanted)
+        spec, notes = dataclasses.replace(spec, revision=commit), [note]
+    if spec.added is not None:
+        added, note = spec.added.pin()
+        spec, notes = dataclasses.replace(spec, adapter=added.value), [*notes, note]
+    return spec, " ".join(filter(None, notes)) or None
 
 
 def gguf_file(spec: ModelSpec) -> Path | None:
@@ -218,7 +238,7 @@ def _config(spec: ModelSpec) -> Any:
     texts = weights.find_texts(files, spec.path, code=True)  # the tokenizer is asked for later
     folder = files.get([n for n in texts if n == "config.json" or (code and n.endswith(".py"))])
     try:
-        raw = json.loads((folder / "config.json").read_text())
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind, own = raw.get("model_type"), raw.get("auto_map") or {}
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(KEY, spec.path, f"its config.json cannot be read ({first_line(error)})") from error
@@ -322,12 +342,39 @@ def kv_heads_of(config: Any) -> int | None:
     return told if isinstance(told, int) else None
 
 
-def prepare(spec: ModelSpec) -> Download | None:
-    """Check a model as far as it goes without its weights; what is still to fetch of it, None if everything is here.
+def prepare(spec: ModelSpec) -> list[Download]:
+    """Check a model and its adapter as far as it goes without their weights; what is still to fetch of them.
 
     Raises:
         ConfigError: as `check_config`; or if files are missing or not whole.
     """
+    found = [_prepare(spec)]
+    if spec.added is not None:
+        names = spec.added.names()
+        if (snapshot := spec.added.snapshot) and (left := snapshot.missing(names)):
+            found.append(Download(spec, snapshot, tuple(left)))
+    return [d for d in found if d is not None]
+
+
+def adapter_of(spec: ModelSpec) -> dict[str, Any]:
+    """What identifies the adapter, as an entry `adapter`; none where there is no adapter.
+
+    None is the entry of a local model that has one beside it, which is not used: what was computed when it was is not
+    to be taken for this model's.
+    """
+    if (added := spec.added) is not None:
+        return {"adapter": {"path": added.path, "weights": added.fingerprint()}}
+    is_beside = spec.source.kind == "directory" and (Path(spec.path) / adapters.CONFIG).exists()
+    return {"adapter": None} if is_beside else {}
+
+
+def left_alone(spec: ModelSpec) -> str | None:
+    """One sentence about an adapter that lies beside a model on this machine and is not used; None where there is none."""
+    folder = Path(spec.source.path).parent if spec.source.kind == "file" else _folder_here(spec)
+    return None if spec.adapter or folder is None else adapters.beside(folder)
+
+
+def _prepare(spec: ModelSpec) -> Download | None:
     check_config(spec)
     source = spec.source
     if source.kind in ("package", "file"):
@@ -364,6 +411,16 @@ def tokenizer_here(spec: ModelSpec) -> Any | None:
     return _tokenizer(folder, spec) if folder is not None and folder.is_dir() else None
 
 
+def config_here(spec: ModelSpec) -> Any | None:
+    """A model's config where it can be read without a download, a question to the hub, or a conversion; else None."""
+    folder = _folder_here(spec)
+    if folder is not None and (folder / "config.json").is_file():
+        return AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code, local_files_only=True)
+    if spec.source.kind != "hub" and (file := gguf_file(spec)) is not None and file.is_file():
+        return gguf.config_of(file)
+    return None
+
+
 def _folder_here(spec: ModelSpec) -> Path | None:
     """`tokenizer_folder` as far as it is known without fetching or converting."""
     if not spec.pinned:
@@ -379,11 +436,7 @@ def _folder_here(spec: ModelSpec) -> Path | None:
 
 
 def _tokenizer(folder: Path, spec: ModelSpec) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code, local_files_only=True)
-    except Exception as error:
-        why = f"its tokenizer cannot be loaded ({type(error).__name__}: {first_line(error)})"
-        raise ConfigError(KEY, spec.path, why) from error
+    return read_tokenizer(folder, spec.path, trust_remote_code=spec.trust_remote_code, add_bos_token=spec.add_bos_token)
 
 
 def load(spec: ModelSpec) -> LoadedModel:
@@ -408,9 +461,12 @@ def load(spec: ModelSpec) -> LoadedModel:
             KEY, spec.path, "its tokenizer is not the model's: it gives tokens that the model does not know"
         )
     model.eval()
+    if (added := spec.added) is not None:
+        added.add_to(model)
     check_exact(model)
     is_gguf = spec.source.kind in ("package", "file") or bool(spec.source.file)
-    return LoadedModel(model, tokenizer, fingerprint(spec), "gguf" if is_gguf else found.format)
+    of_adapter = None if added is None else added.fingerprint()
+    return LoadedModel(model, tokenizer, fingerprint(spec), "gguf" if is_gguf else found.format, of_adapter)
 
 
 def _read(folder: Path, found: weights.Weights, spec: ModelSpec, placement: dict[str, Any] | None) -> PreTrainedModel:
@@ -422,7 +478,17 @@ def fingerprint(spec: ModelSpec) -> str | None:
     """What identifies the weights and the tokenizer without loading them; None for a branch or tag of the hub.
 
     A hash of the contents of the GGUF file or of the files that are read of a local directory; for a hub id, the commit.
+
+    Raises:
+        ConfigError: if a file cannot be read.
     """
+    try:
+        return _fingerprint(spec)
+    except OSError as error:
+        raise weights.unreadable(error, spec.path, Path(spec.path)) from error
+
+
+def _fingerprint(spec: ModelSpec) -> str | None:
     if spec.source.kind == "hub":
         return spec.revision if spec.pinned else None
     file = gguf_file(spec)

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from a2sf.engine.kernels import check_backend
 from a2sf.errors import UserError
 from a2sf.hf.attention import Plan, UnsupportedModel, attached, mixes_windows
-from a2sf.hf.calls import hooks_of, new_tokens
+from a2sf.hf.calls import decoder_of, new_tokens, scoped, surround
 from a2sf.hf.exactness import require_exact
 from a2sf.hf.generation import PrunedCache, prove_decoding
 from a2sf.hf.loading import kv_heads_of
-from a2sf.hf.settings import check_settings, contexts_for, contexts_of, retention_of
+from a2sf.hf.settings import check_settings, contexts_for, contexts_of, new_tokens_of, retention_of
+from a2sf.policies.arguments import budget_of, policy_of, schedule_of
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
 from a2sf.policies.schedule import Schedule, schedule_for
 
+Model = TypeVar("Model")
+
 
 @dataclass(frozen=True)
 class _Scope:
-    """What `pruning` does to the calls of a model."""
+    """What `pruning` does to the calls of a model.
+
+    Attributes:
+        refused: why calls that keep a cache are refused; None: they are not.
+        replaced: the caches that calls were given, instead of which they got a `PrunedCache`.
+    """
 
     policy: Policy
     budget: Budget | None
@@ -32,6 +42,8 @@ class _Scope:
     max_new_tokens: int | None
     context_tokens: int | list[int] | None
     backend: str
+    refused: UnsupportedModel | None
+    replaced: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
 
     def supply(self, model: PreTrainedModel, cache: Any, keep: bool | None) -> PrunedCache | None:
         """The cache for a call inside `pruning`: the one that was given if it is pruned, else a new one if any is kept."""
@@ -44,6 +56,15 @@ class _Scope:
             )
         if cache is None and not (model.config.get_text_config().use_cache if keep is None else keep):
             return None
+        if self.refused is not None:
+            raise UnsupportedModel(str(self.refused))
+        if cache is not None and cache in self.replaced:
+            raise UserError(
+                "inside pruning(...) the cache that an earlier call was given stays empty, because a PrunedCache takes its "
+                "place; go on with the output's cache, or give a PrunedCache from the beginning"
+            )
+        if cache is not None:
+            self.replaced.add(cache)
         more = self.max_new_tokens if cache is not None else 0  # without one it is a plain call, of its own tokens
         return PrunedCache(
             model,
@@ -60,18 +81,17 @@ class _Scope:
         _, length, context, kept = self._rows(model, shape, mask)
         if min(context) < 1:
             return None
-        try:
-            cache = PrunedCache(
-                model,
-                self.policy,
-                self.budget,
-                schedule=self.schedule,
-                max_new_tokens=0,
-                context_tokens=context,
-                backend=self.backend,
-            )
-        except UnsupportedModel:
+        if self.refused is not None:
             return None
+        cache = PrunedCache(
+            model,
+            self.policy,
+            self.budget,
+            schedule=self.schedule,
+            max_new_tokens=0,
+            context_tokens=context,
+            backend=self.backend,
+        )
         if max(length) > cache.positions:
             return None
         cache.keep(kept, context)
@@ -102,21 +122,22 @@ class _Scope:
                 "pruning(..., context_tokens=...), or call the model with use_cache=True"
             )
         context = length if self.context_tokens is None else contexts_for(len(length), self.context_tokens)
-        kept = [retention_of(self.policy, self.budget, n, c, layers) for n, c in zip(length, context, strict=True)]
+        numbers = zip(length, context, strict=True)
+        kept = [retention_of(self.policy, self.budget, n, c, layers, self.schedule) for n, c in numbers]
         return start, length, context, kept
 
 
 @contextmanager
 def pruning(
-    model: PreTrainedModel,
-    policy: Policy,
-    budget: Budget | None = None,
+    model: Model,
+    policy: Policy | type[Policy] | str,
+    budget: Budget | int | float | None = None,
     *,
-    schedule: Schedule | None = None,
+    schedule: Schedule | str | None = None,
     max_new_tokens: int | None = None,
     context_tokens: int | Sequence[int] | None = None,
     backend: str = "auto",
-) -> Iterator[PreTrainedModel]:
+) -> Iterator[Model]:
     """Prune every call of `model` inside the block: plain calls on padded batches, and `generate`.
 
     A plain call (`use_cache=False`) reads a batch whose rows may be padded on either side (`attention_mask`) and prunes
@@ -126,31 +147,42 @@ def pruning(
             logits = model(ids, attention_mask=mask, use_cache=False).logits
             text = model.generate(ids, attention_mask=mask, max_new_tokens=50)
 
+    It acts on the thread, or asyncio task, that enters it: others use the model as it is, and a warning tells them so.
+
     Args:
-        model, policy, budget, schedule, max_new_tokens, context_tokens, backend: as for `PrunedCache`. A call without a
-            cache is a prompt as a whole, unless `context_tokens` says how much of it; the prompt schedule needs to know.
+        model: a transformers model, or what wraps one (PEFT, torch.compile).
+        policy: as for `PrunedCache`.
+        budget: as for `PrunedCache`.
+        schedule: as for `PrunedCache`.
+        max_new_tokens: as for `PrunedCache`.
+        context_tokens: as for `PrunedCache`. A call without a cache is a prompt as a whole, unless this says how much of
+            it is; the prompt schedule needs to know.
+        backend: as for `PrunedCache`.
 
     Raises:
         ConfigError, UnsupportedModel: if a setting is not allowed or the model cannot be pruned.
     """
-    layers = model.config.get_text_config().num_hidden_layers
-    check_settings(policy, budget, layers, schedule=schedule, kv_heads=kv_heads_of(model.config), generating=True)
-    require_exact(model)
-    with suppress(UnsupportedModel):  # told once a cache is made; calls without one are exact
-        prove_decoding(model, policy, budget)
+    decoder = decoder_of(model)
+    policy, budget, schedule = policy_of(policy), budget_of(budget), schedule_of(schedule)
+    max_new_tokens, contexts = new_tokens_of(max_new_tokens), contexts_of(context_tokens)
+    check_backend(backend)
+    layers = decoder.config.get_text_config().num_hidden_layers
+    check_settings(policy, budget, layers, schedule=schedule, kv_heads=kv_heads_of(decoder.config), generating=True)
+    require_exact(decoder)
+    refused = None
+    try:
+        prove_decoding(decoder, policy, budget)
+    except UnsupportedModel as error:
+        refused = error.with_traceback(None)  # calls without a cache are exact
+    surround(decoder)
     scope = _Scope(
         policy,
         budget if policy.uses_budget else None,
         schedule,
         max_new_tokens,
-        contexts_of(context_tokens),
+        contexts,
         backend,
+        refused,
     )
-    hooks = hooks_of(model)
-    hooks.close(None)  # a call that was interrupted left it open
-    before, hooks.scope = hooks.scope, scope
-    try:
-        with attached(model):
-            yield model
-    finally:
-        hooks.scope = before
+    with attached(decoder), scoped(decoder, scope):
+        yield model

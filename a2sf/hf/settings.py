@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
 
 from a2sf.errors import ConfigError, UserError
 from a2sf.policies.base import Policy, Retention
@@ -66,15 +69,18 @@ def check_cut(budget: Budget | None, schedule: Schedule) -> None:
         )
 
 
-def retention_of(policy: Policy, budget: Budget | None, total: int, context: int, layers: int) -> tuple[Retention, ...]:
-    """What each layer keeps of a sequence of `total` tokens whose prompt has `context`.
+def retention_of(
+    policy: Policy, budget: Budget | None, total: int, context: int, layers: int, schedule: Schedule | None = None
+) -> tuple[Retention, ...]:
+    """What each layer keeps of a sequence of `total` tokens whose prompt has `context`; `schedule` as in `check_settings`.
 
     Raises:
         UserError: if the policy protects more tokens than the budget holds.
     """
+    prompt = context if schedule_for(policy, schedule).prompt else None
     slots = [budget.slots(total=total, context=context, layer=i) if budget else 1 for i in range(layers)]
     try:
-        return tuple(policy.keeps(c, i, layers) for i, c in enumerate(slots))
+        return tuple(policy.keeps(c, i, layers, prompt) for i, c in enumerate(slots))
     except ValueError as error:
         raise UserError(f"policy {policy.name} does not fit a budget of {min(slots)} tokens: {error}") from error
 
@@ -87,11 +93,27 @@ def contexts_of(given: int | Sequence[int] | None) -> int | list[int] | None:
     """
     if given is None:
         return None
-    one = isinstance(given, numbers.Integral)
-    tokens = [int(n) for n in ([given] if one else given)]  # type: ignore[union-attr, arg-type]
-    if min(tokens, default=0) < 1:
-        raise ConfigError("context_tokens", given, "give each prompt's length, at least 1 token")
-    return tokens[0] if one else tokens
+    values: Any = given.tolist() if isinstance(given, Tensor) else given
+    one = not isinstance(values, Sequence) or isinstance(values, str)
+    tokens = [values] if one else list(values)
+    if not tokens or not all(_is_whole(n) and n >= 1 for n in tokens):
+        raise ConfigError("context_tokens", given, "give each prompt's length, a whole number of at least 1 token")
+    return int(tokens[0]) if one else [int(n) for n in tokens]
+
+
+def new_tokens_of(given: int | None) -> int | None:
+    """`max_new_tokens` as it was given, checked.
+
+    Raises:
+        ConfigError: unless it is None or a whole number of at least 0.
+    """
+    if given is not None and not (_is_whole(given) and given >= 0):
+        raise ConfigError("max_new_tokens", given, "give a whole number of tokens, as to generate")
+    return None if given is None else int(given)
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, numbers.Integral) and not isinstance(number, bool)
 
 
 def contexts_for(rows: int, given: int | list[int]) -> list[int]:

@@ -8,6 +8,7 @@ Shapes as in `a2sf.engine.state`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -32,6 +33,7 @@ class Step:
         start, length: row `b` has tokens in the columns `[start, start + length)`; the others are padding.
         before, after: tokens of the row read before and after this call.
         columns: T, tokens of the call with padding.
+        order: int64 [B, T], the columns in the order that `start` and `length` are about, where a row has a gap.
     """
 
     start: Tensor
@@ -39,6 +41,7 @@ class Step:
     before: Tensor
     after: Tensor
     columns: int
+    order: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -322,11 +325,29 @@ class PrunedLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.is_initialized = False
         self.kept = Kept([])
+        self.window: int | None = None  # a sliding window of the layer's own
         self._slots: list[Slots] = []
 
     @property
     def nbytes(self) -> int:
         return sum(s.nbytes for s in self._slots)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What `restore` makes the layer's attentions of: the KV heads of each, query heads of each of those, its window."""
+        heads, group = ([getattr(s, name) for s in self._slots] for name in ("heads", "group"))
+        return {"heads": heads, "group": group, "window": self.window}
+
+    def restore(self, kept: Kept, shape: Mapping[str, Any], state: EvictionState) -> None:
+        """Go on from a state in an empty layer, made as `shape` says."""
+        self.kept, self.window, self._slots = kept, shape["window"], []
+        for heads, group in zip(shape["heads"], shape["group"], strict=True):
+            slots = Slots(kept, self.how)
+            slots.heads, slots.group = heads, group
+            self._slots.append(slots)
+        self.check(state)
+        self.load(state)
+        self.is_initialized = True
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, step: Step, scale: float, more: int | None, which: int = 0

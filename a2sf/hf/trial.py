@@ -85,8 +85,10 @@ class _Trial:
 _trial: ContextVar[_Trial | None] = ContextVar("trial", default=None)
 
 
-def try_layers(model: PreTrainedModel, ids: Tensor) -> None:
+def try_layers(model: PreTrainedModel, ids: Tensor, call: Callable[..., Any] | None = None) -> None:
     """Compare each layer's own attention with the engine's, on the same queries, keys and values, and its mask.
+
+    `call` is what is called instead of the model.
 
     Raises:
         UnsupportedModel: if one differs.
@@ -104,7 +106,7 @@ def try_layers(model: PreTrainedModel, ids: Tensor) -> None:
     token = _trial.set(trial)
     try:
         with attached(model, TRIAL):
-            model(ids, use_cache=False)
+            (call or model)(ids, use_cache=False)
     finally:
         _trial.reset(token)
 

@@ -81,6 +81,8 @@ class Policy(ABC):
     """False where it looks at later tokens: an upper mark, never ranked with the others and never used to generate."""
     memory: ClassVar[int] = 0
     """Numbers that `priorities` keeps per cached token."""
+    version: ClassVar[int] = 1
+    """Raised whenever a change of the policy moves its numbers: finished results of an earlier version are not reused."""
 
     @property
     def least_budget(self) -> int:
@@ -103,13 +105,20 @@ class Policy(ABC):
         """What a policy that is not causal knows of each token before the first step, [B, K, T, M]."""
         raise NotImplementedError
 
-    def of_layer(self, budget: int, layer: int, layers: int) -> int:
-        """What layer `layer` of `layers` may hold where each may hold `budget` on average; the sum must be the same."""
+    def of_layer(self, budget: int, layer: int, layers: int, prompt: int | None = None) -> int:
+        """What layer `layer` of `layers` may hold where each may hold `budget` on average; the sum must be the same.
+
+        `prompt` is the prompt's length in tokens, under a schedule that cuts after it; else None.
+        """
         return budget
 
-    def keeps(self, budget: int, layer: int = 0, layers: int = 1) -> Retention:
-        """What layer `layer` of `layers` keeps at a budget of `budget` tokens, complete: what the engine runs."""
-        kept = self.retention(self.of_layer(budget, layer, layers), layer)
+    def keeps(self, budget: int, layer: int = 0, layers: int = 1, prompt: int | None = None) -> Retention:
+        """What layer `layer` of `layers` keeps at a budget of `budget` tokens, complete: what the engine runs.
+
+        `prompt` as for `of_layer`.
+        """
+        known = () if prompt is None else (prompt,)
+        kept = self.retention(self.of_layer(budget, layer, layers, *known), layer)
         if type(self).priorities is Policy.priorities:
             return kept
         foresee = None if self.causal else self.foresee

@@ -81,16 +81,27 @@ class Cut:
     """What is particular about the one cut after a prompt.
 
     Only the queries of the last `recent` prompt tokens add to `A` (and none after the prompt); at the cut the `A` of the
-    tokens before them is averaged over neighbours, and takes the place of their `A`.
+    tokens before them is averaged over neighbours, and takes the place of their `A`. The rule's priorities rank the tokens
+    at the cut as at any step.
 
     Attributes:
         pooled: neighbours that the average is over, odd; those beyond the ends and in the window count as 0.
-        floor: None: every head keeps `C`. Else the layer's `K * C` slots go to the best tokens of all its heads, after the
-            `recent` ones and `int(floor * (C - recent))` of each head.
+        floor: None: every head keeps `C`. Else how a layer's slots beside the protected tokens are divided among its heads:
+            a head gets `(1 - floor) * won + floor * equal` of them, where `won` is how many of the layer's best tokens are
+            its own and `equal` is an equal share (docs/semantics.md); from 0 to 1, and 1 comes to None.
+
+    Raises:
+        ValueError: if a number is out of range.
     """
 
     pooled: int = 1
     floor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.pooled < 1 or self.pooled % 2 == 0:
+            raise ValueError(f"pooled must be an odd number of neighbours, at least 1, got {self.pooled}")
+        if self.floor is not None and not 0.0 <= self.floor <= 1.0:
+            raise ValueError(f"floor must lie in [0, 1], got {self.floor}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,13 +137,15 @@ class Rule:
         whole: key/value heads that keep everything.
         heads: one entry for each key/value head of the layer, where they have numbers of their own: these take the place of
             the retention's `recent`, `sinks`, `forgetting_factor` and of `by_age`; the layer's slots are as many as before.
-        own: priorities by a function instead; `weight`, `bias` and `by_age` are not used.
+        own: priorities by a function instead; `weight`, `bias` and `by_age` are not used. At a cut the `scores` that it
+            is shown are the averaged ones.
         memory: numbers that `own` keeps per token, `M`.
         foresee: only where a policy is not causal: what it knows of each token beforehand, a `Sequence` to [B, K, T, M].
 
     Raises:
-        ValueError: if some heads are to keep everything, and all heads one set or slots of each other; or if heads have
-            numbers of their own and are to share or shift something, or are ranked by a function.
+        ValueError: if some heads are to keep everything, and all heads one set or slots of each other; if all heads are to
+            keep one set and to give each other slots; or if heads have numbers of their own and are to share or shift
+            something, or are ranked by a function.
     """
 
     scored: bool = True
@@ -153,6 +166,8 @@ class Rule:
             raise ValueError(
                 "heads that keep everything (whole) neither share a kept set nor give slots to other heads"
             )
+        if self.shared and self.cut is not None and self.cut.floor is not None:
+            raise ValueError("heads that share one kept set (shared) do not give slots to each other (a cut's floor)")
         if self.heads and (self.shared or self.whole or self.by_age or self.cut is not None or self.own is not None):
             raise ValueError(
                 "heads with numbers of their own (heads) go with neither shared, whole, by_age, cut nor own"

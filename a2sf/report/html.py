@@ -12,11 +12,13 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from a2sf.analysis.collect import DEFAULT_PAIR, MUST_AGREE, Grid
+from a2sf import atomic
+from a2sf.analysis.apart import MUST_AGREE
+from a2sf.analysis.collect import DEFAULT_PAIR, Grid
 from a2sf.analysis.compare import Comparison
-from a2sf.analysis.flips import flips
+from a2sf.analysis.flips import are_counted, flips
 from a2sf.analysis.labels import DASH
-from a2sf.experiments.runs import asked, finished_cells, is_cell, write_atomically
+from a2sf.experiments.runs import asked, finished_cells, is_cell
 from a2sf.report.layout import Table
 from a2sf.report.summaries import TextTable
 from a2sf.report.tables import TIED, header, legend, number
@@ -62,12 +64,14 @@ def write_report(target: Path, contents: Contents) -> Path:
         plots={caption: _data_uri(files) for caption, files in contents.plots.items()},
         flips=shown,
         flips_left_out=total - len(shown),
+        flips_counted=are_counted(contents.grid),
+        metric=contents.grid.metric,
         failures=contents.failures,
         cells=_cells(contents.grid),
         notes=list(dict.fromkeys([*contents.grid.notes, *contents.notes])),
     )
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, html)
+    atomic.write(target, html)
     return target
 
 
@@ -79,7 +83,7 @@ def read_failures(directories: Sequence[Path]) -> list[dict[str, Any]]:
         if is_cell(file.parent.parent / file.stem):
             continue  # it finished later
         try:
-            told = json.loads(file.read_text())
+            told = json.loads(file.read_text(encoding="utf-8"))
             error = {k: str(told.get(k, "")) for k in ("error", "traceback", "time")}
             cell = told.get("cell", file.stem)
             if isinstance(cell, dict) and asked(cell) in finished:

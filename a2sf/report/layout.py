@@ -14,10 +14,10 @@ from typing import Any
 
 from a2sf.analysis.collect import DEFAULT_PAIR, SYSTEM, Grid, System
 from a2sf.analysis.compare import AVERAGE, Comparer
+from a2sf.analysis.documents import texts_note
 from a2sf.analysis.labels import DASH, MINUS
-from a2sf.analysis.stats import CONFIDENCE, holm
-
-PIVOTS = ("task", "budget", "factor", "policy")
+from a2sf.analysis.stats import holm
+from a2sf.analysis.texts import CONFIDENCE
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Table:
         heads: headings of the leading text columns that are used, of `label`, `budget`, `schedule`, `factor`.
         to_full, to_control: headings of the difference columns; None leaves them out.
         tested: whether paired tests stand behind the marks.
+        footnotes: what has to stand under the numbers wherever they are shown, one sentence each.
         stopped: of a column whose documents were not all scored, how many were of how many.
         members: columns of tasks whose group has a column, too.
     """
@@ -76,6 +77,7 @@ class Table:
     to_control: str | None = None
     tested: bool = False
     notes: tuple[str, ...] = ()
+    footnotes: tuple[str, ...] = ()
     stopped: dict[str, str] = field(default_factory=dict)
     members: tuple[str, ...] = ()
 
@@ -109,7 +111,7 @@ def _by_task(model: str, shots: int, part: Grid, tested: bool, pair: tuple[str, 
     labels = {s.policy: s.bare for s in systems}
     final = []
     for system, row in zip(systems, rows, strict=True):
-        against = full.get(system.variant, next(iter(full.values()), None))
+        against = full.get(system.variant)
         row = replace(row, to_full=None if system.is_full else _minus(row, against, score))
         if system.policy == pair[0]:
             row = replace(
@@ -138,9 +140,15 @@ def _by_task(model: str, shots: int, part: Grid, tested: bool, pair: tuple[str, 
         else None,
         tested=tested and bool(part.cells),
         notes=tuple(notes),
+        footnotes=footnotes(part),
         stopped={t: r.stopped for s in systems for t, r in s.rows.items() if isinstance(r.stopped, str)},
         members=tuple(t for t in tasks if any(t == m.task for g in part.groups if g.name in groups for m in g.members)),
     )
+
+
+def footnotes(part: Grid) -> tuple[str, ...]:
+    """What a reader of any of a grid's numbers has to know of all of them."""
+    return tuple(filter(None, [texts_note(part.cells_shown), part.versions_note]))
 
 
 def _row(system: System, tasks: list[str], groups: dict[str, dict[tuple[Any, ...], Any]]) -> Row:
@@ -162,12 +170,11 @@ def _mark(
     better = max if part.higher_is_better else min
     pruned = [i for i, s in enumerate(systems) if not s.is_full and s.causal]
     tests: list[tuple[int, str, float]] = []
-    best: dict[tuple[str, str, str], float] = {}
-    for place in dict.fromkeys((systems[i].budget, systems[i].schedule) for i in pruned):
+    best: dict[tuple[str, str, str, str], float] = {}
+    places = {i: (systems[i].budget, systems[i].schedule, systems[i].variant) for i in pruned}
+    for place in dict.fromkeys(places.values()):
         for column in columns:
-            peers = [
-                i for i in pruned if (systems[i].budget, systems[i].schedule) == place and column in rows[i].entries
-            ]
+            peers = [i for i in pruned if places[i] == place and column in rows[i].entries]
             if len(peers) < 2:
                 continue
             top = better(peers, key=lambda i: rows[i].entries[column].value)
@@ -182,7 +189,7 @@ def _mark(
     for i in pruned:
         entries = {}
         for column, entry in rows[i].entries.items():
-            is_best = entry.value == best.get((systems[i].budget, systems[i].schedule, column))
+            is_best = entry.value == best.get((*places[i], column))
             entries[column] = replace(entry, best=is_best, tied=None if is_best else tied.get((i, column)))
         marked[i] = replace(rows[i], entries=entries)
     return marked

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from a2sf.analysis.collect import DEFAULT_PAIR, Grid, System
+from a2sf.analysis.documents import TEXT, documents_of, texts_of
 from a2sf.analysis.labels import DASH
-from a2sf.analysis.stats import Z
+from a2sf.analysis.stats import standard_error
+from a2sf.analysis.texts import Z
 from a2sf.experiments.names import safe
-from a2sf.report.plots import GREY, Line, Style, chosen_lines, left_out, save, styles_of
+from a2sf.report.plots import GREY, Line, Style, chosen_lines, left_out, save, spread, styles_of
 from a2sf.report.summaries import TextTable
 
 GAP = 1.3
@@ -80,7 +82,8 @@ def length_figure(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | 
     every = [v["tokens"] for v in values.values() if len(v)]
     edges = bins_of(pd.concat(every).tolist()) if every else []
     budgets = list(dict.fromkeys(s.budget for line in lines for s in line.systems if len(values[id(s)])))
-    if len(edges) < 3 or not budgets:
+    most = max((len(_points(v, edges)) for v in values.values()), default=0) if len(edges) >= 3 else 0
+    if most < 2 or not budgets:  # no length to compare with another
         return None
     styles = styles_of(lines) | {line.label: Style(GREY, "*", ":") for line in full}
     columns = min(COLUMNS, len(budgets))
@@ -130,6 +133,7 @@ def _by_length(part: Grid, s: System) -> pd.DataFrame:
         stored = part.cells.get(s.keys[task])
         if stored is not None and column in stored.documents and "context_tokens" in stored.documents:
             found = pd.DataFrame({"tokens": _prompts(part, s, task), "value": stored.documents[column]})
+            found[TEXT] = [f"{task} {t}" for t in texts_of(documents_of(stored)).of]
             frames.append(found[found["tokens"] > 0].dropna())
     kept = [f for f in frames if len(f)]
     return pd.concat(kept, ignore_index=True) if kept else frames[0]
@@ -157,23 +161,27 @@ def _spread(told: dict[str, Any] | None) -> str:
 
 
 def _middles(lengths: pd.Series, edges: Sequence[float]) -> list[float]:
-    return [float(part.median()) for part in _in_bins(lengths, lengths, edges) if len(part)]
+    parts = (lengths[(lengths >= low) & (lengths < high)] for low, high in pairwise(edges))
+    return [float(part.median()) for part in parts if len(part)]
 
 
-def _in_bins(lengths: pd.Series, values: pd.Series, edges: Sequence[float]) -> Iterator[pd.Series]:
+def _points(documents: pd.DataFrame, edges: Sequence[float]) -> list[tuple[float, float, float]]:
+    """Length, mean and standard error of each bin with enough documents."""
+    points = []
     for low, high in pairwise(edges):
-        yield values[(lengths >= low) & (lengths < high)]
+        of_bin = documents[(documents["tokens"] >= low) & (documents["tokens"] < high)]
+        if len(of_bin) >= FEWEST:
+            values = of_bin["value"].to_numpy(float)
+            error = standard_error(values, texts_of(of_bin))
+            points.append((float(of_bin["tokens"].median()), float(values.mean()), error))
+    return points
 
 
 def _draw(axis: Axes, documents: pd.DataFrame, edges: Sequence[float], style: Style, label: str, percent: bool) -> None:
-    points = []
-    in_bins = zip(*(_in_bins(documents["tokens"], documents[c], edges) for c in ("tokens", "value")), strict=True)
-    for tokens, values in in_bins:
-        if len(values) >= FEWEST:
-            points.append((tokens.median(), values.mean(), values.std(ddof=1) / len(values) ** 0.5))
+    points = _points(documents, edges)
     if not points:
         return
     scale = 100 if percent else 1
     x, mean, error = np.array(points).T
     axis.plot(x, scale * mean, color=style.colour, marker=style.marker, ms=5, ls=style.dash, lw=1.5, label=label)
-    axis.fill_between(x, scale * (mean - Z * error), scale * (mean + Z * error), color=style.colour, alpha=0.07, lw=0)
+    spread(axis, x, scale * (mean - Z * error), scale * (mean + Z * error), style.colour, 0.07)

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from a2sf import atomic
 from a2sf.analysis.against import against_frame, compare_against
 from a2sf.analysis.collect import DEFAULT_PAIR, Grid, Selection, gather
 from a2sf.analysis.compare import compare_pair, comparisons_frame
+from a2sf.analysis.documents import texts_note
 from a2sf.analysis.fidelity import fidelity_frame
 from a2sf.analysis.ranking import rank, ranking_frame
 from a2sf.errors import UserError
 from a2sf.experiments.archive import is_archive, place_of
-from a2sf.experiments.runs import write_atomically
+from a2sf.experiments.notes import notes_of
+from a2sf.report.choices import FORMATS
 from a2sf.report.html import Contents, read_failures, write_report
 from a2sf.report.layout import Table, build_tables
 from a2sf.report.lengths import length_plots, length_tables
@@ -32,7 +35,6 @@ from a2sf.report.tables import csv_frame, latex, markdown
 from a2sf.report.traced import read_traces, trace_frame, trace_pictures
 
 README_BEGIN, README_END = "<!-- table:begin -->", "<!-- table:end -->"
-FORMATS = ("md", "tex", "csv")
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,12 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     fidelity, unsaid = fidelity_frame(grid)
     ranked, unranked = rank(grid, options.pair)
     against, unpaired = compare_against(grid, options.against)
-    rankings = [*ranking_tables(grid, ranked, options.pair), *against_tables(against, grid.percent)]
+    shared = texts_note(grid.cells_shown)
+    rankings = [*ranking_tables(grid, ranked, options.pair), *against_tables(against, grid.percent, shared)]
     text_tables = [
         *rankings,
         *needle_tables(grid),
-        *comparison_tables(comparisons, grid.percent),
+        *comparison_tables(comparisons, grid.percent, shared),
         *fidelity_tables(grid, fidelity),
         *length_tables(grid),
     ]
@@ -107,7 +110,7 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     for name, text in written.items():
         if text and name.rsplit(".", 1)[1] in options.formats:
             (out / "tables").mkdir(parents=True, exist_ok=True)
-            write_atomically(out / "tables" / name, text)
+            atomic.write(out / "tables" / name, text)
             files.append(out / "tables" / name)
     plots: dict[str, list[Path]] = {}
     if options.plots:
@@ -115,7 +118,8 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
         plots |= length_plots(grid, out / "plots", options.pair)
         plots |= trace_pictures(traced, out / "plots")
     files += [file for pictures in plots.values() for file in pictures]
-    notes = list(dict.fromkeys([*said, *unsaid, *unranked, *unpaired, *(n for t in tables for n in t.notes)]))
+    of_tables = [*said, *unsaid, *unranked, *unpaired, *(n for t in tables for n in t.notes)]
+    notes = list(dict.fromkeys([*of_tables, *notes_of(grid.cells.values())]))
     if options.report:
         failures = read_failures(directories)
         contents = Contents(grid, tables, comparisons, text_tables, plots, failures, notes, options.pair)
@@ -157,9 +161,9 @@ def replace_block(readme: Path, text: str) -> None:
     Raises:
         UserError: if the file or its marks are missing.
     """
-    old = readme.read_text() if readme.is_file() else ""
+    old = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     before, begin, rest = old.partition(README_BEGIN)
     _, end, after = rest.partition(README_END)
     if not begin or not end:
         raise UserError(f"{readme} has no {README_BEGIN} … {README_END} to put the table between.")
-    write_atomically(readme, f"{before}{begin}\n{text.strip()}\n{end}{after}")
+    atomic.write(readme, f"{before}{begin}\n{text.strip()}\n{end}{after}")

@@ -207,7 +207,7 @@ def heat_map(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
             continue
         if s.label == shown.label and not math.isnan(s.factor_value):
             values[rows.index(s.factor_value), budgets.index(s.budget)] = scale * _score(s, column, part)[0]
-        elif s.policy == pair[1] and s.schedule == shown.schedule:
+        elif s.policy == pair[1] and (s.schedule, s.variant) == (shown.schedule, shown.variant):
             control[0, budgets.index(s.budget)], label = scale * _score(s, column, part)[0], s.label
     has_control = not np.isnan(control).all()
     grid = np.vstack([values, control]) if has_control else values
@@ -234,9 +234,9 @@ def heat_map(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
 
 
 def trade_off(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
-    """The metric against measured speed and against what was kept."""
+    """The metric against tokens per second, of the time that each cell is charged with, and against what was kept."""
     column = _columns(part)[-1]
-    wanted = {"tokens_per_second": "measured tokens/s", "kept_tokens": "tokens kept per KV head"}
+    wanted = {"tokens_per_second": "tokens/s of the time charged to a cell", "kept_tokens": "tokens kept per KV head"}
     measures = {k: v for k, v in wanted.items() if part.frame[k].notna().any()}
     lines = chosen_lines(part, pair)
     styles = styles_of(lines)
@@ -282,8 +282,8 @@ def fidelity(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
             axis.plot(
                 x, scale * rows[measure], color=style.colour, marker=style.marker, ls=style.dash, label=line.label
             )
-            band = (scale * rows[f"{measure}_low"], scale * rows[f"{measure}_high"])
-            axis.fill_between(x, *band, color=style.colour, alpha=0.15, lw=0)
+            low, high = (scale * rows[f"{measure}_{end}"].to_numpy() for end in ("low", "high"))
+            spread(axis, x.to_numpy(), low, high, style.colour, 0.15)
         if measure != "agreement":
             axis.axhline(0, color=GREY, lw=1)
         axis.set_title(label + (" (%)" if measure == "agreement" else ""))
@@ -297,7 +297,11 @@ FIGURES: dict[str, tuple[str, Callable[[Grid, tuple[str, str]], Figure | None]]]
     "factor": ("Accuracy against forgetting factor", by_factor),
     "heatmap": ("Forgetting factor and budget", heat_map),
     "fidelity": ("Closeness to the full cache, with 95 % bands", fidelity),
-    "tradeoff": ("Accuracy against speed and kept cache", trade_off),
+    "tradeoff": (
+        "Accuracy against charged time and kept cache (cells computed together share a pass's time, so that tokens/s is no "
+        "speed of a policy by itself: a2sf bench measures that)",
+        trade_off,
+    ),
 }
 """File name -> caption and drawing function."""
 LINES = (by_budget, fidelity, trade_off)
@@ -418,10 +422,17 @@ def _curve(
     x, value, error = np.array(points).T
     value, half = scale * value, scale * Z * np.nan_to_num(error)
     axis.plot(x, value, color=style.colour, marker=style.marker, ms=5, ls=style.dash, lw=1.5, label=line.label)
-    if bars:
-        axis.errorbar(x, value, half, color=style.colour, fmt="none", lw=0.8, alpha=0.6)
+    spread(axis, x, value - half, value + half, style.colour, 0.13, bars)
+
+
+def spread(
+    axis: Axes, x: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str, alpha: float, bars: bool = False
+) -> None:
+    """Intervals as a band, or as bars where they are asked for, or where one point has no band."""
+    if bars or len(x) == 1:
+        axis.vlines(x, low, high, colors=colour, lw=0.8, alpha=0.6)
     else:
-        axis.fill_between(x, value - half, value + half, color=style.colour, alpha=0.13, lw=0)
+        axis.fill_between(x, low, high, color=colour, alpha=alpha, lw=0)
 
 
 def _panels(titles: list[str], sharey: bool = False, width: float = 2.7) -> tuple[Figure, list[Axes]]:

@@ -13,6 +13,7 @@ from rich.table import Table as RichTable
 from a2sf.analysis.against import Against
 from a2sf.analysis.collect import Grid, System
 from a2sf.analysis.compare import AVERAGE, Comparison
+from a2sf.analysis.documents import texts_note
 from a2sf.analysis.labels import DASH, MINUS
 from a2sf.analysis.ranking import Ranked
 from a2sf.report.tables import number, to_tex
@@ -60,8 +61,12 @@ class TextTable:
     words: tuple[str, ...] = ("Task", "Policy", "Budget", "Schedule", "Factor")
 
 
-def comparison_tables(comparisons: Sequence[Comparison], percent: bool) -> list[TextTable]:
-    """One table per model and shots."""
+def comparison_tables(comparisons: Sequence[Comparison], percent: bool, note: str = "") -> list[TextTable]:
+    """One table per model and shots.
+
+    Args:
+        note: what else stands under each.
+    """
     tables = []
     for model, shots in dict.fromkeys((c.model, c.shots) for c in comparisons):
         part = [c for c in comparisons if (c.model, c.shots) == (model, shots)]
@@ -84,7 +89,7 @@ def comparison_tables(comparisons: Sequence[Comparison], percent: bool) -> list[
                 }
             )
         title = f"{part[0].first} against {part[0].second}: {model}, {shots}-shot" + (" (points)" if percent else "")
-        tables.append(TextTable(title, pd.DataFrame(rows), COMPARISONS))
+        tables.append(TextTable(title, pd.DataFrame(rows), _legend(COMPARISONS, note)))
     return tables
 
 
@@ -112,7 +117,7 @@ def ranking_tables(grid: Grid, rankings: Sequence[Sequence[Ranked]], pair: tuple
         several = len({(r[0].schedule) for r in rankings}) > 1
         told = f", schedule {first.schedule}" if several else grid.one_schedule
         title = f"Ranking: {first.model}, {first.shots}-shot, {grid.metric}" + " (%)" * percent + told
-        legend = f"{RANKING} {UPPER_MARK}" if not all(r.causal for r in ranking) else RANKING
+        legend = _legend(RANKING, "" if all(r.causal for r in ranking) else UPPER_MARK, texts_note(grid.cells_shown))
         tables.append(TextTable(title, frame, legend))
     return tables
 
@@ -139,12 +144,16 @@ def fidelity_tables(grid: Grid, fidelity: pd.DataFrame) -> list[TextTable]:
                 row[head] = f"{value} [{low}, {high}]"
             rows.append(row)
         title = f"Closeness to the full cache: {model}, {shots}-shot, {task}"
-        tables.append(TextTable(title, pd.DataFrame(rows), FIDELITY))
+        tables.append(TextTable(title, pd.DataFrame(rows), _legend(FIDELITY, texts_note(part.cells_shown))))
     return tables
 
 
-def against_tables(found: Sequence[Against], percent: bool) -> list[TextTable]:
-    """One table per model and shots."""
+def against_tables(found: Sequence[Against], percent: bool, note: str = "") -> list[TextTable]:
+    """One table per model and shots.
+
+    Args:
+        note: what else stands under each.
+    """
     tables = []
     for model, shots in dict.fromkeys((a.model, a.shots) for a in found):
         rows = []
@@ -161,7 +170,9 @@ def against_tables(found: Sequence[Against], percent: bool) -> list[TextTable]:
                 row[head] = DASH if r is None else f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]"
             rows.append(row)
         title = f"Against the named: {model}, {shots}-shot" + (" (points)" if percent else "")
-        tables.append(TextTable(title, pd.DataFrame(rows), AGAINST, words=("Policy", "Against", "Budget")))
+        tables.append(
+            TextTable(title, pd.DataFrame(rows), _legend(AGAINST, note), words=("Policy", "Against", "Budget"))
+        )
     return tables
 
 
@@ -214,6 +225,10 @@ def text_latex(tables: Sequence[TextTable]) -> str:
             f"\\begin{{tabular}}{{{align}}}\n{body}\n\\end{{tabular}}\n\\end{{table}}\n"
         )
     return "\n".join(parts)
+
+
+def _legend(*sentences: str) -> str:
+    return " ".join(filter(None, sentences))
 
 
 def _interval(low: float, high: float, percent: bool) -> str:

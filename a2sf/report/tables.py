@@ -88,7 +88,7 @@ def legend(table: Table) -> str:
     if table.stopped:
         early = ", ".join(f"{task} after {stopped} documents" for task, stopped in table.stopped.items())
         said.append(f"Stopped when its comparison was told: {early}.")
-    return " ".join(said)
+    return " ".join([*said, *table.footnotes])
 
 
 def screen(tables: Sequence[Table], stderr: bool = False) -> list[RichTable]:

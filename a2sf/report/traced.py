@@ -19,6 +19,8 @@ DOCUMENTS, PICTURES = 3, 12
 """Documents pictured of a task and budget, and pictures at most."""
 PICTURED = 240
 """Tokens of a document that a picture shows, from its end."""
+WIDTH = 110
+"""Characters per line of a picture."""
 
 
 Groups = dict[tuple[str, int, str, str, str], dict[tuple[str, str, str], dict[int, Trace]]]
@@ -58,7 +60,6 @@ def trace_pictures(groups: Groups, directory: Path) -> dict[str, list[Path]]:
                 if document in traces:
                     alone = sum(other == label for _, other, _ in by_policy) == 1
                     shown[label if alone else f"{label} {factor}"] = traces[document]
-            shown = dict(zip(shown, alike(*shown.values()), strict=True))
             of = f", {schedule}" if several else ""
             stem = f"kept-{safe(model)}-{safe(task)}-{shots}shot-{(budget + of).replace(' ', '')}-doc{document}"
             files = [directory / f"{stem}.{ending}" for ending in ("png", "svg")]
@@ -93,8 +94,10 @@ def read_traces(grid: Grid) -> Groups:
 def picture(traces: dict[str, Trace], path: Path) -> None:
     """Draw one document: its text once per policy, each token the darker the more layers and KV heads kept it to the end.
 
+    What a policy went on to write is underlined.
+
     Args:
-        traces: by the policy's label; all of one document.
+        traces: by the policy's label; all of one prompt.
         path: where to write; its ending says the format.
 
     Raises:
@@ -102,33 +105,40 @@ def picture(traces: dict[str, Trace], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    first = next(iter(traces.values()), None)
-    if first is None or any(t.pieces != first.pieces for t in traces.values()):
+    if len({(t.context, *t.pieces[: t.context]) for t in traces.values()}) != 1:
         raise ValueError("a picture shows traces of one document, at least one of them")
-    width = 110  # characters per line
-    pieces = [p.replace("\n", "⏎") or " " for p in first.pieces][-PICTURED:]
-    places, x, line = [], 0, 0
-    for piece in pieces:
-        if x and x + len(piece) > width:
-            x, line = 0, line + 1
-        places.append((x, line))
-        x += len(piece)
-    height = line + 3
-    figure = Figure(figsize=(11, 0.19 * height * len(traces) + 0.3), layout="constrained")
-    for axes, (label, trace) in zip(figure.subplots(len(traces), 1, squeeze=False)[:, 0], traces.items(), strict=True):
-        share = trace.kept().mean(axis=(0, 1))[-PICTURED:]
-        for (column, row), piece, value in zip(places, pieces, share, strict=True):
-            axes.add_patch(_box(column, row, len(piece), float(value)))
+    wrote = any(len(t.pieces) > t.context for t in traces.values()) and len({t.pieces for t in traces.values()}) > 1
+    texts = {label: _laid_out(trace) for label, trace in traces.items()}
+    lines = [laid[-1][2] + 1 for laid in texts.values()]
+    figure = Figure(figsize=(11, 0.19 * sum(n + 2 for n in lines) + 0.3), layout="constrained")
+    panels = figure.subplots(len(traces), 1, squeeze=False, height_ratios=[n + 2 for n in lines])[:, 0]
+    for axes, (label, trace), n in zip(panels, traces.items(), lines, strict=True):
+        share = trace.kept().mean(axis=(0, 1))
+        for i, column, row, piece in texts[label]:
+            value = float(share[i])
+            axes.add_patch(_box(column, row, len(piece), value))
             ink = "white" if value > 0.55 else "black"
             axes.text(
                 column, row + 0.5, piece, family="monospace", fontsize=7, va="center", color=ink, parse_math=False
             )
-        axes.set(xlim=(0, width), ylim=(line + 1, 0))
-        axes.set_title(
-            f"{label}: document {trace.document}, share of layers and heads that kept each token", fontsize=8
-        )
+            if wrote and i >= trace.context:
+                axes.plot([column, column + len(piece)], [row + 0.95] * 2, color="#D55E00", lw=1.2)
+        axes.set(xlim=(0, WIDTH), ylim=(n, 0))
+        told = "share of layers and heads that kept each token" + ", underlined: what it wrote" * wrote
+        axes.set_title(f"{label}: document {trace.document}, {told}", fontsize=8)
         axes.axis("off")
     figure.savefig(path, dpi=150)
+
+
+def _laid_out(trace: Trace) -> list[tuple[int, int, int, str]]:
+    """Of each of the last tokens its number, column, line and text."""
+    found, x, line = [], 0, 0
+    for i, piece in list(enumerate(p.replace("\n", "⏎") or " " for p in trace.pieces))[-PICTURED:]:
+        if x and x + len(piece) > WIDTH:
+            x, line = 0, line + 1
+        found.append((i, x, line, piece))
+        x += len(piece)
+    return found
 
 
 def _box(column: int, row: int, width: int, value: float) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -61,10 +62,12 @@ def test_a_sweep_ends_with_a_table_and_files(sweep):
     runs, done = sweep
     directory = runs / "small"
     assert f"{CELLS} cells, 0 done, {CELLS} to run" in done.stdout
+    assert "by a short trial of this machine's speed" in " ".join(done.stdout.split())  # the model never ran here
     for label in ("Full cache", "Window", "H2O", "A2SF", "copa"):
         assert label in done.stdout
     assert "Traceback" not in done.stderr
     assert "it/s" not in done.stderr  # libraries keep to themselves
+    assert re.search(rf"^{CELLS} of {CELLS} cells, 100 % of the work, .* so far; finished ", done.stdout, re.M)
     table = pd.read_csv(directory / "results.csv")
     assert ",".join(table.columns).startswith(
         "model,policy,budget_ratio,forgetting_factor,shots,task,metric,value,stderr,n"
@@ -100,7 +103,10 @@ def test_the_same_command_runs_nothing_again(sweep):
     again = evaluate("-m", *GRID, "sweep_name=small", "tracker=wandb", runs=runs)
     assert again.returncode == 0, again.stderr
     assert f"{CELLS} cells, {CELLS} done, 0 to run" in again.stdout
-    assert again.stdout[again.stdout.index("smollm2-135m, 0-shot") :] in first.stdout
+    table, told, _ = again.stdout[again.stdout.index("smollm2-135m, 0-shot") :].partition("W&B has these cells already")
+    assert table in first.stdout
+    assert told
+    assert "W&B has" not in first.stdout
     assert {p: p.stat().st_mtime_ns for p in (runs / "small").rglob("result.json")} == before
 
 
@@ -123,6 +129,26 @@ def test_another_sweep_reuses_the_cells_and_a_higher_limit_extends_them(sweep):
     together = zip(extended.documents["loglikelihoods"], whole.documents["loglikelihoods"], strict=True)
     for a, b in together:
         assert list(a) == pytest.approx(list(b), abs=1e-3)
+
+
+def test_what_another_sweep_computed_is_logged_too_and_a_finished_sweep_on_demand(sweep):
+    runs, _ = sweep
+    asked = ["-m", "policy=full,h2o", "tasks=[copa]", "limit=4", "data=bundle", "sweep_name=tracked"]
+    boards = runs / "tracked" / "tensorboard"
+
+    def logged() -> dict[str, int]:
+        return {f.name: len(list(f.glob("events*"))) for f in boards.glob("*") if f.is_dir()}
+
+    assert evaluate(*asked, runs=runs).returncode == 0  # all reused, and no tracker
+    assert logged() == {}
+    names = {s.path.name for s in load_sweep(runs / "tracked")}
+    assert sum("__full__" in n for n in names) == 1
+    done = evaluate(*asked, "tracker=tensorboard", runs=runs)
+    assert "2 done, 0 to run" in done.stdout
+    assert logged() == dict.fromkeys([*names, "summary"], 1)
+    assert "tensorboard --logdir" in done.stdout
+    again = evaluate(*asked, "tracker=tensorboard", runs=runs)
+    assert "TensorBoard has these cells already" in again.stdout
 
 
 def test_a_damaged_result_is_set_aside_and_computed_again(sweep):

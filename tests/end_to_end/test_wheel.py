@@ -75,7 +75,7 @@ def test_a_sweep_with_own_policies_and_its_report(environment, empty):
     said = stored[0].result["provenance"]["command"]  # can be run as it stands
     assert (
         said
-        == "a2sf run -m --config-dir own policy=full,h2o,mine,theirs model=little data=bundle 'tasks=[copa]' limit=2"
+        == "a2sf run --config-dir own -m policy=full,h2o,mine,theirs model=little data=bundle 'tasks=[copa]' limit=2"
     )
     assert stored[0].result["provenance"]["git_commit"] is None
 

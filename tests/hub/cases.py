@@ -43,7 +43,7 @@ def load(path: str, **more: object) -> str:
     app.quiet()
     try:
         spec, note = loading.pin(loading.ModelSpec(path, device="cpu", **more))  # type: ignore[arg-type]
-        if (download := loading.prepare(spec)) is not None:
+        for download in loading.prepare(spec):
             download.run()
         loaded = loading.load(spec)
     except UserError as error:
@@ -63,8 +63,7 @@ def interrupted(path: str) -> list[str]:
     from a2sf.errors import UserError
     from a2sf.hf import loading
 
-    download = loading.prepare(loading.pin(loading.ModelSpec(path, device="cpu"))[0])
-    assert download is not None
+    (download,) = loading.prepare(loading.pin(loading.ModelSpec(path, device="cpu"))[0])
     stop = threading.Event()
     stop.set()
     with suppress(UserError):

@@ -10,11 +10,12 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from a2sf import A2SF, Budget
+from a2sf import A2SF, H2O, Budget
 from a2sf.engine.invariants import SCHEDULES
 from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation import tasks
 from a2sf.evaluation.lm import PrunedLM
+from a2sf.hf.loading import ModelSpec, load
 from a2sf.policies.find import find_policies
 from tests.hub.build import write_model
 from tests.models import shared
@@ -156,6 +157,25 @@ def test_too_long_a_context_loses_its_beginning_and_too_long_a_continuation_is_r
         lm._loglikelihood_tokens([(None, ids[:20], ids[20:])])
 
 
+@pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling", "generate_until"])
+def test_a_token_that_the_model_does_not_know_is_named_before_anything_is_computed(kind, tmp_path, monkeypatch):
+    """One that was added to the tokenizer alone; without a word of it a GPU ends the process."""
+    loaded = load(ModelSpec(str(write_model(tmp_path / "model"))))
+    loaded.tokenizer.add_tokens(["<note>"])
+    lm = PrunedLM(loaded.model, A2SF(), Budget(ratio=0.5), tokenizer=loaded.tokenizer)
+    computes = (PrunedLM, "_model_generate") if kind == "generate_until" else (type(loaded.model), "forward")
+    monkeypatch.setattr(*computes, lambda *_, **__: pytest.fail("computed"))
+    texts = {"loglikelihood": lambda t: (t, " yes"), "loglikelihood_rolling": lambda t: (t,)}
+    arguments = texts.get(kind, lambda t: (t, {"until": ["."], "max_gen_toks": 2}))
+    asked = [
+        Instance(kind, {}, arguments(text), 0, metadata=("odd", number, 1), task_name="odd", doc_id=number)
+        for number, text in enumerate(["A plain text", "A text with a <note> in it"])
+    ]
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"task odd, document 1: .*'<note>' as token 49152, .*knows 49152 tokens"):
+            getattr(lm, kind)(asked)
+
+
 def test_word_perplexity_under_pruning(tiny):
     lm = tiny("full", max_length=16)
     text = "some text that is longer than the window of the model"
@@ -181,6 +201,11 @@ def test_known_requests_are_not_computed_again(tiny):
     assert lm.counts.reused == 1
 
 
+def test_a_typo_in_model_args_is_told_before_the_model_is_loaded(tmp_path):
+    with pytest.raises(ConfigError, match="did you mean policy"):
+        lm_eval.simple_evaluate("a2sf", model_args=f"pretrained={tmp_path}/none,polcy=h2o", tasks=["copa"])
+
+
 def test_lm_eval_takes_it_by_name(bundle, tmp_path):
     write_model(tmp_path)
     task = tasks.build("copa", bundle, shots=0, seed=1)
@@ -199,8 +224,12 @@ def test_lm_eval_takes_it_by_name(bundle, tmp_path):
         ({"policy": "h2o", "budget_ratio": 3}, r"budget\.ratio=3"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"policy": "h2o", "budget_tokens": 8, "schedule": "evry4"}, "schedule=evry4 is not allowed: give one of step"),
-        ({"policy": "window", "budget_tokens": 8, "schedule": "prompt"}, "the policy window knows step alone"),
+        ({"policy": "future", "budget_tokens": 8, "schedule": "prompt"}, "the policy future knows step alone"),
         ({"policy": "h2o", "budget_tokens": 8, "schedule": "every0"}, r"schedule\.every=0"),
+        ({"polcy": "h2o"}, r"polcy=h2o is not allowed: the model a2sf has no such argument \(did you mean policy"),
+        ({"policy": H2O(), "forgetting_factor": 0.3}, "forgetting_factor=0.3 .* policy that is given by its name"),
+        ({"policy": "h2o", "budget": 8, "budget_ratio": 0.5}, "not both"),
+        ({"policy": "h2o", "budget": 8, "backend": "nunba"}, "did you mean numba"),
     ],
 )
 def test_bad_arguments(tiny, arguments, why):

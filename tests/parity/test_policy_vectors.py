@@ -1,4 +1,4 @@
-"""Twelve cases of `attend`, computed by an independent program: outputs and kept positions."""
+"""Fourteen cases of `attend`, computed by an independent program: outputs and kept positions."""
 
 from __future__ import annotations
 
@@ -45,4 +45,4 @@ def test_vectors(path: Path, backend: str, dtype: torch.dtype, device: str) -> N
 
 
 def test_all_are_there() -> None:
-    assert len(VECTORS) == 12
+    assert len(VECTORS) == 14

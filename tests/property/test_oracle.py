@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 from a2sf import Schedule, attend, make_policy
 from a2sf.engine.invariants import SCHEDULES
 from tests.oracle import Method, Token, run
-from tests.policies import Counted, RoCo, label
+from tests.policies import Counted, Divided, Looked, RoCo, label
 
 T, K, G, D = 22, 2, 2, 6
 
@@ -57,19 +60,23 @@ def snap(window: int, kernel: int):
     return cut
 
 
-def across(window: int, kernel: int, floor: float):
+def across(window: int, kernel: int, floor: str, rank: Callable[[Token, float], float] = lambda token, score: score):
     def cut(caches: list[list[Token]], budget: int) -> list[set[int]]:
-        seen = [observed(window, kernel, cache, budget) for cache in caches]
-        kept, others = [], []
-        for head, (scores, end) in enumerate(seen):
-            best = sorted(scores, key=lambda p: -scores[p])
-            least = int(floor * (budget - len(end)))
-            kept.append(end | set(best[:least]))
-            others += [(scores[p], p, head) for p in best[least:]]
-        room = len(caches) * budget - sum(map(len, kept))
-        for _, position, head in sorted(others, reverse=True)[:room]:
-            kept[head].add(position)
-        return kept
+        ranks, ends = [], []
+        for cache in caches:
+            scores, end = observed(window, kernel, cache, budget)
+            ranks.append({t.position: rank(t, scores[t.position]) for t in cache if t.position in scores})
+            ends.append(end)
+        equal = budget - len(ends[0])
+        everyone = sorted(((x, p, -head) for head, of in enumerate(ranks) for p, x in of.items()), reverse=True)
+        won = [-head for _, _, head in everyone[: equal * len(caches)]]
+        exact = [(1 - Fraction(floor)) * won.count(head) + Fraction(floor) * equal for head in range(len(caches))]
+        shares = [int(x) for x in exact]
+        by_rest = sorted(range(len(caches)), key=lambda head: (shares[head] - exact[head], head))
+        for head in by_rest[: equal * len(caches) - sum(shares)]:
+            shares[head] += 1
+        best = [sorted(of, key=lambda p: (-of[p], -p))[:n] for of, n in zip(ranks, shares, strict=True)]
+        return [end | set(some) for end, some in zip(ends, best, strict=True)]
 
     return cut
 
@@ -117,7 +124,15 @@ METHODS = {
 CUTS = {
     "snapkv": (make_policy("snapkv", window=3, kernel=3), Method(accumulated, cut=snap(3, 3))),
     "wide": (make_policy("snapkv", window=2, kernel=7), Method(accumulated, cut=snap(2, 7))),
-    "adakv": (make_policy("adakv", window=3, kernel=3, floor=0.4), Method(accumulated, cut=across(3, 3, 0.4))),
+    "adakv": (make_policy("adakv", window=3, kernel=3, floor=0.4), Method(accumulated, cut=across(3, 3, "0.4"))),
+    "all won": (make_policy("adakv", window=2, kernel=3, floor=0.0), Method(accumulated, cut=across(2, 3, "0"))),
+    "all equal": (make_policy("adakv", window=3, kernel=3, floor=1.0), Method(accumulated, cut=snap(3, 3))),
+    "weight and bias": (
+        Divided(),
+        Method(accumulated, cut=across(3, 3, "0.3", lambda x, score: (1 + abs(x.value[0])) * score + x.key[0] / 10)),
+    ),
+    "bias alone": (Divided(scored=False), Method(accumulated, cut=across(3, 3, "0.3", lambda x, score: x.key[0]))),
+    "a function": (Looked(), Method(accumulated, cut=across(3, 3, "0.3", lambda x, score: score * -x.value[1]))),
 }
 CASES = [(name, schedule) for name in METHODS for schedule in SCHEDULES] + [(name, Schedule("prompt")) for name in CUTS]
 

@@ -18,7 +18,7 @@ from a2sf import app, cli
 from a2sf.commands import run, tables
 from a2sf.commands.describe import attributes, paper
 from a2sf.errors import UserError
-from a2sf.experiments import schema
+from a2sf.experiments import config_dir, schema
 from a2sf.experiments.runs import load_sweep
 from a2sf.policies.base import WHEN
 from a2sf.policies.find import built_in, defaults
@@ -101,9 +101,17 @@ def test_a_swept_key_in_a_presets_parameters_is_each_cells_own():
     assert sweeper._each_cells_own(["+place=1,2"])[2] == "limit=${place}"
 
 
-def test_options_among_overrides(hydra):
-    given = ["policy=h2o", "--config-dir", "a=b", "limit=3", "-m", "~budget.base"]
-    assert hydra(*given) == ["--config-dir", "a=b", "-m", "policy=h2o", "limit=3", "~budget.base"]
+def test_options_among_overrides(hydra, tmp_path):
+    (tmp_path / "a=b").mkdir()
+    given = ["policy=h2o", "--config-dir", str(tmp_path / "a=b"), "limit=3", "-m", "~budget.base"]
+    assert hydra(*given) == ["-m", "policy=h2o", "limit=3", "~budget.base"]
+    assert config_dir.option() == ["--config-dir", str(tmp_path / "a=b")]  # which Hydra looks in as config_dir says
+    assert hydra("limit=3", f"-cd={tmp_path}", "-p", "a") == ["-p", "a", "limit=3"]
+    assert config_dir.option() == ["--config-dir", str(tmp_path)]
+    with pytest.raises(UserError, match="--config-dir nowhere is not allowed: there is no such folder"):
+        hydra("limit=3", "--config-dir=nowhere")
+    hydra("limit=3")
+    assert config_dir.option() == []
 
 
 def test_two_things_at_once(hydra):
@@ -112,7 +120,7 @@ def test_two_things_at_once(hydra):
 
 
 def test_every_key_and_choice_is_in_the_help():
-    told = run.help_text(run._folders([]))
+    told = run.help_text([shipped("conf")])
     for name, group in {"": schema.Config, **schema.groups()}.items():
         about = attributes(group)
         for key in vars(group()):

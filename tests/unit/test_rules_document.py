@@ -51,6 +51,12 @@ def test_the_sweep_of_methods_has_every_policy():
     assert sorted(params["policy"].split(",")) == sorted(n for n, cls in built_in().items() if complete(n, cls))
 
 
+def test_the_sweep_of_one_cut_has_every_policy_that_knows_it():
+    params = yaml.safe_load((ROOT / "conf" / "sweep" / "methods_prompt.yaml").read_text())["hydra"]["sweeper"]["params"]
+    known = (n for n, cls in built_in().items() if "prompt" in cls.schedules and complete(n, cls))
+    assert sorted(params["policy"].split(",")) == sorted(known)
+
+
 def complete(name: str, cls: type[Policy]) -> bool:
     """Whether a policy can be run as its configuration stands: not where a user has to give a file."""
     node = yaml.safe_load((ROOT / "conf" / "policy" / f"{name}.yaml").read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 
 import torch
@@ -15,28 +16,37 @@ from a2sf.engine.kernels.dense import attend_dense, serves
 from a2sf.engine.parts import by_heads, by_numbers, by_prompt
 from a2sf.engine.state import Attended, EvictionState, Options, Segments
 from a2sf.engine.stepwise import attend_torch
-from a2sf.errors import ConfigError, Notice, UnsoundKernelError, UserError
+from a2sf.errors import ConfigError, Notice, UnsoundKernelError, UserError, nearest
 from a2sf.policies.rule import Rule
 
 BACKENDS = ("reference", "numba", "triton", "torch")
-_listening: list[set[str]] = []
+_listening: ContextVar[tuple[set[str], ...]] = ContextVar("listening", default=())
 
 
 @contextmanager
 def noting() -> Iterator[set[str]]:
     """The names of what runs inside: of `BACKENDS`, or `dense`."""
     names: set[str] = set()
-    _listening.append(names)
+    before = _listening.get()
     try:
+        _listening.set((*before, names))
         yield names
     finally:
-        _listening.pop()
+        _listening.set(before)
 
 
 def note(name: str) -> None:
     """Say that an implementation runs."""
-    for names in _listening:
+    for names in _listening.get():
         names.add(name)
+
+
+def check_backend(backend: str) -> None:
+    """Raise `ConfigError` unless `backend` is `auto` or a name in `BACKENDS`."""
+    if backend not in ("auto", *BACKENDS):
+        raise ConfigError(
+            "backend", backend, f"give auto or one of {', '.join(BACKENDS)}{nearest(str(backend), BACKENDS)}"
+        )
 
 
 def attend(
@@ -55,8 +65,7 @@ def attend(
         ConfigError: if `backend` is unknown or cannot serve this call.
         UserError: if the policy looks at later tokens and does not see whole sequences.
     """
-    if backend not in ("auto", *BACKENDS):
-        raise ConfigError("backend", backend, f"give auto or one of {', '.join(BACKENDS)}")
+    check_backend(backend)
     if segments.rule.foresee is not None and (state is not None or bool((segments.parent >= 0).any())):
         raise UserError("a policy that looks at later tokens needs each sequence as one segment, from its first token")
     device = query.device.type

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from a2sf.engine.kernels import cpu_run
+from a2sf.engine.kernels.bounds import check_fits, check_lengths, check_segments, check_state, check_tensors, per_token
 from a2sf.engine.kernels.cpu_memory import allocate, make_scratch
 from a2sf.engine.kernels.cpu_run import Given, Program
 from a2sf.engine.kernels.cpu_simd import LANES
@@ -37,10 +38,15 @@ def attend_cpu(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: Options, state: EvictionState | None = None
 ) -> Attended:
     """The recursion, compiled; the contract of `a2sf.engine.eviction.reference` for CPU tensors that are not float64."""
+    check_tensors(query, key, value)
     B, H, T, D = query.shape
     K, V = key.shape[1], value.shape[-1]
+    if state is not None:
+        check_state(state, int((segments.parent < 0).sum()), K, D, V, segments.rule)
     start = None if state is None else (state.positions >= 0).sum(-1).amax(-1)
     plan = _plan(segments, start, options.return_state)
+    if plan.rows > B or plan.columns > T:
+        raise ValueError(f"segments of {plan.rows} rows and {plan.columns} columns are not among the {B} and {T} given")
     most = 1 + segments.schedule.spare
     if start is not None and options.trace:
         most = max(most, 1 + int((start - segments.budget[segments.parent < 0]).max()))
@@ -134,9 +140,11 @@ class SlotCache:
         Raises:
             ValueError: if a row needs more slots than there are.
         """
-        B, T, D = self.rows, query.shape[2], query.shape[3]
-        room = self._shape.room
+        shape, B, T, D = self._shape, self.rows, query.shape[2], query.shape[3]
+        check_fits(query, key, value, B, shape)
+        room = shape.room
         length, limit = (np.broadcast_to(np.asarray(x), B) for x in (T if lengths is None else lengths, budget))
+        check_lengths(length, limit, T)
         limit = limit + self._shape.spare
         after = self._states.counters[:: self._shape.heads, COUNT] + length
         need = np.minimum(after, limit + 1)
@@ -160,7 +168,9 @@ class SlotCache:
 
     def load(self, state: EvictionState, forgetting_factor: Tensor | float = 1.0) -> None:
         """Take over a state of as many rows; the factor is that of what was read, for a rule that divides by age."""
-        if int((state.positions >= 0).sum(-1).max()) > self._shape.room:
+        shape = self._shape
+        check_state(state, self.rows, shape.heads, shape.D, shape.V, self.rule)
+        if int((state.positions >= 0).sum(-1).max()) > shape.room:
             raise ValueError(f"the state holds more tokens than the cache's {self._shape.room} slots")
         self._run(0, cpu_run.GIVEN - np.arange(self.rows), given=_canonical(state, self.rule), factor=forgetting_factor)
 
@@ -244,7 +254,8 @@ def _asked(rule: Rule) -> dict[str, int]:
 def _fixed(rule: Rule, key: Tensor, value: Tensor, positions: Tensor) -> list[Tensor]:
     """`m` and `b` of tokens, float32; empty where the rule has none."""
     key, value = key.detach().float(), value.detach().float()
-    made = (_NO_NUMBERS if f is None else f(key, value, positions) for f in (rule.weight, rule.bias))
+    fs = (rule.weight, rule.bias)
+    made = (_NO_NUMBERS if f is None else per_token(f(key, value, positions), key) for f in fs)
     return [x.float().contiguous() for x in made]
 
 
@@ -338,6 +349,7 @@ class _Plan:
         slots, block: the most slots and the largest block of any segment.
         buffers: states that a tree needs at a time.
         final_slots: the most tokens cached at the end of a segment.
+        rows, columns: how many the segments need.
     """
 
     program: Program
@@ -347,6 +359,8 @@ class _Plan:
     block: int
     buffers: int
     final_slots: int
+    rows: int = 0
+    columns: int = 0
 
 
 def _plan(segments: Segments, start: Tensor | None, return_state: bool) -> _Plan:
@@ -363,6 +377,7 @@ def _make_plan(segments: Segments, start: list[int] | None, return_state: bool) 
     columns = (segments.row, segments.start, segments.length, segments.parent)
     row, first, length, parent = (x.tolist() for x in columns)
     budget, recent, sinks = (x.tolist() for x in (segments.budget, segments.recent, segments.sinks))
+    needed = check_segments(row, first, length, parent, budget)
     count, spare = segments.count, segments.schedule.spare
     children: list[list[int]] = [[] for _ in range(count)]
     roots: list[int] = []
@@ -409,4 +424,4 @@ def _make_plan(segments: Segments, start: list[int] | None, return_state: bool) 
         segments.forgetting_factor[order].float().numpy(),
     )
     slots = -(-slots // LANES) * LANES
-    return _Plan(program, np.array(left, np.int64), sum(length), slots, max(most, 1), buffers, final_slots)
+    return _Plan(program, np.array(left, np.int64), sum(length), slots, max(most, 1), buffers, final_slots, *needed)

@@ -18,7 +18,7 @@ from a2sf.experiments.config import Settings, check_layers
 from a2sf.experiments.names import Named, distinct
 from a2sf.experiments.prepare.bar import download_bar
 from a2sf.hf.files.refusals import NotOnHub, Unreachable
-from a2sf.hf.loading import Download, ModelSpec, fingerprint, load_tokenizer, pin, prepare
+from a2sf.hf.loading import Download, ModelSpec, adapter_of, fingerprint, left_alone, load_tokenizer, pin, prepare
 
 
 def pin_all(settings: Sequence[Settings], known: Mapping[str, str], screen: Console) -> list[Settings]:
@@ -50,12 +50,40 @@ def pin_all(settings: Sequence[Settings], known: Mapping[str, str], screen: Cons
     return made
 
 
+def readable(settings: Sequence[Settings], screen: Console) -> tuple[list[Settings], dict[str, list[str]]]:
+    """The same without the cells of local models whose files cannot be read, and why -> those cells, told at once.
+
+    Raises:
+        UserError: if no cell is left.
+    """
+    broken: dict[ModelSpec, str] = {}
+    for model in dict.fromkeys(c.model for s in settings for c in s.cells):
+        try:
+            fingerprint(model)
+            if model.added is not None:
+                model.added.fingerprint()
+        except UserError as error:
+            if model.source.kind == "hub":  # which is asked later
+                continue
+            broken[model] = str(error)
+    refused: dict[str, list[str]] = {}
+    for cell in (c for s in settings for c in s.cells if c.model in broken):
+        refused.setdefault(broken[cell.model], []).append(f"{cell.model_name}__{cell.task_name}")
+    left = [replace(s, cells=tuple(c for c in s.cells if c.model not in broken)) for s in settings]
+    if broken and not any(s.cells for s in left):
+        raise UserError(next(iter(broken.values())))
+    for told in refused:
+        screen.print(f"[bold red]left out:[/bold red] {escape(told)}", highlight=False, soft_wrap=True)
+    return left, refused
+
+
 def tell_apart(settings: Sequence[Settings]) -> list[Settings]:
     """The same, with names for models that end alike."""
     weights = {c.model: fingerprint(c.model) for s in settings for c in s.cells}
+    adapters = {m: adapter_of(m).get("adapter") for m in weights}
 
     def known(cell: Cell) -> Named:
-        return Named(cell.model_name, cell.model.path, weights[cell.model])
+        return Named.of(cell.model_name, cell.model.path, weights[cell.model], adapters[cell.model])
 
     names = distinct(known(c) for s in settings for c in s.cells)
     return [replace(s, cells=tuple(replace(c, model_name=names[known(c)]) for c in s.cells)) for s in settings]
@@ -77,26 +105,30 @@ def fetch(models: Iterable[ModelSpec], screen: Console) -> dict[ModelSpec, UserE
     """
     models = list(dict.fromkeys(models))
     broken: dict[ModelSpec, UserError] = {}
-    downloads = []
+    downloads: list[Download] = []
     for model in models:
         try:
-            downloads.append(prepare(model))
+            downloads += prepare(model)
         except UserError as error:
             broken[model] = error
-    for download in filter(None, downloads):
+    for download in downloads:
+        if download.spec in broken:
+            continue
         try:
             _download(download, screen)
         except UserError as error:
             broken[download.spec] = error
     if broken and len(broken) == len(models):
         raise next(iter(broken.values()))
+    for note in dict.fromkeys(filter(None, (left_alone(m) for m in models if m not in broken))):
+        screen.print(note, highlight=False, markup=False, soft_wrap=True)
     for told in broken.values():
         screen.print(f"[bold red]left out:[/bold red] {escape(str(told))}", highlight=False, soft_wrap=True)
     return broken
 
 
 def check_prompting(cells: Iterable[Cell], *, hub: bool) -> None:
-    """Refuse a chat template that a tokenizer does not have, before the first cell.
+    """Refuse a chat template, or a beginning-of-sequence token, that a tokenizer does not have, before the first cell.
 
     Args:
         hub: look at the models of the hub, once they are fetched, or at all others, before anything is.
@@ -104,7 +136,7 @@ def check_prompting(cells: Iterable[Cell], *, hub: bool) -> None:
     Raises:
         ConfigError: naming the templates there are.
     """
-    asked = dict.fromkeys((c.model, c.prompting) for c in cells if c.prompting.chat_template)
+    asked = dict.fromkeys((c.model, c.prompting) for c in cells if c.prompting.chat_template or c.model.add_bos_token)
     tokenizers: dict[ModelSpec, object] = {}
     for model, prompting in asked:
         if (model.source.kind == "hub") is hub:

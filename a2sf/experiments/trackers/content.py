@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,13 +47,18 @@ class Summary:
 
 
 class Destination(Protocol):
-    """A tracker. What its methods raise is a note to the user, and ends its part in the sweep.
+    """A tracker. What its methods raise is a note to the user; repeated, it ends the tracker's part in the sweep.
 
     Attributes:
         label: what it is called.
     """
 
     label: str
+
+    @property
+    def marks(self) -> Path | None:
+        """The file that notes what was logged, beside it; None where nothing is logged in earnest."""
+        ...
 
     @property
     def note(self) -> str | None:
@@ -101,7 +107,7 @@ def one_type_per_column(table: pd.DataFrame) -> pd.DataFrame:
     for name in table:
         column = table[name]
         present = column[column.notna()]
-        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in present)
+        numbers = all(isinstance(v, Real) and not isinstance(v, bool) for v in present)
         written = present.astype(float) if numbers else present.map(str)
         columns[name] = written.astype(object).reindex(column.index).where(column.notna(), None)
     return pd.DataFrame(columns, index=table.index)

@@ -32,6 +32,10 @@ class TensorBoardFiles:
         self.directory = directory
 
     @property
+    def marks(self) -> Path:
+        return self.directory / ".logged"
+
+    @property
     def note(self) -> str | None:
         return f"TensorBoard has the sweep: tensorboard --logdir {self.directory}"
 

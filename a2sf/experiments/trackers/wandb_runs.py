@@ -12,6 +12,8 @@ from typing import Any
 from a2sf.experiments.names import safe
 from a2sf.experiments.trackers.content import CellRun, Summary
 
+ATTEMPTS = 3
+"""Ids under which a run is tried; W&B takes no run under the id of one that was deleted."""
 LONGEST_NAME = 128
 """Characters that W&B takes for a name."""
 BASELINE = "baseline"
@@ -30,6 +32,12 @@ class WandbRuns:
 
     def __init__(self, sweep: str, directory: Path, project: str, entity: str | None) -> None:
         self.sweep, self.directory, self.project, self.entity = sweep, directory, project, entity
+
+    @property
+    def marks(self) -> Path | None:
+        if os.environ.get("WANDB_MODE") == "disabled":
+            return None
+        return self.directory / "wandb" / f".logged-{safe(self.project)}-{safe(self.entity or 'default')}"
 
     @property
     def note(self) -> str | None:
@@ -66,26 +74,43 @@ class WandbRuns:
     def _log(
         self, name: str, job_type: str, config: dict[str, Any], values: Callable[[], dict[str, Any]], tags: list[str]
     ) -> None:
-        import wandb
-
         self.directory.mkdir(parents=True, exist_ok=True)
-        run = wandb.init(
+        run = self._start(
+            run_id(self.sweep, name),
             project=self.project,
             entity=self.entity,
             name=safe(name, LONGEST_NAME),
-            id=run_id(self.sweep, name),
             group=safe(self.sweep, LONGEST_NAME),
             job_type=job_type,
             config=config,
             tags=tags,
             dir=str(self.directory),
-            mode=self.mode,  # type: ignore[arg-type]
+            mode=self.mode,
             resume="allow",
             reinit="finish_previous",
-            settings=wandb.Settings(silent=True, console="off", disable_git=True, init_timeout=30),
         )
-        run.log(values())  # the last values logged are the run's summary
-        run.finish()
+        try:
+            run.log(values())  # the last values logged are the run's summary
+        finally:
+            run.finish()
+
+    def _start(self, identity: str, **given: Any) -> Any:
+        """A run under its id; where the server refuses that, under a new one, always the same.
+
+        Raises:
+            wandb.errors.Error: if it takes none, or does not answer.
+        """
+        import wandb
+
+        settings = wandb.Settings(silent=True, console="off", disable_git=True, init_timeout=30)
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return wandb.init(id=identity if attempt == 1 else f"{identity}-{attempt}", settings=settings, **given)
+            except wandb.errors.Error as error:
+                of_no_id = isinstance(error, wandb.errors.AuthenticationError) or "timed out" in str(error)
+                if of_no_id or attempt == ATTEMPTS:
+                    raise
+        raise AssertionError("unreachable")
 
 
 def run_id(sweep: str, name: str) -> str:

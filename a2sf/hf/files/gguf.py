@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ import torch
 from filelock import FileLock
 from transformers import AutoConfig, AutoTokenizer, GgufConfig
 
-from a2sf.errors import ConfigError, first_line
+from a2sf import atomic
+from a2sf.errors import ConfigError, UserError, first_line
 from a2sf.hf.files import weights
-from a2sf.hf.files.cache import cache_directory, digest
+from a2sf.hf.files.cache import cache_directory, digest, stamp
 from a2sf.hf.files.paths import KEY
 
 
@@ -36,42 +37,64 @@ def converted(file: Path, path: str) -> Path:
 
     Raises:
         ConfigError: if the file cannot be read, or lacks weights.
+        UserError: if the cache directory cannot be written.
     """
     target = checkpoint_of(file)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if not target.exists():
-            temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-            try:
-                model, told = weights.from_pretrained(
-                    file.parent,
-                    gguf_file=file.name,
-                    dtype=torch.float32,
-                    quantization_config=GgufConfig(dequantize=True),
-                )
-                tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            except Exception as error:
-                why = f"the GGUF file cannot be read ({type(error).__name__}: {first_line(error)})"
-                raise ConfigError(KEY, path, why) from error
-            weights.check_complete(model, told, path)
-            if hasattr(model.config, "quantization_config"):
-                del model.config.quantization_config
-            try:
-                model.save_pretrained(temporary)
-                tokenizer.save_pretrained(temporary)
-                temporary.rename(target)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+    if not target.is_dir():
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _one_at_a_time(target):
+                if not target.is_dir():
+                    _convert(file, path, target)
+        except OSError as error:
+            raise UserError(
+                f"{target.parent} cannot be written ({error.strerror or first_line(error)}), where the converted model of "
+                f"{path} is to be kept; set A2SF_CACHE to a directory that can be written."
+            ) from error
     return target
+
+
+@contextmanager
+def _one_at_a_time(target: Path) -> Iterator[None]:
+    """Wait for another process that makes `target`; where its lock is not ours to take, both make it."""
+    lock = FileLock(f"{target}.lock")
+    with ExitStack() as held:
+        with suppress(PermissionError):  # another user's file: what is made appears whole, whoever is first
+            held.enter_context(lock)
+        yield
+
+
+def _convert(file: Path, path: str, target: Path) -> None:
+    try:
+        model, told = weights.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except Exception as error:
+        why = f"the GGUF file cannot be read ({type(error).__name__}: {first_line(error)})"
+        raise ConfigError(KEY, path, why) from error
+    weights.check_complete(model, told, path)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    try:
+        with atomic.placed(target) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            atomic.open_as_new(temporary)  # safetensors' files are their owner's alone
+    except OSError:
+        if not target.is_dir():  # not because another process made it first
+            raise
 
 
 def config_of(file: Path) -> Any:
     """transformers' config of a GGUF file."""
-    stat = file.stat()
-    return _config(file, stat.st_size, stat.st_mtime_ns)
+    return _config(file, *stamp(file))
 
 
 @lru_cache(maxsize=8)
-def _config(file: Path, size: int, changed: int) -> Any:
+def _config(file: Path, *stamp: int) -> Any:
     """Of a file as it is: its vocabulary is read with it, which takes seconds, and a grid asks for each of its cells."""
     return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)

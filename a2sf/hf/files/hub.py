@@ -20,6 +20,7 @@ from huggingface_hub.errors import CachedRepoTreeNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import tqdm
 
+from a2sf import atomic
 from a2sf.errors import ConfigError, first_line
 from a2sf.hf.files.refusals import HubError, Unreachable, Wanted, chain, refusal
 
@@ -44,7 +45,7 @@ def commit_of(wanted: Wanted) -> tuple[str, str | None]:
         return _ask(wanted), None
     except Exception as error:
         ref = _cache(wanted) / "refs" / wanted.revision
-        known = ref.read_text().strip() if ref.is_file() else ""
+        known = ref.read_text(encoding="utf-8").strip() if ref.is_file() else ""
         if not (_cache(wanted) / "snapshots" / known).is_dir() or not is_commit(known):
             raise refusal(error, wanted) from error
         return known, f"{wanted.repo}: {_why_not(error)}; what the cache has is used, commit {known[:12]}."
@@ -74,7 +75,7 @@ def _ask(wanted: Wanted) -> str:
         ref = _cache(wanted) / "refs" / wanted.revision
         with suppress(OSError):  # only for later; a cache that cannot be written is told when it must be
             ref.parent.mkdir(parents=True, exist_ok=True)
-            ref.write_text(info.sha)
+            atomic.write(ref, info.sha)
     return info.sha
 
 

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from a2sf.errors import ConfigError, first_line
+from a2sf.hf.files import adapter
 from a2sf.hf.files.refusals import chain
 
 KEY = "model.path"
@@ -74,6 +75,7 @@ class Folder:
 
     @property
     def sizes(self) -> dict[str, int]:
+        list(self.directory.iterdir())  # raises where it cannot be looked into, as glob does not
         files = [*self.directory.glob("*"), *self.directory.glob("*/*")]
         return {f.relative_to(self.directory).as_posix(): f.stat().st_size for f in files if f.is_file()}
 
@@ -157,7 +159,7 @@ def _no_weights(there: Mapping[str, int]) -> str:
     if ggufs:
         return f"it holds GGUF files; name one of them ({_some(ggufs)}), as in owner/name/{ggufs[0]}"
     if "adapter_config.json" in there:
-        return "it holds an adapter, not a whole model; merge it into its base model and give what comes out"
+        return "it holds an adapter, not a whole model; give its base model as model.path and this as model.adapter"
     if "config.json" not in there:
         return "it holds no model (there is no config.json)"
     others = {
@@ -169,11 +171,18 @@ def _no_weights(there: Mapping[str, int]) -> str:
 
 def _shards(index: Path, path: str) -> tuple[str, ...]:
     try:
-        return tuple(sorted(set(json.loads(index.read_text())["weight_map"].values())))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return tuple(sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
+    except OSError as error:
+        raise unreadable(error, path, index) from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(
             KEY, path, f"{index.name} does not say where the weights are ({first_line(error)})"
         ) from error
+
+
+def unreadable(error: OSError, path: str, file: Path) -> ConfigError:
+    """The refusal of a model for a file or directory that the system does not let us read."""
+    return ConfigError(KEY, path, f"{error.filename or file} cannot be read ({error.strerror or first_line(error)})")
 
 
 def check_whole(folder: Path, weights: Weights, path: str) -> None:
@@ -190,7 +199,9 @@ def check_whole(folder: Path, weights: Weights, path: str) -> None:
             if not pointer and weights.format == "safetensors":
                 with safetensors.safe_open(str(file), framework="pt"):
                     pass
-        except (OSError, safetensors.SafetensorError) as error:
+        except OSError as error:
+            raise unreadable(error, path, file) from error
+        except safetensors.SafetensorError as error:
             why = f"{name} is not a whole safetensors file ({first_line(error)})"
             raise ConfigError(KEY, path, f"{why}; delete {file} and get it again") from error
         if pointer:
@@ -255,7 +266,8 @@ def from_pretrained(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """transformers' own, with what it tells of the weights, for `check_complete`."""
     # shapes that do not fit are told there, all of them and with their names
-    loaded: Any = auto.from_pretrained(folder, ignore_mismatched_sizes=True, output_loading_info=True, **settings)
+    told = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    loaded: Any = auto.from_pretrained(folder, **told, **adapter.NOWHERE, **settings)
     return loaded
 
 

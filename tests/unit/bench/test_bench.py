@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import time
+
 import pytest
 import torch
 
 from a2sf import evicting_attention
-from a2sf.bench import kernels
+from a2sf.bench import kernels, process
 from a2sf.bench.measuring import Figures, alternately
 from a2sf.commands import bench
 from a2sf.errors import ConfigError
@@ -45,8 +49,8 @@ def test_one_part_keeps_what_the_others_measured(tmp_path, monkeypatch, capsys):
 
 
 def test_every_target_is_named_once():
-    parts = (kernels.TARGETS, bench.harness.TARGETS, bench.groups.TARGETS, bench.decode.TARGETS, bench.prompt.TARGETS)
-    assert len(bench.TARGETS) == sum(map(len, parts))
+    parts = (kernels, bench.harness, bench.groups, bench.decode, bench.prompt, bench.process)
+    assert len(bench.TARGETS) == sum(len(part.TARGETS) for part in parts)
 
 
 def test_a_gpus_figures_are_not_mixed_with_a_cpus(tmp_path, monkeypatch):
@@ -57,3 +61,48 @@ def test_a_gpus_figures_are_not_mixed_with_a_cpus(tmp_path, monkeypatch):
         bench.main(["--only", "kernel", "--out", str(file)])
     with pytest.raises(ConfigError, match=r"model\.device=cuda:9"):
         bench.main(["--only", "kernel", "--device", "cuda:9"])
+
+
+def test_processor_time_is_that_of_the_process_alone():
+    """Not of the clock, nor of another process."""
+    spent, seconds = process.spent("import time; time.sleep(0.5)")
+    assert spent < seconds
+    assert seconds >= 0.5
+    with pytest.raises(subprocess.CalledProcessError):
+        process.spent("raise SystemExit(3)")
+
+
+def test_busy_processes_are_busy_and_end():
+    with process.busy(2) as others:
+        time.sleep(0.3)
+        assert all(o.poll() is None for o in others)
+    assert all(o.poll() is not None for o in others)
+
+
+def test_start_up_and_a_busy_machine_are_compared_in_turns(tmp_path, monkeypatch):
+    """Each thing is measured as often, and the ratios are of medians."""
+    calls: list[tuple[str, str | None]] = []
+
+    def spent(code, *arguments, **environment):
+        what = "imports" if not arguments else "tiny" if any("model.path" in a for a in arguments) else "sweep"
+        calls.append((what, environment.get("GOMP_SPINCOUNT")))
+        beside = 1.2 if running else 1.0
+        return {"imports": 4.0, "tiny": 5.0, "sweep": 10.0 * beside}[what], 10.0 if environment else 9.0
+
+    running: list[int] = []
+
+    @contextlib.contextmanager
+    def busy(count):
+        running.append(count)
+        yield []
+        running.clear()
+
+    monkeypatch.setattr(process, "spent", spent)
+    monkeypatch.setattr(process, "busy", busy)
+    monkeypatch.setattr(process, "tiny_model", lambda folder: None)
+    figures = Figures(tmp_path / "bench.json")
+    process.measure(figures, 2)
+    assert figures.ratios == pytest.approx(
+        {"start_up_over_imports": 1.25, "processor_time_busy_over_alone": 1.2, "sweep_alone_over_spinning": 0.9}
+    )
+    assert sorted({c for c in calls if c[1]}) == [("sweep", process.SPINNING["GOMP_SPINCOUNT"])]

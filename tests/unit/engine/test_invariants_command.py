@@ -11,12 +11,16 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from a2sf import Policy, Retention, Step
+from a2sf import Policy, Retention, Schedule, Step
 from a2sf.commands import check as command
-from a2sf.engine.invariants import INVARIANTS, check
+from a2sf.engine import stepwise
+from a2sf.engine.cases import case
+from a2sf.engine.invariants import INVARIANTS, Broken, Excepted, check
+from a2sf.engine.opposite import chooses
 from a2sf.errors import ConfigError, UserError
 from a2sf.policies.find import find_policies
 from tests.outside import policy
+from tests.policies import Divided, Looked, label
 
 
 @dataclass(kw_only=True)
@@ -128,6 +132,41 @@ class WrongShape(Own):
 
     def priorities(self, step: Step) -> Any:
         return step.scores[..., 0]
+
+
+class Indifferent(Own):
+    name = "indifferent"
+
+    def priorities(self, step: Step) -> Any:
+        return torch.zeros_like(step.scores)
+
+
+NEGATED = "a rule that is negated keeps something else"
+
+
+@pytest.mark.parametrize("made", [Divided(), Divided(scored=False), Looked()], ids=label)
+@pytest.mark.parametrize("then", ["keep", "step"])
+def test_a_rule_that_is_not_looked_at_is_found(made, then, monkeypatch):
+    """As cuts across heads were once ranked: by attention, whatever the rule says."""
+    tried = case(made, Schedule("prompt", then=then), 0)
+    INVARIANTS[NEGATED](tried)
+    real = stepwise.smallest_of_all_heads
+
+    def by_attention(numbers, priority, step, free):
+        return real(numbers, step.scores, step, free)
+
+    monkeypatch.setattr(stepwise, "smallest_of_all_heads", by_attention)
+    with pytest.raises(Broken, match="the opposite rule keeps the same tokens"):
+        INVARIANTS[NEGATED](tried)
+
+
+def test_a_rule_without_a_choice_is_no_rule_that_is_ignored():
+    """Windows that fill the budget decide nothing, and priorities that are all equal leave it to age."""
+    for made in (cls() for cls in find_policies().values()):
+        if not chooses(made.keeps(8), 2, 24):
+            INVARIANTS[NEGATED](case(made, Schedule(made.schedules[0]), 0))
+    with pytest.raises(Excepted, match="its priorities are all equal"):
+        INVARIANTS[NEGATED](case(Indifferent(), Schedule(), 0))
 
 
 def broken(policy: Policy) -> dict[str, str]:

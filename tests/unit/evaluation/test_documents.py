@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
 import os
 import textwrap
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, load_dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from a2sf.errors import ConfigError, UserError
-from a2sf.evaluation import definitions, sources, tasks
+from a2sf.evaluation import definitions, json_files, sources, tasks
+from a2sf.evaluation.rows import Rows
 
 MMLU = {"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 1, "subject": "anatomy"}
 
@@ -244,3 +250,186 @@ def test_documents_without_the_fields_of_the_task_are_one_sentence(tmp_path):
     with pytest.raises(UserError, match="tasks=arc_easy: its documents cannot be used") as told:
         tasks.build("arc_easy", tasks.DataSpec(dir=str(tmp_path)), shots=0, seed=1)
     assert "\n" not in str(told.value)
+
+
+# value for value
+
+ODD = [
+    {"n": 4, "when": "1989-11-09", "days": ["1989-11-09"], "mixed": "4", "more": {"a": 1}, "big": 2**70},
+    {"n": 2.5, "when": "1990-10-03 12:00:00", "days": [], "mixed": 4, "more": {"b": [1, 2.5]}, "extra": True},
+    {"n": 7, "when": "2001-01-01", "days": ["2001-01-01", "x"], "mixed": [1], "more": None},
+]
+GENERATES = """
+task: odd
+output_type: generate_until
+validation_split: validation
+doc_to_text: "{{when}}: {{n}} {{mixed}} {{days}}"
+doc_to_target: "{{n}}"
+generation_kwargs: {until: ["\\n"]}
+metric_list: [{metric: exact_match}]
+"""
+
+
+def odd(folder, data):
+    """Documents of a definition that is read by the path of its file."""
+    (folder / "odd.yaml").write_text(GENERATES + data)
+    return str(folder / "odd.yaml")
+
+
+@pytest.mark.parametrize("layout", ["lines", "list", "definition", "compressed"])
+def test_json_is_read_value_for_value(tmp_path, layout):
+    lines = "".join(json.dumps(r) + "\n" for r in ODD)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    if layout == "list":
+        (folder / "odd.json").write_text(json.dumps(ODD, indent=2))
+    elif layout == "compressed":
+        (folder / "odd.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    else:
+        (folder / "odd.jsonl").write_text(lines)
+    ref, spec = odd(tmp_path, ""), tasks.DataSpec(dir=str(folder))
+    if layout in ("definition", "compressed"):
+        file = next(folder.iterdir())
+        ref = odd(tmp_path, f"dataset_path: json\ndataset_kwargs: {{data_files: {{validation: {file}}}}}\n")
+        spec = tasks.DataSpec()
+    task = tasks.build(ref, spec, shots=0, seed=1)
+    assert repr(list(task.eval_docs)) == repr([{**dict.fromkeys([*ODD[0], "extra"]), **r} for r in ODD])
+    assert [task.doc_to_target(d) for d in task.eval_docs] == ["4", "2.5", "7"]
+    assert task.doc_to_text(task.eval_docs[0]) == "1989-11-09: 4 4 ['1989-11-09']"
+
+
+def test_a_tasks_own_processing_sees_and_keeps_the_values(tmp_path):
+    write(tmp_path / "x.jsonl", [{"n": 1, "s": "1989-11-09"}, {"n": 2.5, "s": "b"}, {"n": 3, "s": "c"}])
+    (tmp_path / "utils.py").write_text(
+        textwrap.dedent(
+            """
+            def process(dataset):
+                assert dataset.column_names == list(dataset.features) == ["n", "s"]
+                made = dataset.map(lambda d, i: {"twice": d["n"] * 2, "at": i}, with_indices=True, num_proc=1)
+                made = made.filter(lambda d: d["n"] != 3, load_from_cache_file=False).rename_column("s", "name")
+                return made.map(lambda b: {"odd": [n == 1 for n in b["n"]]}, batched=True, remove_columns=["at"])
+            """
+        )
+    )
+    source = f"dataset_path: json\ndataset_kwargs: {{data_files: {{validation: {tmp_path / 'x.jsonl'}}}}}\n"
+    (tmp_path / "odd.yaml").write_text(
+        GENERATES.replace('"{{when}}: {{n}} {{mixed}} {{days}}"', "name")
+        + source
+        + "process_docs: !function utils.process\n"
+    )
+    task = tasks.build(str(tmp_path / "odd.yaml"), tasks.DataSpec(), shots=0, seed=1)
+    assert repr(list(task.eval_docs)) == repr(
+        [
+            {"n": 1, "twice": 2, "name": "1989-11-09", "odd": True},
+            {"n": 2.5, "twice": 5.0, "name": "b", "odd": False},
+        ]
+    )
+
+
+def test_other_methods_of_a_dataset_are_as_there_or_refused():
+    rows = [{"n": i, "s": str(i)} for i in range(9)]
+    mine, theirs = Rows(rows), Dataset.from_list(rows)
+    for method, arguments in {
+        "shuffle": {"seed": 4},
+        "select": {"indices": [3, 1]},
+        "sort": {"column_names": "s"},
+    }.items():
+        assert list(getattr(mine, method)(**arguments)) == list(getattr(theirs, method)(**arguments))
+    assert mine["s"] == list(theirs["s"])
+    assert mine[2:4] == theirs[2:4]
+    assert mine[-1] == theirs[-1]
+    mine[0]["n"] = 100  # as of a dataset, what is given out is a copy
+    assert mine[0]["n"] == 0
+    with pytest.raises(UserError, match=r"sort of a dataset would change n of document 0 from 1 to 1\.0"):
+        Rows([{"n": 1}, {"n": 2.5}]).sort("n")
+    with pytest.raises(AttributeError):
+        mine.set_format("numpy")
+
+
+PLAIN_VALUE = st.one_of(
+    st.text(max_size=5),
+    st.integers(-(2**63), 2**63 - 1),
+    st.floats(allow_nan=False),
+    st.booleans(),
+    st.none(),
+    st.sampled_from(["1989-11-09", "1989-11-09 10:00", "x"]),
+)
+VALUE = st.recursive(
+    PLAIN_VALUE,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    rows=st.lists(st.fixed_dictionaries({"x": VALUE}, optional={"y": PLAIN_VALUE}), min_size=1, max_size=3),
+    listed=st.booleans(),
+)
+def test_documents_keep_their_identity_where_a_table_held_them_unchanged(tmp_path_factory, rows, listed):
+    """And only there: what a table changed has another number now, and an earlier result must not be taken for it."""
+    if not json_files.one_type_each(rows, listed):
+        return
+    file = tmp_path_factory.mktemp("rows") / "rows.json"
+    file.write_text(json.dumps(rows) if listed else "".join(json.dumps(r) + "\n" for r in rows))
+    table = load_dataset("json", data_files=str(file), split="train", cache_dir=str(file.parent / "cache"))
+    assert repr(list(table)) == repr(list(Rows(json_files.read(file))))
+
+
+def test_the_identity_of_documents_moves_with_what_is_read(tmp_path):
+    write(tmp_path / "piqa.jsonl", piqa())
+    plain = hashlib.sha256(
+        f"validation .jsonl {hashlib.sha256((tmp_path / 'piqa.jsonl').read_bytes()).hexdigest()}".encode()
+    )
+    spec = tasks.DataSpec(dir=str(tmp_path))
+    assert content("piqa", spec) == plain.hexdigest()[:16]  # what it always was
+    write(tmp_path / "piqa.jsonl", [*piqa(), {**piqa(1)[0], "label": 0.5}])
+    moved = hashlib.sha256(
+        f"validation .jsonl {hashlib.sha256((tmp_path / 'piqa.jsonl').read_bytes()).hexdigest()}".encode()
+    )
+    assert content("piqa", spec) != moved.hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"a": 1}\n{"a": 2', "in line 2"),
+        ('{"a": 1, "a": 2}', "the field a twice"),
+        ('{"a": 1}\n[2]', r"document 1 is no JSON object but \[2\]"),
+        ('{\n"a": [1, 2]\n}', "one document a line"),
+        ("\n\n", "holds no document"),
+    ],
+)
+def test_json_that_cannot_be_read_is_one_sentence(tmp_path, text, told):
+    (tmp_path / "piqa.jsonl").write_text(text)
+    with pytest.raises(UserError, match=told) as error:
+        tasks.build("piqa", tasks.DataSpec(dir=str(tmp_path)), shots=0, seed=1)
+    assert "piqa.jsonl" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("there", "unread"),
+    [
+        (["piqa/train.jsonl"], "piqa/validation.csv"),
+        (["piqa/test.jsonl"], "piqa/validation.tsv"),
+        ([], "piqa.csv"),
+        (["piqa/test.jsonl"], "piqa/validation.jsonl.gz"),
+        ([], "piqa.jsonl.gz"),
+    ],
+)
+def test_a_file_that_is_not_read_is_named(tmp_path, there, unread):
+    """And no other split is scored in its place."""
+    for file in (*there, unread):
+        write(tmp_path / file, piqa())
+    with pytest.raises(ConfigError, match=r"such a file is not read.*; give Arrow, Parquet, JSONL or JSON") as told:
+        source("piqa", tasks.DataSpec(dir=str(tmp_path)))
+    assert unread in str(told.value)
+
+
+def test_a_file_that_is_not_read_may_lie_beside_the_one_that_is(tmp_path):
+    for file in ("piqa/validation.jsonl", "piqa/validation.csv", "piqa/train.csv", "piqa/notes.txt"):
+        write(tmp_path / file, piqa())
+    assert source("piqa", tasks.DataSpec(dir=str(tmp_path))).scored == "validation"
+    with pytest.raises(ConfigError, match=r"train\.csv is not allowed"):
+        source("piqa", tasks.DataSpec(dir=str(tmp_path), fewshot_split="train"), shots=1)

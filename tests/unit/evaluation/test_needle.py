@@ -123,7 +123,7 @@ def test_a_cell_of_the_task_and_its_traces(lm, tmp_path, monkeypatch):
 
     # of several answers to one request only the first is stored, so they are generated again
     stored = SimpleNamespace(result=json.loads(json.dumps(result)), documents=table)
-    monkeypatch.setattr(group, "find_extendable", lambda *_: {one.family: stored})
+    monkeypatch.setattr(group, "find_extendable", lambda *_: {one.name: stored})
     build = tasks.build
 
     def repeated(*arguments, **settings):

@@ -62,7 +62,7 @@ def sentence(*overrides: str) -> str:
         (["policy=streaming", "policy.sinks=-1"], ["policy.sinks=-1", "at least 0"]),
         (["policy=h2o", "policy.recent_share=1.5"], ["policy.recent_share=1.5", "from 0 to 1"]),
         (["policy=h2o", "+policy.heavy=3"], ["policy.heavy=3", "recent_share"]),
-        (["policy=window", "schedule=prompt"], ["schedule.when=prompt", "the policy window knows step alone"]),
+        (["policy=future", "schedule=prompt"], ["schedule.when=prompt", "the policy future knows step alone"]),
         (["policy=snapkv", "schedule=step"], ["schedule.when=step", "the policy snapkv knows prompt alone"]),
         (["schedule=evry"], ["schedule=evry", "every, prompt, step", "did you mean every"]),
         (["schedule.when=now"], ["schedule.when=now", "step, every, prompt"]),
@@ -217,6 +217,17 @@ def test_only_a_gpus_cells_are_of_the_gpus_version(monkeypatch):
     monkeypatch.setattr("a2sf.experiments.cell.GPU_VERSION", 999)
     assert dataclasses.replace(gpu).id != before
     assert dataclasses.replace(cpu).id == cpu.id
+
+
+def test_only_a_changed_policys_cells_are_of_its_version(monkeypatch):
+    """Finished results of an earlier version are not reused, and those of all other policies are."""
+    h2o, snapkv = (settings(f"policy={p}", "data=bundle").cells[0] for p in ("h2o", "snapkv"))
+    assert not {"policy_version", "cut"} & {*h2o.identity, *snapkv.identity}
+    before = h2o.id, snapkv.id
+    monkeypatch.setattr(type(snapkv.policy), "version", 2)
+    changed = dataclasses.replace(snapkv)
+    assert (dataclasses.replace(h2o).id, changed.id != before[1]) == (before[0], True)
+    assert changed.identity == snapkv.identity | {"policy_version": 2}
 
 
 def test_suites():

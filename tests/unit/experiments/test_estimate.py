@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
+import torch
+from transformers import LlamaConfig, MixtralConfig
 
 from a2sf.evaluation import tasks
 from a2sf.evaluation.prompting import Prompting
+from a2sf.experiments import rate
 from a2sf.experiments.cell import Cell
-from a2sf.experiments.estimate import Measured, _documents, _known_lengths, _tokens
+from a2sf.experiments.estimate import Estimate, Measured, _documents, _known_lengths, _tokens, estimate
 from a2sf.hf.loading import ModelSpec, load_tokenizer
 from a2sf.policies.find import find_policies
 from tests.conftest import SMOLLM2
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def full(limit: int, asked: Prompting | None = None, shots: int = 0) -> list[Cell]:
@@ -91,3 +104,37 @@ def test_another_models_template_is_taken_last():
         lengths, found = _known_lengths(cell, measured)
         assert 10 < lengths[0][0][0] < 99
         assert found is own
+
+
+def test_a_model_that_never_ran_here_is_tried_for_a_moment(tmp_path, monkeypatch):
+    """The first plan says how long it takes, without weights: by products of the sizes that the config tells."""
+    tried = []
+    monkeypatch.setattr(rate, "_product", lambda size, dtype, device: tried.append(size) or 1e-6 * size[0] * size[1])
+    rate.seconds_per_token.cache_clear()
+    LlamaConfig(**SIZES).save_pretrained(tmp_path / "model")  # nothing else is there
+    spec = ModelSpec(path=str(tmp_path / "model"), dtype="float32", device="cpu")
+    matrices = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)  # of two layers; neither embeddings nor the head
+    assert rate.seconds_per_token(spec) == pytest.approx(rate.BESIDE * 1e-6 * matrices / rate.TOKENS)
+    assert rate.seconds_per_token(spec)
+    assert len(tried) == len(set(tried)) == 4
+    rate.seconds_per_token.cache_clear()
+
+
+def test_nothing_is_said_of_a_model_that_is_not_here_or_whose_tokens_meet_some_matrices(tmp_path):
+    assert rate.seconds_per_token(ModelSpec(path="owner/nowhere", revision="a" * 40, device="cpu")) is None
+    experts = MixtralConfig(**SIZES, num_local_experts=4)
+    assert not rate.matrices(experts)
+
+
+def test_a_trial_takes_a_moment_and_is_a_time():
+    started = time.perf_counter()
+    assert 0 < rate._product((48, 32), torch.float32, torch.device("cpu")) < rate.SECONDS
+    assert time.perf_counter() - started < 5
+
+
+def test_a_plan_says_what_was_tried_and_what_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("a2sf.experiments.estimate.seconds_per_token", lambda model: 0.5)
+    group = full(4)
+    monkeypatch.setattr("a2sf.experiments.estimate._tokens", lambda *_: 100.0)
+    assert estimate([group], tmp_path) == [Estimate(100.0)]
+    assert estimate([group], tmp_path, trial=True) == [Estimate(100.0, 50.0, tried=True)]

@@ -106,15 +106,6 @@ def test_the_same_cell_of_another_sweep_is_linked(tmp_path):
     assert runs.read_cell(tmp_path / "two" / "a").result == runs.read_cell(tmp_path / "one" / "a").result
 
 
-def test_the_cell_with_most_documents_is_the_one_to_extend(tmp_path):
-    for limit in (2, 9, 4):
-        body = result(limit=limit)
-        body["documents"]["n"] = limit
-        runs.write_cell(tmp_path / "s" / f"x__n{limit}__abcd", body, DOCUMENTS, "")
-    assert runs.find_extendable(tmp_path, ["__abcd"])["__abcd"].cell["limit"] == 9
-    assert runs.find_extendable(tmp_path, ["__other"]) == {}
-
-
 def test_empty_and_missing_directories(tmp_path):
     with pytest.raises(UserError, match="no finished cell"):
         runs.load_sweep(tmp_path)

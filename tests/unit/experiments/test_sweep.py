@@ -25,8 +25,9 @@ from a2sf.evaluation import scoring, tasks
 from a2sf.experiments import group, sweep
 from a2sf.experiments.cell import Cell
 from a2sf.experiments.estimate import estimate
+from a2sf.experiments.reuse import plan
 from a2sf.experiments.runs import is_cell, load_sweep, tail_of
-from a2sf.experiments.sweep import DiskError, Runner, finish, plan
+from a2sf.experiments.sweep import DiskError, Runner, finish
 from a2sf.experiments.tracking import Tracker, TrackerSpec
 from a2sf.hf.loading import ModelSpec, fingerprint
 from a2sf.policies.budget import Budget
@@ -209,6 +210,7 @@ def hold(lock: str, ready: str) -> None:
 def test_a_cell_that_another_process_computes_is_busy_until_that_process_is_dead(runner, tmp_path):
     ready = tmp_path / "ready"
     lock = sweep._lock_file(runner.directory, cell())
+    lock.parent.mkdir(parents=True)
     owner = multiprocessing.get_context("spawn").Process(target=hold, args=(str(lock), str(ready)))
     owner.start()
     while not ready.exists():

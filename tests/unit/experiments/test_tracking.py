@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from a2sf.errors import ConfigError
-from a2sf.experiments.runs import results_frame
+from a2sf.commands import track
+from a2sf.errors import ConfigError, UserError
+from a2sf.experiments.runs import results_frame, write_cell
 from a2sf.experiments.trackers.content import one_type_per_column
+from a2sf.experiments.trackers.wandb_runs import run_id
 from a2sf.experiments.tracking import Tracker, TrackerSpec
 from a2sf.report.output import pictures
 from tests.sweep_fixture import Plan, write_sweep
@@ -114,7 +118,7 @@ def test_tensorboard_has_the_same(cells, logged):
         events = EventAccumulator(str(logged / "tensorboard" / folder), size_guidance={"images": 0, "tensors": 0})
         return events.Reload()
 
-    folders = {f.name for f in (logged / "tensorboard").iterdir()}
+    folders = {f.name for f in (logged / "tensorboard").iterdir() if f.is_dir()}
     assert folders == {s.path.name for s in cells} | {"summary"}
     for stored in cells:
         events = read(stored.path.name)
@@ -167,10 +171,147 @@ def test_one_tracker_that_fails_leaves_the_other_alone(cells, tmp_path, monkeypa
     assert tracker.failed == {"W&B": "no route"}
     assert "no plot of this" in tracker.note
     assert f"tensorboard --logdir {tmp_path}/boards/s" in tracker.note
-    assert {f.name for f in (tmp_path / "boards" / "s").iterdir()} == {cells[0].path.name, "summary"}
+    assert {f.name for f in (tmp_path / "boards" / "s").iterdir() if f.is_dir()} == {cells[0].path.name, "summary"}
 
 
 def test_a_tracker_that_is_not_installed_is_told_at_once(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r'tensorboard is not installed; pip install "a2sf\[tensorboard\]"'):
         TrackerSpec(kinds=("tensorboard",))
+
+
+class Server:
+    """What W&B's server does of what the tests need: `wandb.init` as the sweep calls it, raising what wandb raises.
+
+    Attributes:
+        deleted: ids that it takes no more.
+        runs: by id, everything that was logged to it.
+    """
+
+    def __init__(self) -> None:
+        self.deleted: set[str] = set()
+        self.runs: dict[str, list[dict]] = {}
+        self.down = False
+        self.asked = 0
+
+    def init(self, *, id, name, **_):
+        import wandb
+
+        self.asked += 1
+        if self.down:
+            raise wandb.errors.CommError("Run initialization has timed out after 30.0 sec")
+        if id in self.deleted:
+            raise wandb.errors.CommError(
+                f"run {name} was previously created and deleted; try a new run name (Error 409)"
+            )
+        logged = self.runs.setdefault(id, [])
+        return SimpleNamespace(log=logged.append, finish=lambda: None)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    made = Server()
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr("wandb.init", made.init)
+    return made
+
+
+def tracked(cells, kinds=("wandb",), **more) -> Tracker:
+    """A tracker that was given a whole sweep, as after a start of the program."""
+    directory = cells[0].path.parent
+    tracker = Tracker(TrackerSpec(kinds=kinds), "s", directory, **more)
+    for stored in cells:
+        tracker.log_cell(stored)
+    tracker.log_summary(results_frame(cells), dict)
+    return tracker
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    return write_sweep(tmp_path / "s", Plan(documents={"piqa": 5}, policies=("full", "h2o", "window"), budgets=(0.2,)))
+
+
+def test_a_run_that_was_deleted_goes_under_a_new_id_and_the_others_as_ever(sweep, server):
+    gone = run_id("s", sweep[1].path.name)
+    server.deleted.add(gone)
+    assert tracked(sweep).complete
+    names = [s.path.name for s in sweep]
+    expected = {run_id("s", names[0]), f"{gone}-2", run_id("s", names[2]), run_id("s", "summary")}
+    assert set(server.runs) == expected
+    server.deleted.add(f"{gone}-2")
+    assert tracked(sweep, again=True).complete
+    assert f"{gone}-3" in server.runs
+
+
+def test_a_run_that_is_refused_under_any_id_costs_no_other(sweep, server):
+    lost = run_id("s", sweep[1].path.name)
+    server.deleted |= {lost, f"{lost}-2", f"{lost}-3"}
+    tracker = tracked(sweep)
+    assert not tracker.complete
+    assert f"W&B failed for 1 of its runs ({sweep[1].path.name}: run" in tracker.note
+    assert len(server.runs) == 3  # the others and the summary
+    server.deleted.clear()
+    tracker = tracked(sweep)  # only what is missing
+    assert (tracker.complete, tracker.logged, len(server.runs)) == (True, 1, 4)
+    assert all(len(r) == 1 for r in server.runs.values())
+
+
+def test_a_server_that_does_not_answer_is_not_asked_for_every_cell(sweep, server):
+    server.down = True
+    tracker = tracked(sweep)
+    assert "timed out" in tracker.failed["W&B"]
+    assert server.asked == 2
+    server.down = False
+    assert tracked(sweep).logged == 3
+
+
+def test_every_cell_is_logged_once_over_restarts_and_anew_when_it_was_computed_anew(sweep, server):
+    for expected in (3, 0):
+        tracker = tracked(sweep)
+        assert tracker.logged == expected
+    assert "W&B has these cells already" in tracker.note
+    assert all(len(r) == 1 for r in server.runs.values())
+    body = {k: v for k, v in sweep[0].result.items() if k != "checksums"}
+    body["metrics"]["acc"]["value"] += 0.01
+    documents = sweep[0].documents
+    shutil.rmtree(sweep[0].path)
+    changed = write_cell(sweep[0].path, body, documents, "")
+    assert tracked([changed, *sweep[1:]]).logged == 1
+    other = Tracker(TrackerSpec(kinds=("wandb",), project="other"), "s", sweep[0].path.parent)
+    other.log_cell(changed)  # another project has it not
+    assert other.logged == 1
+
+
+def test_what_was_deleted_on_the_disk_is_logged_again(sweep):
+    assert tracked(sweep, ("tensorboard",)).logged == 3
+    assert tracked(sweep, ("tensorboard",)).logged == 0
+    shutil.rmtree(sweep[0].path.parent / "tensorboard")
+    assert tracked(sweep, ("tensorboard",)).logged == 3
+
+
+def test_the_command_logs_a_finished_sweep(sweep, server, tmp_path, capsys):
+    directory = str(sweep[0].path.parent)
+    (tmp_path / "own" / "tracker").mkdir(parents=True)
+    (tmp_path / "own" / "tracker" / "team.yaml").write_text("kinds: {team: wandb}\nproject: team\n")
+    track.main([directory, "tracker=wandb"])
+    assert "3 cells, 3 logged now" in capsys.readouterr().out
+    assert len(server.runs) == 4
+    track.main([directory, "tracker=wandb"])
+    told = capsys.readouterr().out
+    assert "3 cells, 0 logged now" in told
+    assert "--again" in told
+    track.main([directory, "tracker=team", "--config-dir", str(tmp_path / "own")])
+    assert "3 logged now" in capsys.readouterr().out
+    track.main([directory, "tracker=[wandb,tensorboard]", f"tracker.directory={tmp_path}/boards"])
+    assert len(list((tmp_path / "boards" / "s").glob("*/events*"))) == 4
+    server.down = True
+    with pytest.raises(SystemExit):
+        track.main([directory, "tracker=wandb", "--again"])
+    for wrong, told in (
+        ([directory], "needs a tracker"),
+        (["tracker=wandb"], "needs the directory"),
+    ):
+        with pytest.raises(UserError, match=told):
+            track.main(wrong)
+    with pytest.raises(UserError, match="is not a directory"):
+        track.main([str(tmp_path / "none"), "tracker=wandb"])

@@ -59,14 +59,14 @@ def test_cells_of_equal_budget_and_schedule_are_compared():
 
 
 def test_every_comparison_must_be_told():
-    watch = Watch(Until(PAIR, half_width=20), 300, [("a", "b"), ("a", "c")])
+    watch = Watch(Until(PAIR, half_width=20), [1] * 300, [("a", "b"), ("a", "c")])
     rng = np.random.default_rng(0)
     while not watch.told:
         a, b = rng.integers(0, 2, 2)
         watch.see({"a": [a], "b": [a], "c": [b]})
     assert watch.means[0].half_width < 0.1  # the even one was told long before
     assert 0.15 < watch.means[1].half_width <= 0.2
-    assert not Watch(Until(PAIR), 3, []).told
+    assert not Watch(Until(PAIR), [1] * 3, []).told
 
 
 def test_the_order_is_one_and_random():

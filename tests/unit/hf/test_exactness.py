@@ -150,13 +150,16 @@ def test_a_cache_that_is_used_in_its_own_way_is_found_and_the_model_can_still_be
     check_exact(model)
     patched = type("Own", (DynamicCache,), {"update": update})
     monkeypatch.setattr(exactness, "DynamicCache", patched)
-    for _ in range(2):  # the second time from memory
-        before = len(seen)
-        with pytest.raises(UnsupportedModel, match="it can be scored, not generated with"):
-            PrunedCache(model, A2SF(), BUDGET)
-    assert len(seen) == before
+    with pytest.raises(UnsupportedModel, match="it can be scored, not generated with"):
+        PrunedCache(model, A2SF(), BUDGET)
     with torch.no_grad(), pruning(model, A2SF(), BUDGET):
+        before = len(seen)
         assert model(IDS, use_cache=False).logits.isfinite().all()
+        with pytest.raises(UnsupportedModel, match="it can be scored, not generated with"):
+            model(IDS)
+        assert len(seen) == before + 3  # inside it is not tried again
+    monkeypatch.setattr(exactness, "DynamicCache", DynamicCache)
+    PrunedCache(model, A2SF(), BUDGET)  # a refusal is not remembered
 
 
 def test_layers_that_call_their_attention_another_number_of_times_are_refused():

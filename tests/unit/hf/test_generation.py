@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from a2sf import A2SF, Budget, Schedule
 from a2sf.errors import ConfigError, UserError
@@ -18,6 +19,7 @@ from baselines.adakv import AdaKV
 from baselines.full import Full
 from baselines.future import Future
 from baselines.heads import Heads
+from baselines.pyramidkv import PyramidKV
 from baselines.snapkv import SnapKV
 from baselines.streaming import Streaming
 from baselines.tova import TOVA
@@ -63,6 +65,12 @@ def test_the_prompt_is_cut_in_memory_and_what_is_kept_after_it_grows():
     assert step.state(0).positions.shape[-1] == 64
     full = after_prompt(Full())
     assert step.nbytes <= kept.nbytes < 0.2 * full.nbytes
+
+
+def test_a_budget_above_half_of_the_prompt_is_spent():
+    """Four fifths of a prompt of 600 tokens in layers of their own sizes, and the ten tokens after it."""
+    cache = after_prompt(PyramidKV(), tokens=480)
+    assert [int((cache.state(i).positions >= 0).sum(-1).max()) for i in range(3)] == [610, 490, 370]
 
 
 def test_memory_under_a_schedule_that_evicts_every_so_often():
@@ -178,18 +186,40 @@ def test_budgets_by_tokens_and_by_shares_of_prompt_and_text():
         ({"policy": A2SF(forgetting_factor=[0.1, 0.2]), "budget": Budget(tokens=4)}, "one factor per layer"),
         ({"policy": Future(), "budget": Budget(tokens=4)}, "future is not allowed: it looks at later tokens"),
         ({"policy": SnapKV(), "budget": Budget(tokens=4), "schedule": Schedule()}, "snapkv knows prompt alone"),
-        ({"policy": Streaming(), "budget": Budget(tokens=9), "schedule": Schedule("every")}, "streaming knows step"),
+        ({"policy": Future(), "budget": Budget(tokens=9), "schedule": Schedule("every")}, "future knows step"),
         ({"policy": Heads(heads=[[0, 2]]), "budget": Budget(tokens=4)}, "3 layers of 2 key/value heads"),
         ({"policy": A2SF(), "budget": Budget(tokens=4), "context_tokens": 0}, "at least 1 token"),
         ({"policy": A2SF(), "budget": Budget(tokens=4), "context_tokens": []}, "at least 1 token"),
+        ({"policy": A2SF(), "budget": Budget(tokens=4), "context_tokens": [2.9, 3]}, "a whole number of at least 1"),
+        ({"policy": A2SF(), "budget": Budget(tokens=4), "context_tokens": "12"}, "a whole number of at least 1"),
+        ({"policy": A2SF(), "budget": Budget(tokens=4), "max_new_tokens": 2.5}, "max_new_tokens=2.5 is not allowed"),
+        ({"policy": A2SF(), "budget": Budget(tokens=4), "max_new_tokens": -1}, "max_new_tokens=-1 is not allowed"),
+        ({"policy": A2SF(), "budget": Budget(tokens=4), "backend": "nunba"}, "did you mean numba"),
+        ({"policy": "h20", "budget": 4}, "did you mean h2o"),
+        ({"policy": A2SF(), "budget": 4.5}, "budget=4.5 is not allowed: give a whole number of tokens"),
+        ({"policy": A2SF(), "budget": 4, "schedule": "promt"}, "schedule=promt is not allowed"),
+        ({"policy": A2SF, "budget": 0.5}, "max_new_tokens"),
     ],
 )
 def test_settings_that_do_not_fit(settings, why):
     with pytest.raises(ConfigError, match=why):
         PrunedCache(small("llama"), **settings)
-    if "max_new_tokens" not in why:  # which plain calls do without
+    if why != "max_new_tokens":  # which plain calls do without
         with pytest.raises(ConfigError, match=why), pruning(small("llama"), **settings):
             pass
+
+
+def test_what_plainly_stands_for_a_policy_a_budget_and_a_schedule():
+    model = small("llama")
+    want = PrunedCache(model, A2SF(), Budget(ratio=0.3), schedule=Schedule("prompt"), max_new_tokens=6)
+    plain = PrunedCache(model, "a2sf", 0.3, schedule="prompt", max_new_tokens=6)
+    texts = [model.generate(IDS, cache=c, max_new_tokens=6, **GREEDY) for c in (want, plain)]
+    with pruning(model, A2SF, 0.3, schedule="prompt", max_new_tokens=6):
+        texts.append(model.generate(IDS, max_new_tokens=6, **GREEDY))
+    assert torch.equal(texts[0], texts[1])
+    assert torch.equal(texts[0], texts[2])
+    with torch.no_grad(), pruning(model, "a2sf", 5):
+        assert model(IDS, use_cache=False).logits.isfinite().all()
 
 
 def refused(why: str, **inputs: object) -> None:
@@ -214,7 +244,7 @@ def test_misuse_is_told_in_one_sentence():
     refused("70 tokens and the model 64 positions", input_ids=IDS[:1].repeat(1, 4)[:, :70])
     refused("gap inside", input_ids=IDS, attention_mask=gap)
     refused("must cover the 20 tokens", fed=IDS, input_ids=IDS[:, :1], attention_mask=gap)
-    refused("prompt comes in chunks", fed=IDS, input_ids=IDS)
+    refused("the first call brought 20 tokens and the second brings several more", fed=IDS, input_ids=IDS)
     refused("only a padding mask", input_ids=IDS, attention_mask=gap[:, None, None])
 
 
@@ -222,7 +252,7 @@ def test_where_a_prompt_ends_is_asked_for_where_it_is_not_known():
     model, mask = small("llama"), torch.ones_like(IDS)
     mask[1] = 0
     for why, ids, settings, more in (
-        ("not known when it is to be cut", IDS[:, :1], {}, {}),
+        ("single token, so it is not known where the prompt ends.* for the cut after it", IDS[:, :1], {}, {}),
         ("gives 3 lengths and the batch has 2 rows", IDS, {"context_tokens": [5, 6, 7]}, {}),
         ("row 1 of the batch has no token", IDS, {}, {"attention_mask": mask}),
     ):
@@ -248,11 +278,95 @@ def test_a_refused_call_leaves_nothing_behind():
 
 def test_a_prompt_fed_token_by_token_needs_its_length():
     model = small("llama")
-    refused("prompt comes in chunks", input_ids=IDS[:, :1])
+    refused("the first call brings a single token, so it is not known", input_ids=IDS[:, :1])
     cache = PrunedCache(model, A2SF(), Budget(ratio=0.5, base="context"), context_tokens=torch.tensor([20, 12]))
     with torch.no_grad():
         model(IDS[:, :1], cache=cache)
     assert [row[0].budget for row in cache.retention] == [10, 6]
+
+
+SHARES = [
+    {"policy": A2SF(), "budget": Budget(ratio=0.5, base="context")},
+    {"policy": SnapKV(), "budget": Budget(tokens=6)},
+]
+
+
+@pytest.mark.parametrize("settings", SHARES, ids=["ratio", "cut"])
+def test_what_generate_begins_with_is_a_prompt(settings):
+    """A prompt of one token, and a turn after one new token; transformers says where `generate` begins."""
+    model = small("llama")
+    one = PrunedCache(model, **settings)
+    model.generate(IDS[:, :1], cache=one, max_new_tokens=4, **GREEDY)
+    assert one.prompt == [1, 1]
+    ones = torch.ones(2, 26, dtype=torch.int64)
+    whole, twice = PrunedCache(model, **settings), PrunedCache(model, **settings)
+    first = model.generate(IDS, cache=twice, max_new_tokens=1, **GREEDY)
+    text = model.generate(
+        torch.cat([first, IDS[:, :5]], 1), cache=twice, attention_mask=ones, max_new_tokens=4, **GREEDY
+    )
+    with torch.no_grad():
+        model(IDS, cache=whole)
+    whole.context_tokens = 20
+    with torch.no_grad():
+        logits = model(torch.cat([first[:, -1:], IDS[:, :5]], 1), cache=whole).logits
+    assert torch.equal(text[:, 26], logits[:, -1].argmax(-1))
+    assert twice.prompt == [20, 20]
+    # only what begins with generate is one: the parts of a chunked prefill come within it
+    chunks = PrunedCache(model, **settings)
+    with pytest.raises(UserError, match="the first call brought 7 tokens and the second brings several more"):
+        model.generate(IDS, attention_mask=ones[:, :20], cache=chunks, prefill_chunk_size=7, max_new_tokens=2, **GREEDY)
+
+
+def test_guidance_reads_a_second_context_of_its_own():
+    model = small("llama")
+    for context, why in (
+        (None, "the first call brings a single token, so it is not known where the prompt ends"),
+        (20, ""),
+    ):
+        with pruning(model, A2SF(), Budget(ratio=0.5, base="context"), context_tokens=context):
+            if why:
+                with pytest.raises(UserError, match=why):
+                    model.generate(IDS, guidance_scale=1.5, max_new_tokens=3, **GREEDY)
+            else:
+                assert model.generate(IDS, guidance_scale=1.5, max_new_tokens=3, **GREEDY).shape == (2, 23)
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_a_second_turn_of_questions_of_several_lengths(long):
+    """The first row's question is shorter: padding lies between its last answer and it. As the row alone."""
+    model = small("llama", max_position_embeddings=2048)
+    question = IDS.repeat(1, 40 if long else 1)
+    n, gap = question.shape[1], question.shape[1] // 3
+    mask = torch.ones(2, 20 + 4 + n, dtype=torch.int64)
+    mask[0, 24 : 24 + gap] = 0
+    settings = {"max_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True, **GREEDY}
+
+    def turns(rows: slice, cache: object, asked: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+        first = model.generate(
+            IDS[rows], cache=cache, attention_mask=torch.ones_like(IDS[rows]), max_new_tokens=4, **GREEDY
+        )
+        out = model.generate(torch.cat([first, asked], 1), cache=cache, attention_mask=shown, **settings)
+        return torch.stack(out.logits, 1)
+
+    def pruned(tokens: int) -> PrunedCache:
+        return PrunedCache(model, A2SF(), Budget(tokens=tokens))
+
+    both = slice(0, 2)
+    own = turns(both, DynamicCache(config=model.config), question, mask)
+    torch.testing.assert_close(turns(both, pruned(2000), question, mask), own, rtol=1e-3, atol=1e-3)
+    together = turns(both, pruned(8), question, mask)
+    alone = turns(slice(0, 1), pruned(8), question[:1, gap:], torch.ones(1, 24 + n - gap, dtype=torch.int64))
+    torch.testing.assert_close(together[:1], alone, rtol=1e-3, atol=1e-3)
+
+
+def test_a_gap_is_refused_where_nothing_was_read_and_where_steps_are_noted():
+    model, mask = small("llama"), torch.ones(2, 26, dtype=torch.int64)
+    mask[0, 22] = 0
+    cache = PrunedCache(model, A2SF(), Budget(tokens=6), trace=True)
+    with torch.no_grad():
+        model(IDS, cache=cache)
+        with pytest.raises(UserError, match=r"a gap inside .* a trace notes steps by their columns"):
+            model(IDS[:, :6], attention_mask=mask, cache=cache)
 
 
 def test_padding_of_an_earlier_call_is_remembered_or_asked_for():
@@ -394,7 +508,6 @@ def test_misuse_beyond_a_call():
 
 
 def _filled(model):
-    from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
     for i in range(3):

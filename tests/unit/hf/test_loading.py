@@ -416,7 +416,6 @@ def test_lm_eval_loads_a_model_by_name_with_the_same_checks(checkpoint, bundle):
     assert other.tok_encode("a b") == lm.tok_encode("a b")
     for key, value in (
         ("parallelize", True),
-        ("peft", "x"),
         ("subfolder", "x"),
         ("load_in_4bit", True),
         ("tp_plan", "auto"),

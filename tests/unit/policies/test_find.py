@@ -15,7 +15,7 @@ from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation.lm import PrunedLM
 from a2sf.evaluation.tasks import DataSpec
 from a2sf.experiments import schema
-from a2sf.experiments.cell import Cell
+from a2sf.experiments.cell import CUT_VERSION, Cell
 from a2sf.experiments.config import read
 from a2sf.hf.loading import ModelSpec
 from a2sf.policies.find import built_in, configurations, find_policies, find_policy, installed, load, source_digest
@@ -128,6 +128,33 @@ def test_other_code_is_another_cell(site):
     assert cell().id != first
     assert source_digest(A2SF) is None  # ours have versions instead
     assert all(source_digest(cls) is None for cls in built_in().values())
+
+
+def test_own_rules_of_a_cut_are_of_the_cuts_version(site):
+    """The division among heads has changed, and what such a cut ranks by."""
+    text = policy("Mine", "mine", "My policy")
+    assert "Retention(" in text
+
+    def identity(rule: str) -> dict:
+        sys.modules.pop("mine", None)
+        made = "from a2sf.policies.rule import Cut, Rule\n" + text.replace("Retention(", f"Retention(rule={rule}, ", 1)
+        (site / "mine.py").write_text(made)
+        cell = Cell(
+            "m",
+            ModelSpec(MODEL),
+            find_policy("mine:Mine")(),
+            Budget(ratio=0.2),
+            "copa",
+            0,
+            1,
+            0,
+            DataSpec(source="bundle"),
+        )
+        return cell.identity
+
+    assert "cut" not in identity("Rule()")
+    assert "cut" not in identity("Rule(cut=Cut(pooled=5))")
+    assert identity("Rule(cut=Cut(floor=0.5))")["cut"] == CUT_VERSION
 
 
 def test_in_model_args_of_lm_eval(site, smollm2):

@@ -128,6 +128,101 @@ def test_the_pyramid_is_linear_from_first_to_last():
     assert all(abs(step - 10) <= 1 for step in steps)
 
 
+PYRAMIDS = json.loads((Path(__file__).parents[2] / "vectors" / "policies" / "pyramidkv_budgets.json").read_text())
+
+
+@pytest.mark.parametrize("case", PYRAMIDS, ids=lambda c: f"{c['C']}-of-{c['prompt']}")
+def test_a_pyramid_holds_no_more_than_the_prompt(case):
+    """The first and the last layer as an independent program has them, rounded by less than a slot."""
+    policy, layers = make_policy("pyramidkv", window=case["window"], beta=case["beta"]), case["layers"]
+    shares = [policy.of_layer(case["C"], layer, layers, case["prompt"]) for layer in range(layers)]
+    assert abs(shares[0] - case["first"]) < 1
+    assert abs(shares[-1] - case["last"]) < 1
+    assert sum(shares) == case["sum"] == layers * case["C"]
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 7, 30])
+@pytest.mark.parametrize("prompt", [2, 20, 101])
+def test_a_budget_below_the_prompt_is_spent(prompt, layers):
+    for cls in find_policies().values():
+        for budget in range(1, prompt):
+            shares = [cls().of_layer(budget, layer, layers, prompt) for layer in range(layers)]
+            assert sum(shares) == sum(min(prompt, n) for n in shares) == layers * budget
+            assert shares == sorted(shares, reverse=True)
+        for budget in (prompt, prompt + 7):  # nothing is cut
+            assert [cls().of_layer(budget, layer, layers, prompt) for layer in range(layers)] == [budget] * layers
+
+
+def test_a_layer_is_cut_to_what_its_prompt_leaves_it():
+    """Budgets of four fifths are spent by `attend`, row by row: each has its own prompt."""
+    policy, q, k, v = make_policy("pyramidkv", window=4), *(torch.cat([x, x.flip(2)]) for x in tensors(60))
+    budget, prompt = torch.tensor([40, 32]), torch.tensor([50, 40])
+    held = torch.zeros(2, dtype=torch.int64)
+    for layer in range(5):
+        _, state = attend(policy, q, k, v, budget=budget, prompt=prompt, layer=layer, layers=5)
+        held += (state.positions >= 0).sum(-1)[:, 0]
+    assert held.tolist() == [5 * (40 + 10), 5 * (32 + 20)]
+
+
+def divided(rule: Rule) -> list[list[int]]:
+    """What each head keeps of a prompt at a cut of that rule."""
+    known = type("Named", (), {"name": "own", "label": "Own", "schedules": ("prompt",)})
+
+    @dataclass(kw_only=True)
+    class Own(known, Policy):
+        def retention(self, budget: int, layer: int) -> Retention:
+            return Retention(budget=budget, recent=4, rule=rule)
+
+    _, state = attend(Own(), *tensors(40), budget=14, prompt=40)
+    return [[p for p in head if p >= 0] for head in state.positions[0].tolist()]
+
+
+@pytest.mark.parametrize("floor", [None, 0.0, 0.2, 1.0])
+def test_a_cut_ranks_by_the_rule(floor):
+    def long(keys, values, positions):
+        return 100 * values.norm(dim=-1)
+
+    def short(keys, values, positions):
+        return -long(keys, values, positions)
+
+    cut = Cut(floor=floor)
+    kinds = (
+        [Rule(cut=cut)],
+        [Rule(weight=f, cut=cut) for f in (long, short)],
+        [Rule(bias=f, scored=False, cut=cut) for f in (long, short)],
+        [Rule(own=lambda step, f=f: f(step.keys, step.values, None), cut=cut) for f in (long, short)],
+    )
+    (plain,), (heavy, light), (longest, shortest), (same, other) = ([divided(r) for r in kind] for kind in kinds)
+    assert all(a != b for a, b in pairwise([plain, heavy, light, longest, shortest, heavy]))
+    assert (same, other) == (longest, shortest)
+    assert sum(map(len, plain)) == 28
+
+
+def test_ties_go_to_the_newest_and_then_to_the_lower_head():
+    """Two heads of equal priorities: the slot that is left over is the lower one's, and both keep the newest."""
+
+    def none(keys, values, positions):
+        return torch.zeros_like(keys[..., 0])
+
+    for floor in (0.0, 0.5):
+        kept = divided(Rule(bias=none, scored=False, cut=Cut(floor=floor)))
+        assert kept == [list(range(26, 40))] * 2
+
+    def odd(keys, values, positions):  # head 0 wins 11 of 20, so that the shares are 10.5 and 9.5
+        return (positions < 1).to(keys.dtype) * (torch.arange(2) == 0)[:, None]
+
+    kept = divided(Rule(bias=odd, scored=False, cut=Cut(floor=0.5)))
+    assert kept == [[0, *range(26, 40)], list(range(27, 40))]
+
+
+@pytest.mark.parametrize("wrong", [{"floor": -0.1}, {"floor": 1.5}, {"pooled": 4}, {"pooled": 0}])
+def test_cuts_that_are_refused(wrong):
+    with pytest.raises(ValueError, match="must"):
+        Cut(**wrong)
+    with pytest.raises(ValueError, match="do not give slots to each other"):
+        Rule(shared=True, cut=Cut(floor=0.5))
+
+
 def test_a_small_budget_is_shared_without_breaking():
     for cls in find_policies().values():
         for budget in range(1, 8):

@@ -184,7 +184,7 @@ def test_fidelity_by_hand(sweep: Path) -> None:
         p, q = ([math.exp(x) / sum(map(math.exp, d.loglikelihoods)) for x in d.loglikelihoods] for d in (f, r))
         kl.append(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
     expected = [sum(v) / len(v) for v in (agree, shift, margin, moved, kl)]
-    assert changes(a, full).mean().tolist() == pytest.approx(expected)
+    assert changes(a, full)[0].mean().tolist() == pytest.approx(expected)
     frame, notes = fidelity_frame(gather([sweep]))
     row = frame[(frame.policy == "h2o") & (frame.budget == "0.5") & (frame.task == "piqa")].iloc[0]
     assert [row[m] for m in MEASURES] == pytest.approx(expected)
@@ -205,7 +205,7 @@ def test_against_named_policies(sweep: Path) -> None:
     means = []
     for task in ("arc_easy", "piqa"):
         full = cell(cells, "full", None, task)
-        means.append([changes(cell(cells, p, 0.5, task), full)["change"].mean() for p in ("window", "h2o")])
+        means.append([changes(cell(cells, p, 0.5, task), full)[0]["change"].mean() for p in ("window", "h2o")])
     window, h2o = (sum(column) / 2 for column in zip(*means, strict=True))
     ratio = one.ratios["change"]
     assert ratio.value == pytest.approx(window / h2o)

@@ -1,0 +1,107 @@
+"""JSON and JSON-lines files of documents, read by Python's parser: every value is what the file says."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = (".json", ".jsonl")
+LIKE_A_DATE = re.compile(r"\d{4}-\d\d-\d\d")
+LARGEST = 2**63
+
+
+def read(file: Path, field: str | None = None) -> list[dict[str, Any]]:
+    """The documents of a file: one a line, or a list of them; a list of texts gives documents with the field `text`.
+
+    Args:
+        file: may be compressed, as its ending says.
+        field: of the one object that the file holds, which then is the list.
+
+    Raises:
+        ValueError: with the line or the number of the document, if it is not JSON or a document is not an object.
+    """
+    import fsspec  # type: ignore[import-untyped]
+
+    with fsspec.open(str(file), mode="rt", encoding="utf-8-sig", compression="infer", newline="") as stream:
+        text = stream.read()
+    if field is not None:
+        return _documents(_parsed(text)[field])
+    if text.lstrip().startswith("["):
+        return _documents(_parsed(text))
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if lines and lines[0][1].strip() == "{":
+        raise ValueError("give a list of documents in square brackets, or one document a line")
+    return _documents([_parsed(line, number) for number, line in lines], texts=False)
+
+
+def is_list(file: Path) -> bool:
+    """Whether a file is one list, rather than one document a line."""
+    with file.open("rb") as stream:
+        return stream.read(100).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def _documents(items: Any, texts: bool = True) -> list[dict[str, Any]]:
+    if not isinstance(items, list):
+        raise ValueError("it holds no list of documents")
+    documents = [{"text": item} if texts and isinstance(item, str) else item for item in items]
+    for number, document in enumerate(documents):
+        if not isinstance(document, dict):
+            raise ValueError(f"document {number} is no JSON object but {json.dumps(document)[:40]}")
+    return documents
+
+
+def _parsed(text: str, line: int = 1) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} in line {line + error.lineno - 1}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the field {twice} twice")
+    return made
+
+
+def one_type_each(documents: Sequence[dict[str, Any]], listed: bool) -> bool:
+    """Whether a table, with one type for each field, holds exactly these documents.
+
+    Such files were read into a table before: these documents are what they were, all others are not.
+
+    Args:
+        listed: the file is one list, whose fractions were cut to ten digits.
+    """
+    columns = dict.fromkeys(name for d in documents for name in d)
+    return bool(columns) and all(_one_type([d.get(name) for d in documents], listed) for name in columns)
+
+
+def _one_type(values: Iterable[Any], listed: bool) -> bool:
+    there = [v for v in values if v is not None]
+    kinds = {type(v) for v in there}
+    if len(kinds) > 1:
+        return False
+    kind = next(iter(kinds), None)
+    if kind is int:
+        return all(-LARGEST <= v < LARGEST for v in there)
+    if kind is float:
+        return not listed and all(map(math.isfinite, there))
+    if kind is str:
+        return not any(LIKE_A_DATE.match(v) or re.search("[\ud800-\udfff]", v) for v in there)
+    if kind is list:
+        return _one_type([item for v in there for item in v], listed)
+    if kind is dict:
+        names = list(there[0])
+        return (
+            bool(names)
+            and all(list(v) == names for v in there)
+            and all(_one_type([v[name] for v in there], listed) for name in names)
+        )
+    return True

@@ -1,0 +1,117 @@
+"""A cache that is stored and loaded, in another process too, goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from a2sf import A2SF, H2O, Budget, PrunedCache, Schedule, SnapKV
+from a2sf.errors import UserError
+from baselines.adakv import AdaKV
+from baselines.full import Full
+from baselines.heads import Heads
+from baselines.tova import TOVA
+from tests.models import small
+from tests.policies import RoCo
+
+IDS = torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(0))
+MASK = torch.ones(2, 20, dtype=torch.int64)
+MASK[1, :7] = 0
+TOKENS = Budget(tokens=6)
+
+
+def filled(model, *settings: object, **more: object) -> PrunedCache:
+    cache = PrunedCache(model, *settings, **more)
+    with torch.no_grad():
+        model(IDS[:, :20], attention_mask=MASK, cache=cache)
+    return cache
+
+
+def rest(model, cache: PrunedCache) -> torch.Tensor:
+    mask = torch.cat([MASK, torch.ones(2, 4, dtype=torch.int64)], 1)
+    with torch.no_grad():
+        return torch.cat(
+            [model(IDS[:, t : t + 1], attention_mask=mask[:, : t + 1], cache=cache).logits for t in range(20, 24)]
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "more"),
+    [
+        ("llama", (A2SF(), TOKENS), {}),
+        ("llama", (A2SF(), Budget(ratio=0.4, base="context")), {}),
+        ("llama", (SnapKV(), TOKENS), {}),
+        ("llama", (H2O(), TOKENS), {"schedule": Schedule("every", every=3)}),
+        ("llama", (A2SF(), TOKENS), {"schedule": "prompt", "context_tokens": 22}),
+        ("llama", (AdaKV(window=2), TOKENS), {}),
+        ("llama", (TOVA(), TOKENS), {}),
+        ("llama", (RoCo(), TOKENS), {}),
+        ("llama", (Heads(heads=[[1, 0]]), TOKENS), {}),
+        ("llama", (Full(),), {}),
+        ("gemma3", (A2SF(), TOKENS), {}),
+    ],
+)
+def test_it_goes_on_as_if_it_had_not_stopped(name, settings, more, tmp_path):
+    model = small(name)
+    cache = filled(model, *settings, **more)
+    torch.save(cache.stored(), tmp_path / "cache.pt")
+    fresh = PrunedCache(model, *settings, **more)
+    fresh.load(torch.load(tmp_path / "cache.pt", weights_only=True))
+    assert (fresh.columns, fresh.prompt, fresh.seen.tolist()) == (cache.columns, cache.prompt, [20, 13])
+    torch.testing.assert_close(rest(model, fresh), rest(model, cache))
+    for i in range(3):
+        assert torch.equal(fresh.state(i).positions, cache.state(i).positions)
+
+
+OTHER = """
+import sys, torch
+from a2sf import A2SF, Budget, PrunedCache
+from tests.models import small
+from tests.unit.hf.test_stored import rest
+model = small("llama")
+cache = PrunedCache(model, A2SF(), Budget(tokens=6))
+cache.load(torch.load(sys.argv[1]))
+torch.save(rest(model, cache), sys.argv[1])
+"""
+
+
+def test_another_process(tmp_path):
+    model, file = small("llama"), tmp_path / "cache.pt"
+    cache = filled(model, A2SF(), TOKENS)
+    torch.save(cache.stored(), file)
+    subprocess.run([sys.executable, "-c", OTHER, str(file)], check=True)
+    torch.testing.assert_close(torch.load(file), rest(model, cache))
+
+
+def test_what_does_not_fit_is_refused():
+    model, another = small("llama"), small("gpt2")
+    stored = filled(model, A2SF(), TOKENS).stored()
+    for other, why in (
+        (PrunedCache(model, H2O(), TOKENS), "the policy of a stored cache is A2SF"),
+        (PrunedCache(model, A2SF(forgetting_factor=0.9), TOKENS), "the policy of a stored cache is A2SF"),
+        (PrunedCache(model, A2SF(), Budget(tokens=7)), r"keeps \[6\] tokens and this one \[7\]"),
+        (PrunedCache(model, A2SF(), TOKENS, schedule="prompt"), "the schedule of a stored cache is step"),
+        (PrunedCache(another, A2SF(), TOKENS), "the model of a stored cache is"),
+        (PrunedCache(model, A2SF(), TOKENS, trace=True), "keeps a trace"),
+    ):
+        with pytest.raises(UserError, match=why):
+            other.load(stored)
+        assert other.seen is None
+    with pytest.raises(UserError, match="in format 9"):
+        PrunedCache(model, A2SF(), TOKENS).load(stored | {"format": 9})
+    with pytest.raises(UserError, match="read nothing yet"):
+        PrunedCache(model, A2SF(), TOKENS).stored()
+    for store in (pickle.dumps, lambda c: torch.save(c, "/dev/null")):
+        with pytest.raises(UserError, match=r"give cache\.stored\(\) to torch\.save"):
+            store(filled(model, A2SF(), TOKENS))
+
+
+def test_a_copy_of_model_and_cache_is_a_cache_of_the_copied_model():
+    model = small("llama")
+    twin, cache = copy.deepcopy((model, filled(model, A2SF(), TOKENS)))
+    torch.testing.assert_close(rest(twin, cache), rest(model, filled(model, A2SF(), TOKENS)))
