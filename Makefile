@@ -56,7 +56,7 @@ bench: $(READY)
 	$(BIN)/a2sf bench
 
 figures: $(READY)
-	$(BIN)/a2sf tables runs/reference/smollm2-135m.a2sf.zip --shots 0 --figures docs/figures --readme README.md
+	$(BIN)/a2sf tables runs/reference/smollm2-135m.a2sf.zip --shots 0 --figures docs/figures --readme docs/reference-results.md
 	$(BIN)/a2sf tables runs/reference/smollm2-135m.a2sf.zip --readme runs/reference/smollm2-135m.md
 	$(BIN)/a2sf tables runs/reference/smollm2-135m-forgetting.a2sf.zip --figures docs/figures/forgetting
 	$(BIN)/a2sf tables runs/reference/smollm2-135m-methods.a2sf.zip --figures docs/figures/methods
