@@ -56,7 +56,7 @@ def test_a_finished_cell_is_never_overwritten(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-@pytest.mark.parametrize("where", ["to_parquet", "rename", "write_text"])
+@pytest.mark.parametrize("where", ["to_parquet", "replace", "write_text"])
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, where):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
