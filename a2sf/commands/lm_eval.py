@@ -12,5 +12,7 @@ def main(arguments: Sequence[str]) -> None:
 
     import a2sf.lm  # noqa: F401  # registers the model
 
-    sys.argv = ["a2sf lm-eval", *arguments]  # which lm-eval reads
+    # lm-eval's own default is a GPU, also where there is none
+    ours = "a2sf" in arguments and not any(a.partition("=")[0] == "--device" for a in arguments)
+    sys.argv = ["a2sf lm-eval", *arguments, *(["--device", "auto"] if ours else [])]  # which lm-eval reads
     cli_evaluate()
