@@ -139,7 +139,7 @@ def test_what_the_policies_command_prints(capsys):
     assert said.count("\n    Schedules: ") == len(built_in())
     assert said.count("not causal") == 1 + said.count("Future (not causal)")
     assert "Schedules: all (step, every, prompt)" in said
-    assert "Schedules: step; not causal: an upper mark" in said
+    assert "Schedules: step; not causal: an oracle (upper bound)" in said
 
 
 def test_the_docs_have_every_policy_with_its_settings_and_schedules():
