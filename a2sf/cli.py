@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import importlib
+import os
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -21,8 +22,10 @@ COMMANDS = {
     "pack": ("a2sf.commands.archive:main_pack", "a sweep as one file to hand on, which tables reads in place"),
     "unpack": ("a2sf.commands.archive:main_unpack", "its cells again, from which a sweep goes on"),
     "track": ("a2sf.commands.track", "finished sweeps to W&B or TensorBoard, whoever computed them"),
+    "lm-eval": ("a2sf.commands.lm_eval", "lm-eval's own command line, with our model registered (--model a2sf)"),
     "bench": ("a2sf.commands.bench", "speed and memory beside what the harness replaces"),
     "policies": ("a2sf.commands.policies", "the policies: what each does, its paper, its settings"),
+    "new": ("a2sf.commands.new", "files of your own that run at once: a policy, a task or a sweep"),
     "check": ("a2sf.commands.check", "which invariants a policy of your own holds (mine:MyPolicy)"),
     "doctor": ("a2sf.commands.doctor", "versions, devices, kernels, caches, disk: what a bug report needs"),
 }
@@ -51,8 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     forgive_screen()
     name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    if name == "lm-eval":
+        os.environ.setdefault("TQDM_DISABLE", "")  # its progress bars are its own
     if name in ("--help", "-h"):
-        print(HELP.format(commands="\n".join(f"  {c:<10} {told}" for c, (_, told) in COMMANDS.items())))
+        print(HELP.format(commands="\n".join(f"  {c:<10} {about}" for c, (_, about) in COMMANDS.items())))
         return
     if name == "--version":
         print(f"a2sf {__version__}")

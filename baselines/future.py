@@ -1,4 +1,4 @@
-"""Future: keep what later tokens will attend to. An upper mark that no causal policy can have.
+"""Future: keep what later tokens will attend to. An oracle: an upper bound that no causal policy can reach.
 
 Source: none. The priority is the attention that the later queries of the same sequence will pay, in full attention, summed
 over them and the group. It is not the best possible choice, which would look at the outputs, only one with foresight.

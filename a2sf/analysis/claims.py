@@ -102,7 +102,7 @@ def check_headline(row: Row, grid: Grid | None, why_not: Mapping[str, str]) -> C
     if best.high < published:
         return Claim(text, Verdict.NOT_REPRODUCED, f"{said}, below the claim.", published, best.value, source)
     if corrected > ALPHA:
-        why = f"{said}, not told from zero ({_p(corrected)}, Holm)."
+        why = f"{said}, not significantly different from zero ({_p(corrected)}, Holm)."
         return Claim(text, Verdict.UNCLEAR, why, published, best.value, source)
     return Claim(text, Verdict.REPRODUCED, f"{said}, {_p(corrected)} (Holm).", published, best.value, source)
 
@@ -210,8 +210,9 @@ def _order(where: str, part: Grid, systems: list[System], pair: tuple[str, str])
             corrected = holm([d.p for d in kept])
             told = [d.value > 0 for d, p in zip(kept, corrected, strict=True) if p <= ALPHA]
             mean = float(np.mean([d.value for d in kept]))
-            why = f"higher at {sum(told)}, lower at {len(told) - sum(told)}, not told apart at {len(kept) - len(told)} "
-            why += f"of {len(kept)} budgets; {100 * mean:+.1f} points on their mean."
+            why = f"higher at {sum(told)}, lower at {len(told) - sum(told)}, "
+            why += f"no significant difference at {len(kept) - len(told)} of {len(kept)} budgets; "
+            why += f"{100 * mean:+.1f} points on their mean."
             verdict = Verdict.REPRODUCED if told and all(told) else Verdict.UNCLEAR
             verdict = Verdict.NOT_REPRODUCED if told and not all(told) else verdict
             claims.append(Claim(f"{where}: {better} above {worse}", verdict, why, measured=mean))

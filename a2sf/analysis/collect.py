@@ -72,7 +72,7 @@ class System:
         label: how tables spell the policy, with what tells two of its settings apart, and the schedule if several are shown.
         bare: the same without the schedule.
         budget, factor, schedule: as tables write them.
-        causal: False for a policy that looks at later tokens: an upper mark, compared with no other.
+        causal: False for a policy that looks at later tokens: an oracle (upper bound), compared with no other.
         keys: task -> key of the cell (`Grid.cells`, `Grid.frame`).
         rows: task -> the frame's row.
     """

@@ -13,8 +13,8 @@ def summary(cls: type) -> str:
     return " ".join(_text(cls).split("\n\n")[0].split())
 
 
-def attributes(cls: type) -> dict[str, str]:
-    """Attribute -> the first sentence about it under `Attributes:`."""
+def attributes(cls: type, *, whole: bool = False) -> dict[str, str]:
+    """Attribute -> the first sentence about it under `Attributes:`; `whole`: all that stands there."""
     found: dict[str, str] = {}
     names: list[str] = []
     for line in _section(_text(cls)):
@@ -23,7 +23,7 @@ def attributes(cls: type) -> dict[str, str]:
             found |= dict.fromkeys(names, head[2])
         elif names:
             found |= {n: f"{found[n]} {line.strip()}" for n in names}
-    return {name: re.split(r"\.(?:\s|$)", text)[0].strip() for name, text in found.items()}
+    return found if whole else {name: re.split(r"\.(?:\s|$)", text)[0].strip() for name, text in found.items()}
 
 
 def paper(cls: type) -> str | None:

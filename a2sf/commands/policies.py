@@ -70,7 +70,9 @@ def _print(console: Console, name: str, cls: type[Policy]) -> None:
 def _when(cls: type[Policy]) -> str:
     """Under which schedules it runs, and whether it looks ahead."""
     known = ", ".join(cls.schedules) if set(WHEN) - set(cls.schedules) else f"all ({', '.join(WHEN)})"
-    return f"Schedules: {known}" + ("" if cls.causal else "; not causal: an upper mark, never ranked with the others")
+    return f"Schedules: {known}" + (
+        "" if cls.causal else "; not causal: an oracle (upper bound), never ranked with the others"
+    )
 
 
 def _summary(cls: type[Policy]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,19 +138,27 @@ def help_text(folders: Sequence[Path]) -> str:
             names |= dict.fromkeys(installed())
         groups[group] = ", ".join(f"{n}*" if n == chosen.get(group) else n for n in names)
     presets = {f"+sweep={f.stem}": _about(f) for d in folders for f in sorted((d / "sweep").glob("*.yaml"))}
-    return USAGE.format(groups=_lines(groups), presets=_lines(presets), keys=_lines(_keys(schema.Config)))
+    keys = {key: f"{about} [{default}]" if default else about for key, default, about in key_table()}
+    return USAGE.format(groups=_lines(groups), presets=_lines(presets), keys=_lines(keys))
 
 
-def _keys(cls: Any, prefix: str = "") -> dict[str, str]:
-    about, inner = attributes(cls), schema.groups() if cls is schema.Config else {}
-    found: dict[str, str] = {}
+def key_table(*, whole: bool = False) -> list[tuple[str, str, str]]:
+    """Each key of the configuration, its default ("" for none) and its meaning.
+
+    Args:
+        whole: all that is said of a key; else its first sentence.
+    """
+    return list(_keys(schema.Config, whole=whole))
+
+
+def _keys(cls: Any, prefix: str = "", *, whole: bool = False) -> Iterator[tuple[str, str, str]]:
+    about, inner = attributes(cls, whole=whole), schema.groups() if cls is schema.Config else {}
     for f in dataclasses.fields(cls):
         if f.name in inner:
-            found |= _keys(inner[f.name], f"{f.name}.")
+            yield from _keys(inner[f.name], f"{f.name}.", whole=whole)
         else:
-            default = "" if f.default is dataclasses.MISSING or f.default in ("", None) else f" [{f.default}]".lower()
-            found[prefix + f.name] = about[f.name] + default
-    return found
+            default = "" if f.default is dataclasses.MISSING or f.default in ("", None) else str(f.default).lower()
+            yield prefix + f.name, default, about[f.name]
 
 
 def _about(preset: Path) -> str:

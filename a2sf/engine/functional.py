@@ -47,7 +47,8 @@ def attend(
         prompt: int or int tensor [B], tokens of each row's prompt; for the prompt schedule. It counts from the row's
             first token, also where `state` is given, and may lie beyond this call's tokens.
         lengths: int tensor [B], the rows' own lengths if they are right-padded; output past a row's length is 0.
-        layer, layers: which layer of how many, for policies whose numbers differ by layer.
+        layer: the layer's number, from 0, for policies whose numbers differ by layer.
+        layers: how many layers there are.
         state: continue from here; None: empty caches.
         scale: factor on the logits; default `D ** -0.5`.
         backend: `auto`, or the name of one of `a2sf.engine.kernels.BACKENDS`; only `reference` has gradients.
@@ -126,7 +127,9 @@ def evicting_attention(
         query: [B, H, T, D], any floating dtype.
         key: [B, K, T, D] and
         value: [B, K, T, V]; `H` is a multiple of `K` (grouped-query attention shares one kept set per KV head).
-        budget, recent, sinks: int, or int tensor [B]: `C`, `r`, `s` of docs/semantics.md.
+        budget: int, or int tensor [B]: tokens that a KV head holds, `C` of docs/semantics.md.
+        recent: int, or int tensor [B]: newest tokens that are protected, `r`.
+        sinks: int, or int tensor [B]: first tokens that are protected, `s`.
         forgetting_factor: float, or float tensor [B], in [0, 1].
         scale: factor on the logits; default `D ** -0.5`.
         lengths: int tensor [B], the rows' own lengths if they are right-padded; output past a row's length is 0.

@@ -36,7 +36,7 @@ from a2sf.policies.schedule import Schedule, schedule_for
 
 ENGINE_VERSION = 2
 """Raised whenever a change of the engine or the scoring can move a number."""
-GENERATION_VERSION = 2
+GENERATION_VERSION = 3
 """The same for what concerns only tasks that generate text."""
 FEWSHOT_VERSION = 2
 """The same for what concerns only few-shot examples."""

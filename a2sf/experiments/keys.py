@@ -71,7 +71,7 @@ def explain(error: Exception, prefix: str = "") -> str:
 
 
 def _unknown(key: str) -> str:
-    return f"{key} is not a key of the configuration{nearest(key, _keys(Config))}; see README for the list."
+    return f"{key} is not a key of the configuration{nearest(key, _keys(Config))}; a2sf run --help lists them."
 
 
 def _keys(cls: type, prefix: str = "") -> list[str]:

@@ -1,6 +1,6 @@
 """The keys of a configuration: which there are, of what type, and what each is for, in one line.
 
-The values live in `conf/`; `a2sf run --help` and the README's table say what stands here. Light, so that the command's
+The values live in `conf/`; `a2sf run --help` and docs/reference/keys.md say what stands here. Light, so that the command's
 help and the shell's completion need not load a model library.
 """
 
@@ -35,9 +35,10 @@ class ScheduleConfig:
 
     Attributes:
         when: step, every or prompt; null: step by step, or as a policy that knows no other does it
-        every: for every: tokens between two evictions
+        every: for every: tokens between two evictions. 16 in the file `every`
         then: for prompt: keep everything after the cut, or step by step
-        at: for prompt: cut after the whole prompt, or after the context that its questions share
+        at: for prompt: cut after the whole prompt, or after the context that its questions share. `prompt` or `context`
+            ([long texts](../long.md))
     """
 
     when: str | None = None
@@ -51,14 +52,15 @@ class ModelConfig:
     """`model`: which model, and how it is loaded (`a2sf.hf.loading.ModelSpec`).
 
     Attributes:
-        path: hub id, directory, .gguf file, or pkg://package/file.gguf
+        path: hub id or the address of its page, directory, .gguf file, or pkg://package/file.gguf
         name: label in tables; the last part of the path if null
         dtype: auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16, float64
         device: auto, cpu, cuda, cuda:N
         revision: branch, tag or commit on the hub
         trust_remote_code: run modelling code that comes with the weights
         adapter: a directory or hub id (owner/name@revision) of LoRA or other weights that peft adds to the model; null: none
-        device_map: spread a large model: auto, balanced, balanced_low_0, sequential, or a JSON file of modules and devices
+        device_map: spread a large model: auto, balanced, balanced_low_0, sequential, or a JSON file of modules and devices.
+            See [several GPUs](../gpu.md#several-gpus)
         add_bos_token: put the beginning-of-sequence token before each text, or do not; null: as the tokenizer's files say
     """
 
@@ -79,7 +81,8 @@ class DataConfig:
 
     Attributes:
         source: hub, or bundle (the installed data wheel)
-        dir: a directory of Arrow, Parquet or JSON-lines files instead
+        dir: a directory of Arrow, Parquet or JSON-lines files instead. `<task>/<split>.parquet`,
+            `<dataset>/<name>/<split>/*.arrow` or `<task>.jsonl` ([documents of your own](../own.md#documents))
         split: which split is scored; the task's own if null
         fewshot_split: where few-shot examples come from; if null what the task says, else validation
         revision: branch, tag or commit of the data on the hub; its main branch if null
@@ -143,7 +146,8 @@ class Config:
         budget: how many tokens a layer may keep
         forgetting_factor: for policies that have one; one number in [0, 1], or one per layer; null: the policy's own
         tasks: demo, paper, long, or a list such as [piqa,copa] of lm-eval's tasks and groups
-        shots: few-shot examples before each document; null: 0, or what a group says of its member
+        shots: few-shot examples before each document; null: 0, or what a group says of its tasks. A document is never among
+            its own examples
         limit: documents of each task, the first ones; null: all
         chat_template: true, or the name of one of the tokenizer's templates, to ask in the form of a chat
         system_instruction: text before everything else that the model reads
@@ -151,17 +155,20 @@ class Config:
         gen_kwargs: settings of generation that replace a task's, such as gen_kwargs.max_gen_toks=32
         task_args: arguments for tasks whose code makes their documents; under a task's or group's name for it alone
         include_path: a folder of your own task definitions, which are then found by name
-        log_samples: store prompts, choices and generated texts; false: only numbers and hashes
+        log_samples: store prompts, choices and generated texts; false: only numbers and hashes. See
+            [for users of lm-eval](../lm_eval.md)
         data: a file in data/
-        batch_size: sequences per forward pass, or auto
+        batch_size: sequences per forward pass, or auto. `auto` fills 1,024 tokens on a CPU, 16,384 on a GPU
         seed: of the few-shot examples
-        backend: which implementation evicts: auto, reference, torch, numba, triton
-        tracker: a file in tracker/, or several: [wandb,tensorboard]
+        backend: which implementation evicts: auto, reference, torch, numba, triton. A rule that a compiled kernel does not
+            know runs in torch
+        tracker: a file in tracker/, or several: [wandb,tensorboard]. See [trackers](../trackers.md)
         sweep_name: folder of the results
         runs_dir: where sweeps' folders are
         plan_only: say what would run and how long it may take, and stop
-        trace: documents of each cell whose evictions are noted in traces.npz
-        until: when to stop before all documents are scored
+        trace: documents of each cell whose evictions are noted in traces.npz. See [traces](../generation.md#traces)
+        until: when to stop before all documents are scored. See
+            [stopping early](../statistics.md#stopping-early-until)
         checkpoint: seconds of work after which the answers of unfinished cells are kept
         group: cells computed together with this one; set by a sweep for its workers
     """

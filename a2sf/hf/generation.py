@@ -46,10 +46,10 @@ class PrunedCache(Cache):
 
     Args:
         model: the model it will be used with, or what wraps it (PEFT, torch.compile, data parallelism).
-        policy, budget: what to keep (None: for a policy that ignores budgets). A ratio of base `context` is one of the
-            row's prompt, of base `total` one of the tokens that are read: the prompt and all new tokens but the last. A
-            policy's name or class stands for one with its defaults, 64 for `Budget(tokens=64)`, 0.2 for
-            `Budget(ratio=0.2)`.
+        policy: which tokens to keep; a policy's name or class stands for one with its defaults.
+        budget: how many tokens to keep (None: for a policy that ignores budgets). A ratio of base `context` is a share of
+            the row's prompt, of base `total` a share of the tokens that are read: the prompt and all new tokens but the
+            last. 64 stands for `Budget(tokens=64)`, 0.2 for `Budget(ratio=0.2)`.
         schedule: when tokens are evicted, a `Schedule` or its name; None: after every token, or after the prompt for a
             policy that knows no other. A row's prompt is what the first call reads of it, or its `context_tokens`, which
             may be less: then the cut comes within the first call.

@@ -78,7 +78,7 @@ class Policy(ABC):
     schedules: ClassVar[tuple[str, ...]] = WHEN
     """The schedules that make sense for it."""
     causal: ClassVar[bool] = True
-    """False where it looks at later tokens: an upper mark, never ranked with the others and never used to generate."""
+    """False where it looks at later tokens: an oracle (upper bound), not ranked with others and not used to generate."""
     memory: ClassVar[int] = 0
     """Numbers that `priorities` keeps per cached token."""
     version: ClassVar[int] = 1

@@ -48,7 +48,7 @@ RANKING = (
     "Policies by the mean over budgets and tasks; equal means share a rank. Differences on the same documents, each "
     "document's answers averaged over the budgets; Holm: corrected over this table."
 )
-UPPER_MARK = "A policy that is not causal is an upper mark: it has no rank and is tested against no other."
+UPPER_MARK = "A policy that is not causal is an oracle (upper bound): it has no rank and is tested against no other."
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class Markup:
 
     Attributes:
         bold: a number that is best.
-        tied: the mark behind a number that is not told from the best.
+        tied: the mark behind a number that is not significantly different from the best.
         text: any other text (escaping).
         stderr: whether to add the standard error to each number.
     """
@@ -82,12 +82,13 @@ def legend(table: Table) -> str:
     if any(e.best for e in entries):
         said.append(f"Bold: best pruned value at that budget{' and schedule' * ('schedule' in table.heads)}.")
     if table.tested and any(e.tied for e in entries):
-        said.append(f"{TIED}: not told from that best by a paired test (5 %, Holm-corrected over the table).")
+        test = "paired test, Holm-corrected over the table, 5 % level"
+        said.append(f"{TIED}: not significantly different from that best ({test}).")
     if any(not row.causal for row in table.rows):
-        said.append("A policy that is not causal is an upper mark: never bold, and tested against no other.")
+        said.append("A policy that is not causal is an oracle (upper bound): never bold, and tested against no other.")
     if table.stopped:
         early = ", ".join(f"{task} after {stopped} documents" for task, stopped in table.stopped.items())
-        said.append(f"Stopped when its comparison was told: {early}.")
+        said.append(f"Stopped when its comparison was decided: {early}.")
     return " ".join([*said, *table.footnotes])
 
 

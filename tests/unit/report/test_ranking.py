@@ -119,7 +119,7 @@ def test_every_output_has_the_ranking(sweep: Path, tmp_path: Path) -> None:
     texts = [(tmp_path / "tables" / f).read_text() for f in ("tables.md", "tables.tex")]
     for text in (*texts, (tmp_path / "report.html").read_text(), screen):
         assert table.title.partition(" (%)")[0] in text
-        assert "upper mark" in text
+        assert "oracle (upper bound)" in text
     rows = list(csv.DictReader(io.StringIO((tmp_path / "tables" / "ranking.csv").read_text())))
     assert [r["rank"] for r in rows] == ["1", "2", "3", "4", "", ""]
     assert list(table.frame["Rank"]) == ["1", "2", "3", "4", DASH, DASH]

@@ -1,0 +1,56 @@
+"""What the documentation site adds to the pages in docs/: called by mkdocs (`make docs`).
+
+`python scripts/docs_hooks.py` writes docs/reference/keys.md from the schema; a test holds that it is current.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+KEYS = ROOT / "docs" / "reference" / "keys.md"
+LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+[^)#\s]+)(?:#[^)]*)?\)")
+"""A link to a file by a path that goes up."""
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Links to files of the repository that are no pages become the files' names."""
+
+    def named(link: re.Match[str]) -> str:
+        path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page.file.src_uri), link[2]))
+        if path.startswith("docs/"):
+            return link[0]
+        assert (ROOT / path).exists(), f"{page.file.src_uri} links to {path}, which is not there"
+        return link[1] if link[1].strip("`") == path else f"{link[1]} (`{path}`)"
+
+    return LINK.sub(named, markdown)
+
+
+def keys_page() -> str:
+    """The reference of configuration keys, in Markdown, from the dataclasses of `a2sf.experiments.schema`."""
+    from a2sf.commands.run import key_table
+
+    head = """# Keys
+
+<!-- written by scripts/docs_hooks.py from a2sf/experiments/schema.py; do not edit -->
+Every key can be set (`key=value`) and swept (`-m key=a,b,c`). Unknown keys and values that are not allowed are refused
+before anything is loaded. `a2sf run --help` prints the same, with the files that each group has.
+
+| key | default | meaning |
+|---|---|---|
+"""
+    rows = (
+        f"| `{key}` | {f'`{default}`' if default else ''} | {about.replace('|', chr(92) + '|')} |"
+        for key, default, about in key_table(whole=True)
+    )
+    return head + "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    KEYS.write_text(keys_page(), encoding="utf-8")
