@@ -32,9 +32,7 @@ COMMANDS = {
 """Sub-command -> the module whose `main(arguments)` (or the function after the colon) it is, and what it does."""
 
 HELP = """\
-usage: a2sf COMMAND ...
-
-What does token pruning cost in accuracy? For any decoder model on Hugging Face.
+usage: a2sf COMMAND ...   What does token pruning cost in accuracy?
 
 {commands}
 

@@ -25,7 +25,7 @@ def read(file: Path, field: str | None = None) -> list[dict[str, Any]]:
     Raises:
         ValueError: with the line or the number of the document, if it is not JSON or a document is not an object.
     """
-    import fsspec  # type: ignore[import-untyped]
+    import fsspec
 
     with fsspec.open(str(file), mode="rt", encoding="utf-8-sig", compression="infer", newline="") as stream:
         text = stream.read()
