@@ -22,7 +22,7 @@ COMMANDS = {
     "pack": ("a2sf.commands.archive:main_pack", "a sweep as one file to hand on, which tables reads in place"),
     "unpack": ("a2sf.commands.archive:main_unpack", "its cells again, from which a sweep goes on"),
     "track": ("a2sf.commands.track", "finished sweeps to W&B or TensorBoard, whoever computed them"),
-    "lm-eval": ("a2sf.commands.lm_eval", "lm-eval's own command line, with our model registered (--model a2sf)"),
+    "lm-eval": ("a2sf.commands.lm_eval", "lm-eval's own command line, our model registered (--model a2sf)"),
     "bench": ("a2sf.commands.bench", "speed and memory beside what the harness replaces"),
     "policies": ("a2sf.commands.policies", "the policies: what each does, its paper, its settings"),
     "new": ("a2sf.commands.new", "files of your own that run at once: a policy, a task or a sweep"),
