@@ -260,7 +260,7 @@ def _kept_of_row(c: Case, row: int, tokens: int, heads: list[list[int]]) -> None
 def decided(c: Case) -> None:
     """A rule that is negated keeps something else; where the rule has no choice, the same."""
     # a budget that leaves a choice, if one does: a window may fill the small ones
-    for budget in range(int(c.budget[0]), MOST_CHOICE + 1):
+    for budget in range(max(2, int(c.budget[0])), MOST_CHOICE + 1):  # two tokens may always rank equal
         tokens = max(TOKENS, 2 * budget)
         if choice := chooses(c.policy.keeps(budget, c.layer, c.layers, tokens), KV_HEADS, tokens):
             break
