@@ -7,7 +7,6 @@ every pass. Each cell counts by the tokens that the plan expects of it.
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,7 +20,7 @@ from rich.text import Text
 from a2sf.experiments import checkpoint
 from a2sf.experiments.cell import Cell
 from a2sf.experiments.estimate import Estimate
-from a2sf.experiments.prepare.bar import bar
+from a2sf.experiments.prepare.bar import bar, repeating
 from a2sf.experiments.reuse import Plan
 from a2sf.experiments.runs import is_cell
 
@@ -174,27 +173,23 @@ def shown(screen: Console, progress: Progress) -> Iterator[None]:
         with bar(screen, [BarColumn(), _Line(progress)], "cells", 1, completed):
             yield
         return
-    stop = threading.Event()
+    said = time.monotonic()
 
     def say(more: str) -> None:
         screen.print(f"{progress}{more and f'; {more}'}", highlight=False, markup=False, soft_wrap=True)
 
     def follow() -> None:
-        said = time.monotonic()
-        while not stop.wait(POLL_SECONDS):
-            over = progress.look()
-            if over or time.monotonic() - said >= MINUTE:
-                at = progress.at()
-                say(over or (at and f"at {at}"))
-                said = time.monotonic()
+        nonlocal said
+        over = progress.look()
+        if over or time.monotonic() - said >= MINUTE:
+            at = progress.at()
+            say(over or (at and f"at {at}"))
+            said = time.monotonic()
 
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
     try:
-        yield
+        with repeating(follow, POLL_SECONDS):
+            yield
     finally:
-        stop.set()
-        thread.join()
         if over := progress.look():
             say(over)
 

@@ -31,19 +31,32 @@ def bar(
     screen: Console, columns: Sequence[ProgressColumn], what: str, total: int, completed: Callable[[], float]
 ) -> Iterator[None]:
     """A bar that follows `completed()`."""
-    stop = threading.Event()
     with Progress(*columns, console=screen, transient=True) as shown:
         row = shown.add_task(what, total=total, completed=int(completed()))
 
         def follow() -> None:
-            while not stop.wait(POLL_SECONDS):
-                shown.update(row, completed=completed())
-
-        thread = threading.Thread(target=follow, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
             shown.update(row, completed=completed())
+
+        try:
+            with repeating(follow, POLL_SECONDS):
+                yield
+        finally:
+            follow()
+
+
+@contextmanager
+def repeating(call: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Calls `call` again and again while the block runs, `seconds` apart, in a thread of its own."""
+    stop = threading.Event()
+
+    def repeat() -> None:
+        while not stop.wait(seconds):
+            call()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
