@@ -22,7 +22,7 @@ from a2sf.policies.find import find_policy
 from a2sf.scoring.lm import PrunedLM
 from a2sf.store.runs import write_cell
 from a2sf.sweep.cell import Cell
-from a2sf.sweep.group import Computed, compute_group
+from a2sf.sweep.group import Computed, Group
 from a2sf.sweep.planning.estimate import estimate
 from a2sf.tasks import spec as tasks
 
@@ -66,7 +66,6 @@ def measure(figures: Figures, options: argparse.Namespace) -> None:
     ratios, details = figures.ratios, figures.details
     loaded = load(figures.model)
     lm = PrunedLM(loaded.model, tokenizer=loaded.tokenizer)
-    lm.silent = True
     run(lm, paper()[::8], ("piqa",), documents=4)  # warm
     for name, ways in (("paper", paper()), ("forgetting", forgetting())):
         calls: dict[str, Callable[[], Any]] = {
@@ -141,7 +140,7 @@ def _groups(lm: PrunedLM, ways: Sequence[Way], of: Sequence[str], shots: int, do
 
 def _computed(lm: PrunedLM, group: Sequence[Cell], directory: Path) -> list[Computed]:
     with contextlib.redirect_stderr(io.StringIO()):  # lm-eval's progress bars
-        found = list(compute_group(group, lm, directory))
+        found = list(Group(group, lm.scorer, directory).compute())
     for computed in found:
         if computed.error is not None:
             raise computed.error

@@ -13,6 +13,7 @@ from a2sf.hf import chunks
 from a2sf.hf.scope import pruning
 from a2sf.scoring.lm import PrunedLM
 from a2sf.scoring.passes import run as scoring
+from a2sf.scoring.requests import EncodedRequests
 from baselines.h2o import H2O
 from tests.models import small
 from tests.parity.test_generation import ALL, BUDGET, PROMPTS, close, ids_for
@@ -184,7 +185,7 @@ def long_requests():
 
 
 def scored(lm: PrunedLM, monkeypatch, *, in_parts: bool):
-    lm.tokens_per_pass = 64
+    lm.scorer.tokens_per_pass = 64
     monkeypatch.setattr(scoring, "saves", lambda *_: in_parts)
     with sizes(lm.model) as read:
         found = lm._loglikelihood_tokens(long_requests())
@@ -210,23 +211,23 @@ def test_long_requests_are_scored_in_parts(policy, schedule, monkeypatch):
     same(found[True], found[False])
 
 
-def test_a_row_of_several_members_in_parts(monkeypatch):
+def test_a_row_of_several_systems_in_parts(monkeypatch):
     """Forests of states of their own, on columns of one row."""
     found = {}
     for in_parts in (False, True):
         lm = PrunedLM(small("gemma3"), "full", tokenizer=StandIn())
-        members = [
-            lm.as_member(A2SF(forgetting_factor=f), Budget(ratio=r), s)
+        systems = [
+            lm.scorer.system(A2SF(forgetting_factor=f), Budget(ratio=r), s)
             for f, r, s in ((0.3, 0.3, None), (0.9, 0.3, None), (0.5, 0.7, Schedule("prompt", then="step")))
         ]
-        strings = [(("", str(i)), c, t) for i, (_, c, t) in enumerate(long_requests())]
-        lm.tokens_per_pass = 64
+        answers = [lm.scorer.answers(s) for s in systems]
+        lm.scorer.tokens_per_pass = 64
         monkeypatch.setattr(scoring, "saves", lambda *_, in_parts=in_parts: in_parts)
-        with lm.together(members), sizes(lm.model) as read:
-            lm.take(members[0])
-            lm._loglikelihood_tokens(strings)
+        with sizes(lm.model) as read:
+            for _ in lm.scorer.score(EncodedRequests(lm, long_requests()), answers):
+                pass
         assert (max(read) <= 64) == in_parts
-        found[in_parts] = [a[:2] for m in members for a in m.answers.values()]
+        found[in_parts] = [a[:2] for of in answers for a in of.computed.values()]
         assert len(found[in_parts]) == 18
     same(found[True], found[False])
 
@@ -236,7 +237,7 @@ def test_rows_are_read_in_parts_where_that_holds_less():
     read = {}
     for policy, budget in (("window", Budget(ratio=0.1)), ("full", None)):
         lm = PrunedLM(small("llama", intermediate_size=16), policy, budget, tokenizer=StandIn())
-        lm.tokens_per_pass = 64
+        lm.scorer.tokens_per_pass = 64
         with sizes(lm.model) as found:
             lm._loglikelihood_tokens([(None, list(range(3, 93)) * 2, [5, 6])])
         read[policy] = found[3:]  # after the trial of the model

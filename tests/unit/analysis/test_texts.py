@@ -24,7 +24,8 @@ from a2sf.report.output import Options, show
 from a2sf.report.summaries import comparison_tables
 from a2sf.report.tables import Selection, legend, markdown
 from a2sf.store.runs import StoredCell, write_cell
-from a2sf.sweep.until import Until, Watch
+from a2sf.sweep.early_stopping import Comparisons
+from a2sf.sweep.until import Until
 from tests.sweep_fixture import Plan, write_sweep
 
 OF_FOUR = Texts(np.repeat(np.arange(25), 4))
@@ -246,7 +247,7 @@ def test_stopping_early_sees_whole_texts_and_bounds_the_documents_mean(sizes: li
     truth = np.concatenate(sums).mean()
     missed, runs = 0, 60
     for _ in range(runs):
-        watch = Watch(Until(("a", "b"), confidence=0.8), sizes, [("x", "y")])
+        watch = Comparisons(Until(("a", "b"), confidence=0.8), sizes, [("x", "y")])
         for i in rng.permutation(len(sizes)):
             watch.see({"x": sums[i] / 2, "y": -sums[i] / 2})
             (told,) = watch.report()

@@ -37,7 +37,7 @@ def sentence(*overrides: str) -> str:
     try:
         got = settings(*overrides)
         for cell in got.cells:
-            tasks.check(cell.task, cell.data, cell.shots)
+            tasks.TaskSpec(cell.task, cell.data, cell.shots).check()
     except UserError as error:
         return str(error)
     except Exception as error:
