@@ -21,10 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from a2sf.bench.measuring import SMOLLM2, Figures, alone
 from a2sf.engine.eviction import EvictionState
-from a2sf.hf.generation import PrunedCache
-from a2sf.hf.kept import Kept
+from a2sf.hf.cache.kept import Kept
+from a2sf.hf.cache.layer import PrunedLayer
+from a2sf.hf.cache.pruned import PrunedCache
+from a2sf.hf.cache.store import How, Step
 from a2sf.hf.loading import load
-from a2sf.hf.slots import How, PrunedLayer, Step
 from a2sf.policies.a2sf import A2SF
 from a2sf.policies.base import Retention
 from a2sf.policies.budget import Budget

@@ -11,7 +11,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from a2sf.engine.levels import Ran, Rows, by_levels
 from a2sf.engine.priorities import (
     Numbers,
     mass,
@@ -27,6 +26,7 @@ from a2sf.engine.state import EvictionState as EvictionState
 from a2sf.engine.state import Options as Options
 from a2sf.engine.state import Segments as Segments
 from a2sf.engine.state import accumulation_dtype as accumulation_dtype
+from a2sf.engine.tree import Ran, Rows, by_levels
 from a2sf.policies.rule import Sequence, Step
 
 

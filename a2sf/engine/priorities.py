@@ -11,7 +11,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from a2sf.engine.levels import Rows
+from a2sf.engine.tree import Rows
 from a2sf.errors import UserError
 from a2sf.policies.base import UNLIMITED
 from a2sf.policies.rule import Rule, Step

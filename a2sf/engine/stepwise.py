@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from a2sf.engine.levels import Ran, Rows, by_levels
 from a2sf.engine.priorities import (
     LATE,
     Numbers,
@@ -26,6 +25,7 @@ from a2sf.engine.priorities import (
     unprotected,
 )
 from a2sf.engine.state import Attended, EvictionState, Options, Segments
+from a2sf.engine.tree import Ran, Rows, by_levels
 from a2sf.policies.base import UNLIMITED
 from a2sf.policies.rule import Sequence, Step
 

@@ -34,7 +34,7 @@ from a2sf.hf.attention import (
     mixes_windows,
     running,
 )
-from a2sf.hf.calls import logits_at
+from a2sf.hf.calls.logits import logits_at
 from a2sf.hf.devices import input_device
 from a2sf.hf.exactness import require_exact
 from a2sf.policies.arguments import budget_of, policy_of, schedule_of

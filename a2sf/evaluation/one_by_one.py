@@ -25,7 +25,7 @@ from a2sf.errors import ConfigError, UserError
 from a2sf.evaluation.members import Answer, Members, document_of, request_hash
 from a2sf.evaluation.prompting import check_stops, draws
 from a2sf.hf.attention import NonFiniteError, UnsupportedModel
-from a2sf.hf.generation import PrunedCache, prove_decoding
+from a2sf.hf.cache.pruned import PrunedCache, prove_decoding
 
 log = logging.getLogger("lm_eval.models.a2sf")
 UNREAD = "Prompts lose their beginning, since they are too long for the model's"

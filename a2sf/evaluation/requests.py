@@ -17,7 +17,7 @@ import torch
 from a2sf.evaluation.packing import Item, Pack, build, numbered
 from a2sf.evaluation.untouched import shareable, untouched
 from a2sf.hf.attention import Plan
-from a2sf.hf.mixed import Mixed
+from a2sf.hf.attention.mixed import Mixed
 from a2sf.policies.base import UNLIMITED, Retention
 from a2sf.policies.schedule import STEP, Schedule
 

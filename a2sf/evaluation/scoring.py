@@ -15,9 +15,9 @@ from a2sf.evaluation.members import Member
 from a2sf.evaluation.packing import Pack, pack
 from a2sf.evaluation.requests import Model, Request, pass_of
 from a2sf.hf.attention import NonFiniteError, Plan, rope_switch, running
-from a2sf.hf.chunks import bounds
-from a2sf.hf.head import logits_in_parts
-from a2sf.hf.mixed import Mixed
+from a2sf.hf.attention.mixed import Mixed
+from a2sf.hf.calls.chunks import bounds
+from a2sf.hf.calls.logits import logits_in_parts
 
 LEAST_PASS = 64
 """Tokens per pass below which each sequence is read by itself, and fails by itself where memory does not suffice."""

@@ -285,7 +285,7 @@ def run_in_a_new_process(cache: Path, before: str = "", **environment: str) -> s
 {before}
 import torch
 from a2sf import evicting_attention
-from a2sf.engine.kernels import cpu_run
+from a2sf.engine.kernels.cpu import run as cpu_run
 x = torch.randn(1, 1, 8, 8)
 _, state = evicting_attention(x, x, x, budget=4, recent=0, forgetting_factor=0.5)
 assert state.positions.shape[-1] == 4

@@ -11,7 +11,7 @@ from a2sf import A2SF, Budget, PrunedCache, Schedule
 from a2sf.errors import UserError
 from a2sf.evaluation import scoring
 from a2sf.evaluation.lm import PrunedLM
-from a2sf.hf import chunks
+from a2sf.hf.calls import chunks
 from a2sf.hf.scope import pruning
 from baselines.h2o import H2O
 from tests.models import small

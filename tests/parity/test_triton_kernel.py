@@ -24,9 +24,10 @@ from a2sf import Policy, Schedule
 from a2sf.engine import kernels
 from a2sf.engine.eviction import Attended, EvictionState, Options, Segments, reference
 from a2sf.engine.invariants import schedules
-from a2sf.engine.kernels import triton_kernel, triton_step
-from a2sf.engine.levels import Ran, Rows
+from a2sf.engine.kernels.gpu import launch as triton_kernel
+from a2sf.engine.kernels.gpu import step as triton_step
 from a2sf.engine.stepwise import torch_rows
+from a2sf.engine.tree import Ran, Rows
 from a2sf.errors import ConfigError, Notice, UserError
 from a2sf.policies.rule import Rule
 from tests.policies import Counted, instances, label

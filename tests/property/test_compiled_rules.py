@@ -18,8 +18,9 @@ from torch import Tensor
 from a2sf import Policy, Rule, Schedule
 from a2sf.engine import priorities
 from a2sf.engine.eviction import reference
-from a2sf.engine.kernels import attend, cpu_rank, knows
+from a2sf.engine.kernels import attend, knows
 from a2sf.engine.kernels.cpu import SlotCache
+from a2sf.engine.kernels.cpu import rank as cpu_rank
 from a2sf.engine.state import Attended, Options, Segments
 from tests.policies import cases, instances, label
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from a2sf.engine.eviction import reference
 from a2sf.engine.kernels.dense import attend_dense, serves
-from a2sf.engine.parts import by_heads, by_numbers, by_prompt
+from a2sf.engine.kernels.split import by_heads, by_numbers, by_prompt
 from a2sf.engine.state import Attended, EvictionState, Options, Segments
 from a2sf.engine.stepwise import attend_torch
 from a2sf.errors import ConfigError, Notice, UnsoundKernelError, UserError, nearest
@@ -114,7 +114,7 @@ def _of(backend: str) -> Callable[..., Attended]:
 
         return attend_cpu
     if backend == "triton":
-        from a2sf.engine.kernels.triton_kernel import attend_triton
+        from a2sf.engine.kernels.gpu.launch import attend_triton
 
         return attend_triton
     return reference if backend == "reference" else attend_torch
@@ -136,6 +136,6 @@ def _choose(query: Tensor) -> str:
         return "torch"
     if query.device.type == "cpu":
         return "numba"
-    from a2sf.engine.kernels.triton_kernel import available
+    from a2sf.engine.kernels.gpu.launch import available
 
     return "triton" if query.is_cuda and available(query.device) else "torch"

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from a2sf.engine.kernels.cpu import SlotCache, attend_cpu
-from a2sf.engine.levels import empty_state
 from a2sf.engine.state import Options, Segments
+from a2sf.engine.tree import empty_state
 from a2sf.policies.rule import Rule
 
 B, H, K, T, D, V = 2, 4, 2, 6, 8, 12
