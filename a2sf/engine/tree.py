@@ -1,28 +1,26 @@
-"""From a tree of segments to batches of rows: what a backend that knows rows is run on, one depth of the tree at a time."""
+"""From a tree of segments to batches of rows: how a backend that knows only rows is run, one depth of the tree at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from a2sf.engine.state import Attended, EvictionState, Options, Segments, accumulation_dtype
-from a2sf.policies.rule import Rule
-from a2sf.policies.schedule import Schedule
+from a2sf.engine.retention import BatchRetention
+from a2sf.engine.state import Attended, Call, EvictionState, Options, accumulation_dtype, remembered
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Right-padded rows for one batched run of the recursion: what `by_levels` hands to a backend.
+@dataclass(frozen=True, kw_only=True)
+class Rows(BatchRetention):
+    """Right-padded rows for one batched run of the recursion: what `by_depth` hands to a backend.
 
-    Attributes:
+    Attributes (beside those of `BatchRetention`, here on the query's device):
         query: [B, H, T, D], key: [B, K, T, D], value: [B, K, T, V], in the accumulation dtype.
-        length, budget, recent, sinks, prompt: int64 [B]; forgetting_factor: float [B], all on the query's device. The
-            prompt is 0 where the schedule does not ask for one.
-        lengths, budgets: once more, for whoever would wait for a GPU to tell them.
-        rule, schedule: as in `Segments`.
+        length: int64 [B], on the query's device.
+        lengths, budgets: the same numbers as lists, so that nobody waits for a GPU to read them.
         state: where to start from.
     """
 
@@ -30,16 +28,18 @@ class Rows:
     key: Tensor
     value: Tensor
     length: Tensor
-    budget: Tensor
-    recent: Tensor
-    sinks: Tensor
-    prompt: Tensor
-    forgetting_factor: Tensor
     lengths: list[int]
     budgets: list[int]
-    rule: Rule
-    schedule: Schedule
     state: EvictionState
+
+    def pick(self, rows: Tensor) -> Rows:
+        """The rows `rows` [B'] without the padding that they do not need."""
+        T = max(1, int(self.length[rows].max()))
+        changed: dict[str, Any] = {name: getattr(self, name)[rows, :, :T] for name in ("query", "key", "value")}
+        changed |= BatchRetention.select(BatchRetention(**self.retention()), rows).retention()
+        length = self.length[rows]
+        changed |= {"length": length, "lengths": length.tolist(), "budgets": changed["budget"].tolist()}
+        return replace(self, **changed, state=self.state.select(rows))
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class Ran:
 
     Attributes:
         output: [B, H, T, V].
-        state: the end states; None where the options ask for none and a backend spares itself the work.
-        gone: int64 [n, 4], every eviction: row, head, column of the step, position; None unless asked for.
+        state: the end states; None where the options ask for none and the backend saves that work.
+        evictions: int64 [n, 4], every eviction: row, head, column of the step, position; None unless asked for.
     """
 
     output: Tensor
     state: EvictionState | None
-    gone: Tensor | None = None
+    evictions: Tensor | None = None
 
     @property
     def end(self) -> EvictionState:
@@ -66,28 +66,21 @@ class Ran:
 RunRows = Callable[[Rows, Options], Ran]
 
 
-def by_levels(
-    run_rows: RunRows,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Segments,
-    options: Options,
-    state: EvictionState | None,
-) -> Attended:
+def by_depth(run_rows: RunRows, call: Call) -> Attended:
     """Run a backend that knows batches of rows on a tree of segments: all segments of one depth at once."""
+    query, key, value, segments, options, state = call
     B, H, T, _ = query.shape
     V = value.shape[-1]
     device, dtype = query.device, accumulation_dtype(query.dtype)
     output = query.new_zeros(B, T, H, V).transpose(1, 2)
-    gone: list[Tensor] = []
+    evictions: list[Tensor] = []
     ends: list[EvictionState] = []  # of each depth
     order: list[int] = []  # the segments in them
     place: dict[int, int] = {}  # of a segment at its depth
     prompt = torch.zeros_like(segments.length) if segments.prompt is None else segments.prompt
 
-    levels = _levels(segments.parent)
-    for depth, ids in enumerate(levels):
+    depths = _depths(segments.parent)
+    for depth, ids in enumerate(depths):
         pick = torch.tensor(ids)
         length = segments.length[pick]
         offset = torch.arange(max(1, int(length.max())))
@@ -105,8 +98,10 @@ def by_levels(
         packed = [x[row_at, :, column_at].transpose(1, 2).to(dtype) for x in (query, key, value)]
         if parents[0] >= 0:
             start = ends[-1].select(torch.tensor([place[p] for p in parents]))
+        elif state is not None:
+            start = state
         else:
-            start = state if state is not None else empty_state(packed[1], packed[2], segments.rule)
+            start = EvictionState.empty(packed[1], packed[2], remembered(segments.rule))
         rows = Rows(
             query=packed[0],
             key=packed[1],
@@ -123,12 +118,12 @@ def by_levels(
             schedule=segments.schedule,
             state=start,
         )
-        wanted = options.return_state or depth + 1 < len(levels)
+        wanted = options.return_state or depth + 1 < len(depths)
         ran = run_rows(rows, replace(options, return_state=wanted))
         output[of_row, :, of_column] = ran.output.transpose(1, 2)[at, step].to(query.dtype)
-        if ran.gone is not None:
-            segment, head, t, position = ran.gone.unbind(1)
-            gone.append(torch.stack([row_at[segment, t], head, column_at[segment, t], position], 1))
+        if ran.evictions is not None:
+            segment, head, t, position = ran.evictions.unbind(1)
+            evictions.append(torch.stack([row_at[segment, t], head, column_at[segment, t], position], 1))
         if wanted:
             place = {number: i for i, number in enumerate(ids)}
             order += ids
@@ -138,34 +133,22 @@ def by_levels(
         final = ends[0] if len(ends) == 1 else EvictionState.stack(ends).select(torch.tensor(order).argsort())
     if not options.trace:
         return Attended(output, final)
-    none = torch.empty(0, 4, dtype=torch.int64, device=device)
-    return Attended(output, final, *traced(torch.cat([none, *gone]), (B, key.shape[1], T)))
+    return Attended(output, final, *traced(evictions, (B, key.shape[1], T), device))
 
 
-def traced(gone: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Every eviction, [n, 4], as `Attended` has it: those of steps with one eviction, [B, K, T], and the others, [m, 4]."""
-    evicted = torch.full(shape, -1, dtype=torch.int32, device=gone.device)
-    step = (gone[:, 0] * shape[1] + gone[:, 1]) * shape[2] + gone[:, 2]
+def traced(evictions: list[Tensor], shape: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Evictions [n, 4] as `Attended` has them: those of steps with one eviction, [B, K, T], and the others, [m, 4]."""
+    every = torch.cat([torch.empty(0, 4, dtype=torch.int64, device=device), *evictions])
+    evicted = torch.full(shape, -1, dtype=torch.int32, device=device)
+    step = (every[:, 0] * shape[1] + every[:, 1]) * shape[2] + every[:, 2]
     _, of_step, times = step.unique(return_inverse=True, return_counts=True)
     single = times[of_step] == 1
-    evicted.view(-1)[step[single]] = gone[single, 3].int()
-    return evicted, gone[~single]
+    evicted.view(-1)[step[single]] = every[single, 3].int()
+    return evicted, every[~single]
 
 
-def empty_state(key: Tensor, value: Tensor, rule: Rule) -> EvictionState:
-    """Caches without a token, for rows of `key` [B, K, T, D] and `value` [B, K, T, V]."""
-    B, K, _, D = key.shape
-    return EvictionState(
-        positions=torch.empty(B, K, 0, dtype=torch.int64, device=key.device),
-        scores=key.new_empty(B, K, 0),
-        keys=key.new_empty(B, K, 0, D),
-        values=key.new_empty(B, K, 0, value.shape[-1]),
-        seen=torch.zeros(B, dtype=torch.int64, device=key.device),
-        memory=None if rule.own is None or rule.foresee is not None else key.new_empty(B, K, 0, rule.memory),
-    )
-
-
-def _levels(parent: Tensor) -> list[list[int]]:
+def _depths(parent: Tensor) -> list[list[int]]:
+    """The segments of each depth."""
     depth: list[int] = []
     for p in parent.tolist():
         depth.append(0 if p < 0 else depth[p] + 1)

@@ -1,109 +1,92 @@
-"""Calls in parts that a compiled kernel knows: a prompt, its cut and what follows; heads that keep everything and others.
+"""Calls that a kernel does not know, as several that it knows: a prompt, its cut and what follows; heads that differ.
 
-`run` is a kernel that evicts token by token; what it never does itself is small and done here, in torch.
+`run` attends a simpler call. What no kernel does is small and done here, in torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from a2sf.engine.priorities import Numbers, mass, of_rule, pooled, smallest, smallest_of_all_heads, unprotected
-from a2sf.engine.state import Attended, EvictionState, Options, Segments
-from a2sf.engine.tree import empty_state, traced
+from a2sf.engine.priorities import mass, of_rule, pooled, smallest, smallest_of_all_heads
+from a2sf.engine.state import Attended, Call, EvictionState, Segments, remembered
+from a2sf.engine.tree import traced
 from a2sf.errors import ConfigError
-from a2sf.policies.base import UNLIMITED
 from a2sf.policies.rule import ACCUMULATED, Rule, Step
-from a2sf.policies.schedule import STEP
 from a2sf.policies.slots import head_slots
 
-Run = Callable[[Tensor, Tensor, Tensor, Segments, Options, EvictionState | None], Attended]
+Run = Callable[[Call], Attended]
 
 
-def by_heads(
-    run: Run,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Segments,
-    options: Options,
-    state: EvictionState | None,
-) -> Attended:
+def splits(segments: Segments) -> Callable[[Run, Call], Attended] | None:
+    """How a call is split into simpler ones; None where it cannot be."""
+    rule, schedule = segments.rule, segments.schedule
+    if rule.heads:
+        return by_numbers
+    if rule.own is not None:
+        return None
+    if rule.whole:
+        return by_heads
+    # where the cut gave every head a share of its own, each later step depends on the prompt
+    return by_prompt if schedule.prompt and not (segments.across_heads and schedule.then == "step") else None
+
+
+def by_heads(run: Run, call: Call) -> Attended:
     """The heads that keep everything, and the others by the rest of their rule."""
-    whole = torch.zeros(key.shape[1], dtype=torch.bool)
+    segments, K = call.segments, call.key.shape[1]
+    whole = torch.zeros(K, dtype=torch.bool)
     whole[list(segments.rule.whole)] = True
-    everything = replace(
-        segments, budget=torch.full_like(segments.budget, UNLIMITED), rule=ACCUMULATED, schedule=STEP, prompt=None
-    )
+    everything = segments.unlimited(ACCUMULATED)
     others = replace(segments, rule=replace(segments.rule, whole=()))
-    parts = [(heads.nonzero()[:, 0], part) for heads, part in ((whole, everything), (~whole, others)) if heads.any()]
-    return _together(run, parts, query, key, value, options, state)
+    groups = [(heads.nonzero()[:, 0], part) for heads, part in ((whole, everything), (~whole, others)) if heads.any()]
+    return _together(run, groups, call)
 
 
-def by_numbers(
-    run: Run,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Segments,
-    options: Options,
-    state: EvictionState | None,
-) -> Attended:
+def by_numbers(run: Run, call: Call) -> Attended:
     """Heads with numbers of their own (`Rule.heads`), those that have the same ones together.
 
     Raises:
         ConfigError: if the rule is for another number of key/value heads.
     """
-    rule, K = segments.rule, key.shape[1]
+    segments, rule, K = call.segments, call.segments.rule, call.key.shape[1]
     if len(rule.heads) != K:
         raise ConfigError("policy", f"{len(rule.heads)} heads", f"the layer has {K} key/value heads")
     known = segments.__dict__.get("_by_numbers")
     if known is None:
         slots = torch.tensor([head_slots(rule.heads, C) for C in segments.budget.tolist()]).view(-1, K, 3)
-        alike: dict[object, list[int]] = {}
+        same: dict[object, list[int]] = {}
         for h, head in enumerate(rule.heads):
-            alike.setdefault((head.forgetting_factor, head.by_age, slots[:, h].numpy().tobytes()), []).append(h)
+            same.setdefault((head.forgetting_factor, head.by_age, slots[:, h].numpy().tobytes()), []).append(h)
         known = []
-        for at in alike.values():
+        for at in same.values():
             budget, recent, sinks = slots[:, at[0]].clone().unbind(1)
             factor = torch.full_like(segments.forgetting_factor, rule.heads[at[0]].forgetting_factor)
             plain = replace(rule, heads=(), by_age=rule.heads[at[0]].by_age)
             own = replace(segments, budget=budget, recent=recent, sinks=sinks, forgetting_factor=factor, rule=plain)
             known.append((torch.tensor(at), own))
         object.__setattr__(segments, "_by_numbers", known)  # the same for all layers that retain alike
-    return _together(run, known, query, key, value, options, state)
+    return _together(run, known, call)
 
 
-def _together(
-    run: Run,
-    parts: list[tuple[Tensor, Segments]],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    options: Options,
-    state: EvictionState | None,
-) -> Attended:
-    """Key/value heads int64 [n], each with segments of their own, as one layer; every head is in one part."""
-    group = query.shape[1] // key.shape[1]
+def _together(run: Run, groups: list[tuple[Tensor, Segments]], call: Call) -> Attended:
+    """Groups of key/value heads, int64 [n] each with its segments, as one layer; every head is in one group."""
+    query, key, value, _, options, state = call
+    size = query.shape[1] // key.shape[1]
     done = []
-    for kv, segments in parts:
-        q = (kv[:, None] * group + torch.arange(group)).flatten()
+    for kv, segments in groups:
+        q = (kv[:, None] * size + torch.arange(size)).flatten()
         before = None if state is None else state.heads(kv)
-        done.append((kv, q, run(query[:, q], key[:, kv], value[:, kv], segments, options, before)))
+        done.append((kv, q, run(Call(query[:, q], key[:, kv], value[:, kv], segments, options, before))))
     kv_back, q_back = torch.cat([kv for kv, _, _ in done]).argsort(), torch.cat([q for _, q, _ in done]).argsort()
     ran = [attended for _, _, attended in done]
     output = torch.cat([a.output for a in ran], 1)[:, q_back]
     final = None
     if options.return_state:
-        states = [a.state for a in ran if a.state is not None]
-        slots = max(s.positions.shape[-1] for s in states)
-        padded = [s.pad(slots) for s in states]
-        tensors = {n: torch.cat([getattr(s, n) for s in padded], 1) for n in ("positions", "scores", "keys", "values")}
-        final = replace(padded[0], **tensors).heads(kv_back)
+        final = EvictionState.join_heads([a.state for a in ran if a.state is not None], kv_back)
     if not options.trace:
         return Attended(output, final)
     evicted = torch.cat([a.evicted for a in ran if a.evicted is not None], 1)[:, kv_back]
@@ -115,17 +98,9 @@ def _together(
     return Attended(output, final, evicted, torch.cat(cuts))
 
 
-def by_prompt(
-    run: Run,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Segments,
-    options: Options,
-    state: EvictionState | None,
-) -> Attended:
+def by_prompt(run: Run, call: Call) -> Attended:
     """Prompts with full attention, their cuts, and what follows on."""
-    return _Prompts(run, (query, key, value), segments, options, state).attended()
+    return _Prompts(run, call).attended()
 
 
 @dataclass(frozen=True)
@@ -171,8 +146,6 @@ class _Split(NamedTuple):
         if known is not None:
             return known
         rule, nodes = segments.rule, _nodes(segments, state)
-        # where the rule looks at the end of a prompt alone, its scores are made when the prompt has been read
-        scored = rule.scored and rule.cut is None
         reading = [i for i, n in enumerate(nodes) if n.before]
         later = [i for i, n in enumerate(nodes) if n.after]
         read, rest, skipped = (
@@ -183,10 +156,11 @@ class _Split(NamedTuple):
                 [nodes[i].before for i in later],
             )
         )
-        first, second = (replace(_pick(segments, nodes, ids), schedule=STEP, prompt=None) for ids in (reading, later))
-        first = _unlimited(replace(first, length=read, rule=Rule(scored=scored, counted=rule.counted)))
-        second = replace(second, start=second.start + skipped, length=rest, rule=replace(rule, cut=None, scored=scored))
-        second = second if segments.schedule.then == "step" else _unlimited(second)
+        first, second = (_pick(segments, nodes, ids) for ids in (reading, later))
+        # where the rule looks at the end of a prompt alone, its scores are made when the prompt has been read
+        first = first.unlimited(Rule(scored=rule.scored and rule.cut is None, counted=rule.counted))
+        first = replace(first, length=read)
+        second = replace(second.after_prompt(), start=second.start + skipped, length=rest)
         split = _Split(nodes, reading, first if reading else None, later, second if later else None)
         if state is None:
             object.__setattr__(segments, "_split", split)
@@ -196,19 +170,13 @@ class _Split(NamedTuple):
 class _Prompts:
     """One call under the prompt schedule; `ends` are the states after each segment, as far as it has been read."""
 
-    def __init__(
-        self,
-        run: Run,
-        qkv: tuple[Tensor, Tensor, Tensor],
-        segments: Segments,
-        options: Options,
-        state: EvictionState | None,
-    ) -> None:
-        self.run, self.qkv, self.segments, self.options, self.state = run, qkv, segments, options, state
-        self.split = _Split.of(segments, state)
+    def __init__(self, run: Run, call: Call) -> None:
+        self.run, self.call = run, call
+        self.segments, self.options, self.state = call.segments, call.options, call.state
+        self.split = _Split.of(call.segments, call.state)
         self.ends: dict[int, EvictionState] = {}
         self.ran: list[Attended] = []
-        self.gone: list[Tensor] = []
+        self.evictions: list[Tensor] = []
 
     def attended(self) -> Attended:
         nodes, reading, first, later, second = self.split
@@ -221,7 +189,7 @@ class _Prompts:
         if second is not None:
             self._read(later, second, keep=self.options.return_state)
 
-        query, key, value = self.qkv
+        query, key, value = self.call[:3]
         output = self.ran[0].output if self.ran else query.new_zeros(*query.shape[:3], value.shape[-1])
         for more in self.ran[1:]:
             output.add_(more.output)  # each is 0 where the other is not
@@ -230,8 +198,7 @@ class _Prompts:
             final = EvictionState.stack([self.ends[i] if i in self.ends else self._start(i) for i in range(len(nodes))])
         if not self.options.trace:
             return Attended(output, final)
-        none = torch.empty(0, 4, dtype=torch.int64, device=key.device)
-        evicted, cuts = traced(torch.cat([none, *self.gone]), (key.shape[0], key.shape[1], key.shape[2]))
+        evicted, cuts = traced(self.evictions, (key.shape[0], key.shape[1], key.shape[2]), key.device)
         for a in self.ran:
             assert a.evicted is not None
             assert a.cuts is not None
@@ -244,8 +211,8 @@ class _Prompts:
         if node.up >= 0:
             return self.ends[node.up]
         if self.state is None:
-            key, value = (x[:1].float() for x in self.qkv[1:])
-            return empty_state(key, value, self.segments.rule)
+            key, value = (x[:1].float() for x in (self.call.key, self.call.value))
+            return EvictionState.empty(key, value, remembered(self.segments.rule))
         return self.state.select(torch.tensor([node.root]))
 
     def _read(self, ids: list[int], part: Segments, keep: bool) -> None:
@@ -254,11 +221,12 @@ class _Prompts:
         begin = None
         if self.state is not None or any(self.split.nodes[i].up >= 0 or i in self.ends for i in roots):
             begin = EvictionState.stack([self.ends[i] if i in self.ends else self._start(i) for i in roots])
-        ran = self.run(*self.qkv, part, replace(self.options, return_state=keep), begin)
+        options = replace(self.options, return_state=keep)
+        ran = self.run(self.call._replace(segments=part, options=options, state=begin))
         self.ran.append(ran)
         if ran.state is not None:
             for at, i in enumerate(ids):
-                self.ends[i] = _trimmed(ran.state.select(torch.tensor([at])))
+                self.ends[i] = ran.state.select(torch.tensor([at])).trim()
 
     def _observe(self, i: int) -> None:
         """Let the last queries of its prompt that segment `i` holds add their attention to the scores."""
@@ -273,28 +241,28 @@ class _Prompts:
         skip = max(0, window - node.first)
         if skip < node.before:
             begin = int(self.segments.start[i])
-            asked = self.qkv[0][row, :, begin + skip : begin + node.before].to(scores.dtype).unflatten(0, (K, -1))
+            queries = self.call.query[row, :, begin + skip : begin + node.before].to(scores.dtype).unflatten(0, (K, -1))
             now = torch.arange(node.first + skip, node.first + node.before, device=scores.device)
-            logits = asked @ end.keys[0, :, None].transpose(-1, -2) * self.options.scale  # [K, G, W, N]
+            logits = queries @ end.keys[0, :, None].transpose(-1, -2) * self.options.scale  # [K, G, W, N]
             logits = logits.masked_fill(end.positions[0, :, None, None] > now[:, None], -torch.inf)
             forgotten = factor ** torch.arange(len(now) - 1, -1, -1, device=scores.device)
-            asked_for = mass(self.segments.rule, logits.softmax(-1).permute(2, 0, 1, 3), now[:, None, None] + 1)
-            scores = scores * factor ** len(now) + (asked_for * forgotten[:, None, None]).sum(0)
+            added = mass(self.segments.rule, logits.softmax(-1).permute(2, 0, 1, 3), now[:, None, None] + 1)
+            scores = scores * factor ** len(now) + (added * forgotten[:, None, None]).sum(0)
         self.ends[i] = replace(end, scores=scores)
 
     def _cut(self, ids: list[int]) -> None:
         """Cut the prompts that end in the segments `ids`."""
         if not ids:
             return
-        states, out = _cut(
+        states, out = _after_cut(
             _pick(self.segments, self.split.nodes, ids), EvictionState.stack([self.ends[i] for i in ids])
         )
         for at, i in enumerate(ids):
-            self.ends[i] = _trimmed(states.select(torch.tensor([at])))
+            self.ends[i] = states.select(torch.tensor([at])).trim()
             head, position = out[at]
             column = int(self.segments.start[i]) + self.split.nodes[i].before - 1
             row = torch.full_like(head, int(self.segments.row[i]))
-            self.gone.append(torch.stack([row, head, torch.full_like(head, column), position], 1))
+            self.evictions.append(torch.stack([row, head, torch.full_like(head, column), position], 1))
 
 
 def _nodes(segments: Segments, state: EvictionState | None) -> list[_Node]:
@@ -319,61 +287,29 @@ def _nodes(segments: Segments, state: EvictionState | None) -> list[_Node]:
 def _pick(segments: Segments, nodes: list[_Node], ids: list[int]) -> Segments:
     """Some of the segments, each below the nearest one above that is among them."""
     place = {i: at for at, i in enumerate(ids)}
-    up = torch.tensor([place.get(nodes[i].up, -1) for i in ids], dtype=torch.int64)
-    tensors = {f.name: x[ids] for f in fields(segments) if isinstance(x := getattr(segments, f.name), Tensor)}
-    return Segments(**(tensors | {"parent": up}), rule=segments.rule, schedule=segments.schedule)
+    parent = torch.tensor([place.get(nodes[i].up, -1) for i in ids], dtype=torch.int64)
+    return replace(segments.select(torch.tensor(ids, dtype=torch.int64)), parent=parent)
 
 
-def _unlimited(segments: Segments) -> Segments:
-    """The same, with nothing evicted."""
-    none = torch.zeros_like(segments.recent)
-    return replace(segments, budget=torch.full_like(segments.budget, UNLIMITED), recent=none, sinks=none)
-
-
-def _trimmed(state: EvictionState) -> EvictionState:
-    """One row's state with no more slots than it needs, so that nothing depends on the other rows."""
-    n = max(1, int((state.positions >= 0).sum(-1).max()))
-    parts = {name: getattr(state, name)[:, :, :n] for name in ("positions", "scores", "keys", "values")}
-    return replace(state, **parts)
-
-
-def _cut(segments: Segments, state: EvictionState) -> tuple[EvictionState, list[tuple[Tensor, Tensor]]]:
-    """States after their prompts' cuts, and for each the heads and positions of what goes."""
+def _after_cut(segments: Segments, state: EvictionState) -> tuple[EvictionState, list[tuple[Tensor, Tensor]]]:
+    """States after their prompts' cuts, and for each the heads and positions of what is evicted."""
     assert segments.prompt is not None
-    K, rule = state.positions.shape[1], segments.rule
-    integers = (segments.budget, segments.recent, segments.sinks, segments.prompt)
-    budget, recent, sinks, prompt = (x[:, None, None].to(state.positions.device) for x in integers)
-    factor = segments.forgetting_factor.to(state.scores)[:, None, None]
-    numbers = Numbers(budget.repeat(1, K, 1), recent, sinks, factor, prompt, rule, segments.schedule)
-    cached, now = state.positions >= 0, prompt - 1
-    free = unprotected(numbers, state.positions, cached, now)
+    rule, device = segments.rule, state.positions.device
+    retention = segments.per_head(state.positions.shape[1], state.scores.dtype).to(device)
+    cached, now = state.positions >= 0, segments.prompt[:, None, None].to(device) - 1
+    free = retention.unprotected(state.positions, cached, now)
     none = state.scores.new_zeros(0)
     step = Step(none, state.keys, state.values, state.positions, cached, now, state.scores, none)
     if rule.cut is not None:
-        step = replace(step, scores=pooled(numbers, step, free))
+        step = replace(step, scores=pooled(retention, step, free))
     fixed = (None if f is None else f(state.keys, state.values, state.positions) for f in (rule.weight, rule.bias))
-    priority = of_rule(numbers, step, *fixed)
-    if numbers.across_heads:
-        out = smallest_of_all_heads(numbers, priority, step, free)
+    priority = of_rule(retention, step, *fixed)
+    if retention.across_heads:
+        out = smallest_of_all_heads(retention, priority, step, free)
     else:
-        excess = numbers.excess(cached.sum(-1, keepdim=True), now)
-        out = smallest(priority, state.positions, free, excess)
-    kept = cached & ~out
-    order = (~kept).int().argsort(dim=-1, stable=True)[:, :, : max(1, int(kept.sum(-1).max()))]
-    there = kept.gather(2, order)
-
-    def of(x: Tensor) -> Tensor:
-        return x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1])).where(there[..., None], 0)
-
-    after = replace(
-        state,
-        positions=state.positions.gather(2, order).where(there, -1),
-        scores=of(step.scores[..., None])[..., 0],
-        keys=of(state.keys),
-        values=of(state.values),
-    )
-    gone = []
+        out = smallest(priority, state.positions, free, retention.excess(cached.sum(-1, keepdim=True), now))
+    evicted = []
     for positions, row in zip(state.positions, out, strict=True):
         head, column = row.nonzero(as_tuple=True)
-        gone.append((head, positions[head, column]))
-    return after, gone
+        evicted.append((head, positions[head, column]))
+    return replace(state, scores=step.scores).evict(out), evicted

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from a2sf.engine.kernels import attend, noting
-from a2sf.engine.state import EvictionState, Options, accumulation_dtype
-from a2sf.engine.tree import empty_state
+from a2sf.engine.state import EvictionState, Options, accumulation_dtype, remembered
 from a2sf.hf.attention.errors import NonFiniteError
 from a2sf.hf.attention.mixed import Mixed
 from a2sf.hf.attention.plan import Plan
@@ -67,7 +66,7 @@ class Continued(Plan):
             self.states.pop((*at, segment), None)
         for i in keep:
             assert out.state is not None
-            self.states[(*at, self.of[i])] = _alone(out.state, i)
+            self.states[(*at, self.of[i])] = out.state.select(torch.tensor([i])).trim().contiguous()
         return out.output
 
     def _before(self, at: tuple[int, int], key: Tensor, value: Tensor, rule: Rule) -> EvictionState | None:
@@ -75,11 +74,9 @@ class Continued(Plan):
         if all(i < 0 for i in self.begin):
             return None
         dtype = accumulation_dtype(key.dtype)
-        empty = empty_state(key[:1].to(dtype), value[:1].to(dtype), rule)
+        empty = EvictionState.empty(key[:1].to(dtype), value[:1].to(dtype), remembered(rule))
         found = [empty if i < 0 else self.states[(*at, i)] for i in self.begin]
-        if rule.own is not None:  # it has numbers for each token, if only none of them
-            found = [replace(s, memory=s.keys[..., :0]) if s.memory is None else s for s in found]
-        return EvictionState.stack(found)
+        return EvictionState.stack([s.for_rule(rule) for s in found])
 
     def _end(self, segment: int) -> int:
         assert self.whole is not None
@@ -144,14 +141,6 @@ def parts_of(plan: Plan, columns: np.ndarray, ends: Sequence[int]) -> list[tuple
 
 def _of(number: Callable[..., Any], of: Sequence[int]) -> Callable[..., Any]:
     return lambda segment, *layer: number(of[segment], *layer)
-
-
-def _alone(state: EvictionState, row: int) -> EvictionState:
-    """One row of a state, with no more slots than it needs and in memory of its own."""
-    one = state.select(torch.tensor([row]))
-    n = max(1, int((one.positions >= 0).sum(-1).max()))
-    parts = {f.name: x[:, :, :n].clone() for f in fields(one) if (x := getattr(one, f.name)) is not None and x.ndim > 1}
-    return replace(one, **parts)
 
 
 def mixed_in_parts(whole: Mixed, ends: Sequence[int]) -> list[Mixed]:

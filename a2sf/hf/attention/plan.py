@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from a2sf.engine.eviction import Options, Segments
 from a2sf.engine.kernels import attend, noting
+from a2sf.engine.retention import BatchRetention
+from a2sf.engine.state import Options, Segments
 from a2sf.engine.trace import attention_mass, steps_of
 from a2sf.hf.attention.errors import check_finite
 from a2sf.hf.attention.windows import keeps_window, within_window
 from a2sf.policies.base import Retention
-from a2sf.policies.rule import ACCUMULATED
 from a2sf.policies.schedule import STEP, Schedule
 
 
@@ -75,51 +74,33 @@ class Plan:
         )
 
     def segments(self, layer: int, sliding_window: int | None) -> Segments:
-        """The segments of `layer`, with its retention; shared between layers that retain alike."""
+        """The segments of `layer`, with its retention; shared between layers that retain the same."""
         known = self._by_layer.get((layer, sliding_window))
         if known is not None:
             return known
-        kept = [self._kept(i, layer, sliding_window) for i in range(len(self.row))]
-        numbers = np.array([(k.budget, k.recent, k.sinks, k.forgetting_factor) for k in kept])
-        rules = {k.rule for k in kept}
-        assert len(rules) <= 1, "the sequences of a pass follow one policy"
-        rule = rules.pop() if rules else ACCUMULATED
-        own = sliding_window is not None and any(keeps_window(k, self.policy_on_sliding) for k in self._asked(layer))
-        schedule = STEP if own else self.schedule
-        key = (rule, schedule, numbers.tobytes())
-        if key not in self._segments:
-            budget, recent, sinks = (torch.from_numpy(numbers[:, j].astype(np.int64)) for j in range(3))
+        retained = [self._retained(i, layer, sliding_window) for i in range(len(self.row))]
+        stated = (self.retention(i, layer) for i in range(len(self.row)))
+        by_window = sliding_window is not None and any(keeps_window(r, self.policy_on_sliding) for r in stated)
+        schedule = STEP if by_window else self.schedule
+        same = (schedule, *retained)
+        if same not in self._segments:
+            numbers = BatchRetention.of(retained, schedule, self._prompts() if schedule.prompt else None)
             row, start, length, parent = (
                 torch.tensor(list(x), dtype=torch.int64) for x in (self.row, self.start, self.length, self.parent)
             )
-            self._segments[key] = Segments(
-                row=row,
-                start=start,
-                length=length,
-                parent=parent,
-                budget=budget,
-                recent=recent,
-                sinks=sinks,
-                forgetting_factor=torch.from_numpy(numbers[:, 3].copy()),
-                rule=rule,
-                schedule=schedule,
-                prompt=self._prompts() if schedule.prompt else None,
-            )
-        self._by_layer[layer, sliding_window] = self._segments[key]
-        return self._segments[key]
+            self._segments[same] = Segments(**numbers.retention(), row=row, start=start, length=length, parent=parent)
+        self._by_layer[layer, sliding_window] = self._segments[same]
+        return self._segments[same]
 
-    def _asked(self, layer: int) -> Iterator[Retention]:
-        return (self.retention(i, layer) for i in range(len(self.row)))
-
-    def _prompts(self) -> Tensor:
+    def _prompts(self) -> list[int]:
         assert self.prompt is not None, "the prompt schedule needs each sequence's prompt"
-        return torch.tensor([self.prompt(i) for i in range(len(self.row))], dtype=torch.int64)
+        return [self.prompt(i) for i in range(len(self.row))]
 
-    def _kept(self, segment: int, layer: int, window: int | None) -> Retention:
-        kept = self.retention(segment, layer)
-        if window is not None:
-            kept = within_window(kept, window, layer, self._end(segment), self.policy_on_sliding)
-        return kept
+    def _retained(self, segment: int, layer: int, window: int | None) -> Retention:
+        stated = self.retention(segment, layer)
+        if window is None:
+            return stated
+        return within_window(stated, window, layer, self._end(segment), self.policy_on_sliding)
 
     def _end(self, segment: int) -> int:
         tokens = 0

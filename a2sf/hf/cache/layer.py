@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import EvictionState
-from a2sf.hf.cache.kept import Kept
-from a2sf.hf.cache.store import How, Slots, Step, joined
+from a2sf.hf.cache.store import How, Slots, Step
 
 
 class PrunedLayer(CacheLayerMixin):
@@ -40,7 +40,7 @@ class PrunedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.is_initialized = False
-        self.kept = Kept([])
+        self.retention = BatchRetention.of([])
         self.window: int | None = None  # a sliding window of the layer's own
         self._slots: list[Slots] = []
 
@@ -54,11 +54,11 @@ class PrunedLayer(CacheLayerMixin):
         heads, group = ([getattr(s, name) for s in self._slots] for name in ("heads", "group"))
         return {"heads": heads, "group": group, "window": self.window}
 
-    def restore(self, kept: Kept, shape: Mapping[str, Any], state: EvictionState) -> None:
+    def restore(self, retention: BatchRetention, shape: Mapping[str, Any], state: EvictionState) -> None:
         """Go on from a state in an empty layer, made as `shape` says."""
-        self.kept, self.window, self._slots = kept, shape["window"], []
+        self.retention, self.window, self._slots = retention, shape["window"], []
         for heads, group in zip(shape["heads"], shape["group"], strict=True):
-            slots = Slots(kept, self.how)
+            slots = Slots(retention, self.how)
             slots.heads, slots.group = heads, group
             self._slots.append(slots)
         self.check(state)
@@ -75,14 +75,14 @@ class PrunedLayer(CacheLayerMixin):
             which: how many times the layer called its attention before in this pass.
         """
         if which == len(self._slots):
-            self._slots.append(Slots(self.kept, self.how))
+            self._slots.append(Slots(self.retention, self.how))
         output = self._slots[which].attend(query, key, value, step, scale, more)
         self.is_initialized = True
         return output
 
     def state(self) -> EvictionState:
         """What is cached, in canonical form."""
-        return joined([s.state() for s in self._slots])
+        return EvictionState.join_heads([s.state() for s in self._slots])
 
     def check(self, state: EvictionState) -> None:
         """Refuse a state that this layer could not hold.
@@ -114,7 +114,7 @@ class PrunedLayer(CacheLayerMixin):
         """Keep the rows `indices` [B'] on the CPU, in that order."""
         if not self.is_initialized:
             return
-        self.kept = self.kept.select(indices.tolist())
+        self.retention = self.retention.select(indices)
         for slots in self._slots:
             slots.select(indices)
 

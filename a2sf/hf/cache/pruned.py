@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from a2sf.engine.kernels import check_backend
+from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import EvictionState
 from a2sf.errors import ConfigError, UserError
 from a2sf.hf.attention.errors import UnsupportedModel, check_finite
 from a2sf.hf.attention.windows import keeps_window, mixes_windows, rope_switch, within_window
-from a2sf.hf.cache.kept import Kept
 from a2sf.hf.cache.layer import PrunedLayer
 from a2sf.hf.cache.store import How, Step
 from a2sf.hf.cache.stored import FORMAT, ModelRef, check, is_stored, settings, tensors_of
@@ -216,7 +216,7 @@ class PrunedCache(Cache):
         self.columns, self.calls, self._attentions = stored["columns"], stored["calls"], list(stored["attentions"])
         for i, (layer, one) in enumerate(zip(self.layers, stored["layers"], strict=True)):
             state = EvictionState(**{name: x.to(model.device) for name, x in one["state"].items()})
-            layer.restore(self.kept(i, one["window"]), one, state)
+            layer.restore(self.batch_retention(i, one["window"]), one, state)
 
     def load(self, states: Mapping[str, Any] | Sequence[EvictionState]) -> None:
         """Go on from what `stored` gave, or from states, one per layer and of as many rows, instead of what is cached.
@@ -463,10 +463,10 @@ class PrunedCache(Cache):
         after = seen.tolist()
         return [within_window(k, window, layer, n, self.policy_on_sliding) for k, n in zip(kept, after, strict=True)]
 
-    def kept(self, layer: int, window: int | None) -> Kept:
-        """The same, and when; a layer that goes by a window of its own goes step by step."""
+    def batch_retention(self, layer: int, window: int | None) -> BatchRetention:
+        """The same as tensors, with the schedule; a layer that goes by its own window evicts step by step."""
         own = window is not None and any(keeps_window(row[layer], self.policy_on_sliding) for row in self.retention)
-        return Kept(self.rows(layer, window), STEP if own else self.schedule, self.prompt)
+        return BatchRetention.of(self.rows(layer, window), STEP if own else self.schedule, self.prompt)
 
     @property
     def more(self) -> int | None:
@@ -530,7 +530,7 @@ class _CachePass:
             check_finite(layer, tokens, query=query, key=key, value=value)
         store: PrunedLayer = self.cache.layers[layer]
         if not store.is_initialized:
-            store.kept, store.window = self.cache.kept(layer, window), window
+            store.retention, store.window = self.cache.batch_retention(layer, window), window
         elif window is not None:
             self.cache.rows(layer, window)  # refuses a sequence that has outgrown the window
         which = self.attentions[layer]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from a2sf.engine.kernels import attend, knows, note
-from a2sf.engine.state import Attended, EvictionState, Options
-from a2sf.hf.cache.kept import Kept
+from a2sf.engine.kernels import CacheShape, NewCache, TokenCache, attend, new_cache, note
+from a2sf.engine.retention import BatchRetention
+from a2sf.engine.state import Attended, EvictionState, Options, Segments, remembered
+from a2sf.errors import UserError
 from a2sf.policies.base import UNLIMITED
+from a2sf.policies.rule import ACCUMULATED
+from a2sf.policies.slots import head_slots
 
 GROWTH = 256
 """Slots to spare, at least, where no budget and no length bounds a cache."""
@@ -56,35 +58,34 @@ class Store:
 
     Args:
         heads: int64 [K'], which of the attention's KV heads.
-        kept: what is kept of them.
+        retention: what each row retains of them.
         group: query heads of each.
     """
 
-    def __init__(self, heads: Tensor, kept: Kept, how: How, group: int) -> None:
-        self.heads, self.kept, self.how, self.group = heads, kept, how, group
+    def __init__(self, heads: Tensor, retention: BatchRetention, how: How, group: int) -> None:
+        self.heads, self.retention, self.how, self.group = heads, retention, how, group
         self.queries = (heads[:, None] * group + torch.arange(group)).flatten()  # the query heads that read them
         # one of the two holds what is cached; the memory stays while a state is made of it
-        self._memory: Any = None  # SlotCache
+        self._memory: TokenCache | None = None
+        self._new_cache: NewCache | None = None
         self._state: EvictionState | None = None
         self._slots = self._held = 0  # slots there are, and the most that are taken in any head
-        # a policy's own rule has numbers for each token, if only none of them; what goes on where nothing goes has not
-        self._remembers = kept.ranked.own is not None
+        self._rule = retention.rule  # that of the policy; what is retained after a prompt may go by a simpler one
 
     @property
     def nbytes(self) -> int:
         memory = self._memory.nbytes if self._memory is not None else 0
-        return memory + (0 if self._state is None else _nbytes(self._state))
+        return memory + (0 if self._state is None else self._state.nbytes)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, step: Step, scale: float) -> Attended:
         """Insert, attend, score and evict the call's tokens; `settle` is to follow."""
         if step.columns == 1 and self._state is None and self._memory is not None and not self.how.trace:
-            self._make_room(min(self.kept.most, self._held + 1), key.shape[-1], value.shape[-1], None)
-            self._held = min(self.kept.most, self._held + 1)
-            lengths = step.length.numpy()
-            note("numba")
-            return Attended(self._memory.attend(query, key, value, scale=scale, lengths=lengths, **self.kept.numbers))
+            self._held = min(self.retention.most, self._held + 1)
+            memory = self._make_room(self._held, key.shape[-1], value.shape[-1], None)
+            note(memory.backend)
+            return Attended(memory.attend(query, key, value, self.retention, scale=scale, lengths=step.length))
         before = None if self._state is None and self._memory is None else self.state()
-        segments = self.kept.segments(step.start, step.length)
+        segments = Segments.of_rows(self.retention, step.length, step.start)
         options = Options(scale, return_state=True, trace=self.how.trace)
         attended = attend(query, key, value, segments, options, before, backend=self.how.backend)
         self._state = attended.state
@@ -100,24 +101,28 @@ class Store:
         state = self._state
         if state is None:
             return
-        if self.kept.prompt is not None and self.kept.read(seen):
-            self.kept = self.kept.after
-        on_cpu = state.keys.device.type == "cpu" and state.keys.dtype != torch.float64
-        on_cpu = on_cpu and self.how.backend in ("auto", "numba")
-        if not on_cpu or self.kept.prompt is not None or not knows(self.kept.ranked):
+        retention = self.retention
+        # where the cut gave every head a share of its own, what follows depends on the prompt
+        fixed = retention.across_heads and retention.schedule.then == "step"
+        if retention.prompt is not None and not fixed and retention.prompts_read(seen):
+            self.retention = retention.after_prompt()
+        self._new_cache = new_cache(self.retention, state.keys, self.how.backend)
+        if self._new_cache is None:
             self._memory = None
             return
-        self._state = None  # gone before more memory is asked for
-        self._held = int((state.positions >= 0).sum(-1).max())
+        self._state = None  # first, so that less memory is in use when more is allocated
+        self._held = state.most
         if self._held > self._slots:
             self._memory = None
-        self._make_room(self._held, state.keys.shape[-1], state.values.shape[-1], more)
-        self._memory.load(state, self.kept.factor)
+        self._make_room(self._held, state.keys.shape[-1], state.values.shape[-1], more).load(
+            state, self.retention.forgetting_factor
+        )
 
     def state(self) -> EvictionState:
         """What is cached, in canonical form."""
-        state = self._memory.state() if self._state is None else self._state
-        return replace(state, memory=state.keys[..., :0]) if self._remembers and state.memory is None else state
+        state = self._memory.state() if self._state is None and self._memory is not None else self._state
+        assert state is not None
+        return state.for_rule(self._rule)
 
     def load(self, state: EvictionState) -> None:
         """Go on from a state of as many rows; `settle` is to follow."""
@@ -125,32 +130,29 @@ class Store:
 
     def select(self, rows: Tensor) -> None:
         """Keep `rows` [B'] on the CPU, in that order."""
-        self.kept = self.kept.select(rows.tolist())
+        self.retention = self.retention.select(rows)
         if self._state is not None:
             self._state = self._state.select(rows)
         elif self._memory is not None:
             self._memory.reorder(rows)
 
-    def _make_room(self, need: int, D: int, V: int, more: int | None) -> None:
-        """Allocate slots: once where the budget or `more` bounds them, else whenever they are full."""
+    def _make_room(self, need: int, D: int, V: int, more: int | None) -> TokenCache:
+        """Memory with `need` slots: allocated once where the budget or `more` bounds them, else whenever they are full."""
         if self._memory is not None and need <= self._slots:
-            return
-        from a2sf.engine.kernels.cpu import SlotCache  # numba takes a second to load
-
-        most = self.kept.most
+            return self._memory
+        assert self._new_cache is not None
+        most = self.retention.most
         if more:
             self._slots = max(need, min(most, need + more))
         elif most < UNLIMITED and self._memory is None:
             self._slots = max(need, min(most, self.how.positions))
         else:
             self._slots = max(need, min(most, need + max(GROWTH, need // 2)))
-        kept = self.kept
-        grown = SlotCache(
-            len(kept.rows), len(self.heads), self.group, self._slots, D, V, kept.ranked, kept.schedule.spare
-        )
+        grown = self._new_cache(CacheShape(len(self.retention.budget), len(self.heads), self.group, self._slots, D, V))
         if self._memory is not None:
-            grown.load(self._memory.state(), kept.factor)
+            grown.load(self._memory.state(), self.retention.forgetting_factor)
         self._memory = grown
+        return grown
 
 
 class Slots:
@@ -160,8 +162,8 @@ class Slots:
     that hold about as many are together, so that no head takes the memory of a larger one.
     """
 
-    def __init__(self, kept: Kept, how: How) -> None:
-        self.kept, self.how = kept, how
+    def __init__(self, retention: BatchRetention, how: How) -> None:
+        self.retention, self.how = retention, how
         self.heads = self.group = 0  # KV heads, and query heads of each
         self._stores: list[Store] = []
         self._back = torch.empty(0)  # where each KV head is among those of all stores
@@ -198,17 +200,19 @@ class Slots:
 
     def state(self) -> EvictionState:
         """What is cached, in canonical form."""
-        return joined([s.state() for s in self._stores], self._back)
+        return EvictionState.join_heads(
+            [s.state() for s in self._stores], self._back if len(self._stores) > 1 else None
+        )
 
     def check(self, state: EvictionState) -> None:
         """Raise `UserError` where this could not hold a state."""
-        self.kept.check(state)
+        check_state(self.retention, state)
 
     def load(self, state: EvictionState) -> None:
         """Go on from a state of as many rows, instead of what is cached."""
         self._arrange([torch.arange(self.heads)])
         for store in self._stores:
-            store.load(only(state, store.heads))
+            store.load(state.heads(store.heads).trim().contiguous())
         self._settle(state.seen, None)
 
     def evicted(self) -> Tensor:
@@ -225,30 +229,33 @@ class Slots:
         for i, cuts in enumerate(self._cuts):
             new, old = (rows[:, None] == cuts[:, 0]).nonzero(as_tuple=True)
             self._cuts[i] = torch.cat([new[:, None], cuts[old, 1:]], 1)
-        self.kept = self.kept.select(rows.tolist())
+        self.retention = self.retention.select(rows)
         for store in self._stores:
             store.select(rows)
 
     def _arrange(self, together: list[Tensor]) -> None:
         """Empty stores for the heads that are to be together, with heads that keep everything apart."""
-        whole = torch.zeros(self.heads, dtype=torch.bool)
-        whole[list(self.kept.whole)] = True
+        rule = self.retention.rule
+        full_heads = () if rule.own is not None else rule.whole  # a policy's own function may look at all heads
+        full = torch.zeros(self.heads, dtype=torch.bool)
+        full[list(full_heads)] = True
+        everything, others = self.retention.unlimited(ACCUMULATED), self.retention
+        others = replace(others, rule=replace(rule, whole=())) if full_heads else others
         self._stores, self._apart = [], False
         for heads in together:
-            for kept, some in ((self.kept.everything, heads[whole[heads]]), (self.kept, heads[~whole[heads]])):
+            for retention, some in ((everything, heads[full[heads]]), (others, heads[~full[heads]])):
                 if len(some):
-                    kept = self.kept.others if kept is self.kept and self.kept.whole else kept
-                    self._stores.append(Store(some, kept, self.how, self.group))
+                    self._stores.append(Store(some, retention, self.how, self.group))
         self._back = torch.cat([s.heads for s in self._stores]).argsort()
 
     def _settle(self, seen: Tensor, more: int | None) -> None:
-        if self.kept.across_heads and not self._apart and self.kept.read(seen):
+        if self.retention.across_heads and not self._apart and self.retention.prompts_read(seen):
             state = self._stores[0].state()
-            sizes = _rounded((state.positions >= 0).sum(-1).amax(0).cpu())
+            sizes = _rounded(state.counts.amax(0).cpu())
             if len(sizes.unique()) > 1:
                 self._arrange([(sizes == n).nonzero()[:, 0] for n in sizes.unique()])
                 for store in self._stores:
-                    store.load(only(state, store.heads))
+                    store.load(state.heads(store.heads).trim().contiguous())
             self._apart = True
         for store in self._stores:
             store.settle(seen, more)
@@ -265,32 +272,32 @@ class Slots:
         self._cuts.append(torch.cat(cuts))
 
 
-def joined(states: list[EvictionState], order: Tensor | None = None) -> EvictionState:
-    """The KV heads of several states of the same rows, in their order or in `order`."""
-    if len(states) == 1:
-        return states[0]
-    slots = max(s.positions.shape[-1] for s in states)
-    padded = [s.pad(slots) for s in states]
-    names = [f.name for f in fields(EvictionState) if f.name != "seen" and getattr(states[0], f.name) is not None]
-    state = replace(states[0], **{n: torch.cat([getattr(s, n) for s in padded], 1) for n in names})
-    return state if order is None else state.heads(order)
-
-
-def only(state: EvictionState, heads: Tensor) -> EvictionState:
-    """The state of some KV heads, with no more slots than they need and in memory of its own."""
-    some = state.heads(heads)
-    n = max(1, int((some.positions >= 0).sum(-1).max()))
-    parts = {
-        f.name: x[:, :, :n].clone() for f in fields(some) if (x := getattr(some, f.name)) is not None and x.ndim > 1
-    }
-    return replace(some, **parts)
-
-
 def _rounded(slots: Tensor) -> Tensor:
     """Numbers of slots, rounded up to few different ones, by an eighth at most or to 16."""
     unit = 2 ** (slots.clamp(min=1).double().log2().floor().long() - 3).clamp(min=4)
     return (slots + unit - 1) // unit * unit
 
 
-def _nbytes(state: EvictionState) -> int:
-    return sum(x.nbytes for f in fields(EvictionState) if (x := getattr(state, f.name)) is not None)
+def check_state(retention: BatchRetention, state: EvictionState) -> None:
+    """Refuse a state that such a retention could not have led to.
+
+    Raises:
+        UserError: if it holds more than it may, or was made by another policy.
+    """
+    rule = retention.rule
+    memory = None if state.memory is None else state.memory.shape[-1]
+    differ = rule.shared and not bool((state.positions == state.positions[:, :1]).all())
+    if differ or memory != remembered(rule):
+        raise UserError("a state was made by another policy than this cache's; make a cache with the state's policy")
+    counts = state.counts.cpu()
+    counts[:, list(rule.whole)] = 0
+    budget, seen = retention.budget, state.seen.cpu()
+    if rule.heads:  # that of the head that may hold most
+        budget = torch.tensor([max(C for C, _, _ in head_slots(rule.heads, n)) for n in budget.tolist()])
+    most = budget + retention.schedule.spare
+    if retention.prompt is not None:
+        later = (seen - retention.prompt).clamp(min=0) if retention.schedule.then == "keep" else 0
+        most = torch.where(seen < retention.prompt, counts.amax(-1), most + later)
+    fits = counts.sum(-1) <= most * counts.shape[1] if retention.across_heads else counts.amax(-1) <= most
+    if not bool(fits.all()):
+        raise UserError("a state holds more tokens than this cache's budget; make a cache with the state's budget")

@@ -71,7 +71,7 @@ def check(stored: Mapping[str, Any], here: Mapping[str, Any]) -> None:
 
 def tensors_of(state: EvictionState) -> dict[str, Tensor]:
     """A state's tensors by name, in memory of their own on the CPU."""
-    return {name: x.detach().cpu().clone() for name, x in state._tensors().items()}
+    return {name: x.detach().cpu().clone() for name, x in state.tensors().items()}
 
 
 def is_stored(given: Any) -> bool:

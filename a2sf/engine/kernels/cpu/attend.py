@@ -1,11 +1,12 @@
-"""The eviction recursion on the CPU: `attend_cpu` for whole sequences, `SlotCache` to go on token by token.
+"""The eviction recursion on the CPU for whole sequences: lays out work for the compiled functions of `run` and `step`.
 
-Both lay out work for the compiled functions of `cpu_run` and `cpu_step`. A work item is one tree of segments (a row is
-one as well) and one KV head.
+A work item is one tree of segments (a row is one as well) and one KV head.
 Time is O(T * C * D), memory O(C * D) per KV head.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,6 @@ from a2sf.engine.kernels.cpu.memory import (
     allocate,
     as_arrays,
     empty_slots,
-    in_order,
     make_call,
     make_scratch,
     rule_flags,
@@ -49,15 +49,15 @@ def attend_cpu(
     K, V = key.shape[1], value.shape[-1]
     if state is not None:
         check_state(state, int((segments.parent < 0).sum()), K, D, V, segments.rule)
-    start = None if state is None else (state.positions >= 0).sum(-1).amax(-1)
+    start = None if state is None else state.counts.amax(-1)
     plan = make_plan(segments, start, options.return_state)
     if plan.rows > B or plan.columns > T:
         raise ValueError(f"segments of {plan.rows} rows and {plan.columns} columns are not among the {B} and {T} given")
     most = 1 + segments.schedule.spare
     if start is not None and options.trace:
         most = max(most, 1 + int((start - segments.budget[segments.parent < 0]).max()))
-    asked = rule_flags(segments.rule) | {"spare": segments.schedule.spare, "most": most}
-    shape = Shape(K, H // K, D, V, plan.slots, plan.slots, plan.block, **asked)
+    flags = rule_flags(segments.rule) | {"spare": segments.schedule.spare, "most": most}
+    shape = Shape(K, H // K, D, V, plan.slots, plan.slots, plan.block, **flags)
 
     whole = plan.tokens == B * T
     output = (torch.empty if whole else torch.zeros)(B, T, H, V)
@@ -71,23 +71,34 @@ def attend_cpu(
         final_state = empty_slots(segments.count, K, plan.final_slots, D, V)
         final = as_arrays(final_state)
 
-    items, threads = plan.left.size * _items(shape), _threads(plan, shape)
+    items, threads = plan.left.size * _items(shape), threads_for(plan, shape)
     hand_over = threads > 1 and items < ITEMS_PER_THREAD * threads
     quota = max(plan.block, int(plan.tokens * _items(shape) / threads / 16)) if hand_over else 0
     heads = K if shape.shared else 1
     states = allocate((items if hand_over else threads) * plan.buffers * heads, shape)
-    _run(threads, quota, plan, shape, call, states, make_scratch(threads, shape), given, final)
+    run_plan(plan, threads, quota, shape, Work(call, states, make_scratch(threads, shape), given, final))
     if final_state is not None:
-        final_state = in_order(final_state)
+        final_state = final_state.compact()
     output = output.transpose(1, 2).to(query.dtype)
     if not options.trace:
         return Attended(output, final_state)
     row, head, column, e = (evicted >= 0).nonzero(as_tuple=True)
-    gone = torch.stack([row, head, column, evicted[row, head, column, e].long()], 1)
-    return Attended(output, final_state, *traced(gone, (B, K, T)))
+    events = torch.stack([row, head, column, evicted[row, head, column, e].long()], 1)
+    return Attended(output, final_state, *traced([events], (B, K, T), output.device))
 
 
-def _threads(plan: Plan, shape: Shape) -> int:
+class Work(NamedTuple):
+    """What the compiled functions read and write beside the plan."""
+
+    call: Call
+    states: Store
+    scratch: Scratch
+    given: Given = NO_STATE
+    final: Given = NO_STATE
+
+
+def threads_for(plan: Plan, shape: Shape) -> int:
+    """How many threads run a plan."""
     work = plan.tokens * shape.heads * shape.group * (shape.D + shape.V) * shape.slots
     return min(plan.left.size * _items(shape), torch.get_num_threads()) if work > LEAST_WORK else 1
 
@@ -97,23 +108,14 @@ def _items(shape: Shape) -> int:
     return 1 if shape.shared else shape.heads
 
 
-def _run(
-    threads: int,
-    quota: int,
-    plan: Plan,
-    shape: Shape,
-    call: Call,
-    states: Store,
-    scratch: Scratch,
-    given: Given,
-    final: Given,
-) -> None:
+def run_plan(plan: Plan, threads: int, quota: int, shape: Shape, work: Work) -> None:
+    """Run all work items; `quota` is how many tokens of one a thread reads before it puts it back, 0: all."""
     left = np.repeat(plan.left, _items(shape))
     at = np.zeros((left.size, 2), np.int64)
     at[:, 0] = np.repeat(plan.program.first[:-1], _items(shape))
     busy = np.zeros(left.size, np.int64)
-    work = (quota, plan.buffers, plan.program, shape, call, states, scratch, given, final, at, left, busy)
-    in_threads(lambda thread: cpu_run.run(thread, *work), threads)
+    given = (quota, plan.buffers, plan.program, shape, *work, at, left, busy)
+    in_threads(lambda thread: cpu_run.run(thread, *given), threads)
 
 
 def _positions(segments: Segments, state: EvictionState | None, rows: int, tokens: int) -> Tensor | None:

@@ -115,6 +115,7 @@ def _flat(x: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
 
 
 def empty_slots(rows: int, K: int, slots: int, D: int, V: int) -> EvictionState:
+    """A state to be filled by the kernel."""
     return EvictionState(
         positions=torch.full((rows, K, slots), -1),
         scores=torch.zeros(rows, K, slots),
@@ -124,15 +125,8 @@ def empty_slots(rows: int, K: int, slots: int, D: int, V: int) -> EvictionState:
     )
 
 
-def in_order(state: EvictionState) -> EvictionState:
-    """Slots sorted by position, empty ones last, and no more of them than are needed."""
-    most = max(1, int((state.positions >= 0).sum(-1).max())) if state.positions.numel() else 1
-    order = state.positions.where(state.positions >= 0, 2**62).argsort(-1)[..., :most]
-    keys, values = (x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (state.keys, state.values))
-    return EvictionState(state.positions.gather(2, order), state.scores.gather(2, order), keys, values, state.seen)
-
-
 def as_arrays(state: EvictionState, rule: Rule = ACCUMULATED) -> Given:
+    """A state as the kernel reads or fills it, with what the rule fixes of its tokens."""
     scores, keys, values = (x.detach().float().contiguous().numpy() for x in (state.scores, state.keys, state.values))
     weights, biases = (
         x.reshape(state.positions.shape if x.numel() else (0, 0, 0)).numpy()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from a2sf.engine.kernels.cpu import run as cpu_run
-from a2sf.engine.kernels.cpu.attend import _run, _threads
+from a2sf.engine.kernels.cpu.attend import Work, run_plan, threads_for
 from a2sf.engine.kernels.cpu.bounds import (
     check_fits,
     check_lengths,
@@ -17,20 +17,19 @@ from a2sf.engine.kernels.cpu.bounds import (
 )
 from a2sf.engine.kernels.cpu.memory import (
     NO_CALL,
-    NO_STATE,
     NO_TRACE,
     allocate,
     as_arrays,
     empty_slots,
-    in_order,
     make_call,
     make_scratch,
     rule_flags,
 )
 from a2sf.engine.kernels.cpu.plan import LARGEST_BLOCK, Plan
-from a2sf.engine.kernels.cpu.run import Given, Program
+from a2sf.engine.kernels.cpu.run import Program
 from a2sf.engine.kernels.cpu.simd import LANES
-from a2sf.engine.kernels.cpu.state import COUNT, SEEN, Call, Shape
+from a2sf.engine.kernels.cpu.state import COUNT, SEEN, Shape
+from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import EvictionState
 from a2sf.policies.rule import ACCUMULATED, Rule
 
@@ -47,6 +46,8 @@ class SlotCache:
         rule: how tokens are ranked.
         spare: tokens that may be cached beyond the budget before some are evicted; `slots` counts them.
     """
+
+    backend = "numba"
 
     def __init__(
         self,
@@ -72,6 +73,10 @@ class SlotCache:
         return len(self._states.counters) // self._shape.heads
 
     @property
+    def _work(self) -> Work:
+        return Work(NO_CALL, self._states, self._scratch)
+
+    @property
     def nbytes(self) -> int:
         return sum(x.nbytes for x in self._states)
 
@@ -85,15 +90,15 @@ class SlotCache:
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        retention: BatchRetention,
         *,
-        budget: int | Tensor,
-        recent: int | Tensor,
-        sinks: int | Tensor = 0,
-        forgetting_factor: float | Tensor,
         scale: float | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        """Read the next tokens of every row; arguments as in `a2sf.evicting_attention`, output [B, H, T, V].
+        """Read the next tokens of every row; other arguments as in `a2sf.evicting_attention`, output [B, H, T, V].
+
+        Args:
+            retention: what each of the B rows retains; its rule and schedule are those that the cache was made with.
 
         Raises:
             ValueError: if a row needs more slots than there are.
@@ -101,9 +106,10 @@ class SlotCache:
         shape, B, T, D = self._shape, self.rows, query.shape[2], query.shape[3]
         check_fits(query, key, value, B, shape)
         room = shape.room
-        length, limit = (np.broadcast_to(np.asarray(x), B) for x in (T if lengths is None else lengths, budget))
-        check_lengths(length, limit, T)
-        limit = limit + self._shape.spare
+        length = np.broadcast_to(T if lengths is None else lengths.numpy(), B)
+        budget, recent, sinks = (x.numpy() for x in (retention.budget, retention.recent, retention.sinks))
+        check_lengths(length, budget, T)
+        limit = budget + self._shape.spare
         after = self._states.counters[:: self._shape.heads, COUNT] + length
         need = np.minimum(after, limit + 1)
         if need.max() > room:
@@ -114,23 +120,25 @@ class SlotCache:
         positions = self.seen[:, None, None] + torch.arange(T) if fixed else None
         scale = D**-0.5 if scale is None else scale
         call = make_call(query, key, value, output, NO_TRACE, scale, self.rule, positions)
-        self._run(length, 0, call, factor=forgetting_factor, rule=(budget, recent, sinks, block))
+        numbers = (budget, recent, sinks, block)
+        self._run(length, 0, self._work._replace(call=call), retention.forgetting_factor.numpy(), numbers)
         return output.transpose(1, 2).to(query.dtype)
 
     def state(self) -> EvictionState:
         """What is cached, in canonical form."""
         shape, most = self._shape, max(1, int(self._states.counters[:, COUNT].max(initial=0)))
         state = empty_slots(self.rows, shape.heads, most, shape.D, shape.V)
-        self._run(0, 0, final=as_arrays(state))
-        return in_order(state)
+        self._run(0, 0, self._work._replace(final=as_arrays(state)))
+        return state.compact()
 
     def load(self, state: EvictionState, forgetting_factor: Tensor | float = 1.0) -> None:
         """Take over a state of as many rows; the factor is that of what was read, for a rule that divides by age."""
         shape = self._shape
         check_state(state, self.rows, shape.heads, shape.D, shape.V, self.rule)
-        if int((state.positions >= 0).sum(-1).max()) > shape.room:
+        if state.most > shape.room:
             raise ValueError(f"the state holds more tokens than the cache's {self._shape.room} slots")
-        self._run(0, cpu_run.GIVEN - np.arange(self.rows), given=as_arrays(state, self.rule), factor=forgetting_factor)
+        work = self._work._replace(given=as_arrays(state, self.rule))
+        self._run(0, cpu_run.GIVEN - np.arange(self.rows), work, forgetting_factor)
 
     def reorder(self, rows: Tensor) -> None:
         """Keep `rows` in that order; a row may be taken several times (beam search)."""
@@ -143,17 +151,15 @@ class SlotCache:
         self,
         length: np.ndarray | int,
         source: np.ndarray | int,
-        call: Call | None = None,
-        given: Given | None = None,
-        final: Given | None = None,
-        factor: Tensor | float = 1.0,
-        rule: tuple[Any, ...] = (1, 0, 0, 1),
+        work: Work,
+        factor: np.ndarray | Tensor | float = 1.0,
+        numbers: tuple[Any, ...] = (1, 0, 0, 1),
     ) -> None:
-        """One segment per row that goes on in the row's states, unless `source` says otherwise."""
+        """One segment per row, which continues the row's states unless `source` says otherwise; numbers as in `Program`."""
         B, shape = self.rows, self._shape
         steps = np.empty((B, 11), np.int64)
         scored = int(self.rule.scored)
-        for i, column in enumerate((np.arange(B), np.arange(B), 0, length, source, 0, *rule, scored)):
+        for i, column in enumerate((np.arange(B), np.arange(B), 0, length, source, 0, *numbers, scored)):
             steps[:, i] = column
         factors = np.empty(B, np.float32)
         factors[:] = factor
@@ -162,8 +168,7 @@ class SlotCache:
         plan = Plan(Program(np.arange(B + 1), steps, factors), left, int(left.sum()), shape.slots, block, 1, 0)
         # a quota, so that every item has states of its own; large enough to run it in one go
         quota = int(left.max(initial=1))
-        threads, shape = _threads(plan, shape), shape._replace(block=block)
+        threads, shape = threads_for(plan, shape), shape._replace(block=block)
         if self._scratch_of != (threads, block):  # kept, because a step of one token takes less time than making it
             self._scratch, self._scratch_of = make_scratch(threads, shape), (threads, block)
-        given, final = given or NO_STATE, final or NO_STATE
-        _run(threads, quota, plan, shape, call or NO_CALL, self._states, self._scratch, given, final)
+        run_plan(plan, threads, quota, shape, work._replace(scratch=self._scratch))

@@ -22,8 +22,8 @@ from torch import Tensor
 from a2sf.engine.kernels.gpu.self_check import fault
 from a2sf.engine.kernels.gpu.step import recursion
 from a2sf.engine.priorities import SHARE, terms
-from a2sf.engine.state import Attended, EvictionState, Options, Segments
-from a2sf.engine.tree import Ran, Rows, by_levels
+from a2sf.engine.state import Attended, Call, EvictionState, Options, Segments
+from a2sf.engine.tree import Ran, Rows, by_depth
 from a2sf.errors import ConfigError, UnsoundKernelError, first_line
 from a2sf.policies.rule import Fixed, Rule
 
@@ -50,6 +50,14 @@ def available(device: torch.device | None = None) -> bool:
     return on_gpu or _interpreted()
 
 
+def unavailable(device: torch.device) -> str | None:
+    """Why the kernel cannot run on `device`; None where it can."""
+    if available(device):
+        return None
+    have = "Triton is not installed" if triton is None else f"the tensors are on {device}"
+    return f"it needs Triton (extra gpu) and a CUDA device, and {have}"
+
+
 def attend_triton(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: Options, state: EvictionState | None = None
 ) -> Attended:
@@ -59,15 +67,13 @@ def attend_triton(
         ConfigError: if Triton is missing, or the tensors are on a device that it does not run on.
         UnsoundKernelError: if what Triton compiled fails its trial, or cannot be compiled.
     """
-    if not available(query.device):
-        have = "Triton is not installed" if triton is None else f"the tensors are on {query.device}"
-        raise ConfigError("backend", "triton", f"it needs Triton (extra gpu) and a CUDA device, and {have}")
+    if (reason := unavailable(query.device)) is not None:
+        raise ConfigError("backend", "triton", reason)
     with torch.cuda.device(query.device) if query.is_cuda else nullcontext():  # Triton launches on the current device
-        found = by_levels(_triton_rows, query, key, value, segments, options, state)
+        found = by_depth(_triton_rows, Call(query, key, value, segments, options, state))
     if found.state is None:
         return found
-    kept = max(1, int((found.state.positions >= 0).sum(-1).max()))  # waits for the GPU, so once, and at the end
-    return replace(found, state=found.state.cut(kept))
+    return replace(found, state=found.state.trim().contiguous())  # waits for the GPU, so once, and at the end
 
 
 def _interpreted() -> bool:
@@ -115,11 +121,11 @@ def _run(rows: Rows, options: Options, flags: dict[str, Any], tiles: list[int]) 
     B, H, T, D = rows.query.shape
     K, V = rows.key.shape[1], rows.value.shape[-1]
     rule, spare, old = rows.rule, rows.schedule.spare, rows.state
-    device, held = rows.query.device, (old.positions >= 0).sum(-1)
+    device, held = rows.query.device, old.counts
     constants = {tile: _constants(H // K, D, V, tile) for tile in sorted(set(tiles))}
     sizes = next(iter(constants.values()))
 
-    # `by_levels` packs time before heads: these transposes copy nothing
+    # `by_depth` packs time before heads: these transposes copy nothing
     key, value = (x.transpose(1, 2).contiguous() for x in (rows.key, rows.value))
     query = key.new_zeros(B, T, K, sizes["SIZES"], sizes["PADDED_G"])
     query[..., :D, : H // K] = (rows.query * options.scale).view(B, K, H // K, T, D).permute(0, 3, 1, 4, 2)
@@ -128,7 +134,7 @@ def _run(rows: Rows, options: Options, flags: dict[str, Any], tiles: list[int]) 
     # The slot buffer: what is cached already, and room for the new tokens, one more than may stay at most. Keys lie 32
     # slots together, size before slot: threads load neighbours, and each sums a logit by itself.
     past = old.positions.shape[-1]
-    gone = torch.full((B, K, past + T, 2), -1, dtype=torch.int32, device=device)  # a token goes once
+    evicted = torch.full((B, K, past + T, 2), -1, dtype=torch.int32, device=device)  # a token is evicted once
     most = max(1, past, *(min(n + spare, past + length) for n, length in zip(rows.budgets, rows.lengths, strict=True)))
     slots = triton.cdiv(most + 1, max(tiles)) * max(tiles)
 
@@ -163,7 +169,7 @@ def _run(rows: Rows, options: Options, flags: dict[str, Any], tiles: list[int]) 
         weight,
         bias,
         output,
-        gone,
+        evicted,
         keys,
         values,
         scores,
@@ -191,31 +197,25 @@ def _run(rows: Rows, options: Options, flags: dict[str, Any], tiles: list[int]) 
         recursion[grid](here, *arguments, **of_tile, **flags, **LAUNCH, num_warps=_warps(of_tile))
 
     state = None
-    if options.return_state:  # in canonical form: ascending positions, empty slots last
-        order = positions.masked_fill(positions < 0, 2**62).argsort(dim=-1)[:, :, :most]
-        positions = positions.gather(2, order)
-
-        def cached_of(x: Tensor) -> Tensor:
-            picked = x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1]))
-            return torch.where(positions[..., None] >= 0, picked, 0)
-
+    if options.return_state:
         state = EvictionState(
             positions=positions,
-            scores=cached_of(scores[..., None])[..., 0],
-            keys=cached_of(keys.transpose(3, 4).reshape(B, K, slots, -1))[..., :D],
-            values=cached_of(values),
+            scores=scores,
+            keys=keys.transpose(3, 4).reshape(B, K, slots, -1)[..., :D],
+            values=values,
             seen=old.seen + rows.length,
-        )
+        ).compact(most)
     if not options.trace:
         return Ran(output.transpose(1, 2), state)
-    went = gone[..., 0] >= 0
-    return Ran(output.transpose(1, 2), state, torch.cat([went.nonzero()[:, :2], gone[went].long()], 1))
+    is_event = evicted[..., 0] >= 0
+    events = torch.cat([is_event.nonzero()[:, :2], evicted[is_event].long()], 1)
+    return Ran(output.transpose(1, 2), state, events)
 
 
 def _above_budget(rows: Rows) -> bool:
     if rows.state.positions.shape[-1] <= min(rows.budgets):
         return False
-    return bool(((rows.state.positions >= 0).sum(-1) > rows.budget[:, None]).any())
+    return bool((rows.state.counts > rows.budget[:, None]).any())
 
 
 def _flags(rule: Rule, K: int, several: bool) -> dict[str, Any]:

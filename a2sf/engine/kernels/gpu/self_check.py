@@ -32,7 +32,7 @@ def fault(run: RunRows, rows: Rows, *, several: bool, tile: int) -> str | None:
     tried = _trial(rows, Schedule("every", every=3) if several else STEP, tile)
     options = Options(rows.query.shape[-1] ** -0.5, return_state=True, trace=True)
     got, want = run(tried, options), torch_rows(_on(tried, "cpu", torch.float64), options)
-    if _kept(got) != _kept(want) or _gone(got) != _gone(want):
+    if _retained(got) != _retained(want) or _evicted(got) != _evicted(want):
         return "it keeps other tokens than plain torch"
     width = max(x.end.positions.shape[-1] for x in (got, want))
     states = [vars(x.end.pad(width)) for x in (got, want)]
@@ -88,9 +88,9 @@ def _on(rows: Rows, device: torch.device | str, dtype: torch.dtype) -> Rows:
     return replace(rows, **moved(rows), state=replace(rows.state, **moved(rows.state)))
 
 
-def _kept(ran: Ran) -> list[Any]:
+def _retained(ran: Ran) -> list[Any]:
     return [[[p for p in head if p >= 0] for head in row] for row in ran.end.positions.tolist()]
 
 
-def _gone(ran: Ran) -> list[Any]:
-    return [] if ran.gone is None else sorted(ran.gone.tolist())
+def _evicted(ran: Ran) -> list[Any]:
+    return [] if ran.evictions is None else sorted(ran.evictions.tolist())
