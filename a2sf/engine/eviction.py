@@ -105,7 +105,7 @@ def _reference_rows(differentiable: bool, rows: Rows, options: Options) -> Ran:
             pooled_score = pooled(numbers, step, free)
             score[:, :, :n] = torch.where(going & numbers.at_cut(now), pooled_score, step.scores)
             step = replace(step, scores=score[:, :, :n].clone())
-        if rule.own is not None:
+        if rule.priority_fn is not None:
             priority, kept = of_own(rule, step, free)
             memory[:, :, :n] = torch.where(going[..., None], kept, memory[:, :, :n])
         else:
@@ -127,8 +127,8 @@ def _reference_rows(differentiable: bool, rows: Rows, options: Options) -> Ran:
 def _memory(rows: Rows, grouped: Tensor, scale: float) -> Tensor:
     """What the rule keeps of the given state's tokens and, to begin with, of the new ones, [B, K, past + T, M]."""
     (B, K, T, _), old = rows.key.shape, rows.state
-    if rows.rule.foresee is not None:
-        return rows.rule.foresee(Sequence(grouped, rows.key.detach(), rows.value.detach(), rows.length, scale))
+    if rows.rule.precompute is not None:
+        return rows.rule.precompute(Sequence(grouped, rows.key.detach(), rows.value.detach(), rows.length, scale))
     past = rows.query.new_zeros(*old.positions.shape, rows.rule.memory) if old.memory is None else old.memory
     return torch.cat([past.to(rows.query.dtype), rows.query.new_zeros(B, K, T, rows.rule.memory)], dim=2)
 
@@ -151,5 +151,5 @@ def _canonical(
         values=of(values),
         seen=rows.state.seen + rows.length,
         # what was foreseen is of no use to a sequence that goes on
-        memory=None if rows.rule.own is None or rows.rule.foresee is not None else of(memory),
+        memory=None if rows.rule.priority_fn is None or rows.rule.precompute is not None else of(memory),
     )

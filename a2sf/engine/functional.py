@@ -214,7 +214,7 @@ def _check_state(state: EvictionState, query: Tensor, key: Tensor, rule: Rule) -
     if state.positions.shape[1] != key.shape[1]:
         raise ValueError(f"the state holds {state.positions.shape[1]} KV heads, the key {key.shape[1]}")
     held = None if state.memory is None else state.memory.shape[-1]
-    if held != (rule.memory if rule.own is not None and rule.foresee is None else None):
+    if held != (rule.memory if rule.priority_fn is not None and rule.precompute is None else None):
         raise ValueError(
             "the state was made by another policy: what is kept per token differs; continue with the same one"
         )

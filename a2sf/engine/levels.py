@@ -161,7 +161,7 @@ def empty_state(key: Tensor, value: Tensor, rule: Rule) -> EvictionState:
         keys=key.new_empty(B, K, 0, D),
         values=key.new_empty(B, K, 0, value.shape[-1]),
         seen=torch.zeros(B, dtype=torch.int64, device=key.device),
-        memory=None if rule.own is None or rule.foresee is not None else key.new_empty(B, K, 0, rule.memory),
+        memory=None if rule.priority_fn is None or rule.precompute is not None else key.new_empty(B, K, 0, rule.memory),
     )
 
 

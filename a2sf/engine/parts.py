@@ -35,11 +35,11 @@ def by_heads(
 ) -> Attended:
     """The heads that keep everything, and the others by the rest of their rule."""
     whole = torch.zeros(key.shape[1], dtype=torch.bool)
-    whole[list(segments.rule.whole)] = True
+    whole[list(segments.rule.full_heads)] = True
     everything = replace(
         segments, budget=torch.full_like(segments.budget, UNLIMITED), rule=ACCUMULATED, schedule=STEP, prompt=None
     )
-    others = replace(segments, rule=replace(segments.rule, whole=()))
+    others = replace(segments, rule=replace(segments.rule, full_heads=()))
     parts = [(heads.nonzero()[:, 0], part) for heads, part in ((whole, everything), (~whole, others)) if heads.any()]
     return _together(run, parts, query, key, value, options, state)
 
@@ -66,12 +66,12 @@ def by_numbers(
         slots = torch.tensor([head_slots(rule.heads, C) for C in segments.budget.tolist()]).view(-1, K, 3)
         alike: dict[object, list[int]] = {}
         for h, head in enumerate(rule.heads):
-            alike.setdefault((head.forgetting_factor, head.by_age, slots[:, h].numpy().tobytes()), []).append(h)
+            alike.setdefault((head.forgetting_factor, head.mean_over_age, slots[:, h].numpy().tobytes()), []).append(h)
         known = []
         for at in alike.values():
             budget, recent, sinks = slots[:, at[0]].clone().unbind(1)
             factor = torch.full_like(segments.forgetting_factor, rule.heads[at[0]].forgetting_factor)
-            plain = replace(rule, heads=(), by_age=rule.heads[at[0]].by_age)
+            plain = replace(rule, heads=(), mean_over_age=rule.heads[at[0]].mean_over_age)
             own = replace(segments, budget=budget, recent=recent, sinks=sinks, forgetting_factor=factor, rule=plain)
             known.append((torch.tensor(at), own))
         object.__setattr__(segments, "_by_numbers", known)  # the same for all layers that retain alike
@@ -184,7 +184,9 @@ class _Split(NamedTuple):
             )
         )
         first, second = (replace(_pick(segments, nodes, ids), schedule=STEP, prompt=None) for ids in (reading, later))
-        first = _unlimited(replace(first, length=read, rule=Rule(scored=scored, counted=rule.counted)))
+        first = _unlimited(
+            replace(first, length=read, rule=Rule(scored=scored, count_above_uniform=rule.count_above_uniform))
+        )
         second = replace(second, start=second.start + skipped, length=rest, rule=replace(rule, cut=None, scored=scored))
         second = second if segments.schedule.then == "step" else _unlimited(second)
         split = _Split(nodes, reading, first if reading else None, later, second if later else None)

@@ -76,7 +76,7 @@ class Continued(Plan):
         dtype = accumulation_dtype(key.dtype)
         empty = empty_state(key[:1].to(dtype), value[:1].to(dtype), rule)
         found = [empty if i < 0 else self.states[(*at, i)] for i in self.begin]
-        if rule.own is not None:  # it has numbers for each token, if only none of them
+        if rule.priority_fn is not None:  # it has numbers for each token, if only none of them
             found = [replace(s, memory=s.keys[..., :0]) if s.memory is None else s for s in found]
         return EvictionState.stack(found)
 

@@ -75,7 +75,7 @@ class Kept:
     @property
     def whole(self) -> tuple[int, ...]:
         """Heads that keep everything and can be kept apart; a policy's own function may look at all of them."""
-        return () if self.ranked.own is not None else self.ranked.whole
+        return () if self.ranked.priority_fn is not None else self.ranked.full_heads
 
     @cached_property
     def everything(self) -> Kept:
@@ -85,7 +85,7 @@ class Kept:
     @cached_property
     def others(self) -> Kept:
         """What the other heads keep."""
-        return self._ranked_by(replace(self.ranked, whole=()), self.schedule)
+        return self._ranked_by(replace(self.ranked, full_heads=()), self.schedule)
 
     @cached_property
     def after(self) -> Kept:
@@ -100,7 +100,7 @@ class Kept:
         if self.schedule.then == "step":
             return self._ranked_by(replace(rule, cut=None, scored=scored), STEP)
         if not rule.memory:
-            rule = Rule(scored=scored, counted=rule.counted)  # nothing goes, so that no priority is asked for
+            rule = Rule(scored=scored, count_above_uniform=rule.count_above_uniform)  # nothing is evicted
         return Kept([Retention(budget=UNLIMITED, forgetting_factor=r.forgetting_factor, rule=rule) for r in self.rows])
 
     def read(self, seen: Tensor) -> bool:
@@ -115,12 +115,12 @@ class Kept:
         """
         memory = None if state.memory is None else state.memory.shape[-1]
         apart = self.ranked.shared and not bool((state.positions == state.positions[:, :1]).all())
-        if apart or memory != (self.ranked.memory if self.ranked.own is not None else None):
+        if apart or memory != (self.ranked.memory if self.ranked.priority_fn is not None else None):
             raise UserError(
                 "a state was made by another policy than this cache's; make a cache with the state's policy"
             )
         held = (state.positions >= 0).sum(-1).cpu()
-        held[:, list(self.ranked.whole)] = 0
+        held[:, list(self.ranked.full_heads)] = 0
         most, seen = self._largest() + self.schedule.spare, state.seen.cpu()
         if self.prompt is not None:
             later = (seen - self.prompt).clamp(min=0) if self.schedule.then == "keep" else 0

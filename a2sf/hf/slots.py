@@ -76,7 +76,7 @@ class Store:
         self._state: EvictionState | None = None
         self._slots = self._held = 0  # slots there are, and the most that are taken in any head
         # a policy's own rule has numbers for each token, if only none of them; what goes on where nothing goes has not
-        self._remembers = kept.ranked.own is not None
+        self._remembers = kept.ranked.priority_fn is not None
 
     @property
     def nbytes(self) -> int:

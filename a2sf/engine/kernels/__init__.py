@@ -66,7 +66,7 @@ def attend(
         UserError: if the policy looks at later tokens and does not see whole sequences.
     """
     check_backend(backend)
-    if segments.rule.foresee is not None and (state is not None or bool((segments.parent >= 0).any())):
+    if segments.rule.precompute is not None and (state is not None or bool((segments.parent >= 0).any())):
         raise UserError("a policy that looks at later tokens needs each sequence as one segment, from its first token")
     device = query.device.type
     # it would lower the precision of scores
@@ -88,8 +88,8 @@ def attend(
 
     if segments.rule.heads:
         return by_numbers(partial(attend, backend=asked), query, key, value, segments, options, state)
-    compiled = backend in ("numba", "triton") and segments.rule.own is None
-    if compiled and segments.rule.whole:
+    compiled = backend in ("numba", "triton") and segments.rule.priority_fn is None
+    if compiled and segments.rule.full_heads:
         return by_heads(partial(attend, backend=asked), query, key, value, segments, options, state)
     if compiled and segments.schedule.prompt and compiled_after(segments):
         return by_prompt(partial(attend, backend=asked), query, key, value, segments, options, state)
@@ -128,7 +128,7 @@ def compiled_after(segments: Segments) -> bool:
 
 def knows(rule: Rule) -> bool:
     """Whether the compiled kernels, of the CPU and of GPUs, run a rule token by token."""
-    return rule.own is None and rule.cut is None and not rule.whole and not rule.heads
+    return rule.priority_fn is None and rule.cut is None and not rule.full_heads and not rule.heads
 
 
 def _choose(query: Tensor) -> str:

@@ -20,7 +20,7 @@ def serves(segments: Segments, options: Options, state: object) -> bool:
     """Whether `attend_dense` gives what the recursion gives: no state or trace is asked for, and scores do not matter."""
     if state is not None or options.return_state or options.trace or segments.schedule != STEP:
         return False
-    if segments.rule.whole or segments.rule.heads:
+    if segments.rule.full_heads or segments.rule.heads:
         return False
     known = segments.__dict__.get("_dense")
     if known is None:
