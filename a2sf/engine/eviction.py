@@ -98,7 +98,7 @@ def _reference_rows(differentiable: bool, rows: Rows, options: Options) -> Ran:
             pooled_score = pooled(retention, step, free)
             score[:, :, :n] = torch.where(active & retention.at_cut(now), pooled_score, step.scores)
             step = replace(step, scores=score[:, :, :n].clone())
-        if rule.own is not None:
+        if rule.priority_fn is not None:
             priority, remembered_now = of_own(rule, step, free)
             memory[:, :, :n] = torch.where(active[..., None], remembered_now, memory[:, :, :n])
         else:
@@ -129,7 +129,7 @@ def _reference_rows(differentiable: bool, rows: Rows, options: Options) -> Ran:
 def _memory(rows: Rows, grouped: Tensor, scale: float) -> Tensor:
     """What the rule keeps of the given state's tokens and, to begin with, of the new ones, [B, K, past + T, M]."""
     (B, K, T, _), old = rows.key.shape, rows.state
-    if rows.rule.foresee is not None:
-        return rows.rule.foresee(Sequence(grouped, rows.key.detach(), rows.value.detach(), rows.length, scale))
+    if rows.rule.precompute is not None:
+        return rows.rule.precompute(Sequence(grouped, rows.key.detach(), rows.value.detach(), rows.length, scale))
     past = rows.query.new_zeros(*old.positions.shape, rows.rule.memory) if old.memory is None else old.memory
     return torch.cat([past.to(rows.query.dtype), rows.query.new_zeros(B, K, T, rows.rule.memory)], dim=2)

@@ -22,7 +22,7 @@ SHARE = 1 - 1e-5
 
 def mass(rule: Rule, probabilities: Tensor, count: Tensor) -> Tensor:
     """What a step adds to `A`, [B, K, N]: the sum of `phi(p)` over the group [B, K, G, N], with `count` cached tokens."""
-    if not rule.counted:
+    if not rule.count_above_uniform:
         return probabilities.sum(2)
     # an uncached column has p = 0
     return (probabilities * count[..., None] >= SHARE).to(probabilities.dtype).sum(2)
@@ -31,7 +31,7 @@ def mass(rule: Rule, probabilities: Tensor, count: Tensor) -> Tensor:
 def of_rule(retention: BatchRetention, step: Step, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """`b + m * A / N` of every column, [B, K, N]; `weight` and `bias` are `m` and `b`."""
     priority = step.scores
-    if retention.rule.by_age:
+    if retention.rule.mean_over_age:
         priority = priority / terms(retention.forgetting_factor, step.ages)
     if weight is not None:
         priority = priority * weight
@@ -55,7 +55,7 @@ def shared(rule: Rule, priority: Tensor) -> Tensor:
 def pooled(retention: BatchRetention, step: Step, free: Tensor) -> Tensor:
     """Scores at the prompt's cut, [B, K, N]: those of `free` tokens averaged over neighbours, the others unchanged."""
     assert retention.rule.cut is not None
-    width = retention.rule.cut.pooled
+    width = retention.rule.cut.kernel_size
     order = step.positions.where(step.cached, LATE).argsort(-1)
     alone = step.scores.where(free, 0).gather(2, order)
     mean = torch.nn.functional.avg_pool1d(alone, width, stride=1, padding=width // 2)
@@ -68,11 +68,11 @@ def of_own(rule: Rule, step: Step, free: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         UserError: if it returns another shape or NaN, or changes what it was shown.
     """
-    assert rule.own is not None
-    name = getattr(rule.own, "__qualname__", repr(rule.own))
+    assert rule.priority_fn is not None
+    name = getattr(rule.priority_fn, "__qualname__", repr(rule.priority_fn))
     shown = [getattr(step, f.name) for f in fields(step)]
     before = [x._version for x in shown]
-    given = rule.own(step)
+    given = rule.priority_fn(step)
     if [x._version for x in shown] != before:
         changed = [f.name for f, x, v in zip(fields(step), shown, before, strict=True) if x._version != v]
         raise UserError(f"{name} changes the step's {', '.join(changed)} in place, and must only look; work on a copy")

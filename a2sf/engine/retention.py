@@ -95,7 +95,9 @@ class BatchRetention:
         if self.schedule.then == "step":
             return replace(self, rule=replace(rule, cut=None, scored=scored), schedule=STEP, prompt=None)
         # nothing is evicted, so that no priority is needed
-        return self.unlimited(rule if rule.memory else Rule(scored=scored, counted=rule.counted))
+        return self.unlimited(
+            rule if rule.memory else Rule(scored=scored, count_above_uniform=rule.count_above_uniform)
+        )
 
     @cached_property
     def most(self) -> int:
@@ -116,7 +118,7 @@ class BatchRetention:
         prompt = torch.zeros_like(self.budget) if self.prompt is None else self.prompt
         budget, recent, sinks, prompt = (x[:, None, None] for x in (self.budget, self.recent, self.sinks, prompt))
         budget = budget.repeat(1, heads, 1)
-        budget[:, list(self.rule.whole)] = UNLIMITED
+        budget[:, list(self.rule.full_heads)] = UNLIMITED
         return BatchRetention(
             budget=budget,
             recent=recent,

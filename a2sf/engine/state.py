@@ -244,4 +244,4 @@ def remembered(rule: Rule) -> int | None:
 
     What an oracle knows beforehand is of no use to a sequence that continues, so its states have none.
     """
-    return None if rule.own is None or rule.foresee is not None else rule.memory
+    return None if rule.priority_fn is None or rule.precompute is not None else rule.memory

@@ -49,7 +49,7 @@ def _slots(rows: Rows) -> Tensor:
     """int64 [B]: how many slots each row needs, rounded up to few different numbers."""
     held = rows.state.counts.amax(-1)
     most = torch.maximum(rows.budget + 1 + rows.schedule.spare, held + 1)
-    if rows.rule.whole:
+    if rows.rule.full_heads:
         most = torch.full_like(most, UNLIMITED)
     if rows.schedule.prompt and rows.prompt is not None:
         unbounded = (rows.state.seen < rows.prompt) | (rows.schedule.then == "keep")
@@ -86,9 +86,9 @@ class _Slots:
                 self.entering[name] = fixed(rows.key, rows.value, new)
                 self.held[name] = slots(fixed(old.keys, old.values, old.positions))
         memory = rows.query.new_zeros(B, K, past, self.rule.memory) if old.memory is None else old.memory
-        if self.rule.foresee is not None:
+        if self.rule.precompute is not None:
             whole = Sequence(rows.query.reshape(B, K, H // K, T, D), rows.key, rows.value, rows.length, options.scale)
-            self.entering["memory"] = self.rule.foresee(whole)
+            self.entering["memory"] = self.rule.precompute(whole)
             memory = self.entering["memory"][:, :, :0]
         self.held["memory"] = slots(memory)
         self.positions = slots(old.positions, fill=-1)
@@ -145,7 +145,7 @@ class _Slots:
         free = retention.unprotected(positions, step.cached, now)
         if self.rule.cut is not None:
             held["scores"].copy_(torch.where(retention.at_cut(now), pooled(retention, step, free), step.scores))
-        if self.rule.own is not None:
+        if self.rule.priority_fn is not None:
             priority, memory = of_own(self.rule, step, free)
             held["memory"].copy_(memory)
         else:

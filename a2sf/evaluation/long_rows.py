@@ -40,7 +40,7 @@ def in_parts(reading: Plan | Mixed, ends: Sequence[int]) -> Iterator[Part]:
 def saves(row: Pack, ends: Sequence[int], todo: Sequence[Request], config: Any) -> bool:
     """Whether a row in parts that end at `ends` takes less memory than at once, by rough counts of numbers."""
     asked = [todo[i] for i in row.items]
-    if any(k.rule.foresee is not None for r in asked for k in r.retention):
+    if any(k.rule.precompute is not None for r in asked for k in r.retention):
         return False  # what is to come is not known in parts
     if any(len(r.read) > rope_switch(config) for r in asked):
         return False  # and how keys are turned depends on the longest
@@ -60,6 +60,6 @@ def held(asked: Sequence[Request]) -> int:
 
 
 def _most(kept: Retention, tokens: int, prompt: int, schedule: Schedule) -> int:
-    if kept.rule.whole or (schedule.prompt and schedule.then == "keep"):
+    if kept.rule.full_heads or (schedule.prompt and schedule.then == "keep"):
         return tokens
     return min(tokens, max(prompt if schedule.prompt else 0, kept.budget + schedule.spare))

@@ -84,7 +84,7 @@ class Request:
     @property
     def _alike(self) -> Hashable:
         """What tells how a cache evolves: where it looks at what is to come, that as well."""
-        foresees = any(k.rule.foresee is not None for k in self.retention)
+        foresees = any(k.rule.precompute is not None for k in self.retention)
         return self.retention, self.prompt if self.schedule.prompt else None, self.read if foresees else None
 
 

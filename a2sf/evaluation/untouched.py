@@ -22,7 +22,7 @@ def untouched(kept: Sequence[Retention], schedule: Schedule, prompt: int, kv_hea
     Args:
         kv_heads: KV heads of a layer, for policies that name heads which keep everything; None: not known.
     """
-    budgets = [min(_budgets(r)) for r in kept if kv_heads is None or len(r.rule.whole) < kv_heads]
+    budgets = [min(_budgets(r)) for r in kept if kv_heads is None or len(r.rule.full_heads) < kv_heads]
     budget = min(budgets, default=UNLIMITED)
     if budget >= UNLIMITED:
         return UNLIMITED
@@ -38,7 +38,7 @@ def shareable(kept: Sequence[Retention], schedule: Schedule, prompt: int) -> int
 
     The state of rules that rank and forget alike: what they add to the scores of whole caches differs.
     """
-    if any(r.rule.foresee is not None for r in kept):
+    if any(r.rule.precompute is not None for r in kept):
         return 0  # what is to come counts from the first token
     whole = untouched(kept, schedule, prompt)
     if not schedule.prompt:
@@ -66,7 +66,7 @@ def held(kept: Retention, schedule: Schedule, total: int, prompt: int, kv_heads:
         cached = min(prompt, C, total) + max(0, total - prompt)
     else:
         cached = min(C, total)
-    whole = len(kept.rule.whole) / kv_heads if kv_heads else 0.0
+    whole = len(kept.rule.full_heads) / kv_heads if kv_heads else 0.0
     return cached + whole * (total - cached)
 
 

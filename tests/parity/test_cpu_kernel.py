@@ -140,7 +140,9 @@ def test_scores_are_kept_for_descendants_only_where_they_decide_and_the_result_i
     assert got.state is None
 
 
-@pytest.mark.parametrize("rule", [Rule(), Rule(by_age=True), Rule(shared=True)], ids=["scores", "ranks", "shared"])
+@pytest.mark.parametrize(
+    "rule", [Rule(), Rule(mean_over_age=True), Rule(shared=True)], ids=["scores", "ranks", "shared"]
+)
 def test_evictions_are_the_same_whether_they_are_told_or_not(rule: Rule) -> None:
     """Also among equals, where the oldest goes: the kernel looks at positions only then, or where they are told."""
     q, k, v = tensors(2, 4, 2, 90, 16, 16)

@@ -56,7 +56,9 @@ RULES = {p.keeps(9).rule: p for p in reversed(instances()) if p.causal}
 KNOWN = [p for rule, p in RULES.items() if kernels.knows(rule)]
 BY_SCORES = RULES[Rule()]
 PARTS = {
-    (r.whole, r.cut and r.cut.floor, r.counted): p for r, p in RULES.items() if r.own is None and not kernels.knows(r)
+    (r.full_heads, r.cut and r.cut.floor, r.count_above_uniform): p
+    for r, p in RULES.items()
+    if r.priority_fn is None and not kernels.knows(r)
 }
 IN_PARTS = [
     (p, s)
@@ -65,7 +67,7 @@ IN_PARTS = [
     if s.prompt or "prompt" not in p.schedules
 ]
 EVERY = Schedule("every", every=4)
-OWN = next(p for rule, p in RULES.items() if rule.own is not None)
+OWN = next(p for rule, p in RULES.items() if rule.priority_fn is not None)
 
 
 def by_name(*args) -> tuple[Attended, set[str]]:

@@ -166,9 +166,9 @@ def test_a_share_is_the_same_in_every_backend():
     assert np.float32(priorities.SHARE) == cpu_rank.SHARE
     # equal logits: every token has its share, whatever 1 / n is in binary
     q, k, v = tensors(1, 1, 60)
-    counted = next(p for p in instances() if p.keeps(60).rule.counted)
+    counted = next(p for p in instances() if p.keeps(60).rule.count_above_uniform)
     numbers = segments(counted, Schedule(), [(0, 0, 60, -1)], [60], [1])
-    rule = Rule(counted=True)
+    rule = Rule(count_above_uniform=True)
     s = replace(numbers, rule=rule, forgetting_factor=torch.ones(1, dtype=torch.float64))
     for backend in ("reference", "torch", "numba"):
         scores = attend(torch.zeros_like(q), k, v, s, Options(0.3, return_state=True), backend=backend).state.scores

@@ -145,7 +145,7 @@ def rows(c: Case) -> None:
     """Neither the batch, nor padding, nor the order of the batch changes a row."""
     single = replace(c, query=c.query.float(), key=c.key.float(), value=c.value.float())
     # what data says the engine computes row by row, to the bit; a function of the policy's own may round otherwise
-    tolerance = 0.0 if c.stated(0).rule.own is None else 2e-5
+    tolerance = 0.0 if c.stated(0).rule.priority_fn is None else 2e-5
     ran = single.run(lengths=c.lengths)
     order = torch.arange(ROWS - 1, -1, -1)
     turned = single.run(*(x[order] for x in single.tensors), rows=order, lengths=c.lengths[order])
@@ -217,7 +217,7 @@ def kept(c: Case) -> None:
     """As much is cached as the budget and the schedule say, each position once, sinks and the newest among it."""
     for budget in c.budget.tolist():
         for prompt in ((n,) for n in range(budget + 1, 3 * budget + 1)) if c.schedule.prompt else ((),):
-            each = [c.policy.of_layer(budget, layer, 4, *prompt) for layer in range(4)]
+            each = [c.policy.layer_budget(budget, layer, 4, *prompt) for layer in range(4)]
             if sum(each) != 4 * budget:
                 raise Broken(f"4 layers that may hold {budget} tokens each hold {sum(each)} together")
     for tokens in {c.cuts[0], TOKENS}:
@@ -229,7 +229,7 @@ def kept(c: Case) -> None:
 def _kept_of_row(c: Case, row: int, tokens: int, heads: list[list[int]]) -> None:
     numbers, given = c.stated(row), int(c.budget[row])
     schedule, prompt = c.schedule, int(c.prompt[row])
-    allowed = c.policy.of_layer(given, c.layer, c.layers, *((prompt,) if schedule.prompt else ()))
+    allowed = c.policy.layer_budget(given, c.layer, c.layers, *((prompt,) if schedule.prompt else ()))
     if c.policy.uses_budget and numbers.budget > allowed:
         asked = "no limit" if numbers.budget == UNLIMITED else f"{numbers.budget} tokens"
         raise Broken(f"it may hold {allowed} tokens and asks for {asked}")
@@ -243,7 +243,7 @@ def _kept_of_row(c: Case, row: int, tokens: int, heads: list[list[int]]) -> None
         if not protected <= set(there):
             raise Broken(f"{sorted(protected - set(there))} were evicted, which are protected")
         low, high = min(tokens, C), min(tokens, C + schedule.spare)
-        if head in numbers.rule.whole:
+        if head in numbers.rule.full_heads:
             low = high = tokens
         if not schedule.prompt and not low <= len(there) <= high:
             raise Broken(f"{len(there)} of {tokens} tokens are cached at a budget of {C}")
@@ -251,7 +251,7 @@ def _kept_of_row(c: Case, row: int, tokens: int, heads: list[list[int]]) -> None
         most = tokens if tokens < prompt else min(C, prompt) + tokens - prompt
         each = min(most, C) if schedule.then == "step" and tokens >= prompt else most
         held = [len(there) for there in heads]
-        expected = [tokens if head in numbers.rule.whole else each for head in range(KV_HEADS)]
+        expected = [tokens if head in numbers.rule.full_heads else each for head in range(KV_HEADS)]
         shifted = numbers.rule.cut is not None and numbers.rule.cut.floor is not None
         if sum(held) != sum(expected) or (not shifted and held != expected):
             raise Broken(f"heads hold {held} of {tokens} tokens at a budget of {C}, prompt {prompt}")

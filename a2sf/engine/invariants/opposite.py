@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from a2sf.policies.base import Policy, Retention
-from a2sf.policies.rule import Fixed, Own, Rule, Step
+from a2sf.policies.rule import PriorityFn, Rule, Step, TokenFn
 from a2sf.policies.slots import head_slots
 
 
@@ -18,7 +18,7 @@ from a2sf.policies.slots import head_slots
 class _Negative:
     """A function of a rule with the sign of its numbers turned; `varied` notes of each call whether they differ."""
 
-    of: Fixed | Own
+    of: TokenFn | PriorityFn
     varied: list[bool] = field(default_factory=list, compare=False)
 
     def __call__(self, *shown: Any) -> Any:
@@ -41,8 +41,8 @@ def opposite(policy: Policy) -> tuple[Policy, list[bool]]:
 
     def negated(rule: Rule) -> Rule:
         bias = None if rule.bias is None else _Negative(rule.bias, varied)
-        if rule.own is not None:
-            return replace(rule, own=_Negative(rule.own, varied))
+        if rule.priority_fn is not None:
+            return replace(rule, priority_fn=_Negative(rule.priority_fn, varied))
         if not rule.scored:
             return replace(rule, bias=bias)
         varied.append(True)  # attention does
@@ -61,5 +61,5 @@ def chooses(kept: Retention, kv_heads: int, tokens: int) -> bool:
     """Whether a layer that reads `tokens` tokens ever evicts one of several, so that its rule decides which."""
     rule = kept.rule
     slots = head_slots(rule.heads, kept.budget) if rule.heads else ((kept.budget, kept.recent, kept.sinks),) * kv_heads
-    ranks = rule.own is not None or rule.scored or rule.bias is not None
-    return ranks and any(r + s < C < tokens for head, (C, r, s) in enumerate(slots) if head not in rule.whole)
+    ranks = rule.priority_fn is not None or rule.scored or rule.bias is not None
+    return ranks and any(r + s < C < tokens for head, (C, r, s) in enumerate(slots) if head not in rule.full_heads)

@@ -71,7 +71,7 @@ def attend(
 
 def _attend(call: Call, backend: str) -> Attended:
     segments, device = call.segments, call.query.device.type
-    if segments.rule.foresee is not None and (call.state is not None or bool((segments.parent >= 0).any())):
+    if segments.rule.precompute is not None and (call.state is not None or bool((segments.parent >= 0).any())):
         raise UserError("a policy that looks at later tokens needs each sequence as one segment, from its first token")
     # it would lower the precision of scores
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):

@@ -27,9 +27,9 @@ def splits(segments: Segments) -> Callable[[Run, Call], Attended] | None:
     rule, schedule = segments.rule, segments.schedule
     if rule.heads:
         return by_numbers
-    if rule.own is not None:
+    if rule.priority_fn is not None:
         return None
-    if rule.whole:
+    if rule.full_heads:
         return by_heads
     # where the cut gave every head a share of its own, each later step depends on the prompt
     return by_prompt if schedule.prompt and not (segments.across_heads and schedule.then == "step") else None
@@ -39,9 +39,9 @@ def by_heads(run: Run, call: Call) -> Attended:
     """The heads that keep everything, and the others by the rest of their rule."""
     segments, K = call.segments, call.key.shape[1]
     whole = torch.zeros(K, dtype=torch.bool)
-    whole[list(segments.rule.whole)] = True
+    whole[list(segments.rule.full_heads)] = True
     everything = segments.unlimited(ACCUMULATED)
-    others = replace(segments, rule=replace(segments.rule, whole=()))
+    others = replace(segments, rule=replace(segments.rule, full_heads=()))
     groups = [(heads.nonzero()[:, 0], part) for heads, part in ((whole, everything), (~whole, others)) if heads.any()]
     return _together(run, groups, call)
 
@@ -60,12 +60,12 @@ def by_numbers(run: Run, call: Call) -> Attended:
         slots = torch.tensor([head_slots(rule.heads, C) for C in segments.budget.tolist()]).view(-1, K, 3)
         same: dict[object, list[int]] = {}
         for h, head in enumerate(rule.heads):
-            same.setdefault((head.forgetting_factor, head.by_age, slots[:, h].numpy().tobytes()), []).append(h)
+            same.setdefault((head.forgetting_factor, head.mean_over_age, slots[:, h].numpy().tobytes()), []).append(h)
         known = []
         for at in same.values():
             budget, recent, sinks = slots[:, at[0]].clone().unbind(1)
             factor = torch.full_like(segments.forgetting_factor, rule.heads[at[0]].forgetting_factor)
-            plain = replace(rule, heads=(), by_age=rule.heads[at[0]].by_age)
+            plain = replace(rule, heads=(), mean_over_age=rule.heads[at[0]].mean_over_age)
             own = replace(segments, budget=budget, recent=recent, sinks=sinks, forgetting_factor=factor, rule=plain)
             known.append((torch.tensor(at), own))
         object.__setattr__(segments, "_by_numbers", known)  # the same for all layers that retain alike
@@ -158,7 +158,9 @@ class _Split(NamedTuple):
         )
         first, second = (_pick(segments, nodes, ids) for ids in (reading, later))
         # where the rule looks at the end of a prompt alone, its scores are made when the prompt has been read
-        first = first.unlimited(Rule(scored=rule.scored and rule.cut is None, counted=rule.counted))
+        first = first.unlimited(
+            Rule(scored=rule.scored and rule.cut is None, count_above_uniform=rule.count_above_uniform)
+        )
         first = replace(first, length=read)
         second = replace(second.after_prompt(), start=second.start + skipped, length=rest)
         split = _Split(nodes, reading, first if reading else None, later, second if later else None)

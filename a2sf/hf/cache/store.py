@@ -236,11 +236,13 @@ class Slots:
     def _arrange(self, together: list[Tensor]) -> None:
         """Empty stores for the heads that are to be together, with heads that keep everything apart."""
         rule = self.retention.rule
-        full_heads = () if rule.own is not None else rule.whole  # a policy's own function may look at all heads
+        full_heads = (
+            () if rule.priority_fn is not None else rule.full_heads
+        )  # a policy's own function may look at all heads
         full = torch.zeros(self.heads, dtype=torch.bool)
         full[list(full_heads)] = True
         everything, others = self.retention.unlimited(ACCUMULATED), self.retention
-        others = replace(others, rule=replace(rule, whole=())) if full_heads else others
+        others = replace(others, rule=replace(rule, full_heads=())) if full_heads else others
         self._stores, self._apart = [], False
         for heads in together:
             for retention, some in ((everything, heads[full[heads]]), (others, heads[~full[heads]])):
@@ -290,7 +292,7 @@ def check_state(retention: BatchRetention, state: EvictionState) -> None:
     if differ or memory != remembered(rule):
         raise UserError("a state was made by another policy than this cache's; make a cache with the state's policy")
     counts = state.counts.cpu()
-    counts[:, list(rule.whole)] = 0
+    counts[:, list(rule.full_heads)] = 0
     budget, seen = retention.budget, state.seen.cpu()
     if rule.heads:  # that of the head that may hold most
         budget = torch.tensor([max(C for C, _, _ in head_slots(rule.heads, n)) for n in budget.tolist()])

@@ -68,8 +68,8 @@ def _whole(n: int) -> int:
 def rule_flags(rule: Rule) -> dict[str, int]:
     """What a rule asks of the kernel, as fields of `Shape`."""
     return {
-        "counted": int(rule.counted),
-        "by_age": int(rule.by_age),
+        "counted": int(rule.count_above_uniform),
+        "by_age": int(rule.mean_over_age),
         "weighted": int(rule.weight is not None),
         "biased": int(rule.bias is not None),
         "shared": int(rule.shared),

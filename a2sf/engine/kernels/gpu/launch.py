@@ -25,7 +25,7 @@ from a2sf.engine.priorities import SHARE, terms
 from a2sf.engine.state import Attended, Call, EvictionState, Options, Segments
 from a2sf.engine.tree import Ran, Rows, by_depth
 from a2sf.errors import ConfigError, UnsoundKernelError, first_line
-from a2sf.policies.rule import Fixed, Rule
+from a2sf.policies.rule import Rule, TokenFn
 
 try:
     import triton
@@ -151,7 +151,7 @@ def _run(rows: Rows, options: Options, flags: dict[str, Any], tiles: list[int]) 
     scores = buffer(old.scores.to(key.dtype))
     positions = buffer(old.positions, fill=-1)
 
-    def fixed(number: Fixed | None) -> tuple[Tensor, Tensor]:
+    def fixed(number: TokenFn | None) -> tuple[Tensor, Tensor]:
         """`m` or `b` of the new tokens and in the slots; anything, which is not read, where the rule has none."""
         if number is None:
             return scores, scores
@@ -161,7 +161,7 @@ def _run(rows: Rows, options: Options, flags: dict[str, Any], tiles: list[int]) 
 
     (weight, weights), (bias, biases) = fixed(rule.weight), fixed(rule.bias)
     factor = rows.forgetting_factor.to(key.dtype).contiguous()
-    ages = int((old.seen + rows.length).max()) if rule.by_age else 0
+    ages = int((old.seen + rows.length).max()) if rule.mean_over_age else 0
     arguments = (
         query,
         key,
@@ -220,13 +220,13 @@ def _above_budget(rows: Rows) -> bool:
 
 def _flags(rule: Rule, K: int, several: bool) -> dict[str, Any]:
     """The parts of the kernel that a rule asks for; `several`: more than one token may go in a step."""
-    ranked = rule.by_age or rule.shared or rule.weight is not None or rule.bias is not None
+    ranked = rule.mean_over_age or rule.shared or rule.weight is not None or rule.bias is not None
     return {
         "HEADS": K if rule.shared else 1,
         "HOLES": several,
         "SCORED": rule.scored,
-        "COUNTED": rule.counted,
-        "BY_AGE": rule.by_age,
+        "COUNTED": rule.count_above_uniform,
+        "BY_AGE": rule.mean_over_age,
         "WEIGHTED": rule.weight is not None,
         "BIASED": rule.bias is not None,
         "RANKED": ranked,
