@@ -16,7 +16,7 @@ from a2sf.policies.rule import Cut, Rule
 from baselines.snapkv import SnapKV
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class AdaKV(SnapKV):
     """SnapKV's scores, budgets per head.
 
@@ -36,5 +36,5 @@ class AdaKV(SnapKV):
         check_share("policy.floor", self.floor)
 
     def retention(self, budget: int, layer: int) -> Retention:
-        rule = Rule(cut=Cut(pooled=self.kernel, floor=self.floor))
+        rule = Rule(cut=Cut(kernel_size=self.kernel, floor=self.floor))
         return Retention(budget=budget, recent=min(self.window, budget), rule=rule)

@@ -11,7 +11,7 @@ from typing import ClassVar
 from a2sf.policies.base import UNLIMITED, Policy, Retention
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Full(Policy):
     """Keep every token; the budget is ignored."""
 

@@ -16,7 +16,7 @@ from a2sf.policies.base import Policy, Retention
 from a2sf.policies.rule import Sequence, Step
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Future(Policy):
     """Not causal: never ranked with the others, never used to generate."""
 
@@ -28,7 +28,7 @@ class Future(Policy):
     def retention(self, budget: int, layer: int) -> Retention:
         return Retention(budget=budget)
 
-    def foresee(self, sequence: Sequence) -> Tensor:
+    def precompute(self, sequence: Sequence) -> Tensor:
         """Of each token, for every step: the attention that the queries after it will pay, [B, K, T, T]."""
         T = sequence.key.shape[2]
         at = torch.arange(T, device=sequence.key.device)

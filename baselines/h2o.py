@@ -13,7 +13,7 @@ from typing import ClassVar
 from a2sf.policies.base import Policy, Retention, check_share, share_of
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class H2O(Policy):
     """Heavy hitters and a recent window, nothing forgotten.
 

@@ -21,7 +21,7 @@ from baselines.streaming import Streaming
 ALLOWED = "give a list of [layer, head] pairs, counted from 0, or a JSON file of one"
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Heads(Streaming):
     """StreamingLLM but for the listed heads.
 
@@ -45,7 +45,8 @@ class Heads(Streaming):
                 raise ConfigError("policy.heads", self.heads, f"{ALLOWED}; {error}") from error
         if not isinstance(given, Sequence) or isinstance(given, str) or not all(map(_is_pair, given)):
             raise ConfigError("policy.heads", self.heads, ALLOWED)
-        self.heads = tuple(sorted({(int(layer), int(head)) for layer, head in given}))
+        pairs = tuple(sorted({(int(layer), int(head)) for layer, head in given}))
+        object.__setattr__(self, "heads", pairs)
 
     def check(self, layers: int, kv_heads: int | None = None) -> None:
         for layer, head in self.heads:
@@ -54,8 +55,8 @@ class Heads(Streaming):
                 raise ConfigError("policy.heads", [layer, head], f"the model has {size}, counted from 0")
 
     def retention(self, budget: int, layer: int) -> Retention:
-        whole = tuple(h for at, h in self.heads if at == layer)
-        return replace(super().retention(budget, layer), rule=Rule(whole=whole))
+        full = tuple(h for at, h in self.heads if at == layer)
+        return replace(super().retention(budget, layer), rule=Rule(full_heads=full))
 
 
 def _is_pair(x: Any) -> bool:

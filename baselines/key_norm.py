@@ -24,7 +24,7 @@ def short_key(keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
 BY_KEY = Rule(bias=short_key, scored=False)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class KeyNorm(Policy):
     """Keep the shortest keys."""
 

@@ -16,7 +16,7 @@ from a2sf.policies.base import Policy, Retention
 from a2sf.policies.rule import Step
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class KeyDiff(Policy):
     """The most usual key goes first."""
 

@@ -15,10 +15,10 @@ from a2sf.policies.a2sf import A2SF
 from a2sf.policies.base import Retention
 from a2sf.policies.rule import Rule
 
-BY_AGE = Rule(by_age=True)
+MEAN = Rule(mean_over_age=True)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class MeanAttention(A2SF):
     """A2SF's numbers, ranked by the mean instead of the sum.
 
@@ -33,4 +33,4 @@ class MeanAttention(A2SF):
     recent_share: float = 0.25
 
     def retention(self, budget: int, layer: int) -> Retention:
-        return replace(super().retention(budget, layer), rule=BY_AGE)
+        return replace(super().retention(budget, layer), rule=MEAN)

@@ -16,7 +16,7 @@ from a2sf.errors import ConfigError
 from baselines.snapkv import SnapKV
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PyramidKV(SnapKV):
     """SnapKV's rule, a pyramid of budgets.
 
@@ -37,7 +37,7 @@ class PyramidKV(SnapKV):
         if not isinstance(self.beta, int) or isinstance(self.beta, bool) or self.beta < 1:
             raise ConfigError("policy.beta", self.beta, "give a whole number, at least 1")
 
-    def of_layer(self, budget: int, layer: int, layers: int, prompt: int | None = None) -> int:
+    def layer_budget(self, budget: int, layer: int, layers: int, prompt: int | None = None) -> int:
         if layers == 1 or (prompt is not None and budget >= prompt):  # then no layer is cut
             return budget
         window = min(self.window, budget)

@@ -30,7 +30,7 @@ class Draw:
         return ((x ^ (x >> 16)) >> 8).to(keys.dtype) / 2**24  # 24 bits, the same in float32
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Random(Policy):
     """Keep a uniform sample.
 

@@ -17,7 +17,7 @@ from a2sf.policies.base import Policy, Retention, check_tokens
 from a2sf.policies.rule import Cut, Rule
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SnapKV(Policy):
     """Pooled attention of the prompt's last queries.
 
@@ -39,4 +39,4 @@ class SnapKV(Policy):
             raise ConfigError("policy.kernel", self.kernel, "give an odd number of neighbours, at least 1")
 
     def retention(self, budget: int, layer: int) -> Retention:
-        return Retention(budget=budget, recent=min(self.window, budget), rule=Rule(cut=Cut(pooled=self.kernel)))
+        return Retention(budget=budget, recent=min(self.window, budget), rule=Rule(cut=Cut(kernel_size=self.kernel)))

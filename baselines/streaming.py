@@ -13,7 +13,7 @@ from typing import ClassVar
 from a2sf.policies.base import Policy, Retention, check_tokens
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Streaming(Policy):
     """Sinks and a window.
 
@@ -30,7 +30,7 @@ class Streaming(Policy):
         check_tokens("policy.sinks", self.sinks)
 
     @property
-    def least_budget(self) -> int:
+    def min_budget(self) -> int:
         return max(1, self.sinks)
 
     def retention(self, budget: int, layer: int) -> Retention:

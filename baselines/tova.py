@@ -15,7 +15,7 @@ from a2sf.policies.rule import Rule
 SHARED = Rule(shared=True)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TOVA(Policy):
     """Accumulated attention that is forgotten at once, with one kept set per layer."""
 

@@ -24,7 +24,7 @@ def value_norm(keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
 BY_VALUE = Rule(weight=value_norm)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class VATP(Policy):
     """H2O's score times the norm of the value, with sinks.
 
@@ -44,7 +44,7 @@ class VATP(Policy):
         check_tokens("policy.sinks", self.sinks)
 
     @property
-    def least_budget(self) -> int:
+    def min_budget(self) -> int:
         return max(1, self.sinks)
 
     def retention(self, budget: int, layer: int) -> Retention:

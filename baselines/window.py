@@ -12,7 +12,7 @@ from typing import ClassVar
 from a2sf.policies.base import Policy, Retention
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Window(Policy):
     """The whole budget is the recent window."""
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 from a2sf import Policy, Retention
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class FirstAndLast(Policy):
     """A share of the budget for the first tokens, the rest for the newest.
 

@@ -69,7 +69,7 @@ SETTINGS = {
     "share": ("slots, over the mean", "cividis"),
     "recent_share": ("share for the newest", "viridis"),
     "forgetting_factor": ("forgetting factor", "plasma"),
-    "by_age": ("ranked by A / N", "Greys"),
+    "mean_over_age": ("ranked by A / N", "Greys"),
 }
 """What a calibrated file says of a head, as a picture's title and colours."""
 

@@ -17,7 +17,7 @@ SMALL = {"window": 3, "kernel": 3, "sinks": 1, "heads": [[0, 1]], "forgetting_fa
 """Settings that matter in sequences of two dozen tokens, for the policies that have them."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RoCo(Policy):
     """Robust cache (Ren and Zhu, 2024, arXiv 2402.06262): of the tokens whose attention varies least, the smallest mean."""
 
@@ -39,7 +39,7 @@ class RoCo(Policy):
         return mean.masked_fill((variance >= most) & (step.ages > 0), torch.inf), squares[..., None]
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Counted(Policy):
     """How often a token got at least its share of attention, lately."""
 
@@ -47,11 +47,11 @@ class Counted(Policy):
     label: ClassVar[str] = "Counted"
 
     def retention(self, budget: int, layer: int) -> Retention:
-        rule = Rule(counted=True, by_age=True, shared=True, weight=_one_more, bias=_first)
+        rule = Rule(count_above_uniform=True, mean_over_age=True, shared=True, weight=_one_more, bias=_first)
         return Retention(budget=budget, recent=budget // 3, forgetting_factor=0.8, rule=rule)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Ending(Policy):
     """What the end of a prompt attended to, its last queries more than those before."""
 
@@ -62,11 +62,11 @@ class Ending(Policy):
     counted: bool = False
 
     def retention(self, budget: int, layer: int) -> Retention:
-        rule = Rule(cut=Cut(pooled=3), counted=self.counted)
+        rule = Rule(cut=Cut(kernel_size=3), count_above_uniform=self.counted)
         return Retention(budget=budget, recent=min(5, budget), forgetting_factor=0.5, rule=rule)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Divided(Policy):
     """A layer's slots divided among its heads by more than attention, or by something else."""
 
@@ -77,12 +77,12 @@ class Divided(Policy):
     scored: bool = True
 
     def retention(self, budget: int, layer: int) -> Retention:
-        cut = Cut(pooled=3, floor=0.3)
+        cut = Cut(kernel_size=3, floor=0.3)
         rule = Rule(weight=_one_more, bias=_first, cut=cut) if self.scored else Rule(scored=False, bias=_first, cut=cut)
         return Retention(budget=budget, recent=min(3, budget), rule=rule)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Looked(Policy):
     """The same by a function, of the scores that the cut has averaged."""
 
@@ -91,7 +91,7 @@ class Looked(Policy):
     schedules: ClassVar[tuple[str, ...]] = ("prompt",)
 
     def retention(self, budget: int, layer: int) -> Retention:
-        return Retention(budget=budget, recent=min(3, budget), rule=Rule(cut=Cut(pooled=3, floor=0.3)))
+        return Retention(budget=budget, recent=min(3, budget), rule=Rule(cut=Cut(kernel_size=3, floor=0.3)))
 
     def priorities(self, step: Step) -> Tensor:
         return step.scores * -step.values[..., 1]

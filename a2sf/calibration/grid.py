@@ -19,7 +19,7 @@ def settings() -> tuple[Head, ...]:
     """All combinations, and the newest tokens alone."""
     ranked = [(a, False) for a in SUM_FACTORS] + [(a, True) for a in MEAN_FACTORS]
     made = [
-        Head(forgetting_factor=a, by_age=mean, recent_share=recent, sinks=sinks)
+        Head(forgetting_factor=a, mean_over_age=mean, recent_share=recent, sinks=sinks)
         for (a, mean), recent, sinks in product(ranked, RECENT_SHARES, SINKS)
     ]
     return (*made, *(Head(recent_share=1.0, sinks=sinks) for sinks in SINKS))
@@ -27,6 +27,6 @@ def settings() -> tuple[Head, ...]:
 
 def named(head: Head) -> str:
     """A setting in few words: `A, a 0.7, recent 0.25, sinks 4`."""
-    ranked = "A / N" if head.by_age else "A"
+    ranked = "A / N" if head.mean_over_age else "A"
     sinks = f", sinks {head.sinks}" if head.sinks else ""
     return f"{ranked}, a {head.forgetting_factor:g}, recent {head.recent_share:g}{sinks}"

@@ -49,11 +49,11 @@ def errors(layer: Layer, projection: Tensor, trials: Sequence[Trial]) -> np.ndar
     full = layer.output.float()
     own = float(_projected(full, weights).sum(0).double().square().sum())
     at_once = max(1, ROWS_BYTES // (4 * max(full.numel(), K * T * projection.shape[1])))
-    for by_age in (False, True):
-        some = [i for i, t in enumerate(trials) if t.head.by_age == by_age]
+    for mean_over_age in (False, True):
+        some = [i for i, t in enumerate(trials) if t.head.mean_over_age == mean_over_age]
         for start in range(0, len(some), at_once):
             rows = some[start : start + at_once]
-            output = _attend(layer, [trials[i] for i in rows], by_age)
+            output = _attend(layer, [trials[i] for i in rows], mean_over_age)
             for i, row in zip(rows, output, strict=True):
                 parts = _projected(row[None] - full, weights)
                 each = parts.double().square().sum((1, 2))
@@ -61,7 +61,7 @@ def errors(layer: Layer, projection: Tensor, trials: Sequence[Trial]) -> np.ndar
     return found / own
 
 
-def _attend(layer: Layer, trials: Sequence[Trial], by_age: bool) -> Tensor:
+def _attend(layer: Layer, trials: Sequence[Trial], mean_over_age: bool) -> Tensor:
     """[trials, H, T, V], float32."""
     n, T = len(trials), layer.query.shape[2]
     budgets = [Budget(ratio=t.ratio).slots(total=T, context=T, layer=0) for t in trials]
@@ -75,7 +75,7 @@ def _attend(layer: Layer, trials: Sequence[Trial], by_age: bool) -> Tensor:
         recent=slots[:, 1].contiguous(),
         sinks=slots[:, 2].contiguous(),
         forgetting_factor=torch.tensor([t.head.forgetting_factor for t in trials], dtype=torch.float64),
-        rule=Rule(by_age=by_age),
+        rule=Rule(mean_over_age=mean_over_age),
     )
     query, key, value = (x.expand(n, -1, -1, -1) for x in (layer.query, layer.key, layer.value))
     return kernels.attend(query, key, value, segments, Options(scale=layer.scale)).output.float()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from a2sf.calibration.capture import Layer, look
 from a2sf.errors import UserError
-from a2sf.hf.trial import layers_of
+from a2sf.hf.layer_check import layers_of
 from a2sf.tasks.needle.utils import documents
 
 

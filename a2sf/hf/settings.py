@@ -47,11 +47,11 @@ def check_settings(
         raise ConfigError("budget", None, f"the policy {policy.name} needs budget.ratio or budget.tokens")
     budget.check(layers)
     tokens = budget.tokens if isinstance(budget.tokens, tuple) else (budget.tokens,)
-    if budget.tokens is not None and min(tokens) < policy.least_budget:
+    if budget.tokens is not None and min(tokens) < policy.min_budget:
         raise ConfigError(
             "budget.tokens",
             budget.tokens,
-            f"recent + sinks may not exceed the budget, and {policy.name} protects {policy.least_budget} tokens",
+            f"recent + sinks may not exceed the budget, and {policy.name} protects {policy.min_budget} tokens",
         )
 
 

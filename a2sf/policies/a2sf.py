@@ -11,7 +11,7 @@ from a2sf.errors import ConfigError
 from a2sf.policies.base import Policy, Retention, check_share, check_tokens, share_of
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class A2SF(Policy):
     """A2SF: accumulated attention with a forgetting factor; as in the paper no recent window and no sinks.
 
@@ -39,7 +39,7 @@ class A2SF(Policy):
     sinks: int = 0
 
     def __post_init__(self) -> None:
-        self.forgetting_factor = check_factors(self.forgetting_factor)
+        object.__setattr__(self, "forgetting_factor", check_factors(self.forgetting_factor))
         check_share("policy.recent_share", self.recent_share)
         check_tokens("policy.sinks", self.sinks)
         if self.recent is not None:
@@ -48,7 +48,7 @@ class A2SF(Policy):
                 raise ConfigError("policy.recent", self.recent, "give recent or recent_share, not both")
 
     @property
-    def least_budget(self) -> int:
+    def min_budget(self) -> int:
         return max(1, self.sinks + (self.recent or 0))
 
     def check(self, layers: int, kv_heads: int | None = None) -> None:

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from a2sf.errors import ConfigError
-from a2sf.policies.base import AT, THEN, WHEN, Policy
+from a2sf.policies.base import WHEN, Policy
+
+THEN = ("keep", "step")
+AT = ("prompt", "context")
 
 
 @dataclass(frozen=True)
@@ -105,15 +108,15 @@ def schedule_for(policy: Policy, schedule: Schedule | None) -> Schedule:
     return schedule
 
 
-def told_apart(policy: Policy, schedule: Schedule | None) -> Schedule | None:
-    """`schedule`, or None where `policy` does the same without being told one.
+def nondefault_schedule(policy: Policy, schedule: Schedule | None) -> Schedule | None:
+    """`schedule`, or None if it is the default of `policy` or comes to the same: one cell has one schedule.
 
     Raises:
-        ConfigError: if the policy does not know it.
+        ConfigError: if the policy does not support it.
     """
     if schedule is None:
         return None
     schedule = schedule_for(policy, schedule)
     plain = schedule_for(policy, None)
-    alike = schedule.when == "every" and schedule.every == 1 and plain == STEP
-    return None if alike or not policy.evicts or schedule.name == plain.name else Schedule.named(schedule.name)
+    same = schedule.when == "every" and schedule.every == 1 and plain == STEP
+    return None if same or not policy.evicts or schedule.name == plain.name else Schedule.named(schedule.name)

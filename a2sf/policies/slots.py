@@ -10,7 +10,7 @@ from a2sf.policies.rule import Head
 
 
 @lru_cache(maxsize=65536)
-def shared_out(total: int, weights: tuple[float, ...]) -> tuple[int, ...]:
+def apportion(total: int, weights: tuple[float, ...]) -> tuple[int, ...]:
     """`total` slots shared out in proportion to `weights` (positive), at least 1 each: the sum is exactly `total`.
 
     What rounding down leaves goes to the largest remainders, of equals to the first.
@@ -33,7 +33,7 @@ def shared_out(total: int, weights: tuple[float, ...]) -> tuple[int, ...]:
 def head_slots(heads: tuple[Head, ...], budget: int) -> tuple[tuple[int, int, int], ...]:
     """`C`, `r` and `s` of each head of a layer that may hold `budget` tokens per head."""
     alike = budget >= UNLIMITED or len({h.share for h in heads}) == 1
-    slots = (budget,) * len(heads) if alike else shared_out(budget * len(heads), tuple(h.share for h in heads))
+    slots = (budget,) * len(heads) if alike else apportion(budget * len(heads), tuple(h.share for h in heads))
     found = []
     for head, C in zip(heads, slots, strict=True):
         sinks = min(head.sinks, C)

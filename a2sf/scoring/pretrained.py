@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 
 from a2sf.errors import ConfigError, Notice, nearest
 from a2sf.hf.loading import LoadedModel, ModelSpec, left_alone, load, load_tokenizer
-from a2sf.hf.tokenizer import check_bos
+from a2sf.hf.loading.tokenizer import check_bos
 
 OF_LOADING = ("revision", "dtype", "device", "device_map", "trust_remote_code", "gguf_file", "peft")
 LOAD_IT = "it is not for a model that is given by its name; load the model with it and give that as pretrained"

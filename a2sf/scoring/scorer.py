@@ -13,7 +13,7 @@ from a2sf.engine.kernels import check_backend
 from a2sf.engine.trace import Trace
 from a2sf.errors import ConfigError, UserError
 from a2sf.hf.attention import NonFiniteError, Plan, UnsupportedModel, attached, global_layers, mixes_windows, running
-from a2sf.hf.calls import logits_at
+from a2sf.hf.calls.logits import logits_at
 from a2sf.hf.devices import input_device
 from a2sf.hf.exactness import require_exact
 from a2sf.hf.loading import kv_heads_of

@@ -15,7 +15,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from a2sf.engine.kernels import noting
 from a2sf.errors import ConfigError, Notice, UserError
 from a2sf.hf.attention import NonFiniteError, UnsupportedModel
-from a2sf.hf.generation import PrunedCache, prove_decoding
+from a2sf.hf.cache.pruned import PrunedCache, prove_decoding
 from a2sf.scoring.requests import Requests
 from a2sf.scoring.systems import Answer, Answers
 from a2sf.tasks.prompting import draws

@@ -44,7 +44,7 @@ class Cell:
         limit: how many documents to score; None: all.
         seed: of the few-shot examples.
         prompting: without what makes no difference to this task (`Prompting.of`).
-        schedule: None: as the policy does without being told one, or where it makes no difference to it (`told_apart`).
+        schedule: None: the policy's default, or a schedule that comes to the same (`nondefault_schedule`).
         data: with what identifies the documents, where a sweep has settled it.
         until: when to stop before all documents are scored; None: never.
         log_samples: whether texts are stored, and not only numbers and hashes; no part of what the cell is.
@@ -77,7 +77,7 @@ class Cell:
             "device": device,
             **({} if self.model.add_bos_token is None else {"add_bos_token": self.model.add_bos_token}),
             "policy": self.policy.name,
-            "policy_settings": _plain(dataclasses.asdict(self.policy)),
+            "policy_settings": _plain(self.policy.stored_settings()),
             **policy_versions(self.policy),
             "budget": _plain(dataclasses.asdict(self.budget)) if self.budget else None,
             **({"schedule": self.schedule.settings} if self.schedule else {}),
@@ -236,8 +236,8 @@ def policy_versions(policy: Policy) -> dict[str, Any]:
         versions["policy_version"] = policy.version
     if source := source_digest(type(policy)):
         versions["policy_source"] = source
-        rule = policy.keeps(max(64, policy.least_budget)).rule
+        rule = policy.keeps(max(64, policy.min_budget)).rule
         cut = rule.cut
-        if cut is not None and (cut.floor is not None or rule.own is not None or not rule.scored):
+        if cut is not None and (cut.floor is not None or rule.priority_fn is not None or not rule.scored):
             versions["cut"] = CUT_VERSION
     return versions

@@ -12,7 +12,7 @@ from a2sf import Schedule
 from a2sf.engine.kernels import attend
 from a2sf.engine.state import Options
 from a2sf.hf.attention import Plan, attached, mixes_windows, running
-from a2sf.hf.generation import PrunedCache
+from a2sf.hf.cache.pruned import PrunedCache
 from a2sf.hf.scope import pruning
 from a2sf.hf.settings import retention_of
 from a2sf.policies.base import Policy

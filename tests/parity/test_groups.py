@@ -26,7 +26,7 @@ DOCUMENTS = [(TEXT[i : i + 30 + 3 * i], choice) for i in range(6) for choice in 
 BUDGETS = [Budget(ratio=0.2), Budget(ratio=0.5, base="context"), Budget(tokens=6), Budget(tokens=500)]
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Protective(Policy):
     """Protects more than a small budget holds."""
 
@@ -61,8 +61,8 @@ def instances():
 def ways(count: int):
     """Policies, budgets and schedules, every policy and schedule among them."""
     made = [(p, BUDGETS[i % len(BUDGETS)] if p.uses_budget else None, s) for i, (p, s) in enumerate(cases())]
-    fits = [(p, b, s) for p, b, s in made if b is None or b.tokens is None or b.tokens >= p.least_budget]
-    return [w for w in fits if w[0].least_budget <= 4][:: max(1, len(fits) // count)]
+    fits = [(p, b, s) for p, b, s in made if b is None or b.tokens is None or b.tokens >= p.min_budget]
+    return [w for w in fits if w[0].min_budget <= 4][:: max(1, len(fits) // count)]
 
 
 def answers_of(lm, of):
@@ -114,9 +114,7 @@ def test_what_no_budget_prunes_is_computed_once_for_all(lm, read):
 
 
 def test_the_cut_after_a_prompt_leaves_its_context_to_all(lm, read):
-    of = [
-        (p, Budget(tokens=6), s) for p, s in cases() if s.when == "prompt" and s.then == "keep" and p.least_budget < 6
-    ]
+    of = [(p, Budget(tokens=6), s) for p, s in cases() if s.when == "prompt" and s.then == "keep" and p.min_budget < 6]
     answers_of(lm, of)
     longest = {len(c) for c, _ in DOCUMENTS}
     contexts = sum(longest)

@@ -9,7 +9,7 @@ import torch
 
 from a2sf import A2SF, Budget, PrunedCache, Schedule
 from a2sf.errors import UserError
-from a2sf.hf import chunks
+from a2sf.hf.calls import chunks
 from a2sf.hf.scope import pruning
 from a2sf.scoring.lm import PrunedLM
 from a2sf.scoring.passes import run as scoring

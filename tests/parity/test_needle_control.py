@@ -17,7 +17,7 @@ from a2sf.tasks.needle.utils import documents
 SINKS, SPARE = 4, 8
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Told(Policy):
     """Keeps the listed positions, then the first and the newest tokens; as data, so that the compiled kernel runs it."""
 
@@ -31,7 +31,7 @@ class Told(Policy):
         return Retention(budget=budget, sinks=SINKS, rule=Rule(scored=False, bias=self.listed))
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ToldByRule(Told):
     """The same as a function of the step."""
 

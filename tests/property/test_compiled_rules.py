@@ -18,8 +18,10 @@ from torch import Tensor
 from a2sf import Policy, Rule, Schedule
 from a2sf.engine import priorities
 from a2sf.engine.eviction import reference
-from a2sf.engine.kernels import attend, cpu_rank, knows
+from a2sf.engine.kernels import attend, knows
 from a2sf.engine.kernels.cpu import SlotCache
+from a2sf.engine.kernels.cpu import rank as cpu_rank
+from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Attended, Options, Segments
 from tests.policies import cases, instances, label
 
@@ -40,10 +42,9 @@ def segments(
 ) -> Segments:
     """`shape`: (row, start, length, parent) of each segment."""
     kept = [policy.keeps(b) for b in budget]
-    whole = [torch.tensor(c) for c in zip(*shape, strict=True)]
-    numbers = [torch.tensor([getattr(k, n) for k in kept]) for n in ("budget", "recent", "sinks")]
-    factor = torch.tensor([k.forgetting_factor for k in kept], dtype=torch.float64)
-    return Segments(*whole, *numbers, factor, kept[0].rule, schedule, torch.tensor(prompt) if schedule.prompt else None)
+    row, start, length, parent = (torch.tensor(c) for c in zip(*shape, strict=True))
+    numbers = BatchRetention.of(kept, schedule, prompt).retention()
+    return Segments(**numbers, row=row, start=start, length=length, parent=parent)
 
 
 def assert_same(got: Attended, want: Attended) -> None:
@@ -125,12 +126,12 @@ def test_token_by_token(policy, spare):
         return
     schedule = Schedule("every", every=spare + 1) if spare else Schedule()
     qkv = tensors(5, 2, 50)
-    numbers = {n: getattr(kept, n) for n in ("budget", "recent", "sinks", "forgetting_factor")}
+    rows = BatchRetention.of([kept] * 2, schedule)
     slots = min(kept.budget + spare, 50)
     cache, order, outputs = SlotCache(2, K, G, slots, D, V, kept.rule, spare), torch.tensor([0, 1]), []
     for begin, end in ((0, 20), (20, 21), (21, 22), (22, 40), (40, 50)):
         part = [x[order, :, begin:end] for x in qkv]
-        outputs.append(cache.attend(*part, **numbers, scale=0.3)[order])
+        outputs.append(cache.attend(*part, rows, scale=0.3)[order])
         if begin == 20:
             cache.reorder(torch.tensor([1, 0]))
             order = torch.tensor([1, 0])
@@ -165,9 +166,9 @@ def test_a_share_is_the_same_in_every_backend():
     assert np.float32(priorities.SHARE) == cpu_rank.SHARE
     # equal logits: every token has its share, whatever 1 / n is in binary
     q, k, v = tensors(1, 1, 60)
-    counted = next(p for p in instances() if p.keeps(60).rule.counted)
+    counted = next(p for p in instances() if p.keeps(60).rule.count_above_uniform)
     numbers = segments(counted, Schedule(), [(0, 0, 60, -1)], [60], [1])
-    rule = Rule(counted=True)
+    rule = Rule(count_above_uniform=True)
     s = replace(numbers, rule=rule, forgetting_factor=torch.ones(1, dtype=torch.float64))
     for backend in ("reference", "torch", "numba"):
         scores = attend(torch.zeros_like(q), k, v, s, Options(0.3, return_state=True), backend=backend).state.scores

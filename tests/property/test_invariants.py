@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a2sf import A2SF, EvictionState, attend, evicting_attention, make_policy
-from a2sf.engine.cases import case
 from a2sf.engine.invariants import INVARIANTS, Excepted
+from a2sf.engine.invariants.cases import case
 from tests.policies import cases, instances, label
 
 PER_CASE = pytest.mark.parametrize(("policy", "schedule"), cases(), ids=label)

@@ -40,7 +40,7 @@ def vectors(tokens: list[int], positions: list[int]):
 
 def request(policy, schedule, tokens, prompt, budget) -> Request:
     cut = prompt if schedule.prompt else None
-    kept = tuple(policy.keeps(max(budget, policy.least_budget), i, LAYERS, cut) for i in range(LAYERS))
+    kept = tuple(policy.keeps(max(budget, policy.min_budget), i, LAYERS, cut) for i in range(LAYERS))
     return Request(tokens, (0,) * (len(tokens) + 1 - prompt), kept, schedule)
 
 
@@ -58,7 +58,7 @@ def check_packed_is_alone(asked, max_tokens):
                 alone, state = attend(
                     policy,
                     *vectors(list(tokens), list(range(len(tokens)))),
-                    budget=max(budget, policy.least_budget),
+                    budget=max(budget, policy.min_budget),
                     schedule=schedule,
                     prompt=prompt if schedule.prompt else None,
                     layer=layer,
@@ -91,7 +91,7 @@ def test_rows_of_a_pass_may_follow_different_policies_and_schedules(asked, max_t
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(prompt=st.integers(1, 20), budget=st.integers(1, 24))
 def test_scores_are_counted_as_pruned_exactly_where_attention_was_not_whole(policy, schedule, prompt, budget):
-    budget = max(budget, policy.least_budget)
+    budget = max(budget, policy.min_budget)
     kept = policy.keeps(budget)
     qkv = vectors([0] * LONGEST, list(range(LONGEST)))
     more = {"schedule": schedule, "prompt": prompt if schedule.prompt else None, "backend": "reference"}

@@ -26,7 +26,7 @@ def full_cache_prefix(
         prompt: tokens of the prompt, which the schedule `prompt` reads before it evicts.
         kv_heads: KV heads of a layer, for policies that leave the cache of some heads full; None: not known.
     """
-    budgets = [min(_budgets(r)) for r in retention if kv_heads is None or len(r.rule.whole) < kv_heads]
+    budgets = [min(_budgets(r)) for r in retention if kv_heads is None or len(r.rule.full_heads) < kv_heads]
     budget = min(budgets, default=UNLIMITED)
     if budget >= UNLIMITED:
         return UNLIMITED
@@ -42,7 +42,7 @@ def shareable_prefix(retention: Sequence[Retention], schedule: Schedule, prompt:
 
     Only states of the same rule and forgetting factor are compared: others accumulate other scores.
     """
-    if any(r.rule.foresee is not None for r in retention):
+    if any(r.rule.precompute is not None for r in retention):
         return 0  # scores depend on tokens to come, from the first token on
     prefix = full_cache_prefix(retention, schedule, prompt)
     if not schedule.prompt:
@@ -76,7 +76,7 @@ def cached_tokens(
         cached = min(prompt, C, total) + max(0, total - prompt)
     else:
         cached = min(C, total)
-    whole = len(retention.rule.whole) / kv_heads if kv_heads else 0.0
+    whole = len(retention.rule.full_heads) / kv_heads if kv_heads else 0.0
     return cached + whole * (total - cached)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from a2sf.hf.attention import Plan, rope_switch
-from a2sf.hf.continued import mixed_in_parts, parts_of
+from a2sf.hf.attention.continued import mixed_in_parts, parts_of
+from a2sf.hf.attention.mixed import Mixed
 from a2sf.hf.loading import kv_heads_of
-from a2sf.hf.mixed import Mixed
 from a2sf.policies.base import Retention
 from a2sf.policies.schedule import Schedule
 from a2sf.scoring.passes.packing import Pack
@@ -40,7 +40,7 @@ def in_parts(reading: Plan | Mixed, ends: Sequence[int]) -> Iterator[Part]:
 def saves(row: Pack, ends: Sequence[int], sequences: Sequence[ScoredSequence], config: Any) -> bool:
     """Whether a row in parts that end at `ends` takes less memory than at once, by rough counts of numbers."""
     read = [sequences[i] for i in row.items]
-    if any(k.rule.foresee is not None for r in read for k in r.retention):
+    if any(k.rule.precompute is not None for r in read for k in r.retention):
         return False  # an oracle needs the tokens to come, which a part does not know
     if any(len(r.read) > rope_switch(config) for r in read):
         return False  # rotary scaling depends on the longest sequence
@@ -60,6 +60,6 @@ def cached_at_most(sequences: Sequence[ScoredSequence]) -> int:
 
 
 def _most(retention: Retention, tokens: int, prompt: int, schedule: Schedule) -> int:
-    if retention.rule.whole or (schedule.prompt and schedule.then == "keep"):
+    if retention.rule.full_heads or (schedule.prompt and schedule.then == "keep"):
         return tokens
     return min(tokens, max(prompt if schedule.prompt else 0, retention.budget + schedule.spare))

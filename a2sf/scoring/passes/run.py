@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from a2sf.hf.attention import NonFiniteError, Plan, attached, rope_switch, running
-from a2sf.hf.chunks import bounds
-from a2sf.hf.head import logits_in_parts
-from a2sf.hf.mixed import Mixed
-from a2sf.hf.named import Configs, configs_of
+from a2sf.hf.attention.mixed import Mixed
+from a2sf.hf.attention.named import Configs, configs_of
+from a2sf.hf.calls.chunks import bounds
+from a2sf.hf.calls.logits import logits_in_parts
 from a2sf.scoring.passes.logits import log_probabilities
 from a2sf.scoring.passes.long_rows import Part, in_parts, saves
 from a2sf.scoring.passes.packing import Pack, pack

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from a2sf.hf.attention import Plan
-from a2sf.hf.mixed import Mixed
+from a2sf.hf.attention.mixed import Mixed
 from a2sf.policies.base import UNLIMITED, Retention
 from a2sf.policies.schedule import STEP, Schedule
 from a2sf.scoring.passes.full_cache_prefix import full_cache_prefix, shareable_prefix
@@ -89,7 +89,7 @@ class ScoredSequence:
     @property
     def _evolution(self) -> Hashable:
         """What determines how a cache evolves while given tokens are read; for an oracle also the tokens to come."""
-        foresees = any(k.rule.foresee is not None for k in self.retention)
+        foresees = any(k.rule.precompute is not None for k in self.retention)
         return self.retention, self.prompt if self.schedule.prompt else None, self.read if foresees else None
 
 

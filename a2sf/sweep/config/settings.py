@@ -19,7 +19,7 @@ from a2sf.policies import find
 from a2sf.policies.a2sf import check_factors
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
-from a2sf.policies.schedule import Schedule, told_apart
+from a2sf.policies.schedule import Schedule, nondefault_schedule
 from a2sf.scoring.lm import check_batch_size
 from a2sf.store.aggregates import Average, Group, Member
 from a2sf.sweep.cell import Cell
@@ -108,7 +108,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
         name = f"{name}+{model.added.name}"
     policy = _policy(config)
     budget = _budget(config, policy)
-    schedule = told_apart(policy, _schedule(config))
+    schedule = nondefault_schedule(policy, _schedule(config))
     if model.pinned:  # else once it is, by whoever pins it
         check_layers(model, policy, budget)
     if config.shots is not None and not 0 <= config.shots <= MAX_SHOTS:
@@ -276,11 +276,11 @@ def _budget(config: Config, policy: Policy) -> Budget | None:
     budget = Budget(**given)  # checked even where the policy ignores it
     tokens = budget.tokens if isinstance(budget.tokens, tuple) else (budget.tokens,)
     for slots in tokens:
-        if slots is not None and policy.uses_budget and slots < policy.least_budget:
+        if slots is not None and policy.uses_budget and slots < policy.min_budget:
             raise ConfigError(
                 "budget.tokens",
                 slots,
-                f"recent + sinks may not exceed the budget, and {policy.name} protects {policy.least_budget} tokens",
+                f"recent + sinks may not exceed the budget, and {policy.name} protects {policy.min_budget} tokens",
             )
     return budget if policy.uses_budget else None
 

@@ -33,7 +33,7 @@ FEW = (
     grid.PAPER,
     grid.H2O,
     Head(forgetting_factor=0.7, recent_share=0.25),
-    Head(by_age=True, recent_share=0.5, sinks=2),
+    Head(mean_over_age=True, recent_share=0.5, sinks=2),
 )
 
 
@@ -55,7 +55,7 @@ def test_an_error_is_that_of_the_policy_after_the_projection():
     own = (seen.output[0].transpose(0, 1).flatten(1) @ projection).square().sum()
     for at, (head, ratio) in enumerate((h, r) for h in FEW for r in ratios):
         settings_ = {"recent_share": head.recent_share, "sinks": head.sinks}
-        name = "mean_attention" if head.by_age else "a2sf"
+        name = "mean_attention" if head.mean_over_age else "a2sf"
         policy = make_policy(name, forgetting_factor=head.forgetting_factor, **settings_)
         budget = Budget(ratio=ratio).slots(total=20, context=20, layer=0)
         output, _ = attend(policy, seen.query, seen.key, seen.value, budget=budget, backend="reference")
@@ -209,7 +209,7 @@ def test_the_command_writes_a_policy_and_goes_on_where_it_stopped(model, tmp_pat
     assert [t["name"] for t in made["made"]["tried"][:2]] == [f"all layers: {grid.named(h)}" for h in FEW[:2]]
     policy = make_policy("calibrated", file="mine.yaml")
     policy.check(3, 2)
-    assert sum(policy.of_layer(10, i, 3) for i in range(3)) == 30
+    assert sum(policy.layer_budget(10, i, 3) for i in range(3)) == 30
     rows = list(csv.DictReader(Path("mine.errors.csv").read_text().splitlines()))
     assert len(rows) == 3 * 2 * 4 * 3
     assert "Score it with: a2sf run policy=calibrated policy.file=mine.yaml" in capsys.readouterr().out

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from a2sf import A2SF, Budget, attend, evicting_attention, pruning
 from a2sf.errors import ConfigError, UserError
-from a2sf.hf.generation import PrunedCache
+from a2sf.hf.cache.pruned import PrunedCache
 from a2sf.policies.schedule import schedule_for
 from tests.models import small
 from tests.policies import cases, label

@@ -14,16 +14,16 @@ import torch
 from a2sf import Policy, Retention, Schedule, Step
 from a2sf.commands import check as command
 from a2sf.engine import stepwise
-from a2sf.engine.cases import case
 from a2sf.engine.invariants import INVARIANTS, Broken, Excepted, check
-from a2sf.engine.opposite import chooses
+from a2sf.engine.invariants.cases import case
+from a2sf.engine.invariants.opposite import chooses
 from a2sf.errors import ConfigError, UserError
 from a2sf.policies.find import find_policies
 from tests.outside import policy
 from tests.policies import Divided, Looked, label
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TooMany(Policy):
     name: ClassVar[str] = "too_many"
     label: ClassVar[str] = "One too many"
@@ -32,7 +32,7 @@ class TooMany(Policy):
         return Retention(budget=budget + 1)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ByBudget(Policy):
     name: ClassVar[str] = "by_budget"
     label: ClassVar[str] = "A factor that follows the budget"
@@ -41,7 +41,7 @@ class ByBudget(Policy):
         return Retention(budget=budget, forgetting_factor=1 / budget)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Dice(Policy):
     name: ClassVar[str] = "dice"
     label: ClassVar[str] = "Other numbers each time"
@@ -50,7 +50,7 @@ class Dice(Policy):
         return Retention(budget=budget, forgetting_factor=random.random())
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Opaque(Policy):
     name: ClassVar[str] = "opaque"
     label: ClassVar[str] = "A setting that is no data"
@@ -61,7 +61,7 @@ class Opaque(Policy):
         return Retention(budget=budget)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Greedy(Policy):
     name: ClassVar[str] = "greedy"
     label: ClassVar[str] = "Protects more than it may keep"
@@ -70,7 +70,7 @@ class Greedy(Policy):
         return Retention(budget=budget, recent=5)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Least(Policy):
     name: ClassVar[str] = "least"
     label: ClassVar[str] = "Never keeps all"
@@ -79,7 +79,7 @@ class Least(Policy):
         return Retention(budget=min(budget, 4))
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Own(Policy):
     """An own rule that is right; those below break it."""
 

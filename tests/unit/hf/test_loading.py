@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from a2sf.errors import ConfigError
-from a2sf.hf import loading
 from a2sf.hf.files import hub
 from a2sf.hf.loading import ModelSpec, fingerprint, load, load_tokenizer, prepare, sizes_of, tokenizer_here
 from tests.architectures import SUPPORTED
@@ -375,8 +375,8 @@ def write_gguf(file: Path, *leave_out: str) -> Path:
 def test_a_grid_reads_the_sizes_of_a_gguf_file_once_and_again_when_it_changes(tmp_path, monkeypatch):
     """Each cell with numbers per layer asks; a real vocabulary takes seconds."""
     file = write_gguf(tmp_path / "model.gguf")
-    read, real = [], loading.AutoConfig.from_pretrained
-    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda *a, **k: read.append(a) or real(*a, **k))
+    read, real = [], AutoConfig.from_pretrained
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *a, **k: read.append(a) or real(*a, **k))
     assert [sizes_of(spec(file)) for _ in range(3)] == [sizes_of(spec(file))] * 3
     assert len(read) == 1
     os.utime(file, ns=(1, 1))
@@ -460,7 +460,7 @@ def test_a_tokenizer_that_is_here_is_read_and_none_is_fetched_or_converted(sourc
     monkeypatch.setenv("A2SF_CACHE", str(tmp_path / "cache"))
     for asks in ("_ask", "commit_of", "snapshot_download"):
         monkeypatch.setattr(hub, asks, lambda *_, asks=asks, **__: pytest.fail(asks))
-    monkeypatch.setattr(loading.gguf, "converted", lambda *_: pytest.fail("converted"))
+    monkeypatch.setattr("a2sf.hf.files.gguf.converted", lambda *_: pytest.fail("converted"))
     monkeypatch.setattr(hub, "_cache", lambda _: tmp_path / "hub")
     assert tokenizer_here(ModelSpec(SMOLLM2)) is None
     for path in ("org/name", "org/name/x.gguf"):

@@ -47,7 +47,7 @@ def test_a_pair_that_the_sweep_has_not_is_refused():
 
 
 def test_cells_of_equal_budget_and_schedule_are_compared():
-    step, every = None, Schedule("every", every=4)  # as told_apart has them
+    step, every = None, Schedule("every", every=4)  # as nondefault_schedule has them
     cells = [cell("full")]
     cells += [cell("window", budget=Budget(ratio=r)) for r in (0.1, 0.2)]
     cells += [cell("h2o", budget=Budget(ratio=r), schedule=s) for r in (0.1, 0.2, 0.4) for s in (step, every)]
