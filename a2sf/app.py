@@ -332,7 +332,7 @@ def _report(
     from a2sf.experiments.notes import notes_of
     from a2sf.experiments.runs import table_of
     from a2sf.experiments.sweep import finish, hardly_pruned
-    from a2sf.report.tables import screen_table
+    from a2sf.report.tables.screen import screen_table
 
     stored, failures = finish(directory, made.cells)
     if stored:

@@ -52,7 +52,7 @@ def measure(args: argparse.Namespace, console: Console) -> None:
     from a2sf.experiments.names import safe
     from a2sf.hf import loading
     from a2sf.report.heads import heads_figure
-    from a2sf.report.plots import save
+    from a2sf.report.plots.style import save
 
     loaded = loading.load(model_spec(args))
     texts = retrieval.needles(loaded.tokenizer, args.documents, args.lengths, args.seed)

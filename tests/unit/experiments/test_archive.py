@@ -7,7 +7,7 @@ import random
 import pandas as pd
 import pytest
 
-from a2sf.analysis.collect import gather
+from a2sf.analysis.results.gather import gather
 from a2sf.errors import UserError
 from a2sf.experiments.archive import SUFFIX, pack, place_of, read_archive, unpack
 from a2sf.experiments.runs import TRACES, CorruptCell, is_cell, load_sweep, read_cell, write_cell

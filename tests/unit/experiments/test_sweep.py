@@ -32,7 +32,7 @@ from a2sf.experiments.tracking import Tracker, TrackerSpec
 from a2sf.hf.loading import ModelSpec, fingerprint
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policies
-from a2sf.report.html import read_failures
+from a2sf.report.page.page import read_failures
 from tests.conftest import SMOLLM2
 from tests.interrupted import interrupted
 
