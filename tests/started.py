@@ -36,7 +36,7 @@ FIRST = [
     "torch.export",
     "matplotlib.pyplot",
     "pyarrow.dataset",
-    "a2sf.analysis.stats",
+    "a2sf.analysis.statistics.paired",
     "a2sf.engine.kernels.cpu",
     "hydra._internal.hydra",
 ]

@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace, policies: dict[str, Any], console: Console
     from a2sf.hf import loading
     from a2sf.hf.layer_check import layers_of
     from a2sf.report.heads import errors_figure
-    from a2sf.report.plots import save
+    from a2sf.report.plots.style import save
     from a2sf.store.names import safe
 
     text = read_text(args.text)

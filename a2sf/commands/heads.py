@@ -51,7 +51,7 @@ def measure(args: argparse.Namespace, console: Console) -> None:
     from a2sf.calibration import retrieval
     from a2sf.hf import loading
     from a2sf.report.heads import heads_figure
-    from a2sf.report.plots import save
+    from a2sf.report.plots.style import save
     from a2sf.store.names import safe
 
     loaded = loading.load(model_spec(args))

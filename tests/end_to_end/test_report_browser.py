@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from a2sf.analysis.collect import Selection
+from a2sf.analysis.results.selection import Selection
 from a2sf.report.output import Options, show
 from tests.sweep_fixture import Plan, write_sweep
 

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from a2sf.analysis.claims import check_shape
-from a2sf.analysis.collect import Selection, gather, grid_of
-from a2sf.analysis.compare import compare_pair
-from a2sf.analysis.fidelity import fidelity_frame
-from a2sf.analysis.ranking import rank
+from a2sf.analysis.claims.verdicts import check_shape
+from a2sf.analysis.comparisons.fidelity import fidelity_frame
+from a2sf.analysis.comparisons.pairs import compare_pair
+from a2sf.analysis.comparisons.ranking import rank
+from a2sf.analysis.results.gather import gather, grid_of
+from a2sf.analysis.results.selection import Selection
 from a2sf.errors import UserError
-from a2sf.report.layout import build_tables
 from a2sf.report.output import Options, show
-from a2sf.report.tables import legend
+from a2sf.report.tables.cells import legend
+from a2sf.report.tables.layout import build_tables
 from a2sf.store.runs import StoredCell, load_sweep, results_frame, write_cell
 from tests.sweep_fixture import Plan, write_sweep
 

@@ -10,19 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from a2sf.analysis.against import compare_against
-from a2sf.analysis.collect import gather
-from a2sf.analysis.compare import Comparer, compare_pair
-from a2sf.analysis.documents import texts_of
-from a2sf.analysis.fidelity import fidelity_frame
-from a2sf.analysis.ranking import rank
-from a2sf.analysis.stats import average_difference, bootstrap_means, paired_difference, standard_error
-from a2sf.analysis.texts import Texts, tail_of
+from a2sf.analysis.comparisons.against import compare_against
+from a2sf.analysis.comparisons.fidelity import fidelity_frame
+from a2sf.analysis.comparisons.pairs import Comparer, compare_pair
+from a2sf.analysis.comparisons.ranking import rank
+from a2sf.analysis.results.documents import texts_of
+from a2sf.analysis.results.gather import gather
+from a2sf.analysis.results.selection import Selection
+from a2sf.analysis.statistics.paired import average_difference, bootstrap_means, paired_difference, standard_error
+from a2sf.analysis.statistics.texts import Texts, tail_of
 from a2sf.errors import UserError
-from a2sf.report.layout import build_tables
 from a2sf.report.output import Options, show
-from a2sf.report.summaries import comparison_tables
-from a2sf.report.tables import Selection, legend, markdown
+from a2sf.report.tables.cells import legend
+from a2sf.report.tables.layout import build_tables
+from a2sf.report.tables.summaries import comparison_tables
+from a2sf.report.tables.write import markdown
 from a2sf.store.runs import StoredCell, write_cell
 from a2sf.sweep.early_stopping import Comparisons
 from a2sf.sweep.until import Until

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a2sf import Budget, attend, make_policy
-from a2sf.analysis.labels import name_settings, one_name
+from a2sf.analysis.results.labels import name_settings, shorten_names
 from a2sf.calibration import grid, run
 from a2sf.calibration.allot import allot
 from a2sf.calibration.capture import Layer, look, projections
@@ -273,6 +273,6 @@ def test_one_name_at_several_budgets_is_one_system_and_never_two_at_one():
         for name, sinks, b in rows
     )
     given = frame["settings"].tolist()
-    found = one_name(frame, ["policy", "settings", "budget", "task"])["settings"].tolist()
+    found = shorten_names(frame, ["policy", "settings", "budget", "task"])["settings"].tolist()
     assert found[0] == found[1] == json.dumps({"file": {"name": "a"}})
     assert found[2:] == given[2:]

@@ -12,7 +12,7 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import warning_once
 
-from a2sf.analysis.collect import Selection
+from a2sf.analysis.results.selection import Selection
 from a2sf.errors import ConfigError, Notice
 from a2sf.hf.loading import ModelSpec, load
 from a2sf.policies.budget import Budget

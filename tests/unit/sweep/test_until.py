@@ -10,11 +10,13 @@ import filelock
 import numpy as np
 import pytest
 
+from a2sf.analysis.results.gather import grid_of
+from a2sf.analysis.results.selection import Selection
 from a2sf.errors import ConfigError
 from a2sf.policies.budget import Budget
 from a2sf.policies.schedule import Schedule
-from a2sf.report.layout import build_tables
-from a2sf.report.tables import Selection, grid_of, legend
+from a2sf.report.tables.cells import legend
+from a2sf.report.tables.layout import build_tables
 from a2sf.store.runs import load_sweep, results_frame
 from a2sf.sweep.early_stopping import Comparisons, comparisons, order_of
 from a2sf.sweep.runner import Runner, _lock_file

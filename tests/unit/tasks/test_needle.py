@@ -12,8 +12,8 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from a2sf import Budget
-from a2sf.analysis.collect import Selection
-from a2sf.analysis.labels import DASH
+from a2sf.analysis.results.labels import DASH
+from a2sf.analysis.results.selection import Selection
 from a2sf.errors import UserError
 from a2sf.hf.loading import ModelSpec
 from a2sf.policies.find import find_policies

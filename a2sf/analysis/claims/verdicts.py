@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from a2sf.analysis.collect import DEFAULT_PAIR, Grid, System
-from a2sf.analysis.compare import Comparer
-from a2sf.analysis.stats import CONFIDENCE, Difference, Z, holm
+from a2sf.analysis.comparisons.pairs import Comparer
+from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid, System
+from a2sf.analysis.statistics.paired import Difference, holm
+from a2sf.analysis.statistics.texts import CONFIDENCE, Z
 
 TOLERANCE = 0.01
 """A figure that is this close (one point of accuracy) to the published one is the same figure."""
@@ -88,7 +89,7 @@ def check_headline(row: Row, grid: Grid | None, why_not: Mapping[str, str]) -> C
         why_not: as for `check_figures`.
     """
     text, published, source = f"{row['model']}: {row['claim']}", float(str(row["value"])), str(row["source"])
-    parts = [] if grid is None else grid.parts()
+    parts = [] if grid is None else grid.by_model()
     part = next((p for model, shots, p in parts if (model, shots) == (row["model"], row["shots"])), None)
     others = str(row["others"]).split("/")
     gains = _gains(part, str(row["first"]), others) if part is not None else []
@@ -98,13 +99,13 @@ def check_headline(row: Row, grid: Grid | None, why_not: Mapping[str, str]) -> C
     corrected = dict(zip([b for b, _ in gains], holm([d.p for _, d in gains]), strict=True))[budget]
     if how := _protocol(part, set(str(row["tasks"]).split("/"))):
         return Claim(text, Verdict.PROTOCOL, how, published, best.value, source)
-    said = f"the largest gain is {_points(best)} at budget {budget}"
+    gain = f"the largest gain is {_points(best)} at budget {budget}"
     if best.high < published:
-        return Claim(text, Verdict.NOT_REPRODUCED, f"{said}, below the claim.", published, best.value, source)
+        return Claim(text, Verdict.NOT_REPRODUCED, f"{gain}, below the claim.", published, best.value, source)
     if corrected > ALPHA:
-        why = f"{said}, not significantly different from zero ({_p(corrected)}, Holm)."
+        why = f"{gain}, not significantly different from zero ({_p(corrected)}, Holm)."
         return Claim(text, Verdict.UNCLEAR, why, published, best.value, source)
-    return Claim(text, Verdict.REPRODUCED, f"{said}, {_p(corrected)} (Holm).", published, best.value, source)
+    return Claim(text, Verdict.REPRODUCED, f"{gain}, {_p(corrected)} (Holm).", published, best.value, source)
 
 
 def check_shape(
@@ -120,7 +121,7 @@ def check_shape(
         factors: the range in which the published best factors lie.
     """
     claims: list[Claim] = []
-    for model, shots, part in grid.parts():
+    for model, shots, part in grid.by_model():
         systems = [s for s in part.systems(pair) if s.average(part.tasks) is not None]
         where = f"{model}, {shots}-shot"
         gains = _gains(part, pair[0], [pair[1]])
@@ -138,7 +139,7 @@ def check_factor(
 ) -> list[Claim]:
     """Only the place of the best factor, for a sweep over factors; arguments as for `check_shape`."""
     claims = []
-    for model, shots, part in grid.parts():
+    for model, shots, part in grid.by_model():
         systems = [s for s in part.systems(pair) if s.policy == pair[0] and s.average(part.tasks) is not None]
         claims.append(_best_factor(f"{model}, {shots}-shot", part, systems, factors))
     return claims
@@ -157,18 +158,23 @@ def _figure(published: Row, found: Row) -> tuple[Verdict, str]:
         return Verdict.REPRODUCED, f"{gap}, within {100 * TOLERANCE:g}."
     error = float(np.sqrt(value * (1 - value) / n + claimed * (1 - claimed) / claimed_n))
     if abs(value - claimed) <= Z * error:
-        return Verdict.UNCLEAR, f"{gap}; {n} documents do not tell less than {100 * Z * error:.1f} apart."
-    return Verdict.NOT_REPRODUCED, f"{gap}, more than {n} documents explain ({100 * Z * error:.1f})."
+        return (
+            Verdict.UNCLEAR,
+            f"{gap}; with {n} documents a difference below {100 * Z * error:.1f} is not significant.",
+        )
+    return Verdict.NOT_REPRODUCED, f"{gap}, more than the sampling error of {n} documents ({100 * Z * error:.1f})."
 
 
 def _gains(part: Grid, first: str, others: Sequence[str]) -> list[tuple[str, Difference]]:
     """At each budget, `first` (its best factor over all budgets) minus the best of `others`, averaged over tasks."""
-    whole = [s for s in part.systems() if s.average(part.tasks) is not None]
-    own = _one_factor([s for s in whole if s.policy == first], part)
+    complete = [s for s in part.systems() if s.average(part.tasks) is not None]
+    candidates = _one_factor([s for s in complete if s.policy == first], part)
     comparer = Comparer(part)
     gains = []
-    for system in own:
-        rivals = [s for s in whole if s.policy in others and (s.budget, s.variant) == (system.budget, system.variant)]
+    for system in candidates:
+        rivals = [
+            s for s in complete if s.policy in others and (s.budget, s.variant) == (system.budget, system.variant)
+        ]
         if rivals:
             best = max(rivals, key=lambda s: s.average(part.tasks) or 0.0)
             difference = comparer.average(system.keys, best.keys)
@@ -186,12 +192,12 @@ def _one_factor(systems: list[System], part: Grid) -> list[System]:
 
 
 def _sign_claim(text: str, difference: Difference, p: float) -> Claim:
-    said = f"{_points(difference)}, {_p(p)} (Holm)"
+    gain = f"{_points(difference)}, {_p(p)} (Holm)"
     if p > ALPHA:
-        return Claim(text, Verdict.UNCLEAR, f"{said}.", measured=difference.value)
+        return Claim(text, Verdict.UNCLEAR, f"{gain}.", measured=difference.value)
     if difference.value > 0:
-        return Claim(text, Verdict.REPRODUCED, f"{said}.", measured=difference.value)
-    return Claim(text, Verdict.NOT_REPRODUCED, f"the other way round: {said}.", measured=difference.value)
+        return Claim(text, Verdict.REPRODUCED, f"{gain}.", measured=difference.value)
+    return Claim(text, Verdict.NOT_REPRODUCED, f"the opposite: {gain}.", measured=difference.value)
 
 
 def _order(where: str, part: Grid, systems: list[System], pair: tuple[str, str]) -> list[Claim]:
@@ -201,26 +207,28 @@ def _order(where: str, part: Grid, systems: list[System], pair: tuple[str, str])
     rest = [p for p in dict.fromkeys(s.policy for s in systems if not s.is_full) if p not in pair]
     for better in pair:
         for worse in rest:
-            own = {(s.budget, s.variant): s for s in _one_factor([s for s in systems if s.policy == better], part)}
+            candidates = {
+                (s.budget, s.variant): s for s in _one_factor([s for s in systems if s.policy == better], part)
+            }
             other = {(s.budget, s.variant): s for s in _one_factor([s for s in systems if s.policy == worse], part)}
-            tested = [comparer.average(own[b].keys, other[b].keys) for b in own if b in other]
-            kept = [d for d in tested if d is not None]
-            if not kept:
+            tested = [comparer.average(candidates[b].keys, other[b].keys) for b in candidates if b in other]
+            differences = [d for d in tested if d is not None]
+            if not differences:
                 continue
-            corrected = holm([d.p for d in kept])
-            told = [d.value > 0 for d, p in zip(kept, corrected, strict=True) if p <= ALPHA]
-            mean = float(np.mean([d.value for d in kept]))
-            why = f"higher at {sum(told)}, lower at {len(told) - sum(told)}, "
-            why += f"no significant difference at {len(kept) - len(told)} of {len(kept)} budgets; "
+            corrected = holm([d.p for d in differences])
+            higher = [d.value > 0 for d, p in zip(differences, corrected, strict=True) if p <= ALPHA]
+            mean = float(np.mean([d.value for d in differences]))
+            why = f"higher at {sum(higher)}, lower at {len(higher) - sum(higher)}, "
+            why += f"no significant difference at {len(differences) - len(higher)} of {len(differences)} budgets; "
             why += f"{100 * mean:+.1f} points on their mean."
-            verdict = Verdict.REPRODUCED if told and all(told) else Verdict.UNCLEAR
-            verdict = Verdict.NOT_REPRODUCED if told and not all(told) else verdict
+            verdict = Verdict.REPRODUCED if higher and all(higher) else Verdict.UNCLEAR
+            verdict = Verdict.NOT_REPRODUCED if higher and not all(higher) else verdict
             claims.append(Claim(f"{where}: {better} above {worse}", verdict, why, measured=mean))
     return claims
 
 
 def _best_factor(where: str, part: Grid, systems: list[System], factors: tuple[float, float]) -> Claim:
-    """Whether the best factor lies in the published range, and whether the range is told from what lies outside."""
+    """Whether the best factor lies in the published range, and is significantly better than the best outside of it."""
     text = f"{where}: the best forgetting factor lies from {factors[0]:g} to {factors[1]:g}"
     budgets = set.intersection(*({s.budget for s in g} for g in _by_factor(systems).values())) if systems else set()
     groups = {f: [s for s in g if s.budget in budgets] for f, g in _by_factor(systems).items()}

@@ -1,7 +1,7 @@
 """Tables of accuracies: policy x budget (x factor) down, tasks and their average across, one per model and shots.
 
-Bold marks the best pruned value among the policies that had the same budget; a dagger marks values that a paired test,
-Holm-corrected over the table, does not tell from that best one. Laying out is done here, writing in `a2sf.report.tables`.
+Bold: the best pruned value among the policies with the same budget. A dagger: not significantly different from that best
+one (paired test, Holm-corrected over the table, α = 0.05). `a2sf.report.tables.write` writes them.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
-from a2sf.analysis.collect import DEFAULT_PAIR, SYSTEM, Grid, System
-from a2sf.analysis.compare import AVERAGE, Comparer
-from a2sf.analysis.documents import texts_note
-from a2sf.analysis.labels import DASH, MINUS
-from a2sf.analysis.stats import holm
-from a2sf.analysis.texts import CONFIDENCE
+from a2sf.analysis.comparisons.pairs import AVERAGE, Comparer
+from a2sf.analysis.results.documents import texts_note
+from a2sf.analysis.results.grid import DEFAULT_PAIR, SYSTEM, Grid, System
+from a2sf.analysis.results.labels import DASH, MINUS
+from a2sf.analysis.statistics.paired import holm
+from a2sf.analysis.statistics.texts import CONFIDENCE
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Entry:
 
     Attributes:
         best: the best pruned value at this budget.
-        tied: not distinguishable from the best by the corrected paired test; None where no test was made.
+        tied: not significantly different from the best (paired test, Holm); None where no test was made.
     """
 
     value: float
@@ -59,8 +59,8 @@ class Table:
         columns: keys of `Row.entries`, in order.
         heads: headings of the leading text columns that are used, of `label`, `budget`, `schedule`, `factor`.
         to_full, to_control: headings of the difference columns; None leaves them out.
-        tested: whether paired tests stand behind the marks.
-        footnotes: what has to stand under the numbers wherever they are shown, one sentence each.
+        tested: whether paired tests were made for the daggers.
+        footnotes: notes under the numbers wherever they are shown, one sentence each.
         stopped: of a column whose documents were not all scored, how many were of how many.
         members: columns of tasks whose group has a column, too.
     """
@@ -92,7 +92,7 @@ def build_tables(
         tested: whether to run the paired tests; False is quick.
         pair: treatment and control policy of the difference column.
     """
-    tables = [_by_task(model, shots, part, tested, pair) for model, shots, part in grid.parts()]
+    tables = [_by_task(model, shots, part, tested, pair) for model, shots, part in grid.by_model()]
     if pivot != "task":
         tables = [turned for table in tables for turned in _turn(table, pivot)]
     return tables
@@ -108,7 +108,7 @@ def _by_task(model: str, shots: int, part: Grid, tested: bool, pair: tuple[str, 
     rows = _mark(systems, rows, columns, part, comparer if tested and part.cells else None)
     full = {s.variant: r for s, r in zip(systems, rows, strict=True) if s.is_full}
     control = {(s.budget, s.schedule, s.variant): r for s, r in zip(systems, rows, strict=True) if s.policy == pair[1]}
-    labels = {s.policy: s.bare for s in systems}
+    labels = {s.policy: s.short_label for s in systems}
     final = []
     for system, row in zip(systems, rows, strict=True):
         against = full.get(system.variant)
@@ -118,7 +118,7 @@ def _by_task(model: str, shots: int, part: Grid, tested: bool, pair: tuple[str, 
                 row, to_control=_minus(row, control.get((system.budget, system.schedule, system.variant)), score)
             )
         final.append(row)
-    notes = list(comparer.refused)
+    notes = list(comparer.problems)
     if not full:
         notes.append("There is no full-cache result, so there is no difference to it.")
     if pair[0] in labels and pair[1] not in labels:
@@ -147,7 +147,7 @@ def _by_task(model: str, shots: int, part: Grid, tested: bool, pair: tuple[str, 
 
 
 def footnotes(part: Grid) -> tuple[str, ...]:
-    """What a reader of any of a grid's numbers has to know of all of them."""
+    """Notes that concern all numbers of a grid."""
     return tuple(filter(None, [texts_note(part.cells_shown), part.versions_note]))
 
 
@@ -160,13 +160,15 @@ def _row(system: System, tasks: list[str], groups: dict[str, dict[tuple[Any, ...
         # tasks share no documents, so their errors are independent
         stderr = math.sqrt(sum(e.stderr**2 for e in parts)) / len(parts)
         entries[AVERAGE] = Entry(fmean(e.value for e in parts), stderr, sum(e.n for e in parts))
-    return Row(system.bare, system.budget, system.factor, system.schedule, system.is_full, system.causal, entries)
+    return Row(
+        system.short_label, system.budget, system.factor, system.schedule, system.is_full, system.causal, entries
+    )
 
 
 def _mark(
     systems: list[System], rows: list[Row], columns: list[str], part: Grid, comparer: Comparer | None
 ) -> list[Row]:
-    """Find the best pruned value per budget, schedule and column, and test the others against it; causal ones alone."""
+    """Find the best pruned value per budget, schedule and column, and test the others against it; causal policies only."""
     better = max if part.higher_is_better else min
     pruned = [i for i, s in enumerate(systems) if not s.is_full and s.causal]
     tests: list[tuple[int, str, float]] = []

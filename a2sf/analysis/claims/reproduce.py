@@ -1,4 +1,4 @@
-"""The paper, run as far as a machine can and held against the published numbers: what `a2sf reproduce` does."""
+"""The paper, run as far as a machine can and compared with the published numbers: what `a2sf reproduce` does."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from pathlib import Path
 import pandas as pd
 
 from a2sf import atomic
-from a2sf.analysis.claims import Claim, Verdict, check_factor, check_figures, check_headline, check_shape
-from a2sf.analysis.collect import DEFAULT_PAIR, STEP, Grid, Selection, gather
+from a2sf.analysis.claims.verdicts import Claim, Verdict, check_factor, check_figures, check_headline, check_shape
+from a2sf.analysis.results.gather import gather
+from a2sf.analysis.results.grid import DEFAULT_PAIR, STEP, Grid
+from a2sf.analysis.results.selection import Selection
 from a2sf.errors import UserError
 from a2sf.store.archive import is_archive
 
@@ -39,7 +41,7 @@ class Places:
 
 @dataclass(frozen=True)
 class Findings:
-    """All verdicts, the published models' and the small model's, and what a reader has to be told."""
+    """All verdicts, the published models' and the small model's, and notes for the reader."""
 
     headlines: list[Claim]
     figures: list[Claim]
@@ -62,7 +64,7 @@ def run_sweep(preset: str, overrides: Sequence[str] = (), download: bool = False
         download: whether models may be fetched; otherwise only what the machine has is used.
 
     Returns:
-        "" where it finished, else why it did not: the last line it said.
+        "" where it finished, else the reason: the last line that it printed.
     """
     command = [sys.executable, "-P", "-m", "a2sf.cli", "run", "-m", f"+sweep={preset}", *overrides]
     environment = os.environ if download else os.environ | {"HF_HUB_OFFLINE": "1"}
@@ -76,7 +78,7 @@ def run_sweep(preset: str, overrides: Sequence[str] = (), download: bool = False
 
 
 def compare(places: Places, why_not: Mapping[str, str], pair: tuple[str, str] = DEFAULT_PAIR) -> Findings:
-    """Hold what is on disk against the published claims.
+    """Compare what is on disk with the published claims.
 
     Args:
         why_not: published model -> why its cells are missing where they are.
@@ -97,8 +99,8 @@ def compare(places: Places, why_not: Mapping[str, str], pair: tuple[str, str] = 
         )
         shape = check_shape(grid, set(published["policy"]), pair)
     if swept is not None and (grid := _grid([swept], notes)) is not None:
-        told = {c.claim for c in shape if c.verdict is not Verdict.NOT_RUN}
-        found = [c for c in check_factor(grid, pair) if c.claim not in told]
+        checked = {c.claim for c in shape if c.verdict is not Verdict.NOT_RUN}
+        found = [c for c in check_factor(grid, pair) if c.claim not in checked]
         shape = [c for c in shape if c.claim not in {f.claim for f in found}] + found
         notes.append(f"Where the best forgetting factor lies is from {swept}.")
     return Findings(
@@ -132,8 +134,8 @@ def write_claims(directory: Path, findings: Findings) -> list[Path]:
     )
     lines = ["# Claims and verdicts", "", *(f"- {note}" for note in findings.notes)]
     for title, claims in parts.items():
-        said = "; ".join(f"{n} {verdict}" for verdict, n in counts(claims).items())
-        lines += ["", f"## {title}", "", f"{said}." if claims else "Nothing was compared."]
+        summary = "; ".join(f"{n} {verdict}" for verdict, n in counts(claims).items())
+        lines += ["", f"## {title}", "", f"{summary}." if claims else "Nothing was compared."]
         rows = claims
         if claims is findings.figures:
             rows = [c for c in claims if c.verdict is not Verdict.NOT_RUN]
@@ -153,8 +155,8 @@ def _not_run(figures: Sequence[Claim]) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for c in figures:
         by_reason.setdefault(c.why, []).append(c.claim.partition(" ")[0])  # its model
-    told = [f"- {len(of)} of {', '.join(dict.fromkeys(of))} not run: {why}" for why, of in by_reason.items()]
-    return ["", *told] if told else []
+    reasons = [f"- {len(of)} of {', '.join(dict.fromkeys(of))} not run: {why}" for why, of in by_reason.items()]
+    return ["", *reasons] if reasons else []
 
 
 def _first(places: tuple[Path, ...]) -> Path | None:
@@ -164,7 +166,7 @@ def _first(places: tuple[Path, ...]) -> Path | None:
 def _grid(directories: list[Path], notes: list[str]) -> Grid | None:
     try:
         # what is published was measured step by step
-        grid = gather(directories, Selection(metric="acc")).at(STEP)
+        grid = gather(directories, Selection(metric="acc")).with_schedule(STEP)
     except UserError as error:
         notes.append(str(error))
         return None

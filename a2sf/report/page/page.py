@@ -13,14 +13,14 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from a2sf import atomic
-from a2sf.analysis.apart import MUST_AGREE
-from a2sf.analysis.collect import DEFAULT_PAIR, Grid
-from a2sf.analysis.compare import Comparison
-from a2sf.analysis.flips import are_counted, flips
-from a2sf.analysis.labels import DASH
-from a2sf.report.layout import Table
-from a2sf.report.summaries import TextTable
-from a2sf.report.tables import TIED, header, legend, number
+from a2sf.analysis.comparisons.flips import are_counted, flips
+from a2sf.analysis.comparisons.pairs import Comparison
+from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid
+from a2sf.analysis.results.labels import DASH
+from a2sf.analysis.results.variants import MUST_AGREE
+from a2sf.report.tables.cells import TIED, header, legend, number
+from a2sf.report.tables.layout import Table
+from a2sf.report.tables.text import TextTable
 from a2sf.store.runs import asked, finished_cells, is_cell
 
 FLIPS_SHOWN = 60
@@ -50,7 +50,7 @@ class Contents:
 def write_report(target: Path, contents: Contents) -> Path:
     """Render the report; the file is written whole or not at all."""
     environment = Environment(
-        loader=PackageLoader("a2sf.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("a2sf.report", "page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters["nats"] = lambda value: number(value, percent=False)
     shown, total = flips(contents.grid, contents.pair, FLIPS_SHOWN)
@@ -76,7 +76,7 @@ def write_report(target: Path, contents: Contents) -> Path:
 
 
 def read_failures(directories: Sequence[Path]) -> list[dict[str, Any]]:
-    """What `failures/*.json` of the sweeps tell; a file that cannot be read is told as such."""
+    """The failures noted in `failures/*.json` of the sweeps; a file that cannot be read is listed as such."""
     found = []
     finished = [asked(c.cell) for d in directories if any((d / "failures").glob("*")) for c in finished_cells(d)]
     for file in sorted(f for directory in directories for f in (directory / "failures").glob("*.json")):
@@ -143,7 +143,7 @@ def _told_apart(comparisons: Sequence[Comparison]) -> str:
     better = sum(c.difference.value > 0 for c in apart)
     first, second = comparisons[0].first, comparisons[0].second
     return (
-        f"Of {len(comparisons)} comparisons of {first} with {second}, {len(apart)} differ at the 5 % level after "
+        f"Of {len(comparisons)} comparisons of {first} with {second}, {len(apart)} differ significantly (α = 0.05) after "
         f"Holm's correction: {better} with {first} higher, {len(apart) - better} with {second} higher."
     )
 

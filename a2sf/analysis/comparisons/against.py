@@ -1,4 +1,4 @@
-"""Every policy against named ones at the same budget: accuracy, and how much of their disturbance is left."""
+"""Every policy against named ones at the same budget: accuracy, and how far each stays from the full cache."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from a2sf.analysis.collect import Grid, System
-from a2sf.analysis.compare import Comparer
-from a2sf.analysis.fidelity import changes
-from a2sf.analysis.stats import Difference, bootstrap_means, holm, interval
-from a2sf.analysis.texts import Texts, tail_of
+from a2sf.analysis.comparisons.fidelity import changes
+from a2sf.analysis.comparisons.pairs import Comparer
+from a2sf.analysis.results.grid import Grid, System
+from a2sf.analysis.statistics.paired import Difference, bootstrap_means, holm, interval
+from a2sf.analysis.statistics.texts import Texts, tail_of
 from a2sf.errors import UserError, nearest
 
 RATIOS = ("change", "choice_kl")
@@ -31,7 +31,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Against:
-    """One system and a named one at the same budget and schedule, on the average over tasks.
+    """One system and a named one at the same budget and schedule, averaged over tasks.
 
     Attributes:
         first, second: `difference` is first minus second, of the grid's metric.
@@ -67,11 +67,11 @@ def compare_against(grid: Grid, policies: Sequence[str]) -> tuple[list[Against],
             )
     found: list[Against] = []
     notes: list[str] = []
-    for model, shots, part in grid.parts():
-        whole = [s for s in part.systems() if s.causal and set(part.tasks) <= set(s.keys)]
-        fulls = {s.variant: s for s in whole if s.is_full}
-        pruned = [s for s in whole if not s.is_full]
-        comparer, disturbed = Comparer(part), _Disturbance(part, notes)
+    for model, shots, part in grid.by_model():
+        complete = [s for s in part.systems() if s.causal and set(part.tasks) <= set(s.keys)]
+        fulls = {s.variant: s for s in complete if s.is_full}
+        pruned = [s for s in complete if not s.is_full]
+        comparer, closeness = Comparer(part), _Closeness(part, notes)
         for second in (s for name in policies for s in pruned if s.policy == name):
             place = (second.budget, second.schedule, second.variant)
             for first in pruned:
@@ -81,9 +81,9 @@ def compare_against(grid: Grid, policies: Sequence[str]) -> tuple[list[Against],
                 if difference is None:
                     continue
                 full = fulls.get(second.variant)
-                ratios = {} if full is None else disturbed.ratios(first, second, full)
+                ratios = {} if full is None else closeness.ratios(first, second, full)
                 found.append(Against(model, shots, first, second, difference, ratios))
-        notes += comparer.refused
+        notes += comparer.problems
     return _corrected(found), list(dict.fromkeys(notes))
 
 
@@ -109,7 +109,7 @@ def _corrected(found: list[Against]) -> list[Against]:
     return found
 
 
-class _Disturbance:
+class _Closeness:
     """Means of `RATIOS` of the systems of one part, over tasks, with their bootstrap means."""
 
     def __init__(self, part: Grid, notes: list[str]) -> None:

@@ -7,10 +7,10 @@ from statistics import fmean
 
 import pandas as pd
 
-from a2sf.analysis.collect import DEFAULT_PAIR, Grid, System
-from a2sf.analysis.compare import Comparer
-from a2sf.analysis.labels import DASH
-from a2sf.analysis.stats import Difference, holm
+from a2sf.analysis.comparisons.pairs import Comparer
+from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid, System
+from a2sf.analysis.results.labels import DASH
+from a2sf.analysis.statistics.paired import Difference, holm
 
 FEWEST = 3
 """Ranked policies below which there is no table: two are compared already."""
@@ -70,23 +70,24 @@ def rank(grid: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> tuple[list[list[Ra
     """
     rankings: list[list[Ranked]] = []
     notes: list[str] = []
-    for model, shots, part in grid.parts():
-        for variant, one in part.apart():
+    for model, shots, part in grid.by_model():
+        for variant, one in part.by_variant():
             for schedule in one.schedules:
-                some = one.at(schedule)
+                some = one.with_schedule(schedule)
                 where = f"{model}, {shots}-shot" + (f", schedule {schedule}" if len(part.schedules) > 1 else "")
                 where += f", {variant}" if variant else ""
-                budgets, found, lacking = _competitors(some)
+                budgets, found, incomplete = _competitors(some)
                 comparer = Comparer(some)
                 rows = _ranked(found, comparer, pair, (model, shots, schedule), some.higher_is_better)
                 if sum(r.rank is not None for r in rows) < FEWEST:
                     continue
-                if lacking:
+                if incomplete:
                     notes.append(
-                        f"{where}: not ranked, for lack of a task or of a budget of {budgets}: {', '.join(lacking)}."
+                        f"{where}: not ranked, because a task or one of the budgets {budgets} is missing: "
+                        f"{', '.join(incomplete)}."
                     )
                 rankings.append([*rows, *_full(some, rows[0], (model, shots, schedule))])
-                notes += comparer.refused
+                notes += comparer.problems
     return rankings, list(dict.fromkeys(notes))
 
 
@@ -115,17 +116,17 @@ def _competitors(part: Grid) -> tuple[str, list[Competitor], list[str]]:
     for s in part.systems():
         if not s.is_full:
             groups.setdefault((s.policy, s.settings, s.factor, s.variant), {})[s.budget] = s
-    whole = {k: [b for b, s in g.items() if s.average(part.tasks) is not None] for k, g in groups.items()}
+    complete = {k: [b for b, s in g.items() if s.average(part.tasks) is not None] for k, g in groups.items()}
     every = list(dict.fromkeys(s.budget for s in part.systems() if not s.is_full))
-    budgets = [b for b in every if 2 * sum(b in has for has in whole.values()) >= len(whole)]
-    found, lacking = [], []
+    budgets = [b for b in every if 2 * sum(b in has for has in complete.values()) >= len(complete)]
+    found, incomplete = [], []
     for key, group in groups.items():
-        if budgets and set(budgets) <= set(whole[key]):
+        if budgets and set(budgets) <= set(complete[key]):
             averages = {b: group[b].average(part.tasks) or 0.0 for b in budgets}
             found.append(Competitor({b: group[b] for b in budgets}, averages))
         else:
-            lacking.append(_named(next(iter(group.values()))))
-    return ", ".join(budgets), found, lacking
+            incomplete.append(_named(next(iter(group.values()))))
+    return ", ".join(budgets), found, incomplete
 
 
 def _ranked(
@@ -139,7 +140,14 @@ def _ranked(
     for c in found:
         mine = 1 + sum(sign * other.mean < sign * c.mean for other in fair) if c.first.causal else None
         row = Ranked(
-            *place, c.first.policy, c.first.bare, c.first.factor, c.first.causal, mine, dict(c.means), mean=c.mean
+            *place,
+            c.first.policy,
+            c.first.short_label,
+            c.first.factor,
+            c.first.causal,
+            mine,
+            dict(c.means),
+            mean=c.mean,
         )
         if c.first.causal:
             row = replace(row, to_best=_against(comparer, c, fair[0]), to_control=_against(comparer, c, control))
@@ -158,13 +166,13 @@ def _against(comparer: Comparer, one: Competitor, other: Competitor | None) -> D
 
 def _full(part: Grid, like: Ranked, place: tuple[str, int, str]) -> list[Ranked]:
     """The full cache, for reference: the same at each budget."""
-    whole = [s for s in part.systems() if s.is_full and s.average(part.tasks) is not None]
+    complete = [s for s in part.systems() if s.is_full and s.average(part.tasks) is not None]
     return [
-        Ranked(*place, s.policy, s.bare, DASH, True, None, dict.fromkeys(like.means, value), mean=value)
-        for s in whole[:1]
+        Ranked(*place, s.policy, s.short_label, DASH, True, None, dict.fromkeys(like.means, value), mean=value)
+        for s in complete[:1]
         if (value := s.average(part.tasks)) is not None
     ]
 
 
 def _named(system: System) -> str:
-    return system.bare if system.factor == DASH else f"{system.bare} (factor {system.factor})"
+    return system.short_label if system.factor == DASH else f"{system.short_label} (factor {system.factor})"

@@ -3,9 +3,9 @@
 Five measures against the full-cache cell of the same model, task and shots (docs/statistics.md says how to read them):
 
 agreement     share of documents with the same chosen answer
-gold_shift    change of the right choice's log-likelihood, in nats per token of that choice
-margin_shift  change of its lead over the best wrong choice, in nats (sums over the continuation, as scored)
-change        absolute change of a choice's log-likelihood, in nats (sums), mean over the choices, right and wrong alike
+gold_shift    change of the gold answer's log-likelihood, in nats per token of that answer
+margin_shift  change of its margin over the best wrong choice, in nats (sums over the continuation, as scored)
+change        absolute change of a choice's log-likelihood, in nats (sums), mean over all choices
 choice_kl     Kullback-Leibler divergence of the distribution over the choices (softmax of the sums) from the full cache's
 """
 
@@ -18,25 +18,25 @@ import pandas as pd
 from scipy.special import log_softmax
 from statsmodels.stats.proportion import proportion_confint
 
-from a2sf.analysis.collect import Grid, System
-from a2sf.analysis.compare import AVERAGE
-from a2sf.analysis.documents import paired_documents, texts_of
-from a2sf.analysis.stats import bootstrap_means, interval
-from a2sf.analysis.texts import Texts, tail_of
+from a2sf.analysis.comparisons.pairs import AVERAGE
+from a2sf.analysis.results.documents import paired_documents, texts_of
+from a2sf.analysis.results.grid import Grid, System
+from a2sf.analysis.statistics.paired import bootstrap_means, interval
+from a2sf.analysis.statistics.texts import Texts, tail_of
 from a2sf.errors import UserError
 from a2sf.store.runs import StoredCell
 
 MEASURES = {
     "agreement": "same answer as full cache",
-    "gold_shift": "shift of the right choice (nats/token)",
-    "margin_shift": "shift of the margin (nats)",
-    "change": "change of a choice (nats)",
-    "choice_kl": "divergence of the choices (nats)",
+    "gold_shift": "Δ log-likelihood of the gold answer (nats/token)",
+    "margin_shift": "Δ margin of the gold answer (nats)",
+    "change": "mean |Δ log-likelihood| of the choices (nats)",
+    "choice_kl": "KL divergence of the choices (nats)",
 }
 
 
 def changes(pruned: StoredCell, full: StoredCell, common: bool = False) -> tuple[pd.DataFrame, Texts]:
-    """One row per document of what two cells share, one column per measure; NaN where a document has no right choice.
+    """One row per document of what two cells share, one column per measure; NaN where a document has no gold answer.
 
     Returns:
         The measures, and which of the documents share a text.
@@ -68,7 +68,7 @@ def fidelity_frame(grid: Grid) -> tuple[pd.DataFrame, list[str]]:
     """
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
-    for model, shots, part in grid.parts():
+    for model, shots, part in grid.by_model():
         systems = part.systems()
         fulls = {s.variant: s for s in systems if s.is_full}
         if not fulls and part.cells:
@@ -126,15 +126,15 @@ def _of_choices(left: pd.DataFrame, right: pd.DataFrame) -> dict[str, np.ndarray
         (np.asarray(a, float), np.asarray(b, float))
         for a, b in zip(left["loglikelihoods"], right["loglikelihoods"], strict=True)
     ]
-    whole = [(log_softmax(a), log_softmax(b)) for a, b in pairs]
+    normalised = [(log_softmax(a), log_softmax(b)) for a, b in pairs]
     return {
         "change": np.array([abs(a - b).mean() for a, b in pairs]),
-        "choice_kl": np.array([(np.exp(full) * (full - pruned)).sum() for pruned, full in whole]),
+        "choice_kl": np.array([(np.exp(full) * (full - pruned)).sum() for pruned, full in normalised]),
     }
 
 
 def _gold_and_margin(documents: pd.DataFrame) -> np.ndarray:
-    """[n, 2] the right choice's log-likelihood per token, and its lead over the best wrong choice."""
+    """[n, 2] the gold answer's log-likelihood per token, and its margin over the best wrong choice."""
     out = np.full((len(documents), 2), np.nan)
     columns = documents["gold"], documents["loglikelihoods"], documents["continuation_tokens"]
     for i, (gold, logs, tokens) in enumerate(zip(*columns, strict=True)):

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 
-from a2sf.analysis.collect import DEFAULT_PAIR, Grid, System
-from a2sf.analysis.documents import paired_documents, texts_of
-from a2sf.analysis.stats import Difference, average_difference, holm, paired_difference
-from a2sf.analysis.texts import Texts
+from a2sf.analysis.results.documents import paired_documents, texts_of
+from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid, System
+from a2sf.analysis.statistics.paired import Difference, average_difference, holm, paired_difference
+from a2sf.analysis.statistics.texts import Texts
 from a2sf.errors import UserError
 from a2sf.store.runs import StoredCell
 
@@ -42,15 +42,15 @@ def compare_cells(a: StoredCell, b: StoredCell, metric: str) -> Difference:
 
 @dataclass
 class Comparer:
-    """Compares systems of one grid, and remembers why a comparison was not possible.
+    """Compares systems of one grid, and notes why a comparison was not possible.
 
     Attributes:
         grid: the cells to compare.
-        refused: one sentence for each reason met.
+        problems: why comparisons were not possible, one sentence for each reason.
     """
 
     grid: Grid
-    refused: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
     def task(self, a: str, b: str) -> Difference | None:
         """Two cells by their keys; None where they cannot be paired."""
@@ -63,7 +63,7 @@ class Comparer:
     def group(
         self, a: Mapping[str, str], b: Mapping[str, str], tasks: Sequence[str], weighted: bool
     ) -> Difference | None:
-        """Two systems on a group's score, over its tasks: of all documents alike where it is weighted by size."""
+        """Two systems on a group's score, over its tasks; weighted by size, every document counts the same."""
 
         def compared() -> Difference:
             changes, texts = self._changes(a, b, tasks)
@@ -109,8 +109,8 @@ class Comparer:
         except KeyError:
             return None  # a directory with results.csv alone; the grid has said so already
         except UserError as error:
-            if str(error) not in self.refused:
-                self.refused.append(str(error))
+            if str(error) not in self.problems:
+                self.problems.append(str(error))
             return None
 
 
@@ -149,7 +149,7 @@ def compare_pair(grid: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> tuple[list
     """
     found: list[Comparison] = []
     notes: list[str] = []
-    for model, shots, part in grid.parts():
+    for model, shots, part in grid.by_model():
         comparer = Comparer(part)
         family: list[Comparison] = []
         for first, second in matched(part, pair):
@@ -169,7 +169,7 @@ def compare_pair(grid: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> tuple[list
                     family.append(Comparison(*where, difference))
         corrected = holm([c.difference.p for c in family])
         found += [replace(c, p_holm=p) for c, p in zip(family, corrected, strict=True)]
-        notes += comparer.refused
+        notes += comparer.problems
     if pair[0] not in set(grid.frame["policy"]):
         notes.append(f"There is no result of the policy {pair[0]}, so nothing is compared with {pair[1]}.")
     return found, list(dict.fromkeys(notes))

@@ -1,6 +1,6 @@
-"""After how many documents two policies of a finished sweep would have been told apart, had it been run with `until`.
+"""After how many documents a sweep would have stopped, had it been run with early stopping (`until`).
 
-`python examples/when_is_it_told.py runs/<sweep> a2sf h2o` replays its answers in the order of `until`.
+`python examples/early_stopping.py runs/<sweep> a2sf h2o` replays the answers of a finished sweep in the order of early stopping.
 """
 
 import sys
@@ -9,17 +9,18 @@ from pathlib import Path
 import pandas as pd
 
 from a2sf.store.archive import read_sweep
-from a2sf.sweep.until import Until, Watch, order_of
+from a2sf.sweep.early_stopping import Comparisons, order_of
+from a2sf.sweep.until import Until
 
 sweep = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "runs/reference/smollm2-135m.a2sf.zip"
 pair = (sys.argv[2], sys.argv[3]) if len(sys.argv) > 3 else ("full", "window")
 
 
-def told_after(until: Until, a: pd.Series, b: pd.Series) -> int:
-    watch = Watch(until, [1] * len(a), [("a", "b")])
+def stops_after(until: Until, a: pd.Series, b: pd.Series) -> int:
+    comparisons = Comparisons(until, [1] * len(a), [("a", "b")])
     for seen, document in enumerate(order_of(len(a)), 1):
-        watch.see({"a": [a[document]], "b": [b[document]]})
-        if watch.told:
+        comparisons.see({"a": [a[document]], "b": [b[document]]})
+        if comparisons.decided:
             return seen
     return len(a)
 
@@ -38,7 +39,7 @@ for (task, shots, budget), policies in right.items():
     if budget is not None and set(pair) <= set(policies):
         a, b = (policies[p] for p in pair)
         ways = {"±5": Until(pair, half_width=5), "±10": Until(pair, half_width=10), "which is better": Until(pair)}
-        after = {name: told_after(until, a, b) for name, until in ways.items()}
+        after = {name: stops_after(until, a, b) for name, until in ways.items()}
         difference = 100 * (a.mean() - b.mean())
         rows.append({"task": task, "shots": shots, "budget": budget, "n": len(a), "difference": difference} | after)
 

@@ -1,7 +1,7 @@
-"""Which documents share a text, and what that does to the error of a mean: what a resampling or a sign flip takes whole.
+"""Which documents share a text (clusters), and what that does to the error of a mean.
 
 Questions about one passage are answered right or wrong together more often than questions about different ones, so that
-they tell less than as many independent documents.
+they carry less information than the same number of independent documents.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Texts:
     of: np.ndarray
 
     @classmethod
-    def apart(cls, n: int) -> Texts:
-        """Documents that each have a text of their own."""
+    def independent(cls, n: int) -> Texts:
+        """Documents of which no two share a text."""
         return cls(np.arange(n))
 
     @classmethod
@@ -86,12 +86,14 @@ class Texts:
         return math.sqrt(self.number / (self.number - 1) * float((off**2).sum())) / len(values)
 
     def effective_share(self, values: np.ndarray) -> float:
-        """By what to multiply the number of documents to have that of independent ones that tell as much; at most 1."""
+        """The effective number of independent documents, as a share of their number; at most 1."""
         if not self.shared:
             return 1.0
-        fewest = self.number / len(values)  # where a text's documents tell what one does
-        error, apart = self.standard_error(values), float(values.std(ddof=1)) / math.sqrt(len(values))
-        return fewest if math.isnan(error) or apart == 0 else min(1.0, (apart / error) ** 2) if error else 1.0
+        fewest = self.number / len(values)  # as if each text were one document
+        error, independent = self.standard_error(values), float(values.std(ddof=1)) / math.sqrt(len(values))
+        return (
+            fewest if math.isnan(error) or independent == 0 else min(1.0, (independent / error) ** 2) if error else 1.0
+        )
 
 
 def tail_of(several: Sequence[Texts]) -> float:

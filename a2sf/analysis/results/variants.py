@@ -1,4 +1,7 @@
-"""What keeps results apart that no column of a table tells from each other: swept where, else refused or left out."""
+"""Variants: results that differ in something for which tables have no column.
+
+What one sweep varied becomes rows of their own; other differences are refused, or older results left out.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from a2sf.analysis.labels import DASH, LONGEST_SETTING
+from a2sf.analysis.results.labels import DASH, LONGEST_SETTING
 from a2sf.errors import UserError
 from a2sf.store.runs import StoredCell
 
@@ -17,7 +20,7 @@ MUST_AGREE = ("split", "fewshot_split", "seed", "dtype", "limit", "stopped", "ta
 """What has to be the same in all cells that are compared."""
 PER_TASK = ("stopped", "split", "task_version", "definition", "data", "fewshot_split")
 SWEPT = ("split", "fewshot_split", "seed", "dtype", "limit")
-"""Of these, those in which the cells of one sweep may differ: they are rows of their own then."""
+"""Of these, those in which the cells of one sweep may differ: then they become rows of their own."""
 SOURCE = ["data", "split", "fewshot_split"]
 """Columns that say which documents a cell has."""
 IN_COLUMNS = {
@@ -35,7 +38,7 @@ IN_COLUMNS = {
     ),
     *("definition", "task_args", "data", "shots", "seed"),
 }
-"""Entries of a cell's identity that columns of their own tell."""
+"""Entries of a cell's identity that have columns of their own."""
 
 
 def rest_of_identity(cell: Mapping[str, Any]) -> str:
@@ -44,7 +47,7 @@ def rest_of_identity(cell: Mapping[str, Any]) -> str:
     return json.dumps(rest, sort_keys=True)
 
 
-def newest_documents(cells: list[StoredCell], notes: list[str]) -> list[StoredCell]:
+def drop_outdated(cells: list[StoredCell], notes: list[str]) -> list[StoredCell]:
     """Leave out what a sweep computed on documents that have changed since, as the sweep's own table does."""
     newest: dict[tuple[Any, ...], tuple[str, str]] = {}
     for stored in cells:
@@ -61,10 +64,10 @@ def newest_documents(cells: list[StoredCell], notes: list[str]) -> list[StoredCe
 
 
 def _place(stored: StoredCell) -> tuple[Any, ...]:
-    """Equal for cells that were asked for the same documents."""
+    """Equal for cells of the same requested documents."""
     cell, documents = stored.cell, stored.result["documents"]
-    asked = json.dumps(cell.get("data") or {}, sort_keys=True)
-    return cell["model"], cell["task"], cell["shots"], asked, documents["split"], documents.get("fewshot_split")
+    requested = json.dumps(cell.get("data") or {}, sort_keys=True)
+    return cell["model"], cell["task"], cell["shots"], requested, documents["split"], documents.get("fewshot_split")
 
 
 def _documents_of(stored: StoredCell) -> str:
@@ -72,11 +75,11 @@ def _documents_of(stored: StoredCell) -> str:
     return str(documents.get("content") or documents.get("fingerprint"))
 
 
-def kept_apart(frame: pd.DataFrame, mixed: bool, place: Sequence[str], notes: list[str]) -> pd.DataFrame:
-    """Say in the column `variant` what tells cells apart that would have one row: what a sweep varied.
+def label_variants(frame: pd.DataFrame, mixed: bool, place: Sequence[str], notes: list[str]) -> pd.DataFrame:
+    """Fill the column `variant`: what a sweep varied, where cells would otherwise share a row.
 
     Args:
-        mixed: also what differs between sweeps, and what a sweep cannot vary.
+        mixed: accept differences between sweeps, and in what a sweep cannot vary.
         place: columns that say which row and column of which table a cell has, `variant` among them.
 
     Raises:
@@ -89,17 +92,17 @@ def kept_apart(frame: pd.DataFrame, mixed: bool, place: Sequence[str], notes: li
         group = ["model", "shots", "variant", *(["task"] if key in PER_TASK else [])]
         differing = [rows for _, rows in text.groupby([frame[g] for g in group]) if rows.nunique() > 1]
         for rows in differing:
-            said = "; ".join(f"{value} in {_some(frame.loc[part.index])}" for value, part in rows.groupby(rows))
+            described = "; ".join(f"{value} in {_some(frame.loc[part.index])}" for value, part in rows.groupby(rows))
             swept = key in SWEPT and (rows.groupby(frame.loc[rows.index, "source"]).nunique() > 1).all()
             if not mixed and not swept:
                 raise UserError(
-                    f"These results differ in {key}: {said}; choose the runs or filters so that they agree, "
+                    f"These results differ in {key}: {described}; choose the runs or filters so that they agree, "
                     "or say --allow-mixed."
                 )
             notes.append(
-                f"These results differ in {key} and are rows of their own: {said}."
+                f"These results differ in {key} and are rows of their own: {described}."
                 if swept
-                else f"Mixed on request: {key} is {said}."
+                else f"Mixed on request: {key} is {described}."
             )
         if differing:
             # the rows of tasks in which it does not differ as well, so that a row has them all
@@ -111,39 +114,41 @@ def kept_apart(frame: pd.DataFrame, mixed: bool, place: Sequence[str], notes: li
     clash = frame.duplicated([*place], keep=False)
     if clash.any():
         first = frame[clash].iloc[0]
-        alike = frame.loc[(frame[[*place]] == first[[*place]]).all(axis=1), "key"]
+        duplicates = frame.loc[(frame[[*place]] == first[[*place]]).all(axis=1), "key"]
         raise UserError(
             f"Two cells claim the same place in the table ({first['label']}, budget {first['budget']}, "
-            f"{first['task']}): {', '.join(alike)}; give one of them."
+            f"{first['task']}): {', '.join(duplicates)}; give one of them."
         )
     return frame
 
 
 def _by_source(frame: pd.DataFrame) -> None:
-    """Where one sweep took a task's documents from several places (`data.*`), say which."""
+    """Where one sweep took a task's documents from several places (`data.*`), name it."""
     documents = pd.Series([json.dumps([*map(str, d)]) for d in frame[SOURCE].itertuples(index=False)], frame.index)
     for (_, _), rows in frame.groupby(["model", "shots"]):
         known: dict[str, dict[str, Any]] = {}
         several = False
         for _, of_task in rows.groupby(["source", "task"]):
-            asked = {d: json.loads(s) for d, s in zip(documents[of_task.index], of_task["data_settings"], strict=True)}
-            known |= asked
-            several |= len({json.dumps(a, sort_keys=True) for a in asked.values()}) > 1
+            requested = {
+                d: json.loads(s) for d, s in zip(documents[of_task.index], of_task["data_settings"], strict=True)
+            }
+            known |= requested
+            several |= len({json.dumps(a, sort_keys=True) for a in requested.values()}) > 1
         if several:
-            labels = _told_apart([known[d] for d in documents[rows.index]])
+            labels = _differing_values([known[d] for d in documents[rows.index]])
             frame.loc[rows.index, "variant"] = labels
 
 
 def _by_identity(frame: pd.DataFrame, place: Sequence[str]) -> None:
-    """Cells of one sweep in one place, which differ in something that has no column: say in what."""
+    """Cells of one sweep in one place, which differ in something that has no column: name it."""
     for _, rows in frame[frame.duplicated([*place], keep=False)].groupby([*place], dropna=False):
         if rows["source"].nunique() > 1 or rows["rest"].nunique() < len(rows):
             continue
         varied = _varied([json.loads(r) for r in rows["rest"]])
         same = frame["source"] == rows["source"].iloc[0]
-        said = [_said(json.loads(r), varied, {}) for r in frame.loc[same, "rest"]]
+        described = [_described(json.loads(r), varied, {}) for r in frame.loc[same, "rest"]]
         frame.loc[same, "variant"] = (
-            frame.loc[same, "variant"] + pd.Series(said, frame.index[same]).radd(" ")
+            frame.loc[same, "variant"] + pd.Series(described, frame.index[same]).radd(" ")
         ).str.strip()
         _by_identity(frame, place)
         return
@@ -154,17 +159,17 @@ def _varied(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     return [k for k in keys if len({json.dumps(s.get(k), sort_keys=True) for s in settings}) > 1]
 
 
-def _told_apart(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+def _differing_values(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Each one's values of what differs between them."""
     varied = _varied(settings)
     paths = {str(s["dir"]) for s in settings if "dir" in s}
     short = {p: PurePath(p).name for p in paths}
     if len(set(short.values())) < len(paths):
         short = {}
-    return [_said(s, varied, short) for s in settings]
+    return [_described(s, varied, short) for s in settings]
 
 
-def _said(settings: Mapping[str, Any], varied: Sequence[str], short: Mapping[str, str]) -> str:
+def _described(settings: Mapping[str, Any], varied: Sequence[str], short: Mapping[str, str]) -> str:
     words = []
     for key in varied:
         value = settings.get(key, "hub" if key == "source" and "dir" not in settings else DASH)

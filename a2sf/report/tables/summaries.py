@@ -3,69 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import pandas as pd
-from rich import box
-from rich.markup import escape
-from rich.table import Table as RichTable
 
-from a2sf.analysis.against import Against
-from a2sf.analysis.collect import Grid, System
-from a2sf.analysis.compare import AVERAGE, Comparison
-from a2sf.analysis.documents import texts_note
-from a2sf.analysis.labels import DASH, MINUS
-from a2sf.analysis.ranking import Ranked
-from a2sf.report.tables import number, to_tex
+from a2sf.analysis.comparisons.against import Against
+from a2sf.analysis.comparisons.pairs import AVERAGE, Comparison
+from a2sf.analysis.comparisons.ranking import Ranked
+from a2sf.analysis.results.documents import texts_note
+from a2sf.analysis.results.grid import Grid, System
+from a2sf.analysis.results.labels import DASH, MINUS
+from a2sf.report.tables.cells import ORACLE, number
+from a2sf.report.tables.text import TextTable
 
 HEADS = {
     "agreement": ("Same answer (%)", 1),
-    "gold_shift": ("Right choice (nats/token)", 3),
-    "margin_shift": ("Margin (nats)", 2),
-    "change": ("Change (nats)", 2),
-    "choice_kl": ("Choices' KL (nats)", 3),
+    "gold_shift": ("Δ log-likelihood of the gold answer (nats/token)", 3),
+    "margin_shift": ("Δ margin (nats)", 2),
+    "change": ("mean |Δ log-likelihood| (nats)", 2),
+    "choice_kl": ("KL of the choices (nats)", 3),
 }
 """Measure -> heading and decimals."""
 COMPARISONS = (
     "Difference of the first minus the second policy on the same documents. Interval: 95 %, paired. Gained and lost: "
-    "documents that only the first, or only the second, got right. p: exact McNemar for a task, sign flips for the "
+    "documents that only the first, or only the second, got right. p: exact McNemar test for a task, sign-flip test for the "
     "average; Holm: corrected over this table. Detectable: the smallest difference these documents show with 80 % "
     "power."
 )
 FIDELITY = (
-    "Against the full cache on the same documents, with paired 95 % intervals. Same answer: share of documents with "
-    "the same chosen answer. Right choice: change of its log-likelihood per token. Margin: change of its lead over the "
-    "best wrong choice. Change: of any choice's log-likelihood, absolute, mean over the choices. Choices' KL: divergence "
-    "of the choices' distribution from the full cache's."
+    "Against the full cache on the same documents, with paired 95 % intervals. Same answer: share of documents with the "
+    "same chosen answer. Δ log-likelihood of the gold answer: its change per token. Δ margin: change of the gold answer's "
+    "margin over the best wrong choice. Mean |Δ log-likelihood|: absolute change, mean over the choices. KL of the "
+    "choices: Kullback-Leibler divergence of the distribution over the choices from the full cache's."
 )
 AGAINST = (
     "Each policy minus the one in the second column at the same budget, average over tasks, on the same documents; "
-    "intervals 95 %, paired; Holm: corrected over all such comparisons of the model. Change and KL: the first's mean "
-    "change of a choice's log-likelihood, and divergence of the choices, over the second's; below 1 it is closer to the "
-    "full cache."
+    "intervals 95 %, paired; Holm: corrected over all such comparisons of the model. Ratios: the first's mean "
+    "|Δ log-likelihood|, and KL divergence of the choices, over the second's; below 1 the first is closer to the full cache."
 )
 RANKING = (
     "Policies by the mean over budgets and tasks; equal means share a rank. Differences on the same documents, each "
     "document's answers averaged over the budgets; Holm: corrected over this table."
 )
-UPPER_MARK = "A policy that is not causal is an oracle (upper bound): it has no rank and is tested against no other."
-
-
-@dataclass(frozen=True)
-class TextTable:
-    """A table whose numbers are already written; the columns in `words` are left-aligned."""
-
-    title: str
-    frame: pd.DataFrame
-    legend: str
-    words: tuple[str, ...] = ("Task", "Policy", "Budget", "Schedule", "Factor")
+UNRANKED = f"{ORACLE}: it has no rank and is not tested against others."
 
 
 def comparison_tables(comparisons: Sequence[Comparison], percent: bool, note: str = "") -> list[TextTable]:
     """One table per model and shots.
 
     Args:
-        note: what else stands under each.
+        note: a further note under each.
     """
     tables = []
     for model, shots in dict.fromkeys((c.model, c.shots) for c in comparisons):
@@ -115,9 +101,13 @@ def ranking_tables(grid: Grid, rankings: Sequence[Sequence[Ranked]], pair: tuple
             if (frame[head] == DASH).all() or (head == "Mean" and len(first.means) == 1):
                 frame = frame.drop(columns=head)
         several = len({(r[0].schedule) for r in rankings}) > 1
-        told = f", schedule {first.schedule}" if several else grid.one_schedule
-        title = f"Ranking: {first.model}, {first.shots}-shot, {grid.metric}" + " (%)" * percent + told
-        legend = _legend(RANKING, "" if all(r.causal for r in ranking) else UPPER_MARK, texts_note(grid.cells_shown))
+        more = f", schedule {first.schedule}" if several else grid.one_schedule
+        title = f"Ranking: {first.model}, {first.shots}-shot, {grid.metric}" + " (%)" * percent + more
+        legend = _legend(
+            RANKING,
+            "" if all(r.causal for r in ranking) else UNRANKED,
+            texts_note(grid.cells_shown),
+        )
         tables.append(TextTable(title, frame, legend))
     return tables
 
@@ -125,7 +115,7 @@ def ranking_tables(grid: Grid, rankings: Sequence[Sequence[Ranked]], pair: tuple
 def fidelity_tables(grid: Grid, fidelity: pd.DataFrame) -> list[TextTable]:
     """One table per model and shots: closeness beside the metric, on the average over tasks (or the only task)."""
     tables = []
-    for model, shots, part in grid.parts():
+    for model, shots, part in grid.by_model():
         mine = fidelity[(fidelity["model"] == model) & (fidelity["shots"] == shots)] if len(fidelity) else fidelity
         if mine.empty:
             continue
@@ -152,7 +142,7 @@ def against_tables(found: Sequence[Against], percent: bool, note: str = "") -> l
     """One table per model and shots.
 
     Args:
-        note: what else stands under each.
+        note: a further note under each.
     """
     tables = []
     for model, shots in dict.fromkeys((a.model, a.shots) for a in found):
@@ -165,11 +155,11 @@ def against_tables(found: Sequence[Against], percent: bool, note: str = "") -> l
                 "95 % interval": _interval(d.low, d.high, percent),
             }
             row |= {"p": p_text(d.p), "p (Holm)": p_text(a.p_holm)}
-            for measure, head in (("change", "Change"), ("choice_kl", "KL")):
+            for measure, head in (("change", "ratio of mean |Δ log-likelihood|"), ("choice_kl", "ratio of KL")):
                 r = a.ratios.get(measure)
                 row[head] = DASH if r is None else f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]"
             rows.append(row)
-        title = f"Against the named: {model}, {shots}-shot" + (" (points)" if percent else "")
+        title = f"Against named policies: {model}, {shots}-shot" + (" (points)" if percent else "")
         tables.append(
             TextTable(title, pd.DataFrame(rows), _legend(AGAINST, note), words=("Policy", "Against", "Budget"))
         )
@@ -183,48 +173,6 @@ def _named(system: System) -> str:
 def p_text(p: float | None) -> str:
     """A p-value with three decimals."""
     return DASH if p is None or pd.isna(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def text_markdown(tables: Sequence[TextTable]) -> str:
-    """Pipe tables, each with heading and legend."""
-    parts = []
-    for table in tables:
-        heads = [str(h) for h in table.frame]
-        align = [":--" if h in table.words else "--:" for h in heads]
-        lines = [heads, align, *table.frame.to_numpy().tolist()]
-        body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        parts.append(f"### {table.title}\n\n{body}\n\n{table.legend}\n")
-    return "\n".join(parts)
-
-
-def text_screen(tables: Sequence[TextTable]) -> list[RichTable]:
-    """Rich tables."""
-    rendered = []
-    for table in tables:
-        layout = {"title_justify": "left", "caption_justify": "left", "box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
-        out = RichTable(title=escape(table.title), caption=escape(table.legend), **layout)  # type: ignore[arg-type]
-        for head in map(str, table.frame):
-            out.add_column(escape(head), justify="left" if head in table.words else "right", overflow="fold")
-        for row in table.frame.to_numpy().tolist():
-            out.add_row(*map(escape, row))
-        rendered.append(out)
-    return rendered
-
-
-def text_latex(tables: Sequence[TextTable]) -> str:
-    """`table` environments with booktabs rules."""
-    parts = []
-    for table in tables:
-        heads = [str(h) for h in table.frame]
-        align = "".join("l" if h in table.words else "r" for h in heads)
-        lines = [" & ".join(map(to_tex, row)) + r" \\" for row in [heads, *table.frame.to_numpy().tolist()]]
-        body = "\n".join([r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"])
-        parts.append(
-            "\\begin{table}[ht]\n\\centering\\footnotesize\\setlength{\\tabcolsep}{3pt}\n"
-            f"\\caption{{{to_tex(f'{table.title}. {table.legend}')}}}\\medskip\n"
-            f"\\begin{{tabular}}{{{align}}}\n{body}\n\\end{{tabular}}\n\\end{{table}}\n"
-        )
-    return "\n".join(parts)
 
 
 def _legend(*sentences: str) -> str:

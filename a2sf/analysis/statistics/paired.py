@@ -1,7 +1,7 @@
 """Statistics of paired results: the same documents, answered by two systems. Plain arrays in, estimates out.
 
-Documents that share a text are not independent: whole texts are resampled, and flipped, wherever `Texts` says that they do.
-What each number means and why it was chosen is told in docs/statistics.md; the coverage of the intervals and the false
+Documents that share a text are not independent: where `Texts` says that they do, whole texts are resampled and permuted.
+What each number means and why it was chosen is explained in docs/statistics.md; the coverage of the intervals and the false
 positives of the tests are checked by simulation in tests/unit/analysis/test_stats.py and test_texts.py.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from scipy import optimize, special
 
 # scipy.stats and statsmodels, which take a second to import, are imported where they are used: a sweep's table needs neither
-from a2sf.analysis.texts import CONFIDENCE, Texts, Z, tail_of
+from a2sf.analysis.statistics.texts import CONFIDENCE, Texts, Z, tail_of
 
 POWER = 0.8
 RESAMPLES = 2000
@@ -24,7 +24,7 @@ RESAMPLES = 2000
 SIGN_FLIPS = 100_000
 """Random sign flips behind the p-value of an average; the smallest p-value they can show is 1e-5."""
 MOST_EXACT = 16
-"""Texts that differ up to which all their sign flips are gone through, instead of random ones."""
+"""Up to so many texts that differ, all sign patterns are used instead of random ones."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Difference:
         p: two-sided p-value of "no difference"; 1.0 where no document differs.
         gained: documents right in the first and wrong in the second; None where the metric is not right-or-wrong.
         lost: the other way round.
-        detectable: the smallest difference these documents show with 80 % power, given how many answers flipped.
+        detectable: the smallest difference that is found with 80 % power on these documents, given how many answers flipped.
     """
 
     n: int
@@ -73,8 +73,8 @@ def paired_difference(first: np.ndarray, second: np.ndarray, texts: Texts | None
     """Compare two systems on one task.
 
     Where documents are right or wrong: exact McNemar test and Bonett and Price's interval; elsewhere the paired bootstrap.
-    Where documents share texts the test flips whole texts, and the interval is that of as many independent documents as
-    tell as much (Rao and Scott, 1992), or resamples whole texts.
+    Where documents share texts the test flips whole texts, and the interval is that of the effective number of independent
+    documents (Rao and Scott, 1992), or resamples whole texts.
 
     Args:
         first, second: the metric of each document, [n], in its own unit.
@@ -82,7 +82,7 @@ def paired_difference(first: np.ndarray, second: np.ndarray, texts: Texts | None
     """
     first, second = np.asarray(first, float), np.asarray(second, float)
     change = first - second
-    texts = texts or Texts.apart(len(change))
+    texts = texts or Texts.independent(len(change))
     if not (is_binary(first) and is_binary(second)):
         low, high, p = _bootstrap_interval([change], [texts])
         if texts.shared:
@@ -115,7 +115,7 @@ def average_difference(changes: Sequence[np.ndarray], texts: Sequence[Texts] | N
         texts: for each task, which documents share a text; None: none do.
     """
     changes = [np.asarray(c, float) for c in changes]
-    texts = [Texts.apart(len(c)) for c in changes] if texts is None else texts
+    texts = [Texts.independent(len(c)) for c in changes] if texts is None else texts
     binary = all(is_binary(abs(c)) for c in changes)
     low, high, p = _bootstrap_interval(changes, texts)
     gained = lost = None
@@ -203,7 +203,7 @@ def interval(means: np.ndarray, tail: float = 0.5 - CONFIDENCE / 2) -> tuple[flo
     """Percentile interval of bootstrap means; NaN where nothing bounds them.
 
     Args:
-        tail: probability outside of it on either side (`a2sf.analysis.texts.tail_of` where documents share texts).
+        tail: probability outside of it on either side (`texts.tail_of` where documents share texts).
     """
     if math.isnan(tail):
         return math.nan, math.nan
@@ -227,13 +227,13 @@ def _sign_flip_p(changes: Sequence[np.ndarray], texts: Sequence[Texts]) -> float
     # what each text adds to the sum of the tasks' means
     parts = [t.sums(c) / len(c) for c, t in zip(changes, texts, strict=True)]
     parts = [p[abs(p) > 1e-12] for p in parts]
-    moved = np.concatenate(parts)
-    if not len(moved):
+    changed = np.concatenate(parts)
+    if not len(changed):
         return 1.0
-    observed = abs(moved.sum()) - 1e-12
-    if any(t.shared for t in texts) and len(moved) <= MOST_EXACT:
-        signs = 1 - 2 * ((np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved))) & 1)
-        return float((abs(signs @ moved) >= observed).mean())
+    observed = abs(changed.sum()) - 1e-12
+    if any(t.shared for t in texts) and len(changed) <= MOST_EXACT:
+        signs = 1 - 2 * ((np.arange(2 ** len(changed))[:, None] >> np.arange(len(changed))) & 1)
+        return float((abs(signs @ changed) >= observed).mean())
     rng = np.random.default_rng(0)
     draws = np.zeros(SIGN_FLIPS)
     for part in parts:  # texts that add equally much are drawn together

@@ -1,4 +1,4 @@
-"""How tables call a system: its policy's settings, budget and factor in words."""
+"""How tables name a system: its policy's settings, budget and forgetting factor."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def factor_label(value: Any) -> str:
 
 
 def name_settings(frame: pd.DataFrame) -> pd.DataFrame:
-    """Where one policy was run with different settings, say which row is which."""
+    """Add the settings in which two systems of one policy differ to their labels."""
     for _, rows in frame.groupby("policy"):
         variants = rows["settings"].unique()
         if len(variants) > 1:
@@ -37,34 +37,34 @@ def name_settings(frame: pd.DataFrame) -> pd.DataFrame:
                 k for k in sorted(set().union(*parsed.values())) if len({str(p.get(k)) for p in parsed.values()}) > 1
             ]
             for v, settings in parsed.items():
-                said = ", ".join(_said(k, settings.get(k, DASH)) for k in differing)
+                text = ", ".join(_setting_text(k, settings.get(k, DASH)) for k in differing)
                 chosen = rows.index[rows["settings"] == v]
-                frame.loc[chosen, "label"] = frame.loc[chosen, "label"] + f" ({said})"
+                frame.loc[chosen, "label"] = frame.loc[chosen, "label"] + f" ({text})"
     apart = frame["variant"] != ""
     frame.loc[apart, "label"] = frame.loc[apart, "label"] + " [" + frame.loc[apart, "variant"] + "]"
-    frame["bare"] = frame["label"]
+    frame["short_label"] = frame["label"]
     if frame.loc[~frame["is_full"], "schedule"].nunique() > 1:
         frame["label"] = frame["label"].where(frame["is_full"], frame["label"] + ", " + frame["schedule"])
     return frame
 
 
-def _said(key: str, setting: Any) -> str:
-    """A setting in a label: data that has a name by its name alone, other long ones by the beginning of their hash."""
+def _setting_text(key: str, setting: Any) -> str:
+    """A setting in a label: named data by the name alone, other long settings by the beginning of their hash."""
     if _is_named(setting):
         return str(setting["name"])
-    said = str(setting)
-    return f"{key} " + (said if len(said) <= LONGEST_SETTING else f"#{hashlib.sha256(said.encode()).hexdigest()[:6]}")
+    text = str(setting)
+    return f"{key} " + (text if len(text) <= LONGEST_SETTING else f"#{hashlib.sha256(text.encode()).hexdigest()[:6]}")
 
 
 def _is_named(setting: Any) -> bool:
     return isinstance(setting, dict) and isinstance(setting.get("name"), str)
 
 
-def one_name(frame: pd.DataFrame, place: list[str]) -> pd.DataFrame:
-    """Where data of one name differ from budget to budget alone, the name says which system it is.
+def shorten_names(frame: pd.DataFrame, place: list[str]) -> pd.DataFrame:
+    """Where data of one name differ only between budgets, the name alone identifies the system.
 
     Args:
-        place: the columns that tell one cell from another, `settings` among them.
+        place: the columns that identify a cell, `settings` among them.
     """
     parsed = {v: dict(json.loads(v)) for v in frame["settings"].unique()}
     short = {
@@ -92,10 +92,10 @@ def budget_label(is_full: bool, ratio: Any, tokens: Any, base: Any) -> tuple[str
         return DASH, math.inf
     if not pd.isna(tokens):
         text = str(tokens) if isinstance(tokens, str) else f"{tokens:g}"
-        return f"{text} tokens", 1.0 + first_of(tokens)
+        return f"{text} tokens", 1.0 + first_number(tokens)
     text = ratio if isinstance(ratio, str) else f"{ratio:g}"
-    return text if base in ("total", None) or pd.isna(base) else f"{text} of {base}", first_of(ratio)
+    return text if base in ("total", None) or pd.isna(base) else f"{text} of {base}", first_number(ratio)
 
 
-def first_of(value: Any) -> float:
+def first_number(value: Any) -> float:
     return float(str(value).split("/")[0])

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from a2sf.analysis.collect import DEFAULT_PAIR, Grid, System
-from a2sf.analysis.compare import matched
-from a2sf.analysis.documents import paired_documents
-from a2sf.analysis.stats import is_binary
+from a2sf.analysis.comparisons.pairs import matched
+from a2sf.analysis.results.documents import paired_documents
+from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid, System
+from a2sf.analysis.statistics.paired import is_binary
 from a2sf.errors import UserError
 from a2sf.store.runs import StoredCell
 
@@ -60,9 +60,9 @@ def flipped(a: StoredCell, b: StoredCell, metric: str = "acc", common: bool = Fa
     left, right = paired_documents(a, b, common)
     both = left.add_suffix("_a").join(right.add_suffix("_b"))
     values = [both.get(f"metric/{metric}{end}", pd.Series(np.nan, both.index)).to_numpy(float) for end in ("_a", "_b")]
-    whole = all(is_binary(v) for v in values)
+    both_binary = all(is_binary(v) for v in values)
     both["gained"] = values[0] > values[1]
-    both = both[whole & (values[0] != values[1])].copy()
+    both = both[both_binary & (values[0] != values[1])].copy()
     both["size"] = [
         abs(_lead(r["loglikelihoods_a"], r["gold_a"]) - _lead(r["loglikelihoods_b"], r["gold_a"]))
         if r["gold_a"] >= 0
@@ -79,7 +79,7 @@ def flips(grid: Grid, pair: tuple[str, str] = DEFAULT_PAIR, limit: int = 60) -> 
         At most `limit` of them, and how many there are.
     """
     found: list[tuple[str, System, System, pd.DataFrame]] = []
-    for _, _, part in grid.parts():
+    for _, _, part in grid.by_model():
         for a, b in matched(part, pair):
             for task in sorted(set(a.keys) & set(b.keys)) if b else ():
                 assert b is not None

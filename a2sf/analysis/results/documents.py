@@ -1,4 +1,4 @@
-"""The documents behind a cell's number: row by row the same for two cells, and which of them share a text."""
+"""The documents behind a cell's number: the same rows for two cells, and which of them share a text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from a2sf.analysis.texts import Texts
+from a2sf.analysis.statistics.texts import Texts
 from a2sf.errors import UserError
 from a2sf.store.runs import StoredCell
 
@@ -14,11 +14,11 @@ DOCUMENT = ["doc_id", "doc_hash"]
 TEXT = "cluster"
 """Column that is equal for documents that share a text (`a2sf.tasks.shared_texts`)."""
 LONG, QUESTION = "long_", "\n\nQuestion: "
-"""Tasks whose results had no such column at first, and what parts a text of theirs from its question in a prompt."""
+"""Tasks whose older results lack that column, and what separates their text from the question in a prompt."""
 
 
 def may_share(stored: StoredCell) -> bool:
-    """Whether some documents of a cell may share a text, as far as its result says without its documents."""
+    """Whether some documents of a cell may share a text, as far as its result shows without reading its documents."""
     documents = stored.result["documents"]
     noted = documents.get("clusters")
     return str(stored.cell["task"]).startswith(LONG) if noted is None else noted < documents["n"]
@@ -59,20 +59,20 @@ def paired_documents(a: StoredCell, b: StoredCell, common: bool = False) -> tupl
 
 
 def texts_of(*documents: pd.DataFrame) -> Texts:
-    """Which documents share a text, as the first of some equal lists of documents says that knows.
+    """Which documents share a text, from the first of some equal lists of documents that has the column.
 
     Raises:
-        UserError: if two of them know different texts, of two values of `data.cluster`.
+        UserError: if two of them have different texts, from two values of `data.cluster`.
     """
     known = [Texts.keyed(d[TEXT].to_numpy()) for d in documents if TEXT in d and d[TEXT].notna().all()]
     if not known:
-        return Texts.apart(len(documents[0]))
+        return Texts.independent(len(documents[0]))
     for other in known[1:]:
         # the same partition has as many parts as its product with the other
         pairs = pd.DataFrame({"a": known[0].of, "b": other.of}).drop_duplicates()
         if not len(pairs) == known[0].number == other.number:
             raise UserError(
-                "Two results say of other documents that they share a text (data.cluster), so they cannot be paired."
+                "Two results disagree on which documents share a text (data.cluster), so they cannot be paired."
             )
     return known[0]
 
@@ -86,12 +86,12 @@ def shared_texts(cells: Iterable[StoredCell]) -> dict[str, tuple[int, int]]:
             if task not in found and may_share(stored) and (texts := texts_of(documents_of(stored))).shared:
                 found[task] = (len(texts.of), texts.number)
         except UserError:
-            continue  # who needs the documents says that they cannot be read
+            continue  # whoever needs the documents reports that they cannot be read
     return dict(sorted(found.items()))
 
 
 def texts_note(cells: Iterable[StoredCell]) -> str:
-    """What stands under a table of which documents share texts; "" where none do."""
+    """The note under a table whose documents share texts; "" where none do."""
     shared = shared_texts(cells)
     if not shared:
         return ""
@@ -102,4 +102,4 @@ def texts_note(cells: Iterable[StoredCell]) -> str:
         f"{', '.join(tasks)}: {n} documents in {texts} text{'s' * (texts > 1)}{' each' * (len(tasks) > 1)}"
         for (n, texts), tasks in tasks_of.items()
     )
-    return f"Documents share texts ({counted}): tests flip whole texts; intervals and standard errors count texts."
+    return f"Documents share texts ({counted}): tests permute whole texts; intervals and standard errors count texts."
