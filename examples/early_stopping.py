@@ -1,6 +1,6 @@
 """After how many documents a sweep would have stopped, had it been run with early stopping (`until`).
 
-`python examples/early_stopping.py runs/<sweep> a2sf h2o` replays the answers of a finished sweep in the order of early stopping.
+`python examples/early_stopping.py runs/<sweep> a2sf h2o` replays the answers of a finished sweep.
 """
 
 import sys
