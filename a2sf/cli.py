@@ -16,17 +16,20 @@ COMMANDS = {
     "run": ("a2sf.commands.run", "measure: one configuration, or a grid (-m, +sweep=PRESET)"),
     "tables": ("a2sf.commands.tables", "tables, plots and a report of finished sweeps"),
     "reproduce": ("a2sf.commands.reproduce", "the A2SF paper's claims, with a verdict each"),
-    "calibrate": ("a2sf.commands.calibrate", "settings that lose least on plain text, by layer or head"),
-    "layer-errors": ("a2sf.commands.layer_errors", "the error of policies in each layer's output, on plain text"),
-    "heads": ("a2sf.commands.heads", "which heads copy from far back, as a list for policy=heads"),
+    "calibrate": ("a2sf.commands.policy.calibrate", "settings that lose least on plain text, by layer or head"),
+    "layer-errors": (
+        "a2sf.commands.policy.layer_errors",
+        "the error of policies in each layer's output, on plain text",
+    ),
+    "heads": ("a2sf.commands.policy.heads", "which heads copy from far back, as a list for policy=heads"),
     "pack": ("a2sf.commands.archive:main_pack", "a sweep as one file to hand on, which tables reads in place"),
     "unpack": ("a2sf.commands.archive:main_unpack", "its cells again, from which a sweep goes on"),
     "track": ("a2sf.commands.track", "finished sweeps to W&B or TensorBoard, whoever computed them"),
     "lm-eval": ("a2sf.commands.lm_eval", "lm-eval's own command line, our model registered (--model a2sf)"),
     "bench": ("a2sf.commands.bench", "speed and memory beside what the harness replaces"),
-    "policies": ("a2sf.commands.policies", "the policies: what each does, its paper, its settings"),
+    "policies": ("a2sf.commands.policy.listing", "the policies: what each does, its paper, its settings"),
     "new": ("a2sf.commands.new", "files of your own that run at once: a policy, a task or a sweep"),
-    "check": ("a2sf.commands.check", "which invariants a policy of your own holds (mine:MyPolicy)"),
+    "check": ("a2sf.commands.policy.check", "which invariants a policy of your own holds (mine:MyPolicy)"),
     "doctor": ("a2sf.commands.doctor", "versions, devices, kernels, caches, disk: what a bug report needs"),
 }
 """Sub-command -> the module whose `main(arguments)` (or the function after the colon) it is, and what it does."""
@@ -63,9 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"a2sf {__version__}")
         return
 
-    from a2sf import app
+    from a2sf.app import process
 
-    app.guard(lambda: _run(name, rest))
+    process.guard(lambda: _run(name, rest))
 
 
 PLAIN = {

@@ -30,14 +30,15 @@ class CellSweeper(BasicSweeper):
     """As Hydra's basic sweeper, with one job per group of cells that are still to compute."""
 
     def sweep(self, arguments: list[str]) -> Any:
-        from a2sf import app
+        from a2sf.app.folders import adopt
+        from a2sf.app.grid import run_grid
         from a2sf.sweep.config.grid import addable, route
         from a2sf.sweep.config.keys import check_keys
         from a2sf.sweep.config.overrides import as_written
 
         assert self.config is not None
         assert self.hydra_context is not None
-        app.adopt(self.config.hydra)
+        adopt(self.config.hydra)
         loader = self.hydra_context.config_loader
         params = [as_written(p) for p in self._each_cells_own(arguments)]  # the command's own are so already
         parsed = OverridesParser.create(config_loader=loader).parse_overrides([*params, *arguments])
@@ -72,7 +73,7 @@ class CellSweeper(BasicSweeper):
         launcher = self.config.hydra.launcher
         for _, point in composed:
             settle_device(launcher, point)
-        return app.run_grid(composed, self._launch, computes_here=asked_gpus(launcher) is None)
+        return run_grid(composed, self._launch, computes_here=asked_gpus(launcher) is None)
 
     def _each_cells_own(self, arguments: list[str]) -> list[str]:
         """The preset's parameters as overrides; a swept key in them, `${budget.ratio}`, is each cell's own."""

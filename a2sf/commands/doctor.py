@@ -42,9 +42,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="for machines")
     args = parser.parse_args(arguments)
 
-    from a2sf import app
+    from a2sf.app import process
 
-    app.quiet()
+    process.quiet()
     found = report()
     if args.json:
         print(json.dumps(found, indent=2))

@@ -13,8 +13,8 @@ import hydra
 import yaml
 from omegaconf import DictConfig
 
-from a2sf import app
-from a2sf.commands.describe import attributes
+from a2sf.app import grid
+from a2sf.commands.policy.describe import attributes
 from a2sf.errors import UserError
 from a2sf.shipped import shipped
 from a2sf.sweep.config import folder as config_dir
@@ -60,7 +60,7 @@ Example: a2sf run -m policy=full,h2o,a2sf budget.ratio=0.2,0.4 tasks=[piqa] data
 @hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="config")
 def evaluate(composed: DictConfig) -> object:
     """Hydra's entry: it reads `sys.argv`."""
-    return app.job(composed)
+    return grid.job(composed)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from lm_eval._cli.harness import HarnessCLI
 
-from a2sf.app import _model_names
+from a2sf.app.folders import model_names
 from a2sf.errors import ConfigError, UserError
 from a2sf.sweep.config.grid import addable
 from a2sf.sweep.config.schema import register
@@ -33,7 +33,7 @@ def _hydra():
 
 
 def settings(*overrides):
-    found = read(compose("config", [addable(o) for o in overrides]), _model_names())
+    found = read(compose("config", [addable(o) for o in overrides]), model_names())
     refuse_idle([found])
     return found
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from a2sf.commands.check import look_in
-from a2sf.commands.describe import attributes, paper, summary
+from a2sf.commands.policy.check import look_in
+from a2sf.commands.policy.describe import attributes, paper, summary
 from a2sf.errors import UserError
 from a2sf.policies.base import WHEN, Policy
 from a2sf.policies.find import built_in, defaults, find_policy, installed, load
