@@ -16,7 +16,7 @@ from a2sf.errors import UserError
 from a2sf.store.aggregates import Group
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.config.grid import check_schedules
-from a2sf.sweep.config.settings import Settings, read, refuse_idle
+from a2sf.sweep.config.settings import Settings, read, refuse_unused
 from a2sf.sweep.prepare import documents, models
 from a2sf.tasks import spec as tasks
 
@@ -65,14 +65,14 @@ def check(points: Points, computes_here: bool) -> Checked:
     """
     check_schedules([composed for _, composed in points])
     settings = [read(composed, model_names(), here=computes_here) for _, composed in points]
-    refuse_idle(settings)
+    refuse_unused(settings)
     _check_one_sweep(settings)
     for rule in dict.fromkeys(c.stopping_rule for s in settings for c in s.cells if c.stopping_rule):
         rule.check([c.policy.name for s in settings for c in s.cells if c.stopping_rule == rule])
     documents.check(c for s in settings for c in s.cells)
     settings, unreadable = models.readable(settings, screen)
     models.check_prompting((c for s in settings for c in s.cells), hub=False)
-    settings = models.tell_apart(models.pin_all(settings, model_names(), screen))
+    settings = models.distinguish(models.pin_all(settings, model_names(), screen))
     settled = documents.settle([s.cells for s in settings], planned_only=settings[0].plan_only)
     settings = [dataclasses.replace(s, cells=cells) for s, cells in zip(settings, settled.cells, strict=True)]
     includes = dict.fromkeys(s.include for s in settings if s.include)

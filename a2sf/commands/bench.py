@@ -1,12 +1,12 @@
-"""`a2sf bench`: how fast, and in how much memory.
+"""`a2sf bench`: speed and memory.
 
-Every figure is a ratio of two things timed in turns in one run, because machines are noisy.
+Every figure is a ratio of two things that are timed in turns in one run, because timings vary.
 kernel: the eviction kernel against full attention and against the per-token loop of published code.
-lm_eval: lm-eval's own Hugging Face model against ours, the same weights and documents.
+lm_eval: lm-eval's Hugging Face model against ours, with the same weights and documents.
 groups: a sweep's cells computed together against one by one.
-decode: generating with a bounded cache against transformers' own cache.
-prompt: a prompt of 8,000 tokens, memory and time of a process of its own.
-process: processor time of the command itself, from its start, and beside other busy processes.
+decode: generation with a bounded cache against transformers' cache.
+prompt: memory and time of a separate process that reads a prompt of 8,000 tokens.
+process: processor time of the command from its start, also while other processes are busy.
 """
 
 from __future__ import annotations
@@ -31,19 +31,21 @@ ALONE: dict[str, Callable[[argparse.Namespace], float]] = {
     "ours": lambda options: harness.peak_of_ours(),
     "long_run": lambda options: decode.long_run(options.long),
 }
-"""What is measured in a process of its own, because it is about the process's memory."""
+"""Measurements in a separate process, because they are about a process's memory."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure what `arguments` ask for, keep it as it comes, print the table."""
+    """Run the measurements, save each result at once, print the table."""
     parser = argparse.ArgumentParser(
         prog="a2sf bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=PARTS, help="one part instead of all; what others measured before stays")
-    parser.add_argument("--repeats", type=int, default=3, help="how often each thing is timed; the median counts")
-    parser.add_argument("--out", type=Path, help="default: runs/bench/bench.json, on a GPU bench-cuda.json beside it")
-    parser.add_argument("--device", default="cpu", help=f"cuda, for {', '.join(ON_GPU)}; the targets are a CPU's")
-    parser.add_argument("--batch-size", type=int, help="lm-eval's batch size; default: the fastest here, searched for")
+    parser.add_argument(
+        "--only", choices=PARTS, help="one part instead of all; earlier results of the others are kept in the file"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="number of timings, of which the median counts")
+    parser.add_argument("--out", type=Path, help="default: runs/bench/bench.json, on a GPU runs/bench/bench-cuda.json")
+    parser.add_argument("--device", default="cpu", help=f"cuda, for {', '.join(ON_GPU)}; the targets are for a CPU")
+    parser.add_argument("--batch-size", type=int, help="lm-eval's batch size; default: the fastest on this machine")
     decode.add_options(parser)
     parser.add_argument("--alone", choices=ALONE, help="print one figure, the memory of this process, and stop")
     options = parser.parse_args(arguments)

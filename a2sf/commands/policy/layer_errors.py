@@ -1,8 +1,8 @@
 """`a2sf layer-errors POLICY ...`: the error that each policy makes in every layer's output on plain text.
 
-A policy is its name, with settings behind commas: a2sf,forgetting_factor=0.4  calibrated,file=mine.yaml  mine:MyPolicy.
-Each layer by itself, given the queries, keys and values of the full cache; the squared error of its output after its
-projection over the output's own. A look at a rule takes a minute, and no task.
+A policy is a name, followed by settings after commas: a2sf,forgetting_factor=0.4  calibrated,file=mine.yaml  mine:MyPolicy.
+Each layer gets the queries, keys and values of the full cache. The error is the squared error of its projected output,
+divided by the output's square. It takes a minute per policy, and needs no task.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from a2sf.errors import ConfigError
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure, show and write."""
+    """Measure, print and write."""
     parser = argparse.ArgumentParser(
         prog="a2sf layer-errors", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -33,10 +33,13 @@ def main(arguments: Sequence[str]) -> None:
     add_text(parser)
     parser.add_argument("--tokens", type=int, default=2048, help="of text")
     parser.add_argument(
-        "--skip", type=int, default=4096, help="tokens of text to leave out first: what a2sf calibrate chose on"
+        "--skip",
+        type=int,
+        default=4096,
+        help="tokens at the beginning of the text to leave out, because a2sf calibrate used them",
     )
     parser.add_argument(
-        "--out", type=Path, help=f"the CSV file, and a picture beside it (default: {FOLDER}/MODEL-errors.csv)"
+        "--out", type=Path, help=f"the CSV file, with a picture of the same name (default: {FOLDER}/MODEL-errors.csv)"
     )
     args = parser.parse_args(arguments)
     check_numbers(args, ("tokens", "skip"))
@@ -46,10 +49,10 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def policy_of(text: str) -> Any:
-    """The policy that `NAME,key=value,...` says.
+    """The policy of a text `NAME,key=value,...`.
 
     Raises:
-        ConfigError: naming what is wrong.
+        ConfigError: naming the part that is not allowed.
     """
     from a2sf.policies.find import find_policy
     from a2sf.policies.make import make_policy
@@ -59,13 +62,13 @@ def policy_of(text: str) -> Any:
     for one in given:
         key, equals, value = one.partition("=")
         if not equals:
-            raise ConfigError("POLICY", text, "give its name, and settings as key=value behind commas")
+            raise ConfigError("POLICY", text, "give its name, and settings as key=value after commas")
         settings[key.strip()] = yaml.safe_load(value)
     return find_policy(name)(**settings) if ":" in name else make_policy(name, **settings)
 
 
 def measure(args: argparse.Namespace, policies: dict[str, Any], console: Console) -> None:
-    """Load, measure, write, and say what came out."""
+    """Load the model, measure, write, and print the result."""
     import pandas as pd
 
     from a2sf import atomic
@@ -93,8 +96,8 @@ def measure(args: argparse.Namespace, policies: dict[str, Any], console: Console
     )
     frame = pd.DataFrame(
         [
-            {"policy": told, "budget": ratio, "layer": layer, "error": found[p, r, layer]}
-            for p, told in enumerate(policies)
+            {"policy": label, "budget": ratio, "layer": layer, "error": found[p, r, layer]}
+            for p, label in enumerate(policies)
             for r, ratio in enumerate(args.budget)
             for layer in range(found.shape[-1])
         ]
@@ -103,8 +106,8 @@ def measure(args: argparse.Namespace, policies: dict[str, Any], console: Console
     out.parent.mkdir(parents=True, exist_ok=True)
     atomic.write(out, frame.to_csv(index=False))
     table = Table("policy", *(f"{ratio:g}" for ratio in args.budget), title="Mean over layers", title_justify="left")
-    for p, told in enumerate(policies):
-        table.add_row(told, *(f"{found[p, r].mean():.4f}" for r in range(len(args.budget))))
+    for p, label in enumerate(policies):
+        table.add_row(label, *(f"{found[p, r].mean():.4f}" for r in range(len(args.budget))))
     console.print(table)
     pictures = save(errors_figure(frame), out.with_suffix(""))
     console.print(f"{len(cut)} passages, {sum(map(len, cut))} tokens of {text.source}.", soft_wrap=True, markup=False)

@@ -128,7 +128,7 @@ def test_tables_name_it_and_a_grid_may_hold_both(base, files):
         settings("data=bundle", "tasks=[copa]", f"model.path={base}", *more)
         for more in ([], [f"model.adapter={files}"])
     ]
-    assert [s.cells[0].model_name for s in models.tell_apart(both)] == ["base", "base+lora"]
+    assert [s.cells[0].model_name for s in models.distinguish(both)] == ["base", "base+lora"]
 
 
 def test_one_of_the_hub_is_pinned_and_workers_are_told(base, files, monkeypatch):
