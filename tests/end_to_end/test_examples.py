@@ -80,7 +80,7 @@ def test_every_example_is_tested():
     }
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_notebook_runs_and_holds_outputs(tmp_path):
     assert NOTEBOOK.stat().st_size < 300_000
     cells = [c for c in json.loads(NOTEBOOK.read_text())["cells"] if c["cell_type"] == "code"]

@@ -29,7 +29,7 @@ def tiny(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_sweep_under_a_launcher(launcher, tiny, tmp_path):
     own = own_folder(tmp_path / "own")  # whose policy every worker has to find

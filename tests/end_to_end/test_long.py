@@ -38,7 +38,7 @@ def test_ours_before_and_after_the_question(tiny, tmp_path):
     assert cells["full", "step", "long_single"].result["lengths"]["budget"] is None
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_lm_evals_from_a_hub(hub, tiny, tmp_path):
     rows = [
         {

@@ -137,7 +137,7 @@ def test_a_file_that_would_be_read_otherwise_is_refused(tmp_path, file, text, to
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("launcher", ["processes", "slurm_local"])
 def test_text_reaches_workers_as_it_was_meant(launcher, tmp_path):
     mine = write_tree(tmp_path)

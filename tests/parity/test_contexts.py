@@ -13,7 +13,7 @@ from a2sf.scoring.contexts import Contexts
 from a2sf.scoring.lm import PrunedLM
 from a2sf.scoring.requests import Requests
 from tests.models import shared
-from tests.policies import cases, label, ties
+from tests.policies import cases, label, tiered, ties
 from tests.stand_in import StandIn
 
 pytestmark = pytest.mark.usefixtures("stand_in")
@@ -43,7 +43,7 @@ def cache_for(lm: PrunedLM) -> PrunedCache:
     return PrunedCache(lm.model, lm.policy, lm.budget, schedule=lm.schedule, context_tokens=len(CONTEXT))
 
 
-@pytest.mark.parametrize(("policy", "schedule"), CUTS, ids=label)
+@pytest.mark.parametrize(("policy", "schedule"), tiered(CUTS), ids=label)
 def test_scoring_is_decoding_with_a_cache_cut_after_the_context(policy, schedule):
     lm = lm_of(policy, schedule)
     got = lm.loglikelihood(scored(), disable_tqdm=True)

@@ -21,7 +21,7 @@ from a2sf.scoring.systems import Answer
 from a2sf.tasks import spec as tasks
 from tests.hub.build import write_model
 from tests.models import shared
-from tests.policies import cases, label
+from tests.policies import cases, label, tiered
 from tests.stand_in import StandIn
 
 POLICIES = [cls() for cls in find_policies().values()]
@@ -83,7 +83,7 @@ def tiny(stand_in):
     return make
 
 
-@pytest.mark.parametrize(("policy", "schedule"), cases(), ids=label)
+@pytest.mark.parametrize(("policy", "schedule"), tiered(cases()), ids=label)
 def test_a_log_likelihood_is_the_sum_over_the_pruned_model(tiny, policy, schedule):
     """Against one forward pass per request over the reference, logits everywhere, nothing shared."""
     lm = tiny(policy, budget=Budget(ratio=0.25) if policy.uses_budget else None, schedule=schedule)
