@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from a2sf.experiments.archive import read_sweep
-from a2sf.experiments.until import Until, Watch, order_of
+from a2sf.store.archive import read_sweep
+from a2sf.sweep.until import Until, Watch, order_of
 
 sweep = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "runs/reference/smollm2-135m.a2sf.zip"
 pair = (sys.argv[2], sys.argv[3]) if len(sys.argv) > 3 else ("full", "window")

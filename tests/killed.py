@@ -16,7 +16,7 @@ PASS_SECONDS = 0.03
 
 def preload() -> list[str]:
     """Modules that a server of such processes loads once."""
-    return ["tests.killed", "a2sf.app", "a2sf.experiments.sweep", "a2sf.experiments.estimate", "lm_eval.tasks"]
+    return ["tests.killed", "a2sf.app", "a2sf.sweep.runner", "a2sf.sweep.planning.estimate", "lm_eval.tasks"]
 
 
 def run(arguments: list[str], notes: str) -> None:
@@ -24,7 +24,8 @@ def run(arguments: list[str], notes: str) -> None:
     import torch
 
     from a2sf import cli
-    from a2sf.experiments import checkpoint, sweep
+    from a2sf.sweep import checkpoint
+    from a2sf.sweep import runner as sweep
 
     torch.set_num_threads(1)
     out = os.open(notes, os.O_WRONLY | os.O_APPEND | os.O_CREAT)

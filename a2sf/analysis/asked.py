@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from a2sf.experiments.aggregates import OPTIONS, Group
+from a2sf.store.aggregates import OPTIONS, Group
 
 LONGEST = 40
 """Characters of an option's value in a table's title."""

@@ -23,10 +23,10 @@ from a2sf.analysis.asked import asked_groups, with_options
 from a2sf.analysis.documents import TEXT, documents_of, may_share, texts_of
 from a2sf.analysis.labels import DASH, budget_label, factor_label, first_of, name_settings, one_name, settings_label
 from a2sf.errors import UserError, nearest
-from a2sf.experiments.aggregates import MEMBERS, OPTIONS, Group, aggregates
-from a2sf.experiments.archive import groups_of, is_archive, read_sweep
-from a2sf.experiments.names import Named, distinct
-from a2sf.experiments.runs import COMPUTED_WITH, TABLE, StoredCell, id_of, is_cell, name_of, results_frame
+from a2sf.store.aggregates import MEMBERS, OPTIONS, Group, aggregates
+from a2sf.store.archive import groups_of, is_archive, read_sweep
+from a2sf.store.names import Named, distinct
+from a2sf.store.runs import COMPUTED_WITH, TABLE, StoredCell, id_of, is_cell, name_of, results_frame
 
 OPTIONAL_COLUMNS = [
     *("stderr", "forgetting_factor", "budget_tokens", "budget_base", "policy_settings", *MUST_AGREE),

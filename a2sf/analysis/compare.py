@@ -13,7 +13,7 @@ from a2sf.analysis.documents import paired_documents, texts_of
 from a2sf.analysis.stats import Difference, average_difference, holm, paired_difference
 from a2sf.analysis.texts import Texts
 from a2sf.errors import UserError
-from a2sf.experiments.runs import StoredCell
+from a2sf.store.runs import StoredCell
 
 AVERAGE = "average"
 """Column name of the unweighted mean over tasks."""

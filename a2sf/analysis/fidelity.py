@@ -24,7 +24,7 @@ from a2sf.analysis.documents import paired_documents, texts_of
 from a2sf.analysis.stats import bootstrap_means, interval
 from a2sf.analysis.texts import Texts, tail_of
 from a2sf.errors import UserError
-from a2sf.experiments.runs import StoredCell
+from a2sf.store.runs import StoredCell
 
 MEASURES = {
     "agreement": "same answer as full cache",

@@ -13,7 +13,7 @@ from a2sf.analysis.compare import matched
 from a2sf.analysis.documents import paired_documents
 from a2sf.analysis.stats import is_binary
 from a2sf.errors import UserError
-from a2sf.experiments.runs import StoredCell
+from a2sf.store.runs import StoredCell
 
 
 @dataclass(frozen=True)

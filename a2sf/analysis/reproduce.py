@@ -15,7 +15,7 @@ from a2sf import atomic
 from a2sf.analysis.claims import Claim, Verdict, check_factor, check_figures, check_headline, check_shape
 from a2sf.analysis.collect import DEFAULT_PAIR, STEP, Grid, Selection, gather
 from a2sf.errors import UserError
-from a2sf.experiments.archive import is_archive
+from a2sf.store.archive import is_archive
 
 FIGURES, HEADLINES = "a2sf_authors_0shot.csv", "a2sf_headlines.csv"
 

@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from a2sf.bench.measuring import SMOLLM2, Figures, alternately
-from a2sf.evaluation import tasks
-from a2sf.evaluation.lm import PrunedLM
-from a2sf.experiments.cell import Cell
-from a2sf.experiments.estimate import estimate
-from a2sf.experiments.group import Computed, compute_group
-from a2sf.experiments.runs import write_cell
 from a2sf.hf.loading import load
 from a2sf.policies.a2sf import A2SF
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policy
+from a2sf.scoring.lm import PrunedLM
+from a2sf.store.runs import write_cell
+from a2sf.sweep.cell import Cell
+from a2sf.sweep.group import Computed, compute_group
+from a2sf.sweep.planning.estimate import estimate
+from a2sf.tasks import spec as tasks
 
 DOCUMENTS = 50
 TASKS = ("arc_easy", "piqa")

@@ -17,13 +17,13 @@ from lm_eval.models.huggingface import HFLM
 from rich.table import Table
 
 from a2sf.bench.measuring import SMOLLM2, Figures, alone, alternately, peak
-from a2sf.evaluation import tasks
-from a2sf.evaluation.lm import PrunedLM
 from a2sf.hf.loading import LoadedModel, load
 from a2sf.policies.a2sf import A2SF
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policy
+from a2sf.scoring.lm import PrunedLM
+from a2sf.tasks import spec as tasks
 
 TASKS = ("piqa", "openbookqa", "arc_easy", "arc_challenge")
 DOCUMENTS = 50

@@ -18,10 +18,10 @@ from a2sf.analysis.collect import DEFAULT_PAIR, Grid
 from a2sf.analysis.compare import Comparison
 from a2sf.analysis.flips import are_counted, flips
 from a2sf.analysis.labels import DASH
-from a2sf.experiments.runs import asked, finished_cells, is_cell
 from a2sf.report.layout import Table
 from a2sf.report.summaries import TextTable
 from a2sf.report.tables import TIED, header, legend, number
+from a2sf.store.runs import asked, finished_cells, is_cell
 
 FLIPS_SHOWN = 60
 

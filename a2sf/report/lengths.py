@@ -18,9 +18,9 @@ from a2sf.analysis.documents import TEXT, documents_of, texts_of
 from a2sf.analysis.labels import DASH
 from a2sf.analysis.stats import standard_error
 from a2sf.analysis.texts import Z
-from a2sf.experiments.names import safe
 from a2sf.report.plots import GREY, Line, Style, chosen_lines, left_out, save, spread, styles_of
 from a2sf.report.summaries import TextTable
+from a2sf.store.names import safe
 
 GAP = 1.3
 """Lengths of which one is so many times the next smaller one are of two bins, where that makes few bins."""

@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from a2sf.analysis.collect import Grid, grid_of
 from a2sf.analysis.labels import DASH
 from a2sf.errors import UserError
-from a2sf.experiments.runs import StoredCell
 from a2sf.report.plots import save
 from a2sf.report.summaries import TextTable
 from a2sf.report.tables import number
+from a2sf.store.runs import StoredCell
 
 TASK, METRIC = "needle", "metric/exact_match"
 ROW = ["model", "shots", "policy", "budget", "factor"]

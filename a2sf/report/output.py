@@ -14,8 +14,6 @@ from a2sf.analysis.documents import texts_note
 from a2sf.analysis.fidelity import fidelity_frame
 from a2sf.analysis.ranking import rank, ranking_frame
 from a2sf.errors import UserError
-from a2sf.experiments.archive import is_archive, place_of
-from a2sf.experiments.notes import notes_of
 from a2sf.report.choices import FORMATS
 from a2sf.report.html import Contents, read_failures, write_report
 from a2sf.report.layout import Table, build_tables
@@ -33,6 +31,8 @@ from a2sf.report.summaries import (
 )
 from a2sf.report.tables import csv_frame, latex, markdown
 from a2sf.report.traced import read_traces, trace_frame, trace_pictures
+from a2sf.store.archive import is_archive, place_of
+from a2sf.store.notes import notes_of
 
 README_BEGIN, README_END = "<!-- table:begin -->", "<!-- table:end -->"
 

@@ -29,8 +29,8 @@ from a2sf.analysis.compare import AVERAGE
 from a2sf.analysis.fidelity import MEASURES, fidelity_frame
 from a2sf.analysis.labels import DASH
 from a2sf.analysis.stats import Z
-from a2sf.experiments.names import safe
 from a2sf.policies.find import built_in
+from a2sf.store.names import safe
 
 # Okabe and Ito, 2008, "Color universal design"; black is the full cache's, the pale yellow is left out
 COLOURS = ("#D55E00", "#000000", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00")

@@ -14,9 +14,9 @@ from rich.table import Table as RichTable
 
 from a2sf.analysis.collect import Selection, grid_of
 from a2sf.analysis.labels import DASH, MINUS
-from a2sf.experiments.aggregates import Group as TaskGroup
-from a2sf.experiments.runs import StoredCell
 from a2sf.report.layout import Entry, Row, Table, build_tables
+from a2sf.store.aggregates import Group as TaskGroup
+from a2sf.store.runs import StoredCell
 
 HEADS = {"label": "Policy", "budget": "Budget", "schedule": "Schedule", "factor": "Factor"}
 TIED = "†"

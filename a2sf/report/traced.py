@@ -9,7 +9,7 @@ import pandas as pd
 
 from a2sf.analysis.collect import DEFAULT_PAIR, Grid
 from a2sf.engine.trace import Trace, load, overlap
-from a2sf.experiments.names import safe
+from a2sf.store.names import safe
 
 COLUMNS = (
     *("model", "shots", "task", "policy", "budget", "factor", "documents"),

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from a2sf.experiments.runs import is_cell, load_sweep, read_cell
+from a2sf.store.runs import is_cell, load_sweep, read_cell
 from tests.started import started
 
 ROOT = Path(__file__).parents[2]

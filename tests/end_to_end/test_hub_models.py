@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from a2sf.experiments.runs import load_sweep
+from a2sf.store.runs import load_sweep
 from tests.hub import cases
 from tests.hub.build import SMOLLM2, process, write_model
 from tests.hub.server import Hub, Rule

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from a2sf.experiments.runs import is_cell, load_sweep, read_cell
+from a2sf.store.runs import is_cell, load_sweep, read_cell
 from tests import killed
 from tests.hub.build import write_model
 from tests.models import write_piqa

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from a2sf.experiments import schema
-from a2sf.experiments.runs import load_sweep
+from a2sf.store.runs import load_sweep
+from a2sf.sweep.config import schema
 from tests.end_to_end.test_evaluate import evaluate
 from tests.models import write_piqa
 

@@ -9,8 +9,8 @@ from lm_eval.api.instance import Instance
 from a2sf import Budget, PrunedCache, Schedule, make_policy
 from a2sf.engine.invariants import SCHEDULES
 from a2sf.errors import ConfigError, UserError
-from a2sf.evaluation.contexts import Contexts
-from a2sf.evaluation.lm import PrunedLM
+from a2sf.scoring.contexts import Contexts
+from a2sf.scoring.lm import PrunedLM
 from tests.models import shared
 from tests.policies import cases, label, ties
 from tests.stand_in import StandIn

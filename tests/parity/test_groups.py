@@ -10,13 +10,13 @@ from lm_eval.api.instance import Instance
 
 from a2sf import Budget, Policy, Retention
 from a2sf.errors import UserError
-from a2sf.evaluation import scoring
-from a2sf.evaluation.lm import PrunedLM
-from a2sf.evaluation.members import request_hash
-from a2sf.evaluation.packing import Item, pack
 from a2sf.hf.attention import NonFiniteError
 from a2sf.policies.find import find_policies
 from a2sf.policies.schedule import Schedule
+from a2sf.scoring.lm import PrunedLM
+from a2sf.scoring.passes import run as scoring
+from a2sf.scoring.passes.packing import Item, pack
+from a2sf.scoring.systems import request_hash
 from tests.models import shared, small
 from tests.policies import cases
 from tests.stand_in import StandIn

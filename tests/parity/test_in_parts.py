@@ -9,10 +9,10 @@ import torch
 
 from a2sf import A2SF, Budget, PrunedCache, Schedule
 from a2sf.errors import UserError
-from a2sf.evaluation import scoring
-from a2sf.evaluation.lm import PrunedLM
 from a2sf.hf.calls import chunks
 from a2sf.hf.scope import pruning
+from a2sf.scoring.lm import PrunedLM
+from a2sf.scoring.passes import run as scoring
 from baselines.h2o import H2O
 from tests.models import small
 from tests.parity.test_generation import ALL, BUDGET, PROMPTS, close, ids_for

@@ -13,10 +13,10 @@ from lm_eval.models.huggingface import HFLM
 from a2sf import A2SF, H2O, Budget
 from a2sf.engine.invariants import SCHEDULES
 from a2sf.errors import ConfigError, UserError
-from a2sf.evaluation import tasks
-from a2sf.evaluation.lm import PrunedLM
 from a2sf.hf.loading import ModelSpec, load
 from a2sf.policies.find import find_policies
+from a2sf.scoring.lm import PrunedLM
+from a2sf.tasks import spec as tasks
 from tests.hub.build import write_model
 from tests.models import shared
 from tests.policies import cases, label
@@ -192,7 +192,7 @@ def test_known_requests_are_not_computed_again(tiny):
     lm = tiny("full")
     todo = [Instance("loglikelihood", {}, ("a context", " and more"), 0), Instance("loglikelihood", {}, ("b", " c"), 1)]
     answers = lm.loglikelihood(todo)
-    from a2sf.evaluation.members import request_hash
+    from a2sf.scoring.systems import request_hash
 
     lm.known = {request_hash(todo[0].args): (-1.5, True, 9, 9)}
     known, computed = lm.loglikelihood(todo)

@@ -12,14 +12,14 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from a2sf.app import _job, _model_names
-from a2sf.evaluation.lm import PrunedLM
-from a2sf.experiments.aggregates import aggregates
-from a2sf.experiments.config import read
-from a2sf.experiments.grid import addable
-from a2sf.experiments.group import compute_group
-from a2sf.experiments.runs import read_groups, results_frame, table_of, write_cell, write_groups
-from a2sf.experiments.schema import register
 from a2sf.hf.loading import ModelSpec, load
+from a2sf.scoring.lm import PrunedLM
+from a2sf.store.aggregates import aggregates
+from a2sf.store.runs import read_groups, results_frame, table_of, write_cell, write_groups
+from a2sf.sweep.config.grid import addable
+from a2sf.sweep.config.schema import register
+from a2sf.sweep.config.settings import read
+from a2sf.sweep.group import compute_group
 from tests.hub.build import write_model
 from tests.own_tasks import SIZES, own_tasks
 

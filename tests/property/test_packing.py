@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from a2sf import attend
-from a2sf.evaluation.packing import pack
-from a2sf.evaluation.requests import Model, Request, pass_of
-from a2sf.evaluation.untouched import held, pruned_scores, untouched
+from a2sf.scoring.passes.full_cache_prefix import held, pruned_scores, untouched
+from a2sf.scoring.passes.packing import pack
+from a2sf.scoring.passes.sequences import Model, Request, pass_of
 from tests.policies import cases, label
 
 LONGEST, HEADS, KV_HEADS, SIZE, LAYERS = 26, 4, 2, 4, 2

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from a2sf import atomic
-from a2sf.experiments import checkpoint, runs
-from a2sf.experiments.archive import pack
 from a2sf.hf.files import cache
+from a2sf.store import runs
+from a2sf.store.archive import pack
+from a2sf.sweep import checkpoint
 from tests.sweep_fixture import Plan, write_sweep
 
 

@@ -13,10 +13,10 @@ from a2sf.analysis.compare import compare_pair
 from a2sf.analysis.fidelity import fidelity_frame
 from a2sf.analysis.ranking import rank
 from a2sf.errors import UserError
-from a2sf.experiments.runs import StoredCell, load_sweep, results_frame, write_cell
 from a2sf.report.layout import build_tables
 from a2sf.report.output import Options, show
 from a2sf.report.tables import legend
+from a2sf.store.runs import StoredCell, load_sweep, results_frame, write_cell
 from tests.sweep_fixture import Plan, write_sweep
 
 SMALL = Plan(policies=("full", "h2o", "a2sf"), budgets=(0.2,), documents={"piqa": 30, "arc_easy": 20})

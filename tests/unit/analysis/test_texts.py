@@ -19,12 +19,12 @@ from a2sf.analysis.ranking import rank
 from a2sf.analysis.stats import average_difference, bootstrap_means, paired_difference, standard_error
 from a2sf.analysis.texts import Texts, tail_of
 from a2sf.errors import UserError
-from a2sf.experiments.runs import StoredCell, write_cell
-from a2sf.experiments.until import Until, Watch
 from a2sf.report.layout import build_tables
 from a2sf.report.output import Options, show
 from a2sf.report.summaries import comparison_tables
 from a2sf.report.tables import Selection, legend, markdown
+from a2sf.store.runs import StoredCell, write_cell
+from a2sf.sweep.until import Until, Watch
 from tests.sweep_fixture import Plan, write_sweep
 
 OF_FOUR = Texts(np.repeat(np.arange(25), 4))

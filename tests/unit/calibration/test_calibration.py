@@ -23,9 +23,9 @@ from a2sf.calibration.local import Trial, errors
 from a2sf.calibration.texts import WHEEL, Text, passages, read_text
 from a2sf.commands import calibrate
 from a2sf.errors import ConfigError, UserError
-from a2sf.evaluation.tasks import SUITES
 from a2sf.policies.rule import Head
 from a2sf.shipped import shipped
+from a2sf.tasks.spec import SUITES
 from tests.hub.build import write_model
 from tests.models import small
 

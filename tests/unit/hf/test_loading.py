@@ -180,7 +180,7 @@ def test_what_lies_beside_the_decoder_is_no_fault(checkpoint):
 
 def test_two_different_matrices_are_not_tied_by_a_config_that_says_so(checkpoint):
     """transformers reads both; lm-eval ties them once more by the config, which would put one in the other's place."""
-    from a2sf.evaluation.lm import PrunedLM
+    from a2sf.scoring.lm import PrunedLM
 
     folder = checkpoint(tie_word_embeddings=True)
     head = load_file(folder / "model.safetensors")["lm_head.weight"]
@@ -399,8 +399,8 @@ def test_lm_eval_loads_a_model_by_name_with_the_same_checks(checkpoint, bundle):
     import lm_eval
 
     import a2sf.lm  # noqa: F401
-    from a2sf.evaluation import tasks
-    from a2sf.evaluation.lm import PrunedLM
+    from a2sf.scoring.lm import PrunedLM
+    from a2sf.tasks import spec as tasks
 
     folder = checkpoint("opt")
     task = tasks.build("copa", bundle, shots=0, seed=0)
@@ -427,7 +427,7 @@ def test_lm_eval_loads_a_model_by_name_with_the_same_checks(checkpoint, bundle):
 
 
 def test_lm_eval_refuses_what_the_sweeps_refuse(checkpoint):
-    from a2sf.evaluation.lm import PrunedLM
+    from a2sf.scoring.lm import PrunedLM
 
     folder = checkpoint(tensors=without_a_layer)
     with pytest.raises(ConfigError, match="lack 9 of the parameters"):

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from a2sf import Budget, Schedule, attend, evicting_attention, make_policy
 from a2sf.engine.invariants import INVARIANTS, SCHEDULES, case
 from a2sf.errors import ConfigError
-from a2sf.evaluation.untouched import held, untouched
 from a2sf.policies.base import Retention
 from a2sf.policies.rule import Head, Rule
 from a2sf.policies.slots import apportion, head_slots
+from a2sf.scoring.passes.full_cache_prefix import held, untouched
 
 HEADS = [
     {"forgetting_factor": 0.5, "recent_share": 0.5, "sinks": 1, "mean_over_age": False, "share": 1.4},
@@ -161,9 +161,9 @@ def test_a_bounded_cache_holds_heads_of_their_own():
 
 def test_a_cell_is_named_by_what_the_file_holds(tmp_path):
     """Not by its path: another file of the same content is the same cell, the same path with other content is not."""
-    from a2sf.evaluation.tasks import DataSpec
-    from a2sf.experiments.cell import Cell
     from a2sf.hf.loading import ModelSpec
+    from a2sf.sweep.cell import Cell
+    from a2sf.tasks.spec import DataSpec
     from tests.conftest import SMOLLM2
 
     def cell(name: str, content: dict) -> str:

@@ -13,11 +13,11 @@ from a2sf.analysis.collect import Selection, gather
 from a2sf.analysis.compare import compare_pair
 from a2sf.analysis.flips import flips
 from a2sf.engine.trace import Trace
-from a2sf.experiments.runs import write_cell
 from a2sf.report.lengths import length_figure
 from a2sf.report.output import Options, show
 from a2sf.report.plots import by_budget, trade_off
 from a2sf.report.traced import picture
+from a2sf.store.runs import write_cell
 from tests.sweep_fixture import Plan, write_sweep
 
 PLAN = Plan(policies=("full", "h2o", "a2sf"), budgets=(0.2,), documents={"nq_open": 12})

@@ -6,12 +6,12 @@ import pandas as pd
 import pytest
 
 from a2sf.analysis.collect import Selection, gather, grid_of
-from a2sf.experiments.aggregates import Average, Group, Member
-from a2sf.experiments.archive import pack, unpack
-from a2sf.experiments.runs import read_groups, write_groups, write_table
 from a2sf.report.layout import build_tables
 from a2sf.report.output import Options, show
 from a2sf.report.tables import header, screen, screen_table
+from a2sf.store.aggregates import Average, Group, Member
+from a2sf.store.archive import pack, unpack
+from a2sf.store.runs import read_groups, write_groups, write_table
 from tests.sweep_fixture import Plan, write_sweep
 
 BOTH = (Member("arc_easy", 0), Member("piqa", 0))

@@ -19,12 +19,12 @@ from a2sf.analysis.ranking import Ranked, rank
 from a2sf.analysis.reproduce import _grid
 from a2sf.analysis.stats import average_difference, holm
 from a2sf.errors import UserError
-from a2sf.experiments.runs import load_sweep, write_table
 from a2sf.report.layout import build_tables
 from a2sf.report.output import Options, show
 from a2sf.report.plots import lines_of
 from a2sf.report.summaries import ranking_tables, text_screen
 from a2sf.report.tables import csv_frame, latex, legend, markdown
+from a2sf.store.runs import load_sweep, write_table
 from tests.sweep_fixture import NOISE, Plan, write_sweep
 
 PAIR = ("a2sf", "h2o")
@@ -203,9 +203,9 @@ def test_the_same_in_a_csv(scheduled: Path, tmp_path: Path) -> None:
 
 def test_a_cell_says_that_its_policy_is_not_causal() -> None:
     from a2sf import Budget, make_policy
-    from a2sf.evaluation.tasks import DataSpec
-    from a2sf.experiments.cell import Cell
     from a2sf.hf.loading import ModelSpec
+    from a2sf.sweep.cell import Cell
+    from a2sf.tasks.spec import DataSpec
     from tests.conftest import SMOLLM2
 
     model = ModelSpec(path=SMOLLM2, dtype="float32", device="cpu")

@@ -22,10 +22,10 @@ from a2sf.analysis.fidelity import MEASURES, changes, fidelity_frame
 from a2sf.analysis.labels import DASH, MINUS
 from a2sf.analysis.stats import holm, mcnemar_p
 from a2sf.errors import UserError
-from a2sf.experiments.runs import DOCUMENTS, StoredCell, load_sweep
 from a2sf.report.layout import Table, build_tables
 from a2sf.report.output import Options, publish, replace_block, show
 from a2sf.report.tables import csv_frame, latex, markdown, screen, screen_table
+from a2sf.store.runs import DOCUMENTS, StoredCell, load_sweep
 from tests.sweep_fixture import Plan, write_sweep
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "tables.py"

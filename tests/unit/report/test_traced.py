@@ -10,9 +10,9 @@ import pytest
 
 from a2sf.analysis.collect import Selection, gather
 from a2sf.engine.trace import Trace, overlap, save
-from a2sf.experiments.runs import TRACES
 from a2sf.report.output import Options, show
 from a2sf.report.traced import PICTURES, alike, read_traces, trace_frame, trace_pictures
+from a2sf.store.runs import TRACES
 from tests.sweep_fixture import Plan, write_sweep
 
 TOKENS, BUDGET = 12, 4
