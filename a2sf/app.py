@@ -27,12 +27,12 @@ from a2sf.shipped import shipped
 from a2sf.starting import importing, set_environment
 
 if TYPE_CHECKING:
-    from a2sf.experiments.aggregates import Group
-    from a2sf.experiments.cell import Cell
-    from a2sf.experiments.config import Settings
-    from a2sf.experiments.estimate import Estimate
-    from a2sf.experiments.reuse import Plan
-    from a2sf.experiments.sweep import Outcome, Runner
+    from a2sf.store.aggregates import Group
+    from a2sf.sweep.cell import Cell
+    from a2sf.sweep.config.settings import Settings
+    from a2sf.sweep.planning.estimate import Estimate
+    from a2sf.sweep.reuse import Plan
+    from a2sf.sweep.runner import Outcome, Runner
 
 LISTED = 20
 POLL_SECONDS = 2.0
@@ -85,7 +85,7 @@ def job(composed: DictConfig) -> Any:
     set_environment()  # of a worker on another machine
     adopt(HydraConfig.get())
     quiet()
-    from a2sf.experiments.workers import share_cores, take_gpu
+    from a2sf.sweep.workers import share_cores, take_gpu
 
     share_cores(HydraConfig.get().launcher)
     take_gpu(HydraConfig.get().launcher)
@@ -101,7 +101,7 @@ def adopt(hydra: DictConfig) -> None:
     Raises:
         UserError: if a file there hides one of ours, which Hydra would not say, or text in one is read as a number.
     """
-    from a2sf.experiments import config_dir
+    from a2sf.sweep.config import folder as config_dir
 
     sources = [s for s in hydra.runtime.config_sources if s.schema in ("file", config_dir.SCHEME)]
     added = [Path(s.path) for s in sources if s.provider != "main"]
@@ -128,13 +128,13 @@ def run_grid(
     Raises:
         UserError: for the first value that is not allowed, before anything slow.
     """
-    from a2sf.experiments import keys
+    from a2sf.sweep.config import keys
 
     for _, composed in points:
         keys.check(composed)
     quiet()
-    from a2sf.experiments.config import refuse_idle
-    from a2sf.experiments.grid import check_schedules
+    from a2sf.sweep.config.grid import check_schedules
+    from a2sf.sweep.config.settings import refuse_idle
 
     check_schedules([composed for _, composed in points])
     settings = [_read(composed, computes_here) for _, composed in points]
@@ -149,13 +149,13 @@ def run_grid(
             "are a list, tracker=[wandb,tensorboard]"
         )
 
-    from a2sf.evaluation import tasks
-    from a2sf.experiments.estimate import estimate
-    from a2sf.experiments.group import grouped
-    from a2sf.experiments.prepare import documents, models, texts
-    from a2sf.experiments.progress import Progress, shown
-    from a2sf.experiments.reuse import plan
-    from a2sf.experiments.runs import write_groups
+    from a2sf.store.runs import write_groups
+    from a2sf.sweep.group import grouped
+    from a2sf.sweep.planning.estimate import estimate
+    from a2sf.sweep.planning.progress import Progress, shown
+    from a2sf.sweep.prepare import documents, models, texts
+    from a2sf.sweep.reuse import plan
+    from a2sf.tasks import spec as tasks
 
     for until in dict.fromkeys(c.until for s in settings for c in s.cells if c.until):
         until.check([c.policy.name for s in settings for c in s.cells if c.until == until])
@@ -204,7 +204,7 @@ def _run(
     points: Sequence[tuple[list[str], DictConfig]],
     launch: Launch | None,
 ) -> list[Outcome]:
-    from a2sf.experiments.group import grouped
+    from a2sf.sweep.group import grouped
 
     of = {c.name: (s, point) for s, point in zip(settings, points, strict=True) for c in s.cells}
 
@@ -234,8 +234,8 @@ def _run(
 
 def _job(points: Sequence[tuple[list[str], DictConfig]], cells: Sequence[Cell]) -> list[str]:
     """A worker's overrides: those of the first cell's point, what was settled since, and the group's other cells."""
-    from a2sf.experiments.config import as_group
-    from a2sf.experiments.overrides import quote
+    from a2sf.sweep.config.overrides import quote
+    from a2sf.sweep.config.settings import as_group
 
     (overrides, _), *others = points
     cell = cells[0]
@@ -258,14 +258,14 @@ def _job(points: Sequence[tuple[list[str], DictConfig]], cells: Sequence[Cell]) 
 
 
 def _read(composed: DictConfig, computes_here: bool = True) -> Settings:
-    from a2sf.experiments.config import read
+    from a2sf.sweep.config.settings import read
 
     return read(composed, _model_names(), here=computes_here)
 
 
 def _runner(settings: Settings) -> Runner:
-    from a2sf.experiments.sweep import Runner
-    from a2sf.experiments.tracking import Tracker
+    from a2sf.sweep.runner import Runner
+    from a2sf.tracking.tracker import Tracker
 
     directory = Path(settings.runs_dir) / settings.sweep_name
     key = (directory, settings.tracker, settings.batch_size, settings.trace, settings.checkpoint)
@@ -287,7 +287,7 @@ def _names_in(folder: Path) -> list[tuple[str, str]]:
 
 
 def _print_plan(made: Plan, groups: Sequence[Sequence[Cell]], estimates: Sequence[Estimate], directory: Path) -> None:
-    from a2sf.experiments.progress import duration
+    from a2sf.sweep.planning.progress import duration
 
     pending = made.pending
     known = [(len(g), e) for g, e in zip(groups, estimates, strict=True)]
@@ -329,10 +329,10 @@ def _report(
     refused: dict[str, list[str]],
     groups: list[Group],
 ) -> None:
-    from a2sf.experiments.notes import notes_of
-    from a2sf.experiments.runs import table_of
-    from a2sf.experiments.sweep import finish, hardly_pruned
-    from a2sf.report.tables import screen_table
+    from a2sf.report.tables.screen import screen_table
+    from a2sf.store.notes import notes_of
+    from a2sf.store.runs import table_of
+    from a2sf.sweep.runner import finish, hardly_pruned
 
     stored, failures = finish(directory, made.cells)
     if stored:
@@ -397,7 +397,8 @@ def _import_libraries() -> None:
         import datasets  # noqa: F401
         import transformers.modeling_utils  # noqa: F401
 
-        from a2sf.experiments import config, sweep  # noqa: F401
+        from a2sf.sweep import runner  # noqa: F401
+        from a2sf.sweep.config import settings  # noqa: F401
 
 
 def _show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
@@ -406,8 +407,8 @@ def _show(message: Warning | str, category: type[Warning], *_: object, **__: obj
 
 
 def _explain(error: Exception) -> str:
-    from a2sf.experiments.keys import explain
-    from a2sf.experiments.overrides import explain_override
+    from a2sf.sweep.config.keys import explain
+    from a2sf.sweep.config.overrides import explain_override
 
     if isinstance(error, HydraException) and (told := explain_override(error)):
         return told

@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from a2sf.bench.measuring import SMOLLM2, Figures, alternately
-from a2sf.evaluation import tasks
-from a2sf.evaluation.lm import PrunedLM
-from a2sf.experiments.cell import Cell
-from a2sf.experiments.estimate import estimate
-from a2sf.experiments.group import Computed, compute_group
-from a2sf.experiments.runs import write_cell
 from a2sf.hf.loading import load
 from a2sf.policies.a2sf import A2SF
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policy
+from a2sf.scoring.lm import PrunedLM
+from a2sf.store.runs import write_cell
+from a2sf.sweep.cell import Cell
+from a2sf.sweep.group import Computed, Group
+from a2sf.sweep.planning.estimate import estimate
+from a2sf.tasks import spec as tasks
 
 DOCUMENTS = 50
 TASKS = ("arc_easy", "piqa")
@@ -66,7 +66,6 @@ def measure(figures: Figures, options: argparse.Namespace) -> None:
     ratios, details = figures.ratios, figures.details
     loaded = load(figures.model)
     lm = PrunedLM(loaded.model, tokenizer=loaded.tokenizer)
-    lm.silent = True
     run(lm, paper()[::8], ("piqa",), documents=4)  # warm
     for name, systems in (("paper", paper()), ("forgetting", forgetting())):
         calls: dict[str, Callable[[], Any]] = {
@@ -143,7 +142,7 @@ def _groups(lm: PrunedLM, systems: Sequence[System], of: Sequence[str], shots: i
 
 def _computed(lm: PrunedLM, group: Sequence[Cell], directory: Path) -> list[Computed]:
     with contextlib.redirect_stderr(io.StringIO()):  # lm-eval's progress bars
-        found = list(compute_group(group, lm, directory))
+        found = list(Group(group, lm.scorer, directory).compute())
     for computed in found:
         if computed.error is not None:
             raise computed.error

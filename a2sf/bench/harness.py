@@ -17,13 +17,13 @@ from lm_eval.models.huggingface import HFLM
 from rich.table import Table
 
 from a2sf.bench.measuring import SMOLLM2, Figures, alone, alternately, peak
-from a2sf.evaluation import tasks
-from a2sf.evaluation.lm import PrunedLM
 from a2sf.hf.loading import LoadedModel, load
 from a2sf.policies.a2sf import A2SF
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policy
+from a2sf.scoring.lm import PrunedLM
+from a2sf.tasks import spec as tasks
 
 TASKS = ("piqa", "openbookqa", "arc_easy", "arc_challenge")
 DOCUMENTS = 50
@@ -49,7 +49,6 @@ def measure(figures: Figures, options: argparse.Namespace) -> None:
     loaded = load(figures.model)
     theirs = lm_eval_model(loaded, options.batch_size)
     ours = PrunedLM(loaded.model, tokenizer=loaded.tokenizer)
-    ours.silent = True
     evaluate(ours, 1, documents=8)  # warm up, as theirs is
     details["lm_eval_batch_size"] = theirs.batch_size
     accuracy: dict[str, dict[str, float]] = details.setdefault("accuracy", {})
@@ -73,7 +72,6 @@ def measure(figures: Figures, options: argparse.Namespace) -> None:
         figures.save()
     half = load(dataclasses.replace(figures.model, dtype="bfloat16"))
     ours_half = PrunedLM(half.model, tokenizer=half.tokenizer)
-    ours_half.silent = True
     for name, setting in SETTINGS.items():
         calls = {"float32": _with(ours, setting, 1), "bfloat16": _with(ours_half, setting, 1)}
         seconds, results = alternately(1, warm=False, **calls)
@@ -121,7 +119,7 @@ def lm_eval_model(loaded: LoadedModel, batch_size: int | None) -> Any:
 def evaluate(lm: Any, shots: int, documents: int = DOCUMENTS) -> dict[str, float]:
     """Accuracy of each task."""
     bundle = tasks.DataSpec(source="bundle")
-    built = {t: tasks.build(t, bundle, shots=shots, seed=1234) for t in TASKS}
+    built = {t: tasks.TaskSpec(t, bundle, shots).build(1234) for t in TASKS}
     with contextlib.redirect_stderr(io.StringIO()):  # lm-eval's progress bars
         found = lm_eval.evaluate(lm, task_dict={"tasks": built}, limit=documents, bootstrap_iters=0)
     return {task: found["results"][task]["acc,none"] for task in TASKS}

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from a2sf.bench.measuring import SMOLLM2, Figures, peak, printed
-from a2sf.hf.generation import PrunedCache
+from a2sf.hf.cache.pruned import PrunedCache
 from a2sf.hf.loading import load, local_checkpoint
 from a2sf.policies.a2sf import A2SF
 from a2sf.policies.budget import Budget

@@ -10,8 +10,8 @@ import numpy as np
 from a2sf.calibration.capture import Captured, capture, projections
 from a2sf.errors import ConfigError
 from a2sf.hf.attention import Plan
+from a2sf.hf.layer_check import layers_of
 from a2sf.hf.settings import check_settings, retention_of
-from a2sf.hf.trial import layers_of
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
 from a2sf.policies.schedule import STEP

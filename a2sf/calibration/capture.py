@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from a2sf.hf.attention import UnsupportedModel, attached, check_finite, mixes_windows, rope_switch, running
-from a2sf.hf.calls import logits_at
-from a2sf.hf.trial import layers_of
+from a2sf.hf.calls.logits import logits_at
+from a2sf.hf.layer_check import layers_of
 
 PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 """Names of the projection after the attention in transformers' models."""

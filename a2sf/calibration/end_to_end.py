@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from a2sf.hf.attention import Plan, attached, running
-from a2sf.hf.calls import logits_at
+from a2sf.hf.calls.logits import logits_at
+from a2sf.hf.layer_check import layers_of
 from a2sf.hf.settings import retention_of
-from a2sf.hf.trial import layers_of
 from a2sf.policies.base import UNLIMITED, Policy, Retention
 from a2sf.policies.budget import Budget
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from a2sf.calibration.capture import Captured, capture
 from a2sf.errors import UserError
-from a2sf.evaluation.needle.utils import documents
-from a2sf.hf.trial import layers_of
+from a2sf.hf.layer_check import layers_of
+from a2sf.tasks.needle.utils import documents
 
 
 @dataclass(frozen=True)

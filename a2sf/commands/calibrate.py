@@ -99,9 +99,9 @@ def calibrate(args: argparse.Namespace, console: Console) -> None:
     from a2sf.calibration.grid import settings
     from a2sf.calibration.run import Calibration, Options, content, rows_of
     from a2sf.calibration.texts import passages, read_text
-    from a2sf.experiments.cell import engine_versions
-    from a2sf.experiments.names import safe
     from a2sf.hf import loading
+    from a2sf.store.names import safe
+    from a2sf.sweep.cell import engine_versions
 
     text = read_text(args.text)
     spec = model_spec(args)

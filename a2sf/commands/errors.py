@@ -72,11 +72,11 @@ def measure(args: argparse.Namespace, policies: dict[str, Any], console: Console
     from a2sf.calibration.by_layer import check_policies, errors_by_layer
     from a2sf.calibration.capture import check_model
     from a2sf.calibration.texts import passages, read_text
-    from a2sf.experiments.names import safe
     from a2sf.hf import loading
-    from a2sf.hf.trial import layers_of
+    from a2sf.hf.layer_check import layers_of
     from a2sf.report.heads import errors_figure
-    from a2sf.report.plots import save
+    from a2sf.report.plots.style import save
+    from a2sf.store.names import safe
 
     source = read_text(args.text)
     loaded = loading.load(model_spec(args))

@@ -51,10 +51,10 @@ def measure(args: argparse.Namespace, console: Console) -> None:
     """Load the model, measure, write and show the heads."""
     from a2sf import atomic
     from a2sf.calibration import retrieval
-    from a2sf.experiments.names import safe
     from a2sf.hf import loading
     from a2sf.report.heads import heads_figure
-    from a2sf.report.plots import save
+    from a2sf.report.plots.style import save
+    from a2sf.store.names import safe
 
     loaded = loading.load(model_spec(args))
     texts = retrieval.needles(loaded.tokenizer, args.documents, args.lengths, args.seed)

@@ -60,10 +60,11 @@ def main(arguments: Sequence[str]) -> None:
     args = parser().parse_args(arguments)
 
     # seconds of imports, which a slip in the arguments does not need
-    from a2sf.analysis.collect import DEFAULT_PAIR, Selection, gather
+    from a2sf.analysis.results.gather import gather
+    from a2sf.analysis.results.grid import DEFAULT_PAIR
+    from a2sf.analysis.results.selection import Selection
     from a2sf.report.output import Options, publish, show
-    from a2sf.report.summaries import text_screen
-    from a2sf.report.tables import screen
+    from a2sf.report.tables.screen import screen, text_screen
 
     names = ("models", "policies", "budgets", "factors", "schedules", "tasks", "shots")
     selection = Selection(

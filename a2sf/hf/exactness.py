@@ -17,18 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from a2sf.hf.attention import (
-    NonFiniteError,
-    Plan,
-    UnsupportedModel,
-    attached,
-    mixes_windows,
-    rope_switch,
-    running,
-)
-from a2sf.hf.calls import Around, bare, cache_name_of, idle, logits_at, names_of
+from a2sf.hf.attention.errors import NonFiniteError, UnsupportedModel
+from a2sf.hf.attention.function import attached, running
+from a2sf.hf.attention.plan import Plan
+from a2sf.hf.attention.windows import mixes_windows, rope_switch
+from a2sf.hf.calls.around import Around, bare, cache_name_of, idle, names_of
+from a2sf.hf.calls.logits import logits_at
 from a2sf.hf.devices import input_device
-from a2sf.hf.trial import agree, layers_of, likely, positions_of, try_layers
+from a2sf.hf.layer_check import agree, layers_of, likely, positions_of, try_layers
 from a2sf.policies.base import UNLIMITED, Retention
 
 TOKENS, PROMPT, AFTER = 20, 10, 3

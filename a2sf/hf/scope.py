@@ -13,11 +13,15 @@ from transformers import PreTrainedModel
 
 from a2sf.engine.kernels import check_backend
 from a2sf.errors import UserError
-from a2sf.hf.attention import Plan, UnsupportedModel, attached, mixes_windows
-from a2sf.hf.calls import decoder_of, new_tokens, scoped, surround
+from a2sf.hf.attention.errors import UnsupportedModel
+from a2sf.hf.attention.function import attached
+from a2sf.hf.attention.plan import Plan
+from a2sf.hf.attention.windows import mixes_windows
+from a2sf.hf.cache.pruned import PrunedCache, prove_decoding
+from a2sf.hf.calls.around import decoder_of, scoped, surround
+from a2sf.hf.calls.tokens import new_tokens
 from a2sf.hf.exactness import require_exact
-from a2sf.hf.generation import PrunedCache, prove_decoding
-from a2sf.hf.loading import kv_heads_of
+from a2sf.hf.loading.config import kv_heads_of
 from a2sf.hf.settings import check_settings, contexts_for, contexts_of, new_tokens_of, retention_of
 from a2sf.policies.arguments import budget_of, policy_of, schedule_of
 from a2sf.policies.base import Policy, Retention

@@ -9,7 +9,7 @@ import subprocess
 import pandas as pd
 import pytest
 
-from a2sf.experiments.runs import load_sweep
+from a2sf.store.runs import load_sweep
 from tests.end_to_end.test_evaluate import evaluate, tables
 from tests.hub.build import write_model
 from tests.hub.paper import commit_dataset, paper_documents
@@ -66,7 +66,7 @@ def numbers(text: str) -> list[str]:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_papers_seven_tasks_from_a_hub(hub, run, tmp_path):
     paper_documents(hub.store)
     done = run("-m", "policy=full,h2o", "budget.ratio=0.2", "tasks=paper", "shots=0,1", "limit=4", "sweep_name=seven")
@@ -109,7 +109,7 @@ def test_a_main_branch_that_moves_between_two_starts(hub, run, tmp_path):
     assert "1 cells, 1 done, 0 to run" in back.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     "launcher", [[], ["hydra/launcher=processes", "hydra.launcher.n_jobs=2"]], ids=["here", "workers"]
 )
@@ -209,7 +209,7 @@ def test_what_the_hub_does_not_give_is_one_sentence(hub, run, arguments, parts):
         assert part in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_tasks_with_parentheses_and_yaml_files_reach_the_workers(hub, run, tmp_path):
     name = "tmmluplus_education_(profession_level)"
     rows = [{"question": f"q{i}", "A": "a", "B": "b", "C": "c", "D": "d", "answer": "A"} for i in range(4)]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from a2sf.experiments.runs import is_cell, load_sweep, read_cell
+from a2sf.store.runs import is_cell, load_sweep, read_cell
 from tests.started import started
 
 ROOT = Path(__file__).parents[2]
@@ -215,7 +215,7 @@ def test_a_directory_that_cannot_be_written(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_processes_on_one_directory_compute_each_cell_once(sweep, tmp_path):
     runs = tmp_path / "runs"
     both = [

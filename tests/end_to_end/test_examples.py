@@ -62,8 +62,8 @@ def test_read_sweep(tmp_path):
     assert "arc_challenge" in said
 
 
-def test_when_is_it_told(tmp_path):
-    said = run(EXAMPLES / "when_is_it_told.py", cwd=tmp_path)
+def test_early_stopping(tmp_path):
+    said = run(EXAMPLES / "early_stopping.py", cwd=tmp_path)
     assert said.count("winogrande") == 14
     assert "share of the documents: {'±5': 0.8, '±10': 0.5, 'which is better': 0.78}" in said
 
@@ -75,12 +75,12 @@ def test_every_example_is_tested():
         "generate.py",
         "own_policy.py",
         "read_sweep.py",
-        "when_is_it_told.py",
+        "early_stopping.py",
         NOTEBOOK.name,
     }
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_notebook_runs_and_holds_outputs(tmp_path):
     assert NOTEBOOK.stat().st_size < 300_000
     cells = [c for c in json.loads(NOTEBOOK.read_text())["cells"] if c["cell_type"] == "code"]

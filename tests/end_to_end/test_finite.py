@@ -6,7 +6,7 @@ import json
 
 import torch
 
-from a2sf.experiments.runs import load_sweep
+from a2sf.store.runs import load_sweep
 from tests.end_to_end.test_evaluate import evaluate
 from tests.models import small
 

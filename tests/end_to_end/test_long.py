@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from a2sf.experiments.runs import load_sweep
+from a2sf.store.runs import load_sweep
 from tests.end_to_end.test_evaluate import evaluate
 from tests.hub.build import write_model
 from tests.hub.paper import commit_dataset
@@ -38,7 +38,7 @@ def test_ours_before_and_after_the_question(tiny, tmp_path):
     assert cells["full", "step", "long_single"].result["lengths"]["budget"] is None
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_lm_evals_from_a_hub(hub, tiny, tmp_path):
     rows = [
         {

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from a2sf.experiments import schema
-from a2sf.experiments.runs import load_sweep
+from a2sf.store.runs import load_sweep
+from a2sf.sweep.config import schema
 from tests.end_to_end.test_evaluate import evaluate
 from tests.models import write_piqa
 
@@ -137,7 +137,7 @@ def test_a_file_that_would_be_read_otherwise_is_refused(tmp_path, file, text, to
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("launcher", ["processes", "slurm_local"])
 def test_text_reaches_workers_as_it_was_meant(launcher, tmp_path):
     mine = write_tree(tmp_path)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from a2sf.analysis.collect import Selection
+from a2sf.analysis.results.selection import Selection
 from a2sf.report.output import Options, show
 from tests.sweep_fixture import Plan, write_sweep
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

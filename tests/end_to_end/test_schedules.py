@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from a2sf.engine.trace import load
-from a2sf.experiments.runs import load_sweep
+from a2sf.store.runs import load_sweep
 from tests.end_to_end.test_evaluate import evaluate
 
 COPA = ["tasks=[copa]", "limit=4", "data=bundle"]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from a2sf.experiments.runs import load_sweep
 from a2sf.policies.find import built_in
+from a2sf.store.runs import load_sweep
 from tests.outside import installed_package, own_folder, policy
 
 ROOT = Path(__file__).parents[2]

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from a2sf import A2SF, Budget
 from a2sf.hf.attention import Plan, UnsupportedModel, attached, mixes_windows, running
-from a2sf.hf.calls import logits_at
+from a2sf.hf.cache.pruned import PrunedCache
+from a2sf.hf.calls.logits import logits_at
 from a2sf.hf.exactness import check_exact
-from a2sf.hf.generation import PrunedCache
 from a2sf.hf.scope import pruning
 from a2sf.policies.base import UNLIMITED, Retention
 from tests.architectures import REFUSED, SUPPORTED, UNDECODABLE, Architecture, table

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from a2sf import Budget, Policy, PrunedCache, Retention, Rule, Step
-from a2sf.evaluation.needle.utils import documents
+from a2sf.tasks.needle.utils import documents
 
 SINKS, SPARE = 4, 8
 

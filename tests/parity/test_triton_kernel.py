@@ -24,9 +24,11 @@ from a2sf import Policy, Schedule
 from a2sf.engine import kernels
 from a2sf.engine.eviction import Attended, EvictionState, Options, Segments, reference
 from a2sf.engine.invariants import schedules
-from a2sf.engine.kernels import triton_kernel, triton_step
-from a2sf.engine.levels import Ran, Rows
+from a2sf.engine.kernels.gpu import launch as triton_kernel
+from a2sf.engine.kernels.gpu import step as triton_step
+from a2sf.engine.retention import BatchRetention
 from a2sf.engine.stepwise import torch_rows
+from a2sf.engine.tree import Ran, Rows
 from a2sf.errors import ConfigError, Notice, UserError
 from a2sf.policies.rule import Rule
 from tests.policies import Counted, instances, label
@@ -108,9 +110,8 @@ def _to(device: str, x):
 
 def rows(*policies: tuple[int, int, int, float, int]) -> Segments:
     budget, recent, sinks, factor, length = (torch.tensor(column) for column in zip(*policies, strict=True))
-    B = len(policies)
-    no_parent = torch.full((B,), -1)
-    return Segments(torch.arange(B), torch.zeros(B).long(), length, no_parent, budget, recent, sinks, factor.double())
+    retention = BatchRetention(budget=budget, recent=recent, sinks=sinks, forgetting_factor=factor.double())
+    return Segments.of_rows(retention, length)
 
 
 def tokens(seed: int, B: int, K: int, G: int, T: int, D: int, V: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -331,7 +332,7 @@ def test_prompts_and_other_parts(attend, policy, schedule):
     args = (*tokens(15, 2, 2, 2, 12, 4, 5, torch.float32), of_policy(policy, schedule, [4, 5], [12, 10], 7), OPTIONS)
     got, ran = attend(*args, by=by_name)
     assert_same(got, reference(*args), 1e-5)
-    assert ran == {"triton" if kernels.compiled_after(args[3]) else "torch"}
+    assert ran == {"triton" if kernels.splits(args[3]) else "torch"}
 
 
 def test_a_rule_of_ones_own_is_for_torch(attend):
@@ -401,7 +402,7 @@ def test_a_kernel_that_was_compiled_wrong_is_found_out(wrong, monkeypatch):
     monkeypatch.setattr(triton_kernel, "_interpreted", lambda: False)
     monkeypatch.setattr(triton_kernel, "available", lambda device=None: True)
     monkeypatch.setattr(triton_kernel, "_found", {})
-    monkeypatch.setattr(kernels, "_choose", lambda query: "triton")
+    monkeypatch.setattr(kernels, "REGISTRY", tuple(b for b in kernels.REGISTRY if b.name in ("triton", "torch")))
     args = (*tokens(19, 2, 2, 2, 12, 4, 5, torch.float32), rows((4, 0, 0, 0.5, 12), (5, 1, 1, 0.5, 9)), OPTIONS)
     with pytest.raises(UserError, match="fails its trial on cpu") as told:
         kernels.attend(*args, backend="triton")

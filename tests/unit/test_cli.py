@@ -18,11 +18,12 @@ from a2sf import app, cli
 from a2sf.commands import run, tables
 from a2sf.commands.describe import attributes, paper
 from a2sf.errors import UserError
-from a2sf.experiments import config_dir, schema
-from a2sf.experiments.runs import load_sweep
 from a2sf.policies.base import WHEN
 from a2sf.policies.find import built_in, defaults
 from a2sf.shipped import shipped
+from a2sf.store.runs import load_sweep
+from a2sf.sweep.config import folder as config_dir
+from a2sf.sweep.config import schema
 from tests.sweep_fixture import Plan, write_sweep
 
 

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats as scipy_stats
 from statsmodels.stats.contingency_tables import mcnemar
 
-from a2sf.analysis.stats import (
+from a2sf.analysis.statistics.paired import (
     average_difference,
     bonett_price,
     bootstrap_means,

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a2sf import Budget, attend, make_policy
-from a2sf.analysis.labels import name_settings, one_name
+from a2sf.analysis.results.labels import name_settings, shorten_names
 from a2sf.calibration import grid, run
 from a2sf.calibration.allocate import allocate_budget
 from a2sf.calibration.capture import Captured, capture, projections
@@ -23,9 +23,9 @@ from a2sf.calibration.local import HeadAtRatio, errors
 from a2sf.calibration.texts import WHEEL, Text, passages, read_text
 from a2sf.commands import calibrate
 from a2sf.errors import ConfigError, UserError
-from a2sf.evaluation.tasks import SUITES
 from a2sf.policies.rule import Head
 from a2sf.shipped import shipped
+from a2sf.tasks.spec import SUITES
 from tests.hub.build import write_model
 from tests.models import small
 
@@ -273,6 +273,6 @@ def test_one_name_at_several_budgets_is_one_system_and_never_two_at_one():
         for name, sinks, b in rows
     )
     given = frame["settings"].tolist()
-    found = one_name(frame, ["policy", "settings", "budget", "task"])["settings"].tolist()
+    found = shorten_names(frame, ["policy", "settings", "budget", "task"])["settings"].tolist()
     assert found[0] == found[1] == json.dumps({"file": {"name": "a"}})
     assert found[2:] == given[2:]

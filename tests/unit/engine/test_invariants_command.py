@@ -14,9 +14,9 @@ import torch
 from a2sf import Policy, Retention, Schedule, Step
 from a2sf.commands import check as command
 from a2sf.engine import stepwise
-from a2sf.engine.cases import case
 from a2sf.engine.invariants import INVARIANTS, Broken, Excepted, check
-from a2sf.engine.opposite import chooses
+from a2sf.engine.invariants.cases import case
+from a2sf.engine.invariants.opposite import chooses
 from a2sf.errors import ConfigError, UserError
 from a2sf.policies.find import find_policies
 from tests.outside import policy

@@ -19,7 +19,7 @@ from torch import nn
 from a2sf import A2SF, Budget
 from a2sf.errors import Notice, UserError
 from a2sf.hf.attention import UnsupportedModel
-from a2sf.hf.generation import PrunedCache
+from a2sf.hf.cache.pruned import PrunedCache
 from a2sf.hf.scope import pruning
 from tests.models import small
 

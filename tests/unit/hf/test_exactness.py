@@ -11,9 +11,9 @@ from transformers.masking_utils import sdpa_mask
 from a2sf import A2SF, Budget
 from a2sf.hf import exactness
 from a2sf.hf.attention import Plan, UnsupportedModel, attached, running
-from a2sf.hf.calls import logits_at
+from a2sf.hf.cache.pruned import PrunedCache
+from a2sf.hf.calls.logits import logits_at
 from a2sf.hf.exactness import check_exact, require_exact
-from a2sf.hf.generation import PrunedCache
 from a2sf.hf.scope import pruning
 from a2sf.policies.base import Retention
 from tests.architectures import EXPERTS, QWEN_EXPERTS

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from a2sf import A2SF, Budget, Schedule
 from a2sf.errors import ConfigError, UserError
 from a2sf.hf.attention import NonFiniteError, UnsupportedModel
-from a2sf.hf.generation import PrunedCache
+from a2sf.hf.cache.pruned import PrunedCache
 from a2sf.hf.scope import pruning
 from baselines.adakv import AdaKV
 from baselines.full import Full

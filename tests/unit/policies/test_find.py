@@ -12,14 +12,14 @@ from lm_eval.utils import simple_parse_args_string
 
 from a2sf import A2SF, Budget
 from a2sf.errors import ConfigError, UserError
-from a2sf.evaluation.lm import PrunedLM
-from a2sf.evaluation.tasks import DataSpec
-from a2sf.experiments import schema
-from a2sf.experiments.cell import CUT_VERSION, Cell
-from a2sf.experiments.config import read
 from a2sf.hf.loading import ModelSpec
 from a2sf.policies.find import built_in, configurations, find_policies, find_policy, installed, load, source_digest
+from a2sf.scoring.lm import PrunedLM
 from a2sf.shipped import shipped
+from a2sf.sweep.cell import CUT_VERSION, Cell
+from a2sf.sweep.config import schema
+from a2sf.sweep.config.settings import read
+from a2sf.tasks.spec import DataSpec
 from tests.outside import MODEL, installed_package, policy
 
 EMPTY = """class Mine(Policy):

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from a2sf import Budget, Policy, Retention, make_policy
-from a2sf.evaluation.tasks import DataSpec
-from a2sf.experiments.archive import read_archive
-from a2sf.experiments.cell import Cell, policy_versions
 from a2sf.hf.loading import ModelSpec
 from a2sf.policies.find import find_policies
 from a2sf.shipped import shipped
+from a2sf.store.archive import read_archive
+from a2sf.sweep.cell import Cell, policy_versions
+from a2sf.tasks.spec import DataSpec
 from tests.conftest import SMOLLM2
 from tests.policies import instances
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 
 from a2sf import Policy, Retention, Rule, Schedule, Step, attend, make_policy
 from a2sf.engine import kernels
+from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import EvictionState, Options, Segments
 from a2sf.errors import ConfigError
 from a2sf.policies.base import check_name
@@ -346,8 +347,8 @@ def test_memory_travels_with_its_tokens():
 def test_an_upper_mark_sees_whole_sequences_only():
     kept = make_policy("future").keeps(4)
     one = torch.tensor([0, 0])
-    numbers = (torch.tensor([4, 4]), one, one, torch.ones(2, dtype=torch.float64))
-    tree = Segments(one, torch.tensor([0, 6]), torch.tensor([6, 6]), torch.tensor([-1, 0]), *numbers, rule=kept.rule)
+    rows = Segments.of_rows(BatchRetention.of([kept] * 2), torch.tensor([6, 6]), torch.tensor([0, 6]))
+    tree = replace(rows, row=one, parent=torch.tensor([-1, 0]))
     with pytest.raises(ValueError, match="each sequence as one segment"):
         kernels.attend(*tensors(), tree, Options(1.0))
 
@@ -355,11 +356,9 @@ def test_an_upper_mark_sees_whole_sequences_only():
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_traces_of_steps_that_evict_several(backend):
     q, k, v = tensors(20)
-    one = torch.tensor([0])
     kept = make_policy("a2sf").keeps(5)
-    rows = (one, one, torch.tensor([20]), one - 1, one + 5, one, one, torch.tensor([kept.forgetting_factor]).double())
     for schedule, prompt in ((Schedule("every", every=4), None), (Schedule("prompt", then="step"), torch.tensor([12]))):
-        segments = Segments(*rows, schedule=schedule, prompt=prompt)
+        segments = Segments.of_rows(BatchRetention.of([kept], schedule, prompt), torch.tensor([20]))
         got = kernels.attend(q, k, v, segments, Options(0.3, True, True), backend=backend)
         steps, times = got.cuts[got.cuts[:, 1] == 0, 2].unique(return_counts=True)
         if prompt is None:

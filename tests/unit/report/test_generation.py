@@ -9,15 +9,16 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from a2sf.analysis.collect import Selection, gather
-from a2sf.analysis.compare import compare_pair
-from a2sf.analysis.flips import flips
+from a2sf.analysis.comparisons.flips import flips
+from a2sf.analysis.comparisons.pairs import compare_pair
+from a2sf.analysis.results.gather import gather
+from a2sf.analysis.results.selection import Selection
 from a2sf.engine.trace import Trace
-from a2sf.experiments.runs import write_cell
 from a2sf.report.lengths import length_figure
 from a2sf.report.output import Options, show
-from a2sf.report.plots import by_budget, trade_off
+from a2sf.report.plots.sweep import by_budget, trade_off
 from a2sf.report.traced import picture
+from a2sf.store.runs import write_cell
 from tests.sweep_fixture import Plan, write_sweep
 
 PLAN = Plan(policies=("full", "h2o", "a2sf"), budgets=(0.2,), documents={"nq_open": 12})
@@ -150,7 +151,7 @@ def test_a_picture_goes_on_to_what_each_policy_wrote(tmp_path: Path) -> None:
     drawn = (tmp_path / "p.svg").read_text(encoding="utf-8")
     for piece in ("indeed", "no", "yes "):
         assert f"<!-- {piece.strip()}" in drawn
-    assert "underlined: what it wrote" in drawn
+    assert "underlined: generated text" in drawn
     picture({"One": trace(("yes",)), "Two": trace(("yes",))}, tmp_path / "q.svg")
     other = Trace(0, ("An", "other", "one"), 3, np.full((2, 1, 3), 3), np.zeros((2, 1, 3)), np.zeros((2, 1, 3)))
     with pytest.raises(ValueError, match="one document"):

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from a2sf.analysis.collect import Selection, gather
-from a2sf.analysis.flips import flipped, flips
-from a2sf.experiments.runs import is_cell, load_sweep
-from a2sf.report.html import FLIPS_SHOWN
+from a2sf.analysis.comparisons.flips import flipped, flips
+from a2sf.analysis.results.gather import gather
+from a2sf.analysis.results.selection import Selection
 from a2sf.report.output import Options, show
+from a2sf.report.page.page import FLIPS_SHOWN
+from a2sf.store.runs import is_cell, load_sweep
 from tests.sweep_fixture import Plan, write_sweep
 
 
