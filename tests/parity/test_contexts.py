@@ -116,7 +116,7 @@ def test_a_token_across_the_contexts_end_is_the_questions():
 def test_mistakes_are_told_in_one_sentence():
     with pytest.raises(ConfigError, match=r"budget\.base=total is not allowed: schedule\.at=context cuts before"):
         lm_of("h2o", budget_ratio=0.5)
-    with pytest.raises(ConfigError, match="the policy future knows step alone"):
+    with pytest.raises(ConfigError, match="the policy future supports only step"):
         lm_of("future")
     with pytest.raises(ConfigError, match=r"schedule\.at=context is not allowed: it needs the name"):
         lm_of(field=None).loglikelihood(scored(), disable_tqdm=True)

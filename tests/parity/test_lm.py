@@ -226,7 +226,7 @@ def test_lm_eval_takes_it_by_name(bundle, tmp_path):
         ({"policy": "h2o", "budget_ratio": 3}, r"budget\.ratio=3"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"policy": "h2o", "budget_tokens": 8, "schedule": "evry4"}, "schedule=evry4 is not allowed: give one of step"),
-        ({"policy": "future", "budget_tokens": 8, "schedule": "prompt"}, "the policy future knows step alone"),
+        ({"policy": "future", "budget_tokens": 8, "schedule": "prompt"}, "the policy future supports only step"),
         ({"policy": "h2o", "budget_tokens": 8, "schedule": "every0"}, r"schedule\.every=0"),
         ({"polcy": "h2o"}, r"polcy=h2o is not allowed: the model a2sf has no such argument \(did you mean policy"),
         ({"policy": H2O(), "forgetting_factor": 0.3}, "forgetting_factor=0.3 .* policy that is given by its name"),
