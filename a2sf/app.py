@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -30,11 +31,9 @@ if TYPE_CHECKING:
     from a2sf.store.aggregates import Group
     from a2sf.sweep.cell import Cell
     from a2sf.sweep.config.settings import Settings
-    from a2sf.sweep.planning.estimate import Estimate
     from a2sf.sweep.reuse import Plan
     from a2sf.sweep.runner import Outcome, Runner
 
-LISTED = 20
 POLL_SECONDS = 2.0
 screen = Console()
 _runners: dict[tuple[Any, ...], Runner] = {}
@@ -47,6 +46,7 @@ Launch = Callable[[list[list[str]]], list[Any]]
 def guard(main: Callable[[], Any]) -> None:
     """Run the app; a user's mistake is one sentence on standard error and exit code 1, never a traceback."""
     set_environment()
+    _show_notices()
     # not by way of SIGINT, which a process that a script started in the background ignores
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -153,12 +153,13 @@ def run_grid(
     from a2sf.sweep.group import grouped
     from a2sf.sweep.planning.estimate import estimate
     from a2sf.sweep.planning.progress import Progress, shown
+    from a2sf.sweep.planning.table import headline, plan_table
     from a2sf.sweep.prepare import documents, models, texts
     from a2sf.sweep.reuse import plan
     from a2sf.tasks import spec as tasks
 
-    for until in dict.fromkeys(c.until for s in settings for c in s.cells if c.until):
-        until.check([c.policy.name for s in settings for c in s.cells if c.until == until])
+    for rule in dict.fromkeys(c.stopping_rule for s in settings for c in s.cells if c.stopping_rule):
+        rule.check([c.policy.name for s in settings for c in s.cells if c.stopping_rule == rule])
     documents.check(c for s in settings for c in s.cells)
     settings, unreadable = models.readable(settings, screen)
     models.check_prompting((c for s in settings for c in s.cells), hub=False)
@@ -174,7 +175,9 @@ def run_grid(
         screen.print(note, highlight=False, soft_wrap=True)
     groups = grouped(made.pending)
     estimates = estimate(groups, directory.parent, trial=computes_here)
-    _print_plan(made, groups, estimates, directory)
+    screen.print(headline(made, groups, estimates, directory), highlight=False, soft_wrap=True)
+    if groups:
+        screen.print(plan_table(groups, estimates))
     if first.plan_only:
         return
     scored = list(dict.fromkeys(g for s in settings for g in s.groups))
@@ -286,37 +289,6 @@ def _names_in(folder: Path) -> list[tuple[str, str]]:
     return [(model["path"], name) for name, model in known.items() if isinstance(model, dict) and model.get("path")]
 
 
-def _print_plan(made: Plan, groups: Sequence[Sequence[Cell]], estimates: Sequence[Estimate], directory: Path) -> None:
-    from a2sf.sweep.planning.progress import duration
-
-    pending = made.pending
-    known = [(len(g), e) for g, e in zip(groups, estimates, strict=True)]
-    tokens = sum(e.tokens for _, e in known if e.tokens is not None)
-    timed = sum(n for n, e in known if e.seconds is not None)
-    counted = sum(n for n, e in known if e.tokens is not None)
-    of = "" if counted == len(pending) else f" for {counted} of them"
-    about = f", about {_rounded(tokens)} tokens to compute{of}" if tokens else ""
-    if timed:
-        seconds = sum(e.seconds for _, e in known if e.seconds is not None)
-        some = "" if timed == len(pending) else f"; {len(pending) - timed} of them are not like any that was measured"
-        tried = sum(n for n, e in known if e.tried)
-        how = "at the speed measured here" if not tried else "by a short trial of this machine's speed"
-        about += f", about {duration(seconds)} {'partly ' if 0 < tried < timed else ''}{how}{some}"
-    screen.print(
-        f"[bold]{directory}[/bold]: {len(made.cells)} cells, {len(made.done)} done, {len(pending)} to run{about}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    for cell in pending[:LISTED]:
-        screen.print(f"  {cell.name}", highlight=False, style="dim", soft_wrap=True)
-    if len(pending) > LISTED:
-        screen.print(f"  … and {len(pending) - LISTED} more", style="dim")
-
-
-def _rounded(number: float) -> str:
-    return f"{float(f'{number:.2g}'):,.0f}"
-
-
 def _underway(name: str) -> float | None:
     """How much of the work on a cell is done, where this process is at it."""
     return next((r.underway[name] for r in list(_runners.values()) if name in r.underway), None)
@@ -337,7 +309,7 @@ def _report(
     stored, failures = finish(directory, made.cells)
     if stored:
         screen.print(screen_table(stored, groups))
-        screen.print(f"{len(stored)} cells in {directory}/results.csv", highlight=False)
+        screen.print(_written(directory, len(stored)), highlight=False, soft_wrap=True)
         for note in filter(None, [hardly_pruned(stored), *notes_of(stored)]):
             screen.print(note, highlight=False, markup=False, soft_wrap=True)
     tracker = _runner(settings).tracker
@@ -359,8 +331,21 @@ def _report(
     for told, names in refused.items():
         several = f"{len(names)} cells were" if len(names) > 1 else "1 cell was"
         screen.print(f"[bold red]{several} not run[/bold red]: {escape(told)}", highlight=False, soft_wrap=True)
+    if stored:
+        screen.print(f"Next: a2sf tables {directory}   (tables, plots, report.html)", highlight=False, soft_wrap=True)
     if failures or refused:
         sys.exit(1)
+
+
+def _written(directory: Path, cells: int) -> str:
+    """How much `results.csv` holds: the results of this command's `cells` cells and of the sweep's earlier ones."""
+    import pandas as pd
+
+    file = directory / "results.csv"
+    of_cell = pd.read_csv(file, usecols=["cell"])["cell"]
+    total = of_cell.nunique()
+    ours = "" if total == cells else f", {cells} of them of this command"
+    return f"{len(of_cell)} results (one per metric) of {total} cells in {file}{ours}"
 
 
 def _pictures(directory: Path) -> dict[str, Path]:
@@ -372,11 +357,9 @@ def _pictures(directory: Path) -> dict[str, Path]:
 def quiet() -> None:
     """Libraries keep to themselves; what the user needs to know, we say, warnings about a cell's numbers with its result."""
     import logging
-    import warnings
 
     warnings.filterwarnings("ignore")
-    warnings.filterwarnings("default", category=Notice)
-    warnings.showwarning = _show
+    _show_notices()
     for name in ("lm_eval", "transformers", "datasets", "wandb", "httpx", "accelerate", "huggingface_hub", "filelock"):
         logging.getLogger(name).setLevel(logging.ERROR)
     _import_libraries()
@@ -399,6 +382,11 @@ def _import_libraries() -> None:
 
         from a2sf.sweep import runner  # noqa: F401
         from a2sf.sweep.config import settings  # noqa: F401
+
+
+def _show_notices() -> None:
+    warnings.filterwarnings("default", category=Notice)
+    warnings.showwarning = _show
 
 
 def _show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

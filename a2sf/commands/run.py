@@ -157,7 +157,7 @@ def _keys(cls: Any, prefix: str = "", *, whole: bool = False) -> Iterator[tuple[
     for f in dataclasses.fields(cls):
         if f.name in inner:
             yield from _keys(inner[f.name], f"{f.name}.", whole=whole)
-        else:
+        elif f.name not in schema.RENAMED:
             default = "" if f.default is dataclasses.MISSING or f.default in ("", None) else str(f.default).lower()
             yield prefix + f.name, default, about[f.name]
 

@@ -135,7 +135,7 @@ class Runner:
                     file.parent.mkdir(parents=True, exist_ok=True)
                     leases.enter_context(lock)
                 except filelock.Timeout:
-                    if cell.until is not None:  # all cells of a group decide together when it stops
+                    if cell.stopping_rule is not None:  # all cells of a group decide together when it stops
                         return [*outcomes, *(Outcome(c.name, "busy") for c in todo)]
                     outcomes.append(Outcome(cell.name, "busy"))
                 except OSError as error:  # another user's folder

@@ -20,10 +20,12 @@ from hydra.grammar.gen.OverrideLexer import CommonTokenStream, InputStream, Over
 from hydra.grammar.gen.OverrideParser import OverrideParser
 
 from a2sf.errors import ConfigError
+from a2sf.policies.renamed import notice
 from a2sf.sweep.config import schema
 
 PLAIN = re.compile(r"[\w.+/\\%*@?|-]+", re.ASCII)
 """A value that Hydra reads without quotes."""
+KEY = re.compile(r"^([+~]*)([\w.]+)")
 
 NUMBERS = (OverrideLexer.INT, OverrideLexer.FLOAT)
 LIKE_TEXT = (*NUMBERS, OverrideLexer.BOOL)
@@ -33,13 +35,14 @@ ELEMENTS_KEPT = {"choice", "shuffle"}
 
 @cache
 def as_written(override: str) -> str:
-    """The override so that Hydra takes text for what it means: `model.revision=1.10` becomes `model.revision='1.10'`.
+    """The override in this version's keys, with text quoted: `model.revision=1.10` becomes `model.revision='1.10'`.
 
-    An override that cannot be parsed is given back unchanged, so that Hydra refuses it.
+    An override that cannot be parsed is returned unchanged, so that Hydra refuses it.
 
     Raises:
         ConfigError: for text in double quotes with an escape that JSON does not have.
     """
+    override = KEY.sub(_current, override, count=1)
     try:
         tree = _parsed(override)
     except HydraException:
@@ -60,6 +63,13 @@ def as_written(override: str) -> str:
         text = QuotedString(text, Quote.single).with_quotes()
         override = override[: token.start] + text + override[token.stop + 1 :]
     return override
+
+
+def _current(key: re.Match[str]) -> str:
+    new = schema.renamed(key[2])
+    if new != key[2]:
+        notice(key[2], new)
+    return key[1] + new
 
 
 def _parsed(override: str) -> Any:

@@ -12,6 +12,8 @@ from typing import Any
 
 NAMES = {"names": True}
 """Marks keys that hold names, or a list of names, beside what is not text."""
+RENAMED = {"until": "early_stopping", "until.verdict": "early_stopping.significant"}
+"""Keys of the previous version, and what they are called now; a group's name stands for all its keys."""
 
 
 @dataclass
@@ -100,20 +102,20 @@ class DataConfig:
 
 
 @dataclass
-class UntilConfig:
-    """`until`: when to stop before all documents are scored (`a2sf.sweep.until.Until`).
+class EarlyStoppingConfig:
+    """`early_stopping`: when to stop before all documents are scored (`a2sf.sweep.stopping_rule.StoppingRule`).
 
     Attributes:
         pair: names of the two policies that are compared, such as [a2sf,h2o]; null: all documents are scored
-        half_width: points to either side within which their difference on all documents is to be known
-        verdict: stop also as soon as one of them is known to be better; what is told if half_width is null
-        confidence: that no such interval of a group is ever wrong
-        metric: a number of each document between 0 and 1
+        half_width: stop when the confidence interval of their difference is at most this many points to either side
+        significant: stop also when the interval excludes zero; true if half_width is null
+        confidence: probability that all intervals of a group contain the difference on all documents
+        metric: name of a metric that each document has, with values from 0 to 1
     """
 
     pair: Any = field(default=None, metadata=NAMES)
     half_width: Any = None
-    verdict: bool = False
+    significant: bool = False
     confidence: float = 0.95
     metric: str = "acc"
 
@@ -167,8 +169,8 @@ class Config:
         runs_dir: where sweeps' folders are
         plan_only: say what would run and how long it may take, and stop
         trace: documents of each cell whose evictions are noted in traces.npz. See [traces](../generation.md#traces)
-        until: when to stop before all documents are scored. See
-            [stopping early](../statistics.md#stopping-early-until)
+        early_stopping: when to stop before all documents are scored. See
+            [early stopping](../statistics.md#early-stopping)
         checkpoint: seconds of work after which the answers of unfinished cells are kept
         group: cells computed together with this one; set by a sweep for its workers
     """
@@ -197,7 +199,8 @@ class Config:
     runs_dir: str = "runs"
     plan_only: bool = False
     trace: int = 0
-    until: UntilConfig = field(default_factory=UntilConfig)
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    until: Any = None  # in files; the command line's is renamed when it is read
     checkpoint: float = 60.0
     group: str | None = None
 
@@ -211,6 +214,14 @@ def groups() -> dict[str, type]:
 def is_key(key: str) -> bool:
     """Whether a configuration has that key, or a group of keys of that name."""
     return _field(key) is not None
+
+
+def renamed(key: str) -> str:
+    """What a key of the previous version is called now; any other key as it is."""
+    if key in RENAMED:
+        return RENAMED[key]
+    group, dot, name = key.partition(".")
+    return f"{RENAMED.get(group, group)}{dot}{name}"
 
 
 def holds_text(key: str) -> bool:

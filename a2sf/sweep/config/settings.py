@@ -7,26 +7,28 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from a2sf.engine.kernels import BACKENDS
-from a2sf.errors import ConfigError, UserError
+from a2sf.errors import ConfigError, UserError, nearest
 from a2sf.hf.loading import ModelSpec, sizes_of
 from a2sf.hf.settings import check_cut
 from a2sf.policies import find
 from a2sf.policies.a2sf import check_factors
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
+from a2sf.policies.renamed import notice
 from a2sf.policies.schedule import Schedule, nondefault_schedule
 from a2sf.scoring.lm import check_batch_size
 from a2sf.store.aggregates import Average, Group, Member
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.config.grid import LOOKED_AT, unused
 from a2sf.sweep.config.keys import check_keys, check_settings, explain
-from a2sf.sweep.config.schema import Config
-from a2sf.sweep.until import Until
+from a2sf.sweep.config.schema import Config, EarlyStoppingConfig, renamed
+from a2sf.sweep.stopping_rule import StoppingRule
 from a2sf.tasks.definitions import Definition
 from a2sf.tasks.prompting import Prompting, packed, plain_mapping
 from a2sf.tasks.spec import DataSpec, TaskSpec, aggregates, arguments_of, expand_suite, include, resolve
@@ -152,7 +154,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
     def shots_for(d: Definition) -> int:
         return (d.shots or 0) if config.shots is None else config.shots
 
-    until = _until(config, generating)
+    rule = _stopping_rule(config, generating)
     if schedule is not None and schedule.before_question:
         check_cut(budget, schedule)
         for _, d in members:
@@ -176,7 +178,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
             seed=config.seed,
             data=dataclasses.replace(data, task_args=arguments.get(task) or ""),
             backend=config.backend,
-            until=until,
+            stopping_rule=rule,
             prompting=prompting.of(task in generating, shots),
             log_samples=config.log_samples,
         )
@@ -295,21 +297,37 @@ def _schedule(config: Config) -> Schedule | None:
     return Schedule(**{k: v for k, v in given.items() if k == "when" or k in LOOKED_AT.get(given["when"], ())})
 
 
-def _until(config: Config, generating: Sequence[str]) -> Until | None:
-    given = dataclasses.asdict(config.until)
+def _stopping_rule(config: Config, generating: Sequence[str]) -> StoppingRule | None:
+    given, default = (dataclasses.asdict(c) for c in (config.early_stopping, EarlyStoppingConfig()))
+    given |= {k: v for k, v in _of_previous_version(config.until).items() if given[k] == default[k]}
     if given["pair"] is None:
-        for key in ("half_width", "verdict"):
+        for key in ("half_width", "significant"):
             if given[key]:
-                raise ConfigError(f"until.{key}", given[key], "name the two policies that are compared in until.pair")
+                allowed = "name the two policies that are compared in early_stopping.pair"
+                raise ConfigError(f"early_stopping.{key}", given[key], allowed)
         return None
-    until = Until(**given)
+    rule = StoppingRule(**given)
     for task in generating:
-        raise ConfigError(
-            "until.pair", list(until.pair), f"until is for tasks that are scored, and {task} generates text"
-        )
+        allowed = f"early stopping is for tasks whose answers are scored, and {task} generates text"
+        raise ConfigError("early_stopping.pair", list(rule.pair), allowed)
     if config.trace:
-        raise ConfigError("trace", config.trace, "with until a cell's first documents may not be scored; give 0")
-    return until
+        raise ConfigError("trace", config.trace, "early stopping may leave out a cell's first documents; give 0")
+    return rule
+
+
+def _of_previous_version(until: object) -> dict[str, Any]:
+    """The values of `early_stopping` that a file gives under its old name."""
+    if until is None:
+        return {}
+    if not isinstance(until, dict):
+        raise ConfigError("until", until, "give its keys under early_stopping")
+    notice("until", "early_stopping")
+    given = {renamed(f"until.{key}").partition(".")[2]: value for key, value in until.items()}
+    known = [f.name for f in dataclasses.fields(EarlyStoppingConfig)]
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"until.{key}", given[key], f"early_stopping has {', '.join(known)}{nearest(key, known)}")
+    return given
 
 
 def check_layers(model: ModelSpec, policy: Policy, budget: Budget | None) -> None:

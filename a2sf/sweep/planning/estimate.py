@@ -44,12 +44,12 @@ class Estimate:
     """Of one group: tokens to compute and seconds, each None where nothing like it is known.
 
     Attributes:
-        tried: the seconds are from a trial of this machine (`rate`), not from finished cells.
+        by_trial: the seconds are from a trial of this machine's speed (`rate`), not from finished cells.
     """
 
     tokens: float | None = None
     seconds: float | None = None
-    tried: bool = False
+    by_trial: bool = False
 
 
 @dataclass

@@ -40,7 +40,7 @@ def pin_all(settings: Sequence[Settings], known: Mapping[str, str], screen: Cons
         except Unreachable as error:
             if not settings[0].plan_only:
                 raise
-            note = f"{error} The names below are provisional: they will hold the commit of {model.path}."
+            note = f"{error} The names of its cells are provisional: they will hold the commit of {model.path}."
         if note:
             screen.print(note, highlight=False, soft_wrap=True)
     made = [replace(s, cells=tuple(replace(c, model=at[c.model]) for c in s.cells)) for s in settings]

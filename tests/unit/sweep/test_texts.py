@@ -12,7 +12,7 @@ from a2sf.store.runs import load_sweep
 from a2sf.sweep import reuse
 from a2sf.sweep.prepare.texts import note_texts
 from a2sf.sweep.runner import Runner
-from a2sf.sweep.until import Until
+from a2sf.sweep.stopping_rule import StoppingRule
 from a2sf.tasks import spec as tasks
 from tests.unit.sweep.test_sweep import cell, runner  # noqa: F401
 
@@ -65,12 +65,12 @@ def test_a_field_that_no_document_has_is_refused(runner: Runner) -> None:  # noq
 
 def test_stopping_early_draws_whole_texts(runner: Runner) -> None:  # noqa: F811
     data = tasks.DataSpec(source="bundle", cluster="question")  # two texts, of many documents each
-    until = Until(("full", "window"), half_width=95.0)
+    rule = StoppingRule(("full", "window"), half_width=95.0)
     cells = [cell("full"), cell("window", budget=Budget(ratio=0.1))]
-    cells = [dataclasses.replace(c, data=data, limit=12, until=until) for c in cells]
+    cells = [dataclasses.replace(c, data=data, limit=12, stopping_rule=rule) for c in cells]
     assert all("question" in c.tail for c in cells)
     assert [o.status for o in runner.run(cells)] == ["done"] * 2
-    whole = dataclasses.replace(cells[0], until=None)
+    whole = dataclasses.replace(cells[0], stopping_rule=None)
     assert [o.status for o in runner.run([whole])] == ["done"]
     found = {s.path.name: s for s in load_sweep(runner.directory)}
     every = found[whole.name].documents.set_index("doc_id")["cluster"]
