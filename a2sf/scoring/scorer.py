@@ -1,4 +1,4 @@
-"""Answers of several systems to the same requests: each token is computed once, each failure is its own system's."""
+"""Computes the answers of several systems to the same requests: each token once; if one system fails, the others do not."""
 
 from __future__ import annotations
 

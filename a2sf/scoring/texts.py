@@ -131,7 +131,7 @@ class Texts:
             system.budget,
             schedule=system.schedule,
             max_new_tokens=most - width,
-            # the whole prompt comes at once, so that one of a single token is no chunk
+            # all of a prompt is read in one call; without its length a prompt of one token would look like a chunk
             context_tokens=[
                 requests.cut(i, system, len(p.tokens), p.length) for i, p in zip(batch, prompts, strict=True)
             ],

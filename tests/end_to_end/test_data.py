@@ -92,6 +92,7 @@ def test_the_papers_seven_tasks_from_a_hub(hub, run, tmp_path):
     assert len(hub.requests()) == 6  # one per dataset
 
 
+@pytest.mark.full
 def test_a_main_branch_that_moves_between_two_starts(hub, run, tmp_path):
     first = commit_dataset(hub.store, "baber/piqa", questions())
     grid = ["-m", "budget.ratio=0.3", "tasks=[piqa]", "sweep_name=moved"]
@@ -134,6 +135,7 @@ def test_a_main_branch_that_moves_during_a_sweep(hub, run, tmp_path, launcher):
     assert [s.result["documents"]["content"] for s in stored] == [first, first]
 
 
+@pytest.mark.full
 def test_local_data_that_change_between_two_starts(run, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
@@ -153,6 +155,7 @@ def test_local_data_that_change_between_two_starts(run, tmp_path):
     assert numbers(tables(tmp_path / "runs" / "flipped").stdout) == numbers(after.stdout)
 
 
+@pytest.mark.full
 def test_a_broken_dataset_is_told_once_and_stops_no_other(hub, run):
     paper_documents(hub.store)
     hub.rules.append(Rule("winogrande/resolve/.*parquet", status=404, code="EntryNotFound"))
@@ -168,6 +171,7 @@ def test_a_broken_dataset_is_told_once_and_stops_no_other(hub, run):
     )
 
 
+@pytest.mark.full
 def test_without_the_hub_cached_documents_are_used(hub, run, tmp_path):
     commit_dataset(hub.store, "baber/piqa", questions())
     assert run("policy=full", "tasks=[piqa]", "limit=3").returncode == 0

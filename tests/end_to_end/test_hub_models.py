@@ -17,6 +17,8 @@ from tests.hub.build import SMOLLM2, process, write_model
 from tests.hub.server import Hub, Rule
 from tests.hub.store import Store
 
+pytestmark = pytest.mark.full
+
 COPA = ["tasks=[copa]", "data=bundle", "limit=3", "model.device=cpu"]
 
 

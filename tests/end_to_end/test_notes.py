@@ -9,6 +9,8 @@ from tests.end_to_end.test_evaluate import evaluate, tables
 from tests.hub.build import write_model
 from tests.models import write_piqa
 
+pytestmark = pytest.mark.full
+
 NOTE = "piqa: in 4 of 4 documents (documents 0, 1, 2, …), the right answer is none of the choices"
 
 

@@ -72,6 +72,7 @@ def run(arguments: list[str], root: Path, *more: str):
     return evaluate(*placed, *more, runs=root / "runs")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("arguments", COMMANDS, ids=lambda a: a[0])
 def test_the_commands_that_the_docs_show(arguments, tmp_path):
     mine = write_tree(tmp_path)
@@ -88,6 +89,7 @@ def test_the_docs_show_commands():
     assert all("--config-dir" in c for c in COMMANDS)
 
 
+@pytest.mark.full
 def test_a_folder_may_have_the_name_of_any_key(tmp_path):
     """And a group of files may have folders in it with any name."""
     mine = write_tree(tmp_path)
@@ -114,6 +116,7 @@ def test_a_folder_may_have_the_name_of_any_key(tmp_path):
     }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("file", "text", "told"),
     [

@@ -18,7 +18,7 @@ from tests.policies import cases, instances, label, tiered
 from tests.tiers import examples
 
 PER_CASE = pytest.mark.parametrize(("policy", "schedule"), tiered(cases()), ids=label)
-SOME = settings(max_examples=examples(4), deadline=None)
+SOME = settings(max_examples=examples(3), deadline=None)
 T, K = 24, 2
 seeds = st.integers(0, 10_000)
 budgets = st.integers(1, 12)

@@ -75,13 +75,13 @@ def check_packed_is_alone(asked, max_tokens):
 
 
 @pytest.mark.parametrize(("policy", "schedule"), tiered(CASES), ids=label)
-@settings(max_examples=examples(6), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(4), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(asked=requests(), max_tokens=st.sampled_from([20, 1000]))
 def test_packed_is_alone(policy, schedule, asked, max_tokens):
     check_packed_is_alone([(policy, schedule, *a) for a in asked], max_tokens)
 
 
-@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(asked=requests(), max_tokens=st.sampled_from([20, 1000]), data=st.data())
 def test_rows_of_a_pass_may_follow_different_policies_and_schedules(asked, max_tokens, data):
     ways = data.draw(st.lists(st.sampled_from(CASES), min_size=1, max_size=4))
@@ -89,7 +89,7 @@ def test_rows_of_a_pass_may_follow_different_policies_and_schedules(asked, max_t
 
 
 @pytest.mark.parametrize(("policy", "schedule"), tiered(CASES), ids=label)
-@settings(max_examples=examples(4), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(2), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(prompt=st.integers(1, 20), budget=st.integers(1, 24))
 def test_scores_are_counted_as_pruned_exactly_where_attention_was_not_whole(policy, schedule, prompt, budget):
     budget = max(budget, policy.min_budget)

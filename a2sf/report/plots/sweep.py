@@ -18,8 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
 from a2sf.analysis.comparisons.fidelity import MEASURES, fidelity_frame
-from a2sf.analysis.comparisons.pairs import AVERAGE
-from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid, System
+from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, Grid, System
 from a2sf.analysis.statistics.texts import Z
 from a2sf.report.plots.lines import (
     available_columns,

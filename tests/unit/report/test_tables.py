@@ -17,9 +17,9 @@ from rich.console import Console
 
 from a2sf.analysis.comparisons.against import against_frame, compare_against
 from a2sf.analysis.comparisons.fidelity import MEASURES, changes, fidelity_frame
-from a2sf.analysis.comparisons.pairs import AVERAGE, Comparer, compare_cells, compare_pair, comparisons_frame
+from a2sf.analysis.comparisons.pairs import Comparer, compare_cells, compare_pair, comparisons_frame
 from a2sf.analysis.results.gather import gather
-from a2sf.analysis.results.grid import Grid
+from a2sf.analysis.results.grid import AVERAGE, Grid
 from a2sf.analysis.results.labels import DASH, MINUS
 from a2sf.analysis.results.selection import Selection
 from a2sf.analysis.statistics.paired import holm, mcnemar_p

@@ -407,7 +407,7 @@ def test_the_plan_tells_tokens_and_time_from_what_was_measured(runner):
 
 
 def test_a_failure_file_is_whole_json(runner, monkeypatch):
-    monkeypatch.setattr(group, "compute", lambda *_: 1 / 0)
+    monkeypatch.setattr(group, "evaluate", lambda *_: 1 / 0)
     run(runner, cell())
     record = json.loads(sweep.failure_file(runner.directory, cell().name).read_text())
     assert record["error"] == "ZeroDivisionError: division by zero"
