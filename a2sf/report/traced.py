@@ -113,7 +113,7 @@ def picture(traces: dict[str, Trace], path: Path) -> None:
     figure = Figure(figsize=(11, 0.19 * sum(n + 2 for n in lines) + 0.3), layout="constrained")
     panels = figure.subplots(len(traces), 1, squeeze=False, height_ratios=[n + 2 for n in lines])[:, 0]
     for axes, (label, trace), n in zip(panels, traces.items(), lines, strict=True):
-        share = trace.kept().mean(axis=(0, 1))
+        share = trace.retained().mean(axis=(0, 1))
         for i, column, row, piece in texts[label]:
             value = float(share[i])
             axes.add_patch(_box(column, row, len(piece), value))

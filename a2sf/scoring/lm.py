@@ -224,7 +224,7 @@ class PrunedLM(OneByOne):
         with attached(self.model), torch.inference_mode(), running(plan):
             last = torch.tensor([len(read) - 1], device=self.device)
             logits_at(self.model, last, input_ids=torch.tensor([read], device=self.device), use_cache=False)
-        noted = (plan.gone, plan.received, plan.lost)
+        noted = (plan.evicted_at, plan.received, plan.lost)
         arrays = (torch.cat([of_layer[i].cpu() for i in range(self.layers)]).numpy() for of_layer in noted)
         pieces = tuple(self.tokenizer.decode([t]) for t in read)
         self.traces.append(Trace(document, pieces, len(context), *arrays))
