@@ -223,7 +223,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     command.main(["future", "--trials", "1"])
     said = capsys.readouterr().out
     assert said.count("holds") == len(INVARIANTS) - 2
-    assert "it is not causal, and says so" in said
+    assert "it is not causal, as it states" in said
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,7 @@ def test_a_cache_that_would_stay_empty_is_refused():
     with torch.no_grad(), pruning(model, A2SF(), BUDGET):
         cache = DynamicCache(config=model.config)
         model(IDS[:, :12], cache=cache)
-        with pytest.raises(UserError, match="go on with the output's cache"):
+        with pytest.raises(UserError, match="continue with the output's cache"):
             model(IDS[:, 12:], cache=cache)
         output = model(IDS[:, :12], cache=DynamicCache(config=model.config))
         assert output.cache.get_seq_length() == 12
