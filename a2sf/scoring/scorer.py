@@ -250,7 +250,7 @@ class Scorer:
                 input_ids=tokens,
                 use_cache=False,
             )
-        noted = (plan.gone, plan.received, plan.lost)
+        noted = (plan.evicted_at, plan.received, plan.lost)
         arrays = (torch.cat([of_layer[i].cpu() for i in range(self.layers)]).numpy() for of_layer in noted)
         pieces = tuple(self.lm.tokenizer.decode([t]) for t in sequence.read)
         return Trace(document, pieces, sequence.context, *arrays)

@@ -241,7 +241,7 @@ def test_a_model_that_cannot_be_had_is_told_once_and_the_others_go_on(world, ask
             Rule("/api/", stall=6),
             r"cannot be reached \(ReadTimeout.*check the network, take what is cached \(.*/.*data=bundle",
         ),
-        (Rule("/files/", break_after=0), "the line to 127.0.0.1 broke .*the files that arrived whole are kept"),
+        (Rule("/files/", break_after=0), "the line to 127.0.0.1 broke .*complete files are not downloaded again"),
     ],
     ids=lambda x: f"{x.path}-{x.status or x.code or 'line'}" if isinstance(x, Rule) else "",
 )
@@ -312,7 +312,7 @@ def test_without_the_hub_the_cache_is_used_and_it_is_said(world, ask, tmp_path):
     gone = {**hub.environment(home), "HF_ENDPOINT": "http://127.0.0.1:9"}
     offline = {**hub.environment(home), "HF_HUB_OFFLINE": "1"}
     first, second = tmp_path / "gone", tmp_path / "offline"
-    for environment, runs, why in ((gone, first, "asked in vain"), (offline, second, "HF_HUB_OFFLINE is set")):
+    for environment, runs, why in ((gone, first, "did not answer"), (offline, second, "HF_HUB_OFFLINE is set")):
         with process(environment) as alone:
             done = alone.submit(
                 cases.evaluate, "model.path=org/llama", "policy=full", *COPA, f"runs_dir={runs}"

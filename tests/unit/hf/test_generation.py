@@ -260,9 +260,9 @@ def test_where_a_prompt_ends_is_asked_for_where_it_is_not_known():
         with torch.no_grad(), pytest.raises(UserError, match=why):
             model(ids, cache=cache, **more)
     with pruning(model, A2SF(), Budget(tokens=4), schedule=Schedule("prompt")):
-        with pytest.raises(UserError, match="does not tell where its prompt ends"):
+        with pytest.raises(UserError, match="does not show where its prompt ends"):
             model(IDS, use_cache=False)
-        with pytest.raises(UserError, match="does not tell where its prompt ends"):
+        with pytest.raises(UserError, match="does not show where its prompt ends"):
             model.generate(IDS, max_new_tokens=3, use_cache=False)
 
 

@@ -72,7 +72,7 @@ def test_a_sweep_without_traces_shows_none(tmp_path: Path) -> None:
 def test_policies_that_generated_different_text_are_compared_on_the_prompt() -> None:
     a, b = comparable(trace(0, True, " yes"), trace(0, False, " no"))
     assert len(a.pieces) == a.context == 10
-    assert a.gone.shape == (2, 1, 10)
+    assert a.evicted_at.shape == (2, 1, 10)
     assert np.isfinite(overlap(a, b)).all()
     same = trace(0, True)
     assert comparable(same, same) == [same, same]

@@ -277,7 +277,7 @@ def test_traces_are_kept_beside_the_result(runner):
     (path,) = runner.directory.glob("smollm2*")
     traces = load(path / "traces.npz")
     assert [t.document for t in traces] == [0, 1]
-    kept = traces[0].kept()
+    kept = traces[0].retained()
     total = kept.shape[-1]
     assert set(kept.sum(-1).flatten().tolist()) == {total // 2}  # the budget, in every layer and head
 

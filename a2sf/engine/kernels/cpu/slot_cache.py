@@ -169,6 +169,9 @@ class SlotCache:
         # a quota, so that every item has states of its own; large enough to run it in one go
         quota = int(left.max(initial=1))
         threads, shape = threads_for(plan, shape), shape._replace(block=block)
-        if self._scratch_of != (threads, block):  # kept, because a step of one token takes less time than making it
+        if self._scratch_of != (
+            threads,
+            block,
+        ):  # reused, because a step of one token takes less time than allocating it
             self._scratch, self._scratch_of = make_scratch(threads, shape), (threads, block)
         run_plan(plan, threads, quota, shape, work._replace(scratch=self._scratch))
