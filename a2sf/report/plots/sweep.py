@@ -7,6 +7,7 @@ nothing for it.
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -298,10 +299,21 @@ def _panels(titles: list[str], sharey: bool = False, width: float = 2.7) -> tupl
 
 def _finish(figure: Figure, axes: list[Axes], unit: str) -> None:
     """One legend for all panels, below them."""
-    figure.supylabel(unit, fontsize=9)
+    figure.supylabel(_broken(unit, int(9 * figure.get_figheight())), fontsize=9)
     seen = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=min(len(seen), 3))
 
 
 def _unit(part: Grid) -> str:
     return f"{part.metric} (%)" if part.percent else part.metric
+
+
+def _broken(text: str, width: int) -> str:
+    """A long axis label in lines, so that it does not reach the title; names are broken behind `_` and `,`."""
+    pieces = re.findall(r"[^\s,_]+[,_]*\s*|[,_]+\s*", text)
+    lines = [""]
+    for piece in pieces:
+        if lines[-1] and len(lines[-1] + piece.rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(line.rstrip() for line in lines)
