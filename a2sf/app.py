@@ -329,7 +329,7 @@ def _report(
     refused: dict[str, list[str]],
     groups: list[Group],
 ) -> None:
-    from a2sf.report.tables import screen_table
+    from a2sf.report.tables.screen import screen_table
     from a2sf.store.notes import notes_of
     from a2sf.store.runs import table_of
     from a2sf.sweep.runner import finish, hardly_pruned

@@ -26,15 +26,17 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from a2sf.analysis.against import compare_against
-from a2sf.analysis.collect import Selection, System, gather
-from a2sf.analysis.compare import AVERAGE
-from a2sf.analysis.fidelity import fidelity_frame
+from a2sf.analysis.comparisons.against import compare_against
+from a2sf.analysis.comparisons.fidelity import fidelity_frame
+from a2sf.analysis.results.gather import gather
+from a2sf.analysis.results.grid import AVERAGE, System
+from a2sf.analysis.results.selection import Selection
 from a2sf.errors import UserError
 from a2sf.report.heads import errors_figure
 from a2sf.report.output import replace_block
-from a2sf.report.plots import COLOURS, MARKERS, Line, Style, save
-from a2sf.report.summaries import TextTable, against_tables, fidelity_tables, text_markdown
+from a2sf.report.plots.style import COLOURS, MARKERS, Line, Style, save
+from a2sf.report.tables.summaries import against_tables, fidelity_tables
+from a2sf.report.tables.text import TextTable, text_markdown
 
 STORE = Path("runs/reference/findings")
 SETTINGS_OF = STORE / "smollm2-135m"
@@ -90,7 +92,7 @@ def held_out_tables(sweep: Path) -> str:
 
 
 def seeds_tables(sweeps: Sequence[Path], files: dict[str, Sequence[Path]], more: Sequence[Path] = ()) -> str:
-    """Markdown: what settings of each seed are worth, and how alike they are.
+    """Markdown: what settings of each seed are worth, and how similar they are.
 
     Args:
         sweeps: the held-out test's, and that of other seeds.
@@ -110,23 +112,23 @@ def seeds_tables(sweeps: Sequence[Path], files: dict[str, Sequence[Path]], more:
         replace(t, frame=t.frame.drop(columns=["p", "p (Holm)"]), legend=legend)
         for t in against_tables(found, grid.percent)
     ]
-    alike = []
+    similar = []
     for budget, seeds in files.items():
         numbers = [_numbers(yaml.safe_load(file.read_text(encoding="utf-8")))[0] for file in seeds]
         row = {"Budget": budget}
         for key, (title, _) in SETTINGS.items():
             pairs = itertools.combinations([n[key].ravel() for n in numbers], 2)
             row[title] = ", ".join(f"{spearmanr(a, b).statistic:.2f}" for a, b in pairs if np.ptp(a) and np.ptp(b))
-        alike.append(row)
+        similar.append(row)
     legend = "Rank correlation over heads, for each pair of seeds in which heads differ."
-    tables.append(TextTable("How alike they are", pd.DataFrame(alike), legend, ("Budget",)))
+    tables.append(TextTable("Similarity between seeds", pd.DataFrame(similar), legend, ("Budget",)))
     return text_markdown(tables)
 
 
 def closeness_figure(sweep: Path) -> Figure:
     """Accuracy, and change of the choices' log-likelihoods, against the budget; a row for each number of shots."""
     grid = gather([sweep])
-    parts = grid.parts()
+    parts = grid.by_model()
     figure, panels = plt.subplots(
         len(parts), 3, figsize=(11, 3.1 * len(parts) + 0.8), squeeze=False, layout="constrained"
     )
@@ -136,9 +138,9 @@ def closeness_figure(sweep: Path) -> Figure:
         groups: dict[str, list[System]] = {}
         for s in part.systems():
             if not s.is_full and s.average(part.tasks) is not None:
-                groups.setdefault(_told(s), []).append(s)
-        drawn = {told: of for told, of in groups.items() if told in DRAWN} or groups
-        lines = [Line(told, of[0].policy, of) for told, of in drawn.items()]
+                groups.setdefault(_name_of(s), []).append(s)
+        drawn = {name: of for name, of in groups.items() if name in DRAWN} or groups
+        lines = [Line(name, of[0].policy, of) for name, of in drawn.items()]
         # most are one policy: colours of their own
         looks = itertools.product(("-", "--"), zip(COLOURS, MARKERS, strict=False))
         styles = {line.label: Style(*look, dash) for line, (dash, look) in zip(lines, looks, strict=False)}
@@ -162,7 +164,9 @@ def closeness_figure(sweep: Path) -> Figure:
             if s.is_full and (value := s.average(part.tasks)) is not None:
                 axes[0].axhline(100 * value, color="0.35", ls=(0, (1, 1)), label=s.label)
         axes[1].set_ylim(bottom=0)
-        for axis, title in zip(axes, ("accuracy (%)", "|change| of a choice (nats)", "same answer (%)"), strict=True):
+        for axis, title in zip(
+            axes, ("accuracy (%)", "mean |Δ log-likelihood| (nats)", "same answer (%)"), strict=True
+        ):
             axis.set_title(f"{title}, {shots}-shot")
             axis.set_xticks(sorted({s.budget_order for line in lines for s in line.systems}))
             axis.set_xlabel("budget")
@@ -182,12 +186,12 @@ def chosen_figure(files: Sequence[Path]) -> Figure:
     read = [_numbers(yaml.safe_load(f.read_text(encoding="utf-8"))) for f in files]
     for row, (axes, (key, (title, colours))) in enumerate(zip(panels, SETTINGS.items(), strict=True)):
         most = max(1.0, *(float(numbers[key].max()) for numbers, _ in read))
-        for axis, (numbers, told) in zip(axes, read, strict=True):
+        for axis, (numbers, title) in zip(axes, read, strict=True):
             shown = axis.imshow(numbers[key].T, aspect="auto", vmin=0, vmax=most, cmap=colours)
             axis.grid(False)
             axis.set_yticks(range(numbers[key].shape[1]))
             if row == 0:
-                axis.set_title(told)
+                axis.set_title(title)
             if row == len(panels) - 1:
                 axis.set_xlabel("layer")
             else:
@@ -215,7 +219,7 @@ def _of(close: pd.DataFrame, s: System) -> pd.DataFrame:
     return close[(close["label"] == s.label) & (close["budget"] == s.budget) & (close["factor"] == s.factor)]
 
 
-def _told(s: System) -> str:
+def _name_of(s: System) -> str:
     return f"{s.label} {s.factor}" if s.policy == "a2sf" else s.label
 
 
@@ -287,7 +291,7 @@ def test() -> None:
 
 
 def figures() -> None:
-    """Tables between the marks of docs/findings.md, and its figures."""
+    """Tables between the table comments of docs/findings.md, and its figures."""
     by_layer = pd.read_csv(STORE / "by_layer.csv")
     labels = {"h2o": "H2O", "a2sf": "A2SF 0.1", "mean_attention": "Mean attention"}
     labels |= {"calibrated": "Calibrated (heads, slots shared)", "future": "Oracle (later queries)"}
@@ -296,7 +300,7 @@ def figures() -> None:
     save(closeness_figure(TESTED), FIGURES / "heldout")
     save(chosen_figure([SETTINGS_OF / f"head-shares-{b}.yaml" for b in BUDGETS]), FIGURES / "chosen")
     tables = held_out_tables(TESTED), "### Calibrated on other text", seeds_tables([TESTED, SEEDED], by_seed(), [MORE])
-    replace_block(PAGE, re.sub(r"(?m)^### (?=Against|Closeness|How alike)", "#### ", "\n\n".join(tables)))
+    replace_block(PAGE, re.sub(r"(?m)^### (?=Against|Closeness|Similarity)", "#### ", "\n\n".join(tables)))
     means = by_layer.groupby(["policy", "budget"], sort=False)["error"].mean().unstack()
     print(means.round(4).to_string())
     print(f"Written: {PAGE}, {FIGURES}")

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from a2sf.analysis.claims import Claim
-from a2sf.analysis.reproduce import Places, compare, counts, published_figures, run_sweep, write_claims
+from a2sf.analysis.claims.reproduce import Places, compare, counts, published_figures, run_sweep, write_claims
+from a2sf.analysis.claims.verdicts import Claim
 from a2sf.shipped import shipped
 
 REFERENCE_SWEEPS = ("smollm2-135m.a2sf.zip", "smollm2-135m-forgetting.a2sf.zip")

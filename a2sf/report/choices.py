@@ -1,4 +1,4 @@
-"""What a table can be asked to be: the choices of the command line, which need no library."""
+"""The choices of `a2sf tables` on the command line; no library is imported here."""
 
 PIVOTS = ("task", "budget", "factor", "policy")
 """What goes across."""

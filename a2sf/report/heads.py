@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator
 
-from a2sf.report.plots import Line, styles_of
+from a2sf.report.plots.style import Line, styles_of
 
 
 def heads_figure(
@@ -21,7 +21,7 @@ def heads_figure(
     Args:
         unit: what a number is, beside the colours.
         marked: `[layer, head]` pairs to frame: in groups of `group` heads where that is above 1.
-        group: query heads of each key/value head, told apart by a line.
+        group: query heads of each key/value head, label apart by a line.
     """
     layers, heads = numbers.shape
     figure = Figure(figsize=(2.2 + 0.24 * heads, 1.4 + 0.17 * layers), layout="constrained")
@@ -81,7 +81,7 @@ def errors_figure(frame: pd.DataFrame, labels: dict[str, str] | None = None, ove
         axis.minorticks_off()
         axis.set_title(f"budget {budget:g}")
         axis.set_xlabel("layer")
-    told = "relative squared error"
-    panels[0].set_ylabel(told if over is None else f"{told}, over that of {(labels or {}).get(over, over)}")
+    label = "relative squared error"
+    panels[0].set_ylabel(label if over is None else f"{label}, over that of {(labels or {}).get(over, over)}")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure

@@ -1,4 +1,4 @@
-"""At what sizes methods were tested: prompts and budgets in tokens as a table, accuracy by prompt length as a picture."""
+"""Sizes: prompts and budgets in tokens as a table, accuracy by prompt length as a plot."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from a2sf.analysis.collect import DEFAULT_PAIR, Grid, System
-from a2sf.analysis.documents import TEXT, documents_of, texts_of
-from a2sf.analysis.labels import DASH
-from a2sf.analysis.stats import standard_error
-from a2sf.analysis.texts import Z
-from a2sf.report.plots import GREY, Line, Style, chosen_lines, left_out, save, spread, styles_of
-from a2sf.report.summaries import TextTable
+from a2sf.analysis.results.documents import TEXT, documents_of, texts_of
+from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid, System
+from a2sf.analysis.results.labels import DASH
+from a2sf.analysis.statistics.paired import standard_error
+from a2sf.analysis.statistics.texts import Z
+from a2sf.report.plots.lines import chosen_lines, left_out
+from a2sf.report.plots.style import GREY, Line, Style, save, spread, styles_of
+from a2sf.report.tables.text import TextTable
 from a2sf.store.names import safe
 
 GAP = 1.3
-"""Lengths of which one is so many times the next smaller one are of two bins, where that makes few bins."""
+"""A length this many times the next smaller one begins a new bin, where that makes few bins."""
 MOST_BINS, QUANTILE_BINS = 6, 5
 FEWEST = 5
 """Documents in a bin, at least, for its point to be drawn."""
 COLUMNS = 4
 LEGEND = (
-    "Tokens: the median, and in parentheses the smallest and the largest, of the documents' prompts and of what a layer may "
-    "keep of a request (mean over layers)."
+    "Tokens: the median, and in parentheses the smallest and the largest, of the documents' prompts and of the budget of "
+    "a request (mean over layers)."
 )
 
 
 def length_tables(grid: Grid) -> list[TextTable]:
     """For each model and number of shots a row per task: the prompts' lengths, and what each budget comes to."""
     tables = []
-    for model, shots, part in grid.parts():
+    for model, shots, part in grid.by_model():
         systems = part.systems()
         budgets = list(dict.fromkeys(s.budget for s in systems if not s.is_full))
         rows = []
@@ -48,18 +49,20 @@ def length_tables(grid: Grid) -> list[TextTable]:
                 continue
             row = {"Task": task, "Documents": str(len(prompts)), "Prompt": _spread(_quantiles(prompts))}
             for budget in budgets:
-                told = [_budget(part, s, task) for s in of_task if s.budget == budget]
-                row[f"Budget {budget}"] = _spread(next((t for t in told if t is not None), None))
+                sizes = [_budget(part, s, task) for s in of_task if s.budget == budget]
+                row[f"Budget {budget}"] = _spread(next((t for t in sizes if t is not None), None))
             rows.append(row)
         if rows:
-            tables.append(TextTable(f"Sizes: {model}, {shots}-shot", pd.DataFrame(rows), LEGEND))
+            tables.append(
+                TextTable(f"Sizes: {model}, {shots}-shot", pd.DataFrame(rows), LEGEND, model=model, shots=shots)
+            )
     return tables
 
 
 def length_plots(grid: Grid, directory: Path, pair: tuple[str, str] = DEFAULT_PAIR) -> dict[str, list[Path]]:
     """Caption -> the PNG and SVG written, for each model and number of shots whose prompts are of several lengths."""
     written = {}
-    parts = grid.parts()
+    parts = grid.by_model()
     for model, shots, part in parts:
         figure = length_figure(part, pair)
         if figure is None:
@@ -111,18 +114,30 @@ def length_figure(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | 
 
 
 def bins_of(lengths: Sequence[int]) -> list[float]:
-    """Edges of bins, the first below and the last above all lengths; two edges where there is nothing to tell apart.
+    """Edges of bins, the first below and the last above all lengths; two edges where all lengths are similar.
 
-    Where lengths lie in a few heaps a bin is a heap, else bins hold as many documents each.
+    Where lengths form a few clusters, each is a bin; else bins hold equal numbers of documents.
     """
     there = np.unique(np.asarray(lengths, dtype=float))
-    heaps = there[1:][there[1:] > GAP * there[:-1]]
-    if 1 <= len(heaps) < MOST_BINS:
-        inner = heaps
+    clusters = there[1:][there[1:] > GAP * there[:-1]]
+    if 1 <= len(clusters) < MOST_BINS:
+        inner = clusters
     else:
         inner = np.unique(np.quantile(lengths, np.linspace(0, 1, QUANTILE_BINS + 1)[1:-1]).round())
         inner = inner[inner > there[0]]
     return [float(there[0]), *inner.tolist(), float(there[-1]) + 1]
+
+
+def length_points(part: Grid, systems: Sequence[System]) -> list[list[tuple[float, float, float, int]]]:
+    """Of each system, for each bin of prompt lengths with enough documents: median tokens, mean, standard error, documents.
+
+    All lists are empty where the prompts are about as long.
+    """
+    values = [_by_length(part, s) for s in systems]
+    edges = bins_of(tokens) if (tokens := [t for v in values for t in v["tokens"]]) else []
+    points = [_points(v, edges) for v in values]
+    several = len(edges) > 2 and max(map(len, points)) > 1
+    return points if several else [[] for _ in systems]
 
 
 def _by_length(part: Grid, s: System) -> pd.DataFrame:
@@ -135,8 +150,8 @@ def _by_length(part: Grid, s: System) -> pd.DataFrame:
             found = pd.DataFrame({"tokens": _prompts(part, s, task), "value": stored.documents[column]})
             found[TEXT] = [f"{task} {t}" for t in texts_of(documents_of(stored)).of]
             frames.append(found[found["tokens"] > 0].dropna())
-    kept = [f for f in frames if len(f)]
-    return pd.concat(kept, ignore_index=True) if kept else frames[0]
+    filled = [f for f in frames if len(f)]
+    return pd.concat(filled, ignore_index=True) if filled else frames[0]
 
 
 def _prompts(part: Grid, s: System, task: str) -> list[int]:
@@ -153,10 +168,10 @@ def _quantiles(values: Sequence[float]) -> dict[str, float]:
     return {"min": min(values), "median": float(np.median(values)), "max": max(values)}
 
 
-def _spread(told: dict[str, Any] | None) -> str:
-    if told is None:
+def _spread(sizes: dict[str, Any] | None) -> str:
+    if sizes is None:
         return DASH
-    low, middle, high = (f"{told[k]:,.0f}" for k in ("min", "median", "max"))
+    low, middle, high = (f"{sizes[k]:,.0f}" for k in ("min", "median", "max"))
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
@@ -165,15 +180,15 @@ def _middles(lengths: pd.Series, edges: Sequence[float]) -> list[float]:
     return [float(part.median()) for part in parts if len(part)]
 
 
-def _points(documents: pd.DataFrame, edges: Sequence[float]) -> list[tuple[float, float, float]]:
-    """Length, mean and standard error of each bin with enough documents."""
+def _points(documents: pd.DataFrame, edges: Sequence[float]) -> list[tuple[float, float, float, int]]:
+    """Length, mean, standard error and number of documents of each bin with enough documents."""
     points = []
     for low, high in pairwise(edges):
         of_bin = documents[(documents["tokens"] >= low) & (documents["tokens"] < high)]
         if len(of_bin) >= FEWEST:
             values = of_bin["value"].to_numpy(float)
             error = standard_error(values, texts_of(of_bin))
-            points.append((float(of_bin["tokens"].median()), float(values.mean()), error))
+            points.append((float(of_bin["tokens"].median()), float(values.mean()), error, len(of_bin)))
     return points
 
 
@@ -182,6 +197,6 @@ def _draw(axis: Axes, documents: pd.DataFrame, edges: Sequence[float], style: St
     if not points:
         return
     scale = 100 if percent else 1
-    x, mean, error = np.array(points).T
+    x, mean, error, _ = np.array(points).T
     axis.plot(x, scale * mean, color=style.colour, marker=style.marker, ms=5, ls=style.dash, lw=1.5, label=label)
     spread(axis, x, scale * (mean - Z * error), scale * (mean + Z * error), style.colour, 0.07)

@@ -9,12 +9,13 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from a2sf.analysis.collect import Grid, grid_of
-from a2sf.analysis.labels import DASH
+from a2sf.analysis.results.gather import grid_of
+from a2sf.analysis.results.grid import Grid
+from a2sf.analysis.results.labels import DASH
 from a2sf.errors import UserError
-from a2sf.report.plots import save
-from a2sf.report.summaries import TextTable
-from a2sf.report.tables import number
+from a2sf.report.plots.style import save
+from a2sf.report.tables.cells import number
+from a2sf.report.tables.text import TextTable
 from a2sf.store.runs import StoredCell
 
 TASK, METRIC = "needle", "metric/exact_match"
@@ -41,7 +42,7 @@ def needle_table(cells: Sequence[StoredCell] | Grid, by: str = "depth") -> pd.Da
         found = [c for c in cells if c.cell["task"] == TASK]
         grid = grid_of(found) if found else None
     frames = []
-    for model, shots, part in grid.parts() if grid else ():
+    for model, shots, part in grid.by_model() if grid else ():
         for s in part.systems():
             if s.keys.get(TASK) in part.cells:
                 about: dict[str, Any] = dict(zip(ROW, (model, shots, s.label, s.budget, s.factor), strict=True))
@@ -116,6 +117,6 @@ def needle_plots(grid: Grid, directory: Path) -> dict[str, list[Path]]:
 
 
 def _parts(grid: Grid) -> Iterator[tuple[str, Grid]]:
-    for model, shots, part in grid.parts():
+    for model, shots, part in grid.by_model():
         if any(TASK in s.keys and s.keys[TASK] in part.cells for s in part.systems()):
             yield f"{model}, {shots}-shot", part

@@ -7,29 +7,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from a2sf import atomic
-from a2sf.analysis.against import against_frame, compare_against
-from a2sf.analysis.collect import DEFAULT_PAIR, Grid, Selection, gather
-from a2sf.analysis.compare import compare_pair, comparisons_frame
-from a2sf.analysis.documents import texts_note
-from a2sf.analysis.fidelity import fidelity_frame
-from a2sf.analysis.ranking import rank, ranking_frame
+from a2sf.analysis.comparisons.against import against_frame, compare_against
+from a2sf.analysis.comparisons.fidelity import fidelity_frame
+from a2sf.analysis.comparisons.pairs import compare_pair, comparisons_frame
+from a2sf.analysis.comparisons.ranking import rank, ranking_frame
+from a2sf.analysis.results.documents import texts_note
+from a2sf.analysis.results.gather import gather
+from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid
+from a2sf.analysis.results.selection import Selection
 from a2sf.errors import UserError
 from a2sf.report.choices import FORMATS
-from a2sf.report.html import Contents, read_failures, write_report
-from a2sf.report.layout import Table, build_tables
 from a2sf.report.lengths import length_plots, length_tables
 from a2sf.report.needle import needle_plots, needle_tables
-from a2sf.report.plots import draw_all
-from a2sf.report.summaries import (
-    TextTable,
-    against_tables,
-    comparison_tables,
-    fidelity_tables,
-    ranking_tables,
-    text_latex,
-    text_markdown,
-)
-from a2sf.report.tables import csv_frame, latex, markdown
+from a2sf.report.page.page import Contents, read_failures, write_report
+from a2sf.report.plots.sweep import draw_all
+from a2sf.report.tables.layout import Table, build_tables
+from a2sf.report.tables.summaries import against_tables, comparison_tables, fidelity_tables, ranking_tables
+from a2sf.report.tables.text import TextTable, text_latex, text_markdown
+from a2sf.report.tables.write import csv_frame, latex, markdown
 from a2sf.report.traced import read_traces, trace_frame, trace_pictures
 from a2sf.store.archive import is_archive, place_of
 from a2sf.store.notes import notes_of
@@ -42,7 +37,7 @@ class Options:
     """How results are laid out and where they go.
 
     Attributes:
-        pivot: what goes across, one of `a2sf.report.layout.PIVOTS`.
+        pivot: what goes across, one of `a2sf.report.tables.layout.PIVOTS`.
         pair: policies whose difference is shown, first minus second.
         against: policies that every other is compared with at the same budget.
         stderr: add standard errors to the numbers of Markdown, LaTeX and screen.
@@ -63,7 +58,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Shown:
-    """What was made: the tables, the rankings, the files written, and what a reader has to be told."""
+    """What was made: the tables, the rankings, the files written, and notes for the reader."""
 
     tables: list[Table]
     rankings: list[TextTable]
@@ -79,10 +74,10 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     """
     grid = gather(directories, selection)
     tables = build_tables(grid, options.pivot, pair=options.pair)
-    comparisons, said = compare_pair(grid, options.pair)
-    fidelity, unsaid = fidelity_frame(grid)
-    ranked, unranked = rank(grid, options.pair)
-    against, unpaired = compare_against(grid, options.against)
+    comparisons, not_compared = compare_pair(grid, options.pair)
+    fidelity, no_fidelity = fidelity_frame(grid)
+    ranked, not_ranked = rank(grid, options.pair)
+    against, not_paired = compare_against(grid, options.against)
     shared = texts_note(grid.cells_shown)
     rankings = [*ranking_tables(grid, ranked, options.pair), *against_tables(against, grid.percent, shared)]
     text_tables = [
@@ -118,11 +113,13 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
         plots |= length_plots(grid, out / "plots", options.pair)
         plots |= trace_pictures(traced, out / "plots")
     files += [file for pictures in plots.values() for file in pictures]
-    of_tables = [*said, *unsaid, *unranked, *unpaired, *(n for t in tables for n in t.notes)]
+    of_tables = [*not_compared, *no_fidelity, *not_ranked, *not_paired, *(n for t in tables for n in t.notes)]
     notes = list(dict.fromkeys([*of_tables, *notes_of(grid.cells.values())]))
     if options.report:
         failures = read_failures(directories)
-        contents = Contents(grid, tables, comparisons, text_tables, plots, failures, notes, options.pair)
+        contents = Contents(
+            grid, tables, comparisons, text_tables, fidelity, traces, traced, failures, notes, options.pair
+        )
         files.append(write_report(out / "report.html", contents))
     return Shown(tables, rankings, files, list(dict.fromkeys([*grid.notes, *notes])))
 
@@ -142,7 +139,7 @@ def publish(grid: Grid, options: Options, figures: Path | None, readme: Path | N
     """Figures and the README's table from committed results; nothing else is written.
 
     Raises:
-        UserError: if the README has no place marked for the table.
+        UserError: if the README has no comments that mark the table's place.
     """
     files: list[Path] = []
     if readme is not None:
@@ -156,10 +153,10 @@ def publish(grid: Grid, options: Options, figures: Path | None, readme: Path | N
 
 
 def replace_block(readme: Path, text: str) -> None:
-    """Put `text` between the table marks of a Markdown file.
+    """Put `text` between the table comments of a Markdown file.
 
     Raises:
-        UserError: if the file or its marks are missing.
+        UserError: if the file or its comments are missing.
     """
     old = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     before, begin, rest = old.partition(README_BEGIN)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from a2sf.analysis.collect import DEFAULT_PAIR, Grid
+from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid
 from a2sf.engine.trace import Trace, load, overlap
 from a2sf.store.names import safe
 
@@ -39,7 +40,7 @@ def trace_frame(groups: Groups, pair: tuple[str, str] = DEFAULT_PAIR) -> pd.Data
         other = next((found for (policy, _, _), found in by_policy.items() if policy == pair[1]), {})
         for (_, label, factor), traces in by_policy.items():
             means = pd.concat([t.summary() for t in traces.values()]).groupby("layer").mean()
-            common = [overlap(*alike(t, other[d])) for d, t in traces.items() if d in other]
+            common = [overlap(*comparable(t, other[d])) for d, t in traces.items() if d in other]
             means["overlap"] = sum(common) / len(common) if common else float("nan")
             about = (model, shots, task, label, budget, factor, len(traces))
             rows += [(*about, layer, *values) for layer, *values in means.itertuples()]
@@ -47,7 +48,7 @@ def trace_frame(groups: Groups, pair: tuple[str, str] = DEFAULT_PAIR) -> pd.Data
 
 
 def trace_pictures(groups: Groups, directory: Path) -> dict[str, list[Path]]:
-    """Caption -> the PNG and SVG written: a document's text once per policy, as each cache kept it."""
+    """Caption -> the PNG and SVG written: a document's text once per policy, shaded by what each cache retained."""
     written: dict[str, list[Path]] = {}
     for (model, shots, task, budget, schedule), by_policy in groups.items():
         several = len({s for *where, s in groups if where == [model, shots, task, budget]}) > 1
@@ -67,21 +68,26 @@ def trace_pictures(groups: Groups, directory: Path) -> dict[str, list[Path]]:
             for file in files:
                 picture(shown, file)
             written[
-                f"What was kept of document {document} of {task} at budget {budget}{of} ({model}, {shots}-shot)"
+                f"Tokens retained of document {document} of {task} at budget {budget}{of} ({model}, {shots}-shot)"
             ] = files
     return written
 
 
-def alike(*traces: Trace) -> list[Trace]:
-    """Traces of one document, cut to the prompt where the policies went on to generate different text."""
+def comparable(*traces: Trace) -> list[Trace]:
+    """Traces of one document, cut to the prompt where the policies generated different texts."""
     same = all(t.pieces == traces[0].pieces for t in traces)
     return list(traces) if same else [t.first(t.context) for t in traces]
+
+
+def retained_share(trace: Trace) -> np.ndarray:
+    """float [tokens]: the share of layers and KV heads that retain each token at the end of the document."""
+    return trace.retained().mean(axis=(0, 1))
 
 
 def read_traces(grid: Grid) -> Groups:
     """The traces beside a grid's cells; a full cache evicts nothing and is left out."""
     groups: Groups = {}
-    for model, shots, part in grid.parts():
+    for model, shots, part in grid.by_model():
         for system in part.systems():
             for task, key in system.keys.items():
                 file = part.cells[key].open_traces() if key in part.cells and not system.is_full else None
@@ -92,9 +98,10 @@ def read_traces(grid: Grid) -> Groups:
 
 
 def picture(traces: dict[str, Trace], path: Path) -> None:
-    """Draw one document: its text once per policy, each token the darker the more layers and KV heads kept it to the end.
+    """Draw one document: its text once per policy, each token darker the more layers and KV heads retained it to the end.
 
-    What a policy went on to write is underlined.
+
+    Generated text is underlined.
 
     Args:
         traces: by the policy's label; all of one prompt.
@@ -113,7 +120,7 @@ def picture(traces: dict[str, Trace], path: Path) -> None:
     figure = Figure(figsize=(11, 0.19 * sum(n + 2 for n in lines) + 0.3), layout="constrained")
     panels = figure.subplots(len(traces), 1, squeeze=False, height_ratios=[n + 2 for n in lines])[:, 0]
     for axes, (label, trace), n in zip(panels, traces.items(), lines, strict=True):
-        share = trace.retained().mean(axis=(0, 1))
+        share = retained_share(trace)
         for i, column, row, piece in texts[label]:
             value = float(share[i])
             axes.add_patch(_box(column, row, len(piece), value))
@@ -124,8 +131,8 @@ def picture(traces: dict[str, Trace], path: Path) -> None:
             if wrote and i >= trace.context:
                 axes.plot([column, column + len(piece)], [row + 0.95] * 2, color="#D55E00", lw=1.2)
         axes.set(xlim=(0, WIDTH), ylim=(n, 0))
-        told = "share of layers and heads that kept each token" + ", underlined: what it wrote" * wrote
-        axes.set_title(f"{label}: document {trace.document}, {told}", fontsize=8)
+        note = "share of layers and heads that retained each token" + ", underlined: generated text" * wrote
+        axes.set_title(f"{label}: document {trace.document}, {note}", fontsize=8)
         axes.axis("off")
     figure.savefig(path, dpi=150)
 

@@ -1,4 +1,4 @@
-"""How much was read, computed, kept and scored."""
+"""How many tokens were read, computed, cached and scored."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import numpy as np
 
 from a2sf.policies.base import UNLIMITED, Retention
 from a2sf.policies.schedule import Schedule
-from a2sf.scoring.passes.full_cache_prefix import held, pruned_scores, untouched
+from a2sf.scoring.passes.full_cache_prefix import cached_tokens, full_cache_prefix, pruned_scores
 
 
 @dataclass
 class Counts:
-    """What was read since `PrunedLM.use`.
+    """Counts of one system's requests.
 
     Attributes:
         schedule: when tokens are evicted.
         kv_heads: of each layer; None: not known.
         acts: of each layer, whether the policy acts on it.
         tokens: tokens of all requests, as if each were computed by itself.
-        computed: tokens that were computed; of those that served several members of a group, an equal share.
-        needed: the same, those that served several counted whole.
-        together: how many of these served several.
+        computed: tokens that were computed; of those that served several systems, an equal share.
+        needed: the same, without dividing those that served several systems.
+        together: how many of these served several systems.
         scored: positions whose logits were computed, shared as `computed`.
-        kept: sum over requests and layers of the tokens cached at the end, mean over KV heads; `kept / layer_requests` is
-            the mean.
+        cached: sum over requests and layers of the tokens cached at the end, mean over KV heads; the mean is
+            `cached / layer_requests`.
         share: sum of the same as a share of each request's tokens.
         reused: requests answered from an earlier result.
         layer_requests: requests times layers.
-        targets: tokens whose log-likelihoods were asked for, or that were generated; of reused requests, too.
+        targets: tokens that were scored or generated, also those of reused requests.
         pruned: how many of them were predicted by a token that saw a pruned cache in some layer.
         prompts, budgets: of each request, tokens of its prompt, and slots of a layer, mean over layers that have a budget.
     """
@@ -45,7 +45,7 @@ class Counts:
     needed: int = 0
     together: int = 0
     scored: float = 0
-    kept: float = 0.0
+    cached: float = 0.0
     share: float = 0.0
     layer_requests: int = 0
     reused: int = 0
@@ -59,21 +59,23 @@ class Counts:
         """How long the requests' prompts are and what their budgets come to, in tokens; no budget: None."""
         return {"prompt": quantiles(self.prompts), "budget": quantiles(self.budgets)}
 
-    def count_read(self, total: int, prompt: int, kept: Sequence[Retention]) -> None:
-        """Count a request of `total` tokens that was computed, and what each layer `kept` of it."""
-        cached = sum(held(r, self.schedule, total, prompt, self.kv_heads) for r in kept)
+    def count_read(self, total: int, prompt: int, retention: Sequence[Retention]) -> None:
+        """Count a request of `total` tokens that was computed, and of which each layer has its `retention`."""
+        cached = sum(cached_tokens(r, self.schedule, total, prompt, self.kv_heads) for r in retention)
         self.tokens += total
-        self.kept += cached
+        self.cached += cached
         self.share += cached / total
-        self.layer_requests += len(kept)
+        self.layer_requests += len(retention)
 
-    def count_targets(self, targets: int, prompt: int, kept: Sequence[Retention], cut: int | None = None) -> None:
+    def count_targets(self, targets: int, prompt: int, retention: Sequence[Retention], cut: int | None = None) -> None:
         """Count what a prompt's last token and those after it predict; `cut`: where the prompt schedule cuts, if earlier."""
-        acted = [r for r, acts in zip(kept, self.acts, strict=True) if acts]
+        acted = [r for r, acts in zip(retention, self.acts, strict=True) if acts]
         self.targets += targets
         self.prompts.append(prompt)
-        self.budgets += [fmean(limited)] if (limited := [r.budget for r in kept if r.budget < UNLIMITED]) else []
-        self.pruned += pruned_scores(targets, untouched(acted, self.schedule, cut or prompt, self.kv_heads), prompt)
+        self.budgets += [fmean(limited)] if (limited := [r.budget for r in retention if r.budget < UNLIMITED]) else []
+        self.pruned += pruned_scores(
+            targets, full_cache_prefix(acted, self.schedule, cut or prompt, self.kv_heads), prompt
+        )
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float] | None:

@@ -12,7 +12,8 @@ from typing import Any
 
 from lm_eval.api.task import ConfigurableTask
 
-from a2sf.scoring.systems import request_hash
+from a2sf.scoring.requests import ROLLING, Requests, request_hash
+from a2sf.scoring.systems import Answers
 
 NAMED = 3
 """Documents that a note names at most."""
@@ -31,25 +32,35 @@ CUT = (
 )
 
 
-def doubts(task: Any, samples: Sequence[dict[str, Any]], lm: Any) -> list[dict[str, Any]]:
+def doubts(
+    task: Any, samples: Sequence[dict[str, Any]], requests: Iterable[Requests], answers: Answers
+) -> list[dict[str, Any]]:
     """Notes on the documents of a cell, as `result.json` has them.
 
     Args:
         samples: lm-eval's.
-        lm: the `PrunedLM` that answered.
+        requests: those of the samples.
+        answers: to them.
     """
+    place = {key: (of, i) for of in requests for i, key in enumerate(of.keys)}
     found: dict[str, list[int]] = {}
-    documents = {s["doc_id"]: s for s in reversed(samples)}  # each filter has a sample of its own
-    cut = 0
+    documents = {s["doc_id"]: s for s in reversed(samples)}  # there is a sample for each filter
+    longest, positions = 0, 0
     for number, sample in sorted(documents.items()):
-        arguments = [tuple(a) for a in sample["arguments"]]
-        unread = max((lm.unread.get(request_hash(a), 0) for a in arguments), default=0)
-        cut = max(cut, unread)
-        said = [*_of_answers(task, sample), *([CUT] if unread else []), *_of_tokens(task, arguments, lm)]
+        requests_of = [place[request_hash(tuple(a))] for a in sample["arguments"]]
+        unread = 0
+        for (of, i), arguments in zip(requests_of, sample["arguments"], strict=True):
+            answer = answers.answer(request_hash(tuple(arguments)))
+            unread = max(unread, 0 if answer is None or of.kind == ROLLING else of.unread(i, answer))
+            positions = of.lm.max_length
+        longest = max(longest, unread)
+        joined = any(of.kind == "loglikelihood" and of.joins(*of.instances[i].args) for of, i in requests_of)
+        said = [*_of_answers(task, sample), *([CUT] if unread else []), *([JOINED] if joined else [])]
         for what in dict.fromkeys(said):
             found.setdefault(what, []).append(number)
-    notes = [_note(task, what, numbers, len(documents), lm, cut) for what, numbers in found.items()]
-    return [*notes, *_of_examples(task), *_of_ends(task, documents.values(), lm)]
+    texts = {CUT: CUT.format(positions=positions, cut=longest)}
+    notes = [_note(task, texts.get(what, what), numbers, len(documents)) for what, numbers in found.items()]
+    return [*notes, *_of_examples(task), *_of_ends(task, documents.values(), answers)]
 
 
 def not_numbers(name: str, scores: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -67,15 +78,14 @@ def not_numbers(name: str, scores: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _note(task: Any, what: str, numbers: list[int], of: int, lm: Any, cut: int) -> dict[str, Any]:
+def _note(task: Any, text: str, numbers: list[int], of: int) -> dict[str, Any]:
     named = ", ".join(map(str, numbers[:NAMED])) + (", …" if len(numbers) > NAMED else "")
     which = f"document{'s' if len(numbers) > 1 else ''} {named}"
-    text = what.format(positions=lm.max_length, cut=cut) if what is CUT else what
     return {"text": f"{task.config.task}: in {len(numbers)} of {of} documents ({which}), {text}."}
 
 
 def _of_answers(task: Any, sample: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with a document's choices and its right answer, by lm-eval's own rules (`process_results`)."""
+    """What is wrong with a document's choices and its right answer, by lm-eval's rules (`process_results`)."""
     if not isinstance(task, ConfigurableTask) or callable(task.config.process_results):
         return
     document, target = sample["doc"], sample["target"]
@@ -114,13 +124,14 @@ def _of_examples(task: Any) -> list[dict[str, Any]]:
     return [{"text": f"{text} that is none of their choices, so that they show a wrong one."}] if wrong else []
 
 
-def _of_ends(task: Any, samples: Iterable[dict[str, Any]], lm: Any) -> list[dict[str, Any]]:
-    """A note on texts that go on, told in one for all cells: how many there are differs from policy to policy."""
+def _of_ends(task: Any, samples: Iterable[dict[str, Any]], answers: Answers) -> list[dict[str, Any]]:
+    """A note on texts that were cut off, with equal words for all cells: only their number differs between policies."""
     if task.OUTPUT_TYPE != "generate_until":
         return []
-    goes_on = sum(lm.ended.get(request_hash(tuple(s["arguments"][0]))) is False for s in samples)
+    given = [answers.answer(request_hash(tuple(s["arguments"][0]))) for s in samples]
+    cut_off = sum(a is not None and a.ended is False for a in given)
     text = f"{task.config.task}: texts were ended by the limit of their tokens (max_gen_toks), before a stop sequence."
-    return [{"text": text, "times": goes_on}] if goes_on else []
+    return [{"text": text, "times": cut_off}] if cut_off else []
 
 
 def _place(right: Any, choices: Sequence[Any]) -> int | None:
@@ -128,9 +139,3 @@ def _place(right: Any, choices: Sequence[Any]) -> int | None:
     if isinstance(right, str):
         return choices.index(right) if right in choices else None
     return next((i for i in range(len(choices)) if i == right), None)
-
-
-def _of_tokens(task: Any, arguments: Sequence[tuple[Any, ...]], lm: Any) -> Iterator[str]:
-    """Where the tokens that are scored are not those of the continuation."""
-    if task.OUTPUT_TYPE in ("multiple_choice", "loglikelihood") and any(lm.joins(*a[:2]) for a in arguments):
-        yield JOINED

@@ -1,7 +1,7 @@
 """Cells that are computed together: the same model, documents and examples, whatever the policy, budget and schedule.
 
-Documents, prompts and tokens are made once, and the requests of all cells go through the model together. A cell alone is a
-group of one.
+Documents and prompts are made once, each token is computed once for all cells, and lm-eval then computes its metrics cell by
+cell. A cell alone is a group of one.
 """
 
 from __future__ import annotations
@@ -9,31 +9,33 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from a2sf.scoring.systems import Answer, Member
-from a2sf.store.runs import DiskError, StoredCell
-from a2sf.sweep import checkpoint, stopping
-from a2sf.sweep.cell import Cell, compute, drawn
+from a2sf.engine.trace import Trace
+from a2sf.scoring.requests import Requests, by_kind
+from a2sf.scoring.scorer import Scorer
+from a2sf.store.runs import DiskError
+from a2sf.sweep.answer_store import AnswerStore
+from a2sf.sweep.cell import Cell
+from a2sf.sweep.early_stopping import EarlyStopping, check
+from a2sf.sweep.evaluate import drawn, evaluate
 from a2sf.sweep.reuse import find_extendable
-from a2sf.sweep.stopping import Stop, Told
 from a2sf.tasks import shared_texts
-from a2sf.tasks import spec as tasks
+from a2sf.tasks.spec import provenance
 from a2sf.tasks.warned import Warned, collected
 
-OWN = ("policy", "budget", "schedule")
-"""What the cells of a group differ in."""
+DIFFER = ("policy", "budget", "schedule")
+"""Fields in which the cells of a group differ."""
 
 
 def key_of(cell: Cell) -> Hashable:
     """Equal for cells that are computed together."""
-    return tuple(getattr(cell, f.name) for f in dataclasses.fields(cell) if f.name not in OWN)
+    return tuple(getattr(cell, f.name) for f in dataclasses.fields(cell) if f.name not in DIFFER)
 
 
 def grouped(cells: Iterable[Cell], more: Callable[[Cell], Hashable] = lambda cell: None) -> list[list[Cell]]:
@@ -50,168 +52,146 @@ def grouped(cells: Iterable[Cell], more: Callable[[Cell], Hashable] = lambda cel
 
 @dataclass(frozen=True)
 class Computed:
-    """What became of a cell: a result, its documents and what ran (`a2sf.engine.kernels.noting`), or an error."""
+    """What became of a cell: a result with its documents, or an error.
+
+    Attributes:
+        ran: which implementations of the engine ran (`a2sf.engine.kernels.noting`).
+        traces: what was evicted from the first documents.
+    """
 
     cell: Cell
     result: dict[str, Any] | None = None
     documents: pd.DataFrame | None = None
     error: Exception | None = None
     ran: frozenset[str] = frozenset()
+    traces: tuple[Trace, ...] = ()
 
 
-def compute_group(
-    cells: Sequence[Cell],
-    lm: Any,
-    directory: Path,
-    checkpoint_seconds: float = 60.0,
-    attempt: Callable[[Callable[[], Any]], Any] = lambda work: work(),
-    watch: Callable[[dict[str, Member]], None] = lambda members: None,
-) -> Iterator[Computed]:
-    """Score the documents of some cells with `lm`, a `PrunedLM`; what was scored before is not computed again.
+class Group:
+    """Computes a group of cells.
 
     Args:
         cells: equal in `key_of`.
+        scorer: of their model.
         directory: of the sweep, where unfinished cells keep their answers.
         checkpoint_seconds: after so much time the answers so far are written there.
-        attempt: calls what evaluates one cell, and may do so again.
-        watch: called after each pass with each cell's member, by its name, which holds its answers so far.
+        trace: of so many documents, the first ones, what is evicted is noted.
     """
-    warned = Warned()  # of what is done for all cells
-    try:
-        first = cells[0]
-        with collected(warned):
-            task = tasks.build(first.task, first.data, shots=first.shots, seed=first.seed)
-        where = tasks.provenance(task)
-        if first.until is not None:
-            stopping.check(task)
-        first.prompting.set_up(lm, task)
-        at_random = drawn(task)
-    except Exception as error:
-        yield from (Computed(c, error=error) for c in cells)
-        return
-    stored = {} if at_random else find_extendable(directory.parent, cells)
-    members: dict[str, Member] = {}
-    for cell in cells:
+
+    def __init__(
+        self, cells: Sequence[Cell], scorer: Scorer, directory: Path, checkpoint_seconds: float = 60.0, trace: int = 0
+    ) -> None:
+        self.cells, self.scorer, self.directory = cells, scorer, directory
+        self.checkpoint_seconds, self.trace = checkpoint_seconds, trace
+        self._store: AnswerStore | None = None
+        self._warned = Warned()  # of what is done for all cells
+
+    def shares(self) -> dict[str, float]:
+        """By the name of an unfinished cell, how much of its work is done, from 0 to 1."""
+        answers = self._store.all if self._store else {}
+        return {name: a.share for name, a in answers.items() if a.requests}
+
+    def compute(self) -> Iterator[Computed]:
+        """Score what was not scored before, and evaluate each cell. An error of one cell is no other's.
+
+        Raises:
+            DiskError: if the disk refuses answers.
+        """
+        first, clock = self.cells[0], time.perf_counter()
         try:
-            member = lm.as_member(cell.policy, cell.budget, cell.schedule)
+            with collected(self._warned):
+                task = first.spec.build(first.seed)
+                if first.until is not None:
+                    check(task)
+                instances = task.make_requests(self.scorer.lm, first.prompting, first.limit)
+            requests = by_kind(self.scorer.lm, instances, (task.config.metadata or {}).get("shared_context"))
+            documents = provenance(task)["fingerprint"]
         except Exception as error:
-            yield Computed(cell, error=error)
-            continue
-        member.known = _known(stored.get(cell.name), where)
-        if not at_random:
-            checkpoint.restore(directory, cell, where["fingerprint"], member)
-        members[cell.name] = member
-    of = {c.name: c for c in cells if c.name in members}
+            yield from (Computed(c, error=error) for c in self.cells)
+            return
+        store = self._store = AnswerStore(self.directory, documents, self.checkpoint_seconds, on_disk=not drawn(task))
+        finished = find_extendable(self.directory.parent, self.cells) if store.on_disk else {}
+        each = (time.perf_counter() - clock) / len(self.cells)
+        cells: dict[str, Cell] = {}
+        for cell in self.cells:
+            try:
+                answers = self.scorer.answers(self.scorer.system(cell.policy, cell.budget, cell.schedule))
+            except Exception as error:
+                yield Computed(cell, error=error)
+                continue
+            cells[cell.name] = cell
+            answers.requests = sum(len(set(r.keys)) for r in requests)
+            store.add(cell, answers, finished.get(cell.name))
+            answers.seconds += each
+        stopping = None
+        if first.until is not None and cells:
+            field = shared_texts.field_of(task, first.data.cluster)
+            stopping = EarlyStopping(first.until, self.directory, list(cells.values()), store.all, task, field)
+        try:
+            try:
+                for _ in self._scored(requests, store, stopping):
+                    store.save_due()
+            except DiskError:
+                raise
+            except Exception as error:  # of no cell alone
+                store.save(store.all)
+                for answers in store.all.values():
+                    answers.error = answers.error or error
+            for name, cell in cells.items():
+                yield self._evaluated(cell, task, requests, store, stopping)
+                if name in store.all:
+                    store.finish(name)
+        except BaseException:  # interrupted: what was computed since the last checkpoint is written
+            with suppress(DiskError):
+                store.save(store.all)
+            raise
 
-    def save(names: Iterable[str]) -> None:
-        for name in names:
-            if members[name].answers and members[name].error is None:
-                try:
-                    checkpoint.write(directory, of[name], where["fingerprint"], members[name])
-                except OSError as error:
-                    raise DiskError(f"{directory} cannot be written ({error.strerror or error})") from error
+    def _scored(
+        self, requests: Sequence[Requests], store: AnswerStore, stopping: EarlyStopping | None
+    ) -> Iterator[None]:
+        """Pass by pass, until all requests have an answer, or enough of them to stop."""
+        answers = list(store.all.values())
+        for documents in [None] if stopping is None else stopping.batches(self.scorer.tokens_per_pass):
+            for of_kind in requests:
+                chosen = of_kind if documents is None else of_kind.of_documents(documents)
+                passes = self.scorer.score(chosen, answers)
+                while True:
+                    with collected(self._warned):
+                        if next(passes, self) is self:
+                            break
+                    yield
+                    if stopping is not None and stopping.decide():
+                        return
+            if stopping is not None and stopping.decide():
+                return
 
-    saved = time.monotonic()
-    field = shared_texts.field_of(task, first.data.cluster)
-    text_of = None if field is None else partial(shared_texts.key_of, field=field)
-    stop = None if first.until is None else Stop(first.until, directory, list(of.values()), members, task, text_of)
-    aside = partial(collected, warned)
-    _once(task, lambda: None if stop is None else stop.look(), aside)
-
-    def after_pass() -> None:
-        nonlocal saved
-        watch(members)
-        if stop is not None:
-            stop.look()
-        if time.monotonic() - saved >= checkpoint_seconds:
-            save(members)
-            saved = time.monotonic()
-
-    try:
-        with lm.together(list(members.values()), after_pass, None if stop is None else stop.due, aside):
-            for name in list(members):
-                lm.take(members[name])
-                try:
-                    result, documents = attempt(partial(_until_told, of[name], lm, task, stop))
-                except DiskError:
-                    raise
-                except Exception as error:
-                    save([name])  # it may be something that comes after the answers
-                    yield Computed(of[name], error=error)
-                else:
-                    result = with_notes(result, lm.warned, warned)
-                    yield Computed(of[name], result, documents, ran=frozenset(members[name].ran))
-                    checkpoint.remove(directory, of[name])
-                del members[name]
-    except BaseException:  # interrupted: what was computed since the last checkpoint is kept
-        with suppress(DiskError):
-            save(members)
-        raise
-
-
-def _until_told(cell: Cell, lm: Any, task: Any, stop: Stop | None) -> tuple[dict[str, Any], pd.DataFrame]:
-    """`compute`, of no more documents than it takes to tell what the group is to tell."""
-    if stop is None:
-        return compute(cell, lm, task)
-    try:
-        result, documents = compute(cell, lm, task, stop.told)
-    except Told:
-        result, documents = compute(cell, lm, task, stop.told)  # by now the documents that told it
-    return result | {"until": stop.report()}, documents
+    def _evaluated(
+        self,
+        cell: Cell,
+        task: Any,
+        requests: Sequence[Requests],
+        store: AnswerStore,
+        stopping: EarlyStopping | None,
+    ) -> Computed:
+        answers = store[cell.name]
+        chosen = None if stopping is None else stopping.documents
+        try:
+            if answers.error is not None:
+                raise answers.error
+            scored = [r if chosen is None else r.of_documents(chosen) for r in requests]
+            result, documents = evaluate(cell, task, scored, answers, self.scorer, chosen)
+            traces = [t for r in scored for t in self.scorer.traces(r, answers, self.trace)] if self.trace else []
+        except Exception as error:
+            store.save([cell.name])  # it may be something that comes after the answers
+            store.drop(cell.name)
+            return Computed(cell, error=error)
+        if stopping is not None:
+            result |= {"until": stopping.report()}
+        result = with_notes(result, answers.warned, self._warned)
+        return Computed(cell, result, documents, ran=frozenset(answers.ran), traces=tuple(traces))
 
 
-def with_notes(result: dict[str, Any], *warned: Warned | None) -> dict[str, Any]:
-    """A result with what was warned of for several cells after its own notes; without `notes` where there are none."""
-    notes = [*result.pop("notes"), *(note for w in warned if w is not None for note in w.notes)]
+def with_notes(result: dict[str, Any], *warned: Warned) -> dict[str, Any]:
+    """A result with these warnings added to its notes; without `notes` if there are none."""
+    notes = [*result.pop("notes", ()), *(note for w in warned for note in w.notes)]
     return result | ({"notes": notes} if notes else {})
-
-
-def _once(task: Any, ready: Callable[[], None], aside: Callable[[], AbstractContextManager[Any]]) -> None:
-    """Let `task` make its requests once, and give them anew, without answers, to every evaluation.
-
-    Args:
-        ready: called when it has them.
-        aside: entered around the making, which is for all.
-    """
-    make = task.build_all_requests
-    made: list[Any] = []
-
-    def build_all_requests(samples: list[int] | None = None, **settings: Any) -> None:
-        if not made:
-            with aside():
-                make(**settings)
-            made.extend(task.instances)
-        for instance in made:
-            instance.resps, instance.filtered_resps = [], {}
-        task._instances = list(made)
-        ready()
-        if samples is not None:  # which lm-eval counts from nought
-            place = {document: i for i, document in enumerate(samples)}
-            chosen = [i for i in made if i.doc_id in place]
-            renumbered = [(i.metadata[0], place[i.doc_id], *i.metadata[2:]) for i in chosen]
-            task._instances = [dataclasses.replace(i, metadata=m) for i, m in zip(chosen, renumbered, strict=True)]
-            for instance, original in zip(task._instances, chosen, strict=True):
-                instance.document = original.doc_id
-
-    task.build_all_requests = build_all_requests
-
-
-def _known(stored: StoredCell | None, where: dict[str, Any]) -> dict[str, Answer]:
-    """By request hash, the answers of documents that were scored before."""
-    if stored is None or stored.result["documents"]["fingerprint"] != where["fingerprint"]:
-        return {}
-    known: dict[str, Answer] = {}
-    if "target" in stored.documents and "generated" not in stored.documents:
-        return {}  # its texts were not stored
-    if "generated" in stored.documents:
-        columns = ["request_hashes", "generated", "context_tokens", "continuation_tokens", "ended"]
-        for hashes, text, context, more, end in stored.documents.reindex(columns=columns).itertuples(index=False):
-            ended = None if pd.isna(end) else bool(end)  # older results do not say
-            known[hashes[0]] = Answer(text, False, int(context[0]), int(more[0]), ended)
-        return known
-    columns = ["request_hashes", "loglikelihoods", "is_greedy", "context_tokens", "continuation_tokens"]
-    for prefix in ("", "more/"):
-        if f"{prefix}{columns[0]}" in stored.documents:
-            for row in stored.documents[[f"{prefix}{c}" for c in columns]].itertuples(index=False):
-                known.update({h: Answer(float(x), bool(g), int(c), int(n)) for h, x, g, c, n in zip(*row, strict=True)})
-    return known

@@ -16,11 +16,10 @@ import subprocess
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,10 @@ import yaml
 
 from a2sf import __version__, atomic
 from a2sf.engine import trace as traces
-from a2sf.errors import ConfigError, Notice, UserError
+from a2sf.errors import ConfigError, UserError
 from a2sf.hf import loading
 from a2sf.hf.devices import devices_of
-from a2sf.scoring.systems import Member
+from a2sf.scoring.scorer import Scorer
 from a2sf.store.runs import (
     TRACES,
     DiskError,
@@ -44,12 +43,13 @@ from a2sf.store.runs import (
     write_cell,
     write_table,
 )
-from a2sf.sweep import checkpoint
+from a2sf.sweep import answer_store
 from a2sf.sweep.cell import ENGINE_VERSION, Cell
 from a2sf.sweep.config import folder as config_dir
-from a2sf.sweep.group import Computed, compute_group
+from a2sf.sweep.group import Computed, Group, with_notes
 from a2sf.sweep.reuse import Finished, results_of
-from a2sf.tasks.warned import collected
+from a2sf.tasks.prompting import SAMPLING_SEED
+from a2sf.tasks.warned import Warned, collected
 from a2sf.tracking.tracker import Tracker
 
 LEASE_SECONDS = 60.0
@@ -69,6 +69,22 @@ class Outcome:
 
 
 @dataclass
+class Loaded:
+    """A model as the cells of a sweep use it.
+
+    Attributes:
+        warned: what libraries warned of while it was loaded.
+        weights_format: which kind of file the weights were read from.
+    """
+
+    model: Any
+    tokenizer: Any
+    warned: Warned
+    weights_format: str | None
+    scorers: dict[str, Scorer] = field(default_factory=dict)
+
+
+@dataclass
 class Runner:
     """Computes cells of one sweep; keeps the model loaded from one cell to the next.
 
@@ -77,8 +93,7 @@ class Runner:
         tracker: where finished cells are logged besides.
         batch_size: sequences per forward pass, None for auto.
         trace: documents of each cell whose evictions are noted in the cell's `traces.npz` (see `a2sf.engine.trace`).
-        checkpoint: seconds of work after which the answers of unfinished cells are kept.
-        underway: of unfinished cells of the group in work, by name, the share of their work that is done.
+        checkpoint: seconds of work after which the answers of unfinished cells are written.
     """
 
     directory: Path
@@ -86,8 +101,8 @@ class Runner:
     batch_size: int | None = None
     trace: int = 0
     checkpoint: float = 60.0
-    underway: dict[str, float] = field(default_factory=dict)
-    _loaded: dict[loading.ModelSpec, Any] = field(default_factory=dict)
+    _group: Group | None = None
+    _loaded: dict[loading.ModelSpec, Loaded] = field(default_factory=dict)
     _broken: dict[loading.ModelSpec, UserError] = field(default_factory=dict)
 
     def run(self, cells: Sequence[Cell], planned: Collection[str] | None = None) -> list[Outcome]:
@@ -120,7 +135,7 @@ class Runner:
                     file.parent.mkdir(parents=True, exist_ok=True)
                     leases.enter_context(lock)
                 except filelock.Timeout:
-                    if cell.until is not None:  # what a group stops at is told by all of it
+                    if cell.until is not None:  # all cells of a group decide together when it stops
                         return [*outcomes, *(Outcome(c.name, "busy") for c in todo)]
                     outcomes.append(Outcome(cell.name, "busy"))
                 except OSError as error:  # another user's folder
@@ -133,26 +148,28 @@ class Runner:
             outcomes += [Outcome(name, "there") for name in there]
             mine = [c for c in locked if c.name not in there]
             for computed in self._computed(mine):
-                self.underway.pop(computed.cell.name, None)
                 outcomes.append(self._keep(computed))
                 held[computed.cell.name].release()  # others need not wait for the rest of the group
         return outcomes
+
+    @property
+    def underway(self) -> dict[str, float]:
+        """By the name of an unfinished cell in work, the share of its work that is done."""
+        return self._group.shares() if self._group else {}
 
     def _computed(self, cells: Sequence[Cell]) -> Iterator[Computed]:
         if not cells:
             return
         try:
-            lm = self._lm(cells[0])
+            scorer = self._scorer(cells[0])
         except Exception as error:
             yield from (Computed(c, error=error) for c in cells)
             return
-        lm.trace_documents = self.trace
-        attempt = partial(_halving, lm)
-        yield from compute_group(cells, lm, self.directory, self.checkpoint, attempt, self._watch)
-
-    def _watch(self, members: dict[str, Member]) -> None:
-        """Note how far each cell is, after a pass."""
-        self.underway = {name: member.share for name, member in members.items() if member.asked}
+        self._group = Group(cells, scorer, self.directory, self.checkpoint, self.trace)
+        try:
+            yield from self._group.compute()
+        finally:
+            self._group = None
 
     def _keep(self, computed: Computed) -> Outcome:
         """Write a result, or record a failure."""
@@ -161,10 +178,10 @@ class Runner:
             return self.fail(cell, computed.error)
         assert computed.result is not None
         assert computed.documents is not None
-        lm = self._loaded[cell.model]
-        result = computed.result | {"provenance": provenance(lm, computed.ran)}
+        loaded = self._loaded[cell.model]
+        result = with_notes(computed.result, loaded.warned) | {"provenance": provenance(loaded, computed.ran)}
         try:
-            noted = {TRACES: traces.dumps(lm.traces)} if lm.traces else {}
+            noted = {TRACES: traces.dumps(computed.traces)} if computed.traces else {}
             config = yaml.safe_dump(cell.describe(), sort_keys=False)
             stored = write_cell(path, result, computed.documents, config, noted)
         except OSError as error:
@@ -195,42 +212,37 @@ class Runner:
             raise DiskError(f"{file} cannot be written ({problem.strerror or problem})") from problem
         return Outcome(cell.name, "failed", str(record["error"]))
 
-    def _lm(self, cell: Cell) -> Any:
+    def _scorer(self, cell: Cell) -> Scorer:
+        """Of a cell's model, which is loaded if it is not."""
         from a2sf.scoring.lm import PrunedLM
 
-        if cell.model not in self._loaded:
-            self._loaded.clear()  # one model at a time
-            if cell.model in self._broken:
-                raise self._broken[cell.model]
-            try:
-                with collected() as warned:
-                    loaded = loading.load(cell.model)
-            except UserError as error:  # it will be so for its other cells
-                self._broken[cell.model] = error
-                raise
-            for key, value, found, planned in (
-                ("model.path", cell.model.path, loaded.fingerprint, cell.identity["weights"]),
-                (
-                    "model.adapter",
-                    cell.model.adapter,
-                    loaded.adapter,
-                    (cell.identity.get("adapter") or {}).get("weights"),
-                ),
-            ):
-                if found != planned:
-                    raise ConfigError(key, value, "its files changed after the sweep began; start it again")
-            lm = PrunedLM(
-                loaded.model,
-                tokenizer=loaded.tokenizer,
-                batch_size=self.batch_size or "auto",
-                add_bos_token=cell.model.add_bos_token,
-            )
-            lm.silent, lm.warned = True, warned
-            lm.weights_format = loaded.format
-            self._loaded[cell.model] = lm
-        lm = self._loaded[cell.model]
-        lm.engine = cell.backend
-        return lm
+        loaded = self._load(cell)
+        if cell.backend not in loaded.scorers:
+            lm = PrunedLM(loaded.model, tokenizer=loaded.tokenizer, add_bos_token=cell.model.add_bos_token)
+            loaded.scorers[cell.backend] = Scorer(lm, cell.backend, self.batch_size, SAMPLING_SEED)
+        return loaded.scorers[cell.backend]
+
+    def _load(self, cell: Cell) -> Loaded:
+        if cell.model in self._loaded:
+            return self._loaded[cell.model]
+        self._loaded.clear()  # one model at a time
+        if cell.model in self._broken:
+            raise self._broken[cell.model]
+        try:
+            with collected() as warned:
+                loaded = loading.load(cell.model)
+        except UserError as error:  # it will be so for its other cells
+            self._broken[cell.model] = error
+            raise
+        adapter = (cell.identity.get("adapter") or {}).get("weights")
+        for key, value, found, planned in (
+            ("model.path", cell.model.path, loaded.fingerprint, cell.identity["weights"]),
+            ("model.adapter", cell.model.adapter, loaded.adapter, adapter),
+        ):
+            if found != planned:
+                raise ConfigError(key, value, "its files changed after the sweep began; start it again")
+        self._loaded[cell.model] = Loaded(loaded.model, loaded.tokenizer, warned, loaded.format)
+        return self._loaded[cell.model]
 
 
 def _settled(cell: Cell) -> Cell:
@@ -240,26 +252,8 @@ def _settled(cell: Cell) -> Cell:
     return cell.settled()
 
 
-def _halving(lm: Any, work: Any) -> Any:
-    """`work()`, with half the tokens per forward pass whenever the GPU's memory does not suffice."""
-    before = lm.tokens_per_pass
-    while True:
-        try:
-            return work()
-        except torch.cuda.OutOfMemoryError:
-            if lm.member.error is not None:  # passes were as small as they can be
-                raise
-            if lm.tokens_per_pass < 64:
-                lm.tokens_per_pass = before  # the next cell may be smaller
-                raise
-            lm.tokens_per_pass //= 2
-            torch.cuda.empty_cache()
-            told = f"The GPU ran out of memory; the sweep goes on with {lm.tokens_per_pass} tokens per forward pass."
-            warnings.warn(told, Notice, stacklevel=1)
-
-
 def check_disk(directory: Path) -> None:
-    """Refuse to compute what could not be kept.
+    """Refuse to compute what could not be stored.
 
     Raises:
         DiskError: if the directory cannot be written or the disk is full.
@@ -286,7 +280,7 @@ def finish(directory: Path, cells: Sequence[Cell]) -> tuple[list[StoredCell], li
     failures = []
     for cell in cells:
         if cell.name in there:  # of a process that ended between the two
-            checkpoint.remove(directory, cell)
+            answer_store.remove(directory, cell)
     for cell in sorted(cells, key=lambda c: c.name):
         file = failure_file(directory, cell.name)
         if file.exists() and cell.name not in there:
@@ -309,7 +303,7 @@ def hardly_pruned(stored: Iterable[StoredCell]) -> str | None:
 
 
 def _clear_failures(directory: Path, cell: dict[str, Any]) -> None:
-    """Remove what was recorded of a cell that asked for the same, also of weights or documents that have changed since."""
+    """Remove what was recorded of a cell with the same settings, also if weights or documents have changed since."""
     for file in (directory / "failures").glob("*.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):
             if asked(json.loads(file.read_text(encoding="utf-8"))["cell"]) == asked(cell):
@@ -324,14 +318,14 @@ def _lock_file(directory: Path, cell: Cell) -> Path:
     return directory.parent / ".locks" / f"{cell.tail}.lock"
 
 
-def provenance(lm: Any, ran: Collection[str]) -> dict[str, Any]:
+def provenance(loaded: Loaded, ran: Collection[str]) -> dict[str, Any]:
     """What a reader needs to repeat the run; `ran`: which implementations of the recursion ran."""
     return {
         **_git(),
         "a2sf": __version__,
         "engine": ENGINE_VERSION,
         "backend": "+".join(sorted(ran)) or "none",
-        "weights_format": lm.weights_format,
+        "weights_format": loaded.weights_format,
         "versions": {name: version(name) for name in (*VERSIONS, *({"triton"} & set(ran)))}
         | {"python": platform.python_version()},
         "machine": {
@@ -340,7 +334,7 @@ def provenance(lm: Any, ran: Collection[str]) -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            **({"devices": spread} if (spread := devices_of(lm.model)) else {}),
+            **({"devices": spread} if (spread := devices_of(loaded.model)) else {}),
         },
         "command": " ".join([sys.argv[0], *map(shlex.quote, [*config_dir.option(), *sys.argv[1:]])]),
     }

@@ -11,6 +11,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from lm_eval.api.samplers import ContextSampler, FirstNSampler
 
 from a2sf.errors import ConfigError, UserError, first_line
 from a2sf.tasks.numbers import index_of
+from a2sf.tasks.prompting import Prompting
 
 Document = dict[str, Any]
 CHECKED_POOL = 2000
@@ -158,6 +160,7 @@ class OwnDocuments:
     Attributes:
         read_documents: reads them; None: the task's own way.
         shots, fewshot_seed: of its examples.
+        made: its requests, once `make_requests` has made them.
     """
 
     read_documents: Callable[[], Any] | None = None
@@ -165,6 +168,35 @@ class OwnDocuments:
     fewshot_seed: int = 0
     _examples: Examples | None = None
     _scored: Any = None
+    made: list[Any] | None = None
+
+    def make_requests(self, lm: Any, prompting: Prompting, limit: int | None) -> list[Any]:
+        """lm-eval's requests of the first `limit` documents (None: of all); evaluations use them from now on.
+
+        Args:
+            lm: an `HFLM`, which applies the chat template.
+
+        Raises:
+            ConfigError: if a setting of generation would have no effect on this task.
+        """
+        prompting.configure(self)
+        super().build_all_requests(limit=limit, **prompting.arguments(lm))  # type: ignore[misc]
+        self.made = list(self.instances)  # type: ignore[attr-defined]
+        return self.made
+
+    def build_all_requests(self, samples: list[int] | None = None, **settings: Any) -> None:
+        """As lm-eval's; but requests that were made already are given again, without answers."""
+        if self.made is None:
+            return super().build_all_requests(samples=samples, **settings)  # type: ignore[misc]
+        for instance in self.made:
+            instance.resps, instance.filtered_resps = [], {}
+        self._instances = list(self.made)
+        if samples is not None:  # lm-eval numbers chosen documents from 0
+            place = {document: i for i, document in enumerate(samples)}
+            chosen = [i for i in self.made if i.doc_id in place]
+            numbered = [(i.metadata[0], place[i.doc_id], *i.metadata[2:]) for i in chosen]
+            self._instances = [replace(i, metadata=m) for i, m in zip(chosen, numbered, strict=True)]
+        return None
 
     def download(self, *arguments: Any, **settings: Any) -> None:
         if self.read_documents is None:

@@ -88,25 +88,29 @@ class Prompting:
         default = vars(Prompting())
         return {k: v for k, v in given.items() if v != default[k]}
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """What `lm_eval.evaluate` is told, besides `set_up`."""
-        return {
-            "apply_chat_template": bool(self.chat_template),
-            "system_instruction": self.system_instruction,
-            "fewshot_as_multiturn": self.multiturn,
-        }
-
-    def set_up(self, lm: Any, task: Any) -> None:
-        """Make an `HFLM` and a task of lm-eval's ready; to do so twice changes nothing.
-
-        Raises:
-            ConfigError: if a setting of generation would have no effect on this task.
+    def arguments(self, lm: Any) -> dict[str, Any]:
+        """What lm-eval's `build_all_requests` is given.
 
         lm-eval 0.4.13 takes the name of a template and applies the tokenizer's default: here the named one is applied.
         """
-        others = {k: v for k, v in lm.chat_template_args.items() if k != "chat_template"}
-        lm.chat_template_args = others | self._named
+        templated = copy.copy(lm)
+        templated.chat_template_args = lm.chat_template_args | self._named
+        return {
+            "rank": 0,
+            "world_size": 1,
+            "apply_chat_template": bool(self.chat_template),
+            "system_instruction": self.system_instruction,
+            "fewshot_as_multiturn": self.multiturn,
+            "chat_template": templated.apply_chat_template if self.chat_template else None,
+            "tokenizer_name": lm.tokenizer_name if self.chat_template else "",
+        }
+
+    def configure(self, task: Any) -> None:
+        """Merge `gen_kwargs` into a task's settings of generation; to do so twice changes nothing.
+
+        Raises:
+            ConfigError: if a setting of generation would have no effect on this task.
+        """
         if self.gen_kwargs and task.get_config("output_type") == "generate_until":
             given, own = json.loads(self.gen_kwargs), dict(task.config.generation_kwargs or {})
             for other in LENGTHS if any(k in given for k in LENGTHS) else ():

@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +27,16 @@ from a2sf.tasks.warned import silent
 
 __all__ = [
     "SUITES",
+    "Contents",
     "DataSpec",
-    "Settled",
+    "TaskSpec",
     "aggregates",
     "arguments_of",
-    "build",
-    "check",
-    "definition_of",
     "expand_suite",
-    "generates",
     "hidden",
-    "identity",
     "include",
-    "known_content",
-    "lengths",
-    "makes_documents",
-    "name_of",
     "provenance",
     "resolve",
-    "shared_context",
-    "version_of",
 ]
 
 LENGTHS = ("lengths", "max_seq_lengths")
@@ -156,76 +147,164 @@ def arguments_of(found: Definition, asked: str, given: Mapping[str, Any], names:
     ]
 
 
-def check(name: str, data: DataSpec, shots: int) -> None:
-    """Refuse a task that cannot be run as asked, before anything is downloaded or loaded.
+@dataclass(frozen=True)
+class TaskSpec:
+    """A task as cells have it: its definition, which documents are scored, how many examples stand before each.
 
-    Raises:
-        ConfigError: if its data is not where it should be, or it asks a model for something else than these do.
+    Attributes:
+        ref: what finds the task again: lm-eval's name, `group::member`, or the path of a YAML file.
+        data: where the documents are.
+        shots: the number of examples.
     """
-    found = definitions.definition(name)
-    kind = found.config.get("output_type", "")
-    if kind and kind not in OUTPUT_TYPES:
-        raise ConfigError(
-            "tasks",
-            found.name,
-            f"it needs {kind}, which is not available under pruning; give a log-likelihood or generation task",
-        )
-    if shots and (asked := lengths(name, data)) and asked[1]:
-        raise ConfigError(
-            "shots", shots, f"a prompt of {found.name} has the length that {asked[0]} says, with no room for examples"
-        )
-    locate(found, data, shots)
 
+    ref: str
+    data: DataSpec = field(default_factory=DataSpec)
+    shots: int = 0
 
-def name_of(ref: str) -> str:
-    """What tables call a task: lm-eval's name, or that in the user's YAML file."""
-    return definitions.definition(ref).name
+    @cached_property
+    def definition(self) -> Definition:
+        """As lm-eval or the user's YAML file has it.
 
+        Raises:
+            ConfigError: if there is no such task.
+        """
+        return definitions.definition(self.ref)
 
-def definition_of(ref: str) -> str | None:
-    """What identifies a definition that is not lm-eval's own as it stands; None for one that is."""
-    return definitions.definition(ref).digest()
+    @property
+    def name(self) -> str:
+        """What tables call the task: lm-eval's name, or that in the user's YAML file."""
+        return self.definition.name
 
+    @property
+    def generates(self) -> bool:
+        """Whether the task's answers are generated text."""
+        return bool(self.definition.config.get("output_type") == "generate_until")
 
-def version_of(name: str) -> Any:
-    """The version that lm-eval gives the task's definition; None if it gives none."""
-    metadata = definitions.definition(name).config.get("metadata")
-    return metadata.get("version") if isinstance(metadata, dict) else None
+    @property
+    def makes_documents(self) -> bool:
+        """Whether the task makes its documents by a function, which may ask for the model's tokenizer."""
+        return "custom_dataset" in self.definition.config
 
+    @property
+    def _metadata(self) -> dict[str, Any]:
+        metadata = self.definition.config.get("metadata")
+        return metadata if isinstance(metadata, dict) else {}
 
-def generates(name: str) -> bool:
-    """Whether the task's answers are generated text."""
-    return bool(definitions.definition(name).config.get("output_type") == "generate_until")
-
-
-def makes_documents(name: str) -> bool:
-    """Whether the task makes its documents by a function, which may ask for the model's tokenizer."""
-    return "custom_dataset" in definitions.definition(name).config
-
-
-def lengths(name: str, data: DataSpec) -> tuple[str, list[int]] | None:
-    """The lengths in tokens that documents are made to, and the key that says so; None where no lengths are asked for."""
-    if not makes_documents(name):
+    @property
+    def lengths(self) -> tuple[str, list[int]] | None:
+        """The lengths in tokens that documents are made to, and the key that says so; None where the task has none."""
+        given = self._metadata | self.data.arguments if self.makes_documents else {}
+        for key in LENGTHS:
+            if key in given:
+                values = given[key] if isinstance(given[key], list) else [given[key]]
+                return f"task_args.{key}", [n for n in values if isinstance(n, int)]
         return None
-    metadata = definitions.definition(name).config.get("metadata")
-    told = (metadata if isinstance(metadata, dict) else {}) | data.arguments
-    for key in LENGTHS:
-        if key in told:
-            given = told[key] if isinstance(told[key], list) else [told[key]]
-            return f"task_args.{key}", [n for n in given if isinstance(n, int)]
-    return None
 
+    @property
+    def shared_context(self) -> str | None:
+        """The field of a document that its prompt begins with and that other documents share; None: the task names none."""
+        return (self._metadata | self.data.arguments).get("shared_context")
 
-def shared_context(name: str, data: DataSpec) -> str | None:
-    """The field of a document that its prompt begins with and that other documents have, too; None: the task names none."""
-    metadata = definitions.definition(name).config.get("metadata")
-    told = (metadata if isinstance(metadata, dict) else {}) | data.arguments
-    return told.get("shared_context")
+    @property
+    def source(self) -> Source:
+        """Where the documents are; nothing is read or downloaded.
+
+        Raises:
+            ConfigError: if they are not where they should be.
+        """
+        return locate(self.definition, self.data, self.shots)
+
+    def check(self) -> None:
+        """Refuse a task that cannot be run with these settings, before anything is downloaded or loaded.
+
+        Raises:
+            ConfigError: if its data is not where it should be, or it needs another kind of model output.
+        """
+        kind = self.definition.config.get("output_type", "")
+        if kind and kind not in OUTPUT_TYPES:
+            raise ConfigError(
+                "tasks",
+                self.name,
+                f"it needs {kind}, which is not available under pruning; give a log-likelihood or generation task",
+            )
+        if self.shots and (given := self.lengths) and given[1]:
+            raise ConfigError(
+                "shots",
+                self.shots,
+                f"a prompt of {self.name} has the length that {given[0]} says, with no room for examples",
+            )
+        self.source  # noqa: B018 (which checks the data)
+
+    @property
+    def known_content(self) -> str | None:
+        """What identifies the documents, if that is known without the network and without loading anything; else None."""
+        if self.data.content is not None:
+            return self.data.content
+        source = self.source
+        return documents.content_of_files(source) if source.kind == "files" else None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a number depends on in the task and its documents, as plain data: definition, contents, splits."""
+        digest = self.definition.digest()
+        read: dict[str, Any] = {"content": self.known_content}
+        if self.data.root is None:  # a hash of files is of the splits that are read, a commit is of all
+            source = self.source
+            read |= {"split": source.scored, "fewshot_split": source.examples}
+        return {
+            "task": self.name,
+            "task_version": self._metadata.get("version"),
+            **({"definition": digest} if digest else {}),
+            **({"task_args": self.data.arguments} if self.data.task_args else {}),
+            "data": read,
+        }
+
+    def build(self, seed: int) -> Any:
+        """The lm-eval task, with its documents loaded.
+
+        Args:
+            seed: of the examples.
+
+        Raises:
+            UserError: if the documents cannot be loaded, are not those that `data.content` identifies, or are too few.
+        """
+        self.check()
+        found, source, data = self.definition, self.source, self.data
+        try:
+            with silent(), seeded():
+                task = _task(found, source, data, self.shots, seed)
+            definitions.unchanged(found)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"tasks={found.name}: {_why(error, source, data)}") from error
+        if task.get_config("output_type") not in OUTPUT_TYPES:
+            raise ConfigError(
+                "tasks", found.name, f"it needs {task.get_config('output_type')}, which pruning does not offer"
+            )
+        task.set_config(key="task", value=found.name)
+        task.set_config(key="num_fewshot", value=self.shots)
+        task.set_fewshot_seed(seed=seed)
+        if self.shots:
+            task.examples().check(task.eval_docs)
+        if source.kind == "task" and data.content is not None and _content(task) != data.content:
+            raise UserError(f"tasks={found.name}: its documents changed after the sweep began; start it again")
+        task.content = data.content
+        return task
+
+    def bytes_to_fetch(self) -> int:
+        """How many bytes of the documents have yet to come from the hub.
+
+        Raises:
+            UserError: if the hub does not give them.
+        """
+        source = self.source
+        return documents.size_to_fetch(source, self.data.content or "") if source.kind == "hub" else 0
 
 
 @dataclass
-class Settled:
-    """Settles once what identifies the documents of a sweep's tasks: one answer of the hub per dataset.
+class Contents:
+    """Finds out what identifies the documents of a sweep's tasks; the hub is asked once per dataset.
 
     Attributes:
         notes: what the user should know, one sentence each.
@@ -234,15 +313,15 @@ class Settled:
     notes: list[str] = field(default_factory=list)
     _commits: dict[tuple[str, str | None], Commit] = field(default_factory=dict)
 
-    def data(self, name: str, data: DataSpec, shots: int) -> DataSpec:
-        """`data` with its `content`: a hub dataset's commit, or a hash of the documents.
+    def settle(self, spec: TaskSpec) -> DataSpec:
+        """The task's `data` with its `content`: a hub dataset's commit, or a hash of the documents.
 
         Raises:
             UserError: if there are no such documents, or they cannot be reached.
         """
-        if data.content is not None:
-            return data
-        source = locate(definitions.definition(name), data, shots)
+        if spec.data.content is not None:
+            return spec.data
+        source = spec.source
         if source.kind == "files":
             content = documents.content_of_files(source)
         elif source.kind == "hub":
@@ -257,74 +336,8 @@ class Settled:
                 self.notes.append(note)
             content = commit.hash
         else:
-            content = _content(build(name, data, shots=shots, seed=0))
-        return dataclasses.replace(data, content=content)
-
-    def fetch_size(self, name: str, data: DataSpec, shots: int) -> tuple[str, int]:
-        """The dataset's name, and how many bytes have yet to come from the hub.
-
-        Raises:
-            UserError: if the hub does not give them.
-        """
-        source = locate(definitions.definition(name), data, shots)
-        return source.repo, documents.size_to_fetch(source, data.content or "") if source.kind == "hub" else 0
-
-
-def known_content(name: str, data: DataSpec, shots: int) -> str | None:
-    """What identifies the documents as far as it is known without asking anybody or loading anything."""
-    if data.content is not None:
-        return data.content
-    source = locate(definitions.definition(name), data, shots)
-    return documents.content_of_files(source) if source.kind == "files" else None
-
-
-def identity(name: str, data: DataSpec, shots: int) -> dict[str, Any]:
-    """What a number owes to the task and its documents, as plain data: definition, contents, splits."""
-    found = definitions.definition(name)
-    digest = found.digest()
-    read: dict[str, Any] = {"content": known_content(name, data, shots)}
-    if data.root is None:  # a hash of files is of the splits that are read, a commit is of all
-        source = locate(found, data, shots)
-        read |= {"split": source.scored, "fewshot_split": source.examples}
-    return {
-        "task": found.name,
-        "task_version": version_of(name),
-        **({"definition": digest} if digest else {}),
-        **({"task_args": data.arguments} if data.task_args else {}),
-        "data": read,
-    }
-
-
-def build(name: str, data: DataSpec, *, shots: int, seed: int) -> Any:
-    """The lm-eval task, its documents loaded, with `shots` examples for each.
-
-    Raises:
-        UserError: if the documents cannot be loaded, are not those that `data.content` identifies, or are too few.
-    """
-    check(name, data, shots)
-    found = definitions.definition(name)
-    source = locate(found, data, shots)
-    try:
-        with silent(), seeded():
-            task = _task(found, source, data, shots, seed)
-        definitions.unchanged(found)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"tasks={found.name}: {_why(error, source, data)}") from error
-    if task.get_config("output_type") not in OUTPUT_TYPES:
-        raise ConfigError(
-            "tasks", found.name, f"it needs {task.get_config('output_type')}, which pruning does not offer"
-        )
-    task.set_config(key="task", value=found.name)
-    task.set_config(key="num_fewshot", value=shots)
-    task.set_fewshot_seed(seed=seed)
-    if shots:
-        task.examples().check(task.eval_docs)
-    if source.kind == "task" and data.content is not None and _content(task) != data.content:
-        raise UserError(f"tasks={found.name}: its documents changed after the sweep began; start it again")
-    task.content = data.content
-    return task
+            content = _content(spec.build(seed=0))
+        return dataclasses.replace(spec.data, content=content)
 
 
 def _task(found: Definition, source: Source, data: DataSpec, shots: int, seed: int) -> Any:

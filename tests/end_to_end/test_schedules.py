@@ -8,6 +8,8 @@ from a2sf.engine.trace import load
 from a2sf.store.runs import load_sweep
 from tests.end_to_end.test_evaluate import evaluate
 
+pytestmark = pytest.mark.full
+
 COPA = ["tasks=[copa]", "limit=4", "data=bundle"]
 
 

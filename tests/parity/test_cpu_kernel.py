@@ -301,13 +301,13 @@ print(sum(cpu_run.run.stats.cache_hits.values()) if cpu_run.run.stats.cache_path
     return done.stdout.strip()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_compiled_code_is_kept_on_disk(tmp_path: Path) -> None:
     assert run_in_a_new_process(tmp_path) == "0"
     assert run_in_a_new_process(tmp_path) == "1"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_it_runs_without_a_place_for_compiled_code(tmp_path: Path) -> None:
     no_place = "from numba.core.caching import CacheImpl; CacheImpl._locator_classes = []"
     # that it is fast is not asked here, so LLVM need not work for it

@@ -87,7 +87,7 @@ def test_the_numbers_are_hflms(folder, given):
 
 
 def test_a_beginning_of_sequence_token_moves_a_score(folder, model, bundle):
-    task = tasks.build("copa", bundle, shots=0, seed=1)
+    task = tasks.TaskSpec("copa", bundle).build(1)
     found = {}
     for kind in ("hf", "a2sf"):
         for bos in (False, True):

@@ -53,7 +53,7 @@ def test_importing_the_package_sets_nothing():
 def test_a_sweeps_table_loads_neither_tests_nor_pictures():
     """They take more than a second; a sweep's own table has none."""
     code = (
-        "import sys, numpy, a2sf.report.tables as t; from a2sf.analysis.stats import holm; holm([]); "
+        "import sys, numpy, a2sf.report.tables.screen as t; from a2sf.analysis.statistics.paired import holm; holm([]); "
         "print([m for m in ('scipy.stats', 'statsmodels', 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

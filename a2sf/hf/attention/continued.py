@@ -152,7 +152,7 @@ def mixed_in_parts(whole: Mixed, ends: Sequence[int]) -> list[Mixed]:
     for n, end in enumerate(ends):
         used = [(part, first[p] + tokens) for p, parts in enumerate(of_plans) for part, tokens in [parts[n]] if part.of]
         tokens = np.concatenate([t for _, t in used])
-        place = np.empty(first[-1], np.int64)
+        place = torch.empty(first[-1], dtype=torch.int64).numpy()
         place[tokens] = np.arange(len(tokens))
         pieces = [_piece(s, n, begin, end) for s, n in zip(whole.segments[1], whole.segments[2], strict=True)]
         device = whole.back.device

@@ -1,7 +1,7 @@
 """Many token sequences in one row, each common beginning computed once.
 
-Sequences that begin alike share a segment as far as the model's outputs are certain to be equal: all the way if their caches
-evolve alike, else as long as no cache was pruned (invariants 4 and 6 of docs/semantics.md;
+Sequences with equal beginnings share a segment as far as the model's outputs are certain to be equal: over all their common
+tokens if their caches evolve in the same way, else as long as no cache was pruned (invariants 4 and 6 of docs/semantics.md;
 `a2sf.scoring.passes.full_cache_prefix`).
 What is left is a forest of segments, laid end to end in one row without padding; position ids say where in its own sequence
 a token is.
@@ -19,9 +19,7 @@ import numpy as np
 SHARE_AT_LEAST = 8
 """Shorter common beginnings ("Question:") are computed again: sharing them would chain unrelated documents together."""
 OVERHANG = 1.25
-"""A row may be so many times as long as asked for, or as its longest sequence, rather than cut a tree."""
-AT_A_TIME = 8
-"""Rows' worth of tokens, before sharing, that are packed together where sequences are due in an order."""
+"""A row may be so many times as long as its limit, or as its longest sequence, rather than cut a tree."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +28,8 @@ class Item:
 
     Attributes:
         tokens: its token ids.
-        key: equal for sequences that are equal all the way where their tokens are.
-        certain: tokens up to which it is equal to any other sequence of these tokens, whatever the key; 0: to none.
+        key: equal for sequences whose outputs are equal wherever their tokens are.
+        certain: length of the prefix whose outputs do not depend on the key; 0: none.
     """
 
     tokens: tuple[int, ...]
@@ -70,10 +68,8 @@ class Pack:
         return columns[max(0, len(columns) - n) :]
 
 
-def pack(
-    items: Sequence[Item], *, max_tokens: int, max_items: int | None = None, due: Sequence[int] | None = None
-) -> Iterator[Pack]:
-    """Read `items` in as few computed tokens as sharing allows, in rows of about `max_tokens`.
+def pack(items: Sequence[Item], *, max_tokens: int, max_items: int | None = None) -> Iterator[Pack]:
+    """Read `items` in as few computed tokens as sharing allows, in rows of about `max_tokens`; the longest come first.
 
     A row is cut where sequences have little in common if that is near, and never inside a sequence, so a row may be
     longer: by one tree's overhang, or by one sequence that is longer than `max_tokens` itself.
@@ -82,25 +78,11 @@ def pack(
         items: the sequences.
         max_tokens: computed tokens per row.
         max_items: sequences per row; None: no limit.
-        due: when each is to be read, the smallest first; sharing is then among those that are due about together. None: the
-            longest first.
     """
     items = numbered(items)
-    if due is None:
-        yield from _rows(items, [-len(i.tokens) for i in items], max_tokens, max_items)
-        return
-    for part in _parts(items, due, AT_A_TIME * max_tokens):
-        for made in _rows([items[i] for i in part], [due[i] for i in part], max_tokens, max_items):
-            made.items = [part[i] for i in made.items]
-            made.owner = [part[i] for i in made.owner]
-            yield made
-
-
-def _rows(items: Sequence[Item], when: Sequence[int], max_tokens: int, max_items: int | None) -> Iterator[Pack]:
-    """`pack` of items that may all share; those that begin alike together, by the first of them."""
     row: list[list[int]] = []
     size = count = 0
-    for unit in sorted(_units(items), key=lambda unit: min(when[i] for i in unit)):
+    for unit in sorted(_units(items), key=lambda unit: -max(len(items[i].tokens) for i in unit)):
         row.append([])
         for i, new in _in_order(items, unit):
             longest = max((len(items[j].tokens) for j in row[-1]), default=0)
@@ -113,20 +95,6 @@ def _rows(items: Sequence[Item], when: Sequence[int], max_tokens: int, max_items
             count += 1
     if count:
         yield build(items, row)
-
-
-def _parts(items: Sequence[Item], due: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Indices of items as they are due, cut where they reach `tokens`; what is due at once stays together."""
-    part: list[int] = []
-    size = 0
-    for i in sorted(range(len(items)), key=due.__getitem__):
-        if part and size >= tokens and due[i] != due[part[-1]]:
-            yield part
-            part, size = [], 0
-        part.append(i)
-        size += len(items[i].tokens)
-    if part:
-        yield part
 
 
 def numbered(items: Sequence[Item]) -> list[Item]:
@@ -149,7 +117,7 @@ def build(items: Sequence[Item], trees: Sequence[list[int]]) -> Pack:
 
 
 def _units(items: Sequence[Item]) -> list[list[int]]:
-    """Indices of items, those together that begin alike."""
+    """Indices of items, those with a common beginning together."""
     order = sorted(range(len(items)), key=lambda i: items[i].tokens)
     units = [order[:1]] if order else []
     for previous, i in pairwise(order):
@@ -192,15 +160,15 @@ def _grow(made: Pack, items: Sequence[Item], ordered: list[int]) -> dict[int, li
             made.positions.extend(range(depth, end))
             path = [*above, len(made.start) - 1]
 
-        # sequences whose cache is full by now go on only with their like; the others part where their tokens do
+        # past their certain prefix, only sequences of the same key stay together; others split where their tokens differ
         parts: dict[Hashable, list[int]] = {}
         for i in group:
             item = items[i]
             if len(item.tokens) == end:
                 path_of[i] = path
             else:
-                alike = item.key if several and item.certain <= end else None
-                parts.setdefault((alike, item.tokens[end]), []).append(i)
+                key = item.key if several and item.certain <= end else None
+                parts.setdefault((key, item.tokens[end]), []).append(i)
         waiting += [(part, path, end) for part in reversed(parts.values())]
     return path_of
 

@@ -1,8 +1,9 @@
-"""Log-likelihood requests as sequences to read, and a packed row of them as one pass of the model.
+"""Log-likelihoods as sequences to read, and a packed row of them as one pass of the model.
 
-What the model computes and what the engine keeps are shared differently. Two sequences of the same tokens are one to the
-model until one of them was pruned, whatever their policies; their caches are one only where tokens are ranked and forgotten
-alike as well. So a row has a forest of tokens, and each way of ranking has a forest of states on columns of that row.
+Hidden states and caches are shared under different conditions. Two sequences with equal beginnings have equal hidden
+states until one of their caches is pruned, whatever the policies. Their caches are equal only if the policies also rank
+tokens by the same rule and forgetting factor. So a row holds a forest of tokens, and for each rule a forest of cache states
+on the columns of that row.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from a2sf.hf.attention import Plan
 from a2sf.hf.attention.mixed import Mixed
 from a2sf.policies.base import UNLIMITED, Retention
 from a2sf.policies.schedule import STEP, Schedule
-from a2sf.scoring.passes.full_cache_prefix import shareable, untouched
+from a2sf.scoring.passes.full_cache_prefix import full_cache_prefix, shareable_prefix
 from a2sf.scoring.passes.packing import Item, Pack, build, numbered
 
-WHOLE = Retention(budget=UNLIMITED)
+FULL_CACHE = Retention(budget=UNLIMITED)
 
 
 @dataclass(frozen=True)
-class Request:
+class ScoredSequence:
     """One log-likelihood to compute: the tokens the model reads, and those it must predict.
 
     Attributes:
-        retention: what each layer keeps.
+        retention: what each layer retains.
         schedule: when tokens are evicted.
         before_cut: tokens before the cut of the prompt schedule; None: all of the context.
     """
@@ -52,38 +53,42 @@ class Request:
 
     @cached_property
     def certain(self) -> int:
-        """The first so many tokens come out as the full cache's: the first that sees a pruned cache is not among them."""
-        clean = untouched(self.retention, self.schedule, self.prompt)
+        """The length of the prefix whose outputs are equal to the full cache's."""
+        clean = full_cache_prefix(self.retention, self.schedule, self.prompt)
         return UNLIMITED if clean >= UNLIMITED else clean + 1
 
     @property
-    def simplest(self) -> Request:
-        """The same numbers, as the full cache where nothing that is read sees a pruned one."""
+    def simplest(self) -> ScoredSequence:
+        """A sequence with the same log-likelihood: with the full cache, if no token that is read sees a pruned one."""
         if self.certain < len(self.read):
             return self
-        return replace(self, retention=(WHOLE,) * len(self.retention), schedule=STEP)
+        return replace(self, retention=(FULL_CACHE,) * len(self.retention), schedule=STEP)
 
     def engine_call(self, dense: bool) -> Hashable:
-        """Sequences of one call of the engine are equal in this; `dense`: those whose scores decide nothing go apart."""
+        """Equal for sequences that the engine can attend in one call.
+
+        Args:
+            dense: whether sequences whose scores decide nothing are attended in calls of their own.
+        """
         unscored = dense and all(k.budget == UNLIMITED or k.recent == k.budget for k in self.retention)
         return unscored, self.schedule, tuple(k.rule for k in self.retention)
 
     @property
     def factors(self) -> Hashable:
-        """States are shared only where tokens are forgotten alike."""
+        """The forgetting factor of each layer: sequences share a cache state only if these are equal."""
         return tuple(k.forgetting_factor for k in self.retention)
 
     def item(self) -> Item:
-        """As the model's tokens are packed."""
-        return Item(self.read, (self.schedule, self._alike), self.certain)
+        """For packing the tokens that the model reads."""
+        return Item(self.read, (self.schedule, self._evolution), self.certain)
 
     def state(self) -> Item:
-        """As states are packed, among those that are ranked and forgotten alike."""
-        return Item(self.read, self._alike, shareable(self.retention, self.schedule, self.prompt))
+        """For packing cache states, among sequences with equal `engine_call` and `factors`."""
+        return Item(self.read, self._evolution, shareable_prefix(self.retention, self.schedule, self.prompt))
 
     @property
-    def _alike(self) -> Hashable:
-        """What tells how a cache evolves: where it looks at what is to come, that as well."""
+    def _evolution(self) -> Hashable:
+        """What determines how a cache evolves while given tokens are read; for an oracle also the tokens to come."""
         foresees = any(k.rule.precompute is not None for k in self.retention)
         return self.retention, self.prompt if self.schedule.prompt else None, self.read if foresees else None
 
@@ -103,26 +108,26 @@ class Model:
     device: torch.device
 
 
-def pass_of(row: Pack, todo: Sequence[Request], model: Model) -> Plan | Mixed:
-    """The pass that reads a row; `row.items` are indices of `todo`, whose requests are their `simplest`."""
+def pass_of(row: Pack, sequences: Sequence[ScoredSequence], model: Model) -> Plan | Mixed:
+    """The pass that reads a row; `row.items` are places in `sequences`, each of which is its `simplest`."""
     calls: dict[Hashable, list[int]] = {}
     for which, i in enumerate(row.items):
-        calls.setdefault(todo[i].engine_call(model.device.type != "cpu"), []).append(which)
+        calls.setdefault(sequences[i].engine_call(model.device.type != "cpu"), []).append(which)
     columns_of = [row.columns(which) for which in range(len(row.items))]
     plans, columns, found = [], [], {}
     tokens = 0
-    for members in calls.values():
-        forest = _states(row, members, todo)
-        of_part = _columns(forest, columns_of)
-        plans.append(_plan(forest, row.items, todo, model))
-        columns.append(of_part)
+    for places in calls.values():
+        forest = _states(row, places, sequences)
+        of_forest = _columns(forest, columns_of)
+        plans.append(_plan(forest, row.items, sequences, model))
+        columns.append(of_forest)
         for at, which in enumerate(forest.items):
             found[which] = tokens + forest.columns(at)
-        tokens += len(of_part)
+        tokens += len(of_forest)
     if len(plans) == 1 and np.array_equal(columns[0], np.arange(len(row.tokens))):
         return plans[0]
     place = {i: which for which, i in enumerate(row.items)}
-    back = np.empty(len(row.tokens), np.int64)
+    back = torch.empty(len(row.tokens), dtype=torch.int64).numpy()
     for start, length, owner, first in zip(row.start, row.length, row.owner, _firsts(row), strict=True):
         back[start : start + length] = found[place[owner]][first : first + length]
     return Mixed(
@@ -134,14 +139,14 @@ def pass_of(row: Pack, todo: Sequence[Request], model: Model) -> Plan | Mixed:
     )
 
 
-def _states(row: Pack, members: list[int], todo: Sequence[Request]) -> Pack:
+def _states(row: Pack, places: list[int], sequences: Sequence[ScoredSequence]) -> Pack:
     """The forest of states of some sequences of a row, given and named by their places in `row.items`."""
     trees: dict[Hashable, list[int]] = {}
-    for which in members:
-        # what begins apart in the row has no state in common
-        trees.setdefault((row.path[which][0], todo[row.items[which]].factors), []).append(which)
-    chosen = set(members)
-    items = [todo[i].state() if which in chosen else _NOTHING for which, i in enumerate(row.items)]
+    for which in places:
+        # sequences that share no segment of the row share no state
+        trees.setdefault((row.path[which][0], sequences[row.items[which]].factors), []).append(which)
+    chosen = set(places)
+    items = [sequences[i].state() if which in chosen else _NOTHING for which, i in enumerate(row.items)]
     return build(numbered(items), list(trees.values()))
 
 
@@ -159,17 +164,17 @@ def _firsts(forest: Pack) -> list[int]:
     return [forest.positions[start] for start in forest.start]
 
 
-def _plan(forest: Pack, items: Sequence[int], todo: Sequence[Request], model: Model) -> Plan:
-    asked = [todo[i] for i in items]
+def _plan(forest: Pack, items: Sequence[int], sequences: Sequence[ScoredSequence], model: Model) -> Plan:
+    planned = [sequences[i] for i in items]
     return Plan(
         row=[0] * len(forest.start),
         start=forest.start,
         length=forest.length,
         parent=forest.parent,
-        retention=lambda segment, layer: asked[forest.owner[segment]].retention[layer],
+        retention=lambda segment, layer: planned[forest.owner[segment]].retention[layer],
         layers=model.layers,
-        schedule=asked[forest.owner[0]].schedule,
-        prompt=lambda segment: asked[forest.owner[segment]].prompt,
+        schedule=planned[forest.owner[0]].schedule,
+        prompt=lambda segment: planned[forest.owner[segment]].prompt,
         policy_on_sliding=model.policy_on_sliding,
         backend=model.backend,
         serves=[items[which] for which in forest.items],

@@ -27,10 +27,9 @@ from a2sf.sweep.config.grid import LOOKED_AT, unused
 from a2sf.sweep.config.keys import check_keys, check_settings, explain
 from a2sf.sweep.config.schema import Config
 from a2sf.sweep.until import Until
-from a2sf.tasks import spec as tasks
 from a2sf.tasks.definitions import Definition
 from a2sf.tasks.prompting import Prompting, packed, plain_mapping
-from a2sf.tasks.spec import DataSpec, aggregates, arguments_of, expand_suite, generates, include, resolve
+from a2sf.tasks.spec import DataSpec, TaskSpec, aggregates, arguments_of, expand_suite, include, resolve
 from a2sf.tracking.tracker import TrackerSpec
 
 DEFAULT_RATIO = 0.2
@@ -133,7 +132,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
     asked = expand_suite(config.tasks)
     # a group may want shots of its own for a member
     members = [(task, d) for task in asked for d in resolve(task, folder)]
-    generating = [d.ref for _, d in members if generates(d.ref)]
+    generating = [d.ref for _, d in members if TaskSpec(d.ref).generates]
     for task in () if policy.causal else generating:
         raise ConfigError("policy", policy.name, f"it looks at later tokens, and the task {task} generates text")
     gen_kwargs = plain_mapping("gen_kwargs", config.gen_kwargs)
@@ -157,7 +156,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
     if schedule is not None and schedule.before_question:
         check_cut(budget, schedule)
         for _, d in members:
-            if tasks.shared_context(d.ref, data) is None:
+            if TaskSpec(d.ref, data).shared_context is None:
                 raise ConfigError(
                     "schedule.at",
                     schedule.at,

@@ -21,13 +21,12 @@ from a2sf.errors import UserError
 from a2sf.hf.loading import ModelSpec, tokenizer_here
 from a2sf.hf.settings import retention_of
 from a2sf.policies.schedule import schedule_for
-from a2sf.scoring.lm import PACK_TOKENS
 from a2sf.scoring.passes.packing import Item, pack
-from a2sf.scoring.passes.sequences import Request
+from a2sf.scoring.passes.sequences import ScoredSequence
+from a2sf.scoring.scorer import PACK_TOKENS
 from a2sf.store.runs import CorruptCell, StoredCell, is_cell, read_cell
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.planning.rate import seconds_per_token
-from a2sf.tasks import spec as tasks
 from a2sf.tasks.prompting import Prompting
 
 SAMPLE = 12
@@ -123,7 +122,7 @@ def estimate(groups: Sequence[Sequence[Cell]], runs: Path, *, trial: bool = Fals
         cell = cells[0]
         model, task = (cell.model_name, cell.identity["dtype"]), (cell.task_name, cell.shots)
         size = measured.sizes.get(_documents(cell.identity))
-        if tasks.generates(cell.task):
+        if cell.spec.generates:
             speed = measured.per_document.get((model, task))
             documents = _asked(cell, size)
             found = speed and documents and speed.seconds / speed.tokens * documents * len(cells)
@@ -189,7 +188,7 @@ def _tokens(cells: Sequence[Cell], lengths: list[Lengths] | None, size: int | No
         if cell.data.root is None:
             return None
         with suppress(Exception):  # told when it is computed, of this group alone
-            task = tasks.build(cell.task, cell.data, shots=cell.shots, seed=cell.seed)
+            task = cell.spec.build(cell.seed)
             documents = min(documents or len(task.eval_docs), len(task.eval_docs))
             if not lengths:
                 lengths, more = _by_characters(task, documents)
@@ -234,7 +233,7 @@ def _items(cell: Cell, sample: Sequence[Lengths]) -> Iterator[Item]:
             read = context[:c] + tuple(itertools.islice(fresh, n - 1))
             with suppress(UserError):  # told when it is computed
                 kept = retention_of(cell.policy, cell.budget, len(read), c, 1, schedule)
-                yield Request(read, (0,) * n, kept, schedule).simplest.item()
+                yield ScoredSequence(read, (0,) * n, kept, schedule).simplest.item()
 
 
 def _lengths(stored: StoredCell) -> list[Lengths]:

@@ -1,6 +1,6 @@
 """How far a sweep is, whoever computes it: a bar on a terminal, lines in a log.
 
-Finished cells and what is kept of unfinished ones (`checkpoint`) are seen on disk, the cells in work in this process after
+Finished cells and what is kept of unfinished ones (`answer_store`) are seen on disk, the cells in work in this process after
 every pass. Each cell counts by the tokens that the plan expects of it.
 """
 
@@ -18,7 +18,7 @@ from rich.progress import BarColumn, ProgressColumn, Task
 from rich.text import Text
 
 from a2sf.store.runs import is_cell
-from a2sf.sweep import checkpoint
+from a2sf.sweep import answer_store
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.planning.estimate import Estimate
 from a2sf.sweep.prepare.bar import bar, repeating
@@ -87,11 +87,11 @@ class Progress:
         failed = [n for n in self._open if failures.get(f"{n}.json", 0.0) >= since and n not in finished]
         for name in (*finished, *failed):
             self.over.append(self._open.pop(name).name)
-        kept = _entries(self._directory / checkpoint.FOLDER)
+        kept = _entries(self._directory / answer_store.FOLDER)
         for cell in self._open.values():
             written = kept.get(f"{cell.tail}.json")
             if written is not None and self._kept.get(cell.tail, (0.0, 0.0))[0] != written:
-                self._kept[cell.tail] = written, checkpoint.share_of(self._directory, cell)
+                self._kept[cell.tail] = written, answer_store.share_of(self._directory, cell)
         self._work = sum(self._size[n] for n in self.over)
         self._work += sum(self._size[n] * self._share_of(c) for n, c in self._open.items())
         return "; ".join(

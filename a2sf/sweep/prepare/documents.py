@@ -18,8 +18,8 @@ from a2sf.errors import ConfigError, UserError
 from a2sf.hf.files.refusals import HubError
 from a2sf.sweep.cell import Cell, measured
 from a2sf.sweep.prepare.bar import download_bar
-from a2sf.tasks import spec as tasks
 from a2sf.tasks.data.documents import downloaded_bytes
+from a2sf.tasks.spec import Contents, DataSpec, TaskSpec
 
 
 @dataclass
@@ -43,14 +43,13 @@ def check(cells: Iterable[Cell]) -> None:
     Raises:
         ConfigError: for the first task that cannot be run as asked, or two that tables could not tell apart.
     """
-    asked = sorted({(c.task, c.data, c.shots) for c in cells}, key=str)
-    called: dict[str, str] = {}
-    for task, data, shots in asked:
-        tasks.check(task, data, shots)
-        other = called.setdefault(tasks.name_of(task), task)
-        if tasks.definition_of(other) != tasks.definition_of(task):
+    named: dict[str, TaskSpec] = {}
+    for spec in sorted({c.spec for c in cells}, key=str):
+        spec.check()
+        other = named.setdefault(spec.name, spec)
+        if other.definition.digest() != spec.definition.digest():
             raise ConfigError(
-                "tasks", task, f"it is called {tasks.name_of(task)}, as {other} is; give it another `task:` in its file"
+                "tasks", spec.ref, f"it is called {spec.name}, as {other.ref} is; give it another `task:` in its file"
             )
 
 
@@ -63,16 +62,16 @@ def settle(groups: Sequence[Sequence[Cell]], planned_only: bool = False) -> Sett
     Raises:
         UserError: if no cell's documents can be had.
     """
-    settled, notes = tasks.Settled(), []
-    known: dict[tuple[Any, ...], tasks.DataSpec | UserError] = {}
+    contents, notes = Contents(), []
+    known: dict[tuple[Any, ...], DataSpec | UserError] = {}
 
     def key_of(cell: Cell) -> tuple[Any, ...]:
-        return cell.task, cell.data, cell.shots, cell.model if tasks.makes_documents(cell.task) else None
+        return cell.spec, cell.model if cell.spec.makes_documents else None
 
     for cell in (c for group in groups for c in group):
         if (key := key_of(cell)) not in known:
             try:
-                known[key] = settled.data(cell.task, measured(cell), cell.shots)
+                known[key] = contents.settle(measured(cell))
             except UserError as error:
                 if _is_mistake(error):
                     raise
@@ -83,7 +82,7 @@ def settle(groups: Sequence[Sequence[Cell]], planned_only: bool = False) -> Sett
         kept = []
         for cell in group:
             found = known[key_of(cell)]
-            if isinstance(found, tasks.DataSpec):
+            if isinstance(found, DataSpec):
                 kept.append(dataclasses.replace(cell, data=found))
             elif planned_only:
                 kept.append(cell)
@@ -92,7 +91,7 @@ def settle(groups: Sequence[Sequence[Cell]], planned_only: bool = False) -> Sett
                 refused.setdefault(str(found), []).append(_name(cell))
         cells.append(tuple(kept))
     _some_left(cells, refused)
-    return Settlement(cells, [*settled.notes, *dict.fromkeys(notes)], refused)
+    return Settlement(cells, [*contents.notes, *dict.fromkeys(notes)], refused)
 
 
 def _name(cell: Cell) -> str:
@@ -112,23 +111,21 @@ def fetch(cells: Sequence[Cell], pending: Sequence[Cell], refused: dict[str, lis
         ConfigError: if a task cannot be run as asked, which only its documents tell.
         UserError: if no cell is left.
     """
-    wanted = sorted({(c.task, c.data, c.shots, c.seed) for c in pending}, key=str)
-    broken: dict[tuple[str, tasks.DataSpec, int], str] = {}
-    for task, data, shots, seed in wanted:
-        if (task, data, shots) in broken:
+    broken: dict[TaskSpec, str] = {}
+    for spec, seed in sorted({(c.spec, c.seed) for c in pending}, key=str):
+        if spec in broken:
             continue
         try:
-            repo, size = tasks.Settled().fetch_size(task, data, shots)
-            with _download(repo, size, tasks.name_of(task), screen):
-                tasks.build(task, data, shots=shots, seed=seed)
+            with _download(spec, screen):
+                spec.build(seed)
         except UserError as error:
             if _is_mistake(error):
                 raise
-            broken[task, data, shots] = str(error)
+            broken[spec] = str(error)
     unmade = {c.name for c in pending}
     kept = []
     for cell in cells:
-        why = broken.get((cell.task, cell.data, cell.shots))
+        why = broken.get(cell.spec)
         if why is not None and cell.name in unmade:
             refused.setdefault(why, []).append(cell.name)
         else:
@@ -148,12 +145,13 @@ def _some_left(cells: Sequence[Sequence[Cell]], refused: dict[str, list[str]]) -
 
 
 @contextmanager
-def _download(repo: str, size: int, task: str, screen: Console) -> Iterator[None]:
+def _download(spec: TaskSpec, screen: Console) -> Iterator[None]:
     """Say what is fetched and how large it is, with a bar while it takes time."""
+    size, repo = spec.bytes_to_fetch(), spec.source.repo
     if not size:
         yield
         return
-    screen.print(f"Fetching {repo} from the hub for {task}: {decimal(size)}", highlight=False, soft_wrap=True)
+    screen.print(f"Fetching {repo} from the hub for {spec.name}: {decimal(size)}", highlight=False, soft_wrap=True)
     before = downloaded_bytes(repo)
     with download_bar(screen, repo, size, lambda: downloaded_bytes(repo) - before):
         yield

@@ -10,7 +10,7 @@ from a2sf.errors import ConfigError, UserError, nearest
 from a2sf.store.runs import CONFIG, TRACES, StoredCell, read_cell, rewrite_cell
 from a2sf.sweep.cell import Cell
 from a2sf.tasks import shared_texts
-from a2sf.tasks import spec as tasks
+from a2sf.tasks.spec import provenance
 
 
 def note_texts(cells: Sequence[Cell], done: Collection[str], directory: Path) -> list[str]:
@@ -26,25 +26,24 @@ def note_texts(cells: Sequence[Cell], done: Collection[str], directory: Path) ->
     Raises:
         ConfigError: if no task has such a field.
     """
-    asked = sorted({(c.task, c.data, c.shots, c.seed) for c in cells if c.data.cluster}, key=str)
+    specs = sorted({(c.spec, c.seed) for c in cells if c.data.cluster}, key=str)
     without: dict[str, list[str]] = {}
     notes, noted, unknown = [], 0, 0
-    for place in asked:
-        task, data, shots, seed = place
+    for spec, seed in specs:
         try:
-            built = tasks.build(task, data, shots=shots, seed=seed)
+            built = spec.build(seed)
         except UserError:
             continue  # said already, where its documents were fetched
-        if str(data.cluster) not in (has := shared_texts.fields(built)):
-            without[tasks.name_of(task)] = has
-        field = shared_texts.field_of(built, data.cluster)
+        if str(spec.data.cluster) not in (has := shared_texts.fields(built)):
+            without[spec.name] = has
+        field = shared_texts.field_of(built, spec.data.cluster)
         for cell in cells:
-            if field and cell.name in done and (cell.task, cell.data, cell.shots, cell.seed) == place:
+            if field and cell.name in done and (cell.spec, cell.seed) == (spec, seed):
                 stored = read_cell(directory / cell.name)
                 if stored.result["documents"].get("cluster") != field:
                     noted, unknown = (noted + 1, unknown) if _note(stored, built, field) else (noted, unknown + 1)
     cluster = next((c.data.cluster for c in cells if c.data.cluster), None)
-    if without and len(without) == len({tasks.name_of(task) for task, *_ in asked}):
+    if without and len(without) == len({spec.name for spec, _ in specs}):
         task, has = next(iter(without.items()))
         hint = nearest(str(cluster), has)
         raise ConfigError("data.cluster", cluster, f"the documents of {task} have the fields {', '.join(has)}{hint}")
@@ -62,7 +61,7 @@ def note_texts(cells: Sequence[Cell], done: Collection[str], directory: Path) ->
 def _note(stored: StoredCell, task: Any, field: str) -> bool:
     """Whether it could be done: the task's documents are those of the cell."""
     keys = dict(enumerate(shared_texts.key_of(d, field) for d in task.eval_docs))
-    if stored.result["documents"]["fingerprint"] != tasks.provenance(task)["fingerprint"]:
+    if stored.result["documents"]["fingerprint"] != provenance(task)["fingerprint"]:
         return False
     documents = stored.documents.copy()
     documents[shared_texts.COLUMN] = documents["doc_id"].map(keys)

@@ -10,9 +10,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from a2sf.analysis.claims import NO_CELL, Claim, Verdict, check_figures, check_headline, check_shape
-from a2sf.analysis.collect import Grid, gather
-from a2sf.analysis.reproduce import Findings, Places, compare, counts, write_claims
+from a2sf.analysis.claims.reproduce import Findings, Places, compare, counts, write_claims
+from a2sf.analysis.claims.verdicts import NO_CELL, Claim, Verdict, check_figures, check_headline, check_shape
+from a2sf.analysis.results.gather import gather
+from a2sf.analysis.results.grid import Grid
 from tests.sweep_fixture import NOISE, Plan, write_sweep
 
 ROOT = Path(__file__).parents[3]
@@ -31,6 +32,7 @@ HALF = {"dtype": "float16"}
 WHY = dict.fromkeys(("tiny", "llama-2-7b", "opt-2.7b"), "no such model here")
 
 
+@pytest.mark.full
 def test_the_small_models_own_reference_is_where_it_is_looked_for():
     from a2sf.commands.reproduce import REFERENCE_SWEEPS
     from a2sf.shipped import shipped

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats as scipy_stats
 from statsmodels.stats.contingency_tables import mcnemar
 
-from a2sf.analysis.stats import (
+from a2sf.analysis.statistics.paired import (
     average_difference,
     bonett_price,
     bootstrap_means,
@@ -119,6 +119,7 @@ def test_corrected_test_has_few_false_positives() -> None:
     assert 0 < false / tables <= 0.05
 
 
+@pytest.mark.full
 def test_average_has_few_false_positives() -> None:
     rng = np.random.default_rng(5)
     rounds = 300

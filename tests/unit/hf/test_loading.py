@@ -403,7 +403,7 @@ def test_lm_eval_loads_a_model_by_name_with_the_same_checks(checkpoint, bundle):
     from a2sf.tasks import spec as tasks
 
     folder = checkpoint("opt")
-    task = tasks.build("copa", bundle, shots=0, seed=0)
+    task = tasks.TaskSpec("copa", bundle).build(0)
     # as the README has it, on a machine that may have no GPU: lm-eval's own default is cuda
     told = lm_eval.simple_evaluate(
         "a2sf", model_args=f"pretrained={folder}/,policy=h2o,budget_ratio=0.5", tasks=[task], limit=2, bootstrap_iters=0

@@ -14,7 +14,7 @@ from a2sf.errors import ConfigError
 from a2sf.policies.base import Retention
 from a2sf.policies.rule import Head, Rule
 from a2sf.policies.slots import apportion, head_slots
-from a2sf.scoring.passes.full_cache_prefix import held, untouched
+from a2sf.scoring.passes.full_cache_prefix import cached_tokens, full_cache_prefix
 
 HEADS = [
     {"forgetting_factor": 0.5, "recent_share": 0.5, "sinks": 1, "mean_over_age": False, "share": 1.4},
@@ -26,7 +26,7 @@ EVEN = [{**head, "share": 1.0} for head in HEADS]
 
 
 @given(total=st.integers(5, 4000), weights=st.lists(st.floats(0.01, 10), min_size=1, max_size=5))
-def test_slots_are_shared_out_to_the_last_one(total, weights):
+def test_slots_are_apportion_to_the_last_one(total, weights):
     slots = apportion(total, tuple(weights))
     assert sum(slots) == total
     assert min(slots) >= 1
@@ -49,9 +49,9 @@ def test_a_file_is_read_at_once_and_its_content_is_what_identifies_it(tmp_path):
     assert kept == Retention(budget=14, rule=Rule(heads=tuple(Head(**h) for h in HEADS)))
     assert head_slots(kept.rule.heads, 14) == ((19, 9, 1), (9, 0, 0))
     # the smaller head evicts first, and that is where sequences stop to share a beginning
-    assert untouched([kept], Schedule(), 5, 2) == 9
-    assert held(kept, Schedule(), 100, 5, 2) == 14
-    assert held(kept, Schedule(), 12, 5, 2) == (12 + 9) / 2
+    assert full_cache_prefix([kept], Schedule(), 5, 2) == 9
+    assert cached_tokens(kept, Schedule(), 100, 5, 2) == 14
+    assert cached_tokens(kept, Schedule(), 12, 5, 2) == (12 + 9) / 2
 
 
 @pytest.mark.parametrize(

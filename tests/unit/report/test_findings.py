@@ -11,7 +11,7 @@ import yaml
 
 from a2sf.errors import UserError
 from a2sf.report.heads import errors_figure
-from a2sf.report.plots import save
+from a2sf.report.plots.style import save
 from tests.end_to_end.test_evaluate import evaluate
 from tests.sweep_fixture import NOISE, Plan, write_sweep
 

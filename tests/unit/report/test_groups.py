@@ -5,10 +5,12 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from a2sf.analysis.collect import Selection, gather, grid_of
-from a2sf.report.layout import build_tables
+from a2sf.analysis.results.gather import gather, grid_of
+from a2sf.analysis.results.selection import Selection
 from a2sf.report.output import Options, show
-from a2sf.report.tables import header, screen, screen_table
+from a2sf.report.tables.cells import header
+from a2sf.report.tables.layout import build_tables
+from a2sf.report.tables.screen import screen, screen_table
 from a2sf.store.aggregates import Average, Group, Member
 from a2sf.store.archive import pack, unpack
 from a2sf.store.runs import read_groups, write_groups, write_table
@@ -55,10 +57,10 @@ def test_a_group_is_a_column_before_its_tasks(sweep):
 def test_a_screen_shows_a_large_group_without_its_tasks(sweep, monkeypatch):
     (table,) = build_tables(gather([sweep[0]]), tested=False)
     (wide,) = screen([table])
-    monkeypatch.setattr("a2sf.report.tables.SCREEN_COLUMNS", 4)
+    monkeypatch.setattr("a2sf.report.tables.screen.SCREEN_COLUMNS", 4)
     (narrow,) = screen([table])
     assert [len(t.columns) for t in (wide, narrow)] == [len(header(table)), len(header(table)) - 2]
-    assert "2 tasks of these groups are in the files alone." in str(narrow.caption)
+    assert "2 tasks of these groups are only in the files." in str(narrow.caption)
 
 
 def test_they_are_in_every_file_and_in_an_archive(sweep, tmp_path):

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from a2sf.analysis.collect import grid_of
-from a2sf.analysis.labels import DASH
+from a2sf.analysis.results.gather import grid_of
+from a2sf.analysis.results.labels import DASH
 from a2sf.report.lengths import bins_of, length_figure, length_plots, length_tables
 from a2sf.scoring.counts import quantiles
 from a2sf.store.runs import StoredCell

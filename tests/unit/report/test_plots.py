@@ -8,24 +8,13 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from a2sf.analysis.collect import Grid, Selection, gather
+from a2sf.analysis.results.gather import gather
+from a2sf.analysis.results.grid import Grid
+from a2sf.analysis.results.selection import Selection
 from a2sf.policies.find import built_in
-from a2sf.report.plots import (
-    FIGURES,
-    MOST,
-    Line,
-    by_budget,
-    by_factor,
-    chosen_lines,
-    draw_all,
-    fidelity,
-    heat_map,
-    left_out,
-    lines_of,
-    style_of,
-    styles_of,
-    trade_off,
-)
+from a2sf.report.plots.lines import chosen_lines, left_out, lines_of
+from a2sf.report.plots.style import MOST, Line, style_of, styles_of
+from a2sf.report.plots.sweep import FIGURES, by_budget, by_factor, draw_all, fidelity, heat_map, trade_off
 from tests.sweep_fixture import NOISE, Plan, write_sweep
 
 PAIR = ("a2sf", "h2o")

@@ -11,19 +11,23 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from a2sf.analysis.collect import Grid, Selection, gather
-from a2sf.analysis.compare import compare_pair, matched
-from a2sf.analysis.fidelity import fidelity_frame
-from a2sf.analysis.labels import DASH
-from a2sf.analysis.ranking import Ranked, rank
-from a2sf.analysis.reproduce import _grid
-from a2sf.analysis.stats import average_difference, holm
+from a2sf.analysis.claims.reproduce import _grid
+from a2sf.analysis.comparisons.fidelity import fidelity_frame
+from a2sf.analysis.comparisons.pairs import compare_pair, matched
+from a2sf.analysis.comparisons.ranking import Ranked, rank
+from a2sf.analysis.results.gather import gather
+from a2sf.analysis.results.grid import Grid
+from a2sf.analysis.results.labels import DASH
+from a2sf.analysis.results.selection import Selection
+from a2sf.analysis.statistics.paired import average_difference, holm
 from a2sf.errors import UserError
-from a2sf.report.layout import build_tables
 from a2sf.report.output import Options, show
-from a2sf.report.plots import lines_of
-from a2sf.report.summaries import ranking_tables, text_screen
-from a2sf.report.tables import csv_frame, latex, legend, markdown
+from a2sf.report.plots.lines import lines_of
+from a2sf.report.tables.cells import legend
+from a2sf.report.tables.layout import build_tables
+from a2sf.report.tables.screen import text_screen
+from a2sf.report.tables.summaries import ranking_tables
+from a2sf.report.tables.write import csv_frame, latex, markdown
 from a2sf.store.runs import load_sweep, write_table
 from tests.sweep_fixture import NOISE, Plan, write_sweep
 
@@ -130,7 +134,9 @@ def test_a_policy_without_a_budget_is_named_and_not_ranked(tmp_path: Path) -> No
     write_sweep(tmp_path / "s", Plan(policies=("streaming",), budgets=(0.2,)))
     (ranking,), notes = rank(gather([tmp_path / "s"]), PAIR)
     assert {r.policy for r in ranking} == {"full", "window", "h2o", "a2sf"}
-    assert notes == ["tiny, 0-shot: not ranked, for lack of a task or of a budget of 0.2, 0.5: StreamingLLM."]
+    assert notes == [
+        "tiny, 0-shot: not ranked, because a task or one of the budgets 0.2, 0.5 is missing: StreamingLLM."
+    ]
 
 
 def test_two_policies_are_no_ranking(tmp_path: Path) -> None:
@@ -148,7 +154,7 @@ def test_schedules_are_rows_of_their_own_and_compared_within(scheduled: Path) ->
         ("Full cache", DASH, DASH),
         *((p, b, s) for b in ("0.2", "0.5") for s in order for p in ("Window", "H2O", "A2SF")),
     ]
-    (part,) = [p for _, _, p in grid.parts()]
+    (part,) = [p for _, _, p in grid.by_model()]
     assert all(b is not None and (a.schedule, a.budget) == (b.schedule, b.budget) for a, b in matched(part, PAIR))
     scores = {(r.label, r.budget, r.schedule): r.entries["average"].value for r in table.rows}
     for r in table.rows:

@@ -15,16 +15,19 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from a2sf.analysis.against import against_frame, compare_against
-from a2sf.analysis.collect import Grid, Selection, gather
-from a2sf.analysis.compare import AVERAGE, Comparer, compare_cells, compare_pair, comparisons_frame
-from a2sf.analysis.fidelity import MEASURES, changes, fidelity_frame
-from a2sf.analysis.labels import DASH, MINUS
-from a2sf.analysis.stats import holm, mcnemar_p
+from a2sf.analysis.comparisons.against import against_frame, compare_against
+from a2sf.analysis.comparisons.fidelity import MEASURES, changes, fidelity_frame
+from a2sf.analysis.comparisons.pairs import Comparer, compare_cells, compare_pair, comparisons_frame
+from a2sf.analysis.results.gather import gather
+from a2sf.analysis.results.grid import AVERAGE, Grid
+from a2sf.analysis.results.labels import DASH, MINUS
+from a2sf.analysis.results.selection import Selection
+from a2sf.analysis.statistics.paired import holm, mcnemar_p
 from a2sf.errors import UserError
-from a2sf.report.layout import Table, build_tables
 from a2sf.report.output import Options, publish, replace_block, show
-from a2sf.report.tables import csv_frame, latex, markdown, screen, screen_table
+from a2sf.report.tables.layout import Table, build_tables
+from a2sf.report.tables.screen import screen, screen_table
+from a2sf.report.tables.write import csv_frame, latex, markdown
 from a2sf.store.runs import DOCUMENTS, StoredCell, load_sweep
 from tests.sweep_fixture import Plan, write_sweep
 
@@ -216,7 +219,7 @@ def test_against_named_policies(sweep: Path) -> None:
     with pytest.raises(UserError, match=r"--against h2: there is no pruned result .* \(did you mean h2o\?\)"):
         compare_against(grid, ["h2"])
     shown = show([sweep], Selection(), Options(against=("h2o",), plots=False, report=False))
-    assert any("Against the named" in t.title for t in shown.rankings)
+    assert any("Against named policies" in t.title for t in shown.rankings)
 
 
 @pytest.mark.parametrize("pivot", ["budget", "factor", "policy"])

@@ -7,7 +7,7 @@ import random
 import pandas as pd
 import pytest
 
-from a2sf.analysis.collect import gather
+from a2sf.analysis.results.gather import gather
 from a2sf.errors import UserError
 from a2sf.report.output import Options, show
 from a2sf.store.archive import SUFFIX, pack, place_of, read_archive, unpack

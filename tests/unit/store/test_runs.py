@@ -9,7 +9,7 @@ import os
 import pandas as pd
 import pytest
 
-from a2sf.analysis.collect import grid_of
+from a2sf.analysis.results.gather import grid_of
 from a2sf.errors import UserError
 from a2sf.store import runs
 from tests.sweep_fixture import Plan, write_sweep

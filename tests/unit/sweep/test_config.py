@@ -37,7 +37,7 @@ def sentence(*overrides: str) -> str:
     try:
         got = settings(*overrides)
         for cell in got.cells:
-            tasks.check(cell.task, cell.data, cell.shots)
+            tasks.TaskSpec(cell.task, cell.data, cell.shots).check()
     except UserError as error:
         return str(error)
     except Exception as error:
@@ -62,8 +62,8 @@ def sentence(*overrides: str) -> str:
         (["policy=streaming", "policy.sinks=-1"], ["policy.sinks=-1", "at least 0"]),
         (["policy=h2o", "policy.recent_share=1.5"], ["policy.recent_share=1.5", "from 0 to 1"]),
         (["policy=h2o", "+policy.heavy=3"], ["policy.heavy=3", "recent_share"]),
-        (["policy=future", "schedule=prompt"], ["schedule.when=prompt", "the policy future knows step alone"]),
-        (["policy=snapkv", "schedule=step"], ["schedule.when=step", "the policy snapkv knows prompt alone"]),
+        (["policy=future", "schedule=prompt"], ["schedule.when=prompt", "the policy future supports only step"]),
+        (["policy=snapkv", "schedule=step"], ["schedule.when=step", "the policy snapkv supports only prompt"]),
         (["schedule=evry"], ["schedule=evry", "every, prompt, step", "did you mean every"]),
         (["schedule.when=now"], ["schedule.when=now", "step, every, prompt"]),
         (["schedule=every", "schedule.every=0"], ["schedule.every=0", "at least 1"]),

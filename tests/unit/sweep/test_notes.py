@@ -12,7 +12,7 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import warning_once
 
-from a2sf.analysis.collect import Selection
+from a2sf.analysis.results.selection import Selection
 from a2sf.errors import ConfigError, Notice
 from a2sf.hf.loading import ModelSpec, load
 from a2sf.policies.budget import Budget
@@ -22,7 +22,7 @@ from a2sf.scoring.lm import PrunedLM
 from a2sf.store.notes import notes_of
 from a2sf.store.runs import write_cell
 from a2sf.sweep.cell import Cell
-from a2sf.sweep.group import compute_group
+from a2sf.sweep.group import Group
 from a2sf.tasks import spec as tasks
 from a2sf.tasks.prompting import Prompting
 from a2sf.tasks.spec import DataSpec
@@ -88,13 +88,12 @@ def computed(folder, loaded, tmp_path):
 
     def compute(file: Path, **more):
         lm = PrunedLM(loaded.model, tokenizer=loaded.tokenizer, **more)
-        lm.silent = True
         ways = {"full": None, "h2o": Budget(ratio=0.5)}
         cells = [
             Cell("m", ModelSpec(str(folder)), find_policies()[p](), b, str(file), 0, None, 0, DataSpec()).settled()
             for p, b in ways.items()
         ]
-        return list(compute_group(cells, lm, tmp_path / "runs" / "s"))
+        return list(Group(cells, lm.scorer, tmp_path / "runs" / "s").compute())
 
     return compute
 
@@ -135,7 +134,7 @@ def test_a_token_across_the_end_of_the_prompt_is_lm_evals_and_said(computed, loa
     full, h2o = computed(file)
     for of_cell in texts([full, h2o]):
         assert "odd: in 1 of 2 documents (document 0), the tokens of prompt and continuation together" in of_cell[0]
-    built = tasks.build(str(file), DataSpec(), shots=0, seed=0)
+    built = tasks.TaskSpec(str(file), DataSpec()).build(0)
     theirs = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=2)
     samples = lm_eval.evaluate(theirs, task_dict={"tasks": {"odd": built}}, bootstrap_iters=0)["samples"]["odd"]
     expected = [a[0] for s in sorted(samples, key=lambda s: s["doc_id"]) for a in s["filtered_resps"]]
@@ -165,7 +164,7 @@ def odd(tmp_path):
 
 def test_warnings_of_libraries_are_collected_and_counted(computed, odd, tmp_path, capsys):
     lines = {
-        "lm_eval warns: a prompt is odd": 2,  # when the task was made, and when its prompts were
+        "lm_eval warns: a prompt is odd": 1,  # lm-eval says it once while the task and its prompts are made
         "odd: the metric lost came out as nan, so that results have no value of it.": None,
         "lm_eval warns: the answer of 0 is odd": 3,
         "RuntimeWarning warns: ill-defined": 3,
@@ -269,7 +268,7 @@ def test_examples_without_an_answer_are_counted(folder, loaded, tmp_path):
     file.write_text(file.read_text() + "fewshot_split: test\n")
     lm = PrunedLM(loaded.model, tokenizer=loaded.tokenizer)
     cell = Cell("m", ModelSpec(str(folder)), find_policies()["full"](), None, str(file), 3, None, 0, DataSpec())
-    (made,) = compute_group([cell.settled()], lm, tmp_path / "runs" / "s")
+    (made,) = Group([cell.settled()], lm.scorer, tmp_path / "runs" / "s").compute()
     assert texts([made])[0][1] == (
         "odd: of 4 examples that stand before documents, 2 have a right answer that is none of their choices, so that "
         "they show a wrong one."
@@ -278,7 +277,7 @@ def test_examples_without_an_answer_are_counted(folder, loaded, tmp_path):
 
 def test_lm_evals_users_are_warned_of_prompts_that_are_cut(loaded, tmp_path, caplog):
     lm = PrunedLM(loaded.model, tokenizer=loaded.tokenizer, max_length=16)
-    built = tasks.build(str(task(tmp_path, [{}, {"goal": "so " * 30}])), DataSpec(), shots=0, seed=0)
+    built = tasks.TaskSpec(str(task(tmp_path, [{}, {"goal": "so " * 30}])), DataSpec()).build(0)
     with caplog.at_level(logging.WARNING, "lm_eval"):
         lm_eval.evaluate(lm, task_dict={"tasks": {"odd": built}}, bootstrap_iters=0)
     said = [r.getMessage() for r in caplog.records if "Prompts lose their beginning" in r.getMessage()]

@@ -10,8 +10,8 @@ import pytest
 from a2sf.hf.loading import ModelSpec
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policies
-from a2sf.scoring.generation import OneByOne
-from a2sf.scoring.lm import PrunedLM
+from a2sf.scoring.passes.run import Passes
+from a2sf.scoring.texts import Texts
 from a2sf.store.runs import load_sweep
 from a2sf.sweep import runner as sweep
 from a2sf.sweep.cell import Cell
@@ -80,18 +80,18 @@ def runners(tmp_path, smollm2, monkeypatch):
 def asked(monkeypatch):
     """What the model was asked for, in batches."""
     batches: list[int] = []
-    generate, roll = OneByOne._batch, PrunedLM._loglikelihood_tokens
+    generate, run = Texts._answer, Passes.run
 
-    def texts(self, requests):
-        batches.append(len(requests))
-        return generate(self, requests)
+    def texts(self, requests, answers, batch):
+        batches.append(len(batch))
+        return generate(self, requests, answers, batch)
 
-    def windows(self, requests, *more, **settings):
-        batches.append(len(requests))
-        return roll(self, requests, *more, **settings)
+    def windows(self, pending):
+        batches.append(len(pending))
+        return run(self, pending)
 
-    monkeypatch.setattr(OneByOne, "_batch", texts)
-    monkeypatch.setattr(PrunedLM, "_loglikelihood_tokens", windows)
+    monkeypatch.setattr(Texts, "_answer", texts)
+    monkeypatch.setattr(Passes, "run", windows)
     return batches
 
 
@@ -106,10 +106,11 @@ def test_the_next_start_goes_on_with_what_is_missing(make, runners, asked, monke
     assert {o.status for o in undisturbed.run(cells)} == {"done"}
     runner = runners("killed")
     kept = interrupted(runner, cells, passes, monkeypatch)
-    assert sum(map(len, kept.values())) == 2
+    done = sum(map(len, kept.values()))
+    assert done == 2 * passes  # two sequences a pass
     asked.clear()
     assert {o.status for o in runner.run(cells)} == {"done"}
-    assert sum(asked) == 2 + 4
+    assert sum(asked) == 2 * 4 - done
     assert stored(runner.directory) == stored(undisturbed.directory)
     assert not (runner.directory / ".checkpoints").exists()
 

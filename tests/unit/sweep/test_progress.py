@@ -15,8 +15,8 @@ from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policy
 from a2sf.policies.schedule import STEP
 from a2sf.scoring.counts import Counts
-from a2sf.scoring.systems import Answer, Member
-from a2sf.sweep import checkpoint
+from a2sf.scoring.systems import Answer, Answers, System
+from a2sf.sweep.answer_store import AnswerStore
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.planning import progress
 from a2sf.sweep.planning.estimate import Estimate
@@ -106,10 +106,13 @@ def test_a_plan_that_was_wrong_is_corrected_by_what_was_done(sweep):
 def test_what_other_processes_have_kept_counts(sweep):
     """Under a launcher nothing is underway in the process that shows it."""
     p = sweep.progress(BY_TOKENS)
-    member = Member(LONG[0].policy, LONG[0].budget, STEP, Counts(STEP, 3, [True]))
-    member.asked, member.new, member.planned, member.read = 4, 4, 1000, 600
-    member.answers = {"a": Answer(-1.0, True, 3, 2)}
-    checkpoint.write(sweep.directory, LONG[0], "documents", member)
+    answers = answers_of(LONG[0])
+    answers.begin(pending=4, requests=4, tokens=1000)
+    answers.progress(600)
+    store = AnswerStore(sweep.directory, "documents", seconds=60)
+    store.add(LONG[0], answers, None)
+    answers.computed = {"a": Answer(-1.0, True, 3, 2)}
+    store.save([LONG[0].name])
     sweep.now += 60
     assert p.look() == ""
     assert p.share == pytest.approx(0.6 * 0.45)
@@ -129,15 +132,24 @@ def test_a_cell_that_fails_is_over(sweep):
     assert p.cells == 1
 
 
-def test_a_members_share_is_of_tokens_not_of_requests():
-    member = Member(LONG[0].policy, LONG[0].budget, STEP, Counts(STEP, 3, [True]))
-    assert member.share == 0.0
-    member.asked, member.answers = 4, {"long": Answer(-1.0, True, 80, 10)}
-    assert member.share == 0.25  # where tokens are not counted
-    member.new, member.planned, member.read = 4, 100, 90
-    assert member.share == pytest.approx(0.9)
-    member.new = 2  # half was known before
-    assert member.share == pytest.approx(0.95)
+def answers_of(cell) -> Answers:
+    return Answers(System(cell.policy, cell.budget, STEP), Counts(STEP, 3, [True]))
+
+
+def test_a_systems_share_is_of_tokens_not_of_requests():
+    answers = answers_of(LONG[0])
+    assert answers.share == 0.0
+    answers.begin(pending=4, requests=4)
+    answers.computed = {"long": Answer(-1.0, True, 80, 10)}
+    assert answers.share == 0.25  # where tokens are not counted
+    answers.computed = {}
+    answers.begin(pending=4, requests=4, tokens=100)
+    answers.progress(90)
+    assert answers.share == pytest.approx(0.9)
+    answers.known = {"a": Answer(-1.0, True, 3, 2), "b": Answer(-1.0, True, 3, 2)}
+    answers.begin(pending=2, requests=4, tokens=100)
+    answers.progress(90)
+    assert answers.share == pytest.approx(0.95)  # half was known before
 
 
 def test_a_log_gets_a_line_per_finished_cell_and_per_minute(sweep, monkeypatch):

@@ -13,7 +13,7 @@ from a2sf.errors import UserError
 from a2sf.policies.budget import Budget
 from a2sf.store.archive import pack, unpack
 from a2sf.store.runs import StoredCell, load_sweep, write_cell
-from a2sf.sweep import checkpoint
+from a2sf.sweep import answer_store
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.reuse import find_extendable, plan
 from a2sf.sweep.runner import Runner, finish
@@ -117,7 +117,7 @@ def test_a_checkpoint_is_read_for_its_own_cell_alone(runner, monkeypatch):  # no
     runner.batch_size = 4
     one, other = cell("h2o"), cell("h2o", budget=Budget(ratio=0.3))
     interrupted(runner, [other], 1, monkeypatch)
-    (file,) = (runner.directory / checkpoint.FOLDER).glob("*.json")
+    (file,) = (runner.directory / answer_store.FOLDER).glob("*.json")
     body = json.loads(file.read_text())
     assert body["cell"] == json.loads(json.dumps(other.identity))
     file.rename(file.with_name(f"{one.tail}.json"))
@@ -132,10 +132,10 @@ def test_a_checkpoint_of_an_earlier_version_is_read_and_removed(runner, monkeypa
     runner.batch_size = 4
     one = cell("h2o")
     kept = interrupted(runner, [one], 1, monkeypatch)
-    (file,) = (runner.directory / checkpoint.FOLDER).glob("*.json")
+    (file,) = (runner.directory / answer_store.FOLDER).glob("*.json")
     body = json.loads(file.read_text())
     body["cell"] = one.id[:DIGITS]
-    body["checksum"] = checkpoint._checksum({k: v for k, v in body.items() if k != "checksum"})
+    body["checksum"] = answer_store._checksum({k: v for k, v in body.items() if k != "checksum"})
     marked = next(iter(body["answers"]))
     file.unlink()
     file.with_name(f"{one.tail.removesuffix(one.id)}{one.id[:DIGITS]}.json").write_text(json.dumps(body))
@@ -147,7 +147,7 @@ def test_a_checkpoint_of_an_earlier_version_is_read_and_removed(runner, monkeypa
     assert run(runner, one).status == "done"
     assert marked in kept[one.tail]
     assert len(asked) < 2  # of two passes one was kept
-    assert not (runner.directory / checkpoint.FOLDER).exists()
+    assert not (runner.directory / answer_store.FOLDER).exists()
 
 
 def test_an_archive_of_earlier_names_adds_no_cell_twice(tmp_path):

@@ -24,7 +24,7 @@ from a2sf.errors import UserError
 from a2sf.hf.loading import ModelSpec, fingerprint
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policies
-from a2sf.report.html import read_failures
+from a2sf.report.page.page import read_failures
 from a2sf.scoring.passes import run as scoring
 from a2sf.store.runs import is_cell, load_sweep, tail_of
 from a2sf.sweep import group
@@ -70,7 +70,7 @@ def runner(tmp_path, smollm2, monkeypatch):
 
 
 def test_a_cell_that_raises_on_its_third_document_is_recorded_and_retried(runner, monkeypatch):
-    good = tasks.build
+    good = tasks.TaskSpec.build
 
     def broken(*arguments, **settings):
         task = good(*arguments, **settings)
@@ -85,15 +85,15 @@ def test_a_cell_that_raises_on_its_third_document_is_recorded_and_retried(runner
         task.process_results = third
         return task
 
-    monkeypatch.setattr(tasks, "build", broken)
+    monkeypatch.setattr(tasks.TaskSpec, "build", broken)
     outcome = run(runner, cell())
     assert (outcome.status, outcome.error) == ("failed", "RuntimeError: cannot score this document")
     _, failures = finish(runner.directory, [cell()])
     assert "third" in failures[0]["traceback"]
     assert not list(runner.directory.glob("smollm2*"))
 
-    monkeypatch.setattr(tasks, "build", good)
-    monkeypatch.setattr(scoring.Scoring, "_score", None)  # what was scored was kept
+    monkeypatch.setattr(tasks.TaskSpec, "build", good)
+    monkeypatch.setattr(scoring.Passes, "_score", None)  # what was scored was kept
     assert run(runner, cell()).status == "done"
     stored, failures = finish(runner.directory, [cell()])
     assert (len(stored), failures) == (1, [])
@@ -154,8 +154,9 @@ def test_too_little_memory_for_one_cell_takes_no_other_with_it(runner, monkeypat
     cells = [cell(name) for name in ("full", "h2o", "window")]
     status = {o.name: o.status for o in runner.run(cells)}
     assert [status[c.name] for c in cells] == ["done", "failed", "done"]
-    (lm,) = runner._loaded.values()
-    assert lm.tokens_per_pass == lm.most_tokens
+    (loaded,) = runner._loaded.values()
+    (scorer,) = loaded.scorers.values()
+    assert scorer.tokens_per_pass == scorer.most_tokens
 
 
 def test_a_full_disk_stops_the_sweep_in_one_sentence(runner, monkeypatch):
@@ -406,7 +407,7 @@ def test_the_plan_tells_tokens_and_time_from_what_was_measured(runner):
 
 
 def test_a_failure_file_is_whole_json(runner, monkeypatch):
-    monkeypatch.setattr(group, "compute", lambda *_: 1 / 0)
+    monkeypatch.setattr(group, "evaluate", lambda *_: 1 / 0)
     run(runner, cell())
     record = json.loads(sweep.failure_file(runner.directory, cell().name).read_text())
     assert record["error"] == "ZeroDivisionError: division by zero"

@@ -10,14 +10,17 @@ import filelock
 import numpy as np
 import pytest
 
+from a2sf.analysis.results.gather import grid_of
+from a2sf.analysis.results.selection import Selection
 from a2sf.errors import ConfigError
 from a2sf.policies.budget import Budget
 from a2sf.policies.schedule import Schedule
-from a2sf.report.layout import build_tables
-from a2sf.report.tables import Selection, grid_of, legend
+from a2sf.report.tables.cells import legend
+from a2sf.report.tables.layout import build_tables
 from a2sf.store.runs import load_sweep, results_frame
+from a2sf.sweep.early_stopping import Comparisons, comparisons, order_of
 from a2sf.sweep.runner import Runner, _lock_file
-from a2sf.sweep.until import Until, Watch, order_of
+from a2sf.sweep.until import Until
 from a2sf.tracking.tracker import Tracker, TrackerSpec
 from tests.unit.sweep.test_sweep import cell
 
@@ -52,21 +55,21 @@ def test_cells_of_equal_budget_and_schedule_are_compared():
     cells += [cell("h2o", budget=Budget(ratio=r), schedule=s) for r in (0.1, 0.2, 0.4) for s in (step, every)]
 
     def compared(*pair):
-        return [(a.budget and a.budget.ratio, b.budget.ratio) for a, b in Until(pair).comparisons(cells)]
+        return [(a.budget and a.budget.ratio, b.budget.ratio) for a, b in comparisons(Until(pair), cells)]
 
     assert compared("full", "h2o") == [(None, r) for r in (0.1, 0.1, 0.2, 0.2, 0.4, 0.4)]
     assert compared("window", "h2o") == [(0.1, 0.1), (0.2, 0.2)]
 
 
 def test_every_comparison_must_be_told():
-    watch = Watch(Until(PAIR, half_width=20), [1] * 300, [("a", "b"), ("a", "c")])
+    current = Comparisons(Until(PAIR, half_width=20), [1] * 300, [("a", "b"), ("a", "c")])
     rng = np.random.default_rng(0)
-    while not watch.told:
+    while not current.decided:
         a, b = rng.integers(0, 2, 2)
-        watch.see({"a": [a], "b": [a], "c": [b]})
-    assert watch.means[0].half_width < 0.1  # the even one was told long before
-    assert 0.15 < watch.means[1].half_width <= 0.2
-    assert not Watch(Until(PAIR), [1] * 3, []).told
+        current.see({"a": [a], "b": [a], "c": [b]})
+    assert current.means[0].half_width < 0.1  # the even one was told long before
+    assert 0.15 < current.means[1].half_width <= 0.2
+    assert not Comparisons(Until(PAIR), [1] * 3, []).decided
 
 
 def test_the_order_is_one_and_random():

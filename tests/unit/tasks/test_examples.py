@@ -118,7 +118,7 @@ def prompts(task, **which):
 
 def test_eight_documents_three_shots(eight):
     """Three of these eight had their own question and answer before them."""
-    task = tasks.build("piqa", eight, shots=3, seed=SEED)
+    task = tasks.TaskSpec("piqa", eight, 3).build(SEED)
     for i, prompt in prompts(task).items():
         assert prompt.count(f"Goal number {i}\n") == 1
         assert f"right {i}" not in prompt
@@ -130,7 +130,7 @@ def test_eight_documents_three_shots(eight):
     [("copa", 5), ("arc_challenge", 5), ("openbookqa", 5), ("winogrande", 5), ("piqa", 3), ("copa", 1)],
 )
 def test_real_documents(bundle, name, shots, split):
-    task = tasks.build(name, tasks.DataSpec("bundle", fewshot_split=split), shots=shots, seed=SEED)
+    task = tasks.TaskSpec(name, tasks.DataSpec("bundle", fewshot_split=split), shots).build(SEED)
     examples = task.examples()
     for document in task.eval_docs:
         got = examples.of(document)
@@ -140,17 +140,17 @@ def test_real_documents(bundle, name, shots, split):
 
 
 def test_a_higher_limit_and_ranks_draw_the_same(bundle):
-    whole = prompts(tasks.build("copa", bundle, shots=3, seed=SEED))
-    few = prompts(tasks.build("copa", bundle, shots=3, seed=SEED), limit=10)
+    whole = prompts(tasks.TaskSpec("copa", bundle, 3).build(SEED))
+    few = prompts(tasks.TaskSpec("copa", bundle, 3).build(SEED), limit=10)
     assert few == {i: whole[i] for i in range(10)}
     for rank in range(3):
-        part = prompts(tasks.build("copa", bundle, shots=3, seed=SEED), rank=rank, world_size=3)
+        part = prompts(tasks.TaskSpec("copa", bundle, 3).build(SEED), rank=rank, world_size=3)
         assert part == {i: whole[i] for i in range(rank, 100, 3)}
 
 
 def test_the_examples_are_lm_evals_but_for_own_documents(bundle):
     """Against a second task with lm-eval's own sampler over the same documents."""
-    ours = tasks.build("arc_easy", bundle, shots=5, seed=SEED)
+    ours = tasks.TaskSpec("arc_easy", bundle, 5).build(SEED)
     theirs = ContextSampler(list(ours.examples().pool), rnd=SEED)
     differ = []
     for i, document in enumerate(ours.eval_docs):
@@ -163,15 +163,15 @@ def test_the_examples_are_lm_evals_but_for_own_documents(bundle):
 
 
 def test_more_shots_than_other_documents(eight):
-    tasks.build("piqa", eight, shots=7, seed=SEED)
+    tasks.TaskSpec("piqa", eight, 7).build(SEED)
     with pytest.raises(ConfigError, match=r"shots=8 .*piqa has only 7 documents"):
-        tasks.build("piqa", eight, shots=8, seed=SEED)
+        tasks.TaskSpec("piqa", eight, 8).build(SEED)
     with pytest.raises(ConfigError, match=r"shots=30 .*piqa has only 8 documents"):
-        tasks.build("piqa", eight, shots=30, seed=SEED)
+        tasks.TaskSpec("piqa", eight, 30).build(SEED)
 
 
 def test_what_a_task_draws_itself_leaves_the_callers_generator_alone(eight):
     random.seed(5)
     before = random.getstate()
-    tasks.build("piqa", eight, shots=1, seed=SEED)
+    tasks.TaskSpec("piqa", eight, 1).build(SEED)
     assert random.getstate() == before

@@ -37,7 +37,7 @@ def of(folder: str | None = None, **arguments: object) -> tasks.DataSpec:
 def made(folder):
     """Each family's tasks, choosing and writing."""
     names = [f"long_{family}{twin}" for family in FAMILIES for twin in ("", "_generate")]
-    return {n: tasks.build(n, of(folder, lengths=LENGTHS), shots=0, seed=0) for n in names}
+    return {n: tasks.TaskSpec(n, of(folder, lengths=LENGTHS)).build(0) for n in names}
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +129,11 @@ def test_documents_follow_from_the_seed_and_the_lengths_alone(folder, made):
 
     task = made["long_multikey"]
     _rows.cache_clear()
-    again = tasks.build("long_multikey", of(folder, lengths=LENGTHS), shots=0, seed=7)
+    again = tasks.TaskSpec("long_multikey", of(folder, lengths=LENGTHS)).build(7)
     assert list(again.eval_docs) == list(task.eval_docs)
-    short = tasks.build("long_multikey", of(folder, lengths=LENGTHS[:1]), shots=0, seed=0)
+    short = tasks.TaskSpec("long_multikey", of(folder, lengths=LENGTHS[:1])).build(0)
     assert list(short.eval_docs) == [d for d in task.eval_docs if d["length"] == LENGTHS[0]]
-    other = tasks.build("long_multikey", of(folder, lengths=LENGTHS[:1], seed=1), shots=0, seed=0)
+    other = tasks.TaskSpec("long_multikey", of(folder, lengths=LENGTHS[:1], seed=1)).build(0)
     assert list(other.eval_docs) != list(short.eval_docs)
 
 
@@ -149,7 +149,7 @@ def test_documents_follow_from_the_seed_and_the_lengths_alone(folder, made):
 )
 def test_bad_arguments(folder, arguments, why):
     with pytest.raises(ConfigError, match=why):
-        tasks.build("long_multikey", of(folder, **arguments), shots=0, seed=0)
+        tasks.TaskSpec("long_multikey", of(folder, **arguments)).build(0)
 
 
 def a_cell(data: tasks.DataSpec, task: str = "long_single", policy: str = "h2o") -> cell.Cell:
@@ -162,7 +162,7 @@ def test_lengths_beyond_the_models_positions_and_examples_are_refused():
     with pytest.raises(ConfigError, match=r"lengths=\[1024, 8193\] .* small has 8192 positions, .* would ask for 8193"):
         a_cell(of(lengths=[1024, 8193])).settled()
     with pytest.raises(ConfigError, match=r"shots=1 .* the length that task_args\.lengths says"):
-        tasks.check("long_single", of(), shots=1)
+        tasks.TaskSpec("long_single", of(), 1).check()
 
 
 def test_a_template_needs_room_of_its_own():
@@ -182,7 +182,7 @@ def test_a_cell_reads_each_text_once(smollm2, tmp_path):
     assert one.id == dataclasses.replace(a_cell(of(lengths=[600])), data=one.data).id
     assert one.id != a_cell(of(lengths=[601])).settled().id
     lm = PrunedLM(smollm2.model, tokenizer=smollm2.tokenizer)
-    (done,) = group.compute_group([one], lm, tmp_path / "s")
+    (done,) = group.Group([one], lm.scorer, tmp_path / "s").compute()
     if done.error is not None:
         raise done.error
     result, documents = done.result, done.documents
@@ -207,7 +207,7 @@ def test_lm_evals_own_ruler_gets_the_models_tokenizer_and_its_lengths(monkeypatc
     package = SimpleNamespace(RandomWord=lambda: SimpleNamespace(_categories=words))
     monkeypatch.setitem(sys.modules, "wonderwords", package)
     monkeypatch.setattr("nltk.data.find", lambda *_: True)
-    task = tasks.build("niah_single_1", of(folder, max_seq_lengths=[400]), shots=0, seed=0)
+    task = tasks.TaskSpec("niah_single_1", of(folder, max_seq_lengths=[400])).build(0)
     document = next(iter(task.eval_docs))
     written = 128  # tokens that RULER leaves for the answer
     assert document["length"] == count(document["input"]) + written <= 400 == document["max_length"]

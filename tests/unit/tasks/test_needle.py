@@ -12,8 +12,8 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from a2sf import Budget
-from a2sf.analysis.collect import Selection
-from a2sf.analysis.labels import DASH
+from a2sf.analysis.results.labels import DASH
+from a2sf.analysis.results.selection import Selection
 from a2sf.errors import UserError
 from a2sf.hf.loading import ModelSpec
 from a2sf.policies.find import find_policies
@@ -46,11 +46,11 @@ def test_documents_are_seeded_and_the_needle_is_where_it_says():
 
 def test_the_task_needs_no_data_from_elsewhere():
     assert [d.ref for d in tasks.resolve("needle")] == ["needle"]
-    tasks.check("needle", DATA, shots=2)
-    task = tasks.build("needle", DATA, shots=2, seed=0)
+    tasks.TaskSpec("needle", DATA, 2).check()
+    task = tasks.TaskSpec("needle", DATA, 2).build(0)
     assert len(list(task.eval_docs)) == 10 * len(LENGTHS) * len(DEPTHS)
     assert tasks.provenance(task)["fewshot_split"] == "validation"
-    tasks.check("gsm8k", tasks.DataSpec(), shots=0)  # generates as well
+    tasks.TaskSpec("gsm8k", tasks.DataSpec()).check()  # generates as well
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +74,10 @@ def test_a_batch_does_not_change_the_text_and_stop_sequences_end_it(smollm2, lm)
     for policy in of_models().values():
         lm.use(policy(), Budget(ratio=0.5) if policy.uses_budget else None)
         together = lm.generate_until(asked(["\n"]), disable_tqdm=True)
-        assert lm.counts.layer_requests == 3 * lm.layers
-        lm.sequences_per_pass = 1
+        assert lm.counts.layer_requests == 3 * lm.scorer.layers
+        lm.scorer.sequences_per_pass = 1
         assert lm.generate_until(asked(["\n"]), disable_tqdm=True) == together
-        lm.sequences_per_pass = None
+        lm.scorer.sequences_per_pass = None
     words = lm.generate_until(asked([" "]), disable_tqdm=True)
     assert all(" " not in w for w in words)
 
@@ -99,17 +99,14 @@ def test_no_room_for_a_prompt_is_told_in_one_sentence(lm):
 
 def test_a_cell_of_the_task_and_its_traces(lm, tmp_path, monkeypatch):
     one = cell.Cell("small", ModelSpec(SMOLLM2), find_policies()["h2o"](), Budget(ratio=0.5), "needle", 0, 1, 0, DATA)
-    lm.trace_documents = 1
 
     def compute():
-        done = None
-        for done in group.compute_group([one], lm, tmp_path / "s"):  # noqa: B007 (the last one counts)
-            traces[:] = lm.traces
+        (done,) = group.Group([one], lm.scorer, tmp_path / "s", trace=1).compute()
+        traces[:] = done.traces
         return done.result, done.documents
 
     traces = []
     result, table = compute()
-    lm.trace_documents = 0
     assert result["metrics"]["exact_match"]["n"] == 1
     row = table.iloc[0]
     assert (row["doc/depth"], row["doc/length"]) == (0, 100)
@@ -117,22 +114,22 @@ def test_a_cell_of_the_task_and_its_traces(lm, tmp_path, monkeypatch):
     assert row["context_tokens"][0] > 100
     (trace,) = traces
     assert trace.context == row["context_tokens"][0]
-    assert trace.evicted_at.shape == (lm.layers, 3, len(trace.pieces))
+    assert trace.evicted_at.shape == (lm.scorer.layers, 3, len(trace.pieces))
     budget = one.budget.slots(total=trace.context + 11, context=trace.context, layer=0)
     assert (trace.retained().sum(-1) == budget).all()
 
     # of several answers to one request only the first is stored, so they are generated again
     stored = SimpleNamespace(result=json.loads(json.dumps(result)), documents=table)
     monkeypatch.setattr(group, "find_extendable", lambda *_: {one.name: stored})
-    build = tasks.build
+    build = tasks.TaskSpec.build
 
-    def repeated(*arguments, **settings):
-        task = build(*arguments, **settings)
+    def repeated(spec, seed):
+        task = build(spec, seed)
         task.config.repeats = 2
         return task
 
     with monkeypatch.context() as patched:
-        patched.setattr(tasks, "build", repeated)
+        patched.setattr(tasks.TaskSpec, "build", repeated)
         assert compute()[0]["timing"]["reused_requests"] == 0
 
     # scored before: taken from the file, not generated again

@@ -78,7 +78,7 @@ def test_an_argument_for_all_goes_to_those_that_know_it():
     assert needle.options == {"task_args": {"depths": [50], "lengths": [20]}}
     assert (copa.options, copa.data.task_args) == ({}, "")
     assert not {"prompting", "task_args"} & set(copa.identity)  # the names of cells that say nothing are as before
-    assert len(tasks.build(needle.task, needle.data, shots=0, seed=0).eval_docs) == 10
+    assert len(tasks.TaskSpec(needle.task, needle.data).build(0).eval_docs) == 10
     (ruler,) = settings("tasks=[ruler_vt]", "task_args.max_seq_lengths=[512]").cells
     assert ruler.options == {"task_args": {"max_seq_lengths": [512]}}
 
@@ -155,13 +155,13 @@ def test_a_task_of_ones_own_that_a_group_of_lm_evals_changes(tmp_path):
 def test_a_definition_that_changes_after_it_was_asked_for(tmp_path):
     folder = own_tasks(tmp_path / "own")
     (cell,) = settings("tasks=[own_one]", f"include_path={folder}").cells
-    before = tasks.build(cell.task, cell.data, shots=0, seed=1)
+    before = tasks.TaskSpec(cell.task, cell.data).build(1)
     assert before.config.doc_to_text.startswith("Question")
-    assert tasks.identity(cell.task, cell.data, 0)["definition"]
+    assert tasks.TaskSpec(cell.task, cell.data).identity["definition"]
     file = folder / "own_one.yaml"
     file.write_text(file.read_text().replace("Question:", "Ask:"))
     with pytest.raises(UserError, match=r"tasks=own_one: its definition changed after the sweep began"):
-        tasks.build(cell.task, cell.data, shots=0, seed=1)
+        tasks.TaskSpec(cell.task, cell.data).build(1)
 
 
 def test_code_that_is_not_beside_the_definition_is_part_of_it(tmp_path, monkeypatch):

@@ -157,11 +157,11 @@ class SlotCache:
     ) -> None:
         """One segment per row, which continues the row's states unless `source` says otherwise; numbers as in `Program`."""
         B, shape = self.rows, self._shape
-        steps = np.empty((B, 11), np.int64)
+        steps = torch.empty((B, 11), dtype=torch.int64).numpy()
         scored = int(self.rule.scored)
         for i, column in enumerate((np.arange(B), np.arange(B), 0, length, source, 0, *numbers, scored)):
             steps[:, i] = column
-        factors = np.empty(B, np.float32)
+        factors = torch.empty(B).numpy()
         factors[:] = factor
         left = steps[:, cpu_run.LENGTH] + 1
         block = max(1, int(steps[:, cpu_run.BLOCK].max(initial=1)))

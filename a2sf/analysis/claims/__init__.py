@@ -1,0 +1,1 @@
+"""Published claims and what our measurements say of them."""

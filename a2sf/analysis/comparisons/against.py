@@ -1,0 +1,149 @@
+"""Every policy against named ones at the same budget: accuracy, and how far each stays from the full cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from a2sf.analysis.comparisons.fidelity import changes
+from a2sf.analysis.comparisons.pairs import Comparer
+from a2sf.analysis.results.grid import Grid, System
+from a2sf.analysis.statistics.paired import Difference, bootstrap_means, holm, interval
+from a2sf.analysis.statistics.texts import Texts, tail_of
+from a2sf.errors import UserError, nearest
+
+RATIOS = ("change", "choice_kl")
+"""Measures of closeness whose ratio is given: below 1, the first stays closer to the full cache than the second."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A mean over that of another system on the same documents, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Against:
+    """One system and a named one at the same budget and schedule, averaged over tasks.
+
+    Attributes:
+        first, second: `difference` is first minus second, of the grid's metric.
+        ratios: `RATIOS` -> the first's mean over the second's; empty without a full-cache result.
+        p_holm: the difference's p-value, corrected over all comparisons of the model.
+    """
+
+    model: str
+    shots: int
+    first: System
+    second: System
+    difference: Difference
+    ratios: dict[str, Ratio]
+    p_holm: float = 1.0
+
+
+def compare_against(grid: Grid, policies: Sequence[str]) -> tuple[list[Against], list[str]]:
+    """Every causal pruned system against those of `policies` at the same budget and schedule, Holm-corrected per model.
+
+    Systems that lack a task are left out.
+
+    Returns:
+        The comparisons, and one sentence for each thing that could not be compared.
+
+    Raises:
+        UserError: if none of the results are of one of the policies.
+    """
+    known = sorted(grid.frame.loc[~grid.frame["is_full"], "policy"].unique())
+    for policy in policies:
+        if policy not in known:
+            raise UserError(
+                f"--against {policy}: there is no pruned result of it, only of {', '.join(known)}{nearest(policy, known)}."
+            )
+    found: list[Against] = []
+    notes: list[str] = []
+    for model, shots, part in grid.by_model():
+        complete = [s for s in part.systems() if s.causal and set(part.tasks) <= set(s.keys)]
+        fulls = {s.variant: s for s in complete if s.is_full}
+        pruned = [s for s in complete if not s.is_full]
+        comparer, closeness = Comparer(part), _Closeness(part, notes)
+        for second in (s for name in policies for s in pruned if s.policy == name):
+            place = (second.budget, second.schedule, second.variant)
+            for first in pruned:
+                if (first.budget, first.schedule, first.variant) != place or first.policy in policies:
+                    continue
+                difference = comparer.average(first.keys, second.keys)
+                if difference is None:
+                    continue
+                full = fulls.get(second.variant)
+                ratios = {} if full is None else closeness.ratios(first, second, full)
+                found.append(Against(model, shots, first, second, difference, ratios))
+        notes += comparer.problems
+    return _corrected(found), list(dict.fromkeys(notes))
+
+
+def against_frame(found: Sequence[Against]) -> pd.DataFrame:
+    """`against.csv`: one row per comparison, unrounded, in the metric's own unit."""
+    rows = []
+    for a in found:
+        row: dict[str, Any] = {"model": a.model, "shots": a.shots, "budget": a.first.budget}
+        for side, system in (("first", a.first), ("second", a.second)):
+            row |= {side: system.label, f"{side}_factor": system.factor}
+        row |= {k: getattr(a.difference, k) for k in ("n", "value", "low", "high", "p")} | {"p_holm": a.p_holm}
+        for measure, ratio in a.ratios.items():
+            row |= {f"{measure}_ratio": ratio.value, f"{measure}_low": ratio.low, f"{measure}_high": ratio.high}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _corrected(found: list[Against]) -> list[Against]:
+    for model in {a.model for a in found}:
+        mine = [i for i, a in enumerate(found) if a.model == model]
+        for i, p in zip(mine, holm([found[i].difference.p for i in mine]), strict=True):
+            found[i] = replace(found[i], p_holm=p)
+    return found
+
+
+class _Closeness:
+    """Means of `RATIOS` of the systems of one part, over tasks, with their bootstrap means."""
+
+    def __init__(self, part: Grid, notes: list[str]) -> None:
+        self.part, self.notes = part, notes
+        self.known: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray, list[Texts]] | None] = {}
+
+    def ratios(self, first: System, second: System, full: System) -> dict[str, Ratio]:
+        """Paired: both systems' means are of the same resampled documents."""
+        one, other = self._means(first, full), self._means(second, full)
+        if one is None or other is None:
+            return {}
+        values = one[0] / other[0]
+        spread = one[1] / other[1]  # [resamples, measures]
+        return {m: Ratio(float(values[i]), *interval(spread[:, i], tail_of(one[2]))) for i, m in enumerate(RATIOS)}
+
+    def _means(self, system: System, full: System) -> tuple[np.ndarray, np.ndarray, list[Texts]] | None:
+        key = tuple(system.keys[t] for t in self.part.tasks)
+        if key not in self.known:
+            self.known[key] = self._measured(system, full)
+        return self.known[key]
+
+    def _measured(self, system: System, full: System) -> tuple[np.ndarray, np.ndarray, list[Texts]] | None:
+        values, means, texts = [], [], []
+        for index, task in enumerate(self.part.tasks):
+            cells = [self.part.cells.get(s.keys[task]) for s in (system, full)]
+            if cells[0] is None or cells[1] is None:
+                return None
+            try:
+                measures, of = changes(cells[0], cells[1], self.part.mixed)
+            except UserError as error:
+                self.notes.append(str(error))
+                return None
+            changed = measures[list(RATIOS)].to_numpy()
+            values.append(changed.mean(0))
+            means.append(bootstrap_means(changed, index, of))
+            texts.append(of)
+        return np.mean(values, axis=0), np.mean(means, axis=0), texts

@@ -1,0 +1,184 @@
+"""Paired comparisons of cells: the same documents, answered under two policies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pandas as pd
+
+from a2sf.analysis.results.documents import paired_documents, texts_of
+from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, Grid, System
+from a2sf.analysis.statistics.paired import Difference, average_difference, holm, paired_difference
+from a2sf.analysis.statistics.texts import Texts
+from a2sf.errors import UserError
+from a2sf.store.runs import StoredCell
+
+
+def paired_values(
+    a: StoredCell, b: StoredCell, metric: str, common: bool = False
+) -> tuple[np.ndarray, np.ndarray, Texts]:
+    """Per-document values of a metric in two cells, in the same order, and which of these documents share a text.
+
+    Raises:
+        UserError: as `paired_documents`, and if the metric has no per-document values.
+    """
+    left, right = paired_documents(a, b, common)
+    column = f"metric/{metric}"
+    for cell, documents in ((a, left), (b, right)):
+        if column not in documents or documents[column].isna().any():
+            raise UserError(f"{cell.path.name} has no value of {metric} for each document, so it cannot be paired.")
+    return left[column].to_numpy(float), right[column].to_numpy(float), texts_of(left, right)
+
+
+def compare_cells(a: StoredCell, b: StoredCell, metric: str) -> Difference:
+    """Cell `a` minus cell `b` on their common metric."""
+    return paired_difference(*paired_values(a, b, metric))
+
+
+@dataclass
+class Comparer:
+    """Compares systems of one grid, and notes why a comparison was not possible.
+
+    Attributes:
+        grid: the cells to compare.
+        problems: why comparisons were not possible, one sentence for each reason.
+    """
+
+    grid: Grid
+    problems: list[str] = field(default_factory=list)
+
+    def task(self, a: str, b: str) -> Difference | None:
+        """Two cells by their keys; None where they cannot be paired."""
+        return self._attempt(lambda: paired_difference(*self._values(a, b)))
+
+    def average(self, a: Mapping[str, str], b: Mapping[str, str]) -> Difference | None:
+        """Two systems, given as task -> key, on the average over tasks."""
+        return self._attempt(lambda: average_difference(*self._changes(a, b, sorted(a))))
+
+    def group(
+        self, a: Mapping[str, str], b: Mapping[str, str], tasks: Sequence[str], weighted: bool
+    ) -> Difference | None:
+        """Two systems on a group's score, over its tasks; weighted by size, every document counts the same."""
+
+        def compared() -> Difference:
+            changes, texts = self._changes(a, b, tasks)
+            if weighted:
+                changes, texts = [np.concatenate(changes)], [Texts.joined(texts)]
+            return average_difference(changes, texts)
+
+        return self._attempt(compared)
+
+    def over_budgets(self, a: Sequence[Mapping[str, str]], b: Sequence[Mapping[str, str]]) -> Difference | None:
+        """Two policies on the mean over budgets and tasks, each given as task -> key for the same budgets in turn.
+
+        Every document was answered once a budget, so what is paired and resampled is its mean over the budgets.
+        """
+
+        def compared() -> Difference:
+            tasks = sorted(a[0])
+            found = [self._changes(x, y, tasks) for x, y in zip(a, b, strict=True)]
+            for task, *changes in zip(tasks, *(c for c, _ in found), strict=True):
+                if len({len(c) for c in changes}) > 1:
+                    raise UserError(
+                        f"{task} was not run on the same documents at each budget, so budgets cannot be averaged."
+                    )
+            means = [np.mean(changes, axis=0) for changes in zip(*(c for c, _ in found), strict=True)]
+            return average_difference(means, found[0][1])
+
+        return self._attempt(compared)
+
+    def _changes(
+        self, a: Mapping[str, str], b: Mapping[str, str], tasks: Sequence[str]
+    ) -> tuple[list[np.ndarray], list[Texts]]:
+        """For each task, the first system's values minus the second's, and which of the documents share a text."""
+        found = [self._values(a[t], b[t]) for t in tasks]
+        return [x - y for x, y, _ in found], [texts for *_, texts in found]
+
+    def _values(self, a: str, b: str) -> tuple[np.ndarray, np.ndarray, Texts]:
+        cells = self.grid.cells
+        return paired_values(cells[a], cells[b], self.grid.metric, common=self.grid.mixed)
+
+    def _attempt(self, compute: Callable[[], Difference]) -> Difference | None:
+        try:
+            return compute()
+        except KeyError:
+            return None  # a directory with results.csv alone; the grid has said so already
+        except UserError as error:
+            if str(error) not in self.problems:
+                self.problems.append(str(error))
+            return None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two systems on one task or the average: a row of `comparisons.csv`.
+
+    Attributes:
+        first, second: their labels; `difference` is first minus second.
+        p_holm: the p-value after Holm's correction over the whole list; None until corrected.
+    """
+
+    model: str
+    shots: int
+    task: str
+    budget: str
+    first: str
+    second: str
+    factor: str
+    difference: Difference
+    p_holm: float | None = None
+
+
+def matched(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> list[tuple[System, System | None]]:
+    """Every system of the pair's first policy with the second policy's at the same budget and schedule, or None."""
+    systems = part.systems(pair)
+    controls = {(s.budget, s.schedule, s.variant): s for s in reversed(systems) if s.policy == pair[1]}
+    return [(s, controls.get((s.budget, s.schedule, s.variant))) for s in systems if s.policy == pair[0]]
+
+
+def compare_pair(grid: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> tuple[list[Comparison], list[str]]:
+    """Every row of the pair's first policy against the second at the same budget, Holm-corrected per model and shots.
+
+    Returns:
+        The comparisons, and one sentence for each thing that could not be compared.
+    """
+    found: list[Comparison] = []
+    notes: list[str] = []
+    for model, shots, part in grid.by_model():
+        comparer = Comparer(part)
+        family: list[Comparison] = []
+        for first, second in matched(part, pair):
+            if second is None:
+                of = f", schedule {first.schedule}," if len(grid.schedules) > 1 else ""
+                notes.append(
+                    f"{model}, {shots}-shot: no {pair[1]} at budget {first.budget}{of} to compare {pair[0]} with."
+                )
+                continue
+            shared = sorted(set(first.keys) & set(second.keys))
+            results = [(task, comparer.task(first.keys[task], second.keys[task])) for task in shared]
+            if len(shared) > 1 and set(shared) == set(part.tasks):
+                results.append((AVERAGE, comparer.average(first.keys, second.keys)))
+            for task, difference in results:
+                if difference is not None:
+                    where = (model, shots, task, first.budget, first.label, second.label, first.factor)
+                    family.append(Comparison(*where, difference))
+        corrected = holm([c.difference.p for c in family])
+        found += [replace(c, p_holm=p) for c, p in zip(family, corrected, strict=True)]
+        notes += comparer.problems
+    if pair[0] not in set(grid.frame["policy"]):
+        notes.append(f"There is no result of the policy {pair[0]}, so nothing is compared with {pair[1]}.")
+    return found, list(dict.fromkeys(notes))
+
+
+def comparisons_frame(comparisons: list[Comparison]) -> pd.DataFrame:
+    """One row per comparison; values in the metric's own unit."""
+    return pd.DataFrame(
+        [
+            {k: v for k, v in vars(c).items() if k not in ("difference", "p_holm")}
+            | vars(c.difference)
+            | {"p_holm": c.p_holm}
+            for c in comparisons
+        ]
+    )

@@ -1,0 +1,1 @@
+"""Results of sweeps: read from disk, selected, and named for tables."""

@@ -1,0 +1,170 @@
+"""Which results are shown, and under which names: filters, groups of tasks, lm-eval's options, one metric."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from a2sf.analysis.results.documents import TEXT, documents_of, may_share, texts_of
+from a2sf.analysis.results.grid import SYSTEM, Grid
+from a2sf.analysis.results.labels import DASH, name_settings, shorten_names
+from a2sf.analysis.results.variants import label_variants
+from a2sf.errors import UserError, nearest
+from a2sf.store.aggregates import OPTIONS, Group, aggregates
+from a2sf.store.names import Named, distinct
+from a2sf.store.runs import TABLE, StoredCell
+
+DEFAULT_METRIC = "acc"
+LONGEST = 40
+"""Characters of an option's value in a table's title."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which results to show; an empty tuple shows all of a kind.
+
+    Attributes:
+        metric: the metric's name as in lm-eval; None takes `acc` where a task has it.
+        mixed: show cells side by side although they differ in a `MUST_AGREE` key.
+        strict: refuse cells that were computed with different versions of a library.
+    """
+
+    metric: str | None = None
+    models: tuple[str, ...] = ()
+    policies: tuple[str, ...] = ()
+    budgets: tuple[str, ...] = ()
+    factors: tuple[str, ...] = ()
+    schedules: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    shots: tuple[int, ...] = ()
+    mixed: bool = False
+    strict: bool = False
+
+
+def select(
+    frame: pd.DataFrame,
+    cells: dict[str, StoredCell],
+    selection: Selection,
+    notes: list[str],
+    groups: Sequence[Group],
+) -> Grid:
+    frame["model"] = _distinct_models(frame)
+    groups, tasks = chosen_groups(groups, selection.tasks)
+    selection = replace(selection, tasks=tasks)
+    wanted = {
+        "model": selection.models,
+        "task": selection.tasks,
+        "shots": selection.shots,
+        "policy": selection.policies,
+        "budget": selection.budgets,
+        "factor": selection.factors,
+        "schedule": selection.schedules,
+    }
+    for column, values in wanted.items():
+        if not values:
+            continue
+        # a filter on budgets or factors keeps the rows that have none, the full cache above all
+        kept_anyway = frame["is_full"] | frame["factor"].eq(DASH) if column == "factor" else frame["is_full"]
+        kept_anyway = kept_anyway if column in ("budget", "factor", "schedule") else pd.Series(False, index=frame.index)
+        present = frame.loc[~kept_anyway, column].unique()
+        for value in values:
+            if value not in present:
+                hint = nearest(str(value), map(str, present))
+                there = ", ".join(map(str, sorted(present)))
+                raise UserError(f"There is no result with {column} {value}{hint}; there are: {there}.")
+        frame = frame[frame[column].isin(values) | kept_anyway]
+    frame, metric, missing = _one_metric(frame, selection.metric)
+    frame = _without_duplicates(frame)
+    frame["model"] = models_with_options(frame)
+    place = ["model", "shots", "task", *SYSTEM]
+    frame = shorten_names(label_variants(frame, selection.mixed, place, notes), place)
+    frame = name_settings(frame)
+    used = {k: c for k, c in cells.items() if k in set(frame["key"])}
+    _errors_by_text(frame, used, metric)
+    scores, incomplete = aggregates(frame, groups, ["model", *SYSTEM])
+    if len(scores):
+        for name in sorted(scores.loc[scores["shots"].isna(), "task"].unique()):
+            missing.append(f"The tasks of the group {name} have different shots, so its score is in {TABLE} alone.")
+        scores = scores[scores["shots"].notna()]
+    messages = (*notes, *missing, *incomplete)
+    grid = Grid(frame.reset_index(drop=True), used, metric, messages, selection.mixed, tuple(groups), scores)
+    if selection.strict and (note := grid.versions_note):
+        raise UserError(f"{note} Compute them with one, choose among them, or leave out --strict.")
+    return grid
+
+
+def _distinct_models(frame: pd.DataFrame) -> list[str]:
+    """Names that put no two different weights under one, whichever sweeps they come from."""
+    known = frame[["model", "model_path", "weights"]].astype(object)
+    known = known.where(known.notna(), None)
+    models = [Named(name, path or name, weights) for name, path, weights in known.itertuples(index=False)]
+    names = distinct(models)
+    return [names[m] for m in models]
+
+
+def _one_metric(frame: pd.DataFrame, metric: str | None) -> tuple[pd.DataFrame, str, list[str]]:
+    present = sorted(frame["metric"].unique())
+    if metric is None:
+        metric = DEFAULT_METRIC if DEFAULT_METRIC in present else present[0]
+    elif metric not in present:
+        raise UserError(f"No task has the metric {metric}{nearest(metric, present)}; there are: {', '.join(present)}.")
+    chosen = frame[frame["metric"] == metric].copy()
+    notes = []
+    for task in sorted(set(frame["task"]) - set(chosen["task"])):
+        has = ", ".join(sorted(frame.loc[frame["task"] == task, "metric"].unique()))
+        notes.append(f"The task {task} has no metric {metric} (it has {has}), so it is left out.")
+    return chosen, metric, notes
+
+
+def _errors_by_text(frame: pd.DataFrame, cells: dict[str, StoredCell], metric: str) -> None:
+    """Standard errors of means over texts, where documents share some: lm-eval's treat documents as independent."""
+    for row, key in frame["key"].items():
+        with suppress(UserError):  # whoever needs the documents reports that they cannot be read
+            documents = documents_of(cells[key]) if key in cells and may_share(cells[key]) else None
+            column = f"metric/{metric}"
+            if documents is not None and TEXT in documents and column in documents:
+                texts, values = texts_of(documents), documents[column].to_numpy(float)
+                if texts.shared and not np.isnan(values).any():
+                    frame.loc[row, "stderr"] = texts.standard_error(values)
+
+
+def _without_duplicates(frame: pd.DataFrame) -> pd.DataFrame:
+    """The same cell met in two sweeps is one cell; cells of more documents, or fewer, share its id."""
+    known = frame["cell_id"].notna()
+    return frame[~(known & frame.duplicated(["cell_id", "limit", "stopped", "metric"]))].copy()
+
+
+def chosen_groups(groups: Sequence[Group], chosen: tuple[str, ...]) -> tuple[list[Group], tuple[str, ...]]:
+    """The groups to show, and the tasks; the name of a group stands for its tasks.
+
+    Args:
+        groups: a group that was noted twice counts as noted last.
+        chosen: tasks and groups to show; all if it is empty.
+    """
+    latest = list({(g.name, tuple(m.shots for m in g.members)): g for g in groups}.values())
+    if not chosen:
+        return latest, chosen
+    members = {g.name: [m.task for m in g.members] for g in latest}
+    tasks = tuple(dict.fromkeys(t for name in chosen for t in members.get(name, [name])))
+    return [g for g in latest if set(members[g.name]) <= set(tasks)], tasks
+
+
+def models_with_options(frame: pd.DataFrame) -> pd.Series:
+    """Models, with those of lm-eval's options behind their names in which results of one task differ."""
+    names = frame["model"].astype(str).copy()
+    for key in OPTIONS:
+        text = frame[key].map(lambda v: "" if pd.isna(v) else str(v).lower() if isinstance(v, bool) else str(v))
+        differ = text.groupby(frame["task"]).transform("nunique") > 1
+        chosen = differ & (text != "")
+        names[chosen] += ", " + text[chosen].map(lambda v, key=key: key if v == "true" else f"{key} {_shortened(v)}")
+    return names
+
+
+def _shortened(text: str) -> str:
+    plain = " ".join(text.split())
+    return plain if len(plain) <= LONGEST else f"{plain[:LONGEST]}… #{zlib.crc32(text.encode()):08x}"

@@ -1,0 +1,249 @@
+"""Statistics of paired results: the same documents, answered by two systems. Plain arrays in, estimates out.
+
+Documents that share a text are not independent: where `Texts` says that they do, whole texts are resampled and permuted.
+What each number means and why it was chosen is explained in docs/statistics.md; the coverage of the intervals and the false
+positives of the tests are checked by simulation in tests/unit/analysis/test_stats.py and test_texts.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from scipy import optimize, special
+
+# scipy.stats and statsmodels, which take a second to import, are imported where they are used: a sweep's table needs neither
+from a2sf.analysis.statistics.texts import CONFIDENCE, Texts, Z, tail_of
+
+POWER = 0.8
+RESAMPLES = 2000
+"""Bootstrap resamples behind an interval."""
+SIGN_FLIPS = 100_000
+"""Random sign flips behind the p-value of an average; the smallest p-value they can show is 1e-5."""
+MOST_EXACT = 16
+"""Up to so many texts that differ, all sign patterns are used instead of random ones."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference between two systems, first minus second.
+
+    Attributes:
+        n: documents both answered.
+        value: mean of the first minus mean of the second, in the metric's own unit.
+        low, high: 95 % interval of the difference.
+        p: two-sided p-value of "no difference"; 1.0 where no document differs.
+        gained: documents right in the first and wrong in the second; None where the metric is not right-or-wrong.
+        lost: the other way round.
+        detectable: the smallest difference that is found with 80 % power on these documents, given how many answers flipped.
+    """
+
+    n: int
+    value: float
+    low: float
+    high: float
+    p: float
+    gained: int | None = None
+    lost: int | None = None
+    detectable: float | None = None
+
+
+def is_binary(values: np.ndarray) -> bool:
+    """Whether every value is 0 or 1: right or wrong."""
+    return bool(np.isin(values, (0.0, 1.0)).all())
+
+
+def standard_error(values: np.ndarray, texts: Texts | None = None) -> float:
+    """Standard error of the mean, with n - 1, as lm-eval gives it (NaN for one document, or one text).
+
+    Args:
+        texts: of the documents; where some share one, the error is that of a mean of random texts.
+    """
+    if texts is not None and texts.shared:
+        return texts.standard_error(values)
+    from scipy import stats
+
+    return float(stats.sem(values)) if len(values) > 1 else math.nan
+
+
+def paired_difference(first: np.ndarray, second: np.ndarray, texts: Texts | None = None) -> Difference:
+    """Compare two systems on one task.
+
+    Where documents are right or wrong: exact McNemar test and Bonett and Price's interval; elsewhere the paired bootstrap.
+    Where documents share texts the test flips whole texts, and the interval is that of the effective number of independent
+    documents (Rao and Scott, 1992), or resamples whole texts.
+
+    Args:
+        first, second: the metric of each document, [n], in its own unit.
+        texts: which documents share a text; None: none do.
+    """
+    first, second = np.asarray(first, float), np.asarray(second, float)
+    change = first - second
+    texts = texts or Texts.independent(len(change))
+    if not (is_binary(first) and is_binary(second)):
+        low, high, p = _bootstrap_interval([change], [texts])
+        if texts.shared:
+            p = _sign_flip_p([change], [texts])
+        return Difference(len(change), float(change.mean()), low, high, p)
+    gained, lost = int((change > 0).sum()), int((change < 0).sum())
+    share = texts.effective_share(change)
+    low, high = bonett_price(gained * share, lost * share, len(change) * share, texts.critical)
+    return Difference(
+        n=len(change),
+        value=(gained - lost) / len(change),
+        low=low,
+        high=high,
+        p=_sign_flip_p([change], [texts]) if texts.shared else mcnemar_p(gained, lost),
+        gained=gained,
+        lost=lost,
+        detectable=detectable_difference(len(change) * share, (gained + lost) / len(change), texts.critical),
+    )
+
+
+def average_difference(changes: Sequence[np.ndarray], texts: Sequence[Texts] | None = None) -> Difference:
+    """Compare two systems on the unweighted average of several tasks.
+
+    The interval is a paired bootstrap, documents (whole texts where some share one) resampled within each task. Where every
+    change is -1, 0 or 1, or documents share texts, the p-value is the matching sign-flip test (for one task of independent
+    documents that is McNemar's exact test); elsewhere the bootstrap's.
+
+    Args:
+        changes: for each task, the first system's values minus the second's, one per document.
+        texts: for each task, which documents share a text; None: none do.
+    """
+    changes = [np.asarray(c, float) for c in changes]
+    texts = [Texts.independent(len(c)) for c in changes] if texts is None else texts
+    binary = all(is_binary(abs(c)) for c in changes)
+    low, high, p = _bootstrap_interval(changes, texts)
+    gained = lost = None
+    if binary:
+        gained, lost = (int(sum((sign * c > 0).sum() for c in changes)) for sign in (1, -1))
+    if binary or any(t.shared for t in texts):
+        p = _sign_flip_p(changes, texts)
+    value = float(np.mean([c.mean() for c in changes]))
+    return Difference(sum(map(len, changes)), value, low, high, p, gained, lost)
+
+
+def mcnemar_p(gained: int, lost: int) -> float:
+    """Exact McNemar test on the documents whose answer flipped."""
+    if gained + lost == 0:
+        return 1.0
+    from statsmodels.stats.contingency_tables import mcnemar
+
+    return float(min(1.0, mcnemar(np.array([[0, gained], [lost, 0]]), exact=True).pvalue))
+
+
+def bonett_price(gained: float, lost: float, n: float, critical: float = Z) -> tuple[float, float]:
+    """95 % interval of a paired difference of proportions: Wald on counts with one document added to each kind of flip.
+
+    Source: Bonett and Price, 2012, J. Educ. Behav. Stat. 37(4), "Adjusted Wald confidence interval for a difference of
+    binomial proportions based on paired data".
+
+    Args:
+        gained, lost, n: documents; not whole numbers where documents share texts.
+        critical: standard errors to either side.
+    """
+    up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    half = critical * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
+    return max(-1.0, up - down - half), min(1.0, up - down + half)
+
+
+def detectable_difference(n: float, discordance: float, critical: float = Z) -> float:
+    """The smallest difference of two paired proportions that n documents show with 80 % power at the 5 % level.
+
+    Solves Connor's sample-size formula for McNemar's test (1987, Biometrics 43) for the difference. A difference cannot
+    be larger than the share of flipped answers, so a larger one is taken to flip just as many answers as it needs.
+
+    Args:
+        n: independent documents.
+        discordance: share of documents whose answer flipped, either way.
+        critical: standard errors beyond which a difference shows.
+    """
+    if math.isinf(critical):
+        return 1.0
+    z_power = special.ndtri(POWER)
+
+    def surplus(delta: float) -> float:
+        flips = max(discordance, delta)
+        return n * delta**2 - (critical * math.sqrt(flips) + z_power * math.sqrt(flips - delta**2)) ** 2
+
+    return float(optimize.brentq(surplus, 1e-9, 1.0)) if surplus(1.0) > 0 else 1.0
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm-corrected p-values, in the given order."""
+    if not len(p_values):
+        return []
+    from statsmodels.stats.multitest import multipletests
+
+    return [float(p) for p in multipletests(p_values, method="holm")[1]]
+
+
+def bootstrap_means(values: np.ndarray, task: int = 0, texts: Texts | None = None) -> np.ndarray:
+    """Means of `RESAMPLES` resamplings of the rows of `values`, [n] or [n, columns]; the first axis becomes RESAMPLES.
+
+    The same n (or number of texts) and task draw the same documents (texts) every time, so systems compared in different
+    calls stay paired.
+
+    Args:
+        task: tells tasks apart whose means are averaged; with the same draws they would move together.
+        texts: of the rows; where some share one, whole texts are drawn.
+    """
+    if texts is None or not texts.shared:
+        return _weights(len(values), task) @ values.astype(np.float32)
+    weights = _weights(texts.number, task)
+    sizes = (weights @ texts.sizes.astype(np.float32)).reshape(-1, *[1] * (values.ndim - 1))
+    return weights @ texts.sums(values).astype(np.float32) / sizes
+
+
+def interval(means: np.ndarray, tail: float = 0.5 - CONFIDENCE / 2) -> tuple[float, float]:
+    """Percentile interval of bootstrap means; NaN where nothing bounds them.
+
+    Args:
+        tail: probability outside of it on either side (`texts.tail_of` where documents share texts).
+    """
+    if math.isnan(tail):
+        return math.nan, math.nan
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _bootstrap_interval(changes: Sequence[np.ndarray], texts: Sequence[Texts]) -> tuple[float, float, float]:
+    """95 % interval of the mean over tasks, and the p-value of zero from the bootstrap's standard error."""
+    means = np.mean([bootstrap_means(c, i, t) for i, (c, t) in enumerate(zip(changes, texts, strict=True))], axis=0)
+    value, spread = float(np.mean([c.mean() for c in changes])), float(means.std(ddof=1))
+    p = 2 * float(special.ndtr(-abs(value) / spread)) if spread > 0 else float(value == 0)
+    return *interval(means, tail_of(texts)), p
+
+
+def _sign_flip_p(changes: Sequence[np.ndarray], texts: Sequence[Texts]) -> float:
+    """Two-sided p-value when each text's documents are as likely to have changed, all together, the other way.
+
+    Exact where documents share texts and at most `MOST_EXACT` texts changed, else from random flips.
+    """
+    # what each text adds to the sum of the tasks' means
+    parts = [t.sums(c) / len(c) for c, t in zip(changes, texts, strict=True)]
+    parts = [p[abs(p) > 1e-12] for p in parts]
+    changed = np.concatenate(parts)
+    if not len(changed):
+        return 1.0
+    observed = abs(changed.sum()) - 1e-12
+    if any(t.shared for t in texts) and len(changed) <= MOST_EXACT:
+        signs = 1 - 2 * ((np.arange(2 ** len(changed))[:, None] >> np.arange(len(changed))) & 1)
+        return float((abs(signs @ changed) >= observed).mean())
+    rng = np.random.default_rng(0)
+    draws = np.zeros(SIGN_FLIPS)
+    for part in parts:  # texts that add equally much are drawn together
+        for size, count in zip(*np.unique(abs(part), return_counts=True), strict=True):
+            draws += size * (2 * rng.binomial(count, 0.5, SIGN_FLIPS) - count)
+    return float((1 + (abs(draws) >= observed).sum()) / (1 + SIGN_FLIPS))
+
+
+@lru_cache(maxsize=8)
+def _weights(n: int, task: int) -> np.ndarray:
+    """[RESAMPLES, n] how much each document weighs in each resampling; rows sum to 1."""
+    draws = np.random.default_rng((n, task)).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    return (draws / n).astype(np.float32)

@@ -1,0 +1,90 @@
+"""Which systems a plot draws, and their values: lines of policies across budgets."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, Grid, System
+from a2sf.analysis.results.labels import DASH
+from a2sf.report.plots.style import MOST, Line
+
+
+def chosen_lines(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> list[Line]:
+    """At most `MOST` lines, the full cache's with them: the pair's, then the best on average, not causal ones last."""
+    lines, column = lines_of(part), score_columns(part)[-1]
+    room = MOST - any(s.is_full for s in part.systems())
+    sign = -1 if part.higher_is_better else 1
+
+    def order(line: Line) -> tuple[bool, bool, float]:
+        scores = [mean_and_error(s, column, part)[0] for s in line.systems if column in available_columns(s, part)]
+        mean = sign * float(np.mean(scores)) if scores else math.inf
+        return line.policy not in pair, not line.systems[0].causal, mean
+
+    chosen = {line.label for line in sorted(lines, key=order)[:room]}
+    return [line for line in lines if line.label in chosen]
+
+
+def left_out(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> list[str]:
+    """The labels of the lines that `chosen_lines` leaves out."""
+    chosen = {line.label for line in chosen_lines(part, pair)}
+    return [line.label for line in lines_of(part) if line.label not in chosen]
+
+
+def lines_of(part: Grid) -> list[Line]:
+    """Pruned policies across budgets; of several forgetting factors the best on average, and the label says so."""
+    column = score_columns(part)[-1]
+    by_policy: dict[str, list[System]] = {}
+    for s in part.systems():
+        if not s.is_full:
+            by_policy.setdefault(s.label, []).append(s)
+    lines = []
+    for label, systems in by_policy.items():
+        factors = list(dict.fromkeys(s.factor for s in systems))
+        if factors == [DASH]:
+            lines.append(Line(label, systems[0].policy, systems))
+            continue
+        per_factor = {f: [s for s in systems if s.factor == f] for f in factors}
+        most = max(map(len, per_factor.values()))
+        means = {
+            f: np.mean(
+                [mean_and_error(s, column, part)[0] for s in group if column in available_columns(s, part)]
+                or [math.nan]
+            )
+            for f, group in per_factor.items()
+            if len(group) == most
+        }
+        best = (max if part.higher_is_better else min)(means, key=lambda f: means[f])
+        more = f", best of {len(factors)}" if len(factors) > 1 else ""
+        lines.append(Line(f"{label} (factor {best}{more})", systems[0].policy, per_factor[best]))
+    return lines
+
+
+def score_columns(part: Grid) -> list[str]:
+    return [*part.tasks, AVERAGE] if len(part.tasks) > 1 else part.tasks
+
+
+def available_columns(system: System, part: Grid) -> list[str]:
+    whole = [AVERAGE] if set(part.tasks) <= set(system.rows) else []
+    return [*system.rows, *whole]
+
+
+def mean_and_error(system: System, column: str, part: Grid) -> tuple[float, float]:
+    """Value and standard error, in the metric's own unit."""
+    tasks = part.tasks if column == AVERAGE else [column]
+    errors = [float(system.rows[t].stderr) for t in tasks]
+    return float(np.mean([system.value(t) for t in tasks])), math.sqrt(sum(e**2 for e in errors)) / len(tasks)
+
+
+def mean_measure(system: System, measure: str) -> float:
+    return float(np.mean([getattr(r, measure) for r in system.rows.values()]))
+
+
+def swept_factors(part: Grid) -> list[System]:
+    """Systems of the policies that ran with several forgetting factors."""
+    with_factor = [s for s in part.systems() if not math.isnan(s.factor_value)]
+    counts = pd.Series({(s.policy, s.factor_value): 1 for s in with_factor}, dtype=int)
+    several = {p for p, n in counts.groupby(level=0).size().items() if n > 1} if with_factor else set()
+    return [s for s in with_factor if s.policy in several]

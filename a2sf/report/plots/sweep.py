@@ -1,0 +1,307 @@
+"""Pictures of a sweep, as PNG and SVG: colours that colour-blind readers tell apart, markers and dashes for grey print.
+
+Every function draws one model and number of shots (`Grid.by_model`) and returns the figure, or None where the results hold
+nothing for it.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+
+from a2sf.analysis.comparisons.fidelity import MEASURES, fidelity_frame
+from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, Grid, System
+from a2sf.analysis.statistics.texts import Z
+from a2sf.report.plots.lines import (
+    available_columns,
+    chosen_lines,
+    left_out,
+    mean_and_error,
+    mean_measure,
+    score_columns,
+    swept_factors,
+)
+from a2sf.report.plots.style import GREY, MOST, Line, Style, save, spread, styles_of
+from a2sf.store.names import safe
+
+SHOWN = ("agreement", "gold_shift", "margin_shift")
+"""Measures of closeness that are drawn."""
+
+
+def draw_all(grid: Grid, directory: Path, pair: tuple[str, str] = DEFAULT_PAIR) -> dict[str, list[Path]]:
+    """Draw everything the grid has results for; caption -> the PNG and SVG written."""
+    written: dict[str, list[Path]] = {}
+    parts = grid.by_model()
+    for model, shots, part in parts:
+        for name, (caption, draw) in FIGURES.items():
+            figure = draw(part, pair)
+            if figure is None:
+                continue
+            where = f"{model}, {shots}-shot"
+            where += part.one_schedule
+            left = left_out(part, pair) if draw in LINES else []
+            if left:
+                caption += f"; at most {MOST} lines, without {', '.join(left)} (choose with --policy)"
+                message = textwrap.fill(f"not shown: {', '.join(left)}", 100)
+                figure.legends[0].set_title(message, prop=FontProperties(size=7))
+            figure.suptitle(where, x=0.01, ha="left", fontsize=10)
+            stem = name if len(parts) == 1 else f"{name}-{safe(model)}-{shots}shot"
+            written[f"{caption} ({where})"] = save(figure, directory / stem)
+    return written
+
+
+def by_budget(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
+    """The metric against the budget, per task and on average, with 95 % bands."""
+    lines, columns = chosen_lines(part, pair), score_columns(part)
+    if not lines:
+        return None
+    figure, axes = _panels(columns)
+    styles = styles_of(lines)
+    ticks = _ticks(part.systems())
+    for axis, column in zip(axes, columns, strict=True):
+        _level(axis, part, column)
+        for line in lines:
+            points = [
+                (ticks[s.budget], *mean_and_error(s, column, part))
+                for s in line.systems
+                if column in available_columns(s, part)
+            ]
+            _curve(axis, points, line, part, styles[line.label])
+        axis.set_title(column)
+        _budget_axis(axis, ticks)
+    _finish(figure, axes, _unit(part))
+    return figure
+
+
+def by_factor(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
+    """The metric against the forgetting factor, one panel per budget; the compared policy stands at factor 1."""
+    swept = swept_factors(part)
+    if not swept:
+        return None
+    column = score_columns(part)[-1]
+    budgets = list(dict.fromkeys(s.budget for s in swept))
+    figure, axes = _panels(budgets, sharey=True)
+    controls = [s for s in part.systems() if s.policy == pair[1]]
+    lines = [Line(s.label, s.policy, [s]) for s in (*swept, *controls)]
+    styles = styles_of(list({line.label: line for line in lines}.values()))
+    for axis, budget in zip(axes, budgets, strict=True):
+        _level(axis, part, column)
+        for label in dict.fromkeys(s.label for s in swept):
+            systems = [
+                s for s in swept if s.budget == budget and s.label == label and column in available_columns(s, part)
+            ]
+            points = [(s.factor_value, *mean_and_error(s, column, part)) for s in systems]
+            if systems:
+                _curve(axis, points, Line(label, systems[0].policy, systems), part, styles[label])
+        for control in controls:
+            if control.budget != budget or column not in available_columns(control, part):
+                continue
+            value, error = mean_and_error(control, column, part)
+            style = styles[control.label]
+            scale = 100 if part.percent else 1
+            label = f"{control.label} (scores as factor 1)"
+            axis.errorbar(1, scale * value, scale * Z * error, color=style.colour, fmt=style.marker, ms=6, label=label)
+        axis.set_title(f"budget {budget}")
+        axis.set_xlim(-0.05, 1.06)
+        axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0\nlast query", "0.25", "0.5", "0.75", "1\nall"])
+        axis.set_xlabel("forgetting factor")
+    _finish(figure, axes, f"{column}, {_unit(part)}")
+    return figure
+
+
+def heat_map(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
+    """Factor x budget: the average as colour and number, the best factor of each budget framed, the control on top."""
+    swept = swept_factors(part)
+    column = score_columns(part)[-1]
+    ticks = _ticks(part.systems())
+    if not swept or len(ticks) < 2:
+        return None
+    shown = next((s for s in swept if s.policy == pair[0]), swept[0])
+    swept = [s for s in swept if s.label == shown.label]
+    rows = sorted({s.factor_value for s in swept})
+    budgets = list(ticks)
+    values = np.full((len(rows), len(budgets)), np.nan)
+    control = np.full((1, len(budgets)), np.nan)
+    label = pair[1]
+    scale = 100 if part.percent else 1
+    for s in part.systems():
+        if s.is_full or column not in available_columns(s, part):
+            continue
+        if s.label == shown.label and not math.isnan(s.factor_value):
+            values[rows.index(s.factor_value), budgets.index(s.budget)] = scale * mean_and_error(s, column, part)[0]
+        elif s.policy == pair[1] and (s.schedule, s.variant) == (shown.schedule, shown.variant):
+            control[0, budgets.index(s.budget)], label = scale * mean_and_error(s, column, part)[0], s.label
+    has_control = not np.isnan(control).all()
+    grid = np.vstack([values, control]) if has_control else values
+    figure, axis = plt.subplots(figsize=(1.6 + 0.75 * len(budgets), 1.2 + 0.3 * len(grid)), layout="constrained")
+    image = axis.imshow(grid, cmap="cividis", aspect="auto", origin="lower")
+    middle = np.nanmean([np.nanmin(grid), np.nanmax(grid)])
+    for (i, j), value in np.ndenumerate(grid):
+        if not math.isnan(value):
+            axis.text(j, i, f"{value:.1f}", ha="center", va="center", color="black" if value > middle else "white")
+    for j in range(len(budgets)):
+        if not np.isnan(values[:, j]).all():
+            best = int((np.nanargmax if part.higher_is_better else np.nanargmin)(values[:, j]))
+            frame = plt.Rectangle((j - 0.46, best - 0.44), 0.92, 0.88, fill=False, color="#D55E00", lw=2)
+            axis.add_patch(frame)
+    if has_control:
+        axis.axhline(len(rows) - 0.5, color="white", lw=3)
+    axis.set_xticks(range(len(budgets)), budgets)
+    axis.set_yticks(range(len(grid)), [f"{r:g}" for r in rows] + ([label] if has_control else []))
+    axis.set_xlabel("budget (framed: the best factor)")
+    axis.set_ylabel(f"forgetting factor of {shown.label}")
+    axis.grid(False)
+    figure.colorbar(image, label=f"{column}, {_unit(part)}")
+    return figure
+
+
+def trade_off(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
+    """The metric against tokens per second, of the time that each cell is charged with, and against the tokens retained."""
+    column = score_columns(part)[-1]
+    wanted = {
+        "tokens_per_second": "tokens/s of the time charged to a cell",
+        "kept_tokens": "tokens retained per KV head",
+    }
+    measures = {k: v for k, v in wanted.items() if part.frame[k].notna().any()}
+    lines = chosen_lines(part, pair)
+    styles = styles_of(lines)
+    full = [s for s in part.systems() if s.is_full and column in available_columns(s, part)]
+    if not lines or not measures:
+        return None
+    figure, axes = _panels(list(measures), sharey=True, width=3.6)
+    if full:
+        lines = [*lines, Line(full[0].label, full[0].policy, full)]
+        styles[full[0].label] = Style(GREY, "*", "-")
+    for axis, (measure, label) in zip(axes, measures.items(), strict=True):
+        for line in lines:
+            points = [
+                (mean_measure(s, measure), *mean_and_error(s, column, part))
+                for s in line.systems
+                if column in available_columns(s, part)
+            ]
+            _curve(axis, points, line, part, styles[line.label], bars=True)
+        axis.set_xlabel(f"{label} (mean over tasks)" if len(part.tasks) > 1 else label)
+        axis.set_xlim(left=0)
+    _finish(figure, axes, f"{column}, {_unit(part)}")
+    return figure
+
+
+def fidelity(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
+    """Agreement with the full cache and shifts of log-likelihoods against the budget."""
+    frame, _ = fidelity_frame(part)
+    if frame.empty:
+        return None
+    column = AVERAGE if (frame["task"] == AVERAGE).any() else str(frame["task"].iloc[0])
+    ticks = _ticks(part.systems())
+    lines = chosen_lines(part, pair)
+    styles = styles_of(lines)
+    figure, axes = _panels(list(SHOWN), width=3.4)
+    for axis, measure in zip(axes, SHOWN, strict=True):
+        label = MEASURES[measure]
+        scale = 100 if measure == "agreement" else 1
+        for line in lines:
+            rows = frame[(frame["policy"] == line.policy) & (frame["label"] == line.systems[0].label)]
+            rows = rows[(rows["factor"] == line.systems[0].factor) & (rows["task"] == column)]
+            if rows.empty:
+                continue
+            style = styles[line.label]
+            x = rows["budget"].map(ticks)
+            axis.plot(
+                x, scale * rows[measure], color=style.colour, marker=style.marker, ls=style.dash, label=line.label
+            )
+            low, high = (scale * rows[f"{measure}_{end}"].to_numpy() for end in ("low", "high"))
+            spread(axis, x.to_numpy(), low, high, style.colour, 0.15)
+        if measure != "agreement":
+            axis.axhline(0, color=GREY, lw=1)
+        axis.set_title(label + (" (%)" if measure == "agreement" else ""))
+        _budget_axis(axis, ticks)
+    _finish(figure, axes, column)
+    return figure
+
+
+FIGURES: dict[str, tuple[str, Callable[[Grid, tuple[str, str]], Figure | None]]] = {
+    "budget": ("Accuracy against budget, with 95 % bands", by_budget),
+    "factor": ("Accuracy against forgetting factor", by_factor),
+    "heatmap": ("Forgetting factor and budget", heat_map),
+    "fidelity": ("Closeness to the full cache, with 95 % bands", fidelity),
+    "tradeoff": (
+        "Accuracy against charged time and retained tokens (cells computed together share the time of a pass, so tokens/s "
+        "is not the speed of a policy: a2sf bench measures that)",
+        trade_off,
+    ),
+}
+"""File name -> caption and drawing function."""
+LINES = (by_budget, fidelity, trade_off)
+"""Those that draw a line for each policy."""
+
+
+def _ticks(systems: list[System]) -> dict[str, float]:
+    """Budget -> place on the axis: its ratio or its tokens; evenly spaced where both occur."""
+    orders = {s.budget: s.budget_order for s in systems if not s.is_full}
+    ratios = [order <= 1.0 for order in orders.values()]
+    if all(ratios):
+        return orders
+    return (
+        {b: order - 1 for b, order in orders.items()}
+        if not any(ratios)
+        else {b: float(i) for i, b in enumerate(orders)}
+    )
+
+
+def _budget_axis(axis: Axes, ticks: dict[str, float]) -> None:
+    axis.set_xticks(list(ticks.values()), [b.removesuffix(" tokens") for b in ticks])
+    in_tokens = all(b.endswith(" tokens") for b in ticks)
+    axis.set_xlabel("budget (tokens)" if in_tokens else "budget (share of the sequence)")
+
+
+def _level(axis: Axes, part: Grid, column: str) -> None:
+    """The full cache as a level line with its band."""
+    scale = 100 if part.percent else 1
+    for s in part.systems():
+        if s.is_full and column in available_columns(s, part):
+            value, error = mean_and_error(s, column, part)
+            axis.axhline(scale * value, color=GREY, ls=(0, (1, 1)), lw=1.5, label=s.label)
+            if not math.isnan(error):
+                axis.axhspan(scale * (value - Z * error), scale * (value + Z * error), color=GREY, alpha=0.08, lw=0)
+
+
+def _curve(
+    axis: Axes, points: list[tuple[float, float, float]], line: Line, part: Grid, style: Style, bars: bool = False
+) -> None:
+    if not points:
+        return
+    scale = 100 if part.percent else 1
+    x, value, error = np.array(points).T
+    value, half = scale * value, scale * Z * np.nan_to_num(error)
+    axis.plot(x, value, color=style.colour, marker=style.marker, ms=5, ls=style.dash, lw=1.5, label=line.label)
+    spread(axis, x, value - half, value + half, style.colour, 0.13, bars)
+
+
+def _panels(titles: list[str], sharey: bool = False, width: float = 2.7) -> tuple[Figure, list[Axes]]:
+    columns = min(4, len(titles)) if len(titles) != 5 else 3
+    rows = -(-len(titles) // columns)
+    size = (max(3.6, width * columns), 2.5 * rows + 0.6)
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=sharey, layout="constrained")
+    axes = list(grid.flat)
+    for empty in axes[len(titles) :]:
+        empty.set_visible(False)
+    return figure, axes[: len(titles)]
+
+
+def _finish(figure: Figure, axes: list[Axes], unit: str) -> None:
+    """One legend for all panels, below them."""
+    figure.supylabel(unit, fontsize=9)
+    seen = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=min(len(seen), 3))
+
+
+def _unit(part: Grid) -> str:
+    return f"{part.metric} (%)" if part.percent else part.metric

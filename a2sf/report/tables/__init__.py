@@ -1,0 +1,1 @@
+"""Tables as text, LaTeX, CSV and on the screen."""
