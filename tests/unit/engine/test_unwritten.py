@@ -9,7 +9,7 @@ from multiprocessing import get_context
 import numpy as np
 import torch
 
-from a2sf.engine.kernels import cpu_memory
+from a2sf.engine.kernels.cpu import memory
 
 
 def taken() -> list[np.ndarray]:
@@ -18,8 +18,8 @@ def taken() -> list[np.ndarray]:
         torch.empty(3).numpy(),
         torch.zeros(1).new_empty(3).numpy(),
         torch.empty_like(torch.zeros(3)).numpy(),
-        cpu_memory._memory(3),
-        cpu_memory._memory(3, torch.int64),
+        memory._memory(3),
+        memory._memory(3, torch.int64),
     ]
 
 
