@@ -1,11 +1,12 @@
 """Calibrated: accumulated or mean attention with settings for each layer, or for each key/value head, read from a file.
 
-`a2sf calibrate` writes the file. It found on plain text: the forgetting factor, the share of the newest tokens, the sinks,
-whether tokens are ranked by the mean, and how the slots are divided among layers (and heads). Nothing is chosen here.
+`a2sf calibrate` writes the file. It found on plain text: the forgetting factor, the share of the newest tokens, the
+sinks, whether tokens are ranked by the mean, and how the slots are divided among layers (and heads). Nothing is chosen
+here.
 
 Source: the rankings are A2SF's (arXiv 2407.20485) and the mean attention of RoCo (2402.06262). Slots are divided by the
-error that fewer slots cause, as in AdaKV (2407.11550), but once for a model instead of for each prompt. Deviations: a layer
-or head whose share is below 1 evicts before `C` tokens are read.
+error that fewer slots cause, as in AdaKV (2407.11550), but once for a model instead of for each prompt. Deviations: a
+layer or head whose share is below 1 evicts before `C` tokens are read.
 """
 
 from __future__ import annotations
@@ -92,6 +93,9 @@ class Calibrated(Policy):
     def stored_settings(self) -> dict[str, Any]:
         layers = [layer.as_data(stored=True) for layer in self.layers]
         return {"file": {"name": self.file["name"], "layers": layers} if self.file else ""}
+
+    def __repr__(self) -> str:
+        return f"Calibrated(file={self.stored_settings()['file']!r})"  # as in stored caches of the previous version
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Full cache: nothing is evicted. The upper end of every comparison.
+"""Full cache: nothing is evicted. Every other policy is compared with it.
 
 Source: the model itself. Deviations: none.
 """
@@ -13,7 +13,7 @@ from a2sf.policies.base import UNLIMITED, Policy, Retention
 
 @dataclass(frozen=True, kw_only=True)
 class Full(Policy):
-    """Keep every token; the budget is ignored."""
+    """Retains every token; the budget is ignored."""
 
     name: ClassVar[str] = "full"
     label: ClassVar[str] = "Full cache"

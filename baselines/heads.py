@@ -1,8 +1,8 @@
-"""Heads: some key/value heads keep everything, the others the first tokens and the newest.
+"""Heads: listed key/value heads retain all tokens, the other heads retain the first and the newest tokens.
 
-Papers: Wu et al., 2024 (retrieval heads, arXiv 2404.15574); Xiao et al., 2024 (DuoAttention, 2410.10819). Which heads is
-data, measured elsewhere. Deviations: heads are key/value heads; the budget is that of the other heads, so that a layer with
-listed heads holds more than `C` tokens per head.
+Papers: Wu et al., 2024 (retrieval heads, arXiv 2404.15574); Xiao et al., 2024 (DuoAttention, 2410.10819). The list is a
+setting; `a2sf heads` finds one. Deviations: heads are key/value heads; the budget is that of the other heads, so that a
+layer with listed heads holds more than `C` tokens per head.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ ALLOWED = "give a list of [layer, head] pairs, counted from 0, or a JSON file of
 
 @dataclass(frozen=True, kw_only=True)
 class Heads(Streaming):
-    """StreamingLLM but for the listed heads.
+    """StreamingLLM, except for the listed heads.
 
     Attributes:
         sinks: how many of the first tokens the other heads never evict.
-        heads: `[layer, head]` pairs, or the path of a JSON file of them; read at once, so that the file may change.
+        heads: `[layer, head]` pairs, or the path of a JSON file with such a list, which is read at once.
     """
 
     name: ClassVar[str] = "heads"

@@ -25,9 +25,12 @@ class FirstAndLast(Policy):
 
 
 if __name__ == "__main__":
-    from a2sf.engine.invariants import check, told
+    from a2sf.engine.invariants import check, in_words
 
     for finding in check(FirstAndLast()):
         print(
-            "broken" if finding.broken else "holds ", finding.name, f"({told(finding.schedule)})", finding.broken or ""
+            "broken" if finding.broken else "holds ",
+            finding.name,
+            f"({in_words(finding.schedule)})",
+            finding.broken or "",
         )

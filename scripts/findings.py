@@ -28,9 +28,8 @@ from scipy.stats import spearmanr
 
 from a2sf.analysis.comparisons.against import compare_against
 from a2sf.analysis.comparisons.fidelity import fidelity_frame
-from a2sf.analysis.comparisons.pairs import AVERAGE
 from a2sf.analysis.results.gather import gather
-from a2sf.analysis.results.grid import System
+from a2sf.analysis.results.grid import AVERAGE, System
 from a2sf.analysis.results.selection import Selection
 from a2sf.errors import UserError
 from a2sf.report.heads import errors_figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     write.add_argument("--format", nargs="*", choices=FORMATS, default=list(FORMATS), help="files in tables/")
     write.add_argument("--no-plots", action="store_true")
     write.add_argument("--no-report", action="store_true")
+    write.add_argument("--open", action="store_true", help="open the report in the browser")
     write.add_argument("--figures", type=Path, help="only draw the plots into this directory")
     write.add_argument("--readme", type=Path, help="only put the table between the marks of this file")
     return p
@@ -57,7 +59,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> None:
     """Show and write what `arguments` ask for."""
-    args = parser().parse_args(arguments)
+    command = parser()
+    args = command.parse_args(arguments)
+    if args.open and (args.no_report or args.figures or args.readme):
+        command.error("--open needs the report: leave out --no-report, --figures and --readme")
 
     # seconds of imports, which a slip in the arguments does not need
     from a2sf.analysis.results.gather import gather
@@ -93,3 +98,5 @@ def main(arguments: Sequence[str]) -> None:
     console.print(
         "Written: " + ", ".join(map(str, files)) if files else "Nothing written.", markup=False, highlight=False
     )
+    if args.open:
+        webbrowser.open(next(f for f in files if f.suffix == ".html").resolve().as_uri())

@@ -25,9 +25,9 @@ from a2sf.policies.rule import Sequence, Step
 def reference(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: Options, state: EvictionState | None = None
 ) -> Attended:
-    """The recursion, one token at a time over all rows and heads; slow, readable, the oracle of the kernels.
+    """The recursion, one token at a time over all rows and heads: slow and readable; the kernels are tested against it.
 
-    Where a gradient is asked for, it goes through what is attended to; which tokens are kept has none.
+    Gradients flow through the attention; the choice of the retained tokens has none.
 
     Args:
         query: [B, H, T, D].
@@ -42,7 +42,7 @@ def reference(
 
 
 def wants_gradient(query: Tensor, key: Tensor, value: Tensor, state: EvictionState | None = None) -> bool:
-    """Whether a gradient is asked for of a call's input."""
+    """Whether an input of a call needs a gradient."""
     inputs = [query, key, value, *([] if state is None else [state.keys, state.values])]
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
@@ -127,7 +127,7 @@ def _reference_rows(differentiable: bool, rows: Rows, options: Options) -> Ran:
 
 
 def _memory(rows: Rows, grouped: Tensor, scale: float) -> Tensor:
-    """What the rule keeps of the given state's tokens and, to begin with, of the new ones, [B, K, past + T, M]."""
+    """The rule's memory of the given state's tokens and, at the start, of the new ones, [B, K, past + T, M]."""
     (B, K, T, _), old = rows.key.shape, rows.state
     if rows.rule.precompute is not None:
         return rows.rule.precompute(Sequence(grouped, rows.key.detach(), rows.value.detach(), rows.length, scale))

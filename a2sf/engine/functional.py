@@ -56,11 +56,11 @@ def attend(
 
     Returns:
         output [B, H, T, V] in the query's dtype, and the state after each row's last token; `state.positions`
-        [B, K, slots] are the kept positions in ascending order, -1 where a slot is empty.
+        [B, K, slots] are the retained positions in ascending order, -1 where a slot is empty.
 
     Raises:
         ConfigError: if a setting does not fit the policy, or the policy the layers and heads.
-        ValueError: if shapes do not fit, a number is out of range, or a rule of the policy's own misbehaves.
+        ValueError: if shapes do not fit, a number is out of range, or the policy's function returns no priorities.
     """
     policy = policy_of(policy)
     check_name(type(policy))
@@ -104,15 +104,15 @@ def evicting_attention(
     state: EvictionState | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, EvictionState]:
-    """Causal attention over a cache that token pruning keeps at `budget` tokens per KV head.
+    """Causal attention over a cache that token pruning limits to `budget` tokens per KV head.
 
-    What accumulated attention, a recent window and sinks can say, in numbers; `attend` runs any policy. Every row may have
-    numbers of its own; a row's result never depends on the other rows.
+    It evicts by accumulated attention, outside of a recent window and sinks; `attend` runs any policy. The numbers may
+    differ from row to row; a row's result never depends on the other rows.
 
     Args:
         query: [B, H, T, D], any floating dtype.
         key: [B, K, T, D] and
-        value: [B, K, T, V]; `H` is a multiple of `K` (grouped-query attention shares one kept set per KV head).
+        value: [B, K, T, V]; `H` is a multiple of `K` (grouped-query attention: the query heads of a group share one cache).
         budget: int, or int tensor [B]: tokens that a KV head holds, `C` of docs/semantics.md.
         recent: int, or int tensor [B]: newest tokens that are protected, `r`.
         sinks: int, or int tensor [B]: first tokens that are protected, `s`.
@@ -201,10 +201,10 @@ def _check_state(state: EvictionState, query: Tensor, key: Tensor, rule: Rule) -
         raise ValueError(f"the state holds {state.positions.shape[1]} KV heads, the key {key.shape[1]}")
     if (None if state.memory is None else state.memory.shape[-1]) != remembered(rule):
         raise ValueError(
-            "the state was made by another policy: what is kept per token differs; continue with the same one"
+            "the state was made by another policy: what it remembers per token differs; continue with the same one"
         )
     if rule.shared and not bool((state.positions == state.positions[:, :1]).all()):
-        raise ValueError("the policy keeps one set of tokens per layer, and the state's heads hold different ones")
+        raise ValueError("the policy retains one set of tokens per layer, and the state's heads hold different ones")
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:

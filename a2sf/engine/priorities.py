@@ -17,7 +17,7 @@ from a2sf.errors import UserError
 from a2sf.policies.rule import Rule, Step
 
 SHARE = 1 - 1e-5
-"""`p * n` from which a token has its share of attention: 1, but for the rounding of equal shares."""
+"""`p * n` from which a token counts as above uniform attention: 1, but for the rounding of equal shares."""
 
 
 def mass(rule: Rule, probabilities: Tensor, count: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def terms(factor: Tensor, ages: Tensor) -> Tensor:
 
 
 def shared(rule: Rule, priority: Tensor) -> Tensor:
-    """The same for all KV heads of a row, where the rule shares one kept set."""
+    """The same priorities for all KV heads of a row, where the rule shares one set of tokens."""
     return priority.mean(1, keepdim=True).expand_as(priority) if rule.shared else priority
 
 
@@ -63,10 +63,10 @@ def pooled(retention: BatchRetention, step: Step, free: Tensor) -> Tensor:
 
 
 def of_own(rule: Rule, step: Step, free: Tensor) -> tuple[Tensor, Tensor]:
-    """Priorities [B, K, N] and memory [B, K, N, M] by a policy's own function.
+    """Priorities [B, K, N] and memory [B, K, N, M] by a rule's `priority_fn`.
 
     Raises:
-        UserError: if it returns another shape or NaN, or changes what it was shown.
+        UserError: if it returns another shape or NaN, or changes a tensor of the step.
     """
     assert rule.priority_fn is not None
     name = getattr(rule.priority_fn, "__qualname__", repr(rule.priority_fn))
@@ -75,7 +75,7 @@ def of_own(rule: Rule, step: Step, free: Tensor) -> tuple[Tensor, Tensor]:
     given = rule.priority_fn(step)
     if [x._version for x in shown] != before:
         changed = [f.name for f, x, v in zip(fields(step), shown, before, strict=True) if x._version != v]
-        raise UserError(f"{name} changes the step's {', '.join(changed)} in place, and must only look; work on a copy")
+        raise UserError(f"{name} changes the step's {', '.join(changed)} in place, and must not; work on a copy")
     priority, memory = given if isinstance(given, tuple) else (given, step.memory)
     for what, x, shape in (("priorities", priority, step.scores.shape), ("memory", memory, step.memory.shape)):
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -91,7 +91,7 @@ def of_own(rule: Rule, step: Step, free: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def smallest(priority: Tensor, positions: Tensor, free: Tensor, n: Tensor) -> Tensor:
-    """bool [..., N]: the `n` [..., 1] free columns of the smallest priority, ties: the oldest first."""
+    """bool [..., N]: the `n` [..., 1] free columns with the smallest priorities; ties: the oldest first."""
     order = positions.argsort(dim=-1, stable=True)
     order = order.gather(-1, priority.gather(-1, order).argsort(dim=-1, stable=True))
     order = order.gather(-1, (~free).int().gather(-1, order).argsort(dim=-1, stable=True))
@@ -100,10 +100,10 @@ def smallest(priority: Tensor, positions: Tensor, free: Tensor, n: Tensor) -> Te
 
 
 def smallest_of_all_heads(retention: BatchRetention, priority: Tensor, step: Step, free: Tensor) -> Tensor:
-    """bool [B, K, N]: who goes at a cut that divides a layer's slots among its heads; all but `free` tokens stay.
+    """bool [B, K, N]: the `free` tokens that are evicted at a cut which divides a layer's slots among its heads.
 
-    A head keeps as many of its best as a mix of two shares says: how many of the layer's best are its own, and as many as
-    every head would keep.
+    A head retains as many of its best tokens as a mix of two shares says: how many of the layer's best tokens are its own,
+    and how many each head would retain if all had the same.
     """
     assert retention.rule.cut is not None
     assert retention.rule.cut.floor is not None

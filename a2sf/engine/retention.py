@@ -83,7 +83,7 @@ class BatchRetention:
         return replace(self, **changed)
 
     def unlimited(self: Batch, rule: Rule) -> Batch:
-        """The same sequences with nothing evicted; `rule` says which scores are kept."""
+        """The same sequences with nothing evicted; `rule` says which scores are computed."""
         none = torch.zeros_like(self.recent)
         budget = torch.full_like(self.budget, UNLIMITED)
         return replace(self, budget=budget, recent=none, sinks=none, rule=rule, schedule=STEP, prompt=None)

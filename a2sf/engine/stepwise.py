@@ -1,8 +1,8 @@
 """The recursion in plain torch, for any rule on any device: a step per token, over all rows and heads at once.
 
-What is cached lies in slots: an evicted token's slot is taken by the next one, so that a step costs O(C * D) per head,
-whatever came before. Rows that need about as many slots run together, because how torch adds up depends on the number of
-slots: it must follow from a row's own retention, so that the other rows never change its last bits.
+Cached tokens lie in slots. The next token takes the slot of an evicted one, so that a step costs O(C * D) per head, however
+long the sequence is. Rows that need about the same number of slots run together: the order in which torch adds numbers
+depends on the number of slots, which must follow from a row's own numbers, so that other rows never change its last bits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def attend_torch(
     return by_depth(torch_rows, Call(query, key, value, segments, options, state))
 
 
-@torch.inference_mode(False)  # tensors made here count their changes, which tells whether a rule only looks
+@torch.inference_mode(False)  # tensors made here count their changes, which shows whether a rule changes them
 @torch.no_grad()
 def torch_rows(rows: Rows, options: Options) -> Ran:
     """Groups of rows that need as many slots, longest first within each."""

@@ -1,6 +1,6 @@
-"""One pass under a model's own attention, with a look at what each layer is given: is ours the same, and is its mask?
+"""One pass with a model's own attention that compares each layer, on the same inputs, with ours, and its mask.
 
-The model's own functions run under a name of their own, through transformers' interfaces, as `pruned_attention` does.
+The model's own functions run under a name of their own through transformers' interfaces, as `pruned_attention` does.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from a2sf.compat.transformers import ATTENTION
 from a2sf.hf.attention.errors import NonFiniteError, UnsupportedModel
 from a2sf.hf.attention.function import attached, check_arguments
 from a2sf.hf.attention.plan import Plan
 from a2sf.hf.attention.windows import mixes_windows
 from a2sf.policies.base import UNLIMITED, Retention
 
-TRIAL = "a2sf_trial"
-"""What the model's own attention is called while it is looked at."""
+CHECK = "a2sf_check"
+"""The name of the model's own attention while it is compared."""
 FAR = 2**20
 """Positions of a model that does not say how many it has."""
 
 
 def layers_of(model: PreTrainedModel) -> int:
-    """How many attention layers the model's config tells.
+    """How many attention layers the model has, by its config.
 
     Raises:
-        UnsupportedModel: if it tells none.
+        UnsupportedModel: if the config does not say.
     """
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     if not isinstance(layers, int):
@@ -44,7 +45,7 @@ def positions_of(model: PreTrainedModel) -> int:
 
 
 def likely(logits: Tensor) -> Tensor:
-    """Logits [..., vocabulary] in float32, those that stand for no probability cut off.
+    """Logits [..., vocabulary] in float32, limited from below where the probability is next to 0.
 
     Models mask entries that no token uses with -infinity or the least number there is, which would dwarf the others.
     """
@@ -55,7 +56,7 @@ def likely(logits: Tensor) -> Tensor:
 def agree(own: Tensor, ours: Tensor, dtype: torch.dtype, tight: float = 1e-4, loose: float = 0.1) -> bool | None:
     """Whether two [B, T, N] are the same but for rounding, by root mean square; None where there is nothing to compare.
 
-    Rows of `own` that are not finite are left out: where that matters to a result, scoring and generating tell.
+    Rows of `own` that are not finite are left out: scoring and generating report them where they affect a result.
     """
     own, ours = own.float(), ours.float()
     finite = torch.isfinite(own).all(-1)
@@ -68,14 +69,14 @@ def agree(own: Tensor, ours: Tensor, dtype: torch.dtype, tight: float = 1e-4, lo
 
 
 @dataclass
-class _Trial:
-    """One pass under the model's own attention, looked at layer by layer.
+class _Check:
+    """One pass with the model's own attention, compared layer by layer.
 
     Attributes:
         attention, mask: the model's own functions.
-        plan: what ours would do with the same input.
+        plan: what our attention does with the same input.
         positions: how many the model has.
-        masks: those made for this pass, and the function that tells of each what it shows.
+        masks: those made for this pass, each with the function that says which tokens it shows.
     """
 
     attention: Callable[..., tuple[Tensor, Any]]
@@ -85,10 +86,10 @@ class _Trial:
     masks: list[tuple[Tensor, Callable[..., Tensor]]] = field(default_factory=list)
 
 
-_trial: ContextVar[_Trial | None] = ContextVar("trial", default=None)
+_current: ContextVar[_Check | None] = ContextVar("layer check", default=None)
 
 
-def try_layers(model: PreTrainedModel, ids: Tensor, call: Callable[..., Any] | None = None) -> None:
+def compare_layers(model: PreTrainedModel, ids: Tensor, call: Callable[..., Any] | None = None) -> None:
     """Compare each layer's own attention with the engine's, on the same queries, keys and values, and its mask.
 
     `call` is what is called instead of the model.
@@ -96,7 +97,7 @@ def try_layers(model: PreTrainedModel, ids: Tensor, call: Callable[..., Any] | N
     Raises:
         UnsupportedModel: if one differs.
     """
-    own = model.config._attn_implementation
+    own = getattr(model.config, ATTENTION)
     own = own if own in AttentionInterface() and own in AttentionMaskInterface() else "sdpa"
     plan = Plan.of_rows(
         [ids.shape[1]],
@@ -105,28 +106,28 @@ def try_layers(model: PreTrainedModel, ids: Tensor, call: Callable[..., Any] | N
         layers_of(model),
         policy_on_sliding=not mixes_windows(model.config),
     )
-    trial = _Trial(AttentionInterface()[own], AttentionMaskInterface()[own], plan, positions_of(model))
-    token = _trial.set(trial)
+    check = _Check(AttentionInterface()[own], AttentionMaskInterface()[own], plan, positions_of(model))
+    token = _current.set(check)
     try:
-        with attached(model, TRIAL):
+        with attached(model, CHECK):
             (call or model)(ids, use_cache=False)
     finally:
-        _trial.reset(token)
+        _current.reset(token)
 
 
-def _trial_mask(*args: Any, mask_function: Callable[..., Tensor], **settings: Any) -> Any:
-    """The model's own mask, always made, so that it can be told which function made it."""
-    trial = _trial.get()
-    assert trial is not None
+def _check_mask(*args: Any, mask_function: Callable[..., Tensor], **settings: Any) -> Any:
+    """The model's own mask, always made, so that the function that made it is known."""
+    check = _current.get()
+    assert check is not None
     for name in ("allow_is_causal_skip", "allow_is_bidirectional_skip"):
         settings = settings | {name: False}
-    made = trial.mask(*args, mask_function=mask_function, **settings)
+    made = check.mask(*args, mask_function=mask_function, **settings)
     if isinstance(made, Tensor):
-        trial.masks.append((made, mask_function))
+        check.masks.append((made, mask_function))
     return made
 
 
-def _trial_attention(
+def _check_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -137,28 +138,28 @@ def _trial_attention(
     sliding_window: int | None = None,
     **other: Any,
 ) -> tuple[Tensor, Any]:
-    """A layer's own attention, after a look at whether ours is the same."""
-    trial = _trial.get()
-    assert trial is not None
+    """A layer's own attention, after a comparison with ours."""
+    check = _current.get()
+    assert check is not None
     layer = check_arguments(module, dropout, other)
     name = type(module).__name__
     made: list[Callable[..., Tensor] | None] = [None]  # without a mask, causal
     if attention_mask is not None:
-        # two masks may hide the same of a short sequence: the very one, or all that look alike
-        made = [shows for mask, shows in trial.masks if mask is attention_mask]
-        made = made or [shows for mask, shows in trial.masks if _alike(mask, attention_mask)]
+        # two masks may hide the same of a short sequence: take this very mask, or all that are equal
+        made = [shows for mask, shows in check.masks if mask is attention_mask]
+        made = made or [shows for mask, shows in check.masks if _equal(mask, attention_mask)]
         if not made:
             raise UnsupportedModel(f"{name} builds an attention mask of its own, which the engine does not support")
     for shows in made:
-        if (what := _differs(shows, sliding_window, trial.positions, query.device)) is not None:
+        if (what := _differs(shows, sliding_window, check.positions, query.device)) is not None:
             raise UnsupportedModel(f"layer {layer} of the model ({name}) {what}; choose another model")
     settings = other | {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
-    own, weights = trial.attention(module, query, key, value, attention_mask, **settings)
+    own, weights = check.attention(module, query, key, value, attention_mask, **settings)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     try:
-        ours = trial.plan.attend(layer, query, key, value, scale, sliding_window or None).transpose(1, 2)
+        ours = check.plan.attend(layer, query, key, value, scale, sliding_window or None).transpose(1, 2)
     except NonFiniteError:
-        return own, weights  # nothing to compare; the document that it happens to as well is told
+        return own, weights  # nothing to compare; a document with the same problem will be reported
     if agree(own.flatten(2), ours.flatten(2), own.dtype, tight=1e-3, loose=0.03) is False:
         given = ", ".join(sorted(k for k, v in other.items() if v is not None)) or "nothing unusual"
         raise UnsupportedModel(
@@ -168,7 +169,7 @@ def _trial_attention(
     return own, weights
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
+def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.to(b.device), b)  # a layer may be elsewhere
 
 
@@ -199,12 +200,12 @@ def _differs(
         return None
     first = int(torch.where(wrong, torch.maximum(query, key), positions).min())
     i = int((wrong & (torch.maximum(query, key) == first)).nonzero()[0])
-    told = f"the window of {window} tokens" if window else "the full causal attention"
+    stated = f"the window of {window} tokens" if window else "the full causal attention"
     return (
-        f"{'lets' if seen[i] else 'does not let'} token {int(query[i])} attend to token {int(key[i])}, unlike {told} that "
+        f"{'lets' if seen[i] else 'does not let'} token {int(query[i])} attend to token {int(key[i])}, unlike {stated} that "
         "it states, so longer texts would be wrong"
     )
 
 
-AttentionInterface.register(TRIAL, _trial_attention)
-AttentionMaskInterface.register(TRIAL, _trial_mask)
+AttentionInterface.register(CHECK, _check_attention)
+AttentionMaskInterface.register(CHECK, _check_mask)

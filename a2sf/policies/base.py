@@ -1,8 +1,8 @@
 """The base class of token-pruning methods, and the numbers that a method gives to the engine.
 
-For a budget of `C` cached tokens, a policy gives the number of newest tokens (`recent`) and of first tokens (`sinks`) that
-are protected, the forgetting factor of the accumulated attention, and the rule that ranks the other tokens. A ranking that
-is no data is one method, `priorities`. One engine (`a2sf.engine`) executes all policies.
+For a budget of `C` cached tokens, a policy gives the number of newest tokens (`recent`) and of first tokens (`sinks`)
+that are protected, the forgetting factor of the accumulated attention, and the rule that ranks the other tokens. A
+ranking that is no data is one method, `priorities`. One engine (`a2sf.engine`) executes all policies.
 """
 
 from __future__ import annotations

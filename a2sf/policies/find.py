@@ -1,7 +1,7 @@
 """All policies: those in this package and in `baselines`, those of other packages, and those in a user's file.
 
-Another package offers policies as entry points of the group `a2sf.policies`, `name = "module:Class"`. A policy in a user's
-own file is named by its class, `module:Class`.
+Another package offers policies as entry points of the group `a2sf.policies`, `name = "module:Class"`. A policy in a
+user's own file is named by its class, `module:Class`.
 """
 
 from __future__ import annotations

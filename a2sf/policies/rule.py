@@ -5,10 +5,11 @@ The unprotected token with the smallest priority is evicted (ties: the oldest fi
     priority_j = b_j + m_j * A_j / N_j
 
 are data, which the compiled kernels run. `A` is the sum of `phi(p)` over the steps so far; at every step it is first
-multiplied by the forgetting factor. Any other priority is one function of a `Step`, in plain torch, for all rows and heads.
+multiplied by the forgetting factor. Any other priority is one function of a `Step`, in plain torch, for all rows and
+heads.
 
-Shapes: B rows, K key/value heads, G query heads per key/value head, N columns, T tokens, D key size, V value size, M numbers
-that a policy stores for each token.
+Shapes: B rows, K key/value heads, G query heads per key/value head, N columns, T tokens, D key size, V value size, M
+numbers that a policy stores for each token.
 """
 
 from __future__ import annotations

@@ -53,7 +53,9 @@ def length_tables(grid: Grid) -> list[TextTable]:
                 row[f"Budget {budget}"] = _spread(next((t for t in sizes if t is not None), None))
             rows.append(row)
         if rows:
-            tables.append(TextTable(f"Sizes: {model}, {shots}-shot", pd.DataFrame(rows), LEGEND))
+            tables.append(
+                TextTable(f"Sizes: {model}, {shots}-shot", pd.DataFrame(rows), LEGEND, model=model, shots=shots)
+            )
     return tables
 
 
@@ -126,6 +128,18 @@ def bins_of(lengths: Sequence[int]) -> list[float]:
     return [float(there[0]), *inner.tolist(), float(there[-1]) + 1]
 
 
+def length_points(part: Grid, systems: Sequence[System]) -> list[list[tuple[float, float, float, int]]]:
+    """Of each system, for each bin of prompt lengths with enough documents: median tokens, mean, standard error, documents.
+
+    All lists are empty where the prompts are about as long.
+    """
+    values = [_by_length(part, s) for s in systems]
+    edges = bins_of(tokens) if (tokens := [t for v in values for t in v["tokens"]]) else []
+    points = [_points(v, edges) for v in values]
+    several = len(edges) > 2 and max(map(len, points)) > 1
+    return points if several else [[] for _ in systems]
+
+
 def _by_length(part: Grid, s: System) -> pd.DataFrame:
     """`tokens` and `value` of each document of a system, of all tasks."""
     frames = [pd.DataFrame({"tokens": [], "value": []})]
@@ -166,15 +180,15 @@ def _middles(lengths: pd.Series, edges: Sequence[float]) -> list[float]:
     return [float(part.median()) for part in parts if len(part)]
 
 
-def _points(documents: pd.DataFrame, edges: Sequence[float]) -> list[tuple[float, float, float]]:
-    """Length, mean and standard error of each bin with enough documents."""
+def _points(documents: pd.DataFrame, edges: Sequence[float]) -> list[tuple[float, float, float, int]]:
+    """Length, mean, standard error and number of documents of each bin with enough documents."""
     points = []
     for low, high in pairwise(edges):
         of_bin = documents[(documents["tokens"] >= low) & (documents["tokens"] < high)]
         if len(of_bin) >= FEWEST:
             values = of_bin["value"].to_numpy(float)
             error = standard_error(values, texts_of(of_bin))
-            points.append((float(of_bin["tokens"].median()), float(values.mean()), error))
+            points.append((float(of_bin["tokens"].median()), float(values.mean()), error, len(of_bin)))
     return points
 
 
@@ -183,6 +197,6 @@ def _draw(axis: Axes, documents: pd.DataFrame, edges: Sequence[float], style: St
     if not points:
         return
     scale = 100 if percent else 1
-    x, mean, error = np.array(points).T
+    x, mean, error, _ = np.array(points).T
     axis.plot(x, scale * mean, color=style.colour, marker=style.marker, ms=5, ls=style.dash, lw=1.5, label=label)
     spread(axis, x, scale * (mean - Z * error), scale * (mean + Z * error), style.colour, 0.07)

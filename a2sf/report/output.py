@@ -117,7 +117,9 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     notes = list(dict.fromkeys([*of_tables, *notes_of(grid.cells.values())]))
     if options.report:
         failures = read_failures(directories)
-        contents = Contents(grid, tables, comparisons, text_tables, plots, failures, notes, options.pair)
+        contents = Contents(
+            grid, tables, comparisons, text_tables, fidelity, traces, traced, failures, notes, options.pair
+        )
         files.append(write_report(out / "report.html", contents))
     return Shown(tables, rankings, files, list(dict.fromkeys([*grid.notes, *notes])))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid
@@ -78,6 +79,11 @@ def comparable(*traces: Trace) -> list[Trace]:
     return list(traces) if same else [t.first(t.context) for t in traces]
 
 
+def retained_share(trace: Trace) -> np.ndarray:
+    """float [tokens]: the share of layers and KV heads that retain each token at the end of the document."""
+    return trace.retained().mean(axis=(0, 1))
+
+
 def read_traces(grid: Grid) -> Groups:
     """The traces beside a grid's cells; a full cache evicts nothing and is left out."""
     groups: Groups = {}
@@ -114,7 +120,7 @@ def picture(traces: dict[str, Trace], path: Path) -> None:
     figure = Figure(figsize=(11, 0.19 * sum(n + 2 for n in lines) + 0.3), layout="constrained")
     panels = figure.subplots(len(traces), 1, squeeze=False, height_ratios=[n + 2 for n in lines])[:, 0]
     for axes, (label, trace), n in zip(panels, traces.items(), lines, strict=True):
-        share = trace.kept().mean(axis=(0, 1))
+        share = retained_share(trace)
         for i, column, row, piece in texts[label]:
             value = float(share[i])
             axes.add_patch(_box(column, row, len(piece), value))

@@ -41,9 +41,9 @@ class Contexts:
                 raise UserError(
                     f"schedule.at=context cuts after a document's field {self.field!r}, and a prompt does not hold that text"
                 )
-            alone, whole = self._encode(prompt[: at + len(context)]), self._encode(prompt)
-            n = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(alone, whole, strict=False)))
-            if not 0 < n < len(whole):
+            alone, full = self._encode(prompt[: at + len(context)]), self._encode(prompt)
+            n = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(alone, full, strict=False)))
+            if not 0 < n < len(full):
                 raise UserError("schedule.at=context needs a question after the context, and a prompt has none")
             self._known[prompt] = n
         return self._known[prompt]

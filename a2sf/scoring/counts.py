@@ -27,8 +27,8 @@ class Counts:
         needed: the same, without dividing those that served several systems.
         together: how many of these served several systems.
         scored: positions whose logits were computed, shared as `computed`.
-        kept: sum over requests and layers of the tokens cached at the end, mean over KV heads; `kept / layer_requests` is
-            the mean.
+        cached: sum over requests and layers of the tokens cached at the end, mean over KV heads; the mean is
+            `cached / layer_requests`.
         share: sum of the same as a share of each request's tokens.
         reused: requests answered from an earlier result.
         layer_requests: requests times layers.
@@ -45,7 +45,7 @@ class Counts:
     needed: int = 0
     together: int = 0
     scored: float = 0
-    kept: float = 0.0
+    cached: float = 0.0
     share: float = 0.0
     layer_requests: int = 0
     reused: int = 0
@@ -63,7 +63,7 @@ class Counts:
         """Count a request of `total` tokens that was computed, and of which each layer has its `retention`."""
         cached = sum(cached_tokens(r, self.schedule, total, prompt, self.kv_heads) for r in retention)
         self.tokens += total
-        self.kept += cached
+        self.cached += cached
         self.share += cached / total
         self.layer_requests += len(retention)
 

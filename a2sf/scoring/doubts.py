@@ -44,17 +44,17 @@ def doubts(
     """
     place = {key: (of, i) for of in requests for i, key in enumerate(of.keys)}
     found: dict[str, list[int]] = {}
-    documents = {s["doc_id"]: s for s in reversed(samples)}  # each filter has a sample of its own
+    documents = {s["doc_id"]: s for s in reversed(samples)}  # there is a sample for each filter
     longest, positions = 0, 0
     for number, sample in sorted(documents.items()):
-        asked = [place[request_hash(tuple(a))] for a in sample["arguments"]]
+        requests_of = [place[request_hash(tuple(a))] for a in sample["arguments"]]
         unread = 0
-        for (of, i), arguments in zip(asked, sample["arguments"], strict=True):
+        for (of, i), arguments in zip(requests_of, sample["arguments"], strict=True):
             answer = answers.answer(request_hash(tuple(arguments)))
             unread = max(unread, 0 if answer is None or of.kind == ROLLING else of.unread(i, answer))
             positions = of.lm.max_length
         longest = max(longest, unread)
-        joined = any(of.kind == "loglikelihood" and of.joins(*of.instances[i].args) for of, i in asked)
+        joined = any(of.kind == "loglikelihood" and of.joins(*of.instances[i].args) for of, i in requests_of)
         said = [*_of_answers(task, sample), *([CUT] if unread else []), *([JOINED] if joined else [])]
         for what in dict.fromkeys(said):
             found.setdefault(what, []).append(number)
@@ -85,7 +85,7 @@ def _note(task: Any, text: str, numbers: list[int], of: int) -> dict[str, Any]:
 
 
 def _of_answers(task: Any, sample: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with a document's choices and its right answer, by lm-eval's own rules (`process_results`)."""
+    """What is wrong with a document's choices and its right answer, by lm-eval's rules (`process_results`)."""
     if not isinstance(task, ConfigurableTask) or callable(task.config.process_results):
         return
     document, target = sample["doc"], sample["target"]

@@ -42,7 +42,7 @@ class PrunedLM(HFLM):
             `device` (auto where not given), `trust_remote_code` and `add_bos_token`. Every other argument of HFLM is
             honoured or refused (`a2sf.scoring.pretrained`).
         policy: a `Policy`, a policy's name (`model_args="pretrained=...,policy=h2o,budget_ratio=0.2"`), or the class of
-            one of your own, `module:Class`.
+            your own policy, `module:Class`.
         budget: a `Budget`; or give `budget_ratio`, `budget_tokens` and `budget_base`.
         forgetting_factor: for a policy given by name, where it has one.
         schedule: when tokens are evicted, a `Schedule` or its name (`step`, `every4`, `prompt`, `prompt-step`); None: step

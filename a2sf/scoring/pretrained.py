@@ -28,20 +28,20 @@ NOT_OURS = {
     "softmax_dtype": "log-likelihoods are computed in float32; leave it out",
     "mixed_precision_dtype": "give dtype, which is that of the whole model",
 }
-"""What HFLM may be told besides its defaults and does not do here -> what to do instead."""
+"""Arguments of HFLM that are refused here if they differ from its defaults -> what to do instead."""
 
 
-def check_names(given: dict[str, Any], own: Iterable[str]) -> None:
+def check_names(given: dict[str, Any], ours: Iterable[str]) -> None:
     """Refuse arguments that nobody reads: HFLM takes any name, and drops what it does not know.
 
     Args:
         given: what is left for it.
-        own: the names of ours.
+        ours: names of our own arguments.
 
     Raises:
         ConfigError: if there is one, with the nearest name that there is.
     """
-    known = {*own, *OF_LOADING, *inspect.signature(HFLM.__init__).parameters} - {"self", "kwargs"}
+    known = {*ours, *OF_LOADING, *inspect.signature(HFLM.__init__).parameters} - {"self", "kwargs"}
     for key, value in given.items():
         if key not in known:
             near = nearest(key, known)
@@ -67,8 +67,9 @@ def load_pretrained(pretrained: str, given: dict[str, Any]) -> tuple[LoadedModel
         settings["adapter"] = settings.pop("peft")
     path = "/".join(filter(None, [pretrained, settings.pop("gguf_file", None)]))
     bos = given.get("add_bos_token")
-    own = None if isinstance(given.get("tokenizer"), str) else bos  # else of the other tokenizer
-    spec = ModelSpec(path, add_bos_token=own, **settings)
+    # a tokenizer that is named apart takes the setting itself
+    bos_of_model = None if isinstance(given.get("tokenizer"), str) else bos
+    spec = ModelSpec(path, add_bos_token=bos_of_model, **settings)
     loaded = load(spec)
     if note := left_alone(spec):
         warnings.warn(note, Notice, stacklevel=2)
@@ -83,7 +84,7 @@ def load_pretrained(pretrained: str, given: dict[str, Any]) -> tuple[LoadedModel
 
 
 def check_given(model: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """What HFLM is told besides a model that is loaded already, without what says nothing new.
+    """Arguments for HFLM besides a model that is loaded already, without those that are None.
 
     Raises:
         ConfigError: if it asks for something that the model is not, or that HFLM would drop.

@@ -84,7 +84,7 @@ class Requests:
         return f"task {known[0][0]}, document{'s' if len(known) > 1 else ''} {first}{more}"
 
     def windows(self, i: int) -> list[Window]:
-        """What is scored of a request: one window, or several of a text that is scored as a whole.
+        """What is scored of a request: one window, or for a rolling log-likelihood several.
 
         Raises:
             UserError: if there is nothing to score, or the tokenizer does not belong to the model.
@@ -194,7 +194,7 @@ class Requests:
 
 
 class EncodedRequests(Requests):
-    """Requests that come as tokens, as lm-eval's own code gives them to `_loglikelihood_tokens`."""
+    """Requests that come as tokens, as lm-eval's code gives them to `_loglikelihood_tokens`."""
 
     def __init__(self, lm: HFLM, encoded: Sequence[tuple[Any, list[int], list[int]]]) -> None:
         texts = [strings or ("", "") for strings, _, _ in encoded]
@@ -227,7 +227,7 @@ def request_hash(arguments: tuple[Any, ...]) -> str:
 
 
 def keys_of(instances: Iterable[Any]) -> list[str]:
-    """The hash of each request; where text is drawn at random, a request that comes again has a key of its own."""
+    """The hash of each request; if text is drawn at random, each repetition of a request has another key."""
     found: list[str] = []
     times: dict[str, int] = {}
     for instance in instances:

@@ -1,4 +1,4 @@
-"""Answers of several systems to the same requests: each token is computed once, each failure is its own system's."""
+"""Computes the answers of several systems to the same requests: each token once; if one system fails, the others do not."""
 
 from __future__ import annotations
 
@@ -82,9 +82,9 @@ class Scorer:
         return Answers(system, Counts(system.schedule, self.kv_heads, global_layers(self.model.config)))
 
     def score(self, requests: Requests, answers: Sequence[Answers]) -> Iterator[None]:
-        """Compute what each system lacks, and put it into `answers`; comes back after each forward pass.
+        """Compute the answers that are missing, and put them into `answers`; yields after each forward pass.
 
-        What goes wrong with one system is its `error`; the others go on. Log-likelihoods are computed for all systems
+        If one system fails, that is its `error`, and the others continue. Log-likelihoods are computed for all systems
         together, texts for one system after the other.
         """
         if requests.kind == TEXT:
@@ -96,11 +96,11 @@ class Scorer:
         pending = self._pending(requests, [a for a in answers if a.error is None])
         able = {id(a): a for a in answers if a.error is None}
         for one in able.values():
-            one.seconds += (time.perf_counter() - clock) / len(able)  # tokenising was for all of them
+            one.seconds += (time.perf_counter() - clock) / len(able)  # tokenising serves all of them
         yield from self._run([p for p in pending if p.answers.error is None], requests)
 
     def _pending(self, requests: Requests, answers: Sequence[Answers]) -> list[Pending]:
-        """The windows that systems lack."""
+        """The windows without an answer, as each system reads them."""
         missing = [set(a.missing(requests.keys)) for a in answers]
         wanted = set().union(*missing)
         first = {key: i for i, key in reversed(list(enumerate(requests.keys))) if key in wanted}
@@ -186,11 +186,10 @@ class Scorer:
             answer = answers.answer(key)
             assert answer is not None
             for context, targets, new in self._lengths(requests, i, answer):
-                read = (
-                    len(requests.prompt(i).tokens) if new else min(context + targets, self.lm.max_length + 1) - targets
-                )
+                most = targets if new is None else new
+                read = min(context, self.lm.max_length + (1 if new is None else 0) - most)
                 cut = requests.cut(i, system, read, context)
-                retention = system.retention(read + max(0, (new or targets) - 1), cut, self.layers)
+                retention = system.retention(read + max(0, most - 1), cut, self.layers)
                 counts.count_targets(targets, read, retention, cut)
                 if key in answers.known:
                     counts.reused += 1
@@ -251,7 +250,7 @@ class Scorer:
                 input_ids=tokens,
                 use_cache=False,
             )
-        noted = (plan.gone, plan.received, plan.lost)
+        noted = (plan.evicted_at, plan.received, plan.lost)
         arrays = (torch.cat([of_layer[i].cpu() for i in range(self.layers)]).numpy() for of_layer in noted)
         pieces = tuple(self.lm.tokenizer.decode([t]) for t in sequence.read)
         return Trace(document, pieces, sequence.context, *arrays)

@@ -37,7 +37,7 @@ class Texts:
         self.scorer, self.lm = scorer, scorer.lm
 
     def generate(self, requests: Requests, answers: Answers) -> Iterator[None]:
-        """Generate the texts that one system lacks; comes back after each batch. What goes wrong is its `error`."""
+        """Generate the texts that one system lacks; yields after each batch. A failure is its `error`."""
         if answers.error is not None:
             return
         try:
@@ -91,7 +91,7 @@ class Texts:
         return max(1, int((self.scorer.sequences_per_pass or GENERATED_ROWS) * fewer))
 
     def _smaller(self, batches: list[list[int]]) -> list[list[int]]:
-        """The same requests in batches of half the size; where that is too small, the error goes on."""
+        """The same requests in batches of half the size; if that is too small, the error is raised again."""
         torch.cuda.empty_cache()
         if self.scorer.tokens_per_pass < LEAST_TOKENS:
             self.scorer.tokens_per_pass = self.scorer.most_tokens  # the next task may be smaller
@@ -131,7 +131,7 @@ class Texts:
             system.budget,
             schedule=system.schedule,
             max_new_tokens=most - width,
-            # the whole prompt comes at once, so that one of a single token is no chunk
+            # all of a prompt is read in one call; without its length a prompt of one token would look like a chunk
             context_tokens=[
                 requests.cut(i, system, len(p.tokens), p.length) for i, p in zip(batch, prompts, strict=True)
             ],

@@ -81,7 +81,7 @@ class Cell:
             **policy_versions(self.policy),
             "budget": _plain(dataclasses.asdict(self.budget)) if self.budget else None,
             **({"schedule": self.schedule.settings} if self.schedule else {}),
-            **({"prompting": asked} if (asked := self.prompting.settings) else {}),
+            **({"prompting": given} if (given := self.prompting.settings) else {}),
             **self.spec.identity,
             "shots": self.shots,
             "seed": self.seed if self.shots else None,
@@ -144,7 +144,8 @@ class Cell:
     def tail(self) -> str:
         """The end of the name, which tells cells apart: how many documents, and the `id`."""
         most = "all" if self.limit is None else f"n{self.limit}"
-        texts = f"-{safe(self.data.cluster)}" if self.data.cluster else ""  # whole texts are drawn, so others are seen
+        # texts are drawn instead of documents, so other documents are seen
+        texts = f"-{safe(self.data.cluster)}" if self.data.cluster else ""
         return f"{most}{f'-{self.stopping_rule.tag}{texts}' if self.stopping_rule else ''}__{self.id}"
 
     def describe(self) -> dict[str, Any]:
@@ -170,7 +171,7 @@ class Cell:
             **({"until": _plain(self.stopping_rule.stored)} if self.stopping_rule else {}),
             "seed": self.seed,
             **({"options": options} if (options := self.options) else {}),
-            **({"data": asked} if (asked := self.data.settings) else {}),
+            **({"data": given} if (given := self.data.settings) else {}),
             "identity": self.identity,
         }
 

@@ -85,7 +85,7 @@ def evaluate(
             "computed_tokens": counts.computed,
             "shared": counts.together / max(1, counts.needed),
             "tokens_per_second": counts.tokens / seconds,
-            "kept_tokens_mean": counts.kept / max(1, counts.layer_requests),
+            "kept_tokens_mean": counts.cached / max(1, counts.layer_requests),
             "cache_share": counts.share / max(1, counts.layer_requests),
             "reused_requests": counts.reused,
             "started": started.isoformat(timespec="seconds"),
@@ -105,7 +105,7 @@ def _metrics(evaluated: dict[str, Any], task: str) -> dict[str, dict[str, Any]]:
         if not filtered or metric.endswith("_stderr"):
             continue
         if number_of(value) is None:
-            message = f"{task}: its metric {metric} is no number but {type(value).__name__}, and is not kept."
+            message = f"{task}: its metric {metric} is no number but {type(value).__name__}, and is not stored."
             warnings.warn(message, Notice, stacklevel=1)
             continue
         name = metric if filtered == "none" else f"{metric},{filtered}"
@@ -132,7 +132,7 @@ def _documents(samples: list[dict[str, Any]], task: Any, recorded: Answers) -> p
         answers = [a if isinstance(a, tuple | list) else (a, False) for (a,) in sample["resps"]]
         arguments = [tuple(a) for a in sample["arguments"]]
         given = [_answer(recorded, a) for a in arguments]
-        asked: dict[str, list[Any]] = {
+        columns: dict[str, list[Any]] = {
             "request_hashes": [request_hash(a) for a in arguments],
             "loglikelihoods": [float(a[0]) for a in answers],
             "is_greedy": [bool(a[1]) for a in answers],
@@ -141,7 +141,7 @@ def _documents(samples: list[dict[str, Any]], task: Any, recorded: Answers) -> p
         }
         # a metric may ask for more than the choices (acc_mutual_info: each without its context)
         n = min(len(arguments), _number_of_choices(sample, task))
-        likelihoods, choices = asked["loglikelihoods"][:n], [a[-1] for a in arguments[:n]]
+        likelihoods, choices = columns["loglikelihoods"][:n], [a[-1] for a in arguments[:n]]
         rows.append(
             {
                 "doc_id": sample["doc_id"],
@@ -151,13 +151,13 @@ def _documents(samples: list[dict[str, Any]], task: Any, recorded: Answers) -> p
                 "choices": choices,
                 "gold": _gold(sample, task) if n > 1 else -1,
                 "prediction": max(range(n), key=likelihoods.__getitem__) if n > 1 else -1,
-                **{column: values[:n] for column, values in asked.items()},
-                **({f"more/{c}": values[n:] for c, values in asked.items()} if n < len(arguments) else {}),
+                **{column: values[:n] for column, values in columns.items()},
+                **({f"more/{c}": values[n:] for c, values in columns.items()} if n < len(arguments) else {}),
                 **{f"metric/{m}": v for m, v in _numbers(sample, sample["metrics"]).items()},
             }
         )
     if task.OUTPUT_TYPE == "generate_until":
-        # a filter gives a sample of its own, with metrics of its own: one row per document holds them all
+        # each filter gives a sample, with its metrics: one row per document holds them all
         return pd.DataFrame(rows).groupby("doc_id", as_index=False).first()
     return pd.DataFrame(rows).drop_duplicates("doc_id").sort_values("doc_id", ignore_index=True)
 
@@ -171,9 +171,9 @@ def _answer(recorded: Answers, arguments: tuple[Any, ...]) -> Answer:
 def _without_texts(documents: pd.DataFrame) -> pd.DataFrame:
     """The documents with what is compared and counted, and no text: `generated` goes, others are empty."""
     empty = {"context": "", "target": ""}
-    kept = documents.drop(columns="generated", errors="ignore")
-    kept["choices"] = [[""] * len(c) for c in documents["choices"]]
-    return kept.assign(**{k: v for k, v in empty.items() if k in kept})
+    stored = documents.drop(columns="generated", errors="ignore")
+    stored["choices"] = [[""] * len(c) for c in documents["choices"]]
+    return stored.assign(**{k: v for k, v in empty.items() if k in stored})
 
 
 def _generated(sample: dict[str, Any], recorded: Answers) -> dict[str, Any]:

@@ -141,7 +141,7 @@ class Group:
                 yield self._evaluated(cell, task, requests, store, stopping)
                 if name in store.all:
                     store.finish(name)
-        except BaseException:  # interrupted: what was computed since the last checkpoint is kept
+        except BaseException:  # interrupted: what was computed since the last checkpoint is written
             with suppress(DiskError):
                 store.save(store.all)
             raise
@@ -192,6 +192,6 @@ class Group:
 
 
 def with_notes(result: dict[str, Any], *warned: Warned) -> dict[str, Any]:
-    """A result with further warnings after its own notes; without `notes` where there are none."""
+    """A result with these warnings added to its notes; without `notes` if there are none."""
     notes = [*result.pop("notes", ()), *(note for w in warned for note in w.notes)]
     return result | ({"notes": notes} if notes else {})

@@ -93,7 +93,7 @@ class Runner:
         tracker: where finished cells are logged besides.
         batch_size: sequences per forward pass, None for auto.
         trace: documents of each cell whose evictions are noted in the cell's `traces.npz` (see `a2sf.engine.trace`).
-        checkpoint: seconds of work after which the answers of unfinished cells are kept.
+        checkpoint: seconds of work after which the answers of unfinished cells are written.
     """
 
     directory: Path
@@ -135,7 +135,7 @@ class Runner:
                     file.parent.mkdir(parents=True, exist_ok=True)
                     leases.enter_context(lock)
                 except filelock.Timeout:
-                    if cell.stopping_rule is not None:  # what a group stops at is told by all of it
+                    if cell.stopping_rule is not None:  # all cells of a group decide together when it stops
                         return [*outcomes, *(Outcome(c.name, "busy") for c in todo)]
                     outcomes.append(Outcome(cell.name, "busy"))
                 except OSError as error:  # another user's folder
@@ -253,7 +253,7 @@ def _settled(cell: Cell) -> Cell:
 
 
 def check_disk(directory: Path) -> None:
-    """Refuse to compute what could not be kept.
+    """Refuse to compute what could not be stored.
 
     Raises:
         DiskError: if the directory cannot be written or the disk is full.
@@ -303,7 +303,7 @@ def hardly_pruned(stored: Iterable[StoredCell]) -> str | None:
 
 
 def _clear_failures(directory: Path, cell: dict[str, Any]) -> None:
-    """Remove records of failures of cells with the same settings, also if weights or documents have changed since."""
+    """Remove what was recorded of a cell with the same settings, also if weights or documents have changed since."""
     for file in (directory / "failures").glob("*.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):
             if settings_of(json.loads(file.read_text(encoding="utf-8"))["cell"]) == settings_of(cell):

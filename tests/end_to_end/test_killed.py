@@ -32,7 +32,7 @@ def likelihoods(directory):
     return {s.path.name: [x for row in s.documents["loglikelihoods"] for x in row] for s in load_sweep(directory)}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_sweep_killed_at_random_moments_loses_and_repeats_little(tmp_path):
     model = write_model(tmp_path / "model", "llama")
     data = write_piqa(tmp_path / "data" / "piqa.jsonl", rows=30)

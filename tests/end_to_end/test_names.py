@@ -12,6 +12,8 @@ from tests.end_to_end.test_evaluate import evaluate, tables
 from tests.hub.build import write_model
 from tests.models import write_piqa
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

@@ -72,6 +72,7 @@ def run(arguments: list[str], root: Path, *more: str):
     return evaluate(*placed, *more, runs=root / "runs")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("arguments", COMMANDS, ids=lambda a: a[0])
 def test_the_commands_that_the_docs_show(arguments, tmp_path):
     mine = write_tree(tmp_path)
@@ -88,6 +89,7 @@ def test_the_docs_show_commands():
     assert all("--config-dir" in c for c in COMMANDS)
 
 
+@pytest.mark.full
 def test_a_folder_may_have_the_name_of_any_key(tmp_path):
     """And a group of files may have folders in it with any name."""
     mine = write_tree(tmp_path)
@@ -119,6 +121,7 @@ def test_a_folder_may_have_the_name_of_any_key(tmp_path):
     }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("file", "text", "told"),
     [
@@ -142,7 +145,7 @@ def test_a_file_that_would_be_read_otherwise_is_refused(tmp_path, file, text, to
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("launcher", ["processes", "slurm_local"])
 def test_text_reaches_workers_as_it_was_meant(launcher, tmp_path):
     mine = write_tree(tmp_path)

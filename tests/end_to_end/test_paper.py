@@ -28,7 +28,7 @@ def paper(hub, tmp_path):
     return hub
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_papers_preset_runs_to_its_table(paper, tmp_path):
     environment = paper.environment(tmp_path / "hf") | {"COLUMNS": "200"}
     # one of seven budgets and two documents a cell; the rest is the preset's

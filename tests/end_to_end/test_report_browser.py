@@ -1,4 +1,4 @@
-"""The report in headless Chromium: it loads without network and errors, sorts, and fits a phone."""
+"""The report in headless Chromium: loads without network and errors, fits a phone, filters, shows numbers and documents."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from a2sf.analysis.results.selection import Selection
+from a2sf.engine.trace import Trace, save
 from a2sf.report.output import Options, show
+from a2sf.store.runs import TRACES, write_cell
 from tests.sweep_fixture import Plan, write_sweep
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+wait = pytest.importorskip("selenium.webdriver.support.wait", reason="selenium is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 
@@ -21,9 +25,40 @@ DRIVER = shutil.which("chromedriver")
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     directory = tmp_path_factory.mktemp("runs") / "demo"
-    write_sweep(directory, Plan(factors=(0.1, 0.9)))
-    show([directory], Selection(), Options())
+    cells = write_sweep(directory, Plan(factors=(0.1, 0.9)))
+    for c in cells:
+        if c.cell["task"] == "piqa" and c.cell["policy"] in ("h2o", "a2sf"):
+            save(c.path / TRACES, [traced(d, c.cell["policy"]) for d in range(150)])
+    show([directory], Selection(), Options(plots=False))
     return (directory / "report.html").as_uri()
+
+
+def traced(document: int, policy: str) -> Trace:
+    """Eight tokens of a prompt and two after it; H2O retains the first four, A2SF the last four."""
+    evicted = [10] * 4 + [6] * 6 if policy == "h2o" else [6] * 6 + [10] * 4
+    steps = np.array([[evicted]] * 2, np.int32)
+    mass = np.full(steps.shape, 0.5, np.float32)
+    return Trace(document, tuple(f" t{i}" for i in range(10)), 8, steps, mass, mass)
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A sweep of a task that generates text."""
+    runs = tmp_path_factory.mktemp("runs")
+    for stored in write_sweep(runs / "choices", Plan(documents={"story": 8}, budgets=(0.2,))):
+        n, policy = len(stored.documents), stored.cell["policy"]
+        documents = stored.documents.assign(
+            choices=[[]] * n,
+            gold=-1,
+            prediction=-1,
+            loglikelihoods=[[]] * n,
+            target=[f"<gold> {i}" for i in range(n)],
+            generated=[f"the same, then {policy} <b>{i}</b>" for i in range(n)],
+        )
+        result = {k: v for k, v in stored.result.items() if k not in ("checksums", "schema_version")}
+        write_cell(runs / "s" / stored.path.name, result, documents, "policy: x\n")
+    show([runs / "s"], Selection(), Options(plots=False))
+    return (runs / "s" / "report.html").as_uri()
 
 
 @pytest.fixture(scope="module")
@@ -47,26 +82,146 @@ def resize(browser: Any, width: int) -> None:
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
 
+def opened(browser: Any, address: str, width: int = 1280) -> None:
+    """Load a page and wait for its script."""
+    resize(browser, width)
+    browser.get(address)
+    wait.WebDriverWait(browser, 60).until(lambda b: b.execute_script("return document.body.dataset.ready") == "yes")
+
+
 @pytest.mark.parametrize("width", [390, 1280])
 def test_loads_and_fits(browser: Any, page: str, width: int) -> None:
-    resize(browser, width)
-    browser.get(page)
+    opened(browser, page, width)
     assert browser.find_element("tag name", "h1").text == "demo"
-    loaded = "return [...document.images].every(i => i.complete && i.naturalWidth > 100) && document.images.length"
-    assert browser.execute_script(loaded) == 5
+    assert titles(browser) == [
+        "average (n = 270, chance 50.0)",
+        "arc_easy (n = 120, chance 50.0)",
+        "piqa (n = 150, chance 50.0)",
+    ]
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert browser.get_log("browser") == []
-    fetched = "return performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length"
+    fetched = "return performance.getEntriesByType('resource').filter(e => !/^(data|blob):/.test(e.name)).length"
     assert browser.execute_script(fetched) == 0
 
 
+def titles(browser: Any) -> list[str]:
+    """The titles of the charts."""
+    return [t.text for t in browser.find_elements("css selector", "#panels .gtitle")]
+
+
+def choose(browser: Any, select: str, text: str) -> None:
+    """Choose an option by the beginning of its text."""
+    code = """const select = document.getElementById(arguments[0]);
+    select.value = [...select.options].find(o => o.text.startsWith(arguments[1])).value;
+    select.dispatchEvent(new Event("change"));"""
+    browser.execute_script(code, select, text)
+
+
+def tick(browser: Any, kind: str, value: str) -> None:
+    """Click one checkbox of a filter."""
+    box = browser.find_element("css selector", f"#filters details[data-kind={kind}]")
+    if not box.get_property("open"):
+        box.find_element("tag name", "summary").click()
+    box.find_element("css selector", f"input[value='{value}']").click()
+
+
+def drawn(browser: Any) -> list[list[Any]]:
+    """Name, numbers and texts of every line of the first chart."""
+    code = "return [...document.querySelector('.panel').data].map(t => [t.name, t.y, t.text])"
+    return browser.execute_script(code)
+
+
+def test_charts_show_numbers_and_every_choice_draws(browser: Any, page: str) -> None:
+    opened(browser, page)
+    lines = drawn(browser)
+    (a2sf,) = [text for name, _, text in lines if name == "A2SF|0.1"]
+    assert not any(name == "A2SF|0.9" for name, *_ in lines)  # the worse factor is chosen with a click
+    for part in ("budget 0.2", "n = 270", "tokens retained", "factor 0.1", "% ["):
+        assert part in a2sf[0]
+    assert any(text[0] == "chance level 50.0" for _, _, text in lines)
+    for y in browser.execute_script("return [...document.getElementById('chart-y').options].map(o => o.text)"):
+        choose(browser, "chart-y", y)
+        assert titles(browser), y
+    choose(browser, "chart-y", "acc")
+    for x in ("tokens retained", "tokens/s", "forgetting factor", "budget"):
+        choose(browser, "chart-x", x)
+        assert len(titles(browser)) == 3, x
+        if x == "forgetting factor":
+            names = {name for name, *_ in drawn(browser) if name}
+            assert names == {f"{p}, budget {b}" for p in ("A2SF", "H2O") for b in ("0.2", "0.5")}
+    assert browser.get_log("browser") == []
+
+
+def test_filters_reach_charts_tables_and_documents(browser: Any, page: str) -> None:
+    opened(browser, page)
+    rows = """return [...document.querySelectorAll('#tables tbody tr:not(.reference)')].filter(r => !r.hidden)
+    .map(r => r.cells[0].textContent + r.cells[1].textContent)"""
+    before = browser.execute_script(rows)
+    tick(browser, "policy", "Window")
+    tick(browser, "budget", "0.5")
+    assert browser.execute_script(rows) == [r for r in before if "Window" not in r and "0.5" not in r]
+    assert not any((name or "").startswith("Window") for name, *_ in drawn(browser))
+    tick(browser, "task", "arc_easy")
+    assert titles(browser) == ["average (n = 270, chance 50.0)", "piqa (n = 150, chance 50.0)"]
+    heads = "return [...document.querySelectorAll('#tables th')].filter(h => !h.hidden).map(h => h.textContent)"
+    assert "arc_easy" not in browser.execute_script(heads)
+    systems = browser.execute_script("return [...document.getElementById('doc-a').options].map(o => o.text)")
+    assert systems == ["Full cache", "H2O, budget 0.2", "A2SF, factor 0.1, budget 0.2", "A2SF, factor 0.9, budget 0.2"]
+    tick(browser, "shots", "0")
+    assert titles(browser) == []
+    assert browser.get_log("browser") == []
+
+
+def unfolded(browser: Any) -> Any:
+    """The first document of the list, after a click on it."""
+    first = browser.find_elements("css selector", "#doc-list details")[0]
+    first.find_element("tag name", "summary").click()
+    wait.WebDriverWait(browser, 60).until(lambda b: len(first.find_elements("xpath", "./*")) > 1)
+    return first
+
+
+def test_a_document_under_two_systems(browser: Any, page: str) -> None:
+    opened(browser, page)
+    choose(browser, "doc-task", "piqa")
+    choose(browser, "doc-a", "A2SF, factor 0.1, budget 0.2")
+    choose(browser, "doc-b", "H2O, budget 0.2")
+    choose(browser, "doc-show", "A scores higher")
+    first = unfolded(browser)
+    assert "acc A 1, B 0" in first.find_element("tag name", "summary").text
+    body = first.text
+    assert "which <one> & why?" in body
+    assert body.count("chosen") == 2
+    assert "gold" in body
+    for name, retained in (("A", [" t6", " t7"]), ("B", [" t0", " t1", " t2", " t3"])):
+        index = "AB".index(name)
+        strips = first.find_elements("css selector", ".pair > div")[index].find_elements("css selector", ".tokens")
+        assert len(strips) == 2  # the prompt, and what came after it
+        spans = strips[0].find_elements("tag name", "span")
+        dark = [
+            s.get_property("textContent") for s in spans if s.value_of_css_property("text-decoration-line") == "none"
+        ]
+        assert dark == retained
+    assert browser.get_log("browser") == []
+
+
+def test_generated_texts_side_by_side(browser: Any, generated: str) -> None:
+    opened(browser, generated)
+    choose(browser, "doc-show", "all documents")
+    first = unfolded(browser)
+    assert "<gold> 0" in first.text
+    marked = [m.text for m in first.find_elements("css selector", ".generated mark")]
+    assert marked == ["a2sf <b>0</b>", "h2o <b>0</b>"]
+    assert all(t.text.startswith("the same, then ") for t in first.find_elements("css selector", ".generated"))
+    assert browser.get_log("browser") == []
+
+
 def column(table: Any, index: int) -> list[str]:
-    return [row.find_elements("tag name", "td")[index].text for row in table.find_elements("css selector", "tbody tr")]
+    rows = table.find_elements("css selector", "tbody tr:not(.reference)")
+    return [row.find_elements("tag name", "td")[index].text for row in rows]
 
 
 def test_sorts_by_number_and_by_word(browser: Any, page: str) -> None:
-    resize(browser, 1280)
-    browser.get(page)
+    opened(browser, page)
     table = browser.find_element("css selector", "table.sortable")
     heads = table.find_elements("css selector", "th button")
     names = [h.text for h in heads]

@@ -13,7 +13,7 @@ from a2sf.scoring.contexts import Contexts
 from a2sf.scoring.lm import PrunedLM
 from a2sf.scoring.requests import Requests
 from tests.models import shared
-from tests.policies import cases, label, ties
+from tests.policies import cases, label, tiered, ties
 from tests.stand_in import StandIn
 
 pytestmark = pytest.mark.usefixtures("stand_in")
@@ -43,7 +43,7 @@ def cache_for(lm: PrunedLM) -> PrunedCache:
     return PrunedCache(lm.model, lm.policy, lm.budget, schedule=lm.schedule, context_tokens=len(CONTEXT))
 
 
-@pytest.mark.parametrize(("policy", "schedule"), CUTS, ids=label)
+@pytest.mark.parametrize(("policy", "schedule"), tiered(CUTS), ids=label)
 def test_scoring_is_decoding_with_a_cache_cut_after_the_context(policy, schedule):
     lm = lm_of(policy, schedule)
     got = lm.loglikelihood(scored(), disable_tqdm=True)
@@ -116,7 +116,7 @@ def test_a_token_across_the_contexts_end_is_the_questions():
 def test_mistakes_are_told_in_one_sentence():
     with pytest.raises(ConfigError, match=r"budget\.base=total is not allowed: schedule\.at=context cuts before"):
         lm_of("h2o", budget_ratio=0.5)
-    with pytest.raises(ConfigError, match="the policy future knows step alone"):
+    with pytest.raises(ConfigError, match="the policy future supports only step"):
         lm_of("future")
     with pytest.raises(ConfigError, match=r"schedule\.at=context is not allowed: it needs the name"):
         lm_of(field=None).loglikelihood(scored(), disable_tqdm=True)

@@ -90,9 +90,9 @@ def test_each_has_the_numbers_it_has_alone(lm, read):
         assert [a for a, _ in got] == pytest.approx([a for a, _ in alone], abs=1e-3)
         assert [g for _, g in got] == [g for _, g in alone]
         counts = one.counts
-        assert (counts.tokens, counts.kept, counts.targets, counts.pruned) == (
+        assert (counts.tokens, counts.cached, counts.targets, counts.pruned) == (
             lm.counts.tokens,
-            lm.counts.kept,
+            lm.counts.cached,
             lm.counts.targets,
             lm.counts.pruned,
         )

@@ -15,10 +15,10 @@ from a2sf.scoring.lm import PrunedLM
 from a2sf.scoring.passes import run as scoring
 from a2sf.scoring.requests import EncodedRequests
 from baselines.h2o import H2O
-from tests.models import small
+from tests.models import shared, small
 from tests.parity.test_generation import ALL, BUDGET, PROMPTS, close, ids_for
 from tests.parity.test_lm import requests
-from tests.policies import cases, label, ties
+from tests.policies import cases, label, tiered, ties
 from tests.stand_in import StandIn
 
 GREEDY = {"do_sample": False, "eos_token_id": None}
@@ -54,16 +54,16 @@ def gone(cache: PrunedCache, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("policy", "schedule", "name"),
-    [
+    tiered(
         (p, s, a)
         for a, normed in {"llama": False, "opt": False, "gemma3": True, "gpt2": False}.items()
         for p, s in ALL
         if not (normed and ties(type(p)))
-    ],
+    ),
     ids=label,
 )
 def test_a_call_in_parts_is_the_call_at_once(parts, policy, schedule, name):
-    model, ids = small(name), ids_for(length=30)
+    model, ids = shared(name), ids_for(length=30)
     mask = torch.ones_like(ids)
     mask[1, :7] = 0
     caches = []
@@ -87,7 +87,7 @@ def test_a_call_in_parts_is_the_call_at_once(parts, policy, schedule, name):
 
 @pytest.mark.parametrize("schedule", [None, Schedule("prompt", at="context", then="step"), Schedule("every", every=5)])
 def test_generate_asks_for_the_last_logits_alone_and_writes_the_same(parts, schedule):
-    model, ids = small("qwen2"), ids_for(length=30)
+    model, ids = shared("qwen2"), ids_for(length=30)
     texts = []
     for columns in (100, 6):
         parts(columns)
@@ -105,7 +105,7 @@ def test_generate_asks_for_the_last_logits_alone_and_writes_the_same(parts, sche
 
 
 def test_a_ratio_is_one_of_the_whole_prompt(parts):
-    model, ids = small("llama"), ids_for(length=30)
+    model, ids = shared("llama"), ids_for(length=30)
     parts(5)
     cache = PrunedCache(model, A2SF(), Budget(ratio=0.3, base="context"))
     model.generate(ids, cache=cache, max_new_tokens=3, **GREEDY)
@@ -115,7 +115,7 @@ def test_a_ratio_is_one_of_the_whole_prompt(parts):
 @pytest.mark.parametrize("keep", [0, 3, 12])
 @pytest.mark.parametrize("cached", [False, True])
 def test_plain_calls_inside_pruning(parts, keep, cached):
-    model, ids = small("llama"), ids_for(length=30)
+    model, ids = shared("llama"), ids_for(length=30)
     mask = torch.ones_like(ids)
     mask[0, -8:] = 0
     found = []
@@ -139,7 +139,7 @@ def test_plain_calls_inside_pruning(parts, keep, cached):
 
 
 def test_what_parts_cannot_tell_is_read_at_once(parts):
-    model, ids = small("llama"), ids_for(length=30)
+    model, ids = shared("llama"), ids_for(length=30)
     parts(5)
     for asked in ({"output_hidden_states": True}, {"labels": ids}, {"return_dict": False}):
         cache = PrunedCache(model, A2SF(), BUDGET)
@@ -157,7 +157,7 @@ def test_what_parts_cannot_tell_is_read_at_once(parts):
 
 
 def test_a_cache_whose_part_failed_is_not_used_again(parts):
-    model, ids = small("llama"), ids_for(length=30)
+    model, ids = shared("llama"), ids_for(length=30)
     parts(10)
     cache = PrunedCache(model, A2SF(), BUDGET)
     left = [2]
@@ -199,13 +199,13 @@ def same(got, expected) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "schedule"), [(p, s) for p, s in cases() if p.causal and not ties(type(p))], ids=label
+    ("policy", "schedule"), tiered((p, s) for p, s in cases() if p.causal and not ties(type(p))), ids=label
 )
 def test_long_requests_are_scored_in_parts(policy, schedule, monkeypatch):
     budget = Budget(ratio=0.25) if policy.uses_budget else None
     found = {}
     for in_parts in (False, True):
-        lm = PrunedLM(small("llama"), policy, budget, schedule=schedule, tokenizer=StandIn())
+        lm = PrunedLM(shared("llama"), policy, budget, schedule=schedule, tokenizer=StandIn())
         found[in_parts], read = scored(lm, monkeypatch, in_parts=in_parts)
         assert (max(read) <= 64) == in_parts
     same(found[True], found[False])
@@ -215,7 +215,7 @@ def test_a_row_of_several_systems_in_parts(monkeypatch):
     """Forests of states of their own, on columns of one row."""
     found = {}
     for in_parts in (False, True):
-        lm = PrunedLM(small("gemma3"), "full", tokenizer=StandIn())
+        lm = PrunedLM(shared("gemma3"), "full", tokenizer=StandIn())
         systems = [
             lm.scorer.system(A2SF(forgetting_factor=f), Budget(ratio=r), s)
             for f, r, s in ((0.3, 0.3, None), (0.9, 0.3, None), (0.5, 0.7, Schedule("prompt", then="step")))

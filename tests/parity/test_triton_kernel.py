@@ -343,7 +343,7 @@ def test_a_rule_of_ones_own_is_for_torch(attend):
 
 
 def proved(*args) -> Attended:
-    """`attend_triton` after the trial that only a compiled kernel gets."""
+    """`attend_triton` after the self-check that only a compiled kernel gets."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_kernel, "available", lambda device=None: True)
         patch.setattr(triton_kernel, "_interpreted", lambda: False)
@@ -354,7 +354,7 @@ def proved(*args) -> Attended:
 
 
 @pytest.mark.parametrize(("policy", "schedule"), [*((p, Schedule()) for p in KNOWN), (Counted(), EVERY)], ids=label)
-def test_a_sound_kernel_passes_its_trial(attend, policy, schedule):
+def test_a_sound_kernel_passes_its_self_check(attend, policy, schedule):
     args = (*tokens(18, 1, 2, 2, 6, 4, 5, torch.float32), of_policy(policy, schedule, [4], [6]), OPTIONS)
     assert_same(attend(*args, by=proved), reference(*args), 1e-5)
 
@@ -404,11 +404,14 @@ def test_a_kernel_that_was_compiled_wrong_is_found_out(wrong, monkeypatch):
     monkeypatch.setattr(triton_kernel, "_found", {})
     monkeypatch.setattr(kernels, "REGISTRY", tuple(b for b in kernels.REGISTRY if b.name in ("triton", "torch")))
     args = (*tokens(19, 2, 2, 2, 12, 4, 5, torch.float32), rows((4, 0, 0, 0.5, 12), (5, 1, 1, 0.5, 9)), OPTIONS)
-    with pytest.raises(UserError, match="fails its trial on cpu") as told:
+    with pytest.raises(UserError, match="fails its self-check on cpu") as raised:
         kernels.attend(*args, backend="triton")
-    assert "\n" not in str(told.value)
-    assert (wrong in str(told.value)) == ("resource" in wrong)
-    with kernels.noting() as ran, pytest.warns(Notice, match="fails its trial on cpu .* It runs now, and is slower"):
+    assert "\n" not in str(raised.value)
+    assert (wrong in str(raised.value)) == ("resource" in wrong)
+    with (
+        kernels.noting() as ran,
+        pytest.warns(Notice, match="fails its self-check on cpu .* It runs now, and is slower"),
+    ):
         assert_same(kernels.attend(*args), reference(*args), 1e-5)
     assert ran == {"torch"}
 
@@ -436,7 +439,7 @@ def test_compiles_ahead_of_time(arch, tile, case, tmp_path, monkeypatch):
     constants = triton_kernel._constants(G=G, D=size, V=size, tile=tile)
     options = triton_kernel.LAUNCH | {"num_warps": triton_kernel._warps(constants)}
     constants |= triton_kernel._flags(rule, 8, several)
-    types = dict.fromkeys(triton_step.OF_ROWS, "*i64") | {"positions": "*i64", "gone": "*i32", "factor": f"*{dtype}"}
+    types = dict.fromkeys(triton_step.OF_ROWS, "*i64") | {"positions": "*i64", "evicted": "*i32", "factor": f"*{dtype}"}
     types |= dict.fromkeys((*triton_step.NUMBERS, "slots"), "i32")
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, f"*{dtype}") for name in kernel.arg_names}

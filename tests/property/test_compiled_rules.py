@@ -23,10 +23,12 @@ from a2sf.engine.kernels.cpu import SlotCache
 from a2sf.engine.kernels.cpu import rank as cpu_rank
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Attended, Options, Segments
-from tests.policies import cases, instances, label
+from tests.policies import cases, instances, label, tiered
+from tests.tiers import examples
 
-PER_CASE = pytest.mark.parametrize(("policy", "schedule"), cases(), ids=label)
-SOME = settings(max_examples=6, deadline=None, derandomize=True)
+PER_CASE = pytest.mark.parametrize(("policy", "schedule"), tiered(cases()), ids=label)
+CAUSAL = pytest.mark.parametrize(("policy", "schedule"), tiered(c for c in cases() if c[0].causal), ids=label)
+SOME = settings(max_examples=examples(3), deadline=None, derandomize=True)
 D, V, K, G = 20, 24, 2, 2
 seeds = st.integers(0, 10_000)
 
@@ -78,13 +80,11 @@ def test_rows(policy, schedule, seed, data):
     assert_same(*both(tensors(seed, 3, 60), s))
 
 
-@PER_CASE
+@CAUSAL
 @SOME
 @given(seed=seeds, data=st.data())
 def test_trees(policy, schedule, seed, data):
     """Choices after a context, some empty; the prompt ends with the context, or in a segment that follows on."""
-    if not policy.causal:
-        return
     context = data.draw(st.integers(1, 30))
     choices = data.draw(st.lists(st.integers(0, 12), min_size=1, max_size=4))
     prompt = context + data.draw(st.sampled_from([0, 0, 3]))
@@ -101,12 +101,10 @@ def test_trees(policy, schedule, seed, data):
     assert_same(*both(tensors(seed, 1, at), s))
 
 
-@PER_CASE
+@CAUSAL
 @SOME
 @given(seed=seeds, data=st.data())
 def test_chunks(policy, schedule, seed, data):
-    if not policy.causal:
-        return
     qkv, state = tensors(seed, 2, 50), None
     budget, prompt = (data.draw(st.lists(st.integers(1, n), min_size=2, max_size=2)) for n in (25, 52))
     edges = [0, *sorted(data.draw(st.sets(st.integers(1, 49), min_size=1, max_size=3))), 50]
@@ -117,13 +115,14 @@ def test_chunks(policy, schedule, seed, data):
         state = got.state, want.state
 
 
-@pytest.mark.parametrize("spare", [0, 2])
-@pytest.mark.parametrize("policy", [p for p in instances() if knows(p.keeps(9).rule)], ids=label)
+@pytest.mark.parametrize(
+    ("policy", "spare"),
+    [(p, n) for p in instances() if knows(p.keeps(9).rule) for n in (0, 2) if not n or "every" in p.schedules],
+    ids=label,
+)
 def test_token_by_token(policy, spare):
     """`SlotCache`: some chunks, a state loaded in the middle, rows in another order."""
     kept = policy.keeps(9)
-    if spare and "every" not in policy.schedules:
-        return
     schedule = Schedule("every", every=spare + 1) if spare else Schedule()
     qkv = tensors(5, 2, 50)
     rows = BatchRetention.of([kept] * 2, schedule)

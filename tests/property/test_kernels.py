@@ -16,8 +16,9 @@ from a2sf.engine.kernels import attend
 from a2sf.engine.kernels.cpu import SlotCache
 from a2sf.engine.retention import BatchRetention
 from a2sf.policies.base import UNLIMITED, Retention
+from tests.tiers import examples
 
-QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=examples(30), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 TOLERANCE, NEAR = 2e-5, 1e-5
 
 

@@ -11,7 +11,8 @@ from a2sf import attend
 from a2sf.scoring.passes.full_cache_prefix import cached_tokens, full_cache_prefix, pruned_scores
 from a2sf.scoring.passes.packing import pack
 from a2sf.scoring.passes.sequences import Model, ScoredSequence, pass_of
-from tests.policies import cases, label
+from tests.policies import cases, label, tiered
+from tests.tiers import examples
 
 LONGEST, HEADS, KV_HEADS, SIZE, LAYERS = 26, 4, 2, 4, 2
 CASES = cases()
@@ -73,22 +74,22 @@ def check_packed_is_alone(asked, max_tokens):
     assert sorted(seen) == list(range(len(asked)))
 
 
-@pytest.mark.parametrize(("policy", "schedule"), cases(), ids=label)
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.parametrize(("policy", "schedule"), tiered(CASES), ids=label)
+@settings(max_examples=examples(4), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(asked=requests(), max_tokens=st.sampled_from([20, 1000]))
 def test_packed_is_alone(policy, schedule, asked, max_tokens):
     check_packed_is_alone([(policy, schedule, *a) for a in asked], max_tokens)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(asked=requests(), max_tokens=st.sampled_from([20, 1000]), data=st.data())
 def test_rows_of_a_pass_may_follow_different_policies_and_schedules(asked, max_tokens, data):
     ways = data.draw(st.lists(st.sampled_from(CASES), min_size=1, max_size=4))
     check_packed_is_alone([(*way, *a) for way in ways for a in asked], max_tokens)
 
 
-@pytest.mark.parametrize(("policy", "schedule"), cases(), ids=label)
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.parametrize(("policy", "schedule"), tiered(CASES), ids=label)
+@settings(max_examples=examples(2), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(prompt=st.integers(1, 20), budget=st.integers(1, 24))
 def test_scores_are_counted_as_pruned_exactly_where_attention_was_not_whole(policy, schedule, prompt, budget):
     budget = max(budget, policy.min_budget)

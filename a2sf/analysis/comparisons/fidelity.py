@@ -18,9 +18,8 @@ import pandas as pd
 from scipy.special import log_softmax
 from statsmodels.stats.proportion import proportion_confint
 
-from a2sf.analysis.comparisons.pairs import AVERAGE
 from a2sf.analysis.results.documents import paired_documents, texts_of
-from a2sf.analysis.results.grid import Grid, System
+from a2sf.analysis.results.grid import AVERAGE, Grid, System
 from a2sf.analysis.statistics.paired import bootstrap_means, interval
 from a2sf.analysis.statistics.texts import Texts, tail_of
 from a2sf.errors import UserError

@@ -9,14 +9,11 @@ import numpy as np
 import pandas as pd
 
 from a2sf.analysis.results.documents import paired_documents, texts_of
-from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid, System
+from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, Grid, System
 from a2sf.analysis.statistics.paired import Difference, average_difference, holm, paired_difference
 from a2sf.analysis.statistics.texts import Texts
 from a2sf.errors import UserError
 from a2sf.store.runs import StoredCell
-
-AVERAGE = "average"
-"""Column name of the unweighted mean over tasks."""
 
 
 def paired_values(

@@ -19,6 +19,8 @@ SYSTEM = ["policy", "settings", "factor", "budget", "schedule", "variant"]
 """Columns that identify a row of a table."""
 DEFAULT_PAIR = ("a2sf", "h2o")
 """The project's main comparison: the first policy minus the second, at the same budget."""
+AVERAGE = "average"
+"""Column name of the unweighted mean over tasks."""
 STEP = "step"
 """The schedule of results that do not name one."""
 

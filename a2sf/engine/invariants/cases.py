@@ -1,4 +1,4 @@
-"""Random trials of a policy on plain tensors: what the invariants are tried on."""
+"""Random cases for a policy on plain tensors, which the invariants are checked on."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ MOST_LAYERS = 128
 
 @dataclass(frozen=True)
 class Case:
-    """One random trial. Tensors are float64, so that rounding decides between no two tokens.
+    """One random case. Tensors are float64, so that rounding decides between no two tokens.
 
     Attributes:
-        policy, schedule: what is tried.
+        policy, schedule: what is checked.
         layer, layers: of as many layers as the policy's settings fit, mostly one.
         budget: int64 [ROWS], `C`, from the policy's least to half the tokens.
         prompt: int64 [ROWS], each row's prompt, from one token to a few beyond its end.
@@ -51,14 +51,14 @@ class Case:
         return self.query, self.key, self.value
 
     def run(self, *tensors: Tensor, rows: Sequence[int] | Tensor | None = None, **more: Any) -> Ran:
-        """Attend `tensors`, all by default, with the numbers of the trial's `rows`."""
+        """Attend `tensors`, all by default, with the numbers of the case's `rows`."""
         numbers: dict[str, Any] = {"schedule": self.schedule, "layer": self.layer, "layers": self.layers}
         at = torch.arange(ROWS) if rows is None else torch.as_tensor(rows)
         numbers |= {"budget": self.budget[at], "prompt": self.prompt[at]} | more
         return Ran(*attend(self.policy, *(tensors or self.tensors), **numbers))
 
     def stated(self, row: int) -> Retention:
-        """What the policy says for that row."""
+        """What the policy states for that row."""
         prompt = int(self.prompt[row]) if self.schedule.prompt else None
         return self.policy.keeps(int(self.budget[row]), self.layer, self.layers, prompt)
 
@@ -71,13 +71,13 @@ class Ran:
     state: EvictionState
 
     @property
-    def kept(self) -> list[list[list[int]]]:
-        """The kept positions of each row and KV head."""
+    def retained(self) -> list[list[list[int]]]:
+        """The retained positions of each row and KV head."""
         return [[[p for p in head if p >= 0] for head in row] for row in self.state.positions.tolist()]
 
 
 def case(policy: Policy, schedule: Schedule, seed: int, layers: int | None = None) -> Case:
-    """The random trial of that number."""
+    """The random case of that number."""
     g = torch.Generator().manual_seed(seed)
     layers = layers_of(policy) if layers is None else layers
 
@@ -100,8 +100,8 @@ def case(policy: Policy, schedule: Schedule, seed: int, layers: int | None = Non
         key=normal(KV_HEADS),
         value=normal(KV_HEADS),
     )
-    alike = len({made.stated(row).rule for row in range(ROWS)}) == 1
-    return made if alike else replace(made, budget=made.budget[:1].expand(ROWS))
+    one_rule = len({made.stated(row).rule for row in range(ROWS)}) == 1
+    return made if one_rule else replace(made, budget=made.budget[:1].expand(ROWS))
 
 
 def layers_of(policy: Policy) -> int:

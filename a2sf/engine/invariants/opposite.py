@@ -1,4 +1,4 @@
-"""The opposite of a policy, which would evict what the policy keeps: shows whether a rule is looked at."""
+"""The opposite of a policy, which would evict what the policy retains: shows whether a rule has an effect."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from a2sf.policies.slots import head_slots
 
 @dataclass(frozen=True)
 class _Negative:
-    """A function of a rule with the sign of its numbers turned; `varied` notes of each call whether they differ."""
+    """A function of a rule with the opposite sign; `varied` notes for each call whether its numbers differ."""
 
     of: TokenFn | PriorityFn
     varied: list[bool] = field(default_factory=list, compare=False)
@@ -25,7 +25,7 @@ class _Negative:
         given = self.of(*shown)
         number = given[0] if isinstance(given, tuple) else given
         if not isinstance(number, Tensor):
-            return given  # the engine says what is wrong with it
+            return given  # the engine reports what is wrong with it
         real = number[shown[0].cached] if isinstance(shown[0], Step) else number
         self.varied.append(real.numel() > 0 and bool((real != real.flatten()[0]).any()))
         return (-number, *given[1:]) if isinstance(given, tuple) else -number
@@ -36,7 +36,7 @@ def _minus_one(keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
 
 
 def opposite(policy: Policy) -> tuple[Policy, list[bool]]:
-    """The policy with every priority negated, and a list that fills with whether its functions tell tokens apart."""
+    """The policy with every priority negated, and a list: for each call of its functions, whether tokens differ."""
     varied: list[bool] = []
 
     def negated(rule: Rule) -> Rule:
@@ -49,17 +49,21 @@ def opposite(policy: Policy) -> tuple[Policy, list[bool]]:
         return replace(rule, weight=_minus_one if rule.weight is None else _Negative(rule.weight), bias=bias)
 
     def keeps(*numbers: Any, **named: Any) -> Retention:
-        kept = policy.keeps(*numbers, **named)
-        return replace(kept, rule=negated(kept.rule))
+        stated = policy.keeps(*numbers, **named)
+        return replace(stated, rule=negated(stated.rule))
 
     other = copy.copy(policy)
     vars(other)["keeps"] = keeps
     return other, varied
 
 
-def chooses(kept: Retention, kv_heads: int, tokens: int) -> bool:
+def chooses(stated: Retention, kv_heads: int, tokens: int) -> bool:
     """Whether a layer that reads `tokens` tokens ever evicts one of several, so that its rule decides which."""
-    rule = kept.rule
-    slots = head_slots(rule.heads, kept.budget) if rule.heads else ((kept.budget, kept.recent, kept.sinks),) * kv_heads
+    rule = stated.rule
+    slots = (
+        head_slots(rule.heads, stated.budget)
+        if rule.heads
+        else ((stated.budget, stated.recent, stated.sinks),) * kv_heads
+    )
     ranks = rule.priority_fn is not None or rule.scored or rule.bias is not None
     return ranks and any(r + s < C < tokens for head, (C, r, s) in enumerate(slots) if head not in rule.full_heads)

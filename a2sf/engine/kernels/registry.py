@@ -104,7 +104,7 @@ class Backend(Protocol):
         ...
 
 
-class _Backend:
+class BaseBackend:
     """What most implementations have in common."""
 
     selectable: bool = True
@@ -121,7 +121,7 @@ class _Backend:
         return None
 
 
-class Dense(_Backend):
+class Dense(BaseBackend):
     """Masked attention in plain torch, where scores do not matter."""
 
     name, selectable = "dense", False
@@ -136,7 +136,7 @@ class Dense(_Backend):
         return attend_dense(call.query, call.key, call.value, call.segments, call.options)
 
 
-class Numba(_Backend):
+class Numba(BaseBackend):
     """The compiled kernel of the CPU."""
 
     name, compiled = "numba", True
@@ -164,7 +164,7 @@ class Numba(_Backend):
         return lambda shape: SlotCache(*shape, retention.rule, retention.schedule.spare)
 
 
-class Triton(_Backend):
+class Triton(BaseBackend):
     """The compiled kernel of GPUs."""
 
     name, compiled = "triton", True
@@ -185,7 +185,7 @@ class Triton(_Backend):
         return attend_triton(*call)
 
 
-class Torch(_Backend):
+class Torch(BaseBackend):
     """Plain torch, token by token over all rows and heads."""
 
     name = "torch"
@@ -194,7 +194,7 @@ class Torch(_Backend):
         return attend_torch(*call)
 
 
-class Reference(_Backend):
+class Reference(BaseBackend):
     """The readable implementation that the others are checked against."""
 
     name, automatic = "reference", False

@@ -1,6 +1,6 @@
-"""Calls that a kernel does not know, as several that it knows: a prompt, its cut and what follows; heads that differ.
+"""Splits a call that a kernel does not support into simpler calls: a prompt and what follows its cut; heads that differ.
 
-`run` attends a simpler call. What no kernel does is small and done here, in torch.
+`run` attends a simpler call. The cut itself is a small computation, done here in torch.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def splits(segments: Segments) -> Callable[[Run, Call], Attended] | None:
 
 
 def by_heads(run: Run, call: Call) -> Attended:
-    """The heads that keep everything, and the others by the rest of their rule."""
+    """The heads that retain everything, and the others by the rest of their rule."""
     segments, K = call.segments, call.key.shape[1]
-    whole = torch.zeros(K, dtype=torch.bool)
-    whole[list(segments.rule.full_heads)] = True
+    full = torch.zeros(K, dtype=torch.bool)
+    full[list(segments.rule.full_heads)] = True
     everything = segments.unlimited(ACCUMULATED)
     others = replace(segments, rule=replace(segments.rule, full_heads=()))
-    groups = [(heads.nonzero()[:, 0], part) for heads, part in ((whole, everything), (~whole, others)) if heads.any()]
+    groups = [(heads.nonzero()[:, 0], part) for heads, part in ((full, everything), (~full, others)) if heads.any()]
     return _together(run, groups, call)
 
 
@@ -68,7 +68,7 @@ def by_numbers(run: Run, call: Call) -> Attended:
             plain = replace(rule, heads=(), mean_over_age=rule.heads[at[0]].mean_over_age)
             own = replace(segments, budget=budget, recent=recent, sinks=sinks, forgetting_factor=factor, rule=plain)
             known.append((torch.tensor(at), own))
-        object.__setattr__(segments, "_by_numbers", known)  # the same for all layers that retain alike
+        object.__setattr__(segments, "_by_numbers", known)  # the same for all layers with these numbers
     return _together(run, known, call)
 
 
@@ -99,7 +99,7 @@ def _together(run: Run, groups: list[tuple[Tensor, Segments]], call: Call) -> At
 
 
 def by_prompt(run: Run, call: Call) -> Attended:
-    """Prompts with full attention, their cuts, and what follows on."""
+    """Prompts with full attention, their cuts, and the tokens after them."""
     return _Prompts(run, call).attended()
 
 
@@ -125,12 +125,12 @@ class _Node:
 
 
 class _Split(NamedTuple):
-    """Segments split where prompts end: what belongs to prompts, and what follows.
+    """Segments split where prompts end: their prompt tokens, and those after.
 
     Attributes:
-        nodes: of all segments.
-        reading, later: which segments the parts are of.
-        first, second: the parts, each with parents of its own; None where there is nothing to read.
+        nodes: one for each segment.
+        reading, later: which segments have tokens in the first part, and in the second.
+        first, second: the parts as segments with parents among themselves; None where there is nothing to read.
     """
 
     nodes: list[_Node]
@@ -157,7 +157,7 @@ class _Split(NamedTuple):
             )
         )
         first, second = (_pick(segments, nodes, ids) for ids in (reading, later))
-        # where the rule looks at the end of a prompt alone, its scores are made when the prompt has been read
+        # a rule that only looks at the end of a prompt is scored when the prompt has been read (`_observe`)
         first = first.unlimited(
             Rule(scored=rule.scored and rule.cut is None, count_above_uniform=rule.count_above_uniform)
         )
@@ -170,7 +170,7 @@ class _Split(NamedTuple):
 
 
 class _Prompts:
-    """One call under the prompt schedule; `ends` are the states after each segment, as far as it has been read."""
+    """One call under the prompt schedule; `ends` are the states at the end of what was read of each segment."""
 
     def __init__(self, run: Run, call: Call) -> None:
         self.run, self.call = run, call
@@ -194,7 +194,7 @@ class _Prompts:
         query, key, value = self.call[:3]
         output = self.ran[0].output if self.ran else query.new_zeros(*query.shape[:3], value.shape[-1])
         for more in self.ran[1:]:
-            output.add_(more.output)  # each is 0 where the other is not
+            output.add_(more.output)  # each is 0 where the other has tokens
         final = None
         if self.options.return_state:
             final = EvictionState.stack([self.ends[i] if i in self.ends else self._start(i) for i in range(len(nodes))])
@@ -231,7 +231,7 @@ class _Prompts:
                 self.ends[i] = ran.state.select(torch.tensor([at])).trim()
 
     def _observe(self, i: int) -> None:
-        """Let the last queries of its prompt that segment `i` holds add their attention to the scores."""
+        """Add the attention of the prompt's last queries, as far as they are in segment `i`, to the scores."""
         assert self.segments.prompt is not None
         node, end, row = self.split.nodes[i], self.ends[i], int(self.segments.row[i])
         K, N = end.scores.shape[1:]

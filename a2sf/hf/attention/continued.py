@@ -1,6 +1,6 @@
-"""A packed row's pass in parts: each segment goes on from the state that the part before left it with.
+"""A packed row's pass in parts: each segment continues the state that it had at the end of the part before.
 
-Only the row's columns of a part are computed at a time; from part to part is kept what later ones start from.
+Only one part's columns are computed at a time. Between parts only those states are stored that later parts start from.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ States = dict[tuple[int, int, int], EvictionState]
 
 @dataclass
 class Continued(Plan):
-    """What a part reads of a plan's segments.
+    """One part of a plan: some columns of its segments.
 
     Attributes:
-        whole: the plan.
-        of: which of its segments the part's are.
-        begin: of the part's segments without a parent, the segment whose state each goes on from; -1: none.
-        later: segments of the plan whose states parts after this go on from.
-        states: of the plan's segments, handed from part to part.
+        plan: the whole plan.
+        of: for each segment of the part, its segment of the plan.
+        begin: for each of the part's segments without a parent, the plan's segment whose state it continues; -1: none.
+        later: segments of the plan whose states later parts continue.
+        states: states of the plan's segments, shared by all parts.
     """
 
-    whole: Plan | None = None
+    plan: Plan | None = None
     of: Sequence[int] = ()
     begin: Sequence[int] = ()
     later: Set[int] = frozenset()
@@ -70,7 +70,7 @@ class Continued(Plan):
         return out.output
 
     def _before(self, at: tuple[int, int], key: Tensor, value: Tensor, rule: Rule) -> EvictionState | None:
-        """What the part's first segments go on from; None where all begin."""
+        """The states that the part's first segments continue; None where all begin."""
         if all(i < 0 for i in self.begin):
             return None
         dtype = accumulation_dtype(key.dtype)
@@ -79,12 +79,12 @@ class Continued(Plan):
         return EvictionState.stack([s.for_rule(rule) for s in found])
 
     def _end(self, segment: int) -> int:
-        assert self.whole is not None
-        return self.whole._end(self.of[segment])
+        assert self.plan is not None
+        return self.plan._end(self.of[segment])
 
 
 def parts_of(plan: Plan, columns: np.ndarray, ends: Sequence[int]) -> list[tuple[Continued, np.ndarray]]:
-    """A plan in parts that end at columns of its row, each with the plan's tokens that it reads, int64.
+    """A plan in parts that end at given columns of its row, each with the plan's tokens that it reads, int64.
 
     Args:
         columns: int64, where in the row each of the plan's tokens is; along a sequence they ascend.
@@ -103,14 +103,14 @@ def parts_of(plan: Plan, columns: np.ndarray, ends: Sequence[int]) -> list[tuple
             if upto == done[i]:
                 continue
             place[i] = len(of)
-            goes_on = i if done[i] else up
+            continues = i if done[i] else up
             inside = -1 if done[i] else place.get(up, -1)
             of.append(i)
             start.append(size)
             length.append(upto - done[i])
             parent.append(inside)
             if inside < 0:
-                begin.append(goes_on)
+                begin.append(continues)
             tokens.append(np.arange(first + done[i], first + upto))
             size += upto - done[i]
             done[i] = upto
@@ -126,7 +126,7 @@ def parts_of(plan: Plan, columns: np.ndarray, ends: Sequence[int]) -> list[tuple
             policy_on_sliding=plan.policy_on_sliding,
             backend=plan.backend,
             ran=plan.ran,
-            whole=plan,
+            plan=plan,
             of=of,
             begin=begin,
             states=states,
@@ -152,7 +152,7 @@ def mixed_in_parts(whole: Mixed, ends: Sequence[int]) -> list[Mixed]:
     for n, end in enumerate(ends):
         used = [(part, first[p] + tokens) for p, parts in enumerate(of_plans) for part, tokens in [parts[n]] if part.of]
         tokens = np.concatenate([t for _, t in used])
-        place = np.empty(first[-1], np.int64)
+        place = torch.empty(first[-1], dtype=torch.int64).numpy()
         place[tokens] = np.arange(len(tokens))
         pieces = [_piece(s, n, begin, end) for s, n in zip(whole.segments[1], whole.segments[2], strict=True)]
         device = whole.back.device

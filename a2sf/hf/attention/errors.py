@@ -20,13 +20,13 @@ class UnsupportedModel(UserError):
 
 
 class NonFiniteError(UserError):
-    """NaN or infinity where a result depends on it.
+    """NaN or infinity in a number that a result depends on.
 
     Attributes:
         where: what holds it, such as "the key of layer 3".
         dtype: what the model computes in.
-        rows: which rows of the batch, or segments of a packed row, it concerns; empty where that is not known.
-        subject: which document, where that is known.
+        rows: the rows of the batch, or the segments of a packed row, that hold it; empty where they are not known.
+        subject: the document, where it is known.
     """
 
     def __init__(self, where: str, dtype: torch.dtype, rows: Sequence[int] = (), subject: str = "") -> None:

@@ -1,8 +1,8 @@
-"""The one attention function given to transformers' AttentionInterface.
+"""The attention function that is registered with transformers' AttentionInterface.
 
-A model's layers call `pruned_attention` like any other attention implementation, in the contexts (of a thread or a task)
-where `attached` has their configs name it. What to do in each layer is in the context's active `Plan`, set by `running`.
-No modelling code is copied, and nothing is set on a model or its config.
+A model's layers call `pruned_attention` like any other attention implementation, in the contexts (of a thread or an asyncio
+task) in which `attached` makes their configs name it. The context's active `Plan`, set by `running`, says what to do in
+each layer. No modelling code is copied, and no attribute of a model or its config is set.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from a2sf.compat.transformers import can_set_attention
 from a2sf.engine.eviction import wants_gradient
 from a2sf.errors import UserError
 from a2sf.hf.attention.errors import UnsupportedModel
@@ -31,7 +32,7 @@ CHANGES_THE_RESULT = {
     "block_indices": "lets an index choose which blocks of tokens are seen (block_indices)",
     "head_mask": "masks heads (head_mask)",
 }
-"""Arguments known to change an attention's result, and how. Of any other, `exactness.check_exact` finds out by trying.
+"""Arguments that are known to change an attention's result, and how. `exactness.check_exact` detects all others.
 
 From every call of an attention function in transformers 5.24. `is_causal=False` and `dropout` are refused as well. The
 other arguments there, `position_ids cu_seq_lens_* max_length_* output_* deterministic use_cache` and what callers of a
@@ -59,12 +60,12 @@ class Pass(Protocol):
 
 
 active: ContextVar[Pass | None] = ContextVar("pass", default=None)
-"""The pass that `pruned_attention` follows in this context; set by `running`, and around a model's pruned call."""
+"""The pass that `pruned_attention` computes in this context; set by `running`, and around a model's pruned call."""
 
 
 @contextmanager
 def running(plan: Pass) -> Iterator[Pass]:
-    """Make `plan` the one that `pruned_attention` follows, for one forward pass.
+    """Make `plan` the pass that `pruned_attention` computes, for one forward pass.
 
     Raises:
         UnsupportedModel: at the end, if a layer did not call `pruned_attention` (its attention is its own).
@@ -76,7 +77,7 @@ def running(plan: Pass) -> Iterator[Pass]:
 
 @contextmanager
 def following(plan: Pass) -> Iterator[None]:
-    """The same without a look at the end; what is followed outside comes back however it ends."""
+    """The same without the check at the end; the outer pass is restored however the block ends."""
     before = active.get()
     try:
         active.set(plan)
@@ -94,7 +95,7 @@ def check_reached(plan: Pass) -> None:
         )
     if len(plan.reached) > plan.layers:
         raise UnsupportedModel(
-            f"{len(plan.reached)} layers of the model have an attention and its config tells of {plan.layers} "
+            f"{len(plan.reached)} layers of the model have an attention and its config states {plan.layers} "
             "(num_hidden_layers), so they cannot be given budgets; choose another model"
         )
 
@@ -103,7 +104,7 @@ def check_reached(plan: Pass) -> None:
 def attached(
     model: PreTrainedModel, implementation: str = IMPLEMENTATION, configs: Configs | None = None
 ) -> Iterator[None]:
-    """Let `model` call `pruned_attention` (or another registered one) in this context; elsewhere it calls its own.
+    """Let `model` call `pruned_attention` (or another registered function) in this context; elsewhere it calls its own.
 
     Args:
         configs: the model's, where they are known (`configs_of`).
@@ -111,7 +112,7 @@ def attached(
     Raises:
         UnsupportedModel: if the model's attention cannot be set.
     """
-    if not model._can_set_attn_implementation():
+    if not can_set_attention(model):
         raise UnsupportedModel(
             f"{type(model).__name__} has an attention of its own that transformers' AttentionInterface does not reach, "
             "so it would run unpruned; choose another model"
@@ -156,7 +157,7 @@ def pruned_attention(
 
 
 class _WithoutGradient(torch.autograd.Function):
-    """An output that cannot be differentiated, which whoever tries is told; without it, gradients would lack a part."""
+    """An output without a gradient: differentiating it raises an error, instead of giving a gradient that lacks a part."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, *inputs: Tensor) -> Tensor:
@@ -174,7 +175,7 @@ def check_arguments(module: nn.Module, dropout: float, other: dict[str, Any]) ->
     """The number of the layer that calls its attention.
 
     Raises:
-        UnsupportedModel: if it has none, or hands on what is known to change the attention.
+        UnsupportedModel: if it has none, or passes an argument that is known to change the attention.
     """
     name = type(module).__name__
     layer = getattr(module, "layer_idx", None)

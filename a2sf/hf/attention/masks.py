@@ -1,8 +1,8 @@
-"""What a call's arguments ask of the attention: the engine's is causal, within a sliding window and without padding.
+"""Refuses calls whose mask is not causal attention, within a sliding window and without padding.
 
-transformers composes a model's mask from the arguments of a call (`token_type_ids` of images, `position_ids` that begin
-anew) and hands it to the function that is registered here, once per kind of mask and call. A mask that shows or hides
-anything else is refused: the engine would drop it without a word.
+From the arguments of a call (`token_type_ids` of images, `position_ids` that begin anew) transformers composes a model's
+mask, and gives it to the function registered here, once per kind of mask and call. A mask that shows or hides anything
+else is refused, because the engine would ignore it.
 """
 
 from __future__ import annotations
@@ -14,24 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import (
-    and_masks,
-    causal_mask_function,
-    find_packed_sequence_indices,
-    sdpa_mask,
-    sliding_window_overlay,
-)
 
+from a2sf.compat.transformers import is_causal, made_mask, packed
 from a2sf.hf.attention.errors import UnsupportedModel
 from a2sf.hf.attention.function import IMPLEMENTATION
 
 PLAIN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "logits_to_keep", "cache_position"}
 """Tensors of a call that do not shape a mask, but for padding and positions that begin anew."""
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-"""How a caller tells where the sequences of a packed row end; transformers hands it to attention kernels alone."""
+"""Arguments that say where the sequences of a packed row end; transformers gives them to attention kernels only."""
 
 CACHE_NAMES = ("cache", "past_key_values")
-"""What transformers' models call the cache they are given."""
+"""The names of the cache among the arguments of transformers' models."""
 
 arguments: ContextVar[Sequence[str] | None] = ContextVar("arguments", default=None)
 """The names of a call's tensors that may shape its mask; None where the pass in force made its positions itself."""
@@ -41,16 +35,16 @@ def check_call(model: PreTrainedModel, named: dict[str, Any]) -> tuple[str, ...]
     """The names of a call's tensors that may shape its mask, for `arguments`.
 
     Raises:
-        UnsupportedModel: if the call asks by name for what the engine does not do.
+        UnsupportedModel: if an argument asks for what the engine does not do.
     """
     mask = named.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         raise UnsupportedModel(
             "only a padding mask [batch, tokens] can be used with pruning; give attention_mask as one"
         )
-    if packed := [n for n in PACKED if named.get(n) is not None]:
+    if names := [n for n in PACKED if named.get(n) is not None]:
         raise UnsupportedModel(
-            f"{packed[0]} packs several sequences into one row, which pruning does not keep apart; give each sequence a "
+            f"{names[0]} packs several sequences into one row, which pruning does not keep apart; give each sequence a "
             "row of its own, with padding and attention_mask"
         )
     shows = named.get("output_attentions")
@@ -68,11 +62,11 @@ def packs(named: dict[str, Any]) -> bool:
     positions = named.get("position_ids")
     if named.get("attention_mask") is not None or any(named.get(n) is not None for n in CACHE_NAMES):
         return False
-    return positions is not None and positions.ndim == 2 and find_packed_sequence_indices(positions) is not None
+    return positions is not None and positions.ndim == 2 and packed(positions)
 
 
 def no_mask(*, mask_function: Callable[..., Tensor], **settings: Any) -> None:
-    """Instead of a mask: nothing, since the pass in force knows where the padding is; one that says more is refused.
+    """Makes no mask, since the active pass knows where the padding is; a mask that says more is refused.
 
     Raises:
         UnsupportedModel: if it does.
@@ -91,12 +85,6 @@ def no_mask(*, mask_function: Callable[..., Tensor], **settings: Any) -> None:
     )
 
 
-def is_causal(mask_function: Callable[..., Tensor]) -> bool:
-    """Whether transformers made a mask function of causal attention and sliding windows alone."""
-    found = {_code(part) for part in _parts(mask_function)}
-    return _CAUSAL in found and found <= {_CAUSAL, _WINDOW}
-
-
 def shows_the_same(
     mask_function: Callable[..., Tensor],
     *,
@@ -111,12 +99,10 @@ def shows_the_same(
 ) -> bool:
     """Whether a mask is causal attention, or a sliding window, on this call's tokens that are no padding.
 
-    It is made for it, as the model would have; arguments as transformers gives them.
+    The mask is made as the model would make it; arguments as transformers gives them.
     """
-    settings |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     settings |= {"q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "kv_offset": kv_offset}
-    shown = sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **settings)
-    assert shown is not None
+    shown = made_mask(mask_function, attention_mask, settings)
     device = shown.device
     key = torch.arange(kv_length, device=device) + kv_offset
     distance = (torch.arange(q_length, device=device) + q_offset)[:, None] - key
@@ -130,17 +116,4 @@ def shows_the_same(
     return any(torch.equal(shown, expected if w is None else expected & (distance < w)) for w in windows)
 
 
-def _parts(mask_function: Callable[..., Tensor]) -> list[Callable[..., Tensor]]:
-    """The functions of which all must show a token, as far as they are known."""
-    if _code(mask_function) is not _ALL:
-        return [mask_function]
-    (functions,) = (cell.cell_contents for cell in getattr(mask_function, "__closure__", ()))
-    return [part for function in functions for part in _parts(function)]
-
-
-def _code(function: Callable[..., Any]) -> Any:
-    return getattr(function, "__code__", None)
-
-
-_CAUSAL, _ALL, _WINDOW = (_code(f) for f in (causal_mask_function, and_masks(), sliding_window_overlay(1)))
 AttentionMaskInterface.register(IMPLEMENTATION, no_mask)

@@ -1,4 +1,4 @@
-"""One forward pass whose sequences follow several policies and schedules: the model's matrices once, the caches apart."""
+"""One forward pass whose sequences follow several policies and schedules: one pass of the model, separate caches."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from a2sf.hf.attention.plan import Plan
 
 @dataclass
 class Mixed:
-    """A pass over one packed row [1, T] of several parts, each a `Plan` on columns of the row.
+    """A pass over one packed row [1, T] that several plans share, each for some columns of the row.
 
-    A column may be in several parts: two sequences that begin alike are one to the model and two to the engine, where they
-    are scored or forgotten differently.
+    A column may belong to several plans: the common beginning of two sequences is read once by the model, and twice by the
+    engine where their policies differ.
 
     Attributes:
-        plans: of each part; its segments lie in the part's own row, which is the row's `columns`.
-        columns: int64 tensors, where in the row the tokens of each part's row are.
-        back: int64 [T], for each column of the row, where among the parts' tokens, laid end to end, its output is.
-        segments: row, first column and length of the row's own segments, which errors count by.
+        plans: the plans; the segments of each lie in a row of its own, which consists of its `columns`.
+        columns: for each plan an int64 tensor, the columns of the row that are its tokens.
+        back: int64 [T], for each column of the row the index of its output among the tokens of all plans, end to end.
+        segments: row, first column and length of the row's own segments, which errors are counted by.
     """
 
     plans: Sequence[Plan]

@@ -1,8 +1,8 @@
-"""Which attention a model's configs name: another one in the calls that are pruned than in everybody else's.
+"""Lets a model's configs name another attention in pruned calls than in all other calls.
 
-transformers' models look up their attention, and how their masks are made, by `config._attn_implementation` at every call.
-All threads share the config, so it is never set here. What it gives when it is read depends on who reads: a context (that
-of a thread or of an asyncio task) that is in a pruned call sees another name, all others see the config's own.
+At every call transformers' models look up their attention and their masks by `config._attn_implementation`. All threads
+share the config, so it is never changed here. Instead its value depends on the context (of a thread or an asyncio task)
+that reads it: in a pruned call it is another name, elsewhere the config's own.
 """
 
 from __future__ import annotations
@@ -15,35 +15,32 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from a2sf.hf.attention.held import Held
-
-PROPERTY = "_attn_implementation"
-OWN = "_attn_implementation_internal"
-"""Where a config holds what the property gives."""
+from a2sf.compat.transformers import ATTENTION, set_stated_attention, stated_attention
+from a2sf.hf.attention.context import ContextStack
 
 Configs = Mapping[int, PreTrainedConfig]
 """By `id`, because configs have no hash."""
 
 
-_namings: Held[tuple[Configs, str | None]] = Held("namings")
+_namings: ContextStack[tuple[Configs, str | None]] = ContextStack("namings")
 
 
 @contextmanager
 def named(configs: Configs, name: str | None) -> Iterator[None]:
     """`configs` name the attention `name` when they are read in this context; None: their own."""
-    own = {i: getattr(config, OWN, None) for i, config in configs.items()}
+    own = {i: stated_attention(config) for i, config in configs.items()}
     try:
-        with _namings.holding((configs, name)):
+        with _namings.entered((configs, name)):
             yield
     finally:
         for i, config in configs.items():
-            # a model that was made of this config inside has written down what it read
-            if name is not None and vars(config).get(OWN) == name != own[i]:
-                vars(config)[OWN] = own[i]
+            # a model that was made with this config inside the block has stored the name that it read
+            if name is not None and stated_attention(config) == name != own[i]:
+                set_stated_attention(config, own[i])
 
 
 def configs_of(model: nn.Module) -> Configs:
-    """Every config that a part of `model` may read, which can be told from then on."""
+    """All configs that parts of `model` may read; their property depends on the context from then on."""
     found: dict[int, PreTrainedConfig] = {}
     todo = [x for module in model.modules() for x in vars(module).values() if isinstance(x, PreTrainedConfig)]
     while todo:
@@ -56,20 +53,20 @@ def configs_of(model: nn.Module) -> Configs:
 
 
 def _make_readable(kind: type) -> None:
-    """Let the property of a class of configs (transformers' own, as good as always) ask the context first."""
+    """Make the property of a class of configs (nearly always transformers' own) look at the context first."""
     for base in kind.__mro__:
-        prop = vars(base).get(PROPERTY)
+        prop = vars(base).get(ATTENTION)
         if isinstance(prop, property) and prop.fget is not None and prop.fget not in _readers:
             reader = _reader(prop.fget)
             _readers.add(reader)
-            setattr(base, PROPERTY, property(reader, prop.fset, prop.fdel, prop.__doc__))
+            setattr(base, ATTENTION, property(reader, prop.fset, prop.fdel, prop.__doc__))
 
 
 _readers: set[Callable[[Any], Any]] = set()
 
 
 def _reader(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The getter of the property; `own` gives what the config itself names."""
+    """The getter of the property; `own` gives the config's own name."""
 
     def read(config: PreTrainedConfig) -> Any:
         if not torch.compiler.is_compiling():  # compiled code is the model's own; pruned calls run outside of it

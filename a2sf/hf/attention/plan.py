@@ -25,17 +25,17 @@ class Plan:
 
     Attributes:
         row, start, length, parent: the segments of the packed input (see `a2sf.engine.eviction.Segments`).
-        retention: `retention(segment, layer)`: what a layer keeps of the sequence through a segment.
-        schedule: when tokens are evicted; a sliding window of the model's own always goes step by step.
+        retention: `retention(segment, layer)`: what a layer retains of the sequence through a segment.
+        schedule: when tokens are evicted; under a sliding window of the model's own always step by step.
         prompt: `prompt(segment)`: tokens of the prompt of the sequence through a segment; for the prompt schedule.
         layers: attention layers of the model.
         policy_on_sliding: whether the policy acts on layers that have a sliding window of their own; False for models
-            that mix such layers with global ones, whose sliding layers stay as the model defines them.
+            that mix such layers with global ones; their sliding layers remain as the model defines them.
         backend: which implementation runs.
-        trace: whether to note in `evicted` what each layer evicts (see `Attended`), and of a single sequence
-            without padding when each position went, in `gone`, int32 [B, K, T], and the attention behind it, in `received`
-            and `lost` (`trace.attention_mass`).
-        serves: what the caller calls the sequences that are read.
+        trace: whether to note by layer what is evicted, in `evicted` (see `Attended`); for a single sequence without
+            padding also the step at which each position is evicted, in `evicted_at` int32 [B, K, T], and the attention
+            behind it, in `received` and `lost` (`trace.attention_mass`).
+        serves: the caller's numbers of the sequences that are read.
         ran: which implementations ran (`a2sf.engine.kernels.noting`).
     """
 
@@ -54,7 +54,7 @@ class Plan:
     ran: set[str] = field(default_factory=set)
     reached: set[int] = field(default_factory=set)
     evicted: dict[int, Tensor] = field(default_factory=dict)
-    gone: dict[int, Tensor] = field(default_factory=dict)
+    evicted_at: dict[int, Tensor] = field(default_factory=dict)
     received: dict[int, Tensor] = field(default_factory=dict)
     lost: dict[int, Tensor] = field(default_factory=dict)
     _segments: dict[Any, Segments] = field(default_factory=dict)
@@ -111,7 +111,7 @@ class Plan:
 
     @property
     def plans(self) -> list[Plan]:
-        """Itself, as a pass of several plans has them."""
+        """This plan, in the form of a pass of several plans."""
         return [self]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
@@ -122,7 +122,7 @@ class Plan:
     def checked(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
     ) -> Tensor:
-        """The same of tensors that are known to be finite."""
+        """The same for tensors that are known to be finite."""
         options = Options(scale=scale, trace=self.trace)
         with noting() as names:
             out = attend(query, key, value, self.segments(layer, window), options, backend=self.backend)
@@ -131,8 +131,8 @@ class Plan:
         if out.evicted is not None:
             noted = {"evicted": out.evicted}
             if list(self.length) == [query.shape[2]]:
-                noted["gone"] = gone = steps_of(out)
-                noted["received"], noted["lost"] = attention_mass(query, key, gone, scale)
+                noted["evicted_at"] = at = steps_of(out)
+                noted["received"], noted["lost"] = attention_mass(query, key, at, scale)
             for name, found in noted.items():
                 known = getattr(self, name)
                 # a layer that calls its attention several times has the heads of all calls, in their order

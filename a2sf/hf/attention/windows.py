@@ -8,13 +8,13 @@ from a2sf.hf.attention.errors import UnsupportedModel
 from a2sf.policies.base import UNLIMITED, Retention
 
 
-def within_window(kept: Retention, window: int, layer: int, tokens: int, policy_on_sliding: bool) -> Retention:
-    """What a layer with a sliding window of its own keeps of a sequence of `tokens` tokens.
+def within_window(stated: Retention, window: int, layer: int, tokens: int, policy_on_sliding: bool) -> Retention:
+    """What a layer with its own sliding window retains of a sequence of `tokens` tokens.
 
     Raises:
         UnsupportedModel: if a policy is to act on the layer and the sequence is longer than its window.
     """
-    if keeps_window(kept, policy_on_sliding):
+    if keeps_window(stated, policy_on_sliding):
         # the token itself and window - 1 before it: what a sliding window of window - 1 cached tokens attends to
         return Retention(budget=window - 1, recent=window - 1)
     if tokens > window:
@@ -22,12 +22,12 @@ def within_window(kept: Retention, window: int, layer: int, tokens: int, policy_
             f"layer {layer} has a sliding window of {window} tokens of its own and a sequence has {tokens}: pruning "
             "beyond the model's window is not supported, shorten the sequences"
         )
-    return kept
+    return stated
 
 
-def keeps_window(kept: Retention, policy_on_sliding: bool) -> bool:
-    """Whether a layer with a sliding window of its own goes by that, step by step, and not by what the policy says."""
-    return not policy_on_sliding or kept.budget == UNLIMITED
+def keeps_window(stated: Retention, policy_on_sliding: bool) -> bool:
+    """Whether a layer with its own sliding window follows that, step by step, instead of the policy."""
+    return not policy_on_sliding or stated.budget == UNLIMITED
 
 
 def mixes_windows(config: Any) -> bool:

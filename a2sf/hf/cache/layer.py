@@ -1,10 +1,4 @@
-"""One layer of a bounded cache: rows of several lengths and budgets, read in one go, in chunks, or token by token.
-
-On the CPU what is cached lies in memory allocated once (`kernels.cpu.SlotCache`); elsewhere, in float64, while a prompt is
-read that nothing is evicted from, and under rules that the compiled kernel does not know, it is the state that
-`a2sf.engine.kernels.attend` hands on. Heads that hold more than others lie in memory of their own.
-Shapes as in `a2sf.engine.state`.
-"""
+"""The cache of one layer, as transformers has them."""
 
 from __future__ import annotations
 
@@ -21,10 +15,10 @@ from a2sf.hf.cache.store import How, Slots, Step
 
 
 class PrunedLayer(CacheLayerMixin):
-    """The cache of one layer; `PrunedCache` states what is `kept` before the first call.
+    """The cache of one layer; `PrunedCache` sets its `retention` before the first call.
 
     A layer that calls its attention several times in a pass (DiffLlama: the same keys with two halves of the values)
-    has as many `Slots`, and `state` and `evicted` show the KV heads of all of them, in the order of the calls.
+    has as many `Slots`; `state` and `evicted` have the KV heads of all of them, in the order of the calls.
 
     Args:
         how: how its attention is computed.
@@ -50,12 +44,12 @@ class PrunedLayer(CacheLayerMixin):
 
     @property
     def shape(self) -> dict[str, Any]:
-        """What `restore` makes the layer's attentions of: the KV heads of each, query heads of each of those, its window."""
+        """What `restore` needs: the KV heads of each attention, the query heads of each of those, the layer's window."""
         heads, group = ([getattr(s, name) for s in self._slots] for name in ("heads", "group"))
         return {"heads": heads, "group": group, "window": self.window}
 
     def restore(self, retention: BatchRetention, shape: Mapping[str, Any], state: EvictionState) -> None:
-        """Go on from a state in an empty layer, made as `shape` says."""
+        """Continue from a state in an empty layer with the attentions of `shape`."""
         self.retention, self.window, self._slots = retention, shape["window"], []
         for heads, group in zip(shape["heads"], shape["group"], strict=True):
             slots = Slots(retention, self.how)
@@ -71,7 +65,7 @@ class PrunedLayer(CacheLayerMixin):
         """Insert, attend, score and evict the call's tokens, [B, H, T, V].
 
         Args:
-            more: how many tokens may come after these, where that is known; bounds the memory of what is not evicted.
+            more: how many tokens may follow, if that is known; it bounds the memory where nothing is evicted.
             which: how many times the layer called its attention before in this pass.
         """
         if which == len(self._slots):
@@ -94,7 +88,7 @@ class PrunedLayer(CacheLayerMixin):
             slots.check(part)
 
     def load(self, state: EvictionState) -> None:
-        """Go on from a state of as many rows, instead of what is cached."""
+        """Continue from a state with as many rows, instead of what is cached."""
         for slots, part in zip(self._slots, self._parts(state), strict=True):
             slots.load(part)
 
@@ -122,7 +116,7 @@ class PrunedLayer(CacheLayerMixin):
         """The heads of each of the layer's attentions."""
         return [state.heads(h) for h in torch.arange(state.positions.shape[1]).split([s.heads for s in self._slots])]
 
-    # what transformers asks of a layer; `PrunedCache` answers for all of them
+    # what transformers calls of a layer; `PrunedCache` answers for all layers
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,8 @@
-"""What is cached for the attentions of one layer: in memory allocated once, or as a state."""
+"""The caches of one layer's attention: in memory allocated once where a backend has some, else as a state.
+
+Memory is used from the end of a prompt on, for rules that the compiled kernel supports. Elsewhere the state is handed from
+call to call. Heads that hold more tokens than others have memory of their own. Shapes as in `a2sf.engine.state`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from a2sf.policies.rule import ACCUMULATED
 from a2sf.policies.slots import head_slots
 
 GROWTH = 256
-"""Slots to spare, at least, where no budget and no length bounds a cache."""
+"""The least number of free slots that are allocated where neither a budget nor a length bounds a cache."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class How:
     Attributes:
         positions: the longest sequence that the model can read.
         backend: as for `a2sf.engine.kernels.attend`.
-        trace: keep note of what every step evicts.
+        trace: record what every step evicts.
     """
 
     positions: int
@@ -54,10 +58,10 @@ class How:
 
 
 class Store:
-    """What some KV heads of an attention have cached: all of them, or those that hold about as much.
+    """The cache of some KV heads of an attention: of all, or of those that hold about the same number of tokens.
 
     Args:
-        heads: int64 [K'], which of the attention's KV heads.
+        heads: int64 [K'], the attention's KV heads that are cached here.
         retention: what each row retains of them.
         group: query heads of each.
     """
@@ -65,12 +69,12 @@ class Store:
     def __init__(self, heads: Tensor, retention: BatchRetention, how: How, group: int) -> None:
         self.heads, self.retention, self.how, self.group = heads, retention, how, group
         self.queries = (heads[:, None] * group + torch.arange(group)).flatten()  # the query heads that read them
-        # one of the two holds what is cached; the memory stays while a state is made of it
+        # either memory or state is what is cached; the memory is reused after a state was made of it
         self._memory: TokenCache | None = None
         self._new_cache: NewCache | None = None
         self._state: EvictionState | None = None
-        self._slots = self._held = 0  # slots there are, and the most that are taken in any head
-        self._rule = retention.rule  # that of the policy; what is retained after a prompt may go by a simpler one
+        self._slots = self._held = 0  # allocated slots, and the most cached tokens of any head
+        self._rule = retention.rule  # the policy's; what is retained after a prompt may follow a simpler one
 
     @property
     def nbytes(self) -> int:
@@ -92,11 +96,11 @@ class Store:
         return attended
 
     def settle(self, seen: Tensor, more: int | None) -> None:
-        """After a call, put what is cached where the next one goes on.
+        """After a call, move the state into memory, where there is some for it.
 
         Args:
             seen: int64 [B], tokens of each row so far.
-            more: how many may come, where that is known.
+            more: how many tokens may follow, if that is known.
         """
         state = self._state
         if state is None:
@@ -125,7 +129,7 @@ class Store:
         return state.for_rule(self._rule)
 
     def load(self, state: EvictionState) -> None:
-        """Go on from a state of as many rows; `settle` is to follow."""
+        """Continue from a state with as many rows; `settle` is to follow."""
         self._state, self._memory, self._slots = state, None, 0
 
     def select(self, rows: Tensor) -> None:
@@ -156,10 +160,10 @@ class Store:
 
 
 class Slots:
-    """What is cached for one attention of a layer, in one `Store` or in several.
+    """The cache of one attention of a layer, in one `Store` or in several.
 
-    Heads that keep everything are apart from the others, and after a prompt's cut that shifts slots between heads those
-    that hold about as many are together, so that no head takes the memory of a larger one.
+    Heads that retain everything are stored separately. After a prompt's cut that shifts slots between heads, those with
+    about the same number of tokens are stored together, so that no head takes the memory of a larger one.
     """
 
     def __init__(self, retention: BatchRetention, how: How) -> None:
@@ -170,7 +174,7 @@ class Slots:
         self._evicted: list[Tensor] = []
         self._cuts: list[Tensor] = []
         self._columns = 0
-        self._apart = False  # whether the heads are as the prompt's cut left them
+        self._cut = False  # whether the heads are stored as the prompt's cut left them
 
     @property
     def nbytes(self) -> int:
@@ -205,11 +209,11 @@ class Slots:
         )
 
     def check(self, state: EvictionState) -> None:
-        """Raise `UserError` where this could not hold a state."""
+        """Raise `UserError` if this cache could not hold `state`."""
         check_state(self.retention, state)
 
     def load(self, state: EvictionState) -> None:
-        """Go on from a state of as many rows, instead of what is cached."""
+        """Continue from a state with as many rows, instead of what is cached."""
         self._arrange([torch.arange(self.heads)])
         for store in self._stores:
             store.load(state.heads(store.heads).trim().contiguous())
@@ -233,8 +237,8 @@ class Slots:
         for store in self._stores:
             store.select(rows)
 
-    def _arrange(self, together: list[Tensor]) -> None:
-        """Empty stores for the heads that are to be together, with heads that keep everything apart."""
+    def _arrange(self, groups: list[Tensor]) -> None:
+        """Make empty stores, one for each group of heads; heads that retain everything have stores of their own."""
         rule = self.retention.rule
         full_heads = (
             () if rule.priority_fn is not None else rule.full_heads
@@ -243,22 +247,22 @@ class Slots:
         full[list(full_heads)] = True
         everything, others = self.retention.unlimited(ACCUMULATED), self.retention
         others = replace(others, rule=replace(rule, full_heads=())) if full_heads else others
-        self._stores, self._apart = [], False
-        for heads in together:
+        self._stores, self._cut = [], False
+        for heads in groups:
             for retention, some in ((everything, heads[full[heads]]), (others, heads[~full[heads]])):
                 if len(some):
                     self._stores.append(Store(some, retention, self.how, self.group))
         self._back = torch.cat([s.heads for s in self._stores]).argsort()
 
     def _settle(self, seen: Tensor, more: int | None) -> None:
-        if self.retention.across_heads and not self._apart and self.retention.prompts_read(seen):
+        if self.retention.across_heads and not self._cut and self.retention.prompts_read(seen):
             state = self._stores[0].state()
             sizes = _rounded(state.counts.amax(0).cpu())
             if len(sizes.unique()) > 1:
                 self._arrange([(sizes == n).nonzero()[:, 0] for n in sizes.unique()])
                 for store in self._stores:
                     store.load(state.heads(store.heads).trim().contiguous())
-            self._apart = True
+            self._cut = True
         for store in self._stores:
             store.settle(seen, more)
 
@@ -275,7 +279,7 @@ class Slots:
 
 
 def _rounded(slots: Tensor) -> Tensor:
-    """Numbers of slots, rounded up to few different ones, by an eighth at most or to 16."""
+    """Numbers of slots, rounded up to few different numbers: to multiples of 16, or by an eighth at most."""
     unit = 2 ** (slots.clamp(min=1).double().log2().floor().long() - 3).clamp(min=4)
     return (slots + unit - 1) // unit * unit
 
@@ -288,8 +292,8 @@ def check_state(retention: BatchRetention, state: EvictionState) -> None:
     """
     rule = retention.rule
     memory = None if state.memory is None else state.memory.shape[-1]
-    differ = rule.shared and not bool((state.positions == state.positions[:, :1]).all())
-    if differ or memory != remembered(rule):
+    heads_differ = rule.shared and not bool((state.positions == state.positions[:, :1]).all())
+    if heads_differ or memory != remembered(rule):
         raise UserError("a state was made by another policy than this cache's; make a cache with the state's policy")
     counts = state.counts.cpu()
     counts[:, list(rule.full_heads)] = 0

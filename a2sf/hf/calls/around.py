@@ -1,6 +1,6 @@
-"""What happens around a model's calls, so that the attention function knows which cache and tokens a call is about.
+"""Wraps a model's calls, so that the attention function knows the cache and the tokens of a call.
 
-It is put there once per model; a call without a bounded cache, and outside of any scope, is left alone.
+A model is wrapped once. A call without a bounded cache, outside of any scope, is the model's own.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from a2sf.compat.torch import compiled_from, inside, is_compiled
 from a2sf.errors import Notice, UserError
+from a2sf.hf.attention.context import ContextStack
 from a2sf.hf.attention.errors import UnsupportedModel
 from a2sf.hf.attention.function import Pass, attached, check_reached, following
-from a2sf.hf.attention.held import Held
 from a2sf.hf.attention.masks import CACHE_NAMES, arguments, check_call
 from a2sf.hf.attention.named import Configs, configs_of, named
 from a2sf.hf.calls.chunks import Call, columns, joined, splits
@@ -33,12 +34,12 @@ from a2sf.hf.calls.tokens import check_positions, tokens_of
 
 @runtime_checkable
 class BoundedCache(Protocol):
-    """A cache that a call goes through; `seen` int64 [B] counts each row's tokens so far, None before the first."""
+    """A cache that a call reads and writes; `seen` int64 [B] counts each row's tokens so far, None before the first."""
 
     seen: Tensor | None
 
     def parts(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> list[int]:
-        """Where the parts end, as columns, in which such a call is to be read; one that does not fit is refused."""
+        """The columns at which the parts of such a call end; a call that does not fit is refused."""
         ...
 
     def begin(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> Pass:
@@ -51,14 +52,14 @@ class BoundedCache(Protocol):
 
 
 class Scope(Protocol):
-    """What is done to the calls that have no bounded cache."""
+    """What is done with calls that have no bounded cache."""
 
     def supply(self, model: PreTrainedModel, cache: Any, keep: bool | None) -> BoundedCache | None:
-        """The cache for a call that was given `cache` (or None) and `use_cache=keep`; None: it keeps no cache."""
+        """The cache for a call that was given `cache` (or None) and `use_cache=keep`; None: it uses no cache."""
         ...
 
     def passing(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> BoundedCache | None:
-        """A cache to read a call in parts through that keeps none; None: it is read at once."""
+        """A cache for reading a call without a cache in parts; None: it is read at once."""
         ...
 
     def plan(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> Pass:
@@ -67,14 +68,14 @@ class Scope(Protocol):
 
 
 class Around:
-    """The `forward` of a model that is pruned: a call with a bounded cache, or in a scope, is a pass; others are its own.
+    """The `forward` of a pruned model: calls with a bounded cache, or in a scope, are passes; others are the model's own.
 
-    It is an attribute of the model, as accelerate does it for models on several devices, so that a pass ends with the
-    call however that ends: hooks of PyTorch are not run after Ctrl-C, nor after another hook that fails. Whatever belongs
-    to a call is in the call's own context.
+    It is an attribute of the model, as accelerate's is for models on several devices, so that a pass ends with the call,
+    however that ends: PyTorch runs no hooks after Ctrl-C, nor after another hook that fails. The data of a call are in the
+    call's own context.
 
     Args:
-        own: what the attribute was before, if it was there; None: the class's method.
+        own: the attribute's earlier value; None: there was none, and the class's method is called.
     """
 
     def __init__(self, model: PreTrainedModel, own: Callable[..., Any] | None = None) -> None:
@@ -102,7 +103,7 @@ class Around:
             cache.belongs_to(twin)
         return Around(twin, copy.deepcopy(self._own, memo))
 
-    @torch.compiler.disable(recursive=False)  # what it decides by is no part of a compiled graph
+    @torch.compiler.disable(recursive=False)  # its decisions are no part of a compiled graph
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._surrounded()
         own = self._own or MethodType(type(model).forward, model)
@@ -120,8 +121,8 @@ class Around:
             if not scopes and _scoped.get(model):
                 warnings.warn(_ELSEWHERE.format(type(model).__name__), Notice, stacklevel=2)
             return own(*args, **kwargs)
-        while hasattr(own, _ORIGINAL):
-            own = getattr(own, _ORIGINAL)
+        while (original := compiled_from(own)) is not None:
+            own = original
         return self._pruned(model, own, named, cache, scope)
 
     @torch.compiler.disable
@@ -133,7 +134,7 @@ class Around:
         cache: BoundedCache | None,
         scope: Scope | None,
     ) -> Any:
-        """A call in as many parts as it is read in."""
+        """A call, read at once or in parts."""
         tokens, hidden, shaping = tokens_of(named), None, check_call(model, named)
         shape, mask = (tokens.shape[0], tokens.shape[1]), named.get("attention_mask")
         parts = shape[1] > columns(shape[0], tokens.device) and splits(model, named)
@@ -199,15 +200,13 @@ class Around:
 
 Forward = Callable[..., Any]
 _inside: ContextVar[tuple[PreTrainedModel, ...]] = ContextVar("inside", default=())
-"""The models whose pass is on."""
-_scopes: Held[tuple[PreTrainedModel, Scope | None]] = Held("scopes")
+"""The models that are in a pass."""
+_scopes: ContextStack[tuple[PreTrainedModel, Scope | None]] = ContextStack("scopes")
 _scoped: weakref.WeakKeyDictionary[PreTrainedModel, int] = weakref.WeakKeyDictionary()
-"""How many scopes a model is in, in all contexts."""
-_ORIGINAL = "_torchdynamo_orig_callable"
-"""Where `torch.compile` holds what it was given."""
+"""The number of scopes that a model is in, over all contexts."""
 _lock = threading.Lock()
 _used: dict[int, object] = {}
-"""The caches that a call goes through, by `id`."""
+"""The caches that calls are using, by `id`."""
 _ELSEWHERE = (
     "this call of {} is not pruned: pruning(...) was entered in another thread or task and acts on the calls there; enter "
     "it where the model is called, or give the call a PrunedCache"
@@ -216,37 +215,37 @@ _ELSEWHERE = (
 
 @contextmanager
 def scoped(model: PreTrainedModel, scope: Scope | None) -> Iterator[None]:
-    """Calls of `model` in this context go through `scope`; None: they are the model's own."""
-    counted = False
+    """Calls of `model` in this context are handled by `scope`; None: they are the model's own."""
+    entered = False
     try:
         with _lock:
-            _scoped[model], counted = _scoped.get(model, 0) + (scope is not None), True
-        with _scopes.holding((model, scope)):
+            _scoped[model], entered = _scoped.get(model, 0) + (scope is not None), True
+        with _scopes.entered((model, scope)):
             yield
     finally:
         with _lock:
-            _scoped[model] = _scoped.get(model, 0) - (counted and scope is not None)
+            _scoped[model] = _scoped.get(model, 0) - (entered and scope is not None)
 
 
 @contextmanager
 def idle(model: PreTrainedModel) -> Iterator[None]:
-    """Calls of `model` are its own for a while, whatever `pruning` it is in."""
+    """Calls of `model` are its own inside the block, also within `pruning`."""
     with scoped(model, None), named(configs_of(model), None):
         yield
 
 
 def surround(model: PreTrainedModel) -> None:
-    """Have `model`'s calls go through an `Around`, once."""
+    """Wrap `model`'s calls in an `Around`, once."""
     with _lock:
         found = vars(model).get("forward")
         while found is not None and not (isinstance(found, Around) and found._model() is model):
-            found = getattr(found, "__wrapped__", None) or getattr(found, _ORIGINAL, None)
+            found = getattr(found, "__wrapped__", None) or compiled_from(found)
         if found is None:
             model.forward = Around(model, vars(model).get("forward"))
 
 
 def decoder_of(model: Any) -> PreTrainedModel:
-    """The transformers model inside of what wraps it: PEFT's adapters, torch.compile, data parallelism.
+    """The transformers model inside a wrapper: PEFT's adapters, torch.compile, data parallelism.
 
     Raises:
         UserError: if there is none.
@@ -255,10 +254,9 @@ def decoder_of(model: Any) -> PreTrainedModel:
     for _ in range(8):
         if isinstance(inner, PreTrainedModel):
             return inner
-        parts = getattr(inner, "_modules", {})
         if hasattr(inner, "get_base_model"):
             inner = inner.get_base_model()
-        elif (found := parts.get("_orig_mod", parts.get("module"))) is not None:
+        elif (found := inside(inner)) is not None:
             inner = found
         else:
             break
@@ -268,7 +266,7 @@ def decoder_of(model: Any) -> PreTrainedModel:
 
 
 def following_copy(cache: Any, model: PreTrainedModel | None, memo: dict[Any, Any]) -> PreTrainedModel | None:
-    """The model of `cache`, a copy of one of `model`; that of the copy, if it is copied too, now or later (`memo`)."""
+    """The model for `cache`, a copy of one for `model`: `model`'s copy, if it is copied too, now or later (`memo`)."""
     if id(model) not in memo:
         memo.setdefault(_copies_of(model), []).append(cache)
     return memo.get(id(model), model)
@@ -279,23 +277,23 @@ def _copies_of(model: PreTrainedModel | None) -> tuple[str, int]:
 
 
 def bare(model: PreTrainedModel) -> Forward:
-    """The model's own `forward`, without what `torch.compile` and `surround` put around it; it runs outside of graphs."""
+    """The model's own `forward`, without the wrappers of `torch.compile` and `surround`; it runs outside of graphs."""
     found = vars(model).get("forward")
     while True:
         if isinstance(found, Around):
             found = found._own
-        elif hasattr(found, _ORIGINAL):
-            found = getattr(found, _ORIGINAL)
+        elif (original := compiled_from(found)) is not None:
+            found = original
         else:
             return torch.compiler.disable(found or MethodType(type(model).forward, model))
 
 
 @contextmanager
 def _alone(cache: BoundedCache) -> Iterator[None]:
-    """A call goes through `cache`.
+    """Reserve `cache` for one call.
 
     Raises:
-        UserError: if another is on its way.
+        UserError: if another call is using it.
     """
     mine = object()
     try:
@@ -308,10 +306,10 @@ def _alone(cache: BoundedCache) -> Iterator[None]:
 
 
 def _check_reached(model: PreTrainedModel, current: Pass) -> None:
-    """Raise `UnsupportedModel` if a layer did not go through the pass."""
+    """Raise `UnsupportedModel` if a layer did not call the pruned attention."""
     if len(current.reached) < current.layers:
         parts = (m for m in model.modules() if m is not model)
-        if any(hasattr(m, _ORIGINAL) or m._compiled_call_impl is not None for m in parts):
+        if any(is_compiled(m) for m in parts):
             raise UnsupportedModel(
                 "parts of the model are compiled by torch.compile, whose code runs the model's own attention; compile the "
                 "model as a whole, or not at all"
@@ -320,12 +318,12 @@ def _check_reached(model: PreTrainedModel, current: Pass) -> None:
 
 
 def names_of(model: PreTrainedModel) -> list[str]:
-    """The names of what a model's call takes."""
+    """The names of the arguments of a model's call."""
     return list(inspect.signature(model.forward).parameters)
 
 
 def cache_name_of(model: PreTrainedModel) -> str:
-    """What a model's call names the cache that it is given."""
+    """The name of the cache among the arguments of a model's call."""
     return _cache_name(names_of(model))
 
 

@@ -1,7 +1,7 @@
-"""A long call through a bounded cache, read in parts: what is cached says all that later tokens need of earlier ones.
+"""A long call through a bounded cache, read in parts: later tokens need nothing of earlier ones but the cache.
 
-Only a part's activations are in memory at a time, and of each layer what the policy keeps. A prompt that is cut at its end
-is read at once up to there: one layer after the other then holds all of it for a while, in parts every layer would.
+Only one part's activations are in memory at a time, and each layer's cache. A prompt that is cut at its end is read at once
+up to there: then one layer after the other holds all of it for a short time; in parts every layer would hold it.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ TOKENS = {"cpu": 1024}
 """Tokens of a part, of all rows, by the kind of device; matrix products of more are hardly faster."""
 ELSEWHERE = 8192
 LEAST = 256
-"""Columns of a part, at least: what is cached is moved once per part."""
+"""The smallest number of columns of a part, because the cache is moved once per part."""
 TENSORS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"}
-"""Arguments of a model's call that are known to have a column per token."""
-ASKED_OF_ALL = ("output_hidden_states", "output_attentions", "output_router_logits")
+"""Arguments of a model's call that have one column per token."""
+OF_ALL_TOKENS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 def columns(rows: int, device: torch.device) -> int:
-    """Columns of a part of a batch of so many rows."""
+    """The number of columns of a part, for a batch of `rows` rows."""
     return max(LEAST, TOKENS.get(device.type, ELSEWHERE) // max(1, rows))
 
 
 def bounds(total: int, most: int, first: int = 0) -> list[int]:
-    """Where parts of about `most` columns end, the last at `total`, none before `first`; [total]: it is read at once."""
+    """Where parts of about `most` columns end: the last at `total`, none before `first`; [total]: read it at once."""
     rest = total - first
     if rest <= (most // 2 if first else most + most // 2):
         return [total]
@@ -42,30 +42,30 @@ def bounds(total: int, most: int, first: int = 0) -> list[int]:
 
 
 def splits(model: PreTrainedModel, named: dict[str, Any]) -> bool:
-    """Whether parts of a call, one after the other, tell what is asked of it; `named` are its arguments."""
+    """Whether the outputs of a call's parts are enough for its output; `named` are its arguments."""
     config, mask = model.config, named.get("attention_mask")
     if named.get("labels") is not None or not isinstance(named.get("logits_to_keep", 0), int):
         return False
     if not (config.return_dict if named.get("return_dict") is None else named["return_dict"]):
         return False
-    if any(getattr(config, n, False) if named.get(n) is None else named[n] for n in ASKED_OF_ALL):
+    if any(getattr(config, n, False) if named.get(n) is None else named[n] for n in OF_ALL_TOKENS):
         return False
     if packs(named):
-        return False  # a part would not show it
+        return False  # a part does not show where sequences begin
     return {n for n, x in named.items() if isinstance(x, Tensor)} <= TENSORS and (mask is None or mask.ndim == 2)
 
 
 @dataclass(frozen=True)
 class Call:
-    """A model's call of `total` columns: `run` reads some of them, `named` are its arguments; one that `splits`."""
+    """A model's call of `total` columns that `splits`: `run` reads some of the columns, `named` are its arguments."""
 
     run: Callable[..., Any]
     named: dict[str, Any]
     total: int
 
     @property
-    def asked(self) -> int:
-        """How many of the last columns' logits are asked for."""
+    def wanted(self) -> int:
+        """The number of last columns whose logits the caller wants."""
         return self.named.get("logits_to_keep", 0) or self.total
 
     def part(self, begin: int, end: int) -> dict[str, Any]:
@@ -82,15 +82,15 @@ class Call:
             else:
                 part[name] = x[..., begin:end]
         if "logits_to_keep" in part:
-            part["logits_to_keep"] = max(1, end - max(begin, self.total - self.asked))
+            part["logits_to_keep"] = max(1, end - max(begin, self.total - self.wanted))
         return part
 
     def read(self, ends: list[int]) -> list[Tensor]:
-        """Call the model on all parts but the last; what is asked for of them, in their order."""
+        """Call the model on all parts but the last; returns what the caller wants of them, in order."""
         found, begin = [], 0
         for end in ends[:-1]:
             output = self.run(**self.part(begin, end))
-            if end > self.total - self.asked:
+            if end > self.total - self.wanted:
                 found.append(output[_what(output)])
             begin = end
         return found
@@ -101,7 +101,7 @@ class Call:
 
 
 def joined(before: list[Tensor], output: ModelOutput, hidden: Any = None) -> ModelOutput:
-    """The output of a call whose last part gave `output`, without the cache `hidden` that it was not asked for."""
+    """The output of a call whose last part gave `output`, without `hidden`, a cache that the caller did not give."""
     shown = {name: x for name, x in output.items() if hidden is None or x is not hidden}
     if before:
         name = _what(output)

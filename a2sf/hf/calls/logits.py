@@ -1,6 +1,6 @@
-"""Logits of many columns, some at a time: the layers run once, the head as often as it takes.
+"""Logits of many columns, some at a time: the layers run once, the output head as often as needed.
 
-A vocabulary is the widest thing in a model; the logits of a pass of 1,024 tokens would often be larger than all else in it.
+The logits of a pass of 1,024 tokens would often take more memory than anything else in the pass.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from a2sf.compat.transformers import is_spread
 from a2sf.hf.attention.errors import NonFiniteError, UnsupportedModel
-from a2sf.hf.devices import is_spread
 
 ROWS = 128
 """Columns whose logits are in memory at a time."""
@@ -24,7 +24,7 @@ ROWS = 128
 def logits_in_parts(model: PreTrainedModel, index: Tensor, **inputs: Any) -> Iterator[Tensor]:
     """The logits [B, n, vocabulary] at the columns `index` (int64), at most `ROWS` columns at a time; as `logits_at`.
 
-    What the model does after its layers is done once per part, by the model itself.
+    The model itself computes what follows its layers, once per part.
 
     Raises:
         UnsupportedModel: as `logits_at`.
@@ -39,19 +39,19 @@ def logits_in_parts(model: PreTrainedModel, index: Tensor, **inputs: Any) -> Ite
     finally:
         hook.remove()
     if len(ran) != 1:
-        rest = []  # its layers are run in another way, so they must run again for what else is asked
+        rest = []  # its layers run in another way, so that all logits need another call
         if len(first) < len(index):
             logits = logits_at(model, index, **inputs)
     yield logits
     del logits
     for part in rest:
-        with _gives(base, ran[0]):
+        with _returning(base, ran[0]):
             yield logits_at(model, part, **inputs)
 
 
 @contextmanager
-def _gives(module: nn.Module, output: Any) -> Iterator[None]:
-    """Calls of one module give `output` for a while."""
+def _returning(module: nn.Module, output: Any) -> Iterator[None]:
+    """Calls of a module return `output` inside the block."""
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = lambda *args, **kwargs: output
     try:
@@ -66,10 +66,10 @@ def _gives(module: nn.Module, output: Any) -> Iterator[None]:
 def check_output(output: Any, real: Tensor | None) -> None:
     """Refuse a model's output that is NaN or infinity where a token counts.
 
-    The entries of a vocabulary may be -infinity, as some models mark those that no token uses, but not all of them.
+    Some entries of a vocabulary may be -infinity, as models mark those that no token uses, but not all.
 
     Args:
-        output: what the model returned; its logits [B, columns, vocabulary], of the last columns at least.
+        output: of the model, with logits [B, columns, vocabulary] of at least the last columns.
         real: bool [B, T], False for padding; None: every token counts.
 
     Raises:
@@ -93,21 +93,21 @@ def check_output(output: Any, real: Tensor | None) -> None:
 def logits_at(model: PreTrainedModel, index: Tensor, call: Callable[..., Any] | None = None, **inputs: Any) -> Tensor:
     """The model's logits [B, len(index), vocabulary] at the columns `index` (int64) of its input.
 
-    Only those are computed, where the model can. `call` is what is called instead of the model.
+    Only those are computed, if the model can do that. `call` is called instead of the model.
 
     Raises:
         UnsupportedModel: if the model gives logits of other columns.
     """
     columns = inputs["input_ids"].shape[1]
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    # numbers go to whichever device has the last layer; a tensor, accelerate would move to the first
-    columns_asked = index.tolist() if is_spread(model) else index
-    logits = (call or model)(**inputs, **({"logits_to_keep": columns_asked} if keeps else {})).logits
+    selects = "logits_to_keep" in inspect.signature(model.forward).parameters
+    # accelerate would move a tensor to the first device, not to that of the last layer
+    at = index.tolist() if is_spread(model) else index
+    logits = (call or model)(**inputs, **({"logits_to_keep": at} if selects else {})).logits
     if logits.shape[1] == columns != len(index):
         return logits[:, index]
     if logits.shape[1] != len(index):
         raise UnsupportedModel(
-            f"{type(model).__name__} was asked for the logits of {len(index)} of {columns} tokens and gave "
+            f"{type(model).__name__} should give the logits of {len(index)} of {columns} tokens and gave "
             f"{logits.shape[1]}; choose another model"
         )
     return logits

@@ -16,7 +16,7 @@ def tokens_of(named: dict[str, Any]) -> Tensor:
 
 
 def check_positions(given: Tensor, past: Tensor, shape: tuple[int, int]) -> None:
-    """Refuse positions that count earlier padding, which transformers makes where it was given no mask.
+    """Refuse positions that count earlier padding, as transformers makes them without a mask.
 
     Raises:
         UserError: if they do.
@@ -27,7 +27,7 @@ def check_positions(given: Tensor, past: Tensor, shape: tuple[int, int]) -> None
 
 
 def new_tokens(shape: tuple[int, int], past: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Where each row's new tokens are among `shape` = (B, T) columns: first column and number, int64 [B] each.
+    """Where each row's new tokens are among `shape` = (B, T) columns: first column and number of tokens, int64 [B] each.
 
     Raises:
         UserError: if the mask has another size, or a gap within a row's new tokens.
@@ -39,15 +39,15 @@ def new_tokens(shape: tuple[int, int], past: int, mask: Tensor | None) -> tuple[
 
 
 def ragged_tokens(shape: tuple[int, int], past: int, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `new_tokens`, and where a row has a gap the columns int64 [B, T] in an order that brings its tokens together.
+    """As `new_tokens`; if a row has a gap, also an order of the columns, int64 [B, T], that brings its tokens together.
 
     Raises:
         UserError: if the mask has another size.
     """
     B, T = shape
-    whole = torch.zeros(B, dtype=torch.int64), torch.full((B,), T), None
+    every = torch.zeros(B, dtype=torch.int64), torch.full((B,), T), None
     if mask is None:
-        return whole
+        return every
     if mask.shape != (B, past + T):
         raise UserError(
             f"attention_mask has shape {tuple(mask.shape)} and must cover the {past} tokens read so far and the {T} new "
@@ -55,7 +55,7 @@ def ragged_tokens(shape: tuple[int, int], past: int, mask: Tensor | None) -> tup
         )
     real = mask[:, past:].bool().cpu()
     if bool(real.all()):
-        return whole
+        return every
     length = real.sum(1)
     start = real.int().argmax(1)
     column = torch.arange(T)

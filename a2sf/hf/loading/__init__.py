@@ -1,7 +1,7 @@
 """Loading a model and its tokenizer: a hub id, a local directory, or a GGUF file (local, on the hub or in a package).
 
-A model of the hub is pinned to a commit, fetched into the hub's cache and read from there: nothing is asked of the hub
-while it loads. A GGUF file is dequantized once into a plain checkpoint under the cache directory (`A2SF_CACHE`, default
+A model of the hub is pinned to a commit, fetched into the hub's cache and read from there; no request is made while it
+loads. A GGUF file is dequantized once into a plain checkpoint under the cache directory (`A2SF_CACHE`, default
 ~/.cache/a2sf).
 """
 

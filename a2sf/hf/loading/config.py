@@ -1,4 +1,4 @@
-"""What a model's config tells before its weights are there: whether it can be loaded and pruned, and its sizes."""
+"""What a model's config shows without its weights: whether it can be loaded and pruned, and its sizes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig
-from transformers.quantizers import AutoHfQuantizer
 
+from a2sf.compat.transformers import check_quantizer, refused
 from a2sf.errors import ConfigError, first_line
 from a2sf.hf.files import gguf, hub, weights
 from a2sf.hf.files.paths import KEY
@@ -36,7 +36,7 @@ def check_config(spec: ModelSpec) -> None:
 def _config(spec: ModelSpec) -> Any:
     files = files_of(spec)
     code = spec.trust_remote_code
-    texts = weights.find_texts(files, spec.path, code=True)  # the tokenizer is asked for later
+    texts = weights.find_texts(files, spec.path, code=True)  # the tokenizer is checked later
     folder = files.get([n for n in texts if n == "config.json" or (code and n.endswith(".py"))])
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -44,16 +44,14 @@ def _config(spec: ModelSpec) -> Any:
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(KEY, spec.path, f"its config.json cannot be read ({first_line(error)})") from error
     _check_code(own if code else {}, folder, spec.path)
-    _check_quantizer(raw.get("quantization_config"), spec.path)
+    if settings := raw.get("quantization_config"):  # checked before the weights are fetched
+        check_quantizer(settings, KEY, spec.path)
     needs_code = "it comes with code of its own; model.trust_remote_code=true runs it, if you trust its authors"
     if kind not in CONFIG_MAPPING and not (own and code):
         why = needs_code if own else "its config.json names no model_type" if not kind else weights.version_needed(raw)
         raise ConfigError(KEY, spec.path, why)
-    try:
+    with refused(KEY, spec.path, "its config.json cannot be used"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=code, local_files_only=True)
-    except Exception as error:
-        why = f"its config.json cannot be used ({type(error).__name__}: {first_line(error)})"
-        raise ConfigError(KEY, spec.path, why) from error
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(KEY, spec.path, "it is an encoder-decoder; give a causal decoder model")
     names = getattr(config, "architectures", None) or []
@@ -66,7 +64,7 @@ def _config(spec: ModelSpec) -> Any:
 
 
 def _check_code(own: dict[str, Any], folder: Path, path: str) -> None:
-    """Refuse code that a config names but that does not lie beside it: it would be looked for at another commit."""
+    """Refuse code that a config names and that is not beside it: it would be taken from another commit."""
     names = [n for value in own.values() for n in (value if isinstance(value, list) else [value]) if n]
     for name in names:
         elsewhere, _, module = str(name).rpartition("--")
@@ -75,18 +73,6 @@ def _check_code(own: dict[str, Any], folder: Path, path: str) -> None:
             where = f"is in {elsewhere}" if elsewhere else "is not there"
             why = f"its code ({file}) {where}; copy it beside the weights, and name it so in auto_map of config.json"
             raise ConfigError(KEY, path, why)
-
-
-def _check_quantizer(settings: Any, path: str) -> None:
-    """Refuse quantised weights that cannot be read here, before they are fetched."""
-    if not settings:
-        return
-    try:
-        AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment(device_map=None)
-    except Exception as error:
-        method = settings.get("quant_method") if isinstance(settings, dict) else settings
-        why = f"its weights are quantised ({method}), and what reads them is missing: {first_line(error)}"
-        raise ConfigError(KEY, path, why) from error
 
 
 def sizes_of(spec: ModelSpec) -> tuple[int, int | None]:
@@ -119,15 +105,17 @@ def positions_of(spec: ModelSpec) -> int | None:
         ConfigError: if there is no such model.
     """
     text = _any_config(spec).get_text_config()
-    told = (getattr(text, key, None) for key in ("n_positions", "max_position_embeddings", "n_ctx"))  # as lm-eval asks
-    return next((int(n) for n in told if isinstance(n, int)), None)
+    stated = (
+        getattr(text, key, None) for key in ("n_positions", "max_position_embeddings", "n_ctx")
+    )  # as lm-eval reads them
+    return next((int(n) for n in stated if isinstance(n, int)), None)
 
 
 def kv_heads_of(config: Any) -> int | None:
-    """KV heads of each layer; None where the config does not tell one number."""
+    """KV heads of each layer; None if the config does not state one number."""
     text = config.get_text_config()
-    told = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
-    return told if isinstance(told, int) else None
+    stated = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
+    return stated if isinstance(stated, int) else None
 
 
 def config_here(spec: ModelSpec) -> Any | None:

@@ -53,7 +53,7 @@ class Download:
         return sum(self.snapshot.sizes.get(n, 0) for n in self.names)
 
     def run(self, stop: threading.Event | None = None) -> None:
-        """Fetch it, until `stop` is set; what arrived whole before is not fetched again.
+        """Fetch it, until `stop` is set; complete files are not fetched again.
 
         Raises:
             ConfigError: if the hub does not give it.
@@ -62,7 +62,7 @@ class Download:
 
 
 def prepare(spec: ModelSpec) -> list[Download]:
-    """Check a model and its adapter as far as it goes without their weights; what is still to fetch of them.
+    """Check a model and its adapter as far as possible without their weights; returns what is still to fetch.
 
     Raises:
         ConfigError: as `check_config`; or if files are missing or not whole.
@@ -94,10 +94,10 @@ def _prepare(spec: ModelSpec) -> Download | None:
 
 
 def adapter_of(spec: ModelSpec) -> dict[str, Any]:
-    """What identifies the adapter, as an entry `adapter`; none where there is no adapter.
+    """The entry `adapter` that identifies the adapter; no entry if there is none.
 
-    None is the entry of a local model that has one beside it, which is not used: what was computed when it was is not
-    to be taken for this model's.
+    The entry is None for a local model with an adapter beside it that is not used: results that were computed with the
+    adapter are not to be taken for the model's own.
     """
     if (added := spec.added) is not None:
         return {"adapter": {"path": added.path, "weights": added.fingerprint()}}
@@ -106,7 +106,7 @@ def adapter_of(spec: ModelSpec) -> dict[str, Any]:
 
 
 def left_alone(spec: ModelSpec) -> str | None:
-    """One sentence about an adapter that lies beside a model on this machine and is not used; None where there is none."""
+    """One sentence about an adapter that lies beside a model on this machine and is not used; None if there is none."""
     folder = Path(spec.source.path).parent if spec.source.kind == "file" else folder_here(spec)
     return None if spec.adapter or folder is None else adapters.beside(folder)
 

@@ -23,8 +23,8 @@ class ModelSpec:
 
     Attributes:
         path: hub id, local directory, `.gguf` file (local, or `owner/name/file.gguf` on the hub), page of the hub, or
-            `pkg://package/file.gguf` for one in an installed package. Kept in one spelling, so that `~`, a link or a slash
-            at the end make no other model.
+            `pkg://package/file.gguf` for one in an installed package. It has one spelling: `~`, a link or a slash at
+            the end make no other model.
         dtype: auto (bfloat16 on a GPU, float32 on a CPU) or a name in `DTYPES`.
         device: auto (a GPU if there is one) or a torch device.
         device_map: how the model is spread over devices, a name in `devices.MAPS` or a JSON file of modules and devices;
@@ -33,7 +33,7 @@ class ModelSpec:
         trust_remote_code: run modelling code that comes with the weights.
         add_bos_token: whether the tokenizer puts its beginning-of-sequence token before each text; None: as its files say.
         adapter: a directory or hub id (`owner/name@revision`) of weights that peft adds; None: none are, also where some
-            lie beside the model. Kept in one spelling.
+            lie beside the model. It has one spelling.
 
     Raises:
         ConfigError: if a value is not allowed.
@@ -76,13 +76,13 @@ class ModelSpec:
         """Refuse GPUs that this machine does not have.
 
         Raises:
-            ConfigError: if it is to be on such a one.
+            ConfigError: if the model is to use one.
         """
         devices.check_here(self.device, self.device_map)
 
     @property
     def pinned(self) -> bool:
-        """Whether it can only mean one thing: all but a branch or tag of the hub."""
+        """Whether it cannot change: all but a branch or tag of the hub."""
         of_model = self.source.kind != "hub" or hub.is_commit(self.revision)
         return of_model and (self.added is None or self.added.pinned)
 
@@ -93,12 +93,12 @@ class ModelSpec:
 
     @property
     def wanted(self) -> Wanted:
-        """What the hub is asked for."""
+        """What is requested of the hub."""
         return Wanted(self.source.repo, revision=self.revision, value=self.path)
 
 
 def pin(spec: ModelSpec) -> tuple[ModelSpec, str | None]:
-    """The model at the commit that its revision is now, and a note for the user if only the cache was asked.
+    """The model at the commit that its revision is now, and a note for the user if only the cache was available.
 
     Raises:
         ConfigError: if there is no such model or revision, or no way to find out.

@@ -1,4 +1,4 @@
-"""A tokenizer read from a folder, with what is asked of it."""
+"""A tokenizer, read from a folder and checked."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from a2sf.errors import ConfigError, first_line
+from a2sf.compat.transformers import refused
+from a2sf.errors import ConfigError
 from a2sf.hf.files.paths import KEY
 
 PROBE = "The quick brown fox jumps over the lazy dog."
@@ -27,14 +28,11 @@ def read_tokenizer(
     Raises:
         ConfigError: if it cannot be loaded, or puts no such token where it is to do so.
     """
-    asked = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
-    try:
+    settings = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
+    with refused(KEY, path, "its tokenizer cannot be loaded"):
         made = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True, **asked
+            folder, trust_remote_code=trust_remote_code, local_files_only=True, **settings
         )
-    except Exception as error:
-        why = f"its tokenizer cannot be loaded ({type(error).__name__}: {first_line(error)})"
-        raise ConfigError(KEY, path, why) from error
     if add_bos_token:
         check_bos(made, path, BOS_KEY)
     return made
@@ -45,7 +43,7 @@ def check_bos(tokenizer: Any, path: str, key: str) -> None:
 
     Args:
         path: of the model, for the message.
-        key: which asks for that token.
+        key: the setting that requires that token.
 
     Raises:
         ConfigError: if it does not.

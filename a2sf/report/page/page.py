@@ -1,29 +1,36 @@
-"""`report.html`: one self-contained file per sweep, for a browser without network."""
+"""`report.html`: one self-contained, interactive file per sweep, for a browser without network."""
 
 from __future__ import annotations
 
 import base64
+import gzip
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
 
 from a2sf import atomic
-from a2sf.analysis.comparisons.flips import are_counted, flips
 from a2sf.analysis.comparisons.pairs import Comparison
 from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid
 from a2sf.analysis.results.labels import DASH
 from a2sf.analysis.results.variants import MUST_AGREE
-from a2sf.report.tables.cells import TIED, header, legend, number
+from a2sf.report.page.data import chart_data
+from a2sf.report.page.documents import browsable
+from a2sf.report.tables.cells import TIED, header, legend, number, reference_rows
 from a2sf.report.tables.layout import Table
 from a2sf.report.tables.text import TextTable
+from a2sf.report.traced import Groups
 from a2sf.store.runs import finished_cells, is_cell, settings_of
 
-FLIPS_SHOWN = 60
+HERE = Path(__file__).parent
+SCRIPTS = ("charts.js", "documents.js", "report.js")
 
 
 @dataclass(frozen=True)
@@ -31,48 +38,62 @@ class Contents:
     """What goes into a report.
 
     Attributes:
-        plots: caption -> files, an SVG among them.
-        text_tables: comparisons and fidelity.
+        text_tables: comparisons, rankings, closeness and sizes.
+        fidelity, traces: the frames behind `fidelity.csv` and `traces.csv`.
+        groups: the retention traces of documents.
         notes: one sentence each.
-        pair: the policies whose flipped documents are shown.
+        pair: the policies that are compared.
     """
 
     grid: Grid
     tables: Sequence[Table]
     comparisons: Sequence[Comparison]
     text_tables: Sequence[TextTable]
-    plots: Mapping[str, Sequence[Path]]
+    fidelity: pd.DataFrame
+    traces: pd.DataFrame
+    groups: Groups
     failures: Sequence[dict[str, Any]] = ()
     notes: Sequence[str] = ()
     pair: tuple[str, str] = field(default=DEFAULT_PAIR)
 
 
 def write_report(target: Path, contents: Contents) -> Path:
-    """Render the report; the file is written whole or not at all."""
+    """Render the report; the file is written completely or not at all."""
+    grid = contents.grid
     environment = Environment(
         loader=PackageLoader("a2sf.report", "page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters["nats"] = lambda value: number(value, percent=False)
-    shown, total = flips(contents.grid, contents.pair, FLIPS_SHOWN)
+    charts, systems = chart_data(grid, contents.comparisons, contents.fidelity, contents.traces, contents.pair)
+    documents = browsable(systems, contents.groups)
     html = environment.get_template("report.html.j2").render(
-        title=", ".join(sorted(contents.grid.frame["source"].unique())),
-        plan=_plan(contents.grid),
-        provenance=_provenance(contents.grid),
+        title=", ".join(sorted(grid.frame["source"].unique())),
+        plan=_plan(grid),
+        provenance=_provenance(grid),
         tables=[_view(table) for table in contents.tables],
-        verdict=_told_apart(contents.comparisons),
-        text_tables=contents.text_tables,
-        plots={caption: _data_uri(files) for caption, files in contents.plots.items()},
-        flips=shown,
-        flips_left_out=total - len(shown),
-        flips_counted=are_counted(contents.grid),
-        metric=contents.grid.metric,
+        verdict=_verdict(contents.comparisons),
+        text_tables=[_text_view(table) for table in contents.text_tables],
         failures=contents.failures,
-        cells=_cells(contents.grid),
-        notes=list(dict.fromkeys([*contents.grid.notes, *contents.notes])),
+        cells=_cells(grid),
+        notes=list(dict.fromkeys([*grid.notes, *contents.notes])),
+        style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
+        script=Markup("".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)),
+        library=_plotly(),
+        charts=_packed(json.dumps(charts, separators=(",", ":"))),
+        documents=_packed(json.dumps(documents, separators=(",", ":"))),
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     atomic.write(target, html)
     return target
+
+
+def _packed(text: str) -> str:
+    """gzip, in base64: a browser unpacks it, and a page is a third as large."""
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+
+
+@cache
+def _plotly() -> str:
+    return _packed(get_plotlyjs())
 
 
 def read_failures(directories: Sequence[Path]) -> list[dict[str, Any]]:
@@ -83,9 +104,9 @@ def read_failures(directories: Sequence[Path]) -> list[dict[str, Any]]:
         if is_cell(file.parent.parent / file.stem):
             continue  # it finished later
         try:
-            told = json.loads(file.read_text(encoding="utf-8"))
-            error = {k: str(told.get(k, "")) for k in ("error", "traceback", "time")}
-            cell = told.get("cell", file.stem)
+            noted = json.loads(file.read_text(encoding="utf-8"))
+            error = {k: str(noted.get(k, "")) for k in ("error", "traceback", "time")}
+            cell = noted.get("cell", file.stem)
             if isinstance(cell, dict) and settings_of(cell) in finished:
                 continue  # with other weights, which a branch has moved to
             name = cell.get("name", json.dumps(cell, sort_keys=True)) if isinstance(cell, dict) else str(cell)
@@ -100,7 +121,7 @@ def _plan(grid: Grid) -> dict[str, str]:
     frame = grid.frame
     documents = frame.groupby("task")["n"].max()
     pruned = frame[~frame["is_full"]]
-    told = {
+    plan = {
         "Models": _list(frame["model"]),
         "Policies": _list(frame["label"]),
         "Budgets": ", ".join(pruned.sort_values("budget_order")["budget"].unique()) or DASH,
@@ -114,10 +135,10 @@ def _plan(grid: Grid) -> dict[str, str]:
     }
     for key in MUST_AGREE:
         values = ["all" if key == "limit" and pd.isna(v) else DASH if pd.isna(v) else v for v in frame[key]]
-        told[key.replace("_", " ").capitalize()] = _list(pd.Series(values))
+        plan[key.replace("_", " ").capitalize()] = _list(pd.Series(values))
     if "seconds" in frame:
-        told["Compute time"] = f"{frame['seconds'].sum() / 60:.1f} min over all cells"
-    return told
+        plan["Compute time"] = f"{frame['seconds'].sum() / 60:.1f} min over all cells"
+    return plan
 
 
 def _provenance(grid: Grid) -> dict[str, str]:
@@ -135,58 +156,72 @@ def _provenance(grid: Grid) -> dict[str, str]:
     }
 
 
-def _told_apart(comparisons: Sequence[Comparison]) -> str:
-    """One sentence on how many differences the tests told apart."""
+def _verdict(comparisons: Sequence[Comparison]) -> str:
+    """One sentence on how many differences are significant."""
     if not comparisons:
         return ""
-    apart = [c for c in comparisons if c.p_holm is not None and c.p_holm <= 0.05]
-    better = sum(c.difference.value > 0 for c in apart)
+    significant = [c for c in comparisons if c.p_holm is not None and c.p_holm <= 0.05]
+    better = sum(c.difference.value > 0 for c in significant)
     first, second = comparisons[0].first, comparisons[0].second
     return (
-        f"Of {len(comparisons)} comparisons of {first} with {second}, {len(apart)} differ significantly (α = 0.05) after "
-        f"Holm's correction: {better} with {first} higher, {len(apart) - better} with {second} higher."
+        f"Of {len(comparisons)} comparisons of {first} with {second}, {len(significant)} differ significantly "
+        f"(paired test, Holm, α = 0.05): {better} with {first} higher, {len(significant) - better} with {second} higher."
     )
 
 
+def _cell(text: str, kind: str = "", value: float | None = None, title: str = "", sign: str = "") -> dict[str, Any]:
+    """A cell for the template: its text and sign, its class, the value that it is sorted by, and its tooltip."""
+    return {"text": text, "kind": kind, "value": value, "title": title, "sign": sign}
+
+
 def _view(table: Table) -> dict[str, Any]:
-    """A table for the template: texts, and the values that sorting and tooltips need."""
-    rows = []
-    for row in table.rows:
-        cells: list[dict[str, Any]] = [{"text": getattr(row, head), "word": True} for head in table.heads]
+    """An accuracy table for the template."""
+    words = len(table.heads)
+    rows: list[dict[str, Any]] = [
+        {"reference": True, "cells": [_cell(text, "word" if i < words else "") for i, text in enumerate(row)]}
+        for row in reference_rows(table)
+    ]
+    for line in table.rows:
+        cells = [_cell(getattr(line, head), "word") for head in table.heads]
         for column in table.columns:
-            entry = row.entries.get(column)
+            entry = line.entries.get(column)
             if entry is None:
-                cells.append({"text": DASH})
+                cells.append(_cell(DASH))
                 continue
-            text, mark = number(entry.value, table.percent), TIED if entry.tied else ""
-            title = f"{number(entry.value, table.percent)} ± {number(entry.stderr, table.percent)}, n = {entry.n}"
-            cells.append({"text": text, "value": entry.value, "best": entry.best, "title": title, "mark": mark})
-        for head, value in ((table.to_full, row.to_full), (table.to_control, row.to_control)):
+            text = number(entry.value, table.percent)
+            title = f"{text} ± {number(entry.stderr, table.percent)}, n = {entry.n}"
+            cells.append(_cell(text, "best" if entry.best else "", entry.value, title, TIED if entry.tied else ""))
+        for head, value in ((table.to_full, line.to_full), (table.to_control, line.to_control)):
             if head:
-                cells.append({"text": number(value, table.percent, signed=True), "value": value})
-        rows.append(cells)
-    return {
-        "title": table.title,
-        "header": header(table),
-        "words": len(table.heads),
-        "rows": rows,
-        "legend": legend(table),
-        "notes": table.notes,
-    }
+                cells.append(_cell(number(value, table.percent, signed=True), value=value))
+        rows.append({"reference": False, "cells": cells})
+    heads = [(head, i < words) for i, head in enumerate(header(table))]
+    place = {"model": table.model, "shots": table.shots, "title": table.title}
+    return place | {"header": heads, "rows": rows, "legend": legend(table), "notes": table.notes}
 
 
-def _cells(grid: Grid) -> pd.DataFrame:
+def _text_view(table: TextTable) -> dict[str, Any]:
+    """A table of texts for the template."""
+    heads = [(str(head), head in table.words) for head in table.frame]
+    rows = [
+        {
+            "reference": False,
+            "cells": [_cell(str(v), "word" if w else "") for v, (_, w) in zip(row, heads, strict=True)],
+        }
+        for row in table.frame.to_numpy().tolist()
+    ]
+    place = {"model": table.model, "shots": "" if table.shots is None else table.shots, "title": table.title}
+    return place | {"header": heads, "rows": rows, "legend": table.legend, "notes": ()}
+
+
+def _cells(grid: Grid) -> dict[str, Any]:
     columns = ["source", "cell", "value", "stderr", "n", "tokens_per_second", "kept_tokens"]
     frame = grid.frame[[c for c in columns if c in grid.frame]].copy()
     for column in frame.columns.intersection(["value", "stderr", "tokens_per_second", "kept_tokens"]):
         digits = 4 if column in ("value", "stderr") else 1
         frame[column] = [DASH if pd.isna(v) else f"{v:.{digits}f}" for v in frame[column]]
-    return frame.astype(str)
-
-
-def _data_uri(files: Sequence[Path]) -> str:
-    svg = next(f for f in files if f.suffix == ".svg")
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.read_bytes()).decode()
+    frame = frame.astype(str).rename(columns=lambda c: c.replace("_", " "))
+    return _text_view(TextTable("", frame, "", ("source", "cell")))
 
 
 def _list(values: pd.Series) -> str:

@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from a2sf.analysis.comparisons.pairs import AVERAGE
-from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid, System
+from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, Grid, System
 from a2sf.analysis.results.labels import DASH
 from a2sf.report.plots.style import MOST, Line
 

@@ -46,6 +46,15 @@ def header(table: Table) -> list[str]:
     return [*(HEADS[h] for h in table.heads), *table.columns, *extra]
 
 
+def reference_rows(table: Table) -> list[list[str]]:
+    """The rows above a table's own, in the order of `header`: the documents and the chance level of each column."""
+    rows = {"Documents (n)": [table.documents.get(c, DASH) for c in table.columns]}
+    if table.chance:
+        rows["Chance level"] = [number(table.chance.get(c), table.percent) for c in table.columns]
+    extra = [""] * (len(header(table)) - len(table.heads) - len(table.columns))
+    return [[name, *[""] * (len(table.heads) - 1), *row, *extra] for name, row in rows.items() if table.heads]
+
+
 def texts(table: Table, row: Row, markup: Markup) -> list[str]:
     """A row's texts, in the order of `header`."""
     written = [markup.text(getattr(row, head)) for head in table.heads]

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
-from a2sf.analysis.comparisons.pairs import AVERAGE, Comparer
+from a2sf.analysis.comparisons.pairs import Comparer
+from a2sf.analysis.results.chance import chance_levels
 from a2sf.analysis.results.documents import texts_note
-from a2sf.analysis.results.grid import DEFAULT_PAIR, SYSTEM, Grid, System
+from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, SYSTEM, Grid, System
 from a2sf.analysis.results.labels import DASH, MINUS
 from a2sf.analysis.statistics.paired import holm
 from a2sf.analysis.statistics.texts import CONFIDENCE
@@ -63,6 +64,8 @@ class Table:
         footnotes: notes under the numbers wherever they are shown, one sentence each.
         stopped: of a column whose documents were not all scored, how many were of how many.
         members: columns of tasks whose group has a column, too.
+        documents: of a column, how many documents its rows have; `100 to 200` where they differ.
+        chance: of a column, the metric of random choice, where that is known.
     """
 
     title: str
@@ -80,6 +83,8 @@ class Table:
     footnotes: tuple[str, ...] = ()
     stopped: dict[str, str] = field(default_factory=dict)
     members: tuple[str, ...] = ()
+    documents: dict[str, str] = field(default_factory=dict)
+    chance: dict[str, float] = field(default_factory=dict)
 
 
 def build_tables(
@@ -142,8 +147,15 @@ def _by_task(model: str, shots: int, part: Grid, tested: bool, pair: tuple[str, 
         notes=tuple(notes),
         footnotes=footnotes(part),
         stopped={t: r.stopped for s in systems for t, r in s.rows.items() if isinstance(r.stopped, str)},
+        documents={c: _span([r.entries[c].n for r in final if c in r.entries]) for c in columns},
+        chance=chance_levels(part),
         members=tuple(t for t in tasks if any(t == m.task for g in part.groups if g.name in groups for m in g.members)),
     )
+
+
+def _span(numbers: list[int]) -> str:
+    low, high = min(numbers, default=0), max(numbers, default=0)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def footnotes(part: Grid) -> tuple[str, ...]:
@@ -268,6 +280,8 @@ def _turn(table: Table, pivot: str) -> list[Table]:
                 rows=list(rows.values()),
                 heads=heads,
                 members=(),
+                documents=dict.fromkeys(columns, table.documents[column]),
+                chance=dict.fromkeys(columns, table.chance[column]) if column in table.chance else {},
                 to_full=None,
                 to_control=None,
             )

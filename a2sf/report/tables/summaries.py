@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import pandas as pd
 
 from a2sf.analysis.comparisons.against import Against
-from a2sf.analysis.comparisons.pairs import AVERAGE, Comparison
+from a2sf.analysis.comparisons.pairs import Comparison
 from a2sf.analysis.comparisons.ranking import Ranked
 from a2sf.analysis.results.documents import texts_note
-from a2sf.analysis.results.grid import Grid, System
+from a2sf.analysis.results.grid import AVERAGE, Grid, System
 from a2sf.analysis.results.labels import DASH, MINUS
 from a2sf.report.tables.cells import ORACLE, number
 from a2sf.report.tables.text import TextTable
@@ -75,7 +75,7 @@ def comparison_tables(comparisons: Sequence[Comparison], percent: bool, note: st
                 }
             )
         title = f"{part[0].first} against {part[0].second}: {model}, {shots}-shot" + (" (points)" if percent else "")
-        tables.append(TextTable(title, pd.DataFrame(rows), _legend(COMPARISONS, note)))
+        tables.append(TextTable(title, pd.DataFrame(rows), _legend(COMPARISONS, note), model=model, shots=shots))
     return tables
 
 
@@ -108,7 +108,7 @@ def ranking_tables(grid: Grid, rankings: Sequence[Sequence[Ranked]], pair: tuple
             "" if all(r.causal for r in ranking) else UNRANKED,
             texts_note(grid.cells_shown),
         )
-        tables.append(TextTable(title, frame, legend))
+        tables.append(TextTable(title, frame, legend, model=first.model, shots=first.shots))
     return tables
 
 
@@ -134,7 +134,11 @@ def fidelity_tables(grid: Grid, fidelity: pd.DataFrame) -> list[TextTable]:
                 row[head] = f"{value} [{low}, {high}]"
             rows.append(row)
         title = f"Closeness to the full cache: {model}, {shots}-shot, {task}"
-        tables.append(TextTable(title, pd.DataFrame(rows), _legend(FIDELITY, texts_note(part.cells_shown))))
+        tables.append(
+            TextTable(
+                title, pd.DataFrame(rows), _legend(FIDELITY, texts_note(part.cells_shown)), model=model, shots=shots
+            )
+        )
     return tables
 
 
@@ -161,7 +165,14 @@ def against_tables(found: Sequence[Against], percent: bool, note: str = "") -> l
             rows.append(row)
         title = f"Against named policies: {model}, {shots}-shot" + (" (points)" if percent else "")
         tables.append(
-            TextTable(title, pd.DataFrame(rows), _legend(AGAINST, note), words=("Policy", "Against", "Budget"))
+            TextTable(
+                title,
+                pd.DataFrame(rows),
+                _legend(AGAINST, note),
+                words=("Policy", "Against", "Budget"),
+                model=model,
+                shots=shots,
+            )
         )
     return tables
 

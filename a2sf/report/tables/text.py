@@ -18,6 +18,8 @@ class TextTable:
     frame: pd.DataFrame
     legend: str
     words: tuple[str, ...] = ("Task", "Policy", "Budget", "Schedule", "Factor")
+    model: str = ""
+    shots: int | None = None
 
 
 def text_markdown(tables: Sequence[TextTable]) -> str:

@@ -76,8 +76,8 @@ def cached_tokens(
         cached = min(prompt, C, total) + max(0, total - prompt)
     else:
         cached = min(C, total)
-    whole = len(retention.rule.full_heads) / kv_heads if kv_heads else 0.0
-    return cached + whole * (total - cached)
+    full = len(retention.rule.full_heads) / kv_heads if kv_heads else 0.0
+    return cached + full * (total - cached)
 
 
 def _budgets(retention: Retention) -> list[int]:

@@ -28,9 +28,9 @@ def log_probabilities(logits: Tensor, where: Tensor, targets: Tensor) -> tuple[T
         part = logits[start : start + rows].float().log_softmax(-1)
         # the largest logit is close to the normalizer, so that their difference is exact to rounding
         normalizer[start : start + rows] = largest[start : start + rows] - part.amax(-1)
-    own = logits[where, targets].float()
-    greedy = own == largest[where]
+    chosen = logits[where, targets].float()
+    greedy = chosen == largest[where]
     # of several largest the first: looked for where the target is among them
     at = greedy.nonzero()[:, 0]
     greedy[at] = logits[where[at]].float().argmax(-1) == targets[at]
-    return own - normalizer[where], greedy
+    return chosen - normalizer[where], greedy

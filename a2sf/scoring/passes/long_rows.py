@@ -47,10 +47,10 @@ def saves(row: Pack, ends: Sequence[int], sequences: Sequence[ScoredSequence], c
     text = config.get_text_config()
     width = text.hidden_size
     heads = getattr(text, "num_attention_heads", 1)
-    kept = 2 * (kv_heads_of(config) or heads) * (getattr(text, "head_dim", None) or width // heads)
+    per_token = 2 * (kv_heads_of(config) or heads) * (getattr(text, "head_dim", None) or width // heads)
     computed = 3 * width + 2 * (getattr(text, "intermediate_size", None) or 4 * width)
     largest = max(end - begin for begin, end in zip([0, *ends], ends, strict=False))
-    return kept * cached_at_most(read) < (len(row.tokens) - largest) * computed
+    return per_token * cached_at_most(read) < (len(row.tokens) - largest) * computed
 
 
 def cached_at_most(sequences: Sequence[ScoredSequence]) -> int:

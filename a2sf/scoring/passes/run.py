@@ -95,7 +95,7 @@ class Passes:
                         crowded = True
                         yield _failed(pending, error, row.items)
                     break
-                except Exception as error:  # of one system alone, perhaps: a window of the model's own, a backend
+                except Exception as error:  # perhaps of one system alone: a policy on a sliding window, a backend
                     of_system = _by_system(row.items, pending)
                     if len(of_system) == 1:
                         yield _failed(pending, error, row.items)
@@ -152,8 +152,10 @@ class Passes:
             for part in self._parts(row, reading, sequences):
                 # which of the targets, and of the columns, are this part's
                 mine = ((index >= part.begin) & (index < part.end))[where].nonzero()[:, 0]
-                asked, at = index[where[mine]].unique(return_inverse=True)
-                columns = asked - part.begin if len(asked) else torch.tensor([0])  # a model gives logits of something
+                needed, at = index[where[mine]].unique(return_inverse=True)
+                columns = (
+                    needed - part.begin if len(needed) else torch.tensor([0])
+                )  # a model needs one position at least
                 with attached(self.model, configs=self._configs), torch.inference_mode(), running(part.reading):
                     done = 0
                     for (logits,) in logits_in_parts(

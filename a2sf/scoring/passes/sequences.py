@@ -127,7 +127,7 @@ def pass_of(row: Pack, sequences: Sequence[ScoredSequence], model: Model) -> Pla
     if len(plans) == 1 and np.array_equal(columns[0], np.arange(len(row.tokens))):
         return plans[0]
     place = {i: which for which, i in enumerate(row.items)}
-    back = np.empty(len(row.tokens), np.int64)
+    back = torch.empty(len(row.tokens), dtype=torch.int64).numpy()
     for start, length, owner, first in zip(row.start, row.length, row.owner, _firsts(row), strict=True):
         back[start : start + length] = found[place[owner]][first : first + length]
     return Mixed(

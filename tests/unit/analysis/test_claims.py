@@ -32,6 +32,7 @@ HALF = {"dtype": "float16"}
 WHY = dict.fromkeys(("tiny", "llama-2-7b", "opt-2.7b"), "no such model here")
 
 
+@pytest.mark.full
 def test_the_small_models_own_reference_is_where_it_is_looked_for():
     from a2sf.commands.reproduce import REFERENCE_SWEEPS
     from a2sf.shipped import shipped

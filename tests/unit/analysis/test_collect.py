@@ -132,8 +132,12 @@ def test_what_documents_a_sweep_varies_are_rows_of_their_own(tmp_path, several, 
     assert check_shape(grid, {"h2o", "window", "a2sf"})
     columns = results_frame(load_sweep(tmp_path / "s"))
     assert columns.groupby(["data_settings", "split", "fewshot_split"], dropna=False).ngroups == 2
-    if labels[0] != "dir clean":
-        return  # once is enough to draw
+
+
+def test_what_documents_a_sweep_varies_is_drawn(tmp_path):
+    cells = write_sweep(tmp_path / "one", MORE)
+    for name in ("clean", "noisy"):
+        swept(cells, tmp_path / "s", name, {"dir": f"/data/{name}"}, {"content": name})
     shown = show([tmp_path / "s"], Selection(), Options(out=tmp_path / "out"))
     assert any("budget" in f.name for f in shown.files)
 

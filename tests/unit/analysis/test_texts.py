@@ -40,6 +40,7 @@ def correlated(rng: np.random.Generator, texts: Texts, flips: float, alike: floa
     return np.where(rng.random(len(texts.of)) < alike, of_text, rng.choice([1.0, -1.0, 0.0], len(texts.of), p=shares))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "texts", [Texts(np.repeat(np.arange(40), 5)), Texts(np.repeat(np.arange(30), range(1, 31)) % 29)]
 )
@@ -58,6 +59,7 @@ def test_level_and_coverage_with_correlated_documents(texts: Texts) -> None:
     assert unclustered / rounds > 0.15  # what it would be with documents taken for independent
 
 
+@pytest.mark.full
 def test_level_and_coverage_of_an_average_over_tasks() -> None:
     rng = np.random.default_rng(12)
     rounds, wrong, covered = 250, 0, 0

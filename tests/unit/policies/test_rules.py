@@ -59,7 +59,9 @@ def test_a_policy_is_refused_with_a_schedule_that_it_does_not_know():
             if when in cls.schedules:
                 assert schedule_for(policy, Schedule(when)).when == when
                 continue
-            with pytest.raises(ConfigError, match=f"schedule.when={when} is not allowed: the policy {cls.name} knows"):
+            with pytest.raises(
+                ConfigError, match=f"schedule.when={when} is not allowed: the policy {cls.name} supports only"
+            ):
                 attend(policy, *tensors(), budget=4, schedule=Schedule(when), prompt=3)
 
 

@@ -42,7 +42,7 @@ def test_none_is_what_a_policy_does_without_being_told(name):
     assert nondefault_schedule(policy, schedule_for(policy, None)) is None
     for schedule in SCHEDULES:
         if schedule.when not in policy.schedules:
-            with pytest.raises(ConfigError, match=f"the policy {name} knows"):
+            with pytest.raises(ConfigError, match=f"the policy {name} supports only"):
                 nondefault_schedule(policy, schedule)
         elif schedule != schedule_for(policy, None):
             assert nondefault_schedule(policy, schedule) == (schedule if policy.evicts else None)

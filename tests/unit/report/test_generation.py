@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from a2sf.analysis.comparisons.flips import flips
 from a2sf.analysis.comparisons.pairs import compare_pair
 from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.selection import Selection
@@ -19,6 +18,7 @@ from a2sf.report.output import Options, show
 from a2sf.report.plots.sweep import by_budget, trade_off
 from a2sf.report.traced import picture
 from a2sf.store.runs import write_cell
+from tests.page import embedded
 from tests.sweep_fixture import Plan, write_sweep
 
 PLAN = Plan(policies=("full", "h2o", "a2sf"), budgets=(0.2,), documents={"nq_open": 12})
@@ -49,38 +49,24 @@ def written(directory: Path, metric: str = "exact_match", shares: bool = False, 
     return directory / "s"
 
 
-def test_what_is_lost_is_shown_as_flipped(tmp_path: Path) -> None:
+def test_generated_texts_can_be_browsed(tmp_path: Path) -> None:
     sweep = written(tmp_path)
-    grid = gather([sweep])
-    (comparison,) = compare_pair(grid)[0]
-    assert (comparison.difference.gained, comparison.difference.lost) == (4, 0)
-    shown, total = flips(grid)
-    assert total == 4 == len(shown)
-    assert [(f.doc_id, f.gained, f.target, f.first_text) for f in shown][1] == (3, True, "answer <3>", "a2sf wrote & 3")
     show([sweep], Selection(), Options(plots=False))
-    html = (sweep / "report.html").read_text(encoding="utf-8")
-    for text in ("answer &lt;3&gt;", "a2sf wrote &amp; 3", "h2o wrote &amp; 9"):
-        assert text in html
-    assert "is known to have flipped" not in html
-    assert "lead moved" not in html
+    (entry,) = embedded(sweep / "report.html", "documents")
+    assert (entry["documents"][3]["target"], entry["documents"][3]["choices"]) == ("answer <3>", [])
+    texts = {a[9]["text"] for a in entry["answers"].values()}
+    assert {"a2sf wrote & 9", "h2o wrote & 9"} <= texts
+    assert embedded(sweep / "report.html", "charts")["parts"][0]["chance"] == {}
 
 
-def test_texts_that_were_not_stored_are_said(tmp_path: Path) -> None:
+def test_texts_that_were_not_stored_are_missing(tmp_path: Path) -> None:
     sweep = written(tmp_path, texts=False)
     show([sweep], Selection(), Options(plots=False))
-    assert "(texts were not stored)" in (sweep / "report.html").read_text(encoding="utf-8")
+    (entry,) = embedded(sweep / "report.html", "documents")
+    assert all(a["text"] is None for answers in entry["answers"].values() for a in answers)
 
 
-def test_a_metric_of_shares_has_no_flips_and_says_why(tmp_path: Path) -> None:
-    sweep = written(tmp_path, "f1", shares=True)
-    assert flips(gather([sweep])) == ([], 0)
-    show([sweep], Selection(), Options(plots=False))
-    html = (sweep / "report.html").read_text(encoding="utf-8")
-    # a2sf and the full cache are right in all documents, so that theirs alone could be counted
-    assert "none is counted as flipped" in html
-
-
-def test_flips_are_of_the_metric_that_is_shown(tmp_path: Path) -> None:
+def test_documents_are_scored_by_the_metric_that_is_shown(tmp_path: Path) -> None:
     cells = write_sweep(tmp_path / "a", Plan(policies=("h2o", "a2sf"), budgets=(0.2,), documents={"piqa": 40}))
     for stored in cells:
         result = {k: v for k, v in stored.result.items() if k not in ("checksums", "schema_version")}
@@ -88,11 +74,14 @@ def test_flips_are_of_the_metric_that_is_shown(tmp_path: Path) -> None:
         documents = stored.documents.assign(**{"metric/acc_norm": norm.astype(float)})
         write_cell(tmp_path / "s" / stored.path.name, result, documents, "policy: x\n")
     for metric in ("acc", "acc_norm"):
-        grid = gather([tmp_path / "s"], Selection(metric=metric))
-        (comparison,) = compare_pair(grid)[0]
-        shown, total = flips(grid)
-        assert total == len(shown) == comparison.difference.gained + comparison.difference.lost  # type: ignore[operator]
-        assert sum(f.gained for f in shown) == comparison.difference.gained
+        out = tmp_path / metric
+        show([tmp_path / "s"], Selection(metric=metric), Options(out=out, plots=False))
+        (comparison,) = compare_pair(gather([tmp_path / "s"], Selection(metric=metric)))[0]
+        data, (entry,) = (embedded(out / "report.html", name) for name in ("charts", "documents"))
+        number = {s["policy"]: str(i) for i, s in enumerate(data["systems"])}
+        pairs = [*zip(*(entry["answers"][number[p]] for p in ("A2SF", "H2O")), strict=True)]
+        assert sum(a["value"] > b["value"] for a, b in pairs) == comparison.difference.gained
+        assert sum(a["value"] < b["value"] for a, b in pairs) == comparison.difference.lost
 
 
 def test_no_picture_by_length_without_a_point(tmp_path: Path) -> None:

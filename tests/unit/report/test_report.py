@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from a2sf.analysis.comparisons.flips import flipped, flips
+from a2sf.analysis.comparisons.pairs import compare_pair
 from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.selection import Selection
+from a2sf.commands import tables
 from a2sf.report.output import Options, show
-from a2sf.report.page.page import FLIPS_SHOWN
+from a2sf.report.page import documents as page_documents
 from a2sf.store.runs import is_cell, load_sweep
+from tests.page import embedded
 from tests.sweep_fixture import Plan, write_sweep
 
 
@@ -73,8 +75,9 @@ def page(sweep: Path) -> Outline:
 
 def test_loads_nothing_from_elsewhere(page: Outline, sweep: Path) -> None:
     assert all(a.startswith(("data:", "#")) for a in page.addresses)
-    assert sum(a.startswith("data:image/svg+xml") for a in page.addresses) == 3  # one factor only: no factor plots
-    assert not re.search(r"@import|url\(", (sweep / "report.html").read_text())
+    html = (sweep / "report.html").read_text()
+    assert not re.search(r"@import|url\(", html)
+    assert len(html) < 2_500_000  # most of it is the charting library, packed
 
 
 def test_numbers_are_the_results(page: Outline, sweep: Path) -> None:
@@ -101,29 +104,79 @@ def test_tells_what_was_run_and_what_failed(sweep: Path) -> None:
     assert "cannot be read" in text
 
 
-def test_flipped_documents_are_told_with_choices(sweep: Path) -> None:
-    shown, total = flips(gather([sweep]), limit=8)
-    assert len(shown) <= 8 < total
-    documents = {(c.cell["policy"], c.cell["task"], c.path.name): c.documents for c in load_sweep(sweep)}
-    for flip in shown:
-        own = [
-            d for (p, t, name), d in documents.items() if (p, t) == ("a2sf", flip.task) and f"-{flip.budget}-" in name
-        ]
-        row = own[0].iloc[flip.doc_id]
-        assert (row["prediction"] == flip.gold) == flip.gained
-        assert list(row["loglikelihoods"]) == flip.first_logs
-        assert flip.first_prediction != flip.second_prediction
-    text = (sweep / "report.html").read_text()
-    assert text.count("lead moved by") == FLIPS_SHOWN
-    assert f"{total - FLIPS_SHOWN} more are left out" in text
-    assert "which &lt;one&gt; &amp; why?" in text
+def test_charts_have_the_results_with_intervals_n_and_chance(sweep: Path) -> None:
+    data = embedded(sweep / "report.html", "charts")
+    (part,) = data["parts"]
+    assert part["columns"] == ["arc_easy", "piqa", "average"]
+    assert part["chance"] == {"arc_easy": 0.5, "piqa": 0.5, "average": 0.5}  # two choices each
+    systems = {(s["policy"], s["budget"]): s for s in data["systems"]}
+    for stored in load_sweep(sweep):
+        c, metric = stored.cell, stored.metrics["acc"]
+        budget = f"{c['budget']['ratio']:g}" if c["budget"] else "\N{EN DASH}"
+        value, low, high, n = systems[c["policy_label"], budget]["scores"][c["task"]]
+        assert value == pytest.approx(metric["value"], abs=1e-5)
+        assert (high - low) / 2 == pytest.approx(1.96 * metric["stderr"], rel=1e-3)
+        assert n == metric["n"]
+    (comparison,) = [c for c in compare_pair(gather([sweep]))[0] if (c.task, c.budget) == ("average", "0.2")]
+    difference = systems["A2SF", "0.2"]["difference"]["average"]
+    assert difference[:3] == pytest.approx(
+        [getattr(comparison.difference, k) for k in ("value", "low", "high")], abs=1e-5
+    )
+    assert systems["A2SF", "0.2"]["close"]["average"]["agreement"][0] < 1
+    assert systems["Full cache", "\N{EN DASH}"]["close"] == {}
 
 
-def test_flips_are_counted_as_the_test_counts_them(sweep: Path) -> None:
-    cells = {c.path.name: c for c in load_sweep(sweep)}
-    a, b = cells["tiny-a2sf-0.2-0.1-piqa-0"], cells["tiny-h2o-0.2-piqa-0"]
-    frame = flipped(a, b)
-    right = [c.documents["metric/acc"].to_numpy() for c in (a, b)]
-    assert frame["gained"].sum() == ((right[0] == 1) & (right[1] == 0)).sum()
-    assert (~frame["gained"]).sum() == ((right[0] == 0) & (right[1] == 1)).sum()
-    assert frame["size"].is_monotonic_decreasing
+def test_documents_have_every_systems_answers(sweep: Path) -> None:
+    data, browse = (embedded(sweep / "report.html", name) for name in ("charts", "documents"))
+    assert [(e["task"], e["total"], len(e["documents"])) for e in browse] == [
+        ("arc_easy", 120, 120),
+        ("piqa", 150, 150),
+    ]
+    cells = {
+        (c.cell["policy_label"], str((c.cell["budget"] or {}).get("ratio")), c.cell["task"]): c
+        for c in load_sweep(sweep)
+    }
+    for entry in browse:
+        assert len(entry["answers"]) == 7
+        for number, answers in entry["answers"].items():
+            system = data["systems"][int(number)]
+            budget = "None" if system["full"] else system["budget"]
+            documents = cells[system["policy"], budget, entry["task"]].documents
+            assert [d["context"] for d in entry["documents"]] == documents["context"].tolist()
+            assert [a["prediction"] for a in answers] == documents["prediction"].tolist()
+            assert [a["value"] for a in answers] == documents["metric/acc"].tolist()
+            assert answers[3]["logs"] == pytest.approx(list(documents["loglikelihoods"][3]), abs=0.01)
+
+
+def test_documents_that_one_system_gained_are_those_of_the_paired_test(sweep: Path) -> None:
+    data, browse = (embedded(sweep / "report.html", name) for name in ("charts", "documents"))
+    number = {(s["policy"], s["budget"]): str(i) for i, s in enumerate(data["systems"])}
+    (comparison,) = [c for c in compare_pair(gather([sweep]))[0] if (c.task, c.budget) == ("piqa", "0.2")]
+    (entry,) = [e for e in browse if e["task"] == "piqa"]
+    pairs = [*zip(*(entry["answers"][number[p, "0.2"]] for p in ("A2SF", "H2O")), strict=True)]
+    assert sum(a["value"] > b["value"] for a, b in pairs) == comparison.difference.gained
+    assert sum(a["value"] < b["value"] for a, b in pairs) == comparison.difference.lost
+
+
+def test_a_page_without_room_has_the_documents_on_which_systems_differ(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_documents, "ANSWERS", 14 * 30)
+    monkeypatch.setattr(page_documents, "BEGINNING", 5)
+    monkeypatch.setattr(page_documents, "END", 10)
+    show([sweep], Selection(), Options(out=tmp_path, plots=False))
+    (entry, _) = embedded(tmp_path / "report.html", "documents")
+    assert (entry["total"], len(entry["documents"])) == (120, 30)
+    assert all(len({a[i]["prediction"] for a in entry["answers"].values()}) == 2 for i in range(30))
+    context = entry["documents"][0]["context"]
+    assert (context[:7], context[-9:]) == ("Quest\n[", "?\nAnswer:")
+    assert "characters left out" in context
+
+
+def test_the_report_opens_in_the_browser(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    tables.main([str(sweep), "--no-plots", "--open", "--out", str(tmp_path)])
+    assert opened == [(tmp_path / "report.html").as_uri()]
+    with pytest.raises(SystemExit):
+        tables.main([str(sweep), "--open", "--no-report"])

@@ -14,6 +14,7 @@ from a2sf.engine.trace import Trace, overlap, save
 from a2sf.report.output import Options, show
 from a2sf.report.traced import PICTURES, comparable, read_traces, trace_frame, trace_pictures
 from a2sf.store.runs import TRACES
+from tests.page import embedded
 from tests.sweep_fixture import Plan, write_sweep
 
 TOKENS, BUDGET = 12, 4
@@ -55,7 +56,10 @@ def test_files_and_pictures(sweep: Path) -> None:
     assert len(pictures) == 3
     assert "A2SF" in pictures[0].read_text()
     assert len(trace_pictures(read_traces(gather([sweep], Selection())), sweep / "more")) <= PICTURES
-    assert "Tokens retained of document 0" in (sweep / "report.html").read_text()
+    entry = next(e for e in embedded(sweep / "report.html", "documents") if e["traces"])
+    shown = entry["traces"][0]
+    assert len(shown["pieces"]) == len(shown["share"]) == TOKENS
+    assert {0.0, 1.0} == set(shown["share"])  # both layers retain the same
 
 
 def test_a_sweep_without_traces_shows_none(tmp_path: Path) -> None:
@@ -68,7 +72,7 @@ def test_a_sweep_without_traces_shows_none(tmp_path: Path) -> None:
 def test_policies_that_generated_different_text_are_compared_on_the_prompt() -> None:
     a, b = comparable(trace(0, True, " yes"), trace(0, False, " no"))
     assert len(a.pieces) == a.context == 10
-    assert a.gone.shape == (2, 1, 10)
+    assert a.evicted_at.shape == (2, 1, 10)
     assert np.isfinite(overlap(a, b)).all()
     same = trace(0, True)
     assert comparable(same, same) == [same, same]

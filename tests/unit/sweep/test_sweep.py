@@ -277,7 +277,7 @@ def test_traces_are_kept_beside_the_result(runner):
     (path,) = runner.directory.glob("smollm2*")
     traces = load(path / "traces.npz")
     assert [t.document for t in traces] == [0, 1]
-    kept = traces[0].kept()
+    kept = traces[0].retained()
     total = kept.shape[-1]
     assert set(kept.sum(-1).flatten().tolist()) == {total // 2}  # the budget, in every layer and head
 
@@ -407,7 +407,7 @@ def test_the_plan_tells_tokens_and_time_from_what_was_measured(runner):
 
 
 def test_a_failure_file_is_whole_json(runner, monkeypatch):
-    monkeypatch.setattr(group, "compute", lambda *_: 1 / 0)
+    monkeypatch.setattr(group, "evaluate", lambda *_: 1 / 0)
     run(runner, cell())
     record = json.loads(sweep.failure_file(runner.directory, cell().name).read_text())
     assert record["error"] == "ZeroDivisionError: division by zero"

@@ -70,6 +70,7 @@ def asked(until: list[str], most: int = 4) -> list[Instance]:
     return [Instance("generate_until", {}, (t, settings), 0, ("x", i, 1)) for i, t in enumerate(TEXTS)]
 
 
+@pytest.mark.full
 def test_a_batch_does_not_change_the_text_and_stop_sequences_end_it(smollm2, lm):
     for policy in of_models().values():
         lm.use(policy(), Budget(ratio=0.5) if policy.uses_budget else None)
@@ -114,9 +115,9 @@ def test_a_cell_of_the_task_and_its_traces(lm, tmp_path, monkeypatch):
     assert row["context_tokens"][0] > 100
     (trace,) = traces
     assert trace.context == row["context_tokens"][0]
-    assert trace.gone.shape == (lm.scorer.layers, 3, len(trace.pieces))
+    assert trace.evicted_at.shape == (lm.scorer.layers, 3, len(trace.pieces))
     budget = one.budget.slots(total=trace.context + 11, context=trace.context, layer=0)
-    assert (trace.kept().sum(-1) == budget).all()
+    assert (trace.retained().sum(-1) == budget).all()
 
     # of several answers to one request only the first is stored, so they are generated again
     stored = SimpleNamespace(result=json.loads(json.dumps(result)), documents=table)
@@ -160,7 +161,7 @@ def test_the_traces_of_scored_documents(lm):
     last = len(trace.pieces) - 1
     assert trace.document == 0
     assert "".join(trace.pieces) == TEXTS[0]
-    assert all(head.nonzero()[0].tolist() == [0, 1, 2, 3, last] for layer in trace.kept() for head in layer)
+    assert all(head.nonzero()[0].tolist() == [0, 1, 2, 3, last] for layer in trace.retained() for head in layer)
 
 
 def write_needle(directory: Path, policy: str, share: float | None, hits: list[int], **extra: object) -> StoredCell:

@@ -104,7 +104,7 @@ def threads_for(plan: Plan, shape: Shape) -> int:
 
 
 def _items(shape: Shape) -> int:
-    """Work items of a tree: heads run by themselves, or side by side where they keep the same tokens."""
+    """Work items of a tree: one per head, or one in all where the heads retain the same tokens."""
     return 1 if shape.shared else shape.heads
 
 
@@ -119,7 +119,7 @@ def run_plan(plan: Plan, threads: int, quota: int, shape: Shape, work: Work) -> 
 
 
 def _positions(segments: Segments, state: EvictionState | None, rows: int, tokens: int) -> Tensor | None:
-    """int64 [B, 1, T], the position of every packed token; None where the rule does not ask for it."""
+    """int64 [B, 1, T], the position of every packed token; None where the rule does not need it."""
     if segments.rule.weight is None and segments.rule.bias is None:
         return None
     at, end = torch.zeros(rows, 1, tokens, dtype=torch.int64), [0] * segments.count

@@ -1,6 +1,6 @@
-"""Whether what the compiled CPU kernel is given fits together. The kernel itself reads and writes memory unchecked.
+"""Checks of the arguments of the CPU kernel, which itself reads and writes memory unchecked.
 
-Once per call, on sizes and on numbers per row or segment; nothing is looked at per token.
+They look at sizes and at numbers per row or segment, once per call, and never at single tokens.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def check_segments(
 
 
 def check_state(state: EvictionState, rows: int, heads: int, D: int, V: int, rule: Rule) -> None:
-    """Raise `ValueError` unless a state is one of `rows` rows and `heads` KV heads of such sizes, as `rule` leaves it."""
+    """Raise `ValueError` unless a state has `rows` rows and `heads` KV heads of such sizes, and fits `rule`."""
     N = state.positions.shape[-1]
     shapes = [tuple(x.shape) for x in (state.positions, state.scores, state.keys, state.values, state.seen)]
     if shapes != [(rows, heads, N), (rows, heads, N), (rows, heads, N, D), (rows, heads, N, V), (rows,)]:
@@ -74,7 +74,7 @@ def check_state(state: EvictionState, rows: int, heads: int, D: int, V: int, rul
             f"a state of shapes {shapes} is not one of {rows} rows, {heads} KV heads, keys of {D} and values of {V}"
         )
     if rule.shared and not bool((state.positions == state.positions[:, :1]).all()):
-        raise ValueError("the rule keeps one set of tokens per layer, and the state's heads hold different ones")
+        raise ValueError("the rule shares one set of tokens per layer, and the state's heads hold different ones")
 
 
 def check_lengths(length: np.ndarray, budget: np.ndarray, tokens: int) -> None:

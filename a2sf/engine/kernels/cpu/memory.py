@@ -66,7 +66,7 @@ def _whole(n: int) -> int:
 
 
 def rule_flags(rule: Rule) -> dict[str, int]:
-    """What a rule asks of the kernel, as fields of `Shape`."""
+    """The parts of a rule, as fields of `Shape`."""
     return {
         "counted": int(rule.count_above_uniform),
         "by_age": int(rule.mean_over_age),

@@ -93,7 +93,7 @@ def _make_plan(segments: Segments, start: list[int] | None, return_state: bool) 
             rule = (budget[i], recent[i], sinks[i], block[i], int(scored[i] and segments.rule.scored))
             steps.append((i, row[i], first[i], length[i], source, target, *rule))
             if children[i]:
-                # the last child goes on in its parent's state, the others work on a copy of it
+                # the last child continues in its parent's state, the others in a copy of it
                 stack.append((children[i][-1], target, target))
                 stack.extend((child, target, target + 1) for child in reversed(children[i][:-1]))
         left.append(sum(step[cpu_run.LENGTH] + 1 for step in steps[tree_first[-1] :]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from a2sf.compat.numba import inner, leaf
 from a2sf.engine.kernels.cpu.simd import (
     LANES,
     add,
@@ -28,7 +29,7 @@ from a2sf.engine.kernels.cpu.simd import (
     where,
     where_int,
 )
-from a2sf.engine.kernels.cpu.state import COUNT, F32, I32, LARGEST_INT, USED, inner, leaf
+from a2sf.engine.kernels.cpu.state import COUNT, F32, I32, LARGEST_INT, USED
 
 SHARE = F32(1 - 1e-5)
 """As `a2sf.engine.priorities.SHARE`."""
@@ -49,7 +50,7 @@ def _score(states, s, shape, factor, weights, at, row_size, inverse, inverse_at)
 
 @inner
 def _count(states, s, shape, factor, weights, at, row_size, inverse, inverse_at):
-    """A <- a * A + the number of the group's heads that give a token at least its share of attention."""
+    """A <- a * A + the number of the group's heads whose attention to a token is at least 1 / n."""
     n = F32(states.counters[s, COUNT])
     j, end = 0, states.counters[s, USED] * LANES
     while j < end:
@@ -115,24 +116,24 @@ def _clear(states, at, lanes):
 
 
 @leaf
-def _drop(states, s, shape, gone):
-    """Empty the slot of position `gone`."""
+def _drop(states, s, shape, evicted):
+    """Empty the slot of position `evicted`."""
     j, end = s * shape.slots, s * shape.slots + states.counters[s, USED] * LANES
     while j < end:
-        _clear(states, j, equal(load(states.positions, j), spread_int(I32(gone))))
+        _clear(states, j, equal(load(states.positions, j), spread_int(I32(evicted))))
         j = after(j)
 
 
 @leaf
-def _evict(states, s, shape, ranks, ranks_at, oldest, newest, told):
-    """Drop the token of the least rank among positions oldest..newest, the oldest of equals.
+def _evict(states, s, shape, ranks, ranks_at, oldest, newest, traced):
+    """Evict the token with the least rank among positions oldest..newest; ties: the oldest first.
 
-    `ranks` are integers, or floats that are not negative, whose bits are in their order. In whole vectors, without a branch
-    that is hard to foresee: each step waits for the eviction of the step before. So equal ranks, which are rare, are only
-    counted, and positions are compared where there are some or where the position is to be told.
+    `ranks` are integers, or floats that are not negative, whose bits are in their order. The code works on whole vectors and
+    has no branch that a processor predicts badly, because each step waits for the eviction of the step before. Therefore
+    equal ranks, which are rare, are only counted; positions are compared only if there are some, or for a trace.
 
     Returns:
-        `LARGEST_INT` if no token may go; else the token's position, or any smaller number unless `told`.
+        `LARGEST_INT` if no token may be evicted; else the token's position, or any smaller number unless `traced`.
     """
     at, end, none = s * shape.slots, states.counters[s, USED] * LANES, spread_int(LARGEST_INT)
     least, j = none, 0
@@ -144,7 +145,7 @@ def _evict(states, s, shape, ranks, ranks_at, oldest, newest, told):
     while j < end:
         lanes = _with_rank(states, at + j, ranks, ranks_at + j, least, oldest, newest)
         found, j = found + ones(bits(lanes)), after(j)
-    if found == 1 and not told:
+    if found == 1 and not traced:
         j = 0
         while j < end:
             _clear(states, at + j, _with_rank(states, at + j, ranks, ranks_at + j, least, oldest, newest))
@@ -154,9 +155,9 @@ def _evict(states, s, shape, ranks, ranks_at, oldest, newest, told):
     while j < end:
         lanes = _with_rank(states, at + j, ranks, ranks_at + j, least, oldest, newest)
         victim, j = smaller_int(where_int(lanes, load(states.positions, at + j), none), victim), after(j)
-    gone = smallest_int(victim)
-    _drop(states, s, shape, gone)
-    return gone
+    evicted = smallest_int(victim)
+    _drop(states, s, shape, evicted)
+    return evicted
 
 
 @leaf
@@ -172,49 +173,53 @@ def score(states, s, shape, scratch, factor, now, w_at, row_size, i_at):
 
 @leaf
 def evict(states, s, shape, call, scratch, thread, row, head, token, budget, oldest, newest):
-    """Drop tokens among positions oldest..newest until `budget` are cached, if there are more than may be."""
+    """Evict tokens among positions oldest..newest until `budget` are cached, if there are more than there may be."""
     if states.counters[s, COUNT] > budget + shape.spare:
-        ranked, at, told = shape.by_age + shape.weighted + shape.biased > 0, thread * (shape.slots + LANES), _told(call)
+        ranked, at, traced = (
+            shape.by_age + shape.weighted + shape.biased > 0,
+            thread * (shape.slots + LANES),
+            _traces(call),
+        )
         if ranked:
             _rank(states, s, shape, scratch.ranks, scratch.sums, at, True, True)
         for e in range(states.counters[s, COUNT] - budget):
             if ranked:
-                gone = _evict(states, s, shape, scratch.ranks, at, oldest, newest, told)
+                evicted = _evict(states, s, shape, scratch.ranks, at, oldest, newest, traced)
             else:
-                gone = _evict(states, s, shape, states.scores, s * shape.slots, oldest, newest, told)
-            if gone == LARGEST_INT:  # only a malformed state protects more than its budget
-                gone = _evict(states, s, shape, states.scores, s * shape.slots, 0, LARGEST_INT - 1, True)
-            _note(shape, call, row, head, token, e, gone)
+                evicted = _evict(states, s, shape, states.scores, s * shape.slots, oldest, newest, traced)
+            if evicted == LARGEST_INT:  # only a malformed state protects more than its budget
+                evicted = _evict(states, s, shape, states.scores, s * shape.slots, 0, LARGEST_INT - 1, True)
+            _note(shape, call, row, head, token, e, evicted)
         states.counters[s, COUNT] = budget
 
 
 @inner
 def evict_together(states, s, step, shape, call, scratch, thread, row, token, budget, oldest, newest):
-    """`evict` for all heads of a layer, which hold the same tokens in the same slots: states `s`, `s + step`, ..."""
+    """`evict` for all heads of a layer, which have the same tokens in the same slots: states `s`, `s + step`, ..."""
     if states.counters[s, COUNT] > budget + shape.spare:
         at = thread * (shape.slots + LANES)
         for head in range(shape.heads):
             of_head = s + head * step
             _rank(states, of_head, shape, scratch.ranks, scratch.sums, at, head == 0, head == shape.heads - 1)
         for e in range(states.counters[s, COUNT] - budget):
-            gone = _evict(states, s, shape, scratch.ranks, at, oldest, newest, True)
-            if gone == LARGEST_INT:
-                gone = _evict(states, s, shape, scratch.ranks, at, 0, LARGEST_INT - 1, True)
-            _note(shape, call, row, 0, token, e, gone)
+            evicted = _evict(states, s, shape, scratch.ranks, at, oldest, newest, True)
+            if evicted == LARGEST_INT:
+                evicted = _evict(states, s, shape, scratch.ranks, at, 0, LARGEST_INT - 1, True)
+            _note(shape, call, row, 0, token, e, evicted)
             for head in range(1, shape.heads):
-                _drop(states, s + head * step, shape, gone)
-                _note(shape, call, row, head, token, e, gone)
+                _drop(states, s + head * step, shape, evicted)
+                _note(shape, call, row, head, token, e, evicted)
         for head in range(shape.heads):
             states.counters[s + head * step, COUNT] = budget
 
 
 @leaf
-def _told(call):
-    """Whether evictions are written down."""
+def _traces(call):
+    """Whether evictions are traced."""
     return call.evicted.size > 0
 
 
 @leaf
-def _note(shape, call, row, head, token, e, gone):
-    if _told(call):
-        call.evicted[((row * shape.heads + head) * call.tokens + token) * shape.most + e] = gone
+def _note(shape, call, row, head, token, e, evicted):
+    if _traces(call):
+        call.evicted[((row * shape.heads + head) * call.tokens + token) * shape.most + e] = evicted

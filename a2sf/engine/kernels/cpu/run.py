@@ -1,4 +1,8 @@
-"""The compiled workers of the CPU kernel: they run trees of segments, block by block, and copy, read and write states."""
+"""The compiled workers of the CPU kernel: they run trees of segments, block by block, and copy, read and write states.
+
+Compiled functions, here and in `step`, take what they share as named tuples (`state`), and numbers one by one: those of a
+segment are columns of `Program.steps`, which no tuple needs to copy.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
+from a2sf.compat import numba
+from a2sf.compat.numba import cached, inner
 from a2sf.engine.kernels.cpu.simd import LANES, give, load, store, take
-from a2sf.engine.kernels.cpu.state import COUNT, OPTIONS, SEEN, TAINTED, USED, add_panel, inner, padded
+from a2sf.engine.kernels.cpu.state import COUNT, SEEN, TAINTED, USED, add_panel, padded
 from a2sf.engine.kernels.cpu.step import block, block_together
 
 
@@ -126,7 +131,7 @@ def _export(states, s, shape, final, row, head):
 def _advance(program, shape, call, states, scratch, given, final, thread, item, base, buffers, at, left, quota):
     """Run work item `item` for about `quota` tokens; its states are `base`, `base + 1`, ...
 
-    An item is a tree and a KV head, or, with a shared kept set, a tree with all its heads, `buffers` states for each.
+    An item is a tree and a KV head, or a tree with all its heads where they share their tokens, `buffers` states for each.
     """
     heads = shape.heads if shape.shared else 1
     tree, head = (item, 0) if shape.shared else (item // shape.heads, item % shape.heads)
@@ -169,14 +174,6 @@ def _advance(program, shape, call, states, scratch, given, final, thread, item, 
     at[item, 0], at[item, 1], left[item] = i, done, rest
 
 
-def _kept_on_disk(function: Any) -> Any:
-    """`function` compiled when first called; the code is kept on disk if there is a place for it."""
-    try:
-        return njit(nogil=True, cache=True, **OPTIONS)(function)
-    except RuntimeError:  # there is no directory that can be written
-        return njit(nogil=True, **OPTIONS)(function)
-
-
 def _make_run(sources: int) -> Any:
     # numba looks only at this file and at the function's own variables to tell whether code on disk is out of date
     def run(thread, quota, buffers, program, shape, call, states, scratch, given, final, at, left, busy):
@@ -207,7 +204,8 @@ def _make_run(sources: int) -> Any:
                 if quota:
                     give(busy, item)
 
-    return _kept_on_disk(run)
+    return cached(run)
 
 
-run = _make_run(zlib.crc32(b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))))
+_SOURCES = (Path(numba.__file__), *sorted(Path(__file__).parent.glob("*.py")))
+run = _make_run(zlib.crc32(b"".join(p.read_bytes() for p in _SOURCES)))

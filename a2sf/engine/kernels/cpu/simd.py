@@ -10,14 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import binding, ir
-from numba import types
-from numba.core import cgutils
-from numba.core.extending import intrinsic, models, register_model
+from a2sf.compat.numba import binding, cgutils, intrinsic, ir, models, register_model, types
 
 LANES = 16
-
-_function: Any = intrinsic  # its type would hide the functions' own arguments
 
 _INT, _LONG, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _FLOATS, _INTS, _MASK = (ir.VectorType(lane, LANES) for lane in (_FLOAT, _INT, ir.IntType(1)))
@@ -52,7 +47,7 @@ def _operation(result: Any, emit: Callable[..., Any]) -> Any:
     def ternary(typingctx: Any, x: Any, y: Any, z: Any) -> Any:
         return typed(x, y, z)
 
-    return _function((unary, binary, ternary)[emit.__code__.co_argcount - 2])
+    return intrinsic((unary, binary, ternary)[emit.__code__.co_argcount - 2])
 
 
 def _call(builder: Any, name: str, result: Any, *values: Any) -> Any:
@@ -178,7 +173,7 @@ def _store_to(builder: Any, pointer: Any, x: Any) -> None:
     builder.store(x, builder.bitcast(pointer, x.type.as_pointer()), align=4)
 
 
-@_function
+@intrinsic
 def load(typingctx: Any, array: Any, at: Any) -> Any:
     """array[at : at + 16]."""
     lanes = ints if array.dtype == types.int32 else floats
@@ -190,7 +185,7 @@ def load(typingctx: Any, array: Any, at: Any) -> Any:
     return lanes(array, types.intp), codegen
 
 
-@_function
+@intrinsic
 def load_bits(typingctx: Any, array: Any, at: Any) -> Any:
     """The bits of array[at : at + 16] as integers."""
 
@@ -201,7 +196,7 @@ def load_bits(typingctx: Any, array: Any, at: Any) -> Any:
 
 
 def _store(hidden: bool) -> Any:
-    @_function
+    @intrinsic
     def store(typingctx: Any, array: Any, at: Any, x: Any) -> Any:
         """array[at : at + 16] = x."""
 
@@ -221,7 +216,7 @@ store_all = _store(hidden=True)
 processor cannot hand such a store on to the next load: each step would wait for the memory twice."""
 
 
-@_function
+@intrinsic
 def scatter(typingctx: Any, source: Any, source_at: Any, target: Any, target_at: Any) -> Any:
     """target[target_at + 16 * i] = source[source_at + i] for i in range(16)."""
 
@@ -250,7 +245,7 @@ _TRANSPOSITION = (
 """Step n pairs vectors that are 2^n apart. At the end vector i holds column i with its two lowest bits exchanged."""
 
 
-@_function
+@intrinsic
 def transpose(
     typingctx: Any, source: Any, offsets: Any, offsets_at: Any, column: Any, target: Any, target_at: Any, lanes: Any
 ) -> Any:
@@ -277,7 +272,7 @@ def transpose(
     return types.void(source, offsets, types.intp, types.intp, target, types.intp, lanes), codegen
 
 
-@_function
+@intrinsic
 def prefetch(typingctx: Any, array: Any, at: Any) -> Any:
     """Fetch the cache line of array[at], which may lie outside of the array."""
 
@@ -300,7 +295,7 @@ HIGH_VECTORS = TILE_VECTORS // 2
 
 
 def _tile(vectors: int, height: int = TILE_ROWS) -> Any:
-    @_function
+    @intrinsic
     def tile(
         typingctx: Any,
         a: Any, a_at: Any, a_row: Any, b: Any, b_at: Any, b_row: Any, b_vector: Any,
@@ -373,7 +368,7 @@ high1, high2 = (_tile(vectors, 2 * TILE_ROWS) for vectors in (1, 2))
 
 
 def _atomic(emit: Callable[..., Any]) -> Any:
-    @_function
+    @intrinsic
     def operation(typingctx: Any, array: Any, at: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return emit(builder, _address(context, builder, signature.args[0], args[0], args[1]))

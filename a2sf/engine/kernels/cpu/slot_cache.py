@@ -157,11 +157,11 @@ class SlotCache:
     ) -> None:
         """One segment per row, which continues the row's states unless `source` says otherwise; numbers as in `Program`."""
         B, shape = self.rows, self._shape
-        steps = np.empty((B, 11), np.int64)
+        steps = torch.empty((B, 11), dtype=torch.int64).numpy()
         scored = int(self.rule.scored)
         for i, column in enumerate((np.arange(B), np.arange(B), 0, length, source, 0, *numbers, scored)):
             steps[:, i] = column
-        factors = np.empty(B, np.float32)
+        factors = torch.empty(B).numpy()
         factors[:] = factor
         left = steps[:, cpu_run.LENGTH] + 1
         block = max(1, int(steps[:, cpu_run.BLOCK].max(initial=1)))
@@ -169,6 +169,9 @@ class SlotCache:
         # a quota, so that every item has states of its own; large enough to run it in one go
         quota = int(left.max(initial=1))
         threads, shape = threads_for(plan, shape), shape._replace(block=block)
-        if self._scratch_of != (threads, block):  # kept, because a step of one token takes less time than making it
+        if self._scratch_of != (
+            threads,
+            block,
+        ):  # reused, because a step of one token takes less time than allocating it
             self._scratch, self._scratch_of = make_scratch(threads, shape), (threads, block)
         run_plan(plan, threads, quota, shape, work._replace(scratch=self._scratch))

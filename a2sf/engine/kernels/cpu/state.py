@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
+from a2sf.compat.numba import inner, leaf
 from a2sf.engine.kernels.cpu.simd import LANES, at_least, bits, load, lowest_bit, spread, spread_int, store
 
 F32, I32, LARGEST_INT = np.float32, np.int32, np.int32(2**31 - 1)
 
 
 class Shape(NamedTuple):
-    """Sizes that all functions share, and what the rule asks for (0 or 1 but for `spare`)."""
+    """Sizes that all functions share, and the parts of the rule (0 or 1 but for `spare`)."""
 
     heads: int  # KV heads
     group: int  # query heads per KV head
@@ -24,11 +24,11 @@ class Shape(NamedTuple):
     block: int  # tokens of the largest block
     spare: int = 0  # tokens that may be cached beyond the budget before some are evicted
     most: int = 1  # evictions of a step, at most: what a trace has room for
-    counted: int = 0  # a query adds 1 for what gets its share of attention, instead of the attention
+    counted: int = 0  # a query adds 1 where its attention is at least 1 / n, instead of the attention
     by_age: int = 0  # priorities are divided by the number of terms, `Store.terms`
     weighted: int = 0  # and multiplied by `Store.weights`
     biased: int = 0  # and added to `Store.biases`
-    shared: int = 0  # all heads of a layer keep the same tokens
+    shared: int = 0  # all heads of a layer retain the same tokens
 
 
 class Store(NamedTuple):
@@ -75,12 +75,6 @@ class Call(NamedTuple):
     bias: Any
     tokens: int  # T
     scale: Any  # float32, times log2(e)
-
-
-# without wrappers for Python, reference counts and checks: they are most of the code that LLVM would have to compile
-OPTIONS = {"no_cfunc_wrapper": True, "error_model": "numpy", "_nrt": False}
-inner = njit(no_cpython_wrapper=True, **OPTIONS)
-leaf = njit(no_cpython_wrapper=True, forceinline=True, **OPTIONS)
 
 
 @leaf

@@ -5,13 +5,14 @@ A block of `w` consecutive tokens takes three steps:
     1. its keys and values fill free slots, and one matrix product gives the logits of all its queries with all slots;
     2. token by token: mask the slots that are not cached at this step, normalise, add to the scores, evict one;
     3. one matrix product of the weights with the values gives the outputs.
-Keys are held in panels [D, 16 slots], so that both products read memory in order.
+Keys lie in panels [D, 16 slots], so that both products read memory in order.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from a2sf.compat.numba import inner, leaf
 from a2sf.engine.kernels.cpu.rank import evict, evict_together, score
 from a2sf.engine.kernels.cpu.simd import (
     HIGH_VECTORS,
@@ -45,7 +46,7 @@ from a2sf.engine.kernels.cpu.simd import (
     transpose,
     where,
 )
-from a2sf.engine.kernels.cpu.state import COUNT, F32, I32, SEEN, TAINTED, USED, clear, free_slots, inner, leaf, padded
+from a2sf.engine.kernels.cpu.state import COUNT, F32, I32, SEEN, TAINTED, USED, clear, free_slots, padded
 
 DEPTH = 64
 """Slots whose values are multiplied at a time: they stay in the first-level cache for all queries of a block."""
@@ -192,9 +193,9 @@ def _mask(states, s, shape, now, weights, at):
     j, end = 0, states.counters[s, USED] * LANES
     while j < end:
         cached = at_most_unsigned(load(states.positions, s * shape.slots + j), spread_int(I32(now)))
-        kept = where(cached, load(weights, at + j), spread(F32(0)))
-        store_all(weights, at + j, kept)
-        sums = add(sums, kept)
+        shown = where(cached, load(weights, at + j), spread(F32(0)))
+        store_all(weights, at + j, shown)
+        sums = add(sums, shown)
         j = after(j)
     return total(sums)
 
@@ -224,7 +225,7 @@ def _recompute(states, s, shape, now, query, query_at, weights, at):
 
 @leaf
 def _prefetch(shape, call, row, head, token):
-    """A token's inputs lie far from those of the token before, so that the processor does not foresee the access."""
+    """A token's inputs lie far from those of the token before, so that the processor does not prefetch them itself."""
     k_at = row * call.strides[1, 0] + head * call.strides[1, 1] + token * call.strides[1, 2]
     d = 0
     while d < shape.D:
@@ -261,7 +262,7 @@ def _enter(states, s, shape, call, scratch, part, head, row, start, w):
 
 @inner
 def _taint(states, s, shape, scratch, part, w):
-    """Take all but the first of `w` new tokens back, and go on token by token.
+    """Take all but the first of `w` new tokens back; from then on tokens are read one by one.
 
     A weight of 0 does not hide NaN or infinity. A slot that is freed is then the lowest free one, so that the next token
     overwrites it before anything is multiplied with it.
@@ -353,7 +354,7 @@ def block_together(
     finite = True
     for h in range(shape.heads):
         finite &= _enter(states, s + h * step, shape, call, scratch, part + h, h, row, start, w)
-    if not finite:  # slots are the same in all heads, so all go on token by token
+    if not finite:  # slots are the same in all heads, so all read on token by token
         for h in range(shape.heads):
             _taint(states, s + h * step, shape, scratch, part + h, w)
         w = 1

@@ -1,6 +1,6 @@
 """Threads for the CPU kernel: torch's own where possible.
 
-After an operation torch's worker threads go on spinning for a while in wait of the next one. A second set of threads
+After an operation torch's worker threads spin for a while and wait for the next one. A second set of threads
 would compete with them for the same cores, so compiled code is run by the OpenMP library that torch has loaded.
 """
 
@@ -28,17 +28,17 @@ def in_threads(body: Callable[[int], None], threads: int) -> None:
             other.result()
         return
 
-    # a team may turn out smaller than asked for, so members draw numbers until none is left
+    # a team may be smaller than requested, so its threads draw numbers until none is left
     numbers, errors = iter(range(threads)), []
 
-    def member(_: Any) -> None:
+    def worker(_: Any) -> None:
         try:
             for i in numbers:
                 body(i)
         except BaseException as error:  # it cannot pass through foreign code
             errors.append(error)
 
-    team(_BODY(member), None, threads, 0)
+    team(_BODY(worker), None, threads, 0)
     if errors:
         raise errors[0]
 

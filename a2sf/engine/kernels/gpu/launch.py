@@ -1,7 +1,7 @@
 """The recursion as one fused Triton kernel, for GPUs.
 
-One program runs one row and KV head from its first token to its last, or one row, where its heads share a kept set. The
-tokens it may see live in a buffer of slots in global memory, one more than the most that a row of the batch keeps,
+One program runs one row and KV head from its first token to its last, or one row, where its heads share their tokens.
+The tokens that it may see lie in a buffer of slots in global memory, one more than the most that a row of the batch retains,
 rounded up, so that the work is O(T * budget * D) and nothing of size T x T exists. All query heads of a group read a
 key once. What a rule states as data runs here (`knows` in `a2sf.engine.kernels`), step by step or every so many tokens.
 
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from a2sf.engine.kernels.gpu.self_check import fault
+from a2sf.engine.kernels.gpu.self_check import find_fault
 from a2sf.engine.kernels.gpu.step import recursion
 from a2sf.engine.priorities import SHARE, terms
 from a2sf.engine.state import Attended, Call, EvictionState, Options, Segments
@@ -33,9 +33,9 @@ except ImportError:
     triton = None
 
 TILES = {32: 64, 128: 512, 256: None}
-"""Slots that a program looks at together, for rows that keep fewer tokens than this. What was fastest on an H100."""
+"""Slots that a program reads together, for rows that retain fewer tokens than this: the fastest on an H100."""
 LAUNCH = {
-    # Slots are overwritten while the kernel runs. One stage keeps every load where it is written; more would let the
+    # Slots are overwritten while the kernel runs. One stage leaves every load where it is written; more would let the
     # compiler prefetch across the barriers.
     "num_stages": 1,
     "enable_fp_fusion": True,
@@ -65,7 +65,7 @@ def attend_triton(
 
     Raises:
         ConfigError: if Triton is missing, or the tensors are on a device that it does not run on.
-        UnsoundKernelError: if what Triton compiled fails its trial, or cannot be compiled.
+        UnsoundKernelError: if what Triton compiled fails its self-check, or cannot be compiled.
     """
     if (reason := unavailable(query.device)) is not None:
         raise ConfigError("backend", "triton", reason)
@@ -85,12 +85,12 @@ def _triton_rows(rows: Rows, options: Options) -> Ran:
     tiles = [_tile(budget + rows.schedule.spare) for budget in rows.budgets]
     if not _interpreted():
         for tile in sorted(set(tiles)):
-            prove(rows, flags, tile)
+            check_compiled(rows, flags, tile)
     return _run(rows, options, flags, tiles)
 
 
-def prove(rows: Rows, flags: dict[str, Any], tile: int) -> None:
-    """Try what is compiled for `rows`, once in a process: compilers have been wrong, and wrong scores look like scores.
+def check_compiled(rows: Rows, flags: dict[str, Any], tile: int) -> None:
+    """Check what is compiled for `rows` once per process: compilers have been wrong, and wrong scores look like scores.
 
     Raises:
         UnsoundKernelError: if it does not give what plain torch gives, or cannot be compiled.
@@ -100,16 +100,16 @@ def prove(rows: Rows, flags: dict[str, Any], tile: int) -> None:
     variant = (rows.query.device, rows.query.dtype, *constants.values(), *flags.values())
     if variant not in _found:
         try:
-            told = fault(
+            fault = find_fault(
                 partial(_run, flags=flags, tiles=[tile, tile]), rows, several=flags["HOLES"], tile=constants["TILE"]
             )
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
-            told = f"it cannot run ({type(error).__name__}: {first_line(error)})"
-        _found[variant] = told
-    if (told := _found[variant]) is not None:
-        what = f"the Triton kernel fails its trial on {rows.query.device} (Triton {triton.__version__}: {told})"
+            fault = f"it cannot run ({type(error).__name__}: {first_line(error)})"
+        _found[variant] = fault
+    if (fault := _found[variant]) is not None:
+        what = f"the Triton kernel fails its self-check on {rows.query.device} (Triton {triton.__version__}: {fault})"
         raise UnsoundKernelError(f"{what}; backend=torch does without it.")
 
 
@@ -219,7 +219,7 @@ def _above_budget(rows: Rows) -> bool:
 
 
 def _flags(rule: Rule, K: int, several: bool) -> dict[str, Any]:
-    """The parts of the kernel that a rule asks for; `several`: more than one token may go in a step."""
+    """The parts of the kernel that a rule uses; `several`: more than one token may be evicted in a step."""
     ranked = rule.mean_over_age or rule.shared or rule.weight is not None or rule.bias is not None
     return {
         "HEADS": K if rule.shared else 1,
@@ -235,11 +235,11 @@ def _flags(rule: Rule, K: int, several: bool) -> dict[str, Any]:
 
 
 def _tile(capacity: int) -> int:
-    """Slots that a program looks at together, for a row that keeps `capacity` tokens between two steps at most.
+    """Slots that a program reads together, for a row that retains at most `capacity` tokens between two steps.
 
     It must not depend on the batch, such as on its largest budget: it sets the order of the sums, and a row's result is the
-    same to the last bit in whatever batch it is computed. (A beginning that sequences of several budgets share is summed as
-    the one that owns it is.)
+    same to the last bit in whatever batch it is computed. (A beginning that sequences of several budgets share is summed
+    like the sequence that it belongs to.)
     """
     return next(tile for tile, below in TILES.items() if below is None or capacity < below)
 

@@ -1,6 +1,6 @@
-"""A compiled kernel is tried before its numbers count: a few tokens, against plain torch in float64 on the CPU.
+"""A compiled kernel is checked before it is used: a few tokens, against plain torch in float64 on the CPU.
 
-There no setting of a GPU's precision reaches, so that what differs is the kernel's.
+No setting of a GPU's precision applies there, so that any difference comes from the kernel.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ TOLERANCE = {torch.float32: 5e-5, torch.float64: 1e-10}
 """A matrix product in TF32 or bfloat16 is off by more."""
 
 
-def fault(run: RunRows, rows: Rows, *, several: bool, tile: int) -> str | None:
+def find_fault(run: RunRows, rows: Rows, *, several: bool, tile: int) -> str | None:
     """What is wrong with `run` for calls like `rows`; None: nothing was found.
 
     Args:
         rows: of its tensors only sizes, dtype and device matter.
-        several: whether more than one token may go in a step.
-        tile: how many slots the kernel looks at together; one row of the trial holds more.
+        several: whether more than one token may be evicted in a step.
+        tile: how many slots the kernel reads together; one row of the check has more.
     """
-    tried = _trial(rows, Schedule("every", every=3) if several else STEP, tile)
+    case = _small_case(rows, Schedule("every", every=3) if several else STEP, tile)
     options = Options(rows.query.shape[-1] ** -0.5, return_state=True, trace=True)
-    got, want = run(tried, options), torch_rows(_on(tried, "cpu", torch.float64), options)
+    got, want = run(case, options), torch_rows(_on(case, "cpu", torch.float64), options)
     if _retained(got) != _retained(want) or _evicted(got) != _evicted(want):
-        return "it keeps other tokens than plain torch"
+        return "it retains other tokens than plain torch"
     width = max(x.end.positions.shape[-1] for x in (got, want))
     states = [vars(x.end.pad(width)) for x in (got, want)]
     pairs = [(got.output, want.output), *((states[0][name], states[1][name]) for name in ("scores", "keys", "values"))]
     tolerance = TOLERANCE[rows.query.dtype]
     if not all(torch.allclose(a.cpu().double(), b, atol=tolerance, rtol=tolerance) for a, b in pairs):
-        return "its numbers are other than plain torch's"
+        return "its numbers differ from plain torch's"
     return None
 
 
-def _trial(rows: Rows, schedule: Schedule, tile: int) -> Rows:
-    """Two rows that go on from a state: one with more than a tile cached, of which the last ones may go, and a short one."""
+def _small_case(rows: Rows, schedule: Schedule, tile: int) -> Rows:
+    """Two rows that continue a state: one has more than a tile cached, of which the last may be evicted; one is short."""
     random = torch.Generator().manual_seed(0)
     K, held = rows.key.shape[1], tile + 9
     positions = torch.stack([torch.arange(held), torch.full((held,), -1)])
@@ -61,7 +61,7 @@ def _trial(rows: Rows, schedule: Schedule, tile: int) -> Rows:
         values=tensor(rows.value, held) * filled[..., None],
         seen=torch.tensor([held, 6]),
     )
-    tried = Rows(
+    case = Rows(
         query=tensor(rows.query, TOKENS),
         key=tensor(rows.key, TOKENS),
         value=tensor(rows.value, TOKENS),
@@ -77,7 +77,7 @@ def _trial(rows: Rows, schedule: Schedule, tile: int) -> Rows:
         schedule=schedule,
         state=state,
     )
-    return _on(tried, rows.query.device, rows.query.dtype)
+    return _on(case, rows.query.device, rows.query.dtype)
 
 
 def _on(rows: Rows, device: torch.device | str, dtype: torch.dtype) -> Rows:

@@ -1,6 +1,6 @@
 """The Triton kernel's own code: what one program does, token by token, in Triton's part of Python.
 
-The rule is compiled in: what it does not ask for costs nothing. `a2sf.engine.kernels.gpu.launch` launches it.
+The rule is compiled in: what it does not use costs nothing. `a2sf.engine.kernels.gpu.launch` launches it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ OF_ROWS = ("members", "cached", "seen", "length", "budget", "recent", "sinks", "
 
 
 def _jit(*numbers: str, of_rows: Sequence[str] = ()) -> Callable[[Any], Any]:
-    """Compile a function, once for all `numbers`, and for all places in memory where what is `of_rows` may lie.
+    """Compile a function once for all values of `numbers`, and for all alignments of the tensors `of_rows`.
 
-    Triton's habit is one for 1, one for multiples of 16, one for aligned tensors, ...: seconds each, and the trial
-    (`a2sf.engine.kernels.gpu.self_check`) could try another than what runs.
+    By default Triton compiles one for 1, one for multiples of 16, one for aligned tensors, ...: seconds each, and the
+    self-check (`a2sf.engine.kernels.gpu.self_check`) could run another one than the call.
     """
     if triton is None:
         return lambda function: function
@@ -32,7 +32,7 @@ def _jit(*numbers: str, of_rows: Sequence[str] = ()) -> Callable[[Any], Any]:
 
 @_jit()
 def _better(priority, position, free, n, least, oldest, victim):
-    """The least priority of each lane so far, its position (the oldest of equals) and slot, after slots `n`."""
+    """The least priority of each lane so far, its position (ties: the oldest) and slot, after slots `n`."""
     priority = tl.where(priority == priority, priority, float("inf"))  # NaN goes last
     better = free & ((priority < least) | ((priority == least) & (position < oldest)))
     return tl.where(better, priority, least), tl.where(better, position, oldest), tl.where(better, n, victim)
@@ -47,7 +47,7 @@ def recursion(
     weight,  # [B, K, T], `m` of the new tokens
     bias,  # [B, K, T], and `b`
     output,  # [B, T, H, V]
-    gone,  # int32 [B, K, events, 2], column and position of each eviction
+    evicted,  # int32 [B, K, events, 2], column and position of each eviction
     keys,  # [B, K, slots / 32, SIZES, 32], the slot buffer: in and out, in any order of position
     values,  # [B, K, slots, V]
     scores,  # [B, K, slots]
@@ -80,8 +80,8 @@ def recursion(
     SIZES: tl.constexpr,  # D, up to a multiple of AT_ONCE; zeros beyond D
     AT_ONCE: tl.constexpr,  # loads that wait for nothing but memory, while attending; divides TILE
     TILE: tl.constexpr,  # slots at a time, 32 or a multiple that divides `slots`
-    HEADS: tl.constexpr,  # KV heads of a program: one, or all that share a kept set
-    HOLES: tl.constexpr,  # whether several tokens may go at once, so that empty slots lie between filled ones
+    HEADS: tl.constexpr,  # KV heads of a program: one, or all that retain the same tokens
+    HOLES: tl.constexpr,  # whether several tokens may be evicted at once, so that empty slots lie between filled ones
     SCORED: tl.constexpr,  # the parts of the rule
     COUNTED: tl.constexpr,
     BY_AGE: tl.constexpr,
@@ -118,7 +118,7 @@ def recursion(
         now = first_position + t
         count += 1
         used = tl.maximum(used, slot + 1)
-        # the least priority among the unprotected, the oldest of equals, and the first empty slot; per lane first
+        # the least priority among the unprotected (ties: the oldest), and the first empty slot; per lane first
         least = tl.full([TILE], float("inf"), row_factor.dtype)
         oldest = tl.full([TILE], 2**62, tl.int64)
         victim = tl.zeros([TILE], tl.int64)
@@ -168,7 +168,7 @@ def recursion(
             total = tl.sum(totals * tl.exp(peaks - peak[:, None]), axis=1)
             tl.debug_barrier()  # the logits are written before they are read
 
-            # score, rank, and look for who goes; what the last head finds holds for all that share a kept set
+            # score, rank, and look for what is evicted; what the last head finds holds for all that share it
             least = tl.full([TILE], float("inf"), row_factor.dtype)
             oldest = tl.full([TILE], 2**62, tl.int64)
             for begin in range(0, used, TILE):
@@ -228,7 +228,7 @@ def recursion(
             slot = tl.min(hole, axis=0)
         excess = tl.where(count > row_budget + spare, count - row_budget, 0)
         # Triton 3.5 to 3.7 take a variable that bounds a loop and does no more for unchanging; this keeps `count` alive
-        event = begun + t + 1 - count  # tokens that went so far
+        event = begun + t + 1 - count  # evictions so far
         for e in range(excess):
             if HOLES:
                 tl.debug_barrier()  # positions are read before one is taken away, priorities written before they are read
@@ -246,8 +246,8 @@ def recursion(
             leaves = tl.min(oldest, axis=0)
             slot = tl.max(tl.where(oldest == leaves, victim, 0), axis=0)
             for here in range(first, first + HEADS):
-                tl.store(gone + (here * events + event + e) * 2, t)
-                tl.store(gone + (here * events + event + e) * 2 + 1, leaves.to(tl.int32))
+                tl.store(evicted + (here * events + event + e) * 2, t)
+                tl.store(evicted + (here * events + event + e) * 2 + 1, leaves.to(tl.int32))
                 if HOLES:
                     tl.store(positions + here * slots + slot, -1)
         count -= excess

@@ -1,4 +1,4 @@
-"""What holds in a context, that of a thread or of an asyncio task, while a block is open."""
+"""Values that are set in a context (of a thread or an asyncio task) while a `with` block is open."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ class _Block(Generic[T]):
     ended: bool = False
 
 
-class Held(Generic[T]):
+class ContextStack(Generic[T]):
     """The values of the blocks that are open in this context.
 
-    A block ends for every context that holds it, whoever ends it: a generator may be thrown away by another thread than
-    the one that entered the block.
+    When a block ends, it ends in every context that has it: a generator may be closed by another thread than the one that
+    entered the block.
     """
 
     def __init__(self, name: str) -> None:
         self._blocks: ContextVar[tuple[_Block[T], ...]] = ContextVar(name, default=())
 
     def innermost_first(self) -> list[T]:
-        """The values that hold."""
+        """The values, that of the innermost block first."""
         return [b.value for b in reversed(self._blocks.get()) if not b.ended]
 
     @contextmanager
-    def holding(self, value: T) -> Iterator[None]:
-        """`value` holds inside, however the block ends."""
+    def entered(self, value: T) -> Iterator[None]:
+        """`value` is set inside, however the block ends."""
         block = _Block(value)
         try:
             self._blocks.set((*self._open(), block))

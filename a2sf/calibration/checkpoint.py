@@ -1,4 +1,4 @@
-"""What a calibration has computed so far, on disk after every passage, so that the same command goes on from there."""
+"""The sums that a calibration has computed so far, written after every passage, so that a repeated command resumes."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ import numpy as np
 from a2sf import atomic
 
 
-class Partial:
-    """Sums over passages, by name.
+class Checkpoint:
+    """Sums over passages, by name, kept in a file.
 
     Args:
-        folder: where the file lies.
-        about: all that the numbers depend on; another calibration has another file.
+        folder: where the file is.
+        about: everything that the numbers depend on, as JSON data; its hash is the name of the file.
     """
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
         self.file = folder / f"{key}.json"
         self._known: dict[str, Any] = {}
-        with suppress(OSError, ValueError):  # a file that cannot be read is begun anew
+        with suppress(OSError, ValueError):  # an unreadable file is replaced
             self._known = json.loads(self.file.read_text(encoding="utf-8"))
         folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, name: str) -> tuple[int, np.ndarray]:
-        """How often `add` was called under that name, and the sum of what it was given."""
+        """How many times `add` was called with that name, and the sum of its values."""
         count, total = self._known.get(name, (0, 0.0))
         return count, np.asarray(total)
 
     def add(self, name: str, values: np.ndarray | float) -> None:
-        """Add the next passage's numbers; the sum comes back exactly as it is."""
+        """Add the values of the next passage. The file holds every sum exactly."""
         count, total = self.get(name)
         self._known[name] = (count + 1, (total + values).tolist())
         atomic.write(self.file, json.dumps(self._known))
