@@ -1,14 +1,14 @@
 """The user's folder of configurations (`a2sf run --config-dir`) as a source of Hydra's search path."""
 
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
+from a2sf.compat.hydra import FileConfigSource
 from a2sf.sweep.config import folder as config_dir
 
 
-class OwnFolder(FileConfigSource):
+class UserFolder(FileConfigSource):
     """A folder in which a subfolder with the name of a key, such as `tasks/`, is not a group of configurations."""
 
     @staticmethod
@@ -23,7 +23,7 @@ class OwnFolder(FileConfigSource):
         return found if config_path else [name for name in found if not config_dir.is_key(name)]
 
 
-class OwnFolderPath(SearchPathPlugin):
+class UserFolderPath(SearchPathPlugin):
     """Adds the user's folder to the search path, after the configurations of the package."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
