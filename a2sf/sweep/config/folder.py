@@ -18,8 +18,8 @@ from a2sf.shipped import shipped
 from a2sf.sweep.config import schema
 
 OPTIONS = ("--config-dir", "-cd")
-SCHEME = "userfolder"
-"""The folder's scheme in Hydra's search path (`hydra_plugins.user_folder`)."""
+SCHEME = "own"
+"""The folder's scheme in Hydra's search path (`hydra_plugins.own_folder`)."""
 GLOBAL = re.compile(r"^#\s*@package\s+_global_", re.MULTILINE)
 SWEPT = "hydra.sweeper.params."
 _folder: list[Path] = []

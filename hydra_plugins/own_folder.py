@@ -8,7 +8,7 @@ from a2sf.compat.hydra import FileConfigSource
 from a2sf.sweep.config import folder as config_dir
 
 
-class UserFolder(FileConfigSource):
+class OwnFolder(FileConfigSource):
     """A folder in which a subfolder with the name of a key, such as `tasks/`, is not a group of configurations."""
 
     @staticmethod
@@ -23,7 +23,7 @@ class UserFolder(FileConfigSource):
         return found if config_path else [name for name in found if not config_dir.is_key(name)]
 
 
-class UserFolderPath(SearchPathPlugin):
+class OwnFolderPath(SearchPathPlugin):
     """Adds the user's folder to the search path, after the configurations of the package."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
