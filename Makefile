@@ -1,10 +1,10 @@
-# `make demo` and `make test` set everything up themselves.
+# `make demo`, `make test` and `make test-all` set everything up themselves.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint format docs bench figures clean
+.PHONY: setup demo test test-all lint format docs bench figures clean
 
 # uv resolves in seconds and picks torch for this machine's GPU, or for the CPU; pip does where uv is not installed
 INSTALL := $(if $(shell command -v uv),uv pip install -q --python $(BIN)/python --torch-backend=auto,$(BIN)/pip install -q) -c constraints.txt
@@ -32,8 +32,15 @@ demo: $(VENV)/.demo
 	$(BIN)/a2sf run -m +sweep=demo
 
 # two workers with one thread each; files in their order, since those that take longest come first and no worker ends alone
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# one policy for each rule; without the tests that are marked `full`
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not full"
+
+# every policy with every schedule, model and backend
+test-all: $(READY)
+	$(PYTEST)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from a2sf.engine.functional import attend, evicting_attention
     from a2sf.engine.state import EvictionState
-    from a2sf.hf.generation import PrunedCache
+    from a2sf.hf.cache.pruned import PrunedCache
     from a2sf.hf.scope import pruning
     from a2sf.policies.a2sf import A2SF
     from a2sf.policies.base import Policy, Retention
@@ -78,7 +78,7 @@ _WHERE = {
     "KeyNorm": "baselines.key_norm",
     "MeanAttention": "baselines.mean_attention",
     "Policy": "a2sf.policies.base",
-    "PrunedCache": "a2sf.hf.generation",
+    "PrunedCache": "a2sf.hf.cache.pruned",
     "PyramidKV": "baselines.pyramidkv",
     "Random": "baselines.random",
     "Retention": "a2sf.policies.base",

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -27,14 +28,12 @@ from a2sf.shipped import shipped
 from a2sf.starting import importing, set_environment
 
 if TYPE_CHECKING:
-    from a2sf.experiments.aggregates import Group
-    from a2sf.experiments.cell import Cell
-    from a2sf.experiments.config import Settings
-    from a2sf.experiments.estimate import Estimate
-    from a2sf.experiments.reuse import Plan
-    from a2sf.experiments.sweep import Outcome, Runner
+    from a2sf.store.aggregates import Group
+    from a2sf.sweep.cell import Cell
+    from a2sf.sweep.config.settings import Settings
+    from a2sf.sweep.reuse import Plan
+    from a2sf.sweep.runner import Outcome, Runner
 
-LISTED = 20
 POLL_SECONDS = 2.0
 screen = Console()
 _runners: dict[tuple[Any, ...], Runner] = {}
@@ -47,6 +46,7 @@ Launch = Callable[[list[list[str]]], list[Any]]
 def guard(main: Callable[[], Any]) -> None:
     """Run the app; a user's mistake is one sentence on standard error and exit code 1, never a traceback."""
     set_environment()
+    _show_notices()
     # not by way of SIGINT, which a process that a script started in the background ignores
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -85,7 +85,7 @@ def job(composed: DictConfig) -> Any:
     set_environment()  # of a worker on another machine
     adopt(HydraConfig.get())
     quiet()
-    from a2sf.experiments.workers import share_cores, take_gpu
+    from a2sf.sweep.workers import share_cores, take_gpu
 
     share_cores(HydraConfig.get().launcher)
     take_gpu(HydraConfig.get().launcher)
@@ -101,7 +101,7 @@ def adopt(hydra: DictConfig) -> None:
     Raises:
         UserError: if a file there hides one of ours, which Hydra would not say, or text in one is read as a number.
     """
-    from a2sf.experiments import config_dir
+    from a2sf.sweep.config import folder as config_dir
 
     sources = [s for s in hydra.runtime.config_sources if s.schema in ("file", config_dir.SCHEME)]
     added = [Path(s.path) for s in sources if s.provider != "main"]
@@ -128,13 +128,13 @@ def run_grid(
     Raises:
         UserError: for the first value that is not allowed, before anything slow.
     """
-    from a2sf.experiments import keys
+    from a2sf.sweep.config import keys
 
     for _, composed in points:
         keys.check(composed)
     quiet()
-    from a2sf.experiments.config import refuse_idle
-    from a2sf.experiments.grid import check_schedules
+    from a2sf.sweep.config.grid import check_schedules
+    from a2sf.sweep.config.settings import refuse_idle
 
     check_schedules([composed for _, composed in points])
     settings = [_read(composed, computes_here) for _, composed in points]
@@ -149,16 +149,17 @@ def run_grid(
             "are a list, tracker=[wandb,tensorboard]"
         )
 
-    from a2sf.evaluation import tasks
-    from a2sf.experiments.estimate import estimate
-    from a2sf.experiments.group import grouped
-    from a2sf.experiments.prepare import documents, models, texts
-    from a2sf.experiments.progress import Progress, shown
-    from a2sf.experiments.reuse import plan
-    from a2sf.experiments.runs import write_groups
+    from a2sf.store.runs import write_groups
+    from a2sf.sweep.group import grouped
+    from a2sf.sweep.planning.estimate import estimate
+    from a2sf.sweep.planning.progress import Progress, shown
+    from a2sf.sweep.planning.table import headline, plan_table
+    from a2sf.sweep.prepare import documents, models, texts
+    from a2sf.sweep.reuse import plan
+    from a2sf.tasks import spec as tasks
 
-    for until in dict.fromkeys(c.until for s in settings for c in s.cells if c.until):
-        until.check([c.policy.name for s in settings for c in s.cells if c.until == until])
+    for rule in dict.fromkeys(c.stopping_rule for s in settings for c in s.cells if c.stopping_rule):
+        rule.check([c.policy.name for s in settings for c in s.cells if c.stopping_rule == rule])
     documents.check(c for s in settings for c in s.cells)
     settings, unreadable = models.readable(settings, screen)
     models.check_prompting((c for s in settings for c in s.cells), hub=False)
@@ -174,7 +175,9 @@ def run_grid(
         screen.print(note, highlight=False, soft_wrap=True)
     groups = grouped(made.pending)
     estimates = estimate(groups, directory.parent, trial=computes_here)
-    _print_plan(made, groups, estimates, directory)
+    screen.print(headline(made, groups, estimates, directory), highlight=False, soft_wrap=True)
+    if groups:
+        screen.print(plan_table(groups, estimates))
     if first.plan_only:
         return
     scored = list(dict.fromkeys(g for s in settings for g in s.groups))
@@ -204,7 +207,7 @@ def _run(
     points: Sequence[tuple[list[str], DictConfig]],
     launch: Launch | None,
 ) -> list[Outcome]:
-    from a2sf.experiments.group import grouped
+    from a2sf.sweep.group import grouped
 
     of = {c.name: (s, point) for s, point in zip(settings, points, strict=True) for c in s.cells}
 
@@ -234,8 +237,8 @@ def _run(
 
 def _job(points: Sequence[tuple[list[str], DictConfig]], cells: Sequence[Cell]) -> list[str]:
     """A worker's overrides: those of the first cell's point, what was settled since, and the group's other cells."""
-    from a2sf.experiments.config import as_group
-    from a2sf.experiments.overrides import quote
+    from a2sf.sweep.config.overrides import quote
+    from a2sf.sweep.config.settings import as_group
 
     (overrides, _), *others = points
     cell = cells[0]
@@ -258,14 +261,14 @@ def _job(points: Sequence[tuple[list[str], DictConfig]], cells: Sequence[Cell]) 
 
 
 def _read(composed: DictConfig, computes_here: bool = True) -> Settings:
-    from a2sf.experiments.config import read
+    from a2sf.sweep.config.settings import read
 
     return read(composed, _model_names(), here=computes_here)
 
 
 def _runner(settings: Settings) -> Runner:
-    from a2sf.experiments.sweep import Runner
-    from a2sf.experiments.tracking import Tracker
+    from a2sf.sweep.runner import Runner
+    from a2sf.tracking.tracker import Tracker
 
     directory = Path(settings.runs_dir) / settings.sweep_name
     key = (directory, settings.tracker, settings.batch_size, settings.trace, settings.checkpoint)
@@ -286,37 +289,6 @@ def _names_in(folder: Path) -> list[tuple[str, str]]:
     return [(model["path"], name) for name, model in known.items() if isinstance(model, dict) and model.get("path")]
 
 
-def _print_plan(made: Plan, groups: Sequence[Sequence[Cell]], estimates: Sequence[Estimate], directory: Path) -> None:
-    from a2sf.experiments.progress import duration
-
-    pending = made.pending
-    known = [(len(g), e) for g, e in zip(groups, estimates, strict=True)]
-    tokens = sum(e.tokens for _, e in known if e.tokens is not None)
-    timed = sum(n for n, e in known if e.seconds is not None)
-    counted = sum(n for n, e in known if e.tokens is not None)
-    of = "" if counted == len(pending) else f" for {counted} of them"
-    about = f", about {_rounded(tokens)} tokens to compute{of}" if tokens else ""
-    if timed:
-        seconds = sum(e.seconds for _, e in known if e.seconds is not None)
-        some = "" if timed == len(pending) else f"; {len(pending) - timed} of them are not like any that was measured"
-        tried = sum(n for n, e in known if e.tried)
-        how = "at the speed measured here" if not tried else "by a short trial of this machine's speed"
-        about += f", about {duration(seconds)} {'partly ' if 0 < tried < timed else ''}{how}{some}"
-    screen.print(
-        f"[bold]{directory}[/bold]: {len(made.cells)} cells, {len(made.done)} done, {len(pending)} to run{about}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    for cell in pending[:LISTED]:
-        screen.print(f"  {cell.name}", highlight=False, style="dim", soft_wrap=True)
-    if len(pending) > LISTED:
-        screen.print(f"  … and {len(pending) - LISTED} more", style="dim")
-
-
-def _rounded(number: float) -> str:
-    return f"{float(f'{number:.2g}'):,.0f}"
-
-
 def _underway(name: str) -> float | None:
     """How much of the work on a cell is done, where this process is at it."""
     return next((r.underway[name] for r in list(_runners.values()) if name in r.underway), None)
@@ -329,15 +301,15 @@ def _report(
     refused: dict[str, list[str]],
     groups: list[Group],
 ) -> None:
-    from a2sf.experiments.notes import notes_of
-    from a2sf.experiments.runs import table_of
-    from a2sf.experiments.sweep import finish, hardly_pruned
     from a2sf.report.tables.screen import screen_table
+    from a2sf.store.notes import notes_of
+    from a2sf.store.runs import table_of
+    from a2sf.sweep.runner import finish, hardly_pruned
 
     stored, failures = finish(directory, made.cells)
     if stored:
         screen.print(screen_table(stored, groups))
-        screen.print(f"{len(stored)} cells in {directory}/results.csv", highlight=False)
+        screen.print(_written(directory, len(stored)), highlight=False, soft_wrap=True)
         for note in filter(None, [hardly_pruned(stored), *notes_of(stored)]):
             screen.print(note, highlight=False, markup=False, soft_wrap=True)
     tracker = _runner(settings).tracker
@@ -359,8 +331,21 @@ def _report(
     for told, names in refused.items():
         several = f"{len(names)} cells were" if len(names) > 1 else "1 cell was"
         screen.print(f"[bold red]{several} not run[/bold red]: {escape(told)}", highlight=False, soft_wrap=True)
+    if stored:
+        screen.print(f"Next: a2sf tables {directory}   (tables, plots, report.html)", highlight=False, soft_wrap=True)
     if failures or refused:
         sys.exit(1)
+
+
+def _written(directory: Path, cells: int) -> str:
+    """How much `results.csv` holds: the results of this command's `cells` cells and of the sweep's earlier ones."""
+    import pandas as pd
+
+    file = directory / "results.csv"
+    of_cell = pd.read_csv(file, usecols=["cell"])["cell"]
+    total = of_cell.nunique()
+    ours = "" if total == cells else f", {cells} of them of this command"
+    return f"{len(of_cell)} results (one per metric) of {total} cells in {file}{ours}"
 
 
 def _pictures(directory: Path) -> dict[str, Path]:
@@ -372,11 +357,9 @@ def _pictures(directory: Path) -> dict[str, Path]:
 def quiet() -> None:
     """Libraries keep to themselves; what the user needs to know, we say, warnings about a cell's numbers with its result."""
     import logging
-    import warnings
 
     warnings.filterwarnings("ignore")
-    warnings.filterwarnings("default", category=Notice)
-    warnings.showwarning = _show
+    _show_notices()
     for name in ("lm_eval", "transformers", "datasets", "wandb", "httpx", "accelerate", "huggingface_hub", "filelock"):
         logging.getLogger(name).setLevel(logging.ERROR)
     _import_libraries()
@@ -397,7 +380,13 @@ def _import_libraries() -> None:
         import datasets  # noqa: F401
         import transformers.modeling_utils  # noqa: F401
 
-        from a2sf.experiments import config, sweep  # noqa: F401
+        from a2sf.sweep import runner  # noqa: F401
+        from a2sf.sweep.config import settings  # noqa: F401
+
+
+def _show_notices() -> None:
+    warnings.filterwarnings("default", category=Notice)
+    warnings.showwarning = _show
 
 
 def _show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
@@ -406,8 +395,8 @@ def _show(message: Warning | str, category: type[Warning], *_: object, **__: obj
 
 
 def _explain(error: Exception) -> str:
-    from a2sf.experiments.keys import explain
-    from a2sf.experiments.overrides import explain_override
+    from a2sf.sweep.config.keys import explain
+    from a2sf.sweep.config.overrides import explain_override
 
     if isinstance(error, HydraException) and (told := explain_override(error)):
         return told

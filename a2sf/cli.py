@@ -17,7 +17,7 @@ COMMANDS = {
     "tables": ("a2sf.commands.tables", "tables, plots and a report of finished sweeps"),
     "reproduce": ("a2sf.commands.reproduce", "the A2SF paper's claims, with a verdict each"),
     "calibrate": ("a2sf.commands.calibrate", "settings that lose least on plain text, by layer or head"),
-    "errors": ("a2sf.commands.errors", "the error that policies make in each layer's output, on plain text"),
+    "layer-errors": ("a2sf.commands.layer_errors", "the error of policies in each layer's output, on plain text"),
     "heads": ("a2sf.commands.heads", "which heads copy from far back, as a list for policy=heads"),
     "pack": ("a2sf.commands.archive:main_pack", "a sweep as one file to hand on, which tables reads in place"),
     "unpack": ("a2sf.commands.archive:main_unpack", "its cells again, from which a sweep goes on"),
@@ -30,6 +30,8 @@ COMMANDS = {
     "doctor": ("a2sf.commands.doctor", "versions, devices, kernels, caches, disk: what a bug report needs"),
 }
 """Sub-command -> the module whose `main(arguments)` (or the function after the colon) it is, and what it does."""
+RENAMED = {"errors": "layer-errors"}
+"""Sub-commands of the previous version, and what they are called now."""
 
 HELP = """\
 usage: a2sf COMMAND ...   What does token pruning cost in accuracy?
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name == "lm-eval":
         os.environ.setdefault("TQDM_DISABLE", "")  # its progress bars are its own
     if name in ("--help", "-h"):
-        print(HELP.format(commands="\n".join(f"  {c:<10} {about}" for c, (_, about) in COMMANDS.items())))
+        print(HELP.format(commands="\n".join(f"  {c:<12} {about}" for c, (_, about) in COMMANDS.items())))
         return
     if name == "--version":
         print(f"a2sf {__version__}")
@@ -96,6 +98,11 @@ def forgive_screen() -> None:
 
 
 def _run(name: str, arguments: list[str]) -> None:
+    if name in RENAMED:
+        from a2sf.policies.renamed import notice
+
+        notice(f"a2sf {name}", f"a2sf {RENAMED[name]}")
+        name = RENAMED[name]
     if name in ("-sc", "--shell-completion"):
         from a2sf.commands import run
 

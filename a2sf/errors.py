@@ -22,7 +22,7 @@ class ConfigError(UserError):
 
 
 class UnsoundKernelError(UserError):
-    """A kernel that was compiled on this machine fails its trial against plain torch."""
+    """A kernel that was compiled on this machine differs from plain torch in its self-check."""
 
 
 class Notice(UserWarning):

@@ -1,3 +1,3 @@
 """`import a2sf.lm` registers the lm-eval model `a2sf`."""
 
-from a2sf.evaluation.lm import PrunedLM as PrunedLM
+from a2sf.scoring.lm import PrunedLM as PrunedLM

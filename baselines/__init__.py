@@ -1,1 +1,1 @@
-"""Baseline policies, one file each. Adding a file here and its YAML under conf/policy/ adds a policy."""
+"""Baseline policies, one file each. A new policy is a file here and a YAML file under conf/policy/."""

@@ -1,9 +1,10 @@
-"""AdaKV: SnapKV with the slots of a layer given to the heads that make most of them.
+"""AdaKV: SnapKV, with the slots of a layer divided among its heads by how many of the layer's best tokens each head has.
 
-Paper: Feng et al., 2024 (arXiv 2407.11550): how many of the layer's best tokens beside the windows are a head's own is mixed
-with an equal share, and each head keeps as many of its own best. Deviations: as SnapKV; heads are key/value heads; scores
-are compared as they are, a mean over the group; shares are rounded by largest remainder, so that the layer's sum is exact
-(the authors' code rounds each head by itself).
+Paper: Feng et al., 2024 (arXiv 2407.11550). The number of slots of a head beside its window is a weighted mean of two
+numbers: how many of the layer's best tokens are in this head, and an equal share. Each head retains its own best tokens.
+Deviations: as SnapKV; heads are key/value heads; scores of heads are compared without normalization, as means over the
+group; slots are rounded by the largest remainders, so that the sum of the layer is exact (the authors' code rounds each
+head alone).
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from a2sf.policies.rule import Cut, Rule
 from baselines.snapkv import SnapKV
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class AdaKV(SnapKV):
-    """SnapKV's scores, budgets per head.
+    """SnapKV's scores, with a budget for each head.
 
     Attributes:
-        window, kernel: as for SnapKV.
-        floor: weight of the equal share, from 0 to 1; 1 is SnapKV.
+        window: as for SnapKV.
+        kernel: as for SnapKV.
+        floor: weight of the equal share, from 0 to 1; with 1 it is SnapKV.
     """
 
     name: ClassVar[str] = "adakv"
@@ -36,5 +38,5 @@ class AdaKV(SnapKV):
         check_share("policy.floor", self.floor)
 
     def retention(self, budget: int, layer: int) -> Retention:
-        rule = Rule(cut=Cut(pooled=self.kernel, floor=self.floor))
+        rule = Rule(cut=Cut(kernel_size=self.kernel, floor=self.floor))
         return Retention(budget=budget, recent=min(self.window, budget), rule=rule)

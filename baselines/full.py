@@ -1,4 +1,4 @@
-"""Full cache: nothing is evicted. The upper end of every comparison.
+"""Full cache: nothing is evicted. Every other policy is compared with it.
 
 Source: the model itself. Deviations: none.
 """
@@ -11,9 +11,9 @@ from typing import ClassVar
 from a2sf.policies.base import UNLIMITED, Policy, Retention
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Full(Policy):
-    """Keep every token; the budget is ignored."""
+    """Retains every token; the budget is ignored."""
 
     name: ClassVar[str] = "full"
     label: ClassVar[str] = "Full cache"

@@ -1,7 +1,7 @@
-"""Future: keep what later tokens will attend to. An oracle: an upper bound that no causal policy can reach.
+"""Future: retain the tokens that later queries attend to: an oracle, not a causal policy.
 
-Source: none. The priority is the attention that the later queries of the same sequence will pay, in full attention, summed
-over them and the group. It is not the best possible choice, which would look at the outputs, only one with foresight.
+Source: none. The priority is the attention that later queries of the same sequence pay to a token with the full cache,
+summed over queries and the group. This is not the best possible choice, which would have to compare outputs.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from a2sf.policies.base import Policy, Retention
 from a2sf.policies.rule import Sequence, Step
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Future(Policy):
-    """Not causal: never ranked with the others, never used to generate."""
+    """An oracle: never ranked with other policies, never used to generate text."""
 
     name: ClassVar[str] = "future"
     label: ClassVar[str] = "Future (not causal)"
@@ -28,8 +28,8 @@ class Future(Policy):
     def retention(self, budget: int, layer: int) -> Retention:
         return Retention(budget=budget)
 
-    def foresee(self, sequence: Sequence) -> Tensor:
-        """Of each token, for every step: the attention that the queries after it will pay, [B, K, T, T]."""
+    def precompute(self, sequence: Sequence) -> Tensor:
+        """For each token and each step: the attention that the queries after that step pay to it, [B, K, T, T]."""
         T = sequence.key.shape[2]
         at = torch.arange(T, device=sequence.key.device)
         logits = sequence.query @ sequence.key[:, :, None].transpose(-1, -2) * sequence.scale

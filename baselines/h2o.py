@@ -1,8 +1,8 @@
-"""H2O: keep the tokens with the most accumulated attention (heavy hitters), and the most recent ones.
+"""H2O: retain the tokens with the most accumulated attention (heavy hitters) and the newest tokens.
 
-Paper: Zhang et al., 2023 (arXiv 2306.14048). Deviations: the budget is split after it is resolved, so that all policies
-get the same (the published code takes floor(ratio/2 * T) twice and can be one token short); heavy hitters are chosen
-causally (the published lm-eval path for LLaMA looks at the attention of later queries too).
+Paper: Zhang et al., 2023 (arXiv 2306.14048). Deviations: the budget is divided after it is rounded, so that all policies
+have the same budget (the published code uses floor(ratio/2 * T) twice, which may be one token less); heavy hitters are
+chosen causally (the published lm-eval code for LLaMA also uses the attention of later queries).
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import ClassVar
 from a2sf.policies.base import Policy, Retention, check_share, share_of
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class H2O(Policy):
-    """Heavy hitters and a recent window, nothing forgotten.
+    """Heavy hitters and a recent window, without forgetting.
 
     Attributes:
-        recent_share: share of the budget that the recent window takes, from 0 to 1.
+        recent_share: share of the budget for the recent window, from 0 to 1.
     """
 
     name: ClassVar[str] = "h2o"

@@ -1,8 +1,8 @@
-"""Heads: some key/value heads keep everything, the others the first tokens and the newest.
+"""Heads: listed key/value heads retain all tokens, the other heads retain the first and the newest tokens.
 
-Papers: Wu et al., 2024 (retrieval heads, arXiv 2404.15574); Xiao et al., 2024 (DuoAttention, 2410.10819). Which heads is
-data, measured elsewhere. Deviations: heads are key/value heads; the budget is that of the other heads, so that a layer with
-listed heads holds more than `C` tokens per head.
+Papers: Wu et al., 2024 (retrieval heads, arXiv 2404.15574); Xiao et al., 2024 (DuoAttention, 2410.10819). The list is a
+setting; `a2sf heads` finds one. Deviations: heads are key/value heads; the budget is that of the other heads, so that a
+layer with listed heads holds more than `C` tokens per head.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from baselines.streaming import Streaming
 ALLOWED = "give a list of [layer, head] pairs, counted from 0, or a JSON file of one"
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Heads(Streaming):
-    """StreamingLLM but for the listed heads.
+    """StreamingLLM, except for the listed heads.
 
     Attributes:
         sinks: how many of the first tokens the other heads never evict.
-        heads: `[layer, head]` pairs, or the path of a JSON file of them; read at once, so that the file may change.
+        heads: `[layer, head]` pairs, or the path of a JSON file with such a list, which is read at once.
     """
 
     name: ClassVar[str] = "heads"
@@ -45,7 +45,8 @@ class Heads(Streaming):
                 raise ConfigError("policy.heads", self.heads, f"{ALLOWED}; {error}") from error
         if not isinstance(given, Sequence) or isinstance(given, str) or not all(map(_is_pair, given)):
             raise ConfigError("policy.heads", self.heads, ALLOWED)
-        self.heads = tuple(sorted({(int(layer), int(head)) for layer, head in given}))
+        pairs = tuple(sorted({(int(layer), int(head)) for layer, head in given}))
+        object.__setattr__(self, "heads", pairs)
 
     def check(self, layers: int, kv_heads: int | None = None) -> None:
         for layer, head in self.heads:
@@ -54,8 +55,8 @@ class Heads(Streaming):
                 raise ConfigError("policy.heads", [layer, head], f"the model has {size}, counted from 0")
 
     def retention(self, budget: int, layer: int) -> Retention:
-        whole = tuple(h for at, h in self.heads if at == layer)
-        return replace(super().retention(budget, layer), rule=Rule(whole=whole))
+        full = tuple(h for at, h in self.heads if at == layer)
+        return replace(super().retention(budget, layer), rule=Rule(full_heads=full))
 
 
 def _is_pair(x: Any) -> bool:

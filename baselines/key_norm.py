@@ -1,8 +1,8 @@
-"""Key norm: the token with the longest key goes; no attention is looked at.
+"""Key norm: the token whose key has the largest norm is evicted; attention is not used.
 
-Paper: Devoto et al., 2024 (arXiv 2406.11430): a short key goes with much attention, so the priority is `-||k_j||_2`.
-Deviations: the key is the one that is cached, with its rotary position (which does not change its length); the paper skips
-the first two layers, here the policy acts on all.
+Paper: Devoto et al., 2024 (arXiv 2406.11430): keys with a small norm receive much attention, so the priority is
+`-||k_j||_2`. Deviations: the norm is that of the cached key, after the rotary embedding (which does not change it); the
+paper leaves out the first two layers, here all layers are pruned.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def short_key(keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
 BY_KEY = Rule(bias=short_key, scored=False)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class KeyNorm(Policy):
-    """Keep the shortest keys."""
+    """Retains the tokens whose keys have the smallest norm."""
 
     name: ClassVar[str] = "key_norm"
     label: ClassVar[str] = "Key norm"

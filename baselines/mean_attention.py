@@ -1,9 +1,10 @@
-"""Mean attention: accumulated attention over the steps it was accumulated in, so that age is no advantage.
+"""Mean attention: accumulated attention divided by the number of steps, so that old tokens have no advantage.
 
-Source: the mean attention score of Ren and Zhu, 2024 (RoCo, arXiv 2402.06262), with A2SF's forgetting factor (2407.20485):
-`A_j / N_j`, where `N_j` is the sum of `a^i` for `i` from 0 to the token's age. For `a = 1` that is the plain mean, for
-`a < 1` a moving mean whose start is corrected. Deviations: RoCo also protects tokens whose attention varies most; this does
-not, and keeps a recent window because a new token's mean says little yet.
+Source: the mean attention score of Ren and Zhu, 2024 (RoCo, arXiv 2402.06262), with A2SF's forgetting factor
+(2407.20485): `A_j / N_j`, where `N_j` is the sum of `a^i` for `i` from 0 to the token's age. With `a = 1` this is the
+mean, with `a < 1` an exponential moving average with bias correction. Deviations: RoCo also protects the tokens whose
+attention varies most. This policy does not; it has a recent window instead, because the mean of a new token is not
+reliable.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from a2sf.policies.a2sf import A2SF
 from a2sf.policies.base import Retention
 from a2sf.policies.rule import Rule
 
-BY_AGE = Rule(by_age=True)
+MEAN = Rule(mean_over_age=True)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class MeanAttention(A2SF):
-    """A2SF's numbers, ranked by the mean instead of the sum.
+    """A2SF, with tokens ranked by mean instead of accumulated attention.
 
     Attributes:
-        forgetting_factor, recent_share, recent, sinks: as for A2SF.
+        forgetting_factor: as for A2SF.
+        recent_share: as for A2SF.
+        recent: as for A2SF.
+        sinks: as for A2SF.
     """
 
     name: ClassVar[str] = "mean_attention"
@@ -33,4 +37,4 @@ class MeanAttention(A2SF):
     recent_share: float = 0.25
 
     def retention(self, budget: int, layer: int) -> Retention:
-        return replace(super().retention(budget, layer), rule=BY_AGE)
+        return replace(super().retention(budget, layer), rule=MEAN)

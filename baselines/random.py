@@ -1,7 +1,8 @@
-"""Random: every token draws a number when it enters, and the smallest goes. What any policy has to beat.
+"""Random: each token gets a random number, and the token with the smallest is evicted. Every policy should be better.
 
-Source: none. The number depends on the seed and the position alone, so that chunks, batches and repetitions agree, and all
-heads and layers keep the same tokens. What is kept is at any time a uniform sample of the tokens so far.
+Source: none. The number depends only on the seed and the position, so that it is the same in chunks, batches and
+repetitions, and all heads and layers retain the same tokens. The retained tokens are always a uniform sample of the
+tokens so far.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ class Draw:
         return ((x ^ (x >> 16)) >> 8).to(keys.dtype) / 2**24  # 24 bits, the same in float32
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Random(Policy):
-    """Keep a uniform sample.
+    """Retains a uniform sample.
 
     Attributes:
-        seed: another seed is another sample.
+        seed: seed of the sample.
     """
 
     name: ClassVar[str] = "random"

@@ -1,10 +1,10 @@
-"""SnapKV: the end of the prompt shows what of it will be needed; one cut after the prompt.
+"""SnapKV: one eviction after the prompt, by the attention of the last queries of the prompt.
 
-Paper: Li et al., 2024 (arXiv 2404.14469): the attention of the prompt's last `window` queries is summed for each token
-before them, averaged over `kernel` neighbours so that what is kept hangs together, and the best stay beside the window.
-Deviations: the group's heads share one kept set (the published code keeps one per query head); a window larger than the
-budget is cut to it. Where the schedule goes on step by step after the cut, tokens after the prompt have no score of their
-own, so the window slides and what the cut chose stays.
+Paper: Li et al., 2024 (arXiv 2404.14469): the attention of the last `window` queries to each earlier token is summed, and
+averaged over `kernel` neighbouring tokens so that connected pieces of text are retained. The tokens with the highest
+scores and the window are retained. Deviations: the query heads of a group retain the same tokens (in the published code
+each has its own); a window larger than the budget is cut to the budget. If the schedule continues step by step after the
+prompt, tokens after it have no score, so that the window slides and the tokens chosen at the cut remain.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from a2sf.policies.base import Policy, Retention, check_tokens
 from a2sf.policies.rule import Cut, Rule
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SnapKV(Policy):
-    """Pooled attention of the prompt's last queries.
+    """Attention of the last queries of the prompt, averaged over neighbouring tokens.
 
     Attributes:
-        window: how many queries at the prompt's end look, and stay themselves.
-        kernel: how many neighbours are averaged, odd.
+        window: number of queries at the end of the prompt whose attention counts; their tokens are retained.
+        kernel: number of neighbouring tokens that are averaged, odd.
     """
 
     name: ClassVar[str] = "snapkv"
@@ -39,4 +39,4 @@ class SnapKV(Policy):
             raise ConfigError("policy.kernel", self.kernel, "give an odd number of neighbours, at least 1")
 
     def retention(self, budget: int, layer: int) -> Retention:
-        return Retention(budget=budget, recent=min(self.window, budget), rule=Rule(cut=Cut(pooled=self.kernel)))
+        return Retention(budget=budget, recent=min(self.window, budget), rule=Rule(cut=Cut(kernel_size=self.kernel)))

@@ -1,8 +1,8 @@
-"""StreamingLLM: the first tokens are attention sinks and stay; the rest of the budget is a sliding window.
+"""StreamingLLM: the first tokens (attention sinks) are retained; the rest of the budget is a sliding window.
 
-Paper: Xiao et al., 2023 (arXiv 2309.17453). Deviations: keys keep the rotary position they were written with (the paper
-renumbers positions inside the cache). Where a ratio gives a short sequence fewer slots than there are sinks, the sinks
-take all of them; `budget.tokens` below the number of sinks is refused.
+Paper: Xiao et al., 2023 (arXiv 2309.17453). Deviations: keys keep the rotary position of their token (the paper renumbers
+positions in the cache). If a ratio gives a short sequence fewer slots than there are sinks, all slots are for sinks;
+`budget.tokens` below the number of sinks is refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import ClassVar
 from a2sf.policies.base import Policy, Retention, check_tokens
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Streaming(Policy):
     """Sinks and a window.
 
@@ -30,7 +30,7 @@ class Streaming(Policy):
         check_tokens("policy.sinks", self.sinks)
 
     @property
-    def least_budget(self) -> int:
+    def min_budget(self) -> int:
         return max(1, self.sinks)
 
     def retention(self, budget: int, layer: int) -> Retention:

@@ -1,7 +1,7 @@
-"""TOVA: the token to which the newest query attends least goes, the same one in all heads of a layer.
+"""TOVA: the token to which the newest query attends least is evicted, the same token in all heads of a layer.
 
 Paper: Oren et al., 2024 (arXiv 2401.06104): the priority is the last query's attention, averaged over the layer's heads.
-Deviations: none; the newest token may go itself, as in the paper.
+Deviations: none; the newest token itself may be evicted, as in the paper.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from a2sf.policies.rule import Rule
 SHARED = Rule(shared=True)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TOVA(Policy):
-    """Accumulated attention that is forgotten at once, with one kept set per layer."""
+    """The attention of the last query, with the same retained tokens in all heads of a layer."""
 
     name: ClassVar[str] = "tova"
     label: ClassVar[str] = "TOVA"

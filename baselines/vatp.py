@@ -1,8 +1,8 @@
-"""VATP: accumulated attention counts as much as the value that it moves.
+"""VATP: accumulated attention multiplied by the norm of the value.
 
-Paper: Guo et al., 2024 (arXiv 2406.12335): the priority is `A_j * ||v_j||_1`, on top of H2O, and the first tokens, whose
-values are small and whose attention is not, are kept. Deviations: the recent window and the sinks share the budget; where
-both do not fit, sinks come first.
+Paper: Guo et al., 2024 (arXiv 2406.12335): H2O with the priority `A_j * ||v_j||_1`. The first tokens are retained,
+because they receive much attention although their values are small. Deviations: the recent window and the sinks share the
+budget; if both do not fit, sinks come first.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def value_norm(keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
 BY_VALUE = Rule(weight=value_norm)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class VATP(Policy):
-    """H2O's score times the norm of the value, with sinks.
+    """H2O's score multiplied by the norm of the value, with sinks.
 
     Attributes:
-        recent_share: share of the budget that the recent window takes, from 0 to 1.
+        recent_share: share of the budget for the recent window, from 0 to 1.
         sinks: how many of the first tokens are never evicted.
     """
 
@@ -44,7 +44,7 @@ class VATP(Policy):
         check_tokens("policy.sinks", self.sinks)
 
     @property
-    def least_budget(self) -> int:
+    def min_budget(self) -> int:
         return max(1, self.sinks)
 
     def retention(self, budget: int, layer: int) -> Retention:

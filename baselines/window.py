@@ -1,7 +1,7 @@
-"""Sliding window ("local" attention): keep the newest tokens.
+"""Sliding window ("local" attention): retain the newest tokens.
 
-Source: Beltagy et al., 2020 (arXiv 2004.05150), as a cache policy. The oldest token goes, whatever its attention.
-Deviations: none.
+Source: Beltagy et al., 2020 (arXiv 2004.05150), as a cache policy. The oldest token is evicted, whatever its attention
+is. Deviations: none.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import ClassVar
 from a2sf.policies.base import Policy, Retention
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Window(Policy):
     """The whole budget is the recent window."""
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 from a2sf import Policy, Retention
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class FirstAndLast(Policy):
     """A share of the budget for the first tokens, the rest for the newest.
 
@@ -25,9 +25,12 @@ class FirstAndLast(Policy):
 
 
 if __name__ == "__main__":
-    from a2sf.engine.invariants import check, told
+    from a2sf.engine.invariants import check, in_words
 
     for finding in check(FirstAndLast()):
         print(
-            "broken" if finding.broken else "holds ", finding.name, f"({told(finding.schedule)})", finding.broken or ""
+            "broken" if finding.broken else "holds ",
+            finding.name,
+            f"({in_words(finding.schedule)})",
+            finding.broken or "",
         )

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from a2sf.experiments.archive import read_sweep
-from a2sf.experiments.runs import results_frame
+from a2sf.store.archive import read_sweep
+from a2sf.store.runs import results_frame
 
 sweep = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "runs/reference/smollm2-135m.a2sf.zip"
 cells = read_sweep(sweep)

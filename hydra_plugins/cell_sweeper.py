@@ -31,9 +31,9 @@ class CellSweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         from a2sf import app
-        from a2sf.experiments.grid import addable, route
-        from a2sf.experiments.keys import check_keys
-        from a2sf.experiments.overrides import as_written
+        from a2sf.sweep.config.grid import addable, route
+        from a2sf.sweep.config.keys import check_keys
+        from a2sf.sweep.config.overrides import as_written
 
         assert self.config is not None
         assert self.hydra_context is not None
@@ -67,7 +67,7 @@ class CellSweeper(BasicSweeper):
         composed = [(p, compose(p)) for p in routed]
         for _, point in composed:
             check_keys(point)
-        from a2sf.experiments.workers import asked_gpus, settle_device
+        from a2sf.sweep.workers import asked_gpus, settle_device
 
         launcher = self.config.hydra.launcher
         for _, point in composed:

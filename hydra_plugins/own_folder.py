@@ -5,7 +5,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-from a2sf.experiments import config_dir
+from a2sf.sweep.config import folder as config_dir
 
 
 class OwnFolder(FileConfigSource):

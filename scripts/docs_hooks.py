@@ -33,12 +33,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def keys_page() -> str:
-    """The reference of configuration keys, in Markdown, from the dataclasses of `a2sf.experiments.schema`."""
+    """The reference of configuration keys, in Markdown, from the dataclasses of `a2sf.sweep.config.schema`."""
     from a2sf.commands.run import key_table
 
     head = """# Keys
 
-<!-- written by scripts/docs_hooks.py from a2sf/experiments/schema.py; do not edit -->
+<!-- written by scripts/docs_hooks.py from a2sf/sweep/config/schema.py; do not edit -->
 Every key can be set (`key=value`) and swept (`-m key=a,b,c`). Unknown keys and values that are not allowed are refused
 before anything is loaded. `a2sf run --help` prints the same, with the files that each group has.
 

@@ -71,7 +71,7 @@ SETTINGS = {
     "share": ("slots, over the mean", "cividis"),
     "recent_share": ("share for the newest", "viridis"),
     "forgetting_factor": ("forgetting factor", "plasma"),
-    "by_age": ("ranked by A / N", "Greys"),
+    "mean_over_age": ("ranked by A / N", "Greys"),
 }
 """What a calibrated file says of a head, as a picture's title and colours."""
 
@@ -238,7 +238,7 @@ def calibrate() -> None:
     frames = []
     for budget, file in zip(BUDGETS, own, strict=True):
         out = Path(f"runs/calibrated/by_layer-{budget}.csv")
-        _a2sf("errors", *RULES, file, "future", "--budget", budget, "--out", str(out))
+        _a2sf("layer-errors", *RULES, file, "future", "--budget", budget, "--out", str(out))
         frames.append(pd.read_csv(out).replace({"policy": {file: "calibrated"}}))
     pd.concat(frames).to_csv(STORE / "by_layer.csv", index=False, float_format="%.6g")
 

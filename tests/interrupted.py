@@ -8,23 +8,24 @@ from typing import Any
 
 import pytest
 
-from a2sf.experiments.cell import Cell
-from a2sf.experiments.sweep import Runner
+from a2sf.sweep.answer_store import AnswerStore
+from a2sf.sweep.cell import Cell
+from a2sf.sweep.runner import Runner
 
 
 def interrupted(
     runner: Runner, cells: Sequence[Cell], passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, dict[str, list[Any]]]:
-    """Run a group until so many passes are done; by the end of a cell's name, the answers that are kept then."""
+    """Run a group until so many passes are done; by the end of a cell's name, the answers that are on disk then."""
     left = [passes]
 
-    def stop(self: Runner, members: object) -> None:
+    def stop(self: AnswerStore) -> None:
         left[0] -= 1
         if not left[0]:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(Runner, "_watch", stop)
+        patched.setattr(AnswerStore, "save_due", stop)
         with pytest.raises(KeyboardInterrupt):
             runner.run(cells)
     return {f.stem: json.loads(f.read_text())["answers"] for f in (runner.directory / ".checkpoints").glob("*.json")}

@@ -16,7 +16,7 @@ PASS_SECONDS = 0.03
 
 def preload() -> list[str]:
     """Modules that a server of such processes loads once."""
-    return ["tests.killed", "a2sf.app", "a2sf.experiments.sweep", "a2sf.experiments.estimate", "lm_eval.tasks"]
+    return ["tests.killed", "a2sf.app", "a2sf.sweep.runner", "a2sf.sweep.planning.estimate", "lm_eval.tasks"]
 
 
 def run(arguments: list[str], notes: str) -> None:
@@ -24,7 +24,8 @@ def run(arguments: list[str], notes: str) -> None:
     import torch
 
     from a2sf import cli
-    from a2sf.experiments import checkpoint, sweep
+    from a2sf.sweep import runner as sweep
+    from a2sf.sweep.answer_store import AnswerStore
 
     torch.set_num_threads(1)
     out = os.open(notes, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -35,29 +36,30 @@ def run(arguments: list[str], notes: str) -> None:
 
     seen: dict[str, set[str]] = {}
 
-    def watch(runner, members) -> None:
+    restore, write, keep = AnswerStore._restore, AnswerStore._write, sweep.write_cell
+
+    def save_due(store) -> None:
         now = time.time()  # one for all of a pass
-        for name, member in members.items():
+        for name, answers in store.all.items():
             known = seen.setdefault(name, set())
-            note("computed", now, name, sorted(member.answers.keys() - known))
-            known |= member.answers.keys()
+            note("computed", now, name, sorted(answers.computed.keys() - known))
+            known |= answers.computed.keys()
         time.sleep(PASS_SECONDS)
+        due(store)
 
-    restore, write, keep = checkpoint.restore, checkpoint.write, sweep.write_cell
+    def restored(store, cell, answers) -> None:
+        restore(store, cell, answers)
+        seen[cell.name] = set(answers.computed)
 
-    def restored(directory, cell, documents, member) -> None:
-        restore(directory, cell, documents, member)
-        seen[cell.name] = set(member.answers)
-
-    def written(directory, cell, documents, member) -> None:
-        write(directory, cell, documents, member)
-        note("kept", time.time(), cell.name, sorted(member.answers))
+    def written(store, cell, answers) -> None:
+        write(store, cell, answers)
+        note("kept", time.time(), cell.name, sorted(answers.computed))
 
     def kept(path: Path, *more, **settings):
         stored = keep(path, *more, **settings)
         note("done", time.time(), path.name)
         return stored
 
-    checkpoint.restore, checkpoint.write, sweep.write_cell = restored, written, kept
-    sweep.Runner._watch = watch
+    AnswerStore._restore, AnswerStore._write, sweep.write_cell = restored, written, kept
+    due, AnswerStore.save_due = AnswerStore.save_due, save_due
     cli.main(["run", *arguments])

@@ -12,7 +12,7 @@ from typing import ClassVar
 from a2sf import Policy, Retention
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class {cls}(Policy):
     """Half of the budget for the first tokens.
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from functools import cache
+from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -17,7 +20,7 @@ SMALL = {"window": 3, "kernel": 3, "sinks": 1, "heads": [[0, 1]], "forgetting_fa
 """Settings that matter in sequences of two dozen tokens, for the policies that have them."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RoCo(Policy):
     """Robust cache (Ren and Zhu, 2024, arXiv 2402.06262): of the tokens whose attention varies least, the smallest mean."""
 
@@ -39,7 +42,7 @@ class RoCo(Policy):
         return mean.masked_fill((variance >= most) & (step.ages > 0), torch.inf), squares[..., None]
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Counted(Policy):
     """How often a token got at least its share of attention, lately."""
 
@@ -47,11 +50,11 @@ class Counted(Policy):
     label: ClassVar[str] = "Counted"
 
     def retention(self, budget: int, layer: int) -> Retention:
-        rule = Rule(counted=True, by_age=True, shared=True, weight=_one_more, bias=_first)
+        rule = Rule(count_above_uniform=True, mean_over_age=True, shared=True, weight=_one_more, bias=_first)
         return Retention(budget=budget, recent=budget // 3, forgetting_factor=0.8, rule=rule)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Ending(Policy):
     """What the end of a prompt attended to, its last queries more than those before."""
 
@@ -62,11 +65,11 @@ class Ending(Policy):
     counted: bool = False
 
     def retention(self, budget: int, layer: int) -> Retention:
-        rule = Rule(cut=Cut(pooled=3), counted=self.counted)
+        rule = Rule(cut=Cut(kernel_size=3), count_above_uniform=self.counted)
         return Retention(budget=budget, recent=min(5, budget), forgetting_factor=0.5, rule=rule)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Divided(Policy):
     """A layer's slots divided among its heads by more than attention, or by something else."""
 
@@ -77,12 +80,12 @@ class Divided(Policy):
     scored: bool = True
 
     def retention(self, budget: int, layer: int) -> Retention:
-        cut = Cut(pooled=3, floor=0.3)
+        cut = Cut(kernel_size=3, floor=0.3)
         rule = Rule(weight=_one_more, bias=_first, cut=cut) if self.scored else Rule(scored=False, bias=_first, cut=cut)
         return Retention(budget=budget, recent=min(3, budget), rule=rule)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Looked(Policy):
     """The same by a function, of the scores that the cut has averaged."""
 
@@ -91,10 +94,13 @@ class Looked(Policy):
     schedules: ClassVar[tuple[str, ...]] = ("prompt",)
 
     def retention(self, budget: int, layer: int) -> Retention:
-        return Retention(budget=budget, recent=min(3, budget), rule=Rule(cut=Cut(pooled=3, floor=0.3)))
+        return Retention(budget=budget, recent=min(3, budget), rule=Rule(cut=Cut(kernel_size=3, floor=0.3)))
 
     def priorities(self, step: Step) -> Tensor:
         return step.scores * -step.values[..., 1]
+
+
+OWN = (RoCo, Counted, Ending, Divided, Looked)
 
 
 def _one_more(keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
@@ -107,17 +113,55 @@ def _first(keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
 
 def instances() -> list[Policy]:
     """Every policy with its own settings, and with small ones where it has such."""
-    made = []
-    for cls in (*find_policies().values(), RoCo, Counted, Ending, Divided, Looked):
-        small = {k: v for k, v in SMALL.items() if k in {f.name for f in fields(cls)}}
-        made += [p for i, p in enumerate((cls(), cls(**small))) if i == 0 or small]
+    made = [p for cls in (*find_policies().values(), *OWN) for p in ([cls(), small(cls)] if settings(cls) else [cls()])]
     made += [Ending(counted=True), Divided(scored=False)]
     return list({repr(p): p for p in made}.values())
+
+
+def settings(cls: type[Policy]) -> dict[str, Any]:
+    """Those of `SMALL` that it has."""
+    return {k: v for k, v in SMALL.items() if k in {f.name for f in fields(cls)}}
+
+
+def small(cls: type[Policy]) -> Policy:
+    return cls(**settings(cls))
 
 
 def cases() -> list[tuple[Policy, Schedule]]:
     """Every policy with every schedule that it knows."""
     return [(p, s) for p in instances() for s in schedules(p)]
+
+
+@cache
+def representatives() -> list[tuple[Policy, Schedule]]:
+    """One policy for each rule, with two of its schedules: the first that it knows, and the others in turn.
+
+    Policies of one rule differ in numbers alone, so that the same code runs. Of a policy's instances it is the one whose
+    settings matter in short sequences.
+    """
+    matter = [p for p in instances() if not settings(type(p)) or repr(p) == repr(small(type(p)))]
+    found: list[tuple[Policy, Schedule]] = []
+    for i, policy in enumerate({p.keeps(9).rule: p for p in reversed(matter)}.values()):
+        first, *others = schedules(policy)
+        found += [(policy, first), *([(policy, others[i % len(others)])] if others else [])]
+    return found
+
+
+def tiered(tuples: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """What a test is parametrized with, a policy and a schedule and perhaps more, each tuple once.
+
+    `make test` takes the representatives, each with one of the further values, in turn; the rest is marked `full`.
+    """
+    quick = [(repr(p), label(s)) for p, s in representatives()]
+    further: dict[Any, list[Any]] = {}
+    for policy, schedule, *more in (tuples := list(tuples)):
+        further.setdefault((repr(policy), label(schedule)), []).append(more)
+    made = []
+    for policy, schedule, *more in tuples:
+        key = (repr(policy), label(schedule))
+        taken = key in quick and more == further[key][quick.index(key) % len(further[key])]
+        made.append(pytest.param(policy, schedule, *more, marks=[] if taken else pytest.mark.full))
+    return made
 
 
 def label(x: object) -> str:

@@ -1,12 +1,13 @@
-"""Scripts of the repository in processes of their own, whose imports are behind them.
+"""The command and scripts in processes of their own, whose imports are behind them.
 
 A start of the command imports for seconds what the last start imported. Here it is a fork of a process that has imported
-it already, under the very environment that the start is to have; the script is run as `python scripts/X.py ...` runs it,
-with its own output, and ends as a process does. Its imports' own faults are seen where the command is started anew:
-the first sweep in test_evaluate, the workers of launchers, the wheel, the examples.
+it already, under the very environment that the start is to have; the script is run as `python X.py ...` runs it, with
+its own output, and ends as a process does. Its imports' own faults are seen where the command is started anew: the first
+sweep in test_evaluate, the workers of launchers, the wheel.
 
-`python -m tests.started FD` is the process at the root. It imports what reads no variable of the environment; of it are
-forked those that import the rest, one per environment, and of these the starts.
+`python -m tests.started FD` (or this file, where the repository is not to be seen) is the process at the root. It imports
+what reads no variable of the environment; of it are forked those that import the rest, one per environment, and of these
+the starts.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ THEN = [
     "a2sf.app",
     "a2sf.commands.run",
     "a2sf.commands.tables",
-    "a2sf.experiments.config",
-    "a2sf.experiments.estimate",
-    "a2sf.experiments.group",
-    "a2sf.experiments.prepare",
-    "a2sf.experiments.sweep",
+    "a2sf.sweep.config.settings",
+    "a2sf.sweep.planning.estimate",
+    "a2sf.sweep.group",
+    "a2sf.sweep.prepare",
+    "a2sf.sweep.runner",
     "a2sf.report.output",
     "lm_eval.models.huggingface",
     "lm_eval.tasks",
@@ -62,33 +63,48 @@ class Start(NamedTuple):
     script: str
     arguments: tuple[str, ...]
     environment: dict[str, str]
+    folder: str
+    """Where it runs."""
     directory: str
     """Where its output goes, the files `out` and `err`."""
 
 
-def started(script: str, *arguments: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """`python scripts/SCRIPT arguments...` in the repository, with exactly these variables.
+def started(
+    script: str | Path,
+    *arguments: object,
+    environment: Mapping[str, str],
+    folder: Path = ROOT,
+    python: str = sys.executable,
+) -> subprocess.CompletedProcess[str]:
+    """`python SCRIPT arguments...` in `folder`, with exactly these variables.
+
+    Args:
+        script: a file, a name in `scripts/`, or `a2sf`, the command.
+        python: of another virtual environment, whose a2sf it is then.
 
     Raises:
         subprocess.TimeoutExpired: after `SECONDS`.
     """
     told = {k: v for k, v in environment.items() if not k.startswith("PYTEST_")}
     with TemporaryDirectory() as directory:
-        asked = Start(str(ROOT / "scripts" / script), arguments, told, directory)
-        root = _root()
+        file = "a2sf" if script == "a2sf" else str(ROOT / "scripts" / script)
+        asked = Start(file, tuple(map(str, arguments)), told, str(folder), directory)
+        root = _root(python)
         root.send(asked)
         code = root.recv()
         if code is None:
-            raise subprocess.TimeoutExpired([script, *arguments], SECONDS)
+            raise subprocess.TimeoutExpired([file, *asked.arguments], SECONDS)
         out, err = ((Path(directory) / name).read_text() for name in ("out", "err"))
-    return subprocess.CompletedProcess([script, *arguments], code, out, err)
+    return subprocess.CompletedProcess([file, *asked.arguments], code, out, err)
 
 
 @cache
-def _root() -> Connection:
+def _root(python: str) -> Connection:
     ours, theirs = socket.socketpair()
-    command = [sys.executable, "-m", "tests.started", str(theirs.fileno())]
-    process = subprocess.Popen(command, cwd=ROOT, pass_fds=[theirs.fileno()])
+    ours_too = python == sys.executable
+    command = [python, *(["-m", "tests.started"] if ours_too else [__file__]), str(theirs.fileno())]
+    told = {k: v for k, v in os.environ.items() if ours_too or not k.startswith("PYTHON")}
+    process = subprocess.Popen(command, cwd=ROOT, env=told, pass_fds=[theirs.fileno()])
     theirs.close()
     connection = Connection(ours.detach())
 
@@ -107,7 +123,7 @@ def _serve_root(asked: Connection) -> None:
     fork = get_context("fork")
     kept: dict[frozenset[tuple[str, str]], Connection] = {}
     while (start := _next(asked)) is not None:
-        key = frozenset(start.environment.items())
+        key = frozenset((k, v) for k, v in start.environment.items() if k != "PYTHONPATH")  # which no module reads
         if key not in kept:
             here, there = fork.Pipe()
             fork.Process(target=_serve, args=(there, start.environment, [asked, here, *kept.values()])).start()
@@ -157,13 +173,22 @@ def _run(start: Start, asked: Connection) -> None:
         import torch
 
         torch.set_num_threads(int(threads))
+    os.environ.update(start.environment)
+    os.chdir(start.folder)
     sys.argv = [start.script, *start.arguments]
-    sys.path[0] = str(Path(start.script).parent)
+    own = Path(sys.executable if start.script == "a2sf" else start.script).parent
+    added = [p for p in start.environment.get("PYTHONPATH", "").split(os.pathsep) if p and p not in sys.path]
+    sys.path[:1] = [str(own), *added]
     try:
-        runpy.run_path(start.script, run_name="__main__")
+        if start.script == "a2sf":
+            runpy.run_module("a2sf.cli", run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(start.script, run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # a fork would leave them out
 
 
 if __name__ == "__main__":
+    if __spec__ is None:  # started as a file: the folder of tests is no place for modules
+        sys.path[0] = str(Path(sys.executable).parent)
     _serve_root(Connection(int(sys.argv[1])))

@@ -1,4 +1,4 @@
-"""Synthetic run directories, written through `a2sf.experiments.runs.write_cell`: answers worsen as the cache shrinks."""
+"""Synthetic run directories, written through `a2sf.store.runs.write_cell`: answers worsen as the cache shrinks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from a2sf.experiments.runs import StoredCell, write_cell, write_table
+from a2sf.store.runs import StoredCell, write_cell, write_table
 
 LABELS = {"full": "Full cache", "window": "Window", "streaming": "StreamingLLM", "h2o": "H2O", "a2sf": "A2SF"}
 NOISE = {"full": 0.0, "window": 4.0, "streaming": 3.0, "h2o": 2.0, "a2sf": 1.0}

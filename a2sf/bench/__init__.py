@@ -1,1 +1,1 @@
-"""Benchmarks: ratios of two things timed side by side. Knows everything."""
+"""Benchmarks: ratios of two measurements that alternate in one run. May import every other package."""

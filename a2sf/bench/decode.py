@@ -1,9 +1,8 @@
-"""What generating costs with a bounded cache: decoding speed, bytes of cache, memory of a long run, time of a prefill.
+"""Generation with a bounded cache: decoding speed, size of the cache, memory of a long run, and time of a prefill.
 
-Every figure is a ratio to transformers' own cache in the same process, timed alternately because machines are noisy.
-Caches of thousands of tokens are filled with random keys and values instead of being read in: the time of a step depends
-on how many there are and not on what they hold. For the same reason the real model may be given more positions than it
-was trained for.
+Every figure is a ratio to transformers' own cache in the same process; both are timed alternately, because machines are
+noisy. Caches are filled with thousands of random keys and values, because the time of a step depends on their number and
+not on their values. For the same reason the model may get more positions than it was trained for.
 """
 
 from __future__ import annotations
@@ -17,14 +16,15 @@ import psutil
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from a2sf.bench.measuring import SMOLLM2, Figures, alone
+from a2sf.bench.measuring import SMOLLM2, Figures, alone, tiny
 from a2sf.engine.eviction import EvictionState
-from a2sf.hf.generation import PrunedCache
-from a2sf.hf.kept import Kept
+from a2sf.engine.retention import BatchRetention
+from a2sf.hf.cache.layer import PrunedLayer
+from a2sf.hf.cache.pruned import PrunedCache
+from a2sf.hf.cache.store import How, Step
 from a2sf.hf.loading import load
-from a2sf.hf.slots import How, PrunedLayer, Step
 from a2sf.policies.a2sf import A2SF
 from a2sf.policies.base import Retention
 from a2sf.policies.budget import Budget
@@ -42,16 +42,16 @@ TARGETS = {
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Which models, batches and contexts, and how long to time."""
+    """Add the options: models, batches, contexts and numbers of steps."""
     parser.add_argument("--models", nargs="+", choices=["smollm2", "tiny"], default=["smollm2", "tiny"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--contexts", nargs="+", choices=CONTEXTS, default=list(CONTEXTS))
     parser.add_argument("--steps", type=int, default=12, help="timed decoding steps of each cache; the median counts")
-    parser.add_argument("--long", type=int, default=20_000, help="tokens of the long run; 0: leave it out")
+    parser.add_argument("--long", type=int, default=20_000, help="tokens of the long run; 0: no long run")
 
 
 def measure(figures: Figures, options: argparse.Namespace) -> None:
-    """Add this part's ratios, and tokens per second and bytes of every cache."""
+    """Add the ratios, and the speed and size of every cache."""
     rows: list[dict[str, Any]] = []
     for name in options.models:
         model = _smollm2() if name == "smollm2" else tiny()
@@ -65,22 +65,6 @@ def measure(figures: Figures, options: argparse.Namespace) -> None:
         figures.ratios["long_run_memory_growth"] = alone("long_run", "--long", options.long)
 
 
-def tiny() -> PreTrainedModel:
-    """A small random LLaMA: two layers, four query and two KV heads of 16."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=POSITIONS,
-    )
-    return AutoModelForCausalLM.from_config(config).float().eval()
-
-
 def _smollm2() -> PreTrainedModel:
     model = load(SMOLLM2).model
     model.config.max_position_embeddings = POSITIONS
@@ -88,7 +72,7 @@ def _smollm2() -> PreTrainedModel:
 
 
 def _sizes(model: PreTrainedModel) -> tuple[int, int, int]:
-    """Layers, KV heads and size of a head."""
+    """Numbers of layers and KV heads, and the size of a head."""
     c = model.config
     return (
         c.num_hidden_layers,
@@ -98,7 +82,7 @@ def _sizes(model: PreTrainedModel) -> tuple[int, int, int]:
 
 
 def full_cache(model: PreTrainedModel, batch: int, context: int) -> DynamicCache:
-    """transformers' cache holding `context` random tokens."""
+    """transformers' cache with `context` random tokens."""
     layers, K, D = _sizes(model)
     cache = DynamicCache(config=model.config)
     for layer in range(layers):
@@ -108,7 +92,7 @@ def full_cache(model: PreTrainedModel, batch: int, context: int) -> DynamicCache
 
 @torch.inference_mode()
 def pruned_cache(model: PreTrainedModel, batch: int, context: int, budget: int) -> PrunedCache:
-    """Our cache as it is after `context` tokens: `budget` random ones of them in every layer and head."""
+    """The bounded cache after `context` tokens, with `budget` random tokens in every layer and head."""
     _, K, D = _sizes(model)
     cache = PrunedCache(model, A2SF(), Budget(tokens=budget))
     model(torch.ones(batch, 1, dtype=torch.int64), cache=cache)
@@ -121,12 +105,14 @@ def pruned_cache(model: PreTrainedModel, batch: int, context: int, budget: int) 
 
 
 def _decode(name: str, model: PreTrainedModel, batch: int, context: str, steps: int) -> list[dict[str, Any]]:
-    """Tokens per second and bytes of the full cache and of ours at each ratio, in alternation."""
+    """Tokens per second and bytes of the full cache and of the bounded cache at each ratio, timed alternately."""
     tokens = CONTEXTS[context]
     layers, K, D = _sizes(model)
     bytes_full = 8 * batch * layers * K * tokens * D
     if bytes_full > 0.4 * psutil.virtual_memory().available:
-        Console().print(f"left out: a batch of {batch} at {context} needs {bytes_full / 2**30:.1f} GiB of full cache")
+        Console().print(
+            f"skipped: a batch of {batch} at {context} needs {bytes_full / 2**30:.1f} GiB for the full cache"
+        )
         return []
     caches: dict[str, Any] = {"full": full_cache(model, batch, tokens)}
     caches |= {key: pruned_cache(model, batch, tokens, int(ratio * tokens)) for key, ratio in RATIOS.items()}
@@ -134,7 +120,7 @@ def _decode(name: str, model: PreTrainedModel, batch: int, context: str, steps: 
     for step in range(steps + 2):
         for key, cache in caches.items():
             elapsed = _step(model, cache, batch)
-            if step >= 2:  # the first steps warm up
+            if step >= 2:  # without the first steps, which warm up
                 seconds[key].append(elapsed)
     rows = []
     for key, cache in caches.items():
@@ -155,7 +141,7 @@ def _step(model: PreTrainedModel, cache: Any, batch: int) -> float:
 
 
 def _best(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Speed-ups and shares of bytes on SmolLM2 (or what was run), the better batch of each."""
+    """Speed-up and share of bytes for each context and ratio, the larger of the batches, of the first model that was run."""
     ratios: dict[str, float] = {}
     first = rows[0]["model"] if rows else ""
     full = {(r["model"], r["batch"], r["context"]): r for r in rows if r["cache"] == "full"}
@@ -171,7 +157,7 @@ def _best(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _prefill(tokens: int = 8192, ratio: float = 0.1, repeats: int = 3) -> float:
-    """Attention of one layer of SmolLM2's shape over a prompt: ours, the cache filled, over transformers' default."""
+    """Time of one layer's attention over a prompt, shaped as SmolLM2's: the bounded cache's over transformers' default."""
     q, k, v = torch.randn(1, 9, tokens, 64), torch.randn(1, 3, tokens, 64), torch.randn(1, 3, tokens, 64)
     ours, theirs = [], []
     for _ in range(repeats):
@@ -187,12 +173,12 @@ def _prefill(tokens: int = 8192, ratio: float = 0.1, repeats: int = 3) -> float:
 def _read(q: Tensor, k: Tensor, v: Tensor, budget: int) -> None:
     none, all_ = torch.zeros(1, dtype=torch.int64), torch.tensor([q.shape[2]])
     layer = PrunedLayer(How(POSITIONS, "auto", trace=False))
-    layer.kept = Kept([Retention(budget=budget, forgetting_factor=0.1)])
+    layer.retention = BatchRetention.of([Retention(budget=budget, forgetting_factor=0.1)])
     layer.attend(q, k, v, Step(none, all_, none, all_, q.shape[2]), q.shape[-1] ** -0.5, None)
 
 
 def long_run(tokens: int, budget: int = 256) -> float:
-    """Resident memory after `tokens` generated tokens over that after a tenth of them, at a fixed budget."""
+    """Resident memory after `tokens` generated tokens divided by that after a tenth of them, at a fixed budget."""
     model, process, early = tiny(), psutil.Process(), tokens // 10
     seen: dict[int, int] = {}
 

@@ -1,4 +1,4 @@
-"""lm-eval's own Hugging Face model against ours: the same weights, documents and process, speed and memory."""
+"""Speed and memory of lm-eval's own Hugging Face model and of ours, with the same weights and documents in one process."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lm_eval.models.huggingface import HFLM
 from rich.table import Table
 
 from a2sf.bench.measuring import SMOLLM2, Figures, alone, alternately, peak
-from a2sf.evaluation import tasks
-from a2sf.evaluation.lm import PrunedLM
 from a2sf.hf.loading import LoadedModel, load
 from a2sf.policies.a2sf import A2SF
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policy
+from a2sf.scoring.lm import PrunedLM
+from a2sf.tasks import spec as tasks
 
 TASKS = ("piqa", "openbookqa", "arc_easy", "arc_challenge")
 DOCUMENTS = 50
@@ -44,13 +44,12 @@ TARGETS = {
 
 
 def measure(figures: Figures, options: argparse.Namespace) -> None:
-    """Add the ratios to lm-eval, saving them as they come: each takes minutes."""
+    """Add the ratios to lm-eval. Each takes minutes, so that figures are saved after each."""
     ratios, details = figures.ratios, figures.details
     loaded = load(figures.model)
     theirs = lm_eval_model(loaded, options.batch_size)
     ours = PrunedLM(loaded.model, tokenizer=loaded.tokenizer)
-    ours.silent = True
-    evaluate(ours, 1, documents=8)  # warm, as theirs is
+    evaluate(ours, 1, documents=8)  # warm up, as theirs is
     details["lm_eval_batch_size"] = theirs.batch_size
     accuracy: dict[str, dict[str, float]] = details.setdefault("accuracy", {})
     for shots in (1, 0):
@@ -58,7 +57,7 @@ def measure(figures: Figures, options: argparse.Namespace) -> None:
         calls |= {name: _with(ours, setting, shots) for name, setting in SETTINGS.items()}
         if shots == 1:
             calls["prompt"] = _with(ours, PROMPT, shots)
-        seconds, results = alternately(options.repeats, warm=False, **calls)  # minutes long, and warm
+        seconds, results = alternately(options.repeats, warm=False, **calls)  # takes minutes; warm already
         for name in SETTINGS:
             ratios[f"lm_eval_full_over_ours_{name}_{shots}shot"] = seconds["lm_eval"] / seconds[name]
         details[f"seconds_{shots}shot"] = seconds
@@ -73,7 +72,6 @@ def measure(figures: Figures, options: argparse.Namespace) -> None:
         figures.save()
     half = load(dataclasses.replace(figures.model, dtype="bfloat16"))
     ours_half = PrunedLM(half.model, tokenizer=half.tokenizer)
-    ours_half.silent = True
     for name, setting in SETTINGS.items():
         calls = {"float32": _with(ours, setting, 1), "bfloat16": _with(ours_half, setting, 1)}
         seconds, results = alternately(1, warm=False, **calls)
@@ -81,14 +79,14 @@ def measure(figures: Figures, options: argparse.Namespace) -> None:
         accuracy[f"{name}, bfloat16"] = results["bfloat16"]
     figures.save()
     if not figures.on_cpu:
-        return  # what follows is the process's memory
+        return  # the rest measures the memory of a process
     peaks = {who: alone(who, "--batch-size", theirs.batch_size) for who in ("ours", "lm_eval")}
     ratios["peak_memory_ours_over_lm_eval_1shot"] = peaks["ours"] / peaks["lm_eval"]
     details["peak_mib"] = {who: p / 2**20 for who, p in peaks.items()}
 
 
 def accuracy_table(accuracy: dict[str, dict[str, float]]) -> Table:
-    """Accuracy of each model on each task."""
+    """A table of the accuracy of each model on each task."""
     table = Table("model", *TASKS, title=f"accuracy, 1 shot, first {DOCUMENTS} documents")
     for name, of_task in accuracy.items():
         table.add_row(name, *(f"{of_task[t]:.2f}" for t in TASKS))
@@ -104,7 +102,7 @@ def _with(lm: Any, setting: tuple[Policy, Budget | None], shots: int) -> Callabl
 
 
 def lm_eval_model(loaded: LoadedModel, batch_size: int | None) -> Any:
-    """lm-eval's own model at the given batch size, or the one that is fastest here."""
+    """lm-eval's own model with the given batch size, or with the fastest of a few."""
     lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size or 1)
     if batch_size:
         return lm
@@ -121,21 +119,21 @@ def lm_eval_model(loaded: LoadedModel, batch_size: int | None) -> Any:
 def evaluate(lm: Any, shots: int, documents: int = DOCUMENTS) -> dict[str, float]:
     """Accuracy of each task."""
     bundle = tasks.DataSpec(source="bundle")
-    built = {t: tasks.build(t, bundle, shots=shots, seed=1234) for t in TASKS}
+    built = {t: tasks.TaskSpec(t, bundle, shots).build(1234) for t in TASKS}
     with contextlib.redirect_stderr(io.StringIO()):  # lm-eval's progress bars
         found = lm_eval.evaluate(lm, task_dict={"tasks": built}, limit=documents, bootstrap_iters=0)
     return {task: found["results"][task]["acc,none"] for task in TASKS}
 
 
 def _matmul_rate(device: str) -> float:
-    """float32 operations per second of a large matrix product, the best of a few."""
+    """float32 operations per second in a large matrix product, the best of eight."""
     a, b = (torch.randn(2048, 2048, device=device) for _ in range(2))
     best = min(alternately(1, warm=False, product=lambda: a @ b)[0]["product"] for _ in range(8))
     return 2 * 2048**3 / best
 
 
 def _useful_flops(loaded: LoadedModel, computed: float, scored: float) -> float:
-    """Multiplications and additions of the layers' matrices for `computed` tokens and of the head for `scored` positions."""
+    """Operations in the layers' matrix products for `computed` tokens, and in the output head for `scored` positions."""
     head = loaded.model.get_output_embeddings().weight.numel()
     layers = sum(
         p.numel() for n, p in loaded.model.named_parameters() if p.ndim == 2 and "embed" not in n and "head" not in n
@@ -144,14 +142,14 @@ def _useful_flops(loaded: LoadedModel, computed: float, scored: float) -> float:
 
 
 def peak_of_lm_eval(batch_size: int | None) -> int:
-    """Peak resident bytes of this process after an evaluation at 1 shot."""
+    """Peak resident bytes of this process after an evaluation of lm-eval's model with 1 shot."""
     loaded = load(SMOLLM2)
     evaluate(HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size), 1)
     return peak()
 
 
 def peak_of_ours() -> int:
-    """The same of ours."""
+    """Peak resident bytes of this process after an evaluation of our model with 1 shot."""
     loaded = load(SMOLLM2)
     evaluate(PrunedLM(loaded.model, *SETTINGS["a2sf"], tokenizer=loaded.tokenizer), 1)
     return peak()

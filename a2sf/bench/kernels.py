@@ -1,7 +1,8 @@
-"""The eviction kernel against full attention and the per-token loop of published code, and policies against A2SF."""
+"""The eviction kernel against full attention and against the per-token loop of published code; policies against A2SF."""
 
 from __future__ import annotations
 
+import argparse
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -20,9 +21,9 @@ from a2sf.policies.make import make_policy
 
 RATIO, FACTOR = 0.2, 0.2
 COMPARED = ("mean_attention", "vatp", "key_norm", "random", "tova")
-"""Policies whose compiled step is set against A2SF's."""
-OWN = "keydiff"
-"""A policy with a rule of its own, which plain torch runs."""
+"""Policies with a compiled step, compared with A2SF."""
+FUNCTION = "keydiff"
+"""A policy with a priority function, which runs in plain torch."""
 TARGETS = {
     "loop_over_kernel_T100": "≥ 12",
     "loop_over_kernel_T1024": "≥ 20",
@@ -37,8 +38,9 @@ TARGETS = {
 }
 
 
-def measure(figures: Figures, repeats: int) -> None:
-    """Add the kernels' ratios."""
+def measure(figures: Figures, options: argparse.Namespace) -> None:
+    """Add the ratios of the kernels."""
+    repeats = options.repeats
     ratios, details = figures.ratios, figures.details
     shapes = {"T100": (16, 9, 9, 100), "T1024": (1, 9, 3, 1024), "T4096": (1, 9, 3, 4096)}
     for name, (rows, heads, kv_heads, length) in shapes.items():
@@ -65,11 +67,11 @@ def measure(figures: Figures, repeats: int) -> None:
     seconds, _ = alternately(9, short=of_length(1024), long=of_length(16384))
     ratios["time_per_token_16k_over_1k"] = (seconds["long"] / 16) / seconds["short"]
     _policies(figures)
-    _own_rule(figures, repeats)
+    _priority_function(figures, repeats)
 
 
 def _policies(figures: Figures) -> None:
-    """A2SF's time over other policies': one sequence of 1,024 tokens."""
+    """Add A2SF's time over that of other policies, for one sequence of 1,024 tokens."""
     qkv, budget = tensors(1, 9, 3, 1024, figures.device), int(RATIO * 1024)
     policies = {"a2sf": A2SF(forgetting_factor=FACTOR)} | {name: make_policy(name) for name in COMPARED}
     calls = {name: _call(*qkv, budget, policy) for name, policy in policies.items()}
@@ -79,18 +81,21 @@ def _policies(figures: Figures) -> None:
     figures.details["milliseconds_policies_T1024"] = {n: 1000 * s for n, s in seconds.items()}
 
 
-def _own_rule(figures: Figures, repeats: int) -> None:
-    """The torch path with a rule of a policy's own over the loop, 16 rows of 1,024 tokens; the loop evicts by query head."""
+def _priority_function(figures: Figures, repeats: int) -> None:
+    """Add the time of a priority function in torch over the loop (which evicts by query head), 16 rows of 1,024 tokens."""
     q, k, v = tensors(16, 9, 3, 1024, figures.device)
     budget = int(RATIO * 1024)
-    own, loop = _call(q, k, v, budget, make_policy(OWN)), functools.partial(per_token_loop, q, k, v, budget, FACTOR)
-    seconds, _ = alternately(repeats, own=own, loop=loop)
+    ours, loop = (
+        _call(q, k, v, budget, make_policy(FUNCTION)),
+        functools.partial(per_token_loop, q, k, v, budget, FACTOR),
+    )
+    seconds, _ = alternately(repeats, own=ours, loop=loop)
     figures.ratios["own_rule_over_loop_T1024"] = seconds["own"] / seconds["loop"]
     figures.details["milliseconds_own_rule_T1024"] = {n: 1000 * s for n, s in seconds.items()}
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, budget: int, policy: Policy) -> Callable[[], Any]:
-    """Attention as in a model: the same rows in every layer, no state wanted."""
+    """A call of attention as in a model's layer, without state."""
     rows, length = q.shape[0], q.shape[2]
     plan = Plan.of_rows([length] * rows, [0] * rows, lambda segment, layer: policy.keeps(budget, layer), 1)
     segments = plan.segments(0, None)
@@ -98,7 +103,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, budget: int, policy: Policy) -> Calla
 
 
 def tensors(rows: int, heads: int, kv_heads: int, length: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """Random query, key and value, float32, heads of 64."""
+    """Random query, key and value, float32, with heads of size 64."""
     g = torch.Generator().manual_seed(0)
     q = torch.randn(rows, heads, length, 64, generator=g)
     k, v = (torch.randn(rows, kv_heads, length, 64, generator=g) for _ in range(2))
@@ -106,7 +111,7 @@ def tensors(rows: int, heads: int, kv_heads: int, length: int, device: str = "cp
 
 
 def per_token_loop(q: Tensor, k: Tensor, v: Tensor, budget: int, factor: float) -> Tensor:
-    """Pruned attention as published code does it: one step per token on [B, H, T] tensors, keys repeated for GQA."""
+    """Pruned attention as in published code: one step per token on [B, H, T] tensors, keys repeated for GQA."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5

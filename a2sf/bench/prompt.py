@@ -1,11 +1,11 @@
-"""A long prompt: memory of the whole process and time to the first new token, ours over transformers' own cache.
+"""A long prompt: memory of the process and time to the first new token, with the bounded over transformers' own cache.
 
-Each is measured in a process of its own, `python -m a2sf.bench.prompt ours` or `full`, which loads no more than it needs.
+Each is measured in a process of its own, `python -m a2sf.bench.prompt ours` or `full`, which loads only what it needs.
 """
 
 from __future__ import annotations
 
-import subprocess
+import argparse
 import sys
 import time
 from typing import Any
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from a2sf.bench.measuring import SMOLLM2, Figures, peak
-from a2sf.hf.generation import PrunedCache
+from a2sf.bench.measuring import SMOLLM2, Figures, peak, printed
+from a2sf.hf.cache.pruned import PrunedCache
 from a2sf.hf.loading import load, local_checkpoint
 from a2sf.policies.a2sf import A2SF
 from a2sf.policies.budget import Budget
@@ -27,8 +27,8 @@ TARGETS = {
 }
 
 
-def measure(figures: Figures) -> None:
-    """Add both ratios, and what they are made of."""
+def measure(figures: Figures, options: argparse.Namespace) -> None:
+    """Add both ratios and their measurements."""
     found = {who: _alone(who) for who in ("ours", "full")}
     for what, name in (("bytes", "peak"), ("seconds", "time")):
         figures.ratios[f"prompt_{name}_over_full_8k_r10"] = found["ours"][what] / found["full"][what]
@@ -36,14 +36,12 @@ def measure(figures: Figures) -> None:
 
 
 def _alone(who: str) -> dict[str, float]:
-    command = [sys.executable, "-P", "-m", __name__, who]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    bytes_, seconds = done.stdout.split()[-2:]
+    bytes_, seconds = printed("-m", __name__, who)[-2:]
     return {"bytes": float(bytes_), "seconds": float(seconds)}
 
 
 def main(who: str) -> None:
-    """Print the peak of this process's resident memory, and the seconds until the first new token."""
+    """Print the peak of this process's resident memory in bytes, and the seconds to the first new token."""
     settings: dict[str, Any] = {}
     if who == "ours":
         model = load(SMOLLM2).model
@@ -58,7 +56,7 @@ def main(who: str) -> None:
         return torch.zeros(ids.shape[0], dtype=torch.bool)
 
     with torch.inference_mode():
-        model(prompt[:, :8])  # what is loaded at the first call is no part of the time
+        model(prompt[:, :8])  # the first call loads libraries, which is not measured
     begun = time.perf_counter()
     model.generate(  # type: ignore[operator]
         prompt, max_new_tokens=NEW, do_sample=False, eos_token_id=None, stopping_criteria=[note], **settings

@@ -1,1 +1,1 @@
-"""Settings found on plain text: which rule, numbers and slots each layer and head needs, and which heads copy."""
+"""Calibration on plain text: the best ranking, numbers and budget of each layer and head, and the retrieval heads."""

@@ -1,4 +1,4 @@
-"""The error that any policy makes in each layer's output, given the queries, keys and values of the full cache."""
+"""The error of any policy in the output of each layer, given the queries, keys and values of the full cache."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from a2sf.calibration.capture import Layer, look, projections
+from a2sf.calibration.capture import Captured, capture, projections
 from a2sf.errors import ConfigError
 from a2sf.hf.attention import Plan
+from a2sf.hf.layer_check import layers_of
 from a2sf.hf.settings import check_settings, retention_of
-from a2sf.hf.trial import layers_of
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
 from a2sf.policies.schedule import STEP
 
 
 def check_policies(policies: Sequence[Policy], ratios: Sequence[float], layers: int, kv_heads: int | None) -> None:
-    """Refuse what makes no error step by step, or does not fit the model.
+    """Refuse policies that evict nothing under the step schedule, and settings that do not fit the model.
 
     Raises:
-        ConfigError: naming the policy.
+        ConfigError: if there is one; the message names the policy.
     """
     for policy in policies:
         if not policy.uses_budget:
@@ -41,18 +41,24 @@ def errors_by_layer(
     ratios: Sequence[float],
     track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> np.ndarray:
-    """Relative squared errors, mean over passages, float64 [policies, ratios, layers].
+    """Relative squared errors of each layer's output, mean over passages.
 
-    A layer's error is the sum over all tokens of the squared difference of its output after its projection to the full
-    cache's, over that output's own. What errors of earlier layers do to later ones is not in it.
+    For each layer: the squared difference between the pruned and the full attention output, both after the output
+    projection, summed over tokens, divided by the squared full output. Each layer is measured alone: it gets the inputs of
+    the full cache, so that errors of earlier layers are not included.
 
     Args:
-        passages: tokens of each sequence; a budget is a share of its length.
-        policies: those that `check_policies` accepts; they evict step by step.
-        track: shows progress over the passages.
+        model: a transformers model that `capture.check_model` accepts.
+        passages: token ids of each sequence; a budget is a share of its length.
+        policies: those that `check_policies` accepts; they run under the step schedule.
+        ratios: budgets, as shares of a sequence's tokens.
+        track: iterates over the passages and shows progress.
+
+    Returns:
+        float64 [policies, ratios, layers].
 
     Raises:
-        UnsupportedModel: if the model cannot be looked at.
+        UnsupportedModel: if the layers' activations cannot be captured.
     """
     project, layers = projections(model), layers_of(model)
     total = np.zeros((len(policies), len(ratios), layers))
@@ -60,20 +66,20 @@ def errors_by_layer(
         T = len(ids)
         plans = [[_plan(policy, ratio, T, layers) for ratio in ratios] for policy in policies]
 
-        def see(layer: Layer, plans: list[list[Plan]] = plans) -> None:
+        def measure(layer: Captured, plans: list[list[Plan]] = plans) -> None:
             weights, number = project[layer.number], layer.number
             full = layer.output[0].transpose(0, 1).flatten(1).float()  # [T, H * V]
-            own = float((full @ weights).double().square().sum())
+            norm = float((full @ weights).double().square().sum())
             for p, row in enumerate(plans):
                 for r, plan in enumerate(row):
                     pruned = plan.attend(number, layer.query, layer.key, layer.value, layer.scale, None)
                     lost = pruned[0].transpose(0, 1).flatten(1).float() - full
-                    total[p, r, number] += float((lost @ weights).double().square().sum()) / own
+                    total[p, r, number] += float((lost @ weights).double().square().sum()) / norm
 
-        look(model, ids, see)
+        capture(model, ids, measure)
     return total / len(passages)
 
 
 def _plan(policy: Policy, ratio: float, tokens: int, layers: int) -> Plan:
-    kept = retention_of(policy, Budget(ratio=ratio), tokens, tokens, layers)
-    return Plan.of_rows([tokens], [0], lambda row, layer: kept[layer], layers)
+    retention = retention_of(policy, Budget(ratio=ratio), tokens, tokens, layers)
+    return Plan.of_rows([tokens], [0], lambda row, layer: retention[layer], layers)

@@ -1,4 +1,4 @@
-"""A pass under the full cache, with a look at every layer's queries, keys and values, and its output projection."""
+"""Inputs and outputs of every attention layer in a pass with the full cache, and the output projections."""
 
 from __future__ import annotations
 
@@ -11,16 +11,25 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from a2sf.hf.attention import UnsupportedModel, attached, check_finite, mixes_windows, rope_switch, running
-from a2sf.hf.calls import logits_at
-from a2sf.hf.trial import layers_of
+from a2sf.hf.calls.logits import logits_at
+from a2sf.hf.layer_check import layers_of
 
 PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
-"""What transformers' models call the projection after an attention."""
+"""Names of the projection after the attention in transformers' models."""
 
 
 @dataclass(frozen=True)
-class Layer:
-    """What one layer's attention of one sequence was given, and what it gave: [1, H or K, T, D or V]."""
+class Captured:
+    """Inputs and output of one layer's attention for one sequence.
+
+    Attributes:
+        number: index of the layer, from 0.
+        query: [1, H, T, D].
+        key: [1, K, T, D].
+        value: [1, K, T, V].
+        scale: what query · key is multiplied by.
+        output: [1, H, T, V], before the output projection.
+    """
 
     number: int
     query: Tensor
@@ -31,21 +40,21 @@ class Layer:
 
 
 @dataclass
-class Look:
-    """A pass that prunes nothing and shows each layer to `see` (`a2sf.hf.attention.Pass`)."""
+class Capture:
+    """A pass with the full cache that gives each layer to `callback` (see `a2sf.hf.attention.Pass`)."""
 
     layers: int
-    see: Callable[[Layer], None]
+    callback: Callable[[Captured], None]
     reached: set[int] = field(default_factory=set)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """Full causal attention of one layer, [1, H, T, V].
 
         Raises:
-            UnsupportedModel: if the layer has a window that is shorter than the sequence, or several attentions.
+            UnsupportedModel: if the layer has a window shorter than the sequence, or several attentions.
         """
         if window is not None and query.shape[2] > window:
-            raise UnsupportedModel(f"layer {layer} has a window of {window} tokens of its own; give shorter --lengths")
+            raise UnsupportedModel(f"layer {layer} has a sliding window of {window} tokens; give shorter --lengths")
         if layer in self.reached:
             raise UnsupportedModel(f"layer {layer} calls its attention several times, which cannot be calibrated")
         check_finite(layer, query=query, key=key, value=value)
@@ -53,38 +62,50 @@ class Look:
             query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
         )
         self.reached.add(layer)
-        self.see(Layer(layer, query, key, value, scale, output))
+        self.callback(Captured(layer, query, key, value, scale, output))
         return output
 
 
-def look(model: PreTrainedModel, ids: Sequence[int], see: Callable[[Layer], None], last: int = 1) -> Tensor:
-    """Read one sequence under the full cache and show each layer to `see`; the logits [last, vocabulary] of its end.
+def capture(model: PreTrainedModel, ids: Sequence[int], callback: Callable[[Captured], None], last: int = 1) -> Tensor:
+    """Run one sequence through the model with the full cache, and call `callback` with each layer's inputs and output.
+
+    Args:
+        model: a transformers model.
+        ids: token ids of the sequence.
+        callback: called once for each layer, in order.
+        last: for how many tokens at the end logits are computed.
+
+    Returns:
+        The logits [last, vocabulary].
 
     Raises:
-        UnsupportedModel: if the model cannot be looked at so.
+        UnsupportedModel: if the layers' attention cannot be captured.
     """
-    with torch.inference_mode(), attached(model), running(Look(layers_of(model), see)):
+    with torch.inference_mode(), attached(model), running(Capture(layers_of(model), callback)):
         index = torch.arange(len(ids) - last, len(ids), device=model.device)
         return logits_at(model, index, input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)[0]
 
 
 def check_model(model: PreTrainedModel, longest: int) -> None:
-    """Refuse a model that settings of each layer mean nothing to, or that reads such passages otherwise than its others.
+    """Refuse a model that cannot be calibrated on passages of up to `longest` tokens.
 
     Raises:
-        UnsupportedModel: if it is one.
+        UnsupportedModel: if some layers have a sliding window and others have none, or if the rotary embedding changes
+            within `longest` tokens.
     """
     if mixes_windows(model.config):
-        raise UnsupportedModel("the model mixes global layers with windows of its own, which cannot be calibrated")
+        raise UnsupportedModel("the model mixes full attention with sliding windows, which cannot be calibrated")
     if longest > rope_switch(model.config):
-        raise UnsupportedModel("--lengths go beyond where the model's rotary embedding changes; give shorter ones")
+        raise UnsupportedModel("the model's rotary embedding changes within --lengths; give shorter ones")
 
 
 def projections(model: PreTrainedModel) -> dict[int, Tensor]:
-    """Layer -> weights float32 [H * V, hidden] of the projection after its attention; biases cancel in differences.
+    """The output projection of each layer: index of the layer -> weights, float32 [H * V, hidden].
+
+    Biases are left out, because they cancel in differences.
 
     Raises:
-        UnsupportedModel: if a layer's is not found.
+        UnsupportedModel: if the projection of a layer is not found.
     """
     found: dict[int, Tensor] = {}
     for module in model.modules():
@@ -94,8 +115,10 @@ def projections(model: PreTrainedModel) -> dict[int, Tensor]:
         if isinstance(number, int) and weights and "attention" in type(module).__name__.lower():
             found[number] = weights[0].detach().float()
     if sorted(found) != list(range(layers_of(model))):
-        told = f"{type(model).__name__} has no output projection of one of the names {', '.join(PROJECTIONS)} in each layer"
-        raise UnsupportedModel(f"{told}, so that errors cannot be measured after it")
+        raise UnsupportedModel(
+            f"{type(model).__name__} does not have an output projection named {', '.join(PROJECTIONS)} in each layer, "
+            "so that errors after the projection cannot be measured"
+        )
     return found
 
 

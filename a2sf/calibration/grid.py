@@ -1,4 +1,4 @@
-"""The settings that are tried: each is what one head, or all heads of a layer, may go by (`a2sf.policies.rule.Head`)."""
+"""The settings that calibration tries, for one head or for all heads of a layer (`a2sf.policies.rule.Head`)."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ RECENT_SHARES = (0.0, 0.125, 0.25, 0.5, 0.75)
 SINKS = (0, 4)
 PAPER = Head(forgetting_factor=0.1)
 H2O = Head(recent_share=0.5)
-"""What A2SF's paper and H2O's do, to compare with; both are in the grid."""
+"""The settings of the A2SF and H2O papers, for comparison. Both are in the grid."""
 
 
 def settings() -> tuple[Head, ...]:
     """All combinations, and the newest tokens alone."""
     ranked = [(a, False) for a in SUM_FACTORS] + [(a, True) for a in MEAN_FACTORS]
     made = [
-        Head(forgetting_factor=a, by_age=mean, recent_share=recent, sinks=sinks)
+        Head(forgetting_factor=a, mean_over_age=mean, recent_share=recent, sinks=sinks)
         for (a, mean), recent, sinks in product(ranked, RECENT_SHARES, SINKS)
     ]
     return (*made, *(Head(recent_share=1.0, sinks=sinks) for sinks in SINKS))
 
 
-def named(head: Head) -> str:
-    """A setting in few words: `A, a 0.7, recent 0.25, sinks 4`."""
-    ranked = "A / N" if head.by_age else "A"
+def describe(head: Head) -> str:
+    """A setting as a short text: `A, a 0.7, recent 0.25, sinks 4`."""
+    ranked = "A / N" if head.mean_over_age else "A"
     sinks = f", sinks {head.sinks}" if head.sinks else ""
     return f"{ranked}, a {head.forgetting_factor:g}, recent {head.recent_share:g}{sinks}"

@@ -1,8 +1,9 @@
-"""Retrieval heads: heads whose strongest attention lies on the very token that is to be copied from far back.
+"""Retrieval heads: heads that attend most to the token that the model has to copy from far back.
 
-Paper: Wu et al., 2024 (arXiv 2404.15574): a head copies a token of the needle if, as the model is to give that token, its
-attention is strongest at that token within the needle. A head's score is the share of the needle's tokens that it copies.
-Deviations: the answer is teacher-forced, so that every document counts, whether the model would have found it or not.
+Paper: Wu et al., 2024 (arXiv 2404.15574): a head copies a token of the needle if its attention is strongest at that token
+in the needle when the model has to produce it. The score of a head is the share of the needle's tokens that it copies.
+Deviations: the answer is teacher-forced, so that every document counts, even if the model would not have found the
+needle.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from a2sf.calibration.capture import Layer, look
+from a2sf.calibration.capture import Captured, capture
 from a2sf.errors import UserError
-from a2sf.evaluation.needle.utils import documents
-from a2sf.hf.trial import layers_of
+from a2sf.hf.layer_check import layers_of
+from a2sf.tasks.needle.utils import documents
 
 
 @dataclass(frozen=True)
 class Needle:
-    """A document with its answer behind it.
+    """A document followed by its answer.
 
     Attributes:
-        ids: all tokens.
-        needle: places of the code's tokens in the text.
-        answer: places of the same tokens in the answer, in order.
+        ids: token ids of document and answer.
+        needle: positions of the code's tokens in the document.
+        answer: positions of the same tokens in the answer, in the same order.
     """
 
     ids: tuple[int, ...]
@@ -38,14 +39,22 @@ class Needle:
 
 
 def needles(tokenizer: Any, count: int, lengths: Sequence[int], seed: int = 0) -> list[Needle]:
-    """The first `count` documents of the needle task at `lengths` words of filler, all depths in turns.
+    """Documents of the needle task, at all depths in turns.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        count: how many documents.
+        lengths: words of filler, in turns.
+        seed: seed of the names and codes. They differ from those of every sweep of the task.
 
     Raises:
-        UserError: if the tokenizer does not tell where its tokens are, or cuts a code otherwise in the answer.
+        UserError: if the tokenizer gives no positions of its tokens, or splits a code differently in the answer.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise UserError("the model's tokenizer does not tell where in a text its tokens are; choose another model")
-    # a seed that no sweep of the task has: heads are not chosen on the texts that they are scored on
+        raise UserError(
+            "the model's tokenizer does not give the positions of its tokens in the text; choose another model"
+        )
+    # a seed that no sweep uses: heads must not be chosen on the documents that they are scored on
     made = documents(seed=f"retrieval-{seed}", per_cell=count, lengths=tuple(lengths))["test"]
     return [_needle(tokenizer, document) for document in made.select(range(count))]
 
@@ -62,7 +71,7 @@ def _needle(tokenizer: Any, document: dict[str, Any]) -> Needle:
     needle, answer = places
     if [ids[i] for i in needle] != [ids[i] for i in answer]:
         raise UserError(
-            "the model's tokenizer cuts a code otherwise in the answer than in the text; choose another model"
+            "the model's tokenizer splits a code differently in the answer and in the text; choose another model"
         )
     return Needle(ids, needle, answer)
 
@@ -72,40 +81,40 @@ def scores(model: Any, found: Iterable[Needle]) -> np.ndarray:
     hits: Any = 0
     tokens = 0
     for needle in found:
-        of_layer: dict[int, Tensor] = {}
+        hits_by_layer: dict[int, Tensor] = {}
 
-        def see(layer: Layer, needle: Needle = needle, of_layer: dict[int, Tensor] = of_layer) -> None:
-            of_layer[layer.number] = copied(layer, needle).sum(1)
+        def count(layer: Captured, needle: Needle = needle, hits: dict[int, Tensor] = hits_by_layer) -> None:
+            hits[layer.number] = copied(layer, needle).sum(1)
 
-        look(model, needle.ids, see)
-        hits = hits + torch.stack([of_layer[i] for i in range(layers_of(model))]).double().cpu().numpy()
+        capture(model, needle.ids, count)
+        hits = hits + torch.stack([hits_by_layer[i] for i in range(layers_of(model))]).double().cpu().numpy()
         tokens += len(needle.answer)
     return np.asarray(hits) / tokens
 
 
-def copied(layer: Layer, needle: Needle) -> Tensor:
-    """bool [H, answer]: whether a head's strongest attention, as a token of the answer is due, is where the text has it."""
-    asked = torch.tensor([i - 1 for i in needle.answer], device=layer.query.device)
-    query = layer.query[0, :, asked].float()  # [H, answer, D]
+def copied(layer: Captured, needle: Needle) -> Tensor:
+    """Whether each head copies each token of the answer, bool [H, answer]."""
+    before = torch.tensor([i - 1 for i in needle.answer], device=layer.query.device)
+    query = layer.query[0, :, before].float()  # [H, answer, D]
     key = layer.key[0].float().repeat_interleave(query.shape[0] // layer.key.shape[1], 0)
-    logits = query @ key.transpose(1, 2)  # no softmax: the strongest is the strongest
-    later = torch.arange(key.shape[1], device=key.device) > asked[:, None]
+    logits = query @ key.transpose(1, 2)  # softmax would not change the order
+    later = torch.arange(key.shape[1], device=key.device) > before[:, None]
     at = (logits * layer.scale).masked_fill(later, -torch.inf).argmax(-1).cpu()
-    ids, place = torch.tensor(needle.ids), torch.zeros(len(needle.ids), dtype=torch.bool)
-    place[list(needle.needle)] = True
-    return place[at] & (ids[at] == ids[list(needle.answer)])
+    ids, in_needle = torch.tensor(needle.ids), torch.zeros(len(needle.ids), dtype=torch.bool)
+    in_needle[list(needle.needle)] = True
+    return in_needle[at] & (ids[at] == ids[list(needle.answer)])
 
 
 def of_kv_heads(found: np.ndarray, kv_heads: int) -> np.ndarray:
-    """Scores of key/value heads [layers, K] from those of query heads [layers, H]: the best of each group counts."""
+    """Scores of key/value heads [layers, K], from scores of query heads [layers, H]: the maximum of each group."""
     return found.reshape(len(found), kv_heads, -1).max(-1)
 
 
 def chosen_heads(found: np.ndarray, count: int) -> list[list[int]]:
-    """The `count` heads of the highest scores [layers, K] as `[layer, head]` pairs, the highest first, of equals the first.
+    """The `count` heads with the highest scores [layers, K], as `[layer, head]` pairs in descending order.
 
     Raises:
-        UserError: if there are not so many.
+        UserError: if the model has fewer heads.
     """
     if not 1 <= count <= found.size:
         raise UserError(
@@ -116,10 +125,10 @@ def chosen_heads(found: np.ndarray, count: int) -> list[list[int]]:
 
 
 def random_heads(layers: int, kv_heads: int, count: int, seed: int = 0) -> list[list[int]]:
-    """As many heads drawn at random, to compare with: `[layer, head]` pairs.
+    """`count` heads drawn at random, for comparison: `[layer, head]` pairs.
 
     Raises:
-        UserError: if there are not so many.
+        UserError: if the model has fewer heads.
     """
     every = [[layer, head] for layer in range(layers) for head in range(kv_heads)]
     if not 1 <= count <= len(every):

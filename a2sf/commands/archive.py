@@ -17,7 +17,7 @@ def main_pack(arguments: Sequence[str]) -> None:
     parser.add_argument("run", type=Path, help="a sweep's directory, such as runs/demo")
     parser.add_argument("archive", type=Path, nargs="?", help="where to (default: beside the directory)")
     args = parser.parse_args(arguments)
-    from a2sf.experiments.archive import pack
+    from a2sf.store.archive import pack
 
     written = pack(args.run, args.archive)
     _say(f"Written: {written} ({written.stat().st_size / 2**10:.0f} KiB)")
@@ -29,7 +29,7 @@ def main_unpack(arguments: Sequence[str]) -> None:
     parser.add_argument("archive", type=Path)
     parser.add_argument("run", type=Path, nargs="?", help="a sweep's directory (default: beside the archive)")
     args = parser.parse_args(arguments)
-    from a2sf.experiments.archive import is_archive, place_of, unpack
+    from a2sf.store.archive import is_archive, place_of, unpack
 
     directory = args.run or place_of(args.archive)
     if not is_archive(args.archive):

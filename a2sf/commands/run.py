@@ -16,10 +16,11 @@ from omegaconf import DictConfig
 from a2sf import app
 from a2sf.commands.describe import attributes
 from a2sf.errors import UserError
-from a2sf.experiments import config_dir, schema
-from a2sf.experiments.grid import addable
-from a2sf.experiments.overrides import as_written, check_trackers
 from a2sf.shipped import shipped
+from a2sf.sweep.config import folder as config_dir
+from a2sf.sweep.config import schema
+from a2sf.sweep.config.grid import addable
+from a2sf.sweep.config.overrides import as_written, check_trackers
 
 MULTIRUN = {"-m", "--multirun"}
 INSTEAD = {"--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc"}
@@ -156,7 +157,7 @@ def _keys(cls: Any, prefix: str = "", *, whole: bool = False) -> Iterator[tuple[
     for f in dataclasses.fields(cls):
         if f.name in inner:
             yield from _keys(inner[f.name], f"{f.name}.", whole=whole)
-        else:
+        elif f.name not in schema.RENAMED:
             default = "" if f.default is dataclasses.MISSING or f.default in ("", None) else str(f.default).lower()
             yield prefix + f.name, default, about[f.name]
 

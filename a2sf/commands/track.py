@@ -11,12 +11,12 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from a2sf.errors import UserError
-from a2sf.experiments import schema
-from a2sf.experiments.overrides import check_trackers
-from a2sf.experiments.runs import load_sweep, read_groups, table_of
-from a2sf.experiments.tracking import Tracker, TrackerSpec
 from a2sf.report.output import pictures
 from a2sf.shipped import shipped
+from a2sf.store.runs import load_sweep, read_groups, table_of
+from a2sf.sweep.config import schema
+from a2sf.sweep.config.overrides import check_trackers
+from a2sf.tracking.tracker import Tracker, TrackerSpec
 
 
 def parser() -> argparse.ArgumentParser:

@@ -11,31 +11,23 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from a2sf.engine.levels import Ran, Rows, by_levels
-from a2sf.engine.priorities import (
-    Numbers,
-    mass,
-    of_own,
-    of_rule,
-    pooled,
-    smallest,
-    smallest_of_all_heads,
-    unprotected,
-)
+from a2sf.engine.priorities import mass, of_own, of_rule, pooled, smallest, smallest_of_all_heads
 from a2sf.engine.state import Attended as Attended
+from a2sf.engine.state import Call, remembered
 from a2sf.engine.state import EvictionState as EvictionState
 from a2sf.engine.state import Options as Options
 from a2sf.engine.state import Segments as Segments
 from a2sf.engine.state import accumulation_dtype as accumulation_dtype
+from a2sf.engine.tree import Ran, Rows, by_depth
 from a2sf.policies.rule import Sequence, Step
 
 
 def reference(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: Options, state: EvictionState | None = None
 ) -> Attended:
-    """The recursion, one token at a time over all rows and heads; slow, readable, the oracle of the kernels.
+    """The recursion, one token at a time over all rows and heads: slow and readable; the kernels are tested against it.
 
-    Where a gradient is asked for, it goes through what is attended to; which tokens are kept has none.
+    Gradients flow through the attention; the choice of the retained tokens has none.
 
     Args:
         query: [B, H, T, D].
@@ -45,11 +37,12 @@ def reference(
         state: the state the parentless segments start from, one row for each in their order; None: empty caches.
     """
     differentiable = wants_gradient(query, key, value, state)
-    return by_levels(partial(_reference_rows, differentiable), query, key, value, segments, options, state)
+    call = Call(query, key, value, segments, options, state)
+    return by_depth(partial(_reference_rows, differentiable), call)
 
 
 def wants_gradient(query: Tensor, key: Tensor, value: Tensor, state: EvictionState | None = None) -> bool:
-    """Whether a gradient is asked for of a call's input."""
+    """Whether an input of a call needs a gradient."""
     inputs = [query, key, value, *([] if state is None else [state.keys, state.values])]
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
@@ -64,7 +57,7 @@ def _reference_rows(differentiable: bool, rows: Rows, options: Options) -> Ran:
         grouped = query.reshape(B, K, H // K, T, D)
         all_keys = torch.cat([old.keys, rows.key], dim=2)
         all_values = torch.cat([old.values, rows.value], dim=2)
-    numbers = Numbers.of(rows)
+    retention = rows.per_head(K, query.dtype)
 
     # one column per token that is or may come to be cached: the given state's, then the new ones
     new = (old.seen[:, None] + torch.arange(T, device=device))[:, None].expand(B, K, T)
@@ -76,13 +69,13 @@ def _reference_rows(differentiable: bool, rows: Rows, options: Options) -> Ran:
     weight, bias = (None if f is None else f(*fixed) for f in (rule.weight, rule.bias))
 
     output = query.new_zeros(B, H, T, rows.value.shape[-1])
-    gone = []
+    evictions = []
     for t in range(T):
         n = past + t + 1  # columns that exist by now
         now = new[:, :1, t : t + 1]
-        going = (t < rows.length)[:, None, None]  # rows that have a token here
+        active = (t < rows.length)[:, None, None]  # rows that have a token here
         # insert, with score 0
-        cached[:, :, n - 1 : n] = going
+        cached[:, :, n - 1 : n] = active
         here = cached[:, :, :n].clone()
         with torch.set_grad_enabled(differentiable):
             keys, values = (x[:, :, :n].where(here[..., None], 0) for x in (all_keys, all_values))
@@ -90,66 +83,53 @@ def _reference_rows(differentiable: bool, rows: Rows, options: Options) -> Ran:
             logits = torch.einsum("bkgd,bknd->bkgn", grouped[:, :, :, t], keys) * options.scale
             p = logits.masked_fill(~here[:, :, None], -torch.inf).softmax(-1).masked_fill(~here[:, :, None], 0)
             attended = torch.einsum("bkgn,bknv->bkgv", p, values).reshape(B, H, -1)
-            output[:, :, t] = torch.where(going, attended, 0)
+            output[:, :, t] = torch.where(active, attended, 0)
         p, keys, values = p.detach(), keys.detach(), values.detach()
         # score
         count = here.sum(-1, keepdim=True)
-        fresh = numbers.factor * score[:, :, :n] + mass(rule, p, count)
-        score[:, :, :n] = torch.where(going & here & numbers.scored(now), fresh, score[:, :, :n])
+        fresh = retention.forgetting_factor * score[:, :, :n] + mass(rule, p, count)
+        score[:, :, :n] = torch.where(active & here & retention.scores_now(now), fresh, score[:, :, :n])
         # rank
         positions = position[:, :, :n].where(here, -1)
         shown = score[:, :, :n].where(here, 0), memory[:, :, :n].where(here[..., None], 0)
         step = Step(p, keys, values, positions, here, now, *shown)
-        free = unprotected(numbers, positions, here, now) & going
+        free = retention.unprotected(positions, here, now) & active
         if rule.cut is not None:
-            pooled_score = pooled(numbers, step, free)
-            score[:, :, :n] = torch.where(going & numbers.at_cut(now), pooled_score, step.scores)
+            pooled_score = pooled(retention, step, free)
+            score[:, :, :n] = torch.where(active & retention.at_cut(now), pooled_score, step.scores)
             step = replace(step, scores=score[:, :, :n].clone())
-        if rule.own is not None:
-            priority, kept = of_own(rule, step, free)
-            memory[:, :, :n] = torch.where(going[..., None], kept, memory[:, :, :n])
+        if rule.priority_fn is not None:
+            priority, remembered_now = of_own(rule, step, free)
+            memory[:, :, :n] = torch.where(active[..., None], remembered_now, memory[:, :, :n])
         else:
             priority = of_rule(
-                numbers, step, None if weight is None else weight[:, :, :n], None if bias is None else bias[:, :, :n]
+                retention, step, None if weight is None else weight[:, :, :n], None if bias is None else bias[:, :, :n]
             )
-        # evict the smallest priorities among the unprotected, of equals the oldest
-        out = smallest(priority, positions, free, torch.where(going, numbers.excess(count, now), 0))
-        if numbers.across_heads:
-            out = torch.where(going & numbers.at_cut(now), smallest_of_all_heads(numbers, priority, step, free), out)
+        # evict the smallest priorities among the unprotected, ties: the oldest first
+        out = smallest(priority, positions, free, torch.where(active, retention.excess(count, now), 0))
+        if retention.across_heads:
+            out = torch.where(
+                active & retention.at_cut(now), smallest_of_all_heads(retention, priority, step, free), out
+            )
         cached[:, :, :n] &= ~out
         row, head, column = out.nonzero(as_tuple=True)
-        gone.append(torch.stack([row, head, torch.full_like(row, t), position[row, head, column]], 1))
+        evictions.append(torch.stack([row, head, torch.full_like(row, t), position[row, head, column]], 1))
     with torch.set_grad_enabled(differentiable):
-        end = _canonical(rows, cached, position, score, all_keys, all_values, memory)
-    return Ran(output, end, torch.cat(gone) if gone else None)
+        end = EvictionState(
+            positions=position.where(cached, -1),
+            scores=score,
+            keys=all_keys,
+            values=all_values,
+            seen=old.seen + rows.length,
+            memory=None if remembered(rule) is None else memory,
+        ).compact()
+    return Ran(output, end, torch.cat(evictions) if evictions else None)
 
 
 def _memory(rows: Rows, grouped: Tensor, scale: float) -> Tensor:
-    """What the rule keeps of the given state's tokens and, to begin with, of the new ones, [B, K, past + T, M]."""
+    """The rule's memory of the given state's tokens and, at the start, of the new ones, [B, K, past + T, M]."""
     (B, K, T, _), old = rows.key.shape, rows.state
-    if rows.rule.foresee is not None:
-        return rows.rule.foresee(Sequence(grouped, rows.key.detach(), rows.value.detach(), rows.length, scale))
+    if rows.rule.precompute is not None:
+        return rows.rule.precompute(Sequence(grouped, rows.key.detach(), rows.value.detach(), rows.length, scale))
     past = rows.query.new_zeros(*old.positions.shape, rows.rule.memory) if old.memory is None else old.memory
     return torch.cat([past.to(rows.query.dtype), rows.query.new_zeros(B, K, T, rows.rule.memory)], dim=2)
-
-
-def _canonical(
-    rows: Rows, cached: Tensor, position: Tensor, score: Tensor, keys: Tensor, values: Tensor, memory: Tensor
-) -> EvictionState:
-    """The cached columns, which are in order of position, moved to the front."""
-    slots = max(1, int(cached.sum(-1).max()))
-    column = (~cached).int().argsort(dim=-1, stable=True)[:, :, :slots]
-    kept = cached.gather(2, column)
-
-    def of(x: Tensor) -> Tensor:
-        return torch.where(kept[..., None], x.gather(2, column[..., None].expand(-1, -1, -1, x.shape[-1])), 0)
-
-    return EvictionState(
-        positions=torch.where(kept, position.gather(2, column), -1),
-        scores=of(score[..., None])[..., 0],
-        keys=of(keys),
-        values=of(values),
-        seen=rows.state.seen + rows.length,
-        # what was foreseen is of no use to a sequence that goes on
-        memory=None if rows.rule.own is None or rows.rule.foresee is not None else of(memory),
-    )

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from a2sf.engine import kernels
 from a2sf.engine.eviction import wants_gradient
-from a2sf.engine.state import EvictionState, Options, Segments
+from a2sf.engine.retention import BatchRetention
+from a2sf.engine.state import EvictionState, Options, Segments, remembered
 from a2sf.errors import ConfigError, UserError
 from a2sf.policies.arguments import policy_of, schedule_of
 from a2sf.policies.base import Policy, check_name
 from a2sf.policies.budget import Budget
-from a2sf.policies.rule import ACCUMULATED, Rule
+from a2sf.policies.rule import Rule
 from a2sf.policies.schedule import Schedule, schedule_for
 
 
@@ -55,11 +56,11 @@ def attend(
 
     Returns:
         output [B, H, T, V] in the query's dtype, and the state after each row's last token; `state.positions`
-        [B, K, slots] are the kept positions in ascending order, -1 where a slot is empty.
+        [B, K, slots] are the retained positions in ascending order, -1 where a slot is empty.
 
     Raises:
         ConfigError: if a setting does not fit the policy, or the policy the layers and heads.
-        ValueError: if shapes do not fit, a number is out of range, or a rule of the policy's own misbehaves.
+        ValueError: if shapes do not fit, a number is out of range, or the policy's function returns no priorities.
     """
     policy = policy_of(policy)
     check_name(type(policy))
@@ -84,23 +85,8 @@ def attend(
         if bool((read < 1).any()):
             raise ConfigError("prompt", int(read.min()), "a prompt has at least 1 token")
     prompts = [None] * B if read is None else read.tolist()
-    kept = [policy.keeps(c, layer, layers, n) for c, n in zip(C.tolist(), prompts, strict=True)]
-    rules = {k.rule for k in kept}
-    if len(rules) > 1:
-        raise UserError(f"{policy.name} has other rules at other budgets; attend the rows in calls of their own")
-    segments = Segments(
-        row=torch.arange(B),
-        start=torch.zeros(B, dtype=torch.int64),
-        length=_lengths(lengths, B, T),
-        parent=torch.full((B,), -1),
-        budget=torch.tensor([k.budget for k in kept], dtype=torch.int64),
-        recent=torch.tensor([k.recent for k in kept], dtype=torch.int64),
-        sinks=torch.tensor([k.sinks for k in kept], dtype=torch.int64),
-        forgetting_factor=torch.tensor([k.forgetting_factor for k in kept], dtype=torch.float64),
-        rule=next(iter(rules), ACCUMULATED),
-        schedule=schedule,
-        prompt=read,
-    )
+    each = [policy.keeps(c, layer, layers, n) for c, n in zip(C.tolist(), prompts, strict=True)]
+    segments = Segments.of_rows(BatchRetention.of(each, schedule, read), _lengths(lengths, B, T))
     return _run(query, key, value, segments, scale, state, backend)
 
 
@@ -118,15 +104,15 @@ def evicting_attention(
     state: EvictionState | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, EvictionState]:
-    """Causal attention over a cache that token pruning keeps at `budget` tokens per KV head.
+    """Causal attention over a cache that token pruning limits to `budget` tokens per KV head.
 
-    What accumulated attention, a recent window and sinks can say, in numbers; `attend` runs any policy. Every row may have
-    numbers of its own; a row's result never depends on the other rows.
+    It evicts by accumulated attention, outside of a recent window and sinks; `attend` runs any policy. The numbers may
+    differ from row to row; a row's result never depends on the other rows.
 
     Args:
         query: [B, H, T, D], any floating dtype.
         key: [B, K, T, D] and
-        value: [B, K, T, V]; `H` is a multiple of `K` (grouped-query attention shares one kept set per KV head).
+        value: [B, K, T, V]; `H` is a multiple of `K` (grouped-query attention: the query heads of a group share one cache).
         budget: int, or int tensor [B]: tokens that a KV head holds, `C` of docs/semantics.md.
         recent: int, or int tensor [B]: newest tokens that are protected, `r`.
         sinks: int, or int tensor [B]: first tokens that are protected, `s`.
@@ -151,8 +137,8 @@ def evicting_attention(
         raise ValueError("every row needs budget >= 1, recent >= 0, sinks >= 0 and recent + sinks <= budget")
     if not bool(((factor >= 0) & (factor <= 1)).all()):
         raise ValueError("every row's forgetting_factor must lie in [0, 1]")
-    rows, first, no_parent = torch.arange(B), torch.zeros(B, dtype=torch.int64), torch.full((B,), -1)
-    segments = Segments(rows, first, _lengths(lengths, B, T), no_parent, C, r, s, factor)
+    retention = BatchRetention(budget=C, recent=r, sinks=s, forgetting_factor=factor)
+    segments = Segments.of_rows(retention, _lengths(lengths, B, T))
     return _run(query, key, value, segments, scale, state, backend)
 
 
@@ -213,13 +199,12 @@ def _check_state(state: EvictionState, query: Tensor, key: Tensor, rule: Rule) -
         raise ValueError(f"the state holds {state.seen.shape[0]} rows, the query {query.shape[0]}")
     if state.positions.shape[1] != key.shape[1]:
         raise ValueError(f"the state holds {state.positions.shape[1]} KV heads, the key {key.shape[1]}")
-    held = None if state.memory is None else state.memory.shape[-1]
-    if held != (rule.memory if rule.own is not None and rule.foresee is None else None):
+    if (None if state.memory is None else state.memory.shape[-1]) != remembered(rule):
         raise ValueError(
-            "the state was made by another policy: what is kept per token differs; continue with the same one"
+            "the state was made by another policy: what it remembers per token differs; continue with the same one"
         )
     if rule.shared and not bool((state.positions == state.positions[:, :1]).all()):
-        raise ValueError("the policy keeps one set of tokens per layer, and the state's heads hold different ones")
+        raise ValueError("the policy retains one set of tokens per layer, and the state's heads hold different ones")
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:

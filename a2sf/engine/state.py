@@ -1,50 +1,54 @@
 """What the engine takes and gives: segments of tokens, the state after a step, and the result.
 
 Shapes, as suffixes or in brackets: B rows, H query heads, K key/value heads, T tokens, D key dimension, V value dimension,
-S segments, N cached slots, M numbers that a rule keeps per token.
+S segments, N slots, M numbers that a rule remembers per token.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from a2sf.policies.rule import ACCUMULATED, Rule
-from a2sf.policies.schedule import STEP, Schedule
+from a2sf.engine.retention import BatchRetention
+from a2sf.policies.rule import Rule
+
+LATE = 2**62
+"""Later than any position."""
 
 
-@dataclass(frozen=True)
-class Segments:
-    """Runs of tokens to attend, packed along the time axis; a run may continue the state another run ended with.
+@dataclass(frozen=True, kw_only=True)
+class Segments(BatchRetention):
+    """Runs of tokens to attend, packed along the time axis; a run may continue the state that another run ended with.
 
-    A batch of rows is one segment per row without parents. Sequences that begin alike are a tree: the shared beginning
-    is one segment, its continuations are children, and each child starts from a copy of its parent's state. A parent
-    and a child may differ in budget, recent and sinks only if the parent has not evicted yet (invariant 6), and in prompt
-    only if the parent ends within both; where the rule looks at the end of a prompt, before either looks.
+    A batch of rows is one segment per row without parents. Sequences with a common beginning are a tree: the shared
+    beginning is one segment, its continuations are children, and each child starts from a copy of its parent's state. A
+    parent and a child may differ in budget, recent and sinks only if the parent has not evicted yet (invariant 6), and in
+    prompt only if the parent ends within both; where the rule looks at the end of a prompt, before either looks.
 
-    Attributes (int64 tensors [S] on the CPU):
+    Attributes (int64 tensors [S] on the CPU, beside those of `BatchRetention`, which are of the sequence through a segment):
         row, start, length: the tokens `[row, start : start + length]` of the packed query, key and value.
         parent: index of the segment that this one continues, -1 for none. Parents come before their children.
-        budget, recent, sinks: `C`, `r`, `s` of the recursion.
-        forgetting_factor: float64 tensor [S].
-        rule: how tokens are ranked, the same for all segments of a call.
-        schedule: when they are evicted.
-        prompt: int64 [S], tokens of the prompt of the sequence through each segment; for the prompt schedule alone.
     """
 
     row: Tensor
     start: Tensor
     length: Tensor
     parent: Tensor
-    budget: Tensor
-    recent: Tensor
-    sinks: Tensor
-    forgetting_factor: Tensor
-    rule: Rule = ACCUMULATED
-    schedule: Schedule = STEP
-    prompt: Tensor | None = None
+
+    @staticmethod
+    def of_rows(retention: BatchRetention, length: Tensor, start: Tensor | None = None) -> Segments:
+        """One segment per row without a parent: the columns `[start, start + length)`, int64 [B] each; from 0 by default."""
+        B = len(length)
+        return Segments(
+            **retention.retention(),
+            row=torch.arange(B),
+            start=torch.zeros(B, dtype=torch.int64) if start is None else start,
+            length=length,
+            parent=torch.full((B,), -1),
+        )
 
     @property
     def count(self) -> int:
@@ -56,13 +60,13 @@ class EvictionState:
     """What is cached after a step, for every row and KV head.
 
     Attributes:
-        positions: int64 [B, K, N], kept positions in ascending order, -1 where a slot is empty (empty slots come last).
+        positions: int64 [B, K, N], retained positions in ascending order, -1 where a slot is empty (empty slots come last).
         scores: [B, K, N], accumulated attention scores `A`, 0 where a slot is empty.
         keys: [B, K, N, D] and
         values: [B, K, N, V], finite (0, in states made here) where a slot is empty; all three in the engine's accumulation
             dtype (float32, or float64 for float64 inputs).
         seen: int64 [B], tokens read so far, which is the next token's position.
-        memory: [B, K, N, M], what a policy of its own rule keeps per token; None where the rule keeps nothing.
+        memory: [B, K, N, M], what a policy's own function remembers per token; None where it remembers nothing.
     """
 
     positions: Tensor
@@ -72,46 +76,115 @@ class EvictionState:
     seen: Tensor
     memory: Tensor | None = None
 
+    @property
+    def counts(self) -> Tensor:
+        """int64 [B, K]: cached tokens of each KV head."""
+        return (self.positions >= 0).sum(-1)
+
+    @property
+    def most(self) -> int:
+        """Cached tokens of the fullest KV head, at least 1; waits for a GPU."""
+        return max(1, int(self.counts.max())) if self.positions.numel() else 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors take."""
+        return sum(x.nbytes for x in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, without the memory where there is none."""
+        return {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
+
     def select(self, rows: Tensor) -> EvictionState:
         """The state of `rows` [B'], in that order; a row may be taken several times (a fork) or left out."""
         rows = rows.to(self.seen.device)
-        return EvictionState(**{name: x[rows] for name, x in self._tensors().items()})
+        return EvictionState(**{name: x[rows] for name, x in self.tensors().items()})
+
+    def heads(self, heads: Tensor) -> EvictionState:
+        """The state of the KV heads `heads` [K'], in that order."""
+        return EvictionState(seen=self.seen, **{name: x[:, heads.to(x.device)] for name, x in self._slots().items()})
 
     def pad(self, slots: int) -> EvictionState:
         """The same state with at least `slots` slots per KV head."""
         more = slots - self.positions.shape[-1]
         if more <= 0:
             return self
-        widen = torch.nn.functional.pad
-        return replace(
-            self,
-            positions=widen(self.positions, (0, more), value=-1),
-            scores=widen(self.scores, (0, more)),
-            keys=widen(self.keys, (0, 0, 0, more)),
-            values=widen(self.values, (0, 0, 0, more)),
-            memory=None if self.memory is None else widen(self.memory, (0, 0, 0, more)),
-        )
 
-    def cut(self, slots: int) -> EvictionState:
-        """The same state with the first `slots` slots of each KV head, which hold all tokens, and no memory beyond them."""
-        cut = {name: x if name == "seen" else x[:, :, :slots].contiguous() for name, x in self._tensors().items()}
-        return EvictionState(**cut)
+        def widen(name: str, x: Tensor) -> Tensor:
+            return torch.nn.functional.pad(x, (0, 0) * (x.ndim - 3) + (0, more), value=-1 if name == "positions" else 0)
 
-    def heads(self, heads: Tensor) -> EvictionState:
-        """The state of some KV heads."""
-        return EvictionState(
-            **{name: x if name == "seen" else x[:, heads.to(x.device)] for name, x in self._tensors().items()}
-        )
+        return EvictionState(seen=self.seen, **{name: widen(name, x) for name, x in self._slots().items()})
+
+    def trim(self, slots: int | None = None) -> EvictionState:
+        """A view of the first `slots` slots of each KV head, which hold all tokens; as many as are needed by default."""
+        n = self.most if slots is None else slots
+        return EvictionState(seen=self.seen, **{name: x[:, :, :n] for name, x in self._slots().items()})
+
+    def contiguous(self) -> EvictionState:
+        """The same state, whose tensors refer to no larger memory."""
+        return EvictionState(**{name: x.contiguous() for name, x in self.tensors().items()})
+
+    def compact(self, slots: int | None = None) -> EvictionState:
+        """Sort the slots by position, the empty ones last and set to 0, and keep the first `slots` (default: as needed)."""
+        n = self.most if slots is None else slots
+        order = self.positions.where(self.positions >= 0, LATE).argsort(dim=-1)[:, :, :n]
+        positions = self.positions.gather(2, order)
+        empty = positions < 0
+
+        def ordered(x: Tensor) -> Tensor:
+            if x.ndim == 3:
+                return x.gather(2, order).masked_fill_(empty, 0)
+            index = order[..., None].expand(-1, -1, -1, x.shape[-1])
+            return x.gather(2, index).masked_fill_(empty[..., None], 0)
+
+        others = {name: ordered(x) for name, x in self._slots().items() if name != "positions"}
+        return EvictionState(positions=positions, seen=self.seen, **others)
+
+    def evict(self, out: Tensor) -> EvictionState:
+        """The state without the slots that are True in `out` [B, K, N]."""
+        return replace(self, positions=self.positions.masked_fill(out, -1)).compact()
+
+    def for_rule(self, rule: Rule) -> EvictionState:
+        """The same state, with an empty memory where the rule is a function that remembers nothing."""
+        missing = self.memory is None and remembered(rule) is not None
+        return replace(self, memory=self.keys[..., :0]) if missing else self
 
     @staticmethod
     def stack(states: list[EvictionState]) -> EvictionState:
         """Rows of several states as one batch."""
-        slots = max(s.positions.shape[-1] for s in states)
-        padded = [s.pad(slots)._tensors() for s in states]
-        return EvictionState(**{name: torch.cat([s[name] for s in padded]) for name in padded[0]})
+        return _joined(states, 0)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
+    @staticmethod
+    def join_heads(states: list[EvictionState], order: Tensor | None = None) -> EvictionState:
+        """KV heads of several states of the same rows, in their order or in `order` [K]."""
+        joined = _joined(states, 1)
+        return joined if order is None else joined.heads(order)
+
+    @staticmethod
+    def empty(key: Tensor, value: Tensor, memory: int | None = None) -> EvictionState:
+        """Caches without a token for rows of `key` [B, K, T, D] and `value` [B, K, T, V]; `memory` is `M`."""
+        B, K, _, D = key.shape
+        return EvictionState(
+            positions=torch.empty(B, K, 0, dtype=torch.int64, device=key.device),
+            scores=key.new_empty(B, K, 0),
+            keys=key.new_empty(B, K, 0, D),
+            values=key.new_empty(B, K, 0, value.shape[-1]),
+            seen=torch.zeros(B, dtype=torch.int64, device=key.device),
+            memory=None if memory is None else key.new_empty(B, K, 0, memory),
+        )
+
+    def _slots(self) -> dict[str, Tensor]:
+        """The tensors that have slots."""
+        return {name: x for name, x in self.tensors().items() if name != "seen"}
+
+
+def _joined(states: list[EvictionState], dim: int) -> EvictionState:
+    if len(states) == 1:
+        return states[0]
+    slots = max(s.positions.shape[-1] for s in states)
+    padded = [s.pad(slots).tensors() for s in states]
+    joined = {n: torch.cat([s[n] for s in padded], dim) for n in padded[0] if n != "seen" or dim == 0}
+    return EvictionState(**({"seen": states[0].seen} | joined))
 
 
 @dataclass(frozen=True)
@@ -141,6 +214,34 @@ class Options:
     trace: bool = False
 
 
+class Call(NamedTuple):
+    """One call of the attention: what every backend takes, in the order of its arguments.
+
+    Attributes:
+        query: [B, H, T, D].
+        key: [B, K, T, D] and
+        value: [B, K, T, V], any floating dtype and strides.
+        segments: what to attend.
+        options: what to return.
+        state: the state that the parentless segments start from, one row for each in their order; None: empty caches.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    segments: Segments
+    options: Options
+    state: EvictionState | None = None
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays, everything else is computed in float32 (invariant 8)."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def remembered(rule: Rule) -> int | None:
+    """`M` of a rule whose states have a memory; None where they have none.
+
+    What an oracle knows beforehand is of no use to a sequence that continues, so its states have none.
+    """
+    return None if rule.priority_fn is None or rule.precompute is not None else rule.memory

@@ -1,12 +1,13 @@
-"""Retention traces: what every layer and KV head evicted at each step of a document, and what one can read off it.
+"""Traces: what every layer and KV head evicted at each step of a document, and the attention behind it.
 
-A trace holds one number per position, the step at which it went (`gone` [L, K, T], L layers, K KV heads, T tokens), from
-which all kept sets follow, and the attention behind it. Traces of a cell's first documents are one `.npz` file.
+A trace holds one number per position, the step at which it was evicted (`evicted_at` [L, K, T]: L layers, K KV heads, T
+tokens), from which the retained positions of every step follow. Traces of a cell's first documents are one `.npz` file.
 """
 
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from a2sf.engine.state import Attended
+from a2sf.errors import Notice
 
 CHUNK = 256
 """Queries whose attention is computed at a time."""
@@ -31,7 +33,7 @@ class Trace:
         document: its number in the task.
         pieces: the text of each token, [T].
         context: how many of the tokens are the prompt; the rest is a continuation.
-        gone: int32 [L, K, T]: the step at which each position was evicted, T if it never was.
+        evicted_at: int32 [L, K, T]: the step at which each position was evicted, T if it never was.
         received: float32 [L, K, T], the attention each position got while it was cached (see `attention_mass`).
         lost: float32 [L, K, T], the share of each step's full attention that was on evicted positions.
     """
@@ -39,35 +41,52 @@ class Trace:
     document: int
     pieces: tuple[str, ...]
     context: int
-    gone: np.ndarray
+    evicted_at: np.ndarray
     received: np.ndarray
     lost: np.ndarray
 
-    def kept(self, step: int = -1) -> np.ndarray:
+    def retained(self, step: int = -1) -> np.ndarray:
         """bool [L, K, T]: the positions in the cache after a step (default: the last)."""
-        T = self.gone.shape[-1]
+        T = self.evicted_at.shape[-1]
         step = range(T)[step]
-        return (np.arange(T) <= step) & (self.gone > step)
+        return (np.arange(T) <= step) & (self.evicted_at > step)
+
+    def kept(self, step: int = -1) -> np.ndarray:
+        """The earlier name of `retained`."""
+        warnings.warn(
+            "Trace.kept is now called retained; the old name ends with the next version", Notice, stacklevel=2
+        )
+        return self.retained(step)
+
+    @property
+    def gone(self) -> np.ndarray:
+        """The earlier name of `evicted_at`."""
+        warnings.warn(
+            "Trace.gone is now called evicted_at; the old name ends with the next version", Notice, stacklevel=2
+        )
+        return self.evicted_at
 
     def first(self, tokens: int) -> Trace:
         """The trace after so many tokens; what positions received from later ones stays in `received`."""
-        gone, received, lost = (a[..., :tokens] for a in (self.gone, self.received, self.lost))
+        evicted_at, received, lost = (a[..., :tokens] for a in (self.evicted_at, self.received, self.lost))
         pieces = self.pieces[:tokens]
-        return Trace(self.document, pieces, min(tokens, self.context), gone.clip(max=len(pieces)), received, lost)
+        return Trace(self.document, pieces, min(tokens, self.context), evicted_at.clip(max=len(pieces)), received, lost)
 
     def ages(self, layer: int) -> np.ndarray:
-        """How old each token was that `layer` evicted, in steps: of the first KV head in the order they went, then of the
-        second, ..."""
+        """The age of each token that `layer` evicted, in steps at its eviction.
+
+        Those of the first KV head come first, in the order of their evictions, then those of the second, ...
+        """
         head, position = self._evicted(layer)
-        return self.gone[layer][head, position] - position
+        return self.evicted_at[layer][head, position] - position
 
     def masses(self, layer: int) -> np.ndarray:
-        """The attention each token that `layer` evicted had received by then, in the order of `ages`."""
+        """The attention that each token had received when `layer` evicted it, in the order of `ages`."""
         return self.received[layer][self._evicted(layer)]
 
     def _evicted(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """Head and position of what `layer` evicted, head by head in the order they went."""
-        of_layer = self.gone[layer]
+        """Head and position of each token that `layer` evicted, head by head in the order of evictions."""
+        of_layer = self.evicted_at[layer]
         head, position = (of_layer < of_layer.shape[-1]).nonzero()
         order = np.lexsort((position, of_layer[head, position], head))
         return head[order], position[order]
@@ -75,7 +94,7 @@ class Trace:
     def summary(self) -> pd.DataFrame:
         """One row per layer: evicted tokens per KV head, their mean age and mass, and the mean share of attention lost."""
         rows = []
-        for layer, of_layer in enumerate(self.gone):
+        for layer, of_layer in enumerate(self.evicted_at):
             ages, masses = self.ages(layer), self.masses(layer)
             rows.append(
                 {
@@ -94,22 +113,22 @@ def steps_of(attended: Attended) -> Tensor:
     assert evicted is not None
     T = evicted.shape[-1]
     at = torch.arange(T, dtype=torch.int32, device=evicted.device)
-    gone = torch.full((*evicted.shape[:2], T + 1), T, dtype=torch.int32, device=evicted.device)
+    steps = torch.full((*evicted.shape[:2], T + 1), T, dtype=torch.int32, device=evicted.device)
     # the last column takes the steps without an eviction
-    gone.scatter_(2, torch.where(evicted >= 0, evicted, T).long(), at.expand_as(evicted).contiguous())
+    steps.scatter_(2, torch.where(evicted >= 0, evicted, T).long(), at.expand_as(evicted).contiguous())
     if cuts is not None:
-        row, head, step, position = cuts.to(gone.device).unbind(1)
-        gone[row, head, position] = step.int()
-    return gone[..., :T]
+        row, head, step, position = cuts.to(steps.device).unbind(1)
+        steps[row, head, position] = step.int()
+    return steps[..., :T]
 
 
-def attention_mass(query: Tensor, key: Tensor, gone: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attention_mass(query: Tensor, key: Tensor, evicted_at: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The attention behind an eviction: what positions received while they were cached, and what was lost with them.
 
     Args:
         query: [B, H, T, D], of whole sequences without padding.
         key: [B, K, T, D].
-        gone: int32 [B, K, T], the step at which each position was evicted, T if it never was.
+        evicted_at: int32 [B, K, T], the step at which each position was evicted, T if it never was.
         scale: factor of the logits.
 
     Returns:
@@ -121,34 +140,35 @@ def attention_mass(query: Tensor, key: Tensor, gone: Tensor, scale: float) -> tu
     B, H, T, _ = query.shape
     K = key.shape[1]
     at = torch.arange(T, device=query.device)
-    gone = gone[:, :, None, None]
+    evicted_at = evicted_at[:, :, None, None]
     received, lost = (torch.zeros(B, K, T, device=query.device) for _ in range(2))
     q, k = query.float().unflatten(1, (K, H // K)), key.float()[:, :, None]
     for start in range(0, T, CHUNK):
         now = at[start : start + CHUNK, None]
         logits = q[..., start : start + CHUNK, :] @ k.transpose(-1, -2) * scale  # [B, K, H / K, CHUNK, T]
         logits = logits.masked_fill(at > now, -torch.inf)
-        missing = gone < now
+        missing = evicted_at < now
         lost[..., start : start + CHUNK] = (logits.softmax(-1) * missing).sum(-1).mean(2)
         received += logits.masked_fill(missing, -torch.inf).softmax(-1).sum((2, 3))
     return received, lost
 
 
 def overlap(a: Trace, b: Trace) -> np.ndarray:
-    """How alike two policies' caches were: float [L], the Jaccard index of the kept sets, mean over steps and KV heads.
+    """How similar two policies' caches were: float [L], the Jaccard index of what they retain, mean over steps and KV heads.
 
     Raises:
         ValueError: if the traces are not of the same text and model.
     """
-    if a.gone.shape != b.gone.shape or a.pieces != b.pieces:
+    if a.evicted_at.shape != b.evicted_at.shape or a.pieces != b.pieces:
         raise ValueError("only traces of the same document and model can be compared")
-    T = a.gone.shape[-1]
+    T = a.evicted_at.shape[-1]
 
-    def held(gone: np.ndarray) -> np.ndarray:
-        deaths = np.apply_along_axis(np.bincount, -1, gone, minlength=T + 1)[..., :T]
-        return np.arange(1, T + 1) - deaths.cumsum(-1)
+    def counts(evicted_at: np.ndarray) -> np.ndarray:
+        """Cached tokens after each step."""
+        evictions = np.apply_along_axis(np.bincount, -1, evicted_at, minlength=T + 1)[..., :T]
+        return np.arange(1, T + 1) - evictions.cumsum(-1)
 
-    both, either = held(np.minimum(a.gone, b.gone)), held(np.maximum(a.gone, b.gone))
+    both, either = (counts(f(a.evicted_at, b.evicted_at)) for f in (np.minimum, np.maximum))
     return (both / either).mean(axis=(1, 2))
 
 
@@ -161,7 +181,7 @@ def dumps(traces: Sequence[Trace]) -> bytes:
     """The content of that file."""
     arrays: dict[str, Any] = {"documents": np.array([t.document for t in traces], np.int64)}
     for t in traces:
-        arrays |= {f"{name}_{t.document}": getattr(t, name) for name in ("gone", "received", "lost")}
+        arrays |= {f"{name}_{t.document}": getattr(t, name) for name in ("evicted_at", "received", "lost")}
         arrays[f"pieces_{t.document}"] = np.array(t.pieces, dtype=np.str_)
         arrays[f"context_{t.document}"] = np.int64(t.context)
     file = io.BytesIO()
@@ -177,16 +197,20 @@ def load(file: Path | BinaryIO) -> list[Trace]:
                 int(d),
                 tuple(map(str, held[f"pieces_{d}"])),
                 int(held[f"context_{d}"]),
-                held[f"gone_{d}"] if f"gone_{d}" in held else _gone(held[f"evicted_{d}"]),
+                _evicted_at(held, d),
                 *(held[f"{name}_{d}"] for name in ("received", "lost")),
             )
             for d in held["documents"]
         ]
 
 
-def _gone(evicted: np.ndarray) -> np.ndarray:
-    """`Trace.gone` from what traces held before 0.2: the position evicted at each step, -1 for none."""
+def _evicted_at(held: Any, document: int) -> np.ndarray:
+    """`Trace.evicted_at` of a file of this version or of an earlier one."""
+    for name in ("evicted_at", "gone"):  # the second until 0.2
+        if f"{name}_{document}" in held:
+            return held[f"{name}_{document}"]
+    evicted = held[f"evicted_{document}"]  # before: the position evicted at each step, -1 for none
     L, K, T = evicted.shape
-    gone = np.full((L, K, T + 1), T, np.int32)  # the last column takes the steps without an eviction
-    np.put_along_axis(gone, np.where(evicted >= 0, evicted, T), np.arange(T, dtype=np.int32), axis=2)
-    return gone[..., :T]
+    steps = np.full((L, K, T + 1), T, np.int32)  # the last column takes the steps without an eviction
+    np.put_along_axis(steps, np.where(evicted >= 0, evicted, T), np.arange(T, dtype=np.int32), axis=2)
+    return steps[..., :T]

@@ -1,7 +1,7 @@
-"""Which devices a model is put on: one, or several by a map that accelerate follows.
+"""The devices of a model: one, or several by a map that accelerate applies.
 
-Under a map each layer runs where its weights are, or are brought to; the attention function and the bounded cache take the
-device of the queries and keys they are given, so that what is cached of a layer lies beside the layer.
+Under a map each layer runs where its weights are, or where they are moved to. The attention function and the bounded cache
+use the device of the queries and keys that they get, so that a layer's cache is on the layer's device.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from a2sf.compat.transformers import execution_device
 from a2sf.errors import ConfigError, nearest
 
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -60,13 +61,13 @@ def check_here(device: str, device_map: str | None) -> None:
     if device != "auto" and torch.device(device).type == "cuda" and (torch.device(device).index or 0) >= there:
         raise ConfigError(DEVICE, device, "this machine has no such GPU; give auto or cpu")
     if device_map is not None and isinstance(of_map := read_map(device_map), dict):
-        asked = max((d for d in of_map.values() if isinstance(d, int)), default=-1)
-        if asked >= there:
-            raise ConfigError(MAP, device_map, f"it names GPU {asked}, counted from 0, and this machine has {there}")
+        last = max((d for d in of_map.values() if isinstance(d, int)), default=-1)
+        if last >= there:
+            raise ConfigError(MAP, device_map, f"it names GPU {last}, counted from 0, and this machine has {there}")
 
 
 def resolve(device: str, device_map: str | None) -> str:
-    """The device that `auto` comes to; under a map, the kind of device that computes."""
+    """The device that `auto` stands for; under a map, the kind of device that computes."""
     if device_map is not None and isinstance(of_map := read_map(device_map), dict):
         return kind_of(of_map)
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -87,8 +88,8 @@ def read_map(value: str) -> str | dict[str, int | str]:
         return value
     file = Path(value).expanduser()
     if file.suffix != ".json":
-        told = f"give null, one of {', '.join(MAPS)}, or a JSON file of modules and devices{nearest(value, MAPS)}"
-        raise ConfigError(MAP, value, told)
+        allowed = f"give null, one of {', '.join(MAPS)}, or a JSON file of modules and devices{nearest(value, MAPS)}"
+        raise ConfigError(MAP, value, allowed)
     try:
         return dict(_read(file, file.stat().st_mtime_ns))
     except (OSError, ValueError) as error:
@@ -125,7 +126,7 @@ def spread(device_map: str, room: Path, read: Callable[[dict[str, Any]], PreTrai
         device_map: a name or a file, as for `read_map`.
         room: a directory for weights that the map keeps on the disk and that are not in safetensors; they are removed
             with the model.
-        read: reads the model, told what `from_pretrained` is to know of devices.
+        read: reads the model; its argument are the settings of `from_pretrained` about devices.
 
     Raises:
         ConfigError: if the map does not fit the model.
@@ -138,8 +139,8 @@ def spread(device_map: str, room: Path, read: Callable[[dict[str, Any]], PreTrai
         if isinstance(of_map, dict):
             names = {n for n, _ in [*model.named_modules(), *model.named_parameters(), *model.named_buffers()]}
             if unknown := [n for n in of_map if n not in names]:
-                told = f"{type(model).__name__} has no part {unknown[0]}{nearest(unknown[0], names)}"
-                raise ConfigError(MAP, device_map, told)
+                why = f"{type(model).__name__} has no part {unknown[0]}{nearest(unknown[0], names)}"
+                raise ConfigError(MAP, device_map, why)
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
         cause = str(error.__cause__)
@@ -151,19 +152,11 @@ def spread(device_map: str, room: Path, read: Callable[[dict[str, Any]], PreTrai
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where a model's inputs go; of one that is spread over devices, where accelerate begins to compute.
+    """The device for a model's inputs; for a model on several devices, where accelerate begins to compute.
 
-    Such a model's first parameter may be on the device `meta`, since its values are brought when they are needed.
+    The first parameter of such a model may be on the device `meta`, since its values are loaded when they are needed.
     """
-    device = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
-    if device is None:
-        return model.device
-    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-
-
-def is_spread(model: PreTrainedModel) -> bool:
-    """Whether accelerate moves a model's tensors between devices."""
-    return getattr(model, "_hf_hook", None) is not None
+    return execution_device(model) or model.device
 
 
 def devices_of(model: PreTrainedModel) -> list[str]:

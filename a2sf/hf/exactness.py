@@ -1,7 +1,7 @@
-"""Whether pruning a model is exact, found by trying it with a budget that evicts nothing against the model's own attention.
+"""Whether pruning a model is exact: a few tokens are read with a budget that evicts nothing, and compared with the model.
 
-What no attribute tells is found this way: a layer that does not use AttentionInterface, an attention that is not causal,
-an argument or a mask that changes the result, positions that do not follow `position_ids`, a cache used in its own way.
+This finds what no attribute shows: a layer that does not use AttentionInterface, an attention that is not causal, an
+argument or a mask that changes the result, positions that do not follow `position_ids`, a cache used in another way.
 """
 
 from __future__ import annotations
@@ -17,22 +17,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from a2sf.hf.attention import (
-    NonFiniteError,
-    Plan,
-    UnsupportedModel,
-    attached,
-    mixes_windows,
-    rope_switch,
-    running,
-)
-from a2sf.hf.calls import Around, bare, cache_name_of, idle, logits_at, names_of
+from a2sf.hf.attention.errors import NonFiniteError, UnsupportedModel
+from a2sf.hf.attention.function import attached, running
+from a2sf.hf.attention.plan import Plan
+from a2sf.hf.attention.windows import mixes_windows, rope_switch
+from a2sf.hf.calls.around import Around, bare, cache_name_of, idle, names_of
+from a2sf.hf.calls.logits import logits_at
 from a2sf.hf.devices import input_device
-from a2sf.hf.trial import agree, layers_of, likely, positions_of, try_layers
+from a2sf.hf.layer_check import agree, compare_layers, layers_of, likely, positions_of
 from a2sf.policies.base import UNLIMITED, Retention
 
 TOKENS, PROMPT, AFTER = 20, 10, 3
-"""Tokens of a sequence that is read in one pass, of a prompt, and of what is read one by one after it."""
+"""Tokens of a sequence read in one pass; of a prompt; and of those read one by one after it."""
 TYPES = {
     "chunked_attention": "that attend only within chunks of the text",
     "indexed_attention": "that choose which tokens they attend to",
@@ -49,17 +45,17 @@ TYPES = {
 
 _exact: weakref.WeakKeyDictionary[PreTrainedModel, torch.dtype] = weakref.WeakKeyDictionary()
 _decodes: weakref.WeakKeyDictionary[PreTrainedModel, torch.dtype] = weakref.WeakKeyDictionary()
-_trying = threading.RLock()
-"""Of several threads that use a model first, one tries it and the others wait."""
+_checking = threading.RLock()
+"""If several threads use a model first, one checks it and the others wait."""
 
 
 def require_exact(model: PreTrainedModel) -> None:
-    """As `check_exact`, but once per model and dtype; a refusal is not remembered, as what caused it may go away.
+    """As `check_exact`, but once per model and dtype; a refusal is not remembered, because its cause may be removed.
 
     Raises:
         UnsupportedModel: if pruning the model is not exact.
     """
-    with _trying:
+    with _checking:
         if _exact.get(model) != model.dtype:
             check_exact(model)
 
@@ -70,15 +66,15 @@ def require_decoding(model: PreTrainedModel, cache: Callable[[], Any]) -> None:
     Raises:
         UnsupportedModel: if decoding through the cache is not exact.
     """
-    with _trying:
+    with _checking:
         if _decodes.get(model) != model.dtype:
             check_decoding(model, cache)
 
 
 def check_exact(model: PreTrainedModel) -> None:
-    """Try one pass over two short sequences that begin alike, packed as scoring packs them, against the model's own.
+    """Compare one pass over two short sequences with a common beginning, packed as in scoring, with the model's own pass.
 
-    Beyond these sequences' length, each layer's mask is asked what it hides up to the model's last position.
+    Each layer's mask is also evaluated beyond these sequences, up to the model's last position.
 
     Raises:
         UnsupportedModel: if logits, a layer's attention or its mask differ.
@@ -100,11 +96,11 @@ def check_exact(model: PreTrainedModel) -> None:
         policy_on_sliding=not mixes_windows(model.config),
     )
     device, call = input_device(model), bare(model)
-    with torch.inference_mode(), idle(model), told(model):
+    with torch.inference_mode(), idle(model), reported(model):
         own = likely(_logits(model, call(torch.tensor([a, b], device=device), use_cache=False)))
         if agree(own[:1, :shared], own[1:, :shared], model.dtype) is False:
             raise UnsupportedModel(f"{name} is not causal: later tokens change earlier ones; give a decoder")
-        try_layers(model, torch.tensor([a], device=device), call)
+        compare_layers(model, torch.tensor([a], device=device), call)
         read = [*a, *b[shared:]]
         index = torch.arange(1, len(read), device=device)
         try:
@@ -118,7 +114,7 @@ def check_exact(model: PreTrainedModel) -> None:
                     use_cache=False,
                 )
         except NonFiniteError:
-            return  # nothing to compare; the document that it happens to as well is told
+            return  # nothing to compare; a document with the same problem will be reported
     expected = torch.cat([own[:1, 1:], own[1:, shared:]], 1)
     if agree(expected, likely(packed), model.dtype) is False:
         what = "computes something around its attention that the engine does not reproduce"
@@ -129,10 +125,10 @@ def check_exact(model: PreTrainedModel) -> None:
 
 
 def check_decoding(model: PreTrainedModel, cache: Callable[[], Any]) -> None:
-    """Try a padded batch of two prompts in one pass, then some tokens one by one, against the model's own cache.
+    """Compare a padded batch of two prompts, and some tokens read one by one, with the model's own cache.
 
     Args:
-        cache: makes a bounded cache for the model that evicts nothing.
+        cache: makes a bounded cache for the model, which evicts nothing.
 
     Raises:
         UnsupportedModel: if the logits differ; the model may still be exact in one pass.
@@ -157,11 +153,11 @@ def check_decoding(model: PreTrainedModel, cache: Callable[[], Any]) -> None:
             logits.append(likely(_logits(model, call(**given))))
         return torch.cat(logits, 1)
 
-    with torch.inference_mode(), idle(model), told(model, "; it can be scored, not generated with"):
+    with torch.inference_mode(), idle(model), reported(model, "; it can be scored, not generated with"):
         own = read(DynamicCache(config=model.config))
         real = mask.bool()
         if not torch.isfinite(own[real].amax(-1)).all():
-            return  # nothing to compare with; what the model is used on will tell
+            return  # nothing to compare with; a document with the same problem will be reported
         ours = read(cache())
     if agree(own[real][None], ours[real][None], model.dtype) is False:
         raise UnsupportedModel(f"{why}, so generated text would be wrong; it can be scored, not generated with")
@@ -184,11 +180,11 @@ def _logits(model: PreTrainedModel, output: Any) -> Tensor:
 
 
 @contextmanager
-def told(model: PreTrainedModel, more: str = "") -> Iterator[None]:
-    """Make one sentence of whatever a trial of `model` raises; `more` ends it.
+def reported(model: PreTrainedModel, more: str = "") -> Iterator[None]:
+    """Turn any error of a check of `model` into one sentence, which `more` ends.
 
     Raises:
-        UnsupportedModel: instead of any other error but one for want of memory.
+        UnsupportedModel: instead of any other error, except one for lack of memory.
     """
     try:
         yield
@@ -199,12 +195,12 @@ def told(model: PreTrainedModel, more: str = "") -> Iterator[None]:
     except Exception as error:
         what = str(error).strip().partition("\n")[0].rstrip(".") or "no message"
         raise UnsupportedModel(
-            f"{type(model).__name__} fails when it is tried on a few tokens ({type(error).__name__}: {what}){more}"
+            f"{type(model).__name__} fails on a few tokens ({type(error).__name__}: {what}){more}"
         ) from error
 
 
 def check_kind(model: PreTrainedModel) -> None:
-    """Refuse what its settings tell is no decoder with a plain KV cache.
+    """Refuse a model whose config says that it is no decoder with a plain KV cache.
 
     Raises:
         UnsupportedModel: if it is not.
@@ -220,8 +216,8 @@ def check_kind(model: PreTrainedModel) -> None:
     layers_of(model)
     kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
     if kinds:
-        told = " and ".join(f"of type {kind}" + (f" {TYPES[kind]}" if kind in TYPES else "") for kind in kinds)
-        raise UnsupportedModel(f"the model has layers {told}, which hold no plain KV cache; choose another model")
+        described = " and ".join(f"of type {kind}" + (f" {TYPES[kind]}" if kind in TYPES else "") for kind in kinds)
+        raise UnsupportedModel(f"the model has layers {described}, which hold no plain KV cache; choose another model")
 
 
 def length_for(model: PreTrainedModel, tokens: int) -> int:
@@ -232,12 +228,12 @@ def length_for(model: PreTrainedModel, tokens: int) -> int:
     """
     most = min(positions_of(model), rope_switch(model.config))
     if most < 2 * AFTER:
-        raise UnsupportedModel(f"the model reads {most:.0f} tokens at most, too few to try it on")
+        raise UnsupportedModel(f"the model reads {most:.0f} tokens at most, too few to check it")
     return int(min(tokens, most))
 
 
 def tokens_of(model: PreTrainedModel, rows: int, length: int) -> list[list[int]]:
-    """Random tokens, always the same, none of which the model's settings give a meaning (an image, the end of a text)."""
+    """Random tokens, always the same, without those that the config gives a meaning (an image, the end of a text)."""
     config = model.config.get_text_config()
     special = {
         value

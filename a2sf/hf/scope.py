@@ -13,11 +13,15 @@ from transformers import PreTrainedModel
 
 from a2sf.engine.kernels import check_backend
 from a2sf.errors import UserError
-from a2sf.hf.attention import Plan, UnsupportedModel, attached, mixes_windows
-from a2sf.hf.calls import decoder_of, new_tokens, scoped, surround
+from a2sf.hf.attention.errors import UnsupportedModel
+from a2sf.hf.attention.function import attached
+from a2sf.hf.attention.plan import Plan
+from a2sf.hf.attention.windows import mixes_windows
+from a2sf.hf.cache.pruned import PrunedCache, prove_decoding
+from a2sf.hf.calls.around import decoder_of, scoped, surround
+from a2sf.hf.calls.tokens import new_tokens
 from a2sf.hf.exactness import require_exact
-from a2sf.hf.generation import PrunedCache, prove_decoding
-from a2sf.hf.loading import kv_heads_of
+from a2sf.hf.loading.config import kv_heads_of
 from a2sf.hf.settings import check_settings, contexts_for, contexts_of, new_tokens_of, retention_of
 from a2sf.policies.arguments import budget_of, policy_of, schedule_of
 from a2sf.policies.base import Policy, Retention
@@ -29,11 +33,11 @@ Model = TypeVar("Model")
 
 @dataclass(frozen=True)
 class _Scope:
-    """What `pruning` does to the calls of a model.
+    """What `pruning` does with the calls of a model.
 
     Attributes:
         refused: why calls that keep a cache are refused; None: they are not.
-        replaced: the caches that calls were given, instead of which they got a `PrunedCache`.
+        replaced: caches that were given to calls, and replaced by a `PrunedCache`.
     """
 
     policy: Policy
@@ -46,7 +50,7 @@ class _Scope:
     replaced: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
 
     def supply(self, model: PreTrainedModel, cache: Any, keep: bool | None) -> PrunedCache | None:
-        """The cache for a call inside `pruning`: the one that was given if it is pruned, else a new one if any is kept."""
+        """The cache for a call inside `pruning`: the given one if it is pruned, else a new one if the call uses a cache."""
         if isinstance(cache, PrunedCache):
             return cache
         if cache is not None and cache.get_seq_length() > 0:
@@ -61,7 +65,7 @@ class _Scope:
         if cache is not None and cache in self.replaced:
             raise UserError(
                 "inside pruning(...) the cache that an earlier call was given stays empty, because a PrunedCache takes its "
-                "place; go on with the output's cache, or give a PrunedCache from the beginning"
+                "place; continue with the output's cache, or give a PrunedCache from the beginning"
             )
         if cache is not None:
             self.replaced.add(cache)
@@ -77,8 +81,8 @@ class _Scope:
         )
 
     def passing(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> PrunedCache | None:
-        """A cache to read a call in parts through that keeps none; None where the model is only exact in one pass."""
-        _, length, context, kept = self._rows(model, shape, mask)
+        """A cache for reading a call without a cache in parts; None where the model is only exact in one pass."""
+        _, length, context, retained = self._rows(model, shape, mask)
         if min(context) < 1:
             return None
         if self.refused is not None:
@@ -94,16 +98,16 @@ class _Scope:
         )
         if max(length) > cache.positions:
             return None
-        cache.keep(kept, context)
+        cache.keep(retained, context)
         return cache
 
     def plan(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> Plan:
-        start, length, context, kept = self._rows(model, shape, mask)
+        start, length, context, retained = self._rows(model, shape, mask)
         return Plan.of_rows(
             length,
             start,
-            lambda row, layer: kept[row][layer],
-            len(kept[0]),
+            lambda row, layer: retained[row][layer],
+            len(retained[0]),
             policy_on_sliding=not mixes_windows(model.config),
             backend=self.backend,
             schedule=schedule_for(self.policy, self.schedule),
@@ -113,18 +117,18 @@ class _Scope:
     def _rows(
         self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None
     ) -> tuple[list[int], list[int], list[int], list[tuple[Retention, ...]]]:
-        """Of each row of a call without a cache: first column, tokens, those of the prompt, and what each layer keeps."""
+        """For each row of a call without a cache: first column, tokens, prompt tokens, and what each layer retains."""
         start, length = (x.tolist() for x in new_tokens(shape, 0, mask))
         layers = model.config.get_text_config().num_hidden_layers
         if schedule_for(self.policy, self.schedule).prompt and self.context_tokens is None:
             raise UserError(
-                "a call without a cache does not tell where its prompt ends, which the prompt schedule asks for; give "
+                "a call without a cache does not show where its prompt ends, which the prompt schedule needs; give "
                 "pruning(..., context_tokens=...), or call the model with use_cache=True"
             )
         context = length if self.context_tokens is None else contexts_for(len(length), self.context_tokens)
         numbers = zip(length, context, strict=True)
-        kept = [retention_of(self.policy, self.budget, n, c, layers, self.schedule) for n, c in numbers]
-        return start, length, context, kept
+        retained = [retention_of(self.policy, self.budget, n, c, layers, self.schedule) for n, c in numbers]
+        return start, length, context, retained
 
 
 @contextmanager
@@ -141,13 +145,13 @@ def pruning(
     """Prune every call of `model` inside the block: plain calls on padded batches, and `generate`.
 
     A plain call (`use_cache=False`) reads a batch whose rows may be padded on either side (`attention_mask`) and prunes
-    each as one sequence of its own length. A call that keeps a cache, as `generate` makes them, gets a `PrunedCache`.
+    each as one sequence of its own length. A call that uses a cache, as `generate` makes them, gets a `PrunedCache`.
 
         with pruning(model, H2O(), Budget(ratio=0.2, base="context")):
             logits = model(ids, attention_mask=mask, use_cache=False).logits
             text = model.generate(ids, attention_mask=mask, max_new_tokens=50)
 
-    It acts on the thread, or asyncio task, that enters it: others use the model as it is, and a warning tells them so.
+    It acts on the thread, or asyncio task, that enters it. Others use the model as it is, and get a warning.
 
     Args:
         model: a transformers model, or what wraps one (PEFT, torch.compile).
@@ -155,8 +159,8 @@ def pruning(
         budget: as for `PrunedCache`.
         schedule: as for `PrunedCache`.
         max_new_tokens: as for `PrunedCache`.
-        context_tokens: as for `PrunedCache`. A call without a cache is a prompt as a whole, unless this says how much of
-            it is; the prompt schedule needs to know.
+        context_tokens: as for `PrunedCache`. A call without a cache is all prompt, unless this gives the prompt's
+            length, which the prompt schedule needs.
         backend: as for `PrunedCache`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a policy, budget and schedule come to on a model: refused before anything is read, or numbers for each row."""
+"""Checks that policy, budget and schedule fit a model, and what each layer retains of each row."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def check_settings(
 
     Args:
         schedule: None stands for `step`, or for the only one that the policy knows.
-        kv_heads: key/value heads of each layer, where that is known.
-        generating: whether text is to be generated, which no policy can do that looks at later tokens.
+        kv_heads: key/value heads of each layer, if that is known.
+        generating: whether text is to be generated; a policy that looks at later tokens cannot.
 
     Raises:
         ConfigError: if they do not.
@@ -47,16 +47,16 @@ def check_settings(
         raise ConfigError("budget", None, f"the policy {policy.name} needs budget.ratio or budget.tokens")
     budget.check(layers)
     tokens = budget.tokens if isinstance(budget.tokens, tuple) else (budget.tokens,)
-    if budget.tokens is not None and min(tokens) < policy.least_budget:
+    if budget.tokens is not None and min(tokens) < policy.min_budget:
         raise ConfigError(
             "budget.tokens",
             budget.tokens,
-            f"recent + sinks may not exceed the budget, and {policy.name} protects {policy.least_budget} tokens",
+            f"recent + sinks may not exceed the budget, and {policy.name} protects {policy.min_budget} tokens",
         )
 
 
 def check_cut(budget: Budget | None, schedule: Schedule) -> None:
-    """Refuse a budget that follows from a question, where the cut comes before it.
+    """Refuse a budget that depends on the question, if the cut comes before the question.
 
     Raises:
         ConfigError: if it does.
@@ -72,7 +72,7 @@ def check_cut(budget: Budget | None, schedule: Schedule) -> None:
 def retention_of(
     policy: Policy, budget: Budget | None, total: int, context: int, layers: int, schedule: Schedule | None = None
 ) -> tuple[Retention, ...]:
-    """What each layer keeps of a sequence of `total` tokens whose prompt has `context`; `schedule` as in `check_settings`.
+    """What each layer retains of a sequence of `total` tokens whose prompt has `context`; `schedule` as in `check_settings`.
 
     Raises:
         UserError: if the policy protects more tokens than the budget holds.
@@ -117,10 +117,10 @@ def _is_whole(number: object) -> bool:
 
 
 def contexts_for(rows: int, given: int | list[int]) -> list[int]:
-    """The prompt's length of each of `rows` rows: several texts of one prompt, such as beams, are neighbours.
+    """The prompt's length of each of `rows` rows; several texts of one prompt, such as beams, are neighbours.
 
     Raises:
-        UserError: if there are no as many prompts.
+        UserError: if the rows are no multiple of the lengths.
     """
     tokens = given if isinstance(given, list) else [given]
     if rows % len(tokens):

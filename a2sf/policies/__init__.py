@@ -1,1 +1,1 @@
-"""What a token-pruning method states: its numbers, and the budget they are about. Knows nothing but errors."""
+"""Policies (token-pruning methods), budgets and schedules. Imports only `a2sf.errors`."""

@@ -1,4 +1,4 @@
-"""A2SF: accumulated attention that is forgotten a little at every step."""
+"""A2SF: accumulated attention with a forgetting factor."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from a2sf.errors import ConfigError
 from a2sf.policies.base import Policy, Retention, check_share, check_tokens, share_of
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class A2SF(Policy):
-    """A2SF: accumulated attention with a forgetting factor; as in the paper no recent window and no sinks.
+    """A2SF: accumulated attention with a forgetting factor; as in the paper, without recent window and sinks.
 
-    Idea: multiplying a token's accumulated attention by `a < 1` at every step takes away the head start that old
-    tokens have merely by having been looked at more often.
+    Idea: old tokens have more accumulated attention only because more queries have attended to them. Multiplying it by
+    `a < 1` at every step removes this advantage.
 
-    Paper: Jo and Shin, 2024 (arXiv 2407.20485), equation for `A_{n,k}`. Deviations: none; the authors' evaluation code
-    takes the padded batch length as the sequence length, we take the sequence's own.
+    Paper: Jo and Shin, 2024 (arXiv 2407.20485), equation for `A_{n,k}`. Deviations: none. (The authors' evaluation code
+    uses the padded length of the batch as the length of a sequence; here it is the sequence's own length.)
 
     Attributes:
-        forgetting_factor: one number in [0, 1], or one per layer. 0 keeps only the last query's attention, 1 is H2O's
-            score without its recent window.
-        recent_share: share of the budget that the newest tokens take, from 0 to 1, rounded down.
-        recent: the same in tokens, instead of a share.
-        sinks: how many of the first tokens are never evicted. Where a budget is too small for all of it, sinks come
-            first; `budget.tokens` below `recent + sinks` is refused.
+        forgetting_factor: one number in [0, 1], or one per layer. 0: only the attention of the last query counts. 1: as H2O,
+            without its recent window.
+        recent_share: share of the budget for the newest tokens, from 0 to 1, rounded down.
+        recent: how many of the newest tokens are never evicted, instead of a share.
+        sinks: how many of the first tokens are never evicted. If a budget is too small for both, sinks come first;
+            `budget.tokens` below `recent + sinks` is refused.
     """
 
     name: ClassVar[str] = "a2sf"
@@ -39,7 +39,7 @@ class A2SF(Policy):
     sinks: int = 0
 
     def __post_init__(self) -> None:
-        self.forgetting_factor = check_factors(self.forgetting_factor)
+        object.__setattr__(self, "forgetting_factor", check_factors(self.forgetting_factor))
         check_share("policy.recent_share", self.recent_share)
         check_tokens("policy.sinks", self.sinks)
         if self.recent is not None:
@@ -48,7 +48,7 @@ class A2SF(Policy):
                 raise ConfigError("policy.recent", self.recent, "give recent or recent_share, not both")
 
     @property
-    def least_budget(self) -> int:
+    def min_budget(self) -> int:
         return max(1, self.sinks + (self.recent or 0))
 
     def check(self, layers: int, kv_heads: int | None = None) -> None:

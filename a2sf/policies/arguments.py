@@ -1,4 +1,4 @@
-"""A policy, a budget and a schedule as arguments of a function: the objects, or what plainly stands for them."""
+"""Policy, budget and schedule as arguments of a function: an object, or a name or number that stands for one."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from a2sf.policies.schedule import Schedule
 
 
 def policy_of(given: Any) -> Policy:
-    """The policy that is `given`: one, its name (`h2o`, or `module:Class`) or its class, with the settings' defaults.
+    """The policy of an argument.
+
+    Args:
+        given: a policy; or its name (`h2o`, or `module:Class`) or its class, with default settings.
 
     Raises:
-        ConfigError: if it is nothing of these.
+        ConfigError: if `given` is none of these.
     """
     if isinstance(given, Policy):
         return given
@@ -32,10 +35,13 @@ def policy_of(given: Any) -> Policy:
 
 
 def budget_of(given: Any) -> Budget | None:
-    """The budget that is `given`: one, a whole number of tokens, a share of at most 1, or a list of one per layer.
+    """The budget of an argument; None for None.
+
+    Args:
+        given: a `Budget`, an integer number of tokens, a ratio of at most 1, or a list with one of these per layer.
 
     Raises:
-        ConfigError: if it is nothing of these.
+        ConfigError: if `given` is none of these.
     """
     if given is None or isinstance(given, Budget):
         return given
@@ -54,10 +60,13 @@ def budget_of(given: Any) -> Budget | None:
 
 
 def schedule_of(given: Any) -> Schedule | None:
-    """The schedule that is `given`: one, or its name (`step`, `every4`, `prompt`, `prompt-step`).
+    """The schedule of an argument; None for None.
+
+    Args:
+        given: a `Schedule`, or its name (`step`, `every4`, `prompt`, `prompt-step`).
 
     Raises:
-        ConfigError: if it is nothing of these.
+        ConfigError: if `given` is neither.
     """
     if given is None or isinstance(given, Schedule):
         return given

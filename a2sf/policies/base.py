@@ -1,41 +1,40 @@
-"""What every token-pruning method states.
+"""The base class of token-pruning methods, and the numbers that a method gives to the engine.
 
-A policy is data: for a budget of `C` cached tokens it says how many of them are the newest (`recent`), how many are the
-first (`sinks`), how fast an accumulated attention score is forgotten, and by what rule the rest is ranked. What no data
-can say is one method, `priorities`. One engine (`a2sf.engine`) runs them all.
+For a budget of `C` cached tokens, a policy gives the number of newest tokens (`recent`) and of first tokens (`sinks`)
+that are protected, the forgetting factor of the accumulated attention, and the rule that ranks the other tokens. A
+ranking that is no data is one method, `priorities`. One engine (`a2sf.engine`) executes all policies.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, asdict, dataclass, fields, replace
 from decimal import Decimal
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from a2sf.errors import ConfigError
+from a2sf.policies.renamed import rename_methods
 from a2sf.policies.rule import ACCUMULATED, Rule, Sequence, Step
 
-if TYPE_CHECKING:  # what only needs names loads no torch
+if TYPE_CHECKING:  # so that commands which only list policies do not load torch
     from torch import Tensor
 
 UNLIMITED = 2**31 - 1
 """A budget that no sequence reaches: nothing is evicted."""
 WHEN = ("step", "every", "prompt")
-"""The schedules there are (`a2sf.policies.schedule`)."""
-THEN = ("keep", "step")
-AT = ("prompt", "context")
+"""The schedules (`a2sf.policies.schedule`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retention:
-    """What one layer keeps of one sequence: the numbers of the recursion in docs/semantics.md, and the rule.
+    """What one layer retains of one sequence: the numbers of the recursion in docs/semantics.md, and the rule.
 
     Attributes:
-        budget: cached tokens a KV head may hold between two steps, `C >= 1`.
-        recent: the newest tokens that are never evicted, `r`.
-        sinks: the first tokens that are never evicted, `s`; `r + s <= C`.
-        forgetting_factor: what an accumulated score is multiplied by at every step, `0 <= a <= 1`.
+        budget: how many tokens a KV head may hold between two steps, `C >= 1`.
+        recent: how many of the newest tokens are never evicted, `r`.
+        sinks: how many of the first tokens are never evicted, `s`; `r + s <= C`.
+        forgetting_factor: what accumulated attention is multiplied by at every step, `0 <= a <= 1`.
         rule: how the other tokens are ranked.
 
     Raises:
@@ -59,82 +58,111 @@ class Retention:
             raise ValueError(f"forgetting_factor must lie in [0, 1], got {self.forgetting_factor}")
 
 
-@dataclass(kw_only=True)
 class Policy(ABC):
-    """A token-pruning method: its numbers as fields, and what they mean at a given budget.
+    """A token-pruning method: its settings as fields, and what they mean at a given budget.
 
-    A new method is one subclass in a file of its own under `baselines/` and one YAML under `conf/policy/`. It states
-    its numbers in `retention`; what they cannot say it computes in `priorities`.
+    A method is one subclass, a frozen dataclass (`@dataclass(frozen=True, kw_only=True)`), so that equal settings are equal
+    policies and can be keys of a dictionary. `retention` returns its numbers for a layer; a priority that is no data is
+    computed by `priorities`. A new method is a file under `baselines/` and a YAML file under `conf/policy/`.
     """
 
     name: ClassVar[str]
-    """Identifies the policy in configs, results and tables."""
+    """Identifies the policy in configurations, results and tables."""
     label: ClassVar[str]
-    """How tables and plots spell it."""
+    """The policy's name in tables and plots."""
     uses_budget: ClassVar[bool] = True
-    """False where the budget is ignored, so that all budgets are one cell."""
+    """False if the budget is ignored, so that all budgets are one cell."""
     evicts: ClassVar[bool] = True
-    """False where nothing ever goes, so that all schedules are one cell."""
+    """False if nothing is ever evicted, so that all schedules are one cell."""
     schedules: ClassVar[tuple[str, ...]] = WHEN
-    """The schedules that make sense for it."""
+    """The schedules that the policy supports."""
     causal: ClassVar[bool] = True
-    """False where it looks at later tokens: an oracle (upper bound), not ranked with others and not used to generate."""
+    """False for an oracle, which sees later tokens: an upper bound, never ranked with others nor used to generate."""
     memory: ClassVar[int] = 0
-    """Numbers that `priorities` keeps per cached token."""
+    """How many numbers `priorities` stores for each cached token."""
     version: ClassVar[int] = 1
-    """Raised whenever a change of the policy moves its numbers: finished results of an earlier version are not reused."""
+    """Raised when a change of the policy moves its numbers: results of an earlier version are not reused."""
+
+    if TYPE_CHECKING:
+        # not a dataclass itself: only so can its subclasses be frozen (as ours) or not (as a user's may be)
+        __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Accept old method names, and keep subclasses hashable: `dataclass` would remove the hash of one not frozen."""
+        super().__init_subclass__(**arguments)
+        rename_methods(cls)
+        if "__hash__" not in vars(cls):
+            cls.__hash__ = Policy.__hash__  # type: ignore[method-assign]
+
+    def __hash__(self) -> int:
+        return hash((type(self), *(_hashable(getattr(self, f.name)) for f in fields(self))))
 
     @property
-    def least_budget(self) -> int:
-        """The smallest budget that holds what the policy protects; a smaller `budget.tokens` is refused."""
+    def min_budget(self) -> int:
+        """The smallest budget, in tokens, that holds all protected tokens; a smaller `budget.tokens` is refused."""
         return 1
 
     @abstractmethod
     def retention(self, budget: int, layer: int) -> Retention:
-        """What layer `layer` (from 0) keeps when it may hold `budget` tokens."""
+        """What layer `layer` (from 0) retains with a budget of `budget` tokens for each KV head."""
 
     def priorities(self, step: Step) -> Tensor | tuple[Tensor, Tensor]:
-        """Priorities [B, K, N] of the cached tokens, for a policy that data cannot say; see `a2sf.policies.rule.Step`.
+        """Priorities [B, K, N] of the cached tokens, for a method that a `Rule` cannot express as data.
 
-        It may return (priorities, memory [B, K, N, memory]): what it keeps per token, which the next step shows to it.
-        What is returned for a column without a token is ignored. It must be a function of the step alone.
+        It may return (priorities, memory [B, K, N, memory]): the numbers to store for each token, which are in the next
+        step's `memory`. Values in columns without a token are ignored. The result must depend on the step alone.
         """
         raise NotImplementedError
 
-    def foresee(self, sequence: Sequence) -> Tensor:
-        """What a policy that is not causal knows of each token before the first step, [B, K, T, M]."""
+    def precompute(self, sequence: Sequence) -> Tensor:
+        """Only for an oracle: numbers [B, K, T, M] for each token, computed from all tokens before the first step."""
         raise NotImplementedError
 
-    def of_layer(self, budget: int, layer: int, layers: int, prompt: int | None = None) -> int:
-        """What layer `layer` of `layers` may hold where each may hold `budget` on average; the sum must be the same.
+    def layer_budget(self, budget: int, layer: int, layers: int, prompt: int | None = None) -> int:
+        """The budget of layer `layer` where the mean over all `layers` is `budget`; their sum must be `layers * budget`.
 
-        `prompt` is the prompt's length in tokens, under a schedule that cuts after it; else None.
+        Args:
+            budget: tokens for each KV head, mean over layers.
+            layer: index of the layer, from 0.
+            layers: number of layers.
+            prompt: length of the prompt in tokens, under the prompt schedule; else None.
         """
         return budget
 
     def keeps(self, budget: int, layer: int = 0, layers: int = 1, prompt: int | None = None) -> Retention:
-        """What layer `layer` of `layers` keeps at a budget of `budget` tokens, complete: what the engine runs.
-
-        `prompt` as for `of_layer`.
+        """The complete retention of a layer, which the engine executes: `retention` at the layer's own budget, and the
+        policy's `priorities` as its rule, if it has them. The arguments are those of `layer_budget`.
         """
         known = () if prompt is None else (prompt,)
-        kept = self.retention(self.of_layer(budget, layer, layers, *known), layer)
+        retention = self.retention(self.layer_budget(budget, layer, layers, *known), layer)
         if type(self).priorities is Policy.priorities:
-            return kept
-        foresee = None if self.causal else self.foresee
-        return replace(kept, rule=replace(kept.rule, own=self.priorities, memory=self.memory, foresee=foresee))
+            return retention
+        precompute = None if self.causal else self.precompute
+        rule = replace(retention.rule, priority_fn=self.priorities, memory=self.memory, precompute=precompute)
+        return replace(retention, rule=rule)
 
     def check(self, layers: int, kv_heads: int | None = None) -> None:  # noqa: B027 (most have nothing to check)
-        """Raise `ConfigError` where a setting does not fit a model of `layers` layers with `kv_heads` KV heads each."""
+        """Raise `ConfigError` if a setting does not fit a model with `layers` layers of `kv_heads` KV heads each."""
+
+    def stored_settings(self) -> dict[str, Any]:
+        """The settings as results store them and cells are identified by them. A renamed setting has its first name here."""
+        return asdict(self)
+
+
+def _hashable(value: object) -> object:
+    """A setting with tuples for lists and sets for mappings."""
+    if isinstance(value, Mapping):
+        return frozenset((key, _hashable(x)) for key, x in value.items())
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
 
 
 def check_name(policy: type[Policy]) -> None:
-    """Raise `ConfigError` where a policy has no name, or one that another policy has as well."""
+    """Raise `ConfigError` if a policy has no name, or the name of another policy."""
     name = getattr(policy, "name", None)
     if not isinstance(name, str) or not name or not getattr(policy, "label", None):
-        raise ConfigError("policy", policy.__qualname__, "it needs a name and a label of its own, as class attributes")
+        raise ConfigError("policy", policy.__qualname__, "it needs a name and a label, as class attributes")
     for other in subclasses(Policy):  # type: ignore[type-abstract]
-        # the same class read twice (defined again, or a module that is also run as a script) is no other
+        # the same class imported twice (defined again, or a module that is also run as a script) is not another policy
         again = other.__qualname__ == policy.__qualname__ and (
             other.__module__ == policy.__module__ or "__main__" in (other.__module__, policy.__module__)
         )

@@ -1,4 +1,4 @@
-"""How many tokens a layer may keep: a ratio of the sequence or a number of tokens, resolved once, at the edge."""
+"""How many tokens a layer may hold: a ratio of the sequence, or a number of tokens."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ BASES = ("total", "context")
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """A cache budget, as the user gives it.
-
-    Exactly one of `ratio` and `tokens` is set; each is one number for all layers, or a sequence of one per layer.
+    """A cache budget as a user gives it: exactly one of `ratio` and `tokens`, for all layers or as a list of one per layer.
 
     Attributes:
-        ratio: share of the sequence, `0 < ratio <= 1`; `C = max(1, floor(ratio * T))`, exact in decimal.
+        ratio: share of the sequence, `0 < ratio <= 1`. `C = max(1, floor(ratio * T))`, exact in decimal.
         tokens: `C` itself, at least 1.
-        base: what a ratio is a share of. `total`: every token the model reads for the request (context +
-            continuation - 1), the paper's protocol. `context`: the context alone.
+        base: what `ratio` is a share of. `total`: all tokens that the model reads for the request (context +
+            continuation - 1), as in the paper. `context`: the tokens of the context.
 
     Raises:
         ConfigError: if a value is not allowed.
@@ -45,7 +43,7 @@ class Budget:
         object.__setattr__(self, "tokens", _each("budget.tokens", self.tokens, _check_tokens))
 
     def check(self, layers: int) -> None:
-        """Raise `ConfigError` where a per-layer list does not fit a model of `layers` layers."""
+        """Raise `ConfigError` if a list does not have one entry for each of `layers` layers."""
         for key in ("ratio", "tokens"):
             value = getattr(self, key)
             if isinstance(value, tuple) and len(value) != layers:
@@ -59,14 +57,14 @@ class Budget:
         """`C` for one sequence in one layer.
 
         Args:
-            total: tokens the model reads for the request, `T`.
-            context: tokens of its context.
+            total: number of tokens that the model reads for the request, `T`.
+            context: number of tokens in its context.
             layer: index of the layer, from 0.
         """
         if self.tokens is not None:
             return self.tokens[layer] if isinstance(self.tokens, tuple) else self.tokens
         ratio = self.ratio[layer] if isinstance(self.ratio, tuple) else self.ratio
-        # decimal: floor(0.29 * 100) is 28 in binary floating point
+        # decimal, because floor(0.29 * 100) is 28 in binary floating point
         return max(1, int(Decimal(str(ratio)) * (total if self.base == "total" else context)))
 
 

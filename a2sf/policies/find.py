@@ -1,7 +1,7 @@
-"""The policies that there are: this package's and those in `baselines`, found by looking, and those of other packages.
+"""All policies: those in this package and in `baselines`, those of other packages, and those in a user's file.
 
-Another package offers policies as entry points of the group `a2sf.policies`, `name = "module:Class"`. A policy in a file
-of one's own is named by its class, `module:Class`.
+Another package offers policies as entry points of the group `a2sf.policies`, `name = "module:Class"`. A policy in a
+user's own file is named by its class, `module:Class`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from a2sf.policies.base import Policy
 
 PACKAGES = ("a2sf.policies", "baselines")
 GROUP = "a2sf.policies"
+DECORATOR = "@dataclass(frozen=True, kw_only=True)"
 
 
 @cache
@@ -39,10 +40,10 @@ def built_in() -> dict[str, type[Policy]]:
 
 
 def installed() -> dict[str, EntryPoint]:
-    """The policies that other packages offer, by name, not loaded.
+    """The policies of other packages by name. They are not loaded.
 
     Raises:
-        UserError: if two packages offer one name, or a package one that is taken.
+        UserError: if two packages offer the same name, or a package offers the name of a policy of this package.
     """
     found: dict[str, EntryPoint] = {}
     for entry in entry_points(group=GROUP):
@@ -58,19 +59,20 @@ def find_policies() -> dict[str, type[Policy]]:
     """Every known policy by name.
 
     Raises:
-        UserError: if one of another package cannot be loaded, or its name is taken.
+        UserError: if a policy of another package cannot be loaded, or its name is taken.
     """
     return built_in() | {name: find_policy(name) for name in installed()}
 
 
 def find_policy(name: str, key: str = "policy") -> type[Policy]:
-    """The policy of that name, or the class that `module:Class` names.
+    """The policy class of a name.
 
     Args:
-        key: the config key that an error is about.
+        name: the policy's name, or `module:Class`.
+        key: the configuration key that an error message names.
 
     Raises:
-        ConfigError: if there is none, it cannot be loaded, or its name is taken.
+        ConfigError: if there is no such policy, it cannot be loaded, or its name is taken.
     """
     if ":" in name:
         return load(name, key)
@@ -83,8 +85,7 @@ def find_policy(name: str, key: str = "policy") -> type[Policy]:
         raise ConfigError(key, name, allowed)
     cls = load(others[name].value, key)
     if cls.name != name:
-        told = f"{_package(others[name])} offers it as {name}, and it calls itself {cls.name}"
-        raise ConfigError(key, name, told)
+        raise ConfigError(key, name, f"{_package(others[name])} offers it as {name}, but its name is {cls.name}")
     return cls
 
 
@@ -92,7 +93,7 @@ def load(path: str, key: str = "policy") -> type[Policy]:
     """The policy class at `module:Class` or `module.Class`.
 
     Raises:
-        ConfigError: if it cannot be imported, is no policy, or has a name that another policy has.
+        ConfigError: if it cannot be imported, is not a policy, or has the name of another policy.
     """
     module_name, _, class_name = path.replace(":", ".").rpartition(".")
     if not module_name:
@@ -103,9 +104,9 @@ def load(path: str, key: str = "policy") -> type[Policy]:
         if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
             where = "in the folder of --config-dir, in the current folder or among the installed packages"
             raise ConfigError(key, path, f"there is no module {error.name} {where}") from error
-        raise ConfigError(key, path, f"{module_name} cannot be imported: {_told(error)}") from error
+        raise ConfigError(key, path, f"{module_name} cannot be imported: {_explain(error)}") from error
     except Exception as error:  # the user's own code
-        raise ConfigError(key, path, f"{module_name} cannot be imported: {_told(error)}") from error
+        raise ConfigError(key, path, f"{module_name} cannot be imported: {_explain(error)}") from error
     cls = getattr(module, class_name, None)
     if cls is None:
         has = [n for n, x in vars(module).items() if inspect.isclass(x) and issubclass(x, Policy) and _named(x)]
@@ -115,7 +116,7 @@ def load(path: str, key: str = "policy") -> type[Policy]:
 
 
 def check_class(cls: Any, path: str, key: str = "policy") -> None:
-    """Raise `ConfigError` unless `cls` is a policy class whose name is its own."""
+    """Raise `ConfigError` unless `cls` is a complete policy class with a name that no other policy has."""
     if not (inspect.isclass(cls) and issubclass(cls, Policy)):
         raise ConfigError(key, path, "it is not a subclass of a2sf.Policy")
     if inspect.isabstract(cls):
@@ -125,33 +126,33 @@ def check_class(cls: Any, path: str, key: str = "policy") -> None:
         if not isinstance(getattr(cls, attribute, None), str) or not getattr(cls, attribute):
             raise ConfigError(key, path, f"the class needs a {attribute}: {attribute}: ClassVar[str] = ...")
     settings = [a for a, kind in inspect.get_annotations(cls).items() if "ClassVar" not in str(kind)]
-    if settings and "__dataclass_fields__" not in vars(cls):
-        raise ConfigError(key, path, "it has fields, so it needs @dataclass(kw_only=True) above the class")
+    if not dataclasses.is_dataclass(cls) or (settings and "__dataclass_fields__" not in vars(cls)):
+        raise ConfigError(key, path, f"it needs {DECORATOR} above the class")
     if hidden := [a for a in settings if callable(getattr(Policy, a, None))]:
-        raise ConfigError(key, path, f"its setting {hidden[0]} hides the method of that name; give it another")
+        raise ConfigError(key, path, f"its setting {hidden[0]} has the name of a method of a policy; rename it")
     if _ours(cls.__module__):
         return
     if (ours := built_in().get(cls.name)) is not None:
-        raise ConfigError(key, path, f"its name {cls.name} is that of {_path(ours)}; give it another")
+        raise ConfigError(key, path, f"its name {cls.name} is that of {_path(ours)}; rename it")
     entry = installed().get(cls.name)
     if entry is not None and entry.value.replace(":", ".") != _path(cls):
         raise ConfigError(key, path, f"its name {cls.name} is that of {entry.value} in {_package(entry)}")
 
 
 def configurations() -> dict[str, dict[str, Any]]:
-    """What a file under conf/policy/ would hold for each policy of another package: its class, its settings' defaults."""
+    """For each policy of another package: its class and the defaults of its settings, as a file under conf/policy/."""
     made: dict[str, dict[str, Any]] = {}
     for name, entry in installed().items():
         made[name] = {"_target_": entry.value.replace(":", ".")}
         try:
             made[name] |= defaults(load(entry.value))
         except UserError:
-            continue  # told when it is asked for
+            continue  # the error is raised when this policy is requested
     return made
 
 
 def defaults(cls: type[Policy]) -> dict[str, Any]:
-    """Setting -> its default, for those that have one."""
+    """The settings that have a default, each with its default."""
     found = {}
     for f in dataclasses.fields(cls):
         if f.default is not dataclasses.MISSING:
@@ -162,9 +163,10 @@ def defaults(cls: type[Policy]) -> dict[str, Any]:
 
 
 def source_digest(cls: type[Policy]) -> str | None:
-    """Sixteen hex digits that identify the code of a policy from outside; None for ours, which have versions.
+    """Sixteen hexadecimal digits that identify the code of a policy from outside; None for a policy of this package, which
+    has a version instead.
 
-    A hash of the files that define the class and the policies it derives from; what these import is not looked at.
+    A hash of the files that define the class and the policies it inherits from. Other modules that they import do not count.
     """
     modules = {c.__module__ for c in cls.__mro__ if issubclass(c, Policy)}
     outside = sorted(m for m in modules if not _ours(m))
@@ -189,9 +191,10 @@ def _package(entry: EntryPoint) -> str:
     return entry.dist.name if entry.dist else entry.value
 
 
-def _told(error: Exception) -> str:
-    """What went wrong, and in which line of which file."""
+def _explain(error: Exception) -> str:
+    """The error's message, with its file and line."""
     if isinstance(error, SyntaxError):
         return f"{error.msg} ({error.filename}, line {error.lineno})"
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != dataclasses.__file__]
+    advice = f"; write {DECORATOR} above the class" if "inherit non-frozen dataclass" in str(error) else ""
+    return f"{type(error).__name__}: {error} ({frames[-1].filename}, line {frames[-1].lineno}){advice}"

@@ -11,7 +11,7 @@ from a2sf.policies.find import find_policies
 
 
 def make_policy(name: str, **settings: Any) -> Policy:
-    """The policy `name` with its fields set to `settings`, the others at their defaults.
+    """The policy `name` with `settings`; other settings have their defaults.
 
     Raises:
         ConfigError: if there is no such policy or setting, or a value is not allowed.

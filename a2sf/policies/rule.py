@@ -1,13 +1,15 @@
-"""How a policy ranks the cached tokens: as data, or as one function of what a step shows.
+"""How a policy ranks the cached tokens: by data, or by one function of a step.
 
-The unprotected token of the smallest priority goes, of equals the oldest. What can be said as
+The unprotected token with the smallest priority is evicted (ties: the oldest first). Priorities of the form
 
     priority_j = b_j + m_j * A_j / N_j
 
-is data, which the compiled kernels run: `A` is the accumulated `phi(p)`, forgotten by the forgetting factor at every step.
-Anything else is one function from a `Step` to priorities in plain torch, over all rows and heads at once.
-Shapes: B rows, K key/value heads, G query heads per key/value head, N columns, T tokens, D key size, V value size, M numbers
-that a policy keeps per token.
+are data, which the compiled kernels run. `A` is the sum of `phi(p)` over the steps so far; at every step it is first
+multiplied by the forgetting factor. Any other priority is one function of a `Step`, in plain torch, for all rows and
+heads.
+
+Shapes: B rows, K key/value heads, G query heads per key/value head, N columns, T tokens, D key size, V value size, M
+numbers that a policy stores for each token.
 """
 
 from __future__ import annotations
@@ -16,26 +18,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-if TYPE_CHECKING:  # what only needs names loads no torch
+from a2sf.policies.renamed import renamed_fields
+
+if TYPE_CHECKING:  # so that commands which only list policies do not load torch
     from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one step shows: the newest token is cached and has attended, and nothing has been evicted yet.
+    """The state of the cache at one step: the newest token is cached and has attended, and nothing is evicted yet.
 
-    Columns are in no particular order; one that holds no token is False in `cached`, -1 in `positions` and 0 elsewhere.
-    Floating tensors are float32, or float64 for float64 inputs. A rule only looks: it must not change any of them.
+    The columns are in no particular order. A column without a token is False in `cached`, -1 in `positions` and 0 elsewhere.
+    Floating-point tensors are float32, or float64 for float64 inputs. A priority function must not change any of them.
 
     Attributes:
-        probabilities: [B, K, G, N], each query head's attention to the cached tokens, sum 1.
-        keys: [B, K, N, D] and
-        values: [B, K, N, V].
-        positions: int64 [B, K, N].
-        cached: bool [B, K, N].
-        now: int64 [B, 1, 1], the newest token's position.
-        scores: [B, K, N], accumulated attention `A`, this step's included.
-        memory: [B, K, N, M], what the rule keeps per token; 0 for the newest token.
+        probabilities: [B, K, G, N], the attention of each query head to the cached tokens, with sum 1.
+        keys: [B, K, N, D], the cached keys.
+        values: [B, K, N, V], the cached values.
+        positions: int64 [B, K, N], the position of each token in its sequence, from 0.
+        cached: bool [B, K, N], whether the column holds a token.
+        now: int64 [B, 1, 1], the position of the newest token.
+        scores: [B, K, N], accumulated attention `A`, this step included.
+        memory: [B, K, N, M], the numbers that the policy stores for each token; 0 for the newest token.
     """
 
     probabilities: Tensor
@@ -49,18 +53,20 @@ class Step:
 
     @property
     def ages(self) -> Tensor:
-        """int64 [B, K, N], steps since each token entered: 0 for the newest, meaningless where nothing is cached."""
+        """int64 [B, K, N], steps since each token was cached: 0 for the newest; without meaning where no token is cached."""
         return self.now - self.positions
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """A whole sequence, as a policy that is not causal sees it beforehand.
+    """All tokens of a sequence, which an oracle (a policy that is not causal) sees before the first step.
 
     Attributes:
-        query: [B, K, G, T, D], key: [B, K, T, D], value: [B, K, T, V].
-        lengths: int64 [B], the rows' own lengths; what is beyond is padding.
-        scale: factor of the logits.
+        query: [B, K, G, T, D].
+        key: [B, K, T, D].
+        value: [B, K, T, V].
+        lengths: int64 [B], the length of each row in tokens; the tokens after it are padding.
+        scale: what query · key is multiplied by.
     """
 
     query: Tensor
@@ -70,109 +76,118 @@ class Sequence:
     scale: float
 
 
-Fixed: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
-"""`(keys [..., D], values [..., V], positions [...]) -> [...]`: a number that is fixed when a token enters."""
-Own: TypeAlias = "Callable[[Step], Tensor | tuple[Tensor, Tensor]]"
-"""A step to priorities [B, K, N], or to those and new memory [B, K, N, M]."""
+TokenFn: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
+"""`(keys [..., D], values [..., V], positions [...]) -> [...]`: one number for each token, computed when it is cached."""
+PriorityFn: TypeAlias = "Callable[[Step], Tensor | tuple[Tensor, Tensor]]"
+"""From a step to priorities [B, K, N], or to priorities and new memory [B, K, N, M]."""
 
 
+@renamed_fields(pooled="kernel_size")
 @dataclass(frozen=True)
 class Cut:
-    """What is particular about the one cut after a prompt.
+    """How tokens are ranked at the single eviction after a prompt.
 
-    Only the queries of the last `recent` prompt tokens add to `A` (and none after the prompt); at the cut the `A` of the
-    tokens before them is averaged over neighbours, and takes the place of their `A`. The rule's priorities rank the tokens
-    at the cut as at any step.
+    Only the queries of the last `recent` prompt tokens add to `A`, and no query after the prompt. At the cut, the `A` of the
+    tokens before them is replaced by its average over neighbours. Then priorities are computed as at any other step.
 
     Attributes:
-        pooled: neighbours that the average is over, odd; those beyond the ends and in the window count as 0.
-        floor: None: every head keeps `C`. Else how a layer's slots beside the protected tokens are divided among its heads:
-            a head gets `(1 - floor) * won + floor * equal` of them, where `won` is how many of the layer's best tokens are
-            its own and `equal` is an equal share (docs/semantics.md); from 0 to 1, and 1 comes to None.
+        kernel_size: how many neighbouring tokens are averaged, an odd number. Neighbours beyond the ends or among the last
+            `recent` tokens count as 0.
+        floor: None: every head retains `C` tokens. A number from 0 to 1: the slots of a layer beside the protected tokens
+            are divided among its heads. A head gets `(1 - floor) * won + floor * equal` slots: `won` counts the layer's best
+            tokens that are this head's, `equal` is an equal share (docs/semantics.md). 1 is the same as None.
 
     Raises:
         ValueError: if a number is out of range.
     """
 
-    pooled: int = 1
+    kernel_size: int = 1
     floor: float | None = None
 
     def __post_init__(self) -> None:
-        if self.pooled < 1 or self.pooled % 2 == 0:
-            raise ValueError(f"pooled must be an odd number of neighbours, at least 1, got {self.pooled}")
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be an odd number of neighbours, at least 1, got {self.kernel_size}")
         if self.floor is not None and not 0.0 <= self.floor <= 1.0:
             raise ValueError(f"floor must lie in [0, 1], got {self.floor}")
 
 
+@renamed_fields(by_age="mean_over_age")
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """What one key/value head of a layer keeps, where heads have numbers of their own.
+    """The settings of one key/value head of a layer, where heads differ.
 
     Attributes:
-        share: its part of the layer's slots, relative to the other heads' (see `head_slots`).
-        forgetting_factor: `a`.
-        recent_share: share of its own budget that the newest tokens take, rounded down.
-        sinks: how many of the first tokens it never evicts; they come before recent ones.
-        by_age: as in `Rule`.
+        share: weight of this head when the slots of the layer are divided (see `head_slots`).
+        forgetting_factor: `a`, from 0 to 1.
+        recent_share: share of the head's budget for the newest tokens, rounded down.
+        sinks: how many of the first tokens are never evicted; they come before the newest ones.
+        mean_over_age: as in `Rule`.
     """
 
     share: float = 1.0
     forgetting_factor: float = 1.0
     recent_share: float = 0.0
     sinks: int = 0
-    by_age: bool = False
+    mean_over_age: bool = False
 
 
+@renamed_fields(
+    counted="count_above_uniform",
+    by_age="mean_over_age",
+    whole="full_heads",
+    own="priority_fn",
+    foresee="precompute",
+)
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """How a step makes priorities. The default is accumulated attention, `A`.
+    """How priorities are computed at a step. The default is accumulated attention, `A`.
 
     Attributes:
-        scored: whether `A` is looked at; False is `m = 0`.
-        counted: `phi(p)` is 1 where `p >= 1/n`, `n` the number of cached tokens, else 0; by default it is `p`.
-        by_age: `N_j` is the sum of `a^i` for `i` from 0 to the token's age, so that `A / N` is a mean; by default 1.
-        weight, bias: `m` and `b`; by default 1 and 0.
-        shared: one kept set for the layer: priorities are averaged over its key/value heads.
-        cut: for rules that look at the end of a prompt.
-        whole: key/value heads that keep everything.
-        heads: one entry for each key/value head of the layer, where they have numbers of their own: these take the place of
-            the retention's `recent`, `sinks`, `forgetting_factor` and of `by_age`; the layer's slots are as many as before.
-        own: priorities by a function instead; `weight`, `bias` and `by_age` are not used. At a cut the `scores` that it
-            is shown are the averaged ones.
-        memory: numbers that `own` keeps per token, `M`.
-        foresee: only where a policy is not causal: what it knows of each token beforehand, a `Sequence` to [B, K, T, M].
+        scored: whether `A` is used; False is `m = 0`.
+        count_above_uniform: `phi(p)` is 1 where `p >= 1/n` with `n` cached tokens, else 0. The default is `phi(p) = p`.
+        mean_over_age: `N_j` is the sum of `a^i` for `i` from 0 to the token's age, so that `A / N` is a mean. The default is
+            `N_j = 1`.
+        weight: `m`; the default is 1.
+        bias: `b`; the default is 0.
+        shared: all key/value heads of a layer retain the same tokens: priorities are averaged over the heads.
+        cut: how tokens are ranked at the eviction after a prompt, if it differs from other steps.
+        full_heads: key/value heads that evict nothing.
+        heads: one entry for each key/value head of the layer, where heads differ. They replace the retention's `recent`,
+            `sinks` and `forgetting_factor`, and `mean_over_age`. The number of slots of the layer is the same.
+        priority_fn: a function that computes the priorities; then `weight`, `bias` and `mean_over_age` are not used. At a
+            cut, the `scores` in its `Step` are the averaged ones.
+        memory: how many numbers `priority_fn` stores for each token, `M`.
+        precompute: only for an oracle: from all tokens (`Sequence`) to numbers for each token, [B, K, T, M].
 
     Raises:
-        ValueError: if some heads are to keep everything, and all heads one set or slots of each other; if all heads are to
-            keep one set and to give each other slots; or if heads have numbers of their own and are to share or shift
-            something, or are ranked by a function.
+        ValueError: if fields contradict each other: `full_heads` with `shared` or with a cut's `floor`; `shared` with a
+            cut's `floor`; `heads` with `shared`, `full_heads`, `mean_over_age`, `cut` or `priority_fn`.
     """
 
     scored: bool = True
-    counted: bool = False
-    by_age: bool = False
+    count_above_uniform: bool = False
+    mean_over_age: bool = False
     shared: bool = False
-    weight: Fixed | None = None
-    bias: Fixed | None = None
+    weight: TokenFn | None = None
+    bias: TokenFn | None = None
     cut: Cut | None = None
-    whole: tuple[int, ...] = ()
+    full_heads: tuple[int, ...] = ()
     heads: tuple[Head, ...] = ()
-    own: Own | None = None
+    priority_fn: PriorityFn | None = None
     memory: int = 0
-    foresee: Callable[[Sequence], Tensor] | None = None
+    precompute: Callable[[Sequence], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if self.whole and (self.shared or (self.cut is not None and self.cut.floor is not None)):
-            raise ValueError(
-                "heads that keep everything (whole) neither share a kept set nor give slots to other heads"
-            )
-        if self.shared and self.cut is not None and self.cut.floor is not None:
-            raise ValueError("heads that share one kept set (shared) do not give slots to each other (a cut's floor)")
-        if self.heads and (self.shared or self.whole or self.by_age or self.cut is not None or self.own is not None):
-            raise ValueError(
-                "heads with numbers of their own (heads) go with neither shared, whole, by_age, cut nor own"
-            )
+        divided = self.cut is not None and self.cut.floor is not None
+        if self.full_heads and (self.shared or divided):
+            raise ValueError("full_heads cannot be combined with shared or with a cut's floor")
+        if self.shared and divided:
+            raise ValueError("shared cannot be combined with a cut's floor")
+        if self.heads and (
+            self.shared or self.full_heads or self.mean_over_age or self.cut is not None or self.priority_fn is not None
+        ):
+            raise ValueError("heads cannot be combined with shared, full_heads, mean_over_age, cut or priority_fn")
 
 
 ACCUMULATED = Rule()
-"""The rule of A2SF and H2O."""
+"""Accumulated attention: the rule of A2SF and H2O."""

@@ -1,4 +1,4 @@
-"""When tokens are evicted: after every token, every so many tokens, or once after the prompt."""
+"""When tokens are evicted: after every token, after every n tokens, or once after the prompt."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from a2sf.errors import ConfigError
-from a2sf.policies.base import AT, THEN, WHEN, Policy
+from a2sf.policies.base import WHEN, Policy
+
+THEN = ("keep", "step")
+AT = ("prompt", "context")
 
 
 @dataclass(frozen=True)
@@ -16,12 +19,12 @@ class Schedule:
     """When tokens are evicted (docs/semantics.md).
 
     Attributes:
-        when: `step`: after every token, as soon as more than `C` are cached. `every`: once `C + every` are cached, down to
-            `C`. `prompt`: once after the prompt's last token, down to `C`.
-        every: tokens between two evictions, at least 1; for `every`.
-        then: after the prompt's cut, `keep` everything or go on `step` by step; for `prompt`.
-        at: whether the cut comes after the whole `prompt`, or after the `context` that it begins with and before the
-            question, which is then not known when tokens go; for `prompt`.
+        when: `step`: after every token, as soon as more than `C` tokens are cached. `every`: when `C + every` tokens are
+            cached, down to `C`. `prompt`: once after the last token of the prompt, down to `C`.
+        every: number of tokens between two evictions, at least 1; for `every`.
+        then: after the eviction, `keep` all further tokens, or evict after every token (`step`); for `prompt`.
+        at: evict after the `prompt`; or after the `context` at its beginning, before the question, so that the question is
+            unknown when tokens are chosen; for `prompt`.
 
     Raises:
         ConfigError: if a value is not allowed.
@@ -44,12 +47,12 @@ class Schedule:
 
     @property
     def spare(self) -> int:
-        """Tokens that may be cached beyond the budget between two steps, outside of a prompt."""
+        """How many tokens beyond the budget may be cached between two steps, except in a prompt."""
         return self.every - 1 if self.when == "every" else 0
 
     @property
     def name(self) -> str:
-        """How results name it: step, every4, prompt, prompt-step; context, context-step for a cut after the context."""
+        """The name in results: step, every4, prompt, prompt-step; context or context-step if `at` is `context`."""
         if self.when == "every":
             return f"every{self.every}"
         where = "context" if self.before_question else self.when
@@ -57,21 +60,21 @@ class Schedule:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Its fields as plain data, without what came later and is not made use of."""
+        """The fields as plain data. `at` is left out where it is unused: results stored before it existed do not have it."""
         fields = dataclasses.asdict(self)
         return fields if self.before_question else {k: v for k, v in fields.items() if k != "at"}
 
     @property
     def before_question(self) -> bool:
-        """Whether the cut comes after the context, before the question."""
+        """Whether tokens are evicted after the context, before the question."""
         return self.prompt and self.at == "context"
 
     @staticmethod
     def named(name: str) -> Schedule:
-        """The schedule of a `name`; `prompt-keep` is `prompt`, too.
+        """The schedule with a `name`; `prompt-keep` is another name of `prompt`.
 
         Raises:
-            ConfigError: if there is none.
+            ConfigError: if there is no such schedule.
         """
         if (every := re.fullmatch(r"every(\d+)", name)) is not None:
             return Schedule("every", every=int(every[1]))
@@ -92,28 +95,28 @@ STEP = Schedule()
 
 
 def schedule_for(policy: Policy, schedule: Schedule | None) -> Schedule:
-    """`schedule` if `policy` knows it; None stands for `step`, or for the only one that it knows.
+    """`schedule`, or the default of `policy` if it is None: `step`, or the first schedule that the policy supports.
 
     Raises:
-        ConfigError: if it does not know it.
+        ConfigError: if the policy does not support the schedule.
     """
     if schedule is None:
         return STEP if "step" in policy.schedules else Schedule(policy.schedules[0])
     if schedule.when not in policy.schedules:
         known = " and ".join(policy.schedules)
-        raise ConfigError("schedule.when", schedule.when, f"the policy {policy.name} knows {known} alone")
+        raise ConfigError("schedule.when", schedule.when, f"the policy {policy.name} supports only {known}")
     return schedule
 
 
-def told_apart(policy: Policy, schedule: Schedule | None) -> Schedule | None:
-    """`schedule`, or None where `policy` does the same without being told one.
+def nondefault_schedule(policy: Policy, schedule: Schedule | None) -> Schedule | None:
+    """`schedule`, or None if it is the default of `policy` or comes to the same: one cell has one schedule.
 
     Raises:
-        ConfigError: if the policy does not know it.
+        ConfigError: if the policy does not support it.
     """
     if schedule is None:
         return None
     schedule = schedule_for(policy, schedule)
-    plain = schedule_for(policy, None)
-    alike = schedule.when == "every" and schedule.every == 1 and plain == STEP
-    return None if alike or not policy.evicts or schedule.name == plain.name else Schedule.named(schedule.name)
+    default = schedule_for(policy, None)
+    same = schedule.when == "every" and schedule.every == 1 and default == STEP
+    return None if same or not policy.evicts or schedule.name == default.name else Schedule.named(schedule.name)

@@ -1,4 +1,4 @@
-"""Slots shared out by weights, to the last one: among the layers of a model, or the key/value heads of a layer."""
+"""Slots divided in proportion to weights, among the layers of a model or the key/value heads of a layer."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from a2sf.policies.rule import Head
 
 
 @lru_cache(maxsize=65536)
-def shared_out(total: int, weights: tuple[float, ...]) -> tuple[int, ...]:
-    """`total` slots shared out in proportion to `weights` (positive), at least 1 each: the sum is exactly `total`.
+def apportion(total: int, weights: tuple[float, ...]) -> tuple[int, ...]:
+    """Divide `total` slots in proportion to `weights`, by the largest remainders (ties: the first).
 
-    What rounding down leaves goes to the largest remainders, of equals to the first.
+    Args:
+        total: number of slots, at least one for each weight.
+        weights: positive numbers.
+
+    Returns:
+        A number of slots for each weight, at least 1, with sum `total`.
 
     Raises:
         ValueError: if there are more weights than slots.
     """
     if total < len(weights):
-        raise ValueError(f"{total} slots cannot be shared out among {len(weights)}")
+        raise ValueError(f"{total} slots cannot be divided among {len(weights)}")
     exact = [Fraction(str(w)) for w in weights]
-    each = [(total - len(weights)) * w / sum(exact) for w in exact]  # beyond the first one
+    each = [(total - len(weights)) * w / sum(exact) for w in exact]  # beyond one slot for each
     slots = [int(x) for x in each]
     order = sorted(range(len(each)), key=lambda i: slots[i] - each[i])
     for i in order[: total - len(weights) - sum(slots)]:
@@ -31,9 +36,9 @@ def shared_out(total: int, weights: tuple[float, ...]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=65536)
 def head_slots(heads: tuple[Head, ...], budget: int) -> tuple[tuple[int, int, int], ...]:
-    """`C`, `r` and `s` of each head of a layer that may hold `budget` tokens per head."""
-    alike = budget >= UNLIMITED or len({h.share for h in heads}) == 1
-    slots = (budget,) * len(heads) if alike else shared_out(budget * len(heads), tuple(h.share for h in heads))
+    """Budget `C`, recent tokens `r` and sinks `s` of each head, where the mean budget of the layer's heads is `budget`."""
+    equal = budget >= UNLIMITED or len({h.share for h in heads}) == 1
+    slots = (budget,) * len(heads) if equal else apportion(budget * len(heads), tuple(h.share for h in heads))
     found = []
     for head, C in zip(heads, slots, strict=True):
         sinks = min(head.sinks, C)

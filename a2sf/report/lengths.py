@@ -18,10 +18,10 @@ from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid, System
 from a2sf.analysis.results.labels import DASH
 from a2sf.analysis.statistics.paired import standard_error
 from a2sf.analysis.statistics.texts import Z
-from a2sf.experiments.names import safe
 from a2sf.report.plots.lines import chosen_lines, left_out
 from a2sf.report.plots.style import GREY, Line, Style, save, spread, styles_of
 from a2sf.report.tables.text import TextTable
+from a2sf.store.names import safe
 
 GAP = 1.3
 """A length this many times the next smaller one begins a new bin, where that makes few bins."""

@@ -13,10 +13,10 @@ from a2sf.analysis.results.gather import grid_of
 from a2sf.analysis.results.grid import Grid
 from a2sf.analysis.results.labels import DASH
 from a2sf.errors import UserError
-from a2sf.experiments.runs import StoredCell
 from a2sf.report.plots.style import save
 from a2sf.report.tables.cells import number
 from a2sf.report.tables.text import TextTable
+from a2sf.store.runs import StoredCell
 
 TASK, METRIC = "needle", "metric/exact_match"
 ROW = ["model", "shots", "policy", "budget", "factor"]

@@ -16,8 +16,6 @@ from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid
 from a2sf.analysis.results.selection import Selection
 from a2sf.errors import UserError
-from a2sf.experiments.archive import is_archive, place_of
-from a2sf.experiments.notes import notes_of
 from a2sf.report.choices import FORMATS
 from a2sf.report.lengths import length_plots, length_tables
 from a2sf.report.needle import needle_plots, needle_tables
@@ -28,6 +26,8 @@ from a2sf.report.tables.summaries import against_tables, comparison_tables, fide
 from a2sf.report.tables.text import TextTable, text_latex, text_markdown
 from a2sf.report.tables.write import csv_frame, latex, markdown
 from a2sf.report.traced import read_traces, trace_frame, trace_pictures
+from a2sf.store.archive import is_archive, place_of
+from a2sf.store.notes import notes_of
 
 README_BEGIN, README_END = "<!-- table:begin -->", "<!-- table:end -->"
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid
 from a2sf.engine.trace import Trace, load, overlap
-from a2sf.experiments.names import safe
+from a2sf.store.names import safe
 
 COLUMNS = (
     *("model", "shots", "task", "policy", "budget", "factor", "documents"),
@@ -81,7 +81,7 @@ def comparable(*traces: Trace) -> list[Trace]:
 
 def retained_share(trace: Trace) -> np.ndarray:
     """float [tokens]: the share of layers and KV heads that retain each token at the end of the document."""
-    return trace.kept().mean(axis=(0, 1))
+    return trace.retained().mean(axis=(0, 1))
 
 
 def read_traces(grid: Grid) -> Groups:

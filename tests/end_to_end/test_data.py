@@ -9,7 +9,7 @@ import subprocess
 import pandas as pd
 import pytest
 
-from a2sf.experiments.runs import load_sweep
+from a2sf.store.runs import load_sweep
 from tests.end_to_end.test_evaluate import evaluate, tables
 from tests.hub.build import write_model
 from tests.hub.paper import commit_dataset, paper_documents
@@ -66,7 +66,7 @@ def numbers(text: str) -> list[str]:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_papers_seven_tasks_from_a_hub(hub, run, tmp_path):
     paper_documents(hub.store)
     done = run("-m", "policy=full,h2o", "budget.ratio=0.2", "tasks=paper", "shots=0,1", "limit=4", "sweep_name=seven")
@@ -92,6 +92,7 @@ def test_the_papers_seven_tasks_from_a_hub(hub, run, tmp_path):
     assert len(hub.requests()) == 6  # one per dataset
 
 
+@pytest.mark.full
 def test_a_main_branch_that_moves_between_two_starts(hub, run, tmp_path):
     first = commit_dataset(hub.store, "baber/piqa", questions())
     grid = ["-m", "budget.ratio=0.3", "tasks=[piqa]", "sweep_name=moved"]
@@ -109,7 +110,7 @@ def test_a_main_branch_that_moves_between_two_starts(hub, run, tmp_path):
     assert "1 cells, 1 done, 0 to run" in back.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     "launcher", [[], ["hydra/launcher=processes", "hydra.launcher.n_jobs=2"]], ids=["here", "workers"]
 )
@@ -134,6 +135,7 @@ def test_a_main_branch_that_moves_during_a_sweep(hub, run, tmp_path, launcher):
     assert [s.result["documents"]["content"] for s in stored] == [first, first]
 
 
+@pytest.mark.full
 def test_local_data_that_change_between_two_starts(run, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
@@ -153,6 +155,7 @@ def test_local_data_that_change_between_two_starts(run, tmp_path):
     assert numbers(tables(tmp_path / "runs" / "flipped").stdout) == numbers(after.stdout)
 
 
+@pytest.mark.full
 def test_a_broken_dataset_is_told_once_and_stops_no_other(hub, run):
     paper_documents(hub.store)
     hub.rules.append(Rule("winogrande/resolve/.*parquet", status=404, code="EntryNotFound"))
@@ -168,6 +171,7 @@ def test_a_broken_dataset_is_told_once_and_stops_no_other(hub, run):
     )
 
 
+@pytest.mark.full
 def test_without_the_hub_cached_documents_are_used(hub, run, tmp_path):
     commit_dataset(hub.store, "baber/piqa", questions())
     assert run("policy=full", "tasks=[piqa]", "limit=3").returncode == 0
@@ -209,7 +213,7 @@ def test_what_the_hub_does_not_give_is_one_sentence(hub, run, arguments, parts):
         assert part in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_tasks_with_parentheses_and_yaml_files_reach_the_workers(hub, run, tmp_path):
     name = "tmmluplus_education_(profession_level)"
     rows = [{"question": f"q{i}", "A": "a", "B": "b", "C": "c", "D": "d", "answer": "A"} for i in range(4)]

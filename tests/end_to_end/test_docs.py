@@ -6,11 +6,11 @@ import importlib.util
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.started import started
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -23,20 +23,13 @@ def steps(page: Path) -> list[tuple[str, str, str]]:
     return BLOCK.findall(page.read_text(encoding="utf-8"))
 
 
-def run(command: list[str], folder: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder / "mine")])},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+def run(script: str | Path, *arguments: str, folder: Path) -> None:
+    told = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder / "mine")])}
+    done = started(script, *arguments, environment=told, folder=folder)
+    assert done.returncode == 0, f"{script} {arguments}\n{done.stdout}\n{done.stderr}"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_a_tutorial_runs_as_printed(page, tmp_path):
     code, ran = [], 0
@@ -49,10 +42,11 @@ def test_a_tutorial_runs_as_printed(page, tmp_path):
         elif language == "console":
             for line in text.splitlines():
                 if line.startswith("$ a2sf "):
-                    run(["-m", "a2sf.cli", *shlex.split(line, comments=True)[2:]], tmp_path)
+                    run(*shlex.split(line, comments=True)[1:], folder=tmp_path)
                     ran += 1
     if code:
-        run(["-c", "\n".join(code)], tmp_path)
+        (tmp_path / "page.py").write_text("\n".join(code), encoding="utf-8")
+        run(tmp_path / "page.py", folder=tmp_path)
     assert ran or code, "the page has nothing to run"
 
 

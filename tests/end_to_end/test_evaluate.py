@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from a2sf.experiments.runs import is_cell, load_sweep, read_cell
+from a2sf.store.runs import is_cell, load_sweep, read_cell
 from tests.started import started
 
 ROOT = Path(__file__).parents[2]
@@ -27,10 +27,10 @@ def command(*arguments: str) -> list[str]:
 
 
 def evaluate(*arguments: str, runs: Path, anew: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own; started `anew` where workers are to be started, or if asked."""
+    """The command in a process of its own; started `anew` if asked, or by launchers that need it."""
     told = {**os.environ, "COLUMNS": "150", "HF_HUB_OFFLINE": "1", **environment}
     arguments = (*arguments, f"runs_dir={runs}")
-    if not anew and not any(a.startswith("hydra/launcher=") for a in arguments):
+    if not anew and not any(a.startswith(("hydra/launcher=slurm", "hydra/launcher=ray")) for a in arguments):
         return started("evaluate.py", *arguments, environment=told)
     return subprocess.run(
         command(*arguments), capture_output=True, text=True, check=False, timeout=400, cwd=ROOT, env=told
@@ -110,6 +110,7 @@ def test_the_same_command_runs_nothing_again(sweep):
     assert {p: p.stat().st_mtime_ns for p in (runs / "small").rglob("result.json")} == before
 
 
+@pytest.mark.full
 def test_another_sweep_reuses_the_cells_and_a_higher_limit_extends_them(sweep):
     runs, _ = sweep
     linked = evaluate("-m", *GRID, "sweep_name=other", "policy=full,h2o", runs=runs)
@@ -131,6 +132,7 @@ def test_another_sweep_reuses_the_cells_and_a_higher_limit_extends_them(sweep):
         assert list(a) == pytest.approx(list(b), abs=1e-3)
 
 
+@pytest.mark.full
 def test_what_another_sweep_computed_is_logged_too_and_a_finished_sweep_on_demand(sweep):
     runs, _ = sweep
     asked = ["-m", "policy=full,h2o", "tasks=[copa]", "limit=4", "data=bundle", "sweep_name=tracked"]
@@ -151,6 +153,7 @@ def test_what_another_sweep_computed_is_logged_too_and_a_finished_sweep_on_deman
     assert "TensorBoard has these cells already" in again.stdout
 
 
+@pytest.mark.full
 def test_a_damaged_result_is_set_aside_and_computed_again(sweep):
     runs, _ = sweep
     victim = sorted(p for p in (runs / "small").iterdir() if is_cell(p))[0]
@@ -164,6 +167,7 @@ def test_a_damaged_result_is_set_aside_and_computed_again(sweep):
     assert [p for p in (runs / "small").iterdir() if ".corrupt-" in p.name]
 
 
+@pytest.mark.full
 def test_one_configuration_without_a_sweep(tmp_path):
     done = evaluate(
         "policy=a2sf", "forgetting_factor=0.2", "tasks=[copa]", "limit=2", "data=bundle", "shots=1", runs=tmp_path
@@ -196,6 +200,7 @@ def test_bad_input_ends_with_one_sentence_and_code_1(tmp_path, arguments, parts)
     assert not list((tmp_path / "runs").rglob("result.json"))
 
 
+@pytest.mark.full
 def test_an_encoder_decoder_is_refused(tmp_path):
     (tmp_path / "t5").mkdir()
     (tmp_path / "t5" / "config.json").write_text(
@@ -207,6 +212,7 @@ def test_an_encoder_decoder_is_refused(tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.full
 def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "runs").write_text("a file where the directory should be")
     done = evaluate("policy=full", "tasks=[copa]", "limit=1", "data=bundle", runs=tmp_path / "runs" / "x")
@@ -215,7 +221,7 @@ def test_a_directory_that_cannot_be_written(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_processes_on_one_directory_compute_each_cell_once(sweep, tmp_path):
     runs = tmp_path / "runs"
     both = [
@@ -240,6 +246,7 @@ def test_two_processes_on_one_directory_compute_each_cell_once(sweep, tmp_path):
     assert len(table) == CELLS
 
 
+@pytest.mark.full
 def test_a_sweep_in_the_background_of_a_script_can_be_stopped(tmp_path):
     """A shell makes such a process ignore SIGINT, and SIGTERM has to stop it nevertheless."""
     process = subprocess.Popen(

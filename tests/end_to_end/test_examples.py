@@ -4,43 +4,38 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from a2sf.engine.invariants import INVARIANTS, SCHEDULES
+from tests.started import started
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NOTEBOOK = EXAMPLES / "from_question_to_figure.ipynb"
 
 
-def run(*arguments: str | Path, cwd: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-    )
+def run(script: str | Path, *arguments: object, cwd: Path) -> str:
+    told = os.environ | {"MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}
+    done = started(script, *arguments, environment=told, folder=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+@pytest.mark.full
 def test_score(tmp_path):
     said = run(EXAMPLES / "score.py", 2, cwd=tmp_path)
     assert "on 2 documents" in said
     assert "% of a request's tokens are cached" in said
 
 
+@pytest.mark.full
 def test_generate(tmp_path):
     said = run(EXAMPLES / "generate.py", 40, cwd=tmp_path)
     assert "79 tokens read and written, 64 cached" in said
 
 
+@pytest.mark.full
 def test_own_policy_and_its_yaml(tmp_path):
     said = run(EXAMPLES / "own_policy.py", cwd=tmp_path)
     assert said.count("holds") == len(INVARIANTS) * len(SCHEDULES)
@@ -52,18 +47,20 @@ def test_own_policy_and_its_yaml(tmp_path):
         "tasks=[copa]",
         "limit=2",
     ]
-    said = run("-P", "-m", "a2sf.cli", "run", *plan, "--config-dir", EXAMPLES, cwd=tmp_path)
+    said = run("a2sf", "run", *plan, "--config-dir", EXAMPLES, cwd=tmp_path)
     assert "smollm2-135m__first_and_last__r0.2__copa" in said
 
 
+@pytest.mark.full
 def test_read_sweep(tmp_path):
     said = run(EXAMPLES / "read_sweep.py", cwd=tmp_path)
     assert "48400 scored documents" in said
     assert "arc_challenge" in said
 
 
-def test_when_is_it_told(tmp_path):
-    said = run(EXAMPLES / "when_is_it_told.py", cwd=tmp_path)
+@pytest.mark.full
+def test_early_stopping(tmp_path):
+    said = run(EXAMPLES / "early_stopping.py", cwd=tmp_path)
     assert said.count("winogrande") == 14
     assert "share of the documents: {'±5': 0.8, '±10': 0.5, 'which is better': 0.78}" in said
 
@@ -75,12 +72,12 @@ def test_every_example_is_tested():
         "generate.py",
         "own_policy.py",
         "read_sweep.py",
-        "when_is_it_told.py",
+        "early_stopping.py",
         NOTEBOOK.name,
     }
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_notebook_runs_and_holds_outputs(tmp_path):
     assert NOTEBOOK.stat().st_size < 300_000
     cells = [c for c in json.loads(NOTEBOOK.read_text())["cells"] if c["cell_type"] == "code"]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
-from a2sf.experiments.runs import load_sweep
+from a2sf.store.runs import load_sweep
 from tests.end_to_end.test_evaluate import evaluate
 from tests.models import small
+
+pytestmark = pytest.mark.full
 
 
 def test_a_cell_with_nan_fails_and_the_others_go_on(smollm2, tmp_path):

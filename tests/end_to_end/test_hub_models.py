@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from a2sf.experiments.runs import load_sweep
+from a2sf.store.runs import load_sweep
 from tests.hub import cases
 from tests.hub.build import SMOLLM2, process, write_model
 from tests.hub.server import Hub, Rule
 from tests.hub.store import Store
+
+pytestmark = pytest.mark.full
 
 COPA = ["tasks=[copa]", "data=bundle", "limit=3", "model.device=cpu"]
 
@@ -147,32 +149,32 @@ def test_a_gguf_file_of_the_hub(world, ask, tmp_path, monkeypatch):
     assert "has no file of that name; it has small.gguf, sub/small.gguf" in told
 
 
-@pytest.mark.parametrize("workers", [False, True])
-def test_a_branch_that_moves_during_a_sweep_changes_nothing(world, ask, checkpoints, tmp_path, workers):
-    hub, _ = world
-    repository = hub.store.model(f"org/moves{workers:d}")
+@pytest.fixture
+def moving(world, checkpoints, tmp_path):
+    """A branch that moves during a sweep: its repository, its first commit, its second, and the rule that moves it."""
+    repository = world[0].store.model(f"org/{tmp_path.name}")
     first = repository.commit_folder(checkpoints["llama"])
     second = repository.commit_folder(checkpoints["other"], ref=None)
     moves = Rule(r"/resolve/.*/config\.json", times=1, then=lambda: repository.move("main", second))
-    grid = ["-m", f"model.path={repository.name}", "policy=full,h2o", "sweep_name=s"]
-    if workers:  # of a process of their own, which they outlive
-        hub.rules = [moves]
-        command = [sys.executable, str(cases.SCRIPTS / "evaluate.py"), *grid, *COPA, f"runs_dir={tmp_path}"]
-        environment = {**os.environ, **hub.environment(tmp_path / "home")}
-        ran = subprocess.run(
-            [*command, "hydra/launcher=processes"], env=environment, capture_output=True, text=True, check=False
-        )
-        done = cases.Done(ran.returncode, ran.stdout, ran.stderr)
-    else:
-        done, _ = evaluate(ask, tmp_path, *grid, rules=[moves])
+    return repository, first, second, moves
+
+
+def check_unmoved(done: cases.Done, runs: Path, moving) -> None:
+    """All cells are of the first commit, under the planned names."""
+    repository, first, second, _ = moving
     assert done.code == 0, (done.out, done.err)
     assert "2 cells in" in done.out
-    before = load_sweep(tmp_path / "s")
-    assert {c.cell["identity"]["weights"] for c in before} == {first}
-    assert {c.path.name for c in before} == set(re.findall(r"^  (\S+__\S+)$", done.out, re.MULTILINE))
+    cells = load_sweep(runs / "s")
+    assert {c.cell["identity"]["weights"] for c in cells} == {first}
+    assert {c.path.name for c in cells} == set(re.findall(r"^  (\S+__\S+)$", done.out, re.MULTILINE))
     assert repository.refs["main"] == second
-    if workers:
-        return
+
+
+def test_a_branch_that_moves_during_a_sweep_changes_nothing(ask, moving, tmp_path):
+    repository, first, second, moves = moving
+    grid = ["-m", f"model.path={repository.name}", "policy=full,h2o", "sweep_name=s"]
+    done, _ = evaluate(ask, tmp_path, *grid, rules=[moves])
+    check_unmoved(done, tmp_path, moving)
     again, _ = evaluate(ask, tmp_path, *grid)
     assert "2 cells, 0 done, 2 to run" in again.out  # main is another model now
     after = {c.cell["identity"]["weights"]: c for c in load_sweep(tmp_path / "s") if c.cell["policy"] == "full"}
@@ -180,6 +182,16 @@ def test_a_branch_that_moves_during_a_sweep_changes_nothing(world, ask, checkpoi
     assert likelihoods(after[first]) != likelihoods(after[second])
     at_first, _ = evaluate(ask, tmp_path, *grid, f"model.revision={first}")
     assert "2 cells, 2 done, 0 to run" in at_first.out
+
+
+def test_a_branch_that_moves_changes_nothing_in_workers(world, moving, tmp_path):
+    hub, _ = world
+    hub.rules = [moving[-1]]
+    grid = ["-m", f"model.path={moving[0].name}", "policy=full,h2o", "sweep_name=s", *COPA, f"runs_dir={tmp_path}"]
+    command = [sys.executable, str(cases.SCRIPTS / "evaluate.py"), *grid, "hydra/launcher=processes"]
+    environment = {**os.environ, **hub.environment(tmp_path / "home")}  # of a process of their own, which they outlive
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    check_unmoved(cases.Done(ran.returncode, ran.stdout, ran.stderr), tmp_path, moving)
 
 
 def test_a_model_that_cannot_be_had_is_told_once_and_the_others_go_on(world, ask, checkpoints, tmp_path):
@@ -229,7 +241,7 @@ def test_a_model_that_cannot_be_had_is_told_once_and_the_others_go_on(world, ask
             Rule("/api/", stall=6),
             r"cannot be reached \(ReadTimeout.*check the network, take what is cached \(.*/.*data=bundle",
         ),
-        (Rule("/files/", break_after=0), "the line to 127.0.0.1 broke .*the files that arrived whole are kept"),
+        (Rule("/files/", break_after=0), "the line to 127.0.0.1 broke .*complete files are not downloaded again"),
     ],
     ids=lambda x: f"{x.path}-{x.status or x.code or 'line'}" if isinstance(x, Rule) else "",
 )
@@ -300,7 +312,7 @@ def test_without_the_hub_the_cache_is_used_and_it_is_said(world, ask, tmp_path):
     gone = {**hub.environment(home), "HF_ENDPOINT": "http://127.0.0.1:9"}
     offline = {**hub.environment(home), "HF_HUB_OFFLINE": "1"}
     first, second = tmp_path / "gone", tmp_path / "offline"
-    for environment, runs, why in ((gone, first, "asked in vain"), (offline, second, "HF_HUB_OFFLINE is set")):
+    for environment, runs, why in ((gone, first, "did not answer"), (offline, second, "HF_HUB_OFFLINE is set")):
         with process(environment) as alone:
             done = alone.submit(
                 cases.evaluate, "model.path=org/llama", "policy=full", *COPA, f"runs_dir={runs}"

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from a2sf.experiments.runs import is_cell, load_sweep, read_cell
+from a2sf.store.runs import is_cell, load_sweep, read_cell
 from tests import killed
 from tests.hub.build import write_model
 from tests.models import write_piqa
@@ -32,7 +32,7 @@ def likelihoods(directory):
     return {s.path.name: [x for row in s.documents["loglikelihoods"] for x in row] for s in load_sweep(directory)}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_sweep_killed_at_random_moments_loses_and_repeats_little(tmp_path):
     model = write_model(tmp_path / "model", "llama")
     data = write_piqa(tmp_path / "data" / "piqa.jsonl", rows=30)

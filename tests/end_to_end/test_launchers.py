@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from a2sf.experiments.runs import load_sweep
 from a2sf.hf.loading import ModelSpec, local_checkpoint
+from a2sf.store.runs import load_sweep
 from tests.end_to_end.test_evaluate import evaluate
 from tests.hub.build import SMOLLM2, write_model
 from tests.outside import own_folder
 from tests.own_tasks import own_tasks
+
+pytestmark = pytest.mark.full
 
 LAUNCHERS = {
     "processes": ["hydra.launcher.n_jobs=2"],
@@ -29,7 +31,6 @@ def tiny(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_sweep_under_a_launcher(launcher, tiny, tmp_path):
     own = own_folder(tmp_path / "own")  # whose policy every worker has to find

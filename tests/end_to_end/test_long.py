@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from a2sf.experiments.runs import load_sweep
+from a2sf.store.runs import load_sweep
 from tests.end_to_end.test_evaluate import evaluate
 from tests.hub.build import write_model
 from tests.hub.paper import commit_dataset
+
+pytestmark = pytest.mark.full
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 
@@ -38,7 +40,6 @@ def test_ours_before_and_after_the_question(tiny, tmp_path):
     assert cells["full", "step", "long_single"].result["lengths"]["budget"] is None
 
 
-@pytest.mark.slow
 def test_lm_evals_from_a_hub(hub, tiny, tmp_path):
     rows = [
         {

@@ -7,10 +7,12 @@ import re
 import pandas as pd
 import pytest
 
-from a2sf.experiments.runs import load_sweep
+from a2sf.store.runs import load_sweep
 from tests.end_to_end.test_evaluate import evaluate, tables
 from tests.hub.build import write_model
 from tests.models import write_piqa
+
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from a2sf.experiments import schema
-from a2sf.experiments.runs import load_sweep
+from a2sf.store.runs import load_sweep
+from a2sf.sweep.config import schema
 from tests.end_to_end.test_evaluate import evaluate
 from tests.models import write_piqa
 
@@ -72,6 +72,7 @@ def run(arguments: list[str], root: Path, *more: str):
     return evaluate(*placed, *more, runs=root / "runs")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("arguments", COMMANDS, ids=lambda a: a[0])
 def test_the_commands_that_the_docs_show(arguments, tmp_path):
     mine = write_tree(tmp_path)
@@ -88,6 +89,7 @@ def test_the_docs_show_commands():
     assert all("--config-dir" in c for c in COMMANDS)
 
 
+@pytest.mark.full
 def test_a_folder_may_have_the_name_of_any_key(tmp_path):
     """And a group of files may have folders in it with any name."""
     mine = write_tree(tmp_path)
@@ -98,7 +100,12 @@ def test_a_folder_may_have_the_name_of_any_key(tmp_path):
         (mine / key / "x.yaml").write_text("a: 1\n")
     given = {"tasks": "[capitals]", "limit": "1", "seed": "7", "shots": "0", "sweep_name": "2024_11_05", "trace": "0"}
     given |= {"include_path": str(mine / "tasks"), "log_samples": "false", "backend": "auto", "batch_size": "4"}
-    given |= {"budget.ratio": "0.3", "until.pair": "null", "gen_kwargs.max_gen_toks": "2", "task_args.word": '"a\\tb"'}
+    given |= {
+        "budget.ratio": "0.3",
+        "early_stopping.pair": "null",
+        "gen_kwargs.max_gen_toks": "2",
+        "task_args.word": '"a\\tb"',
+    }
     given |= {"forgetting_factor": "0.5", "checkpoint": "9", "system_instruction": "1.10", "plan_only": "true"}
     overrides = [f"{k}={v}" for k, v in given.items()]
     for grid in ([], ["-m", "policy=full,first_and_last"]):
@@ -114,6 +121,7 @@ def test_a_folder_may_have_the_name_of_any_key(tmp_path):
     }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("file", "text", "told"),
     [
@@ -137,7 +145,7 @@ def test_a_file_that_would_be_read_otherwise_is_refused(tmp_path, file, text, to
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("launcher", ["processes", "slurm_local"])
 def test_text_reaches_workers_as_it_was_meant(launcher, tmp_path):
     mine = write_tree(tmp_path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from a2sf.experiments.runs import load_sweep
+from a2sf.store.runs import load_sweep
 from tests.end_to_end.test_evaluate import evaluate
 from tests.hub.build import write_model
 from tests.hub.paper import paper_documents
@@ -28,7 +28,7 @@ def paper(hub, tmp_path):
     return hub
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_papers_preset_runs_to_its_table(paper, tmp_path):
     environment = paper.environment(tmp_path / "hf") | {"COLUMNS": "200"}
     # one of seven budgets and two documents a cell; the rest is the preset's

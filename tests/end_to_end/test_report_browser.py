@@ -11,11 +11,11 @@ import pytest
 
 from a2sf.analysis.results.selection import Selection
 from a2sf.engine.trace import Trace, save
-from a2sf.experiments.runs import TRACES, write_cell
 from a2sf.report.output import Options, show
+from a2sf.store.runs import TRACES, write_cell
 from tests.sweep_fixture import Plan, write_sweep
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 wait = pytest.importorskip("selenium.webdriver.support.wait", reason="selenium is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from a2sf.engine.trace import load
-from a2sf.experiments.runs import load_sweep
+from a2sf.store.runs import load_sweep
 from tests.end_to_end.test_evaluate import evaluate
+
+pytestmark = pytest.mark.full
 
 COPA = ["tasks=[copa]", "limit=4", "data=bundle"]
 
@@ -33,7 +35,7 @@ def test_policies_that_cut_after_the_prompt(runs):
         assert scored == {"tokens": targets, "pruned": targets - requests}
         with cells[policy].open_traces() as file:  # type: ignore[union-attr]
             (trace,) = load(file)
-        evicted = trace.gone[trace.gone < trace.gone.shape[-1]]
+        evicted = trace.evicted_at[trace.evicted_at < trace.evicted_at.shape[-1]]
         assert len(evicted) > 0
         assert set(evicted) == {trace.context - 1}  # one cut, after the prompt's last token
         logs = [[list(row) for row in c.documents["loglikelihoods"]] for c in (cells["full"], cells[policy])]

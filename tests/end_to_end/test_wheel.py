@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from a2sf.experiments.runs import load_sweep
 from a2sf.policies.find import built_in
+from a2sf.store.runs import load_sweep
 from tests.outside import installed_package, own_folder, policy
+from tests.started import started
+
+pytestmark = pytest.mark.full
 
 ROOT = Path(__file__).parents[2]
 CLEAN = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | {"COLUMNS": "150", "HF_HUB_OFFLINE": "1"}
@@ -51,16 +54,16 @@ def empty(tmp_path_factory):
 
 
 def a2sf(environment: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(environment), *arguments], cwd=cwd, env=CLEAN, capture_output=True, text=True, check=False, timeout=300
-    )
+    """The environment's command, in a process whose imports are behind it."""
+    return started("a2sf", *arguments, environment=CLEAN, folder=cwd, python=str(environment.with_name("python")))
 
 
 def test_a_sweep_with_own_policies_and_its_report(environment, empty):
     """Built-in, own and installed policy; an own model's name; then the report."""
     own_folder(empty / "own")
     grid = ["policy=full,h2o,mine,theirs", "model=little", "data=bundle", "tasks=[copa]", "limit=2"]
-    done = a2sf(environment, empty, "run", "-m", *grid, "--config-dir", "own")
+    anew = [environment, "run", "-m", *grid, "--config-dir", "own"]
+    done = subprocess.run(anew, cwd=empty, env=CLEAN, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr + done.stdout
     assert "4 cells, 0 done, 4 to run" in done.stdout
     for label in ("little, 0-shot", "Full cache", "H2O", "My policy", "Their policy"):

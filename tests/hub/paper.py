@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import yaml
 
-from a2sf.evaluation.sources import DataSpec
+from a2sf.tasks.data.sources import DataSpec
 from tests.hub.build import parquet
 from tests.hub.store import Store
 

@@ -12,16 +12,21 @@ from transformers import PreTrainedModel
 
 from a2sf import A2SF, Budget
 from a2sf.hf.attention import Plan, UnsupportedModel, attached, mixes_windows, running
-from a2sf.hf.calls import logits_at
+from a2sf.hf.cache.pruned import PrunedCache
+from a2sf.hf.calls.logits import logits_at
 from a2sf.hf.exactness import check_exact
-from a2sf.hf.generation import PrunedCache
 from a2sf.hf.scope import pruning
 from a2sf.policies.base import UNLIMITED, Retention
 from tests.architectures import REFUSED, SUPPORTED, UNDECODABLE, Architecture, table
+from tests.models import CONFIGS
 
 TOKENS, BUDGET = 24, 6
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
-by_name = pytest.mark.parametrize("of", SUPPORTED, ids=lambda of: of.kind)
+# in `make test` the small models that other tests take, and one of each kind that the table has something to say about
+QUICK = [*SUPPORTED[: len(CONFIGS)], *{of.note: of for of in reversed(SUPPORTED)}.values()]
+by_name = pytest.mark.parametrize(
+    "of", [pytest.param(of, marks=[] if of in QUICK else pytest.mark.full) for of in SUPPORTED], ids=lambda of: of.kind
+)
 
 
 @cache

@@ -9,10 +9,11 @@ from lm_eval.api.instance import Instance
 from a2sf import Budget, PrunedCache, Schedule, make_policy
 from a2sf.engine.invariants import SCHEDULES
 from a2sf.errors import ConfigError, UserError
-from a2sf.evaluation.contexts import Contexts
-from a2sf.evaluation.lm import PrunedLM
+from a2sf.scoring.contexts import Contexts
+from a2sf.scoring.lm import PrunedLM
+from a2sf.scoring.requests import Requests
 from tests.models import shared
-from tests.policies import cases, label, ties
+from tests.policies import cases, label, tiered, ties
 from tests.stand_in import StandIn
 
 pytestmark = pytest.mark.usefixtures("stand_in")
@@ -42,7 +43,7 @@ def cache_for(lm: PrunedLM) -> PrunedCache:
     return PrunedCache(lm.model, lm.policy, lm.budget, schedule=lm.schedule, context_tokens=len(CONTEXT))
 
 
-@pytest.mark.parametrize(("policy", "schedule"), CUTS, ids=label)
+@pytest.mark.parametrize(("policy", "schedule"), tiered(CUTS), ids=label)
 def test_scoring_is_decoding_with_a_cache_cut_after_the_context(policy, schedule):
     lm = lm_of(policy, schedule)
     got = lm.loglikelihood(scored(), disable_tqdm=True)
@@ -115,7 +116,7 @@ def test_a_token_across_the_contexts_end_is_the_questions():
 def test_mistakes_are_told_in_one_sentence():
     with pytest.raises(ConfigError, match=r"budget\.base=total is not allowed: schedule\.at=context cuts before"):
         lm_of("h2o", budget_ratio=0.5)
-    with pytest.raises(ConfigError, match="the policy future knows step alone"):
+    with pytest.raises(ConfigError, match="the policy future supports only step"):
         lm_of("future")
     with pytest.raises(ConfigError, match=r"schedule\.at=context is not allowed: it needs the name"):
         lm_of(field=None).loglikelihood(scored(), disable_tqdm=True)
@@ -129,14 +130,11 @@ def test_mistakes_are_told_in_one_sentence():
         PrunedCache(shared("llama"), make_policy("h2o"), Budget(tokens=5), schedule=Schedule("prompt", at="context"))
 
 
-def test_one_members_mistake_is_its_own():
+def test_one_systems_mistake_is_its_own():
     lm = lm_of()
-    members = [
-        lm.as_member(make_policy("h2o"), Budget(tokens=9), s) for s in (Schedule("prompt", at="context"), SCHEDULES[0])
-    ]
-    with lm.together(members):
-        lm.take(members[1])
-        assert len(lm.loglikelihood(scored("another text"), disable_tqdm=True)) == 4
-        lm.take(members[0])
-        with pytest.raises(UserError, match="a prompt does not hold that text"):
-            lm.loglikelihood(scored("another text"), disable_tqdm=True)
+    cuts = (Schedule("prompt", at="context"), SCHEDULES[0])
+    answers = [lm.scorer.answers(lm.scorer.system(make_policy("h2o"), Budget(tokens=9), s)) for s in cuts]
+    for _ in lm.scorer.score(Requests(lm, "loglikelihood", scored("another text"), "text"), answers):
+        pass
+    assert "a prompt does not hold that text" in str(answers[0].error)
+    assert len(answers[1].computed) == 4

@@ -9,8 +9,8 @@ import torch
 
 from a2sf import A2SF, Budget, PrunedCache
 from a2sf.engine import kernels
-from a2sf.evaluation.lm import PrunedLM
-from a2sf.hf import chunks
+from a2sf.hf.calls import chunks
+from a2sf.scoring.lm import PrunedLM
 from baselines.h2o import H2O
 from tests.models import CONFIGS, shared
 from tests.parity.test_generation import BUDGET, PROMPTS, UNTIED, ids_for

@@ -10,11 +10,11 @@ from lm_eval.api.instance import Instance
 
 from a2sf import A2SF, Budget, PrunedCache, Schedule, pruning
 from a2sf.errors import ConfigError, UserError
-from a2sf.evaluation.lm import PrunedLM
-from a2sf.evaluation.tasks import DataSpec
-from a2sf.experiments.cell import Cell
 from a2sf.hf import devices
 from a2sf.hf.loading import ModelSpec, load
+from a2sf.scoring.lm import PrunedLM
+from a2sf.sweep.cell import Cell
+from a2sf.tasks.spec import DataSpec
 from baselines.h2o import H2O
 from tests.hub.build import write_model
 

@@ -7,11 +7,11 @@ import torch
 from lm_eval.api.instance import Instance
 
 from a2sf import A2SF, Budget
-from a2sf.evaluation.lm import PrunedLM
 from a2sf.hf.attention import NonFiniteError
-from a2sf.hf.generation import PrunedCache
+from a2sf.hf.cache.pruned import PrunedCache
 from a2sf.hf.scope import pruning
 from a2sf.policies.find import find_policies
+from a2sf.scoring.lm import PrunedLM
 from tests.models import small
 from tests.stand_in import StandIn
 

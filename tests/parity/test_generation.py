@@ -12,24 +12,25 @@ from a2sf import Schedule
 from a2sf.engine.kernels import attend
 from a2sf.engine.state import Options
 from a2sf.hf.attention import Plan, attached, mixes_windows, running
-from a2sf.hf.generation import PrunedCache
+from a2sf.hf.cache.pruned import PrunedCache
 from a2sf.hf.scope import pruning
 from a2sf.hf.settings import retention_of
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
 from tests.models import shared, small
-from tests.policies import cases, label, ties
+from tests.policies import cases, label, tiered, ties
 
 # of each policy the instance whose settings matter in so few tokens
 ALL = {(p.name, label(s)): (p, s) for p, s in cases() if p.causal}.values()
-CASES = pytest.mark.parametrize(("policy", "schedule"), ALL, ids=label)
 # where text is generated tokens come twice, and rounding decides between equal keys
-UNTIED = pytest.mark.parametrize(("policy", "schedule"), [(p, s) for p, s in ALL if not ties(type(p))], ids=label)
+NOT_TIED = [(p, s) for p, s in ALL if not ties(type(p))]
+UNTIED = pytest.mark.parametrize(("policy", "schedule"), tiered(NOT_TIED), ids=label)
 ARCHITECTURES = {"llama": False, "opt": False, "qwen3": True, "gemma3": True}
 """And whether they give all keys one length, so that rounding decides under a rule that only looks at that."""
 TOKENS = 24
 PROMPTS = [14, 9]
 BUDGET = Budget(tokens=7)
+BUDGETS = [("llama", BUDGET), ("opt", Budget(ratio=0.3, base="context")), ("gpt2", Budget(ratio=0.3))]
 
 
 def ids_for(rows: int = 2, length: int = TOKENS, seed: int = 0) -> Tensor:
@@ -98,7 +99,7 @@ def check_kept(cache: PrunedCache, gone: list[Tensor], step: int) -> None:
 
 @pytest.mark.parametrize(
     ("policy", "schedule", "name"),
-    [(p, s, a) for a, normed in ARCHITECTURES.items() for p, s in ALL if not (normed and ties(type(p)))],
+    tiered((p, s, a) for a, normed in ARCHITECTURES.items() for p, s in ALL if not (normed and ties(type(p)))),
     ids=label,
 )
 def test_token_by_token_equals_one_pass(policy, schedule, name):
@@ -111,6 +112,7 @@ def test_token_by_token_equals_one_pass(policy, schedule, name):
             check_kept(cache, gone, t)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["qwen2", "gpt_neox", "gpt2", "mistral"])
 def test_other_architectures(name):
     for policy, schedule in ALL:
@@ -118,8 +120,11 @@ def test_other_architectures(name):
             test_token_by_token_equals_one_pass(policy, schedule, name)
 
 
-@CASES
-@pytest.mark.parametrize("chunks", [[20], [1, 5, 3, 11], [9, 8, 2]], ids=str)
+@pytest.mark.parametrize(
+    ("policy", "schedule", "chunks"),
+    tiered((p, s, chunks) for p, s in ALL for chunks in ([20], [1, 5, 3, 11], [9, 8, 2])),
+    ids=label,
+)
 def test_a_prompt_in_one_go_or_in_chunks_then_token_by_token(policy, schedule, chunks):
     model, ids = shared("llama"), ids_for()
     expected, gone = one_pass(model, policy, schedule, ids, PROMPTS)
@@ -140,11 +145,10 @@ def test_a_prompt_in_one_go_or_in_chunks_then_token_by_token(policy, schedule, c
 
 
 @pytest.mark.parametrize(
-    ("name", "budget"),
-    [("llama", Budget(tokens=7)), ("opt", Budget(ratio=0.3, base="context")), ("gpt2", Budget(ratio=0.3))],
-    ids=str,
+    ("policy", "schedule", "name", "budget"),
+    tiered((p, s, *more) for p, s in NOT_TIED for more in BUDGETS),
+    ids=label,
 )
-@UNTIED
 def test_left_padding_never_enters_the_cache_and_each_row_has_its_own_budget(policy, schedule, name, budget):
     model, ids = shared(name), ids_for(rows=3)
     lengths, more = [12, 20, 5], 8
@@ -214,8 +218,9 @@ def test_a_conversation_goes_on_in_the_cache_of_its_last_turn(policy, schedule):
     check_kept(cache, gone, second.shape[1] - 2)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@CASES
+@pytest.mark.parametrize(
+    ("policy", "schedule", "side"), tiered((p, s, side) for p, s in ALL for side in ("left", "right")), ids=label
+)
 def test_plain_calls_inside_pruning_read_padded_rows_as_if_alone(policy, schedule, side):
     model, ids = shared("llama"), ids_for()
     mask = torch.ones_like(ids)
@@ -229,8 +234,11 @@ def test_plain_calls_inside_pruning_read_padded_rows_as_if_alone(policy, schedul
         close(together[1, mask[1].bool()], alone)
 
 
-@pytest.mark.parametrize("backend", ["float64", "reference", "numba"])
-@CASES
+@pytest.mark.parametrize(
+    ("policy", "schedule", "backend"),
+    tiered((p, s, backend) for p, s in ALL for backend in ("float64", "reference", "numba")),
+    ids=label,
+)
 def test_backends_and_float64(policy, schedule, backend):
     model, ids = shared("llama"), ids_for()
     if backend == "float64":
@@ -248,6 +256,7 @@ def test_backends_and_float64(policy, schedule, backend):
     check_kept(cache, [g[order] for g in gone], TOKENS - 1)
 
 
+@pytest.mark.full
 def test_smollm2(smollm2):
     """The small real model: the same logits and kept sets, over all policies."""
     model, tokenizer = smollm2.model, smollm2.tokenizer

@@ -1,4 +1,4 @@
-"""Ways of scoring that are computed together: the numbers of each alone, each token once, and no failure but one's own."""
+"""Systems that are computed together: the numbers of each alone, each token once, and no failure but one's own."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import torch
 from lm_eval.api.instance import Instance
 
 from a2sf import Budget, Policy, Retention
-from a2sf.errors import UserError
-from a2sf.evaluation import scoring
-from a2sf.evaluation.lm import PrunedLM
-from a2sf.evaluation.members import request_hash
-from a2sf.evaluation.packing import Item, pack
 from a2sf.hf.attention import NonFiniteError
 from a2sf.policies.find import find_policies
 from a2sf.policies.schedule import Schedule
+from a2sf.scoring.lm import PrunedLM
+from a2sf.scoring.passes import run as scoring
+from a2sf.scoring.requests import Requests, request_hash
 from tests.models import shared, small
 from tests.policies import cases
 from tests.stand_in import StandIn
@@ -28,7 +26,7 @@ DOCUMENTS = [(TEXT[i : i + 30 + 3 * i], choice) for i in range(6) for choice in 
 BUDGETS = [Budget(ratio=0.2), Budget(ratio=0.5, base="context"), Budget(tokens=6), Budget(tokens=500)]
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Protective(Policy):
     """Protects more than a small budget holds."""
 
@@ -40,9 +38,7 @@ class Protective(Policy):
 
 @pytest.fixture
 def lm():
-    made = PrunedLM(shared("llama"), tokenizer=StandIn())
-    made.silent = True
-    return made
+    return PrunedLM(shared("llama"), tokenizer=StandIn())
 
 
 @pytest.fixture
@@ -58,56 +54,57 @@ def read(monkeypatch):
     return counted
 
 
-def ask():
+def instances():
     return [Instance("loglikelihood", {}, d, 0, metadata=("sums", i // 3, 1)) for i, d in enumerate(DOCUMENTS)]
 
 
 def ways(count: int):
     """Policies, budgets and schedules, every policy and schedule among them."""
     made = [(p, BUDGETS[i % len(BUDGETS)] if p.uses_budget else None, s) for i, (p, s) in enumerate(cases())]
-    fits = [(p, b, s) for p, b, s in made if b is None or b.tokens is None or b.tokens >= p.least_budget]
-    return [w for w in fits if w[0].least_budget <= 4][:: max(1, len(fits) // count)]
+    fits = [(p, b, s) for p, b, s in made if b is None or b.tokens is None or b.tokens >= p.min_budget]
+    return [w for w in fits if w[0].min_budget <= 4][:: max(1, len(fits) // count)]
 
 
-def members_of(lm, of):
-    return [lm.as_member(*w) for w in of]
+def answers_of(lm, of):
+    """Of each policy, budget and schedule, the answers that are computed together."""
+    answers = [lm.scorer.answers(lm.scorer.system(*w)) for w in of]
+    for _ in lm.scorer.score(Requests(lm, "loglikelihood", instances()), answers):
+        pass
+    return answers
 
 
-def answers(lm, members):
-    with lm.together(members):
-        found = []
-        for member in members:
-            lm.take(member)
-            found.append(lm.loglikelihood(ask()))
-    return found
+def given(answers):
+    """The log-likelihood of each document, and whether greedy decoding would have produced the continuation."""
+    return [answers.answer(request_hash(r.args))[:2] for r in instances()]
 
 
 def test_each_has_the_numbers_it_has_alone(lm, read):
     of = ways(30)
-    members = members_of(lm, of)
-    together = answers(lm, members)
+    answers = answers_of(lm, of)
     once, read[0] = read[0], 0
-    for way, member, got in zip(of, members, together, strict=True):
+    for way, one in zip(of, answers, strict=True):
+        got = given(one)
+        lm.scorer.count(Requests(lm, "loglikelihood", instances()), one)
         lm.use(*way)
-        alone = lm.loglikelihood(ask())
+        alone = lm.loglikelihood(instances(), disable_tqdm=True)
         assert [a for a, _ in got] == pytest.approx([a for a, _ in alone], abs=1e-3)
         assert [g for _, g in got] == [g for _, g in alone]
-        counts = member.counts
-        assert (counts.tokens, counts.kept, counts.targets, counts.pruned) == (
+        counts = one.counts
+        assert (counts.tokens, counts.cached, counts.targets, counts.pruned) == (
             lm.counts.tokens,
-            lm.counts.kept,
+            lm.counts.cached,
             lm.counts.targets,
             lm.counts.pruned,
         )
-    assert once == pytest.approx(sum(m.counts.computed for m in members))  # apportioned without a rest
+    assert once == pytest.approx(sum(a.counts.computed for a in answers))  # apportioned without a rest
     assert once < 0.8 * read[0]
-    assert all(0 < m.counts.together <= m.counts.needed for m in members)
+    assert all(0 < a.counts.together <= a.counts.needed for a in answers)
 
 
 def test_what_no_budget_prunes_is_computed_once_for_all(lm, read):
     def computed(of):
         read[0] = 0
-        found = answers(lm, members_of(lm, of))
+        found = [given(a) for a in answers_of(lm, of)]
         return read[0], found
 
     full = [w for w in ways(1000) if w[0].name == "full" and w[2] == Schedule()]
@@ -117,10 +114,8 @@ def test_what_no_budget_prunes_is_computed_once_for_all(lm, read):
 
 
 def test_the_cut_after_a_prompt_leaves_its_context_to_all(lm, read):
-    of = [
-        (p, Budget(tokens=6), s) for p, s in cases() if s.when == "prompt" and s.then == "keep" and p.least_budget < 6
-    ]
-    answers(lm, members_of(lm, of))
+    of = [(p, Budget(tokens=6), s) for p, s in cases() if s.when == "prompt" and s.then == "keep" and p.min_budget < 6]
+    answers_of(lm, of)
     longest = {len(c) for c, _ in DOCUMENTS}
     contexts = sum(longest)
     continuations = sum(len(t) - 1 for _, t in DOCUMENTS)
@@ -132,7 +127,7 @@ def test_a_failure_is_its_own(lm, monkeypatch):
     names = ("full", "h2o", "window", "protective")
     policies = [*(find_policies()[n]() for n in names[:3]), Protective()]
     of = [(p, Budget(ratio=0.1) if p.uses_budget else None) for p in policies]
-    full, window = ([a for a, _ in got] for got in answers(lm, members_of(lm, [(*w, None) for w in of[::2]])))
+    full, window = ([x for x, _ in given(a)] for a in answers_of(lm, [(*w, None) for w in of[::2]]))
     original = scoring.pass_of
     blamed = []
 
@@ -144,64 +139,23 @@ def test_a_failure_is_its_own(lm, monkeypatch):
         return original(row, todo, about)
 
     monkeypatch.setattr(scoring, "pass_of", poisoned)
-    members = members_of(lm, [(p, b, None) for p, b in of])
-    told = {}
-    with lm.together(members):
-        for name, member in zip(names, members, strict=True):
-            lm.take(member)
-            try:
-                told[name] = [a for a, _ in lm.loglikelihood(ask())]
-            except UserError as error:
-                told[name] = str(error)
+    answers = answers_of(lm, [(p, b, None) for p, b in of])
+    found = {
+        name: str(a.error) if a.error else [x for x, _ in given(a)] for name, a in zip(names, answers, strict=True)
+    }
     assert blamed
-    assert told["h2o"].startswith("task sums, document")
-    assert "key of layer 1" in told["h2o"]
-    assert "does not fit a budget" in told["protective"]
-    assert told["full"] == pytest.approx(full, abs=1e-3)
-    assert told["window"] == pytest.approx(window, abs=1e-3)
+    assert found["h2o"].startswith("task sums, document")
+    assert "key of layer 1" in found["h2o"]
+    assert "does not fit a budget" in found["protective"]
+    assert found["full"] == pytest.approx(full, abs=1e-3)
+    assert found["window"] == pytest.approx(window, abs=1e-3)
 
 
 def test_what_one_policy_cannot_do_on_a_model_stops_no_other():
     """A policy cannot prune beyond a sliding window of the model's own; the full cache has no difficulty with it."""
     lm = PrunedLM(small("mistral", sliding_window=16), tokenizer=StandIn())
-    full = lm.loglikelihood(ask())
-    members = members_of(
-        lm, [(find_policies()[n](), Budget(ratio=0.5) if n == "h2o" else None) for n in ("h2o", "full")]
-    )
-    with lm.together(members):
-        lm.take(members[1])
-        assert [a for a, _ in lm.loglikelihood(ask())] == pytest.approx([a for a, _ in full], abs=1e-3)
-        lm.take(members[0])
-        with pytest.raises(UserError, match="sliding window of 16 tokens"):
-            lm.loglikelihood(ask())
-
-
-def test_answers_come_in_the_order_that_is_asked_for(lm):
-    lm.sequences_per_pass = 3 * 4
-    seen: list[str] = []
-    members = members_of(lm, ways(4)[:4])
-
-    def look():
-        seen.extend(h for m in members for h in m.answers if h not in seen)
-
-    order = [3, 0, 5, 1, 4, 2]
-    with lm.together(members, look, due=order.index):
-        lm.take(members[0])
-        lm.loglikelihood(ask())
-    of = {request_hash(r.args): r.doc_id for r in ask()}
-    assert list(dict.fromkeys(of[h] for h in seen)) == order
-
-
-def test_an_order_is_kept_where_everything_begins_alike():
-    """As with a template or the same examples: sequences that share a beginning are still read when they are due."""
-    head = tuple(range(100, 140))
-    items = [Item((*head, *range(i, i + 60)), "any", 10) for i in range(40)]
-    due = [(7 * i) % 40 for i in range(40)]
-    rows = list(pack(items, max_tokens=100, due=due))
-    assert sorted(i for row in rows for i in row.items) == list(range(40))
-    read = [[due[i] for i in row.items] for row in rows]
-    for earlier, later in zip(read, read[8:], strict=False):
-        assert max(earlier) < min(later)
-    for row in rows:
-        for which, i in enumerate(row.items):
-            assert [row.tokens[c] for c in row.columns(which)] == list(items[i].tokens)
+    full = lm.loglikelihood(instances(), disable_tqdm=True)
+    of = [(find_policies()[n](), Budget(ratio=0.5) if n == "h2o" else None) for n in ("h2o", "full")]
+    pruned, other = answers_of(lm, of)
+    assert [a for a, _ in given(other)] == pytest.approx([a for a, _ in full], abs=1e-3)
+    assert "sliding window of 16 tokens" in str(pruned.error)

@@ -9,15 +9,16 @@ import torch
 
 from a2sf import A2SF, Budget, PrunedCache, Schedule
 from a2sf.errors import UserError
-from a2sf.evaluation import scoring
-from a2sf.evaluation.lm import PrunedLM
-from a2sf.hf import chunks
+from a2sf.hf.calls import chunks
 from a2sf.hf.scope import pruning
+from a2sf.scoring.lm import PrunedLM
+from a2sf.scoring.passes import run as scoring
+from a2sf.scoring.requests import EncodedRequests
 from baselines.h2o import H2O
-from tests.models import small
+from tests.models import shared, small
 from tests.parity.test_generation import ALL, BUDGET, PROMPTS, close, ids_for
 from tests.parity.test_lm import requests
-from tests.policies import cases, label, ties
+from tests.policies import cases, label, tiered, ties
 from tests.stand_in import StandIn
 
 GREEDY = {"do_sample": False, "eos_token_id": None}
@@ -53,16 +54,16 @@ def gone(cache: PrunedCache, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("policy", "schedule", "name"),
-    [
+    tiered(
         (p, s, a)
         for a, normed in {"llama": False, "opt": False, "gemma3": True, "gpt2": False}.items()
         for p, s in ALL
         if not (normed and ties(type(p)))
-    ],
+    ),
     ids=label,
 )
 def test_a_call_in_parts_is_the_call_at_once(parts, policy, schedule, name):
-    model, ids = small(name), ids_for(length=30)
+    model, ids = shared(name), ids_for(length=30)
     mask = torch.ones_like(ids)
     mask[1, :7] = 0
     caches = []
@@ -86,7 +87,7 @@ def test_a_call_in_parts_is_the_call_at_once(parts, policy, schedule, name):
 
 @pytest.mark.parametrize("schedule", [None, Schedule("prompt", at="context", then="step"), Schedule("every", every=5)])
 def test_generate_asks_for_the_last_logits_alone_and_writes_the_same(parts, schedule):
-    model, ids = small("qwen2"), ids_for(length=30)
+    model, ids = shared("qwen2"), ids_for(length=30)
     texts = []
     for columns in (100, 6):
         parts(columns)
@@ -104,7 +105,7 @@ def test_generate_asks_for_the_last_logits_alone_and_writes_the_same(parts, sche
 
 
 def test_a_ratio_is_one_of_the_whole_prompt(parts):
-    model, ids = small("llama"), ids_for(length=30)
+    model, ids = shared("llama"), ids_for(length=30)
     parts(5)
     cache = PrunedCache(model, A2SF(), Budget(ratio=0.3, base="context"))
     model.generate(ids, cache=cache, max_new_tokens=3, **GREEDY)
@@ -114,7 +115,7 @@ def test_a_ratio_is_one_of_the_whole_prompt(parts):
 @pytest.mark.parametrize("keep", [0, 3, 12])
 @pytest.mark.parametrize("cached", [False, True])
 def test_plain_calls_inside_pruning(parts, keep, cached):
-    model, ids = small("llama"), ids_for(length=30)
+    model, ids = shared("llama"), ids_for(length=30)
     mask = torch.ones_like(ids)
     mask[0, -8:] = 0
     found = []
@@ -138,7 +139,7 @@ def test_plain_calls_inside_pruning(parts, keep, cached):
 
 
 def test_what_parts_cannot_tell_is_read_at_once(parts):
-    model, ids = small("llama"), ids_for(length=30)
+    model, ids = shared("llama"), ids_for(length=30)
     parts(5)
     for asked in ({"output_hidden_states": True}, {"labels": ids}, {"return_dict": False}):
         cache = PrunedCache(model, A2SF(), BUDGET)
@@ -156,7 +157,7 @@ def test_what_parts_cannot_tell_is_read_at_once(parts):
 
 
 def test_a_cache_whose_part_failed_is_not_used_again(parts):
-    model, ids = small("llama"), ids_for(length=30)
+    model, ids = shared("llama"), ids_for(length=30)
     parts(10)
     cache = PrunedCache(model, A2SF(), BUDGET)
     left = [2]
@@ -184,7 +185,7 @@ def long_requests():
 
 
 def scored(lm: PrunedLM, monkeypatch, *, in_parts: bool):
-    lm.tokens_per_pass = 64
+    lm.scorer.tokens_per_pass = 64
     monkeypatch.setattr(scoring, "saves", lambda *_: in_parts)
     with sizes(lm.model) as read:
         found = lm._loglikelihood_tokens(long_requests())
@@ -198,35 +199,35 @@ def same(got, expected) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "schedule"), [(p, s) for p, s in cases() if p.causal and not ties(type(p))], ids=label
+    ("policy", "schedule"), tiered((p, s) for p, s in cases() if p.causal and not ties(type(p))), ids=label
 )
 def test_long_requests_are_scored_in_parts(policy, schedule, monkeypatch):
     budget = Budget(ratio=0.25) if policy.uses_budget else None
     found = {}
     for in_parts in (False, True):
-        lm = PrunedLM(small("llama"), policy, budget, schedule=schedule, tokenizer=StandIn())
+        lm = PrunedLM(shared("llama"), policy, budget, schedule=schedule, tokenizer=StandIn())
         found[in_parts], read = scored(lm, monkeypatch, in_parts=in_parts)
         assert (max(read) <= 64) == in_parts
     same(found[True], found[False])
 
 
-def test_a_row_of_several_members_in_parts(monkeypatch):
+def test_a_row_of_several_systems_in_parts(monkeypatch):
     """Forests of states of their own, on columns of one row."""
     found = {}
     for in_parts in (False, True):
-        lm = PrunedLM(small("gemma3"), "full", tokenizer=StandIn())
-        members = [
-            lm.as_member(A2SF(forgetting_factor=f), Budget(ratio=r), s)
+        lm = PrunedLM(shared("gemma3"), "full", tokenizer=StandIn())
+        systems = [
+            lm.scorer.system(A2SF(forgetting_factor=f), Budget(ratio=r), s)
             for f, r, s in ((0.3, 0.3, None), (0.9, 0.3, None), (0.5, 0.7, Schedule("prompt", then="step")))
         ]
-        strings = [(("", str(i)), c, t) for i, (_, c, t) in enumerate(long_requests())]
-        lm.tokens_per_pass = 64
+        answers = [lm.scorer.answers(s) for s in systems]
+        lm.scorer.tokens_per_pass = 64
         monkeypatch.setattr(scoring, "saves", lambda *_, in_parts=in_parts: in_parts)
-        with lm.together(members), sizes(lm.model) as read:
-            lm.take(members[0])
-            lm._loglikelihood_tokens(strings)
+        with sizes(lm.model) as read:
+            for _ in lm.scorer.score(EncodedRequests(lm, long_requests()), answers):
+                pass
         assert (max(read) <= 64) == in_parts
-        found[in_parts] = [a[:2] for m in members for a in m.answers.values()]
+        found[in_parts] = [a[:2] for of in answers for a in of.computed.values()]
         assert len(found[in_parts]) == 18
     same(found[True], found[False])
 
@@ -236,7 +237,7 @@ def test_rows_are_read_in_parts_where_that_holds_less():
     read = {}
     for policy, budget in (("window", Budget(ratio=0.1)), ("full", None)):
         lm = PrunedLM(small("llama", intermediate_size=16), policy, budget, tokenizer=StandIn())
-        lm.tokens_per_pass = 64
+        lm.scorer.tokens_per_pass = 64
         with sizes(lm.model) as found:
             lm._loglikelihood_tokens([(None, list(range(3, 93)) * 2, [5, 6])])
         read[policy] = found[3:]  # after the trial of the model

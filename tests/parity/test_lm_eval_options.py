@@ -12,14 +12,14 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from a2sf.app import _job, _model_names
-from a2sf.evaluation.lm import PrunedLM
-from a2sf.experiments.aggregates import aggregates
-from a2sf.experiments.config import read
-from a2sf.experiments.grid import addable
-from a2sf.experiments.group import compute_group
-from a2sf.experiments.runs import read_groups, results_frame, table_of, write_cell, write_groups
-from a2sf.experiments.schema import register
 from a2sf.hf.loading import ModelSpec, load
+from a2sf.scoring.lm import PrunedLM
+from a2sf.store.aggregates import aggregates
+from a2sf.store.runs import read_groups, results_frame, table_of, write_cell, write_groups
+from a2sf.sweep.config.grid import addable
+from a2sf.sweep.config.schema import register
+from a2sf.sweep.config.settings import read
+from a2sf.sweep.group import Group
 from tests.hub.build import write_model
 from tests.own_tasks import SIZES, own_tasks
 
@@ -62,13 +62,11 @@ def settings(own, loaded):
 
 @pytest.fixture(scope="module")
 def lm(loaded):
-    made = PrunedLM(loaded[1].model, tokenizer=loaded[1].tokenizer)
-    made.silent = True
-    return made
+    return PrunedLM(loaded[1].model, tokenizer=loaded[1].tokenizer)
 
 
 def compute(cell, lm, directory):
-    (made,) = compute_group([cell], lm, directory)
+    (made,) = Group([cell], lm.scorer, directory).compute()
     assert made.error is None
     return made.result, made.documents
 
@@ -117,7 +115,7 @@ def test_settings_of_generation(settings, loaded, own, lm, tmp_path, given):
     (same,) = settings("tasks=[own_writes]", "limit=3", "gen_kwargs.max_new_tokens=9").cells
     assert list(compute(same.settled(), lm, tmp_path / "own")[1]["generated"]) == list(documents["generated"])
     (hot,) = settings("tasks=[own_writes]", "limit=3", "gen_kwargs.temperature=0.7").cells
-    (failed,) = compute_group([hot.settled()], lm, tmp_path / "own")
+    (failed,) = Group([hot.settled()], lm.scorer, tmp_path / "own").compute()
     assert "gen_kwargs.temperature=0.7 is not allowed" in str(failed.error)
     assert other.id == settings("tasks=[own_two]", "limit=3").cells[0].id
 

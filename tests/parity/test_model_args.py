@@ -12,13 +12,13 @@ from lm_eval.models.huggingface import HFLM
 
 import a2sf.lm  # noqa: F401
 from a2sf.errors import ConfigError
-from a2sf.evaluation import tasks
-from a2sf.evaluation.lm import PrunedLM
-from a2sf.evaluation.pretrained import NOT_OURS, OF_LOADING
-from a2sf.experiments.cell import Cell
-from a2sf.experiments.prepare.models import check_prompting
 from a2sf.hf.loading import ModelSpec, load, load_tokenizer
 from a2sf.policies.find import find_policies
+from a2sf.scoring.lm import PrunedLM
+from a2sf.scoring.pretrained import NOT_OURS, OF_LOADING
+from a2sf.sweep.cell import Cell
+from a2sf.sweep.prepare.models import check_prompting
+from a2sf.tasks import spec as tasks
 from tests.hub.build import write_model
 
 HONOURED = {
@@ -87,7 +87,7 @@ def test_the_numbers_are_hflms(folder, given):
 
 
 def test_a_beginning_of_sequence_token_moves_a_score(folder, model, bundle):
-    task = tasks.build("copa", bundle, shots=0, seed=1)
+    task = tasks.TaskSpec("copa", bundle).build(1)
     found = {}
     for kind in ("hf", "a2sf"):
         for bos in (False, True):

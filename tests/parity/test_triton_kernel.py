@@ -24,9 +24,11 @@ from a2sf import Policy, Schedule
 from a2sf.engine import kernels
 from a2sf.engine.eviction import Attended, EvictionState, Options, Segments, reference
 from a2sf.engine.invariants import schedules
-from a2sf.engine.kernels import triton_kernel, triton_step
-from a2sf.engine.levels import Ran, Rows
+from a2sf.engine.kernels.gpu import launch as triton_kernel
+from a2sf.engine.kernels.gpu import step as triton_step
+from a2sf.engine.retention import BatchRetention
 from a2sf.engine.stepwise import torch_rows
+from a2sf.engine.tree import Ran, Rows
 from a2sf.errors import ConfigError, Notice, UserError
 from a2sf.policies.rule import Rule
 from tests.policies import Counted, instances, label
@@ -54,7 +56,9 @@ RULES = {p.keeps(9).rule: p for p in reversed(instances()) if p.causal}
 KNOWN = [p for rule, p in RULES.items() if kernels.knows(rule)]
 BY_SCORES = RULES[Rule()]
 PARTS = {
-    (r.whole, r.cut and r.cut.floor, r.counted): p for r, p in RULES.items() if r.own is None and not kernels.knows(r)
+    (r.full_heads, r.cut and r.cut.floor, r.count_above_uniform): p
+    for r, p in RULES.items()
+    if r.priority_fn is None and not kernels.knows(r)
 }
 IN_PARTS = [
     (p, s)
@@ -63,7 +67,7 @@ IN_PARTS = [
     if s.prompt or "prompt" not in p.schedules
 ]
 EVERY = Schedule("every", every=4)
-OWN = next(p for rule, p in RULES.items() if rule.own is not None)
+OWN = next(p for rule, p in RULES.items() if rule.priority_fn is not None)
 
 
 def by_name(*args) -> tuple[Attended, set[str]]:
@@ -106,9 +110,8 @@ def _to(device: str, x):
 
 def rows(*policies: tuple[int, int, int, float, int]) -> Segments:
     budget, recent, sinks, factor, length = (torch.tensor(column) for column in zip(*policies, strict=True))
-    B = len(policies)
-    no_parent = torch.full((B,), -1)
-    return Segments(torch.arange(B), torch.zeros(B).long(), length, no_parent, budget, recent, sinks, factor.double())
+    retention = BatchRetention(budget=budget, recent=recent, sinks=sinks, forgetting_factor=factor.double())
+    return Segments.of_rows(retention, length)
 
 
 def tokens(seed: int, B: int, K: int, G: int, T: int, D: int, V: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -329,7 +332,7 @@ def test_prompts_and_other_parts(attend, policy, schedule):
     args = (*tokens(15, 2, 2, 2, 12, 4, 5, torch.float32), of_policy(policy, schedule, [4, 5], [12, 10], 7), OPTIONS)
     got, ran = attend(*args, by=by_name)
     assert_same(got, reference(*args), 1e-5)
-    assert ran == {"triton" if kernels.compiled_after(args[3]) else "torch"}
+    assert ran == {"triton" if kernels.splits(args[3]) else "torch"}
 
 
 def test_a_rule_of_ones_own_is_for_torch(attend):
@@ -340,7 +343,7 @@ def test_a_rule_of_ones_own_is_for_torch(attend):
 
 
 def proved(*args) -> Attended:
-    """`attend_triton` after the trial that only a compiled kernel gets."""
+    """`attend_triton` after the self-check that only a compiled kernel gets."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_kernel, "available", lambda device=None: True)
         patch.setattr(triton_kernel, "_interpreted", lambda: False)
@@ -351,7 +354,7 @@ def proved(*args) -> Attended:
 
 
 @pytest.mark.parametrize(("policy", "schedule"), [*((p, Schedule()) for p in KNOWN), (Counted(), EVERY)], ids=label)
-def test_a_sound_kernel_passes_its_trial(attend, policy, schedule):
+def test_a_sound_kernel_passes_its_self_check(attend, policy, schedule):
     args = (*tokens(18, 1, 2, 2, 6, 4, 5, torch.float32), of_policy(policy, schedule, [4], [6]), OPTIONS)
     assert_same(attend(*args, by=proved), reference(*args), 1e-5)
 
@@ -399,13 +402,16 @@ def test_a_kernel_that_was_compiled_wrong_is_found_out(wrong, monkeypatch):
     monkeypatch.setattr(triton_kernel, "_interpreted", lambda: False)
     monkeypatch.setattr(triton_kernel, "available", lambda device=None: True)
     monkeypatch.setattr(triton_kernel, "_found", {})
-    monkeypatch.setattr(kernels, "_choose", lambda query: "triton")
+    monkeypatch.setattr(kernels, "REGISTRY", tuple(b for b in kernels.REGISTRY if b.name in ("triton", "torch")))
     args = (*tokens(19, 2, 2, 2, 12, 4, 5, torch.float32), rows((4, 0, 0, 0.5, 12), (5, 1, 1, 0.5, 9)), OPTIONS)
-    with pytest.raises(UserError, match="fails its trial on cpu") as told:
+    with pytest.raises(UserError, match="fails its self-check on cpu") as raised:
         kernels.attend(*args, backend="triton")
-    assert "\n" not in str(told.value)
-    assert (wrong in str(told.value)) == ("resource" in wrong)
-    with kernels.noting() as ran, pytest.warns(Notice, match="fails its trial on cpu .* It runs now, and is slower"):
+    assert "\n" not in str(raised.value)
+    assert (wrong in str(raised.value)) == ("resource" in wrong)
+    with (
+        kernels.noting() as ran,
+        pytest.warns(Notice, match="fails its self-check on cpu .* It runs now, and is slower"),
+    ):
         assert_same(kernels.attend(*args), reference(*args), 1e-5)
     assert ran == {"torch"}
 
@@ -433,7 +439,7 @@ def test_compiles_ahead_of_time(arch, tile, case, tmp_path, monkeypatch):
     constants = triton_kernel._constants(G=G, D=size, V=size, tile=tile)
     options = triton_kernel.LAUNCH | {"num_warps": triton_kernel._warps(constants)}
     constants |= triton_kernel._flags(rule, 8, several)
-    types = dict.fromkeys(triton_step.OF_ROWS, "*i64") | {"positions": "*i64", "gone": "*i32", "factor": f"*{dtype}"}
+    types = dict.fromkeys(triton_step.OF_ROWS, "*i64") | {"positions": "*i64", "evicted": "*i32", "factor": f"*{dtype}"}
     types |= dict.fromkeys((*triton_step.NUMBERS, "slots"), "i32")
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, f"*{dtype}") for name in kernel.arg_names}

@@ -18,13 +18,17 @@ from torch import Tensor
 from a2sf import Policy, Rule, Schedule
 from a2sf.engine import priorities
 from a2sf.engine.eviction import reference
-from a2sf.engine.kernels import attend, cpu_rank, knows
+from a2sf.engine.kernels import attend, knows
 from a2sf.engine.kernels.cpu import SlotCache
+from a2sf.engine.kernels.cpu import rank as cpu_rank
+from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Attended, Options, Segments
-from tests.policies import cases, instances, label
+from tests.policies import cases, instances, label, tiered
+from tests.tiers import examples
 
-PER_CASE = pytest.mark.parametrize(("policy", "schedule"), cases(), ids=label)
-SOME = settings(max_examples=6, deadline=None, derandomize=True)
+PER_CASE = pytest.mark.parametrize(("policy", "schedule"), tiered(cases()), ids=label)
+CAUSAL = pytest.mark.parametrize(("policy", "schedule"), tiered(c for c in cases() if c[0].causal), ids=label)
+SOME = settings(max_examples=examples(3), deadline=None, derandomize=True)
 D, V, K, G = 20, 24, 2, 2
 seeds = st.integers(0, 10_000)
 
@@ -40,10 +44,9 @@ def segments(
 ) -> Segments:
     """`shape`: (row, start, length, parent) of each segment."""
     kept = [policy.keeps(b) for b in budget]
-    whole = [torch.tensor(c) for c in zip(*shape, strict=True)]
-    numbers = [torch.tensor([getattr(k, n) for k in kept]) for n in ("budget", "recent", "sinks")]
-    factor = torch.tensor([k.forgetting_factor for k in kept], dtype=torch.float64)
-    return Segments(*whole, *numbers, factor, kept[0].rule, schedule, torch.tensor(prompt) if schedule.prompt else None)
+    row, start, length, parent = (torch.tensor(c) for c in zip(*shape, strict=True))
+    numbers = BatchRetention.of(kept, schedule, prompt).retention()
+    return Segments(**numbers, row=row, start=start, length=length, parent=parent)
 
 
 def assert_same(got: Attended, want: Attended) -> None:
@@ -77,13 +80,11 @@ def test_rows(policy, schedule, seed, data):
     assert_same(*both(tensors(seed, 3, 60), s))
 
 
-@PER_CASE
+@CAUSAL
 @SOME
 @given(seed=seeds, data=st.data())
 def test_trees(policy, schedule, seed, data):
     """Choices after a context, some empty; the prompt ends with the context, or in a segment that follows on."""
-    if not policy.causal:
-        return
     context = data.draw(st.integers(1, 30))
     choices = data.draw(st.lists(st.integers(0, 12), min_size=1, max_size=4))
     prompt = context + data.draw(st.sampled_from([0, 0, 3]))
@@ -100,12 +101,10 @@ def test_trees(policy, schedule, seed, data):
     assert_same(*both(tensors(seed, 1, at), s))
 
 
-@PER_CASE
+@CAUSAL
 @SOME
 @given(seed=seeds, data=st.data())
 def test_chunks(policy, schedule, seed, data):
-    if not policy.causal:
-        return
     qkv, state = tensors(seed, 2, 50), None
     budget, prompt = (data.draw(st.lists(st.integers(1, n), min_size=2, max_size=2)) for n in (25, 52))
     edges = [0, *sorted(data.draw(st.sets(st.integers(1, 49), min_size=1, max_size=3))), 50]
@@ -116,21 +115,22 @@ def test_chunks(policy, schedule, seed, data):
         state = got.state, want.state
 
 
-@pytest.mark.parametrize("spare", [0, 2])
-@pytest.mark.parametrize("policy", [p for p in instances() if knows(p.keeps(9).rule)], ids=label)
+@pytest.mark.parametrize(
+    ("policy", "spare"),
+    [(p, n) for p in instances() if knows(p.keeps(9).rule) for n in (0, 2) if not n or "every" in p.schedules],
+    ids=label,
+)
 def test_token_by_token(policy, spare):
     """`SlotCache`: some chunks, a state loaded in the middle, rows in another order."""
     kept = policy.keeps(9)
-    if spare and "every" not in policy.schedules:
-        return
     schedule = Schedule("every", every=spare + 1) if spare else Schedule()
     qkv = tensors(5, 2, 50)
-    numbers = {n: getattr(kept, n) for n in ("budget", "recent", "sinks", "forgetting_factor")}
+    rows = BatchRetention.of([kept] * 2, schedule)
     slots = min(kept.budget + spare, 50)
     cache, order, outputs = SlotCache(2, K, G, slots, D, V, kept.rule, spare), torch.tensor([0, 1]), []
     for begin, end in ((0, 20), (20, 21), (21, 22), (22, 40), (40, 50)):
         part = [x[order, :, begin:end] for x in qkv]
-        outputs.append(cache.attend(*part, **numbers, scale=0.3)[order])
+        outputs.append(cache.attend(*part, rows, scale=0.3)[order])
         if begin == 20:
             cache.reorder(torch.tensor([1, 0]))
             order = torch.tensor([1, 0])
@@ -165,9 +165,9 @@ def test_a_share_is_the_same_in_every_backend():
     assert np.float32(priorities.SHARE) == cpu_rank.SHARE
     # equal logits: every token has its share, whatever 1 / n is in binary
     q, k, v = tensors(1, 1, 60)
-    counted = next(p for p in instances() if p.keeps(60).rule.counted)
+    counted = next(p for p in instances() if p.keeps(60).rule.count_above_uniform)
     numbers = segments(counted, Schedule(), [(0, 0, 60, -1)], [60], [1])
-    rule = Rule(counted=True)
+    rule = Rule(count_above_uniform=True)
     s = replace(numbers, rule=rule, forgetting_factor=torch.ones(1, dtype=torch.float64))
     for backend in ("reference", "torch", "numba"):
         scores = attend(torch.zeros_like(q), k, v, s, Options(0.3, return_state=True), backend=backend).state.scores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -13,9 +14,11 @@ from torch import Tensor
 from a2sf.engine.eviction import Attended, EvictionState, Options, Segments, reference
 from a2sf.engine.kernels import attend
 from a2sf.engine.kernels.cpu import SlotCache
-from a2sf.policies.base import UNLIMITED
+from a2sf.engine.retention import BatchRetention
+from a2sf.policies.base import UNLIMITED, Retention
+from tests.tiers import examples
 
-QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=examples(30), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 TOLERANCE, NEAR = 2e-5, 1e-5
 
 
@@ -46,9 +49,19 @@ def inputs(draw: st.DrawFn, rows: int | None = None, tokens: int | None = None) 
 
 def rows_of(rule: list[tuple[int, int, int, float]], start: list[int], length: list[int]) -> Segments:
     B = len(rule)
-    budget, recent, sinks, factor = zip(*rule, strict=True)
-    numbers = (range(B), start, length, [-1] * B, budget, recent, sinks)
-    return Segments(*(torch.tensor(list(x)) for x in numbers), torch.tensor(factor, dtype=torch.float64))
+    return segments(range(B), start, length, [-1] * B, rule)
+
+
+def retention_of(rule: list[tuple[int, int, int, float]]) -> BatchRetention:
+    return BatchRetention.of([Retention(budget=C, recent=r, sinks=s, forgetting_factor=a) for C, r, s, a in rule])
+
+
+def segments(
+    row: Iterable[int], start: list[int], length: list[int], parent: list[int], rule: list[tuple[int, int, int, float]]
+) -> Segments:
+    columns = (torch.tensor(list(x), dtype=torch.int64) for x in (row, start, length, parent))
+    places = dict(zip(("row", "start", "length", "parent"), columns, strict=True))
+    return Segments(**retention_of(rule).retention(), **places)
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, s: Segments, state: EvictionState | None = None) -> Attended:
@@ -177,9 +190,7 @@ def test_a_tree_equals_its_paths(data: st.DataObject) -> None:
         length.append(data.draw(st.integers(0, 10)))
     start = [sum(length[:i]) for i in range(len(length))]
     n = len(length)
-    budget, recent, sinks, factor = rule
-    numbers = ([0] * n, start, length, parent, [budget] * n, [recent] * n, [sinks] * n)
-    s = Segments(*(torch.tensor(x) for x in numbers), torch.full((n,), factor, dtype=torch.float64))
+    s = segments([0] * n, start, length, parent, [rule] * n)
     tree = run(q, k, v, s)
     for i in range(n):
         path = [i]
@@ -252,12 +263,11 @@ def test_token_by_token_equals_the_whole(data: st.DataObject) -> None:
     q, k, v = data.draw(inputs(rows=2))
     (B, H, T, D), K, V = q.shape, k.shape[1], v.shape[-1]
     rule = [data.draw(rules()) for _ in range(B)]
-    budget, recent, sinks, factor = (torch.tensor(x) for x in zip(*rule, strict=True))
-    cache, out, t = SlotCache(B, K, H // K, min(int(budget.max()), T), D, V), [], 0
+    cache, out, t = SlotCache(B, K, H // K, min(max(C for C, *_ in rule), T), D, V), [], 0
     while t < T:
         n = data.draw(st.integers(1, 5))
         part = (x[:, :, t : t + n] for x in (q, k, v))
-        out.append(cache.attend(*part, budget=budget, recent=recent, sinks=sinks, forgetting_factor=factor))
+        out.append(cache.attend(*part, retention_of(rule)))
         t += n
     whole = check(q, k, v, rows_of(rule, [0] * B, [T] * B))
     state = cache.state()

@@ -15,6 +15,7 @@ from a2sf import Schedule, attend, make_policy
 from a2sf.engine.invariants import SCHEDULES
 from tests.oracle import Method, Token, run
 from tests.policies import Counted, Divided, Looked, RoCo, label
+from tests.tiers import examples
 
 T, K, G, D = 22, 2, 2, 6
 
@@ -138,7 +139,7 @@ CASES = [(name, schedule) for name in METHODS for schedule in SCHEDULES] + [(nam
 
 
 @pytest.mark.parametrize(("name", "schedule"), CASES, ids=label)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=examples(6), deadline=None)
 @given(seed=st.integers(0, 10_000), budget=st.integers(2, 12), prompt=st.integers(1, T + 2))
 def test_the_engine_is_the_oracle(name, schedule, seed, budget, prompt):
     policy, method = (METHODS | CUTS)[name]

@@ -8,10 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from a2sf import attend
-from a2sf.evaluation.packing import pack
-from a2sf.evaluation.requests import Model, Request, pass_of
-from a2sf.evaluation.untouched import held, pruned_scores, untouched
-from tests.policies import cases, label
+from a2sf.scoring.passes.full_cache_prefix import cached_tokens, full_cache_prefix, pruned_scores
+from a2sf.scoring.passes.packing import pack
+from a2sf.scoring.passes.sequences import Model, ScoredSequence, pass_of
+from tests.policies import cases, label, tiered
+from tests.tiers import examples
 
 LONGEST, HEADS, KV_HEADS, SIZE, LAYERS = 26, 4, 2, 4, 2
 CASES = cases()
@@ -38,10 +39,10 @@ def vectors(tokens: list[int], positions: list[int]):
     return [x[tokens, positions].transpose(0, 1)[None] for x in (QUERY, KEY, VALUE)]
 
 
-def request(policy, schedule, tokens, prompt, budget) -> Request:
+def request(policy, schedule, tokens, prompt, budget) -> ScoredSequence:
     cut = prompt if schedule.prompt else None
-    kept = tuple(policy.keeps(max(budget, policy.least_budget), i, LAYERS, cut) for i in range(LAYERS))
-    return Request(tokens, (0,) * (len(tokens) + 1 - prompt), kept, schedule)
+    kept = tuple(policy.keeps(max(budget, policy.min_budget), i, LAYERS, cut) for i in range(LAYERS))
+    return ScoredSequence(tokens, (0,) * (len(tokens) + 1 - prompt), kept, schedule)
 
 
 def check_packed_is_alone(asked, max_tokens):
@@ -58,7 +59,7 @@ def check_packed_is_alone(asked, max_tokens):
                 alone, state = attend(
                     policy,
                     *vectors(list(tokens), list(range(len(tokens)))),
-                    budget=max(budget, policy.least_budget),
+                    budget=max(budget, policy.min_budget),
                     schedule=schedule,
                     prompt=prompt if schedule.prompt else None,
                     layer=layer,
@@ -69,34 +70,34 @@ def check_packed_is_alone(asked, max_tokens):
                 torch.testing.assert_close(got, alone, atol=1e-9, rtol=0)
                 cached = (state.positions >= 0).sum(-1).double().mean()
                 kept = request(*asked[i]).retention[layer]
-                assert held(kept, schedule, len(tokens), prompt, KV_HEADS) == pytest.approx(cached)
+                assert cached_tokens(kept, schedule, len(tokens), prompt, KV_HEADS) == pytest.approx(cached)
     assert sorted(seen) == list(range(len(asked)))
 
 
-@pytest.mark.parametrize(("policy", "schedule"), cases(), ids=label)
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.parametrize(("policy", "schedule"), tiered(CASES), ids=label)
+@settings(max_examples=examples(4), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(asked=requests(), max_tokens=st.sampled_from([20, 1000]))
 def test_packed_is_alone(policy, schedule, asked, max_tokens):
     check_packed_is_alone([(policy, schedule, *a) for a in asked], max_tokens)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(asked=requests(), max_tokens=st.sampled_from([20, 1000]), data=st.data())
 def test_rows_of_a_pass_may_follow_different_policies_and_schedules(asked, max_tokens, data):
     ways = data.draw(st.lists(st.sampled_from(CASES), min_size=1, max_size=4))
     check_packed_is_alone([(*way, *a) for way in ways for a in asked], max_tokens)
 
 
-@pytest.mark.parametrize(("policy", "schedule"), cases(), ids=label)
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.parametrize(("policy", "schedule"), tiered(CASES), ids=label)
+@settings(max_examples=examples(2), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(prompt=st.integers(1, 20), budget=st.integers(1, 24))
 def test_scores_are_counted_as_pruned_exactly_where_attention_was_not_whole(policy, schedule, prompt, budget):
-    budget = max(budget, policy.least_budget)
+    budget = max(budget, policy.min_budget)
     kept = policy.keeps(budget)
     qkv = vectors([0] * LONGEST, list(range(LONGEST)))
     more = {"schedule": schedule, "prompt": prompt if schedule.prompt else None, "backend": "reference"}
     pruned, _ = attend(policy, *qkv, budget=budget, **more)
     full, _ = attend(policy, *qkv, budget=LONGEST, **more)
     differs = (pruned - full).abs().amax((0, 1, 3)) > 1e-9
-    clean = untouched([kept], schedule, prompt, KV_HEADS)
+    clean = full_cache_prefix([kept], schedule, prompt, KV_HEADS)
     assert pruned_scores(LONGEST - prompt + 1, clean, prompt) == int(differs[prompt - 1 :].sum())

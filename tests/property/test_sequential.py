@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from a2sf.experiments.sequential import PairedMean
+from a2sf.sweep.sequential import PairedMean
 
 
 def ever_missed(population: np.ndarray, rng: np.random.Generator, alpha: float) -> bool:

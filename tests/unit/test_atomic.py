@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from a2sf import atomic
-from a2sf.experiments import checkpoint, runs
-from a2sf.experiments.archive import pack
 from a2sf.hf.files import cache
+from a2sf.store import runs
+from a2sf.store.archive import pack
+from a2sf.sweep import answer_store
 from tests.sweep_fixture import Plan, write_sweep
 
 
@@ -64,7 +65,7 @@ def test_a_cell_a_link_to_it_a_table_and_an_archive(disk, tmp_path):
 
 def test_answers_of_unfinished_cells_and_digests(disk, tmp_path, monkeypatch):
     monkeypatch.setenv("A2SF_CACHE", str(tmp_path / "cache"))
-    checkpoint.write_in(tmp_path / ".checkpoints" / "x.json", "{}")
+    answer_store.write_in(tmp_path / ".checkpoints" / "x.json", "{}")
     check(disk, tmp_path / ".checkpoints" / "x.json")
     (tmp_path / "weights").write_bytes(b"1")
     cache.digest(tmp_path / "weights")

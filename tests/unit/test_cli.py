@@ -15,14 +15,16 @@ import yaml
 from hydra.errors import MissingConfigException
 
 from a2sf import app, cli
-from a2sf.commands import run, tables
+from a2sf.commands import layer_errors, run, tables
 from a2sf.commands.describe import attributes, paper
 from a2sf.errors import UserError
-from a2sf.experiments import config_dir, schema
-from a2sf.experiments.runs import load_sweep
 from a2sf.policies.base import WHEN
 from a2sf.policies.find import built_in, defaults
+from a2sf.policies.renamed import notice
 from a2sf.shipped import shipped
+from a2sf.store.runs import load_sweep
+from a2sf.sweep.config import folder as config_dir
+from a2sf.sweep.config import schema
 from tests.sweep_fixture import Plan, write_sweep
 
 
@@ -53,6 +55,15 @@ def test_what_a_command_reads(monkeypatch):
     cli.main(["tables", "runs/x", "--stderr"])
     assert got == [["runs/x", "--stderr"]]
     assert sys.argv == ["a2sf tables", "runs/x", "--stderr"]
+
+
+def test_a_command_of_the_previous_version(monkeypatch, capsys):
+    monkeypatch.setattr(layer_errors, "main", lambda arguments: print(arguments, sys.argv[0]))
+    notice.cache_clear()
+    cli.main(["errors", "h2o"])
+    said = capsys.readouterr()
+    assert said.out == "['h2o'] a2sf layer-errors\n"
+    assert said.err == "a2sf errors is now called a2sf layer-errors; the old name works in this version only.\n"
 
 
 def test_every_command_has_a_main():
@@ -124,8 +135,8 @@ def test_every_key_and_choice_is_in_the_help():
     for name, group in {"": schema.Config, **schema.groups()}.items():
         about = attributes(group)
         for key in vars(group()):
-            assert about[key], key
-            if key not in schema.groups():
+            assert key in schema.RENAMED or about[key], key
+            if key not in {**schema.groups(), **schema.RENAMED}:
                 assert f"\n  {name + '.' if name else ''}{key} " in told
     for choice in (*built_in(), "smollm2-135m*", "+sweep=paper_small The shape of `paper`", "slurm_local"):
         assert choice in " ".join(told.split())

@@ -70,8 +70,8 @@ def test_a_kernel_that_another_stands_in_for(monkeypatch):
     right = a2sf.evicting_attention
 
     def stands_in(*args, **more):
-        warnings.warn("The Triton kernel fails its trial.\nAnd so on", Notice, stacklevel=2)
+        warnings.warn("The Triton kernel fails its self-check.\nAnd so on", Notice, stacklevel=2)
         return right(*args, **more)
 
     monkeypatch.setattr(a2sf, "evicting_attention", stands_in)
-    assert doctor._tried("cpu", "auto") == (False, "not here: The Triton kernel fails its trial.")
+    assert doctor._tried("cpu", "auto") == (False, "not here: The Triton kernel fails its self-check.")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from a2sf.experiments.runs import load_sweep
+from a2sf.store.runs import load_sweep
 from tests.sweep_fixture import Plan, write_sweep
 
 ROOT = Path(__file__).parents[2]

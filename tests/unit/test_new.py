@@ -22,7 +22,7 @@ def command(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_folder_of_all_three_runs_and_its_tests_pass(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for kind, name in (("policy", "first_try"), ("task", "colours"), ("sweep", "small_grid")):

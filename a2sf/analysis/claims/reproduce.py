@@ -17,7 +17,7 @@ from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.grid import DEFAULT_PAIR, STEP, Grid
 from a2sf.analysis.results.selection import Selection
 from a2sf.errors import UserError
-from a2sf.experiments.archive import is_archive
+from a2sf.store.archive import is_archive
 
 FIGURES, HEADLINES = "a2sf_authors_0shot.csv", "a2sf_headlines.csv"
 

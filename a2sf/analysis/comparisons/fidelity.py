@@ -23,7 +23,7 @@ from a2sf.analysis.results.grid import AVERAGE, Grid, System
 from a2sf.analysis.statistics.paired import bootstrap_means, interval
 from a2sf.analysis.statistics.texts import Texts, tail_of
 from a2sf.errors import UserError
-from a2sf.experiments.runs import StoredCell
+from a2sf.store.runs import StoredCell
 
 MEASURES = {
     "agreement": "same answer as full cache",

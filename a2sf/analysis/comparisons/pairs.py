@@ -13,7 +13,7 @@ from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, Grid, System
 from a2sf.analysis.statistics.paired import Difference, average_difference, holm, paired_difference
 from a2sf.analysis.statistics.texts import Texts
 from a2sf.errors import UserError
-from a2sf.experiments.runs import StoredCell
+from a2sf.store.runs import StoredCell
 
 
 def paired_values(

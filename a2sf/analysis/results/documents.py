@@ -8,11 +8,11 @@ import pandas as pd
 
 from a2sf.analysis.statistics.texts import Texts
 from a2sf.errors import UserError
-from a2sf.experiments.runs import StoredCell
+from a2sf.store.runs import StoredCell
 
 DOCUMENT = ["doc_id", "doc_hash"]
 TEXT = "cluster"
-"""Column that is equal for documents that share a text (`a2sf.evaluation.shared_texts`)."""
+"""Column that is equal for documents that share a text (`a2sf.tasks.shared_texts`)."""
 LONG, QUESTION = "long_", "\n\nQuestion: "
 """Tasks whose older results lack that column, and what separates their text from the question in a prompt."""
 

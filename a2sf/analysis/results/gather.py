@@ -17,9 +17,9 @@ from a2sf.analysis.results.labels import DASH, budget_label, factor_label, first
 from a2sf.analysis.results.selection import Selection, select
 from a2sf.analysis.results.variants import MUST_AGREE, drop_outdated, rest_of_identity
 from a2sf.errors import UserError
-from a2sf.experiments.aggregates import MEMBERS, OPTIONS, Group
-from a2sf.experiments.archive import groups_of, is_archive, read_sweep
-from a2sf.experiments.runs import COMPUTED_WITH, TABLE, StoredCell, id_of, is_cell, name_of, results_frame
+from a2sf.store.aggregates import MEMBERS, OPTIONS, Group
+from a2sf.store.archive import groups_of, is_archive, read_sweep
+from a2sf.store.runs import COMPUTED_WITH, TABLE, StoredCell, id_of, is_cell, name_of, results_frame
 
 OPTIONAL_COLUMNS = [
     *("stderr", "forgetting_factor", "budget_tokens", "budget_base", "policy_settings", *MUST_AGREE),

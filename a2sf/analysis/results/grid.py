@@ -12,8 +12,8 @@ from typing import Any
 import pandas as pd
 
 from a2sf.analysis.results.labels import DASH
-from a2sf.experiments.aggregates import Group
-from a2sf.experiments.runs import COMPUTED_WITH, StoredCell
+from a2sf.store.aggregates import Group
+from a2sf.store.runs import COMPUTED_WITH, StoredCell
 
 SYSTEM = ["policy", "settings", "factor", "budget", "schedule", "variant"]
 """Columns that identify a row of a table."""

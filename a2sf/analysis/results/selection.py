@@ -15,9 +15,9 @@ from a2sf.analysis.results.grid import SYSTEM, Grid
 from a2sf.analysis.results.labels import DASH, name_settings, shorten_names
 from a2sf.analysis.results.variants import label_variants
 from a2sf.errors import UserError, nearest
-from a2sf.experiments.aggregates import OPTIONS, Group, aggregates
-from a2sf.experiments.names import Named, distinct
-from a2sf.experiments.runs import TABLE, StoredCell
+from a2sf.store.aggregates import OPTIONS, Group, aggregates
+from a2sf.store.names import Named, distinct
+from a2sf.store.runs import TABLE, StoredCell
 
 DEFAULT_METRIC = "acc"
 LONGEST = 40

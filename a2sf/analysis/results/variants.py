@@ -14,7 +14,7 @@ import pandas as pd
 
 from a2sf.analysis.results.labels import DASH, LONGEST_SETTING
 from a2sf.errors import UserError
-from a2sf.experiments.runs import StoredCell
+from a2sf.store.runs import StoredCell
 
 MUST_AGREE = ("split", "fewshot_split", "seed", "dtype", "limit", "stopped", "task_version", "definition", "data")
 """What has to be the same in all cells that are compared."""

@@ -1,31 +1,31 @@
-"""Which implementation of the recursion runs: `attend` chooses, and can be told."""
+"""Which implementation of the recursion runs: `attend` chooses one, or takes the one that is named."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from a2sf.engine.eviction import reference
-from a2sf.engine.kernels.dense import attend_dense, serves
-from a2sf.engine.parts import by_heads, by_numbers, by_prompt
-from a2sf.engine.state import Attended, EvictionState, Options, Segments
-from a2sf.engine.stepwise import attend_torch
+from a2sf.engine.kernels.registry import REGISTRY, TORCH, Backend, NewCache
+from a2sf.engine.kernels.registry import CacheShape as CacheShape
+from a2sf.engine.kernels.registry import TokenCache as TokenCache
+from a2sf.engine.kernels.registry import knows as knows
+from a2sf.engine.kernels.split import splits
+from a2sf.engine.retention import BatchRetention
+from a2sf.engine.state import Attended, Call, EvictionState, Options, Segments
 from a2sf.errors import ConfigError, Notice, UnsoundKernelError, UserError, nearest
-from a2sf.policies.rule import Rule
 
-BACKENDS = ("reference", "numba", "triton", "torch")
+BACKENDS = tuple(b.name for b in REGISTRY if b.selectable)
 _listening: ContextVar[tuple[set[str], ...]] = ContextVar("listening", default=())
 
 
 @contextmanager
 def noting() -> Iterator[set[str]]:
-    """The names of what runs inside: of `BACKENDS`, or `dense`."""
+    """The names of the implementations that run inside: of `BACKENDS`, or `dense`."""
     names: set[str] = set()
     before = _listening.get()
     try:
@@ -59,83 +59,57 @@ def attend(
     *,
     backend: str = "auto",
 ) -> Attended:
-    """Attend `segments` with the best backend for the device, or a named one; arguments as in `reference`.
+    """Attend `segments` with the best backend for the device, or a named one; arguments as in `Call`.
 
     Raises:
-        ConfigError: if `backend` is unknown or cannot serve this call.
+        ConfigError: if `backend` is unknown or cannot serve such tensors.
         UserError: if the policy looks at later tokens and does not see whole sequences.
     """
     check_backend(backend)
-    if segments.rule.foresee is not None and (state is not None or bool((segments.parent >= 0).any())):
+    return _attend(Call(query, key, value, segments, options, state), backend)
+
+
+def _attend(call: Call, backend: str) -> Attended:
+    segments, device = call.segments, call.query.device.type
+    if segments.rule.precompute is not None and (call.state is not None or bool((segments.parent >= 0).any())):
         raise UserError("a policy that looks at later tokens needs each sequence as one segment, from its first token")
-    device = query.device.type
     # it would lower the precision of scores
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            return attend(query, key, value, segments, options, state, backend=backend)
-    kind, asked = f"{query.dtype} tensors on {device}", backend
-    if backend == "auto":
-        if device != "cpu" and serves(segments, options, state):
-            note("dense")
-            return attend_dense(query, key, value, segments, options)
-        backend = _choose(query)
-    elif backend in ("numba", "triton") and query.dtype == torch.float64:
-        raise ConfigError(
-            "backend", backend, f"it computes in float32, and these are {kind}; give auto, torch or reference"
-        )
-    elif backend == "numba" and device != "cpu":
-        raise ConfigError("backend", backend, f"numba serves tensors on the CPU, and these are {kind}; give auto")
+            return _attend(call, backend)
+    named = next((b for b in REGISTRY if b.name == backend), None)
+    if named is not None and (reason := named.serves(call.query)) is not None:
+        raise ConfigError("backend", backend, reason)
 
-    if segments.rule.heads:
-        return by_numbers(partial(attend, backend=asked), query, key, value, segments, options, state)
-    compiled = backend in ("numba", "triton") and segments.rule.own is None
-    if compiled and segments.rule.whole:
-        return by_heads(partial(attend, backend=asked), query, key, value, segments, options, state)
-    if compiled and segments.schedule.prompt and compiled_after(segments):
-        return by_prompt(partial(attend, backend=asked), query, key, value, segments, options, state)
-    if backend != "reference" and not (compiled and knows(segments.rule) and not segments.schedule.prompt):
-        backend = "torch"
+    split = splits(segments)
+    if split is not None and segments.rule.heads:  # which no backend does itself
+        return split(lambda simpler: _attend(simpler, backend), call)
+    chosen = named or _choose(call)
+    if chosen.supports(call) is not None:
+        if split is not None:
+            return split(lambda simpler: _attend(simpler, backend), call)
+        chosen = TORCH
     try:
-        done = _of(backend)(query, key, value, segments, options, state)
+        done = chosen.attend(call)
     except UnsoundKernelError as error:
-        if asked != "auto":
+        if named is not None:
             raise
-        warnings.warn(f"{error} It runs now, and is slower.", Notice, stacklevel=2)
-        backend = "torch"
-        done = attend_torch(query, key, value, segments, options, state)
-    note(backend)
+        warnings.warn(f"{error} It runs now, and is slower.", Notice, stacklevel=3)
+        chosen = TORCH
+        done = chosen.attend(call)
+    note(chosen.name)
     return done
 
 
-def _of(backend: str) -> Callable[..., Attended]:
-    # imported when first used, because numba and Triton take a second to load
-    if backend == "numba":
-        from a2sf.engine.kernels.cpu import attend_cpu
-
-        return attend_cpu
-    if backend == "triton":
-        from a2sf.engine.kernels.triton_kernel import attend_triton
-
-        return attend_triton
-    return reference if backend == "reference" else attend_torch
+def new_cache(retention: BatchRetention, like: Tensor, backend: str = "auto") -> NewCache | None:
+    """What makes memory to read on in token by token, for keys like `like`; None where states are handed on instead."""
+    able = (b for b in REGISTRY if b.name == backend or (backend == "auto" and b.automatic))
+    return next((made for b in able if (made := b.new_cache(retention, like)) is not None), None)
 
 
-def compiled_after(segments: Segments) -> bool:
-    """Whether a compiled kernel runs what comes after a prompt's cut: all but shares of the heads' own, step by step."""
-    across_heads = segments.rule.cut is not None and segments.rule.cut.floor is not None
-    return segments.schedule.then == "keep" or not across_heads
-
-
-def knows(rule: Rule) -> bool:
-    """Whether the compiled kernels, of the CPU and of GPUs, run a rule token by token."""
-    return rule.own is None and rule.cut is None and not rule.whole and not rule.heads
-
-
-def _choose(query: Tensor) -> str:
-    if query.dtype == torch.float64:
-        return "torch"
-    if query.device.type == "cpu":
-        return "numba"
-    from a2sf.engine.kernels.triton_kernel import available
-
-    return "triton" if query.is_cuda and available(query.device) else "torch"
+def _choose(call: Call) -> Backend:
+    for backend in REGISTRY:
+        fits = backend.automatic and backend.serves(call.query) is None
+        if fits and (backend.compiled or backend.supports(call) is None):
+            return backend
+    return TORCH

@@ -1,4 +1,4 @@
-"""Attention where no score decides what is kept: a full cache, or the newest tokens only. Plain torch, any device.
+"""Attention where no score decides what is retained: a full cache, or the newest tokens only. Plain torch, any device.
 
 Both are masked attention: token `i` sees token `j` of its own path if `j` is not later and at most `budget` tokens back.
 On the CPU the compiled kernel is faster even here; on other devices this spares one step per token.
@@ -16,22 +16,23 @@ CHUNK = 1024
 """Queries attended at a time: the mask of a tree is never larger than this times the tree's tokens."""
 
 
-def serves(segments: Segments, options: Options, state: object) -> bool:
-    """Whether `attend_dense` gives what the recursion gives: no state or trace is asked for, and scores do not matter."""
-    if state is not None or options.return_state or options.trace or segments.schedule != STEP:
-        return False
-    if segments.rule.whole or segments.rule.heads:
-        return False
+def why_not(segments: Segments, options: Options, state: object) -> str | None:
+    """Why `attend_dense` does not give what the recursion gives; None where it does, since scores do not matter."""
+    if state is not None or options.return_state or options.trace:
+        return "it has neither states nor traces"
+    if segments.schedule != STEP or segments.rule.full_heads or segments.rule.heads:
+        return "it knows one number for all heads, step by step"
     known = segments.__dict__.get("_dense")
     if known is None:
-        held = _end(segments)
-        known = bool(((held <= segments.budget) | ((segments.recent == segments.budget) & (segments.sinks == 0))).all())
+        total = _end(segments)
+        newest = (segments.recent == segments.budget) & (segments.sinks == 0)
+        known = bool(((total <= segments.budget) | newest).all())
         object.__setattr__(segments, "_dense", known)
-    return known
+    return None if known else "scores decide what is retained"
 
 
 def attend_dense(query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: Options) -> Attended:
-    """Masked attention in float32 or better; arguments as in `reference`, for calls that `serves` accepts."""
+    """Masked attention in float32 or better; arguments as in `reference`, for calls without a reason `why_not`."""
     B, H, T, _ = query.shape
     dtype, device = accumulation_dtype(query.dtype), query.device
     output = query.new_zeros(B, T, H, value.shape[-1]).transpose(1, 2)

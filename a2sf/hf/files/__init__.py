@@ -1,1 +1,1 @@
-"""A model's files: what a path names, what the hub is asked, how its refusals are told, whether the weights are whole."""
+"""A model's files: what a path names, requests to the hub and its errors, and whether the weights are complete."""

@@ -19,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from packaging.version import Version
 from transformers import PreTrainedModel
 
+from a2sf.compat.transformers import refused
 from a2sf.errors import ConfigError, first_line
 from a2sf.hf.files import hub
 from a2sf.hf.files.cache import digest
@@ -28,9 +29,9 @@ KEY = "model.adapter"
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 OLDEST = "0.20"
-"""The version of peft that transformers asks for at least."""
+"""The oldest version of peft that transformers supports."""
 NOWHERE: Mapping[str, Any] = {"adapter_kwargs": {"subfolder": ".no-adapter"}}
-"""What keeps `from_pretrained` from adding the adapter that it finds beside a model: the folder where it is to look."""
+"""Settings of `from_pretrained` that name an empty folder, so that it does not add an adapter found beside a model."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,12 @@ class Adapter:
 
     @property
     def name(self) -> str:
-        """What tables call it."""
+        """Its name in tables."""
         return self.path.rstrip("/").rpartition("/")[2]
 
     @property
     def pinned(self) -> bool:
-        """Whether it can only mean one thing: all but a branch or tag of the hub."""
+        """Whether it cannot change: all but a branch or tag of the hub."""
         return not self.revision or hub.is_commit(self.revision)
 
     @property
@@ -65,7 +66,7 @@ class Adapter:
         return Wanted(self.path, revision=self.revision, key=KEY, value=self.value, revision_key=KEY)
 
     def pin(self) -> tuple[Adapter, str | None]:
-        """The adapter at the commit that its revision is now, and a note for the user if only the cache was asked.
+        """The adapter at the commit that its revision is now, and a note for the user if only the cache was available.
 
         Raises:
             ConfigError: if there is no such adapter or revision, or no way to find out.
@@ -123,17 +124,12 @@ class Adapter:
         Raises:
             ConfigError: if it cannot be read, or is not for this model.
         """
-        try:
-            told = model.load_adapter(str(self.folder()), adapter_kwargs={"local_files_only": True})
-        except ConfigError:
-            raise
-        except Exception as error:
-            why = f"it cannot be added to {type(model).__name__} ({type(error).__name__}: {first_line(error)})"
-            raise ConfigError(KEY, self.value, why) from error
+        with refused(KEY, self.value, f"it cannot be added to {type(model).__name__}"):
+            found = model.load_adapter(str(self.folder()), adapter_kwargs={"local_files_only": True})
         wrong = {
-            "lacks": sorted(told.missing_keys),
-            "has no place for": sorted(told.unexpected_keys),
-            "has another shape of": sorted(key for key, *_ in told.mismatched_keys),
+            "lacks": sorted(found.missing_keys),
+            "has no place for": sorted(found.unexpected_keys),
+            "has another shape of": sorted(key for key, *_ in found.mismatched_keys),
         }
         for how, keys in wrong.items():
             if keys:
@@ -182,10 +178,10 @@ def check_peft(value: str) -> None:
 
 
 def beside(folder: Path) -> str | None:
-    """One sentence about an adapter that lies beside a model and is left alone; None where there is none."""
+    """One sentence about an adapter that lies beside a model and is not used; None if there is none."""
     try:
-        told = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        kind = told.get("peft_type") or "unknown kind"
+        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        kind = content.get("peft_type") or "unknown kind"
     except FileNotFoundError:
         return None
     except (OSError, ValueError, AttributeError):

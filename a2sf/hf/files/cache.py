@@ -1,4 +1,4 @@
-"""The cache directory (`A2SF_CACHE`, default ~/.cache/a2sf): what is kept between runs and can always be made anew."""
+"""The cache directory (`A2SF_CACHE`, default ~/.cache/a2sf): what is stored between runs and can always be made again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from a2sf import atomic
 
 
 def cache_directory() -> Path:
-    """What this package keeps between runs."""
+    """Where this package stores files between runs."""
     given = os.environ.get("A2SF_CACHE")
     return Path(given) if given is not None else Path.home() / ".cache" / "a2sf"
 

@@ -13,7 +13,8 @@ from filelock import FileLock
 from transformers import AutoConfig, AutoTokenizer, GgufConfig
 
 from a2sf import atomic
-from a2sf.errors import ConfigError, UserError, first_line
+from a2sf.compat.transformers import refused
+from a2sf.errors import UserError, first_line
 from a2sf.hf.files import weights
 from a2sf.hf.files.cache import cache_directory, digest, stamp
 from a2sf.hf.files.paths import KEY
@@ -49,7 +50,7 @@ def converted(file: Path, path: str) -> Path:
         except OSError as error:
             raise UserError(
                 f"{target.parent} cannot be written ({error.strerror or first_line(error)}), where the converted model of "
-                f"{path} is to be kept; set A2SF_CACHE to a directory that can be written."
+                f"{path} is to be stored; set A2SF_CACHE to a directory that can be written."
             ) from error
     return target
 
@@ -65,18 +66,15 @@ def _one_at_a_time(target: Path) -> Iterator[None]:
 
 
 def _convert(file: Path, path: str, target: Path) -> None:
-    try:
-        model, told = weights.from_pretrained(
+    with refused(KEY, path, "the GGUF file cannot be read"):
+        model, report = weights.from_pretrained(
             file.parent,
             gguf_file=file.name,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except Exception as error:
-        why = f"the GGUF file cannot be read ({type(error).__name__}: {first_line(error)})"
-        raise ConfigError(KEY, path, why) from error
-    weights.check_complete(model, told, path)
+    weights.check_complete(model, report, path)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     try:
@@ -96,5 +94,5 @@ def config_of(file: Path) -> Any:
 
 @lru_cache(maxsize=8)
 def _config(file: Path, *stamp: int) -> Any:
-    """Of a file as it is: its vocabulary is read with it, which takes seconds, and a grid asks for each of its cells."""
+    """Of a file as it is now: reading it takes seconds, because of the vocabulary, and each cell of a grid needs it."""
     return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)

@@ -1,6 +1,6 @@
-"""What the hub is asked, at one commit: which files a repository has, and the files themselves, through the hub's own cache.
+"""Requests to the hub at one commit: the list of a repository's files, and the files, through the hub's own cache.
 
-A commit never changes, so what the cache holds of it is used without asking anybody.
+A commit never changes, so what is in the cache is used without a request.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from a2sf.hf.files.refusals import HubError, Unreachable, Wanted, chain, refusal
 
 COMMIT = re.compile("[0-9a-f]{40}")
 _listed: dict[tuple[str, str, str], dict[str, int]] = {}
-"""(kind, repository, commit) -> sizes, of what was asked in this process."""
+"""(kind, repository, commit) -> sizes, of what was requested in this process."""
 
 
 def is_commit(revision: str) -> bool:
@@ -56,12 +56,12 @@ def _why_not(error: Exception) -> str:
         return "HF_HUB_OFFLINE is set"
     root = list(chain(error))[-1]
     status = getattr(getattr(root, "response", None), "status_code", None)
-    told = f"its answer was {status}" if status else f"{type(root).__name__}: {first_line(root)}"
-    return f"the hub was asked in vain ({told})"
+    answer = f"status {status}" if status else f"{type(root).__name__}: {first_line(root)}"
+    return f"the hub did not answer ({answer})"
 
 
 def _ask(wanted: Wanted) -> str:
-    """The commit from the hub, whose files are noted; and noted for when the hub cannot be reached."""
+    """The commit from the hub; its files are recorded, and the commit for when the hub cannot be reached."""
     info: Any = HfApi().repo_info(
         wanted.repo,
         repo_type=wanted.kind,
@@ -73,7 +73,7 @@ def _ask(wanted: Wanted) -> str:
     _listed[wanted.kind, wanted.repo, info.sha] = {f.rfilename: f.size or 0 for f in info.siblings or ()}
     if not is_commit(wanted.revision):
         ref = _cache(wanted) / "refs" / wanted.revision
-        with suppress(OSError):  # only for later; a cache that cannot be written is told when it must be
+        with suppress(OSError):  # only for later; a cache that cannot be written is reported when it is needed
             ref.parent.mkdir(parents=True, exist_ok=True)
             atomic.write(ref, info.sha)
     return info.sha
@@ -130,7 +130,7 @@ class Snapshot:
         return [n for n in names if not (self.folder / n).is_file()]
 
     def get(self, names: Iterable[str], stop: threading.Event | None = None) -> Path:
-        """The snapshot's folder, with these files in it; what is there already is not asked for again.
+        """The snapshot's folder, with these files in it; what is there already is not requested again.
 
         Args:
             stop: set from elsewhere, ends a download after the piece that is arriving.
@@ -151,7 +151,7 @@ class Snapshot:
                     allow_patterns=[glob.escape(n) for n in left],
                     tqdm_class=_until(stop) if stop else None,
                 )
-                if left := self.missing(left):  # it gives a folder that lacks them where it could not ask
+                if left := self.missing(left):  # it gives a folder that lacks them where the hub could not be reached
                     hf_hub_download(repo, left[0], repo_type=kind, revision=commit)
                     left = self.missing(left)
             except Exception as error:
@@ -174,7 +174,7 @@ class _Stopped(Exception):
 
 
 def _until(stop: threading.Event) -> type[tqdm]:
-    """A bar that is not shown: it is what a download tells of each piece that has arrived, and the one way to end it."""
+    """A hidden progress bar: a download reports each piece to it, and it is the only way to end a download."""
 
     class Until(tqdm):
         def update(self, n: float | None = 1) -> bool | None:
@@ -186,7 +186,7 @@ def _until(stop: threading.Event) -> type[tqdm]:
 
 
 def snapshot(wanted: Wanted) -> Snapshot:
-    """The files of what a revision is now."""
+    """The files of a revision at its present commit."""
     commit, _ = commit_of(wanted)
     return Snapshot(replace(wanted, revision=commit))
 

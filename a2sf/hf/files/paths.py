@@ -1,4 +1,4 @@
-"""What `model.path` may be, and one spelling for each thing that it names."""
+"""What `model.path` may name, with one spelling for each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Source:
 
     Attributes:
         kind: package (a file in an installed package), file, directory or hub.
-        path: how results call it; a local path is absolute.
+        path: its name in results; a local path is absolute.
         revision: branch, tag or commit on the hub; main elsewhere.
         repo, file: on the hub: `owner/name`, and the GGUF file in it ("": a whole checkpoint).
     """

@@ -1,6 +1,6 @@
-"""What went wrong with the hub, in one sentence that says what to do: for models and for documents.
+"""An error of the hub as one sentence that says what to do: for models and for documents.
 
-An error is told by its type, its status and what caused it, never by its first line: libraries wrap one refusal in another.
+An error is recognised by its type, its status and its causes, never by its first line: libraries wrap errors in errors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FIRST_LOOK = "model=smollm2-135m data=bundle"
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the hub was asked for, and by which key of the configuration.
+    """What was requested of the hub, and by which key of the configuration.
 
     Attributes:
         repo: `owner/name`.
@@ -58,18 +58,18 @@ class NotOnHub(HubError):
 
 
 class Unreachable(HubError):
-    """There is no way to the hub, or it does not answer as it should; another time may do."""
+    """The hub cannot be reached, or does not answer as it should; it may work at another time."""
 
 
 def refusal(error: BaseException, wanted: Wanted) -> ConfigError:
-    """The sentence for an error of huggingface_hub, transformers or datasets, or of what they are made of."""
-    for told in chain(error):
-        if isinstance(told, ConfigError):
-            return told
+    """The sentence for an error of huggingface_hub, transformers, datasets or the libraries that they use."""
+    for cause in chain(error):
+        if isinstance(cause, ConfigError):
+            return cause
     value = wanted.value or wanted.repo
     for find in (_refused, _unwritable, _answered, _no_way):
-        for told in chain(error):
-            if (found := find(told, wanted)) is not None:
+        for cause in chain(error):
+            if (found := find(cause, wanted)) is not None:
                 kind, why = found
                 if kind is _Revision:
                     return HubError(wanted.revision_key, wanted.revision, why)
@@ -78,13 +78,13 @@ def refusal(error: BaseException, wanted: Wanted) -> ConfigError:
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """An error, and what it came from."""
+    """An error and its causes."""
     seen: set[int] = set()
-    told: BaseException | None = error
-    while told is not None and id(told) not in seen:
-        seen.add(id(told))
-        yield told
-        told = told.__cause__ or (None if told.__suppress_context__ else told.__context__)
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
 
 
 def cached_repositories(kind: str = "model") -> list[str]:
@@ -106,7 +106,8 @@ def _refused(error: BaseException, wanted: Wanted) -> _Found:
         if get_token():
             return HubError, f"your account has no access to it; ask for it at {wanted.page}, then start again"
         return HubError, (
-            f"its authors want to be asked: ask for access at {wanted.page}, then log in (`hf auth login`, or set HF_TOKEN)"
+            f"its authors grant access on request: ask for access at {wanted.page}, then log in (`hf auth login`, or set "
+            "HF_TOKEN)"
         )
     if isinstance(error, hub.RevisionNotFoundError):
         return _Revision, f"{wanted.repo} has no such branch, tag or commit; {wanted.page}/tree/main lists them"
@@ -161,7 +162,7 @@ def _answered(error: BaseException, wanted: Wanted) -> _Found:
     if status >= 500:
         return Unreachable, f"{host} has a problem of its own ({status}); try again later, what is cached stays"
     if status == 404:
-        return HubError, f"{wanted.repo} does not hold what was asked for ({first_line(error)})"
+        return HubError, f"{wanted.repo} does not have this file ({first_line(error)})"
     return HubError, f"{host} refused it ({status}: {first_line(error)})"
 
 
@@ -178,7 +179,7 @@ def _no_way(error: BaseException, wanted: Wanted) -> _Found:
         return Unreachable, f"the proxy on the way to {host} refuses ({first_line(error)}); check HTTPS_PROXY"
     broke = isinstance(error, OSError) and "Consistency check failed" in str(error)
     if broke or (of_http and name in BROKEN):
-        why = f"the line to {host} broke ({first_line(error)}); start again, the files that arrived whole are kept"
+        why = f"the line to {host} broke ({first_line(error)}); start again, complete files are not downloaded again"
         return Unreachable, why
     if of_http or isinstance(error, ConnectionError | TimeoutError):
         why = (

@@ -1,7 +1,7 @@
-"""A checkpoint's files: which hold the weights, whether they are whole, and whether each of the model's parameters was read.
+"""A checkpoint's files: which hold the weights, whether they are complete, and whether every parameter was read.
 
-safetensors where they are, else PyTorch's pickles through torch's safe loader. Nothing here runs code that comes with a
-file, and no service is asked to convert one.
+safetensors are preferred to PyTorch's pickles, which torch's safe loader reads. Nothing here runs code that comes with a
+file, and no service is used to convert one.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from a2sf.compat.transformers import expected_missing, was_read
 from a2sf.errors import ConfigError, first_line
 from a2sf.hf.files import adapter
 from a2sf.hf.files.refusals import chain
@@ -142,7 +143,7 @@ def identifying(files: Files, path: str) -> list[str]:
     """The names of a local directory's files that could change a number: texts, modelling code, and the weights."""
     there = files.sizes
     names = {n for n in there if _is_text(n) or n.endswith(".py")}
-    with suppress(ConfigError):  # it is told when the model is checked
+    with suppress(ConfigError):  # it is reported when the model is checked
         names.update(find_weights(files, path).all)
     return sorted(n for n in names if n in there)
 
@@ -186,7 +187,7 @@ def unreadable(error: OSError, path: str, file: Path) -> ConfigError:
 
 
 def check_whole(folder: Path, weights: Weights, path: str) -> None:
-    """Refuse files that are empty, cut off or only stand for others, from their beginnings.
+    """Refuse files that are empty, cut off or only pointers, as their beginnings show.
 
     Raises:
         ConfigError: naming the file.
@@ -221,7 +222,7 @@ def read(
     """The model with the weights of a local directory, every parameter read from there.
 
     Args:
-        placement: what `from_pretrained` is told of devices (`device_map`, `offload_folder`); None: all on the CPU.
+        placement: settings of `from_pretrained` about devices (`device_map`, `offload_folder`); None: all on the CPU.
 
     Raises:
         ConfigError: if it cannot be read, or the weights are not those of this model.
@@ -229,7 +230,7 @@ def read(
     check_whole(folder, weights, path)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=code, local_files_only=True)
-        model, told = from_pretrained(
+        model, report = from_pretrained(
             folder,
             auto_class(config) or AutoModelForCausalLM,
             dtype=dtype,
@@ -241,7 +242,7 @@ def read(
         )
     except Exception as error:
         raise ConfigError(KEY, path, _unreadable(error, weights)) from error
-    check_complete(model, told, path, _held(folder, weights) if placement else frozenset())
+    check_complete(model, report, path, _held(folder, weights) if placement else frozenset())
     return model
 
 
@@ -264,10 +265,10 @@ def auto_class(config: Any) -> Any:
 def from_pretrained(
     folder: Path, auto: Any = AutoModelForCausalLM, **settings: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """transformers' own, with what it tells of the weights, for `check_complete`."""
-    # shapes that do not fit are told there, all of them and with their names
-    told = {"ignore_mismatched_sizes": True, "output_loading_info": True}
-    loaded: Any = auto.from_pretrained(folder, **told, **adapter.NOWHERE, **settings)
+    """transformers' own, with its report of what was loaded, for `check_complete`."""
+    # shapes that do not fit are reported there, all of them and with their names
+    reporting = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    loaded: Any = auto.from_pretrained(folder, **reporting, **adapter.NOWHERE, **settings)
     return loaded
 
 
@@ -285,11 +286,12 @@ def _unreadable(error: Exception, weights: Weights) -> str:
 
 
 def check_complete(
-    model: PreTrainedModel, told: Mapping[str, Any], path: str, held: frozenset[str] = frozenset()
+    model: PreTrainedModel, report: Mapping[str, Any], path: str, held: frozenset[str] = frozenset()
 ) -> None:
-    """Refuse weights that are not those of this model, by what transformers tells of having loaded them.
+    """Refuse weights that are not those of this model, by transformers' report of what it loaded.
 
     Args:
+        report: of `from_pretrained`.
         held: names in the files, for parameters that accelerate keeps elsewhere until they are needed.
 
     Raises:
@@ -297,8 +299,8 @@ def check_complete(
             parts of layers that this model does not have.
     """
     name = type(model).__name__
-    absent = sorted({*told["missing_keys"], *_left_out(model, held)})
-    if mismatched := sorted(told["mismatched_keys"]):
+    absent = sorted({*report["missing_keys"], *_left_out(model, held)})
+    if mismatched := sorted(report["mismatched_keys"]):
         shown = [
             f"{key}: {tuple(there)} in the file, {tuple(needed)} in the model" for key, there, needed in mismatched
         ]
@@ -307,10 +309,10 @@ def check_complete(
         )
     if absent:
         why = f"its files lack {len(absent)} of the parameters of {name} ({_some(absent)}), which would be random"
-        if told["unexpected_keys"]:
-            why += f", and hold {_some(sorted(told['unexpected_keys']))} instead"
+        if report["unexpected_keys"]:
+            why += f", and hold {_some(sorted(report['unexpected_keys']))} instead"
         raise ConfigError(KEY, path, f"{why}; config.json and the weights are not of one model, or a file is missing")
-    if foreign := sorted(k for k in told["unexpected_keys"] if _belongs_to_a_layer(model, k)):
+    if foreign := sorted(k for k in report["unexpected_keys"] if _belongs_to_a_layer(model, k)):
         raise ConfigError(
             KEY,
             path,
@@ -321,24 +323,21 @@ def check_complete(
 
 
 def _left_out(model: PreTrainedModel, held: frozenset[str]) -> list[str]:
-    """Parameters that transformers does not tell as missing since the model's class says so, but did not read either."""
-    patterns = model._keys_to_ignore_on_load_missing or ()
+    """Parameters that were not read, and that transformers does not report since the model's class says so."""
+    patterns = expected_missing(model)
     tied = getattr(model, "all_tied_weights_keys", {})
     # transformers marks what it has read, and accelerate replaces what it keeps elsewhere
-    marked = {
-        n: getattr(p, "_is_hf_initialized", False) or (p.device.type == "meta" and n in held)
-        for n, p in model.named_parameters()
-    }
+    marked = {n: was_read(p) or (p.device.type == "meta" and n in held) for n, p in model.named_parameters()}
     if not any(marked.values()):
         return []
     return [n for n, read in marked.items() if not read and n not in tied and any(re.search(p, n) for p in patterns)]
 
 
 def _belongs_to_a_layer(model: PreTrainedModel, key: str) -> bool:
-    """Whether a name that the model does not know lies where it would change what is computed.
+    """Whether a name that the model does not have belongs where it would change what is computed.
 
-    That is: beside the parameters of a module, in a part of a layer that the model's layers lack, or in a layer too many.
-    Heads for other purposes, towers for images and the like lie elsewhere.
+    That is beside the parameters of a module, in a part that the model's layers lack, or in an additional layer. Heads for
+    other purposes, towers for images and the like have names elsewhere.
     """
     parts = key.split(".")
     extra = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0  # for drafting
@@ -359,12 +358,12 @@ def _belongs_to_a_layer(model: PreTrainedModel, key: str) -> bool:
 
 
 def _keep_untied(model: PreTrainedModel) -> None:
-    """Where the config ties two parameters and the file holds two different ones, the file is right: say so in the config.
+    """If the config ties two parameters and the file holds two different ones, the file is right: correct the config.
 
-    Else whoever ties the weights by the config once more, as lm-eval does, would put one in the other's place.
+    Otherwise code that ties the weights by the config again, as lm-eval does, would replace one by the other.
     """
-    asked = model.get_expanded_tied_weights_keys(all_submodels=True)
-    if set(asked) - set(model.all_tied_weights_keys):
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    if set(tied) - set(model.all_tied_weights_keys):
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False
 

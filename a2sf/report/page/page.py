@@ -20,13 +20,13 @@ from a2sf.analysis.comparisons.pairs import Comparison
 from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid
 from a2sf.analysis.results.labels import DASH
 from a2sf.analysis.results.variants import MUST_AGREE
-from a2sf.experiments.runs import asked, finished_cells, is_cell
 from a2sf.report.page.data import chart_data
 from a2sf.report.page.documents import browsable
 from a2sf.report.tables.cells import TIED, header, legend, number, reference_rows
 from a2sf.report.tables.layout import Table
 from a2sf.report.tables.text import TextTable
 from a2sf.report.traced import Groups
+from a2sf.store.runs import asked, finished_cells, is_cell
 
 HERE = Path(__file__).parent
 SCRIPTS = ("charts.js", "documents.js", "report.js")

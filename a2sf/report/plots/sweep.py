@@ -21,7 +21,6 @@ from matplotlib.font_manager import FontProperties
 from a2sf.analysis.comparisons.fidelity import MEASURES, fidelity_frame
 from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, Grid, System
 from a2sf.analysis.statistics.texts import Z
-from a2sf.experiments.names import safe
 from a2sf.report.plots.lines import (
     available_columns,
     chosen_lines,
@@ -32,6 +31,7 @@ from a2sf.report.plots.lines import (
     swept_factors,
 )
 from a2sf.report.plots.style import GREY, MOST, Line, Style, save, spread, styles_of
+from a2sf.store.names import safe
 
 SHOWN = ("agreement", "gold_shift", "margin_shift")
 """Measures of closeness that are drawn."""

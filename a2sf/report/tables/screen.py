@@ -15,11 +15,11 @@ from rich.text import Text
 
 from a2sf.analysis.results.gather import grid_of
 from a2sf.analysis.results.selection import Selection
-from a2sf.experiments.aggregates import Group as TaskGroup
-from a2sf.experiments.runs import StoredCell
 from a2sf.report.tables.cells import Markup, header, legend, reference_rows, texts
 from a2sf.report.tables.layout import Table, build_tables
 from a2sf.report.tables.text import TextTable
+from a2sf.store.aggregates import Group as TaskGroup
+from a2sf.store.runs import StoredCell
 
 GAP = 2
 """Characters between two columns."""

@@ -32,10 +32,11 @@ HALF = {"dtype": "float16"}
 WHY = dict.fromkeys(("tiny", "llama-2-7b", "opt-2.7b"), "no such model here")
 
 
+@pytest.mark.full
 def test_the_small_models_own_reference_is_where_it_is_looked_for():
     from a2sf.commands.reproduce import REFERENCE_SWEEPS
-    from a2sf.experiments.archive import read_archive
     from a2sf.shipped import shipped
+    from a2sf.store.archive import read_archive
 
     assert [len(read_archive(shipped("runs/reference") / name)) for name in REFERENCE_SWEEPS] == [264, 69]
 

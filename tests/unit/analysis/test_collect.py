@@ -14,10 +14,10 @@ from a2sf.analysis.comparisons.ranking import rank
 from a2sf.analysis.results.gather import gather, grid_of
 from a2sf.analysis.results.selection import Selection
 from a2sf.errors import UserError
-from a2sf.experiments.runs import StoredCell, load_sweep, results_frame, write_cell
 from a2sf.report.output import Options, show
 from a2sf.report.tables.cells import legend
 from a2sf.report.tables.layout import build_tables
+from a2sf.store.runs import StoredCell, load_sweep, results_frame, write_cell
 from tests.sweep_fixture import Plan, write_sweep
 
 SMALL = Plan(policies=("full", "h2o", "a2sf"), budgets=(0.2,), documents={"piqa": 30, "arc_easy": 20})
@@ -132,8 +132,12 @@ def test_what_documents_a_sweep_varies_are_rows_of_their_own(tmp_path, several, 
     assert check_shape(grid, {"h2o", "window", "a2sf"})
     columns = results_frame(load_sweep(tmp_path / "s"))
     assert columns.groupby(["data_settings", "split", "fewshot_split"], dropna=False).ngroups == 2
-    if labels[0] != "dir clean":
-        return  # once is enough to draw
+
+
+def test_what_documents_a_sweep_varies_is_drawn(tmp_path):
+    cells = write_sweep(tmp_path / "one", MORE)
+    for name in ("clean", "noisy"):
+        swept(cells, tmp_path / "s", name, {"dir": f"/data/{name}"}, {"content": name})
     shown = show([tmp_path / "s"], Selection(), Options(out=tmp_path / "out"))
     assert any("budget" in f.name for f in shown.files)
 

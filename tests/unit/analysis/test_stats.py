@@ -119,6 +119,7 @@ def test_corrected_test_has_few_false_positives() -> None:
     assert 0 < false / tables <= 0.05
 
 
+@pytest.mark.full
 def test_average_has_few_false_positives() -> None:
     rng = np.random.default_rng(5)
     rounds = 300

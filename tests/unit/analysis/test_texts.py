@@ -20,13 +20,14 @@ from a2sf.analysis.results.selection import Selection
 from a2sf.analysis.statistics.paired import average_difference, bootstrap_means, paired_difference, standard_error
 from a2sf.analysis.statistics.texts import Texts, tail_of
 from a2sf.errors import UserError
-from a2sf.experiments.runs import StoredCell, write_cell
-from a2sf.experiments.until import Until, Watch
 from a2sf.report.output import Options, show
 from a2sf.report.tables.cells import legend
 from a2sf.report.tables.layout import build_tables
 from a2sf.report.tables.summaries import comparison_tables
 from a2sf.report.tables.write import markdown
+from a2sf.store.runs import StoredCell, write_cell
+from a2sf.sweep.early_stopping import Comparisons
+from a2sf.sweep.stopping_rule import StoppingRule
 from tests.sweep_fixture import Plan, write_sweep
 
 OF_FOUR = Texts(np.repeat(np.arange(25), 4))
@@ -39,6 +40,7 @@ def correlated(rng: np.random.Generator, texts: Texts, flips: float, alike: floa
     return np.where(rng.random(len(texts.of)) < alike, of_text, rng.choice([1.0, -1.0, 0.0], len(texts.of), p=shares))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "texts", [Texts(np.repeat(np.arange(40), 5)), Texts(np.repeat(np.arange(30), range(1, 31)) % 29)]
 )
@@ -57,6 +59,7 @@ def test_level_and_coverage_with_correlated_documents(texts: Texts) -> None:
     assert unclustered / rounds > 0.15  # what it would be with documents taken for independent
 
 
+@pytest.mark.full
 def test_level_and_coverage_of_an_average_over_tasks() -> None:
     rng = np.random.default_rng(12)
     rounds, wrong, covered = 250, 0, 0
@@ -248,7 +251,7 @@ def test_stopping_early_sees_whole_texts_and_bounds_the_documents_mean(sizes: li
     truth = np.concatenate(sums).mean()
     missed, runs = 0, 60
     for _ in range(runs):
-        watch = Watch(Until(("a", "b"), confidence=0.8), sizes, [("x", "y")])
+        watch = Comparisons(StoppingRule(("a", "b"), confidence=0.8), sizes, [("x", "y")])
         for i in rng.permutation(len(sizes)):
             watch.see({"x": sums[i] / 2, "y": -sums[i] / 2})
             (told,) = watch.report()

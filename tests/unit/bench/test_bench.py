@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import subprocess
 import time
@@ -36,7 +37,7 @@ def test_one_part_keeps_what_the_others_measured(tmp_path, monkeypatch, capsys):
     before = Figures(file, {"decode_speedup_4k_r20": 1.5}, {"decode": [1]})
     before.save()
     monkeypatch.setattr(
-        kernels, "measure", lambda figures, repeats: figures.ratios.update(loop_over_kernel_T100=float(repeats))
+        kernels, "measure", lambda figures, options: figures.ratios.update(loop_over_kernel_T100=float(options.repeats))
     )
     bench.main(["--only", "kernel", "--repeats", "7", "--out", str(file)])
     after = Figures(file)
@@ -56,7 +57,7 @@ def test_every_target_is_named_once():
 def test_a_gpus_figures_are_not_mixed_with_a_cpus(tmp_path, monkeypatch):
     file = tmp_path / "bench.json"
     file.write_text('{"ratios": {"loop_over_kernel_T100": 3.0}, "device": "NVIDIA H100"}')
-    monkeypatch.setattr(kernels, "measure", lambda figures, repeats: pytest.fail("measured"))
+    monkeypatch.setattr(kernels, "measure", lambda figures, options: pytest.fail("measured"))
     with pytest.raises(ConfigError, match=r"--out=.* was measured on NVIDIA H100, and this is a CPU"):
         bench.main(["--only", "kernel", "--out", str(file)])
     with pytest.raises(ConfigError, match=r"model\.device=cuda:9"):
@@ -101,7 +102,7 @@ def test_start_up_and_a_busy_machine_are_compared_in_turns(tmp_path, monkeypatch
     monkeypatch.setattr(process, "busy", busy)
     monkeypatch.setattr(process, "tiny_model", lambda folder: None)
     figures = Figures(tmp_path / "bench.json")
-    process.measure(figures, 2)
+    process.measure(figures, argparse.Namespace(repeats=2))
     assert figures.ratios == pytest.approx(
         {"start_up_over_imports": 1.25, "processor_time_busy_over_alone": 1.2, "sweep_alone_over_spinning": 0.9}
     )

@@ -1,4 +1,4 @@
-"""`a2sf errors`: what an error by layer is, for any policy, and what the command refuses and writes."""
+"""`a2sf layer-errors`: what an error by layer is, for any policy, and what the command refuses and writes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 
 from a2sf import Budget, attend, make_policy
 from a2sf.calibration.by_layer import check_policies, errors_by_layer
-from a2sf.calibration.capture import Layer, look, projections
-from a2sf.calibration.local import Trial, errors
-from a2sf.commands import errors as command
+from a2sf.calibration.capture import Captured, capture, projections
+from a2sf.calibration.local import HeadAtRatio, errors
+from a2sf.commands import layer_errors as command
 from a2sf.errors import ConfigError
 from a2sf.policies.rule import Head
 from tests.hub.build import write_model
@@ -22,8 +22,8 @@ IDS = [tuple(range(5, 29)), tuple(range(40, 60))]
 
 
 def seen(model, ids):
-    layers: list[Layer] = []
-    look(model, ids, layers.append)
+    layers: list[Captured] = []
+    capture(model, ids, layers.append)
     return layers
 
 
@@ -32,8 +32,8 @@ def test_it_is_what_calibration_measures():
     policy = make_policy("a2sf", forgetting_factor=0.4)
     found = errors_by_layer(model, IDS, [policy], [0.2, 0.5])
     weights = projections(model)
-    trials = [Trial(Head(forgetting_factor=0.4), ratio) for ratio in (0.2, 0.5)]
-    expected = np.mean([[errors(x, weights[x.number], trials)[:, -1] for x in seen(model, ids)] for ids in IDS], axis=0)
+    tried = [HeadAtRatio(Head(forgetting_factor=0.4), ratio) for ratio in (0.2, 0.5)]
+    expected = np.mean([[errors(x, weights[x.number], tried)[:, -1] for x in seen(model, ids)] for ids in IDS], axis=0)
     np.testing.assert_allclose(found[0], expected.T, rtol=1e-4)
 
 

@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from a2sf import Budget, attend, make_policy
 from a2sf.analysis.results.labels import name_settings, shorten_names
 from a2sf.calibration import grid, run
-from a2sf.calibration.allot import allot
-from a2sf.calibration.capture import Layer, look, projections
+from a2sf.calibration.allocate import allocate_budget
+from a2sf.calibration.capture import Captured, capture, projections
 from a2sf.calibration.end_to_end import HeldOut
-from a2sf.calibration.local import Trial, errors
+from a2sf.calibration.local import HeadAtRatio, errors
 from a2sf.calibration.texts import WHEEL, Text, passages, read_text
 from a2sf.commands import calibrate
 from a2sf.errors import ConfigError, UserError
-from a2sf.evaluation.tasks import SUITES
 from a2sf.policies.rule import Head
 from a2sf.shipped import shipped
+from a2sf.tasks.spec import SUITES
 from tests.hub.build import write_model
 from tests.models import small
 
@@ -33,29 +33,29 @@ FEW = (
     grid.PAPER,
     grid.H2O,
     Head(forgetting_factor=0.7, recent_share=0.25),
-    Head(by_age=True, recent_share=0.5, sinks=2),
+    Head(mean_over_age=True, recent_share=0.5, sinks=2),
 )
 
 
 # what is measured
 
 
-def layer(seed: int, tokens: int = 20) -> Layer:
+def layer(seed: int, tokens: int = 20) -> Captured:
     g = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(1, n, tokens, 8, generator=g) for n in (4, 2, 2))
     full = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return Layer(0, q, k, v, 8**-0.5, full)
+    return Captured(0, q, k, v, 8**-0.5, full)
 
 
 def test_an_error_is_that_of_the_policy_after_the_projection():
     """The oracle: each policy by itself, its output projected whole."""
     seen, projection = layer(0), torch.randn(32, 12, generator=torch.Generator().manual_seed(1))
     ratios = (0.2, 0.55)
-    found = errors(seen, projection, [Trial(head, ratio) for head in FEW for ratio in ratios])
+    found = errors(seen, projection, [HeadAtRatio(head, ratio) for head in FEW for ratio in ratios])
     own = (seen.output[0].transpose(0, 1).flatten(1) @ projection).square().sum()
     for at, (head, ratio) in enumerate((h, r) for h in FEW for r in ratios):
         settings_ = {"recent_share": head.recent_share, "sinks": head.sinks}
-        name = "mean_attention" if head.by_age else "a2sf"
+        name = "mean_attention" if head.mean_over_age else "a2sf"
         policy = make_policy(name, forgetting_factor=head.forgetting_factor, **settings_)
         budget = Budget(ratio=ratio).slots(total=20, context=20, layer=0)
         output, _ = attend(policy, seen.query, seen.key, seen.value, budget=budget, backend="reference")
@@ -68,13 +68,13 @@ def test_an_error_is_that_of_the_policy_after_the_projection():
             alone[2 * kv : 2 * kv + 2] = lost[2 * kv : 2 * kv + 2]
             expected = float((alone.transpose(0, 1).flatten(1) @ projection).square().sum() / own)
             assert found[at, kv] == pytest.approx(expected, rel=1e-4)
-    assert errors(seen, projection, [Trial(FEW[0], 1.0)]).max() < 1e-10
+    assert errors(seen, projection, [HeadAtRatio(FEW[0], 1.0)]).max() < 1e-10
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "gpt_neox"])
 def test_every_layer_is_seen_and_its_projection_found(kind):
     model, seen = small(kind), []
-    logits = look(model, range(5, 25), seen.append, last=3)
+    logits = capture(model, range(5, 25), seen.append, last=3)
     with torch.inference_mode():
         torch.testing.assert_close(logits, model(torch.arange(5, 25)[None]).logits[0, -3:], atol=1e-4, rtol=1e-3)
     assert [x.number for x in seen] == sorted(projections(model))
@@ -108,7 +108,7 @@ def test_slots_go_to_whom_they_help_most(data, n):
     multiples = (0.25, 0.5, 1.0, 1.5, 3.0)
     numbers = st.lists(st.floats(0, 5), min_size=5, max_size=5)
     curves = np.array([data.draw(numbers) for _ in range(n)])
-    shares = allot(curves, multiples)
+    shares = allocate_budget(curves, multiples)
     assert shares.mean() == pytest.approx(1)
     assert shares.min() >= 0.25 - 1e-9
     assert shares.max() <= 3 + 1e-9
@@ -117,7 +117,7 @@ def test_slots_go_to_whom_they_help_most(data, n):
 def test_slots_of_two_against_all_ways_to_share_them():
     multiples = np.array([0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75])
     curves = np.array([2.0 / multiples, 0.1 / multiples])
-    a, b = allot(curves, multiples)
+    a, b = allocate_budget(curves, multiples)
 
     def total(a: float) -> float:
         return sum(np.interp(x, multiples, c) for x, c in zip((a, 2 - a), curves, strict=True))
@@ -125,9 +125,9 @@ def test_slots_of_two_against_all_ways_to_share_them():
     best = min(total(x) for x in np.arange(0.25, 1.7501, 0.05))
     assert total(a) == pytest.approx(best)
     assert a > 1.4 > 0.6 > b
-    np.testing.assert_allclose(allot(np.ones((3, 7)), multiples).mean(), 1)
+    np.testing.assert_allclose(allocate_budget(np.ones((3, 7)), multiples).mean(), 1)
     with pytest.raises(ValueError, match="ascend around 1"):
-        allot(curves, multiples[::-1])
+        allocate_budget(curves, multiples[::-1])
 
 
 # texts
@@ -195,7 +195,7 @@ def test_the_command_writes_a_policy_and_goes_on_where_it_stopped(model, tmp_pat
         calibrated(model, *arguments)
     monkeypatch.setattr(HeldOut, "change", real)
     seen = []
-    monkeypatch.setattr(run, "look", lambda *given: seen.append(1) or look(*given))
+    monkeypatch.setattr(run, "capture", lambda *given: seen.append(1) or capture(*given))
     calibrated(model, *arguments)
     stopped, went_on = Path("mine.yaml").read_text(), len(seen)
     calibrated(model, *arguments)
@@ -206,10 +206,10 @@ def test_the_command_writes_a_policy_and_goes_on_where_it_stopped(model, tmp_pat
     assert made["made"]["text"] == {"source": "text.txt", "digest": read_text(text).digest}
     assert made["made"]["budgets"] == [0.2, 0.3]
     assert made["made"]["change"] == min(t["change"] for t in made["made"]["tried"])
-    assert [t["name"] for t in made["made"]["tried"][:2]] == [f"all layers: {grid.named(h)}" for h in FEW[:2]]
+    assert [t["name"] for t in made["made"]["tried"][:2]] == [f"all layers: {grid.describe(h)}" for h in FEW[:2]]
     policy = make_policy("calibrated", file="mine.yaml")
     policy.check(3, 2)
-    assert sum(policy.of_layer(10, i, 3) for i in range(3)) == 30
+    assert sum(policy.layer_budget(10, i, 3) for i in range(3)) == 30
     rows = list(csv.DictReader(Path("mine.errors.csv").read_text().splitlines()))
     assert len(rows) == 3 * 2 * 4 * 3
     assert "Score it with: a2sf run policy=calibrated policy.file=mine.yaml" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import torch
 
 from a2sf import make_policy
 from a2sf.calibration import retrieval
-from a2sf.calibration.capture import Layer
+from a2sf.calibration.capture import Captured
 from a2sf.calibration.retrieval import Needle
 from a2sf.commands import heads
 from a2sf.errors import UserError
@@ -22,7 +22,7 @@ IDS = (9, 5, 6, 7, 1, 2, 5, 6, 7)
 NEEDLE = Needle(IDS, (1, 2, 3), (6, 7, 8))
 
 
-def looking_at(places: list[int]) -> Layer:
+def looking_at(places: list[int]) -> Captured:
     """A layer of two query heads and one KV head: as each token of the answer is due, head 0 looks at its place of these."""
     T = len(IDS)
     key = torch.eye(T)[None, None]
@@ -31,7 +31,7 @@ def looking_at(places: list[int]) -> Layer:
         query[0, 0, asked - 1, place] = 5.0
     query[0, 1] = -torch.eye(T)[torch.arange(T)]  # head 1 looks anywhere but at itself
     value = torch.zeros(1, 1, T, T)
-    return Layer(0, query, key, value, 1.0, torch.zeros(1, 2, T, T))
+    return Captured(0, query, key, value, 1.0, torch.zeros(1, 2, T, T))
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from a2sf.engine.kernels.cpu import SlotCache, attend_cpu
-from a2sf.engine.levels import empty_state
-from a2sf.engine.state import Options, Segments
+from a2sf.engine.retention import BatchRetention
+from a2sf.engine.state import EvictionState, Options, Segments
+from a2sf.policies.base import Retention
 from a2sf.policies.rule import Rule
 
 B, H, K, T, D, V = 2, 4, 2, 6, 8, 12
 Q, KEY, VALUE = torch.randn(B, H, T, D), torch.randn(B, K, T, D), torch.randn(B, K, T, V)
 OPTIONS = Options(0.3)
-RULE = {"budget": 5, "recent": 1, "forgetting_factor": 0.5}
+RULE = BatchRetention.of([Retention(budget=5, recent=1, forgetting_factor=0.5)] * B)
 
 
 def segments(**change: list[int]) -> Segments:
@@ -70,7 +71,7 @@ def test_tensors_that_do_not_fit_together(query, key, value):
     with pytest.raises(ValueError, match="do not fit together"):
         attend_cpu(query, key, value, segments(), OPTIONS)
     with pytest.raises(ValueError, match=r"do not fit together|not of this cache"):
-        SlotCache(B, K, H // K, 5, D, V).attend(query, key, value, **RULE)
+        SlotCache(B, K, H // K, 5, D, V).attend(query, key, value, RULE)
 
 
 def test_tokens_of_another_cache():
@@ -84,8 +85,8 @@ def test_tokens_of_another_cache():
         (Q, KEY, torch.cat([VALUE, VALUE], 3)),
     ):
         with pytest.raises(ValueError, match="are not of this cache: 2 rows, 2 KV heads for 2 query heads each"):
-            cache.attend(query, key, value, **RULE)
-    cache.attend(Q, KEY, VALUE, **RULE)
+            cache.attend(query, key, value, RULE)
+    cache.attend(Q, KEY, VALUE, RULE)
     assert cache.seen.tolist() == [T, T]
 
 
@@ -94,14 +95,14 @@ def test_lengths_beyond_the_tokens(lengths):
     """As in a pass that a failed call left behind."""
     cache = SlotCache(B, K, H // K, 5, D, V)
     with pytest.raises(ValueError, match=r"not among the 6|broadcast"):
-        cache.attend(Q, KEY, VALUE, **RULE, lengths=torch.tensor(lengths))
+        cache.attend(Q, KEY, VALUE, RULE, lengths=torch.tensor(lengths))
     with pytest.raises(ValueError, match="less than one"):
-        cache.attend(Q, KEY, VALUE, **(RULE | {"budget": torch.tensor([5, 0])}))
+        cache.attend(Q, KEY, VALUE, replace(RULE, budget=torch.tensor([5, 0])))
     assert cache.seen.tolist() == [0, 0]
 
 
 def test_states_of_another_shape():
-    state = empty_state(KEY, VALUE, Rule())
+    state = EvictionState.empty(KEY, VALUE)
     state = attend_cpu(Q, KEY, VALUE, segments(), replace(OPTIONS, return_state=True), state).state
     assert state is not None
     others = [

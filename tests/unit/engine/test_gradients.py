@@ -8,10 +8,10 @@ from torch import Tensor
 
 from a2sf import A2SF, Budget, attend, evicting_attention, pruning
 from a2sf.errors import ConfigError, UserError
-from a2sf.hf.generation import PrunedCache
+from a2sf.hf.cache.pruned import PrunedCache
 from a2sf.policies.schedule import schedule_for
 from tests.models import small
-from tests.policies import cases, label
+from tests.policies import cases, label, tiered
 
 IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(0))
 
@@ -29,7 +29,10 @@ def run(policy, schedule, query, key, value, state=None):
     return attend(policy, query, key, value, budget=budget, **more)
 
 
-@pytest.mark.parametrize(("policy", "schedule"), {(p.name, label(s)): (p, s) for p, s in cases()}.values(), ids=label)
+EACH = {(p.name, label(s)): (p, s) for p, s in cases()}.values()
+
+
+@pytest.mark.parametrize(("policy", "schedule"), tiered(EACH), ids=label)
 def test_the_reference_has_gradients(policy, schedule):
     """The same as finite differences, which hold what is kept fixed as well: it changes in steps."""
     assert torch.autograd.gradcheck(lambda q, k, v: run(policy, schedule, q, k, v)[0], given(), fast_mode=True)

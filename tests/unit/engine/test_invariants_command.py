@@ -1,4 +1,4 @@
-"""`a2sf check`: every policy holds the invariants, and a broken one is told which it breaks."""
+"""`a2sf check`: every policy holds the invariants, and a broken one is reported with the invariant."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import torch
 from a2sf import Policy, Retention, Schedule, Step
 from a2sf.commands import check as command
 from a2sf.engine import stepwise
-from a2sf.engine.cases import case
 from a2sf.engine.invariants import INVARIANTS, Broken, Excepted, check
-from a2sf.engine.opposite import chooses
+from a2sf.engine.invariants.cases import case
+from a2sf.engine.invariants.opposite import chooses
 from a2sf.errors import ConfigError, UserError
 from a2sf.policies.find import find_policies
 from tests.outside import policy
 from tests.policies import Divided, Looked, label
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TooMany(Policy):
     name: ClassVar[str] = "too_many"
     label: ClassVar[str] = "One too many"
@@ -32,7 +32,7 @@ class TooMany(Policy):
         return Retention(budget=budget + 1)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ByBudget(Policy):
     name: ClassVar[str] = "by_budget"
     label: ClassVar[str] = "A factor that follows the budget"
@@ -41,7 +41,7 @@ class ByBudget(Policy):
         return Retention(budget=budget, forgetting_factor=1 / budget)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Dice(Policy):
     name: ClassVar[str] = "dice"
     label: ClassVar[str] = "Other numbers each time"
@@ -50,7 +50,7 @@ class Dice(Policy):
         return Retention(budget=budget, forgetting_factor=random.random())
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Opaque(Policy):
     name: ClassVar[str] = "opaque"
     label: ClassVar[str] = "A setting that is no data"
@@ -61,7 +61,7 @@ class Opaque(Policy):
         return Retention(budget=budget)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Greedy(Policy):
     name: ClassVar[str] = "greedy"
     label: ClassVar[str] = "Protects more than it may keep"
@@ -70,7 +70,7 @@ class Greedy(Policy):
         return Retention(budget=budget, recent=5)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Least(Policy):
     name: ClassVar[str] = "least"
     label: ClassVar[str] = "Never keeps all"
@@ -79,7 +79,7 @@ class Least(Policy):
         return Retention(budget=min(budget, 4))
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Own(Policy):
     """An own rule that is right; those below break it."""
 
@@ -141,7 +141,7 @@ class Indifferent(Own):
         return torch.zeros_like(step.scores)
 
 
-NEGATED = "a rule that is negated keeps something else"
+NEGATED = "a negated rule retains other tokens"
 
 
 @pytest.mark.parametrize("made", [Divided(), Divided(scored=False), Looked()], ids=label)
@@ -156,7 +156,7 @@ def test_a_rule_that_is_not_looked_at_is_found(made, then, monkeypatch):
         return real(numbers, step.scores, step, free)
 
     monkeypatch.setattr(stepwise, "smallest_of_all_heads", by_attention)
-    with pytest.raises(Broken, match="the opposite rule keeps the same tokens"):
+    with pytest.raises(Broken, match="the opposite rule retains the same tokens"):
         INVARIANTS[NEGATED](tried)
 
 
@@ -169,11 +169,17 @@ def test_a_rule_without_a_choice_is_no_rule_that_is_ignored():
         INVARIANTS[NEGATED](case(Indifferent(), Schedule(), 0))
 
 
-def broken(policy: Policy) -> dict[str, str]:
-    return {f.name[:1].strip() or "0": f.broken for f in check(policy) if f.broken}
+def broken(policy: Policy, which: str) -> str | None:
+    """Where the first invariant whose name begins so does not hold."""
+    return next((f.broken for f in check(policy) if f.broken and f.name.startswith(which)), None)
 
 
-@pytest.mark.parametrize("name", find_policies())
+ONE_OF_EACH = {cls.schedules: name for name, cls in find_policies().items()}.values()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ONE_OF_EACH else pytest.mark.full) for n in find_policies()]
+)
 def test_every_policy_holds_every_invariant_under_each_schedule_that_it_knows(name):
     policy = find_policies()[name]()
     findings = list(check(policy, seeds=1))
@@ -189,22 +195,22 @@ def test_every_policy_holds_every_invariant_under_each_schedule_that_it_knows(na
     [
         (TooMany(), "7", "it may hold"),
         (ByBudget(), "6", "differ in their scores"),
-        (Dice(), "i", "other numbers when it is asked again"),
+        (Dice(), "i", "other numbers when it is called again"),
         (Opaque(), "i", "neither number, text, list"),
         (Greedy(), "7", r"it raised ValueError: recent \(5\)"),
         (Least(), "1", "is not full attention"),
         (OfTheBatch(), "3", "a row of"),
-        (Drawn(), "i", "other tokens are kept when the same sequence is read again"),
-        (Counting(), "i", "other tokens are kept when"),
-        (ByColumn(), "t", "differs from the reference|keeps another state"),
+        (Drawn(), "i", "other tokens are retained when the same sequence is read again"),
+        (Counting(), "i", "other tokens are retained when"),
+        (ByColumn(), "t", "differs from the reference|ends in another state"),
         (WrongShape(), "i", r"it raised UserError: WrongShape.priorities returns priorities of shape"),
     ],
     ids=lambda x: getattr(x, "name", ""),
 )
 def test_a_broken_policy_is_told_what_it_breaks(made, which, told):
-    found = broken(made)
-    assert which in found
-    assert re.search(told, found[which])
+    found = broken(made, which)
+    assert found
+    assert re.search(told, found)
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
@@ -223,7 +229,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     command.main(["future", "--trials", "1"])
     said = capsys.readouterr().out
     assert said.count("holds") == len(INVARIANTS) - 2
-    assert "it is not causal, and says so" in said
+    assert "it is not causal, as it states" in said
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from a2sf import evicting_attention
 from a2sf.engine.state import Attended
 from a2sf.engine.trace import Trace, attention_mass, load, overlap, save, steps_of
+from a2sf.errors import Notice
 from a2sf.report.traced import picture
 
 # a budget of 2: one layer, two KV heads; the first head drops the oldest, the second always drops the newest but one
@@ -25,9 +26,9 @@ def trace(gone: np.ndarray = GONE) -> Trace:
 
 def test_kept_positions_at_every_step():
     kept = trace()
-    assert [np.flatnonzero(kept.kept(t)[0, 0]).tolist() for t in range(5)] == [[0], [0, 1], [1, 2], [2, 3], [3, 4]]
-    assert [np.flatnonzero(kept.kept(t)[0, 1]).tolist() for t in range(5)] == [[0], [0, 1], [0, 2], [0, 3], [0, 4]]
-    assert np.array_equal(kept.kept(), kept.kept(4))
+    assert [np.flatnonzero(kept.retained(t)[0, 0]).tolist() for t in range(5)] == [[0], [0, 1], [1, 2], [2, 3], [3, 4]]
+    assert [np.flatnonzero(kept.retained(t)[0, 1]).tolist() for t in range(5)] == [[0], [0, 1], [0, 2], [0, 3], [0, 4]]
+    assert np.array_equal(kept.retained(), kept.retained(4))
 
 
 def test_ages_of_what_was_evicted():
@@ -85,14 +86,15 @@ def test_a_file_gives_back_what_was_written(tmp_path):
     save(tmp_path / "t.npz", [trace(), small])
     first, second = load(tmp_path / "t.npz")
     assert (first.document, first.pieces, first.context) == (3, PIECES, 4)
-    for name, expected in (("gone", GONE), ("received", RECEIVED), ("lost", LOST)):
+    for name, expected in (("evicted_at", GONE), ("received", RECEIVED), ("lost", LOST)):
         assert np.array_equal(getattr(first, name), expected)
-    assert (second.document, second.pieces, second.gone.shape) == (7, ("é", "x"), (2, 1, 2))
+    assert (second.document, second.pieces, second.evicted_at.shape) == (7, ("é", "x"), (2, 1, 2))
 
 
-def test_a_file_of_before_cuts_were_traced_is_read(tmp_path):
+@pytest.mark.parametrize("first", [{"evicted_3": EVICTED}, {"gone_3": GONE}])
+def test_files_of_earlier_versions_are_read(tmp_path, first):
     arrays = {
-        "evicted_3": EVICTED,
+        **first,
         "received_3": RECEIVED,
         "lost_3": LOST,
         "pieces_3": np.array(PIECES),
@@ -100,7 +102,14 @@ def test_a_file_of_before_cuts_were_traced_is_read(tmp_path):
     }
     np.savez_compressed(tmp_path / "old.npz", documents=np.array([3]), **arrays)
     (old,) = load(tmp_path / "old.npz")
-    assert np.array_equal(old.gone, GONE)
+    assert np.array_equal(old.evicted_at, GONE)
+
+
+def test_earlier_names_go_on_working():
+    with pytest.warns(Notice, match="retained"):
+        assert np.array_equal(trace().kept(2), trace().retained(2))
+    with pytest.warns(Notice, match="evicted_at"):
+        assert np.array_equal(trace().gone, GONE)
 
 
 def test_several_evictions_of_one_step():
@@ -111,7 +120,7 @@ def test_several_evictions_of_one_step():
     gone = steps_of(Attended(torch.empty(0), None, evicted, cuts))
     assert gone.tolist() == [[[3, 3, 3, 5, 5], [5, 5, 3, 5, 5]]]
     cut = Trace(3, PIECES, 4, gone.numpy(), RECEIVED, LOST)
-    assert np.flatnonzero(cut.kept(3)[0, 0]).tolist() == [3]
+    assert np.flatnonzero(cut.retained(3)[0, 0]).tolist() == [3]
     assert cut.ages(0).tolist() == [3, 2, 1, 1]
     assert cut.masses(0).tolist() == [0.5, 1.5, 1.0, 1.0]
 

@@ -14,15 +14,15 @@ from transformers.utils import find_adapter_config_file
 
 from a2sf.app import _job
 from a2sf.errors import ConfigError
-from a2sf.experiments.names import distinct
-from a2sf.experiments.prepare import models
-from a2sf.experiments.runs import StoredCell
 from a2sf.hf import loading
 from a2sf.hf.files import adapter, hub
 from a2sf.hf.loading import ModelSpec, load, prepare
+from a2sf.store.names import distinct
+from a2sf.store.runs import StoredCell
+from a2sf.sweep.prepare import models
 from tests.hub.build import write_model
-from tests.unit.experiments.test_config import _hydra, sentence, settings  # noqa: F401 (a fixture)
-from tests.unit.experiments.test_sweep import cell
+from tests.unit.sweep.test_config import _hydra, sentence, settings  # noqa: F401 (a fixture)
+from tests.unit.sweep.test_sweep import cell
 
 IDS = torch.tensor([[5, 6, 7, 8, 900, 12]])
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -191,7 +191,7 @@ def test_one_of_another_model_is_refused(base, tmp_path):
 
 def test_a_cell_is_computed_with_it_also_through_lm_eval(base, tmp_path):
     pytest.importorskip("peft")
-    from a2sf.evaluation.pretrained import load_pretrained
+    from a2sf.scoring.pretrained import load_pretrained
 
     lora = make_lora(base, tmp_path / "lora")
     loaded, left = load_pretrained(str(base), {"peft": str(lora), "device": "cpu", "dtype": "float32"})

@@ -19,7 +19,7 @@ from torch import nn
 from a2sf import A2SF, Budget
 from a2sf.errors import Notice, UserError
 from a2sf.hf.attention import UnsupportedModel
-from a2sf.hf.generation import PrunedCache
+from a2sf.hf.cache.pruned import PrunedCache
 from a2sf.hf.scope import pruning
 from tests.models import small
 
@@ -223,7 +223,7 @@ def test_a_refusal_changes_nothing_and_is_not_remembered():
     with pytest.raises(UnsupportedModel, match="LlamaModel gives no logits"), pruning(model.model, A2SF(), BUDGET):
         pass
     hook = model.model.layers[0].register_forward_hook(stop(RuntimeError))
-    with pytest.raises(UnsupportedModel, match="fails when it is tried"):
+    with pytest.raises(UnsupportedModel, match="fails on a few tokens"):
         PrunedCache(model, A2SF(), BUDGET)
     hook.remove()
     model.train()
@@ -245,7 +245,7 @@ def test_a_cache_that_would_stay_empty_is_refused():
     with torch.no_grad(), pruning(model, A2SF(), BUDGET):
         cache = DynamicCache(config=model.config)
         model(IDS[:, :12], cache=cache)
-        with pytest.raises(UserError, match="go on with the output's cache"):
+        with pytest.raises(UserError, match="continue with the output's cache"):
             model(IDS[:, 12:], cache=cache)
         output = model(IDS[:, :12], cache=DynamicCache(config=model.config))
         assert output.cache.get_seq_length() == 12

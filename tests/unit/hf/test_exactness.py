@@ -11,9 +11,9 @@ from transformers.masking_utils import sdpa_mask
 from a2sf import A2SF, Budget
 from a2sf.hf import exactness
 from a2sf.hf.attention import Plan, UnsupportedModel, attached, running
-from a2sf.hf.calls import logits_at
+from a2sf.hf.cache.pruned import PrunedCache
+from a2sf.hf.calls.logits import logits_at
 from a2sf.hf.exactness import check_exact, require_exact
-from a2sf.hf.generation import PrunedCache
 from a2sf.hf.scope import pruning
 from a2sf.policies.base import Retention
 from tests.architectures import EXPERTS, QWEN_EXPERTS
@@ -124,13 +124,13 @@ def test_a_mask_of_the_models_own_is_refused():
         mask = torch.ones(20, 20, dtype=torch.bool).tril(-2).logical_or(torch.eye(20, dtype=torch.bool))[None, None]
         layer.self_attn.forward = lambda *a, _own=own, _m=mask, **k: _own(*a, **{**k, "attention_mask": _m})
     with pytest.raises(UnsupportedModel, match="mask of its own"):
-        exactness.try_layers(model, IDS[:1])
+        exactness.compare_layers(model, IDS[:1])
 
 
 def test_a_model_that_fails_is_refused_in_one_sentence():
     model = small("llama")
     model.model.norm.forward = lambda x: x[..., :3]
-    with pytest.raises(UnsupportedModel, match=r"fails when it is tried on a few tokens \(RuntimeError: ") as told:
+    with pytest.raises(UnsupportedModel, match=r"fails on a few tokens \(RuntimeError: ") as told:
         check_exact(model)
     assert "\n" not in str(told.value)
 

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from a2sf import A2SF, Budget, Schedule
 from a2sf.errors import ConfigError, UserError
 from a2sf.hf.attention import NonFiniteError, UnsupportedModel
-from a2sf.hf.generation import PrunedCache
+from a2sf.hf.cache.pruned import PrunedCache
 from a2sf.hf.scope import pruning
 from baselines.adakv import AdaKV
 from baselines.full import Full
@@ -185,8 +185,8 @@ def test_budgets_by_tokens_and_by_shares_of_prompt_and_text():
         ({"policy": A2SF(), "budget": Budget(tokens=[4, 5])}, "one entry per layer"),
         ({"policy": A2SF(forgetting_factor=[0.1, 0.2]), "budget": Budget(tokens=4)}, "one factor per layer"),
         ({"policy": Future(), "budget": Budget(tokens=4)}, "future is not allowed: it looks at later tokens"),
-        ({"policy": SnapKV(), "budget": Budget(tokens=4), "schedule": Schedule()}, "snapkv knows prompt alone"),
-        ({"policy": Future(), "budget": Budget(tokens=9), "schedule": Schedule("every")}, "future knows step"),
+        ({"policy": SnapKV(), "budget": Budget(tokens=4), "schedule": Schedule()}, "snapkv supports only prompt"),
+        ({"policy": Future(), "budget": Budget(tokens=9), "schedule": Schedule("every")}, "future supports only step"),
         ({"policy": Heads(heads=[[0, 2]]), "budget": Budget(tokens=4)}, "3 layers of 2 key/value heads"),
         ({"policy": A2SF(), "budget": Budget(tokens=4), "context_tokens": 0}, "at least 1 token"),
         ({"policy": A2SF(), "budget": Budget(tokens=4), "context_tokens": []}, "at least 1 token"),
@@ -260,9 +260,9 @@ def test_where_a_prompt_ends_is_asked_for_where_it_is_not_known():
         with torch.no_grad(), pytest.raises(UserError, match=why):
             model(ids, cache=cache, **more)
     with pruning(model, A2SF(), Budget(tokens=4), schedule=Schedule("prompt")):
-        with pytest.raises(UserError, match="does not tell where its prompt ends"):
+        with pytest.raises(UserError, match="does not show where its prompt ends"):
             model(IDS, use_cache=False)
-        with pytest.raises(UserError, match="does not tell where its prompt ends"):
+        with pytest.raises(UserError, match="does not show where its prompt ends"):
             model.generate(IDS, max_new_tokens=3, use_cache=False)
 
 

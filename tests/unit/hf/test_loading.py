@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from a2sf.errors import ConfigError
-from a2sf.hf import loading
 from a2sf.hf.files import hub
 from a2sf.hf.loading import ModelSpec, fingerprint, load, load_tokenizer, prepare, sizes_of, tokenizer_here
 from tests.architectures import SUPPORTED
@@ -180,7 +180,7 @@ def test_what_lies_beside_the_decoder_is_no_fault(checkpoint):
 
 def test_two_different_matrices_are_not_tied_by_a_config_that_says_so(checkpoint):
     """transformers reads both; lm-eval ties them once more by the config, which would put one in the other's place."""
-    from a2sf.evaluation.lm import PrunedLM
+    from a2sf.scoring.lm import PrunedLM
 
     folder = checkpoint(tie_word_embeddings=True)
     head = load_file(folder / "model.safetensors")["lm_head.weight"]
@@ -375,8 +375,8 @@ def write_gguf(file: Path, *leave_out: str) -> Path:
 def test_a_grid_reads_the_sizes_of_a_gguf_file_once_and_again_when_it_changes(tmp_path, monkeypatch):
     """Each cell with numbers per layer asks; a real vocabulary takes seconds."""
     file = write_gguf(tmp_path / "model.gguf")
-    read, real = [], loading.AutoConfig.from_pretrained
-    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda *a, **k: read.append(a) or real(*a, **k))
+    read, real = [], AutoConfig.from_pretrained
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *a, **k: read.append(a) or real(*a, **k))
     assert [sizes_of(spec(file)) for _ in range(3)] == [sizes_of(spec(file))] * 3
     assert len(read) == 1
     os.utime(file, ns=(1, 1))
@@ -399,11 +399,11 @@ def test_lm_eval_loads_a_model_by_name_with_the_same_checks(checkpoint, bundle):
     import lm_eval
 
     import a2sf.lm  # noqa: F401
-    from a2sf.evaluation import tasks
-    from a2sf.evaluation.lm import PrunedLM
+    from a2sf.scoring.lm import PrunedLM
+    from a2sf.tasks import spec as tasks
 
     folder = checkpoint("opt")
-    task = tasks.build("copa", bundle, shots=0, seed=0)
+    task = tasks.TaskSpec("copa", bundle).build(0)
     # as the README has it, on a machine that may have no GPU: lm-eval's own default is cuda
     told = lm_eval.simple_evaluate(
         "a2sf", model_args=f"pretrained={folder}/,policy=h2o,budget_ratio=0.5", tasks=[task], limit=2, bootstrap_iters=0
@@ -427,7 +427,7 @@ def test_lm_eval_loads_a_model_by_name_with_the_same_checks(checkpoint, bundle):
 
 
 def test_lm_eval_refuses_what_the_sweeps_refuse(checkpoint):
-    from a2sf.evaluation.lm import PrunedLM
+    from a2sf.scoring.lm import PrunedLM
 
     folder = checkpoint(tensors=without_a_layer)
     with pytest.raises(ConfigError, match="lack 9 of the parameters"):
@@ -460,7 +460,7 @@ def test_a_tokenizer_that_is_here_is_read_and_none_is_fetched_or_converted(sourc
     monkeypatch.setenv("A2SF_CACHE", str(tmp_path / "cache"))
     for asks in ("_ask", "commit_of", "snapshot_download"):
         monkeypatch.setattr(hub, asks, lambda *_, asks=asks, **__: pytest.fail(asks))
-    monkeypatch.setattr(loading.gguf, "converted", lambda *_: pytest.fail("converted"))
+    monkeypatch.setattr("a2sf.hf.files.gguf.converted", lambda *_: pytest.fail("converted"))
     monkeypatch.setattr(hub, "_cache", lambda _: tmp_path / "hub")
     assert tokenizer_here(ModelSpec(SMOLLM2)) is None
     for path in ("org/name", "org/name/x.gguf"):

@@ -8,9 +8,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.masking_utils import blockwise_overlay, causal_mask_function, or_masks
 
 from a2sf import A2SF, Budget
-from a2sf.hf import masks
-from a2sf.hf.attention import UnsupportedModel
-from a2sf.hf.generation import PrunedCache
+from a2sf.hf.attention import UnsupportedModel, masks
+from a2sf.hf.cache.pruned import PrunedCache
 from a2sf.hf.scope import pruning
 from tests.models import COMMON, CONFIGS, enlarge, small
 

@@ -11,15 +11,15 @@ from filelock import FileLock
 from rich.console import Console
 
 from a2sf.errors import ConfigError, UserError
-from a2sf.experiments import sweep
-from a2sf.experiments.prepare import models
 from a2sf.hf.files import cache, gguf
 from a2sf.hf.loading import ModelSpec, fingerprint, load, prepare
+from a2sf.sweep import runner as sweep
+from a2sf.sweep.prepare import models
 from tests.hub.build import write_model
 from tests.strangers import another_user, shared_folder
-from tests.unit.experiments.test_config import _hydra, settings  # noqa: F401 (a fixture)
-from tests.unit.experiments.test_sweep import cell, run, runner  # noqa: F401 (a fixture)
 from tests.unit.hf.test_loading import write_gguf
+from tests.unit.sweep.test_config import _hydra, settings  # noqa: F401 (a fixture)
+from tests.unit.sweep.test_sweep import cell, run, runner  # noqa: F401 (a fixture)
 
 
 def spec(path: Path) -> ModelSpec:

@@ -94,10 +94,10 @@ def test_what_does_not_fit_is_refused():
     for other, why in (
         (PrunedCache(model, H2O(), TOKENS), "the policy of a stored cache is A2SF"),
         (PrunedCache(model, A2SF(forgetting_factor=0.9), TOKENS), "the policy of a stored cache is A2SF"),
-        (PrunedCache(model, A2SF(), Budget(tokens=7)), r"keeps \[6\] tokens and this one \[7\]"),
+        (PrunedCache(model, A2SF(), Budget(tokens=7)), r"retains \[6\] tokens and this one \[7\]"),
         (PrunedCache(model, A2SF(), TOKENS, schedule="prompt"), "the schedule of a stored cache is step"),
         (PrunedCache(another, A2SF(), TOKENS), "the model of a stored cache is"),
-        (PrunedCache(model, A2SF(), TOKENS, trace=True), "keeps a trace"),
+        (PrunedCache(model, A2SF(), TOKENS, trace=True), "records a trace"),
     ):
         with pytest.raises(UserError, match=why):
             other.load(stored)

@@ -30,7 +30,7 @@ def test_policies():
     assert policy_of("tova") == policy_of(TOVA) == policy_of("baselines.tova:TOVA") == TOVA()
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Demanding(Policy):
     name: ClassVar[str] = "demanding"
     label: ClassVar[str] = "Demanding"

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from a2sf import Budget, Schedule, attend, evicting_attention, make_policy
 from a2sf.engine.invariants import INVARIANTS, SCHEDULES, case
 from a2sf.errors import ConfigError
-from a2sf.evaluation.untouched import held, untouched
 from a2sf.policies.base import Retention
 from a2sf.policies.rule import Head, Rule
-from a2sf.policies.slots import head_slots, shared_out
+from a2sf.policies.slots import apportion, head_slots
+from a2sf.scoring.passes.full_cache_prefix import cached_tokens, full_cache_prefix
 
 HEADS = [
-    {"forgetting_factor": 0.5, "recent_share": 0.5, "sinks": 1, "by_age": False, "share": 1.4},
-    {"forgetting_factor": 0.9, "recent_share": 0.0, "sinks": 0, "by_age": True, "share": 0.6},
+    {"forgetting_factor": 0.5, "recent_share": 0.5, "sinks": 1, "mean_over_age": False, "share": 1.4},
+    {"forgetting_factor": 0.9, "recent_share": 0.0, "sinks": 0, "mean_over_age": True, "share": 0.6},
 ]
 LAYERS = [{"forgetting_factor": 0.3, "sinks": 2, "share": 0.5}, {"share": 1.5, "heads": HEADS}]
 CONTENT = {"name": "small", "layers": LAYERS, "made": {"text": "whatever"}}
@@ -26,8 +26,8 @@ EVEN = [{**head, "share": 1.0} for head in HEADS]
 
 
 @given(total=st.integers(5, 4000), weights=st.lists(st.floats(0.01, 10), min_size=1, max_size=5))
-def test_slots_are_shared_out_to_the_last_one(total, weights):
-    slots = shared_out(total, tuple(weights))
+def test_slots_are_apportion_to_the_last_one(total, weights):
+    slots = apportion(total, tuple(weights))
     assert sum(slots) == total
     assert min(slots) >= 1
     for slot, weight in zip(slots, weights, strict=True):
@@ -43,15 +43,15 @@ def test_a_file_is_read_at_once_and_its_content_is_what_identifies_it(tmp_path):
         policy.file == make_policy("calibrated", file=CONTENT).file == make_policy("calibrated", file=policy.file).file
     )
     assert set(policy.file) == {"name", "layers"}  # where it came from moves no number
-    assert [policy.of_layer(10, layer, 2) for layer in range(2)] == [6, 14]
+    assert [policy.layer_budget(10, layer, 2) for layer in range(2)] == [6, 14]
     assert policy.keeps(10, 0, 2) == Retention(budget=6, sinks=2, forgetting_factor=0.3)
     kept = policy.keeps(10, 1, 2)
     assert kept == Retention(budget=14, rule=Rule(heads=tuple(Head(**h) for h in HEADS)))
     assert head_slots(kept.rule.heads, 14) == ((19, 9, 1), (9, 0, 0))
     # the smaller head evicts first, and that is where sequences stop to share a beginning
-    assert untouched([kept], Schedule(), 5, 2) == 9
-    assert held(kept, Schedule(), 100, 5, 2) == 14
-    assert held(kept, Schedule(), 12, 5, 2) == (12 + 9) / 2
+    assert full_cache_prefix([kept], Schedule(), 5, 2) == 9
+    assert cached_tokens(kept, Schedule(), 100, 5, 2) == 14
+    assert cached_tokens(kept, Schedule(), 12, 5, 2) == (12 + 9) / 2
 
 
 @pytest.mark.parametrize(
@@ -62,15 +62,15 @@ def test_a_file_is_read_at_once_and_its_content_is_what_identifies_it(tmp_path):
         ({"layers": LAYERS}, "this has no name, or no list of layers"),
         (
             {"name": "x", "layers": [{"factor": 1}]},
-            "layer 0 may have share, forgetting_factor, ",
+            "layer 0 may have only these settings: share, forgetting_factor, ",
         ),
         (
             {"name": "x", "layers": [{"forgetting_factor": 1.5}]},
-            "forgetting_factor 1.5 of layer 0 has to be a number from 0",
+            "forgetting_factor 1.5 of layer 0 must be a number from 0",
         ),
-        ({"name": "x", "layers": [{"heads": [{"share": 0}]}]}, "share 0 of layer 0, head 0 has to be a number above 0"),
+        ({"name": "x", "layers": [{"heads": [{"share": 0}]}]}, "share 0 of layer 0, head 0 must be a number above 0"),
         ({"name": "x", "layers": [{"sinks": -1}]}, "layer 0 needs a whole number of sinks"),
-        ({"name": "x", "layers": [{"heads": HEADS, "sinks": 1}]}, "layer 0 needs share and heads alone"),
+        ({"name": "x", "layers": [{"heads": HEADS, "sinks": 1}]}, "layer 0 may have only share and heads"),
     ],
 )
 def test_files_that_are_refused(file, told):
@@ -100,8 +100,8 @@ def test_each_head_is_as_if_it_were_alone(seed, budget, schedule):
     output, state = attend(policy, q, k, v, budget=budget, schedule=schedule, prompt=prompt)
     for h, (C, recent, sinks) in enumerate(head_slots(policy.layers[0].heads, budget)):
         one = {**HEADS[h], "share": 1.0}
-        alone = make_policy("mean_attention" if one["by_age"] else "a2sf", forgetting_factor=one["forgetting_factor"])
-        alone.recent_share, alone.recent, alone.sinks = 0.0, recent, sinks
+        name, numbers = "mean_attention" if one["mean_over_age"] else "a2sf", {"recent": recent, "sinks": sinks}
+        alone = make_policy(name, forgetting_factor=one["forgetting_factor"], recent_share=0.0, **numbers)
         parts = (q[:, 2 * h : 2 * h + 2], k[:, h : h + 1], v[:, h : h + 1])
         settings_ = {"budget": C, "schedule": schedule, "prompt": prompt, "backend": "reference"}
         want, its = attend(alone, *parts, **settings_)
@@ -133,9 +133,9 @@ def test_heads_with_the_same_numbers_are_the_layer_itself():
     assert torch.equal(output, want)
 
 
-@pytest.mark.parametrize("more", [{"shared": True}, {"whole": (0,)}, {"by_age": True}])
+@pytest.mark.parametrize("more", [{"shared": True}, {"full_heads": (0,)}, {"mean_over_age": True}])
 def test_heads_of_their_own_share_nothing(more):
-    with pytest.raises(ValueError, match="heads with numbers of their own"):
+    with pytest.raises(ValueError, match="heads cannot be combined"):
         Rule(heads=(Head(), Head()), **more)
 
 
@@ -145,7 +145,7 @@ def test_a_bounded_cache_holds_heads_of_their_own():
     from tests.models import small
 
     model = small("llama")
-    layers = [{"forgetting_factor": 0.3}, {"heads": HEADS}, {"by_age": True, "recent_share": 0.5}]
+    layers = [{"forgetting_factor": 0.3}, {"heads": HEADS}, {"mean_over_age": True, "recent_share": 0.5}]
     policy, budget = make_policy("calibrated", file={"name": "x", "layers": layers}), Budget(tokens=6)
     ids = torch.randint(3, 97, (1, 24), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -161,9 +161,9 @@ def test_a_bounded_cache_holds_heads_of_their_own():
 
 def test_a_cell_is_named_by_what_the_file_holds(tmp_path):
     """Not by its path: another file of the same content is the same cell, the same path with other content is not."""
-    from a2sf.evaluation.tasks import DataSpec
-    from a2sf.experiments.cell import Cell
     from a2sf.hf.loading import ModelSpec
+    from a2sf.sweep.cell import Cell
+    from a2sf.tasks.spec import DataSpec
     from tests.conftest import SMOLLM2
 
     def cell(name: str, content: dict) -> str:

@@ -12,15 +12,28 @@ from lm_eval.utils import simple_parse_args_string
 
 from a2sf import A2SF, Budget
 from a2sf.errors import ConfigError, UserError
-from a2sf.evaluation.lm import PrunedLM
-from a2sf.evaluation.tasks import DataSpec
-from a2sf.experiments import schema
-from a2sf.experiments.cell import CUT_VERSION, Cell
-from a2sf.experiments.config import read
 from a2sf.hf.loading import ModelSpec
 from a2sf.policies.find import built_in, configurations, find_policies, find_policy, installed, load, source_digest
+from a2sf.scoring.lm import PrunedLM
 from a2sf.shipped import shipped
+from a2sf.sweep.cell import CUT_VERSION, Cell
+from a2sf.sweep.config import schema
+from a2sf.sweep.config.settings import read
+from a2sf.tasks.spec import DataSpec
 from tests.outside import MODEL, installed_package, policy
+
+EMPTY = """class Mine(Policy):
+    name, label = "mine", "x"
+
+    def retention(self, budget, layer):
+        return Retention(budget=budget)
+"""
+OF_H2O = """from dataclasses import dataclass
+from a2sf import H2O
+@dataclass(kw_only=True)
+class Mine(H2O):
+    name, label, more = "mine", "x", 1
+"""
 
 
 @pytest.fixture
@@ -60,7 +73,7 @@ def test_a_broken_package_stops_only_who_asks_for_it(site):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        (policy("Mine", "h2o", "x"), "its name h2o is that of baselines.h2o.H2O; give it another"),
+        (policy("Mine", "h2o", "x"), "its name h2o is that of baselines.h2o.H2O; rename it"),
         (policy("Min", "mine", "x"), r"mine has no Mine \(did you mean Min\?\)"),
         ("class Mine: ...\n", "it is not a subclass of a2sf.Policy"),
         ("def Mine(:\n", r"mine cannot be imported: invalid syntax \(.*mine.py, line 1\)"),
@@ -68,11 +81,19 @@ def test_a_broken_package_stops_only_who_asks_for_it(site):
         ("import nowhere\n", r"mine cannot be imported: ModuleNotFoundError: No module named 'nowhere'"),
         (policy("Mine", "", "x"), "the class needs a name"),
         (policy("Mine", "mine", ""), "the class needs a label"),
-        (policy("Mine", "mine", "x").replace("@dataclass(kw_only=True)\n", ""), "it needs @dataclass"),
+        (policy("Mine", "mine", "x").replace("@dataclass(frozen=True, kw_only=True)\n", ""), "it needs @dataclass"),
+        (
+            policy("Mine", "mine", "x").split("@dataclass")[0] + EMPTY,
+            r"it needs @dataclass\(frozen=True, kw_only=True\)",
+        ),
+        (OF_H2O, r"non-frozen .*mine.py, line 3\); write @dataclass\(frozen=True, kw_only=True\) above the class"),
         (policy("Mine", "mine", "x").replace("def retention", "def retain"), "it does not define retention"),
-        (policy("Mine", "mine", "x").replace("share: float", "keeps: float"), "its setting keeps hides the method"),
+        (
+            policy("Mine", "mine", "x").replace("share: float", "keeps: float"),
+            "its setting keeps has the name of a method",
+        ),
     ],
-    ids=range(11),
+    ids=range(13),
 )
 def test_what_is_no_policy(site, text, told):
     (site / "mine.py").write_text(text)
@@ -108,7 +129,7 @@ def test_an_own_class_with_an_installed_name(site):
 
 def test_an_entry_point_that_is_named_otherwise(site):
     installed_package(site, "theirs", policy("Theirs", "other", "x"))
-    with pytest.raises(ConfigError, match="someone offers it as theirs, and it calls itself other"):
+    with pytest.raises(ConfigError, match="someone offers it as theirs, but its name is other"):
         find_policy("theirs")
 
 
@@ -153,7 +174,7 @@ def test_own_rules_of_a_cut_are_of_the_cuts_version(site):
         return cell.identity
 
     assert "cut" not in identity("Rule()")
-    assert "cut" not in identity("Rule(cut=Cut(pooled=5))")
+    assert "cut" not in identity("Rule(cut=Cut(kernel_size=5))")
     assert identity("Rule(cut=Cut(floor=0.5))")["cut"] == CUT_VERSION
 
 

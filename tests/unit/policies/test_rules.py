@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 
 from a2sf import Policy, Retention, Rule, Schedule, Step, attend, make_policy
 from a2sf.engine import kernels
+from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import EvictionState, Options, Segments
 from a2sf.errors import ConfigError
 from a2sf.policies.base import check_name
@@ -45,9 +46,9 @@ def test_schedules_that_are_refused(settings, said):
 
 @pytest.mark.parametrize("more", [{"shared": True}, {"cut": Cut(floor=0.5)}])
 def test_heads_that_keep_everything_share_nothing(more):
-    with pytest.raises(ValueError, match="neither share a kept set nor give slots"):
-        Rule(whole=(0,), **more)
-    assert Rule(whole=(0,), cut=Cut()).whole == (0,)
+    with pytest.raises(ValueError, match="full_heads cannot be combined"):
+        Rule(full_heads=(0,), **more)
+    assert Rule(full_heads=(0,), cut=Cut()).full_heads == (0,)
 
 
 def test_a_policy_is_refused_with_a_schedule_that_it_does_not_know():
@@ -58,7 +59,9 @@ def test_a_policy_is_refused_with_a_schedule_that_it_does_not_know():
             if when in cls.schedules:
                 assert schedule_for(policy, Schedule(when)).when == when
                 continue
-            with pytest.raises(ConfigError, match=f"schedule.when={when} is not allowed: the policy {cls.name} knows"):
+            with pytest.raises(
+                ConfigError, match=f"schedule.when={when} is not allowed: the policy {cls.name} supports only"
+            ):
                 attend(policy, *tensors(), budget=4, schedule=Schedule(when), prompt=3)
 
 
@@ -114,7 +117,7 @@ def test_heads_must_fit_the_model(tmp_path):
 def test_shifting_slots_between_layers_keeps_their_sum(layers, budget):
     for cls in find_policies().values():
         policy = cls()
-        shares = [policy.of_layer(budget, layer, layers) for layer in range(layers)]
+        shares = [policy.layer_budget(budget, layer, layers) for layer in range(layers)]
         assert sum(shares) == layers * budget
         assert min(shares) >= 1
         assert shares == sorted(shares, reverse=True)
@@ -122,7 +125,7 @@ def test_shifting_slots_between_layers_keeps_their_sum(layers, budget):
 
 def test_the_pyramid_is_linear_from_first_to_last():
     policy = make_policy("pyramidkv", window=4, beta=20)
-    shares = [policy.of_layer(104, layer, 20) for layer in range(20)]
+    shares = [policy.layer_budget(104, layer, 20) for layer in range(20)]
     assert (shares[0], shares[-1]) == (4 + 195, 4 + 5)  # 2 * 100 - 100 / 20, and 100 / 20
     steps = [a - b for a, b in pairwise(shares)]
     assert all(abs(step - 10) <= 1 for step in steps)
@@ -135,7 +138,7 @@ PYRAMIDS = json.loads((Path(__file__).parents[2] / "vectors" / "policies" / "pyr
 def test_a_pyramid_holds_no_more_than_the_prompt(case):
     """The first and the last layer as an independent program has them, rounded by less than a slot."""
     policy, layers = make_policy("pyramidkv", window=case["window"], beta=case["beta"]), case["layers"]
-    shares = [policy.of_layer(case["C"], layer, layers, case["prompt"]) for layer in range(layers)]
+    shares = [policy.layer_budget(case["C"], layer, layers, case["prompt"]) for layer in range(layers)]
     assert abs(shares[0] - case["first"]) < 1
     assert abs(shares[-1] - case["last"]) < 1
     assert sum(shares) == case["sum"] == layers * case["C"]
@@ -146,11 +149,11 @@ def test_a_pyramid_holds_no_more_than_the_prompt(case):
 def test_a_budget_below_the_prompt_is_spent(prompt, layers):
     for cls in find_policies().values():
         for budget in range(1, prompt):
-            shares = [cls().of_layer(budget, layer, layers, prompt) for layer in range(layers)]
+            shares = [cls().layer_budget(budget, layer, layers, prompt) for layer in range(layers)]
             assert sum(shares) == sum(min(prompt, n) for n in shares) == layers * budget
             assert shares == sorted(shares, reverse=True)
         for budget in (prompt, prompt + 7):  # nothing is cut
-            assert [cls().of_layer(budget, layer, layers, prompt) for layer in range(layers)] == [budget] * layers
+            assert [cls().layer_budget(budget, layer, layers, prompt) for layer in range(layers)] == [budget] * layers
 
 
 def test_a_layer_is_cut_to_what_its_prompt_leaves_it():
@@ -168,7 +171,7 @@ def divided(rule: Rule) -> list[list[int]]:
     """What each head keeps of a prompt at a cut of that rule."""
     known = type("Named", (), {"name": "own", "label": "Own", "schedules": ("prompt",)})
 
-    @dataclass(kw_only=True)
+    @dataclass(frozen=True, kw_only=True)
     class Own(known, Policy):
         def retention(self, budget: int, layer: int) -> Retention:
             return Retention(budget=budget, recent=4, rule=rule)
@@ -190,7 +193,7 @@ def test_a_cut_ranks_by_the_rule(floor):
         [Rule(cut=cut)],
         [Rule(weight=f, cut=cut) for f in (long, short)],
         [Rule(bias=f, scored=False, cut=cut) for f in (long, short)],
-        [Rule(own=lambda step, f=f: f(step.keys, step.values, None), cut=cut) for f in (long, short)],
+        [Rule(priority_fn=lambda step, f=f: f(step.keys, step.values, None), cut=cut) for f in (long, short)],
     )
     (plain,), (heavy, light), (longest, shortest), (same, other) = ([divided(r) for r in kind] for kind in kinds)
     assert all(a != b for a, b in pairwise([plain, heavy, light, longest, shortest, heavy]))
@@ -215,11 +218,11 @@ def test_ties_go_to_the_newest_and_then_to_the_lower_head():
     assert kept == [[0, *range(26, 40)], list(range(27, 40))]
 
 
-@pytest.mark.parametrize("wrong", [{"floor": -0.1}, {"floor": 1.5}, {"pooled": 4}, {"pooled": 0}])
+@pytest.mark.parametrize("wrong", [{"floor": -0.1}, {"floor": 1.5}, {"kernel_size": 4}, {"kernel_size": 0}])
 def test_cuts_that_are_refused(wrong):
     with pytest.raises(ValueError, match="must"):
         Cut(**wrong)
-    with pytest.raises(ValueError, match="do not give slots to each other"):
+    with pytest.raises(ValueError, match="shared cannot be combined"):
         Rule(shared=True, cut=Cut(floor=0.5))
 
 
@@ -243,7 +246,7 @@ def own(priorities, memory: int = 0, name: str = "own") -> Policy:
     """A policy of one's own with this rule; its name is inherited, so that other tests do not find it."""
     known = type("Named", (), {"name": name, "label": "Own"})
 
-    @dataclass(kw_only=True)
+    @dataclass(frozen=True, kw_only=True)
     class Own(known, Policy):
         def retention(self, budget: int, layer: int) -> Retention:
             return Retention(budget=budget)
@@ -344,8 +347,8 @@ def test_memory_travels_with_its_tokens():
 def test_an_upper_mark_sees_whole_sequences_only():
     kept = make_policy("future").keeps(4)
     one = torch.tensor([0, 0])
-    numbers = (torch.tensor([4, 4]), one, one, torch.ones(2, dtype=torch.float64))
-    tree = Segments(one, torch.tensor([0, 6]), torch.tensor([6, 6]), torch.tensor([-1, 0]), *numbers, rule=kept.rule)
+    rows = Segments.of_rows(BatchRetention.of([kept] * 2), torch.tensor([6, 6]), torch.tensor([0, 6]))
+    tree = replace(rows, row=one, parent=torch.tensor([-1, 0]))
     with pytest.raises(ValueError, match="each sequence as one segment"):
         kernels.attend(*tensors(), tree, Options(1.0))
 
@@ -353,11 +356,9 @@ def test_an_upper_mark_sees_whole_sequences_only():
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_traces_of_steps_that_evict_several(backend):
     q, k, v = tensors(20)
-    one = torch.tensor([0])
     kept = make_policy("a2sf").keeps(5)
-    rows = (one, one, torch.tensor([20]), one - 1, one + 5, one, one, torch.tensor([kept.forgetting_factor]).double())
     for schedule, prompt in ((Schedule("every", every=4), None), (Schedule("prompt", then="step"), torch.tensor([12]))):
-        segments = Segments(*rows, schedule=schedule, prompt=prompt)
+        segments = Segments.of_rows(BatchRetention.of([kept], schedule, prompt), torch.tensor([20]))
         got = kernels.attend(q, k, v, segments, Options(0.3, True, True), backend=backend)
         steps, times = got.cuts[got.cuts[:, 1] == 0, 2].unique(return_counts=True)
         if prompt is None:

@@ -11,7 +11,7 @@ from a2sf import Policy, Retention, Schedule, make_policy
 from a2sf.engine.invariants import SCHEDULES
 from a2sf.errors import ConfigError
 from a2sf.policies.find import find_policies
-from a2sf.policies.schedule import schedule_for, told_apart
+from a2sf.policies.schedule import nondefault_schedule, schedule_for
 
 
 def test_a_schedule_is_found_by_its_name():
@@ -21,7 +21,7 @@ def test_a_schedule_is_found_by_its_name():
     cuts = [Schedule("prompt", then=then, at="context") for then in ("keep", "step")]
     assert [s.name for s in cuts] == ["context", "context-step"]
     assert [Schedule.named(s.name) for s in cuts] == cuts
-    assert told_apart(make_policy("snapkv"), cuts[0]) == cuts[0]
+    assert nondefault_schedule(make_policy("snapkv"), cuts[0]) == cuts[0]
     for name in ("every", "every-1", "evry", ""):
         with pytest.raises(ConfigError, match="schedule="):
             Schedule.named(name)
@@ -38,25 +38,25 @@ def test_where_the_prompt_is_cut_is_told_only_where_it_is_not_the_prompts_end():
 @pytest.mark.parametrize("name", find_policies())
 def test_none_is_what_a_policy_does_without_being_told(name):
     policy = make_policy(name)
-    assert told_apart(policy, None) is None
-    assert told_apart(policy, schedule_for(policy, None)) is None
+    assert nondefault_schedule(policy, None) is None
+    assert nondefault_schedule(policy, schedule_for(policy, None)) is None
     for schedule in SCHEDULES:
         if schedule.when not in policy.schedules:
-            with pytest.raises(ConfigError, match=f"the policy {name} knows"):
-                told_apart(policy, schedule)
+            with pytest.raises(ConfigError, match=f"the policy {name} supports only"):
+                nondefault_schedule(policy, schedule)
         elif schedule != schedule_for(policy, None):
-            assert told_apart(policy, schedule) == (schedule if policy.evicts else None)
+            assert nondefault_schedule(policy, schedule) == (schedule if policy.evicts else None)
 
 
 def test_what_is_not_looked_at_tells_nothing_apart():
     h2o = make_policy("h2o")
-    assert told_apart(h2o, Schedule("every", every=1)) is None
-    assert told_apart(h2o, Schedule("prompt", every=7)) == Schedule("prompt")
-    assert told_apart(h2o, Schedule("every", every=7, then="step")) == Schedule("every", every=7)
+    assert nondefault_schedule(h2o, Schedule("every", every=1)) is None
+    assert nondefault_schedule(h2o, Schedule("prompt", every=7)) == Schedule("prompt")
+    assert nondefault_schedule(h2o, Schedule("every", every=7, then="step")) == Schedule("every", every=7)
 
 
 def test_a_policy_that_ignores_budgets_may_still_evict():
-    @dataclass(kw_only=True)
+    @dataclass(frozen=True, kw_only=True)
     class Ten(Policy):
         name: ClassVar[str] = "ten"
         label: ClassVar[str] = "Ten"
@@ -65,4 +65,4 @@ def test_a_policy_that_ignores_budgets_may_still_evict():
         def retention(self, budget: int, layer: int) -> Retention:
             return Retention(budget=10)
 
-    assert told_apart(Ten(), Schedule("prompt")) == Schedule("prompt")
+    assert nondefault_schedule(Ten(), Schedule("prompt")) == Schedule("prompt")

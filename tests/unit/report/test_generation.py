@@ -13,11 +13,11 @@ from a2sf.analysis.comparisons.pairs import compare_pair
 from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.selection import Selection
 from a2sf.engine.trace import Trace
-from a2sf.experiments.runs import write_cell
 from a2sf.report.lengths import length_figure
 from a2sf.report.output import Options, show
 from a2sf.report.plots.sweep import by_budget, trade_off
 from a2sf.report.traced import picture
+from a2sf.store.runs import write_cell
 from tests.page import embedded
 from tests.sweep_fixture import Plan, write_sweep
 

@@ -7,13 +7,13 @@ import pytest
 
 from a2sf.analysis.results.gather import gather, grid_of
 from a2sf.analysis.results.selection import Selection
-from a2sf.experiments.aggregates import Average, Group, Member
-from a2sf.experiments.archive import pack, unpack
-from a2sf.experiments.runs import read_groups, write_groups, write_table
 from a2sf.report.output import Options, show
 from a2sf.report.tables.cells import header
 from a2sf.report.tables.layout import build_tables
 from a2sf.report.tables.screen import screen, screen_table
+from a2sf.store.aggregates import Average, Group, Member
+from a2sf.store.archive import pack, unpack
+from a2sf.store.runs import read_groups, write_groups, write_table
 from tests.sweep_fixture import Plan, write_sweep
 
 BOTH = (Member("arc_easy", 0), Member("piqa", 0))

@@ -9,9 +9,9 @@ import pytest
 
 from a2sf.analysis.results.gather import grid_of
 from a2sf.analysis.results.labels import DASH
-from a2sf.evaluation.counts import quantiles
-from a2sf.experiments.runs import StoredCell
 from a2sf.report.lengths import bins_of, length_figure, length_plots, length_tables
+from a2sf.scoring.counts import quantiles
+from a2sf.store.runs import StoredCell
 from tests import sweep_fixture
 from tests.sweep_fixture import Plan, write_sweep
 

@@ -21,7 +21,6 @@ from a2sf.analysis.results.labels import DASH
 from a2sf.analysis.results.selection import Selection
 from a2sf.analysis.statistics.paired import average_difference, holm
 from a2sf.errors import UserError
-from a2sf.experiments.runs import load_sweep, write_table
 from a2sf.report.output import Options, show
 from a2sf.report.plots.lines import lines_of
 from a2sf.report.tables.cells import legend
@@ -29,6 +28,7 @@ from a2sf.report.tables.layout import build_tables
 from a2sf.report.tables.screen import text_screen
 from a2sf.report.tables.summaries import ranking_tables
 from a2sf.report.tables.write import csv_frame, latex, markdown
+from a2sf.store.runs import load_sweep, write_table
 from tests.sweep_fixture import NOISE, Plan, write_sweep
 
 PAIR = ("a2sf", "h2o")
@@ -209,9 +209,9 @@ def test_the_same_in_a_csv(scheduled: Path, tmp_path: Path) -> None:
 
 def test_a_cell_says_that_its_policy_is_not_causal() -> None:
     from a2sf import Budget, make_policy
-    from a2sf.evaluation.tasks import DataSpec
-    from a2sf.experiments.cell import Cell
     from a2sf.hf.loading import ModelSpec
+    from a2sf.sweep.cell import Cell
+    from a2sf.tasks.spec import DataSpec
     from tests.conftest import SMOLLM2
 
     model = ModelSpec(path=SMOLLM2, dtype="float32", device="cpu")

@@ -13,9 +13,9 @@ from a2sf.analysis.comparisons.pairs import compare_pair
 from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.selection import Selection
 from a2sf.commands import tables
-from a2sf.experiments.runs import is_cell, load_sweep
 from a2sf.report.output import Options, show
 from a2sf.report.page import documents as page_documents
+from a2sf.store.runs import is_cell, load_sweep
 from tests.page import embedded
 from tests.sweep_fixture import Plan, write_sweep
 

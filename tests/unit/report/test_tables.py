@@ -25,11 +25,11 @@ from a2sf.analysis.results.labels import DASH, MINUS
 from a2sf.analysis.results.selection import Selection
 from a2sf.analysis.statistics.paired import holm, mcnemar_p
 from a2sf.errors import UserError
-from a2sf.experiments.runs import DOCUMENTS, StoredCell, load_sweep, write_cell
 from a2sf.report.output import Options, publish, replace_block, show
 from a2sf.report.tables.layout import Table, build_tables
 from a2sf.report.tables.screen import screen, screen_table
 from a2sf.report.tables.write import csv_frame, latex, markdown
+from a2sf.store.runs import DOCUMENTS, StoredCell, load_sweep, write_cell
 from tests.sweep_fixture import Plan, write_sweep
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "tables.py"

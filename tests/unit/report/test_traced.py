@@ -11,9 +11,9 @@ import pytest
 from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.selection import Selection
 from a2sf.engine.trace import Trace, overlap, save
-from a2sf.experiments.runs import TRACES
 from a2sf.report.output import Options, show
 from a2sf.report.traced import PICTURES, comparable, read_traces, trace_frame, trace_pictures
+from a2sf.store.runs import TRACES
 from tests.page import embedded
 from tests.sweep_fixture import Plan, write_sweep
 
@@ -72,7 +72,7 @@ def test_a_sweep_without_traces_shows_none(tmp_path: Path) -> None:
 def test_policies_that_generated_different_text_are_compared_on_the_prompt() -> None:
     a, b = comparable(trace(0, True, " yes"), trace(0, False, " no"))
     assert len(a.pieces) == a.context == 10
-    assert a.gone.shape == (2, 1, 10)
+    assert a.evicted_at.shape == (2, 1, 10)
     assert np.isfinite(overlap(a, b)).all()
     same = trace(0, True)
     assert comparable(same, same) == [same, same]

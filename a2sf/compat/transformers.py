@@ -1,0 +1,133 @@
+"""Attributes of transformers and accelerate that are not documented, and errors of any kind from what they read.
+
+Tried with transformers 5.24.0 and accelerate 1.15.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    find_packed_sequence_indices,
+    sdpa_mask,
+    sliding_window_overlay,
+)
+from transformers.quantizers import AutoHfQuantizer
+
+from a2sf.errors import ConfigError, first_line
+
+ATTENTION = "_attn_implementation"
+"""The property of a config that names the model's attention; it is read at every call."""
+_STATED_ATTENTION = "_attn_implementation_internal"
+
+MaskFunction = Callable[..., Tensor]
+
+
+@contextmanager
+def refused(key: str, value: object, what: str) -> Iterator[None]:
+    """Whatever is raised inside becomes one sentence that begins with `what`.
+
+    Files of a model are read by code of many authors, which raises errors of any kind.
+
+    Raises:
+        ConfigError: of `key` and `value`.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(key, value, f"{what} ({type(error).__name__}: {first_line(error)})") from error
+
+
+def check_quantizer(settings: Any, key: str, value: object) -> None:
+    """Refuse quantised weights that cannot be read here.
+
+    Raises:
+        ConfigError: of `key` and `value`.
+    """
+    try:
+        AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment(device_map=None)
+    except Exception as error:
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        why = f"its weights are quantised ({method}), and what reads them is missing: {first_line(error)}"
+        raise ConfigError(key, value, why) from error
+
+
+def can_set_attention(model: PreTrainedModel) -> bool:
+    """Whether a model's attention is reached by AttentionInterface."""
+    return bool(model._can_set_attn_implementation())
+
+
+def stated_attention(config: PreTrainedConfig) -> Any:
+    """Which attention the config itself names, whoever reads it."""
+    return getattr(config, _STATED_ATTENTION, None)
+
+
+def set_stated_attention(config: PreTrainedConfig, name: Any) -> None:
+    """Name another one."""
+    vars(config)[_STATED_ATTENTION] = name
+
+
+def execution_device(model: PreTrainedModel) -> torch.device | None:
+    """Where accelerate begins to compute a model that is spread over devices; None for any other model."""
+    device = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        return None
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+
+
+def is_spread(model: PreTrainedModel) -> bool:
+    """Whether accelerate moves a model's tensors between devices."""
+    return getattr(model, "_hf_hook", None) is not None
+
+
+def expected_missing(model: PreTrainedModel) -> tuple[str, ...]:
+    """Patterns of parameters that transformers does not report where a checkpoint lacks them."""
+    return tuple(model._keys_to_ignore_on_load_missing or ())
+
+
+def was_read(parameter: Tensor) -> bool:
+    """Whether `from_pretrained` set a parameter from the files."""
+    return bool(getattr(parameter, "_is_hf_initialized", False))
+
+
+def packed(positions: Tensor) -> bool:
+    """Whether positions [B, T] begin anew within a row, which transformers takes for several sequences."""
+    return find_packed_sequence_indices(positions) is not None
+
+
+def made_mask(mask_function: MaskFunction, attention_mask: Tensor | None, settings: Mapping[str, Any]) -> Tensor:
+    """The mask [B, 1, T, columns] that transformers would make of a mask function, always made."""
+    always = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    made = sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **(dict(settings) | always))
+    assert made is not None
+    return made
+
+
+def is_causal(mask_function: MaskFunction) -> bool:
+    """Whether transformers made a mask function of causal attention and sliding windows alone."""
+    found = {_code(part) for part in _parts(mask_function)}
+    return _CAUSAL in found and found <= {_CAUSAL, _WINDOW}
+
+
+def _parts(mask_function: MaskFunction) -> list[MaskFunction]:
+    """The functions of which all must show a token, as far as they are known."""
+    if _code(mask_function) is not _ALL:
+        return [mask_function]
+    (functions,) = (cell.cell_contents for cell in getattr(mask_function, "__closure__", ()))
+    return [part for function in functions for part in _parts(function)]
+
+
+def _code(function: Callable[..., Any]) -> Any:
+    return getattr(function, "__code__", None)
+
+
+_CAUSAL, _ALL, _WINDOW = (_code(f) for f in (causal_mask_function, and_masks(), sliding_window_overlay(1)))

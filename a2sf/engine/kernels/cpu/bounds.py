@@ -1,0 +1,87 @@
+"""Checks of the arguments of the CPU kernel, which itself reads and writes memory unchecked.
+
+They look at sizes and at numbers per row or segment, once per call, and never at single tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from a2sf.engine.kernels.cpu.state import Shape
+from a2sf.engine.state import EvictionState
+from a2sf.policies.rule import Rule
+
+
+def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise `ValueError` unless they are [B, H, T, D], [B, K, T, D] and [B, K, T, V], `H` a multiple of `K`."""
+    (B, H, T, D), (K, V) = query.shape, (key.shape[1], value.shape[-1])
+    if key.shape != (B, K, T, D) or value.shape != (B, K, T, V) or not K or H % K:
+        shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+        raise ValueError(f"the shapes of {shapes} do not fit together")
+
+
+def check_fits(query: Tensor, key: Tensor, value: Tensor, rows: int, shape: Shape) -> None:
+    """Raise `ValueError` unless they are tokens of `rows` rows with the heads and sizes of `shape`."""
+    check_tensors(query, key, value)
+    heads = shape.heads, shape.heads * shape.group
+    if (len(query), key.shape[1], query.shape[1], *key.shape[3:], *value.shape[3:]) != (rows, *heads, shape.D, shape.V):
+        shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}"
+        raise ValueError(
+            f"{shapes} are not of this cache: {rows} rows, {shape.heads} KV heads for {shape.group} query heads each, keys "
+            f"of {shape.D} and values of {shape.V}"
+        )
+
+
+def per_token(x: Tensor, key: Tensor) -> Tensor:
+    """What a rule's `weight` or `bias` gives, [B, K, T]; raise `ValueError` if it is not a number per token of `key`."""
+    try:
+        return x.expand(key.shape[:3])
+    except RuntimeError as error:
+        raise ValueError(
+            f"a rule's weight or bias has shape {tuple(x.shape)} and must have {tuple(key.shape[:3])}, one number per token"
+        ) from error
+
+
+def check_segments(
+    row: Sequence[int], first: Sequence[int], length: Sequence[int], parent: Sequence[int], budget: Sequence[int]
+) -> tuple[int, int]:
+    """How many rows and columns segments need.
+
+    Raises:
+        ValueError: if they are not of one number, one begins before its row, a parent comes after its child, or a budget is
+            less than a token.
+    """
+    if not len(row) == len(first) == len(length) == len(parent) == len(budget):
+        raise ValueError("the segments' numbers are of several lengths")
+    if min((*row, *first, *length), default=0) < 0:
+        raise ValueError("a segment begins before its row, or has less than no token")
+    if any(not -1 <= p < i for i, p in enumerate(parent)):
+        raise ValueError("a segment's parent must come before it")
+    if min(budget, default=1) < 1:
+        raise ValueError("a segment's budget is less than a token")
+    return max(row, default=-1) + 1, max((a + n for a, n in zip(first, length, strict=True)), default=0)
+
+
+def check_state(state: EvictionState, rows: int, heads: int, D: int, V: int, rule: Rule) -> None:
+    """Raise `ValueError` unless a state has `rows` rows and `heads` KV heads of such sizes, and fits `rule`."""
+    N = state.positions.shape[-1]
+    shapes = [tuple(x.shape) for x in (state.positions, state.scores, state.keys, state.values, state.seen)]
+    if shapes != [(rows, heads, N), (rows, heads, N), (rows, heads, N, D), (rows, heads, N, V), (rows,)]:
+        raise ValueError(
+            f"a state of shapes {shapes} is not one of {rows} rows, {heads} KV heads, keys of {D} and values of {V}"
+        )
+    if rule.shared and not bool((state.positions == state.positions[:, :1]).all()):
+        raise ValueError("the rule shares one set of tokens per layer, and the state's heads hold different ones")
+
+
+def check_lengths(length: np.ndarray, budget: np.ndarray, tokens: int) -> None:
+    """Raise `ValueError` unless each row's new tokens are among the call's, and its budget is at least one token."""
+    if length.min() < 0 or length.max() > tokens:
+        raise ValueError(
+            f"rows of {length.min()} to {length.max()} new tokens are not among the {tokens} that were given"
+        )
+    if budget.min() < 1:
+        raise ValueError(f"a budget of {budget.min()} tokens is less than one")

@@ -1,0 +1,227 @@
+"""The implementations of the recursion: `Backend` is what each of them offers, `REGISTRY` has them all.
+
+A new kernel is a class here and its place in `REGISTRY`. numba and Triton take a second to load, so that their modules are
+imported when they are first used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from a2sf.engine.eviction import reference
+from a2sf.engine.kernels.dense import attend_dense, why_not
+from a2sf.engine.retention import BatchRetention
+from a2sf.engine.state import Attended, Call, EvictionState
+from a2sf.engine.stepwise import attend_torch
+from a2sf.policies.rule import Rule
+
+
+class CacheShape(NamedTuple):
+    """Sizes of a `TokenCache`: B rows, K KV heads, H // K query heads of each, slots per KV head, D and V."""
+
+    rows: int
+    heads: int
+    group: int
+    slots: int
+    D: int
+    V: int
+
+
+class TokenCache(Protocol):
+    """Caches of a batch of rows in memory allocated once, for reading token by token.
+
+    Attributes:
+        backend: the name of the implementation.
+    """
+
+    backend: str
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        retention: BatchRetention,
+        *,
+        scale: float | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Read the next tokens of every row; the output [B, H, T, V]."""
+        ...
+
+    def state(self) -> EvictionState:
+        """What is cached."""
+        ...
+
+    def load(self, state: EvictionState, forgetting_factor: Tensor | float = 1.0) -> None:
+        """Take over a state of as many rows."""
+        ...
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep `rows` in that order."""
+        ...
+
+
+NewCache: TypeAlias = Callable[[CacheShape], TokenCache]
+
+
+class Backend(Protocol):
+    """One implementation of the recursion.
+
+    Attributes:
+        name: how it is asked for, and what results say ran.
+        selectable: whether it can be asked for by name; else it is only chosen by `auto`.
+        automatic: whether `auto` may choose it.
+        compiled: whether a call that it does not support is split into simpler ones for it (`kernels.split`).
+    """
+
+    name: str
+    selectable: bool
+    automatic: bool
+    compiled: bool
+
+    def serves(self, query: Tensor) -> str | None:
+        """Why it cannot compute with tensors of such a dtype on such a device; None: it can."""
+        ...
+
+    def supports(self, call: Call) -> str | None:
+        """Why it cannot run a call whose tensors it `serves`; None: it can."""
+        ...
+
+    def attend(self, call: Call) -> Attended:
+        """Run a call that it supports."""
+        ...
+
+    def new_cache(self, retention: BatchRetention, like: Tensor) -> NewCache | None:
+        """What makes a cache for keys like `like`; None where states are handed from call to call instead."""
+        ...
+
+
+class BaseBackend:
+    """What most implementations have in common."""
+
+    selectable: bool = True
+    automatic: bool = True
+    compiled: bool = False
+
+    def serves(self, query: Tensor) -> str | None:
+        return None
+
+    def supports(self, call: Call) -> str | None:
+        return None
+
+    def new_cache(self, retention: BatchRetention, like: Tensor) -> NewCache | None:
+        return None
+
+
+class Dense(BaseBackend):
+    """Masked attention in plain torch, where scores do not matter."""
+
+    name, selectable = "dense", False
+
+    def serves(self, query: Tensor) -> str | None:
+        return "the compiled kernel is faster on a CPU" if query.device.type == "cpu" else None
+
+    def supports(self, call: Call) -> str | None:
+        return why_not(call.segments, call.options, call.state)
+
+    def attend(self, call: Call) -> Attended:
+        return attend_dense(call.query, call.key, call.value, call.segments, call.options)
+
+
+class Numba(BaseBackend):
+    """The compiled kernel of the CPU."""
+
+    name, compiled = "numba", True
+
+    def serves(self, query: Tensor) -> str | None:
+        if query.dtype == torch.float64:
+            return _float32_only(query)
+        if query.device.type != "cpu":
+            return f"numba serves tensors on the CPU, and these are {_kind(query)}; give auto"
+        return None
+
+    def supports(self, call: Call) -> str | None:
+        return _token_by_token(call.segments)
+
+    def attend(self, call: Call) -> Attended:
+        from a2sf.engine.kernels.cpu import attend_cpu
+
+        return attend_cpu(*call)
+
+    def new_cache(self, retention: BatchRetention, like: Tensor) -> NewCache | None:
+        if self.serves(like) or _token_by_token(retention):
+            return None
+        from a2sf.engine.kernels.cpu import SlotCache
+
+        return lambda shape: SlotCache(*shape, retention.rule, retention.schedule.spare)
+
+
+class Triton(BaseBackend):
+    """The compiled kernel of GPUs."""
+
+    name, compiled = "triton", True
+
+    def serves(self, query: Tensor) -> str | None:
+        if query.dtype == torch.float64:
+            return _float32_only(query)
+        from a2sf.engine.kernels.gpu.launch import unavailable
+
+        return unavailable(query.device)
+
+    def supports(self, call: Call) -> str | None:
+        return _token_by_token(call.segments)
+
+    def attend(self, call: Call) -> Attended:
+        from a2sf.engine.kernels.gpu.launch import attend_triton
+
+        return attend_triton(*call)
+
+
+class Torch(BaseBackend):
+    """Plain torch, token by token over all rows and heads."""
+
+    name = "torch"
+
+    def attend(self, call: Call) -> Attended:
+        return attend_torch(*call)
+
+
+class Reference(BaseBackend):
+    """The readable implementation that the others are checked against."""
+
+    name, automatic = "reference", False
+
+    def attend(self, call: Call) -> Attended:
+        return reference(*call)
+
+
+TORCH = Torch()
+REGISTRY: tuple[Backend, ...] = (Reference(), Dense(), Numba(), Triton(), TORCH)
+"""In the order in which `auto` tries them."""
+
+
+def knows(rule: Rule) -> bool:
+    """Whether the compiled kernels, of the CPU and of GPUs, run a rule token by token."""
+    return rule.priority_fn is None and rule.cut is None and not rule.full_heads and not rule.heads
+
+
+def _token_by_token(retention: BatchRetention) -> str | None:
+    if retention.schedule.prompt:
+        return "it evicts token by token, and the schedule cuts a prompt"
+    return None if knows(retention.rule) else "its rule is more than data of one kind for all heads"
+
+
+def _kind(query: Tensor) -> str:
+    return f"{query.dtype} tensors on {query.device}"
+
+
+def _float32_only(query: Tensor) -> str:
+    return f"it computes in float32, and these are {_kind(query)}; give auto, torch or reference"

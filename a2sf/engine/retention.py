@@ -1,0 +1,160 @@
+"""`BatchRetention`: what policies retain of several sequences, as tensors; and which tokens a step may evict.
+
+Shapes: n sequences (segments or rows), B rows, K key/value heads, N columns (cached tokens in any order).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from a2sf.errors import UserError
+from a2sf.policies.base import UNLIMITED, Retention
+from a2sf.policies.rule import ACCUMULATED, Rule
+from a2sf.policies.schedule import STEP, Schedule
+
+Batch = TypeVar("Batch", bound="BatchRetention")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRetention:
+    """The `Retention` of each of n sequences, which follow one rule and one schedule.
+
+    Attributes:
+        budget, recent, sinks: int64 [n], `C`, `r` and `s` of docs/semantics.md.
+        forgetting_factor: float64 [n], `a`.
+        rule: how tokens are ranked.
+        schedule: when they are evicted.
+        prompt: int64 [n], tokens of each sequence's prompt; for the prompt schedule alone.
+    """
+
+    budget: Tensor
+    recent: Tensor
+    sinks: Tensor
+    forgetting_factor: Tensor
+    rule: Rule = ACCUMULATED
+    schedule: Schedule = STEP
+    prompt: Tensor | None = None
+
+    @staticmethod
+    def of(
+        retentions: Sequence[Retention], schedule: Schedule = STEP, prompt: Sequence[int] | Tensor | None = None
+    ) -> BatchRetention:
+        """One sequence per retention; `prompt` is used by the prompt schedule alone.
+
+        Raises:
+            UserError: if their rules differ.
+        """
+        rules = {r.rule for r in retentions}
+        if len(rules) > 1:
+            raise UserError("the policy has other rules at other budgets; give each row of a batch the same budget")
+        integers = [[r.budget, r.recent, r.sinks] for r in retentions]
+        budget, recent, sinks = torch.tensor(integers, dtype=torch.int64).view(len(integers), 3).T.contiguous()
+        return BatchRetention(
+            budget=budget,
+            recent=recent,
+            sinks=sinks,
+            forgetting_factor=torch.tensor([r.forgetting_factor for r in retentions], dtype=torch.float64),
+            rule=rules.pop() if rules else ACCUMULATED,
+            schedule=schedule,
+            prompt=torch.as_tensor(prompt, dtype=torch.int64) if schedule.prompt and prompt is not None else None,
+        )
+
+    def retention(self) -> dict[str, Any]:
+        """The fields of this class by name, for a subclass that has more."""
+        return {f.name: getattr(self, f.name) for f in fields(BatchRetention)}
+
+    def select(self: Batch, rows: Tensor | slice) -> Batch:
+        """The sequences `rows`, in that order."""
+        return self._each(lambda x: x[rows])
+
+    def to(self: Batch, device: torch.device) -> Batch:
+        """The same on `device`."""
+        return self._each(lambda x: x.to(device))
+
+    def _each(self: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = ((f.name, x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor))
+        changed: dict[str, Any] = {name: change(x) for name, x in tensors}
+        return replace(self, **changed)
+
+    def unlimited(self: Batch, rule: Rule) -> Batch:
+        """The same sequences with nothing evicted; `rule` says which scores are computed."""
+        none = torch.zeros_like(self.recent)
+        budget = torch.full_like(self.budget, UNLIMITED)
+        return replace(self, budget=budget, recent=none, sinks=none, rule=rule, schedule=STEP, prompt=None)
+
+    def after_prompt(self: Batch) -> Batch:
+        """What is retained once every prompt has been read and cut: step by step, or everything."""
+        # a rule that looks at the end of the prompt looks at nothing later
+        rule, scored = self.rule, self.rule.scored and self.rule.cut is None
+        if self.schedule.then == "step":
+            return replace(self, rule=replace(rule, cut=None, scored=scored), schedule=STEP, prompt=None)
+        # nothing is evicted, so that no priority is needed
+        return self.unlimited(
+            rule if rule.memory else Rule(scored=scored, count_above_uniform=rule.count_above_uniform)
+        )
+
+    @cached_property
+    def most(self) -> int:
+        """The most tokens that a KV head holds between two steps, outside of a prompt."""
+        return int(self.budget.max()) + self.schedule.spare
+
+    def prompts_read(self, seen: Tensor) -> bool:
+        """Whether no row is in its prompt any more when `seen` int64 [n] tokens of each were read."""
+        return self.prompt is None or bool((seen.cpu() >= self.prompt).all())
+
+    @property
+    def across_heads(self) -> bool:
+        """Whether the prompt's cut shifts slots between the heads of a layer."""
+        return self.rule.cut is not None and self.rule.cut.floor is not None
+
+    def per_head(self, heads: int, dtype: torch.dtype) -> BatchRetention:
+        """The same numbers to compute with columns: [n, 1, 1], the budget [n, K, 1] and the factor in `dtype`."""
+        prompt = torch.zeros_like(self.budget) if self.prompt is None else self.prompt
+        budget, recent, sinks, prompt = (x[:, None, None] for x in (self.budget, self.recent, self.sinks, prompt))
+        budget = budget.repeat(1, heads, 1)
+        budget[:, list(self.rule.full_heads)] = UNLIMITED
+        return BatchRetention(
+            budget=budget,
+            recent=recent,
+            sinks=sinks,
+            forgetting_factor=self.forgetting_factor.to(dtype)[:, None, None],
+            rule=self.rule,
+            schedule=self.schedule,
+            prompt=prompt,
+        )
+
+    # what follows is for numbers `per_head`; `now` is int64 [B, 1, 1], the position of each row's newest token
+
+    def scores_now(self, now: Tensor) -> Tensor:
+        """bool [B, 1, 1]: whether the attention at time `now` adds to the scores."""
+        if self.rule.cut is None or not self.rule.scored:
+            return torch.full_like(now, self.rule.scored, dtype=torch.bool)
+        assert self.prompt is not None
+        return (now >= self.prompt - self.recent) & (now < self.prompt)
+
+    def at_cut(self, now: Tensor) -> Tensor:
+        """bool [B, 1, 1]: whether `now` is the prompt's last token, after which it is cut."""
+        assert self.prompt is not None
+        return (now == self.prompt - 1) & self.schedule.prompt
+
+    def excess(self, count: Tensor, now: Tensor) -> Tensor:
+        """int64 [B, K, 1]: how many of `count` [B, K, 1] cached tokens are evicted at time `now`."""
+        over = (count - self.budget).clamp(min=0)
+        if not self.schedule.prompt:
+            return over.where(over > self.schedule.spare, 0)
+        assert self.prompt is not None
+        later = torch.zeros_like(over)
+        if self.schedule.then == "step":
+            # where the cut gave every head a share of its own, each step takes one from each
+            later = torch.ones_like(over).where(self.prompt > self.budget, over) if self.across_heads else over
+        return torch.where(now < self.prompt - 1, 0, torch.where(self.at_cut(now), over, later))
+
+    def unprotected(self, positions: Tensor, cached: Tensor, now: Tensor) -> Tensor:
+        """bool [B, K, N]: the `cached` tokens that may be evicted at time `now`."""
+        return cached & (positions >= self.sinks) & (positions <= now - self.recent)

@@ -1,0 +1,155 @@
+"""From a tree of segments to batches of rows: how a backend that knows only rows is run, one depth of the tree at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from a2sf.engine.retention import BatchRetention
+from a2sf.engine.state import Attended, Call, EvictionState, Options, accumulation_dtype, remembered
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows(BatchRetention):
+    """Right-padded rows for one batched run of the recursion: what `by_depth` hands to a backend.
+
+    Attributes (beside those of `BatchRetention`, here on the query's device):
+        query: [B, H, T, D], key: [B, K, T, D], value: [B, K, T, V], in the accumulation dtype.
+        length: int64 [B], on the query's device.
+        lengths, budgets: the same numbers as lists, so that nobody waits for a GPU to read them.
+        state: where to start from.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    length: Tensor
+    lengths: list[int]
+    budgets: list[int]
+    state: EvictionState
+
+    def pick(self, rows: Tensor) -> Rows:
+        """The rows `rows` [B'] without the padding that they do not need."""
+        T = max(1, int(self.length[rows].max()))
+        changed: dict[str, Any] = {name: getattr(self, name)[rows, :, :T] for name in ("query", "key", "value")}
+        changed |= BatchRetention.select(BatchRetention(**self.retention()), rows).retention()
+        length = self.length[rows]
+        changed |= {"length": length, "lengths": length.tolist(), "budgets": changed["budget"].tolist()}
+        return replace(self, **changed, state=self.state.select(rows))
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a backend gives for `Rows`.
+
+    Attributes:
+        output: [B, H, T, V].
+        state: the end states; None where the options ask for none and the backend saves that work.
+        evictions: int64 [n, 4], every eviction: row, head, column of the step, position; None unless asked for.
+    """
+
+    output: Tensor
+    state: EvictionState | None
+    evictions: Tensor | None = None
+
+    @property
+    def end(self) -> EvictionState:
+        """The end states, which were asked for."""
+        assert self.state is not None
+        return self.state
+
+
+RunRows = Callable[[Rows, Options], Ran]
+
+
+def by_depth(run_rows: RunRows, call: Call) -> Attended:
+    """Run a backend that knows batches of rows on a tree of segments: all segments of one depth at once."""
+    query, key, value, segments, options, state = call
+    B, H, T, _ = query.shape
+    V = value.shape[-1]
+    device, dtype = query.device, accumulation_dtype(query.dtype)
+    output = query.new_zeros(B, T, H, V).transpose(1, 2)
+    evictions: list[Tensor] = []
+    ends: list[EvictionState] = []  # of each depth
+    order: list[int] = []  # the segments in them
+    place: dict[int, int] = {}  # of a segment at its depth
+    prompt = torch.zeros_like(segments.length) if segments.prompt is None else segments.prompt
+
+    depths = _depths(segments.parent)
+    for depth, ids in enumerate(depths):
+        pick = torch.tensor(ids)
+        length = segments.length[pick]
+        offset = torch.arange(max(1, int(length.max())))
+        real = offset < length[:, None]  # [S', T']
+        row = segments.row[pick][:, None].expand_as(real)
+        column = (segments.start[pick][:, None] + offset).clamp(max=T - 1)
+        # few tensors go to a GPU, where each costs as much as a launch, and none is waited for
+        row_at, column_at = torch.stack([row, column]).to(device, non_blocking=True)
+        of_real = torch.stack([row[real], column[real], *real.nonzero().unbind(1)])
+        of_row, of_column, at, step = of_real.to(device, non_blocking=True)
+        of_rows = (segments.length, segments.budget, segments.recent, segments.sinks, prompt)
+        numbers = torch.stack([x[pick] for x in of_rows]).to(device, non_blocking=True)
+
+        parents = segments.parent[pick].tolist()
+        packed = [x[row_at, :, column_at].transpose(1, 2).to(dtype) for x in (query, key, value)]
+        if parents[0] >= 0:
+            start = ends[-1].select(torch.tensor([place[p] for p in parents]))
+        elif state is not None:
+            start = state
+        else:
+            start = EvictionState.empty(packed[1], packed[2], remembered(segments.rule))
+        rows = Rows(
+            query=packed[0],
+            key=packed[1],
+            value=packed[2],
+            length=numbers[0],
+            budget=numbers[1],
+            recent=numbers[2],
+            sinks=numbers[3],
+            prompt=numbers[4],
+            forgetting_factor=segments.forgetting_factor[pick].to(device, non_blocking=True),
+            lengths=length.tolist(),
+            budgets=segments.budget[pick].tolist(),
+            rule=segments.rule,
+            schedule=segments.schedule,
+            state=start,
+        )
+        wanted = options.return_state or depth + 1 < len(depths)
+        ran = run_rows(rows, replace(options, return_state=wanted))
+        output[of_row, :, of_column] = ran.output.transpose(1, 2)[at, step].to(query.dtype)
+        if ran.evictions is not None:
+            segment, head, t, position = ran.evictions.unbind(1)
+            evictions.append(torch.stack([row_at[segment, t], head, column_at[segment, t], position], 1))
+        if wanted:
+            place = {number: i for i, number in enumerate(ids)}
+            order += ids
+            ends = [*ends, ran.end] if options.return_state else [ran.end]
+    final = None
+    if options.return_state:
+        final = ends[0] if len(ends) == 1 else EvictionState.stack(ends).select(torch.tensor(order).argsort())
+    if not options.trace:
+        return Attended(output, final)
+    return Attended(output, final, *traced(evictions, (B, key.shape[1], T), device))
+
+
+def traced(evictions: list[Tensor], shape: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Evictions [n, 4] as `Attended` has them: those of steps with one eviction, [B, K, T], and the others, [m, 4]."""
+    every = torch.cat([torch.empty(0, 4, dtype=torch.int64, device=device), *evictions])
+    evicted = torch.full(shape, -1, dtype=torch.int32, device=device)
+    step = (every[:, 0] * shape[1] + every[:, 1]) * shape[2] + every[:, 2]
+    _, of_step, times = step.unique(return_inverse=True, return_counts=True)
+    single = times[of_step] == 1
+    evicted.view(-1)[step[single]] = every[single, 3].int()
+    return evicted, every[~single]
+
+
+def _depths(parent: Tensor) -> list[list[int]]:
+    """The segments of each depth."""
+    depth: list[int] = []
+    for p in parent.tolist():
+        depth.append(0 if p < 0 else depth[p] + 1)
+    return [[i for i, d in enumerate(depth) if d == level] for level in range(max(depth, default=-1) + 1)]

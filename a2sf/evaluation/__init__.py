@@ -1,1 +1,0 @@
-"""lm-eval: the model class, packing of requests, tasks and their documents. Knows hf."""

@@ -1,1 +1,0 @@
-"""Configuration, cells, sweeps, what is on disk, trackers. Knows evaluation."""

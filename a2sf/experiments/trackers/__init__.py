@@ -1,1 +1,0 @@
-"""Where cells may be logged besides the disk, a module each, and what is logged there."""

@@ -1,0 +1,175 @@
+"""A packed row's pass in parts: each segment continues the state that it had at the end of the part before.
+
+Only one part's columns are computed at a time. Between parts only those states are stored that later parts start from.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from a2sf.engine.kernels import attend, noting
+from a2sf.engine.state import EvictionState, Options, accumulation_dtype, remembered
+from a2sf.hf.attention.errors import NonFiniteError
+from a2sf.hf.attention.mixed import Mixed
+from a2sf.hf.attention.plan import Plan
+from a2sf.policies.rule import Rule
+
+States = dict[tuple[int, int, int], EvictionState]
+"""Layer, call of the layer's attention, segment -> its state so far, one row."""
+
+
+@dataclass
+class Continued(Plan):
+    """One part of a plan: some columns of its segments.
+
+    Attributes:
+        plan: the whole plan.
+        of: for each segment of the part, its segment of the plan.
+        begin: for each of the part's segments without a parent, the plan's segment whose state it continues; -1: none.
+        later: segments of the plan whose states later parts continue.
+        states: states of the plan's segments, shared by all parts.
+    """
+
+    plan: Plan | None = None
+    of: Sequence[int] = ()
+    begin: Sequence[int] = ()
+    later: Set[int] = frozenset()
+    states: States = field(default_factory=dict)
+    _calls: Counter[int] = field(default_factory=Counter)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        try:
+            return super().attend(layer, query, key, value, scale, window)
+        except NonFiniteError as error:
+            raise NonFiniteError(error.where, error.dtype, [self.of[i] for i in error.rows]) from error
+
+    def checked(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        segments = self.segments(layer, window)
+        at = layer, self._calls[layer]
+        self._calls[layer] += 1
+        keep = [i for i, segment in enumerate(self.of) if segment in self.later]
+        with noting() as names:
+            options, before = Options(scale, return_state=bool(keep)), self._before(at, key, value, segments.rule)
+            out = attend(query, key, value, segments, options, before, backend=self.backend)
+        self.ran |= names
+        self.reached.add(layer)
+        for segment in {*self.begin} - {*self.later}:
+            self.states.pop((*at, segment), None)
+        for i in keep:
+            assert out.state is not None
+            self.states[(*at, self.of[i])] = out.state.select(torch.tensor([i])).trim().contiguous()
+        return out.output
+
+    def _before(self, at: tuple[int, int], key: Tensor, value: Tensor, rule: Rule) -> EvictionState | None:
+        """The states that the part's first segments continue; None where all begin."""
+        if all(i < 0 for i in self.begin):
+            return None
+        dtype = accumulation_dtype(key.dtype)
+        empty = EvictionState.empty(key[:1].to(dtype), value[:1].to(dtype), remembered(rule))
+        found = [empty if i < 0 else self.states[(*at, i)] for i in self.begin]
+        return EvictionState.stack([s.for_rule(rule) for s in found])
+
+    def _end(self, segment: int) -> int:
+        assert self.plan is not None
+        return self.plan._end(self.of[segment])
+
+
+def parts_of(plan: Plan, columns: np.ndarray, ends: Sequence[int]) -> list[tuple[Continued, np.ndarray]]:
+    """A plan in parts that end at given columns of its row, each with the plan's tokens that it reads, int64.
+
+    Args:
+        columns: int64, where in the row each of the plan's tokens is; along a sequence they ascend.
+    """
+    found: list[tuple[Continued, np.ndarray]] = []
+    done = [0] * len(plan.start)  # tokens of each segment that earlier parts read
+    states: States = {}
+    for end in ends:
+        of: list[int] = []
+        start, length, parent, begin = [], [], [], []
+        tokens = [np.empty(0, np.int64)]
+        place: dict[int, int] = {}
+        size = 0
+        for i, (first, n, up) in enumerate(zip(plan.start, plan.length, plan.parent, strict=True)):
+            upto = int(np.searchsorted(columns[first : first + n], end))
+            if upto == done[i]:
+                continue
+            place[i] = len(of)
+            continues = i if done[i] else up
+            inside = -1 if done[i] else place.get(up, -1)
+            of.append(i)
+            start.append(size)
+            length.append(upto - done[i])
+            parent.append(inside)
+            if inside < 0:
+                begin.append(continues)
+            tokens.append(np.arange(first + done[i], first + upto))
+            size += upto - done[i]
+            done[i] = upto
+        part = Continued(
+            row=[0] * len(of),
+            start=start,
+            length=length,
+            parent=parent,
+            retention=_of(plan.retention, of),
+            layers=plan.layers,
+            schedule=plan.schedule,
+            prompt=None if plan.prompt is None else _of(plan.prompt, of),
+            policy_on_sliding=plan.policy_on_sliding,
+            backend=plan.backend,
+            ran=plan.ran,
+            plan=plan,
+            of=of,
+            begin=begin,
+            states=states,
+        )
+        found.append((part, np.concatenate(tokens)))
+    later: frozenset[int] = frozenset()
+    for part, _ in reversed(found):
+        part.later = later
+        later |= {i for i in part.begin if i >= 0}
+    return found
+
+
+def _of(number: Callable[..., Any], of: Sequence[int]) -> Callable[..., Any]:
+    return lambda segment, *layer: number(of[segment], *layer)
+
+
+def mixed_in_parts(whole: Mixed, ends: Sequence[int]) -> list[Mixed]:
+    """A pass of several plans in parts that end at columns of its row."""
+    of_plans = [parts_of(p, c.cpu().numpy(), ends) for p, c in zip(whole.plans, whole.columns, strict=True)]
+    first = np.cumsum([0, *(len(c) for c in whole.columns)])  # of each plan's tokens among all of them
+    back, columns = whole.back.cpu().numpy(), np.concatenate([c.cpu().numpy() for c in whole.columns])
+    found, begin = [], 0
+    for n, end in enumerate(ends):
+        used = [(part, first[p] + tokens) for p, parts in enumerate(of_plans) for part, tokens in [parts[n]] if part.of]
+        tokens = np.concatenate([t for _, t in used])
+        place = torch.empty(first[-1], dtype=torch.int64).numpy()
+        place[tokens] = np.arange(len(tokens))
+        pieces = [_piece(s, n, begin, end) for s, n in zip(whole.segments[1], whole.segments[2], strict=True)]
+        device = whole.back.device
+        found.append(
+            Mixed(
+                plans=[part for part, _ in used],
+                columns=[torch.from_numpy(columns[t] - begin).to(device) for _, t in used],
+                back=torch.from_numpy(place[back[begin:end]]).to(device),
+                segments=(whole.segments[0], [s for s, _ in pieces], [n for _, n in pieces]),
+                layers=whole.layers,
+            )
+        )
+        begin = end
+    return found
+
+
+def _piece(start: int, length: int, begin: int, end: int) -> tuple[int, int]:
+    """First column and number of a segment's tokens in the part of the columns `[begin, end)`."""
+    first, last = max(start, begin), min(start + length, end)
+    return (first - begin, last - first) if last > first else (0, 0)

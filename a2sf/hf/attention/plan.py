@@ -1,0 +1,140 @@
+"""What the attention function does in one forward pass without a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from a2sf.engine.kernels import attend, noting
+from a2sf.engine.retention import BatchRetention
+from a2sf.engine.state import Options, Segments
+from a2sf.engine.trace import attention_mass, steps_of
+from a2sf.hf.attention.errors import check_finite
+from a2sf.hf.attention.windows import keeps_window, within_window
+from a2sf.policies.base import Retention
+from a2sf.policies.schedule import STEP, Schedule
+
+
+@dataclass
+class Plan:
+    """What the attention function does with one forward pass without a cache.
+
+    Attributes:
+        row, start, length, parent: the segments of the packed input (see `a2sf.engine.eviction.Segments`).
+        retention: `retention(segment, layer)`: what a layer retains of the sequence through a segment.
+        schedule: when tokens are evicted; under a sliding window of the model's own always step by step.
+        prompt: `prompt(segment)`: tokens of the prompt of the sequence through a segment; for the prompt schedule.
+        layers: attention layers of the model.
+        policy_on_sliding: whether the policy acts on layers that have a sliding window of their own; False for models
+            that mix such layers with global ones; their sliding layers remain as the model defines them.
+        backend: which implementation runs.
+        trace: whether to note by layer what is evicted, in `evicted` (see `Attended`); for a single sequence without
+            padding also the step at which each position is evicted, in `evicted_at` int32 [B, K, T], and the attention
+            behind it, in `received` and `lost` (`trace.attention_mass`).
+        serves: the caller's numbers of the sequences that are read.
+        ran: which implementations ran (`a2sf.engine.kernels.noting`).
+    """
+
+    row: Sequence[int]
+    start: Sequence[int]
+    length: Sequence[int]
+    parent: Sequence[int]
+    retention: Callable[[int, int], Retention]
+    layers: int
+    schedule: Schedule = STEP
+    prompt: Callable[[int], int] | None = None
+    policy_on_sliding: bool = True
+    backend: str = "auto"
+    trace: bool = False
+    serves: Sequence[int] = ()
+    ran: set[str] = field(default_factory=set)
+    reached: set[int] = field(default_factory=set)
+    evicted: dict[int, Tensor] = field(default_factory=dict)
+    evicted_at: dict[int, Tensor] = field(default_factory=dict)
+    received: dict[int, Tensor] = field(default_factory=dict)
+    lost: dict[int, Tensor] = field(default_factory=dict)
+    _segments: dict[Any, Segments] = field(default_factory=dict)
+    _by_layer: dict[tuple[int, int | None], Segments] = field(default_factory=dict)
+
+    @classmethod
+    def of_rows(cls, lengths: Sequence[int], starts: Sequence[int], retention, layers: int, **more: Any) -> Plan:
+        """A batch of padded rows: row `b` holds its tokens at `starts[b] : starts[b] + lengths[b]`."""
+        return cls(
+            row=range(len(lengths)),
+            start=starts,
+            length=lengths,
+            parent=[-1] * len(lengths),
+            retention=retention,
+            layers=layers,
+            **more,
+        )
+
+    def segments(self, layer: int, sliding_window: int | None) -> Segments:
+        """The segments of `layer`, with its retention; shared between layers that retain the same."""
+        known = self._by_layer.get((layer, sliding_window))
+        if known is not None:
+            return known
+        retained = [self._retained(i, layer, sliding_window) for i in range(len(self.row))]
+        stated = (self.retention(i, layer) for i in range(len(self.row)))
+        by_window = sliding_window is not None and any(keeps_window(r, self.policy_on_sliding) for r in stated)
+        schedule = STEP if by_window else self.schedule
+        same = (schedule, *retained)
+        if same not in self._segments:
+            numbers = BatchRetention.of(retained, schedule, self._prompts() if schedule.prompt else None)
+            row, start, length, parent = (
+                torch.tensor(list(x), dtype=torch.int64) for x in (self.row, self.start, self.length, self.parent)
+            )
+            self._segments[same] = Segments(**numbers.retention(), row=row, start=start, length=length, parent=parent)
+        self._by_layer[layer, sliding_window] = self._segments[same]
+        return self._segments[same]
+
+    def _prompts(self) -> list[int]:
+        assert self.prompt is not None, "the prompt schedule needs each sequence's prompt"
+        return [self.prompt(i) for i in range(len(self.row))]
+
+    def _retained(self, segment: int, layer: int, window: int | None) -> Retention:
+        stated = self.retention(segment, layer)
+        if window is None:
+            return stated
+        return within_window(stated, window, layer, self._end(segment), self.policy_on_sliding)
+
+    def _end(self, segment: int) -> int:
+        tokens = 0
+        while segment >= 0:
+            tokens += self.length[segment]
+            segment = self.parent[segment]
+        return tokens
+
+    @property
+    def plans(self) -> list[Plan]:
+        """This plan, in the form of a pass of several plans."""
+        return [self]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        """Attention of one layer, [B, H, T, V]."""
+        check_finite(layer, (self.row, self.start, self.length), query=query, key=key, value=value)
+        return self.checked(layer, query, key, value, scale, window)
+
+    def checked(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """The same for tensors that are known to be finite."""
+        options = Options(scale=scale, trace=self.trace)
+        with noting() as names:
+            out = attend(query, key, value, self.segments(layer, window), options, backend=self.backend)
+        self.ran |= names
+        self.reached.add(layer)
+        if out.evicted is not None:
+            noted = {"evicted": out.evicted}
+            if list(self.length) == [query.shape[2]]:
+                noted["evicted_at"] = at = steps_of(out)
+                noted["received"], noted["lost"] = attention_mass(query, key, at, scale)
+            for name, found in noted.items():
+                known = getattr(self, name)
+                # a layer that calls its attention several times has the heads of all calls, in their order
+                known[layer] = torch.cat([known[layer], found], 1) if layer in known else found
+        return out.output

@@ -1,0 +1,309 @@
+"""The caches of one layer's attention: in memory allocated once where a backend has some, else as a state.
+
+Memory is used from the end of a prompt on, for rules that the compiled kernel supports. Elsewhere the state is handed from
+call to call. Heads that hold more tokens than others have memory of their own. Shapes as in `a2sf.engine.state`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from a2sf.engine.kernels import CacheShape, NewCache, TokenCache, attend, new_cache, note
+from a2sf.engine.retention import BatchRetention
+from a2sf.engine.state import Attended, EvictionState, Options, Segments, remembered
+from a2sf.errors import UserError
+from a2sf.policies.base import UNLIMITED
+from a2sf.policies.rule import ACCUMULATED
+from a2sf.policies.slots import head_slots
+
+GROWTH = 256
+"""The least number of free slots that are allocated where neither a budget nor a length bounds a cache."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """The new tokens of one call, int64 [B] each.
+
+    Attributes:
+        start, length: row `b` has tokens in the columns `[start, start + length)`; the others are padding.
+        before, after: tokens of the row read before and after this call.
+        columns: T, tokens of the call with padding.
+        order: int64 [B, T], the columns in the order that `start` and `length` are about, where a row has a gap.
+    """
+
+    start: Tensor
+    length: Tensor
+    before: Tensor
+    after: Tensor
+    columns: int
+    order: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class How:
+    """How a layer's attention is computed.
+
+    Attributes:
+        positions: the longest sequence that the model can read.
+        backend: as for `a2sf.engine.kernels.attend`.
+        trace: record what every step evicts.
+    """
+
+    positions: int
+    backend: str
+    trace: bool
+
+
+class Store:
+    """The cache of some KV heads of an attention: of all, or of those that hold about the same number of tokens.
+
+    Args:
+        heads: int64 [K'], the attention's KV heads that are cached here.
+        retention: what each row retains of them.
+        group: query heads of each.
+    """
+
+    def __init__(self, heads: Tensor, retention: BatchRetention, how: How, group: int) -> None:
+        self.heads, self.retention, self.how, self.group = heads, retention, how, group
+        self.queries = (heads[:, None] * group + torch.arange(group)).flatten()  # the query heads that read them
+        # either memory or state is what is cached; the memory is reused after a state was made of it
+        self._memory: TokenCache | None = None
+        self._new_cache: NewCache | None = None
+        self._state: EvictionState | None = None
+        self._slots = self._held = 0  # allocated slots, and the most cached tokens of any head
+        self._rule = retention.rule  # the policy's; what is retained after a prompt may follow a simpler one
+
+    @property
+    def nbytes(self) -> int:
+        memory = self._memory.nbytes if self._memory is not None else 0
+        return memory + (0 if self._state is None else self._state.nbytes)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, step: Step, scale: float) -> Attended:
+        """Insert, attend, score and evict the call's tokens; `settle` is to follow."""
+        if step.columns == 1 and self._state is None and self._memory is not None and not self.how.trace:
+            self._held = min(self.retention.most, self._held + 1)
+            memory = self._make_room(self._held, key.shape[-1], value.shape[-1], None)
+            note(memory.backend)
+            return Attended(memory.attend(query, key, value, self.retention, scale=scale, lengths=step.length))
+        before = None if self._state is None and self._memory is None else self.state()
+        segments = Segments.of_rows(self.retention, step.length, step.start)
+        options = Options(scale, return_state=True, trace=self.how.trace)
+        attended = attend(query, key, value, segments, options, before, backend=self.how.backend)
+        self._state = attended.state
+        return attended
+
+    def settle(self, seen: Tensor, more: int | None) -> None:
+        """After a call, move the state into memory, where there is some for it.
+
+        Args:
+            seen: int64 [B], tokens of each row so far.
+            more: how many tokens may follow, if that is known.
+        """
+        state = self._state
+        if state is None:
+            return
+        retention = self.retention
+        # where the cut gave every head a share of its own, what follows depends on the prompt
+        fixed = retention.across_heads and retention.schedule.then == "step"
+        if retention.prompt is not None and not fixed and retention.prompts_read(seen):
+            self.retention = retention.after_prompt()
+        self._new_cache = new_cache(self.retention, state.keys, self.how.backend)
+        if self._new_cache is None:
+            self._memory = None
+            return
+        self._state = None  # first, so that less memory is in use when more is allocated
+        self._held = state.most
+        if self._held > self._slots:
+            self._memory = None
+        self._make_room(self._held, state.keys.shape[-1], state.values.shape[-1], more).load(
+            state, self.retention.forgetting_factor
+        )
+
+    def state(self) -> EvictionState:
+        """What is cached, in canonical form."""
+        state = self._memory.state() if self._state is None and self._memory is not None else self._state
+        assert state is not None
+        return state.for_rule(self._rule)
+
+    def load(self, state: EvictionState) -> None:
+        """Continue from a state with as many rows; `settle` is to follow."""
+        self._state, self._memory, self._slots = state, None, 0
+
+    def select(self, rows: Tensor) -> None:
+        """Keep `rows` [B'] on the CPU, in that order."""
+        self.retention = self.retention.select(rows)
+        if self._state is not None:
+            self._state = self._state.select(rows)
+        elif self._memory is not None:
+            self._memory.reorder(rows)
+
+    def _make_room(self, need: int, D: int, V: int, more: int | None) -> TokenCache:
+        """Memory with `need` slots: allocated once where the budget or `more` bounds them, else whenever they are full."""
+        if self._memory is not None and need <= self._slots:
+            return self._memory
+        assert self._new_cache is not None
+        most = self.retention.most
+        if more:
+            self._slots = max(need, min(most, need + more))
+        elif most < UNLIMITED and self._memory is None:
+            self._slots = max(need, min(most, self.how.positions))
+        else:
+            self._slots = max(need, min(most, need + max(GROWTH, need // 2)))
+        grown = self._new_cache(CacheShape(len(self.retention.budget), len(self.heads), self.group, self._slots, D, V))
+        if self._memory is not None:
+            grown.load(self._memory.state(), self.retention.forgetting_factor)
+        self._memory = grown
+        return grown
+
+
+class Slots:
+    """The cache of one attention of a layer, in one `Store` or in several.
+
+    Heads that retain everything are stored separately. After a prompt's cut that shifts slots between heads, those with
+    about the same number of tokens are stored together, so that no head takes the memory of a larger one.
+    """
+
+    def __init__(self, retention: BatchRetention, how: How) -> None:
+        self.retention, self.how = retention, how
+        self.heads = self.group = 0  # KV heads, and query heads of each
+        self._stores: list[Store] = []
+        self._back = torch.empty(0)  # where each KV head is among those of all stores
+        self._evicted: list[Tensor] = []
+        self._cuts: list[Tensor] = []
+        self._columns = 0
+        self._cut = False  # whether the heads are stored as the prompt's cut left them
+
+    @property
+    def nbytes(self) -> int:
+        return sum(s.nbytes for s in self._stores)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, step: Step, scale: float, more: int | None) -> Tensor:
+        """Insert, attend, score and evict the call's tokens, [B, H, T, V]; `more` as for `PrunedLayer.attend`."""
+        if not self._stores:
+            self.heads, self.group = key.shape[1], query.shape[1] // key.shape[1]
+            self._arrange([torch.arange(self.heads)])
+        if len(self._stores) == 1:
+            ran = [self._stores[0].attend(query, key, value, step, scale)]
+            output = ran[0].output
+        else:
+            ran = []
+            output = query.new_empty(*query.shape[:3], value.shape[-1])
+            for store in self._stores:
+                ran.append(
+                    store.attend(query[:, store.queries], key[:, store.heads], value[:, store.heads], step, scale)
+                )
+                output[:, store.queries] = ran[-1].output
+        if self.how.trace:
+            self._note(ran)
+        self._columns += step.columns
+        self._settle(step.after, more)
+        return output
+
+    def state(self) -> EvictionState:
+        """What is cached, in canonical form."""
+        return EvictionState.join_heads(
+            [s.state() for s in self._stores], self._back if len(self._stores) > 1 else None
+        )
+
+    def check(self, state: EvictionState) -> None:
+        """Raise `UserError` if this cache could not hold `state`."""
+        check_state(self.retention, state)
+
+    def load(self, state: EvictionState) -> None:
+        """Continue from a state with as many rows, instead of what is cached."""
+        self._arrange([torch.arange(self.heads)])
+        for store in self._stores:
+            store.load(state.heads(store.heads).trim().contiguous())
+        self._settle(state.seen, None)
+
+    def evicted(self) -> Tensor:
+        """int32 [B, K, columns], the position evicted at each column's step, -1 for none or several."""
+        return torch.cat(self._evicted, dim=-1)
+
+    def cuts(self) -> Tensor:
+        """int64 [n, 4], the evictions of the steps that evicted several: row, head, column, position."""
+        return torch.cat(self._cuts)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep `rows` [B'] on the CPU, in that order."""
+        self._evicted = [x[rows] for x in self._evicted]
+        for i, cuts in enumerate(self._cuts):
+            new, old = (rows[:, None] == cuts[:, 0]).nonzero(as_tuple=True)
+            self._cuts[i] = torch.cat([new[:, None], cuts[old, 1:]], 1)
+        self.retention = self.retention.select(rows)
+        for store in self._stores:
+            store.select(rows)
+
+    def _arrange(self, groups: list[Tensor]) -> None:
+        """Make empty stores, one for each group of heads; heads that retain everything have stores of their own."""
+        rule = self.retention.rule
+        full_heads = (
+            () if rule.priority_fn is not None else rule.full_heads
+        )  # a policy's own function may look at all heads
+        full = torch.zeros(self.heads, dtype=torch.bool)
+        full[list(full_heads)] = True
+        everything, others = self.retention.unlimited(ACCUMULATED), self.retention
+        others = replace(others, rule=replace(rule, full_heads=())) if full_heads else others
+        self._stores, self._cut = [], False
+        for heads in groups:
+            for retention, some in ((everything, heads[full[heads]]), (others, heads[~full[heads]])):
+                if len(some):
+                    self._stores.append(Store(some, retention, self.how, self.group))
+        self._back = torch.cat([s.heads for s in self._stores]).argsort()
+
+    def _settle(self, seen: Tensor, more: int | None) -> None:
+        if self.retention.across_heads and not self._cut and self.retention.prompts_read(seen):
+            state = self._stores[0].state()
+            sizes = _rounded(state.counts.amax(0).cpu())
+            if len(sizes.unique()) > 1:
+                self._arrange([(sizes == n).nonzero()[:, 0] for n in sizes.unique()])
+                for store in self._stores:
+                    store.load(state.heads(store.heads).trim().contiguous())
+            self._cut = True
+        for store in self._stores:
+            store.settle(seen, more)
+
+    def _note(self, ran: list[Attended]) -> None:
+        evicted, cuts = [], []
+        for store, attended in zip(self._stores, ran, strict=True):
+            assert attended.evicted is not None
+            assert attended.cuts is not None
+            evicted.append(attended.evicted.cpu())
+            row, head, column, position = attended.cuts.cpu().unbind(1)
+            cuts.append(torch.stack([row, store.heads[head], column + self._columns, position], 1))
+        self._evicted.append(torch.cat(evicted, 1)[:, self._back])
+        self._cuts.append(torch.cat(cuts))
+
+
+def _rounded(slots: Tensor) -> Tensor:
+    """Numbers of slots, rounded up to few different numbers: to multiples of 16, or by an eighth at most."""
+    unit = 2 ** (slots.clamp(min=1).double().log2().floor().long() - 3).clamp(min=4)
+    return (slots + unit - 1) // unit * unit
+
+
+def check_state(retention: BatchRetention, state: EvictionState) -> None:
+    """Refuse a state that such a retention could not have led to.
+
+    Raises:
+        UserError: if it holds more than it may, or was made by another policy.
+    """
+    rule = retention.rule
+    memory = None if state.memory is None else state.memory.shape[-1]
+    heads_differ = rule.shared and not bool((state.positions == state.positions[:, :1]).all())
+    if heads_differ or memory != remembered(rule):
+        raise UserError("a state was made by another policy than this cache's; make a cache with the state's policy")
+    counts = state.counts.cpu()
+    counts[:, list(rule.full_heads)] = 0
+    budget, seen = retention.budget, state.seen.cpu()
+    if rule.heads:  # that of the head that may hold most
+        budget = torch.tensor([max(C for C, _, _ in head_slots(rule.heads, n)) for n in budget.tolist()])
+    most = budget + retention.schedule.spare
+    if retention.prompt is not None:
+        later = (seen - retention.prompt).clamp(min=0) if retention.schedule.then == "keep" else 0
+        most = torch.where(seen < retention.prompt, counts.amax(-1), most + later)
+    fits = counts.sum(-1) <= most * counts.shape[1] if retention.across_heads else counts.amax(-1) <= most
+    if not bool(fits.all()):
+        raise UserError("a state holds more tokens than this cache's budget; make a cache with the state's budget")

@@ -1,0 +1,1 @@
+"""Requests of a task in, answers of each system out."""

@@ -1,0 +1,84 @@
+"""How many tokens were read, computed, cached and scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from a2sf.policies.base import UNLIMITED, Retention
+from a2sf.policies.schedule import Schedule
+from a2sf.scoring.passes.full_cache_prefix import cached_tokens, full_cache_prefix, pruned_scores
+
+
+@dataclass
+class Counts:
+    """Counts of one system's requests.
+
+    Attributes:
+        schedule: when tokens are evicted.
+        kv_heads: of each layer; None: not known.
+        acts: of each layer, whether the policy acts on it.
+        tokens: tokens of all requests, as if each were computed by itself.
+        computed: tokens that were computed; of those that served several systems, an equal share.
+        needed: the same, without dividing those that served several systems.
+        together: how many of these served several systems.
+        scored: positions whose logits were computed, shared as `computed`.
+        cached: sum over requests and layers of the tokens cached at the end, mean over KV heads; the mean is
+            `cached / layer_requests`.
+        share: sum of the same as a share of each request's tokens.
+        reused: requests answered from an earlier result.
+        layer_requests: requests times layers.
+        targets: tokens that were scored or generated, also those of reused requests.
+        pruned: how many of them were predicted by a token that saw a pruned cache in some layer.
+        prompts, budgets: of each request, tokens of its prompt, and slots of a layer, mean over layers that have a budget.
+    """
+
+    schedule: Schedule
+    kv_heads: int | None
+    acts: Sequence[bool]
+    tokens: int = 0
+    computed: float = 0
+    needed: int = 0
+    together: int = 0
+    scored: float = 0
+    cached: float = 0.0
+    share: float = 0.0
+    layer_requests: int = 0
+    reused: int = 0
+    targets: int = 0
+    pruned: int = 0
+    prompts: list[int] = field(default_factory=list)
+    budgets: list[float] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> dict[str, Any]:
+        """How long the requests' prompts are and what their budgets come to, in tokens; no budget: None."""
+        return {"prompt": quantiles(self.prompts), "budget": quantiles(self.budgets)}
+
+    def count_read(self, total: int, prompt: int, retention: Sequence[Retention]) -> None:
+        """Count a request of `total` tokens that was computed, and of which each layer has its `retention`."""
+        cached = sum(cached_tokens(r, self.schedule, total, prompt, self.kv_heads) for r in retention)
+        self.tokens += total
+        self.cached += cached
+        self.share += cached / total
+        self.layer_requests += len(retention)
+
+    def count_targets(self, targets: int, prompt: int, retention: Sequence[Retention], cut: int | None = None) -> None:
+        """Count what a prompt's last token and those after it predict; `cut`: where the prompt schedule cuts, if earlier."""
+        acted = [r for r, acts in zip(retention, self.acts, strict=True) if acts]
+        self.targets += targets
+        self.prompts.append(prompt)
+        self.budgets += [fmean(limited)] if (limited := [r.budget for r in retention if r.budget < UNLIMITED]) else []
+        self.pruned += pruned_scores(
+            targets, full_cache_prefix(acted, self.schedule, cut or prompt, self.kv_heads), prompt
+        )
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float] | None:
+    """The smallest, quartiles and the largest; None of nothing."""
+    names = ("min", "p25", "median", "p75", "max")
+    return dict(zip(names, np.quantile(values, [0, 0.25, 0.5, 0.75, 1]).tolist(), strict=True)) if values else None

@@ -1,0 +1,1 @@
+"""Passes of the model: sequences in shared rows without padding."""

@@ -1,0 +1,86 @@
+"""How long a sequence is computed with the full cache, before anything is evicted.
+
+Up to there sequences can be computed together whatever their policies, and a score is the full cache's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from a2sf.policies.base import UNLIMITED, Retention
+from a2sf.policies.rule import ACCUMULATED
+from a2sf.policies.schedule import Schedule
+from a2sf.policies.slots import head_slots
+
+
+def full_cache_prefix(
+    retention: Sequence[Retention], schedule: Schedule, prompt: int, kv_heads: int | None = None
+) -> int:
+    """The number of tokens that can be read before any layer evicts one; `UNLIMITED`: nothing is ever evicted.
+
+    The next token still attends to all of them; those after it see a pruned cache.
+
+    Args:
+        retention: what each layer retains.
+        prompt: tokens of the prompt, which the schedule `prompt` reads before it evicts.
+        kv_heads: KV heads of a layer, for policies that leave the cache of some heads full; None: not known.
+    """
+    budgets = [min(_budgets(r)) for r in retention if kv_heads is None or len(r.rule.full_heads) < kv_heads]
+    budget = min(budgets, default=UNLIMITED)
+    if budget >= UNLIMITED:
+        return UNLIMITED
+    if not schedule.prompt:
+        return budget + schedule.spare
+    if prompt > budget:
+        return prompt - 1
+    return budget if schedule.then == "step" else UNLIMITED
+
+
+def shareable_prefix(retention: Sequence[Retention], schedule: Schedule, prompt: int) -> int:
+    """The number of tokens after which the cache state depends on these tokens alone, not on budget or prompt.
+
+    Only states of the same rule and forgetting factor are compared: others accumulate other scores.
+    """
+    if any(r.rule.precompute is not None for r in retention):
+        return 0  # scores depend on tokens to come, from the first token on
+    prefix = full_cache_prefix(retention, schedule, prompt)
+    if not schedule.prompt:
+        return prefix
+    # the prompt's last queries add to the scores, and which are the last depends on the prompt
+    looking = max((r.recent for r in retention if r.rule.cut is not None), default=0)
+    return max(0, min(prefix, prompt - looking))
+
+
+def pruned_scores(scored: int, clean: int, prompt: int) -> int:
+    """How many of `scored` tokens, predicted from the prompt's last token on, saw a pruned cache.
+
+    Args:
+        clean: the sequence's `full_cache_prefix`.
+    """
+    first = prompt - 1
+    return max(0, first + scored - max(first, clean + 1))
+
+
+def cached_tokens(
+    retention: Retention, schedule: Schedule, total: int, prompt: int, kv_heads: int | None = None
+) -> float:
+    """Tokens that a layer has cached after `total` tokens, mean over its KV heads."""
+    if retention.rule.heads:
+        each = [replace(retention, budget=C, recent=0, sinks=0, rule=ACCUMULATED) for C in _budgets(retention)]
+        return sum(cached_tokens(head, schedule, total, prompt) for head in each) / len(each)
+    C = retention.budget
+    if schedule.when == "every":
+        cached = total if total < C + schedule.every else C + (total - C) % schedule.every
+    elif schedule.prompt and schedule.then == "keep":
+        cached = min(prompt, C, total) + max(0, total - prompt)
+    else:
+        cached = min(C, total)
+    full = len(retention.rule.full_heads) / kv_heads if kv_heads else 0.0
+    return cached + full * (total - cached)
+
+
+def _budgets(retention: Retention) -> list[int]:
+    """The budget of each KV head, or one for all heads where theirs are equal."""
+    heads = retention.rule.heads
+    return [C for C, _, _ in head_slots(heads, retention.budget)] if heads else [retention.budget]

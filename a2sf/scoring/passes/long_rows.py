@@ -1,0 +1,65 @@
+"""A row that is longer than a pass: read in parts, where the caches between parts take less memory than that saves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from a2sf.hf.attention import Plan, rope_switch
+from a2sf.hf.attention.continued import mixed_in_parts, parts_of
+from a2sf.hf.attention.mixed import Mixed
+from a2sf.hf.loading import kv_heads_of
+from a2sf.policies.base import Retention
+from a2sf.policies.schedule import Schedule
+from a2sf.scoring.passes.packing import Pack
+from a2sf.scoring.passes.sequences import ScoredSequence
+
+
+@dataclass(frozen=True)
+class Part:
+    """Columns `[begin, end)` of a row, and the pass that reads them."""
+
+    begin: int
+    end: int
+    reading: Plan | Mixed
+
+
+def in_parts(reading: Plan | Mixed, ends: Sequence[int]) -> Iterator[Part]:
+    """A row's pass in parts that end at the columns `ends`; each is read before the next one is made."""
+    if isinstance(reading, Mixed):
+        passes: list[Any] = mixed_in_parts(reading, ends)
+    else:
+        passes = [part for part, _ in parts_of(reading, np.arange(ends[-1]), ends)]
+    for begin, end, part in zip([0, *ends], ends, passes, strict=False):
+        yield Part(begin, end, part)
+
+
+def saves(row: Pack, ends: Sequence[int], sequences: Sequence[ScoredSequence], config: Any) -> bool:
+    """Whether a row in parts that end at `ends` takes less memory than at once, by rough counts of numbers."""
+    read = [sequences[i] for i in row.items]
+    if any(k.rule.precompute is not None for r in read for k in r.retention):
+        return False  # an oracle needs the tokens to come, which a part does not know
+    if any(len(r.read) > rope_switch(config) for r in read):
+        return False  # rotary scaling depends on the longest sequence
+    text = config.get_text_config()
+    width = text.hidden_size
+    heads = getattr(text, "num_attention_heads", 1)
+    per_token = 2 * (kv_heads_of(config) or heads) * (getattr(text, "head_dim", None) or width // heads)
+    computed = 3 * width + 2 * (getattr(text, "intermediate_size", None) or 4 * width)
+    largest = max(end - begin for begin, end in zip([0, *ends], ends, strict=False))
+    return per_token * cached_at_most(read) < (len(row.tokens) - largest) * computed
+
+
+def cached_at_most(sequences: Sequence[ScoredSequence]) -> int:
+    """Tokens that all layers together hold of some sequences from part to part, at most; each state counts once."""
+    states = {(r.retention, r.schedule, r.prompt, len(r.read)) for r in sequences}
+    return sum(_most(k, n, prompt, schedule) for retention, schedule, prompt, n in states for k in retention)
+
+
+def _most(retention: Retention, tokens: int, prompt: int, schedule: Schedule) -> int:
+    if retention.rule.full_heads or (schedule.prompt and schedule.then == "keep"):
+        return tokens
+    return min(tokens, max(prompt if schedule.prompt else 0, retention.budget + schedule.spare))

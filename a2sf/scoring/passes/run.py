@@ -1,0 +1,242 @@
+"""Passes of the model that score sequences of several systems: each token is computed once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from transformers import PreTrainedModel
+
+from a2sf.hf.attention import NonFiniteError, Plan, attached, rope_switch, running
+from a2sf.hf.attention.mixed import Mixed
+from a2sf.hf.attention.named import Configs, configs_of
+from a2sf.hf.calls.chunks import bounds
+from a2sf.hf.calls.logits import logits_in_parts
+from a2sf.scoring.passes.logits import log_probabilities
+from a2sf.scoring.passes.long_rows import Part, in_parts, saves
+from a2sf.scoring.passes.packing import Pack, pack
+from a2sf.scoring.passes.sequences import Model, ScoredSequence, pass_of
+from a2sf.scoring.systems import Answers
+
+LEAST_PASS = 64
+"""Tokens per pass below which each sequence is read by itself, and fails by itself where memory does not suffice."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A log-likelihood that a system lacks.
+
+    Attributes:
+        answers: of the system.
+        request, window: its place among the requests, and among the windows of its request.
+        lengths: tokens of context and continuation, as they were before the context lost what is too long.
+    """
+
+    answers: Answers
+    sequence: ScoredSequence
+    request: int
+    window: int = 0
+    lengths: tuple[int, int] = (0, 0)
+
+
+@dataclass
+class Done:
+    """What a pass computed.
+
+    Attributes:
+        scores: each log-likelihood, and whether greedy decoding would have produced the continuation.
+        failures: answers of a system that cannot be computed, why, and the places of the requests that are to blame.
+    """
+
+    scores: list[tuple[Pending, float, bool]] = field(default_factory=list)
+    failures: list[tuple[Answers, Exception, list[int]]] = field(default_factory=list)
+
+
+@dataclass
+class Passes:
+    """Passes of a model.
+
+    Attributes:
+        tokens_per_pass: computed tokens of a pass; halved when memory runs out.
+        sequences_per_pass: None: no limit.
+    """
+
+    model: PreTrainedModel
+    about: Model
+    tokens_per_pass: int
+    sequences_per_pass: int | None = None
+
+    @cached_property
+    def _configs(self) -> Configs:
+        return configs_of(self.model)
+
+    def run(self, pending: Sequence[Pending]) -> Iterator[Done]:
+        """Compute what is pending, a pass at a time; nothing more is computed for a system whose answers have an `error`."""
+        sequences = [p.sequence.simplest for p in pending]
+        left = dict.fromkeys(range(len(pending)))
+        before, clock = self.tokens_per_pass, time.perf_counter()
+        crowded = False
+        while left:
+            for row in self._rows(list(left), sequences):
+                done = Done()
+                try:
+                    scores, plans = self._score(row, sequences)
+                except NonFiniteError as error:  # whose rows are places in `pending`
+                    yield _failed(pending, error, error.rows)
+                    break
+                except torch.cuda.OutOfMemoryError as error:
+                    torch.cuda.empty_cache()
+                    if self.tokens_per_pass >= LEAST_PASS:
+                        self.tokens_per_pass //= 2
+                    else:
+                        crowded = True
+                        yield _failed(pending, error, row.items)
+                    break
+                except Exception as error:  # perhaps of one system alone: a policy on a sliding window, a backend
+                    of_system = _by_system(row.items, pending)
+                    if len(of_system) == 1:
+                        yield _failed(pending, error, row.items)
+                    for places in of_system if len(of_system) > 1 else ():
+                        yield from self.run([pending[i] for i in places])
+                        for i in places:
+                            del left[i]
+                    clock = time.perf_counter()
+                    break
+                for i, (value, greedy) in zip(row.items, scores, strict=True):
+                    done.scores.append((pending[i], value, greedy))
+                    del left[i]
+                for plan in plans:
+                    for i in plan.serves:
+                        pending[i].answers.ran |= plan.ran
+                _share(row, pending, time.perf_counter() - clock)
+                yield done
+                clock = time.perf_counter()
+            left = {i: None for i in left if pending[i].answers.error is None}
+        if crowded:
+            self.tokens_per_pass = before  # what comes next may be smaller
+
+    def _rows(self, left: list[int], sequences: Sequence[ScoredSequence]) -> Iterator[Pack]:
+        """Sequences in rows; a row never mixes those that the model's rotary scaling treats differently."""
+        limit = rope_switch(self.model.config)
+        most = 1 if self.tokens_per_pass < LEAST_PASS else self.sequences_per_pass
+        groups: dict[bool, list[int]] = {}
+        for i in left:
+            groups.setdefault(len(sequences[i].read) > limit, []).append(i)
+        for group in groups.values():
+            items = [sequences[i].item() for i in group]
+            for row in pack(items, max_tokens=self.tokens_per_pass, max_items=most):
+                row.items = [group[i] for i in row.items]
+                row.owner = [group[i] for i in row.owner]
+                yield row
+
+    def _score(self, row: Pack, sequences: Sequence[ScoredSequence]) -> tuple[list[tuple[float, bool]], Sequence[Plan]]:
+        """(log-likelihood, is greedy) of each sequence of a row, and what computed them.
+
+        Raises:
+            NonFiniteError: if one depends on NaN or infinity; its `rows` are the places of these in `sequences`. A logit of
+                -infinity counts only if it is a target's: no probability is 0, so it is an overflow. Other logits may be
+                -infinity, as models mark entries of the vocabulary that no token uses.
+        """
+        device = self.about.device
+        # positions of the row that some request scores, each once
+        scored = [row.last(which, len(sequences[i].targets)) for which, i in enumerate(row.items)]
+        index, where = torch.cat([torch.from_numpy(s) for s in scored]).unique(return_inverse=True)
+        targets = torch.tensor([t for i in row.items for t in sequences[i].targets])
+        chosen, greedy = torch.zeros(len(targets)), torch.zeros(len(targets), dtype=torch.bool)
+        dtype = self.model.dtype
+        try:
+            reading = pass_of(row, sequences, self.about)
+            for part in self._parts(row, reading, sequences):
+                # which of the targets, and of the columns, are this part's
+                mine = ((index >= part.begin) & (index < part.end))[where].nonzero()[:, 0]
+                needed, at = index[where[mine]].unique(return_inverse=True)
+                columns = (
+                    needed - part.begin if len(needed) else torch.tensor([0])
+                )  # a model needs one position at least
+                with attached(self.model, configs=self._configs), torch.inference_mode(), running(part.reading):
+                    done = 0
+                    for (logits,) in logits_in_parts(
+                        self.model,
+                        columns.to(device),
+                        input_ids=torch.tensor([row.tokens[part.begin : part.end]], device=device),
+                        position_ids=torch.tensor([row.positions[part.begin : part.end]], device=device),
+                        use_cache=False,
+                    ):
+                        dtype = logits.dtype
+                        here = ((at >= done) & (at < done + len(logits))).nonzero()[:, 0]
+                        those = mine[here]
+                        asks = ((at[here] - done).to(logits.device), targets[those].to(logits.device))
+                        chosen[those], greedy[those] = (x.cpu() for x in log_probabilities(logits, *asks))
+                        done += len(logits)
+                        del logits
+        except NonFiniteError as error:  # whose rows are segments
+            bad = set(error.rows)
+            through = [i for i, path in zip(row.items, row.path, strict=True) if bad.intersection(path)]
+            raise NonFiniteError(error.where, error.dtype, through) from error
+        sizes = [len(sequences[i].targets) for i in row.items]
+        if not bool(torch.isfinite(chosen).all()):
+            pieces = zip(row.items, torch.isfinite(chosen).split(sizes), strict=True)
+            raise NonFiniteError("the logits", dtype, sorted(i for i, finite in pieces if not finite.all()))
+        scores = [
+            (float(c.double().sum()), bool(g.all()))
+            for c, g in zip(chosen.split(sizes), greedy.split(sizes), strict=True)
+        ]
+        return scores, reading.plans
+
+    def _parts(self, row: Pack, reading: Plan | Mixed, sequences: Sequence[ScoredSequence]) -> Iterator[Part]:
+        """The passes that read a row: one, or for a long row several that hold less together than at once."""
+        size = len(row.tokens)
+        # one that hangs over a little, as rows of short requests do, is read at once
+        ends = bounds(size, max(LEAST_PASS, self.tokens_per_pass))
+        if len(ends) > 1 and saves(row, ends, sequences, self.model.config):
+            return in_parts(reading, ends)
+        return iter([Part(0, size, reading)])
+
+
+def _failed(pending: Sequence[Pending], error: Exception, places: Sequence[int]) -> Done:
+    """What came of a pass that failed because of some of `pending`; each of their systems has the error from now on."""
+    if not places:  # no system's, so it would come again
+        raise error
+    done = Done()
+    for of_system in _by_system(places, pending):
+        answers = pending[of_system[0]].answers
+        answers.error = error
+        done.failures.append((answers, error, [pending[i].request for i in of_system]))
+    return done
+
+
+def _by_system(places: Sequence[int], pending: Sequence[Pending]) -> list[list[int]]:
+    """Places in `pending`, those of each system together."""
+    found: dict[int, list[int]] = {}
+    for i in places:
+        found.setdefault(id(pending[i].answers), []).append(i)
+    return list(found.values())
+
+
+def _share(row: Pack, pending: Sequence[Pending], seconds: float) -> None:
+    """Divide what a pass computed among systems: each segment, and each scored position, by those that needed it."""
+    systems = {id(pending[i].answers): pending[i].answers for i in row.items}
+    through: list[set[int]] = [set() for _ in row.start]
+    scoring: dict[int, set[int]] = {}
+    for which, i in enumerate(row.items):
+        system = id(pending[i].answers)
+        for segment in row.path[which]:
+            through[segment].add(system)
+        for column in row.last(which, len(pending[i].sequence.targets)).tolist():
+            scoring.setdefault(column, set()).add(system)
+    computed = dict.fromkeys(systems, 0.0)
+    for length, users in zip(row.length, through, strict=True):
+        for system in users:
+            counts = systems[system].counts
+            computed[system] += length / len(users)
+            counts.needed += length
+            counts.together += length if len(users) > 1 else 0
+    for users in scoring.values():
+        for system in users:
+            systems[system].counts.scored += 1 / len(users)
+    for system, tokens in computed.items():
+        systems[system].counts.computed += tokens
+        systems[system].seconds += seconds * tokens / len(row.tokens)

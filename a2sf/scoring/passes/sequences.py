@@ -1,0 +1,181 @@
+"""Log-likelihoods as sequences to read, and a packed row of them as one pass of the model.
+
+Hidden states and caches are shared under different conditions. Two sequences with equal beginnings have equal hidden
+states until one of their caches is pruned, whatever the policies. Their caches are equal only if the policies also rank
+tokens by the same rule and forgetting factor. So a row holds a forest of tokens, and for each rule a forest of cache states
+on the columns of that row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from a2sf.hf.attention import Plan
+from a2sf.hf.attention.mixed import Mixed
+from a2sf.policies.base import UNLIMITED, Retention
+from a2sf.policies.schedule import STEP, Schedule
+from a2sf.scoring.passes.full_cache_prefix import full_cache_prefix, shareable_prefix
+from a2sf.scoring.passes.packing import Item, Pack, build, numbered
+
+FULL_CACHE = Retention(budget=UNLIMITED)
+
+
+@dataclass(frozen=True)
+class ScoredSequence:
+    """One log-likelihood to compute: the tokens the model reads, and those it must predict.
+
+    Attributes:
+        retention: what each layer retains.
+        schedule: when tokens are evicted.
+        before_cut: tokens before the cut of the prompt schedule; None: all of the context.
+    """
+
+    read: tuple[int, ...]
+    targets: tuple[int, ...]
+    retention: tuple[Retention, ...]
+    schedule: Schedule
+    before_cut: int | None = None
+
+    @property
+    def context(self) -> int:
+        """Tokens of the context; the last of them predicts the first target."""
+        return len(self.read) + 1 - len(self.targets)
+
+    @property
+    def prompt(self) -> int:
+        """Tokens that the prompt schedule reads before it evicts."""
+        return self.before_cut or self.context
+
+    @cached_property
+    def certain(self) -> int:
+        """The length of the prefix whose outputs are equal to the full cache's."""
+        clean = full_cache_prefix(self.retention, self.schedule, self.prompt)
+        return UNLIMITED if clean >= UNLIMITED else clean + 1
+
+    @property
+    def simplest(self) -> ScoredSequence:
+        """A sequence with the same log-likelihood: with the full cache, if no token that is read sees a pruned one."""
+        if self.certain < len(self.read):
+            return self
+        return replace(self, retention=(FULL_CACHE,) * len(self.retention), schedule=STEP)
+
+    def engine_call(self, dense: bool) -> Hashable:
+        """Equal for sequences that the engine can attend in one call.
+
+        Args:
+            dense: whether sequences whose scores decide nothing are attended in calls of their own.
+        """
+        unscored = dense and all(k.budget == UNLIMITED or k.recent == k.budget for k in self.retention)
+        return unscored, self.schedule, tuple(k.rule for k in self.retention)
+
+    @property
+    def factors(self) -> Hashable:
+        """The forgetting factor of each layer: sequences share a cache state only if these are equal."""
+        return tuple(k.forgetting_factor for k in self.retention)
+
+    def item(self) -> Item:
+        """For packing the tokens that the model reads."""
+        return Item(self.read, (self.schedule, self._evolution), self.certain)
+
+    def state(self) -> Item:
+        """For packing cache states, among sequences with equal `engine_call` and `factors`."""
+        return Item(self.read, self._evolution, shareable_prefix(self.retention, self.schedule, self.prompt))
+
+    @property
+    def _evolution(self) -> Hashable:
+        """What determines how a cache evolves while given tokens are read; for an oracle also the tokens to come."""
+        foresees = any(k.rule.precompute is not None for k in self.retention)
+        return self.retention, self.prompt if self.schedule.prompt else None, self.read if foresees else None
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a pass must know of the model.
+
+    Attributes:
+        layers, policy_on_sliding, backend: as in `Plan`.
+        device: where it computes.
+    """
+
+    layers: int
+    policy_on_sliding: bool
+    backend: str
+    device: torch.device
+
+
+def pass_of(row: Pack, sequences: Sequence[ScoredSequence], model: Model) -> Plan | Mixed:
+    """The pass that reads a row; `row.items` are places in `sequences`, each of which is its `simplest`."""
+    calls: dict[Hashable, list[int]] = {}
+    for which, i in enumerate(row.items):
+        calls.setdefault(sequences[i].engine_call(model.device.type != "cpu"), []).append(which)
+    columns_of = [row.columns(which) for which in range(len(row.items))]
+    plans, columns, found = [], [], {}
+    tokens = 0
+    for places in calls.values():
+        forest = _states(row, places, sequences)
+        of_forest = _columns(forest, columns_of)
+        plans.append(_plan(forest, row.items, sequences, model))
+        columns.append(of_forest)
+        for at, which in enumerate(forest.items):
+            found[which] = tokens + forest.columns(at)
+        tokens += len(of_forest)
+    if len(plans) == 1 and np.array_equal(columns[0], np.arange(len(row.tokens))):
+        return plans[0]
+    place = {i: which for which, i in enumerate(row.items)}
+    back = torch.empty(len(row.tokens), dtype=torch.int64).numpy()
+    for start, length, owner, first in zip(row.start, row.length, row.owner, _firsts(row), strict=True):
+        back[start : start + length] = found[place[owner]][first : first + length]
+    return Mixed(
+        plans=plans,
+        columns=[torch.from_numpy(c).to(model.device) for c in columns],
+        back=torch.from_numpy(back).to(model.device),
+        segments=([0] * len(row.start), row.start, row.length),
+        layers=model.layers,
+    )
+
+
+def _states(row: Pack, places: list[int], sequences: Sequence[ScoredSequence]) -> Pack:
+    """The forest of states of some sequences of a row, given and named by their places in `row.items`."""
+    trees: dict[Hashable, list[int]] = {}
+    for which in places:
+        # sequences that share no segment of the row share no state
+        trees.setdefault((row.path[which][0], sequences[row.items[which]].factors), []).append(which)
+    chosen = set(places)
+    items = [sequences[i].state() if which in chosen else _NOTHING for which, i in enumerate(row.items)]
+    return build(numbered(items), list(trees.values()))
+
+
+_NOTHING = Item((), None, 0)
+
+
+def _columns(forest: Pack, columns_of: Sequence[np.ndarray]) -> np.ndarray:
+    """Where in the packed row each token of a forest of states is, int64."""
+    pieces = zip(forest.owner, forest.length, _firsts(forest), strict=True)
+    return np.concatenate([columns_of[owner][first : first + length] for owner, length, first in pieces])
+
+
+def _firsts(forest: Pack) -> list[int]:
+    """Of each segment, the position of its first token."""
+    return [forest.positions[start] for start in forest.start]
+
+
+def _plan(forest: Pack, items: Sequence[int], sequences: Sequence[ScoredSequence], model: Model) -> Plan:
+    planned = [sequences[i] for i in items]
+    return Plan(
+        row=[0] * len(forest.start),
+        start=forest.start,
+        length=forest.length,
+        parent=forest.parent,
+        retention=lambda segment, layer: planned[forest.owner[segment]].retention[layer],
+        layers=model.layers,
+        schedule=planned[forest.owner[0]].schedule,
+        prompt=lambda segment: planned[forest.owner[segment]].prompt,
+        policy_on_sliding=model.policy_on_sliding,
+        backend=model.backend,
+        serves=[items[which] for which in forest.items],
+    )

@@ -1,0 +1,262 @@
+"""Computes the answers of several systems to the same requests: each token once; if one system fails, the others do not."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from a2sf.engine.kernels import check_backend
+from a2sf.engine.trace import Trace
+from a2sf.errors import ConfigError, UserError
+from a2sf.hf.attention import NonFiniteError, Plan, UnsupportedModel, attached, global_layers, mixes_windows, running
+from a2sf.hf.calls.logits import logits_at
+from a2sf.hf.devices import input_device
+from a2sf.hf.exactness import require_exact
+from a2sf.hf.loading import kv_heads_of
+from a2sf.hf.settings import check_settings
+from a2sf.policies.base import Policy
+from a2sf.policies.budget import Budget
+from a2sf.policies.schedule import Schedule, schedule_for
+from a2sf.scoring.counts import Counts
+from a2sf.scoring.passes.run import Passes, Pending
+from a2sf.scoring.passes.sequences import Model, ScoredSequence
+from a2sf.scoring.requests import ROLLING, TEXT, Requests, Window
+from a2sf.scoring.systems import Answer, Answers, System
+from a2sf.scoring.texts import Texts
+
+PACK_TOKENS = {"cpu": 1024, "cuda": 16384}
+"""Computed tokens per forward pass where `batch_size` is auto."""
+
+
+class Scorer:
+    """Scores requests with a model.
+
+    Args:
+        lm: the model and its tokenizer, as lm-eval's HFLM holds them.
+        backend: which implementation of the eviction runs, `auto` or a name in `a2sf.engine.kernels.BACKENDS`.
+        sequences_per_pass: sequences per forward pass; None: as many as `tokens_per_pass` allows.
+        seed: of texts that are drawn at random, set anew for each system; None: it is left as it is.
+
+    Attributes:
+        tokens_per_pass: computed tokens per forward pass; halved where a GPU's memory does not suffice.
+
+    Raises:
+        ConfigError: if there is no such backend.
+        UnsupportedModel: if the model is no decoder.
+    """
+
+    def __init__(
+        self, lm: HFLM, backend: str = "auto", sequences_per_pass: int | None = None, seed: int | None = None
+    ) -> None:
+        check_backend(backend)
+        if lm.backend != "causal":
+            raise UnsupportedModel("only decoder models have a cache to prune, and this one is an encoder-decoder")
+        self.lm, self.model, self.backend = lm, lm.model, backend
+        self.sequences_per_pass, self.seed = sequences_per_pass, seed
+        self.device = input_device(self.model)
+        self.most_tokens = PACK_TOKENS["cpu" if self.device.type == "cpu" else "cuda"]
+        self.tokens_per_pass = self.most_tokens
+        self.layers: int = self.model.config.get_text_config().num_hidden_layers
+        self.kv_heads = kv_heads_of(self.model.config)
+
+    def system(self, policy: Policy, budget: Budget | None, schedule: Schedule | None = None) -> System:
+        """A way of pruning this model's cache.
+
+        Args:
+            schedule: when tokens are evicted; None: the policy's default.
+
+        Raises:
+            ConfigError: if a setting does not fit the model, the budget is too small for the policy, or the policy does not
+                know the schedule.
+        """
+        check_settings(policy, budget, self.layers, schedule=schedule)
+        policy.check(self.layers, self.kv_heads)
+        return System(policy, budget, schedule_for(policy, schedule))
+
+    def answers(self, system: System) -> Answers:
+        """Where a system's answers will go; none yet."""
+        return Answers(system, Counts(system.schedule, self.kv_heads, global_layers(self.model.config)))
+
+    def score(self, requests: Requests, answers: Sequence[Answers]) -> Iterator[None]:
+        """Compute the answers that are missing, and put them into `answers`; yields after each forward pass.
+
+        If one system fails, that is its `error`, and the others continue. Log-likelihoods are computed for all systems
+        together, texts for one system after the other.
+        """
+        if requests.kind == TEXT:
+            texts = Texts(self)
+            for one in answers:
+                yield from texts.generate(requests, one)
+            return
+        clock = time.perf_counter()
+        pending = self._pending(requests, [a for a in answers if a.error is None])
+        able = {id(a): a for a in answers if a.error is None}
+        for one in able.values():
+            one.seconds += (time.perf_counter() - clock) / len(able)  # tokenising serves all of them
+        yield from self._run([p for p in pending if p.answers.error is None], requests)
+
+    def _pending(self, requests: Requests, answers: Sequence[Answers]) -> list[Pending]:
+        """The windows without an answer, as each system reads them."""
+        missing = [set(a.missing(requests.keys)) for a in answers]
+        wanted = set().union(*missing)
+        first = {key: i for i, key in reversed(list(enumerate(requests.keys))) if key in wanted}
+        pending: list[Pending] = []
+        tokens = [0] * len(answers)
+        for key in dict.fromkeys(k for k in requests.keys if k in wanted):
+            i = first[key]
+            asking = [n for n, a in enumerate(answers) if key in missing[n] and a.error is None]
+            try:
+                windows = requests.windows(i)
+            except (UserError, ValueError) as error:
+                for n in asking:
+                    answers[n].error = _about(requests, i, error)
+                continue
+            for n in asking:
+                try:
+                    made = [self.sequence(requests, i, w, answers[n].system) for w in windows]
+                except (UserError, ValueError) as error:
+                    answers[n].error = _about(requests, i, error)
+                    continue
+                pending += [
+                    Pending(answers[n], s, i, which, (len(w[0]), len(w[1])))
+                    for which, (s, w) in enumerate(zip(made, windows, strict=True))
+                ]
+                tokens[n] += sum(len(s.read) for s in made)
+        for n, one in enumerate(answers):
+            one.begin(len(missing[n]), len(set(requests.keys)), tokens[n])
+        return pending
+
+    def _run(self, pending: Sequence[Pending], requests: Requests) -> Iterator[None]:
+        """Compute windows; a request has its answer once all its windows have theirs."""
+        if not pending:
+            return
+        require_exact(self.model)
+        about = Model(self.layers, not mixes_windows(self.model.config), self.backend, self.device)
+        passes = Passes(self.model, about, self.tokens_per_pass, self.sequences_per_pass)
+        windows = Counter((id(p.answers), p.request) for p in pending)
+        values: dict[tuple[int, int], dict[int, float]] = {}
+        try:
+            for done in passes.run(pending):
+                for p, value, greedy in done.scores:
+                    place = (id(p.answers), p.request)
+                    found = values.setdefault(place, {})
+                    found[p.window] = value
+                    p.answers.progress(len(p.sequence.read))
+                    if len(found) < windows[place]:
+                        continue
+                    if requests.kind == ROLLING:
+                        answer = Answer(sum(found[w] for w in sorted(found)), False, 0, 0)
+                    else:
+                        answer = Answer(value, greedy, *p.lengths)
+                    p.answers.computed[requests.keys[p.request]] = answer
+                for one, error, blamed in done.failures:
+                    one.error = error
+                    if isinstance(error, NonFiniteError):
+                        one.error = error.about(requests.subject(blamed))
+                yield
+        finally:
+            self.tokens_per_pass = passes.tokens_per_pass
+
+    def sequence(self, requests: Requests, i: int, window: Window, system: System) -> ScoredSequence:
+        """A window of request `i` as `system` reads it.
+
+        Raises:
+            UserError: if it does not fit the model, or the budget does not fit the policy.
+        """
+        context, continuation = window
+        if len(continuation) > self.lm.max_length:
+            raise UserError(
+                f"a continuation of {len(continuation)} tokens is longer than the model's context window of "
+                f"{self.lm.max_length}; choose another task or model"
+            )
+        # as HFLM: too long a context loses its beginning, and the last token is only predicted
+        tokens = (context + continuation)[-(self.lm.max_length + 1) :]
+        cut = requests.cut(i, system, len(tokens) - len(continuation), len(context))
+        retention = system.retention(len(tokens) - 1, cut, self.layers)
+        return ScoredSequence(tuple(tokens[:-1]), tuple(continuation), retention, system.schedule, cut)
+
+    def count(self, requests: Requests, answers: Answers) -> None:
+        """Add what the requests took to read and to cache to `answers.counts`; each has an answer."""
+        counts, system = answers.counts, answers.system
+        for i, key in enumerate(requests.keys):
+            answer = answers.answer(key)
+            assert answer is not None
+            for context, targets, new in self._lengths(requests, i, answer):
+                most = targets if new is None else new
+                read = min(context, self.lm.max_length + (1 if new is None else 0) - most)
+                cut = requests.cut(i, system, read, context)
+                retention = system.retention(read + max(0, most - 1), cut, self.layers)
+                counts.count_targets(targets, read, retention, cut)
+                if key in answers.known:
+                    counts.reused += 1
+                else:
+                    counts.count_read(read + max(0, targets - 1), cut, retention)
+
+    def _lengths(self, requests: Requests, i: int, answer: Answer) -> list[tuple[int, int, int | None]]:
+        """Of each window of a request: tokens of the context, of what is scored or was generated, and the limit of these."""
+        if requests.kind == TEXT:
+            prompt = requests.prompt(i)
+            return [(prompt.length, answer.continuation, prompt.new)]
+        if requests.kind == ROLLING:
+            return [(len(context), len(continuation), None) for context, continuation in requests.windows(i)]
+        return [(answer.context, answer.continuation, None)]
+
+    def traces(self, requests: Requests, answers: Answers, documents: int) -> list[Trace]:
+        """What every layer evicts from the first request of each of the first `documents` documents, read once more."""
+        chosen: dict[int, int] = {}
+        for i, instance in enumerate(requests.instances):
+            if requests.kind != ROLLING and instance.doc_id is not None and instance.doc_id < documents:
+                chosen.setdefault(instance.doc_id, i)
+        made = []
+        for document, i in chosen.items():
+            answer = answers.answer(requests.keys[i])
+            assert answer is not None
+            if requests.kind == TEXT:
+                if not answer.continuation:
+                    continue
+                prompt = requests.prompt(i)
+                text = list(self.lm.tok_encode(answer.value, add_special_tokens=False))
+                cut = requests.cut(i, answers.system, len(prompt.tokens), prompt.length)
+                retention = answers.system.retention(len(prompt.tokens) + max(0, prompt.new - 1), cut, self.layers)
+                sequence = ScoredSequence(
+                    (*prompt.tokens, *text[:-1]), tuple(text), retention, answers.system.schedule, cut
+                )
+            else:
+                sequence = self.sequence(requests, i, requests.windows(i)[0], answers.system)
+            made.append(self._trace(document, sequence))
+        return made
+
+    def _trace(self, document: int, sequence: ScoredSequence) -> Trace:
+        plan = Plan.of_rows(
+            [len(sequence.read)],
+            [0],
+            lambda row, layer: sequence.retention[layer],
+            self.layers,
+            schedule=sequence.schedule,
+            prompt=lambda row: sequence.prompt,
+            policy_on_sliding=not mixes_windows(self.model.config),
+            backend=self.backend,
+            trace=True,
+        )
+        tokens = torch.tensor([sequence.read], device=self.device)
+        with attached(self.model), torch.inference_mode(), running(plan):
+            logits_at(
+                self.model,
+                torch.tensor([len(sequence.read) - 1], device=self.device),
+                input_ids=tokens,
+                use_cache=False,
+            )
+        noted = (plan.evicted_at, plan.received, plan.lost)
+        arrays = (torch.cat([of_layer[i].cpu() for i in range(self.layers)]).numpy() for of_layer in noted)
+        pieces = tuple(self.lm.tokenizer.decode([t]) for t in sequence.read)
+        return Trace(document, pieces, sequence.context, *arrays)
+
+
+def _about(requests: Requests, i: int, error: Exception) -> Exception:
+    """The same error, which says the task and the document as well."""
+    subject = requests.subject([i])
+    return type(error)(f"{subject}: {error}") if subject and not isinstance(error, ConfigError) else error

@@ -1,0 +1,110 @@
+"""What is compared, and what it answers: a system is a policy, a budget and a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from a2sf.hf.settings import retention_of
+from a2sf.policies.base import Policy, Retention
+from a2sf.policies.budget import Budget
+from a2sf.policies.schedule import Schedule
+from a2sf.scoring.counts import Counts
+from a2sf.tasks.warned import Warned
+
+
+@dataclass(frozen=True)
+class System:
+    """One way of pruning the cache.
+
+    Attributes:
+        budget: None for a policy that ignores budgets.
+        schedule: when tokens are evicted.
+    """
+
+    policy: Policy
+    budget: Budget | None
+    schedule: Schedule
+
+    def retention(self, total: int, context: int, layers: int) -> tuple[Retention, ...]:
+        """What each of `layers` layers retains of a sequence of `total` tokens whose prompt has `context`.
+
+        Raises:
+            UserError: if the policy protects more tokens than the budget holds.
+        """
+        return retention_of(self.policy, self.budget, total, context, layers, self.schedule)
+
+
+class Answer(NamedTuple):
+    """What a model says to one request.
+
+    Attributes:
+        value: the log-likelihood, or the text.
+        greedy: whether greedy decoding would have produced the continuation.
+        context, continuation: how many tokens these have.
+        ended: whether a text was ended by a stop sequence, and not by the limit of its tokens; None: not known.
+    """
+
+    value: Any
+    greedy: bool
+    context: int
+    continuation: int
+    ended: bool | None = None
+
+
+@dataclass
+class Answers:
+    """The answers of one system to a task's requests, and what they cost.
+
+    Attributes:
+        known: answers of an earlier result, by a request's key (`Requests.keys`).
+        computed: answers that were computed now.
+        requests: how many requests there are; 0: not known yet.
+        seconds: time that was spent on them; where systems are computed together, this system's share.
+        ran: which implementations of the engine ran (`a2sf.engine.kernels.noting`).
+        warned: what libraries warned of while this system alone was computed.
+        error: why this system cannot be computed; the others of its group are.
+    """
+
+    system: System
+    counts: Counts
+    known: dict[str, Answer] = field(default_factory=dict)
+    computed: dict[str, Answer] = field(default_factory=dict)
+    requests: int = 0
+    seconds: float = 0.0
+    ran: set[str] = field(default_factory=set)
+    warned: Warned = field(default_factory=Warned)
+    error: Exception | None = None
+    _before: int = 0  # requests that had an answer when scoring began
+    _pending: int = 0  # those that had none
+    _tokens: int = 0  # tokens to read for these
+    _read: int = 0  # tokens read so far
+
+    def answer(self, key: str) -> Answer | None:
+        """The answer to a request, by its key; None: there is none yet."""
+        found = self.known.get(key)
+        return self.computed.get(key) if found is None else found
+
+    def missing(self, keys: Sequence[str]) -> list[str]:
+        """The keys that have no answer, each once."""
+        return [k for k in dict.fromkeys(keys) if self.answer(k) is None]
+
+    def begin(self, pending: int, requests: int, tokens: int = 0) -> None:
+        """Note what is to be done: `pending` of `requests` have no answer, and take `tokens` to read."""
+        self.requests = max(self.requests, requests)
+        self._before = min(self.requests - pending, len(self.known) + len(self.computed))
+        self._pending, self._tokens, self._read = pending, tokens, 0
+
+    def progress(self, tokens: int) -> None:
+        """Note that `tokens` more were read."""
+        self._read += tokens
+
+    @property
+    def share(self) -> float:
+        """How much of the work is done, from 0 to 1: by tokens where these are counted, else by requests."""
+        if not self.requests:
+            return 0.0
+        if not self._tokens:
+            return min(1.0, (len(self.known) + len(self.computed)) / self.requests)
+        return min(1.0, (self._before + self._pending * self._read / self._tokens) / self.requests)

@@ -1,0 +1,1 @@
+"""What is on disk: results, archives, names, averages; read without a model."""

@@ -1,0 +1,24 @@
+"""What finished cells say about their own numbers: each note once, with the cells that have it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from a2sf.store.runs import StoredCell
+
+
+def notes_of(cells: Iterable[StoredCell]) -> list[str]:
+    """The notes in results (`notes` in `result.json`), one sentence or two each."""
+    names: dict[str, list[str]] = {}
+    times: dict[str, int] = {}
+    for stored in cells:
+        for note in stored.notes:
+            text = note["text"]
+            names.setdefault(text, []).append(stored.path.name)
+            times[text] = times.get(text, 0) + note.get("times", 0)
+    return [f"{text} {_where(names[text], times[text])}" for text in names]
+
+
+def _where(names: list[str], times: int) -> str:
+    often = f", {times:,} times" if times > 1 else ""
+    return f"(In {names[0]}{often}.)" if len(names) == 1 else f"(In {len(names)} cells{often}, {names[0]} the first.)"

@@ -1,0 +1,365 @@
+"""The run directories: a cell's result is written once, atomically, and read back as it was.
+
+    runs/<sweep>/<cell>/config.yaml         the cell's resolved config
+                        result.json         metrics, timings, provenance, checksums; written last
+                        documents.parquet   one row per document: log-likelihoods, choices, metrics
+                        traces.npz          what was evicted, where that was noted
+    runs/<sweep>/results.csv                one row per cell and metric, and per group's score
+                 groups.json                the tasks of groups that were asked for
+
+A cell's directory is made under a temporary name and renamed, so a directory with its final name is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pandas as pd
+
+from a2sf import atomic
+from a2sf.errors import UserError
+from a2sf.store.aggregates import OPTIONS, Group, aggregates, read, written
+from a2sf.store.names import ID_DIGITS, Named, distinct
+
+SCHEMA_VERSION = 1
+RESULT, DOCUMENTS, CONFIG, TABLE = "result.json", "documents.parquet", "config.yaml", "results.csv"
+TRACES, GROUPS = "traces.npz", "groups.json"
+COMPUTED_WITH = ("torch", "transformers")
+"""Libraries that can move a number and whose versions are no part of what a cell is."""
+IDENTIFYING = ["model", "policy", "budget_ratio", "forgetting_factor", "shots", "task"]
+LEADING_COLUMNS = [*IDENTIFYING, "metric", "value", "stderr", "n"]
+
+
+class DiskError(UserError):
+    """Results cannot be written; the sweep stops, since it could keep nothing."""
+
+
+class CorruptCell(UserError):
+    """A cell's files are there but are not what was written."""
+
+
+@dataclass(frozen=True)
+class StoredCell:
+    """One finished cell on disk.
+
+    Attributes:
+        path: its directory.
+        result: `result.json` as written (see docs/results.md for every key).
+    """
+
+    path: Path
+    result: dict[str, Any]
+
+    @property
+    def cell(self) -> dict[str, Any]:
+        """What defines the cell: model, policy, budget, forgetting_factor, task, shots, limit, ..."""
+        return self.result["cell"]
+
+    @property
+    def model(self) -> Named:
+        """Which model it is: its name, where it was, and its fingerprint or commit."""
+        cell = self.cell
+        identity = cell.get("identity", {})
+        path = cell.get("model_path") or cell["model"]
+        return Named.of(cell["model"], path, identity.get("weights"), identity.get("adapter"))
+
+    @property
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """metric name -> {value, stderr, n, higher_is_better}."""
+        return self.result["metrics"]
+
+    @property
+    def notes(self) -> list[dict[str, Any]]:
+        """What a reader of its numbers has to know: `text`, and for a library's warning how many `times` it came."""
+        return list(self.result.get("notes") or [])
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of the libraries that computed it, as far as that was noted."""
+        return (self.result.get("provenance") or {}).get("versions") or {}
+
+    @property
+    def pruned_share(self) -> float | None:
+        """Share of the scored tokens that saw a pruned cache; None where that was not noted, or nothing was scored."""
+        scored = self.result.get("scored") or {}
+        return scored["pruned"] / scored["tokens"] if scored.get("tokens") else None
+
+    @property
+    def stopped(self) -> str | None:
+        """After how many documents of how many it stopped, since a comparison was told; None where all were scored."""
+        until = self.result.get("until") or {}
+        return f"{until['seen']} of {until['of']}" if until.get("seen", 0) < until.get("of", 0) else None
+
+    @cached_property
+    def documents(self) -> pd.DataFrame:
+        """One row per document, in the order of doc_id.
+
+        Raises:
+            UserError: if the per-document file is missing or cannot be read.
+        """
+        file = self.path / DOCUMENTS
+        try:
+            with file.open("rb") as stream:  # a path of another encoding than the locale's is no text for pyarrow
+                return pd.read_parquet(stream)
+        except Exception as error:
+            raise UserError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
+
+    def open_traces(self) -> BinaryIO | None:
+        """What `a2sf.engine.trace.load` reads; None where evictions were not noted."""
+        file = self.path / TRACES
+        return file.open("rb") if file.is_file() else None
+
+
+def write_cell(
+    path: Path, result: dict[str, Any], documents: pd.DataFrame, config: str, more: Mapping[str, bytes] | None = None
+) -> StoredCell:
+    """Write a finished cell to `path`; what is already there under that name stays.
+
+    Args:
+        more: further files, by name.
+
+    Raises:
+        OSError: if the disk refuses; nothing is left behind then.
+        UserError: if another cell's result is at `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with atomic.placed(path) as temporary:
+            temporary.mkdir()
+            with (temporary / DOCUMENTS).open("wb") as stream:  # pyarrow reads a path in the locale's encoding
+                documents.to_parquet(stream, index=False)
+            (temporary / CONFIG).write_text(config, encoding="utf-8")
+            for name, content in (more or {}).items():
+                (temporary / name).write_bytes(content)
+            checksums = {name: _sha256(temporary / name) for name in (DOCUMENTS, CONFIG, *(more or ()))}
+            body = {"schema_version": SCHEMA_VERSION, **result, "checksums": checksums}
+            body["checksums"][RESULT] = _digest(body)
+            text = json.dumps(body, indent=2, sort_keys=True, allow_nan=False) + "\n"
+            (temporary / RESULT).write_text(text, encoding="utf-8")
+    except OSError:
+        if not (path / RESULT).exists():  # not because somebody else finished the same cell first
+            raise
+        there, cell = read_cell(path).cell, result["cell"]
+        if id_of(there) != id_of(cell):
+            raise UserError(f"{path} holds the result of another cell; move it elsewhere") from None
+    return read_cell(path)
+
+
+def rewrite_cell(
+    path: Path, result: dict[str, Any], documents: pd.DataFrame, config: str, more: Mapping[str, bytes]
+) -> StoredCell:
+    """Write a finished cell with more noted in it in the place of what is there; arguments and errors as `write_cell`."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.old")
+    path.rename(beside)
+    try:
+        stored = write_cell(path, result, documents, config, more)
+    except BaseException:
+        if not path.exists():
+            beside.rename(path)
+        raise
+    shutil.rmtree(beside)
+    return stored
+
+
+def link_cell(source: Path, path: Path) -> None:
+    """Make a finished cell of another sweep appear at `path`, as hard links where the file system has them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def copy(a: str, b: str) -> None:
+        try:
+            os.link(a, b)
+        except OSError:
+            shutil.copy2(a, b)
+
+    try:
+        with atomic.placed(path) as temporary:
+            shutil.copytree(source, temporary, copy_function=copy)
+    except OSError:
+        if not is_cell(path):  # somebody else was first
+            raise
+
+
+def read_cell(path: Path) -> StoredCell:
+    """The cell stored at `path`, checked against its checksums.
+
+    Raises:
+        CorruptCell: if a file is missing, truncated or altered.
+    """
+    try:
+        body = json.loads((path / RESULT).read_text(encoding="utf-8"))
+        stated = dict(body["checksums"])
+        of_result = stated.pop(RESULT)
+        good = _digest({**body, "checksums": stated}) == of_result
+        good = good and all(_sha256(path / name) == checksum for name, checksum in stated.items())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptCell(f"{path} is not a whole result ({type(error).__name__}: {error})") from error
+    if not good:
+        raise CorruptCell(f"{path} is not what was written (its checksum differs)")
+    return StoredCell(path, body)
+
+
+def set_aside(path: Path, why: str = "corrupt") -> Path:
+    """Move a corrupt cell, or one under another's name, out of the way, keeping it; returns where it went."""
+    target = path.with_name(f".{path.name}.{why}-{uuid.uuid4().hex[:6]}")
+    atomic.rename(path, target)
+    return target
+
+
+def is_cell(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith(".") and (path / RESULT).exists()
+
+
+def name_of(path: Path) -> str:
+    """The last part of a path as text, whatever encoding the locale reads paths in."""
+    return os.fsencode(path.name).decode("utf-8", "replace")
+
+
+def tail_of(path: Path) -> str:
+    """The part of a cell's directory's name that tells cells apart (`Cell.tail`)."""
+    return "__".join(path.name.rsplit("__", 2)[1:])
+
+
+def finished_cells(directory: Path) -> list[StoredCell]:
+    """What a sweep has finished so far, in the order of the cells' names; none if there is no such directory.
+
+    Raises:
+        CorruptCell: if a cell is damaged.
+    """
+    return [read_cell(p) for p in sorted(directory.iterdir()) if is_cell(p)] if directory.is_dir() else []
+
+
+def load_sweep(directory: Path) -> list[StoredCell]:
+    """Every finished cell of one sweep's directory, in the order of the cells' names.
+
+    Raises:
+        UserError: if the directory does not exist or holds no finished cell.
+        CorruptCell: if a cell is damaged.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory; give a sweep's directory under runs/")
+    cells = finished_cells(directory)
+    if not cells:
+        raise UserError(f"{directory} holds no finished cell; run `a2sf run` with that sweep first")
+    return cells
+
+
+def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
+    """One row per cell and metric, `LEADING_COLUMNS` first."""
+    rows = []
+    cells = list(cells)
+    names = distinct(c.model for c in cells)
+    for stored in cells:
+        cell, result, versions = stored.cell, stored.result, stored.versions
+        budget = cell["budget"]
+        common = {
+            "model": names[stored.model],
+            "policy": cell["policy"],
+            # NaN and not None, so that a column without a ratio holds numbers, too
+            "budget_ratio": 1.0 if not budget else math.nan if budget["ratio"] is None else _plain(budget["ratio"]),
+            "forgetting_factor": _plain(cell["forgetting_factor"]),
+            "shots": cell["shots"],
+            "task": cell["task"],
+        }
+        more = {
+            "model_path": stored.model.path,
+            "weights": stored.model.weights,
+            "budget_tokens": _plain(budget["tokens"]) if budget else None,
+            "budget_base": budget["base"] if budget else None,
+            "schedule": schedule_of(cell),
+            **{key: _option(cell, key) for key in OPTIONS},
+            "policy_settings": json.dumps(cell["policy_settings"], sort_keys=True),
+            "limit": cell["limit"],
+            "stopped": stored.stopped,
+            "seed": cell["seed"],
+            "dtype": cell["dtype"],
+            "split": result["documents"]["split"],
+            "fewshot_split": result["documents"].get("fewshot_split"),
+            "data": result["documents"].get("content") or result["documents"].get("fingerprint"),
+            "task_version": result["documents"]["task_version"],
+            "definition": cell.get("identity", {}).get("definition"),
+            "data_settings": json.dumps(cell["data"], sort_keys=True) if cell.get("data") else None,
+            "device": cell.get("identity", {}).get("device"),
+            **{name: versions.get(name) for name in COMPUTED_WITH},
+            "seconds": result["timing"]["seconds"],
+            "tokens_per_second": result["timing"]["tokens_per_second"],
+            "cell": name_of(stored.path),
+        }
+        for metric, m in stored.metrics.items():
+            scores = {"metric": metric, "value": m["value"], "stderr": m["stderr"], "n": m["n"]}
+            rows.append(common | scores | more)
+    return pd.DataFrame(rows, columns=None if rows else LEADING_COLUMNS)
+
+
+def id_of(cell: dict[str, Any]) -> str:
+    """The `Cell.id` of a `cell` entry, from its identity; what it was given where there is none."""
+    if "identity" not in cell:
+        return str(cell.get("id"))
+    return hashlib.sha256(json.dumps(cell["identity"], sort_keys=True).encode()).hexdigest()[:ID_DIGITS]
+
+
+def asked(cell: dict[str, Any]) -> dict[str, Any]:
+    """What a `cell` entry asks for, whatever the weights and documents were when it was computed."""
+    plain = {"schedule": "step"}  # where a cell is older than schedules
+    return plain | {k: v for k, v in cell.items() if k not in ("id", "name", "identity")}
+
+
+def schedule_of(cell: dict[str, Any]) -> str:
+    """The schedule of a `cell` entry, as a column of tables has it: "" for step by step."""
+    name = str(cell.get("schedule") or "step")
+    return "" if name == "step" else name
+
+
+def _option(cell: dict[str, Any], key: str) -> Any:
+    value = cell.get("options", {}).get(key)
+    return json.dumps(value, sort_keys=True) if isinstance(value, dict | bool) else value
+
+
+def table_of(cells: Iterable[StoredCell], groups: Sequence[Group]) -> pd.DataFrame:
+    """`results_frame`, then a row for each group's score, with the number of its tasks in the column `members`."""
+    table = results_frame(cells)
+    made, _ = aggregates(table, groups)
+    return pd.concat([table, made], ignore_index=True) if len(made) else table
+
+
+def write_groups(directory: Path, groups: Sequence[Group]) -> None:
+    """Note groups beside a sweep's cells; one of the same name and shots takes the place of an earlier one."""
+    if groups:
+        known = {(g.name, tuple(m.shots for m in g.members)): g for g in [*read_groups(directory), *groups]}
+        directory.mkdir(parents=True, exist_ok=True)
+        atomic.write(directory / GROUPS, written(known.values()))
+
+
+def read_groups(directory: Path) -> list[Group]:
+    """The groups that a sweep's directory notes; none where it notes none."""
+    file = directory / GROUPS
+    return read(file.read_text(encoding="utf-8")) if file.is_file() else []
+
+
+def write_table(directory: Path, cells: Iterable[StoredCell]) -> Path:
+    """Write `results.csv` of a sweep, whole or not at all."""
+    target = directory / TABLE
+    atomic.write(target, table_of(cells, read_groups(directory)).to_csv(index=False))
+    return target
+
+
+def _plain(value: Any) -> Any:
+    return "/".join(str(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

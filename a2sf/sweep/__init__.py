@@ -1,0 +1,1 @@
+"""Cells and groups: what a sweep computes, and what it resumes from."""

@@ -1,0 +1,187 @@
+"""The answers of a group's cells: in memory, and on disk until each cell's result is written.
+
+    runs/<sweep>/.checkpoints/<end of the cell's name>.json   the answers of an unfinished cell
+
+A file is written whole or not at all, with a checksum; a damaged file is ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from a2sf import atomic
+from a2sf.scoring.systems import Answer, Answers
+from a2sf.store.names import EARLIER_DIGITS
+from a2sf.store.runs import DiskError, StoredCell
+from a2sf.sweep.cell import Cell
+
+FOLDER = ".checkpoints"
+COUNTS = ("computed", "needed", "together", "scored")
+
+
+class AnswerStore:
+    """Answers by cell.
+
+    Args:
+        directory: of the sweep.
+        documents: fingerprint of the group's documents; answers to other documents are not used.
+        seconds: after so much time `save_due` writes.
+        on_disk: whether answers are read from disk and written there; not those that are drawn at random.
+    """
+
+    def __init__(self, directory: Path, documents: str, seconds: float, on_disk: bool = True) -> None:
+        self.directory, self.documents, self.seconds, self.on_disk = directory, documents, seconds, on_disk
+        self._cells: dict[str, Cell] = {}
+        self._answers: dict[str, Answers] = {}
+        self._saved = time.monotonic()
+
+    def add(self, cell: Cell, answers: Answers, finished: StoredCell | None) -> None:
+        """Take in a cell, with what is known of it: from a result of fewer documents, and from before an interruption."""
+        self._cells[cell.name], self._answers[cell.name] = cell, answers
+        if self.on_disk:
+            answers.known = _known(finished, self.documents)
+            self._restore(cell, answers)
+
+    def __getitem__(self, name: str) -> Answers:
+        return self._answers[name]
+
+    @property
+    def all(self) -> dict[str, Answers]:
+        """By a cell's name; those that are finished are left out."""
+        return dict(self._answers)
+
+    def save_due(self) -> None:
+        """Write the answers of unfinished cells, if the last time is long enough ago.
+
+        Raises:
+            DiskError: if the disk refuses.
+        """
+        if time.monotonic() - self._saved >= self.seconds:
+            self.save(self._answers)
+            self._saved = time.monotonic()
+
+    def save(self, names: Iterable[str]) -> None:
+        """Write the answers of some cells.
+
+        Raises:
+            DiskError: if the disk refuses.
+        """
+        for name in names if self.on_disk else ():
+            answers = self._answers[name]
+            if answers.computed and answers.error is None:
+                try:
+                    self._write(self._cells[name], answers)
+                except OSError as error:
+                    raise DiskError(f"{self.directory} cannot be written ({error.strerror or error})") from error
+
+    def finish(self, name: str) -> None:
+        """Forget a cell, whose result is written."""
+        remove(self.directory, self._cells[name])
+        del self._answers[name]
+
+    def drop(self, name: str) -> None:
+        """Keep nothing more of a cell, which failed, in memory; what is on disk stays."""
+        del self._answers[name]
+
+    def _write(self, cell: Cell, answers: Answers) -> None:
+        body = {
+            "cell": _plain(cell.identity),
+            "documents": self.documents,
+            "answers": {key: list(a) for key, a in answers.computed.items()},
+            "seconds": answers.seconds,
+            "share": answers.share,
+            "ran": sorted(answers.ran),
+            "counts": {name: getattr(answers.counts, name) for name in COUNTS},
+        }
+        write_in(_files(self.directory, cell)[0], json.dumps({"checksum": _checksum(body), **body}))
+
+    def _restore(self, cell: Cell, answers: Answers) -> None:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            here, earlier = _files(self.directory, cell)
+            file = here if here.exists() else earlier
+            body = json.loads(file.read_text(encoding="utf-8"))
+            checksum = body.pop("checksum")
+            identities = _plain(cell.identity), cell.id[:EARLIER_DIGITS]
+            if checksum != _checksum(body) or body["cell"] not in identities or body["documents"] != self.documents:
+                return
+            answers.computed = {key: Answer(*a) for key, a in body["answers"].items()}
+            answers.seconds = body["seconds"]
+            answers.ran = set(body["ran"])
+            for name in COUNTS:
+                setattr(answers.counts, name, body["counts"][name])
+
+
+def write_in(file: Path, text: str) -> None:
+    """Write a file of the folder, which another process may just have removed since it was empty.
+
+    Raises:
+        OSError: if the disk refuses.
+    """
+    for last in (False, True):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return atomic.write(file, text)
+        except FileNotFoundError:
+            if last:
+                raise
+
+
+def share_of(directory: Path, cell: Cell) -> float:
+    """How much of a cell's work is done, from 0 to 1, by the answers on disk."""
+    for file in _files(directory, cell):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return float(json.loads(file.read_text(encoding="utf-8"))["share"])
+    return 0.0
+
+
+def remove(directory: Path, cell: Cell) -> None:
+    """Remove the answers of a cell whose result is written."""
+    with suppress(OSError):
+        for file in _files(directory, cell):
+            # also of a process that was killed while it wrote
+            for left in [file, *file.parent.glob(f".{file.name}.*")]:
+                left.unlink(missing_ok=True)
+        (directory / FOLDER).rmdir()  # where it was the last
+
+
+def _files(directory: Path, cell: Cell) -> list[Path]:
+    """The file of a cell's answers, and its name in versions whose names had fewer digits."""
+    earlier = cell.tail.removesuffix(cell.id) + cell.id[:EARLIER_DIGITS]
+    return [directory / FOLDER / f"{tail}.json" for tail in (cell.tail, earlier)]
+
+
+def _plain(identity: dict[str, Any]) -> Any:
+    return json.loads(json.dumps(identity))
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _known(stored: StoredCell | None, documents: str) -> dict[str, Answer]:
+    """By a request's key, the answers in a finished result of the same documents."""
+    if stored is None or stored.result["documents"]["fingerprint"] != documents:
+        return {}
+    known: dict[str, Answer] = {}
+    if "target" in stored.documents and "generated" not in stored.documents:
+        return {}  # its texts were not stored
+    if "generated" in stored.documents:
+        columns = ["request_hashes", "generated", "context_tokens", "continuation_tokens", "ended"]
+        for hashes, text, context, more, end in stored.documents.reindex(columns=columns).itertuples(index=False):
+            ended = None if pd.isna(end) else bool(end)  # older results do not say
+            known[hashes[0]] = Answer(text, False, int(context[0]), int(more[0]), ended)
+        return known
+    columns = ["request_hashes", "loglikelihoods", "is_greedy", "context_tokens", "continuation_tokens"]
+    for prefix in ("", "more/"):
+        if f"{prefix}{columns[0]}" in stored.documents:
+            for row in stored.documents[[f"{prefix}{c}" for c in columns]].itertuples(index=False):
+                known.update({h: Answer(float(x), bool(g), int(c), int(n)) for h, x, g, c, n in zip(*row, strict=True)})
+    return known

@@ -1,0 +1,1 @@
+"""Configuration: schema, overrides, grids, the settings of a run."""

@@ -1,0 +1,86 @@
+"""Keys of a configuration that do not exist, and what is said of them.
+
+Light, so that a slip is told before a model library is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from a2sf.errors import ConfigError, UserError, nearest
+from a2sf.policies import find
+from a2sf.policies.base import Policy
+from a2sf.sweep.config.schema import RENAMED, Config
+
+
+def check(composed: DictConfig) -> None:
+    """Refuse keys and settings of the policy that do not exist.
+
+    Raises:
+        UserError: naming the first one.
+    """
+    check_keys(composed)
+    node = composed.get("policy")
+    if isinstance(node, DictConfig) and "_target_" in node:
+        check_settings(find.load(str(node["_target_"]), "policy._target_"), node)
+
+
+def check_keys(node: DictConfig, prefix: str = "") -> None:
+    """Refuse keys that do not exist: Hydra lets `+key=value` through.
+
+    Raises:
+        UserError: naming the first one.
+    """
+    known = {f.name for f in dataclasses.fields(OmegaConf.get_type(node) or Config)}
+    for key in map(str, node):
+        if key not in known:
+            raise UserError(_unknown(f"{prefix}{key}"))
+        inner = node._get_node(key)
+        if isinstance(inner, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(inner)):
+            check_keys(inner, f"{prefix}{key}.")
+
+
+def check_settings(cls: type[Policy], given: Mapping[Any, Any]) -> None:
+    """Refuse settings that a policy does not have.
+
+    Raises:
+        ConfigError: naming the first one.
+    """
+    fields = [f.name for f in dataclasses.fields(cls)]
+    for key in map(str, given):
+        if key not in (*fields, "_target_"):
+            has = f"{cls.name} has {', '.join(fields)}" if fields else f"{cls.name} has no settings"
+            raise ConfigError(f"policy.{key}", given[key], has + nearest(key, fields))
+
+
+def explain(error: Exception, prefix: str = "") -> str:
+    """One sentence for an error of OmegaConf or Hydra about a key or a value."""
+    key = getattr(error, "full_key", None)
+    first = str(error).strip().partition("\n")[0].rstrip(".")
+    if key is None:
+        return first
+    if "not in" in first:
+        return _unknown(f"{prefix}{key}")
+    if inner := [k for k in _keys(Config) if k.startswith(f"{prefix}{key}.")]:
+        return f"{prefix}{key} is a group of keys; give {', '.join(inner)}."
+    return f"{prefix}{key} has a value that is not allowed: {first}."
+
+
+def _unknown(key: str) -> str:
+    return f"{key} is not a key of the configuration{nearest(key, _keys(Config))}; a2sf run --help lists them."
+
+
+def _keys(cls: type, prefix: str = "") -> list[str]:
+    keys = []
+    for f in dataclasses.fields(cls):
+        if f.name in RENAMED:
+            continue
+        keys.append(prefix + f.name)
+        made = f.default_factory() if f.default_factory is not dataclasses.MISSING else None
+        if dataclasses.is_dataclass(made):
+            keys += _keys(type(made), f"{prefix}{f.name}.")
+    return keys

@@ -1,0 +1,254 @@
+"""The keys of a configuration: which there are, of what type, and what each is for, in one line.
+
+The values live in `conf/`; `a2sf run --help` and docs/reference/keys.md say what stands here. Light, so that the command's
+help and the shell's completion need not load a model library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+NAMES = {"names": True}
+"""Marks keys that hold names, or a list of names, beside what is not text."""
+RENAMED = {"until": "early_stopping", "until.verdict": "early_stopping.significant"}
+"""Keys of the previous version, and what they are called now; a group's name stands for all its keys."""
+
+
+@dataclass
+class BudgetConfig:
+    """`budget`: how many tokens a layer may keep (`a2sf.policies.budget.Budget`).
+
+    Attributes:
+        ratio: share of the sequence, 0 < ratio <= 1; one number, or one per layer
+        tokens: number of tokens instead; one number, or one per layer
+        base: what a ratio is a share of: total (context + continuation - 1) or context
+    """
+
+    ratio: Any = None
+    tokens: Any = None
+    base: str = "total"
+
+
+@dataclass
+class ScheduleConfig:
+    """`schedule`: when tokens are evicted (`a2sf.policies.schedule.Schedule`).
+
+    Attributes:
+        when: step, every or prompt; null: step by step, or as a policy that knows no other does it
+        every: for every: tokens between two evictions. 16 in the file `every`
+        then: for prompt: keep everything after the cut, or step by step
+        at: for prompt: cut after the whole prompt, or after the context that its questions share. `prompt` or `context`
+            ([long texts](../long.md))
+    """
+
+    when: str | None = None
+    every: Any = None
+    then: str | None = None
+    at: str | None = None
+
+
+@dataclass
+class ModelConfig:
+    """`model`: which model, and how it is loaded (`a2sf.hf.loading.ModelSpec`).
+
+    Attributes:
+        path: hub id or the address of its page, directory, .gguf file, or pkg://package/file.gguf
+        name: label in tables; the last part of the path if null
+        dtype: auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16, float64
+        device: auto, cpu, cuda, cuda:N
+        revision: branch, tag or commit on the hub
+        trust_remote_code: run modelling code that comes with the weights
+        adapter: a directory or hub id (owner/name@revision) of LoRA or other weights that peft adds to the model; null: none
+        device_map: spread a large model: auto, balanced, balanced_low_0, sequential, or a JSON file of modules and devices.
+            See [several GPUs](../gpu.md#several-gpus)
+        add_bos_token: put the beginning-of-sequence token before each text, or do not; null: as the tokenizer's files say
+    """
+
+    path: str = ""
+    name: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    revision: str = "main"
+    trust_remote_code: bool = False
+    device_map: str | None = None
+    add_bos_token: bool | None = None
+    adapter: str | None = None
+
+
+@dataclass
+class DataConfig:
+    """`data`: where documents come from (`a2sf.tasks.spec.DataSpec`).
+
+    Attributes:
+        source: hub, or bundle (the installed data wheel)
+        dir: a directory of Arrow, Parquet or JSON-lines files instead. `<task>/<split>.parquet`,
+            `<dataset>/<name>/<split>/*.arrow` or `<task>.jsonl` ([documents of your own](../own.md#documents))
+        split: which split is scored; the task's own if null
+        fewshot_split: where few-shot examples come from; if null what the task says, else validation
+        revision: branch, tag or commit of the data on the hub; its main branch if null
+        cluster: field of a document, such as passage, whose text several share; statistics then count texts, not documents
+        content: what the documents must be, by their fingerprint; set by a sweep for its workers
+    """
+
+    source: str = "hub"
+    dir: str | None = None
+    split: str | None = None
+    fewshot_split: str | None = None
+    revision: str | None = None
+    cluster: str | None = None
+    content: str | None = None
+
+
+@dataclass
+class EarlyStoppingConfig:
+    """`early_stopping`: when to stop before all documents are scored (`a2sf.sweep.stopping_rule.StoppingRule`).
+
+    Attributes:
+        pair: names of the two policies that are compared, such as [a2sf,h2o]; null: all documents are scored
+        half_width: stop when the confidence interval of their difference is at most this many points to either side
+        significant: stop also when the interval excludes zero; true if half_width is null
+        confidence: probability that all intervals of a group contain the difference on all documents
+        metric: name of a metric that each document has, with values from 0 to 1
+    """
+
+    pair: Any = field(default=None, metadata=NAMES)
+    half_width: Any = None
+    significant: bool = False
+    confidence: float = 0.95
+    metric: str = "acc"
+
+
+@dataclass
+class TrackerConfig:
+    """`tracker`: where results are logged besides (`a2sf.tracking.tracker.TrackerSpec`).
+
+    Attributes:
+        kinds: what each chosen file in tracker/ is: none, wandb or tensorboard
+        project: W&B project
+        entity: W&B user or team
+        directory: where TensorBoard's files go; runs/<sweep>/tensorboard if null
+    """
+
+    kinds: dict[str, str] = field(default_factory=dict)
+    project: str = "a2sf"
+    entity: str | None = None
+    directory: str | None = None
+
+
+@dataclass
+class Config:
+    """Everything a run can be told.
+
+    Attributes:
+        model: a file in model/
+        policy: a file in policy/, or an installed policy; its settings are policy.<setting>
+        schedule: a file in schedule/
+        budget: how many tokens a layer may keep
+        forgetting_factor: for policies that have one; one number in [0, 1], or one per layer; null: the policy's own
+        tasks: demo, paper, long, or a list such as [piqa,copa] of lm-eval's tasks and groups
+        shots: few-shot examples before each document; null: 0, or what a group says of its tasks. A document is never among
+            its own examples
+        limit: documents of each task, the first ones; null: all
+        chat_template: true, or the name of one of the tokenizer's templates, to ask in the form of a chat
+        system_instruction: text before everything else that the model reads
+        fewshot_as_multiturn: examples as turns of a chat, which is the default with a template, or in one turn
+        gen_kwargs: settings of generation that replace a task's, such as gen_kwargs.max_gen_toks=32
+        task_args: arguments for tasks whose code makes their documents; under a task's or group's name for it alone
+        include_path: a folder of your own task definitions, which are then found by name
+        log_samples: store prompts, choices and generated texts; false: only numbers and hashes. See
+            [for users of lm-eval](../lm_eval.md)
+        data: a file in data/
+        batch_size: sequences per forward pass, or auto. `auto` fills 1,024 tokens on a CPU, 16,384 on a GPU
+        seed: of the few-shot examples
+        backend: which implementation evicts: auto, reference, torch, numba, triton. A rule that a compiled kernel does not
+            know runs in torch
+        tracker: a file in tracker/, or several: [wandb,tensorboard]. See [trackers](../trackers.md)
+        sweep_name: folder of the results
+        runs_dir: where sweeps' folders are
+        plan_only: say what would run and how long it may take, and stop
+        trace: documents of each cell whose evictions are noted in traces.npz. See [traces](../generation.md#traces)
+        early_stopping: when to stop before all documents are scored. See
+            [early stopping](../statistics.md#early-stopping)
+        checkpoint: seconds of work after which the answers of unfinished cells are kept
+        group: cells computed together with this one; set by a sweep for its workers
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    policy: Any = None
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    forgetting_factor: Any = None
+    tasks: Any = field(default="demo", metadata=NAMES)
+    shots: int | None = None
+    limit: int | None = None
+    chat_template: Any = field(default=False, metadata=NAMES)
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool | None = None
+    gen_kwargs: Any = None
+    task_args: Any = None
+    include_path: str | None = None
+    log_samples: bool = True
+    data: DataConfig = field(default_factory=DataConfig)
+    batch_size: Any = "auto"
+    seed: int = 1234
+    backend: str = "auto"
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    sweep_name: str = "single"
+    runs_dir: str = "runs"
+    plan_only: bool = False
+    trace: int = 0
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    until: Any = None  # in files; the command line's is renamed when it is read
+    checkpoint: float = 60.0
+    group: str | None = None
+
+
+def groups() -> dict[str, type]:
+    """The parts of a configuration that are dataclasses of their own: key -> class."""
+    parts = vars(Config())
+    return {name: type(part) for name, part in parts.items() if dataclasses.is_dataclass(part)}
+
+
+def is_key(key: str) -> bool:
+    """Whether a configuration has that key, or a group of keys of that name."""
+    return _field(key) is not None
+
+
+def renamed(key: str) -> str:
+    """What a key of the previous version is called now; any other key as it is."""
+    if key in RENAMED:
+        return RENAMED[key]
+    group, dot, name = key.partition(".")
+    return f"{RENAMED.get(group, group)}{dot}{name}"
+
+
+def holds_text(key: str) -> bool:
+    """Whether a key's value is text, whatever it looks like."""
+    found = _field(key)
+    return found is not None and str(found.type).startswith("str")
+
+
+def holds_names(key: str) -> bool:
+    """Whether a key's value is text, unless it is true, false or null."""
+    found = _field(key)
+    return found is not None and "names" in found.metadata
+
+
+def _field(key: str) -> dataclasses.Field[Any] | None:
+    *group, name = key.split(".")
+    cls = groups().get(".".join(group)) if group else Config
+    return None if cls is None else next((f for f in dataclasses.fields(cls) if f.name == name), None)
+
+
+def register() -> None:
+    """Make the schema known to Hydra as `schema`, and installed policies as choices of `policy`."""
+    from hydra.core.config_store import ConfigStore
+
+    from a2sf.policies.find import configurations
+
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for name, node in configurations().items():
+        store.store(group="policy", name=name, node=node)

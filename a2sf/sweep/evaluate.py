@@ -1,0 +1,231 @@
+"""From the answers of a cell's system to its result: lm-eval's metrics, and a table with a row per document."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import pandas as pd
+
+from a2sf.errors import Notice
+from a2sf.scoring.doubts import doubts, not_numbers
+from a2sf.scoring.recorded import RecordedLM
+from a2sf.scoring.requests import Requests, request_hash
+from a2sf.scoring.scorer import Scorer
+from a2sf.scoring.systems import Answer, Answers
+from a2sf.sweep.cell import Cell
+from a2sf.tasks import shared_texts
+from a2sf.tasks.numbers import index_of, number_of
+from a2sf.tasks.prompting import draws
+from a2sf.tasks.spec import provenance
+from a2sf.tasks.warned import collected
+
+BOOTSTRAP = 1000
+
+
+def evaluate(
+    cell: Cell,
+    task: Any,
+    requests: Sequence[Requests],
+    answers: Answers,
+    scorer: Scorer,
+    chosen: list[int] | None = None,
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """A cell's result from recorded answers; nothing is computed by the model.
+
+    Args:
+        task: lm-eval's, which has made its requests.
+        requests: those of the documents that are evaluated; each has an answer.
+        chosen: numbers of these documents, ascending; None: the first `limit`.
+
+    Returns:
+        The body of `result.json` (without provenance), and the per-document table. `notes` is there even if it is empty.
+    """
+    import lm_eval
+
+    where = provenance(task)
+    started, clock = datetime.now(UTC), time.perf_counter()
+    with collected() as warned:
+        evaluated = lm_eval.evaluate(
+            RecordedLM(answers),
+            task_dict={"tasks": {cell.task_name: task}},
+            limit=cell.limit if chosen is None else None,
+            samples=None if chosen is None else {cell.task_name: chosen},
+            bootstrap_iters=BOOTSTRAP,
+        )
+    for of_kind in requests:
+        scorer.count(of_kind, answers)
+    samples = evaluated["samples"][cell.task_name]
+    documents = _documents(samples, task, answers)
+    seconds = time.perf_counter() - clock + answers.seconds
+    counts = answers.counts
+    if field := shared_texts.field_of(task, cell.data.cluster):
+        keys = {s["doc_id"]: shared_texts.key_of(s["doc"], field) for s in samples}
+        documents[shared_texts.COLUMN] = documents["doc_id"].map(keys)
+        where |= {"cluster": field, "clusters": len(set(keys.values()))}
+    result = {
+        "cell": cell.describe(),
+        "metrics": _metrics(evaluated, cell.task_name),
+        "documents": {"n": len({s["doc_id"] for s in samples}), **where},
+        "notes": [
+            *doubts(task, samples, requests, answers),
+            *not_numbers(cell.task_name, evaluated["results"][cell.task_name]),
+            *warned.notes,
+        ],
+        "scored": {"tokens": counts.targets, "pruned": counts.pruned},
+        "lengths": counts.lengths,
+        "timing": {
+            "seconds": seconds,
+            "tokens": counts.tokens,
+            "computed_tokens": counts.computed,
+            "shared": counts.together / max(1, counts.needed),
+            "tokens_per_second": counts.tokens / seconds,
+            "kept_tokens_mean": counts.cached / max(1, counts.layer_requests),
+            "cache_share": counts.share / max(1, counts.layer_requests),
+            "reused_requests": counts.reused,
+            "started": started.isoformat(timespec="seconds"),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    }
+    return result, documents if cell.log_samples else _without_texts(documents)
+
+
+def _metrics(evaluated: dict[str, Any], task: str) -> dict[str, dict[str, Any]]:
+    scores = evaluated["results"][task]
+    better = evaluated.get("higher_is_better", {}).get(task, {})
+    n = Counter((metric, s["filter"]) for s in evaluated["samples"][task] for metric in s["metrics"])
+    found = {}
+    for key, value in scores.items():
+        metric, _, filtered = key.partition(",")
+        if not filtered or metric.endswith("_stderr"):
+            continue
+        if number_of(value) is None:
+            message = f"{task}: its metric {metric} is no number but {type(value).__name__}, and is not stored."
+            warnings.warn(message, Notice, stacklevel=1)
+            continue
+        name = metric if filtered == "none" else f"{metric},{filtered}"
+        found[name] = {
+            "value": _number(value),
+            "stderr": _number(scores.get(f"{metric}_stderr,{filtered}")),
+            "n": n[metric, filtered],  # a document may have no value of a metric
+            "higher_is_better": better.get(metric),
+        }
+    return found
+
+
+def _number(value: Any) -> float | None:
+    number = number_of(value)
+    return number if number is not None and math.isfinite(number) else None
+
+
+def _documents(samples: list[dict[str, Any]], task: Any, recorded: Answers) -> pd.DataFrame:
+    rows = []
+    for sample in samples:
+        if task.OUTPUT_TYPE == "generate_until":
+            rows.append(_generated(sample, recorded))
+            continue
+        answers = [a if isinstance(a, tuple | list) else (a, False) for (a,) in sample["resps"]]
+        arguments = [tuple(a) for a in sample["arguments"]]
+        given = [_answer(recorded, a) for a in arguments]
+        columns: dict[str, list[Any]] = {
+            "request_hashes": [request_hash(a) for a in arguments],
+            "loglikelihoods": [float(a[0]) for a in answers],
+            "is_greedy": [bool(a[1]) for a in answers],
+            "context_tokens": [a.context for a in given],
+            "continuation_tokens": [a.continuation for a in given],
+        }
+        # a metric may ask for more than the choices (acc_mutual_info: each without its context)
+        n = min(len(arguments), _number_of_choices(sample, task))
+        likelihoods, choices = columns["loglikelihoods"][:n], [a[-1] for a in arguments[:n]]
+        rows.append(
+            {
+                "doc_id": sample["doc_id"],
+                "doc_hash": sample["doc_hash"],
+                "prompt_hash": sample["prompt_hash"],
+                "context": arguments[0][0] if len(arguments[0]) > 1 else "",
+                "choices": choices,
+                "gold": _gold(sample, task) if n > 1 else -1,
+                "prediction": max(range(n), key=likelihoods.__getitem__) if n > 1 else -1,
+                **{column: values[:n] for column, values in columns.items()},
+                **({f"more/{c}": values[n:] for c, values in columns.items()} if n < len(arguments) else {}),
+                **{f"metric/{m}": v for m, v in _numbers(sample, sample["metrics"]).items()},
+            }
+        )
+    if task.OUTPUT_TYPE == "generate_until":
+        # each filter gives a sample, with its metrics: one row per document holds them all
+        return pd.DataFrame(rows).groupby("doc_id", as_index=False).first()
+    return pd.DataFrame(rows).drop_duplicates("doc_id").sort_values("doc_id", ignore_index=True)
+
+
+def _answer(recorded: Answers, arguments: tuple[Any, ...]) -> Answer:
+    found = recorded.answer(request_hash(arguments))
+    assert found is not None
+    return found
+
+
+def _without_texts(documents: pd.DataFrame) -> pd.DataFrame:
+    """The documents with what is compared and counted, and no text: `generated` goes, others are empty."""
+    empty = {"context": "", "target": ""}
+    stored = documents.drop(columns="generated", errors="ignore")
+    stored["choices"] = [[""] * len(c) for c in documents["choices"]]
+    return stored.assign(**{k: v for k, v in empty.items() if k in stored})
+
+
+def _generated(sample: dict[str, Any], recorded: Answers) -> dict[str, Any]:
+    """A row of a generation task: no choices, but the text, its target, and the numbers that describe the document."""
+    arguments = tuple(sample["arguments"][0])
+    answer = _answer(recorded, arguments)
+    end = "" if sample["filter"] == "none" else f",{sample['filter']}"
+    return {
+        "doc_id": sample["doc_id"],
+        "doc_hash": sample["doc_hash"],
+        "prompt_hash": sample["prompt_hash"],
+        "request_hashes": [request_hash(arguments)],
+        "context": arguments[0],
+        "choices": [],
+        "gold": -1,
+        "prediction": -1,
+        "loglikelihoods": [],
+        "is_greedy": [],
+        "context_tokens": [answer.context],
+        "continuation_tokens": [answer.continuation],
+        "target": str(sample["target"]),
+        "generated": sample["resps"][0][0],
+        "ended": answer.ended,
+        **{f"doc/{k}": v for k, v in _numbers(sample["doc"], sample["doc"]).items()},
+        **{f"metric/{m}{end}": v for m, v in _numbers(sample, sample["metrics"]).items()},
+    }
+
+
+def _numbers(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
+    """Those of some values that are numbers."""
+    found = {name: number_of(values.get(name)) for name in names}
+    return {name: number for name, number in found.items() if number is not None}
+
+
+def _number_of_choices(sample: dict[str, Any], task: Any) -> int:
+    if task.OUTPUT_TYPE != "multiple_choice" or task.config.doc_to_choice is None:
+        return len(sample["arguments"])
+    return len(task.doc_to_choice(sample["doc"]))
+
+
+def _gold(sample: dict[str, Any], task: Any) -> int:
+    """Index of the right choice; where the choices are contexts (winogrande), lm-eval numbers them the same way."""
+    target = sample["target"]
+    if task.multiple_input:
+        target = task.doc_to_text(sample["doc"])
+    if (index := index_of(target)) is not None:
+        return index
+    choices = task.doc_to_choice(sample["doc"])
+    return choices.index(target) if target in choices else -1
+
+
+def drawn(task: Any) -> bool:
+    """Whether answers are drawn at random: of several samples of one prompt only the first is stored."""
+    settings = task.config.generation_kwargs
+    return (task.config.repeats or 1) > 1 or bool(settings and draws(settings))

@@ -1,0 +1,197 @@
+"""Cells that are computed together: the same model, documents and examples, whatever the policy, budget and schedule.
+
+Documents and prompts are made once, each token is computed once for all cells, and lm-eval then computes its metrics cell by
+cell. A cell alone is a group of one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from a2sf.engine.trace import Trace
+from a2sf.scoring.requests import Requests, by_kind
+from a2sf.scoring.scorer import Scorer
+from a2sf.store.runs import DiskError
+from a2sf.sweep.answer_store import AnswerStore
+from a2sf.sweep.cell import Cell
+from a2sf.sweep.early_stopping import EarlyStopping, check
+from a2sf.sweep.evaluate import drawn, evaluate
+from a2sf.sweep.reuse import find_extendable
+from a2sf.tasks import shared_texts
+from a2sf.tasks.spec import provenance
+from a2sf.tasks.warned import Warned, collected
+
+DIFFER = ("policy", "budget", "schedule")
+"""Fields in which the cells of a group differ."""
+
+
+def key_of(cell: Cell) -> Hashable:
+    """Equal for cells that are computed together."""
+    return tuple(getattr(cell, f.name) for f in dataclasses.fields(cell) if f.name not in DIFFER)
+
+
+def grouped(cells: Iterable[Cell], more: Callable[[Cell], Hashable] = lambda cell: None) -> list[list[Cell]]:
+    """Cells by group, in the order of each group's first cell.
+
+    Args:
+        more: what else the cells of a group must have in common.
+    """
+    groups: dict[Hashable, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((key_of(cell), more(cell)), []).append(cell)
+    return list(groups.values())
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What became of a cell: a result with its documents, or an error.
+
+    Attributes:
+        ran: which implementations of the engine ran (`a2sf.engine.kernels.noting`).
+        traces: what was evicted from the first documents.
+    """
+
+    cell: Cell
+    result: dict[str, Any] | None = None
+    documents: pd.DataFrame | None = None
+    error: Exception | None = None
+    ran: frozenset[str] = frozenset()
+    traces: tuple[Trace, ...] = ()
+
+
+class Group:
+    """Computes a group of cells.
+
+    Args:
+        cells: equal in `key_of`.
+        scorer: of their model.
+        directory: of the sweep, where unfinished cells keep their answers.
+        checkpoint_seconds: after so much time the answers so far are written there.
+        trace: of so many documents, the first ones, what is evicted is noted.
+    """
+
+    def __init__(
+        self, cells: Sequence[Cell], scorer: Scorer, directory: Path, checkpoint_seconds: float = 60.0, trace: int = 0
+    ) -> None:
+        self.cells, self.scorer, self.directory = cells, scorer, directory
+        self.checkpoint_seconds, self.trace = checkpoint_seconds, trace
+        self._store: AnswerStore | None = None
+        self._warned = Warned()  # of what is done for all cells
+
+    def shares(self) -> dict[str, float]:
+        """By the name of an unfinished cell, how much of its work is done, from 0 to 1."""
+        answers = self._store.all if self._store else {}
+        return {name: a.share for name, a in answers.items() if a.requests}
+
+    def compute(self) -> Iterator[Computed]:
+        """Score what was not scored before, and evaluate each cell. An error of one cell is no other's.
+
+        Raises:
+            DiskError: if the disk refuses answers.
+        """
+        first, clock = self.cells[0], time.perf_counter()
+        try:
+            with collected(self._warned):
+                task = first.spec.build(first.seed)
+                if first.stopping_rule is not None:
+                    check(task)
+                instances = task.make_requests(self.scorer.lm, first.prompting, first.limit)
+            requests = by_kind(self.scorer.lm, instances, (task.config.metadata or {}).get("shared_context"))
+            documents = provenance(task)["fingerprint"]
+        except Exception as error:
+            yield from (Computed(c, error=error) for c in self.cells)
+            return
+        store = self._store = AnswerStore(self.directory, documents, self.checkpoint_seconds, on_disk=not drawn(task))
+        finished = find_extendable(self.directory.parent, self.cells) if store.on_disk else {}
+        each = (time.perf_counter() - clock) / len(self.cells)
+        cells: dict[str, Cell] = {}
+        for cell in self.cells:
+            try:
+                answers = self.scorer.answers(self.scorer.system(cell.policy, cell.budget, cell.schedule))
+            except Exception as error:
+                yield Computed(cell, error=error)
+                continue
+            cells[cell.name] = cell
+            answers.requests = sum(len(set(r.keys)) for r in requests)
+            store.add(cell, answers, finished.get(cell.name))
+            answers.seconds += each
+        stopping = None
+        if first.stopping_rule is not None and cells:
+            field = shared_texts.field_of(task, first.data.cluster)
+            stopping = EarlyStopping(first.stopping_rule, self.directory, list(cells.values()), store.all, task, field)
+        try:
+            try:
+                for _ in self._scored(requests, store, stopping):
+                    store.save_due()
+            except DiskError:
+                raise
+            except Exception as error:  # of no cell alone
+                store.save(store.all)
+                for answers in store.all.values():
+                    answers.error = answers.error or error
+            for name, cell in cells.items():
+                yield self._evaluated(cell, task, requests, store, stopping)
+                if name in store.all:
+                    store.finish(name)
+        except BaseException:  # interrupted: what was computed since the last checkpoint is written
+            with suppress(DiskError):
+                store.save(store.all)
+            raise
+
+    def _scored(
+        self, requests: Sequence[Requests], store: AnswerStore, stopping: EarlyStopping | None
+    ) -> Iterator[None]:
+        """Pass by pass, until all requests have an answer, or enough of them to stop."""
+        answers = list(store.all.values())
+        for documents in [None] if stopping is None else stopping.batches(self.scorer.tokens_per_pass):
+            for of_kind in requests:
+                chosen = of_kind if documents is None else of_kind.of_documents(documents)
+                passes = self.scorer.score(chosen, answers)
+                while True:
+                    with collected(self._warned):
+                        if next(passes, self) is self:
+                            break
+                    yield
+                    if stopping is not None and stopping.decide():
+                        return
+            if stopping is not None and stopping.decide():
+                return
+
+    def _evaluated(
+        self,
+        cell: Cell,
+        task: Any,
+        requests: Sequence[Requests],
+        store: AnswerStore,
+        stopping: EarlyStopping | None,
+    ) -> Computed:
+        answers = store[cell.name]
+        chosen = None if stopping is None else stopping.documents
+        try:
+            if answers.error is not None:
+                raise answers.error
+            scored = [r if chosen is None else r.of_documents(chosen) for r in requests]
+            result, documents = evaluate(cell, task, scored, answers, self.scorer, chosen)
+            traces = [t for r in scored for t in self.scorer.traces(r, answers, self.trace)] if self.trace else []
+        except Exception as error:
+            store.save([cell.name])  # it may be something that comes after the answers
+            store.drop(cell.name)
+            return Computed(cell, error=error)
+        if stopping is not None:
+            result |= {"until": stopping.report()}
+        result = with_notes(result, answers.warned, self._warned)
+        return Computed(cell, result, documents, ran=frozenset(answers.ran), traces=tuple(traces))
+
+
+def with_notes(result: dict[str, Any], *warned: Warned) -> dict[str, Any]:
+    """A result with these warnings added to its notes; without `notes` if there are none."""
+    notes = [*result.pop("notes", ()), *(note for w in warned for note in w.notes)]
+    return result | ({"notes": notes} if notes else {})

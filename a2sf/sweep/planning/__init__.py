@@ -1,0 +1,1 @@
+"""What a sweep will take, and how far it is."""

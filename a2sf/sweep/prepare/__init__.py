@@ -1,0 +1,1 @@
+"""What must be on this machine before cells are computed: models, documents."""

@@ -1,0 +1,157 @@
+"""The documents of a sweep's cells: checked, settled once for all cells and workers, and fetched before the first cell.
+
+Documents that cannot be had are told once, for all their cells, and do not stop the cells of other tasks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.filesize import decimal
+
+from a2sf.errors import ConfigError, UserError
+from a2sf.hf.files.refusals import HubError
+from a2sf.sweep.cell import Cell, measured
+from a2sf.sweep.prepare.bar import download_bar
+from a2sf.tasks.data.documents import downloaded_bytes
+from a2sf.tasks.spec import Contents, DataSpec, TaskSpec
+
+
+@dataclass
+class Settlement:
+    """Cells whose documents are settled.
+
+    Attributes:
+        cells: in the groups they came in, without those whose documents cannot be had.
+        notes: what the user should know, one sentence each.
+        refused: why documents cannot be had -> the names of their cells.
+    """
+
+    cells: list[tuple[Cell, ...]]
+    notes: list[str]
+    refused: dict[str, list[str]]
+
+
+def check(cells: Iterable[Cell]) -> None:
+    """Refuse what a look at the definitions tells, before anything is asked of the hub.
+
+    Raises:
+        ConfigError: for the first task that cannot be run as asked, or two that tables could not tell apart.
+    """
+    named: dict[str, TaskSpec] = {}
+    for spec in sorted({c.spec for c in cells}, key=str):
+        spec.check()
+        other = named.setdefault(spec.name, spec)
+        if other.definition.digest() != spec.definition.digest():
+            raise ConfigError(
+                "tasks", spec.ref, f"it is called {spec.name}, as {other.ref} is; give it another `task:` in its file"
+            )
+
+
+def settle(groups: Sequence[Sequence[Cell]], planned_only: bool = False) -> Settlement:
+    """Settle what identifies each task's documents, once for all cells.
+
+    Args:
+        planned_only: nothing will be run, so documents that cannot be reached are no more than a note.
+
+    Raises:
+        UserError: if no cell's documents can be had.
+    """
+    contents, notes = Contents(), []
+    known: dict[tuple[Any, ...], DataSpec | UserError] = {}
+
+    def key_of(cell: Cell) -> tuple[Any, ...]:
+        return cell.spec, cell.model if cell.spec.makes_documents else None
+
+    for cell in (c for group in groups for c in group):
+        if (key := key_of(cell)) not in known:
+            try:
+                known[key] = contents.settle(measured(cell))
+            except UserError as error:
+                if _is_mistake(error):
+                    raise
+                known[key] = error
+    refused: dict[str, list[str]] = {}
+    cells = []
+    for group in groups:
+        kept = []
+        for cell in group:
+            found = known[key_of(cell)]
+            if isinstance(found, DataSpec):
+                kept.append(dataclasses.replace(cell, data=found))
+            elif planned_only:
+                kept.append(cell)
+                notes.append(f"The names of cells of {cell.task_name} are provisional: {found}")
+            else:
+                refused.setdefault(str(found), []).append(_name(cell))
+        cells.append(tuple(kept))
+    _some_left(cells, refused)
+    return Settlement(cells, [*contents.notes, *dict.fromkeys(notes)], refused)
+
+
+def _name(cell: Cell) -> str:
+    """A cell's name, or what is known of it where its documents cannot be read."""
+    with suppress(UserError):
+        return cell.name
+    return f"{cell.model_name}__{cell.policy.name}__{cell.task_name}"
+
+
+def fetch(cells: Sequence[Cell], pending: Sequence[Cell], refused: dict[str, list[str]], screen: Console) -> list[Cell]:
+    """Download and read the documents of all pending cells; gives `cells` without those whose documents fail.
+
+    Args:
+        refused: where failures are added, as in `Settlement`.
+
+    Raises:
+        ConfigError: if a task cannot be run as asked, which only its documents tell.
+        UserError: if no cell is left.
+    """
+    broken: dict[TaskSpec, str] = {}
+    for spec, seed in sorted({(c.spec, c.seed) for c in pending}, key=str):
+        if spec in broken:
+            continue
+        try:
+            with _download(spec, screen):
+                spec.build(seed)
+        except UserError as error:
+            if _is_mistake(error):
+                raise
+            broken[spec] = str(error)
+    unmade = {c.name for c in pending}
+    kept = []
+    for cell in cells:
+        why = broken.get(cell.spec)
+        if why is not None and cell.name in unmade:
+            refused.setdefault(why, []).append(cell.name)
+        else:
+            kept.append(cell)
+    _some_left([tuple(kept)], refused)
+    return kept
+
+
+def _is_mistake(error: UserError) -> bool:
+    """Whether it is the configuration that is wrong, not what the documents or the way to them did."""
+    return isinstance(error, ConfigError) and not isinstance(error, HubError)
+
+
+def _some_left(cells: Sequence[Sequence[Cell]], refused: dict[str, list[str]]) -> None:
+    if refused and not any(cells):
+        raise UserError(" ".join(refused))
+
+
+@contextmanager
+def _download(spec: TaskSpec, screen: Console) -> Iterator[None]:
+    """Say what is fetched and how large it is, with a bar while it takes time."""
+    size, repo = spec.bytes_to_fetch(), spec.source.repo
+    if not size:
+        yield
+        return
+    screen.print(f"Fetching {repo} from the hub for {spec.name}: {decimal(size)}", highlight=False, soft_wrap=True)
+    before = downloaded_bytes(repo)
+    with download_bar(screen, repo, size, lambda: downloaded_bytes(repo) - before):
+        yield

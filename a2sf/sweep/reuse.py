@@ -1,0 +1,175 @@
+"""Which cells of a sweep are computed already, in this sweep or another one.
+
+A directory's name only says where to look: its last part is the beginning of a hash, and two cells may share it. Whether
+a result is a cell's own is decided by comparing the identity that is stored in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from a2sf.store.names import EARLIER_DIGITS
+from a2sf.store.runs import CorruptCell, StoredCell, is_cell, link_cell, read_cell, set_aside, tail_of
+from a2sf.sweep.cell import Cell
+
+
+def matches(stored: dict[str, Any], cell: Cell) -> bool:
+    """Whether a `cell` entry of `result.json` is this cell's: the same identity, limit and condition to stop at."""
+    return not differing(stored, cell)
+
+
+def differing(stored: dict[str, Any], cell: Cell) -> list[str]:
+    """The keys in which a `cell` entry of `result.json` differs from a cell; those of `identity` by their own names."""
+    wanted = json.loads(json.dumps(cell.describe()))
+    if "identity" not in stored:  # then what else it says of itself
+        keys = set(stored) & set(wanted) - {"id", "name", "policy_label"}
+        return sorted(k for k in keys if stored[k] != wanted[k])
+    found = _differing(stored["identity"], wanted["identity"])
+    return found + [k for k in ("limit", "until") if stored.get(k) != wanted.get(k)]
+
+
+def _differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    missing = object()
+    return sorted(k for k in {*a, *b} if a.get(k, missing) != b.get(k, missing))
+
+
+class Finished:
+    """Directories of finished cells, found by a cell's name.
+
+    Args:
+        paths: directories; those that hold no finished cell are left out.
+        wanted: only what could be the result of one of these cells is looked at.
+    """
+
+    def __init__(self, paths: Iterable[Path], wanted: Iterable[Cell]) -> None:
+        tails = {_place(c.tail) for c in wanted}
+        self._of: dict[str, list[Path]] = {}
+        for path in paths:
+            if (place := _place(tail_of(path))) in tails and is_cell(path):
+                self._of.setdefault(place, []).append(path)
+
+    def named(self, cell: Cell) -> list[Path]:
+        """Directories whose names end as this cell's name does, in as many digits as they have."""
+        found = self._of.get(_place(cell.tail), ())
+        return [p for p in found if cell.tail.startswith(tail_of(p))]
+
+    def has(self, cell: Cell) -> bool:
+        """Whether there is a whole result of this cell."""
+        for path in self.named(cell):
+            with suppress(CorruptCell):
+                if matches(read_cell(path).cell, cell):
+                    return True
+        return False
+
+
+def _place(tail: str) -> str:
+    """The part of a tail that all names of one cell share, also those from before names had sixteen digits."""
+    documents, _, digits = tail.rpartition("__")
+    return f"{documents}__{digits[:EARLIER_DIGITS]}"
+
+
+def results_of(cells: Iterable[Cell], stored: Iterable[StoredCell]) -> dict[str, StoredCell]:
+    """By a cell's name, which of the stored results is its own; cells without one are left out."""
+    among: dict[str, list[StoredCell]] = {}
+    for one in stored:
+        among.setdefault(_place(tail_of(one.path)), []).append(one)
+    found: dict[str, StoredCell] = {}
+    for cell in cells:
+        for one in among.get(_place(cell.tail), ()):
+            if matches(one.cell, cell):
+                found.setdefault(cell.name, one)
+    return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cells of a sweep, each once.
+
+    Attributes:
+        cells: all of them.
+        done: names of those whose results are there.
+        notes: what the user should know (results that are corrupt, or another cell's).
+    """
+
+    cells: list[Cell]
+    done: frozenset[str]
+    notes: list[str]
+
+    @property
+    def pending(self) -> list[Cell]:
+        return [c for c in self.cells if c.name not in self.done]
+
+
+def plan(cells: Iterable[Cell], directory: Path) -> Plan:
+    """Recognise equal cells and those already computed, in this sweep or (linked here) in another one."""
+    unique = {c.name: c for c in {c.tail: c for c in cells}.values()}
+    finished = Finished(sorted(directory.parent.glob("*/*__*")), unique.values())
+    done: set[str] = set()
+    notes: list[str] = []
+    for name, cell in unique.items():
+        named = finished.named(cell)
+        own = [p for p in named if p.parent == directory]
+        others = [p for p in named if p.parent != directory]
+        if _any_is_of(cell, own, notes):
+            done.add(name)
+        elif (same := _first_of(cell, others, notes)) is not None:
+            link_cell(same, directory / name)
+            done.add(name)
+    return Plan(list(unique.values()), frozenset(done), notes)
+
+
+def _any_is_of(cell: Cell, own: Iterable[Path], notes: list[str]) -> bool:
+    """Whether one of the sweep's own directories holds the cell's result; what takes the cell's place is moved."""
+    for path in own:
+        try:
+            stored = read_cell(path).cell
+        except CorruptCell as error:
+            notes.append(f"{error}; moved to {set_aside(path).name}, it will be computed again.")
+            continue
+        if not (different := differing(stored, cell)):
+            return True
+        where = "" if path.name != cell.name else f", moved to {set_aside(path, 'other').name}"
+        notes.append(_not_reused(path, different, where))
+    return False
+
+
+def _first_of(cell: Cell, others: Iterable[Path], notes: list[str]) -> Path | None:
+    for path in others:
+        with suppress(CorruptCell):
+            if not (different := differing(read_cell(path).cell, cell)):
+                return path
+            notes.append(_not_reused(path, different))
+    return None
+
+
+def _not_reused(path: Path, different: list[str], moved: str = "") -> str:
+    return (
+        f"{path} is not reused{moved}: its name ends as that of a cell of this sweep, but it is the result of another "
+        f"one (different: {', '.join(different)})."
+    )
+
+
+def find_extendable(runs: Path, cells: Iterable[Cell]) -> dict[str, StoredCell]:
+    """By a cell's name, the result under any sweep of `runs` with its identity that scored the most documents."""
+    wanted: dict[str, list[Cell]] = {}
+    for cell in cells:
+        wanted.setdefault(cell.id[:EARLIER_DIGITS], []).append(cell)
+    best: dict[str, StoredCell] = {}
+    for path in sorted(runs.glob("*/*__*")):  # one listing, however many cells are wanted
+        digits = path.name.rpartition("__")[2]
+        same = [c for c in wanted.get(digits[:EARLIER_DIGITS], ()) if c.id.startswith(digits)]
+        if not same or not is_cell(path):
+            continue
+        with suppress(CorruptCell):
+            stored = read_cell(path)
+            n = stored.result["documents"]["n"]
+            for cell in same:
+                identical = json.loads(json.dumps(cell.identity)) == stored.cell.get("identity", cell.identity)
+                if identical and (cell.name not in best or n > best[cell.name].result["documents"]["n"]):
+                    best[cell.name] = stored
+    return best

@@ -1,0 +1,1 @@
+"""Which tasks are run, on which documents, with which prompts."""

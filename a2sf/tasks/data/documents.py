@@ -1,0 +1,342 @@
+"""What identifies a task's documents, and how they are read.
+
+A split is read only where it is scored or gives examples. What identifies documents (`content`) is settled once, before a
+sweep is planned: a hub dataset's commit, or a hash of the files; every load after that is of exactly this, or refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from a2sf.errors import ConfigError, UserError, first_line, nearest
+from a2sf.hf.files.refusals import Unreachable, Wanted, chain, refusal
+from a2sf.tasks.data import json_files
+from a2sf.tasks.data.rows import Rows
+from a2sf.tasks.data.sources import FORMATS, Source
+
+HUB_SECONDS = 30.0
+
+
+def content_of_files(source: Source) -> str:
+    """A hash of the files of the splits that are read."""
+    parts = [f"{split} {f.suffix} {_digest(f)}" for split in source.needed for f in source.files[split]]
+    for split in source.needed:
+        if changed_in_a_table(source.task, tuple((f, _digest(f)) for f in source.files[split])):
+            parts.append(f"{split} value for value")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+@cache
+def changed_in_a_table(task: str, files: tuple[tuple[Path, str], ...]) -> bool:
+    """Whether these JSON files hold values that reading into a table changed, as was done before."""
+    paths = [file for file, _ in files]
+    if paths[0].suffix not in json_files.SUFFIXES:
+        return False
+    documents = [d for file in paths for d in _json(file, task)]
+    return not json_files.one_type_each(documents, listed=any(map(json_files.is_list, paths)))
+
+
+def local_json(config: dict[str, Any], task: str) -> dict[str, Rows] | None:
+    """The documents by split of a definition that names JSON files of this machine; None for any other definition.
+
+    Args:
+        config: lm-eval's configuration of the task; one that says the fields' types is left to the datasets library.
+
+    Raises:
+        UserError: if a file cannot be read.
+    """
+    arguments = {k: v for k, v in (config.get("dataset_kwargs") or {}).items() if k != "trust_remote_code"}
+    if config.get("dataset_path") != "json" or set(arguments) - {"data_files", "data_dir", "field"}:
+        return None
+    import datasets
+
+    found = datasets.load_dataset_builder("json", config.get("dataset_name"), **arguments).config.data_files or {}
+    if any("://" in str(file) for files in found.values() for file in files):
+        return None
+    field = arguments.get("field")
+    return {str(split): _rows([Path(str(f)) for f in files], task, field) for split, files in found.items()}
+
+
+def _rows(files: list[Path], task: str, field: str | None = None) -> Rows:
+    documents = Rows(d for file in files for d in _json(file, task, field))
+    if not len(documents):
+        raise UserError(f"tasks={task}: {files[0]} holds no document")
+    return documents
+
+
+def _json(file: Path, task: str, field: str | None = None) -> list[dict[str, Any]]:
+    """The documents of one file.
+
+    Raises:
+        UserError: if it does not hold any.
+    """
+    try:
+        return json_files.read(file, field)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"tasks={task}: {file} cannot be read as json ({first_line(error)})") from error
+
+
+def content_of_documents(*collections: Any) -> str:
+    """A hash of documents, as they are after the task's own processing."""
+    digest = hashlib.sha256()
+    for documents in collections:
+        digest.update(b"\0")
+        for document in documents:
+            digest.update(json.dumps(document, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def _digest(file: Path) -> str:
+    try:
+        stat = file.stat()
+        # a file that was put back with its old date has another time of its change
+        return _digest_of(file, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror})") from error
+
+
+@cache
+def _digest_of(file: Path, *stamp: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A hub dataset's commit; where the hub did not answer, that of the cache, and the refusal."""
+
+    hash: str
+    refusal: Unreachable | None = None
+
+    @property
+    def told(self) -> str | None:
+        """Why it is the cache's, in few words."""
+        return None if self.refusal is None else _why(self.refusal)
+
+
+def commit_of(repo: str, revision: str | None, task: str) -> Commit:
+    """The commit that a branch or tag names now; the one that the cache knows where the hub does not answer.
+
+    Raises:
+        ConfigError: if there is no such dataset or revision, or neither the hub nor the cache knows it.
+    """
+    from huggingface_hub import HfApi, resolve_revision
+    from huggingface_hub.errors import RevisionResolutionError
+
+    wanted = Wanted(repo, "dataset", revision or "main", "tasks", task, "data.revision")
+    if re.fullmatch("[0-9a-f]{40}", revision or ""):
+        return Commit(str(revision))
+    try:
+        cached = resolve_revision(repo, repo_type="dataset", revision=revision, local_files_only=True).resolved
+    except RevisionResolutionError:
+        cached = None
+    try:
+        now = str(HfApi().dataset_info(repo, revision=revision, timeout=HUB_SECONDS).sha)
+        if now != cached:  # this notes it in the cache, for a time without the hub
+            now = resolve_revision(repo, repo_type="dataset", revision=revision).resolved
+        return Commit(now)
+    except Exception as error:
+        told = refusal(error, wanted)
+        if isinstance(told, Unreachable) and cached is not None:
+            told.__cause__ = error
+            return Commit(cached, told)
+        raise told from error
+
+
+def _why(error: BaseException) -> str:
+    from huggingface_hub import constants
+
+    status = next((r.status_code for e in chain(error) if (r := getattr(e, "response", None)) is not None), None)
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    return f"The hub answers {status}" if status else "The hub cannot be reached"
+
+
+def cached_folder(source: Source, commit: str) -> Path | None:
+    """Where datasets keeps this configuration of this commit, ready to be read; None if it has to be fetched."""
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+
+    if source.arguments:
+        return None
+    owner, slash, last = source.repo.rpartition("/")
+    folder = f"{owner}___{camelcase_to_snakecase(last)}" if slash else camelcase_to_snakecase(last)
+    found = [
+        p
+        for p in Path(datasets.config.HF_DATASETS_CACHE).expanduser().glob(f"{folder}/{source.name or '*'}/*/{commit}")
+        if (p / "dataset_info.json").is_file()
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def size_to_fetch(source: Source, commit: str) -> int:
+    """Bytes of the files that this dataset has yet to send; 0 if everything is here.
+
+    Raises:
+        UserError: if the hub does not give them.
+    """
+    if source.kind != "hub" or cached_folder(source, commit) is not None:
+        return 0
+    import huggingface_hub
+
+    try:
+        builder = _builder(source, commit)
+        files = builder.config.data_files or {}
+        names = [str(f) for split in files.values() for f in split if str(f).startswith("hf://")]
+        system = huggingface_hub.HfFileSystem()
+        return sum(int(system.info(n)["size"] or 0) for n in dict.fromkeys(names))
+    except Exception as error:
+        raise _cannot(error, source, commit) from error
+
+
+def read(source: Source, content: str | None) -> Any:
+    """The documents by split, exactly those that `content` identifies.
+
+    Raises:
+        UserError: if they cannot be read, or are not what `content` says.
+    """
+    import datasets
+
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a call to another host, for nothing that we need
+    if source.kind == "hub":
+        commit = content or commit_of(source.repo, source.revision, source.task).hash
+        return _with_splits(source, _read_hub(source, commit))
+    same_files(source, content)
+    made: dict[str, Any] = {}
+    for split in source.needed or list(source.files):
+        files = source.files[split]
+        if files[0].suffix in json_files.SUFFIXES:
+            made[split] = _rows(files, source.task)
+            continue
+        form = FORMATS[files[0].suffix[1:]]
+        try:
+            # under a name of the contents: datasets itself goes by a file's path and date
+            name = "a2sf-" + hashlib.sha256(" ".join(map(_digest, files)).encode()).hexdigest()[:16]
+            data_files = {"train": [str(f) for f in files]}
+            made[split] = datasets.load_dataset(form, name=name, data_files=data_files, split="train")
+        except Exception as error:
+            why = first_line(next(iter(reversed(list(chain(error))))))
+            raise UserError(f"tasks={source.task}: {files[0]} cannot be read as {form} ({why})") from error
+    same_files(source, content)
+    return made
+
+
+def _with_splits(source: Source, made: Any) -> Any:
+    """`made`, if it has the splits that are read."""
+    for split in source.needed:
+        if split in made:
+            continue
+        has = f"{source.repo} has {', '.join(made)}{nearest(split, made)}"
+        if split in source.asked:
+            raise ConfigError("data.split" if split == source.scored else "data.fewshot_split", split, has)
+        reads = "scores" if split == source.scored else "takes its examples from"
+        key = "data.split" if split == source.scored else "data.fewshot_split"
+        raise UserError(f"tasks={source.task} {reads} {split}, but {has}; give {key}")
+    return made
+
+
+def same_files(source: Source, content: str | None) -> None:
+    """Refuse files that changed after `content` was settled.
+
+    Raises:
+        UserError: if they did.
+    """
+    if content is not None and source.files and content_of_files(source) != content:
+        raise UserError(
+            f"tasks={source.task}: its documents in {source.label} changed after the sweep began; start it again"
+        )
+
+
+def _read_hub(source: Source, commit: str) -> Any:
+    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
+
+    try:
+        if (folder := cached_folder(source, commit)) is not None:
+            name, version = folder.parts[-3:-1]
+            last = source.repo.rpartition("/")[2]
+            kept = Cache(dataset_name=last, repo_id=source.repo, config_name=name, version=version, hash=commit)
+            return kept.as_dataset()
+        made = datasets.load_dataset(source.repo, source.name, revision=commit, **_arguments(source))
+    except Exception as error:
+        raise _cannot(error, source, commit) from error
+    for split in made.values():
+        # where the hub fails, datasets takes the newest that it has kept, of whatever commit
+        for file in getattr(split, "cache_files", []):
+            if commit not in Path(file["filename"]).parts:
+                raise UserError(
+                    f"tasks={source.task}: the hub did not give commit {commit[:12]} of {source.repo}, and the cache holds "
+                    "only another one; try again when the hub answers"
+                )
+    return made
+
+
+def _builder(source: Source, commit: str) -> Any:
+    import datasets
+
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    own = ("split", "streaming", "verification_mode", "keep_in_memory", "save_infos", "num_proc")
+    arguments = {k: v for k, v in _arguments(source).items() if k not in own}
+    return datasets.load_dataset_builder(source.repo, source.name, revision=commit, **arguments)
+
+
+def _arguments(source: Source) -> dict[str, Any]:
+    """What a task hands on to datasets; columns that it describes in YAML as datasets takes them."""
+    import datasets
+
+    told = source.arguments.get("features")
+    if not isinstance(told, dict) or not all(
+        isinstance(column, dict) and "dtype" in column for column in told.values()
+    ):
+        return source.arguments
+    values = {name: datasets.Value(column["dtype"]) for name, column in told.items()}
+    lists = {name for name, column in told.items() if column.get("sequence")}
+    features = datasets.Features({n: datasets.List(v) if n in lists else v for n, v in values.items()})
+    return source.arguments | {"features": features}
+
+
+def _cannot(error: Exception, source: Source, commit: str) -> UserError:
+    """One sentence for a dataset that does not load. datasets hides what the hub answered, so the hub is asked again."""
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    text = first_line(error)
+    if "scripts are no longer supported" in str(error):
+        return UserError(
+            f"tasks={source.task} cannot be loaded: {source.repo} is a script, which the datasets library runs no more; "
+            "give its documents as files with data.dir"
+        )
+    if any(type(e).__module__.startswith(("huggingface_hub", "httpx", "httpcore")) for e in chain(error)):
+        return refusal(error, source.wanted)
+    if isinstance(error, OSError) and error.errno is not None:
+        return refusal(error, source.wanted)
+    for file in ("README.md", f"{source.repo.rpartition('/')[2]}.py"):
+        try:
+            url = huggingface_hub.hf_hub_url(source.repo, file, repo_type="dataset", revision=commit)
+            huggingface_hub.get_hf_file_metadata(url)
+        except EntryNotFoundError:
+            continue
+        except Exception as answer:
+            return refusal(answer, source.wanted)
+    return UserError(f"tasks={source.task} cannot be loaded: {source.repo} on the hub does not give them ({text})")
+
+
+def downloaded_bytes(repo: str) -> int:
+    """Bytes of a dataset that the hub's cache holds, whole files and begun ones."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"datasets--{repo.replace('/', '--')}" / "blobs"
+    total = 0
+    for path in folder.glob("*"):
+        try:
+            total += os.stat(path).st_size
+        except OSError:
+            continue
+    return total

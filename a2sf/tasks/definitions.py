@@ -1,0 +1,449 @@
+"""What lm-eval defines: tasks, tags and groups by name, and a user's own YAML file by its path.
+
+lm-eval's own reading of groups and tags is used; but a member here is its definition, not a task with its documents loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.group import Group
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks import __file__ as _lm_eval_tasks
+from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._index import Entry, Kind, TaskIndex
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from a2sf.errors import ConfigError, UserError, nearest
+from a2sf.tasks import user_folder as own
+from a2sf.tasks.functions import function_file, known_arguments, live
+
+LONG = tuple(
+    f"long_{family}" for family in ("single", "multikey", "multivalue", "multiquery", "variables", "common", "frequent")
+)
+SUITES = {
+    "paper": ("openbookqa", "winogrande", "piqa", "copa", "mathqa", "arc_easy", "arc_challenge"),
+    "demo": ("piqa", "openbookqa", "arc_easy"),
+    "long": LONG,
+    "long_generate": tuple(f"{task}_generate" for task in LONG),
+}
+"""Names for lists of tasks. `paper`: the seven of arXiv 2407.20485; `long`: ours of any length, choosing or writing."""
+
+OWN_TASKS = (Path(__file__).parent / "needle", Path(__file__).parent / "long")
+TASKS_DIRECTORY = Path(_lm_eval_tasks).parent
+INSIDE = "::"
+"""Between a group and one of its members, in the name of a member that exists only there."""
+NOT_SETTINGS = {"task", "task_alias", "group", "group_alias", "tag", "aggregate_metric_list", "num_fewshot"}
+"""Keys of a group's member that change no document's number; its shots are kept apart."""
+MAKES_DOCUMENTS = ("dataset_path", "custom_dataset", "class", "include")
+YAML = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class Definition:
+    """One task, as it is written down.
+
+    Attributes:
+        ref: what finds it again: lm-eval's name, `group::member`, or the path of a YAML file.
+        name: what tables call it.
+        entry: where it is written.
+        settings: what the group says of this member, besides its shots.
+        shots: how many examples the group wants for it; None: nothing said.
+    """
+
+    ref: str
+    name: str
+    entry: Entry
+    settings: dict[str, Any]
+    shots: int | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """lm-eval's configuration, functions as strings (nothing is imported)."""
+        return _Reader(resolve=False).config(self.entry) | self.settings
+
+    def resolved(self) -> dict[str, Any]:
+        """The same with its functions imported, to build the task from."""
+        return _Reader(resolve=True).config(self.entry) | live(self.settings)
+
+    @property
+    def arguments(self) -> frozenset[str]:
+        """Names that its code may look for in the task's metadata; none where no code sees it."""
+        return known_arguments(self.config)
+
+    @property
+    def folder(self) -> Path | None:
+        return self.entry.yaml_path.parent if self.entry.yaml_path else None
+
+    def digest(self, config: dict[str, Any] | None = None) -> str | None:
+        """A hash of the definition and of the functions' files; None for lm-eval's own, which its version identifies.
+
+        Args:
+            config: instead of what was read first.
+        """
+        own = self.folder is not None and self.folder.is_relative_to(TASKS_DIRECTORY)
+        if not self.settings and self.ref == self.name and (own or self.folder in OWN_TASKS):
+            return None
+        parts: list[Any] = []
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {str(k): plain(v) for k, v in sorted(value.items(), key=lambda pair: str(pair[0]))}
+            if isinstance(value, list):
+                return [plain(v) for v in value]
+            if isinstance(value, str) and (file := function_file(value)) is not None:
+                parts.append(hashlib.sha256(file.read_bytes()).hexdigest())
+                return f"{file.name}:{value.rpartition('.')[2]}"
+            return value
+
+        parts.append(plain(self.config if config is None else config))
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def unchanged(found: Definition) -> None:
+    """Refuse a definition that is not what it was when this process first asked, or whose functions are not.
+
+    Raises:
+        UserError: if its files changed.
+    """
+    if found.digest() is None or found.entry.yaml_path is None:
+        return
+    now = found.digest(_Reader(resolve=False).written(found.entry) | found.settings)
+    if _first.setdefault(found.ref, now) != now:
+        raise UserError(f"tasks={found.name}: its definition changed after the sweep began; start it again")
+
+
+_first: dict[str, str | None] = {}
+
+
+def resolve(name: str, folder: Path | None = None) -> list[Definition]:
+    """A task, tag, group or YAML file -> its tasks, each with what the group says of it.
+
+    Args:
+        folder: one that `own.include` has read, whose names win over lm-eval's.
+
+    Raises:
+        ConfigError: if there is no such name, with the nearest ones; or if it has a member that lm-eval cannot load.
+    """
+    if INSIDE in name and _find(name, folder)[1] is None:
+        group = name.partition(INSIDE)[0]
+        if _find(group, folder)[1] is not None:
+            members = resolve(group, folder)
+            found = [d for d in members if d.ref == name]
+            if not found:
+                known = [d.ref for d in members]
+                raise ConfigError("tasks", name, f"{group} has no such member{nearest(name, known)}")
+            return found
+    requested, built = _read(name, folder)
+    leaves = list(_leaves(built))
+    if not leaves:
+        raise ConfigError("tasks", name, "lm-eval's group of that name has no member; name the tasks themselves")
+    return list({id(d): d for d in _named(requested, leaves).values()}.values())
+
+
+def aggregates(name: str, folder: Path | None = None) -> list[Aggregate]:
+    """How lm-eval averages a group and the groups inside it, outer ones first; none for anything but a group.
+
+    Args:
+        folder: as for `resolve`.
+
+    Raises:
+        ConfigError: as `resolve`.
+    """
+    return list(_of_ours(name)) if folder is None else _aggregates(name, folder)
+
+
+def _aggregates(name: str, folder: Path | None = None) -> list[Aggregate]:
+    if INSIDE in name and _find(name, folder)[1] is None:
+        return []
+    requested, built = _read(name, folder)
+    if not isinstance(built, Group):
+        return []
+    named = _named(requested, list(_leaves(built)))
+    groups = {g.name: g for g in [built, *built.get_all_groups()]}
+    return [
+        Aggregate(
+            g.name,
+            tuple(
+                (a.metric, tuple(a.filter_list) if a.filter_list is not None else None, a.weight_by_size)
+                for a in g.aggregate_metric_list
+            ),
+            tuple(named[leaf.number] for leaf in _leaves(g)),
+        )
+        for g in groups.values()
+        if g.aggregate_metric_list
+    ]
+
+
+@cache
+def _of_ours(name: str) -> list[Aggregate]:
+    return _aggregates(name)
+
+
+def _read(name: str, folder: Path | None) -> tuple[str, Any]:
+    """What finds a name again without the folder, and lm-eval's group, list of a tag's members, or task of that name.
+
+    Raises:
+        ConfigError: if there is no such name.
+    """
+    requested, entry, mine = _find(name, folder)
+    if entry is None:
+        if name.endswith(YAML) or "/" in name:
+            raise ConfigError("tasks", name, "there is no such file; give the path of a task's YAML, or lm-eval's name")
+        known = [*SUITES, *mine, *_index()]
+        raise ConfigError("tasks", name, f"there is no such suite or lm-eval task{nearest(name, known)}")
+    return requested, _build(name, entry, mine)
+
+
+def definition(ref: str) -> Definition:
+    """The one task that `ref` finds.
+
+    Raises:
+        ConfigError: as `resolve`, and if it names several.
+    """
+    found = _resolved(ref)
+    if len(found) != 1:
+        raise ConfigError("tasks", ref, f"it names {len(found)} tasks, where one is asked for")
+    return found[0]
+
+
+@cache
+def _resolved(ref: str) -> tuple[Definition, ...]:
+    return tuple(resolve(ref))
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """A group that lm-eval gives scores of its own, made of its tasks'.
+
+    Attributes:
+        averages: metric, its filters (None: all that the tasks have), whether weighted by the tasks' numbers of documents.
+    """
+
+    name: str
+    averages: tuple[tuple[str, tuple[str, ...] | None, bool], ...]
+    members: tuple[Definition, ...]
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """A member of a group, before it has a name of its own."""
+
+    entry: Entry
+    overrides: dict[str, Any]
+    number: int
+
+    @property
+    def task_name(self) -> str:
+        return f"{self.number}"  # unique: a group of lm-eval's keeps one member per name
+
+
+class _Reader(TaskFactory):
+    """lm-eval's factory, up to the point where it would load a task."""
+
+    def __init__(self, resolve: bool) -> None:
+        super().__init__()
+        self.resolve, self.number = resolve, 0
+
+    def config(self, entry: Entry) -> dict[str, Any]:
+        return self._load_full_config(entry)
+
+    def written(self, entry: Entry) -> dict[str, Any]:
+        """What an entry's file says now."""
+        return dict(load_yaml(entry.yaml_path, resolve_func=False))
+
+    def _load_full_config(self, entry: Entry, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+        if entry.yaml_path is not None and entry.cfg is None:
+            cfg = dict(load_yaml(entry.yaml_path, resolve_func=self.resolve))
+        elif entry.yaml_path is not None and self.resolve:
+            cfg = dict(load_yaml(entry.yaml_path, resolve_func=True))
+        else:
+            cfg = live(entry.cfg or {}) if self.resolve else deepcopy(entry.cfg or {})
+        if entry.kind is Kind.GROUP:
+            _of_group(cfg, entry.yaml_path.parent if entry.yaml_path else None)
+        return cfg | (overrides or {})
+
+    def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Any:
+        self.number += 1
+        return _Leaf(entry, overrides or {}, self.number)
+
+    def _build_group_members(
+        self,
+        member_list: list[Any],
+        group_name: str,
+        overrides: dict[str, Any] | None,
+        registry: dict[str, Entry],
+    ) -> Any:
+        nameless = [m for m in member_list if isinstance(m, dict) and not {"task", "group"} & set(m)]
+        if nameless:
+            said = ", ".join(
+                " ".join(str(m[k]) for k in ("dataset_path", "dataset_name") if m.get(k)) for m in nameless
+            )
+            raise ConfigError(
+                "tasks",
+                group_name,
+                f"lm-eval cannot load {len(nameless)} of its {len(member_list)} members, which have no name ({said}); "
+                "name the tasks themselves",
+            )
+        members = []
+        for member in member_list:
+            item = {"task": member} if isinstance(member, str) else dict(member)
+            base = item.get("task")
+            if isinstance(base, str) and "group" not in item and base not in registry:
+                if not any(k in item for k in MAKES_DOCUMENTS):
+                    raise ConfigError("tasks", group_name, f"its member {base} is not a task{nearest(base, registry)}")
+                name = _unused(f"{group_name}{INSIDE}{base}", registry)
+                include = item.pop("include", None)
+                cfg = dict(load_yaml(include, resolve_func=False)) | item if include else item
+                registry[name] = Entry(name=name, kind=Kind.TASK, yaml_path=None, cfg=cfg | {"task": name})
+                item = {"task": name}
+            # a string, because of a dictionary lm-eval hands the tag's or group's own name on as the members' name
+            members.append(item["task"] if set(item) == {"task"} else item)
+        return super()._build_group_members(members, group_name, overrides, registry)
+
+
+def _unused(name: str, registry: dict[str, Entry]) -> str:
+    return next(n for i in itertools.count(1) if (n := name if i == 1 else f"{name}#{i}") not in registry)
+
+
+def _build(name: str, entry: Entry, mine: dict[str, Entry]) -> Any:
+    known = {**_index(), **mine} if entry.kind in (Kind.GROUP, Kind.TAG) else {}
+    try:
+        return _Reader(resolve=False).build(entry, registry=known)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError("tasks", name, f"lm-eval cannot read this group ({error})") from error
+
+
+def _leaves(built: Any) -> Iterator[_Leaf]:
+    if isinstance(built, _Leaf):
+        yield built
+        return
+    for child in built if isinstance(built, Group | list) else ():
+        yield from _leaves(child)
+
+
+def _named(requested: str, leaves: list[_Leaf]) -> dict[int, Definition]:
+    """By a leaf's number, under a name that finds it again: its own where the group changes nothing, else `group::member`.
+
+    Equal members are one object.
+    """
+    of: dict[int, Definition] = {}
+    found: dict[tuple[str, str, int | None], Definition] = {}
+    label = home = requested
+    if requested.endswith(YAML):  # a worker may have another current directory
+        home = str(Path(requested).expanduser().resolve())
+        label = str(_find(requested, None)[1].name)  # type: ignore[union-attr]
+    for leaf in leaves:
+        base = _Reader(resolve=False).config(leaf.entry)
+        settings = {k: v for k, v in leaf.overrides.items() if k not in NOT_SETTINGS and base.get(k) != v}
+        shots = leaf.overrides.get("num_fewshot")
+        name = ref = leaf.entry.name
+        if requested.endswith(YAML) and leaf.entry.yaml_path == Path(home):
+            ref = home
+        elif not settings and INSIDE not in name and own.folder_of(leaf.entry.yaml_path):
+            ref = str(leaf.entry.yaml_path)
+        elif settings or INSIDE in name:
+            mine = own.folder_of(leaf.entry.yaml_path)
+            if mine is not None and not (home.endswith(YAML) and Path(home).is_relative_to(mine)):
+                why = (
+                    f"it redefines a task that the group {label} changes; define the group there, too, or name the task"
+                )
+                raise ConfigError(own.KEY, leaf.entry.yaml_path, why)
+            inner = name.removeprefix(f"{label}{INSIDE}")
+            ref, name = f"{home}{INSIDE}{inner}", f"{label}{INSIDE}{inner}"
+        said, number = json.dumps(settings, sort_keys=True, default=str), 1
+        alike = [d for d in found.values() if d.ref.partition("#")[0] == ref and d.settings != settings]
+        if alike:  # the same task twice in a group, with different settings
+            number = len({json.dumps(d.settings, sort_keys=True, default=str) for d in alike}) + 1
+            ref, name = f"{ref}#{number}", f"{name}#{number}"
+        definition = Definition(ref, name, leaf.entry, settings, shots)
+        of[leaf.number] = found.setdefault((ref, said, shots), definition)
+    return of
+
+
+def _find(name: str, folder: Path | None) -> tuple[str, Entry | None, dict[str, Entry]]:
+    """What finds a name again without the folder, where it is written down, and what else of the user's it may name.
+
+    A quick look for a task spares reading lm-eval's 14,000 definitions.
+    """
+    mine = own.entries(folder) if folder else {}
+    if name in mine:
+        file = mine[name].yaml_path
+        return (str(file) if file else name), mine[name], mine
+    if name.endswith(YAML):
+        path = Path(name).expanduser().resolve()
+        beside = own.folder_of(path)
+        return name, _in_file(path), own.entries(beside) if beside else {}
+    path_of = _quick(name)
+    if path_of is not None:
+        return name, Entry(name, Kind.TASK, path_of, cfg=_unresolved(path_of)), mine
+    return name, _index().get(name), mine
+
+
+def hides(name: str, folder: Path) -> bool:
+    """Whether a folder of the user's has a definition with the name of one of lm-eval's."""
+    return name in own.entries(folder) and (_quick(name) is not None or name in _index())
+
+
+def _in_file(path: Path) -> Entry | None:
+    if not path.is_file():
+        return None
+    try:
+        cfg = _unresolved(path)
+        kind = TaskIndex._kind_of(cfg)
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise ConfigError("tasks", path, f"the file defines neither a task nor a group ({why})") from error
+    key = "group" if kind is Kind.GROUP else "task"
+    if not isinstance(name := cfg.get(key), str) or not name:
+        raise ConfigError("tasks", path, f"`{key}:` in the file has to be one name")
+    return Entry(name, kind, path, cfg=cfg)
+
+
+def _quick(name: str) -> Path | None:
+    if not name or "/" in name:
+        return None
+    pattern = re.compile(rf"^task:\s*['\"]?{re.escape(name)}['\"]?\s*$", re.MULTILINE)
+    for ours in (folder / f"{name}.yaml" for folder in OWN_TASKS):
+        if ours.is_file():
+            return ours
+    folders = {part for part in (name, name.split("_")[0]) if re.fullmatch(r"[\w.-]+", part)}
+    likely = [p for part in sorted(folders) for p in sorted(TASKS_DIRECTORY.glob(f"{part}/**/*.yaml"))]
+    likely += sorted(TASKS_DIRECTORY.glob(f"*/{name}/*.yaml")) if name in folders else []
+    return next((p for p in likely if pattern.search(p.read_text(encoding="utf-8", errors="ignore"))), None)
+
+
+@cache
+def _unresolved(path: Path) -> dict[str, Any]:
+    return dict(load_yaml(path, resolve_func=False))
+
+
+@cache
+def _index() -> dict[str, Entry]:
+    return TaskManager().task_index
+
+
+def _of_group(cfg: dict[str, Any], folder: Path | None) -> None:
+    """Keep of how a group's scores are averaged what lm-eval looks at; find a template beside the group's file."""
+    if averages := cfg.pop("aggregate_metric_list", None):
+        cfg["aggregate_metric_list"] = [
+            {k: a[k] for k in ("metric", "filter_list", "weight_by_size") if k in a}
+            for a in (averages if isinstance(averages, list) else [averages])
+            if isinstance(a, dict) and "metric" in a
+        ]
+    for member in cfg["task"] if isinstance(cfg.get("task"), list) else []:
+        if isinstance(member, dict):
+            if folder is not None and isinstance(member.get("include"), str):
+                member["include"] = str(folder / member["include"])
+            _of_group(member, folder)

@@ -1,0 +1,230 @@
+"""How a model is asked, as lm-eval's flags say it: chat template, system instruction, few-shot turns, generation."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from a2sf.errors import ConfigError, nearest
+
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""Names that lm-eval has for the number of generated tokens; where several are given it takes the first of these."""
+OF_LM_EVAL = ("until", *LENGTHS)
+"""Settings of a generation that lm-eval understands besides transformers'."""
+EXAMPLES = {"gen_kwargs": "gen_kwargs.max_gen_toks=32", "task_args": "task_args.lengths=[1024,4096]"}
+QUESTION = "(the question)"
+"""What stands for one where a template's own text is looked for."""
+SAMPLING_SEED = 1234
+"""Of text that is drawn at random; lm-eval's default."""
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How a task's documents are put to the model.
+
+    Attributes:
+        chat_template: whether the tokenizer's template is applied, or the name of one of its templates.
+        system_instruction: what stands before everything else; None: nothing.
+        fewshot_as_multiturn: examples as turns of the conversation instead of one; None: with a template, as lm-eval.
+        gen_kwargs: what changes of a task's settings of generation, as JSON; None: nothing.
+
+    Raises:
+        ConfigError: if a value is not allowed.
+    """
+
+    chat_template: bool | str = False
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool | None = None
+    gen_kwargs: str | None = None
+
+    def __post_init__(self) -> None:
+        template = False if self.chat_template is None else self.chat_template
+        if not isinstance(template, bool | str) or template == "":
+            raise ConfigError(
+                "chat_template", repr(template), "give true, false, or the name of one of the tokenizer's templates"
+            )
+        object.__setattr__(self, "chat_template", template)
+        object.__setattr__(self, "system_instruction", self.system_instruction or None)
+        known = _known_settings() if self.gen_kwargs else set()
+        given = json.loads(self.gen_kwargs) if self.gen_kwargs else {}
+        if len(several := [k for k in LENGTHS if k in given]) > 1:
+            allowed = f"it says the same as {several[0]}; give one of them"
+            raise ConfigError(f"gen_kwargs.{several[1]}", given[several[1]], allowed)
+        if given.get("until") is not None:
+            check_stops(given["until"], "gen_kwargs.until")
+        for key, value in given.items():
+            if key not in known:
+                allowed = "neither lm-eval nor transformers' GenerationConfig has such a setting"
+                raise ConfigError(f"gen_kwargs.{key}", value, allowed + nearest(key, known))
+
+    @property
+    def name_of_template(self) -> str | None:
+        return self.chat_template if isinstance(self.chat_template, str) else None
+
+    @property
+    def _named(self) -> dict[str, str]:
+        """For `apply_chat_template`: which of the tokenizer's templates, where it is not the default."""
+        return {"chat_template": self.name_of_template} if self.name_of_template else {}
+
+    @property
+    def multiturn(self) -> bool:
+        """Whether examples are turns."""
+        return bool(self.chat_template) and self.fewshot_as_multiturn is not False
+
+    def of(self, generates: bool, shots: int) -> Prompting:
+        """The same without what cannot change a number of a task."""
+        turns = False if self.chat_template and shots and not self.multiturn else None
+        return replace(self, fewshot_as_multiturn=turns, gen_kwargs=self.gen_kwargs if generates else None)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is set, as plain data; nothing where lm-eval's defaults hold."""
+        given = vars(self) | {"gen_kwargs": json.loads(self.gen_kwargs) if self.gen_kwargs else None}
+        default = vars(Prompting())
+        return {k: v for k, v in given.items() if v != default[k]}
+
+    def arguments(self, lm: Any) -> dict[str, Any]:
+        """What lm-eval's `build_all_requests` is given.
+
+        lm-eval 0.4.13 takes the name of a template and applies the tokenizer's default: here the named one is applied.
+        """
+        templated = copy.copy(lm)
+        templated.chat_template_args = lm.chat_template_args | self._named
+        return {
+            "rank": 0,
+            "world_size": 1,
+            "apply_chat_template": bool(self.chat_template),
+            "system_instruction": self.system_instruction,
+            "fewshot_as_multiturn": self.multiturn,
+            "chat_template": templated.apply_chat_template if self.chat_template else None,
+            "tokenizer_name": lm.tokenizer_name if self.chat_template else "",
+        }
+
+    def configure(self, task: Any) -> None:
+        """Merge `gen_kwargs` into a task's settings of generation; to do so twice changes nothing.
+
+        Raises:
+            ConfigError: if a setting of generation would have no effect on this task.
+        """
+        if self.gen_kwargs and task.get_config("output_type") == "generate_until":
+            given, own = json.loads(self.gen_kwargs), dict(task.config.generation_kwargs or {})
+            for other in LENGTHS if any(k in given for k in LENGTHS) else ():
+                own.pop(other, None)  # by another name, which might win
+            merged = own | given
+            if given.get("temperature") and merged.get("do_sample") is False:
+                allowed = f"{task.config.task} says do_sample: false; give gen_kwargs.do_sample=true as well"
+                raise ConfigError("gen_kwargs.temperature", given["temperature"], allowed)
+            task.set_config("generation_kwargs", merged)
+
+    def tokens_around(self, tokenizer: Any, shots: int = 0) -> tuple[int, int]:
+        """How many tokens template and system instruction put before a prompt, and after it and between turns."""
+        before, after = self.system_instruction or "", ""
+        if self.chat_template:
+            said = [{"role": "system", "content": self.system_instruction}] if self.system_instruction else []
+            turns = ("user", "assistant") * (shots if self.multiturn else 0)
+            asked = [*said, *({"role": role, "content": QUESTION} for role in (*turns, "user"))]
+            text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **self._named)
+            before, _, after = text.partition(QUESTION)
+            after = after.replace(QUESTION, "")
+        head, tail = (len(tokenizer.encode(text, add_special_tokens=False)) for text in (before, after))
+        return head, tail
+
+    def check(self, tokenizer: Any, model: str) -> None:
+        """Refuse a template that a tokenizer does not have, or a system instruction that its template would lose.
+
+        Args:
+            model: for messages.
+
+        Raises:
+            ConfigError: naming what there is.
+        """
+        if not self.chat_template:
+            return
+        templates = getattr(tokenizer, "chat_template", None)
+        if not templates:
+            raise ConfigError("chat_template", self._told, f"the tokenizer of {model} has no chat template; give false")
+        name = self.name_of_template
+        if not isinstance(templates, dict) and name:
+            raise ConfigError(
+                "chat_template", name, f"the tokenizer of {model} has one template without a name; give true"
+            )
+        if isinstance(templates, dict) and (name or "default") not in templates:
+            there = ", ".join(sorted(templates))
+            why = f"the tokenizer of {model} has the templates {there}{nearest(name or '', templates)}"
+            raise ConfigError("chat_template", self._told, why)
+        if self.system_instruction:
+            self._check_system(tokenizer, model)
+
+    def _check_system(self, tokenizer: Any, model: str) -> None:
+        """lm-eval leaves a system message out where the template raises at it; so do some templates themselves."""
+        messages = [{"role": "system", "content": self.system_instruction}, {"role": "user", "content": "?"}]
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **self._named)
+        except Exception:  # jinja's TemplateError, whatever the template makes of it
+            text = ""
+        if str(self.system_instruction).strip() not in text:
+            why = f"the chat template of {model} takes no system message, so it would be lost; leave it out"
+            raise ConfigError("system_instruction", repr(self.system_instruction), why)
+
+    @property
+    def _told(self) -> str:
+        return str(self.chat_template).lower() if isinstance(self.chat_template, bool) else self.chat_template
+
+
+def check_stops(until: Any, key: str) -> None:
+    """Refuse stop sequences with which lm-eval would end every text after its first token, or fail.
+
+    Raises:
+        ConfigError: if one is empty or no text.
+    """
+    for text in until if isinstance(until, list) else [until]:
+        if not isinstance(text, str) or not text:
+            raise ConfigError(
+                key, repr(until), "give texts of at least one character; an empty one ends every text at once"
+            )
+
+
+def draws(settings: Mapping[str, Any]) -> bool:
+    """Whether text of such settings of generation is drawn at random; lm-eval takes a temperature for a wish to."""
+    return bool(normalize_gen_kwargs(copy.deepcopy(dict(settings)))["do_sample"])
+
+
+def plain_mapping(key: str, value: Any) -> dict[str, Any]:
+    """Settings as a user gives them: a mapping, JSON, or lm-eval's `a=1,b=2`; empty for None.
+
+    Raises:
+        ConfigError: if it is none of these.
+    """
+    if value is None or value == "":
+        return {}
+    if isinstance(value, Mapping):
+        return dict(value)
+    allowed = f"give each by its name, such as {EXAMPLES[key]}, or all as JSON or lm-eval's a=1,b=2"
+    if not isinstance(value, str):
+        raise ConfigError(key, value, allowed)
+    if value.lstrip().startswith("{"):
+        try:
+            return dict(json.loads(value))
+        except ValueError as error:
+            raise ConfigError(key, value, f"it is not JSON ({error}); {allowed}") from error
+    if not all("=" in part for part in value.split(",") if part):
+        raise ConfigError(key, value, allowed)
+    from lm_eval.utils import simple_parse_args_string
+
+    return dict(simple_parse_args_string(value))
+
+
+def packed(settings: Mapping[str, Any]) -> str | None:
+    """Settings as one text, the same for the same settings; None for none."""
+    return json.dumps(settings, sort_keys=True) if settings else None
+
+
+def _known_settings() -> set[str]:
+    from transformers import GenerationConfig
+
+    return {k for k in vars(GenerationConfig()) if not k.startswith("_")} | set(OF_LM_EVAL)

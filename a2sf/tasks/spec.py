@@ -1,0 +1,414 @@
+"""Which lm-eval tasks to run, on which documents, with which examples.
+
+lm-eval's own task definitions are used as they are; but a document is never among its own examples, and where documents come
+from, the scored split and that of the examples can be chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from a2sf.errors import ConfigError, UserError, first_line, nearest
+from a2sf.hf.files.refusals import Unreachable, chain
+from a2sf.tasks import definitions
+from a2sf.tasks import user_folder as own
+from a2sf.tasks.data import documents
+from a2sf.tasks.data.documents import Commit
+from a2sf.tasks.data.sources import DataSpec, Source, locate
+from a2sf.tasks.definitions import SUITES, Aggregate, Definition
+from a2sf.tasks.examples import OwnDocuments, seeded
+from a2sf.tasks.warned import silent
+
+__all__ = [
+    "SUITES",
+    "Contents",
+    "DataSpec",
+    "TaskSpec",
+    "aggregates",
+    "arguments_of",
+    "expand_suite",
+    "hidden",
+    "include",
+    "provenance",
+    "resolve",
+]
+
+LENGTHS = ("lengths", "max_seq_lengths")
+"""What tasks call the lengths of their prompts: ours, and lm-eval's RULER."""
+OUTPUT_TYPES = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
+
+
+def expand_suite(tasks: Any) -> list[str]:
+    """`tasks` as the user gives it (a suite's name, a task's name, or a list of names) as a list of names.
+
+    Raises:
+        ConfigError: if it is empty or holds something that is not a name.
+    """
+    names = list(tasks) if isinstance(tasks, Sequence) and not isinstance(tasks, str) else [tasks]
+    if not names or any(not isinstance(n, str) or not n for n in names):
+        raise ConfigError("tasks", tasks, f"give a list of lm-eval tasks, or a suite: {', '.join(SUITES)}")
+    return list(dict.fromkeys(t for n in names for t in SUITES.get(n, (n,))))
+
+
+def include(path: str | None) -> Path | None:
+    """A folder of the user's own definitions, made known; None where there is none.
+
+    Raises:
+        ConfigError: if a definition in there cannot be used.
+    """
+    if path is None:
+        return None
+    folder = own.include(path)
+    for name in SUITES:
+        if name in own.entries(folder):
+            raise ConfigError(
+                own.KEY, path, f"a task in there is called {name}, which is a suite; give it another name"
+            )
+    return folder
+
+
+def resolve(name: str, folder: Path | None = None) -> list[Definition]:
+    """lm-eval's name of a task, tag or group, or the path of a YAML file -> its tasks, each with its settings.
+
+    Args:
+        folder: of the user's own definitions, as `include` gives it.
+
+    Raises:
+        ConfigError: if there is no such name, with the nearest ones, or lm-eval cannot load a member.
+    """
+    return definitions.resolve(name, folder)
+
+
+def hidden(asked: Sequence[str], folder: Path) -> list[str]:
+    """One sentence for each definition of the user's that is used in the place of lm-eval's of the same name."""
+    found = {n: str(own.entries(folder)[n].yaml_path) for n in asked if definitions.hides(n, folder)}
+    found |= {d.name: d.ref for n in asked for d in resolve(n, folder) if definitions.hides(d.name, folder)}
+    return [
+        f"{name}: the definition in {file} is used, and lm-eval's of that name is not." for name, file in found.items()
+    ]
+
+
+def aggregates(name: str, folder: Path | None = None) -> list[Aggregate]:
+    """The scores that lm-eval makes of a group's tasks; none for anything but a group.
+
+    Raises:
+        ConfigError: as `resolve`.
+    """
+    return definitions.aggregates(name, folder)
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One of `task_args`, as it concerns one task.
+
+    Attributes:
+        key: as the user gave it, `task_args.<name>` or `task_args.<task>.<name>`.
+        refusal: why the task has no use for it; None: it has.
+    """
+
+    key: str
+    name: str
+    value: Any
+    refusal: str | None
+
+
+def arguments_of(found: Definition, asked: str, given: Mapping[str, Any], names: set[str]) -> list[Argument]:
+    """What of `task_args` is for one task.
+
+    Args:
+        asked: the name or group that the user asked for.
+        given: arguments for all tasks, and under the name of a task or group those for it alone, which win.
+        names: what counts as such a name.
+    """
+    of_tasks = {k for k, v in given.items() if k in names and isinstance(v, Mapping)}
+    keyed = {str(k): (f"task_args.{k}", v) for k, v in given.items() if k not in of_tasks}
+    for name in (n for n in dict.fromkeys((asked, found.entry.name, found.name)) if n in of_tasks):
+        keyed |= {str(k): (f"task_args.{name}.{k}", v) for k, v in given[name].items()}
+    known = found.arguments
+    looks = f"the code of {found.name} looks for no such argument"
+    return [
+        Argument(
+            full,
+            name,
+            value,
+            None
+            if name in known
+            else looks + nearest(name, known)
+            if known
+            else f"{found.name} has no code that takes arguments",
+        )
+        for name, (full, value) in keyed.items()
+    ]
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """A task as cells have it: its definition, which documents are scored, how many examples stand before each.
+
+    Attributes:
+        ref: what finds the task again: lm-eval's name, `group::member`, or the path of a YAML file.
+        data: where the documents are.
+        shots: the number of examples.
+    """
+
+    ref: str
+    data: DataSpec = field(default_factory=DataSpec)
+    shots: int = 0
+
+    @cached_property
+    def definition(self) -> Definition:
+        """As lm-eval or the user's YAML file has it.
+
+        Raises:
+            ConfigError: if there is no such task.
+        """
+        return definitions.definition(self.ref)
+
+    @property
+    def name(self) -> str:
+        """What tables call the task: lm-eval's name, or that in the user's YAML file."""
+        return self.definition.name
+
+    @property
+    def generates(self) -> bool:
+        """Whether the task's answers are generated text."""
+        return bool(self.definition.config.get("output_type") == "generate_until")
+
+    @property
+    def makes_documents(self) -> bool:
+        """Whether the task makes its documents by a function, which may ask for the model's tokenizer."""
+        return "custom_dataset" in self.definition.config
+
+    @property
+    def _metadata(self) -> dict[str, Any]:
+        metadata = self.definition.config.get("metadata")
+        return metadata if isinstance(metadata, dict) else {}
+
+    @property
+    def lengths(self) -> tuple[str, list[int]] | None:
+        """The lengths in tokens that documents are made to, and the key that says so; None where the task has none."""
+        given = self._metadata | self.data.arguments if self.makes_documents else {}
+        for key in LENGTHS:
+            if key in given:
+                values = given[key] if isinstance(given[key], list) else [given[key]]
+                return f"task_args.{key}", [n for n in values if isinstance(n, int)]
+        return None
+
+    @property
+    def shared_context(self) -> str | None:
+        """The field of a document that its prompt begins with and that other documents share; None: the task names none."""
+        return (self._metadata | self.data.arguments).get("shared_context")
+
+    @property
+    def source(self) -> Source:
+        """Where the documents are; nothing is read or downloaded.
+
+        Raises:
+            ConfigError: if they are not where they should be.
+        """
+        return locate(self.definition, self.data, self.shots)
+
+    def check(self) -> None:
+        """Refuse a task that cannot be run with these settings, before anything is downloaded or loaded.
+
+        Raises:
+            ConfigError: if its data is not where it should be, or it needs another kind of model output.
+        """
+        kind = self.definition.config.get("output_type", "")
+        if kind and kind not in OUTPUT_TYPES:
+            raise ConfigError(
+                "tasks",
+                self.name,
+                f"it needs {kind}, which is not available under pruning; give a log-likelihood or generation task",
+            )
+        if self.shots and (given := self.lengths) and given[1]:
+            raise ConfigError(
+                "shots",
+                self.shots,
+                f"a prompt of {self.name} has the length that {given[0]} says, with no room for examples",
+            )
+        self.source  # noqa: B018 (which checks the data)
+
+    @property
+    def known_content(self) -> str | None:
+        """What identifies the documents, if that is known without the network and without loading anything; else None."""
+        if self.data.content is not None:
+            return self.data.content
+        source = self.source
+        return documents.content_of_files(source) if source.kind == "files" else None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a number depends on in the task and its documents, as plain data: definition, contents, splits."""
+        digest = self.definition.digest()
+        read: dict[str, Any] = {"content": self.known_content}
+        if self.data.root is None:  # a hash of files is of the splits that are read, a commit is of all
+            source = self.source
+            read |= {"split": source.scored, "fewshot_split": source.examples}
+        return {
+            "task": self.name,
+            "task_version": self._metadata.get("version"),
+            **({"definition": digest} if digest else {}),
+            **({"task_args": self.data.arguments} if self.data.task_args else {}),
+            "data": read,
+        }
+
+    def build(self, seed: int) -> Any:
+        """The lm-eval task, with its documents loaded.
+
+        Args:
+            seed: of the examples.
+
+        Raises:
+            UserError: if the documents cannot be loaded, are not those that `data.content` identifies, or are too few.
+        """
+        self.check()
+        found, source, data = self.definition, self.source, self.data
+        try:
+            with silent(), seeded():
+                task = _task(found, source, data, self.shots, seed)
+            definitions.unchanged(found)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"tasks={found.name}: {_why(error, source, data)}") from error
+        if task.get_config("output_type") not in OUTPUT_TYPES:
+            raise ConfigError(
+                "tasks", found.name, f"it needs {task.get_config('output_type')}, which pruning does not offer"
+            )
+        task.set_config(key="task", value=found.name)
+        task.set_config(key="num_fewshot", value=self.shots)
+        task.set_fewshot_seed(seed=seed)
+        if self.shots:
+            task.examples().check(task.eval_docs)
+        if source.kind == "task" and data.content is not None and _content(task) != data.content:
+            raise UserError(f"tasks={found.name}: its documents changed after the sweep began; start it again")
+        task.content = data.content
+        return task
+
+    def bytes_to_fetch(self) -> int:
+        """How many bytes of the documents have yet to come from the hub.
+
+        Raises:
+            UserError: if the hub does not give them.
+        """
+        source = self.source
+        return documents.size_to_fetch(source, self.data.content or "") if source.kind == "hub" else 0
+
+
+@dataclass
+class Contents:
+    """Finds out what identifies the documents of a sweep's tasks; the hub is asked once per dataset.
+
+    Attributes:
+        notes: what the user should know, one sentence each.
+    """
+
+    notes: list[str] = field(default_factory=list)
+    _commits: dict[tuple[str, str | None], Commit] = field(default_factory=dict)
+
+    def settle(self, spec: TaskSpec) -> DataSpec:
+        """The task's `data` with its `content`: a hub dataset's commit, or a hash of the documents.
+
+        Raises:
+            UserError: if there are no such documents, or they cannot be reached.
+        """
+        if spec.data.content is not None:
+            return spec.data
+        source = spec.source
+        if source.kind == "files":
+            content = documents.content_of_files(source)
+        elif source.kind == "hub":
+            key = (source.repo, source.revision)
+            if key not in self._commits:
+                self._commits[key] = documents.commit_of(source.repo, source.revision, source.task)
+            commit = self._commits[key]
+            there = bool(source.arguments) or documents.cached_folder(source, commit.hash) is not None
+            if commit.refusal is not None and not there:
+                raise Unreachable("tasks", source.task, commit.refusal.allowed) from commit.refusal
+            if commit.told and (note := f"{commit.told}: cached documents are used.") not in self.notes:
+                self.notes.append(note)
+            content = commit.hash
+        else:
+            content = _content(spec.build(seed=0))
+        return dataclasses.replace(spec.data, content=content)
+
+
+def _task(found: Definition, source: Source, data: DataSpec, shots: int, seed: int) -> Any:
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._factory import _ctor_accepts_config
+
+    config = found.resolved()
+    for key in ("tag", "group", "task_list", "group_alias", "task_alias"):
+        config.pop(key, None)
+    config |= {"task": found.name, "num_fewshot": shots}
+    metadata = config.get("metadata")
+    config["metadata"] = {**(metadata if isinstance(metadata, dict) else {"_metadata": metadata})}
+    if "custom_dataset" in config:
+        config["metadata"] |= {"tokenizer": data.tokenizer} if _takes_tokenizer(config["custom_dataset"]) else {}
+    base = config.get("class", ConfigurableTask)
+    if data.task_args:
+        if not _ctor_accepts_config(base):
+            raise ConfigError("task_args", data.task_args, f"{found.name} is a class that takes no arguments")
+        config["metadata"] |= data.arguments
+    if base is ConfigurableTask:
+        examples = dict(config.get("fewshot_config") or {})
+        if source.examples is not None:
+            examples |= {"split": source.examples, "samples": None}
+        config |= {"fewshot_split": source.examples, "fewshot_config": examples or None}
+        if source.scored is not None:  # lm-eval scores the test split if there is one, else the validation split
+            if source.scored == config.get("validation_split") and source.scored != data.split:
+                config["test_split"] = None
+            elif source.scored != config.get("test_split"):
+                config |= {"test_split": source.scored, "validation_split": None}
+            if source.kind == "files":
+                config["training_split"] = None if source.examples is None else config.get("training_split")
+    reads: Any = None
+    if source.kind != "task":
+        reads = staticmethod(lambda: documents.read(source, data.content))
+    elif base is ConfigurableTask and (local := documents.local_json(config, found.name)) is not None:
+        reads = staticmethod(lambda: local)
+    kind: Any = type(
+        base.__name__,
+        (OwnDocuments, base),
+        {"read_documents": reads, "shots": shots, "fewshot_seed": seed, "__module__": base.__module__},
+    )
+    return kind(config=config) if _ctor_accepts_config(base) else kind()
+
+
+def _takes_tokenizer(function: Any) -> bool:
+    parameters = inspect.signature(function).parameters.values()
+    return any(p.name == "tokenizer" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def provenance(task: Any) -> dict[str, Any]:
+    """Which documents a task scores: split, few-shot split, dataset and fingerprint."""
+    config = task.config
+    split = config.test_split if task.has_test_docs() else config.validation_split
+    return {
+        "split": split,
+        "fewshot_split": config.fewshot_config.split if config.num_fewshot else None,
+        "dataset_path": config.dataset_path,
+        "dataset_name": config.dataset_name,
+        "content": task.content,
+        "fingerprint": documents.content_of_documents(task.eval_docs),
+        "task_version": (config.metadata or {}).get("version"),
+    }
+
+
+def _content(task: Any) -> str:
+    return documents.content_of_documents(task.eval_docs, task.examples().pool if task.shots else ())
+
+
+def _why(error: Exception, source: Source, data: DataSpec) -> str:
+    """What went wrong between a dataset that was read and a task that is ready."""
+    inner = list(chain(error))[-1]
+    if isinstance(error, ImportError):
+        return f"its code needs a library that is not installed ({first_line(inner)})"
+    return f"its documents cannot be used from {data.label} ({type(inner).__name__}: {first_line(inner)})"

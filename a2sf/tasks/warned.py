@@ -1,0 +1,122 @@
+"""What libraries warn of while a cell is computed: collected instead of printed or lost, and counted.
+
+A warning may be about a number, so that none is dropped but those that `NOISE` names, each with the reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from lm_eval.utils import warning_once
+from transformers.utils import logging as of_transformers
+
+from a2sf.errors import Notice
+
+LOGGERS = ("lm_eval", "transformers", "datasets")
+"""Whose records of level WARNING and above count; other libraries here compute no numbers."""
+CATEGORIES = (RuntimeWarning, UserWarning)
+"""Of Python's own warnings: NumPy's and scikit-learn's about numbers are of these, those about code are of others."""
+LONGEST = 300
+NOISE = {
+    "Label index was not in within range": "said with task and document (`a2sf.scoring.doubts`)",
+    "Prompts lose their beginning": "the same",
+    "Token indices sequence length is longer": "a prompt that is cut is said with task and document",
+    "divide by zero encountered": "lm-eval's acc_norm of an empty choice, which is said with task and document",
+    "is defined, but aggregation is not": "lm-eval takes the one that the metric was registered with",
+    "is defined, but higher_is_better is not": "the same",
+    "Custom kwargs can be passed to": "advice for lm-eval's command line; here it is task_args",
+    "generation flags are not valid and may be ignored": "settings of sampling in a model's files, where text is greedy",
+    "`pretrained` model kwarg is not of type": "the model is loaded here on purpose",
+    "Passed an already-initialized model": "the same",
+}
+"""Part of a message -> why it is not shown."""
+
+
+@dataclass
+class Warned:
+    """Messages, each once, and how often each came.
+
+    Messages that differ in digits alone are one; the first that came is kept.
+    """
+
+    _texts: dict[str, str] = field(default_factory=dict)
+    _times: dict[str, int] = field(default_factory=dict)
+
+    def add(self, source: str, message: str) -> None:
+        """Count one message of a library, if it is not noise."""
+        line = next((stripped for part in message.splitlines() if (stripped := part.strip(" ,"))), "")
+        if not line or any(noise in message for noise in NOISE):
+            return
+        text = f"{source} warns: {line[:LONGEST]}"
+        key = re.sub(r"\d+", "0", text)
+        self._texts.setdefault(key, text)
+        self._times[key] = self._times.get(key, 0) + 1
+
+    @property
+    def notes(self) -> list[dict[str, Any]]:
+        """As `result.json` has them: `text`, and how many `times`."""
+        return [{"text": text, "times": self._times[key]} for key, text in self._texts.items()]
+
+
+class _Collecting(logging.Handler):
+    def __init__(self, into: Warned) -> None:
+        super().__init__(logging.WARNING)
+        self.into = into
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.into.add(record.name.partition(".")[0], record.getMessage())
+
+
+@contextmanager
+def collected(into: Warned | None = None) -> Iterator[Warned]:
+    """Collect what the libraries warn of; an inner one takes it from the outer, and all is afterwards as it was."""
+    into = Warned() if into is None else into
+    # what is said once per process is said once per collection
+    warning_once.cache_clear()
+    of_transformers.warning_once.cache_clear()
+    handler = _Collecting(into)
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    before = [(log.level, log.handlers, log.propagate) for log in loggers]
+    try:
+        for log in loggers:
+            log.setLevel(logging.WARNING)
+            log.handlers, log.propagate = [handler], False
+        with warnings.catch_warnings():
+            shown = warnings.showwarning
+
+            def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+                if issubclass(category, Notice):  # which is for the screen, at once
+                    shown(message, category, *where, **more)
+                else:
+                    into.add(category.__name__, str(message))
+
+            for category in CATEGORIES:
+                warnings.simplefilter("always", category)
+            warnings.simplefilter("default", Notice)
+            warnings.showwarning = show
+            yield into
+    finally:
+        for log, (level, handlers, propagate) in zip(loggers, before, strict=True):
+            log.setLevel(level)
+            log.handlers, log.propagate = handlers, propagate
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Keep lm-eval's advice off the screen; what is collected is collected all the same."""
+    log = logging.getLogger("lm_eval")
+    if any(isinstance(h, _Collecting) for h in log.handlers):
+        yield
+        return
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

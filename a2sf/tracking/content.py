@@ -1,0 +1,121 @@
+"""What every tracker is given: of a cell its columns and metrics, of a sweep its table and pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any, Protocol
+
+import pandas as pd
+
+from a2sf.store.runs import StoredCell, results_frame
+
+MEASURED = ("metric", "value", "stderr", "n", "seconds", "tokens_per_second", "policy_settings", "cell")
+"""Columns of `results.csv` that are not what a cell is filtered by, or are told in another form."""
+
+
+@dataclass(frozen=True)
+class CellRun:
+    """A finished cell as trackers show it.
+
+    Attributes:
+        name: the cell's.
+        columns: what people filter by (model, policy, budget_ratio, schedule, task, shots, ...), numbers and text, None
+            where there is nothing; named as in `results.csv`, settings of the policy's own as `policy_<setting>`.
+        metrics: `acc/<task>/<shots>shot`, its `acc_stderr/...`, speed.
+        cell: the `cell` entry of `result.json`.
+        baseline: whether it is the full cache, which the others are compared with.
+    """
+
+    name: str
+    columns: dict[str, str | int | float | bool | None]
+    metrics: dict[str, float]
+    cell: dict[str, Any]
+    baseline: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The end of a sweep as trackers show it: one row per cell and metric, and the plots' files by name."""
+
+    table: pd.DataFrame
+    pictures: Mapping[str, Path]
+
+
+class Destination(Protocol):
+    """A tracker. What its methods raise is a note to the user; repeated, it ends the tracker's part in the sweep.
+
+    Attributes:
+        label: what it is called.
+    """
+
+    label: str
+
+    @property
+    def marks(self) -> Path | None:
+        """The file that notes what was logged, beside it; None where nothing is logged in earnest."""
+        ...
+
+    @property
+    def note(self) -> str | None:
+        """One line for the screen: where it all went."""
+        ...
+
+    def log_cell(self, run: CellRun) -> None:
+        """Log a cell; the same cell again replaces or continues what was logged."""
+        ...
+
+    def log_summary(self, summary: Summary) -> None:
+        """Log the end of a sweep."""
+        ...
+
+
+def of_cell(stored: StoredCell, sweep: str) -> CellRun:
+    """What trackers show of a finished cell of `sweep`."""
+    cell, timing = stored.cell, stored.result["timing"]
+    baseline = cell["budget"] is None
+    row = results_frame([stored]).iloc[0].to_dict() if stored.metrics else {}
+    columns = {str(name): _plain(value) for name, value in row.items() if name not in MEASURED}
+    for name, value in cell["policy_settings"].items():
+        if name not in columns:
+            columns[f"policy_{name}"] = _plain(value)
+    columns["schedule"] = cell.get("schedule") or "step"  # which the table leaves empty
+    columns |= {"documents": stored.result["documents"]["n"], "sweep": sweep, "baseline": baseline}
+    where = f"{cell['task']}/{cell['shots']}shot"
+    found = {f"{name}/{where}": m["value"] for name, m in stored.metrics.items()}
+    found |= {f"{name}_stderr/{where}": m["stderr"] for name, m in stored.metrics.items()}
+    found |= {key: timing[key] for key in ("tokens_per_second", "seconds", "cache_share")}
+    metrics = {name: float(value) for name, value in found.items() if value is not None}
+    return CellRun(stored.path.name, columns, metrics, cell, baseline)
+
+
+def of_sweep(table: pd.DataFrame, pictures: Mapping[str, Path]) -> Summary:
+    """What trackers show of a sweep's `results_frame`, with the full cache marked as the baseline."""
+    shown = one_type_per_column(table)
+    if "budget_base" in table:
+        shown.insert(0, "baseline", ["yes" if none else "" for none in table["budget_base"].isna()])
+    return Summary(shown, pictures)
+
+
+def one_type_per_column(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with every column either all numbers or all text, missing values aside, as W&B's tables want them."""
+    columns = {}
+    for name in table:
+        column = table[name]
+        present = column[column.notna()]
+        numbers = all(isinstance(v, Real) and not isinstance(v, bool) for v in present)
+        written = present.astype(float) if numbers else present.map(str)
+        columns[name] = written.astype(object).reindex(column.index).where(column.notna(), None)
+    return pd.DataFrame(columns, index=table.index)
+
+
+def _plain(value: Any) -> str | int | float | bool | None:
+    """A value as a column holds it: numbers of Python's own, lists as text, None for NaN."""
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else json.dumps(value, sort_keys=True)

@@ -1,0 +1,291 @@
+"""Bad input: one sentence that names the key, the value and what is allowed, before anything slow."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from a2sf.app import _explain, _model_names
+from a2sf.errors import ConfigError, Notice, UserError
+from a2sf.policies.renamed import notice
+from a2sf.sweep.config.overrides import quote
+from a2sf.sweep.config.schema import register
+from a2sf.sweep.config.settings import as_group, read
+from a2sf.tasks import spec as tasks
+
+CONF = Path(__file__).parents[3] / "conf"
+
+
+@pytest.fixture(autouse=True)
+def _hydra():
+    GlobalHydra.instance().clear()
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def settings(*overrides: str):
+    return read(compose("config", list(overrides)), _model_names())
+
+
+def sentence(*overrides: str) -> str:
+    """What the user reads."""
+    try:
+        got = settings(*overrides)
+        for cell in got.cells:
+            tasks.TaskSpec(cell.task, cell.data, cell.shots).check()
+    except UserError as error:
+        return str(error)
+    except Exception as error:
+        return _explain(error)
+    raise AssertionError(f"{overrides} was accepted")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["budget.ratio=0"], ["budget.ratio=0", "0 < ratio <= 1"]),
+        (["checkpoint=0"], ["checkpoint=0", "above 0"]),
+        (["budget.ratio=1.7", "policy=h2o"], ["budget.ratio=1.7", "0 < ratio <= 1"]),
+        (["budget.ratio=nan"], ["budget.ratio=nan", "0 < ratio <= 1"]),
+        (["budget.ratio=some"], ["budget.ratio=some", "0 < ratio <= 1"]),
+        (["budget.ratio=2", "policy=full"], ["budget.ratio=2"]),
+        (["budget.ratio=[0.1,0.2]"], ["budget.ratio=[0.1, 0.2]", "one entry per layer, 30"]),
+        (["budget.tokens=0"], ["budget.tokens=0", "at least 1"]),
+        (["budget.tokens=4", "budget.ratio=0.1"], ["budget", "exactly one"]),
+        (["budget.base=everything"], ["budget.base=everything", "total, context"]),
+        (["policy=streaming", "budget.tokens=3"], ["budget.tokens=3", "recent + sinks", "4"]),
+        (["policy=streaming", "policy.sinks=-1"], ["policy.sinks=-1", "at least 0"]),
+        (["policy=h2o", "policy.recent_share=1.5"], ["policy.recent_share=1.5", "from 0 to 1"]),
+        (["policy=h2o", "+policy.heavy=3"], ["policy.heavy=3", "recent_share"]),
+        (["policy=future", "schedule=prompt"], ["schedule.when=prompt", "the policy future supports only step"]),
+        (["policy=snapkv", "schedule=step"], ["schedule.when=step", "the policy snapkv supports only prompt"]),
+        (["schedule=evry"], ["schedule=evry", "every, prompt, step", "did you mean every"]),
+        (["schedule.when=now"], ["schedule.when=now", "step, every, prompt"]),
+        (["schedule=every", "schedule.every=0"], ["schedule.every=0", "at least 1"]),
+        (["schedule=every", "schedule.every=some"], ["schedule.every=some", "at least 1"]),
+        (["schedule=prompt", "schedule.then=stop"], ["schedule.then=stop", "keep, step"]),
+        (["schedule=step", "schedule.every=0"], ["schedule.every=0", "at least 1"]),
+        (["schedule.every=4"], ["schedule.every=4", "schedule=every"]),
+        (["schedule.then=step"], ["schedule.then=step", "schedule=prompt"]),
+        (["schedule=prompt", "schedule.at=end", "policy=h2o"], ["schedule.at=end", "prompt, context"]),
+        (["schedule.at=context"], ["schedule.at=context", "schedule=prompt"]),
+        (
+            ["schedule=prompt", "schedule.at=context", "budget.base=context"],
+            ["schedule.at=context", "the task piqa", "give prompt"],
+        ),
+        (
+            ["schedule=prompt", "schedule.at=context", "tasks=needle"],
+            ["budget.base=total", "before the question", "base context"],
+        ),
+        (["tasks=long", "shots=1"], ["shots=1", "long_single has the length that task_args.lengths says"]),
+        (["task_args=1024"], ["task_args=1024", "task_args.lengths=[1024,4096]"]),
+        (["policy=snapkv", "policy.window=0"], ["policy.window=0", "at least 1"]),
+        (["policy=snapkv", "policy.kernel=4"], ["policy.kernel=4", "odd"]),
+        (["policy=snapkv", "policy.kernel=0"], ["policy.kernel=0", "odd"]),
+        (["policy=adakv", "policy.floor=1.5"], ["policy.floor=1.5", "from 0 to 1"]),
+        (["policy=heads", "policy.heads=[[0,3]]"], ["policy.heads=[0, 3]", "30 layers of 3 key/value heads"]),
+        (["policy=heads", "policy.heads=[[30,0]]"], ["policy.heads=[30, 0]", "30 layers"]),
+        (["policy=heads", "policy.heads=nowhere.json"], ["policy.heads=nowhere.json", "No such file"]),
+        (["policy=future", "tasks=[needle]"], ["policy=future", "later tokens", "needle generates text"]),
+        (["forgetting_factor=1.2"], ["forgetting_factor=1.2", "0 to 1"]),
+        (["forgetting_factor=[0.1,0.2]"], ["forgetting_factor=[0.1, 0.2]", "one factor per layer, 30", "has 2"]),
+        (["policy=h2oo"], ["policy=h2oo", "a2sf, adakv, calibrated, full", "did you mean h2o"]),
+        (["model=smollm2"], ["model=smollm2", "did you mean smollm2-135m"]),
+        (["model.dtype=int8"], ["model.dtype=int8", "float32, bfloat16"]),
+        (["model.device=cuda:7"], ["model.device=cuda:7", "no such GPU"]),
+        (["model.device_map=blanced"], ["model.device_map=blanced", "did you mean balanced"]),
+        (["model.device_map=nowhere.json"], ["model.device_map=nowhere.json", "No such file"]),
+        (["model.path=''"], ["model.path", "hub id"]),
+        (["tasks=[pipa]"], ["tasks=pipa", "did you mean", "piqa"]),
+        (["tasks=[]"], ["tasks=[]", "suite"]),
+        (["tasks=[mathqa]", "data=bundle"], ["tasks=mathqa", "data=bundle does not hold it"]),
+        (["tasks=[piqa]", "data=bundle", "data.split=test"], ["data.split=test", "only validation"]),
+        (["data.split=validaton", "data=bundle"], ["data.split=validaton", "did you mean validation"]),
+        (["data.split=''"], ["data.split=''", "give a name"]),
+        (["data.dir=/nowhere"], ["data.dir=/nowhere", "cannot be read"]),
+        (["data=hubb"], ["data=hubb", "bundle, hub"]),
+        (["shots=-1"], ["shots=-1", "at least 0"]),
+        (["limit=0"], ["limit=0", "at least 1"]),
+        (["limit=ten"], ["limit", "ten", "not allowed"]),
+        (["batch_size=0"], ["batch_size=0", "at least 1"]),
+        (["batch_size=many"], ["batch_size=many", "at least 1"]),
+        (["backend=cuda"], ["backend=cuda", "numba"]),
+        (["tracker=mlflow"], ["tracker=mlflow", "none, tensorboard, wandb"]),
+        (
+            ["tracker=[wandb,tensorbord]"],
+            ["tracker=tensorbord", "did you mean tensorboard", "none, tensorboard, wandb"],
+        ),
+        (["tracker=[wandb,none]"], ["tracker=[wandb, none]", "none goes with no other"]),
+        (["tracker=wandb", "+tracker.kinds.team=wandb"], ["tracker=[wandb, team]", "one kind (wandb)"]),
+        (["~tracker", "+tracker.kinds.mine=tensorbord"], ["tracker=tensorbord", "did you mean tensorboard"]),
+        (["tracker.kind=wandb"], ["tracker.kind is not a key", "tracker.kinds"]),
+        (["sweep_name=a/b"], ["sweep_name='a/b'", "folder"]),
+        (["budgt.ratio=0.2"], ["budgt", "not a key", "budget"]),
+        (["+budgt=0.2"], ["budgt", "not a key", "budget"]),
+        (["+budget.rato=0.2"], ["budget.rato", "not a key", "budget.ratio"]),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) and "=" in x[0] else "",
+)
+def test_bad_input_is_one_sentence(overrides, parts):
+    told = sentence(*overrides)
+    assert "\n" not in told.strip()
+    for part in parts:
+        assert part in told
+
+
+def test_an_unreadable_file_as_data_directory(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot be read" in sentence(f"data.dir={tmp_path / 'file'}")
+    (tmp_path / "empty").mkdir()
+    assert "empty" in sentence(f"data.dir={tmp_path / 'empty'}")
+
+
+def test_what_is_asked_for_arrives():
+    got = settings("policy=streaming", "policy.sinks=2", "budget.tokens=8", "tasks=[piqa,copa]", "shots=1", "limit=5")
+    assert [c.task for c in got.cells] == ["piqa", "copa"]
+    cell = got.cells[0]
+    assert (cell.policy.sinks, cell.budget.tokens, cell.shots, cell.limit) == (2, 8, 1, 5)
+    assert cell.model_name == "smollm2-135m"
+    assert cell.name.startswith("smollm2-135m__streaming__c8__piqa__1shot__n5__")
+
+
+def test_a_model_path_names_itself():
+    assert settings("model.path=someone/their-model").cells[0].model_name == "their-model"
+    assert settings("model.path=facebook/opt-2.7b").cells[0].model_name == "opt-2.7b"
+
+
+def test_cells_that_a_policy_cannot_tell_apart_are_one():
+    full = {
+        settings("policy=full", f"budget.ratio={r}", f"forgetting_factor={a}").cells[0].name
+        for r, a in ((0.1, 0.3), (0.5, 0.7))
+    }
+    h2o = {settings("policy=h2o", f"forgetting_factor={a}").cells[0].name for a in (0.1, 0.9)}
+    a2sf = {settings("policy=a2sf", f"forgetting_factor={a}").cells[0].name for a in (0.1, 0.9)}
+    assert (len(full), len(h2o), len(a2sf)) == (1, 1, 2)
+
+
+def test_schedules_that_come_to_the_same_are_one_cell():
+    def of(*overrides: str):
+        (cell,) = settings("tasks=[copa]", "data=bundle", *overrides).cells
+        return cell
+
+    step = of("policy=h2o")
+    assert step.schedule is None
+    assert "schedule" not in step.identity  # as before there were schedules
+    assert of("policy=h2o", "schedule=step").id == step.id
+    assert of("policy=h2o", "schedule=every", "schedule.every=1").id == step.id
+    assert of("policy=full", "schedule=prompt").id == of("policy=full").id
+    assert of("policy=snapkv", "schedule=prompt").id == of("policy=snapkv").id
+    assert of("policy=snapkv").describe()["schedule"] == "prompt"
+    kinds = (["schedule=every", "schedule.every=4"], ["schedule=every"], ["schedule=prompt"])
+    others = [of("policy=h2o", *kind) for kind in (*kinds, ["schedule=prompt", "schedule.then=step"])]
+    assert len({step.id, *(c.id for c in others)}) == 5
+    parts = ["every4", "every16", "prompt", "prompt-step"]
+    assert [c.name.split("__")[3] for c in others] == parts
+    assert [c.describe()["schedule"] for c in others] == parts
+    ignored = of("policy=h2o", "schedule=prompt", "+schedule.every=4")  # in a grid another point looks at it
+    assert ignored.id == others[2].id
+
+
+def test_the_identity_changes_with_everything_that_could_change_a_number():
+    base = settings("policy=h2o", "data=bundle", "shots=1").cells[0]
+    for change in (
+        "policy.recent_share=0.4",
+        "schedule=prompt",
+        "budget.ratio=0.3",
+        "budget.base=context",
+        "shots=2",
+        "seed=7",
+        "model.dtype=bfloat16",
+        "tasks=[copa]",
+    ):
+        assert settings("policy=h2o", "data=bundle", "shots=1", change).cells[0].id != base.id, change
+    assert settings("policy=h2o", "data=bundle", "shots=1", "limit=9", "batch_size=3").cells[0].id == base.id
+
+
+def test_only_a_gpus_cells_are_of_the_gpus_version(monkeypatch):
+    cpu = settings("policy=h2o", "data=bundle", "model.device=cpu").cells[0]
+    gpu = dataclasses.replace(cpu, model=dataclasses.replace(cpu.model, device="cuda:1"))
+    assert "gpu" not in cpu.identity
+    before = gpu.id
+    assert before != cpu.id
+    monkeypatch.setattr("a2sf.sweep.cell.GPU_VERSION", 999)
+    assert dataclasses.replace(gpu).id != before
+    assert dataclasses.replace(cpu).id == cpu.id
+
+
+def test_only_a_changed_policys_cells_are_of_its_version(monkeypatch):
+    """Finished results of an earlier version are not reused, and those of all other policies are."""
+    h2o, snapkv = (settings(f"policy={p}", "data=bundle").cells[0] for p in ("h2o", "snapkv"))
+    assert not {"policy_version", "cut"} & {*h2o.identity, *snapkv.identity}
+    before = h2o.id, snapkv.id
+    monkeypatch.setattr(type(snapkv.policy), "version", 2)
+    changed = dataclasses.replace(snapkv)
+    assert (dataclasses.replace(h2o).id, changed.id != before[1]) == (before[0], True)
+    assert changed.identity == snapkv.identity | {"policy_version": 2}
+
+
+def test_suites():
+    paper = [c.task for c in settings("tasks=paper").cells]
+    assert paper == ["openbookqa", "winogrande", "piqa", "copa", "mathqa", "arc_easy", "arc_challenge"]
+
+
+def test_every_file_under_conf_policy_is_a_policy():
+    for file in sorted((CONF / "policy").glob("*.yaml")):
+        if "file" in (needed := yaml.safe_load(file.read_text())) and needed["file"] is None:
+            with pytest.raises(ConfigError, match=r"policy\.file"):  # of the user's own
+                settings(f"policy={file.stem}")
+            continue
+        assert settings(f"policy={file.stem}").cells[0].policy.name == file.stem
+
+
+def test_a_group_reaches_a_worker_whole(tmp_path):
+    """Its first cell by overrides, the others by one key: policies, lists, schedules, what names another key and all."""
+    for budget in (0.1, 0.4):
+        file = {"name": f"of {budget}", "layers": [{"forgetting_factor": budget}] * 30}
+        (tmp_path / f"a-{budget}.yaml").write_text(yaml.safe_dump(file))
+    own = f"++policy.file='{tmp_path}/a-${{budget.ratio}}.yaml'"
+    asked = [
+        ["policy=h2o", "budget.ratio=0.1"],
+        ["policy=a2sf", "forgetting_factor=0.05", "++policy.sinks=2", "budget.tokens=32", "schedule=every"],
+        ["policy=heads", "++policy.heads=[[0,1],[2,0]]", "budget.base=context"],
+        ["policy=snapkv", "++policy.window=8", "schedule=prompt", "schedule.then=step"],
+        ["policy=full", "budget.ratio=0.7"],
+        ["policy=calibrated", own, "budget.ratio=0.4"],
+        ["policy=calibrated", own, "budget.ratio=0.1"],
+    ]
+    common = ["tasks=[piqa]", "limit=3"]
+    points = [compose("config", [*common, *a]) for a in asked]
+    expected = [c for p in points for c in read(p, _model_names()).cells]
+    names = [c.name for c in expected]
+    made = settings(*common, *asked[0], f"group={quote(as_group(points[1:], names))}")
+    assert list(made.cells) == expected
+    assert made.planned == set(names)
+    assert len({c.id for c in made.cells}) == len(asked)
+    assert [c.policy.file["name"] for c in made.cells[-2:]] == ["of 0.4", "of 0.1"]
+
+
+def test_early_stopping_under_its_name_of_the_previous_version():
+    """As a file of the user's may have it: `until:`, with `verdict`."""
+    new = settings("early_stopping={pair: [a2sf,h2o], half_width: 5, significant: true}").cells[0]
+    notice.cache_clear()
+    with pytest.warns(Notice, match="until is now called early_stopping"):
+        old = settings("until={pair: [a2sf,h2o], half_width: 5, verdict: true}").cells[0]
+    assert old == new
+    assert old.describe() == new.describe()
+    assert "-untilbada__" in old.name  # cells of the previous version are found by their names
+    assert old.describe()["until"] == {
+        "pair": ["a2sf", "h2o"],
+        "half_width": 5,
+        "verdict": True,
+        "confidence": 0.95,
+        "metric": "acc",
+    }
+    assert "early_stopping has pair" in sentence("until={par: [a2sf,h2o]}")
+    assert "give its keys under early_stopping" in sentence("until=3")

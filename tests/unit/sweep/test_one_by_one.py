@@ -1,0 +1,137 @@
+"""Texts and rolling windows of unfinished cells: kept as they come, read by the next start, and by a larger limit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from a2sf.hf.loading import ModelSpec
+from a2sf.policies.budget import Budget
+from a2sf.policies.find import find_policies
+from a2sf.scoring.passes.run import Passes
+from a2sf.scoring.texts import Texts
+from a2sf.store.runs import load_sweep
+from a2sf.sweep import runner as sweep
+from a2sf.sweep.cell import Cell
+from a2sf.sweep.runner import Runner
+from a2sf.tasks import spec as tasks
+from a2sf.tracking.tracker import Tracker, TrackerSpec
+from tests.conftest import SMOLLM2
+from tests.interrupted import interrupted
+
+COMMON = """
+task: {task}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+metadata: {{version: 1.0}}
+"""
+WRITES = """
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\\n\\n"], max_gen_toks: 6, do_sample: false}
+metric_list: [{metric: exact_match}]
+"""
+ROLLS = """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
+"""
+QUESTIONS = [
+    "What is the capital of France? It is",
+    "One, two, three, four,",
+    "Water boils at a temperature of",
+    "The sun rises in the east and sets in the",
+]
+
+
+@pytest.fixture
+def make(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"question": q, "answer": "Paris"}) for q in QUESTIONS))
+
+    def cell(kind: str, limit: int = 4, policy: str = "h2o") -> Cell:
+        file = tmp_path / f"{kind}.yaml"
+        file.write_text(COMMON.format(task=f"own_{kind}", data=data) + {"writes": WRITES, "rolls": ROLLS}[kind])
+        rule = find_policies()[policy]()
+        budget = Budget(ratio=0.5) if rule.uses_budget else None
+        return Cell("small", ModelSpec(SMOLLM2, device="cpu"), rule, budget, str(file), 0, limit, 1, tasks.DataSpec())
+
+    return cell
+
+
+@pytest.fixture
+def runners(tmp_path, smollm2, monkeypatch):
+    """Sweeps that know nothing of each other."""
+    monkeypatch.setattr(sweep.loading, "load", lambda spec: smollm2)
+
+    def new(name: str) -> Runner:
+        directory = tmp_path / name / "s"
+        return Runner(directory, Tracker(TrackerSpec(), "s", directory), batch_size=2)
+
+    return new
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the model was asked for, in batches."""
+    batches: list[int] = []
+    generate, run = Texts._answer, Passes.run
+
+    def texts(self, requests, answers, batch):
+        batches.append(len(batch))
+        return generate(self, requests, answers, batch)
+
+    def windows(self, pending):
+        batches.append(len(pending))
+        return run(self, pending)
+
+    monkeypatch.setattr(Texts, "_answer", texts)
+    monkeypatch.setattr(Passes, "run", windows)
+    return batches
+
+
+def stored(directory: Path) -> dict[str, tuple[object, ...]]:
+    return {s.path.name: (s.metrics, s.result["scored"], s.documents.to_json()) for s in load_sweep(directory)}
+
+
+@pytest.mark.parametrize(("kind", "passes"), [("writes", 1), ("rolls", 3)])
+def test_the_next_start_goes_on_with_what_is_missing(make, runners, asked, monkeypatch, kind, passes):
+    cells = [make(kind), make(kind, policy="window")]
+    undisturbed = runners("undisturbed")
+    assert {o.status for o in undisturbed.run(cells)} == {"done"}
+    runner = runners("killed")
+    kept = interrupted(runner, cells, passes, monkeypatch)
+    done = sum(map(len, kept.values()))
+    assert done == 2 * passes  # two sequences a pass
+    asked.clear()
+    assert {o.status for o in runner.run(cells)} == {"done"}
+    assert sum(asked) == 2 * 4 - done
+    assert stored(runner.directory) == stored(undisturbed.directory)
+    assert not (runner.directory / ".checkpoints").exists()
+
+
+@pytest.mark.parametrize("kind", ["writes", "rolls"])
+def test_a_larger_limit_asks_for_the_new_documents_alone(make, runners, asked, kind):
+    runner, whole = runners("few"), runners("whole")
+    assert runner.run([make(kind, limit=2)])[0].status == whole.run([make(kind)])[0].status == "done"
+    asked.clear()
+    assert runner.run([make(kind)])[0].status == "done"
+    assert sum(asked) == 2
+    (of_all,) = [s for s in load_sweep(runner.directory) if s.cell["limit"] == 4]
+    (expected,) = load_sweep(whole.directory)
+    assert of_all.metrics == expected.metrics
+    assert of_all.result["timing"]["reused_requests"] == 2
+    assert of_all.result["scored"] == expected.result["scored"]
+
+
+def test_what_is_drawn_at_random_is_not_kept(make, runners, monkeypatch):
+    cell = make("writes")
+    file = Path(cell.task)
+    file.write_text(file.read_text().replace("do_sample: false", "do_sample: true, temperature: 1.0"))
+    runner = runners("drawn")
+    assert interrupted(runner, [cell], 1, monkeypatch) == {}
