@@ -149,7 +149,7 @@ function drawLines(place, part, systems, y, x) {
     const n = systems.map(s => s.scores[task]?.[3]).find(v => v !== undefined);
     const chance = part.chance[task] === undefined ? "" : `, chance ${written(part.chance[task], data.percent)}`;
     const ticks = x === "budget" && !several ? { tickvals: [...new Set(xs)] } : several && x === "budget" ? { type: "category" } : {};
-    panel(place, `${task === average ? `average of ${part.columns.length - 1} tasks` : task} (n = ${n ?? DASH}${y === "score" ? chance : ""})`, traces, { shapes, xaxis: { title: { text: X[x].title }, ...ticks } });
+    panel(place, `${task === average ? `average of ${part.columns.length - 1} tasks` : task} (n = ${n ?? DASH}${y === "score" ? chance : ""})`, traces, { shapes, xaxis: { title: { text: several && x === "budget" ? "budget" : X[x].title }, ...ticks } });
   }
 }
 
