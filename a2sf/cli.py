@@ -73,6 +73,7 @@ PLAIN = {
     "…": "...",
     "†": "+",
     "Δ": "d",
+    "α": "alpha",
     "±": "+-",
     "\N{MULTIPLICATION SIGN}": "x",
 }
