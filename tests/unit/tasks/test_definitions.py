@@ -46,6 +46,7 @@ def of_members(group, members, index):
     return found
 
 
+@pytest.mark.full
 def test_every_group_and_tag_of_lm_eval_has_all_its_members(index):
     groups = [n for n, e in index.items() if e.kind in (Kind.GROUP, Kind.TAG)]
     assert len(groups) > 1000
