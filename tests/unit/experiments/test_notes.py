@@ -94,7 +94,9 @@ def computed(folder, loaded, tmp_path):
             Cell("m", ModelSpec(str(folder)), find_policies()[p](), b, str(file), 0, None, 0, DataSpec()).settled()
             for p, b in ways.items()
         ]
-        return list(compute_group(cells, lm, tmp_path / "runs" / "s"))
+        made = list(compute_group(cells, lm, tmp_path / "runs" / "s"))
+        assert len(made) == len(cells) > 0
+        return made
 
     return compute
 

@@ -102,7 +102,7 @@ def test_tells_what_was_run_and_what_failed(sweep: Path) -> None:
 
 def test_flipped_documents_are_told_with_choices(sweep: Path) -> None:
     shown, total = flips(gather([sweep]), limit=8)
-    assert len(shown) <= 8 < total
+    assert 0 < len(shown) <= 8 < total
     documents = {(c.cell["policy"], c.cell["task"], c.path.name): c.documents for c in load_sweep(sweep)}
     for flip in shown:
         own = [
