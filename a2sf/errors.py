@@ -1,4 +1,4 @@
-"""The two ways a run can be wrong that a user can mend."""
+"""Errors that a user can correct, and notices."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from a2sf.policies.find import find_policies
 from a2sf.scoring.lm import PrunedLM
 from a2sf.store.runs import write_cell
 from a2sf.sweep.cell import Cell
-from a2sf.sweep.group import Group
+from a2sf.sweep.group import CellGroup
 from a2sf.tasks.spec import DataSpec
 from tests.hub.build import write_model
 from tests.own_tasks import own_tasks
@@ -61,7 +61,7 @@ def test_a_cell_of_ours_against_lm_evals_output(theirs, tmp_path):
     task = str(own / "own_two.yaml")
     cell = Cell("m", ModelSpec(str(folder)), find_policies()["full"](), None, task, 0, 6, 0, DataSpec()).settled()
     lm = PrunedLM(loaded.model, tokenizer=loaded.tokenizer)
-    (made,) = Group([cell], lm.scorer, tmp_path / "runs" / "s").compute()
+    (made,) = CellGroup([cell], lm.scorer, tmp_path / "runs" / "s").compute()
     assert made.error is None
     path = tmp_path / "runs" / "s" / cell.name
     write_cell(path, made.result | {"provenance": {}}, made.documents, "")

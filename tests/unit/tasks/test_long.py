@@ -182,7 +182,7 @@ def test_a_cell_reads_each_text_once(smollm2, tmp_path):
     assert one.id == dataclasses.replace(a_cell(of(lengths=[600])), data=one.data).id
     assert one.id != a_cell(of(lengths=[601])).settled().id
     lm = PrunedLM(smollm2.model, tokenizer=smollm2.tokenizer)
-    (done,) = group.Group([one], lm.scorer, tmp_path / "s").compute()
+    (done,) = group.CellGroup([one], lm.scorer, tmp_path / "s").compute()
     if done.error is not None:
         raise done.error
     result, documents = done.result, done.documents
