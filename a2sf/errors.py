@@ -1,4 +1,4 @@
-"""Errors that a user can correct, and notices."""
+"""Errors that a user can correct, and notices for the user."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake the user can mend, told in one sentence; the scripts print it without a traceback and exit with 1."""
+    """A mistake that the user can correct; the commands print its one sentence without a traceback and exit with 1."""
 
 
 class ConfigError(UserError):
@@ -26,16 +26,16 @@ class UnsoundKernelError(UserError):
 
 
 class Notice(UserWarning):
-    """What a user should know and need not mend; the commands print it, whatever other warnings they hide."""
+    """Something that the user should know; the commands print it, although they hide other warnings."""
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
-    """`known` names closest to a mistyped `name`, as the end of a sentence ("" when nothing is close)."""
+    """The names in `known` that are closest to a mistyped `name`, as the end of a sentence; "" if none is close."""
     close = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def first_line(error: BaseException) -> str:
-    """An error's message, as part of a sentence; the error's name where it has none."""
+    """The first line of an error's message, as part of a sentence; the error's class if there is no message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".") if lines else type(error).__name__

@@ -8,12 +8,12 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf, open_dict
+
+from a2sf.compat.hydra import BasicSweeper, apply_overrides
 
 
 @dataclass
@@ -60,7 +60,7 @@ class CellSweeper(BasicSweeper):
                     del base["hydra"]
                 bases[key] = base
             composed = copy.deepcopy(bases[key])
-            ConfigLoaderImpl._apply_overrides_to_config(values, composed)
+            apply_overrides(values, composed)
             return composed
 
         check_keys(compose([addable(o) for o in points[0]]))  # before policies are imported

@@ -1,10 +1,10 @@
 """The user's folder of configurations (`a2sf run --config-dir`) as a source of Hydra's search path."""
 
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
+from a2sf.compat.hydra import FileConfigSource
 from a2sf.sweep.config import folder as config_dir
 
 

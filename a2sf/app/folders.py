@@ -1,4 +1,4 @@
-"""Folders in which models and modules are looked for, besides what comes with the package."""
+"""The user's folders, in which models and modules are searched in addition to the package."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def make_plan(checked: Checked, computes_here: bool) -> Planned:
     """Plan a sweep and print the plan.
 
     Args:
-        computes_here: whether the speed of this machine tells how long it takes.
+        computes_here: whether this machine computes the cells, so that a trial of its speed gives an estimate.
     """
     made = plan(checked.cells, checked.directory)
     for note in [*checked.notes, *made.notes]:
@@ -58,7 +58,7 @@ def fetch(planned: Planned) -> Planned:
     """Download what the plan needs; the plan without the cells whose documents cannot be had.
 
     Raises:
-        UserError: if nothing is left to compute, or a task cannot be run as the configuration says.
+        UserError: if nothing is left to compute, or a task cannot be run with this configuration.
     """
     checked, made = planned.checked, planned.plan
     write_groups(checked.directory, checked.aggregates)

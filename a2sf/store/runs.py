@@ -202,7 +202,7 @@ def read_cell(path: Path) -> StoredCell:
         good = _digest({**body, "checksums": stated}) == of_result
         good = good and all(_sha256(path / name) == checksum for name, checksum in stated.items())
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptCell(f"{path} is not a whole result ({type(error).__name__}: {error})") from error
+        raise CorruptCell(f"{path} is not a complete result ({type(error).__name__}: {error})") from error
     if not good:
         raise CorruptCell(f"{path} is not what was written (its checksum differs)")
     return StoredCell(path, body)

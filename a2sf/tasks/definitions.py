@@ -6,25 +6,28 @@ Groups and tags are read by lm-eval's code; but a member is its definition here,
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import re
-from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lm_eval.api.group import Group
-from lm_eval.tasks import TaskManager
-from lm_eval.tasks import __file__ as _lm_eval_tasks
-from lm_eval.tasks._factory import TaskFactory
-from lm_eval.tasks._index import Entry, Kind, TaskIndex
-from lm_eval.tasks._yaml_loader import load_yaml
-
+from a2sf.compat.lm_eval import (
+    INSIDE,
+    TASKS_DIRECTORY,
+    Entry,
+    Group,
+    Kind,
+    Leaf,
+    Reader,
+    index,
+    kind_of,
+    leaves,
+    unresolved,
+)
 from a2sf.errors import ConfigError, UserError, nearest
-from a2sf.tasks import user_folder as own
+from a2sf.tasks import user_folder
 from a2sf.tasks.functions import function_file, known_arguments, live
 
 LONG = tuple(
@@ -39,12 +42,8 @@ SUITES = {
 """Names for lists of tasks. `paper`: those of arXiv 2407.20485; `long`: texts of any length, with choices or generation."""
 
 OWN_TASKS = (Path(__file__).parent / "needle", Path(__file__).parent / "long")
-TASKS_DIRECTORY = Path(_lm_eval_tasks).parent
-INSIDE = "::"
-"""Separates a group and its member in the name of a member that is defined only in the group."""
 NOT_SETTINGS = {"task", "task_alias", "group", "group_alias", "tag", "aggregate_metric_list", "num_fewshot"}
 """Keys of a group's member that do not change a number; its shots are stored separately."""
-MAKES_DOCUMENTS = ("dataset_path", "custom_dataset", "class", "include")
 YAML = (".yaml", ".yml")
 
 
@@ -69,11 +68,11 @@ class Definition:
     @property
     def config(self) -> dict[str, Any]:
         """lm-eval's configuration with functions as strings (nothing is imported)."""
-        return _Reader(resolve=False).config(self.entry) | self.settings
+        return Reader().config(self.entry) | self.settings
 
     def resolved(self) -> dict[str, Any]:
         """The configuration with its functions imported, to build the task."""
-        return _Reader(resolve=True).config(self.entry) | live(self.settings)
+        return Reader(live).config(self.entry) | live(self.settings)
 
     @property
     def arguments(self) -> frozenset[str]:
@@ -117,7 +116,7 @@ def unchanged(found: Definition) -> None:
     """
     if found.digest() is None or found.entry.yaml_path is None:
         return
-    now = found.digest(_Reader(resolve=False).written(found.entry) | found.settings)
+    now = found.digest(unresolved(found.entry.yaml_path) | found.settings)
     if _first.setdefault(found.ref, now) != now:
         raise UserError(f"tasks={found.name}: its definition changed after the sweep began; start it again")
 
@@ -144,10 +143,10 @@ def resolve(name: str, folder: Path | None = None) -> list[Definition]:
                 raise ConfigError("tasks", name, f"{group} has no such member{nearest(name, known)}")
             return found
     requested, built = _read(name, folder)
-    leaves = list(_leaves(built))
-    if not leaves:
+    found_leaves = list(leaves(built))
+    if not found_leaves:
         raise ConfigError("tasks", name, "lm-eval's group of that name has no member; name the tasks themselves")
-    return list({id(d): d for d in _named(requested, leaves).values()}.values())
+    return list({id(d): d for d in _named(requested, found_leaves).values()}.values())
 
 
 def aggregates(name: str, folder: Path | None = None) -> list[Aggregate]:
@@ -168,7 +167,7 @@ def _aggregates(name: str, folder: Path | None = None) -> list[Aggregate]:
     requested, built = _read(name, folder)
     if not isinstance(built, Group):
         return []
-    named = _named(requested, list(_leaves(built)))
+    named = _named(requested, list(leaves(built)))
     groups = {g.name: g for g in [built, *built.get_all_groups()]}
     return [
         Aggregate(
@@ -177,7 +176,7 @@ def _aggregates(name: str, folder: Path | None = None) -> list[Aggregate]:
                 (a.metric, tuple(a.filter_list) if a.filter_list is not None else None, a.weight_by_size)
                 for a in g.aggregate_metric_list
             ),
-            tuple(named[leaf.number] for leaf in _leaves(g)),
+            tuple(named[leaf.number] for leaf in leaves(g)),
         )
         for g in groups.values()
         if g.aggregate_metric_list
@@ -199,7 +198,7 @@ def _read(name: str, folder: Path | None) -> tuple[str, Any]:
     if entry is None:
         if name.endswith(YAML) or "/" in name:
             raise ConfigError("tasks", name, "there is no such file; give the path of a task's YAML, or lm-eval's name")
-        known = [*SUITES, *mine, *_index()]
+        known = [*SUITES, *mine, *index()]
         raise ConfigError("tasks", name, f"there is no such suite or lm-eval task{nearest(name, known)}")
     return requested, _build(name, entry, mine)
 
@@ -234,106 +233,17 @@ class Aggregate:
     members: tuple[Definition, ...]
 
 
-@dataclass(frozen=True)
-class _Leaf:
-    """A member of a group, before it has a name."""
-
-    entry: Entry
-    overrides: dict[str, Any]
-    number: int
-
-    @property
-    def task_name(self) -> str:
-        return f"{self.number}"  # unique, because lm-eval's group stores one member per name
-
-
-class _Reader(TaskFactory):
-    """lm-eval's factory, which here returns a `_Leaf` instead of loading a task."""
-
-    def __init__(self, resolve: bool) -> None:
-        super().__init__()
-        self.resolve, self.number = resolve, 0
-
-    def config(self, entry: Entry) -> dict[str, Any]:
-        return self._load_full_config(entry)
-
-    def written(self, entry: Entry) -> dict[str, Any]:
-        """The present configuration in an entry's file."""
-        return dict(load_yaml(entry.yaml_path, resolve_func=False))
-
-    def _load_full_config(self, entry: Entry, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-        if entry.yaml_path is not None and entry.cfg is None:
-            cfg = dict(load_yaml(entry.yaml_path, resolve_func=self.resolve))
-        elif entry.yaml_path is not None and self.resolve:
-            cfg = dict(load_yaml(entry.yaml_path, resolve_func=True))
-        else:
-            cfg = live(entry.cfg or {}) if self.resolve else deepcopy(entry.cfg or {})
-        if entry.kind is Kind.GROUP:
-            _of_group(cfg, entry.yaml_path.parent if entry.yaml_path else None)
-        return cfg | (overrides or {})
-
-    def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Any:
-        self.number += 1
-        return _Leaf(entry, overrides or {}, self.number)
-
-    def _build_group_members(
-        self,
-        member_list: list[Any],
-        group_name: str,
-        overrides: dict[str, Any] | None,
-        registry: dict[str, Entry],
-    ) -> Any:
-        nameless = [m for m in member_list if isinstance(m, dict) and not {"task", "group"} & set(m)]
-        if nameless:
-            unnamed = ", ".join(
-                " ".join(str(m[k]) for k in ("dataset_path", "dataset_name") if m.get(k)) for m in nameless
-            )
-            raise ConfigError(
-                "tasks",
-                group_name,
-                f"lm-eval cannot load {len(nameless)} of its {len(member_list)} members, which have no name ({unnamed}); "
-                "name the tasks themselves",
-            )
-        members = []
-        for member in member_list:
-            item = {"task": member} if isinstance(member, str) else dict(member)
-            base = item.get("task")
-            if isinstance(base, str) and "group" not in item and base not in registry:
-                if not any(k in item for k in MAKES_DOCUMENTS):
-                    raise ConfigError("tasks", group_name, f"its member {base} is not a task{nearest(base, registry)}")
-                name = _unused(f"{group_name}{INSIDE}{base}", registry)
-                include = item.pop("include", None)
-                cfg = dict(load_yaml(include, resolve_func=False)) | item if include else item
-                registry[name] = Entry(name=name, kind=Kind.TASK, yaml_path=None, cfg=cfg | {"task": name})
-                item = {"task": name}
-            # a string: lm-eval would give a dictionary's members the name of the tag or group
-            members.append(item["task"] if set(item) == {"task"} else item)
-        return super()._build_group_members(members, group_name, overrides, registry)
-
-
-def _unused(name: str, registry: dict[str, Entry]) -> str:
-    return next(n for i in itertools.count(1) if (n := name if i == 1 else f"{name}#{i}") not in registry)
-
-
 def _build(name: str, entry: Entry, mine: dict[str, Entry]) -> Any:
-    known = {**_index(), **mine} if entry.kind in (Kind.GROUP, Kind.TAG) else {}
+    known = {**index(), **mine} if entry.kind in (Kind.GROUP, Kind.TAG) else {}
     try:
-        return _Reader(resolve=False).build(entry, registry=known)
+        return Reader().build(entry, registry=known)
     except (ValueError, TypeError, KeyError, OSError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError("tasks", name, f"lm-eval cannot read this group ({error})") from error
 
 
-def _leaves(built: Any) -> Iterator[_Leaf]:
-    if isinstance(built, _Leaf):
-        yield built
-        return
-    for child in built if isinstance(built, Group | list) else ():
-        yield from _leaves(child)
-
-
-def _named(requested: str, leaves: list[_Leaf]) -> dict[int, Definition]:
+def _named(requested: str, members: list[Leaf]) -> dict[int, Definition]:
     """Number of a leaf -> its definition; its name is `group::member` if the group changes its settings.
 
     Equal members are one object.
@@ -344,22 +254,22 @@ def _named(requested: str, leaves: list[_Leaf]) -> dict[int, Definition]:
     if requested.endswith(YAML):  # a worker may have another current directory
         home = str(Path(requested).expanduser().resolve())
         label = str(_find(requested, None)[1].name)  # type: ignore[union-attr]
-    for leaf in leaves:
-        base = _Reader(resolve=False).config(leaf.entry)
+    for leaf in members:
+        base = Reader().config(leaf.entry)
         settings = {k: v for k, v in leaf.overrides.items() if k not in NOT_SETTINGS and base.get(k) != v}
         shots = leaf.overrides.get("num_fewshot")
         name = ref = leaf.entry.name
         if requested.endswith(YAML) and leaf.entry.yaml_path == Path(home):
             ref = home
-        elif not settings and INSIDE not in name and own.folder_of(leaf.entry.yaml_path):
+        elif not settings and INSIDE not in name and user_folder.folder_of(leaf.entry.yaml_path):
             ref = str(leaf.entry.yaml_path)
         elif settings or INSIDE in name:
-            mine = own.folder_of(leaf.entry.yaml_path)
+            mine = user_folder.folder_of(leaf.entry.yaml_path)
             if mine is not None and not (home.endswith(YAML) and Path(home).is_relative_to(mine)):
                 why = (
                     f"it redefines a task that the group {label} changes; define the group there, too, or name the task"
                 )
-                raise ConfigError(own.KEY, leaf.entry.yaml_path, why)
+                raise ConfigError(user_folder.KEY, leaf.entry.yaml_path, why)
             inner = name.removeprefix(f"{label}{INSIDE}")
             ref, name = f"{home}{INSIDE}{inner}", f"{label}{INSIDE}{inner}"
         as_text, number = json.dumps(settings, sort_keys=True, default=str), 1
@@ -377,23 +287,23 @@ def _find(name: str, folder: Path | None) -> tuple[str, Entry | None, dict[str, 
 
     A task's file is searched for first, which is faster than reading lm-eval's 14,000 definitions.
     """
-    mine = own.entries(folder) if folder else {}
+    mine = user_folder.entries(folder) if folder else {}
     if name in mine:
         file = mine[name].yaml_path
         return (str(file) if file else name), mine[name], mine
     if name.endswith(YAML):
         path = Path(name).expanduser().resolve()
-        beside = own.folder_of(path)
-        return name, _in_file(path), own.entries(beside) if beside else {}
+        beside = user_folder.folder_of(path)
+        return name, _in_file(path), user_folder.entries(beside) if beside else {}
     path_of = _quick(name)
     if path_of is not None:
         return name, Entry(name, Kind.TASK, path_of, cfg=_unresolved(path_of)), mine
-    return name, _index().get(name), mine
+    return name, index().get(name), mine
 
 
 def hides(name: str, folder: Path) -> bool:
     """Whether the user's folder defines a name that lm-eval defines, too."""
-    return name in own.entries(folder) and (_quick(name) is not None or name in _index())
+    return name in user_folder.entries(folder) and (_quick(name) is not None or name in index())
 
 
 def _in_file(path: Path) -> Entry | None:
@@ -401,8 +311,8 @@ def _in_file(path: Path) -> Entry | None:
         return None
     try:
         cfg = _unresolved(path)
-        kind = TaskIndex._kind_of(cfg)
-    except Exception as error:
+        kind = kind_of(cfg)
+    except Exception as error:  # YAML, an encoding, a template's path, or anything that lm-eval's reader raises
         why = " ".join(str(error).split())
         raise ConfigError("tasks", path, f"the file defines neither a task nor a group ({why})") from error
     key = "group" if kind is Kind.GROUP else "task"
@@ -426,24 +336,4 @@ def _quick(name: str) -> Path | None:
 
 @cache
 def _unresolved(path: Path) -> dict[str, Any]:
-    return dict(load_yaml(path, resolve_func=False))
-
-
-@cache
-def _index() -> dict[str, Entry]:
-    return TaskManager().task_index
-
-
-def _of_group(cfg: dict[str, Any], folder: Path | None) -> None:
-    """Remove keys of a group's averages that lm-eval does not use, and make paths of its templates absolute."""
-    if averages := cfg.pop("aggregate_metric_list", None):
-        cfg["aggregate_metric_list"] = [
-            {k: a[k] for k in ("metric", "filter_list", "weight_by_size") if k in a}
-            for a in (averages if isinstance(averages, list) else [averages])
-            if isinstance(a, dict) and "metric" in a
-        ]
-    for member in cfg["task"] if isinstance(cfg.get("task"), list) else []:
-        if isinstance(member, dict):
-            if folder is not None and isinstance(member.get("include"), str):
-                member["include"] = str(folder / member["include"])
-            _of_group(member, folder)
+    return unresolved(path)

@@ -155,7 +155,7 @@ class _Chosen(ContextSampler):
         return list(self.df)
 
 
-class OwnDocuments:
+class TaskMixin:
     """Mixin for a task of lm-eval: its documents come from `a2sf.tasks.data.documents`, its examples from `Examples`.
 
     Attributes:
@@ -244,7 +244,7 @@ class OwnDocuments:
         """
         try:
             return dict(super().process_results(doc, results))  # type: ignore[misc]
-        except Exception as error:
+        except Exception as error:  # any code of the task
             name, shown = self.config.task, f"{_text(doc):.{SHOWN}}"  # type: ignore[attr-defined]
             why = f"{type(error).__name__}: {first_line(error)}"
             raise UserError(f"tasks={name}: its metrics fail at a document ({why}): {shown}") from error

@@ -33,14 +33,14 @@ def function_file(value: str) -> Path | None:
 
 def live(cfg: dict[str, Any]) -> dict[str, Any]:
     """The configuration with functions imported, as lm-eval does, instead of their names."""
-    from lm_eval.tasks._yaml_loader import _import_fun_from_str
+    from a2sf.compat.lm_eval import import_function
 
     def imported(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: imported(v) for k, v in value.items()}
         if isinstance(value, list):
             return [imported(v) for v in value]
-        return _import_fun_from_str(value) if isinstance(value, str) and function_file(value) else value
+        return import_function(value) if isinstance(value, str) and function_file(value) else value
 
     return {k: imported(v) for k, v in cfg.items()}
 
@@ -57,8 +57,8 @@ def known_arguments(config: dict[str, Any]) -> frozenset[str]:
         return frozenset()
     stated = config.get("metadata")
     found = set(stated) if isinstance(stated, dict) else set()
-    for beside in sorted(file.parent.glob("*.py")):
-        found |= _words(beside, beside.stat().st_mtime_ns)
+    for module in sorted(file.parent.glob("*.py")):
+        found |= _words(module, module.stat().st_mtime_ns)
     return frozenset(found | _parameters(file, maker.rpartition(".")[2])) - NOT_ARGUMENTS
 
 

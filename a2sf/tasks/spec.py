@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from a2sf.errors import ConfigError, UserError, first_line, nearest
+from a2sf.errors import ConfigError, UserError, first_line
 from a2sf.hf.files.refusals import Unreachable, chain
-from a2sf.tasks import definitions
-from a2sf.tasks import user_folder as own
+from a2sf.tasks import definitions, user_folder
 from a2sf.tasks.data import documents
 from a2sf.tasks.data.documents import Commit
 from a2sf.tasks.data.sources import DataSpec, Source, locate
 from a2sf.tasks.definitions import SUITES, Aggregate, Definition
-from a2sf.tasks.examples import OwnDocuments, seeded
+from a2sf.tasks.examples import TaskMixin, seeded
 from a2sf.tasks.warned import silent
 
 __all__ = [
@@ -31,7 +30,6 @@ __all__ = [
     "DataSpec",
     "TaskSpec",
     "aggregates",
-    "arguments_of",
     "expand_suite",
     "hidden",
     "include",
@@ -64,10 +62,12 @@ def include(path: str | None) -> Path | None:
     """
     if path is None:
         return None
-    folder = own.include(path)
+    folder = user_folder.include(path)
     for name in SUITES:
-        if name in own.entries(folder):
-            raise ConfigError(own.KEY, path, f"a task in it is called {name}, which is a suite; give it another name")
+        if name in user_folder.entries(folder):
+            raise ConfigError(
+                user_folder.KEY, path, f"a task in it is called {name}, which is a suite; give it another name"
+            )
     return folder
 
 
@@ -86,7 +86,7 @@ def resolve(name: str, folder: Path | None = None) -> list[Definition]:
 
 def hidden(names: Sequence[str], folder: Path) -> list[str]:
     """One sentence for each definition of the user that replaces lm-eval's definition of the same name."""
-    found = {n: str(own.entries(folder)[n].yaml_path) for n in names if definitions.hides(n, folder)}
+    found = {n: str(user_folder.entries(folder)[n].yaml_path) for n in names if definitions.hides(n, folder)}
     found |= {d.name: d.ref for n in names for d in resolve(n, folder) if definitions.hides(d.name, folder)}
     return [f"{name}: the definition in {file} is used instead of lm-eval's." for name, file in found.items()]
 
@@ -98,50 +98,6 @@ def aggregates(name: str, folder: Path | None = None) -> list[Aggregate]:
         ConfigError: as `resolve`.
     """
     return definitions.aggregates(name, folder)
-
-
-@dataclass(frozen=True)
-class Argument:
-    """One argument of `task_args` for one task.
-
-    Attributes:
-        key: as the user gave it, `task_args.<name>` or `task_args.<task>.<name>`.
-        refusal: why the task does not use it; None: the task uses it.
-    """
-
-    key: str
-    name: str
-    value: Any
-    refusal: str | None
-
-
-def arguments_of(found: Definition, requested: str, given: Mapping[str, Any], names: set[str]) -> list[Argument]:
-    """The arguments of `task_args` for one task.
-
-    Args:
-        requested: the task or group in the key `tasks`.
-        given: arguments for all tasks; and under the name of a task or group its own arguments, which take precedence.
-        names: of all tasks and groups.
-    """
-    of_tasks = {k for k, v in given.items() if k in names and isinstance(v, Mapping)}
-    keyed = {str(k): (f"task_args.{k}", v) for k, v in given.items() if k not in of_tasks}
-    for name in (n for n in dict.fromkeys((requested, found.entry.name, found.name)) if n in of_tasks):
-        keyed |= {str(k): (f"task_args.{name}.{k}", v) for k, v in given[name].items()}
-    known = found.arguments
-    not_read = f"the code of {found.name} reads no such argument"
-    return [
-        Argument(
-            full,
-            name,
-            value,
-            None
-            if name in known
-            else not_read + nearest(name, known)
-            if known
-            else f"{found.name} has no code that takes arguments",
-        )
-        for name, (full, value) in keyed.items()
-    ]
 
 
 @dataclass(frozen=True)
@@ -339,7 +295,8 @@ class Contents:
 
 def _task(found: Definition, source: Source, data: DataSpec, shots: int, seed: int) -> Any:
     from lm_eval.api.task import ConfigurableTask
-    from lm_eval.tasks._factory import _ctor_accepts_config
+
+    from a2sf.compat.lm_eval import accepts_config
 
     config = found.resolved()
     for key in ("tag", "group", "task_list", "group_alias", "task_alias"):
@@ -351,7 +308,7 @@ def _task(found: Definition, source: Source, data: DataSpec, shots: int, seed: i
         config["metadata"] |= {"tokenizer": data.tokenizer} if _takes_tokenizer(config["custom_dataset"]) else {}
     base = config.get("class", ConfigurableTask)
     if data.task_args:
-        if not _ctor_accepts_config(base):
+        if not accepts_config(base):
             raise ConfigError("task_args", data.task_args, f"{found.name} is a class that takes no arguments")
         config["metadata"] |= data.arguments
     if base is ConfigurableTask:
@@ -373,10 +330,10 @@ def _task(found: Definition, source: Source, data: DataSpec, shots: int, seed: i
         reads = staticmethod(lambda: local)
     kind: Any = type(
         base.__name__,
-        (OwnDocuments, base),
+        (TaskMixin, base),
         {"read_documents": reads, "shots": shots, "fewshot_seed": seed, "__module__": base.__module__},
     )
-    return kind(config=config) if _ctor_accepts_config(base) else kind()
+    return kind(config=config) if accepts_config(base) else kind()
 
 
 def _takes_tokenizer(function: Any) -> bool:

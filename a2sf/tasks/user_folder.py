@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lm_eval.tasks._index import Entry, Kind, TaskIndex
-from lm_eval.tasks._yaml_loader import load_yaml
 
+from a2sf.compat.lm_eval import Entry, Kind, add_entry, kind_of, unresolved, yaml_files
 from a2sf.errors import ConfigError
 
 KEY = "include_path"
@@ -50,7 +49,7 @@ def entries(folder: Path) -> dict[str, Entry]:
     Raises:
         ConfigError: if a file cannot be read, or two define the same name.
     """
-    return _entries(tuple((file, file.stat().st_mtime_ns) for file in TaskIndex._iter_yaml_files(folder)))
+    return _entries(tuple((file, file.stat().st_mtime_ns) for file in yaml_files(folder)))
 
 
 @cache
@@ -60,22 +59,22 @@ def _entries(files: tuple[tuple[Path, int], ...]) -> dict[str, Entry]:
         config = _read(file)
         if not {"task", "group", "class"} & set(config):
             continue
-        kind = TaskIndex._kind_of(config)
+        kind = kind_of(config)
         name = config.get("group" if kind is Kind.GROUP else "task")
         if not isinstance(name, str) or not name:
             raise ConfigError(KEY, file, "`task:` or `group:` in the file has to be one name")
         if name in found and found[name].kind is not Kind.TAG:
             raise ConfigError(KEY, file, f"it defines {name}, as {found[name].yaml_path} does; give one another name")
-        TaskIndex.process_cfg(config, file, found)
+        add_entry(config, file, found)
     return found
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return dict(load_yaml(file, resolve_func=False))
+        return unresolved(file)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f" in line {mark.line + 1}" if mark else ""
         raise ConfigError(KEY, file, f"it is not YAML ({error.problem or error.context}{line})") from error
-    except Exception as error:
+    except Exception as error:  # a template's path, an encoding, or anything that lm-eval's reader raises
         raise ConfigError(KEY, file, f"it cannot be read ({' '.join(str(error).split())})") from error

@@ -105,7 +105,7 @@ def test_a_file_that_ours_would_hide_is_refused(environment, empty):
     done = a2sf(environment, empty, "run", "-m", "policy=h2o", "plan_only=true", "--config-dir", "hiding")
     assert done.returncode == 1
     assert done.stderr.endswith(
-        "hiding/policy/h2o.yaml has the name of a file that comes with a2sf, which hides it: give it another.\n"
+        "hiding/policy/h2o.yaml has the name of a file that comes with a2sf, and would hide it: give it another name.\n"
     )
     assert len(done.stderr.splitlines()) == 1
 

@@ -140,7 +140,7 @@ def test_every_key_and_choice_is_in_the_help():
             assert key in schema.RENAMED or about[key], key
             if key not in {**schema.groups(), **schema.RENAMED}:
                 assert f"\n  {name + '.' if name else ''}{key} " in told
-    for choice in (*built_in(), "smollm2-135m*", "+sweep=paper_small The shape of `paper`", "slurm_local"):
+    for choice in (*built_in(), "smollm2-135m*", "+sweep=paper_small The grid of `paper`", "slurm_local"):
         assert choice in " ".join(told.split())
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
-from omegaconf._utils import get_yaml_loader
 
+from a2sf.compat.hydra import yaml_loader
 from a2sf.errors import ConfigError, UserError
 from a2sf.shipped import shipped
 from a2sf.sweep.config import schema
@@ -88,7 +88,7 @@ def _check_texts(file: Path, prefix: str) -> None:
     except yaml.YAMLError:
         return  # Hydra reports the line
     for key, value in written:
-        read = yaml.load(value, Loader=get_yaml_loader())
+        read = yaml.load(value, Loader=yaml_loader())
         if schema.holds_text(key) and read is not None and str(read) != value:
             raise ConfigError(key, value, f"YAML reads it as {read!r}, and it is text; put it in quotes in {file}")
 

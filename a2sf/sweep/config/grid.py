@@ -40,11 +40,11 @@ def route(points: Sequence[Sequence[str]], target: Callable[[tuple[str, ...]], s
         fields.append(known[choice])
     anywhere = frozenset().union(*fields)
 
-    def stays(override: str, has: frozenset[str]) -> bool:
+    def applies(override: str, has: frozenset[str]) -> bool:
         setting = SETTING.match(override)
         return setting is None or setting[1] in has or setting[1] not in anywhere
 
-    return [[addable(o) for o in p if stays(o, has)] for p, has in zip(points, fields, strict=True)]
+    return [[addable(o) for o in p if applies(o, has)] for p, has in zip(points, fields, strict=True)]
 
 
 @cache

@@ -13,12 +13,9 @@ import shlex
 from functools import cache
 from typing import Any
 
-from hydra.core.override_parser.overrides_visitor import HydraErrorListener
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
-from hydra.grammar.gen.OverrideLexer import CommonTokenStream, InputStream, OverrideLexer
-from hydra.grammar.gen.OverrideParser import OverrideParser
 
+from a2sf.compat.hydra import OverrideLexer, OverrideParser, in_single_quotes, syntax_tree
 from a2sf.errors import ConfigError
 from a2sf.policies.renamed import notice
 from a2sf.sweep.config import schema
@@ -44,7 +41,7 @@ def as_written(override: str) -> str:
     """
     override = KEY.sub(_current, override, count=1)
     try:
-        tree = _parsed(override)
+        tree = syntax_tree(override)
     except HydraException:
         return override
     if tree.key() is None or tree.value() is None:
@@ -52,7 +49,7 @@ def as_written(override: str) -> str:
     key = tree.key().getText()
     if key.startswith("hydra"):
         return override
-    # quote each token in its place, the last one first, so that positions of the others stay valid
+    # quote each token in its place, the last one first, so that the positions of the others are still valid
     for token in reversed(list(_tokens(tree.value()))):
         text = token.text
         if token.type == OverrideLexer.QUOTED_VALUE and text.startswith('"') and "\\" in text:
@@ -60,8 +57,7 @@ def as_written(override: str) -> str:
         elif token.type not in (NOT_TEXT if schema.holds_text(key) else NUMBERS if schema.holds_names(key) else ()):
             continue
         # in single quotes, so that a second call changes nothing
-        text = QuotedString(text, Quote.single).with_quotes()
-        override = override[: token.start] + text + override[token.stop + 1 :]
+        override = override[: token.start] + in_single_quotes(text) + override[token.stop + 1 :]
     return override
 
 
@@ -70,16 +66,6 @@ def _current(key: re.Match[str]) -> str:
     if new != key[2]:
         notice(key[2], new)
     return key[1] + new
-
-
-def _parsed(override: str) -> Any:
-    """Hydra's syntax tree of an override, with each value as it was written."""
-    lexer = OverrideLexer(InputStream(override))
-    parser = OverrideParser(CommonTokenStream(lexer))
-    for part in (lexer, parser):
-        part.removeErrorListeners()
-        part.addErrorListener(HydraErrorListener())
-    return parser.override()
 
 
 def _tokens(node: Any, inside: str | None = None) -> Any:
@@ -152,7 +138,7 @@ def _unreadable(override: str) -> str:
     if not key or "=" not in override:
         return f"{override} is not an override: give key=value, such as limit=100."
     if re.search(r"[\s,][\w.]+=", value):
-        return f"{override} cannot be read: give each key=value as an argument of its own, with a space between them."
+        return f"{override} cannot be read: give each key=value as a separate argument, with a space between them."
     if value[:1] in ("[", "{") and value.count(value[0]) != value.count("]" if value[0] == "[" else "}"):
         return f"{override} cannot be read: a bracket is not closed (or the shell took part of it, then quote it all)."
     return (

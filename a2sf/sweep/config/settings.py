@@ -29,9 +29,10 @@ from a2sf.sweep.config.grid import USED_KEYS, unused
 from a2sf.sweep.config.keys import check_keys, check_settings, explain
 from a2sf.sweep.config.schema import Config, EarlyStoppingConfig, renamed
 from a2sf.sweep.stopping_rule import StoppingRule
+from a2sf.tasks.arguments import arguments_of
 from a2sf.tasks.definitions import Definition
 from a2sf.tasks.prompting import Prompting, packed, plain_mapping
-from a2sf.tasks.spec import DataSpec, TaskSpec, aggregates, arguments_of, expand_suite, include, resolve
+from a2sf.tasks.spec import DataSpec, TaskSpec, aggregates, expand_suite, include, resolve
 from a2sf.tracking.tracker import TrackerSpec
 
 DEFAULT_RATIO = 0.2

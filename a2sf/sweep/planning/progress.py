@@ -73,7 +73,7 @@ class Progress:
         self._size = {name: n for name, n in sizes(groups, estimates).items() if name in pending}
         seconds = [e.seconds for e in estimates]
         self._planned = None if None in seconds else sum(s or 0.0 for s in seconds)
-        self._saved: dict[str, tuple[float, float]] = {}  # when it was written, and what it says
+        self._saved: dict[str, tuple[float, float]] = {}  # time of the file, and the share in it
         self._total_work = sum(self._size.values()) or 1.0
         self._work = 0.0
         self.look()

@@ -18,19 +18,19 @@ from a2sf.hf.loading import DTYPES, ModelSpec, config_here
 TOKENS = 256
 SECONDS = 0.1
 """Time spent on each size of matrix, after one product to warm up."""
-BESIDE = 1.35
+OVERHEAD = 1.35
 """Time of a forward pass divided by that of its matrix products (docs/speed.md, measured on a CPU)."""
 
 
 @cache
 def seconds_per_token(model: ModelSpec) -> float | None:
-    """Estimated seconds per token in a long pass; None if the model's config is not here or does not tell the sizes."""
+    """Estimated seconds per token in a long pass; None if the model's config does not tell it, or is not here."""
     with suppress(Exception):  # a model's code may raise anything; reported when the model is loaded
         if model.device_map is None and (config := config_here(model)) is not None:
             sizes = matrices(config, model.trust_remote_code)
             device, dtype = torch.device(model.resolved_device), DTYPES[model.resolved_dtype]
             products = sum(n * _product(size, dtype, device) for size, n in sizes.items())
-            return BESIDE * products / TOKENS if products else None
+            return OVERHEAD * products / TOKENS if products else None
     return None
 
 

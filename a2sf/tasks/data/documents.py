@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from a2sf.compat import datasets as compat
 from a2sf.errors import ConfigError, UserError, first_line, nearest
 from a2sf.hf.files.refusals import Unreachable, Wanted, chain, refusal
 from a2sf.tasks.data import json_files
@@ -162,19 +163,7 @@ def _why(error: BaseException) -> str:
 
 def cached_folder(source: Source, commit: str) -> Path | None:
     """The cache folder of the datasets library for this configuration and commit; None if it must be downloaded."""
-    import datasets
-    from datasets.naming import camelcase_to_snakecase
-
-    if source.arguments:
-        return None
-    owner, slash, last = source.repo.rpartition("/")
-    folder = f"{owner}___{camelcase_to_snakecase(last)}" if slash else camelcase_to_snakecase(last)
-    found = [
-        p
-        for p in Path(datasets.config.HF_DATASETS_CACHE).expanduser().glob(f"{folder}/{source.name or '*'}/*/{commit}")
-        if (p / "dataset_info.json").is_file()
-    ]
-    return found[0] if len(found) == 1 else None
+    return None if source.arguments else compat.cached_folder(source.repo, source.name, commit)
 
 
 def size_to_fetch(source: Source, commit: str) -> int:
@@ -193,7 +182,7 @@ def size_to_fetch(source: Source, commit: str) -> int:
         names = [str(f) for split in files.values() for f in split if str(f).startswith("hf://")]
         system = huggingface_hub.HfFileSystem()
         return sum(int(system.info(n)["size"] or 0) for n in dict.fromkeys(names))
-    except Exception as error:
+    except Exception as error:  # datasets passes on errors of many libraries; `_cannot` distinguishes them
         raise _cannot(error, source, commit) from error
 
 
@@ -205,7 +194,7 @@ def read(source: Source, content: str | None) -> Any:
     """
     import datasets
 
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would call another host
+    compat.disable_download_counts()
     if source.kind == "hub":
         commit = content or commit_of(source.repo, source.revision, source.task).hash
         return _with_splits(source, _read_hub(source, commit))
@@ -222,7 +211,7 @@ def read(source: Source, content: str | None) -> Any:
             name = "a2sf-" + hashlib.sha256(" ".join(map(_digest, files)).encode()).hexdigest()[:16]
             data_files = {"train": [str(f) for f in files]}
             made[split] = datasets.load_dataset(form, name=name, data_files=data_files, split="train")
-        except Exception as error:
+        except Exception as error:  # of Arrow, pandas or the datasets library
             why = first_line(next(iter(reversed(list(chain(error))))))
             raise UserError(f"tasks={source.task}: {files[0]} cannot be read as {form} ({why})") from error
     same_files(source, content)
@@ -257,16 +246,12 @@ def same_files(source: Source, content: str | None) -> None:
 
 def _read_hub(source: Source, commit: str) -> Any:
     import datasets
-    from datasets.packaged_modules.cache.cache import Cache
 
     try:
         if (folder := cached_folder(source, commit)) is not None:
-            name, version = folder.parts[-3:-1]
-            last = source.repo.rpartition("/")[2]
-            cached = Cache(dataset_name=last, repo_id=source.repo, config_name=name, version=version, hash=commit)
-            return cached.as_dataset()
+            return compat.read_cached(source.repo, folder)
         made = datasets.load_dataset(source.repo, source.name, revision=commit, **_arguments(source))
-    except Exception as error:
+    except Exception as error:  # datasets passes on errors of many libraries; `_cannot` distinguishes them
         raise _cannot(error, source, commit) from error
     for split in made.values():
         # if the hub fails, datasets returns the newest dataset in its cache, of any commit
@@ -282,7 +267,7 @@ def _read_hub(source: Source, commit: str) -> Any:
 def _builder(source: Source, commit: str) -> Any:
     import datasets
 
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    compat.disable_download_counts()
     not_for_builders = ("split", "streaming", "verification_mode", "keep_in_memory", "save_infos", "num_proc")
     arguments = {k: v for k, v in _arguments(source).items() if k not in not_for_builders}
     return datasets.load_dataset_builder(source.repo, source.name, revision=commit, **arguments)
@@ -324,7 +309,7 @@ def _cannot(error: Exception, source: Source, commit: str) -> UserError:
             huggingface_hub.get_hf_file_metadata(url)
         except EntryNotFoundError:
             continue
-        except Exception as answer:
+        except Exception as answer:  # `refusal` makes one sentence of any error
             return refusal(answer, source.wanted)
     return UserError(f"tasks={source.task} cannot be loaded: {source.repo} on the hub does not provide them ({text})")
 

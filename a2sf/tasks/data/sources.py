@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from a2sf.compat.datasets import is_packaged
 from a2sf.errors import ConfigError, first_line, nearest
 from a2sf.hf.files.refusals import Wanted
 from a2sf.tasks.definitions import Definition
@@ -359,6 +360,4 @@ def _brings_its_own(config: dict[str, Any]) -> bool:
 
 
 def _on_the_hub(path: str) -> bool:
-    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
-
-    return path not in _PACKAGED_DATASETS_MODULES and path.count("/") <= 1 and not Path(path).exists()
+    return not is_packaged(path) and path.count("/") <= 1 and not Path(path).exists()

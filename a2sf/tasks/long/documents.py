@@ -94,12 +94,12 @@ def _text(scene: Scene, family: str, length: int, answer_tokens: int, room: int,
     if base > most:
         need = base + length - most
         raise ConfigError("task_args.lengths", length, f"a text of long_{family} has at least {need} tokens")
-    asks = base - count(least)
+    question_tokens = base - count(least)
     sizes = {0: base}
 
     def size(n: int) -> int:
         if n not in sizes:
-            sizes[n] = count(scene.write(n)) + asks
+            sizes[n] = count(scene.write(n)) + question_tokens
         return sizes[n]
 
     n = max(1, (most - base) // 10)

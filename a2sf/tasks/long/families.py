@@ -16,10 +16,10 @@ from a2sf.tasks.long.text import Pool, code, coded_word, name, rarer_thing, sent
 QUESTIONS = 4
 """Questions about one text."""
 CHOICES = 4
-TOLD = "Read the text and remember what it says.\n\n"
-TOLD_LIST = "Read the list and remember which entries come again and again.\n\n"
+INTRODUCTION = "Read the text and remember what it says.\n\n"
+LIST_INTRODUCTION = "Read the list and remember which entries come again and again.\n\n"
 OTHER_KEYS = 12
-"""Facts of the same form that nobody asks about."""
+"""Facts of the same form without a question."""
 VALUES, QUERIES, HOPS = 3, 2, 4
 NUMBERS = {3: "three", 4: "four"}
 COMMON_TIMES, RARE_TIMES = 20, 2
@@ -78,8 +78,8 @@ def single(seed: str, count: Count) -> Scene:
     for i, (kind, who) in enumerate(zip(kinds, names, strict=True)):
         right, *wrong = codes[CHOICES * i : CHOICES * (i + 1)]
         facts.append((_depth(rng, i, QUESTIONS), f"The {kind} of {who} is {right}."))
-        asks = f"What is the {kind} of {who}?"
-        questions.append(_question(rng, asks, f"The {kind} of {who} is", [right], wrong))
+        question = f"What is the {kind} of {who}?"
+        questions.append(_question(rng, question, f"The {kind} of {who} is", [right], wrong))
     return Scene(_prose(seed, facts), tuple(questions), tuple(questions))
 
 
@@ -94,8 +94,8 @@ def multikey(seed: str, count: Count) -> Scene:
     questions = []
     for who, right in zip(names[:QUESTIONS], codes[:QUESTIONS], strict=True):
         wrong = rng.sample([c for c in codes if c != right], CHOICES - 1)
-        asks = f"What is the access code of {who}?"
-        questions.append(_question(rng, asks, f"The access code of {who} is", [right], wrong))
+        question = f"What is the access code of {who}?"
+        questions.append(_question(rng, question, f"The access code of {who} is", [right], wrong))
     return Scene(_prose(seed, facts), tuple(questions), tuple(questions))
 
 
@@ -111,8 +111,8 @@ def multivalue(seed: str, count: Count) -> Scene:
         facts += [(d, f"One of the access codes of {who} is {v}.") for d, v in zip(depths, values, strict=True)]
         others = [v for j, other in enumerate(of) if j != i for v in other]
         wrong = [_listed(_instead(values, place, v)) for place, v in enumerate(rng.sample(others, VALUES))]
-        asks = f"What are the {NUMBERS[VALUES]} access codes of {who}, in the order of the text?"
-        questions.append(_question(rng, asks, f"The access codes of {who} are", values, wrong))
+        question = f"What are the {NUMBERS[VALUES]} access codes of {who}, in the order of the text?"
+        questions.append(_question(rng, question, f"The access codes of {who} are", values, wrong))
     return Scene(_prose(seed, facts), tuple(questions), tuple(questions))
 
 
@@ -130,8 +130,8 @@ def multiquery(seed: str, count: Count) -> Scene:
         keys, values = [names[i] for i in chosen], [codes[i] for i in chosen]
         others = rng.sample([c for c in codes if c not in values], QUERIES)
         wrong = [_listed(_instead(values, place, v)) for place, v in enumerate(others)] + [_listed(values[::-1])]
-        asks = f"What are the access codes of {_listed(keys)}?"
-        questions.append(_question(rng, asks, f"The access codes of {_listed(keys)} are", values, wrong))
+        question = f"What are the access codes of {_listed(keys)}?"
+        questions.append(_question(rng, question, f"The access codes of {_listed(keys)} are", values, wrong))
     return Scene(_prose(seed, facts), tuple(questions), tuple(questions))
 
 
@@ -149,8 +149,8 @@ def variables(seed: str, count: Count) -> Scene:
         others = [c for j, c in enumerate(chains) if j != i]
         places = rng.sample(range(1, HOPS), CHOICES - 1)  # beside the first name stands the value
         wrong = [_listed(_instead(holders, p, other[p])) for p, other in zip(places, others, strict=True)]
-        asks = f"Which {NUMBERS[HOPS]} names are {value}, directly or by way of another name?"
-        questions.append(_question(rng, asks, f"The names that are {value} are", holders, wrong))
+        question = f"Which {NUMBERS[HOPS]} names are {value}, directly or by way of another name?"
+        questions.append(_question(rng, question, f"The names that are {value} are", holders, wrong))
     return Scene(_prose(seed, facts), tuple(questions), tuple(questions))
 
 
@@ -165,7 +165,7 @@ def common(seed: str, count: Count) -> Scene:
     def write(n: int) -> str:
         entries = [w for w in often for _ in range(COMMON_TIMES)]
         entries += [w for w in rare.first(len(seldom) + n) for _ in range(RARE_TIMES)]
-        return TOLD_LIST + ", ".join(random.Random(f"{seed}/order").sample(entries, len(entries))) + "."
+        return LIST_INTRODUCTION + ", ".join(random.Random(f"{seed}/order").sample(entries, len(entries))) + "."
 
     return Scene(write, *_most("common", rng, often, seldom))
 
@@ -184,7 +184,7 @@ def frequent(seed: str, count: Count) -> Scene:
         kinds = max(known, int((n / ZETA) ** (1 / ZIPF)))
         times = [max(n * k**-ZIPF / ZETA, 1) for k in range(1, kinds + 1)]
         words = [w for w, many in zip(ranked.first(kinds), times, strict=True) for _ in range(int(many))]
-        return TOLD_LIST + " ".join(random.Random(f"{seed}/order").sample(words, len(words))) + "."
+        return LIST_INTRODUCTION + " ".join(random.Random(f"{seed}/order").sample(words, len(words))) + "."
 
     return Scene(write, *_most("frequent", rng, often, seldom))
 
@@ -213,7 +213,7 @@ def _prose(seed: str, facts: Sequence[tuple[float, str]]) -> Callable[[int], str
         text = filler.first(n)
         for depth, fact in sorted(facts, key=lambda f: f[0], reverse=True):  # from the end: no place before it moves
             text.insert(round(depth * n), fact)
-        return TOLD + " ".join(text)
+        return INTRODUCTION + " ".join(text)
 
     return write
 
@@ -227,13 +227,13 @@ def _most(
     word: str, rng: random.Random, often: Sequence[str], seldom: Sequence[str]
 ) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
     """The same prompt with one of `often` among the choices of each question; in writing all of them are to be named."""
-    asks, prefix = (
+    question, prefix = (
         f"Which {NUMBERS[QUESTIONS]} entries are the most {word} in the list?",
         f"The most {word} entries are",
     )
     wrong = [seldom[(CHOICES - 1) * i : (CHOICES - 1) * (i + 1)] for i in range(QUESTIONS)]
-    questions = [_question(rng, asks, prefix, [o], w) for o, w in zip(often, wrong, strict=True)]
-    return tuple(questions), (Question(asks, prefix, tuple(often), (_listed(often),), 0),)
+    questions = [_question(rng, question, prefix, [o], w) for o, w in zip(often, wrong, strict=True)]
+    return tuple(questions), (Question(question, prefix, tuple(often), (_listed(often),), 0),)
 
 
 def _question(rng: random.Random, text: str, prefix: str, answers: Sequence[str], wrong: Iterable[str]) -> Question:

@@ -79,7 +79,7 @@ def test_a_changed_byte_is_told(sweep, seed):
     where = random.Random(seed).randrange(len(content))
     content[where] ^= 1
     archive.write_bytes(bytes(content))
-    with pytest.raises(CorruptCell, match="not what was packed"):
+    with pytest.raises(CorruptCell, match="not the archive that was packed"):
         read_archive(archive)
 
 

@@ -55,7 +55,7 @@ def test_a_value_with_grammar_in_it_is_shown_quoted(value):
         ("+foo", "give key=value"),
         ("tasks=[piqa", "a bracket is not closed"),
         ("tasks=[a(b)]", """tasks=["a(b)"]"""),
-        ("policy=h2o, budget.ratio=0.2", "an argument of its own"),
+        ("policy=h2o, budget.ratio=0.2", "as a separate argument"),
     ],
 )
 def test_other_slips(override, says):
@@ -118,7 +118,7 @@ def test_any_text_in_double_quotes_is_read_as_json(text):
 
 def test_an_escape_that_does_not_exist_is_refused():
     with pytest.raises(
-        ConfigError, match=r'model\.path="C:\\data" is not allowed: in double quotes \\d is none of JSON'
+        ConfigError, match=r'model\.path="C:\\data" is not allowed: in double quotes \\d is not an escape of JSON'
     ):
         as_written('model.path="C:\\data"')
 

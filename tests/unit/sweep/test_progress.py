@@ -1,4 +1,4 @@
-"""How far a sweep is: by the work done, not by the number of cells, and also where nobody looks at a terminal."""
+"""The progress of a sweep: by the work done, not by the number of cells, and also where nobody looks at a terminal."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_a_log_gets_a_line_per_finished_cell_and_per_minute(sweep, monkeypatch):
         time.sleep(0.1)
         sweep.finish(SHORT[0])
     lines = log.getvalue().splitlines()
-    assert any(line.endswith(f"at {LONG[0].name} and 1 more") for line in lines)
+    assert any(line.endswith(f"computing {LONG[0].name} and 1 more") for line in lines)
     assert any(line.startswith("1 of 3 cells,") and line.endswith(f"finished {LONG[0].name}") for line in lines)
     assert lines[-1].startswith("2 of 3 cells,")
     assert all("% of the work" in line for line in lines)

@@ -59,7 +59,7 @@ def test_a_field_that_no_document_has_is_refused(runner: Runner) -> None:  # noq
         for c in (asked, other)
     ]
     assert record_texts(mixed, [], runner.directory) == [
-        "data.cluster=premise: the documents of piqa have no such field, and count singly."
+        "data.cluster=premise: the documents of piqa have no such field; each counts as a text."
     ]
 
 

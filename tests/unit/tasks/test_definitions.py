@@ -15,7 +15,7 @@ from a2sf.tasks.definitions import definition, resolve
 
 @pytest.fixture(scope="module")
 def index():
-    return definitions._index()
+    return definitions.index()
 
 
 def written(name, index, inner=()):

@@ -126,7 +126,7 @@ def test_the_splits_of_every_definition_can_be_told(index_sample):
 @pytest.fixture(scope="module")
 def index_sample():
     """Every 40th definition of lm-eval's, and those of a kind that few have."""
-    index = definitions._index()
+    index = definitions.index()
     names = [n for n, e in index.items() if e.kind.name in ("TASK", "PY_TASK")]
     rare = [n for n in names if any(k in (index[n].cfg or {}) for k in ("custom_dataset", "class"))]
     return [*names[::40], *rare]
@@ -396,8 +396,8 @@ def test_the_identity_of_documents_moves_with_what_is_read(tmp_path):
     [
         ('{"a": 1}\n{"a": 2', "in line 2"),
         ('{"a": 1, "a": 2}', "the field a twice"),
-        ('{"a": 1}\n[2]', r"document 1 is no JSON object but \[2\]"),
-        ('{\n"a": [1, 2]\n}', "one document a line"),
+        ('{"a": 1}\n[2]', r"document 1 is not a JSON object but \[2\]"),
+        ('{\n"a": [1, 2]\n}', "one document per line"),
         ("\n\n", "holds no document"),
     ],
 )

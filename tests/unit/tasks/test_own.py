@@ -51,7 +51,7 @@ def settings(*overrides):
         ),
         (
             ["tasks=[ruler,niah_single_1]", "task_args.ruler.max_seq_lengths=[2000]"],
-            ["task_args=", "niah_single_1 is asked for twice"],
+            ["task_args=", "niah_single_1 is given twice"],
         ),
         (["gen_kwargs=much"], ["gen_kwargs=much", "a=1,b=2"]),
         (["gen_kwargs='{much'"], ["gen_kwargs={much", "not JSON"]),
@@ -95,8 +95,8 @@ def test_a_key_may_be_idle_in_one_point_of_a_grid():
 @pytest.mark.parametrize(
     ("files", "parts"),
     [
-        ({"notes.txt": ""}, ["no YAML file in there defines a task"]),
-        ({"template.yaml": "output_type: generate_until\n"}, ["no YAML file in there defines a task"]),
+        ({"notes.txt": ""}, ["no YAML file in it defines a task"]),
+        ({"template.yaml": "output_type: generate_until\n"}, ["no YAML file in it defines a task"]),
         ({"x.yaml": "task: mine\ndoc_to_text: 'a\n"}, ["x.yaml is not allowed: it is not YAML", "in line 3"]),
         ({"x.yaml": "task: [a, b]\n"}, ["x.yaml", "one name"]),
         ({"x.yaml": "include: gone.yaml\ntask: mine\n"}, ["x.yaml", "cannot be read", "gone.yaml"]),
@@ -130,8 +130,7 @@ def test_a_name_of_ones_own_wins_and_that_is_said(tmp_path):
     found = settings("tasks=[copas,mmlu,own_two]", f"include_path={folder}")
     assert [c.task for c in found.cells] == [mine.task, str(folder / "own_two.yaml"), str(folder / "own_one.yaml")]
     assert tasks.hidden(*found.include) == [
-        f"{name}: the definition in {folder}/{name}.yaml is used, and lm-eval's of that name is not."
-        for name in ("mmlu", "copa")
+        f"{name}: the definition in {folder}/{name}.yaml is used instead of lm-eval's." for name in ("mmlu", "copa")
     ]
     with pytest.raises(ConfigError, match=r"did you mean own_t"):
         settings("tasks=[own_too]", f"include_path={folder}")
@@ -199,7 +198,7 @@ class Tokenizer:
         (
             Prompting(True, "Be brief."),
             Tokenizer("…", False),
-            "system_instruction='Be brief.' .*takes no system message",
+            "system_instruction='Be brief.' .*accepts no system message",
         ),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
