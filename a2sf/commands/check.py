@@ -1,4 +1,4 @@
-"""`a2sf check mine:MyPolicy`: which invariants of docs/semantics.md a policy holds, under each schedule that it knows."""
+"""`a2sf check mine:MyPolicy`: test the invariants of docs/semantics.md for a policy, under each schedule it supports."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from a2sf.errors import ConfigError, UserError, nearest
+from a2sf.errors import ConfigError, UserError
 from a2sf.policies.base import Policy
-from a2sf.policies.find import defaults, find_policy
+from a2sf.policies.find import check_setting_names, find_policy
 
 COLOURS = {"broken": "red", "except": "yellow", "holds": "green"}
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print for each invariant under which schedules it holds; exit with 1 if one does not hold under one."""
-    parser = argparse.ArgumentParser(prog="a2sf check", description="Try the invariants of a policy on random tensors.")
-    parser.add_argument("policy", help="a policy's name, or the class of one of your own, module:Class")
-    parser.add_argument("settings", nargs="*", metavar="setting=value", help="its settings; its defaults otherwise")
-    parser.add_argument("--config-dir", type=Path, help="your folder; the current one is looked in besides")
+    """Print under which schedules each invariant holds; exit with 1 if one is broken."""
+    parser = argparse.ArgumentParser(
+        prog="a2sf check", description="Test the invariants of a policy on random tensors."
+    )
+    parser.add_argument("policy", help="name of a policy, or module:Class of your own")
+    parser.add_argument("settings", nargs="*", metavar="setting=value", help="settings that differ from the defaults")
+    parser.add_argument("--config-dir", type=Path, help="your folder; the current folder is searched, too")
     parser.add_argument("--trials", type=int, default=8, help="random trials of each invariant")
     args = parser.parse_args(arguments)
     if args.trials < 1:
@@ -39,11 +41,11 @@ def main(arguments: Sequence[str]) -> None:
     broken = 0
     for name, of_one in groupby(check(policy, args.trials), lambda finding: finding.name):
         findings = list(of_one)
-        said: dict[str, list[Finding]] = {"broken": [f for f in findings if f.broken]}
-        said["except"] = [f for f in findings if f.excepted]
-        said["holds"] = [f for f in findings if not f.broken and not f.excepted]
-        broken += len(said["broken"])
-        for word, some in said.items():
+        results: dict[str, list[Finding]] = {"broken": [f for f in findings if f.broken]}
+        results["except"] = [f for f in findings if f.excepted]
+        results["holds"] = [f for f in findings if not f.broken and not f.excepted]
+        broken += len(results["broken"])
+        for word, some in results.items():
             if some:
                 mark = f"[{COLOURS[word]}]{word:6}[/]"
                 console.print(
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def look_in(folder: Path | None) -> None:
-    """Make the user's modules importable: those in `folder`, and those in the current one.
+    """Make the user's modules in `folder` and in the current folder importable.
 
     Raises:
         UserError: if there is no such folder.
@@ -68,19 +70,14 @@ def look_in(folder: Path | None) -> None:
 
 
 def made(cls: type[Policy], settings: Sequence[str]) -> Policy:
-    """A policy of that class with its defaults and `settings`, each `name=value`.
+    """A policy of class `cls` with `settings`, each `name=value`, and the defaults of the others.
 
     Raises:
         ConfigError: if there is no such setting, or its value is not allowed.
     """
-    known = defaults(cls)
-    given: dict[str, Any] = {}
-    for setting in settings:
-        name, _, value = setting.partition("=")
-        if name not in known:
-            has = f"{cls.name} has {', '.join(known)}" if known else f"{cls.name} has no settings"
-            raise ConfigError(f"policy.{name}", value, has + nearest(name, known))
-        given[name] = yaml.safe_load(value)
+    pairs = (setting.partition("=") for setting in settings)
+    given: dict[str, Any] = {name: yaml.safe_load(value) for name, _, value in pairs}
+    check_setting_names(cls, given)
     try:
         return cls(**given)
     except TypeError as error:
