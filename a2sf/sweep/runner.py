@@ -38,8 +38,8 @@ from a2sf.store.runs import (
     TRACES,
     DiskError,
     StoredCell,
-    asked,
     finished_cells,
+    settings_of,
     write_cell,
     write_table,
 )
@@ -306,7 +306,7 @@ def _clear_failures(directory: Path, cell: dict[str, Any]) -> None:
     """Remove what was recorded of a cell with the same settings, also if weights or documents have changed since."""
     for file in (directory / "failures").glob("*.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            if asked(json.loads(file.read_text(encoding="utf-8"))["cell"]) == asked(cell):
+            if settings_of(json.loads(file.read_text(encoding="utf-8"))["cell"]) == settings_of(cell):
                 file.unlink()
 
 

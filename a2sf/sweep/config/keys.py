@@ -1,6 +1,6 @@
-"""Keys of a configuration that do not exist, and what is said of them.
+"""Keys of a configuration that do not exist, and the messages about them.
 
-Light, so that a slip is told before a model library is loaded.
+It imports no model library, so that a mistyped key is reported at once.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from a2sf import Budget, attend, make_policy
 from a2sf.calibration.by_layer import check_policies, errors_by_layer
 from a2sf.calibration.capture import Captured, capture, projections
 from a2sf.calibration.local import HeadAtRatio, errors
-from a2sf.commands import layer_errors as command
+from a2sf.commands.policy import layer_errors as command
 from a2sf.errors import ConfigError
 from a2sf.policies.rule import Head
 from tests.hub.build import write_model

@@ -10,7 +10,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from a2sf.app import _explain, _model_names
+from a2sf.app.folders import model_names
+from a2sf.app.process import explain
 from a2sf.errors import ConfigError, Notice, UserError
 from a2sf.policies.renamed import notice
 from a2sf.sweep.config.overrides import quote
@@ -30,7 +31,7 @@ def _hydra():
 
 
 def settings(*overrides: str):
-    return read(compose("config", list(overrides)), _model_names())
+    return read(compose("config", list(overrides)), model_names())
 
 
 def sentence(*overrides: str) -> str:
@@ -42,7 +43,7 @@ def sentence(*overrides: str) -> str:
     except UserError as error:
         return str(error)
     except Exception as error:
-        return _explain(error)
+        return explain(error)
     raise AssertionError(f"{overrides} was accepted")
 
 
@@ -262,7 +263,7 @@ def test_a_group_reaches_a_worker_whole(tmp_path):
     ]
     common = ["tasks=[piqa]", "limit=3"]
     points = [compose("config", [*common, *a]) for a in asked]
-    expected = [c for p in points for c in read(p, _model_names()).cells]
+    expected = [c for p in points for c in read(p, model_names()).cells]
     names = [c.name for c in expected]
     made = settings(*common, *asked[0], f"group={quote(as_group(points[1:], names))}")
     assert list(made.cells) == expected

@@ -1,4 +1,4 @@
-"""`a2sf check mine:MyPolicy`: test the invariants of docs/semantics.md for a policy, under each schedule it supports."""
+"""`a2sf check mine:MyPolicy`: which invariants of docs/semantics.md a policy holds, under each schedule that it supports."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="a2sf check", description="Test the invariants of a policy on random tensors."
     )
-    parser.add_argument("policy", help="name of a policy, or module:Class of your own")
+    parser.add_argument("policy", help="a policy's name, or your class as module:Class")
     parser.add_argument("settings", nargs="*", metavar="setting=value", help="settings that differ from the defaults")
     parser.add_argument("--config-dir", type=Path, help="your folder; the current folder is searched, too")
     parser.add_argument("--trials", type=int, default=8, help="random trials of each invariant")
@@ -41,11 +41,11 @@ def main(arguments: Sequence[str]) -> None:
     broken = 0
     for name, of_one in groupby(check(policy, args.trials), lambda finding: finding.name):
         findings = list(of_one)
-        results: dict[str, list[Finding]] = {"broken": [f for f in findings if f.broken]}
-        results["except"] = [f for f in findings if f.excepted]
-        results["holds"] = [f for f in findings if not f.broken and not f.excepted]
-        broken += len(results["broken"])
-        for word, some in results.items():
+        by_outcome: dict[str, list[Finding]] = {"broken": [f for f in findings if f.broken]}
+        by_outcome["except"] = [f for f in findings if f.excepted]
+        by_outcome["holds"] = [f for f in findings if not f.broken and not f.excepted]
+        broken += len(by_outcome["broken"])
+        for word, some in by_outcome.items():
             if some:
                 mark = f"[{COLOURS[word]}]{word:6}[/]"
                 console.print(
@@ -54,12 +54,12 @@ def main(arguments: Sequence[str]) -> None:
             for why in dict.fromkeys(f.broken or f.excepted for f in some if word != "holds"):
                 console.print(f"          {why}", markup=False, soft_wrap=True)
     if broken:
-        console.print(f"{broken} not held")
+        console.print(f"{broken} broken")
         sys.exit(1)
 
 
 def look_in(folder: Path | None) -> None:
-    """Make the user's modules in `folder` and in the current folder importable.
+    """Make the modules in `folder` and in the current folder importable.
 
     Raises:
         UserError: if there is no such folder.

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from a2sf.app import quiet
-from a2sf.commands.calibrate import FOLDER, add_model, add_text, check_numbers, model_spec
+from a2sf.app.process import quiet
+from a2sf.commands.policy.calibrate import FOLDER, add_model, add_text, check_numbers, model_spec
 from a2sf.errors import ConfigError
 
 
