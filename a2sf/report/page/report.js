@@ -126,9 +126,9 @@ function filterTables() {
     block.hidden = Boolean(model) && !passes("model", model) || Boolean(shots) && !passes("shots", shots);
     for (const table of block.querySelectorAll("table")) {
       const names = [...table.tHead.rows[0].cells].map(c => c.textContent.trim());
-      const gone = names.map(n => tasks.has(n) && !passes("task", n) || n.startsWith("Budget ") && !passes("budget", n.slice(7)));
+      const hidden = names.map(n => tasks.has(n) && !passes("task", n) || n.startsWith("Budget ") && !passes("budget", n.slice(7)));
       for (const row of table.rows) {
-        [...row.cells].forEach((cell, i) => { cell.hidden = gone[i]; });
+        [...row.cells].forEach((cell, i) => { cell.hidden = hidden[i]; });
         if (row.parentElement.tagName === "TBODY" && !row.classList.contains("reference")) {
           row.hidden = names.some((n, i) => columns[n] && !columns[n](row.cells[i].textContent.trim()));
         }
