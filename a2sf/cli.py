@@ -1,4 +1,4 @@
-"""The command `a2sf`: which sub-command runs. Loads nothing heavy itself."""
+"""The command `a2sf`: selects the sub-command, and imports no large library itself."""
 
 from __future__ import annotations
 
@@ -13,26 +13,32 @@ from a2sf import __version__
 from a2sf.errors import UserError, nearest
 
 COMMANDS = {
-    "run": ("a2sf.commands.run", "measure: one configuration, or a grid (-m, +sweep=PRESET)"),
+    "run": ("a2sf.commands.run", "measure one configuration or a grid (-m, +sweep=PRESET)"),
     "tables": ("a2sf.commands.tables", "tables, plots and a report of finished sweeps"),
+    "compare": ("a2sf.commands.compare", "paired statistics of finished runs, also of lm-eval and inspect_ai"),
     "reproduce": ("a2sf.commands.reproduce", "the A2SF paper's claims, with a verdict each"),
-    "calibrate": ("a2sf.commands.calibrate", "settings that lose least on plain text, by layer or head"),
-    "errors": ("a2sf.commands.errors", "the error that policies make in each layer's output, on plain text"),
-    "heads": ("a2sf.commands.heads", "which heads copy from far back, as a list for policy=heads"),
-    "pack": ("a2sf.commands.archive:main_pack", "a sweep as one file to hand on, which tables reads in place"),
-    "unpack": ("a2sf.commands.archive:main_unpack", "its cells again, from which a sweep goes on"),
-    "track": ("a2sf.commands.track", "finished sweeps to W&B or TensorBoard, whoever computed them"),
-    "lm-eval": ("a2sf.commands.lm_eval", "lm-eval's own command line, our model registered (--model a2sf)"),
-    "bench": ("a2sf.commands.bench", "speed and memory beside what the harness replaces"),
-    "policies": ("a2sf.commands.policies", "the policies: what each does, its paper, its settings"),
-    "new": ("a2sf.commands.new", "files of your own that run at once: a policy, a task or a sweep"),
-    "check": ("a2sf.commands.check", "which invariants a policy of your own holds (mine:MyPolicy)"),
-    "doctor": ("a2sf.commands.doctor", "versions, devices, kernels, caches, disk: what a bug report needs"),
+    "calibrate": ("a2sf.commands.policy.calibrate", "find the best settings on plain text, by layer or head"),
+    "layer-errors": (
+        "a2sf.commands.policy.layer_errors",
+        "the error of policies in each layer's output, on plain text",
+    ),
+    "heads": ("a2sf.commands.policy.heads", "find retrieval heads, as a list for policy=heads"),
+    "pack": ("a2sf.commands.archive:main_pack", "write a sweep to one file, which tables can read"),
+    "unpack": ("a2sf.commands.archive:main_unpack", "write the cells of such a file to a sweep, which run resumes"),
+    "track": ("a2sf.commands.track", "log finished sweeps to W&B or TensorBoard"),
+    "lm-eval": ("a2sf.commands.lm_eval", "lm-eval's command line with our model (--model a2sf)"),
+    "bench": ("a2sf.commands.bench", "measure speed and memory against lm-eval and transformers"),
+    "policies": ("a2sf.commands.policy.listing", "list the policies with their papers and settings"),
+    "new": ("a2sf.commands.new", "write the files of a new policy, task or sweep"),
+    "check": ("a2sf.commands.policy.check", "test the invariants of your policy (mine:MyPolicy)"),
+    "doctor": ("a2sf.commands.doctor", "versions, devices, kernels, caches, disk, for a bug report"),
 }
-"""Sub-command -> the module whose `main(arguments)` (or the function after the colon) it is, and what it does."""
+"""Sub-command -> its module, whose `main(arguments)` (or the function after the colon) runs it, and its description."""
+RENAMED = {"errors": "layer-errors"}
+"""Sub-commands of the previous version, and what they are called now."""
 
 HELP = """\
-usage: a2sf COMMAND ...   What does token pruning cost in accuracy?
+usage: a2sf COMMAND ...   Measure what token pruning costs in accuracy.
 
 {commands}
 
@@ -53,17 +59,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     forgive_screen()
     name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     if name == "lm-eval":
-        os.environ.setdefault("TQDM_DISABLE", "")  # its progress bars are its own
+        os.environ.setdefault("TQDM_DISABLE", "")  # lm-eval shows its progress bars
     if name in ("--help", "-h"):
-        print(HELP.format(commands="\n".join(f"  {c:<10} {about}" for c, (_, about) in COMMANDS.items())))
+        print(HELP.format(commands="\n".join(f"  {c:<12} {about}" for c, (_, about) in COMMANDS.items())))
         return
     if name == "--version":
         print(f"a2sf {__version__}")
         return
 
-    from a2sf import app
+    from a2sf.app import process
 
-    app.guard(lambda: _run(name, rest))
+    process.guard(lambda: _run(name, rest))
 
 
 PLAIN = {
@@ -71,14 +77,15 @@ PLAIN = {
     "…": "...",
     "†": "+",
     "Δ": "d",
+    "α": "alpha",
     "±": "+-",
     "\N{MULTIPLICATION SIGN}": "x",
 }
-"""How a screen shows signs that its encoding has not: above all no minus may become a question mark."""
+"""Replacements for characters that a screen's encoding does not have; above all a minus must not become a question mark."""
 
 
 def forgive_screen() -> None:
-    """Let both streams replace what their encoding has not, so that no result is lost because of how it is shown."""
+    """Let both streams replace characters that their encoding does not have, so that printing a result cannot fail."""
 
     def replaced(error: UnicodeError) -> tuple[str, int]:
         if not isinstance(error, UnicodeEncodeError):
@@ -96,12 +103,17 @@ def forgive_screen() -> None:
 
 
 def _run(name: str, arguments: list[str]) -> None:
+    if name in RENAMED:
+        from a2sf.policies.renamed import notice
+
+        notice(f"a2sf {name}", f"a2sf {RENAMED[name]}")
+        name = RENAMED[name]
     if name in ("-sc", "--shell-completion"):
         from a2sf.commands import run
 
         run.complete(arguments, list(COMMANDS))
     elif name in COMMANDS:
-        sys.argv = [f"a2sf {name}", *arguments]  # what Hydra reads, and what a result says it was made with
+        sys.argv = [f"a2sf {name}", *arguments]  # Hydra reads it, and results store it as their command
         module, _, function = COMMANDS[name][0].partition(":")
         getattr(importlib.import_module(module), function or "main")(arguments)
     else:

@@ -94,6 +94,9 @@ class Calibrated(Policy):
         layers = [layer.as_data(stored=True) for layer in self.layers]
         return {"file": {"name": self.file["name"], "layers": layers} if self.file else ""}
 
+    def __repr__(self) -> str:
+        return f"Calibrated(file={self.stored_settings()['file']!r})"  # as in stored caches of the previous version
+
 
 @dataclass(frozen=True)
 class Layer:

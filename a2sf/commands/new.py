@@ -1,4 +1,4 @@
-"""`a2sf new policy|task|sweep NAME`: files of one's own that run at once, each with a test."""
+"""`a2sf new policy|task|sweep NAME`: files of a new policy, task or sweep that run at once, with a test."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS = {
         "test_{name}.py": "test_sweep.py",
     },
 }
-"""What is made -> each file in the user's folder, and the template that it is made of."""
+"""Kind -> each file in the user's folder, and its template."""
 NEXT = {
     "policy": (
         "a2sf check {name}:{cls} --config-dir {folder}",
@@ -36,7 +36,7 @@ NEXT = {
     "task": ("a2sf run -m policy=full,h2o budget.ratio=0.2 tasks=[{name}] include_path={folder}/tasks",),
     "sweep": ("a2sf run +sweep={name} --config-dir {folder}",),
 }
-"""What is made -> commands to try next."""
+"""Kind -> commands to try next."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -46,7 +46,8 @@ def main(arguments: Sequence[str]) -> None:
         UserError: if the name cannot be used, or a file is already there.
     """
     parser = argparse.ArgumentParser(
-        "a2sf new", description="Files of your own that run at once, each with a test, in a folder for --config-dir."
+        "a2sf new",
+        description="Write the files of a new policy, task or sweep, with a test, into a folder for --config-dir.",
     )
     parser.add_argument("kind", choices=sorted(KINDS), help="what to make")
     parser.add_argument("name", help="its name: small letters, digits and underscores")
@@ -92,10 +93,10 @@ def class_name(name: str) -> str:
 
 
 def _check_free(kind: str, name: str) -> None:
-    """Refuse a name that comes with the package.
+    """Refuse the name of a policy, task or sweep of the package.
 
     Raises:
-        UserError: if it does.
+        UserError: if the name exists there.
     """
     from a2sf.shipped import shipped
 

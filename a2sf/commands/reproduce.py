@@ -1,7 +1,8 @@
-"""`a2sf reproduce`: run what this machine can of the A2SF paper, then give a verdict on every published claim.
+"""`a2sf reproduce`: run the A2SF paper's experiments on this machine, and give a verdict on every published claim.
 
-It runs or resumes the sweep `paper` for the models that are here, and the small sweep where none is, with the authors'
-present algorithm beside it, and one over forgetting factors; `--no-run` only compares what runs/ holds.
+It runs or resumes the sweep `paper` for the models that are on this machine. If there are none, it runs a sweep of a
+small model, the same with the authors' present algorithm, and one over forgetting factors. `--no-run` only compares
+results in runs/.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from a2sf.analysis.claims.verdicts import Claim
 from a2sf.shipped import shipped
 
 REFERENCE_SWEEPS = ("smollm2-135m.a2sf.zip", "smollm2-135m-forgetting.a2sf.zip")
-"""Our own, over budgets and over forgetting factors."""
+"""Archives of our sweeps over budgets and over forgetting factors."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -27,17 +28,21 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="a2sf reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--no-run", action="store_true", help="compare what is there; run nothing")
-    parser.add_argument("--download", action="store_true", help="let the sweep fetch models that are not here")
+    parser.add_argument("--no-run", action="store_true", help="compare existing results; run nothing")
+    parser.add_argument("--download", action="store_true", help="download models that are not on this machine")
     parser.add_argument("--preset", default="paper", help="sweep preset of the published models")
-    parser.add_argument("--small-preset", default="paper_small", help="sweep preset where none of those models is here")
     parser.add_argument(
-        "--factor-preset", default="forgetting", help="sweep preset over forgetting factors, run then, too"
+        "--small-preset", default="paper_small", help="sweep preset if none of those models is on this machine"
+    )
+    parser.add_argument(
+        "--factor-preset",
+        default="forgetting",
+        help="sweep preset over forgetting factors, which runs in the same case",
     )
     parser.add_argument(
         "--authors-preset",
         default="paper_authors",
-        help="what the authors' repository does now: rows of their own in the small preset's sweep, no verdicts",
+        help="sweep preset of the authors' present repository: more rows in the small preset's sweep, without verdicts",
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="directory of the sweeps")
     parser.add_argument(
@@ -51,16 +56,18 @@ def main(arguments: Sequence[str]) -> None:
 
     console = Console()
     models = list(published_figures(args.reference)["model"].unique())
-    why_not = dict.fromkeys(models, "nothing was run on request, and there is no such cell")
+    why_not = dict.fromkeys(models, "nothing was run, as requested, and there is no such cell")
     if not args.no_run:
-        told = {m: run_sweep(args.preset, [f"model={m}", f"sweep_name={args.preset}"], args.download) for m in models}
-        why_not = {m: why for m, why in told.items() if why}
+        reasons = {
+            m: run_sweep(args.preset, [f"model={m}", f"sweep_name={args.preset}"], args.download) for m in models
+        }
+        why_not = {m: why for m, why in reasons.items() if why}
         small_sweeps = {
             args.small_preset: args.small_preset,
             args.authors_preset: args.small_preset,
             args.factor_preset: args.factor_preset,
         }
-        for preset, sweep in small_sweeps.items() if all(told.values()) else ():
+        for preset, sweep in small_sweeps.items() if all(reasons.values()) else ():
             if why := run_sweep(preset, [f"sweep_name={sweep}"]):
                 console.print(f"The sweep {preset} did not finish: {why}", markup=False)
     small = (args.small,) if args.small else (args.runs / args.small_preset, args.reference / REFERENCE_SWEEPS[0])
@@ -77,7 +84,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def show(console: Console, title: str, claims: list[Claim]) -> None:
-    """Claims as a table on the screen."""
+    """Print claims as a table."""
     if not claims:
         return
     table = Table(title=title, title_justify="left")

@@ -1,4 +1,4 @@
-"""`a2sf run`: measure what token pruning costs in accuracy, one configuration or a sweep."""
+"""`a2sf run`: measure the accuracy that token pruning costs, in one configuration or a sweep."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import hydra
 import yaml
 from omegaconf import DictConfig
 
-from a2sf import app
-from a2sf.commands.describe import attributes
+from a2sf.app import grid
+from a2sf.commands.policy.describe import attributes
 from a2sf.errors import UserError
 from a2sf.shipped import shipped
 from a2sf.sweep.config import folder as config_dir
@@ -24,7 +24,7 @@ from a2sf.sweep.config.overrides import as_written, check_trackers
 
 MULTIRUN = {"-m", "--multirun"}
 INSTEAD = {"--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc"}
-"""What Hydra does instead of running."""
+"""Options with which Hydra shows something instead of running."""
 VALUED = {
     "--config-path",
     "-cp",
@@ -41,11 +41,11 @@ VALUED = {
 USAGE = """\
 usage: a2sf run [key=value ...] [-m key=a,b,c ...] [+sweep=PRESET] [--config-dir DIR]
 
-One configuration; with -m the grid of all values; with a preset its grid. The same command goes on where it stopped.
---config-dir DIR adds a folder of your own: DIR/model/, DIR/policy/, DIR/data/, DIR/sweep/ and Python files they name.
---cfg job shows the configuration that would run; --hydra-help what else Hydra can do.
+It runs one configuration, with -m the grid of all values, with a preset its grid. The same command resumes a sweep.
+--config-dir DIR adds your folder: DIR/model/, DIR/policy/, DIR/data/, DIR/sweep/ and Python files that they name.
+--cfg job shows the configuration and runs nothing; --hydra-help shows Hydra's other options.
 
-groups (a file each; * is the default; of trackers a list, tracker=[wandb,tensorboard])
+groups (each name is a file; * is the default; several trackers are a list, tracker=[wandb,tensorboard])
 {groups}
 
 presets
@@ -60,14 +60,14 @@ Example: a2sf run -m policy=full,h2o,a2sf budget.ratio=0.2,0.4 tasks=[piqa] data
 @hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="config")
 def evaluate(composed: DictConfig) -> object:
     """Hydra's entry: it reads `sys.argv`."""
-    return app.job(composed)
+    return grid.job(composed)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run what the overrides in `arguments` ask for.
+    """Run the configuration or the sweep of the overrides in `arguments`.
 
     Raises:
-        UserError: if two things are asked for at once, or one tracker twice.
+        UserError: for options that exclude each other, or one tracker twice.
     """
     folder, given = config_dir.taken_out(list(arguments))
     if {"--help", "-h"} & set(given):
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _overrides_last(arguments: Sequence[str]) -> list[str]:
-    """Hydra's parser wants all overrides together; people write options among them."""
+    """Options first: Hydra's parser needs all overrides in one sequence, but people write options between them."""
     last = [
         after not in VALUED and not argument.startswith("-")
         for after, argument in zip(["", *arguments], arguments, strict=False)
@@ -100,7 +100,7 @@ def _overrides_last(arguments: Sequence[str]) -> list[str]:
 
 
 def complete(arguments: Sequence[str], commands: Sequence[str]) -> None:
-    """The shell's completion, `a2sf -sc ...`: names of commands here, everything after `run` by Hydra.
+    """The shell's completion, `a2sf -sc ...`: names of commands are completed here, arguments of `run` by Hydra.
 
     Raises:
         UserError: if Hydra knows no such shell.
@@ -123,10 +123,10 @@ def complete(arguments: Sequence[str], commands: Sequence[str]) -> None:
 
 
 def help_text(folders: Sequence[Path]) -> str:
-    """The help: groups, presets and keys with one line each.
+    """The help text: groups, presets and keys with one line each.
 
     Args:
-        folders: where configurations lie, the user's own first.
+        folders: of configurations, the user's first.
     """
     defaults = yaml.safe_load((shipped("conf") / "config.yaml").read_text(encoding="utf-8"))
     chosen = {k: v for entry in defaults["defaults"] if isinstance(entry, dict) for k, v in entry.items()}
@@ -143,21 +143,21 @@ def help_text(folders: Sequence[Path]) -> str:
     return USAGE.format(groups=_lines(groups), presets=_lines(presets), keys=_lines(keys))
 
 
-def key_table(*, whole: bool = False) -> list[tuple[str, str, str]]:
-    """Each key of the configuration, its default ("" for none) and its meaning.
+def key_table(*, full: bool = False) -> list[tuple[str, str, str]]:
+    """Each key of the configuration, its default ("": none) and its meaning.
 
     Args:
-        whole: all that is said of a key; else its first sentence.
+        full: the complete description of a key; else its first sentence.
     """
-    return list(_keys(schema.Config, whole=whole))
+    return list(_keys(schema.Config, full=full))
 
 
-def _keys(cls: Any, prefix: str = "", *, whole: bool = False) -> Iterator[tuple[str, str, str]]:
-    about, inner = attributes(cls, whole=whole), schema.groups() if cls is schema.Config else {}
+def _keys(cls: Any, prefix: str = "", *, full: bool = False) -> Iterator[tuple[str, str, str]]:
+    about, inner = attributes(cls, full=full), schema.groups() if cls is schema.Config else {}
     for f in dataclasses.fields(cls):
         if f.name in inner:
-            yield from _keys(inner[f.name], f"{f.name}.", whole=whole)
-        else:
+            yield from _keys(inner[f.name], f"{f.name}.", full=full)
+        elif f.name not in schema.RENAMED:
             default = "" if f.default is dataclasses.MISSING or f.default in ("", None) else str(f.default).lower()
             yield prefix + f.name, default, about[f.name]
 

@@ -1,4 +1,4 @@
-"""`a2sf track runs/<sweep> tracker=wandb`: log a finished sweep to trackers, whoever computed it."""
+"""`a2sf track runs/<sweep> tracker=wandb`: log a finished sweep to trackers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
         prog="a2sf track",
-        description="Log every finished cell of sweeps, and the summary, to trackers; what they have already is left out.",
+        description="Log the finished cells of sweeps, and a summary, to trackers, unless they were logged before.",
     )
     p.add_argument(
         "arguments",
@@ -32,13 +32,13 @@ def parser() -> argparse.ArgumentParser:
         help="sweeps' directories, such as runs/demo, and trackers as a2sf run takes them: "
         "tracker=wandb tracker.project=mine, tracker=[wandb,tensorboard], tracker.directory=boards",
     )
-    p.add_argument("--config-dir", type=Path, help="a folder of your own with trackers: DIR/tracker/NAME.yaml")
+    p.add_argument("--config-dir", type=Path, help="your folder with trackers: DIR/tracker/NAME.yaml")
     p.add_argument("--again", action="store_true", help="log also what was logged before")
     return p
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Log what `arguments` name.
+    """Log the sweeps in `arguments`.
 
     Raises:
         UserError: if no sweep or no tracker is named, or a directory holds no sweep.
@@ -62,21 +62,21 @@ def _spec(overrides: Sequence[str], folder: Path | None) -> TrackerSpec:
     for override in overrides:
         check_trackers(override)
     schema.register()
-    own = [f"hydra.searchpath=[file://{folder.absolute()}]"] if folder else []
+    searchpath = [f"hydra.searchpath=[file://{folder.absolute()}]"] if folder else []
     with initialize_config_dir(str(shipped("conf")), version_base="1.3"):
-        composed = compose("config", [*overrides, *own])
+        composed = compose("config", [*overrides, *searchpath])
     return TrackerSpec.chosen(**composed.tracker)
 
 
 def _track(directory: Path, spec: TrackerSpec, again: bool) -> bool:
-    """Whether a sweep's cells were all taken; says what became of them."""
+    """Log a sweep and print how many cells were logged; True if no tracker failed."""
     console = Console()
     cells = load_sweep(directory)
     tracker = Tracker(spec, directory.absolute().name, directory, again=again)
     for stored in cells:
         tracker.log_cell(stored)
     tracker.log_summary(table_of(cells, read_groups(directory)), lambda: pictures(directory))
-    told = f"{directory}: {len(cells)} cells, {tracker.logged} logged now"
-    for line in (told, *(tracker.note or "").splitlines()):
+    summary = f"{directory}: {len(cells)} cells, {tracker.logged} logged now"
+    for line in (summary, *(tracker.note or "").splitlines()):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return tracker.complete

@@ -48,7 +48,7 @@ def errors_figure(frame: pd.DataFrame, labels: dict[str, str] | None = None, ove
     """Error by layer, a line for each policy and a panel for each budget.
 
     Args:
-        frame: columns `policy`, `budget`, `layer`, `error`, as `a2sf errors` writes them.
+        frame: columns `policy`, `budget`, `layer`, `error`, as `a2sf layer-errors` writes them.
         labels: how the legend spells a policy.
         over: a policy whose errors the others are divided by, for lines that lie close together.
     """

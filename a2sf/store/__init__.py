@@ -1,1 +1,1 @@
-"""What is on disk: results, archives, names, averages; read without a model."""
+"""Results on disk: cells, archives, names, scores of groups. Reading them needs no model."""

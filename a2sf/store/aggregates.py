@@ -1,7 +1,7 @@
-"""Groups: a score made of the scores of several tasks, as lm-eval makes it.
+"""Groups of tasks: a score computed from the scores of several tasks, as in lm-eval.
 
-Which tasks a group has, and how they are weighted, is noted beside a sweep's cells (`groups.json`) when it is planned: a
-cell is the same cell whatever groups it was asked for in, and tables of an archive need no lm-eval.
+The tasks of a group and their weights are stored with a sweep (`groups.json`), not in its cells. So a cell does not
+depend on the groups that it is part of, and tables can be made without lm-eval.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import Any
 import pandas as pd
 
 OPTIONS = ["chat_template", "system_instruction", "fewshot_as_multiturn", "gen_kwargs", "task_args", "add_bos_token"]
-"""Columns for lm-eval's options; empty where an option is not set."""
+"""Columns for lm-eval's options; empty if an option is not set."""
 SAME = [
     *("model", "policy", "budget_ratio", "forgetting_factor", "model_path", "weights", "budget_tokens", "budget_base"),
     *("schedule", "policy_settings", "limit", "seed", "dtype", "data_settings", "device", *OPTIONS),
 ]
 """Columns of `results.csv` that are equal in all cells of one aggregate."""
 MEMBERS = "members"
-"""Column that says how many tasks an aggregate is made of; empty for a cell."""
+"""Column with the number of tasks of a group; empty for a cell."""
 NAMED = 3
-"""Tasks that a note names at most."""
+"""The largest number of tasks that a note names."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """A task of a group: its name, how many examples, and what identifies its definition where that is not lm-eval's own."""
+    """A task of a group: its name, its number of examples, and the hash of its definition (None: lm-eval's definition)."""
 
     task: str
     shots: int
@@ -41,8 +41,8 @@ class Average:
     """A metric that a group averages over its tasks.
 
     Attributes:
-        filters: of the metric; None: all that the tasks have.
-        weighted: by the tasks' numbers of documents.
+        filters: lm-eval's filters of the metric; None: all of them.
+        weighted: whether tasks are weighted by their numbers of documents.
     """
 
     metric: str
@@ -52,7 +52,7 @@ class Average:
 
 @dataclass(frozen=True)
 class Group:
-    """A group as a sweep asked for it."""
+    """A group of a sweep, with the metrics that it averages and its tasks."""
 
     name: str
     averages: tuple[Average, ...]
@@ -60,12 +60,12 @@ class Group:
 
     @property
     def shots(self) -> int | None:
-        """Those of its members; None where they differ."""
+        """The shots of its tasks; None if they differ."""
         several = {m.shots for m in self.members}
         return several.pop() if len(several) == 1 else None
 
     def weighted(self, metric: str) -> bool | None:
-        """Whether the metric, named as in results, is weighted by size; None where the group has no such average."""
+        """Whether a metric, named as in results, is weighted by size; None if the group does not average it."""
         name, _, filtered = metric.partition(",")
         for a in self.averages:
             if a.metric == name and (a.filters is None or (filtered or "none") in a.filters):
@@ -79,7 +79,7 @@ def written(groups: Iterable[Group]) -> str:
 
 
 def read(text: str) -> list[Group]:
-    """Groups from what `written` gave."""
+    """Groups from the JSON of `written`."""
     return [
         Group(
             e["name"],
@@ -93,15 +93,14 @@ def read(text: str) -> list[Group]:
 def aggregates(
     table: pd.DataFrame, groups: Iterable[Group], same: Sequence[str] = SAME
 ) -> tuple[pd.DataFrame, list[str]]:
-    """One row for each group, metric and system of which all tasks are there.
+    """The scores of groups, one row for each group, metric and system with results of all tasks.
 
     Args:
         table: one row per cell and metric, as `results_frame`.
         same: columns that are equal in all cells of one aggregate.
 
     Returns:
-        Rows with the columns of `table` as far as they apply, and `members`; and one sentence for each group that lacks
-        tasks somewhere.
+        Rows with those columns of `table` that apply, and `members`; and a sentence for each group with missing results.
     """
     same = [c for c in same if c in table]
     keys = pd.Series(
@@ -119,8 +118,8 @@ def aggregates(
         mine = [place in wanted for place in places]
         missing: set[str] = set()
         for _, cells in table[mine].groupby(keys[mine], sort=False):
-            there = set(zip(cells["task"], cells["shots"], strict=True))
-            lacking = {m.task for m in group.members if (m.task, m.shots) not in there}
+            available = set(zip(cells["task"], cells["shots"], strict=True))
+            lacking = {m.task for m in group.members if (m.task, m.shots) not in available}
             if lacking:
                 missing |= lacking
             elif cells.duplicated(["task", "shots", "metric"]).any():
@@ -134,13 +133,13 @@ def aggregates(
             number = len({m.task for m in group.members})
             first = ", ".join(sorted(missing)[:NAMED]) + ", …" * (len(missing) > NAMED)
             notes.append(
-                f"The group {group.name} has no score in rows that lack some of its {number} tasks; lacking are {first}."
+                f"The group {group.name} has no score in rows that lack some of its {number} tasks; missing are {first}."
             )
     return pd.DataFrame(rows), list(dict.fromkeys(notes))
 
 
 def _scores(group: Group, cells: pd.DataFrame) -> list[dict[str, Any]]:
-    """lm-eval's `Group.aggregate`: over the tasks that have a metric, with its two formulas for the error."""
+    """As lm-eval's `Group.aggregate`: over the tasks that have a metric, with its two formulas for the standard error."""
     found = []
     for metric, of_metric in cells.groupby("metric", sort=False):
         weighted = group.weighted(str(metric))
@@ -171,9 +170,9 @@ def _mean(values: Sequence[float], sizes: Sequence[int]) -> float:
 
 
 def _pooled(errors: Sequence[float], sizes: Sequence[int]) -> float:
-    """The error of a mean weighted by size, from the pooled variance."""
-    spare = sum(sizes) - len(sizes)
-    if not spare:
+    """The standard error of a mean weighted by size, from the pooled variance."""
+    freedom = sum(sizes) - len(sizes)
+    if not freedom:
         return math.nan
-    variance = sum((n - 1) * e**2 * n for n, e in zip(sizes, errors, strict=True)) / spare
+    variance = sum((n - 1) * e**2 * n for n, e in zip(sizes, errors, strict=True)) / freedom
     return math.sqrt(variance / sum(sizes))

@@ -1,14 +1,14 @@
-"""A sweep as one file to hand on: every result, all per-document rows, provenance and configurations.
+"""A sweep as one file: all results, per-document rows, provenance and configurations.
 
     x.a2sf.zip   cells.json          per cell: name, result (without checksums), configuration, columns of its documents
-                 documents.parquet   the documents of all cells, with a column that says whose they are
+                 documents.parquet   the documents of all cells, with a column for the cell
                  results.csv         for a reader without this package
-                 groups.json         the tasks of groups that were asked for
-                 traces/<cell>.npz   where evictions were noted
-                 README.md           where the sweep's directory has one
+                 groups.json         the tasks of the sweep's groups
+                 traces/<cell>.npz   recorded evictions, if there are any
+                 README.md           if the sweep's directory has one
 
-The archive's comment is the SHA-256 of every byte before it. Equal texts of different cells are stored once, so an
-archive is about a twentieth of the directory.
+The archive's comment is the SHA-256 of all bytes before it. Texts that several cells share are stored once, so an archive
+has about a twentieth of the directory's size.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from a2sf.store.runs import (
 SUFFIX = ".a2sf.zip"
 CELLS, README = "cells.json", "README.md"
 OWNER = "cell"
-"""Column of `documents.parquet`: whose row it is, by the cell's place in `cells.json`."""
+"""Column of `documents.parquet`: the position of the row's cell in `cells.json`."""
 DIGEST_BYTES = 64
 
 
@@ -61,15 +61,15 @@ def is_archive(path: Path) -> bool:
 
 
 def place_of(path: Path) -> Path:
-    """The directory that belongs to an archive: beside it, under its name."""
+    """The default directory of an archive's sweep: next to it, with its name."""
     return path.with_name(path.name.removesuffix(SUFFIX))
 
 
 def pack(directory: Path, target: Path | None = None) -> Path:
-    """Write a sweep's finished cells to one archive, whole or not at all.
+    """Write a sweep's finished cells to one archive, atomically.
 
     Args:
-        target: where to; by default beside the directory, under its name.
+        target: the archive's file; by default next to the directory, with its name.
 
     Raises:
         UserError: if there is nothing to pack, or a cell is damaged.
@@ -85,7 +85,7 @@ def pack(directory: Path, target: Path | None = None) -> Path:
         config = (stored.path / CONFIG).read_text(encoding="utf-8")
         about.append({"name": stored.path.name, "result": result, "config": config, "columns": table.column_names})
         tables.append(table.append_column(OWNER, pa.array([i] * len(table), pa.int32())))
-    # rows of one document side by side, so that what they share is stored once
+    # rows of one document next to each other, so that compression finds their equal texts
     together = pa.concat_tables(tables, promote_options="permissive").sort_by(
         [("doc_hash", "ascending"), (OWNER, "ascending")]
     )
@@ -114,11 +114,12 @@ def pack(directory: Path, target: Path | None = None) -> Path:
 
 @dataclass(frozen=True)
 class ArchivedCell(StoredCell):
-    """A cell read in place; `path` is where it would lie beside the archive.
+    """A cell that is read from an archive; `path` is its place if the archive is unpacked.
 
     Attributes:
         config: its `config.yaml`.
         columns: of its documents.
+        number: its position in the archive.
     """
 
     config: str = ""
@@ -138,7 +139,7 @@ class ArchivedCell(StoredCell):
 
 
 class _Archive:
-    """An archive whose bytes are checked, with its documents read when first asked for."""
+    """An archive with a valid checksum; its documents are read on first use."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -146,7 +147,7 @@ class _Archive:
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
         if hashlib.sha256(content[:-DIGEST_BYTES]).hexdigest().encode() != content[-DIGEST_BYTES:]:
-            raise CorruptCell(f"{path} is not what was packed (its checksum differs); ask for it again")
+            raise CorruptCell(f"{path} is not the archive that was packed (its checksum differs); get another copy")
         self.zip = zipfile.ZipFile(io.BytesIO(content))
 
     def member(self, name: str) -> io.BytesIO | None:
@@ -169,10 +170,10 @@ class _Archive:
 
 
 def read_archive(path: Path) -> list[ArchivedCell]:
-    """The cells of an archive, in the order of their names, without unpacking it.
+    """The cells of an archive, in the order of their names. It is not unpacked.
 
     Raises:
-        CorruptCell: if a byte of it was changed.
+        CorruptCell: if its checksum is wrong.
         UserError: if it cannot be read.
     """
     archive = _Archive(path)
@@ -194,36 +195,39 @@ def read_sweep(path: Path) -> Sequence[StoredCell]:
 
 
 def groups_of(path: Path) -> list[Group]:
-    """The groups that a sweep's directory or an archive notes.
+    """The groups of a sweep's directory or of an archive.
 
     Raises:
         CorruptCell, UserError: as `read_archive`.
     """
     if not is_archive(path):
         return read_groups(path)
-    noted = _Archive(path).member(GROUPS)
-    return read(noted.getvalue().decode()) if noted else []
+    stored = _Archive(path).member(GROUPS)
+    return read(stored.getvalue().decode()) if stored else []
 
 
 def unpack(path: Path, directory: Path) -> list[StoredCell]:
-    """Write an archive's cells to a sweep's directory, from which it goes on; those that are there stay.
+    """Write an archive's cells to a sweep's directory, so that `a2sf run` can resume it; existing cells are not changed.
+
+    Returns:
+        The cells that were written.
 
     Raises:
-        CorruptCell: if a byte of it was changed, or a cell that is there is damaged.
-        UserError: as `read_archive`; or if another cell is there under the name of one of the archive's.
-        OSError: if the disk refuses.
+        CorruptCell: if the archive's checksum is wrong, or an existing cell is damaged.
+        UserError: as `read_archive`; or if an existing cell has the name of another cell of the archive.
+        OSError: if the disk is full or cannot be written.
     """
     written = []
     cells = read_archive(path)
-    there = {s.path.name: _which(s) for s in finished_cells(directory)}
+    existing = {s.path.name: _key(s) for s in finished_cells(directory)}
     for cell in cells:
-        if there.get(cell.path.name, _which(cell)) != _which(cell):
-            there_is = directory / cell.path.name
-            raise UserError(f"{there_is} is not the archive's cell of that name; give another directory")
-    known = set(there.values())
+        if existing.get(cell.path.name, _key(cell)) != _key(cell):
+            path_of_other = directory / cell.path.name
+            raise UserError(f"{path_of_other} is not the archive's cell of that name; give another directory")
+    known = set(existing.values())
     for cell in cells:
         target = directory / cell.path.name
-        if _which(cell) in known:
+        if _key(cell) in known:
             continue
         traces = cell.open_traces()
         more = {TRACES: traces.getvalue()} if traces else {}
@@ -236,6 +240,6 @@ def unpack(path: Path, directory: Path) -> list[StoredCell]:
     return written
 
 
-def _which(stored: StoredCell) -> str:
-    """Equal for results of one cell, whatever their directories are called."""
+def _key(stored: StoredCell) -> str:
+    """A text that is equal for results of the same cell, even if the names of their directories differ."""
     return json.dumps([id_of(stored.cell), stored.cell.get("limit"), stored.cell.get("until")], sort_keys=True)

@@ -1,4 +1,4 @@
-"""Names: of folders and runs, safe whatever a model, task or sweep is called; of models, told apart where they end alike."""
+"""Names of folders and runs that are safe for any model, task or sweep; and distinct names of models."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from dataclasses import dataclass
 from typing import Any
 
 LONGEST_PART = 48
-"""Of a cell's name, which has up to eight parts; file systems allow 255 bytes, and temporary names add some."""
+"""Characters of one part of a cell's name, which has up to eight; file systems allow 255 bytes with temporary endings."""
 DIGEST = 8
 ID_DIGITS = 16
-"""Hex digits of a cell's hash at the end of its name."""
+"""Number of hex digits of a cell's hash at the end of its name."""
 EARLIER_DIGITS = 8
-"""How many there were in names before 0.2.0; such results are still found and reused."""
+"""Their number before version 0.2.0; such results are still found and reused."""
 
 
 def safe(text: str, longest: int = LONGEST_PART) -> str:
-    """`text` as part of a file's name: ASCII letters, digits and `._+=,-`; what is changed or cut gets a hash of the whole.
+    """`text` as part of a file's name: ASCII letters, digits and `._+=,-`; a hash of `text` is added if that changes it.
 
-    Two different texts never come to the same name but where 32 bits of SHA-256 do.
+    Different texts have different names, except with the probability that 32 bits of SHA-256 are equal.
     """
     plain = re.sub(r"[^A-Za-z0-9._+=,-]+", "-", text)
-    # "__" is what separates the parts of a cell's name; a leading dot hides a file
+    # "__" separates the parts of a cell's name; a leading dot hides a file
     plain = re.sub(r"_{2,}", "_", plain).lstrip(".")
     if plain and plain == text and len(plain) <= longest:
         return text
@@ -33,7 +33,7 @@ def safe(text: str, longest: int = LONGEST_PART) -> str:
 
 @dataclass(frozen=True)
 class Named:
-    """A model as results know it: the name it was given, where it was, and what its weights are (None: not known)."""
+    """A model in results: its name, its path, and the fingerprint of its weights (None: not known)."""
 
     name: str
     path: str
@@ -41,7 +41,7 @@ class Named:
 
     @classmethod
     def of(cls, name: str, path: str, weights: str | None, adapter: Mapping[str, Any] | None) -> Named:
-        """A model with an adapter (its `path` and `weights`), which is another one than without."""
+        """A model; with an adapter (its `path` and `weights`) it is a different model than without."""
         if not adapter:
             return cls(name, path, weights)
         both = hashlib.sha256(f"{weights}+{adapter['weights']}".encode()).hexdigest()[:16]
@@ -49,9 +49,9 @@ class Named:
 
 
 def distinct(models: Iterable[Named]) -> dict[Named, str]:
-    """A name for each model, the same for the same weights at the same place, another for any other.
+    """A name for each model: equal for the same weights at the same path, different for any others.
 
-    Models that share a name get as much of their paths as tells them apart, and those that share a path, too, the
+    Models with the same name get as much of their paths as distinguishes them; those that have the same path, too, get the
     beginning of their fingerprints.
     """
     of: dict[tuple[str, str | None], str] = {}
@@ -64,18 +64,18 @@ def distinct(models: Iterable[Named]) -> dict[Named, str]:
     for name, places in sharing.items():
         paths = {path for path, _ in places}
         for path, weights in places:
-            told = name
+            label = name
             if len(paths) > 1:
                 tail = _tail(path, paths - {path})
-                told = tail if tail.rpartition("/")[2] == name else f"{name} ({tail})"
+                label = tail if tail.rpartition("/")[2] == name else f"{name} ({tail})"
             if len({w for p, w in places if p == path}) > 1:
-                told = f"{told} #{(weights or 'unknown')[:DIGEST]}"
-            of[path, weights] = told
+                label = f"{label} #{(weights or 'unknown')[:DIGEST]}"
+            of[path, weights] = label
     return {m: of[m.path, m.weights] for m in given}
 
 
 def _tail(path: str, others: Iterable[str]) -> str:
-    """The shortest end of `path`, in whole parts, that no other path ends with."""
+    """The shortest end of `path`, as complete parts, that is not the end of another path."""
     parts = path.rstrip("/").split("/")
     ends = {other.rstrip("/") for other in others}
     for n in range(1, len(parts)):

@@ -1,4 +1,4 @@
-"""What finished cells say about their own numbers: each note once, with the cells that have it."""
+"""Notes in the results of finished cells: each note once, with the cells that have it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from a2sf.store.runs import StoredCell
 
 
 def notes_of(cells: Iterable[StoredCell]) -> list[str]:
-    """The notes in results (`notes` in `result.json`), one sentence or two each."""
+    """The different notes of some results (`notes` in `result.json`), with the number of cells."""
     names: dict[str, list[str]] = {}
     times: dict[str, int] = {}
     for stored in cells:

@@ -1,11 +1,11 @@
-"""The run directories: a cell's result is written once, atomically, and read back as it was.
+"""The directories of runs: a cell's result is written once, atomically, and checked when it is read.
 
     runs/<sweep>/<cell>/config.yaml         the cell's resolved config
                         result.json         metrics, timings, provenance, checksums; written last
                         documents.parquet   one row per document: log-likelihoods, choices, metrics
-                        traces.npz          what was evicted, where that was noted
-    runs/<sweep>/results.csv                one row per cell and metric, and per group's score
-                 groups.json                the tasks of groups that were asked for
+                        traces.npz          recorded evictions, if there are any
+    runs/<sweep>/results.csv                one row per cell and metric, and per score of a group
+                 groups.json                the tasks of the sweep's groups
 
 A cell's directory is made under a temporary name and renamed, so a directory with its final name is complete.
 """
@@ -35,17 +35,17 @@ SCHEMA_VERSION = 1
 RESULT, DOCUMENTS, CONFIG, TABLE = "result.json", "documents.parquet", "config.yaml", "results.csv"
 TRACES, GROUPS = "traces.npz", "groups.json"
 COMPUTED_WITH = ("torch", "transformers")
-"""Libraries that can move a number and whose versions are no part of what a cell is."""
+"""Libraries whose versions can change a number but are not part of a cell's identity."""
 IDENTIFYING = ["model", "policy", "budget_ratio", "forgetting_factor", "shots", "task"]
 LEADING_COLUMNS = [*IDENTIFYING, "metric", "value", "stderr", "n"]
 
 
 class DiskError(UserError):
-    """Results cannot be written; the sweep stops, since it could keep nothing."""
+    """Results cannot be written; the sweep stops, because it could not save anything."""
 
 
 class CorruptCell(UserError):
-    """A cell's files are there but are not what was written."""
+    """The files of a cell are not those that were written."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ class StoredCell:
 
     @property
     def cell(self) -> dict[str, Any]:
-        """What defines the cell: model, policy, budget, forgetting_factor, task, shots, limit, ..."""
+        """The cell's settings: model, policy, budget, forgetting_factor, task, shots, limit, ..."""
         return self.result["cell"]
 
     @property
     def model(self) -> Named:
-        """Which model it is: its name, where it was, and its fingerprint or commit."""
+        """The model: its name, path, and fingerprint or commit."""
         cell = self.cell
         identity = cell.get("identity", {})
         path = cell.get("model_path") or cell["model"]
@@ -80,23 +80,23 @@ class StoredCell:
 
     @property
     def notes(self) -> list[dict[str, Any]]:
-        """What a reader of its numbers has to know: `text`, and for a library's warning how many `times` it came."""
+        """Notes about its numbers: the `text`, and for a library's warning how many `times` it occurred."""
         return list(self.result.get("notes") or [])
 
     @property
     def versions(self) -> dict[str, str]:
-        """Of the libraries that computed it, as far as that was noted."""
+        """Versions of the libraries that computed it, as far as they are stored."""
         return (self.result.get("provenance") or {}).get("versions") or {}
 
     @property
     def pruned_share(self) -> float | None:
-        """Share of the scored tokens that saw a pruned cache; None where that was not noted, or nothing was scored."""
+        """Share of the scored tokens that saw a pruned cache; None: not stored, or no token was scored."""
         scored = self.result.get("scored") or {}
         return scored["pruned"] / scored["tokens"] if scored.get("tokens") else None
 
     @property
     def stopped(self) -> str | None:
-        """After how many documents of how many it stopped, since a comparison was told; None where all were scored."""
+        """The number of scored documents (`84 of 200`) if early stopping ended the cell; None: all were scored."""
         until = self.result.get("until") or {}
         return f"{until['seen']} of {until['of']}" if until.get("seen", 0) < until.get("of", 0) else None
 
@@ -109,13 +109,13 @@ class StoredCell:
         """
         file = self.path / DOCUMENTS
         try:
-            with file.open("rb") as stream:  # a path of another encoding than the locale's is no text for pyarrow
+            with file.open("rb") as stream:  # pyarrow fails at a path that is not in the locale's encoding
                 return pd.read_parquet(stream)
-        except Exception as error:
+        except Exception as error:  # pyarrow raises several kinds
             raise UserError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
 
     def open_traces(self) -> BinaryIO | None:
-        """What `a2sf.engine.trace.load` reads; None where evictions were not noted."""
+        """The file that `a2sf.engine.trace.load` reads; None: no evictions were recorded."""
         file = self.path / TRACES
         return file.open("rb") if file.is_file() else None
 
@@ -123,13 +123,13 @@ class StoredCell:
 def write_cell(
     path: Path, result: dict[str, Any], documents: pd.DataFrame, config: str, more: Mapping[str, bytes] | None = None
 ) -> StoredCell:
-    """Write a finished cell to `path`; what is already there under that name stays.
+    """Write a finished cell to `path`; an existing result is not changed.
 
     Args:
         more: further files, by name.
 
     Raises:
-        OSError: if the disk refuses; nothing is left behind then.
+        OSError: if the disk is full or cannot be written; then nothing is left behind.
         UserError: if another cell's result is at `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,10 +147,10 @@ def write_cell(
             text = json.dumps(body, indent=2, sort_keys=True, allow_nan=False) + "\n"
             (temporary / RESULT).write_text(text, encoding="utf-8")
     except OSError:
-        if not (path / RESULT).exists():  # not because somebody else finished the same cell first
+        if not (path / RESULT).exists():  # else another process finished the same cell first
             raise
-        there, cell = read_cell(path).cell, result["cell"]
-        if id_of(there) != id_of(cell):
+        existing, cell = read_cell(path).cell, result["cell"]
+        if id_of(existing) != id_of(cell):
             raise UserError(f"{path} holds the result of another cell; move it elsewhere") from None
     return read_cell(path)
 
@@ -158,21 +158,21 @@ def write_cell(
 def rewrite_cell(
     path: Path, result: dict[str, Any], documents: pd.DataFrame, config: str, more: Mapping[str, bytes]
 ) -> StoredCell:
-    """Write a finished cell with more noted in it in the place of what is there; arguments and errors as `write_cell`."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.old")
-    path.rename(beside)
+    """Replace a finished cell by one with more entries; arguments and errors as `write_cell`."""
+    previous = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.old")
+    path.rename(previous)
     try:
         stored = write_cell(path, result, documents, config, more)
     except BaseException:
         if not path.exists():
-            beside.rename(path)
+            previous.rename(path)
         raise
-    shutil.rmtree(beside)
+    shutil.rmtree(previous)
     return stored
 
 
 def link_cell(source: Path, path: Path) -> None:
-    """Make a finished cell of another sweep appear at `path`, as hard links where the file system has them."""
+    """Add a finished cell of another sweep at `path`, with hard links if the file system supports them."""
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def copy(a: str, b: str) -> None:
@@ -185,7 +185,7 @@ def link_cell(source: Path, path: Path) -> None:
         with atomic.placed(path) as temporary:
             shutil.copytree(source, temporary, copy_function=copy)
     except OSError:
-        if not is_cell(path):  # somebody else was first
+        if not is_cell(path):  # else another process was first
             raise
 
 
@@ -209,7 +209,7 @@ def read_cell(path: Path) -> StoredCell:
 
 
 def set_aside(path: Path, why: str = "corrupt") -> Path:
-    """Move a corrupt cell, or one under another's name, out of the way, keeping it; returns where it went."""
+    """Rename a corrupt cell, or one with the name of another; returns its new path."""
     target = path.with_name(f".{path.name}.{why}-{uuid.uuid4().hex[:6]}")
     atomic.rename(path, target)
     return target
@@ -220,17 +220,17 @@ def is_cell(path: Path) -> bool:
 
 
 def name_of(path: Path) -> str:
-    """The last part of a path as text, whatever encoding the locale reads paths in."""
+    """The last part of a path as text, independent of the locale's encoding."""
     return os.fsencode(path.name).decode("utf-8", "replace")
 
 
 def tail_of(path: Path) -> str:
-    """The part of a cell's directory's name that tells cells apart (`Cell.tail`)."""
+    """The end of the name of a cell's directory, which identifies the cell (`Cell.tail`)."""
     return "__".join(path.name.rsplit("__", 2)[1:])
 
 
 def finished_cells(directory: Path) -> list[StoredCell]:
-    """What a sweep has finished so far, in the order of the cells' names; none if there is no such directory.
+    """The finished cells of a sweep so far, in the order of their names; empty if there is no such directory.
 
     Raises:
         CorruptCell: if a cell is damaged.
@@ -239,7 +239,7 @@ def finished_cells(directory: Path) -> list[StoredCell]:
 
 
 def load_sweep(directory: Path) -> list[StoredCell]:
-    """Every finished cell of one sweep's directory, in the order of the cells' names.
+    """All finished cells of a sweep's directory, in the order of their names.
 
     Raises:
         UserError: if the directory does not exist or holds no finished cell.
@@ -264,7 +264,7 @@ def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
         common = {
             "model": names[stored.model],
             "policy": cell["policy"],
-            # NaN and not None, so that a column without a ratio holds numbers, too
+            # NaN instead of None, so that the column holds numbers
             "budget_ratio": 1.0 if not budget else math.nan if budget["ratio"] is None else _plain(budget["ratio"]),
             "forgetting_factor": _plain(cell["forgetting_factor"]),
             "shots": cell["shots"],
@@ -301,20 +301,20 @@ def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
 
 
 def id_of(cell: dict[str, Any]) -> str:
-    """The `Cell.id` of a `cell` entry, from its identity; what it was given where there is none."""
+    """The `Cell.id` of a `cell` entry, computed from its identity; the stored id if it has no identity."""
     if "identity" not in cell:
         return str(cell.get("id"))
     return hashlib.sha256(json.dumps(cell["identity"], sort_keys=True).encode()).hexdigest()[:ID_DIGITS]
 
 
-def asked(cell: dict[str, Any]) -> dict[str, Any]:
-    """What a `cell` entry asks for, whatever the weights and documents were when it was computed."""
-    plain = {"schedule": "step"}  # where a cell is older than schedules
+def settings_of(cell: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a `cell` entry, without what identifies its weights and documents."""
+    plain = {"schedule": "step"}  # older cells have no schedule
     return plain | {k: v for k, v in cell.items() if k not in ("id", "name", "identity")}
 
 
 def schedule_of(cell: dict[str, Any]) -> str:
-    """The schedule of a `cell` entry, as a column of tables has it: "" for step by step."""
+    """The schedule of a `cell` entry in tables: "" for step by step."""
     name = str(cell.get("schedule") or "step")
     return "" if name == "step" else name
 
@@ -325,14 +325,14 @@ def _option(cell: dict[str, Any], key: str) -> Any:
 
 
 def table_of(cells: Iterable[StoredCell], groups: Sequence[Group]) -> pd.DataFrame:
-    """`results_frame`, then a row for each group's score, with the number of its tasks in the column `members`."""
+    """`results_frame` and a row for each group's score, with the number of its tasks in the column `members`."""
     table = results_frame(cells)
     made, _ = aggregates(table, groups)
     return pd.concat([table, made], ignore_index=True) if len(made) else table
 
 
 def write_groups(directory: Path, groups: Sequence[Group]) -> None:
-    """Note groups beside a sweep's cells; one of the same name and shots takes the place of an earlier one."""
+    """Store groups in a sweep's directory; a group replaces an earlier one with the same name and shots."""
     if groups:
         known = {(g.name, tuple(m.shots for m in g.members)): g for g in [*read_groups(directory), *groups]}
         directory.mkdir(parents=True, exist_ok=True)
@@ -340,13 +340,13 @@ def write_groups(directory: Path, groups: Sequence[Group]) -> None:
 
 
 def read_groups(directory: Path) -> list[Group]:
-    """The groups that a sweep's directory notes; none where it notes none."""
+    """The groups that a sweep's directory stores."""
     file = directory / GROUPS
     return read(file.read_text(encoding="utf-8")) if file.is_file() else []
 
 
 def write_table(directory: Path, cells: Iterable[StoredCell]) -> Path:
-    """Write `results.csv` of a sweep, whole or not at all."""
+    """Write `results.csv` of a sweep, atomically."""
     target = directory / TABLE
     atomic.write(target, table_of(cells, read_groups(directory)).to_csv(index=False))
     return target

@@ -17,7 +17,7 @@ from a2sf.policies.budget import Budget
 from a2sf.policies.find import source_digest
 from a2sf.policies.schedule import Schedule, schedule_for
 from a2sf.store.names import ID_DIGITS, safe
-from a2sf.sweep.until import Until
+from a2sf.sweep.stopping_rule import StoppingRule
 from a2sf.tasks import spec as tasks
 from a2sf.tasks.prompting import Prompting
 
@@ -46,7 +46,7 @@ class Cell:
         prompting: without what makes no difference to this task (`Prompting.of`).
         schedule: None: the policy's default, or a schedule that comes to the same (`nondefault_schedule`).
         data: with what identifies the documents, where a sweep has settled it.
-        until: when to stop before all documents are scored; None: never.
+        stopping_rule: when to stop before all documents are scored; None: all are scored.
         log_samples: whether texts are stored, and not only numbers and hashes; no part of what the cell is.
     """
 
@@ -61,7 +61,7 @@ class Cell:
     data: tasks.DataSpec
     schedule: Schedule | None = None
     backend: str = "auto"
-    until: Until | None = None
+    stopping_rule: StoppingRule | None = None
     prompting: Prompting = field(default_factory=Prompting)
     log_samples: bool = True
 
@@ -144,10 +144,9 @@ class Cell:
     def tail(self) -> str:
         """The end of the name, which tells cells apart: how many documents, and the `id`."""
         most = "all" if self.limit is None else f"n{self.limit}"
-        texts = (
-            f"-{safe(self.data.cluster)}" if self.data.cluster else ""
-        )  # texts are drawn instead of documents, so other documents are seen
-        return f"{most}{f'-{self.until.tag}{texts}' if self.until else ''}__{self.id}"
+        # texts are drawn instead of documents, so other documents are seen
+        texts = f"-{safe(self.data.cluster)}" if self.data.cluster else ""
+        return f"{most}{f'-{self.stopping_rule.tag}{texts}' if self.stopping_rule else ''}__{self.id}"
 
     def describe(self) -> dict[str, Any]:
         """The `cell` entry of `result.json`."""
@@ -169,7 +168,7 @@ class Cell:
             "task": self.task_name,
             "shots": self.shots,
             "limit": self.limit,
-            **({"until": _plain(dataclasses.asdict(self.until))} if self.until else {}),
+            **({"until": _plain(self.stopping_rule.stored)} if self.stopping_rule else {}),
             "seed": self.seed,
             **({"options": options} if (options := self.options) else {}),
             **({"data": given} if (given := self.data.settings) else {}),

@@ -24,7 +24,7 @@ from a2sf.store.runs import DiskError
 from a2sf.sweep.answer_store import FOLDER, write_in
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.sequential import PairedMean
-from a2sf.sweep.until import Until
+from a2sf.sweep.stopping_rule import StoppingRule
 from a2sf.tasks import shared_texts
 from a2sf.tasks.numbers import number_of
 
@@ -44,7 +44,9 @@ def check(task: Any) -> None:
         UserError: saying what it is.
     """
     if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
-        raise UserError(f"until is for tasks whose answers are scored, and {task.config.task} is {task.OUTPUT_TYPE}")
+        raise UserError(
+            f"early_stopping is for tasks whose answers are scored, and {task.config.task} is {task.OUTPUT_TYPE}"
+        )
 
 
 class EarlyStopping:
@@ -63,17 +65,17 @@ class EarlyStopping:
 
     def __init__(
         self,
-        until: Until,
+        rule: StoppingRule,
         directory: Path,
         cells: Sequence[Cell],
         answers: Mapping[str, Answers],
         task: Any,
         shared_text: str | None = None,
     ) -> None:
-        self.until, self.task, self.answers = until, task, dict(answers)
-        self.pairs = [(a.name, b.name) for a, b in comparisons(until, cells)]
+        self.rule, self.task, self.answers = rule, task, dict(answers)
+        self.pairs = [(a.name, b.name) for a, b in comparisons(rule, cells)]
         self._ids = {c.name: c.id for c in cells}
-        self._compared = {c.id for c in cells if c.policy.name in until.pair}
+        self._compared = {c.id for c in cells if c.policy.name in rule.pair}
         self.file = directory / FOLDER / f"until-{_group(cells[0])}.json"
         self._earlier_file = directory / FOLDER / f"until-{_group(cells[0])[:EARLIER_DIGITS]}.json"
         self.documents: list[int] | None = None
@@ -143,7 +145,7 @@ class EarlyStopping:
         """The comparisons of cells that can be computed; they start again when a cell fails."""
         pairs = [p for p in self.pairs if all(self.answers[n].error is None for n in p)]
         if self._comparisons is None or list(self._comparisons.pairs) != pairs:
-            self._comparisons, self._next = Comparisons(self.until, [len(text) for text in self._order], pairs), 0
+            self._comparisons, self._next = Comparisons(self.rule, [len(text) for text in self._order], pairs), 0
         return self._comparisons
 
     def _score(self, name: str, document: int) -> float | None:
@@ -158,11 +160,13 @@ class EarlyStopping:
             return None
         metrics = self.task.process_results(instances[0].doc, [a[:2] for a in answers if a is not None])
         found = {m: number for m, v in metrics.items() if (number := number_of(v)) is not None and 0 <= number <= 1}
-        if self.until.metric not in found:
+        if self.rule.metric not in found:
             raise ConfigError(
-                "until.metric", self.until.metric, f"{self.task.config.task} has {', '.join(found)} of each document"
+                "early_stopping.metric",
+                self.rule.metric,
+                f"{self.task.config.task} has {', '.join(found)} of each document",
             )
-        return found[self.until.metric]
+        return found[self.rule.metric]
 
     def _write(self) -> None:
         pairs = [[self._ids[n] for n in p] for p in self._current().pairs]
@@ -185,9 +189,9 @@ class EarlyStopping:
                 self.documents, self._earlier = list(body["told"]), body["report"]
 
 
-def comparisons(until: Until, cells: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
+def comparisons(rule: StoppingRule, cells: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
     """The pairs of a group's cells that are compared: equal budget and schedule, or one that ignores budgets and any."""
-    first, second = ([c for c in cells if c.policy.name == name] for name in until.pair)
+    first, second = ([c for c in cells if c.policy.name == name] for name in rule.pair)
     return [
         (a, b)
         for a, b in itertools.product(first, second)
@@ -201,18 +205,18 @@ class Comparisons:
     """The comparisons of one group, and what is known of them.
 
     Attributes:
-        until: when a comparison is decided.
+        rule: when a comparison is decided.
         documents: of each text, how many documents share it, seen or not; texts are drawn at random, not documents.
         pairs: names of the cells that are compared.
     """
 
-    until: Until
+    rule: StoppingRule
     documents: Sequence[int]
     pairs: Sequence[tuple[str, str]]
     means: list[PairedMean] = field(init=False)
 
     def __post_init__(self) -> None:
-        alpha = (1 - self.until.confidence) / max(1, len(self.pairs))
+        alpha = (1 - self.rule.confidence) / max(1, len(self.pairs))
         steps = max(self.documents, default=1)
         self.means = [PairedMean(len(self.documents), alpha, steps) for _ in self.pairs]
 
@@ -237,10 +241,10 @@ class Comparisons:
         return bool(self.means) and all(map(self._decided, self.means))
 
     def _decided(self, mean: PairedMean) -> bool:
-        until, (low, high) = self.until, self.interval(mean)
-        if until.half_width is not None and 100 * (high - low) / 2 <= until.half_width:
+        rule, (low, high) = self.rule, self.interval(mean)
+        if rule.half_width is not None and 100 * (high - low) / 2 <= rule.half_width:
             return True
-        return until.verdict and not low <= 0 <= high
+        return rule.significant and not low <= 0 <= high
 
     def report(self) -> list[dict[str, Any]]:
         """What is known: the cells, and the interval (in the metric's own unit) of the difference on all documents."""

@@ -101,7 +101,7 @@ class Group:
         try:
             with collected(self._warned):
                 task = first.spec.build(first.seed)
-                if first.until is not None:
+                if first.stopping_rule is not None:
                     check(task)
                 instances = task.make_requests(self.scorer.lm, first.prompting, first.limit)
             requests = by_kind(self.scorer.lm, instances, (task.config.metadata or {}).get("shared_context"))
@@ -124,9 +124,9 @@ class Group:
             store.add(cell, answers, finished.get(cell.name))
             answers.seconds += each
         stopping = None
-        if first.until is not None and cells:
+        if first.stopping_rule is not None and cells:
             field = shared_texts.field_of(task, first.data.cluster)
-            stopping = EarlyStopping(first.until, self.directory, list(cells.values()), store.all, task, field)
+            stopping = EarlyStopping(first.stopping_rule, self.directory, list(cells.values()), store.all, task, field)
         try:
             try:
                 for _ in self._scored(requests, store, stopping):

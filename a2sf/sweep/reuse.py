@@ -1,7 +1,7 @@
-"""Which cells of a sweep are computed already, in this sweep or another one.
+"""Which cells of a sweep have a result already, in this sweep or in another one.
 
-A directory's name only says where to look: its last part is the beginning of a hash, and two cells may share it. Whether
-a result is a cell's own is decided by comparing the identity that is stored in it.
+The name of a result's directory ends with the first digits of a hash, which two cells may share. So the name only says where
+to look; the identity that is stored in the result decides whether it belongs to a cell.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from a2sf.sweep.cell import Cell
 
 
 def matches(stored: dict[str, Any], cell: Cell) -> bool:
-    """Whether a `cell` entry of `result.json` is this cell's: the same identity, limit and condition to stop at."""
+    """Whether a `cell` entry of `result.json` is this cell's: the same identity, limit and stopping rule."""
     return not differing(stored, cell)
 
 
 def differing(stored: dict[str, Any], cell: Cell) -> list[str]:
-    """The keys in which a `cell` entry of `result.json` differs from a cell; those of `identity` by their own names."""
+    """The keys in which a `cell` entry of `result.json` differs from a cell, including those inside `identity`."""
     wanted = json.loads(json.dumps(cell.describe()))
-    if "identity" not in stored:  # then what else it says of itself
+    if "identity" not in stored:  # then compare its other entries
         keys = set(stored) & set(wanted) - {"id", "name", "policy_label"}
         return sorted(k for k in keys if stored[k] != wanted[k])
     found = _differing(stored["identity"], wanted["identity"])
@@ -42,8 +42,8 @@ class Finished:
     """Directories of finished cells, found by a cell's name.
 
     Args:
-        paths: directories; those that hold no finished cell are left out.
-        wanted: only what could be the result of one of these cells is looked at.
+        paths: directories; those without a finished cell are left out.
+        wanted: the cells whose results are looked for.
     """
 
     def __init__(self, paths: Iterable[Path], wanted: Iterable[Cell]) -> None:
@@ -54,12 +54,12 @@ class Finished:
                 self._of.setdefault(place, []).append(path)
 
     def named(self, cell: Cell) -> list[Path]:
-        """Directories whose names end as this cell's name does, in as many digits as they have."""
+        """Directories whose names end like this cell's name, which may have fewer digits of the hash."""
         found = self._of.get(_place(cell.tail), ())
         return [p for p in found if cell.tail.startswith(tail_of(p))]
 
     def has(self, cell: Cell) -> bool:
-        """Whether there is a whole result of this cell."""
+        """Whether there is a valid result of this cell."""
         for path in self.named(cell):
             with suppress(CorruptCell):
                 if matches(read_cell(path).cell, cell):
@@ -68,13 +68,13 @@ class Finished:
 
 
 def _place(tail: str) -> str:
-    """The part of a tail that all names of one cell share, also those from before names had sixteen digits."""
+    """The part of a tail that all names of one cell share, including names with eight digits, from before version 0.2.0."""
     documents, _, digits = tail.rpartition("__")
     return f"{documents}__{digits[:EARLIER_DIGITS]}"
 
 
 def results_of(cells: Iterable[Cell], stored: Iterable[StoredCell]) -> dict[str, StoredCell]:
-    """By a cell's name, which of the stored results is its own; cells without one are left out."""
+    """Cell name -> its result among the stored ones; cells without a result are left out."""
     among: dict[str, list[StoredCell]] = {}
     for one in stored:
         among.setdefault(_place(tail_of(one.path)), []).append(one)
@@ -91,9 +91,9 @@ class Plan:
     """The cells of a sweep, each once.
 
     Attributes:
-        cells: all of them.
-        done: names of those whose results are there.
-        notes: what the user should know (results that are corrupt, or another cell's).
+        cells: all of them, finished or not.
+        done: names of the cells that have a result.
+        notes: what the user should know (corrupt results, or results of other cells).
     """
 
     cells: list[Cell]
@@ -106,26 +106,26 @@ class Plan:
 
 
 def plan(cells: Iterable[Cell], directory: Path) -> Plan:
-    """Recognise equal cells and those already computed, in this sweep or (linked here) in another one."""
+    """Find equal cells, and results of this sweep or another one; another sweep's results are linked into `directory`."""
     unique = {c.name: c for c in {c.tail: c for c in cells}.values()}
     finished = Finished(sorted(directory.parent.glob("*/*__*")), unique.values())
     done: set[str] = set()
     notes: list[str] = []
     for name, cell in unique.items():
         named = finished.named(cell)
-        own = [p for p in named if p.parent == directory]
-        others = [p for p in named if p.parent != directory]
-        if _any_is_of(cell, own, notes):
+        here = [p for p in named if p.parent == directory]
+        elsewhere = [p for p in named if p.parent != directory]
+        if _has_result(cell, here, notes):
             done.add(name)
-        elif (same := _first_of(cell, others, notes)) is not None:
-            link_cell(same, directory / name)
+        elif (found := _first_result(cell, elsewhere, notes)) is not None:
+            link_cell(found, directory / name)
             done.add(name)
     return Plan(list(unique.values()), frozenset(done), notes)
 
 
-def _any_is_of(cell: Cell, own: Iterable[Path], notes: list[str]) -> bool:
-    """Whether one of the sweep's own directories holds the cell's result; what takes the cell's place is moved."""
-    for path in own:
+def _has_result(cell: Cell, paths: Iterable[Path], notes: list[str]) -> bool:
+    """Whether one of the sweep's directories holds the cell's result; a corrupt or wrong result is moved away."""
+    for path in paths:
         try:
             stored = read_cell(path).cell
         except CorruptCell as error:
@@ -138,8 +138,8 @@ def _any_is_of(cell: Cell, own: Iterable[Path], notes: list[str]) -> bool:
     return False
 
 
-def _first_of(cell: Cell, others: Iterable[Path], notes: list[str]) -> Path | None:
-    for path in others:
+def _first_result(cell: Cell, paths: Iterable[Path], notes: list[str]) -> Path | None:
+    for path in paths:
         with suppress(CorruptCell):
             if not (different := differing(read_cell(path).cell, cell)):
                 return path
@@ -149,26 +149,26 @@ def _first_of(cell: Cell, others: Iterable[Path], notes: list[str]) -> Path | No
 
 def _not_reused(path: Path, different: list[str], moved: str = "") -> str:
     return (
-        f"{path} is not reused{moved}: its name ends as that of a cell of this sweep, but it is the result of another "
-        f"one (different: {', '.join(different)})."
+        f"{path} is not reused{moved}: its name ends like that of a cell of this sweep, but it is the result of another "
+        f"cell (different: {', '.join(different)})."
     )
 
 
 def find_extendable(runs: Path, cells: Iterable[Cell]) -> dict[str, StoredCell]:
-    """By a cell's name, the result under any sweep of `runs` with its identity that scored the most documents."""
+    """Cell name -> the result with its identity and the most documents, in any sweep under `runs`."""
     wanted: dict[str, list[Cell]] = {}
     for cell in cells:
         wanted.setdefault(cell.id[:EARLIER_DIGITS], []).append(cell)
     best: dict[str, StoredCell] = {}
     for path in sorted(runs.glob("*/*__*")):  # one listing, however many cells are wanted
         digits = path.name.rpartition("__")[2]
-        same = [c for c in wanted.get(digits[:EARLIER_DIGITS], ()) if c.id.startswith(digits)]
-        if not same or not is_cell(path):
+        candidates = [c for c in wanted.get(digits[:EARLIER_DIGITS], ()) if c.id.startswith(digits)]
+        if not candidates or not is_cell(path):
             continue
         with suppress(CorruptCell):
             stored = read_cell(path)
             n = stored.result["documents"]["n"]
-            for cell in same:
+            for cell in candidates:
                 identical = json.loads(json.dumps(cell.identity)) == stored.cell.get("identity", cell.identity)
                 if identical and (cell.name not in best or n > best[cell.name].result["documents"]["n"]):
                     best[cell.name] = stored

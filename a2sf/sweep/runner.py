@@ -38,8 +38,8 @@ from a2sf.store.runs import (
     TRACES,
     DiskError,
     StoredCell,
-    asked,
     finished_cells,
+    settings_of,
     write_cell,
     write_table,
 )
@@ -135,7 +135,7 @@ class Runner:
                     file.parent.mkdir(parents=True, exist_ok=True)
                     leases.enter_context(lock)
                 except filelock.Timeout:
-                    if cell.until is not None:  # all cells of a group decide together when it stops
+                    if cell.stopping_rule is not None:  # all cells of a group decide together when it stops
                         return [*outcomes, *(Outcome(c.name, "busy") for c in todo)]
                     outcomes.append(Outcome(cell.name, "busy"))
                 except OSError as error:  # another user's folder
@@ -306,7 +306,7 @@ def _clear_failures(directory: Path, cell: dict[str, Any]) -> None:
     """Remove what was recorded of a cell with the same settings, also if weights or documents have changed since."""
     for file in (directory / "failures").glob("*.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            if asked(json.loads(file.read_text(encoding="utf-8"))["cell"]) == asked(cell):
+            if settings_of(json.loads(file.read_text(encoding="utf-8"))["cell"]) == settings_of(cell):
                 file.unlink()
 
 

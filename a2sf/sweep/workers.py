@@ -1,6 +1,6 @@
-"""Which GPU each worker of a launcher computes on, and with how many threads.
+"""Which GPU a launcher's worker uses, and how many threads.
 
-Slurm and Ray give a job GPUs of its own and hide the others; joblib's workers see all of them, and each takes one.
+Slurm and Ray assign GPUs to a job and hide the others. joblib's workers see all GPUs, so each of them locks one.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from a2sf.errors import ConfigError
 _held: list[FileLock] = []
 
 
-def asked_gpus(launcher: Any) -> tuple[str, bool] | None:
-    """The key by which a launcher's jobs get GPUs of their own, and whether it is set; None: they see this machine's.
+def gpu_request(launcher: Any) -> tuple[str, bool] | None:
+    """The key that requests GPUs for each job of a launcher, and whether it is set; None: jobs use this machine's GPUs.
 
     Args:
         launcher: the configuration `hydra.launcher`.
@@ -38,35 +38,35 @@ def asked_gpus(launcher: Any) -> tuple[str, bool] | None:
 
 
 def settle_device(launcher: Any, composed: DictConfig) -> None:
-    """Say in a composed configuration what `model.device` is for a launcher's jobs, whatever this machine has.
+    """Replace `model.device=auto` in a composed configuration by the device that a launcher's jobs will have.
 
-    A cell's name depends on it, so that a job must not find out by itself.
+    A cell's name depends on the device, so that it must be known before the jobs start.
 
     Raises:
-        ConfigError: if the jobs get no GPU and are to use one, or the jobs' only GPU is given another number.
+        ConfigError: if the jobs get no GPU and are to use one, or if the device is a GPU's number, which jobs do not see.
     """
-    asked = asked_gpus(launcher)
-    if asked is None:
+    request = gpu_request(launcher)
+    if request is None:
         return
-    (key, given), device = asked, str(composed.model.device)
+    (key, given), device = request, str(composed.model.device)
     if device == "auto":
         if not given and torch.cuda.is_available():
-            why = "this machine has a GPU and its workers would have none; give 1, or model.device=cpu"
+            why = "this machine has a GPU, but its workers would not; give 1, or model.device=cpu"
             raise ConfigError(key, "null", why)
         composed.model.device = "cuda" if given else "cpu"
     elif device.startswith("cuda:"):
-        raise ConfigError("model.device", device, "a worker sees only the GPU that it is given; give cuda")
+        raise ConfigError("model.device", device, "a worker sees only the GPU that it is assigned; give cuda")
     elif device == "cuda" and not given:
         raise ConfigError(key, "null", "model.device=cuda needs a GPU for each worker; give 1")
 
 
 def take_gpu(launcher: Mapping[str, Any]) -> None:
-    """Let a worker process of joblib's have a GPU as its current one, which `cuda` means: the first that is free.
+    """Make the first free GPU the current one (`cuda`) of a joblib worker.
 
-    More workers than GPUs share them evenly. It is taken until the process ends, by a lock that ends with it.
+    A file lock holds the GPU until the process ends. If there are more workers than GPUs, they share them evenly.
     """
-    there = torch.cuda.device_count()
-    if there < 2 or _held or not launcher.get("n_jobs"):
+    gpus = torch.cuda.device_count()
+    if gpus < 2 or _held or not launcher.get("n_jobs"):
         return
     among = hashlib.sha256(os.environ.get("CUDA_VISIBLE_DEVICES", "").encode()).hexdigest()[:8]
     folder = Path(tempfile.gettempdir()) / f"a2sf-gpus-{getpass.getuser()}-{among}"
@@ -79,11 +79,11 @@ def take_gpu(launcher: Mapping[str, Any]) -> None:
             _held.append(lock)
         except Timeout:
             slot += 1
-    torch.cuda.set_device(slot % there)
+    torch.cuda.set_device(slot % gpus)
 
 
 def share_cores(launcher: Any) -> None:
-    """Let workers side by side on one machine share its cores instead of each taking all."""
+    """Divide the cores of a machine among the workers that run on it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = launcher.get("n_jobs") or 1
     per_worker = cores // (cores if workers < 0 else workers)  # joblib

@@ -1,6 +1,6 @@
-"""What lm-eval defines: tasks, tags and groups by name, and a user's own YAML file by its path.
+"""Definitions of tasks, tags and groups: lm-eval's by name, and those in a user's YAML file by its path.
 
-lm-eval's own reading of groups and tags is used; but a member here is its definition, not a task with its documents loaded.
+Groups and tags are read by lm-eval's code; but a member is its definition here, not a task with its documents loaded.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ SUITES = {
     "long": LONG,
     "long_generate": tuple(f"{task}_generate" for task in LONG),
 }
-"""Names for lists of tasks. `paper`: the seven of arXiv 2407.20485; `long`: ours of any length, choosing or writing."""
+"""Names for lists of tasks. `paper`: those of arXiv 2407.20485; `long`: texts of any length, with choices or generation."""
 
 OWN_TASKS = (Path(__file__).parent / "needle", Path(__file__).parent / "long")
 TASKS_DIRECTORY = Path(_lm_eval_tasks).parent
 INSIDE = "::"
-"""Between a group and one of its members, in the name of a member that exists only there."""
+"""Separates a group and its member in the name of a member that is defined only in the group."""
 NOT_SETTINGS = {"task", "task_alias", "group", "group_alias", "tag", "aggregate_metric_list", "num_fewshot"}
-"""Keys of a group's member that change no document's number; its shots are kept apart."""
+"""Keys of a group's member that do not change a number; its shots are stored separately."""
 MAKES_DOCUMENTS = ("dataset_path", "custom_dataset", "class", "include")
 YAML = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
 class Definition:
-    """One task, as it is written down.
+    """The definition of one task.
 
     Attributes:
-        ref: what finds it again: lm-eval's name, `group::member`, or the path of a YAML file.
-        name: what tables call it.
-        entry: where it is written.
-        settings: what the group says of this member, besides its shots.
-        shots: how many examples the group wants for it; None: nothing said.
+        ref: reference to it: lm-eval's name, `group::member`, or the path of a YAML file.
+        name: its name in tables.
+        entry: lm-eval's entry of its file.
+        settings: settings that the group changes for this member, without its shots.
+        shots: number of examples that the group sets for this member; None: it sets none.
     """
 
     ref: str
@@ -68,16 +68,16 @@ class Definition:
 
     @property
     def config(self) -> dict[str, Any]:
-        """lm-eval's configuration, functions as strings (nothing is imported)."""
+        """lm-eval's configuration with functions as strings (nothing is imported)."""
         return _Reader(resolve=False).config(self.entry) | self.settings
 
     def resolved(self) -> dict[str, Any]:
-        """The same with its functions imported, to build the task from."""
+        """The configuration with its functions imported, to build the task."""
         return _Reader(resolve=True).config(self.entry) | live(self.settings)
 
     @property
     def arguments(self) -> frozenset[str]:
-        """Names that its code may look for in the task's metadata; none where no code sees it."""
+        """Names that its code may read from the task's metadata; empty if it has no code that does so."""
         return known_arguments(self.config)
 
     @property
@@ -85,13 +85,13 @@ class Definition:
         return self.entry.yaml_path.parent if self.entry.yaml_path else None
 
     def digest(self, config: dict[str, Any] | None = None) -> str | None:
-        """A hash of the definition and of the functions' files; None for lm-eval's own, which its version identifies.
+        """A hash of the definition and its functions' files; None for those of lm-eval, which lm-eval's version identifies.
 
         Args:
-            config: instead of what was read first.
+            config: the configuration to hash, instead of the one that was read first.
         """
-        own = self.folder is not None and self.folder.is_relative_to(TASKS_DIRECTORY)
-        if not self.settings and self.ref == self.name and (own or self.folder in OWN_TASKS):
+        of_lm_eval = self.folder is not None and self.folder.is_relative_to(TASKS_DIRECTORY)
+        if not self.settings and self.ref == self.name and (of_lm_eval or self.folder in OWN_TASKS):
             return None
         parts: list[Any] = []
 
@@ -110,7 +110,7 @@ class Definition:
 
 
 def unchanged(found: Definition) -> None:
-    """Refuse a definition that is not what it was when this process first asked, or whose functions are not.
+    """Refuse a definition that changed, or whose functions changed, since this process first read it.
 
     Raises:
         UserError: if its files changed.
@@ -126,13 +126,13 @@ _first: dict[str, str | None] = {}
 
 
 def resolve(name: str, folder: Path | None = None) -> list[Definition]:
-    """A task, tag, group or YAML file -> its tasks, each with what the group says of it.
+    """The tasks of a task, tag, group or YAML file, each with the settings of its group.
 
     Args:
-        folder: one that `own.include` has read, whose names win over lm-eval's.
+        folder: a folder that `user_folder.include` has registered; its names take precedence over lm-eval's.
 
     Raises:
-        ConfigError: if there is no such name, with the nearest ones; or if it has a member that lm-eval cannot load.
+        ConfigError: if there is no such name, naming the nearest ones; or if it has a member that lm-eval cannot load.
     """
     if INSIDE in name and _find(name, folder)[1] is None:
         group = name.partition(INSIDE)[0]
@@ -151,7 +151,7 @@ def resolve(name: str, folder: Path | None = None) -> list[Definition]:
 
 
 def aggregates(name: str, folder: Path | None = None) -> list[Aggregate]:
-    """How lm-eval averages a group and the groups inside it, outer ones first; none for anything but a group.
+    """How lm-eval averages a group and the groups inside it, outer ones first; empty for a task or tag.
 
     Args:
         folder: as for `resolve`.
@@ -159,7 +159,7 @@ def aggregates(name: str, folder: Path | None = None) -> list[Aggregate]:
     Raises:
         ConfigError: as `resolve`.
     """
-    return list(_of_ours(name)) if folder is None else _aggregates(name, folder)
+    return list(_cached_aggregates(name)) if folder is None else _aggregates(name, folder)
 
 
 def _aggregates(name: str, folder: Path | None = None) -> list[Aggregate]:
@@ -185,12 +185,12 @@ def _aggregates(name: str, folder: Path | None = None) -> list[Aggregate]:
 
 
 @cache
-def _of_ours(name: str) -> list[Aggregate]:
+def _cached_aggregates(name: str) -> list[Aggregate]:
     return _aggregates(name)
 
 
 def _read(name: str, folder: Path | None) -> tuple[str, Any]:
-    """What finds a name again without the folder, and lm-eval's group, list of a tag's members, or task of that name.
+    """A reference to a name that needs no folder; and lm-eval's group, list of a tag's members, or task of that name.
 
     Raises:
         ConfigError: if there is no such name.
@@ -205,14 +205,14 @@ def _read(name: str, folder: Path | None) -> tuple[str, Any]:
 
 
 def definition(ref: str) -> Definition:
-    """The one task that `ref` finds.
+    """The task of a reference.
 
     Raises:
         ConfigError: as `resolve`, and if it names several.
     """
     found = _resolved(ref)
     if len(found) != 1:
-        raise ConfigError("tasks", ref, f"it names {len(found)} tasks, where one is asked for")
+        raise ConfigError("tasks", ref, f"it names {len(found)} tasks, but must name one")
     return found[0]
 
 
@@ -223,10 +223,10 @@ def _resolved(ref: str) -> tuple[Definition, ...]:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """A group that lm-eval gives scores of its own, made of its tasks'.
+    """A group for which lm-eval computes scores from those of its tasks.
 
     Attributes:
-        averages: metric, its filters (None: all that the tasks have), whether weighted by the tasks' numbers of documents.
+        averages: of each metric its name, its filters (None: all), and whether tasks are weighted by their documents.
     """
 
     name: str
@@ -236,7 +236,7 @@ class Aggregate:
 
 @dataclass(frozen=True)
 class _Leaf:
-    """A member of a group, before it has a name of its own."""
+    """A member of a group, before it has a name."""
 
     entry: Entry
     overrides: dict[str, Any]
@@ -244,11 +244,11 @@ class _Leaf:
 
     @property
     def task_name(self) -> str:
-        return f"{self.number}"  # unique: a group of lm-eval's keeps one member per name
+        return f"{self.number}"  # unique, because lm-eval's group stores one member per name
 
 
 class _Reader(TaskFactory):
-    """lm-eval's factory, up to the point where it would load a task."""
+    """lm-eval's factory, which here returns a `_Leaf` instead of loading a task."""
 
     def __init__(self, resolve: bool) -> None:
         super().__init__()
@@ -258,7 +258,7 @@ class _Reader(TaskFactory):
         return self._load_full_config(entry)
 
     def written(self, entry: Entry) -> dict[str, Any]:
-        """What an entry's file says now."""
+        """The present configuration in an entry's file."""
         return dict(load_yaml(entry.yaml_path, resolve_func=False))
 
     def _load_full_config(self, entry: Entry, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -285,13 +285,13 @@ class _Reader(TaskFactory):
     ) -> Any:
         nameless = [m for m in member_list if isinstance(m, dict) and not {"task", "group"} & set(m)]
         if nameless:
-            said = ", ".join(
+            unnamed = ", ".join(
                 " ".join(str(m[k]) for k in ("dataset_path", "dataset_name") if m.get(k)) for m in nameless
             )
             raise ConfigError(
                 "tasks",
                 group_name,
-                f"lm-eval cannot load {len(nameless)} of its {len(member_list)} members, which have no name ({said}); "
+                f"lm-eval cannot load {len(nameless)} of its {len(member_list)} members, which have no name ({unnamed}); "
                 "name the tasks themselves",
             )
         members = []
@@ -306,7 +306,7 @@ class _Reader(TaskFactory):
                 cfg = dict(load_yaml(include, resolve_func=False)) | item if include else item
                 registry[name] = Entry(name=name, kind=Kind.TASK, yaml_path=None, cfg=cfg | {"task": name})
                 item = {"task": name}
-            # a string, because of a dictionary lm-eval hands the tag's or group's own name on as the members' name
+            # a string: lm-eval would give a dictionary's members the name of the tag or group
             members.append(item["task"] if set(item) == {"task"} else item)
         return super()._build_group_members(members, group_name, overrides, registry)
 
@@ -334,7 +334,7 @@ def _leaves(built: Any) -> Iterator[_Leaf]:
 
 
 def _named(requested: str, leaves: list[_Leaf]) -> dict[int, Definition]:
-    """By a leaf's number, under a name that finds it again: its own where the group changes nothing, else `group::member`.
+    """Number of a leaf -> its definition; its name is `group::member` if the group changes its settings.
 
     Equal members are one object.
     """
@@ -362,20 +362,20 @@ def _named(requested: str, leaves: list[_Leaf]) -> dict[int, Definition]:
                 raise ConfigError(own.KEY, leaf.entry.yaml_path, why)
             inner = name.removeprefix(f"{label}{INSIDE}")
             ref, name = f"{home}{INSIDE}{inner}", f"{label}{INSIDE}{inner}"
-        said, number = json.dumps(settings, sort_keys=True, default=str), 1
-        alike = [d for d in found.values() if d.ref.partition("#")[0] == ref and d.settings != settings]
-        if alike:  # the same task twice in a group, with different settings
-            number = len({json.dumps(d.settings, sort_keys=True, default=str) for d in alike}) + 1
+        as_text, number = json.dumps(settings, sort_keys=True, default=str), 1
+        same_task = [d for d in found.values() if d.ref.partition("#")[0] == ref and d.settings != settings]
+        if same_task:  # twice in a group, with different settings
+            number = len({json.dumps(d.settings, sort_keys=True, default=str) for d in same_task}) + 1
             ref, name = f"{ref}#{number}", f"{name}#{number}"
         definition = Definition(ref, name, leaf.entry, settings, shots)
-        of[leaf.number] = found.setdefault((ref, said, shots), definition)
+        of[leaf.number] = found.setdefault((ref, as_text, shots), definition)
     return of
 
 
 def _find(name: str, folder: Path | None) -> tuple[str, Entry | None, dict[str, Entry]]:
-    """What finds a name again without the folder, where it is written down, and what else of the user's it may name.
+    """A reference to a name that needs no folder, its entry (None: there is none), and the user's other entries.
 
-    A quick look for a task spares reading lm-eval's 14,000 definitions.
+    A task's file is searched for first, which is faster than reading lm-eval's 14,000 definitions.
     """
     mine = own.entries(folder) if folder else {}
     if name in mine:
@@ -392,7 +392,7 @@ def _find(name: str, folder: Path | None) -> tuple[str, Entry | None, dict[str, 
 
 
 def hides(name: str, folder: Path) -> bool:
-    """Whether a folder of the user's has a definition with the name of one of lm-eval's."""
+    """Whether the user's folder defines a name that lm-eval defines, too."""
     return name in own.entries(folder) and (_quick(name) is not None or name in _index())
 
 
@@ -435,7 +435,7 @@ def _index() -> dict[str, Entry]:
 
 
 def _of_group(cfg: dict[str, Any], folder: Path | None) -> None:
-    """Keep of how a group's scores are averaged what lm-eval looks at; find a template beside the group's file."""
+    """Remove keys of a group's averages that lm-eval does not use, and make paths of its templates absolute."""
     if averages := cfg.pop("aggregate_metric_list", None):
         cfg["aggregate_metric_list"] = [
             {k: a[k] for k in ("metric", "filter_list", "weight_by_size") if k in a}

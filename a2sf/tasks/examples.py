@@ -1,8 +1,7 @@
-"""Few-shot examples: never the document itself, and the same ones for a document whatever else is run.
+"""Few-shot examples: never the document itself, and always the same for a document.
 
-A document's examples follow from the seed, the document and the number of shots alone: not from how many documents are
-scored, in which order, or by how many processes. They are those that lm-eval draws, wherever lm-eval does not draw the
-document itself.
+A document's examples depend only on the seed, the document and the number of shots; not on the number of documents, their
+order, or the number of processes. They are those that lm-eval draws, unless lm-eval would draw the document itself.
 """
 
 from __future__ import annotations
@@ -23,28 +22,28 @@ from a2sf.tasks.prompting import Prompting
 
 Document = dict[str, Any]
 CHECKED_POOL = 2000
-"""Up to so many examples, whether enough are left is checked for each document before anything is scored."""
+"""Largest pool for which every document is checked, before scoring, to have enough other documents as examples."""
 SHOWN = 200
 """Characters of a document in a message."""
 DOCUMENT_SEED = 0
-"""Of the shuffles in a task's own processing of its documents; lm-eval's default."""
+"""Seed of the random numbers in a task's processing of its documents; lm-eval's default."""
 
 
 class Examples:
     """The examples of each document of a task.
 
     Args:
-        pool: what examples are drawn from.
-        scored: the documents in their order.
-        printed: what an example of a document would print: question and answer; None if it cannot be one.
-        shots: how many for each.
+        pool: documents from which examples are drawn.
+        scored: the scored documents in their order.
+        printed: gives question and answer of a document as an example prints them; None: it cannot be an example.
+        shots: number of examples of each document.
         seed: of the draws.
-        kind: lm-eval's sampler that the task asks for.
-        headroom: draw one more, as lm-eval does where it expects the document itself in the pool.
-        task: its name, for messages.
+        kind: the task's sampler, a class of lm-eval.
+        headroom: whether one more is drawn, as lm-eval does if the pool may contain the document itself.
+        task: the task's name, for messages.
 
     Attributes:
-        used: places in the pool of those that were given, but where a task has a sampler of its own.
+        used: positions in the pool of all examples given so far; empty for a task with another sampler.
     """
 
     def __init__(
@@ -71,22 +70,24 @@ class Examples:
         self._prints: dict[int, tuple[str, str] | None] = {}
 
     def of(self, document: Document) -> list[Document]:
-        """The examples that stand before a document.
+        """The examples of a document.
 
         Raises:
-            ConfigError: if there are not enough others.
+            ConfigError: if the pool has not enough other documents.
         """
-        own = self.printed(document)
+        as_example = self.printed(document)
         if self.kind is FirstNSampler:
-            chosen = list(self._others(document, own, range(len(self.pool))))
+            chosen = list(self._others(document, as_example, range(len(self.pool))))
         elif self.kind is ContextSampler:
             drawn = self._draw(document)
-            chosen = list(self._others(document, own, drawn))
+            chosen = list(self._others(document, as_example, drawn))
             if len(chosen) < self.shots:
                 rest = random.Random(f"{self.seed} {_text(document)}").sample(range(len(self.pool)), len(self.pool))
-                chosen += self._others(document, own, [i for i in rest if i not in drawn], self.shots - len(chosen))
-        else:  # a sampler of the task's own: it never sees the document
-            pool = [self.pool[i] for i in self._others(document, own, range(len(self.pool)), len(self.pool))]
+                chosen += self._others(
+                    document, as_example, [i for i in rest if i not in drawn], self.shots - len(chosen)
+                )
+        else:  # another sampler of the task: the document is not in its pool
+            pool = [self.pool[i] for i in self._others(document, as_example, range(len(self.pool)), len(self.pool))]
             self._enough(len(pool))
             sampler = self.kind(pool, rnd=random.Random(f"{self.seed} {_text(document)}").getrandbits(32))
             return list(sampler.sample(self.shots, None))
@@ -103,36 +104,36 @@ class Examples:
         self._enough(len(self.pool))
         if len(self.pool) <= CHECKED_POOL and self.shots > len(self.pool) // 2:
             for document in documents:
-                own = self.printed(document)
-                self._enough(sum(1 for _ in self._others(document, own, range(len(self.pool)), len(self.pool))))
+                as_example = self.printed(document)
+                self._enough(sum(1 for _ in self._others(document, as_example, range(len(self.pool)), len(self.pool))))
 
     def _enough(self, others: int) -> None:
         if others < self.shots:
             raise ConfigError(
                 "shots",
                 self.shots,
-                f"{self.task} has only {others} documents to take examples from, besides the one that is asked about; "
+                f"{self.task} has only {others} documents to take examples from, besides the scored one; "
                 f"give at most {others}, or another data.fewshot_split",
             )
 
     def _others(
-        self, document: Document, own: tuple[str, str] | None, which: Sequence[int], most: int | None = None
+        self, document: Document, as_example: tuple[str, str] | None, which: Sequence[int], most: int | None = None
     ) -> Iterator[int]:
-        """Those of `which` that are not the document: neither its fields nor what it would print as an example."""
+        """The positions in `which` of other documents: with other fields, and other question or answer as an example."""
         left = self.shots if most is None else most
         for i in which:
             if left <= 0:
                 return
             if i not in self._prints:
                 self._prints[i] = self.printed(self.pool[i])
-            if self.pool[i] == document or (own is not None and self._prints[i] == own):
+            if self.pool[i] == document or (as_example is not None and self._prints[i] == as_example):
                 continue
             left -= 1
             yield i
 
     def _draw(self, document: Document) -> list[int]:
         place = self._place.get(_text(document))
-        if place is None:  # its task makes it anew each time
+        if place is None:  # the task makes other documents each time
             size = min(len(self.pool), self.shots + self.headroom)
             return random.Random(f"{self.seed} {_text(document)}").sample(range(len(self.pool)), size)
         while len(self._drawn) <= place:
@@ -140,7 +141,7 @@ class Examples:
         return self._drawn[place]
 
     def _sequence(self) -> Iterator[list[int]]:
-        """lm-eval's draws: one after the other from one generator, in the order of the documents."""
+        """lm-eval's draws, one per document, from one generator."""
         generator = random.Random(self.seed)
         size = min(len(self.pool), self.shots + self.headroom)
         while True:
@@ -148,19 +149,19 @@ class Examples:
 
 
 class _Chosen(ContextSampler):
-    """Gives what was chosen already."""
+    """An lm-eval sampler that returns the examples it was made with."""
 
     def sample(self, n: int, eval_doc: Any = None, df: Any = None, **_: Any) -> Sequence[Document]:
         return list(self.df)
 
 
 class OwnDocuments:
-    """Mixed into a task of lm-eval's: reads its documents as `a2sf.tasks.data.documents` does, and gives examples as above.
+    """Mixin for a task of lm-eval: its documents come from `a2sf.tasks.data.documents`, its examples from `Examples`.
 
     Attributes:
-        read_documents: reads them; None: the task's own way.
-        shots, fewshot_seed: of its examples.
-        made: its requests, once `make_requests` has made them.
+        read_documents: reads the documents; None: the task reads them itself.
+        shots, fewshot_seed: of the examples.
+        made: the requests, after `make_requests`.
     """
 
     read_documents: Callable[[], Any] | None = None
@@ -185,7 +186,7 @@ class OwnDocuments:
         return self.made
 
     def build_all_requests(self, samples: list[int] | None = None, **settings: Any) -> None:
-        """As lm-eval's; but requests that were made already are given again, without answers."""
+        """As in lm-eval; but if requests were made already, the same ones are used again, without answers."""
         if self.made is None:
             return super().build_all_requests(samples=samples, **settings)  # type: ignore[misc]
         for instance in self.made:
@@ -236,10 +237,10 @@ class OwnDocuments:
         return super().fewshot_context(doc=doc, **settings)  # type: ignore[misc]
 
     def process_results(self, doc: Document, results: Any) -> dict[str, Any]:
-        """As the task's own.
+        """The task's metrics of a document.
 
         Raises:
-            UserError: if that fails, with the document: a right answer that is no choice's, most often.
+            UserError: with the document, if the task's code fails; most often because no choice is the right answer.
         """
         try:
             return dict(super().process_results(doc, results))  # type: ignore[misc]
@@ -249,7 +250,7 @@ class OwnDocuments:
             raise UserError(f"tasks={name}: its metrics fail at a document ({why}): {shown}") from error
 
     def _printed(self, document: Document) -> tuple[str, str] | None:
-        """Question and answer as lm-eval writes them in an example."""
+        """Question and answer as lm-eval prints them in an example."""
         task: Any = self
         how = task.fewshot_cfg
         try:
@@ -261,13 +262,13 @@ class OwnDocuments:
             if choices and (index := index_of(answer)) is not None:
                 answer = choices[index]
             return str(question), str(answer[0] if isinstance(answer, list) else answer)
-        except Exception:  # a document that has no answer, or other fields than the task's own examples
+        except Exception:  # any code of the task; a document may have no answer, or not the fields of an example
             return None
 
 
 @contextmanager
 def seeded() -> Iterator[None]:
-    """What a task's own processing draws at random is the same in every process; the caller's generators are left alone."""
+    """Fix the seed of a task's processing of its documents; the caller's random state is restored afterwards."""
     python, numbers = random.getstate(), np.random.get_state()
     random.seed(DOCUMENT_SEED)
     np.random.seed(DOCUMENT_SEED)

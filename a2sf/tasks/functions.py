@@ -1,4 +1,4 @@
-"""Python functions that a task's YAML names: where they are written, and which arguments they may look for."""
+"""Python functions that a task's YAML names: their files, and the arguments that they may read."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 NOT_ARGUMENTS = {"version", "config_source", "_metadata"}
-"""What lm-eval itself notes in a task's metadata."""
+"""Keys that lm-eval itself adds to a task's metadata."""
 
 
 def function_file(value: str) -> Path | None:
-    """The Python file of a function as lm-eval writes it where it does not import: `/folder/module.function`."""
+    """The Python file of a function in lm-eval's notation `/folder/module.function`; None for any other text."""
     module, _, name = value.rpartition(".")
     if not value.startswith("/") or not name.isidentifier() or "\n" in value or len(value) > 1000:
         return None
@@ -24,7 +24,7 @@ def function_file(value: str) -> Path | None:
         return file
     if not all(part.isidentifier() for part in inner.split(".")):
         return None
-    with suppress(ImportError, ValueError, AttributeError):  # a module that Python finds, as lm-eval does next
+    with suppress(ImportError, ValueError, AttributeError):  # as lm-eval does: a module on Python's path
         spec = importlib.util.find_spec(inner)
         if spec is not None and spec.origin is not None and (origin := Path(spec.origin)).suffix == ".py":
             return origin
@@ -32,7 +32,7 @@ def function_file(value: str) -> Path | None:
 
 
 def live(cfg: dict[str, Any]) -> dict[str, Any]:
-    """`cfg` with the functions that are written as strings imported, as lm-eval does."""
+    """The configuration with functions imported, as lm-eval does, instead of their names."""
     from lm_eval.tasks._yaml_loader import _import_fun_from_str
 
     def imported(value: Any) -> Any:
@@ -46,10 +46,10 @@ def live(cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def known_arguments(config: dict[str, Any]) -> frozenset[str]:
-    """Names that a task's code may look for in its metadata, read off the code, which may take any (`**kwargs`).
+    """Names that a task's code may read from its metadata, found in the code, because `**kwargs` accepts any name.
 
-    Those are the parameters of the function that makes its documents (`custom_dataset`), the words among the strings in that
-    function's folder, and what the metadata holds already; for a task that is a class, the same of the class's folder.
+    These are the parameters of the function that makes the documents (`custom_dataset`), the one-word strings in the Python
+    files of its folder, and the names in the metadata. For a task that is a class, it is the folder of the class.
     """
     maker = str(config.get("custom_dataset") or config.get("class") or "")
     file = function_file(maker)
@@ -81,4 +81,4 @@ def _parsed(file: Path) -> ast.AST:
     try:
         return ast.parse(file.read_text(encoding="utf-8", errors="ignore"))
     except SyntaxError:
-        return ast.Module([], [])  # told where it is imported
+        return ast.Module([], [])  # reported when it is imported

@@ -1,4 +1,4 @@
-"""Numbers as tasks and metrics give them: Python's, numpy's, or an array or tensor that holds one."""
+"""Numbers of tasks and metrics: of Python or NumPy, or an array or tensor with one element."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 
 def number_of(value: Any) -> float | None:
-    """A real number of any kind as a float, NaN and infinity included; None for anything else, text above all."""
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # of numpy or torch, on any device
+    """A real number of any type as a float, including NaN and infinity; None for anything else, such as text."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # NumPy or torch, on any device
         value = value.item()
     return float(value) if isinstance(value, numbers.Real | Decimal) else None
 
 
 def index_of(value: Any) -> int | None:
-    """A whole number of any kind as an int; None for anything else."""
+    """An integer of any type as an int; None for anything else."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()
     return int(value) if isinstance(value, numbers.Integral) else None

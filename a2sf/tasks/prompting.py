@@ -1,4 +1,4 @@
-"""How a model is asked, as lm-eval's flags say it: chat template, system instruction, few-shot turns, generation."""
+"""How prompts are made, as by lm-eval's flags: chat template, system instruction, few-shot turns, settings of generation."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from a2sf.errors import ConfigError, nearest
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""Names that lm-eval has for the number of generated tokens; where several are given it takes the first of these."""
+"""lm-eval's names for the number of generated tokens; if several are given, it uses the first of this list."""
 OF_LM_EVAL = ("until", *LENGTHS)
-"""Settings of a generation that lm-eval understands besides transformers'."""
+"""Settings of generation that lm-eval has in addition to those of transformers."""
 EXAMPLES = {"gen_kwargs": "gen_kwargs.max_gen_toks=32", "task_args": "task_args.lengths=[1024,4096]"}
 QUESTION = "(the question)"
-"""What stands for one where a template's own text is looked for."""
+"""Placeholder for a question, to find the text that a template adds."""
 SAMPLING_SEED = 1234
-"""Of text that is drawn at random; lm-eval's default."""
+"""Seed for sampling text; lm-eval's default."""
 
 
 @dataclass(frozen=True)
 class Prompting:
-    """How a task's documents are put to the model.
+    """How prompts are made from a task's documents.
 
     Attributes:
         chat_template: whether the tokenizer's template is applied, or the name of one of its templates.
-        system_instruction: what stands before everything else; None: nothing.
-        fewshot_as_multiturn: examples as turns of the conversation instead of one; None: with a template, as lm-eval.
-        gen_kwargs: what changes of a task's settings of generation, as JSON; None: nothing.
+        system_instruction: text at the beginning of each prompt; None: none.
+        fewshot_as_multiturn: whether examples are turns of the chat; None: as lm-eval, if a template is applied.
+        gen_kwargs: settings that replace the task's settings of generation, as JSON; None: none.
 
     Raises:
         ConfigError: if a value is not allowed.
@@ -53,7 +53,7 @@ class Prompting:
         known = _known_settings() if self.gen_kwargs else set()
         given = json.loads(self.gen_kwargs) if self.gen_kwargs else {}
         if len(several := [k for k in LENGTHS if k in given]) > 1:
-            allowed = f"it says the same as {several[0]}; give one of them"
+            allowed = f"it means the same as {several[0]}; give one of them"
             raise ConfigError(f"gen_kwargs.{several[1]}", given[several[1]], allowed)
         if given.get("until") is not None:
             check_stops(given["until"], "gen_kwargs.until")
@@ -68,30 +68,30 @@ class Prompting:
 
     @property
     def _named(self) -> dict[str, str]:
-        """For `apply_chat_template`: which of the tokenizer's templates, where it is not the default."""
+        """Argument of `apply_chat_template` for the template's name; empty for the default."""
         return {"chat_template": self.name_of_template} if self.name_of_template else {}
 
     @property
     def multiturn(self) -> bool:
-        """Whether examples are turns."""
+        """Whether examples are turns of the chat."""
         return bool(self.chat_template) and self.fewshot_as_multiturn is not False
 
     def of(self, generates: bool, shots: int) -> Prompting:
-        """The same without what cannot change a number of a task."""
+        """The settings without those that cannot change a number of a task."""
         turns = False if self.chat_template and shots and not self.multiturn else None
         return replace(self, fewshot_as_multiturn=turns, gen_kwargs=self.gen_kwargs if generates else None)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What is set, as plain data; nothing where lm-eval's defaults hold."""
+        """Settings that differ from lm-eval's defaults, as plain data."""
         given = vars(self) | {"gen_kwargs": json.loads(self.gen_kwargs) if self.gen_kwargs else None}
         default = vars(Prompting())
         return {k: v for k, v in given.items() if v != default[k]}
 
     def arguments(self, lm: Any) -> dict[str, Any]:
-        """What lm-eval's `build_all_requests` is given.
+        """Arguments of lm-eval's `build_all_requests`.
 
-        lm-eval 0.4.13 takes the name of a template and applies the tokenizer's default: here the named one is applied.
+        lm-eval 0.4.13 accepts the name of a template but applies the tokenizer's default; here the named one is applied.
         """
         templated = copy.copy(lm)
         templated.chat_template_args = lm.chat_template_args | self._named
@@ -106,48 +106,50 @@ class Prompting:
         }
 
     def configure(self, task: Any) -> None:
-        """Merge `gen_kwargs` into a task's settings of generation; to do so twice changes nothing.
+        """Merge `gen_kwargs` into a task's settings of generation; a second call changes nothing.
 
         Raises:
             ConfigError: if a setting of generation would have no effect on this task.
         """
         if self.gen_kwargs and task.get_config("output_type") == "generate_until":
-            given, own = json.loads(self.gen_kwargs), dict(task.config.generation_kwargs or {})
+            given, of_task = json.loads(self.gen_kwargs), dict(task.config.generation_kwargs or {})
             for other in LENGTHS if any(k in given for k in LENGTHS) else ():
-                own.pop(other, None)  # by another name, which might win
-            merged = own | given
+                of_task.pop(other, None)  # another name for the same setting
+            merged = of_task | given
             if given.get("temperature") and merged.get("do_sample") is False:
-                allowed = f"{task.config.task} says do_sample: false; give gen_kwargs.do_sample=true as well"
+                allowed = f"{task.config.task} sets do_sample: false; give gen_kwargs.do_sample=true as well"
                 raise ConfigError("gen_kwargs.temperature", given["temperature"], allowed)
             task.set_config("generation_kwargs", merged)
 
     def tokens_around(self, tokenizer: Any, shots: int = 0) -> tuple[int, int]:
-        """How many tokens template and system instruction put before a prompt, and after it and between turns."""
+        """Number of tokens that template and system instruction add before a prompt; and after it and between turns."""
         before, after = self.system_instruction or "", ""
         if self.chat_template:
-            said = [{"role": "system", "content": self.system_instruction}] if self.system_instruction else []
+            system = [{"role": "system", "content": self.system_instruction}] if self.system_instruction else []
             turns = ("user", "assistant") * (shots if self.multiturn else 0)
-            asked = [*said, *({"role": role, "content": QUESTION} for role in (*turns, "user"))]
-            text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **self._named)
+            messages = [*system, *({"role": role, "content": QUESTION} for role in (*turns, "user"))]
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self._named)
             before, _, after = text.partition(QUESTION)
             after = after.replace(QUESTION, "")
         head, tail = (len(tokenizer.encode(text, add_special_tokens=False)) for text in (before, after))
         return head, tail
 
     def check(self, tokenizer: Any, model: str) -> None:
-        """Refuse a template that a tokenizer does not have, or a system instruction that its template would lose.
+        """Refuse a template that a tokenizer does not have, or a system instruction that its template would drop.
 
         Args:
-            model: for messages.
+            model: its name, for messages.
 
         Raises:
-            ConfigError: naming what there is.
+            ConfigError: naming the templates that the tokenizer has.
         """
         if not self.chat_template:
             return
         templates = getattr(tokenizer, "chat_template", None)
         if not templates:
-            raise ConfigError("chat_template", self._told, f"the tokenizer of {model} has no chat template; give false")
+            raise ConfigError(
+                "chat_template", self._as_given, f"the tokenizer of {model} has no chat template; give false"
+            )
         name = self.name_of_template
         if not isinstance(templates, dict) and name:
             raise ConfigError(
@@ -156,31 +158,31 @@ class Prompting:
         if isinstance(templates, dict) and (name or "default") not in templates:
             there = ", ".join(sorted(templates))
             why = f"the tokenizer of {model} has the templates {there}{nearest(name or '', templates)}"
-            raise ConfigError("chat_template", self._told, why)
+            raise ConfigError("chat_template", self._as_given, why)
         if self.system_instruction:
             self._check_system(tokenizer, model)
 
     def _check_system(self, tokenizer: Any, model: str) -> None:
-        """lm-eval leaves a system message out where the template raises at it; so do some templates themselves."""
+        """lm-eval drops a system message if the template raises an error at it; some templates drop it themselves."""
         messages = [{"role": "system", "content": self.system_instruction}, {"role": "user", "content": "?"}]
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False, **self._named)
-        except Exception:  # jinja's TemplateError, whatever the template makes of it
+        except Exception:  # a template may raise any error, not only jinja's TemplateError
             text = ""
         if str(self.system_instruction).strip() not in text:
-            why = f"the chat template of {model} takes no system message, so it would be lost; leave it out"
+            why = f"the chat template of {model} accepts no system message, so it would be dropped; leave it out"
             raise ConfigError("system_instruction", repr(self.system_instruction), why)
 
     @property
-    def _told(self) -> str:
+    def _as_given(self) -> str:
         return str(self.chat_template).lower() if isinstance(self.chat_template, bool) else self.chat_template
 
 
 def check_stops(until: Any, key: str) -> None:
-    """Refuse stop sequences with which lm-eval would end every text after its first token, or fail.
+    """Refuse stop sequences that lm-eval cannot use, or that end every text after its first token.
 
     Raises:
-        ConfigError: if one is empty or no text.
+        ConfigError: if one is empty or not text.
     """
     for text in until if isinstance(until, list) else [until]:
         if not isinstance(text, str) or not text:
@@ -190,15 +192,15 @@ def check_stops(until: Any, key: str) -> None:
 
 
 def draws(settings: Mapping[str, Any]) -> bool:
-    """Whether text of such settings of generation is drawn at random; lm-eval takes a temperature for a wish to."""
+    """Whether text is sampled with these settings of generation; a temperature above 0 turns sampling on in lm-eval."""
     return bool(normalize_gen_kwargs(copy.deepcopy(dict(settings)))["do_sample"])
 
 
 def plain_mapping(key: str, value: Any) -> dict[str, Any]:
-    """Settings as a user gives them: a mapping, JSON, or lm-eval's `a=1,b=2`; empty for None.
+    """Settings that a user gives as a mapping, as JSON, or as lm-eval's `a=1,b=2`; empty for None.
 
     Raises:
-        ConfigError: if it is none of these.
+        ConfigError: for any other value.
     """
     if value is None or value == "":
         return {}
@@ -220,7 +222,7 @@ def plain_mapping(key: str, value: Any) -> dict[str, Any]:
 
 
 def packed(settings: Mapping[str, Any]) -> str | None:
-    """Settings as one text, the same for the same settings; None for none."""
+    """Settings as one text, equal for equal settings; None if there are none."""
     return json.dumps(settings, sort_keys=True) if settings else None
 
 

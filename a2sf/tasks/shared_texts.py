@@ -1,7 +1,7 @@
-"""Which of a task's documents share a text: what statistics must take whole.
+"""Which of a task's documents share a text; for statistics they are one sample.
 
-A field of the documents says so: the one that is asked for (`data.cluster`), else the one that the task names as the
-context which its questions share (`shared_context` in its metadata).
+The text is a field of the documents: the one in `data.cluster`, else the one that the task's metadata names as the
+context of several questions (`shared_context`).
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ from collections.abc import Mapping
 from typing import Any
 
 COLUMN = "cluster"
-"""Of the per-document file: equal for documents that share a text."""
+"""Column of the per-document file, equal for documents that share a text."""
 
 
-def field_of(task: Any, asked: str | None) -> str | None:
-    """The field whose text documents share; None: it is not known that any do.
+def field_of(task: Any, requested: str | None) -> str | None:
+    """The field whose text several documents share; None: no such field is known.
 
     Args:
-        task: of lm-eval, its documents loaded.
-        asked: the field that the user names; it counts for tasks whose documents have it.
+        task: of lm-eval, with its documents loaded.
+        requested: the field that the user names; it is used if the documents have it.
     """
-    if asked is not None and asked in fields(task):
-        return asked
+    if requested is not None and requested in fields(task):
+        return requested
     named = (task.config.metadata or {}).get("shared_context")
     return None if named is None else str(named)
 
 
 def fields(task: Any) -> list[str]:
-    """The fields of a task's documents, as its first one has them."""
+    """The fields of a task's first document."""
     first = next(iter(task.eval_docs), None)
     return list(map(str, first)) if isinstance(first, Mapping) else []
 
 
 def key_of(document: Any, field: str) -> str:
-    """Equal for documents with the same text; a document without one has a key of its own."""
+    """A hash that is equal for documents with the same text; a document without text has a different one."""
     text = document.get(field) if isinstance(document, Mapping) else None
     about = [field, text] if text not in (None, "") else ["", document]
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""Which lm-eval tasks to run, on which documents, with which examples.
+"""A task of lm-eval with its documents and examples (`TaskSpec`).
 
-lm-eval's own task definitions are used as they are; but a document is never among its own examples, and where documents come
-from, the scored split and that of the examples can be chosen.
+Task definitions are lm-eval's. But a document is never one of its own examples, and the source of the documents, the scored
+split and the split of the examples can be chosen.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ __all__ = [
 ]
 
 LENGTHS = ("lengths", "max_seq_lengths")
-"""What tasks call the lengths of their prompts: ours, and lm-eval's RULER."""
+"""Names of the argument for the lengths of prompts: in the tasks here, and in lm-eval's RULER."""
 OUTPUT_TYPES = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
 
 
 def expand_suite(tasks: Any) -> list[str]:
-    """`tasks` as the user gives it (a suite's name, a task's name, or a list of names) as a list of names.
+    """The key `tasks` (a suite, a task, or a list of them) as a list of names.
 
     Raises:
         ConfigError: if it is empty or holds something that is not a name.
@@ -57,45 +57,42 @@ def expand_suite(tasks: Any) -> list[str]:
 
 
 def include(path: str | None) -> Path | None:
-    """A folder of the user's own definitions, made known; None where there is none.
+    """Register the user's folder of definitions; None: there is none.
 
     Raises:
-        ConfigError: if a definition in there cannot be used.
+        ConfigError: if a definition in it cannot be used.
     """
     if path is None:
         return None
     folder = own.include(path)
     for name in SUITES:
         if name in own.entries(folder):
-            raise ConfigError(
-                own.KEY, path, f"a task in there is called {name}, which is a suite; give it another name"
-            )
+            raise ConfigError(own.KEY, path, f"a task in it is called {name}, which is a suite; give it another name")
     return folder
 
 
 def resolve(name: str, folder: Path | None = None) -> list[Definition]:
-    """lm-eval's name of a task, tag or group, or the path of a YAML file -> its tasks, each with its settings.
+    """The tasks of lm-eval's task, tag or group, or of a YAML file, each with its settings.
 
     Args:
-        folder: of the user's own definitions, as `include` gives it.
+        name: lm-eval's name, or the path of the file.
+        folder: of the user's definitions, as `include` returns it.
 
     Raises:
-        ConfigError: if there is no such name, with the nearest ones, or lm-eval cannot load a member.
+        ConfigError: if there is no such name, naming the nearest ones; or if lm-eval cannot load a member.
     """
     return definitions.resolve(name, folder)
 
 
-def hidden(asked: Sequence[str], folder: Path) -> list[str]:
-    """One sentence for each definition of the user's that is used in the place of lm-eval's of the same name."""
-    found = {n: str(own.entries(folder)[n].yaml_path) for n in asked if definitions.hides(n, folder)}
-    found |= {d.name: d.ref for n in asked for d in resolve(n, folder) if definitions.hides(d.name, folder)}
-    return [
-        f"{name}: the definition in {file} is used, and lm-eval's of that name is not." for name, file in found.items()
-    ]
+def hidden(names: Sequence[str], folder: Path) -> list[str]:
+    """One sentence for each definition of the user that replaces lm-eval's definition of the same name."""
+    found = {n: str(own.entries(folder)[n].yaml_path) for n in names if definitions.hides(n, folder)}
+    found |= {d.name: d.ref for n in names for d in resolve(n, folder) if definitions.hides(d.name, folder)}
+    return [f"{name}: the definition in {file} is used instead of lm-eval's." for name, file in found.items()]
 
 
 def aggregates(name: str, folder: Path | None = None) -> list[Aggregate]:
-    """The scores that lm-eval makes of a group's tasks; none for anything but a group.
+    """The scores that lm-eval computes for a group from its tasks; empty for a task or tag.
 
     Raises:
         ConfigError: as `resolve`.
@@ -105,11 +102,11 @@ def aggregates(name: str, folder: Path | None = None) -> list[Aggregate]:
 
 @dataclass(frozen=True)
 class Argument:
-    """One of `task_args`, as it concerns one task.
+    """One argument of `task_args` for one task.
 
     Attributes:
         key: as the user gave it, `task_args.<name>` or `task_args.<task>.<name>`.
-        refusal: why the task has no use for it; None: it has.
+        refusal: why the task does not use it; None: the task uses it.
     """
 
     key: str
@@ -118,20 +115,20 @@ class Argument:
     refusal: str | None
 
 
-def arguments_of(found: Definition, asked: str, given: Mapping[str, Any], names: set[str]) -> list[Argument]:
-    """What of `task_args` is for one task.
+def arguments_of(found: Definition, requested: str, given: Mapping[str, Any], names: set[str]) -> list[Argument]:
+    """The arguments of `task_args` for one task.
 
     Args:
-        asked: the name or group that the user asked for.
-        given: arguments for all tasks, and under the name of a task or group those for it alone, which win.
-        names: what counts as such a name.
+        requested: the task or group in the key `tasks`.
+        given: arguments for all tasks; and under the name of a task or group its own arguments, which take precedence.
+        names: of all tasks and groups.
     """
     of_tasks = {k for k, v in given.items() if k in names and isinstance(v, Mapping)}
     keyed = {str(k): (f"task_args.{k}", v) for k, v in given.items() if k not in of_tasks}
-    for name in (n for n in dict.fromkeys((asked, found.entry.name, found.name)) if n in of_tasks):
+    for name in (n for n in dict.fromkeys((requested, found.entry.name, found.name)) if n in of_tasks):
         keyed |= {str(k): (f"task_args.{name}.{k}", v) for k, v in given[name].items()}
     known = found.arguments
-    looks = f"the code of {found.name} looks for no such argument"
+    not_read = f"the code of {found.name} reads no such argument"
     return [
         Argument(
             full,
@@ -139,7 +136,7 @@ def arguments_of(found: Definition, asked: str, given: Mapping[str, Any], names:
             value,
             None
             if name in known
-            else looks + nearest(name, known)
+            else not_read + nearest(name, known)
             if known
             else f"{found.name} has no code that takes arguments",
         )
@@ -149,12 +146,12 @@ def arguments_of(found: Definition, asked: str, given: Mapping[str, Any], names:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """A task as cells have it: its definition, which documents are scored, how many examples stand before each.
+    """A task of a cell: its definition, its documents, and the number of examples.
 
     Attributes:
-        ref: what finds the task again: lm-eval's name, `group::member`, or the path of a YAML file.
-        data: where the documents are.
-        shots: the number of examples.
+        ref: reference to the definition: lm-eval's name, `group::member`, or the path of a YAML file.
+        data: source of the documents.
+        shots: number of few-shot examples.
     """
 
     ref: str
@@ -163,7 +160,7 @@ class TaskSpec:
 
     @cached_property
     def definition(self) -> Definition:
-        """As lm-eval or the user's YAML file has it.
+        """The definition in lm-eval or in the user's YAML file.
 
         Raises:
             ConfigError: if there is no such task.
@@ -172,17 +169,17 @@ class TaskSpec:
 
     @property
     def name(self) -> str:
-        """What tables call the task: lm-eval's name, or that in the user's YAML file."""
+        """The task's name in tables: lm-eval's, or that in the user's YAML file."""
         return self.definition.name
 
     @property
     def generates(self) -> bool:
-        """Whether the task's answers are generated text."""
+        """Whether the task's answers are generated texts."""
         return bool(self.definition.config.get("output_type") == "generate_until")
 
     @property
     def makes_documents(self) -> bool:
-        """Whether the task makes its documents by a function, which may ask for the model's tokenizer."""
+        """Whether a function of the task makes its documents; it may need the model's tokenizer."""
         return "custom_dataset" in self.definition.config
 
     @property
@@ -192,7 +189,7 @@ class TaskSpec:
 
     @property
     def lengths(self) -> tuple[str, list[int]] | None:
-        """The lengths in tokens that documents are made to, and the key that says so; None where the task has none."""
+        """The key for the lengths of documents, and the lengths in tokens; None: the task has no such key."""
         given = self._metadata | self.data.arguments if self.makes_documents else {}
         for key in LENGTHS:
             if key in given:
@@ -202,23 +199,23 @@ class TaskSpec:
 
     @property
     def shared_context(self) -> str | None:
-        """The field of a document that its prompt begins with and that other documents share; None: the task names none."""
+        """The field with which a prompt begins and which several documents share; None: the task names no such field."""
         return (self._metadata | self.data.arguments).get("shared_context")
 
     @property
     def source(self) -> Source:
-        """Where the documents are; nothing is read or downloaded.
+        """Where the documents are. Nothing is read or downloaded.
 
         Raises:
-            ConfigError: if they are not where they should be.
+            ConfigError: if they are not there.
         """
         return locate(self.definition, self.data, self.shots)
 
     def check(self) -> None:
-        """Refuse a task that cannot be run with these settings, before anything is downloaded or loaded.
+        """Refuse a task that cannot be run with these settings. Nothing is downloaded or loaded.
 
         Raises:
-            ConfigError: if its data is not where it should be, or it needs another kind of model output.
+            ConfigError: if its documents are not there, or it needs another kind of output.
         """
         kind = self.definition.config.get("output_type", "")
         if kind and kind not in OUTPUT_TYPES:
@@ -231,13 +228,13 @@ class TaskSpec:
             raise ConfigError(
                 "shots",
                 self.shots,
-                f"a prompt of {self.name} has the length that {given[0]} says, with no room for examples",
+                f"prompts of {self.name} have the lengths in {given[0]}, without room for examples",
             )
-        self.source  # noqa: B018 (which checks the data)
+        self.source  # noqa: B018 (it checks the data)
 
     @property
     def known_content(self) -> str | None:
-        """What identifies the documents, if that is known without the network and without loading anything; else None."""
+        """The hash or commit that identifies the documents; None if it takes the network or loading to find out."""
         if self.data.content is not None:
             return self.data.content
         source = self.source
@@ -245,10 +242,10 @@ class TaskSpec:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a number depends on in the task and its documents, as plain data: definition, contents, splits."""
+        """Everything in the task and its documents that can change a number, as plain data."""
         digest = self.definition.digest()
         read: dict[str, Any] = {"content": self.known_content}
-        if self.data.root is None:  # a hash of files is of the splits that are read, a commit is of all
+        if self.data.root is None:  # a commit covers all splits, a hash of files only those that are read
             source = self.source
             read |= {"split": source.scored, "fewshot_split": source.examples}
         return {
@@ -266,7 +263,7 @@ class TaskSpec:
             seed: of the examples.
 
         Raises:
-            UserError: if the documents cannot be loaded, are not those that `data.content` identifies, or are too few.
+            UserError: if the documents cannot be loaded, differ from those in `data.content`, or are too few.
         """
         self.check()
         found, source, data = self.definition, self.source, self.data
@@ -276,11 +273,11 @@ class TaskSpec:
             definitions.unchanged(found)
         except UserError:
             raise
-        except Exception as error:
+        except Exception as error:  # a task's code may raise anything
             raise UserError(f"tasks={found.name}: {_why(error, source, data)}") from error
         if task.get_config("output_type") not in OUTPUT_TYPES:
             raise ConfigError(
-                "tasks", found.name, f"it needs {task.get_config('output_type')}, which pruning does not offer"
+                "tasks", found.name, f"it needs {task.get_config('output_type')}, which is not available under pruning"
             )
         task.set_config(key="task", value=found.name)
         task.set_config(key="num_fewshot", value=self.shots)
@@ -293,10 +290,10 @@ class TaskSpec:
         return task
 
     def bytes_to_fetch(self) -> int:
-        """How many bytes of the documents have yet to come from the hub.
+        """Bytes of the documents that must be downloaded from the hub.
 
         Raises:
-            UserError: if the hub does not give them.
+            UserError: if the hub does not provide them.
         """
         source = self.source
         return documents.size_to_fetch(source, self.data.content or "") if source.kind == "hub" else 0
@@ -304,7 +301,7 @@ class TaskSpec:
 
 @dataclass
 class Contents:
-    """Finds out what identifies the documents of a sweep's tasks; the hub is asked once per dataset.
+    """Finds what identifies the documents of a sweep's tasks, with one request to the hub per dataset.
 
     Attributes:
         notes: what the user should know, one sentence each.
@@ -314,10 +311,10 @@ class Contents:
     _commits: dict[tuple[str, str | None], Commit] = field(default_factory=dict)
 
     def settle(self, spec: TaskSpec) -> DataSpec:
-        """The task's `data` with its `content`: a hub dataset's commit, or a hash of the documents.
+        """The task's `data` with `content` set: the commit of a hub dataset, or a hash of the documents.
 
         Raises:
-            UserError: if there are no such documents, or they cannot be reached.
+            UserError: if there are no such documents, or they are not available.
         """
         if spec.data.content is not None:
             return spec.data
@@ -329,10 +326,10 @@ class Contents:
             if key not in self._commits:
                 self._commits[key] = documents.commit_of(source.repo, source.revision, source.task)
             commit = self._commits[key]
-            there = bool(source.arguments) or documents.cached_folder(source, commit.hash) is not None
-            if commit.refusal is not None and not there:
+            available = bool(source.arguments) or documents.cached_folder(source, commit.hash) is not None
+            if commit.refusal is not None and not available:
                 raise Unreachable("tasks", source.task, commit.refusal.allowed) from commit.refusal
-            if commit.told and (note := f"{commit.told}: cached documents are used.") not in self.notes:
+            if commit.message and (note := f"{commit.message}: cached documents are used.") not in self.notes:
                 self.notes.append(note)
             content = commit.hash
         else:
@@ -388,7 +385,7 @@ def _takes_tokenizer(function: Any) -> bool:
 
 
 def provenance(task: Any) -> dict[str, Any]:
-    """Which documents a task scores: split, few-shot split, dataset and fingerprint."""
+    """The documents that a task scores: split, few-shot split, dataset and fingerprint."""
     config = task.config
     split = config.test_split if task.has_test_docs() else config.validation_split
     return {
@@ -407,7 +404,7 @@ def _content(task: Any) -> str:
 
 
 def _why(error: Exception, source: Source, data: DataSpec) -> str:
-    """What went wrong between a dataset that was read and a task that is ready."""
+    """The reason why lm-eval could not make the task, as the end of a sentence."""
     inner = list(chain(error))[-1]
     if isinstance(error, ImportError):
         return f"its code needs a library that is not installed ({first_line(inner)})"

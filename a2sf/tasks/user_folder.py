@@ -1,6 +1,7 @@
-"""A folder of the user's own task definitions (`include_path`), whose tasks are found by name.
+"""The user's folder of task definitions (`include_path`), which are found by name.
 
-As in lm-eval, a name of one's own wins over lm-eval's; other than there, a file that cannot be read is refused.
+As in lm-eval, the user's definition takes precedence over lm-eval's of the same name. Other than in lm-eval, a file
+that cannot be read is an error.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _folders: list[Path] = []
 
 
 def include(path: str) -> Path:
-    """Read a folder and remember it: groups in there find their members by name from now on.
+    """Read a folder and register it, so that its groups find their members by name.
 
     Raises:
         ConfigError: if there is no such folder, it defines nothing, or a definition cannot be read.
@@ -29,22 +30,22 @@ def include(path: str) -> Path:
     if not folder.is_dir():
         raise ConfigError(KEY, path, "there is no such folder; give one with YAML files of tasks")
     if not entries(folder):
-        raise ConfigError(KEY, path, "no YAML file in there defines a task or a group (`task:` or `group:`)")
+        raise ConfigError(KEY, path, "no YAML file in it defines a task or a group (`task:` or `group:`)")
     if folder not in _folders:
         _folders.append(folder)
     return folder
 
 
 def folder_of(file: Path | None) -> Path | None:
-    """The remembered folder that a file lies in, the innermost; None for any other file."""
+    """The innermost registered folder that contains a file; None: there is none."""
     inside = [f for f in _folders if file is not None and file.is_relative_to(f)]
     return max(inside, key=lambda f: len(f.parts), default=None)
 
 
 def entries(folder: Path) -> dict[str, Entry]:
-    """What a folder defines, by name: tasks, groups and the tags of its tasks.
+    """The tasks, groups and tags that a folder defines, by name.
 
-    Files without `task:` and `group:` are templates, which others include.
+    Files without `task:` and `group:` are templates that other files include.
 
     Raises:
         ConfigError: if a file cannot be read, or two define the same name.

@@ -1,6 +1,6 @@
-"""What libraries warn of while a cell is computed: collected instead of printed or lost, and counted.
+"""Warnings of libraries while a cell is computed: collected and counted, instead of printed or lost.
 
-A warning may be about a number, so that none is dropped but those that `NOISE` names, each with the reason.
+A warning may concern a number, so only those that `NOISE` names, each with a reason, are dropped.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from transformers.utils import logging as of_transformers
 from a2sf.errors import Notice
 
 LOGGERS = ("lm_eval", "transformers", "datasets")
-"""Whose records of level WARNING and above count; other libraries here compute no numbers."""
+"""Loggers whose records of level WARNING and above are collected; other libraries compute no numbers here."""
 CATEGORIES = (RuntimeWarning, UserWarning)
-"""Of Python's own warnings: NumPy's and scikit-learn's about numbers are of these, those about code are of others."""
+"""Categories of Python's warnings: those of NumPy and scikit-learn about numbers; warnings about code have others."""
 LONGEST = 300
 NOISE = {
-    "Label index was not in within range": "said with task and document (`a2sf.scoring.doubts`)",
+    "Label index was not in within range": "reported with task and document (`a2sf.scoring.doubts`)",
     "Prompts lose their beginning": "the same",
-    "Token indices sequence length is longer": "a prompt that is cut is said with task and document",
-    "divide by zero encountered": "lm-eval's acc_norm of an empty choice, which is said with task and document",
+    "Token indices sequence length is longer": "a prompt that is cut is reported with task and document",
+    "divide by zero encountered": "lm-eval's acc_norm of an empty choice, which is reported with task and document",
     "is defined, but aggregation is not": "lm-eval takes the one that the metric was registered with",
     "is defined, but higher_is_better is not": "the same",
     "Custom kwargs can be passed to": "advice for lm-eval's command line; here it is task_args",
@@ -40,16 +40,16 @@ NOISE = {
 
 @dataclass
 class Warned:
-    """Messages, each once, and how often each came.
+    """Different messages, and how often each occurred.
 
-    Messages that differ in digits alone are one; the first that came is kept.
+    Messages that differ only in digits count as one; the first of them is shown.
     """
 
     _texts: dict[str, str] = field(default_factory=dict)
     _times: dict[str, int] = field(default_factory=dict)
 
     def add(self, source: str, message: str) -> None:
-        """Count one message of a library, if it is not noise."""
+        """Count a library's message, unless it is noise."""
         line = next((stripped for part in message.splitlines() if (stripped := part.strip(" ,"))), "")
         if not line or any(noise in message for noise in NOISE):
             return
@@ -60,7 +60,7 @@ class Warned:
 
     @property
     def notes(self) -> list[dict[str, Any]]:
-        """As `result.json` has them: `text`, and how many `times`."""
+        """As in `result.json`: the `text`, and how many `times` it occurred."""
         return [{"text": text, "times": self._times[key]} for key, text in self._texts.items()]
 
 
@@ -75,9 +75,9 @@ class _Collecting(logging.Handler):
 
 @contextmanager
 def collected(into: Warned | None = None) -> Iterator[Warned]:
-    """Collect what the libraries warn of; an inner one takes it from the outer, and all is afterwards as it was."""
+    """Collect warnings of libraries while the block runs; of nested blocks the innermost collects."""
     into = Warned() if into is None else into
-    # what is said once per process is said once per collection
+    # warnings that libraries emit once per process are to come once per block
     warning_once.cache_clear()
     of_transformers.warning_once.cache_clear()
     handler = _Collecting(into)
@@ -91,7 +91,7 @@ def collected(into: Warned | None = None) -> Iterator[Warned]:
             shown = warnings.showwarning
 
             def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-                if issubclass(category, Notice):  # which is for the screen, at once
+                if issubclass(category, Notice):  # notices go to the screen, at once
                     shown(message, category, *where, **more)
                 else:
                     into.add(category.__name__, str(message))
@@ -109,7 +109,7 @@ def collected(into: Warned | None = None) -> Iterator[Warned]:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Keep lm-eval's advice off the screen; what is collected is collected all the same."""
+    """Do not print lm-eval's warnings while the block runs; inside `collected` they are collected."""
     log = logging.getLogger("lm_eval")
     if any(isinstance(h, _Collecting) for h in log.handlers):
         yield

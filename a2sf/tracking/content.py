@@ -1,4 +1,4 @@
-"""What every tracker is given: of a cell its columns and metrics, of a sweep its table and pictures."""
+"""The contents for trackers: columns and metrics of a cell, table and pictures of a sweep."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pandas as pd
 from a2sf.store.runs import StoredCell, results_frame
 
 MEASURED = ("metric", "value", "stderr", "n", "seconds", "tokens_per_second", "policy_settings", "cell")
-"""Columns of `results.csv` that are not what a cell is filtered by, or are told in another form."""
+"""Columns of `results.csv` that are results, or that trackers get in another form."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class CellRun:
     """A finished cell as trackers show it.
 
     Attributes:
-        name: the cell's.
-        columns: what people filter by (model, policy, budget_ratio, schedule, task, shots, ...), numbers and text, None
-            where there is nothing; named as in `results.csv`, settings of the policy's own as `policy_<setting>`.
+        name: of the cell.
+        columns: values to filter by (model, policy, budget_ratio, schedule, task, shots, ...), as numbers or text; None:
+            no value. Names are those of `results.csv`, and `policy_<setting>` for the policy's other settings.
         metrics: `acc/<task>/<shots>shot`, its `acc_stderr/...`, speed.
         cell: the `cell` entry of `result.json`.
-        baseline: whether it is the full cache, which the others are compared with.
+        baseline: whether it is the full cache, with which the others are compared.
     """
 
     name: str
@@ -40,42 +40,42 @@ class CellRun:
 
 @dataclass(frozen=True)
 class Summary:
-    """The end of a sweep as trackers show it: one row per cell and metric, and the plots' files by name."""
+    """A sweep's summary for trackers: a table with a row per cell and metric, and files of plots by name."""
 
     table: pd.DataFrame
     pictures: Mapping[str, Path]
 
 
 class Destination(Protocol):
-    """A tracker. What its methods raise is a note to the user; repeated, it ends the tracker's part in the sweep.
+    """A tracker. Errors of its methods become notes to the user; after repeated errors the tracker is not used any more.
 
     Attributes:
-        label: what it is called.
+        label: its name.
     """
 
     label: str
 
     @property
     def marks(self) -> Path | None:
-        """The file that notes what was logged, beside it; None where nothing is logged in earnest."""
+        """The file that records what was logged; None: nothing is really logged."""
         ...
 
     @property
     def note(self) -> str | None:
-        """One line for the screen: where it all went."""
+        """One line for the screen that says where the results are."""
         ...
 
     def log_cell(self, run: CellRun) -> None:
-        """Log a cell; the same cell again replaces or continues what was logged."""
+        """Log a cell; if it was logged before, the new results replace or continue the earlier ones."""
         ...
 
     def log_summary(self, summary: Summary) -> None:
-        """Log the end of a sweep."""
+        """Log the summary of a sweep."""
         ...
 
 
 def of_cell(stored: StoredCell, sweep: str) -> CellRun:
-    """What trackers show of a finished cell of `sweep`."""
+    """The contents of a finished cell of `sweep`."""
     cell, timing = stored.cell, stored.result["timing"]
     baseline = cell["budget"] is None
     row = results_frame([stored]).iloc[0].to_dict() if stored.metrics else {}
@@ -83,7 +83,7 @@ def of_cell(stored: StoredCell, sweep: str) -> CellRun:
     for name, value in cell["policy_settings"].items():
         if name not in columns:
             columns[f"policy_{name}"] = _plain(value)
-    columns["schedule"] = cell.get("schedule") or "step"  # which the table leaves empty
+    columns["schedule"] = cell.get("schedule") or "step"  # it is empty in the table
     columns |= {"documents": stored.result["documents"]["n"], "sweep": sweep, "baseline": baseline}
     where = f"{cell['task']}/{cell['shots']}shot"
     found = {f"{name}/{where}": m["value"] for name, m in stored.metrics.items()}
@@ -94,7 +94,7 @@ def of_cell(stored: StoredCell, sweep: str) -> CellRun:
 
 
 def of_sweep(table: pd.DataFrame, pictures: Mapping[str, Path]) -> Summary:
-    """What trackers show of a sweep's `results_frame`, with the full cache marked as the baseline."""
+    """The contents of a sweep's `results_frame`, with the full cache marked as the baseline."""
     shown = one_type_per_column(table)
     if "budget_base" in table:
         shown.insert(0, "baseline", ["yes" if none else "" for none in table["budget_base"].isna()])
@@ -102,7 +102,7 @@ def of_sweep(table: pd.DataFrame, pictures: Mapping[str, Path]) -> Summary:
 
 
 def one_type_per_column(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with every column either all numbers or all text, missing values aside, as W&B's tables want them."""
+    """The table with only numbers or only text in each column, except missing values, as W&B requires."""
     columns = {}
     for name in table:
         column = table[name]
@@ -114,7 +114,7 @@ def one_type_per_column(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _plain(value: Any) -> str | int | float | bool | None:
-    """A value as a column holds it: numbers of Python's own, lists as text, None for NaN."""
+    """A value for a column: numbers of Python, lists as text, None for NaN."""
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, float) and math.isnan(value):
         return None

@@ -1,4 +1,4 @@
-"""What a tracker was given already, so that nothing is logged twice, however often a sweep is started."""
+"""A record of what a tracker has logged, so that nothing is logged twice when a sweep is started again."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 
 class Marks:
-    """A file of lines, each a run's name and a digest of what was logged; several processes may add to it.
+    """A file with a line per logged run: its name and a hash of its contents. Several processes may write to it.
 
     Args:
-        file: beside what was logged, so that it goes when that is deleted.
+        file: in the directory of the logs, so that both are deleted together.
     """
 
     def __init__(self, file: Path) -> None:
@@ -28,15 +28,15 @@ class Marks:
             if size != self._read:
                 self._known = set(self.file.read_text(encoding="utf-8").splitlines())
                 self._read = size
-        except OSError:  # there is none
+        except OSError:  # the file does not exist
             self._read, self._known = -1, set()
         return _line(name, digest) in self._known
 
     def add(self, name: str, digest: str) -> None:
-        """Note that it was logged.
+        """Record that a run was logged.
 
         Raises:
-            OSError: if the disk refuses.
+            OSError: if the disk is full or cannot be written.
         """
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as file:

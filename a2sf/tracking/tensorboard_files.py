@@ -1,6 +1,6 @@
-"""TensorBoard: a folder of event files per cell, and one for the sweep's end; no account, no server, no network.
+"""TensorBoard: a folder of event files per cell, and one for the summary; no account, server or network is needed.
 
-Columns are what TensorBoard calls hyperparameters, so that its HPARAMS page is the table of cells to filter.
+Columns are hyperparameters in TensorBoard, so that its HPARAMS page is a table of cells with filters.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import pandas as pd
 from a2sf.tracking.content import CellRun, Summary
 
 EVENTS = "events.out.tfevents.*"
-"""How TensorBoard's files are called."""
+"""Pattern of the names of TensorBoard's files."""
 
 
 class TensorBoardFiles:
     """Logs to TensorBoard's files (see `a2sf.tracking.content.Destination`).
 
     Args:
-        directory: where this sweep's folders go.
+        directory: for this sweep's folders.
     """
 
     label = "TensorBoard"
@@ -43,7 +43,7 @@ class TensorBoardFiles:
         from torch.utils.tensorboard.summary import hparams
 
         columns = {name: _shown(value) for name, value in run.columns.items() if value is not None}
-        # without the first of the three, TensorBoard collects the columns of all cells instead of taking the first's
+        # without the first of the three, TensorBoard collects the columns of all cells, not only those of the first
         _, start, end = hparams(columns, run.metrics)
         with self._writer(run.name) as writer:
             for name, value in run.metrics.items():
@@ -66,17 +66,17 @@ class TensorBoardFiles:
 
         folder = self.directory / name
         for before in folder.glob(EVENTS):
-            before.unlink()  # of the same cell, computed anew
+            before.unlink()  # of an earlier result of the same cell
         with SummaryWriter(str(folder)) as writer:
             yield writer
 
 
 def _shown(value: Any) -> Any:
-    return ("yes" if value else "no") if isinstance(value, bool) else value  # else TensorBoard would say 1 and 0
+    return ("yes" if value else "no") if isinstance(value, bool) else value  # TensorBoard would show 1 and 0
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table in Markdown; what is missing is left empty."""
+    """A table in Markdown, with missing values as empty text."""
     rows = [list(map(str, table.columns)), ["---"] * len(table.columns)]
     rows += [["" if pd.isna(v) else str(v).replace("|", "\\|") for v in row] for row in table.itertuples(index=False)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

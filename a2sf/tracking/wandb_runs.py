@@ -1,4 +1,4 @@
-"""Weights & Biases: one run per cell, grouped by sweep, and one for the sweep's end; offline when not logged in."""
+"""Weights & Biases: one run per cell, grouped by sweep, and one for the summary; offline if the user is not logged in."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from a2sf.store.names import safe
 from a2sf.tracking.content import CellRun, Summary
 
 ATTEMPTS = 3
-"""Ids under which a run is tried; W&B takes no run under the id of one that was deleted."""
+"""Number of ids to try for a run, because W&B refuses the id of a deleted run."""
 LONGEST_NAME = 128
-"""Characters that W&B takes for a name."""
+"""Largest number of characters of a name in W&B."""
 BASELINE = "baseline"
 """The tag of full-cache runs."""
 
@@ -24,8 +24,8 @@ class WandbRuns:
     """Logs to W&B (see `a2sf.tracking.content.Destination`).
 
     Args:
-        directory: the sweep's; runs that are not sent yet lie in its `wandb/`.
-        project, entity: as W&B names them.
+        directory: of the sweep; runs that are not sent yet are in its `wandb/`.
+        project, entity: of W&B.
     """
 
     label = "W&B"
@@ -47,18 +47,18 @@ class WandbRuns:
 
     @cached_property
     def mode(self) -> str:
-        """W&B's mode: what `WANDB_MODE` says, else online where one is logged in."""
+        """W&B's mode: that of `WANDB_MODE`, else online if the user is logged in."""
         if os.environ.get("WANDB_MODE"):
             return os.environ["WANDB_MODE"]
         import wandb
 
         try:
             return "online" if wandb.login(prompt=False, timeout=10) else "offline"
-        except Exception:  # whatever keeps us from logging in, offline always works
+        except Exception:  # any error of the login: offline always works
             return "offline"
 
     def log_cell(self, run: CellRun) -> None:
-        # columns lie at the top, where W&B's table of runs shows and filters them; the same cell continues its run
+        # columns at the top level, where W&B's table of runs can filter by them
         config = {**run.columns, "cell": run.cell}
         self._log(run.name, "cell", config, lambda: dict(run.metrics), [BASELINE] if run.baseline else [])
 
@@ -95,10 +95,10 @@ class WandbRuns:
             run.finish()
 
     def _start(self, identity: str, **given: Any) -> Any:
-        """A run under its id; where the server refuses that, under a new one, always the same.
+        """Start a run with its id; if the server refuses the id, with another one, which is the same each time.
 
         Raises:
-            wandb.errors.Error: if it takes none, or does not answer.
+            wandb.errors.Error: if the server refuses all ids, or does not answer.
         """
         import wandb
 
@@ -114,6 +114,6 @@ class WandbRuns:
 
 
 def run_id(sweep: str, name: str) -> str:
-    """The W&B id of a sweep's run: the same for the same names, another for others, whatever characters they hold."""
+    """The W&B id of a sweep's run: equal for equal names, different for different ones, for names with any characters."""
     digest = hashlib.sha256(f"{sweep}\0{name}".encode()).hexdigest()[:12]
     return f"{safe(sweep, 40)}-{safe(name, 60)}-{digest}"

@@ -100,7 +100,12 @@ def test_a_folder_may_have_the_name_of_any_key(tmp_path):
         (mine / key / "x.yaml").write_text("a: 1\n")
     given = {"tasks": "[capitals]", "limit": "1", "seed": "7", "shots": "0", "sweep_name": "2024_11_05", "trace": "0"}
     given |= {"include_path": str(mine / "tasks"), "log_samples": "false", "backend": "auto", "batch_size": "4"}
-    given |= {"budget.ratio": "0.3", "until.pair": "null", "gen_kwargs.max_gen_toks": "2", "task_args.word": '"a\\tb"'}
+    given |= {
+        "budget.ratio": "0.3",
+        "early_stopping.pair": "null",
+        "gen_kwargs.max_gen_toks": "2",
+        "task_args.word": '"a\\tb"',
+    }
     given |= {"forgetting_factor": "0.5", "checkpoint": "9", "system_instruction": "1.10", "plan_only": "true"}
     overrides = [f"{k}={v}" for k, v in given.items()]
     for grid in ([], ["-m", "policy=full,first_and_last"]):

@@ -56,6 +56,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> str:
             generated=[f"the same, then {policy} <b>{i}</b>" for i in range(n)],
         )
         result = {k: v for k, v in stored.result.items() if k not in ("checksums", "schema_version")}
+        result["notes"] = [{"text": "a_note_without_a_space_" * 8}]
         write_cell(runs / "s" / stored.path.name, result, documents, "policy: x\n")
     show([runs / "s"], Selection(), Options(plots=False))
     return (runs / "s" / "report.html").as_uri()
@@ -94,9 +95,9 @@ def test_loads_and_fits(browser: Any, page: str, width: int) -> None:
     opened(browser, page, width)
     assert browser.find_element("tag name", "h1").text == "demo"
     assert titles(browser) == [
+        "average of 2 tasks (n = 270, chance 50.0)",
         "arc_easy (n = 120, chance 50.0)",
         "piqa (n = 150, chance 50.0)",
-        "average (n = 270, chance 50.0)",
     ]
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert browser.get_log("browser") == []
@@ -135,7 +136,8 @@ def test_charts_show_numbers_and_every_choice_draws(browser: Any, page: str) -> 
     opened(browser, page)
     lines = drawn(browser)
     (a2sf,) = [text for name, _, text in lines if name == "A2SF|0.1"]
-    for part in ("budget 0.2", "n = 120", "tokens retained", "factor 0.1", "% ["):
+    assert not any(name == "A2SF|0.9" for name, *_ in lines)  # the worse factor is chosen with a click
+    for part in ("budget 0.2", "n = 270", "tokens retained", "factor 0.1", "% ["):
         assert part in a2sf[0]
     assert any(text[0] == "chance level 50.0" for _, _, text in lines)
     for y in browser.execute_script("return [...document.getElementById('chart-y').options].map(o => o.text)"):
@@ -145,6 +147,9 @@ def test_charts_show_numbers_and_every_choice_draws(browser: Any, page: str) -> 
     for x in ("tokens retained", "tokens/s", "forgetting factor", "budget"):
         choose(browser, "chart-x", x)
         assert len(titles(browser)) == 3, x
+        if x == "forgetting factor":
+            names = {name for name, *_ in drawn(browser) if name}
+            assert names == {f"{p}, budget {b}" for p in ("A2SF", "H2O") for b in ("0.2", "0.5")}
     assert browser.get_log("browser") == []
 
 
@@ -158,7 +163,7 @@ def test_filters_reach_charts_tables_and_documents(browser: Any, page: str) -> N
     assert browser.execute_script(rows) == [r for r in before if "Window" not in r and "0.5" not in r]
     assert not any((name or "").startswith("Window") for name, *_ in drawn(browser))
     tick(browser, "task", "arc_easy")
-    assert titles(browser) == ["piqa (n = 150, chance 50.0)", "average (n = 270, chance 50.0)"]
+    assert titles(browser) == ["average of 2 tasks (n = 270, chance 50.0)", "piqa (n = 150, chance 50.0)"]
     heads = "return [...document.querySelectorAll('#tables th')].filter(h => !h.hidden).map(h => h.textContent)"
     assert "arc_easy" not in browser.execute_script(heads)
     systems = browser.execute_script("return [...document.getElementById('doc-a').options].map(o => o.text)")
@@ -168,15 +173,22 @@ def test_filters_reach_charts_tables_and_documents(browser: Any, page: str) -> N
     assert browser.get_log("browser") == []
 
 
+def unfolded(browser: Any) -> Any:
+    """The first document of the list, after a click on it."""
+    first = browser.find_elements("css selector", "#doc-list details")[0]
+    first.find_element("tag name", "summary").click()
+    wait.WebDriverWait(browser, 60).until(lambda b: len(first.find_elements("xpath", "./*")) > 1)
+    return first
+
+
 def test_a_document_under_two_systems(browser: Any, page: str) -> None:
     opened(browser, page)
     choose(browser, "doc-task", "piqa")
     choose(browser, "doc-a", "A2SF, factor 0.1, budget 0.2")
     choose(browser, "doc-b", "H2O, budget 0.2")
     choose(browser, "doc-show", "A scores higher")
-    first = browser.find_elements("css selector", "#doc-list details")[0]
+    first = unfolded(browser)
     assert "acc A 1, B 0" in first.find_element("tag name", "summary").text
-    first.find_element("tag name", "summary").click()
     body = first.text
     assert "which <one> & why?" in body
     assert body.count("chosen") == 2
@@ -193,14 +205,15 @@ def test_a_document_under_two_systems(browser: Any, page: str) -> None:
     assert browser.get_log("browser") == []
 
 
-def test_generated_texts_side_by_side(browser: Any, generated: str) -> None:
-    opened(browser, generated)
+@pytest.mark.parametrize("width", [390, 1280])
+def test_generated_texts_side_by_side(browser: Any, generated: str, width: int) -> None:
+    opened(browser, generated, width)
     choose(browser, "doc-show", "all documents")
-    first = browser.find_elements("css selector", "#doc-list details")[0]
-    first.find_element("tag name", "summary").click()
+    first = unfolded(browser)
     assert "<gold> 0" in first.text
     marked = [m.text for m in first.find_elements("css selector", ".generated mark")]
     assert marked == ["a2sf <b>0</b>", "h2o <b>0</b>"]
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert all(t.text.startswith("the same, then ") for t in first.find_elements("css selector", ".generated"))
     assert browser.get_log("browser") == []
 

@@ -36,11 +36,11 @@ def evaluate(*arguments: str) -> Done:
 
 def load(path: str, **more: object) -> str:
     """`ok`, the fingerprint and the format of a model that was pinned, fetched and loaded; or the sentence."""
-    from a2sf import app
+    from a2sf.app import process
     from a2sf.errors import UserError
     from a2sf.hf import loading
 
-    app.quiet()
+    process.quiet()
     try:
         spec, note = loading.pin(loading.ModelSpec(path, device="cpu", **more))  # type: ignore[arg-type]
         for download in loading.prepare(spec):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -118,13 +119,23 @@ def tree(budget: int, recent: int = 0, sinks: int = 0, factor: float = 0.2) -> S
 )
 @pytest.mark.parametrize("threads", [1, 2])
 def test_trees_equal_the_reference(budget: int, recent: int, sinks: int, threads: int) -> None:
-    q, k, v = tensors(2, 6, 3, 145, 32, 40)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert_same(*both(q, k, v, tree(budget, recent, sinks)))
+        got = attend(*of_tree(), tree(budget, recent, sinks), Options(32**-0.5, True, True), backend="numba")
     finally:
         torch.set_num_threads(before)
+    assert_same(got, reference_of_tree(budget, recent, sinks))
+
+
+@cache
+def of_tree() -> tuple[Tensor, Tensor, Tensor]:
+    return tensors(2, 6, 3, 145, 32, 40)
+
+
+@cache
+def reference_of_tree(budget: int, recent: int, sinks: int) -> Attended:
+    return reference(*(x.double() for x in of_tree()), tree(budget, recent, sinks), Options(32**-0.5, True, True))
 
 
 def test_scores_are_kept_for_descendants_only_where_they_decide_and_the_result_is_the_same() -> None:

@@ -112,6 +112,7 @@ def test_token_by_token_equals_one_pass(policy, schedule, name):
             check_kept(cache, gone, t)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["qwen2", "gpt_neox", "gpt2", "mistral"])
 def test_other_architectures(name):
     for policy, schedule in ALL:
@@ -255,6 +256,7 @@ def test_backends_and_float64(policy, schedule, backend):
     check_kept(cache, [g[order] for g in gone], TOKENS - 1)
 
 
+@pytest.mark.full
 def test_smollm2(smollm2):
     """The small real model: the same logits and kept sets, over all policies."""
     model, tokenizer = smollm2.model, smollm2.tokenizer

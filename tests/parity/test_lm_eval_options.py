@@ -11,7 +11,8 @@ from hydra.core.global_hydra import GlobalHydra
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from a2sf.app import _job, _model_names
+from a2sf.app.compute import overrides_of_job
+from a2sf.app.folders import model_names
 from a2sf.hf.loading import ModelSpec, load
 from a2sf.scoring.lm import PrunedLM
 from a2sf.store.aggregates import aggregates
@@ -54,7 +55,7 @@ def settings(own, loaded):
     def settled(*overrides: str, include: bool = True):
         more = [f"include_path={own}"] if include else []
         given = ["policy=full", f"model.path={loaded[0]}", *more, *map(addable, overrides)]
-        return read(compose("config", given), _model_names())
+        return read(compose("config", given), model_names())
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         yield settled
@@ -137,7 +138,7 @@ def test_a_worker_has_the_same_cell(settings, loaded):
     planned = [c.settled() for c in settings(*given).cells]
     assert len(planned) == 4
     for cell in planned:
-        (again,) = settings(*_job([([addable(g) for g in given], None)], [cell])).cells
+        (again,) = settings(*overrides_of_job([([addable(g) for g in given], None)], [cell])).cells
         assert (again.id, again.options, again.task_name) == (cell.id, cell.options, cell.task_name)
 
 

@@ -87,6 +87,7 @@ def others(needle: Needle) -> tuple[int, ...]:
     return tuple(sorted(set(range(needle.tokens)) - set(needle.needle)))
 
 
+@pytest.mark.full
 def test_a_policy_told_to_keep_the_needle_finds_it_as_often_as_the_full_cache(smollm2, needles):
     full = [finds(smollm2, n) for n in needles]
     assert sum(full) >= 4  # else the control says nothing
@@ -99,6 +100,7 @@ def test_a_policy_told_to_keep_the_needle_finds_it_as_often_as_the_full_cache(sm
     assert not any(finds(smollm2, n, Told(keep=others(n)), n.tokens - len(n.needle)) for n in needles)
 
 
+@pytest.mark.full
 def test_the_same_by_a_function_of_the_step(smollm2, needles):
     for n in needles[1:3]:
         assert finds(smollm2, n)

@@ -14,12 +14,15 @@ import pytest
 import yaml
 from hydra.errors import MissingConfigException
 
-from a2sf import app, cli
+from a2sf import cli
+from a2sf.app import process
 from a2sf.commands import run, tables
-from a2sf.commands.describe import attributes, paper
+from a2sf.commands.policy import layer_errors
+from a2sf.commands.policy.describe import attributes, paper
 from a2sf.errors import UserError
 from a2sf.policies.base import WHEN
 from a2sf.policies.find import built_in, defaults
+from a2sf.policies.renamed import notice
 from a2sf.shipped import shipped
 from a2sf.store.runs import load_sweep
 from a2sf.sweep.config import folder as config_dir
@@ -56,6 +59,15 @@ def test_what_a_command_reads(monkeypatch):
     assert sys.argv == ["a2sf tables", "runs/x", "--stderr"]
 
 
+def test_a_command_of_the_previous_version(monkeypatch, capsys):
+    monkeypatch.setattr(layer_errors, "main", lambda arguments: print(arguments, sys.argv[0]))
+    notice.cache_clear()
+    cli.main(["errors", "h2o"])
+    said = capsys.readouterr()
+    assert said.out == "['h2o'] a2sf layer-errors\n"
+    assert said.err == "a2sf errors is now called a2sf layer-errors; the old name works in this version only.\n"
+
+
 def test_every_command_has_a_main():
     for place, told in cli.COMMANDS.values():
         module, _, function = place.partition(":")
@@ -84,7 +96,7 @@ def test_a_preset_is_a_grid(hydra):
     assert hydra("+sweep=demo", "--cfg", "job") == ["--cfg", "job", "+sweep=demo"]  # shown, not run
 
 
-def test_a_swept_key_in_a_presets_parameters_is_each_cells_own():
+def test_a_swept_key_in_a_presets_parameters_is_preset_overrides():
     """Hydra puts the preset's one value in: 0.3's file for every budget. What is not swept stays as it puts it in."""
     from omegaconf import OmegaConf
 
@@ -94,12 +106,12 @@ def test_a_swept_key_in_a_presets_parameters_is_each_cells_own():
     config = OmegaConf.create({"hydra": {"sweeper": {"params": written}}, "budget": {"ratio": 0.3}, "place": 7})
     sweeper = CellSweeper(max_batch_size=None, params=dict(config.hydra.sweeper.params))
     sweeper.config = config
-    assert sweeper._each_cells_own([]) == [
+    assert sweeper._preset_overrides([]) == [
         "policy.file='${place}/a-${budget.ratio}.yaml'",
         "budget.ratio=0.1,0.2",
         "limit=7",
     ]
-    assert sweeper._each_cells_own(["+place=1,2"])[2] == "limit=${place}"
+    assert sweeper._preset_overrides(["+place=1,2"])[2] == "limit=${place}"
 
 
 def test_options_among_overrides(hydra, tmp_path):
@@ -125,17 +137,17 @@ def test_every_key_and_choice_is_in_the_help():
     for name, group in {"": schema.Config, **schema.groups()}.items():
         about = attributes(group)
         for key in vars(group()):
-            assert about[key], key
-            if key not in schema.groups():
+            assert key in schema.RENAMED or about[key], key
+            if key not in {**schema.groups(), **schema.RENAMED}:
                 assert f"\n  {name + '.' if name else ''}{key} " in told
     for choice in (*built_in(), "smollm2-135m*", "+sweep=paper_small The shape of `paper`", "slurm_local"):
         assert choice in " ".join(told.split())
 
 
 def test_what_the_policies_command_prints(capsys):
-    from a2sf.commands import policies
+    from a2sf.commands.policy import listing
 
-    policies.main([])
+    listing.main([])
     said = capsys.readouterr().out
     assert said.count("\n    Schedules: ") == len(built_in())
     assert said.count("not causal") == 1 + said.count("Future (not causal)")
@@ -207,7 +219,7 @@ def test_a_launcher_that_is_not_installed(launcher):
     """Hydra names the plugin's own configuration, which a user has not heard of."""
     (plugin,) = yaml.safe_load((shipped("conf/hydra/launcher") / f"{launcher}.yaml").read_text())["defaults"]
     said = f"In 'hydra/launcher/{launcher}': Could not load 'hydra/launcher/{plugin}'."
-    told = app._explain(MissingConfigException(said, missing_cfg_file=f"hydra/launcher/{plugin}", options=[]))
+    told = process.explain(MissingConfigException(said, missing_cfg_file=f"hydra/launcher/{plugin}", options=[]))
     extra = re.fullmatch(rf'hydra/launcher={launcher} is not installed: pip install "a2sf\[(\w+)\]"\.', told)
     declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert extra
@@ -217,9 +229,9 @@ def test_a_launcher_that_is_not_installed(launcher):
 def test_of_all_warnings_ours_are_printed(capfd):
     code = """
 import warnings
-from a2sf import app
+from a2sf.app import process
 from a2sf.errors import Notice
-app.quiet()
+process.quiet()
 for text in ("A kernel is slow.", "A kernel is slow.", "Another one."):
     warnings.warn(text, Notice)
 warnings.warn("a library's", UserWarning)

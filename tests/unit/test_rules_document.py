@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from a2sf import attend
-from a2sf.commands import check as command
+from a2sf.commands.policy import check as command
 from a2sf.engine.invariants import INVARIANTS
 from a2sf.errors import ConfigError
 from a2sf.policies.base import Policy

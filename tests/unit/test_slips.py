@@ -17,7 +17,7 @@ SLIPS = {
     "check": "the following arguments are required: policy",
     "policies --x": "unrecognized arguments",
     "doctor --x": "unrecognized arguments",
-    "errors": "the following arguments are required: POLICY",
+    "layer-errors": "the following arguments are required: POLICY",
     "heads --x": "unrecognized arguments",
     "calibrate --x": "unrecognized arguments",
     "reproduce --x": "unrecognized arguments",

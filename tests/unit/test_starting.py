@@ -14,7 +14,7 @@ from a2sf.starting import WAITING, importing
 
 ROOT = Path(__file__).parents[2]
 SEEN = "; import os, sys; print({n: os.environ.get(n) for n in ('GOMP_SPINCOUNT', 'KMP_BLOCKTIME')}, 'torch' in sys.modules)"
-COMMAND = "from a2sf import app, cli; cli._run = lambda *_: None; cli.main(['run'])"
+COMMAND = "from a2sf.app import process; from a2sf import cli; cli._run = lambda *_: None; cli.main(['run'])"
 
 
 def seen(code: str, **environment: str) -> str:

@@ -55,6 +55,12 @@ function measured(s, name, task) {
   return values.some(v => v === null || v === undefined) || !values.length ? null : values.reduce((a, b) => a + b, 0) / values.length;
 }
 
+/** A budget in tokens over several tasks: the range of the tasks' medians. */
+function medians(s) {
+  const found = Object.values(s.tokens).map(t => t[0]);
+  return found.length ? [null, Math.min(...found), Math.max(...found)] : undefined;
+}
+
 /** What a chart shows of a system: value, low, high, n, and the text of a p-value; null where it has none. */
 function shownValue(s, y, task) {
   if (y === "score") return s.scores[task] ?? null;
@@ -67,8 +73,8 @@ function shownValue(s, y, task) {
 }
 
 function hover(s, task, [value, low, high, n, more = ""], percent) {
-  const unit = percent ? " %" : "", t = s.tokens[task], kept = measured(s, "kept_tokens", task);
-  const budget = s.full ? "no budget" : `budget ${s.budget}` + (t ? ` = ${Math.round(t[0])} tokens (${Math.round(t[1])} to ${Math.round(t[2])})` : "");
+  const unit = percent ? " %" : "", t = s.tokens[task] ?? medians(s), kept = measured(s, "kept_tokens", task);
+  const budget = s.full ? "no budget" : `budget ${s.budget}` + (t ? ` = ${t[0] === null ? `${Math.round(t[1])} to ${Math.round(t[2])} tokens (medians of the tasks)` : `${Math.round(t[0])} tokens (${Math.round(t[1])} to ${Math.round(t[2])})`}` : "");
   return `<b>${escaped(s.label)}${s.factor === DASH ? "" : `, factor ${s.factor}`}</b><br>${written(value, percent)}${unit} `
     + `[${written(low, percent)}, ${written(high, percent)}], n = ${n ?? DASH}<br>${budget}`
     + (kept === null ? "" : `<br>${kept.toFixed(1)} tokens retained (mean)`) + more;
@@ -95,6 +101,7 @@ function levels(traces, shapes, range, level, text, colour, band) {
 
 function panel(place, title, traces, layout) {
   const element = make("div", { className: "panel" });
+  if (layout.height) element.style.height = `${layout.height}px`;
   place.append(element);
   const base = { title: { text: escaped(title), font: { size: 13 }, x: .01 }, margin: { l: 52, r: 10, t: 34, b: 44 }, showlegend: false,
     hovermode: "closest", hoverlabel: { align: "left" }, paper_bgcolor: "#fff", plot_bgcolor: "#fff", shapes: [], font: { size: 11 } };
@@ -103,13 +110,18 @@ function panel(place, title, traces, layout) {
   library.newPlot(element, traces, merged, { responsive: true, displaylogo: false, displayModeBar: false });
 }
 
+/** Its forgetting factor; the policy that is compared with has none and scores as factor 1. */
+function factorOf(s) {
+  return s.factor_value ?? (data.pair?.endsWith(` ${MINUS} ${s.label}`) ? 1 : null);
+}
+
 function drawLines(place, part, systems, y, x) {
   const percent = y === "score" || y === "difference" ? data.percent : y === "close:agreement";
-  const columns = part.columns.filter(t => t === average || passes("task", t)), several = data.systems.some(s => s.budget.endsWith("tokens"));
+  const columns = part.columns.filter(t => t === average || passes("task", t)).sort((a, b) => (b === average) - (a === average)), several = data.systems.some(s => s.budget.endsWith("tokens"));
   for (const task of columns) {
     const traces = [], shapes = [], groups = new Map(), xs = [];
     for (const s of systems.filter(s => !s.full)) {
-      const v = shownValue(s, y, task), at = x === "budget" ? (several ? s.budget : s.order) : x === "factor" ? s.factor_value : measured(s, x, task);
+      const v = shownValue(s, y, task), at = x === "budget" ? (several ? s.budget : s.order) : x === "factor" ? factorOf(s) : measured(s, x, task);
       if (!v || at === null) continue;
       const key = x === "factor" ? `${s.label}, budget ${s.budget}` : lineOf(s);
       if (!groups.has(key)) groups.set(key, { s, points: [] });
@@ -137,7 +149,7 @@ function drawLines(place, part, systems, y, x) {
     const n = systems.map(s => s.scores[task]?.[3]).find(v => v !== undefined);
     const chance = part.chance[task] === undefined ? "" : `, chance ${written(part.chance[task], data.percent)}`;
     const ticks = x === "budget" && !several ? { tickvals: [...new Set(xs)] } : several && x === "budget" ? { type: "category" } : {};
-    panel(place, `${task} (n = ${n ?? DASH}${y === "score" ? chance : ""})`, traces, { shapes, xaxis: { title: { text: X[x].title }, ...ticks } });
+    panel(place, `${task === average ? `average of ${part.columns.length - 1} tasks` : task} (n = ${n ?? DASH}${y === "score" ? chance : ""})`, traces, { shapes, xaxis: { title: { text: several && x === "budget" ? "budget" : X[x].title }, ...ticks } });
   }
 }
 
@@ -148,7 +160,8 @@ function drawByLength(place, part, systems) {
       const found = points.get(numbers.get(s)).map(([x, ...v]) => ({ x, v, text: hover(s, average, v, data.percent) + `<br>prompts of ${Math.round(x)} tokens (median)` }));
       return traceOf(found, s, "length", data.percent, s.label);
     });
-    if (traces.length) panel(place, `budget ${budget}`, traces, { xaxis: { title: { text: "tokens of the prompt" }, type: "log" } });
+    const ticks = [...new Set(traces.flatMap(t => t.x))];
+    if (traces.length) panel(place, `budget ${budget}`, traces, { xaxis: { title: { text: "tokens of the prompt" }, type: "log", tickvals: ticks, ticktext: ticks.map(t => Math.round(t)) } });
   }
 }
 
@@ -161,10 +174,11 @@ function drawNeedles(place, part) {
 
 function heat(place, title, columns, rows, values, xtitle, ytitle) {
   if (!rows.length) return;
+  const height = Math.max(300, 16 * rows.length + 90);
   const label = values.map(r => r.map(v => v === null || v === undefined ? "" : v.toFixed(1)));
   panel(place, title, [{ type: "heatmap", x: columns, y: rows, z: values, text: label, texttemplate: "%{text}", colorscale: "Cividis",
     hovertemplate: `${ytitle} %{y}<br>${xtitle} %{x}<br>%{z:.1f}<extra></extra>` }],
-    { xaxis: { type: "category", title: { text: xtitle } }, yaxis: { type: "category", title: { text: ytitle } } });
+    { height, xaxis: { type: "category", title: { text: xtitle } }, yaxis: { type: "category", title: { text: ytitle } } });
 }
 
 function drawHeat(place, part, systems) {
@@ -194,11 +208,13 @@ function drawLayers(place, part, systems, name) {
 function drawCharts() {
   const y = $("chart-y").value, x = $("chart-x").value, systems = data.systems.filter(systemPasses);
   $("chart-x").disabled = !(y === "score" || y === "difference" || y.startsWith("close:"));
+  const acrossFactors = y === "heat" || x === "factor" && !$("chart-x").disabled;
+  const labels = new Set(systems.filter(s => !hiddenLines.has(lineOf(s))).map(s => s.label));
   buildChips(systems);
   document.querySelectorAll(".panel").forEach(p => library.purge(p));
   $("panels").replaceChildren();
   data.parts.forEach((part, i) => {
-    const own = systems.filter(s => s.part === i && !hiddenLines.has(lineOf(s)));
+    const own = systems.filter(s => s.part === i && (acrossFactors ? labels.has(s.label) : !hiddenLines.has(lineOf(s))));
     if (!own.length) return;
     const place = make("div", { className: "panels" });
     $("panels").append(make("h3", { textContent: `${part.model}, ${part.shots}-shot` }), place);

@@ -62,7 +62,7 @@ def chart_data(
     for model, shots, part in grid.by_model():
         columns = score_columns(part)
         chance = chance_levels(part)
-        chosen = {line.systems[0].label for line in chosen_lines(part, pair)}
+        chosen = {(line.systems[0].label, line.systems[0].factor) for line in chosen_lines(part, pair)}
         parts.append({"model": model, "shots": shots, "columns": columns, "chance": chance})
         styles = _styles(part.systems(pair))
         points = length_points(part, part.systems(pair))
@@ -71,7 +71,7 @@ def chart_data(
                 found = [[*map(_rounded, (x, m, m - Z * e, m + Z * e)), n] for x, m, e, n in by_length]
                 lengths.append({"system": len(places), "points": found})
             entry = _system(part, s) | styles[s.label, s.factor] | {"part": len(parts) - 1}
-            entry["shown"] = s.is_full or s.label in chosen
+            entry["shown"] = s.is_full or (s.label, s.factor) in chosen
             entry["close"] = closeness.get((model, shots, s.label, s.budget, s.factor), {})
             entry["difference"] = {
                 t: [*map(_rounded, (c.difference.value, c.difference.low, c.difference.high)), c.p_holm, c.difference.n]

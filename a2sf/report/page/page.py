@@ -13,7 +13,6 @@ from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from a2sf import atomic
@@ -27,7 +26,7 @@ from a2sf.report.tables.cells import TIED, header, legend, number, reference_row
 from a2sf.report.tables.layout import Table
 from a2sf.report.tables.text import TextTable
 from a2sf.report.traced import Groups
-from a2sf.store.runs import asked, finished_cells, is_cell
+from a2sf.store.runs import finished_cells, is_cell, settings_of
 
 HERE = Path(__file__).parent
 SCRIPTS = ("charts.js", "documents.js", "report.js")
@@ -75,8 +74,8 @@ def write_report(target: Path, contents: Contents) -> Path:
         failures=contents.failures,
         cells=_cells(grid),
         notes=list(dict.fromkeys([*grid.notes, *contents.notes])),
-        style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
-        script=Markup("".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)),
+        style=(HERE / "report.css").read_text(encoding="utf-8"),
+        script="".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS),
         library=_plotly(),
         charts=_packed(json.dumps(charts, separators=(",", ":"))),
         documents=_packed(json.dumps(documents, separators=(",", ":"))),
@@ -99,7 +98,7 @@ def _plotly() -> str:
 def read_failures(directories: Sequence[Path]) -> list[dict[str, Any]]:
     """The failures noted in `failures/*.json` of the sweeps; a file that cannot be read is listed as such."""
     found = []
-    finished = [asked(c.cell) for d in directories if any((d / "failures").glob("*")) for c in finished_cells(d)]
+    finished = [settings_of(c.cell) for d in directories if any((d / "failures").glob("*")) for c in finished_cells(d)]
     for file in sorted(f for directory in directories for f in (directory / "failures").glob("*.json")):
         if is_cell(file.parent.parent / file.stem):
             continue  # it finished later
@@ -107,7 +106,7 @@ def read_failures(directories: Sequence[Path]) -> list[dict[str, Any]]:
             noted = json.loads(file.read_text(encoding="utf-8"))
             error = {k: str(noted.get(k, "")) for k in ("error", "traceback", "time")}
             cell = noted.get("cell", file.stem)
-            if isinstance(cell, dict) and asked(cell) in finished:
+            if isinstance(cell, dict) and settings_of(cell) in finished:
                 continue  # with other weights, which a branch has moved to
             name = cell.get("name", json.dumps(cell, sort_keys=True)) if isinstance(cell, dict) else str(cell)
             found.append({"cell": name, **error})

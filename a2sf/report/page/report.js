@@ -146,6 +146,10 @@ function apply() {
 
 async function start() {
   document.querySelectorAll("table.sortable").forEach(sortable);
+  if (!window.DecompressionStream) {
+    $("panels").append(make("p", { className: "note", textContent: "Charts, filters and documents need a browser of 2023 or newer." }));
+    return;
+  }
   data = JSON.parse(await unpack("data-charts"));
   data.systems.filter(s => !s.shown).forEach(s => hiddenLines.add(lineOf(s)));
   document.head.append(make("script", { textContent: await unpack("data-library") }));

@@ -7,6 +7,7 @@ nothing for it.
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -167,7 +168,7 @@ def trade_off(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None
     """The metric against tokens per second, of the time that each cell is charged with, and against the tokens retained."""
     column = score_columns(part)[-1]
     wanted = {
-        "tokens_per_second": "tokens/s of the time charged to a cell",
+        "tokens_per_second": "tokens/s of charged time",
         "kept_tokens": "tokens retained per KV head",
     }
     measures = {k: v for k, v in wanted.items() if part.frame[k].notna().any()}
@@ -298,10 +299,21 @@ def _panels(titles: list[str], sharey: bool = False, width: float = 2.7) -> tupl
 
 def _finish(figure: Figure, axes: list[Axes], unit: str) -> None:
     """One legend for all panels, below them."""
-    figure.supylabel(unit, fontsize=9)
+    figure.supylabel(_broken(unit, int(9 * figure.get_figheight())), fontsize=9)
     seen = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=min(len(seen), 3))
 
 
 def _unit(part: Grid) -> str:
     return f"{part.metric} (%)" if part.percent else part.metric
+
+
+def _broken(text: str, width: int) -> str:
+    """A long axis label in lines, so that it does not reach the title; names are broken behind `_` and `,`."""
+    pieces = re.findall(r"[^\s,_]+[,_]*\s*|[,_]+\s*", text)
+    lines = [""]
+    for piece in pieces:
+        if lines[-1] and len(lines[-1] + piece.rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(line.rstrip() for line in lines)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from a2sf.analysis.results.labels import DASH
-from a2sf.report.tables.cells import Markup, header, legend, texts, to_markdown, to_tex
+from a2sf.report.tables.cells import Markup, header, legend, reference_rows, texts, to_markdown, to_tex
 from a2sf.report.tables.layout import Table
 
 
@@ -18,7 +18,8 @@ def markdown(tables: Sequence[Table], stderr: bool = False) -> str:
     for table in tables:
         heads = header(table)
         align = [":--" if i < len(table.heads) else "--:" for i in range(len(heads))]
-        lines = [map(markup.text, heads), align, *(texts(table, row, markup) for row in table.rows)]
+        above = [map(markup.text, row) for row in reference_rows(table)]
+        lines = [map(markup.text, heads), align, *above, *(texts(table, row, markup) for row in table.rows)]
         body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         parts.append("\n\n".join(filter(None, [f"### {table.title}", body, legend(table), *table.notes])))
     return "\n\n".join(parts) + "\n"
@@ -39,7 +40,7 @@ def latex(tables: Sequence[Table], stderr: bool = False) -> str:
             r"\medskip",
             rf"\begin{{tabular}}{{{'l' * len(table.heads) + 'r' * (len(heads) - len(table.heads))}}}",
             r"\toprule",
-            " & ".join(map(to_tex, heads)) + r" \\",
+            *(" & ".join(map(to_tex, row)) + r" \\" for row in (heads, *reference_rows(table))),
             r"\midrule",
         ]
         previous = None

@@ -1,7 +1,7 @@
-"""The user's own folder of configurations, `--config-dir`: what in it is a group, and values that YAML reads as numbers.
+"""The user's folder of configurations (`--config-dir`).
 
-For Hydra each folder in there is a group of configurations. One that has the name of a key, such as the `tasks/` that
-`include_path` names, is none: Hydra would take `tasks=[piqa]` for the choice of a file in it.
+For Hydra each subfolder is a group of configurations. Here a subfolder with the name of a key, such as the `tasks/` of
+`include_path`, is not a group, or Hydra would read `tasks=[piqa]` as the choice of a file in it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from a2sf.sweep.config import schema
 
 OPTIONS = ("--config-dir", "-cd")
 SCHEME = "own"
-"""Of the folder as a source of configurations (`hydra_plugins.own_folder`)."""
+"""The folder's scheme in Hydra's search path (`hydra_plugins.own_folder`)."""
 GLOBAL = re.compile(r"^#\s*@package\s+_global_", re.MULTILINE)
 SWEPT = "hydra.sweeper.params."
 _folder: list[Path] = []
 
 
 def use(folder: Path | None) -> None:
-    """Name the folder of this process, before Hydra starts; None: there is none.
+    """Set the folder of this process, before Hydra starts; None: there is none.
 
     Raises:
         UserError: if there is no such folder.
@@ -37,17 +37,17 @@ def use(folder: Path | None) -> None:
 
 
 def used() -> Path | None:
-    """The folder that `use` was given."""
+    """The folder that `use` has set."""
     return next(iter(_folder), None)
 
 
 def option() -> list[str]:
-    """The folder as the command line names it."""
+    """The folder as arguments of the command line."""
     return ["--config-dir", str(used())] if used() is not None else []
 
 
 def taken_out(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """The folder that a command line names, the last one if several, and the arguments without it."""
+    """The folder of a command line (the last one, if there are several), and the other arguments."""
     folder, left, given = None, [], iter(arguments)
     for argument in given:
         option, equals, value = argument.partition("=")
@@ -59,22 +59,24 @@ def taken_out(arguments: list[str]) -> tuple[Path | None, list[str]]:
 
 
 def is_key(path: str) -> bool:
-    """Whether a folder's path inside a folder of configurations begins with a key that is no group of files."""
+    """Whether a path inside the folder begins with a key that is not a group of files."""
     first = path.partition("/")[0]
     return schema.is_key(first) and not (shipped("conf") / first).is_dir()
 
 
 def check(folder: Path) -> None:
-    """Refuse files that hide ours, and text that YAML reads as a number: `revision: 1.10` would be 1.1.
+    """Refuse files that hide those of the package, and text that YAML reads as a number: `revision: 1.10` would be 1.1.
 
     Raises:
         UserError: naming the file.
     """
-    ours = [f.relative_to(shipped("conf")) for f in shipped("conf").rglob("*.yaml")]
-    for name in (*ours, Path("schema.yaml")):
+    shipped_files = [f.relative_to(shipped("conf")) for f in shipped("conf").rglob("*.yaml")]
+    for name in (*shipped_files, Path("schema.yaml")):
         if (hidden := folder / name).exists():
-            raise UserError(f"{hidden} has the name of a file that comes with a2sf, which hides it: give it another.")
-    for group in dict.fromkeys(str(name.parent) for name in ours):
+            raise UserError(
+                f"{hidden} has the name of a file that comes with a2sf, and would hide it: give it another name."
+            )
+    for group in dict.fromkeys(str(name.parent) for name in shipped_files):
         for file in sorted((folder / group).glob("*.yaml")):
             _check_texts(file, "" if group == "." else f"{group.replace('/', '.')}.")
 
@@ -84,7 +86,7 @@ def _check_texts(file: Path, prefix: str) -> None:
     try:
         written = list(_scalars(yaml.compose(text), "" if GLOBAL.search(text) else prefix))
     except yaml.YAMLError:
-        return  # Hydra says where
+        return  # Hydra reports the line
     for key, value in written:
         read = yaml.load(value, Loader=get_yaml_loader())
         if schema.holds_text(key) and read is not None and str(read) != value:

@@ -1,4 +1,4 @@
-"""Settings of one policy or schedule in a grid of several: each goes to where it is known."""
+"""A grid of several policies or schedules: a setting applies only to the policies and schedules that have it."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from omegaconf import DictConfig, OmegaConf
 from a2sf.errors import ConfigError, UserError
 from a2sf.policies import find
 
-LOOKED_AT = {"every": ("every",), "prompt": ("then", "at")}
-"""The keys of `schedule` that each kind looks at beside `when`."""
+USED_KEYS = {"every": ("every",), "prompt": ("then", "at")}
+"""Kind of schedule -> the keys of `schedule` that it uses, besides `when`."""
 SETTING = re.compile(r"\+{0,2}policy\.(?!_target_\b)(\w+)")
 OPEN = re.compile(r"\+{0,2}(?:task_args|gen_kwargs)\.")
-"""Keys under which anything may stand."""
+"""Keys with any keys inside them."""
 
 
 def addable(override: str) -> str:
-    """The override so that Hydra takes a setting that no file lists; whether there is such a one, we say."""
+    """The override with `++`, so that Hydra accepts a setting that no file lists; `keys.check_settings` checks it."""
     return "++" + override.lstrip("+") if SETTING.match(override) or OPEN.match(override) else override
 
 
 def route(points: Sequence[Sequence[str]], target: Callable[[tuple[str, ...]], str]) -> list[list[str]]:
-    """The overrides of each point without the settings that its policy lacks and another policy of the grid has.
+    """The overrides of each point, without settings that only other policies of the grid have.
 
     Args:
         points: overrides, without sweeps.
-        target: the class of the policy that some overrides choose, as a path; it is asked once for equal ones.
+        target: gives the class (as `module.Class`) of the policy that some overrides choose.
     """
     fields = []
     known: dict[tuple[str, ...], frozenset[str]] = {}
@@ -52,23 +52,23 @@ def _fields(path: str) -> frozenset[str]:
     try:
         return frozenset(f.name for f in dataclasses.fields(find.load(path)))
     except UserError:
-        return frozenset()  # told when its configuration is read
+        return frozenset()  # reported when the configuration is read
 
 
 def check_schedules(points: Sequence[DictConfig]) -> None:
-    """Refuse a key of `schedule` that no point of a grid looks at.
+    """Refuse a key of `schedule` that no point of a grid uses.
 
     Raises:
         ConfigError: naming it.
     """
     kinds = {OmegaConf.select(p, "schedule.when") for p in points}
-    for kind, key in ((kind, key) for kind, keys in LOOKED_AT.items() for key in keys):
+    for kind, key in ((kind, key) for kind, keys in USED_KEYS.items() for key in keys):
         values = [v for p in points if (v := OmegaConf.select(p, f"schedule.{key}")) is not None]
         if values and kind not in kinds:
             raise unused(key, values[0])
 
 
 def unused(key: str, value: object) -> ConfigError:
-    """What is told of a key that the schedule does not look at."""
-    kind = next(kind for kind, keys in LOOKED_AT.items() if key in keys)
+    """The error for a key that the schedule does not use."""
+    kind = next(kind for kind, keys in USED_KEYS.items() if key in keys)
     return ConfigError(f"schedule.{key}", value, f"it is for schedule={kind}, so give that as well")

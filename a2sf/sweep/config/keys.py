@@ -1,6 +1,6 @@
-"""Keys of a configuration that do not exist, and what is said of them.
+"""Keys of a configuration that do not exist, and the messages about them.
 
-Light, so that a slip is told before a model library is loaded.
+It imports no model library, so that a mistyped key is reported at once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from a2sf.errors import ConfigError, UserError, nearest
 from a2sf.policies import find
 from a2sf.policies.base import Policy
-from a2sf.sweep.config.schema import Config
+from a2sf.sweep.config.schema import RENAMED, Config
 
 
 def check(composed: DictConfig) -> None:
@@ -77,6 +77,8 @@ def _unknown(key: str) -> str:
 def _keys(cls: type, prefix: str = "") -> list[str]:
     keys = []
     for f in dataclasses.fields(cls):
+        if f.name in RENAMED:
+            continue
         keys.append(prefix + f.name)
         made = f.default_factory() if f.default_factory is not dataclasses.MISSING else None
         if dataclasses.is_dataclass(made):

@@ -1,7 +1,7 @@
-"""What a value of an override means where Hydra's grammar says something else, and what to say of one that it cannot read.
+"""Overrides on the command line: values that are text, keys of the previous version, and messages about errors.
 
-In Hydra's grammar 1.10 is the number 1.1 whatever the key, and a backslash in quotes is a backslash. Here a value of a key
-that holds text is the text as it was written, and text in double quotes is read as JSON and YAML read it: `"\\n"` is a line
+In Hydra's grammar 1.10 is the number 1.1 for any key, and a backslash in quotes is a backslash. Here the value of a key that
+holds text is exactly the text that was written, and text in double quotes is read as in JSON and YAML: `"\\n"` is a line
 break. In single quotes, and without quotes, a backslash is a backslash, as in YAML.
 """
 
@@ -20,26 +20,29 @@ from hydra.grammar.gen.OverrideLexer import CommonTokenStream, InputStream, Over
 from hydra.grammar.gen.OverrideParser import OverrideParser
 
 from a2sf.errors import ConfigError
+from a2sf.policies.renamed import notice
 from a2sf.sweep.config import schema
 
 PLAIN = re.compile(r"[\w.+/\\%*@?|-]+", re.ASCII)
-"""A value that Hydra reads without quotes."""
+"""A value that needs no quotes in Hydra."""
+KEY = re.compile(r"^([+~]*)([\w.]+)")
 
 NUMBERS = (OverrideLexer.INT, OverrideLexer.FLOAT)
-LIKE_TEXT = (*NUMBERS, OverrideLexer.BOOL)
-ELEMENTS_KEPT = {"choice", "shuffle"}
-"""Functions of the grammar that give their arguments as they are."""
+NOT_TEXT = (*NUMBERS, OverrideLexer.BOOL)
+UNCHANGED = {"choice", "shuffle"}
+"""Functions of the grammar that do not change their arguments."""
 
 
 @cache
 def as_written(override: str) -> str:
-    """The override so that Hydra takes text for what it means: `model.revision=1.10` becomes `model.revision='1.10'`.
+    """The override in this version's keys, with text quoted: `model.revision=1.10` becomes `model.revision='1.10'`.
 
-    An override that cannot be parsed is given back unchanged, so that Hydra refuses it.
+    An override that cannot be parsed is returned unchanged, so that Hydra refuses it.
 
     Raises:
         ConfigError: for text in double quotes with an escape that JSON does not have.
     """
+    override = KEY.sub(_current, override, count=1)
     try:
         tree = _parsed(override)
     except HydraException:
@@ -49,21 +52,28 @@ def as_written(override: str) -> str:
     key = tree.key().getText()
     if key.startswith("hydra"):
         return override
-    # each token that is to be quoted becomes text where it stands, the last one first
+    # quote each token in its place, the last one first, so that positions of the others stay valid
     for token in reversed(list(_tokens(tree.value()))):
         text = token.text
         if token.type == OverrideLexer.QUOTED_VALUE and text.startswith('"') and "\\" in text:
             text = _unescaped(key, text)
-        elif token.type not in (LIKE_TEXT if schema.holds_text(key) else NUMBERS if schema.holds_names(key) else ()):
+        elif token.type not in (NOT_TEXT if schema.holds_text(key) else NUMBERS if schema.holds_names(key) else ()):
             continue
-        # in single quotes, so that to do it again changes nothing
+        # in single quotes, so that a second call changes nothing
         text = QuotedString(text, Quote.single).with_quotes()
         override = override[: token.start] + text + override[token.stop + 1 :]
     return override
 
 
+def _current(key: re.Match[str]) -> str:
+    new = schema.renamed(key[2])
+    if new != key[2]:
+        notice(key[2], new)
+    return key[1] + new
+
+
 def _parsed(override: str) -> Any:
-    """Hydra's syntax tree of an override, where each value still is what was written."""
+    """Hydra's syntax tree of an override, with each value as it was written."""
     lexer = OverrideLexer(InputStream(override))
     parser = OverrideParser(CommonTokenStream(lexer))
     for part in (lexer, parser):
@@ -73,13 +83,13 @@ def _parsed(override: str) -> Any:
 
 
 def _tokens(node: Any, inside: str | None = None) -> Any:
-    """The tokens under a node that are a whole value, where functions hand them on as they are."""
+    """The tokens under a node that are a value by themselves and that no function changes."""
     if isinstance(node, OverrideParser.PrimitiveContext):
         tokens = [t.symbol for t in node.getChildren() if t.symbol.type != OverrideLexer.WS]
         if len(tokens) == 1 and (inside is None or tokens[0].type == OverrideLexer.QUOTED_VALUE):
             yield tokens[0]
         return
-    if isinstance(node, OverrideParser.FunctionContext) and (name := node.ID().getText()) not in ELEMENTS_KEPT:
+    if isinstance(node, OverrideParser.FunctionContext) and (name := node.ID().getText()) not in UNCHANGED:
         inside = name
     for child in node.getChildren() if hasattr(node, "getChildren") else ():
         yield from _tokens(child, inside)
@@ -91,7 +101,7 @@ def _unescaped(key: str, quoted_text: str) -> str:
     except json.JSONDecodeError as error:
         escape = quoted_text[error.pos : error.pos + 2] if error.msg.startswith("Invalid \\") else "its end"
         allowed = (
-            f"in double quotes {escape} is none of JSON's escapes; write two backslashes for one, or use single quotes"
+            f"in double quotes {escape} is not an escape of JSON; write two backslashes for one, or use single quotes"
         )
         raise ConfigError(key, quoted_text, allowed) from error
 
@@ -104,14 +114,14 @@ def explain_override(error: HydraException) -> str | None:
     if isinstance(error, ConfigCompositionException) and ambiguous:
         key, value = _parts(ambiguous[1])
         return (
-            f"{key}={value} can mean three things: give {_shell(f'{key}=[{value}]')} for a list, {quoted(key, value)} "
+            f"{key}={value} has three possible meanings: give {_shell(f'{key}=[{value}]')} for a list, {quoted(key, value)} "
             "for one value with a comma in it, or -m to run each value."
         )
     return None
 
 
 def check_trackers(override: str) -> None:
-    """Refuse `tracker=[...]` that names one file twice, which Hydra would take for one.
+    """Refuse `tracker=[...]` that names one file twice, which Hydra would accept as one.
 
     Raises:
         ConfigError: naming it.
@@ -123,7 +133,7 @@ def check_trackers(override: str) -> None:
 
 
 def quoted(key: str, value: str) -> str:
-    """`key=value` as a shell and Hydra both take it for this very text; the items of a list are quoted one by one."""
+    """`key=value` quoted for a shell and for Hydra; the items of a list are quoted one by one."""
     if value.startswith("[") and value.endswith("]"):
         items = [item.strip() for item in value[1:-1].split(",")]
         return _shell(f"{key}=[{','.join(item if PLAIN.fullmatch(item) else _json(item) for item in items)}]")
@@ -131,7 +141,7 @@ def quoted(key: str, value: str) -> str:
 
 
 def quote(text: str) -> str:
-    """`text` as a quoted string of Hydra's grammar, where a backslash only counts before a quote."""
+    """`text` as a quoted string of Hydra's grammar, where a backslash is an escape only before a quote."""
     escaped = re.sub(r'(\\*)"', lambda m: 2 * m[1] + r"\"", text)
     ending = re.search(r"\\*$", escaped)
     return f'"{escaped}{ending[0] if ending else ""}"'
@@ -146,7 +156,7 @@ def _unreadable(override: str) -> str:
     if value[:1] in ("[", "{") and value.count(value[0]) != value.count("]" if value[0] == "[" else "}"):
         return f"{override} cannot be read: a bracket is not closed (or the shell took part of it, then quote it all)."
     return (
-        f"{override} cannot be read: brackets, =, comma, colon, space and letters outside ASCII mean something to Hydra or "
+        f"{override} cannot be read: brackets, =, comma, colon, space and letters outside ASCII have a meaning in Hydra or "
         f"are not allowed, so quote the value: {quoted(key, value)}."
     )
 

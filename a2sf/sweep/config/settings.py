@@ -1,4 +1,4 @@
-"""From a composed configuration to the cells it asks for, every value checked (the keys: `a2sf.sweep.config.schema`)."""
+"""From a composed configuration to its cells, with every value checked (the keys: `a2sf.sweep.config.schema`)."""
 
 from __future__ import annotations
 
@@ -7,26 +7,28 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from a2sf.engine.kernels import BACKENDS
-from a2sf.errors import ConfigError, UserError
+from a2sf.errors import ConfigError, UserError, nearest
 from a2sf.hf.loading import ModelSpec, sizes_of
 from a2sf.hf.settings import check_cut
 from a2sf.policies import find
 from a2sf.policies.a2sf import check_factors
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
+from a2sf.policies.renamed import notice
 from a2sf.policies.schedule import Schedule, nondefault_schedule
 from a2sf.scoring.lm import check_batch_size
 from a2sf.store.aggregates import Average, Group, Member
 from a2sf.sweep.cell import Cell
-from a2sf.sweep.config.grid import LOOKED_AT, unused
+from a2sf.sweep.config.grid import USED_KEYS, unused
 from a2sf.sweep.config.keys import check_keys, check_settings, explain
-from a2sf.sweep.config.schema import Config
-from a2sf.sweep.until import Until
+from a2sf.sweep.config.schema import Config, EarlyStoppingConfig, renamed
+from a2sf.sweep.stopping_rule import StoppingRule
 from a2sf.tasks.definitions import Definition
 from a2sf.tasks.prompting import Prompting, packed, plain_mapping
 from a2sf.tasks.spec import DataSpec, TaskSpec, aggregates, arguments_of, expand_suite, include, resolve
@@ -39,13 +41,16 @@ LONGEST_SWEEP_NAME = 200
 
 @dataclass(frozen=True)
 class Settings:
-    """One checked point of a grid: its cells, and what is not part of a cell.
+    """One checked point of a grid: its cells, and the settings that are not part of a cell.
 
     Attributes:
-        groups: what is made of its cells' scores.
-        include: the names in `tasks`, and the folder of the user's own definitions; None where there is none.
-        idle: keys that are given -> why no task of this point has a use for it; None where one has.
-        planned: names of the cells that a sweep gave a worker, which computes no others; None: there is no sweep.
+        batch_size: sequences per forward pass; None: automatic.
+        trace: number of documents of each cell whose evictions are recorded.
+        checkpoint: seconds of work after which answers are saved.
+        groups: lm-eval's groups, whose scores are computed from those of the cells.
+        include: the names in `tasks`, and the folder of the user's definitions; None: there is no such folder.
+        unused: keys that are given -> the error if no task of this point uses the key; None: a task uses it.
+        planned: names of the cells that a sweep assigned to this worker; None: this is not a worker.
     """
 
     cells: tuple[Cell, ...]
@@ -58,7 +63,7 @@ class Settings:
     checkpoint: float
     groups: tuple[Group, ...] = ()
     include: tuple[tuple[str, ...], Path] | None = None
-    idle: dict[str, ConfigError | None] = field(default_factory=dict, compare=False)
+    unused: dict[str, ConfigError | None] = field(default_factory=dict, compare=False)
     planned: frozenset[str] | None = None
 
 
@@ -67,12 +72,12 @@ DIFFERING = ("policy", "budget", "schedule", "forgetting_factor")
 
 
 def as_group(points: Sequence[DictConfig], planned: Sequence[str]) -> str:
-    """The value of the key `group` that gives a worker the cells of some points beside its own.
+    """The value of the key `group`, which gives a worker the cells of further points.
 
     Args:
-        planned: names of all its cells.
+        planned: names of all cells of the worker.
     """
-    # with each point's own values: what names another key would be read with the first one's
+    # with interpolations resolved here: the worker would resolve them with the values of the first point
     made = [{k: OmegaConf.to_container(p, resolve=True)[k] for k in DIFFERING} for p in points]  # type: ignore[index, call-overload]
     return json.dumps({"others": made, "planned": list(planned)})
 
@@ -81,9 +86,9 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
     """Check a composed configuration and list its cells.
 
     Args:
-        composed: what Hydra composed on the schema, without its own `hydra` node.
-        model_names: model path -> short name, for paths known under `conf/model/`.
-        here: whether this machine is the one that computes, so that it must have the GPUs that are asked for.
+        composed: what Hydra composed on the schema, without the node `hydra`.
+        model_names: model path -> short name, for the models under `conf/model/`.
+        here: whether this machine computes the cells, so that it must have the requested GPUs.
 
     Raises:
         ConfigError: for the first value that is not allowed; nothing slow has happened then.
@@ -93,7 +98,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
         for differing in ({}, *group["others"]):
             one = composed.copy()
             for key, value in {"group": None, **differing}.items():
-                OmegaConf.update(one, key, value, merge=key != "policy")  # which is another one
+                OmegaConf.update(one, key, value, merge=key != "policy")  # the settings of another policy do not mix
             made.append(read(one, model_names))
         cells = tuple(c for s in made for c in s.cells)
         return dataclasses.replace(made[0], cells=cells, planned=frozenset(group["planned"]))
@@ -109,7 +114,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
     policy = _policy(config)
     budget = _budget(config, policy)
     schedule = nondefault_schedule(policy, _schedule(config))
-    if model.pinned:  # else once it is, by whoever pins it
+    if model.pinned:  # else `prepare.models.pin_all` checks it
         check_layers(model, policy, budget)
     if config.shots is not None and not 0 <= config.shots <= MAX_SHOTS:
         raise ConfigError("shots", config.shots, "give a whole number of examples, at least 0")
@@ -129,9 +134,8 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
         raise ConfigError("sweep_name", repr(name_of_sweep), f"give 1 to {LONGEST_SWEEP_NAME} bytes of text")
     data = DataSpec(**dataclasses.asdict(config.data))
     folder = include(config.include_path)
-    asked = expand_suite(config.tasks)
-    # a group may want shots of its own for a member
-    members = [(task, d) for task in asked for d in resolve(task, folder)]
+    names = expand_suite(config.tasks)
+    members = [(task, d) for task in names for d in resolve(task, folder)]
     generating = [d.ref for _, d in members if TaskSpec(d.ref).generates]
     for task in () if policy.causal else generating:
         raise ConfigError("policy", policy.name, f"it looks at later tokens, and the task {task} generates text")
@@ -139,20 +143,20 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
     prompting = Prompting(
         config.chat_template, config.system_instruction, config.fewshot_as_multiturn, packed(gen_kwargs)
     )
-    arguments, idle = _arguments(config, members)
+    arguments, unused_keys = _arguments(config, members)
     if config.fewshot_as_multiturn:
-        why = "it needs chat_template=true; without a template all is one text"
-        idle["fewshot_as_multiturn"] = (
+        why = "it needs chat_template=true; without a template the prompt is one text"
+        unused_keys["fewshot_as_multiturn"] = (
             None if prompting.chat_template else ConfigError("fewshot_as_multiturn", "true", why)
         )
     if gen_kwargs:
         why = "none of the tasks generates text; leave it out"
-        idle["gen_kwargs"] = None if generating else ConfigError("gen_kwargs", config.gen_kwargs, why)
+        unused_keys["gen_kwargs"] = None if generating else ConfigError("gen_kwargs", config.gen_kwargs, why)
 
     def shots_for(d: Definition) -> int:
         return (d.shots or 0) if config.shots is None else config.shots
 
-    until = _until(config, generating)
+    rule = _stopping_rule(config, generating)
     if schedule is not None and schedule.before_question:
         check_cut(budget, schedule)
         for _, d in members:
@@ -176,7 +180,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
             seed=config.seed,
             data=dataclasses.replace(data, task_args=arguments.get(task) or ""),
             backend=config.backend,
-            until=until,
+            stopping_rule=rule,
             prompting=prompting.of(task in generating, shots),
             log_samples=config.log_samples,
         )
@@ -196,11 +200,11 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
                 tuple(Average(*a) for a in g.averages),
                 tuple(Member(d.name, shots_for(d), d.digest()) for d in g.members),
             )
-            for task in asked
+            for task in names
             for g in aggregates(task, folder)
         ),
-        include=(tuple(asked), folder) if folder else None,
-        idle=idle,
+        include=(tuple(names), folder) if folder else None,
+        unused=unused_keys,
         checkpoint=config.checkpoint,
     )
 
@@ -208,33 +212,33 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
 def _arguments(
     config: Config, members: list[tuple[str, Definition]]
 ) -> tuple[dict[str, str | None], dict[str, ConfigError | None]]:
-    """`task_args` by task, and by argument why no task uses it, or None if one does."""
+    """Task -> its `task_args`; and argument -> the error if no task uses it, None if a task does."""
     given = plain_mapping("task_args", config.task_args)
-    names = {n for asked, d in members for n in (asked, d.name, d.entry.name)}
+    names = {n for requested, d in members for n in (requested, d.name, d.entry.name)}
     used: dict[str, str | None] = {}
-    idle: dict[str, ConfigError | None] = {}
-    for asked, d in members if given else ():
-        found = arguments_of(d, asked, given, names)
-        told_it = packed({a.name: a.value for a in found if a.refusal is None})
-        if used.setdefault(d.ref, told_it) != told_it:
-            why = f"{d.name} is asked for twice, with different arguments; ask for it once"
+    unused: dict[str, ConfigError | None] = {}
+    for requested, d in members if given else ():
+        found = arguments_of(d, requested, given, names)
+        accepted = packed({a.name: a.value for a in found if a.refusal is None})
+        if used.setdefault(d.ref, accepted) != accepted:
+            why = f"{d.name} is given twice, with different arguments; give it once"
             raise ConfigError("task_args", config.task_args, why)
         for a in found:
-            told = None if a.refusal is None else ConfigError(a.key, a.value, a.refusal)
-            idle[a.key] = told and idle.get(a.key, told)
-    return used, idle
+            error = None if a.refusal is None else ConfigError(a.key, a.value, a.refusal)
+            unused[a.key] = error and unused.get(a.key, error)
+    return used, unused
 
 
-def refuse_idle(settings: Sequence[Settings]) -> None:
-    """Refuse a key that is given and that no cell of a whole grid has a use for.
+def refuse_unused(settings: Sequence[Settings]) -> None:
+    """Refuse a key that is given and that no cell of a grid uses.
 
     Raises:
         ConfigError: naming it.
     """
-    for key in dict.fromkeys(k for s in settings for k in s.idle):
-        told = [s.idle[key] for s in settings if key in s.idle]
-        if None not in told:
-            raise told[0]  # type: ignore[misc]
+    for key in dict.fromkeys(k for s in settings for k in s.unused):
+        errors = [s.unused[key] for s in settings if key in s.unused]
+        if None not in errors:
+            raise errors[0]  # type: ignore[misc]
 
 
 def _typed(composed: DictConfig) -> Config:
@@ -252,14 +256,14 @@ def _policy(config: Config) -> Policy:
     cls = find.load(str(node.pop("_target_")), "policy._target_")
     fields = [f.name for f in dataclasses.fields(cls)]
     if config.forgetting_factor is not None:
-        check_factors(config.forgetting_factor)  # also where the policy ignores it
+        check_factors(config.forgetting_factor)  # even if the policy ignores it
         if "forgetting_factor" in fields:
             node["forgetting_factor"] = config.forgetting_factor
     check_settings(cls, node)
     try:
         made: Policy = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), node))  # type: ignore[assignment]
         for key, value in node.items():
-            if isinstance(getattr(made, key), str) and not isinstance(value, str):  # 1.1 may have been written 1.10
+            if isinstance(getattr(made, key), str) and not isinstance(value, str):  # 1.1 may have been typed as 1.10
                 allowed = f"it is text; write it in quotes, policy.{key}='\"…\"' on the command line"
                 raise ConfigError(f"policy.{key}", value, allowed)
         return made
@@ -273,7 +277,7 @@ def _budget(config: Config, policy: Policy) -> Budget | None:
     given = dataclasses.asdict(config.budget)
     if given["ratio"] is None and given["tokens"] is None:
         given["ratio"] = DEFAULT_RATIO
-    budget = Budget(**given)  # checked even where the policy ignores it
+    budget = Budget(**given)  # checked even if the policy ignores it
     tokens = budget.tokens if isinstance(budget.tokens, tuple) else (budget.tokens,)
     for slots in tokens:
         if slots is not None and policy.uses_budget and slots < policy.min_budget:
@@ -291,32 +295,48 @@ def _schedule(config: Config) -> Schedule | None:
         for key, value in given.items():
             raise unused(key, value)
         return None
-    Schedule(**given)  # checked also where it is not looked at
-    return Schedule(**{k: v for k, v in given.items() if k == "when" or k in LOOKED_AT.get(given["when"], ())})
+    Schedule(**given)  # checks also the keys that are not used
+    return Schedule(**{k: v for k, v in given.items() if k == "when" or k in USED_KEYS.get(given["when"], ())})
 
 
-def _until(config: Config, generating: Sequence[str]) -> Until | None:
-    given = dataclasses.asdict(config.until)
+def _stopping_rule(config: Config, generating: Sequence[str]) -> StoppingRule | None:
+    given, default = (dataclasses.asdict(c) for c in (config.early_stopping, EarlyStoppingConfig()))
+    given |= {k: v for k, v in _of_previous_version(config.until).items() if given[k] == default[k]}
     if given["pair"] is None:
-        for key in ("half_width", "verdict"):
+        for key in ("half_width", "significant"):
             if given[key]:
-                raise ConfigError(f"until.{key}", given[key], "name the two policies that are compared in until.pair")
+                allowed = "name the two policies that are compared in early_stopping.pair"
+                raise ConfigError(f"early_stopping.{key}", given[key], allowed)
         return None
-    until = Until(**given)
+    rule = StoppingRule(**given)
     for task in generating:
-        raise ConfigError(
-            "until.pair", list(until.pair), f"until is for tasks that are scored, and {task} generates text"
-        )
+        allowed = f"early stopping is for tasks whose answers are scored, and {task} generates text"
+        raise ConfigError("early_stopping.pair", list(rule.pair), allowed)
     if config.trace:
-        raise ConfigError("trace", config.trace, "with until a cell's first documents may not be scored; give 0")
-    return until
+        raise ConfigError("trace", config.trace, "early stopping may leave out a cell's first documents; give 0")
+    return rule
+
+
+def _of_previous_version(until: object) -> dict[str, Any]:
+    """The values of `early_stopping` that a file gives under its old name."""
+    if until is None:
+        return {}
+    if not isinstance(until, dict):
+        raise ConfigError("until", until, "give its keys under early_stopping")
+    notice("until", "early_stopping")
+    given = {renamed(f"until.{key}").partition(".")[2]: value for key, value in until.items()}
+    known = [f.name for f in dataclasses.fields(EarlyStoppingConfig)]
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"until.{key}", given[key], f"early_stopping has {', '.join(known)}{nearest(key, known)}")
+    return given
 
 
 def check_layers(model: ModelSpec, policy: Policy, budget: Budget | None) -> None:
-    """Refuse numbers per layer or head that do not fit the model's layers and heads.
+    """Refuse lists with a number per layer or head if the model has other numbers of layers or heads.
 
     Raises:
-        ConfigError: naming both; or if the model's config cannot be read.
+        ConfigError: naming both numbers; or if the model's config cannot be read.
     """
     lists = [*vars(policy).values(), budget and budget.ratio, budget and budget.tokens]
     if any(isinstance(x, tuple) and x for x in lists):

@@ -1,1 +1,1 @@
-"""What a sweep will take, and how far it is."""
+"""A sweep's plan on the screen, its estimate of time, and its progress."""

@@ -1,8 +1,7 @@
-"""How many tokens a sweep's groups will compute, and how long that takes at the speed measured here.
+"""How many tokens the groups of a sweep will compute, and how long that takes on this machine.
 
-Lengths of requests come from finished cells of the same task and shots, else from the documents themselves where they lie on
-this machine (by characters), with what a chat template adds. A sample of documents of such lengths is packed as the real
-ones will be.
+The lengths of requests are those of finished cells with the same task and shots. Without such cells they are estimated from
+the characters of the documents, if these are on this machine. A sample of documents is packed as they will be in the run.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ from a2sf.sweep.planning.rate import seconds_per_token
 from a2sf.tasks.prompting import Prompting
 
 SAMPLE = 12
-"""Documents that stand for a task's."""
+"""Documents in the sample of a task."""
 MANY = 500
-"""Documents whose characters stand for a task's."""
+"""Documents whose characters are counted to estimate the average length."""
 CHARACTERS_PER_TOKEN = 4.7
 
 Lengths = list[tuple[int, int]]
@@ -41,15 +40,17 @@ Lengths = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one group: tokens to compute and seconds, each None where nothing like it is known.
+    """The estimate for one group.
 
     Attributes:
-        tried: the seconds are from a trial of this machine (`rate`), not from finished cells.
+        tokens: to compute; None: not known.
+        seconds: None: not known.
+        by_trial: the seconds are from a trial of this machine's speed (`rate`), not from finished cells.
     """
 
     tokens: float | None = None
     seconds: float | None = None
-    tried: bool = False
+    by_trial: bool = False
 
 
 @dataclass
@@ -64,13 +65,13 @@ class _Speed:
 
 @dataclass
 class Measured:
-    """What finished cells tell.
+    """Measurements of finished cells.
 
     Attributes:
-        speeds: by model and dtype, and by these, task and shots.
-        per_document: the same of seconds per document, of cells that generate.
-        lengths: by task, shots and how the model was asked, and by these and the model: each document's.
-        sizes: by task and its data: how many documents there are, where a cell was to have more.
+        speeds: tokens and seconds by (model, dtype), and by ((model, dtype), (task, shots)).
+        per_document: the same with documents instead of tokens, for cells that generate text.
+        lengths: of each document, by (task, shots, prompting), and by these and the model.
+        sizes: number of documents by task and data, from cells whose limit was larger or that had none.
     """
 
     speeds: dict[Any, _Speed] = field(default_factory=dict)
@@ -80,7 +81,7 @@ class Measured:
 
     @classmethod
     def under(cls, runs: Path, wanted: set[tuple[str, int]]) -> Measured:
-        """Of all sweeps in `runs`; `wanted`: tasks and shots whose lengths are of interest."""
+        """Read all sweeps in the folder `runs`; `wanted`: the (task, shots) whose lengths are needed."""
         measured = cls()
         for path in runs.glob("*/*__*"):
             if is_cell(path):
@@ -91,7 +92,7 @@ class Measured:
     def _add(self, stored: StoredCell, wanted: set[tuple[str, int]]) -> None:
         cell, timing = stored.cell, stored.result["timing"]
         model, task = (cell["model"], cell["dtype"]), (cell["task"], cell["shots"])
-        asked = (*task, _as_text(cell.get("identity", {}).get("prompting")))
+        requests = (*task, _as_text(cell.get("identity", {}).get("prompting")))
         generates = "generation" in cell.get("identity", {})
         n, limit = stored.result["documents"]["n"], cell["limit"]
         if timing["computed_tokens"]:
@@ -101,7 +102,7 @@ class Measured:
                 for key in (model, (model, task)):
                     speeds.setdefault(key, _Speed()).add(amount, timing["seconds"])
         if task in wanted and not generates:
-            for lengths_of in (asked, (asked, cell["model"])):
+            for lengths_of in (requests, (requests, cell["model"])):
                 if len(self.lengths.get(lengths_of, ())) < n:
                     self.lengths[lengths_of] = _lengths(stored)
         if not cell.get("until") and (limit is None or n < limit):
@@ -109,11 +110,11 @@ class Measured:
 
 
 def estimate(groups: Sequence[Sequence[Cell]], runs: Path, *, trial: bool = False) -> list[Estimate]:
-    """What each group will take; nothing is downloaded, and no model is loaded.
+    """Tokens and time of each group; nothing is downloaded, and no model is loaded.
 
     Args:
-        runs: where finished sweeps lie.
-        trial: try this machine's speed for models that no finished cell is of, for a second each.
+        runs: the folder of finished sweeps.
+        trial: measure this machine's speed for models without a finished cell, in a second each.
     """
     measured = Measured.under(runs, {(g[0].task_name, g[0].shots) for g in groups})
     known: dict[Any, float | None] = {}
@@ -124,14 +125,15 @@ def estimate(groups: Sequence[Sequence[Cell]], runs: Path, *, trial: bool = Fals
         size = measured.sizes.get(_documents(cell.identity))
         if cell.spec.generates:
             speed = measured.per_document.get((model, task))
-            documents = _asked(cell, size)
+            documents = _documents_of(cell, size)
             found = speed and documents and speed.seconds / speed.tokens * documents * len(cells)
             made.append(Estimate(seconds=found or None))
             continue
-        lengths, own = _known_lengths(cell, measured)
-        ways = tuple((repr(c.policy), c.budget, c.schedule) for c in cells)
-        asked = _as_text(cell.prompting.settings)
-        key = (task, asked, cell.data, cell.limit, cell.model_name if own or asked else None, ways)
+        lengths, of_this_model = _known_lengths(cell, measured)
+        systems = tuple((repr(c.policy), c.budget, c.schedule) for c in cells)
+        prompting = _as_text(cell.prompting.settings)
+        of_model = cell.model_name if of_this_model or prompting else None
+        key = (task, prompting, cell.data, cell.limit, of_model, systems)
         if key not in known:
             known[key] = _tokens(cells, lengths, size)
         tokens = known[key]
@@ -143,74 +145,77 @@ def estimate(groups: Sequence[Sequence[Cell]], runs: Path, *, trial: bool = Fals
 
 
 def _known_lengths(cell: Cell, measured: Measured) -> tuple[list[Lengths] | None, bool]:
-    """Lengths of finished cells, asked alike or plainly with the template added; and whether they are this model's own."""
-    asked = _as_text(cell.prompting.settings)
-    alike, plain = ((cell.task_name, cell.shots, way) for way in (asked, ""))
-    order = [(alike, True), (plain, True), (plain, False), (alike, False)]  # another model's template is another
-    if not asked or _around(cell) == (0, 0):
-        order = [(alike, True), (alike, False), (plain, True), (plain, False)]
-    for way, own in order:
-        if lengths := measured.lengths.get((way, cell.model_name) if own else way):
-            return lengths if way == alike else _framed(cell, lengths), own
+    """Lengths of finished cells, and whether they are of the same model.
+
+    Cells with the same prompting are preferred. Else the tokens of the chat template are added to cells without one.
+    """
+    prompting = _as_text(cell.prompting.settings)
+    same, plain = ((cell.task_name, cell.shots, p) for p in (prompting, ""))
+    order = [(same, True), (plain, True), (plain, False), (same, False)]  # another model has another template
+    if not prompting or _template_tokens(cell) == (0, 0):
+        order = [(same, True), (same, False), (plain, True), (plain, False)]
+    for requests, of_this_model in order:
+        if lengths := measured.lengths.get((requests, cell.model_name) if of_this_model else requests):
+            return lengths if requests == same else _with_template(cell, lengths), of_this_model
     return None, False
 
 
-def _framed(cell: Cell, lengths: Sequence[Lengths]) -> list[Lengths]:
-    """The same with a template and a system instruction around each request."""
-    around = sum(_around(cell))
-    return [[(c + around, n) for c, n in document] for document in lengths]
+def _with_template(cell: Cell, lengths: Sequence[Lengths]) -> list[Lengths]:
+    """The lengths with a template and a system instruction around each request."""
+    added = sum(_template_tokens(cell))
+    return [[(c + added, n) for c, n in document] for document in lengths]
 
 
-def _around(cell: Cell) -> tuple[int, int]:
-    """About how many tokens a template and a system instruction add; none where there is no tokenizer here."""
-    return _added(cell.model, cell.prompting, cell.shots) if cell.prompting.settings else (0, 0)
+def _template_tokens(cell: Cell) -> tuple[int, int]:
+    """About how many tokens a template and a system instruction add before and after; 0 if no tokenizer is here."""
+    return _tokens_around(cell.model, cell.prompting, cell.shots) if cell.prompting.settings else (0, 0)
 
 
 @cache
-def _added(model: ModelSpec, prompting: Prompting, shots: int) -> tuple[int, int]:
-    with suppress(Exception):  # told when it is computed
+def _tokens_around(model: ModelSpec, prompting: Prompting, shots: int) -> tuple[int, int]:
+    with suppress(Exception):  # a tokenizer may raise anything; the error is reported when the cell is computed
         if (tokenizer := tokenizer_here(model)) is not None:
             return prompting.tokens_around(tokenizer, shots)
     return 0, 0
 
 
 def _tokens(cells: Sequence[Cell], lengths: list[Lengths] | None, size: int | None = None) -> float | None:
-    """Tokens that a group will compute.
+    """Tokens that a group will compute; None: not known.
 
     Args:
-        lengths: of the task's documents, or some of them.
-        size: how many documents there are, where that is known.
+        lengths: of the task's documents, or of some of them.
+        size: number of the task's documents; None: not known.
     """
     cell = cells[0]
-    documents = _asked(cell, size)
-    more = 1.0  # what the average document is longer than that of `lengths`
+    documents = _documents_of(cell, size)
+    longer = 1.0  # average length of all documents, relative to those in `lengths`
     if lengths is None or documents is None:
         if cell.data.root is None:
             return None
-        with suppress(Exception):  # told when it is computed, of this group alone
+        with suppress(Exception):  # a task's code may raise anything; reported when the group is computed
             task = cell.spec.build(cell.seed)
             documents = min(documents or len(task.eval_docs), len(task.eval_docs))
             if not lengths:
-                lengths, more = _by_characters(task, documents)
-                lengths = _framed(cell, lengths)
+                lengths, longer = _by_characters(task, documents)
+                lengths = _with_template(cell, lengths)
     if not lengths or documents is None:
         return None
-    ordered = sorted(lengths, key=_read)
+    ordered = sorted(lengths, key=_tokens_of)
     step = max(1.0, len(ordered) / SAMPLE)
     sample = [ordered[int((i + 0.5) * step)] for i in range(min(SAMPLE, len(ordered)))]
     items = [item for c in cells for item in _items(c, sample)]
     packed = pack(items, max_tokens=PACK_TOKENS["cpu" if cell.identity["device"] == "cpu" else "cuda"])
-    per_token = sum(len(row.tokens) for row in packed) / sum(map(_read, sample))
-    return per_token * sum(map(_read, lengths)) / len(lengths) * more * documents
+    per_token = sum(len(row.tokens) for row in packed) / sum(map(_tokens_of, sample))
+    return per_token * sum(map(_tokens_of, lengths)) / len(lengths) * longer * documents
 
 
-def _asked(cell: Cell, size: int | None) -> int | None:
-    """How many documents a cell has of a task with `size`; None where that is not known."""
+def _documents_of(cell: Cell, size: int | None) -> int | None:
+    """Number of a cell's documents, of a task with `size` documents; None: not known."""
     return cell.limit if size is None else min(size, cell.limit or size)
 
 
 def _documents(identity: dict[str, Any]) -> str:
-    """What a task's documents are known by."""
+    """A key that identifies a task's documents."""
     return _as_text([identity["task"], identity["data"]])
 
 
@@ -218,22 +223,22 @@ def _as_text(settings: Any) -> str:
     return json.dumps(settings, sort_keys=True) if settings else ""
 
 
-def _read(document: Lengths) -> int:
+def _tokens_of(document: Lengths) -> int:
     """Tokens of a document's longest context and all its continuations."""
     return max(c for c, _ in document) + sum(n for _, n in document)
 
 
 def _items(cell: Cell, sample: Sequence[Lengths]) -> Iterator[Item]:
-    """A cell's requests of a sample of documents, in tokens that stand for any, a template's head alike in all."""
+    """A cell's requests for a sample of documents, in invented tokens; those of a template's head are equal in all."""
     fresh, schedule = itertools.count(), schedule_for(cell.policy, cell.schedule)
-    head = tuple(-i for i in range(1, 1 + _around(cell)[0]))
+    head = tuple(-i for i in range(1, 1 + _template_tokens(cell)[0]))
     for document in sample:
         context = (*head, *itertools.islice(fresh, max(c for c, _ in document)))
         for c, n in document:
             read = context[:c] + tuple(itertools.islice(fresh, n - 1))
-            with suppress(UserError):  # told when it is computed
-                kept = retention_of(cell.policy, cell.budget, len(read), c, 1, schedule)
-                yield ScoredSequence(read, (0,) * n, kept, schedule).simplest.item()
+            with suppress(UserError):  # reported when the cell is computed
+                retention = retention_of(cell.policy, cell.budget, len(read), c, 1, schedule)
+                yield ScoredSequence(read, (0,) * n, retention, schedule).simplest.item()
 
 
 def _lengths(stored: StoredCell) -> list[Lengths]:
@@ -243,7 +248,7 @@ def _lengths(stored: StoredCell) -> list[Lengths]:
 
 
 def _by_characters(task: Any, documents: int) -> tuple[list[Lengths], float]:
-    """Lengths of some of a task's first `documents`, from their texts, and how much longer the average one is."""
+    """Lengths of some of a task's first `documents`, from their characters; and how much longer the average document is."""
     chosen = _spread(documents, 2 * SAMPLE)
     task.build_all_requests(samples=chosen)
     found: dict[int, Lengths] = {}
@@ -258,5 +263,5 @@ def _by_characters(task: Any, documents: int) -> tuple[list[Lengths], float]:
 
 
 def _spread(documents: int, most: int) -> list[int]:
-    """About `most` of so many documents, at equal distances."""
+    """Numbers of about `most` of so many documents, evenly spaced."""
     return list(range(0, documents, max(1, documents // most)))

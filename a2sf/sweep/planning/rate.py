@@ -1,6 +1,6 @@
-"""How fast this machine would read tokens with a model that it has not run yet, by a trial of the model's matrix products.
+"""The speed of this machine with a model that it has not run yet, from the time of the model's matrix products.
 
-Neither weights nor a network are needed: the sizes follow from the config, and the products are of random numbers.
+Neither weights nor a network are needed: the sizes of the matrices follow from the config, and their values are random.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from a2sf.hf.loading import DTYPES, ModelSpec, config_here
 
 TOKENS = 256
 SECONDS = 0.1
-"""Time for each size of matrix, after one product to warm up."""
+"""Time spent on each size of matrix, after one product to warm up."""
 BESIDE = 1.35
-"""Time of a pass over that of its products: attention, scores and all else (docs/speed.md, measured on a CPU)."""
+"""Time of a forward pass divided by that of its matrix products (docs/speed.md, measured on a CPU)."""
 
 
 @cache
 def seconds_per_token(model: ModelSpec) -> float | None:
-    """About how long a token takes in a pass of many; None where the config is not on this machine or tells too little."""
-    with suppress(Exception):  # told when the model is loaded
+    """Estimated seconds per token in a long pass; None if the model's config is not here or does not tell the sizes."""
+    with suppress(Exception):  # a model's code may raise anything; reported when the model is loaded
         if model.device_map is None and (config := config_here(model)) is not None:
             sizes = matrices(config, model.trust_remote_code)
             device, dtype = torch.device(model.resolved_device), DTYPES[model.resolved_dtype]
@@ -35,18 +35,18 @@ def seconds_per_token(model: ModelSpec) -> float | None:
 
 
 def matrices(config: object, trust_remote_code: bool = False) -> Counter[tuple[int, int]]:
-    """Sizes of the matrices that every token is multiplied with, and how often each occurs; none where that is not so."""
+    """Sizes of the matrices that each token is multiplied with -> their number; empty for a mixture of experts."""
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     outside = {id(m.weight) for m in (made.get_input_embeddings(), made.get_output_embeddings()) if m is not None}
     layers = [p for name, p in made.named_parameters() if id(p) not in outside and "embed" not in name]
-    if any(p.ndim > 2 for p in layers):  # experts, of which a token meets some
+    if any(p.ndim > 2 for p in layers):  # experts: a token is multiplied with some of them
         return Counter()
     return Counter((p.shape[0], p.shape[1]) for p in layers if p.ndim == 2)
 
 
 def _product(size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> float:
-    """Seconds of a product of `TOKENS` tokens with such a matrix, the best of a few."""
+    """Seconds for the product of `TOKENS` tokens with a matrix of that size, the shortest of several."""
     done = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     tokens = torch.randn(TOKENS, size[1], dtype=dtype, device=device)
     matrix = torch.randn(*size, dtype=dtype, device=device)

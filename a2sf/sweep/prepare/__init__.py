@@ -1,1 +1,1 @@
-"""What must be on this machine before cells are computed: models, documents."""
+"""Before cells are computed: models and documents are identified, checked and downloaded."""

@@ -1,4 +1,4 @@
-"""Bars that follow what can be seen on disk, whoever writes it."""
+"""Progress bars that show the state of the disk, whichever process changes it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ POLL_SECONDS = 0.5
 
 
 def download_bar(screen: Console, what: str, total: int, arrived: Callable[[], int]) -> AbstractContextManager[None]:
-    """A bar of bytes; `arrived()` says how many are there."""
+    """A bar of bytes; `arrived()` gives the number so far."""
     columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()]
     return bar(screen, [*columns, TimeRemainingColumn()], what, total, lambda: min(total, arrived()))
 
@@ -30,7 +30,7 @@ def download_bar(screen: Console, what: str, total: int, arrived: Callable[[], i
 def bar(
     screen: Console, columns: Sequence[ProgressColumn], what: str, total: int, completed: Callable[[], float]
 ) -> Iterator[None]:
-    """A bar that follows `completed()`."""
+    """A bar that shows `completed()`."""
     with Progress(*columns, console=screen, transient=True) as shown:
         row = shown.add_task(what, total=total, completed=int(completed()))
 
@@ -46,7 +46,7 @@ def bar(
 
 @contextmanager
 def repeating(call: Callable[[], None], seconds: float) -> Iterator[None]:
-    """Calls `call` again and again while the block runs, `seconds` apart, in a thread of its own."""
+    """Calls `call` every `seconds` in another thread while the block runs."""
     stop = threading.Event()
 
     def repeat() -> None:

@@ -1,6 +1,6 @@
-"""The documents of a sweep's cells: checked, settled once for all cells and workers, and fetched before the first cell.
+"""The documents of a sweep's cells: checked, identified once for all cells and workers, downloaded before the first cell.
 
-Documents that cannot be had are told once, for all their cells, and do not stop the cells of other tasks.
+Documents that are not available are reported once, for all their cells. The cells of other tasks run.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from a2sf.tasks.spec import Contents, DataSpec, TaskSpec
 
 @dataclass
 class Settlement:
-    """Cells whose documents are settled.
+    """Cells whose documents are identified.
 
     Attributes:
-        cells: in the groups they came in, without those whose documents cannot be had.
+        cells: in the groups in which they were given, without those whose documents are not available.
         notes: what the user should know, one sentence each.
-        refused: why documents cannot be had -> the names of their cells.
+        refused: why documents are not available -> the names of their cells.
     """
 
     cells: list[tuple[Cell, ...]]
@@ -38,10 +38,10 @@ class Settlement:
 
 
 def check(cells: Iterable[Cell]) -> None:
-    """Refuse what a look at the definitions tells, before anything is asked of the hub.
+    """Refuse tasks that cannot be run, as far as their definitions tell; the hub is not used.
 
     Raises:
-        ConfigError: for the first task that cannot be run as asked, or two that tables could not tell apart.
+        ConfigError: for the first task that cannot be run with these settings, or two different tasks of one name.
     """
     named: dict[str, TaskSpec] = {}
     for spec in sorted({c.spec for c in cells}, key=str):
@@ -54,13 +54,13 @@ def check(cells: Iterable[Cell]) -> None:
 
 
 def settle(groups: Sequence[Sequence[Cell]], planned_only: bool = False) -> Settlement:
-    """Settle what identifies each task's documents, once for all cells.
+    """Find what identifies each task's documents, once for all cells.
 
     Args:
-        planned_only: nothing will be run, so documents that cannot be reached are no more than a note.
+        planned_only: nothing will be run, so documents that are not available are only a note.
 
     Raises:
-        UserError: if no cell's documents can be had.
+        UserError: if no cell's documents are available.
     """
     contents, notes = Contents(), []
     known: dict[tuple[Any, ...], DataSpec | UserError] = {}
@@ -79,36 +79,39 @@ def settle(groups: Sequence[Sequence[Cell]], planned_only: bool = False) -> Sett
     refused: dict[str, list[str]] = {}
     cells = []
     for group in groups:
-        kept = []
+        available = []
         for cell in group:
             found = known[key_of(cell)]
             if isinstance(found, DataSpec):
-                kept.append(dataclasses.replace(cell, data=found))
+                available.append(dataclasses.replace(cell, data=found))
             elif planned_only:
-                kept.append(cell)
+                available.append(cell)
                 notes.append(f"The names of cells of {cell.task_name} are provisional: {found}")
             else:
                 refused.setdefault(str(found), []).append(_name(cell))
-        cells.append(tuple(kept))
+        cells.append(tuple(available))
     _some_left(cells, refused)
     return Settlement(cells, [*contents.notes, *dict.fromkeys(notes)], refused)
 
 
 def _name(cell: Cell) -> str:
-    """A cell's name, or what is known of it where its documents cannot be read."""
+    """A cell's name, or its beginning if the documents, on which the rest depends, cannot be read."""
     with suppress(UserError):
         return cell.name
     return f"{cell.model_name}__{cell.policy.name}__{cell.task_name}"
 
 
 def fetch(cells: Sequence[Cell], pending: Sequence[Cell], refused: dict[str, list[str]], screen: Console) -> list[Cell]:
-    """Download and read the documents of all pending cells; gives `cells` without those whose documents fail.
+    """Download and read the documents of all pending cells.
 
     Args:
-        refused: where failures are added, as in `Settlement`.
+        refused: as in `Settlement`; failures are added to it.
+
+    Returns:
+        `cells` without the pending ones whose documents are not available.
 
     Raises:
-        ConfigError: if a task cannot be run as asked, which only its documents tell.
+        ConfigError: if the documents show that a task cannot be run with these settings.
         UserError: if no cell is left.
     """
     broken: dict[TaskSpec, str] = {}
@@ -123,19 +126,19 @@ def fetch(cells: Sequence[Cell], pending: Sequence[Cell], refused: dict[str, lis
                 raise
             broken[spec] = str(error)
     unmade = {c.name for c in pending}
-    kept = []
+    available = []
     for cell in cells:
         why = broken.get(cell.spec)
         if why is not None and cell.name in unmade:
             refused.setdefault(why, []).append(cell.name)
         else:
-            kept.append(cell)
-    _some_left([tuple(kept)], refused)
-    return kept
+            available.append(cell)
+    _some_left([tuple(available)], refused)
+    return available
 
 
 def _is_mistake(error: UserError) -> bool:
-    """Whether it is the configuration that is wrong, not what the documents or the way to them did."""
+    """Whether the error is in the configuration, not in the documents or the network."""
     return isinstance(error, ConfigError) and not isinstance(error, HubError)
 
 
@@ -146,7 +149,7 @@ def _some_left(cells: Sequence[Sequence[Cell]], refused: dict[str, list[str]]) -
 
 @contextmanager
 def _download(spec: TaskSpec, screen: Console) -> Iterator[None]:
-    """Say what is fetched and how large it is, with a bar while it takes time."""
+    """Print what is downloaded and its size, and show a bar while the block runs."""
     size, repo = spec.bytes_to_fetch(), spec.source.repo
     if not size:
         yield

@@ -1,4 +1,4 @@
-"""Before the first cell: each model at one commit for the whole sweep, checked and fetched once."""
+"""The models of a sweep: each is pinned to one commit, checked and downloaded once, before the first cell."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from a2sf.sweep.prepare.bar import download_bar
 
 
 def pin_all(settings: Sequence[Settings], known: Mapping[str, str], screen: Console) -> list[Settings]:
-    """The same with each model at one commit, for every cell, load and worker.
+    """The settings with each model pinned to one commit, which all cells and workers use.
 
     Args:
         known: path -> name of the models under conf/model/.
-        screen: for what the user should know.
+        screen: where notes are printed.
 
     Raises:
-        UserError: if the hub has no such model, or (unless only a plan is asked for) there is no way to find out.
+        UserError: if the hub has no such model, or it does not answer and more than a plan is requested.
     """
     at = {c.model: c.model for s in settings for c in s.cells}
     for model in at:
@@ -40,18 +40,21 @@ def pin_all(settings: Sequence[Settings], known: Mapping[str, str], screen: Cons
         except Unreachable as error:
             if not settings[0].plan_only:
                 raise
-            note = f"{error} The names below are provisional: they will hold the commit of {model.path}."
+            note = f"{error} The names of its cells are provisional: they will hold the commit of {model.path}."
         if note:
             screen.print(note, highlight=False, soft_wrap=True)
     made = [replace(s, cells=tuple(replace(c, model=at[c.model]) for c in s.cells)) for s in settings]
-    for cell in (s.cells[0] for s in made if s.cells):  # which share model, policy and budget
+    for cell in (s.cells[0] for s in made if s.cells):  # the cells of a point share model, policy and budget
         if cell.model.source.kind == "hub" and cell.model.pinned:
             check_layers(cell.model, cell.policy, cell.budget)
     return made
 
 
 def readable(settings: Sequence[Settings], screen: Console) -> tuple[list[Settings], dict[str, list[str]]]:
-    """The same without the cells of local models whose files cannot be read, and why -> those cells, told at once.
+    """Leave out the cells of local models whose files cannot be read, and print why.
+
+    Returns:
+        The settings with the remaining cells; and why cells were left out -> those cells.
 
     Raises:
         UserError: if no cell is left.
@@ -63,7 +66,7 @@ def readable(settings: Sequence[Settings], screen: Console) -> tuple[list[Settin
             if model.added is not None:
                 model.added.fingerprint()
         except UserError as error:
-            if model.source.kind == "hub":  # which is asked later
+            if model.source.kind == "hub":  # `fetch` checks it
                 continue
             broken[model] = str(error)
     refused: dict[str, list[str]] = {}
@@ -72,13 +75,13 @@ def readable(settings: Sequence[Settings], screen: Console) -> tuple[list[Settin
     left = [replace(s, cells=tuple(c for c in s.cells if c.model not in broken)) for s in settings]
     if broken and not any(s.cells for s in left):
         raise UserError(next(iter(broken.values())))
-    for told in refused:
-        screen.print(f"[bold red]left out:[/bold red] {escape(told)}", highlight=False, soft_wrap=True)
+    for why in refused:
+        screen.print(f"[bold red]left out:[/bold red] {escape(why)}", highlight=False, soft_wrap=True)
     return left, refused
 
 
-def tell_apart(settings: Sequence[Settings]) -> list[Settings]:
-    """The same, with names for models that end alike."""
+def distinguish(settings: Sequence[Settings]) -> list[Settings]:
+    """The settings with a different name for each model, also where the paths of two models end with the same name."""
     weights = {c.model: fingerprint(c.model) for s in settings for c in s.cells}
     adapters = {m: adapter_of(m).get("adapter") for m in weights}
 
@@ -90,7 +93,7 @@ def tell_apart(settings: Sequence[Settings]) -> list[Settings]:
 
 
 def _nearest_models(path: str, known: Mapping[str, str]) -> str:
-    """Which models of conf/model/ a path may have meant, as the end of a sentence."""
+    """The models of conf/model/ that the user may have meant by a path, as the end of a sentence."""
     names = {**known, **{name: name for name in known.values()}}
     close = difflib.get_close_matches(path, names, n=2, cutoff=0.5)
     meant = dict.fromkeys(f"model={names[c]}" for c in close)
@@ -98,10 +101,13 @@ def _nearest_models(path: str, known: Mapping[str, str]) -> str:
 
 
 def fetch(models: Iterable[ModelSpec], screen: Console) -> dict[ModelSpec, UserError]:
-    """Check and fetch each model once; those that cannot be had, told at once, so that the others' cells go on.
+    """Check and download each model once; print which are not available. The cells of the other models run.
+
+    Returns:
+        Model -> error, for the models that are not available.
 
     Raises:
-        UserError: if none of them can be had.
+        UserError: if no model is available.
     """
     models = list(dict.fromkeys(models))
     broken: dict[ModelSpec, UserError] = {}
@@ -122,8 +128,8 @@ def fetch(models: Iterable[ModelSpec], screen: Console) -> dict[ModelSpec, UserE
         raise next(iter(broken.values()))
     for note in dict.fromkeys(filter(None, (left_alone(m) for m in models if m not in broken))):
         screen.print(note, highlight=False, markup=False, soft_wrap=True)
-    for told in broken.values():
-        screen.print(f"[bold red]left out:[/bold red] {escape(str(told))}", highlight=False, soft_wrap=True)
+    for why in map(str, broken.values()):
+        screen.print(f"[bold red]left out:[/bold red] {escape(why)}", highlight=False, soft_wrap=True)
     return broken
 
 
@@ -131,14 +137,16 @@ def check_prompting(cells: Iterable[Cell], *, hub: bool) -> None:
     """Refuse a chat template, or a beginning-of-sequence token, that a tokenizer does not have, before the first cell.
 
     Args:
-        hub: look at the models of the hub, once they are fetched, or at all others, before anything is.
+        hub: True: check the models of the hub, which must be downloaded; False: check all others.
 
     Raises:
-        ConfigError: naming the templates there are.
+        ConfigError: naming the templates that the tokenizer has.
     """
-    asked = dict.fromkeys((c.model, c.prompting) for c in cells if c.prompting.chat_template or c.model.add_bos_token)
+    prompted = dict.fromkeys(
+        (c.model, c.prompting) for c in cells if c.prompting.chat_template or c.model.add_bos_token
+    )
     tokenizers: dict[ModelSpec, object] = {}
-    for model, prompting in asked:
+    for model, prompting in prompted:
         if (model.source.kind == "hub") is hub:
             if model not in tokenizers:
                 tokenizers[model] = load_tokenizer(model)
@@ -146,7 +154,7 @@ def check_prompting(cells: Iterable[Cell], *, hub: bool) -> None:
 
 
 def _download(download: Download, screen: Console) -> None:
-    """Download what a model lacks, with a line that says what and how large, and a bar."""
+    """Download a model's missing files; print their size, and show a bar."""
     repository = download.snapshot
     screen.print(
         f"downloading {repository.wanted.repo} at commit {repository.wanted.revision[:12]}: "
@@ -160,7 +168,7 @@ def _download(download: Download, screen: Console) -> None:
 
 
 def _interruptible(run: Callable[[threading.Event], None]) -> None:
-    """Run a download in a thread; Ctrl-C ends it with the piece that is arriving, not with the file."""
+    """Run a download in a thread, so that Ctrl-C stops it within a file."""
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(run, stop)

@@ -1,4 +1,4 @@
-"""Which documents share a text (`data.cluster`): checked before anything is computed, and noted in finished cells."""
+"""Which documents share a text (`data.cluster`): checked before cells are computed, and added to finished cells."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from a2sf.tasks import shared_texts
 from a2sf.tasks.spec import provenance
 
 
-def note_texts(cells: Sequence[Cell], done: Collection[str], directory: Path) -> list[str]:
-    """Check the field that `data.cluster` names, and note each document's text in finished cells that lack it.
+def record_texts(cells: Sequence[Cell], done: Collection[str], directory: Path) -> list[str]:
+    """Check the field that `data.cluster` names, and add each document's text to finished cells that do not have it.
 
     Args:
-        cells: all of a sweep, their documents fetched.
-        done: names of those that are finished, in `directory`.
+        cells: all cells of a sweep, with their documents downloaded.
+        done: names of the cells that are finished, in `directory`.
 
     Returns:
         What the user should know, one sentence each.
@@ -33,7 +33,7 @@ def note_texts(cells: Sequence[Cell], done: Collection[str], directory: Path) ->
         try:
             built = spec.build(seed)
         except UserError:
-            continue  # said already, where its documents were fetched
+            continue  # reported already, when its documents were downloaded
         if str(spec.data.cluster) not in (has := shared_texts.fields(built)):
             without[spec.name] = has
         field = shared_texts.field_of(built, spec.data.cluster)
@@ -49,17 +49,19 @@ def note_texts(cells: Sequence[Cell], done: Collection[str], directory: Path) ->
         raise ConfigError("data.cluster", cluster, f"the documents of {task} have the fields {', '.join(has)}{hint}")
     if without:
         notes.append(
-            f"data.cluster={cluster}: the documents of {', '.join(without)} have no such field, and count singly."
+            f"data.cluster={cluster}: the documents of {', '.join(without)} have no such field; each counts as a text."
         )
     if noted:
-        notes.append(f"In {noted} finished cells it is now noted which documents share a text ({cluster}).")
+        notes.append(f"{noted} finished cells now record which documents share a text ({cluster}).")
     if unknown:
-        notes.append(f"Of {unknown} finished cells it is not known which documents share a text: theirs have changed.")
+        notes.append(
+            f"{unknown} finished cells do not record which documents share a text: their documents have changed."
+        )
     return notes
 
 
 def _note(stored: StoredCell, task: Any, field: str) -> bool:
-    """Whether it could be done: the task's documents are those of the cell."""
+    """Add the texts to a finished cell; False if the task's documents are not those of the cell."""
     keys = dict(enumerate(shared_texts.key_of(d, field) for d in task.eval_docs))
     if stored.result["documents"]["fingerprint"] != provenance(task)["fingerprint"]:
         return False

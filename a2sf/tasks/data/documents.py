@@ -1,7 +1,8 @@
 """What identifies a task's documents, and how they are read.
 
-A split is read only where it is scored or gives examples. What identifies documents (`content`) is settled once, before a
-sweep is planned: a hub dataset's commit, or a hash of the files; every load after that is of exactly this, or refused.
+Only the scored split and that of the examples are read. What identifies documents (`content`: a hub dataset's commit,
+or a hash of the files) is found once, before a sweep is planned. Later loads must give exactly these documents, or
+fail.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def content_of_files(source: Source) -> str:
 
 @cache
 def changed_in_a_table(task: str, files: tuple[tuple[Path, str], ...]) -> bool:
-    """Whether these JSON files hold values that reading into a table changed, as was done before."""
+    """Whether these JSON files hold values that an earlier version, which read them into a table, changed."""
     paths = [file for file, _ in files]
     if paths[0].suffix not in json_files.SUFFIXES:
         return False
@@ -44,10 +45,10 @@ def changed_in_a_table(task: str, files: tuple[tuple[Path, str], ...]) -> bool:
 
 
 def local_json(config: dict[str, Any], task: str) -> dict[str, Rows] | None:
-    """The documents by split of a definition that names JSON files of this machine; None for any other definition.
+    """The documents by split of a definition that names local JSON files; None for any other definition.
 
     Args:
-        config: lm-eval's configuration of the task; one that says the fields' types is left to the datasets library.
+        config: lm-eval's configuration of the task; if it gives the types of fields, the datasets library reads them.
 
     Raises:
         UserError: if a file cannot be read.
@@ -75,7 +76,7 @@ def _json(file: Path, task: str, field: str | None = None) -> list[dict[str, Any
     """The documents of one file.
 
     Raises:
-        UserError: if it does not hold any.
+        UserError: if it cannot be read.
     """
     try:
         return json_files.read(file, field)
@@ -84,7 +85,7 @@ def _json(file: Path, task: str, field: str | None = None) -> list[dict[str, Any
 
 
 def content_of_documents(*collections: Any) -> str:
-    """A hash of documents, as they are after the task's own processing."""
+    """A hash of documents after the task's processing."""
     digest = hashlib.sha256()
     for documents in collections:
         digest.update(b"\0")
@@ -96,7 +97,7 @@ def content_of_documents(*collections: Any) -> str:
 def _digest(file: Path) -> str:
     try:
         stat = file.stat()
-        # a file that was put back with its old date has another time of its change
+        # ctime, because a file may be replaced with its old mtime
         return _digest_of(file, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror})") from error
@@ -110,19 +111,19 @@ def _digest_of(file: Path, *stamp: int) -> str:
 
 @dataclass(frozen=True)
 class Commit:
-    """A hub dataset's commit; where the hub did not answer, that of the cache, and the refusal."""
+    """A hub dataset's commit; if the hub did not answer, that of the cache, with the error."""
 
     hash: str
     refusal: Unreachable | None = None
 
     @property
-    def told(self) -> str | None:
-        """Why it is the cache's, in few words."""
+    def message(self) -> str | None:
+        """Why the commit is that of the cache; None: it is the hub's."""
         return None if self.refusal is None else _why(self.refusal)
 
 
 def commit_of(repo: str, revision: str | None, task: str) -> Commit:
-    """The commit that a branch or tag names now; the one that the cache knows where the hub does not answer.
+    """The present commit of a branch or tag; that of the cache if the hub does not answer.
 
     Raises:
         ConfigError: if there is no such dataset or revision, or neither the hub nor the cache knows it.
@@ -139,15 +140,15 @@ def commit_of(repo: str, revision: str | None, task: str) -> Commit:
         cached = None
     try:
         now = str(HfApi().dataset_info(repo, revision=revision, timeout=HUB_SECONDS).sha)
-        if now != cached:  # this notes it in the cache, for a time without the hub
+        if now != cached:  # this stores it in the cache, for use without the hub
             now = resolve_revision(repo, repo_type="dataset", revision=revision).resolved
         return Commit(now)
-    except Exception as error:
-        told = refusal(error, wanted)
-        if isinstance(told, Unreachable) and cached is not None:
-            told.__cause__ = error
-            return Commit(cached, told)
-        raise told from error
+    except Exception as error:  # `refusal` makes one sentence of any error
+        refused = refusal(error, wanted)
+        if isinstance(refused, Unreachable) and cached is not None:
+            refused.__cause__ = error
+            return Commit(cached, refused)
+        raise refused from error
 
 
 def _why(error: BaseException) -> str:
@@ -160,7 +161,7 @@ def _why(error: BaseException) -> str:
 
 
 def cached_folder(source: Source, commit: str) -> Path | None:
-    """Where datasets keeps this configuration of this commit, ready to be read; None if it has to be fetched."""
+    """The cache folder of the datasets library for this configuration and commit; None if it must be downloaded."""
     import datasets
     from datasets.naming import camelcase_to_snakecase
 
@@ -177,10 +178,10 @@ def cached_folder(source: Source, commit: str) -> Path | None:
 
 
 def size_to_fetch(source: Source, commit: str) -> int:
-    """Bytes of the files that this dataset has yet to send; 0 if everything is here.
+    """Bytes of a hub dataset that must be downloaded; 0 if all is in the cache.
 
     Raises:
-        UserError: if the hub does not give them.
+        UserError: if the hub does not provide them.
     """
     if source.kind != "hub" or cached_folder(source, commit) is not None:
         return 0
@@ -200,11 +201,11 @@ def read(source: Source, content: str | None) -> Any:
     """The documents by split, exactly those that `content` identifies.
 
     Raises:
-        UserError: if they cannot be read, or are not what `content` says.
+        UserError: if they cannot be read, or are not those that `content` identifies.
     """
     import datasets
 
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a call to another host, for nothing that we need
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would call another host
     if source.kind == "hub":
         commit = content or commit_of(source.repo, source.revision, source.task).hash
         return _with_splits(source, _read_hub(source, commit))
@@ -217,7 +218,7 @@ def read(source: Source, content: str | None) -> Any:
             continue
         form = FORMATS[files[0].suffix[1:]]
         try:
-            # under a name of the contents: datasets itself goes by a file's path and date
+            # a name that depends on the contents, because datasets' cache depends on a file's path and date
             name = "a2sf-" + hashlib.sha256(" ".join(map(_digest, files)).encode()).hexdigest()[:16]
             data_files = {"train": [str(f) for f in files]}
             made[split] = datasets.load_dataset(form, name=name, data_files=data_files, split="train")
@@ -229,12 +230,12 @@ def read(source: Source, content: str | None) -> Any:
 
 
 def _with_splits(source: Source, made: Any) -> Any:
-    """`made`, if it has the splits that are read."""
+    """Check that `made` has the splits that are read, and return it."""
     for split in source.needed:
         if split in made:
             continue
         has = f"{source.repo} has {', '.join(made)}{nearest(split, made)}"
-        if split in source.asked:
+        if split in source.requested:
             raise ConfigError("data.split" if split == source.scored else "data.fewshot_split", split, has)
         reads = "scores" if split == source.scored else "takes its examples from"
         key = "data.split" if split == source.scored else "data.fewshot_split"
@@ -243,7 +244,7 @@ def _with_splits(source: Source, made: Any) -> Any:
 
 
 def same_files(source: Source, content: str | None) -> None:
-    """Refuse files that changed after `content` was settled.
+    """Refuse files that changed after `content` was found.
 
     Raises:
         UserError: if they did.
@@ -262,13 +263,13 @@ def _read_hub(source: Source, commit: str) -> Any:
         if (folder := cached_folder(source, commit)) is not None:
             name, version = folder.parts[-3:-1]
             last = source.repo.rpartition("/")[2]
-            kept = Cache(dataset_name=last, repo_id=source.repo, config_name=name, version=version, hash=commit)
-            return kept.as_dataset()
+            cached = Cache(dataset_name=last, repo_id=source.repo, config_name=name, version=version, hash=commit)
+            return cached.as_dataset()
         made = datasets.load_dataset(source.repo, source.name, revision=commit, **_arguments(source))
     except Exception as error:
         raise _cannot(error, source, commit) from error
     for split in made.values():
-        # where the hub fails, datasets takes the newest that it has kept, of whatever commit
+        # if the hub fails, datasets returns the newest dataset in its cache, of any commit
         for file in getattr(split, "cache_files", []):
             if commit not in Path(file["filename"]).parts:
                 raise UserError(
@@ -282,35 +283,35 @@ def _builder(source: Source, commit: str) -> Any:
     import datasets
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    own = ("split", "streaming", "verification_mode", "keep_in_memory", "save_infos", "num_proc")
-    arguments = {k: v for k, v in _arguments(source).items() if k not in own}
+    not_for_builders = ("split", "streaming", "verification_mode", "keep_in_memory", "save_infos", "num_proc")
+    arguments = {k: v for k, v in _arguments(source).items() if k not in not_for_builders}
     return datasets.load_dataset_builder(source.repo, source.name, revision=commit, **arguments)
 
 
 def _arguments(source: Source) -> dict[str, Any]:
-    """What a task hands on to datasets; columns that it describes in YAML as datasets takes them."""
+    """A task's arguments for the datasets library, with columns that YAML describes as `Features`."""
     import datasets
 
-    told = source.arguments.get("features")
-    if not isinstance(told, dict) or not all(
-        isinstance(column, dict) and "dtype" in column for column in told.values()
+    columns = source.arguments.get("features")
+    if not isinstance(columns, dict) or not all(
+        isinstance(column, dict) and "dtype" in column for column in columns.values()
     ):
         return source.arguments
-    values = {name: datasets.Value(column["dtype"]) for name, column in told.items()}
-    lists = {name for name, column in told.items() if column.get("sequence")}
+    values = {name: datasets.Value(column["dtype"]) for name, column in columns.items()}
+    lists = {name for name, column in columns.items() if column.get("sequence")}
     features = datasets.Features({n: datasets.List(v) if n in lists else v for n, v in values.items()})
     return source.arguments | {"features": features}
 
 
 def _cannot(error: Exception, source: Source, commit: str) -> UserError:
-    """One sentence for a dataset that does not load. datasets hides what the hub answered, so the hub is asked again."""
+    """One sentence for a dataset that does not load. As datasets hides the hub's answer, the request is made again."""
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError
 
     text = first_line(error)
     if "scripts are no longer supported" in str(error):
         return UserError(
-            f"tasks={source.task} cannot be loaded: {source.repo} is a script, which the datasets library runs no more; "
+            f"tasks={source.task} cannot be loaded: {source.repo} is a script, which the datasets library no longer runs; "
             "give its documents as files with data.dir"
         )
     if any(type(e).__module__.startswith(("huggingface_hub", "httpx", "httpcore")) for e in chain(error)):
@@ -325,11 +326,11 @@ def _cannot(error: Exception, source: Source, commit: str) -> UserError:
             continue
         except Exception as answer:
             return refusal(answer, source.wanted)
-    return UserError(f"tasks={source.task} cannot be loaded: {source.repo} on the hub does not give them ({text})")
+    return UserError(f"tasks={source.task} cannot be loaded: {source.repo} on the hub does not provide them ({text})")
 
 
 def downloaded_bytes(repo: str) -> int:
-    """Bytes of a dataset that the hub's cache holds, whole files and begun ones."""
+    """Bytes of a dataset in the hub's cache, including incomplete files."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE) / f"datasets--{repo.replace('/', '--')}" / "blobs"

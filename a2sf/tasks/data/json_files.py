@@ -1,4 +1,4 @@
-"""JSON and JSON-lines files of documents, read by Python's parser: every value is what the file says."""
+"""JSON and JSON-lines files of documents, read by Python's parser, which changes no value."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ LARGEST = 2**63
 
 
 def read(file: Path, field: str | None = None) -> list[dict[str, Any]]:
-    """The documents of a file: one a line, or a list of them; a list of texts gives documents with the field `text`.
+    """The documents of a file: one per line, or a list; a list of texts gives documents with the field `text`.
 
     Args:
-        file: may be compressed, as its ending says.
-        field: of the one object that the file holds, which then is the list.
+        file: may be compressed, if its ending says so.
+        field: if the file is one object: its field that holds the list.
 
     Raises:
         ValueError: with the line or the number of the document, if it is not JSON or a document is not an object.
@@ -35,12 +35,12 @@ def read(file: Path, field: str | None = None) -> list[dict[str, Any]]:
         return _documents(_parsed(text))
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if lines and lines[0][1].strip() == "{":
-        raise ValueError("give a list of documents in square brackets, or one document a line")
+        raise ValueError("give a list of documents in square brackets, or one document per line")
     return _documents([_parsed(line, number) for number, line in lines], texts=False)
 
 
 def is_list(file: Path) -> bool:
-    """Whether a file is one list, rather than one document a line."""
+    """Whether a file is one list, not one document per line."""
     with file.open("rb") as stream:
         return stream.read(100).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
@@ -51,7 +51,7 @@ def _documents(items: Any, texts: bool = True) -> list[dict[str, Any]]:
     documents = [{"text": item} if texts and isinstance(item, str) else item for item in items]
     for number, document in enumerate(documents):
         if not isinstance(document, dict):
-            raise ValueError(f"document {number} is no JSON object but {json.dumps(document)[:40]}")
+            raise ValueError(f"document {number} is not a JSON object but {json.dumps(document)[:40]}")
     return documents
 
 
@@ -72,12 +72,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def one_type_each(documents: Sequence[dict[str, Any]], listed: bool) -> bool:
-    """Whether a table, with one type for each field, holds exactly these documents.
+    """Whether a table, with one type per field, can hold these documents without changing them.
 
-    Such files were read into a table before: these documents are what they were, all others are not.
+    An earlier version read such files into a table; documents that this changed need another hash.
 
     Args:
-        listed: the file is one list, whose fractions were cut to ten digits.
+        listed: whether the file is one list; the table had ten digits of each fraction in it.
     """
     columns = dict.fromkeys(name for d in documents for name in d)
     return bool(columns) and all(_one_type([d.get(name) for d in documents], listed) for name in columns)

@@ -1,7 +1,7 @@
-"""Documents as a list of Python values, for code that expects a dataset of the datasets library.
+"""Documents as a list of Python values, with the interface of a dataset of the datasets library.
 
-An Arrow table has one type per column, so that reading documents into one can change them: one 2.5 among integers makes all
-of them floats, a text that looks like a date becomes one. Here each value stays what it is.
+An Arrow table has one type per column, which can change values: one 2.5 among integers makes all of them floats, and a text
+that looks like a date becomes a date. Here no value changes.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import numpy as np
 from a2sf.errors import UserError
 
 STREAMED = ("map", "filter", "remove_columns", "rename_column", "rename_columns", "select_columns")
-"""Methods of a dataset that the datasets library also has for streams, which pass Python values on unchanged."""
+"""Methods of a dataset that streams of the datasets library also have; streams do not change Python values."""
 PICKING = ("shuffle", "select", "shard", "take", "skip")
-"""Methods of a dataset that choose and order rows, whatever these hold."""
+"""Methods of a dataset that select or order rows and do not use their values."""
 
 
 class Rows:
-    """One split's documents. As in a table, a document without a field that another has, has None there.
+    """The documents of one split. As in a table, a field that a document does not have is None.
 
-    The methods of `datasets.Dataset` are here, too. The few that need a table (`sort`, `to_pandas`, …) are refused where the
-    table would change a value.
+    It has the methods of `datasets.Dataset`. The few that need a table (`sort`, `to_pandas`, …) raise an error if the table
+    would change a value.
 
     Args:
-        documents: each a dictionary of what JSON can hold.
+        documents: dictionaries of JSON values.
     """
 
     def __init__(self, documents: Iterable[dict[str, Any]]) -> None:
@@ -42,7 +42,7 @@ class Rows:
 
     @property
     def features(self) -> dict[str, None]:
-        """The fields; none has a type."""
+        """The fields, without types."""
         return dict.fromkeys(self.column_names)
 
     @property
@@ -53,10 +53,10 @@ class Rows:
         return len(self._rows)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (copy.deepcopy(row) for row in self._rows)  # a task's code may change what it gets
+        return (copy.deepcopy(row) for row in self._rows)  # a copy, because a task's code may change it
 
     def __getitem__(self, which: Any) -> Any:
-        """A document by its number, a field of all of them by its name, or fields of some by a slice, as a dataset does."""
+        """As in a dataset: a document by its number, a field of all documents by its name, or fields of a slice."""
         if isinstance(which, str):
             if which not in self.column_names:
                 raise KeyError(which)
@@ -74,7 +74,7 @@ class Rows:
     def __getattr__(self, name: str) -> Any:
         from datasets import Dataset
 
-        # what is set on a dataset itself would be lost
+        # attributes that are set on a dataset would be lost
         if name.startswith(("_", "set_")) or not hasattr(Dataset, name):
             raise AttributeError(f"documents that are read from JSON have no {name}")
         if name in STREAMED:
@@ -85,7 +85,9 @@ class Rows:
         from datasets import Dataset, IterableDataset
 
         given = dict(inspect.signature(getattr(Dataset, method)).bind(self, *arguments, **named).arguments)
-        known = inspect.signature(getattr(IterableDataset, method)).parameters  # not how fast, nor where it is cached
+        known = inspect.signature(
+            getattr(IterableDataset, method)
+        ).parameters  # without arguments about speed and caches
         stream = getattr(IterableDataset.from_generator(self._each), method)
         return Rows(stream(**{k: v for k, v in given.items() if k in known and k != "self"}))
 
@@ -103,7 +105,7 @@ class Rows:
         return Dataset.from_dict({"number": list(range(len(self._rows)))})
 
     def _table(self, method: str) -> Any:
-        """The same as a dataset.
+        """The documents as a dataset.
 
         Raises:
             UserError: if that would change a value.
@@ -113,8 +115,10 @@ class Rows:
         try:
             table = Dataset.from_list(self._rows)
             made = list(table)
-        except Exception as error:
-            raise UserError(f"{method} of a dataset needs columns of one type, which these documents lack") from error
+        except Exception as error:  # Arrow raises several kinds
+            raise UserError(
+                f"{method} of a dataset needs columns of one type, which these documents do not have"
+            ) from error
         for number, (row, other) in enumerate(zip(self._rows, made, strict=True)):
             for name, value in row.items():
                 if _text(value) != _text(other[name]):
@@ -126,7 +130,7 @@ class Rows:
 
 
 def _plain(value: Any) -> Any:
-    """As a dataset would give it back: lists and Python's numbers instead of tuples and numpy's."""
+    """The value as a dataset returns it: lists and numbers of Python instead of tuples and NumPy's types."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

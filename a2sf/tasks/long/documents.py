@@ -1,4 +1,4 @@
-"""The documents of the long-context tasks: texts as long as asked in a model's tokens, with questions."""
+"""The documents of the long-context tasks: texts of given lengths in a model's tokens, with questions."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ def documents(
     written: bool = False,
     **other: Any,
 ) -> dict[str, Dataset]:
-    """Documents of all lengths in turn, four questions about one context after another; the same for the same arguments.
+    """Documents of all lengths in turn, four questions about each context; equal arguments give equal documents.
 
     Args:
         family: one of `FAMILIES`.
-        lengths: tokens that the model reads and writes at most, prompt and answer together.
-        answer_tokens: how many of them are the answer's at most.
-        tokenizer: the folder of the model's tokenizer; or `pretrained`, a model as `ModelSpec.path`.
-        contexts: how many of each length.
-        room: tokens to leave free besides, for a chat template or a system instruction.
-        seed: another one makes other documents.
-        written: ask for written answers, which may be fewer questions of a context.
-        other: what else lm-eval passes on.
+        lengths: largest number of tokens of a prompt with its answer.
+        answer_tokens: largest number of tokens of an answer.
+        tokenizer: folder of the model's tokenizer; or `pretrained`, a model as `ModelSpec.path`.
+        contexts: number of texts of each length.
+        room: tokens to leave free for a chat template or a system instruction.
+        seed: of the random texts.
+        written: whether answers are generated; then a context may have fewer questions.
+        other: further arguments of lm-eval, which are not used.
 
     Raises:
-        ConfigError: if a value is not allowed, or a length is too short for what stands in the text.
+        ConfigError: if a value is not allowed, or a length is too short for the facts in the text.
     """
     numbers = lengths if isinstance(lengths, list | tuple) else [lengths]
     for key, value, least in (("lengths", lengths, 1), ("contexts", contexts, 1), ("room", room, 0), ("seed", seed, 0)):
@@ -87,7 +87,7 @@ def _rows(
 
 
 def _text(scene: Scene, family: str, length: int, answer_tokens: int, room: int, count: Count) -> str:
-    """The longest text that, with any of its questions and its answers, has at most `length - room` tokens."""
+    """The longest text that has at most `length - room` tokens with any of its questions and answers."""
     most = length - room - max(answer_tokens, *(count(f" {c}") for q in scene.questions for c in q.choices))
     least = scene.write(0)
     base = max(count(_prompt(least, q)) for q in scene.questions)
@@ -128,7 +128,7 @@ def _folder(pretrained: str) -> str:
 
 @lru_cache(maxsize=1)
 def _counter(folder: str) -> Count:
-    """How many tokens a text has, special ones included."""
+    """A function that counts the tokens of a text, including special ones."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

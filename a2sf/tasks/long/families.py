@@ -1,4 +1,4 @@
-"""What stands in a long text and what is asked about it: the families that RULER (arXiv 2404.06654) established.
+"""Facts in a long text and questions about them: the task families of RULER (arXiv 2404.06654).
 
 A family is a function from a seed to a `Scene`: how its text is made at any size, and several questions about it, so that
 one text is read for all of them. Each question has a written answer and four choices, one of them right.
@@ -123,11 +123,11 @@ def multiquery(seed: str, count: Count) -> Scene:
     n = QUESTIONS * QUERIES
     names, codes = pool.take(name, n), pool.take(code, n)
     facts = [(_depth(rng, i, n), f"The access code of {k} is {codes[i]}.") for i, k in enumerate(names)]
-    order = rng.sample(range(n), n)  # what is asked for together stands anywhere
+    order = rng.sample(range(n), n)  # the facts of one question are anywhere in the text
     questions = []
     for q in range(QUESTIONS):
-        asked = order[QUERIES * q : QUERIES * (q + 1)]
-        keys, values = [names[i] for i in asked], [codes[i] for i in asked]
+        chosen = order[QUERIES * q : QUERIES * (q + 1)]
+        keys, values = [names[i] for i in chosen], [codes[i] for i in chosen]
         others = rng.sample([c for c in codes if c not in values], QUERIES)
         wrong = [_listed(_instead(values, place, v)) for place, v in enumerate(others)] + [_listed(values[::-1])]
         asks = f"What are the access codes of {_listed(keys)}?"
@@ -158,9 +158,9 @@ def common(seed: str, count: Count) -> Scene:
     """A list of things, a few of them ten times as common as the others; the wrong choices are uncommon ones."""
     rng = random.Random(seed)
     pool = Pool(rng, count)
-    asked = pool.take(thing, QUESTIONS * CHOICES)
-    often, seldom = asked[:QUESTIONS], asked[QUESTIONS:]
-    rare = _Kept(chain(seldom, islice(pool.stream(thing), PLAIN_THINGS), pool.stream(rarer_thing)))
+    words = pool.take(thing, QUESTIONS * CHOICES)
+    often, seldom = words[:QUESTIONS], words[QUESTIONS:]
+    rare = _Lazy(chain(seldom, islice(pool.stream(thing), PLAIN_THINGS), pool.stream(rarer_thing)))
 
     def write(n: int) -> str:
         entries = [w for w in often for _ in range(COMMON_TIMES)]
@@ -171,13 +171,13 @@ def common(seed: str, count: Count) -> Scene:
 
 
 def frequent(seed: str, count: Count) -> Scene:
-    """Coded words whose frequencies fall with their rank; the first ranks are told from later ones."""
+    """Coded words whose frequencies fall with their rank; right choices have the first ranks, wrong ones later ranks."""
     rng = random.Random(seed)
     pool = Pool(rng, count)
-    asked = pool.take(coded_word, QUESTIONS * CHOICES)
-    often, seldom = asked[:QUESTIONS], asked[QUESTIONS:]
+    coded = pool.take(coded_word, QUESTIONS * CHOICES)
+    often, seldom = coded[:QUESTIONS], coded[QUESTIONS:]
     between = islice(pool.stream(coded_word), RARE_RANK - 1 - QUESTIONS)
-    ranked = _Kept(chain(often, between, seldom, pool.stream(coded_word)))
+    ranked = _Lazy(chain(often, between, seldom, pool.stream(coded_word)))
 
     def write(n: int) -> str:
         known = RARE_RANK - 1 + len(seldom)  # each of these is there, however short the text
@@ -194,8 +194,8 @@ FAMILIES: dict[str, Callable[[str, Count], Scene]] = {
 }
 
 
-class _Kept:
-    """The beginning of a stream, as far as it was asked for."""
+class _Lazy:
+    """A list that is filled from a stream as far as it is read."""
 
     def __init__(self, stream: Iterator[str]) -> None:
         self._stream, self._made = stream, list[str]()
@@ -207,7 +207,7 @@ class _Kept:
 
 def _prose(seed: str, facts: Sequence[tuple[float, str]]) -> Callable[[int], str]:
     """Sentences of filler with `facts` at their depths (0 to 1) among them; equal depths in the order given."""
-    filler = _Kept(sentences(random.Random(f"{seed}/filler")))
+    filler = _Lazy(sentences(random.Random(f"{seed}/filler")))
 
     def write(n: int) -> str:
         text = filler.first(n)

@@ -1,4 +1,4 @@
-"""Text of our own for the long-context tasks: sentences of a small grammar, names and codes that never were."""
+"""Text of the long-context tasks: sentences of a small grammar, invented names and codes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ NOUNS = (
 
 
 def sentences(rng: random.Random) -> Iterator[str]:
-    """Sentences of filler without end; none twice while there are others (there are some 400,000)."""
+    """An endless stream of filler sentences, without repetition as far as possible (there are some 400,000)."""
     seen: set[str] = set()
     while True:
         for _ in range(20):
@@ -102,13 +102,13 @@ def rarer_thing(rng: random.Random) -> str:
 
 
 class Pool:
-    """Draws that no other draw of the pool repeats, the ones of a call all of as many tokens.
+    """Random words or codes, none of them twice; those of one call have the same number of tokens.
 
-    So prompts that differ only in them are of one length, and no answer is likelier for being shorter.
+    So prompts that differ only in them have equal lengths, and no answer is likelier because it is shorter.
 
     Args:
-        rng: where draws come from.
-        count: tokens of a text.
+        rng: the random generator.
+        count: counts the tokens of a text.
     """
 
     def __init__(self, rng: random.Random, count: Callable[[str], int]) -> None:
@@ -116,17 +116,17 @@ class Pool:
         self._used: set[str] = set()
 
     def take(self, draw: Callable[[random.Random], str], n: int) -> list[str]:
-        """`n` draws, each with a space before it of as many tokens."""
+        """`n` draws, which with a space before them have the same number of tokens."""
         of_size: dict[int, list[str]] = {}
         for made in self.stream(draw):
-            alike = of_size.setdefault(self.count(f" {made}"), [])
-            alike.append(made)
-            if len(alike) == n:
-                return alike
+            same_size = of_size.setdefault(self.count(f" {made}"), [])
+            same_size.append(made)
+            if len(same_size) == n:
+                return same_size
         raise AssertionError("a stream has no end")
 
     def stream(self, draw: Callable[[random.Random], str]) -> Iterator[str]:
-        """Draws of any length, without end."""
+        """An endless stream of draws of any length."""
         while True:
             made = draw(self.rng)
             if made not in self._used:

@@ -1,4 +1,4 @@
-"""The long-context tasks as lm-eval asks for them, by functions of this file."""
+"""The functions that the YAML files of the long-context tasks name."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ __all__ = ["documents", "process_results"]
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """The share of what has to be named that the generated text names."""
+    """The share of the answers that the generated text contains."""
     text = results[0].lower()
     return {"recall": sum(a.lower() in text for a in doc["answers"]) / len(doc["answers"])}

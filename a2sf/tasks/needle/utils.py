@@ -1,4 +1,4 @@
-"""The documents of the needle task: random names and codes, hidden in filler text; the same for the same seed."""
+"""The documents of the needle task: random names and codes, hidden in filler text; equal for equal seeds."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def documents(
     distractors: int = 0,
     **other: Any,
 ) -> dict[str, Dataset]:
-    """Test documents, one after another through all lengths and depths, and short ones for few-shot examples.
+    """Test documents of all lengths and depths in turn, and short documents for few-shot examples.
 
     Args:
-        per_cell: documents per length and depth; any first `n` documents cover the cells as evenly as they can.
-        lengths: words of filler; depths: percent of it that stands before the needle.
-        distractors: sentences of the same form about other names, at random places.
-        other: what else lm-eval passes on from the task's metadata.
+        per_cell: documents per length and depth; the first `n` documents cover them as evenly as possible.
+        lengths: words of filler; depths: percent of the filler before the needle.
+        distractors: number of sentences of the same form about other names, at random positions.
+        other: further entries of the task's metadata, which are not used.
     """
     grid = [(length, depth) for _ in range(per_cell) for length in lengths for depth in depths]
     short = [(40, depth) for depth in depths for _ in range(2)]
@@ -66,7 +66,7 @@ def _document(seed: str, length: int, depth: int, distractors: int) -> dict[str,
         parts = (rng.choice(part) for part in (SUBJECTS, VERBS, OBJECTS, ENDINGS))
         sentences.append(" ".join(parts).capitalize() + ".")
     value, at = _code(rng), round(depth / 100 * len(sentences))
-    # from the end, so that an insertion does not move the places before it
+    # from the end, so that an insertion does not move earlier positions
     places = [(rng.randint(0, len(sentences)), _needle(name, _code(rng))) for name in others]
     for place, sentence in sorted([*places, (at, _needle(key, value))], key=lambda p: -p[0]):
         sentences.insert(place, sentence)

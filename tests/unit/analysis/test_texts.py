@@ -27,7 +27,7 @@ from a2sf.report.tables.summaries import comparison_tables
 from a2sf.report.tables.write import markdown
 from a2sf.store.runs import StoredCell, write_cell
 from a2sf.sweep.early_stopping import Comparisons
-from a2sf.sweep.until import Until
+from a2sf.sweep.stopping_rule import StoppingRule
 from tests.sweep_fixture import Plan, write_sweep
 
 OF_FOUR = Texts(np.repeat(np.arange(25), 4))
@@ -251,7 +251,7 @@ def test_stopping_early_sees_whole_texts_and_bounds_the_documents_mean(sizes: li
     truth = np.concatenate(sums).mean()
     missed, runs = 0, 60
     for _ in range(runs):
-        watch = Comparisons(Until(("a", "b"), confidence=0.8), sizes, [("x", "y")])
+        watch = Comparisons(StoppingRule(("a", "b"), confidence=0.8), sizes, [("x", "y")])
         for i in rng.permutation(len(sizes)):
             watch.see({"x": sums[i] / 2, "y": -sums[i] / 2})
             (told,) = watch.report()

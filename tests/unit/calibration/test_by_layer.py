@@ -1,4 +1,4 @@
-"""`a2sf errors`: what an error by layer is, for any policy, and what the command refuses and writes."""
+"""`a2sf layer-errors`: what an error by layer is, for any policy, and what the command refuses and writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from a2sf import Budget, attend, make_policy
 from a2sf.calibration.by_layer import check_policies, errors_by_layer
 from a2sf.calibration.capture import Captured, capture, projections
 from a2sf.calibration.local import HeadAtRatio, errors
-from a2sf.commands import errors as command
+from a2sf.commands.policy import layer_errors as command
 from a2sf.errors import ConfigError
 from a2sf.policies.rule import Head
 from tests.hub.build import write_model

@@ -21,7 +21,7 @@ from a2sf.calibration.capture import Captured, capture, projections
 from a2sf.calibration.end_to_end import HeldOut
 from a2sf.calibration.local import HeadAtRatio, errors
 from a2sf.calibration.texts import WHEEL, Text, passages, read_text
-from a2sf.commands import calibrate
+from a2sf.commands.policy import calibrate
 from a2sf.errors import ConfigError, UserError
 from a2sf.policies.rule import Head
 from a2sf.shipped import shipped

@@ -13,7 +13,7 @@ from a2sf import make_policy
 from a2sf.calibration import retrieval
 from a2sf.calibration.capture import Captured
 from a2sf.calibration.retrieval import Needle
-from a2sf.commands import heads
+from a2sf.commands.policy import heads
 from a2sf.errors import UserError
 from tests.hub.build import write_model
 from tests.models import small

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from a2sf import Policy, Retention, Schedule, Step
-from a2sf.commands import check as command
+from a2sf.commands.policy import check as command
 from a2sf.engine import stepwise
 from a2sf.engine.invariants import INVARIANTS, Broken, Excepted, check
 from a2sf.engine.invariants.cases import case

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import find_adapter_config_file
 
-from a2sf.app import _job
+from a2sf.app.compute import overrides_of_job
 from a2sf.errors import ConfigError
 from a2sf.hf import loading
 from a2sf.hf.files import adapter, hub
@@ -128,7 +128,7 @@ def test_tables_name_it_and_a_grid_may_hold_both(base, files):
         settings("data=bundle", "tasks=[copa]", f"model.path={base}", *more)
         for more in ([], [f"model.adapter={files}"])
     ]
-    assert [s.cells[0].model_name for s in models.tell_apart(both)] == ["base", "base+lora"]
+    assert [s.cells[0].model_name for s in models.distinguish(both)] == ["base", "base+lora"]
 
 
 def test_one_of_the_hub_is_pinned_and_workers_are_told(base, files, monkeypatch):
@@ -140,7 +140,7 @@ def test_one_of_the_hub_is_pinned_and_workers_are_told(base, files, monkeypatch)
     assert pinned.pinned
     made = cell(model=pinned)
     assert made.identity["adapter"] == {"path": "org/lora", "weights": COMMIT}
-    assert f'model.adapter="org/lora@{COMMIT}"' in _job([([], None)], [made])  # type: ignore[list-item]
+    assert f'model.adapter="org/lora@{COMMIT}"' in overrides_of_job([([], None)], [made])  # type: ignore[list-item]
 
 
 def test_one_that_lies_beside_a_model_is_said_and_not_looked_for(base, files, tmp_path):

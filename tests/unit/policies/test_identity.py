@@ -80,6 +80,13 @@ def test_stored_results_are_of_the_policies_there_are():
     assert {"a2sf", "calibrated", "h2o", "heads", "snapkv"} <= set(found)
 
 
+def test_a_stored_cache_of_the_previous_version_has_the_same_policy():
+    made = make_policy("calibrated", file={"name": "x", "layers": [{"mean_over_age": True}]})
+    layer = "{'share': 1.0, 'forgetting_factor': 1.0, 'recent_share': 0.0, 'sinks': 0, 'by_age': True}"
+    assert repr(made) == f"Calibrated(file={{'name': 'x', 'layers': [{layer}]}})"
+    assert repr(make_policy("calibrated")) == "Calibrated(file='')"
+
+
 @pytest.mark.parametrize("policy", instances(), ids=repr)
 def test_policies_are_frozen_and_hashable(policy):
     twin = type(policy)(**{f.name: getattr(policy, f.name) for f in fields(policy)})

@@ -59,8 +59,8 @@ def test_a_screen_shows_a_large_group_without_its_tasks(sweep, monkeypatch):
     (wide,) = screen([table])
     monkeypatch.setattr("a2sf.report.tables.screen.SCREEN_COLUMNS", 4)
     (narrow,) = screen([table])
-    assert [len(t.columns) for t in (wide, narrow)] == [len(header(table)), len(header(table)) - 2]
-    assert "2 tasks of these groups are only in the files." in str(narrow.caption)
+    assert [len(t.heads) for t in (wide, narrow)] == [len(header(table)), len(header(table)) - 2]
+    assert "2 tasks of these groups are only in the files." in narrow.legend
 
 
 def test_they_are_in_every_file_and_in_an_archive(sweep, tmp_path):

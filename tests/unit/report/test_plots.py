@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,18 @@ def test_one_budget_and_one_factor(grid: Grid) -> None:
 def gather_again(grid: Grid, selection: Selection) -> Grid:
     directory = next(iter(grid.cells.values())).path.parent
     return gather([directory], selection)
+
+
+def test_a_long_metric_name_does_not_reach_the_title(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "s", Plan())
+    metric = "exact_match_of_the_normalised_answer,flexible-extract_with_a_long_name"
+    part = replace(gather([tmp_path / "s"]), metric=metric)
+    for draw in (trade_off, by_budget):
+        figure = draw(part)
+        assert figure is not None
+        figure.suptitle("a-model-with-a-long-name, 0-shot", x=0.01, ha="left", fontsize=10)
+        figure.draw_without_rendering()
+        label, title = (t.get_window_extent() for t in (figure._supylabel, figure._suptitle))  # type: ignore[attr-defined]
+        assert label.y1 < title.y0
+        assert label.y0 > 0
+        assert metric in figure._supylabel.get_text().replace("\n", "")  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from rich.console import Console
 from a2sf.analysis.comparisons.against import against_frame, compare_against
 from a2sf.analysis.comparisons.fidelity import MEASURES, changes, fidelity_frame
 from a2sf.analysis.comparisons.pairs import Comparer, compare_cells, compare_pair, comparisons_frame
+from a2sf.analysis.results.chance import chance_levels
 from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.grid import AVERAGE, Grid
 from a2sf.analysis.results.labels import DASH, MINUS
@@ -28,7 +29,7 @@ from a2sf.report.output import Options, publish, replace_block, show
 from a2sf.report.tables.layout import Table, build_tables
 from a2sf.report.tables.screen import screen, screen_table
 from a2sf.report.tables.write import csv_frame, latex, markdown
-from a2sf.store.runs import DOCUMENTS, StoredCell, load_sweep
+from a2sf.store.runs import DOCUMENTS, StoredCell, load_sweep, write_cell
 from tests.sweep_fixture import Plan, write_sweep
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "tables.py"
@@ -82,7 +83,9 @@ def test_numbers_agree_with_the_results_in_every_form(sweep: Path) -> None:
     tables = build_tables(gather([sweep]))
     forms = {"md": markdown(tables), "tex": latex(tables), "screen": text_of(screen(tables))}
     frame = csv_frame(tables)
-    for file in sweep.glob("*/result.json"):
+    files = list(sweep.glob("*/result.json"))
+    assert files
+    for file in files:
         result = json.loads(file.read_text())
         c, value = result["cell"], result["metrics"]["acc"]["value"]
         budget = f"{c['budget']['ratio']:g}" if c["budget"] else ""
@@ -383,3 +386,40 @@ def test_script_writes_the_tables(sweep: Path, tmp_path: Path) -> None:
     names = {f.name for f in (tmp_path / "tables").iterdir()}
     assert names == {"tables.md", "tables.tex", "tables.csv", "ranking.csv", "comparisons.csv", "fidelity.csv"}
     assert (tmp_path / "tables" / "tables.tex").read_text().count(r"\toprule") == 5
+
+
+def test_a_screen_of_80_columns_has_blocks_with_n_and_chance(tmp_path: Path) -> None:
+    documents = {f"{name}_long_name": n for name, n in (("first", 30), ("second", 40), ("third", 50))}
+    write_sweep(tmp_path / "s", Plan(documents=documents))
+    (table,) = build_tables(gather([tmp_path / "s"]))
+    console = Console(file=io.StringIO(), width=80)
+    (blocks,) = screen([table])
+    console.print(blocks)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= 80
+    shown = " ".join(lines)
+    for name in (*documents, AVERAGE, "Δ full"):  # each in one piece, once
+        assert shown.count(name) == 1
+    assert shown.count("Full cache") == len(blocks.columns(80)) == 2
+    rows = [line.split() for line in lines if line.startswith(("Documents (n)", "Chance level"))]
+    assert rows == [
+        ["Documents", "(n)", "30", "40"],
+        ["Chance", "level", "50.0", "50.0"],
+        ["Documents", "(n)", "50", "120"],
+        ["Chance", "level", "50.0", "50.0"],
+    ]
+    (value,) = [r.entries[columns].value for r in table.rows if r.is_full for columns in table.columns[:1]]
+    (full,) = [line for line in lines if line.startswith("Full cache")][:1]
+    assert full.split()[-2] == f"{100 * value:.1f}"
+
+
+def test_chance_is_the_mean_over_documents_and_needs_choices(tmp_path: Path) -> None:
+    for stored in write_sweep(tmp_path / "a", Plan(documents={"piqa": 4}, budgets=(0.2,))):
+        result = {k: v for k, v in stored.result.items() if k not in ("checksums", "schema_version")}
+        choices = [["a", "b"], ["a", "b"], ["a", "b", "c", "d"], ["a", "b", "c", "d"]]
+        write_cell(tmp_path / "s" / stored.path.name, result, stored.documents.assign(choices=choices), "policy: x\n")
+    grid = gather([tmp_path / "s"])
+    assert chance_levels(grid) == {"piqa": 0.375}
+    assert "| Chance level |  |  | 37.5 |" in markdown(build_tables(grid))
+    assert r"Chance level &  &  & 37.5 " in latex(build_tables(grid))
+    assert chance_levels(replace(grid, metric="exact_match")) == {}

@@ -48,9 +48,9 @@ def test_a_name_that_is_safe_stays():
 
 @pytest.mark.parametrize("text", AWKWARD)
 def test_a_cells_folder_and_run_are_safe_and_its_own(text, monkeypatch):
-    monkeypatch.setattr(tasks, "identity", lambda name, data, shots: {"task": name})
-    monkeypatch.setattr(tasks, "name_of", lambda name: name)
-    monkeypatch.setattr(tasks, "generates", lambda name: False)
+    monkeypatch.setattr(tasks.TaskSpec, "identity", property(lambda spec: {"task": spec.ref}))
+    monkeypatch.setattr(tasks.TaskSpec, "name", property(lambda spec: spec.ref))
+    monkeypatch.setattr(tasks.TaskSpec, "generates", False)
     made = cell(model_name=text, task=text)
     assert "/" not in made.name
     assert not made.name.startswith(".")

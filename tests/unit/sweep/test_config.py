@@ -10,8 +10,10 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from a2sf.app import _explain, _model_names
-from a2sf.errors import ConfigError, UserError
+from a2sf.app.folders import model_names
+from a2sf.app.process import explain
+from a2sf.errors import ConfigError, Notice, UserError
+from a2sf.policies.renamed import notice
 from a2sf.sweep.config.overrides import quote
 from a2sf.sweep.config.schema import register
 from a2sf.sweep.config.settings import as_group, read
@@ -29,7 +31,7 @@ def _hydra():
 
 
 def settings(*overrides: str):
-    return read(compose("config", list(overrides)), _model_names())
+    return read(compose("config", list(overrides)), model_names())
 
 
 def sentence(*overrides: str) -> str:
@@ -41,7 +43,7 @@ def sentence(*overrides: str) -> str:
     except UserError as error:
         return str(error)
     except Exception as error:
-        return _explain(error)
+        return explain(error)
     raise AssertionError(f"{overrides} was accepted")
 
 
@@ -261,10 +263,30 @@ def test_a_group_reaches_a_worker_whole(tmp_path):
     ]
     common = ["tasks=[piqa]", "limit=3"]
     points = [compose("config", [*common, *a]) for a in asked]
-    expected = [c for p in points for c in read(p, _model_names()).cells]
+    expected = [c for p in points for c in read(p, model_names()).cells]
     names = [c.name for c in expected]
     made = settings(*common, *asked[0], f"group={quote(as_group(points[1:], names))}")
     assert list(made.cells) == expected
     assert made.planned == set(names)
     assert len({c.id for c in made.cells}) == len(asked)
     assert [c.policy.file["name"] for c in made.cells[-2:]] == ["of 0.4", "of 0.1"]
+
+
+def test_early_stopping_under_its_name_of_the_previous_version():
+    """As a file of the user's may have it: `until:`, with `verdict`."""
+    new = settings("early_stopping={pair: [a2sf,h2o], half_width: 5, significant: true}").cells[0]
+    notice.cache_clear()
+    with pytest.warns(Notice, match="until is now called early_stopping"):
+        old = settings("until={pair: [a2sf,h2o], half_width: 5, verdict: true}").cells[0]
+    assert old == new
+    assert old.describe() == new.describe()
+    assert "-untilbada__" in old.name  # cells of the previous version are found by their names
+    assert old.describe()["until"] == {
+        "pair": ["a2sf", "h2o"],
+        "half_width": 5,
+        "verdict": True,
+        "confidence": 0.95,
+        "metric": "acc",
+    }
+    assert "early_stopping has pair" in sentence("until={par: [a2sf,h2o]}")
+    assert "give its keys under early_stopping" in sentence("until=3")

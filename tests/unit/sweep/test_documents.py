@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from a2sf.app import _job
+from a2sf.app.compute import overrides_of_job
 from a2sf.errors import ConfigError, UserError
 from a2sf.hf.loading import ModelSpec
 from a2sf.policies.find import find_policies
@@ -161,7 +161,7 @@ def test_any_name_reaches_a_worker(name):
     made = cell(tasks.DataSpec(content="c0ffee"), name, shots=3)
     given = ["tasks=[a,b]", "shots=0", "policy=full", "++data.content=old"]
     with mock.patch.object(Cell, "name", "its name"):  # there is no such task to look up
-        overrides = _job([(given, OmegaConf.create())], [made])
+        overrides = overrides_of_job([(given, OmegaConf.create())], [made])
     parsed = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(overrides)}
     assert parsed["tasks"] == [name]
     assert (parsed["shots"], parsed["data.content"], parsed["policy"]) == (3, "c0ffee", "full")

@@ -137,4 +137,4 @@ def test_a_plan_says_what_was_tried_and_what_was_measured(tmp_path, monkeypatch)
     group = full(4)
     monkeypatch.setattr("a2sf.sweep.planning.estimate._tokens", lambda *_: 100.0)
     assert estimate([group], tmp_path) == [Estimate(100.0)]
-    assert estimate([group], tmp_path, trial=True) == [Estimate(100.0, 50.0, tried=True)]
+    assert estimate([group], tmp_path, trial=True) == [Estimate(100.0, 50.0, by_trial=True)]

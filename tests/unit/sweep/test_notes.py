@@ -93,7 +93,9 @@ def computed(folder, loaded, tmp_path):
             Cell("m", ModelSpec(str(folder)), find_policies()[p](), b, str(file), 0, None, 0, DataSpec()).settled()
             for p, b in ways.items()
         ]
-        return list(Group(cells, lm.scorer, tmp_path / "runs" / "s").compute())
+        made = list(Group(cells, lm.scorer, tmp_path / "runs" / "s").compute())
+        assert len(made) == len(cells) > 0
+        return made
 
     return compute
 

@@ -93,7 +93,7 @@ def test_a_tasks_metrics_are_kept_and_what_is_dropped_is_said(kind: str, tmp_pat
     from a2sf.tasks import spec as tasks
 
     asked = cell(task=str(tmp_path / "own.yaml"), limit=3, data=tasks.DataSpec())
-    with pytest.warns(Notice, match=r"own_numbers: its metric many is no number but list, and is not kept\."):
+    with pytest.warns(Notice, match=r"own_numbers: its metric many is no number but list, and is not stored\."):
         (outcome,) = runner.run([asked])
     assert (outcome.status, outcome.error) == ("done", None)
     (stored,) = load_sweep(runner.directory)

@@ -13,7 +13,8 @@ from hydra.errors import OverrideParseException
 from hypothesis import given
 from hypothesis import strategies as st
 
-from a2sf.errors import ConfigError
+from a2sf.errors import ConfigError, Notice
+from a2sf.policies.renamed import notice
 from a2sf.sweep.config.overrides import as_written, check_trackers, explain_override, quote, quoted
 
 AWKWARD = ["/a=b", "/a b(c)", "/x (1)/y", "a[b", "ü x", "C:\\x\\", 'say "hi"', "a,b", "{x}", "ends with \\", '\\"']
@@ -90,7 +91,7 @@ def parsed(override: str) -> Any:
         ("model.name=True", "True"),
         ("sweep_name=2024_11_05", "2024_11_05"),
         ("tasks=[1.10,piqa]", ["1.10", "piqa"]),
-        ("until.pair=[1.0,a2sf]", ["1.0", "a2sf"]),
+        ("early_stopping.pair=[1.0,a2sf]", ["1.0", "a2sf"]),
         ("chat_template=true,1.10", [True, "1.10"]),
         ("limit=1_0", 10),
         ("budget.ratio=0.20,0.4", [0.2, 0.4]),
@@ -126,4 +127,25 @@ def test_an_escape_that_does_not_exist_is_refused():
     "override", ["limit", "tasks=[piqa", "~tracker", "-m", "a=b=c", "model.name=", 'model.name="a']
 )
 def test_what_hydra_is_to_refuse_is_left_to_it(override):
+    assert as_written(override) == override
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("until.pair=[1.0,a2sf]", "early_stopping.pair=['1.0',a2sf]"),
+        ("++until.verdict=true", "++early_stopping.significant=true"),
+        ("until={pair: [h2o,a2sf]}", "early_stopping={pair: [h2o,a2sf]}"),
+    ],
+)
+def test_a_key_of_the_previous_version_works_with_a_notice(old, new):
+    notice.cache_clear()
+    as_written.cache_clear()
+    with pytest.warns(Notice, match="until.* is now called early_stopping"):
+        assert as_written(old) == new
+    assert as_written(new) == new
+
+
+@pytest.mark.parametrize("override", ["gen_kwargs.until=['x']", "task_args.until=3", "until_then=3", "hydra.until=1"])
+def test_other_keys_keep_their_names(override):
     assert as_written(override) == override

@@ -10,9 +10,9 @@ from a2sf.errors import ConfigError
 from a2sf.policies.budget import Budget
 from a2sf.store.runs import load_sweep
 from a2sf.sweep import reuse
-from a2sf.sweep.prepare.texts import note_texts
+from a2sf.sweep.prepare.texts import record_texts
 from a2sf.sweep.runner import Runner
-from a2sf.sweep.until import Until
+from a2sf.sweep.stopping_rule import StoppingRule
 from a2sf.tasks import spec as tasks
 from tests.unit.sweep.test_sweep import cell, runner  # noqa: F401
 
@@ -28,7 +28,7 @@ def test_a_result_says_which_documents_share_a_text(runner: Runner) -> None:  # 
         c.name for c in cells
     ]  # which documents share a text is no part of what a cell is
     planned = reuse.plan([c.settled() for c in asked], runner.directory)
-    (told,) = note_texts(planned.cells, planned.done, runner.directory)
+    (told,) = record_texts(planned.cells, planned.done, runner.directory)
     assert "2 finished cells" in told
     for stored in load_sweep(runner.directory):
         old = before[stored.path.name]
@@ -37,7 +37,7 @@ def test_a_result_says_which_documents_share_a_text(runner: Runner) -> None:  # 
         assert stored.documents.drop(columns="cluster").equals(old.documents)
         assert stored.documents["cluster"].nunique() == 2
     noted = load_sweep(runner.directory)[0].documents
-    assert note_texts(planned.cells, planned.done, runner.directory) == []
+    assert record_texts(planned.cells, planned.done, runner.directory) == []
     again = [dataclasses.replace(c, limit=6) for c in asked]
     assert [o.status for o in runner.run(again)] == ["done"] * 2
     computed = next(s for s in load_sweep(runner.directory) if s.path.name == again[0].name)
@@ -50,27 +50,27 @@ def test_a_field_that_no_document_has_is_refused(runner: Runner) -> None:  # noq
     with pytest.raises(
         ConfigError, match=r"data.cluster=premis is not allowed: .*copa have the fields .*did you mean premise"
     ):
-        note_texts([asked], [], runner.directory)
+        record_texts([asked], [], runner.directory)
     other = cell(data=tasks.DataSpec(source="bundle", cluster="premis"), task="piqa").settled()
     with pytest.raises(ConfigError, match=r"data\.cluster"):
-        note_texts([asked, other], [], runner.directory)
+        record_texts([asked, other], [], runner.directory)
     mixed = [
         dataclasses.replace(c, data=tasks.DataSpec(source="bundle", cluster="premise")).settled()
         for c in (asked, other)
     ]
-    assert note_texts(mixed, [], runner.directory) == [
+    assert record_texts(mixed, [], runner.directory) == [
         "data.cluster=premise: the documents of piqa have no such field, and count singly."
     ]
 
 
 def test_stopping_early_draws_whole_texts(runner: Runner) -> None:  # noqa: F811
     data = tasks.DataSpec(source="bundle", cluster="question")  # two texts, of many documents each
-    until = Until(("full", "window"), half_width=95.0)
+    rule = StoppingRule(("full", "window"), half_width=95.0)
     cells = [cell("full"), cell("window", budget=Budget(ratio=0.1))]
-    cells = [dataclasses.replace(c, data=data, limit=12, until=until) for c in cells]
+    cells = [dataclasses.replace(c, data=data, limit=12, stopping_rule=rule) for c in cells]
     assert all("question" in c.tail for c in cells)
     assert [o.status for o in runner.run(cells)] == ["done"] * 2
-    whole = dataclasses.replace(cells[0], until=None)
+    whole = dataclasses.replace(cells[0], stopping_rule=None)
     assert [o.status for o in runner.run([whole])] == ["done"]
     found = {s.path.name: s for s in load_sweep(runner.directory)}
     every = found[whole.name].documents.set_index("doc_id")["cluster"]

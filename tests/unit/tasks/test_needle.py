@@ -70,6 +70,7 @@ def asked(until: list[str], most: int = 4) -> list[Instance]:
     return [Instance("generate_until", {}, (t, settings), 0, ("x", i, 1)) for i, t in enumerate(TEXTS)]
 
 
+@pytest.mark.full
 def test_a_batch_does_not_change_the_text_and_stop_sequences_end_it(smollm2, lm):
     for policy in of_models().values():
         lm.use(policy(), Budget(ratio=0.5) if policy.uses_budget else None)

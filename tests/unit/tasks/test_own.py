@@ -10,11 +10,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from lm_eval._cli.harness import HarnessCLI
 
-from a2sf.app import _model_names
+from a2sf.app.folders import model_names
 from a2sf.errors import ConfigError, UserError
 from a2sf.sweep.config.grid import addable
 from a2sf.sweep.config.schema import register
-from a2sf.sweep.config.settings import read, refuse_idle
+from a2sf.sweep.config.settings import read, refuse_unused
 from a2sf.tasks import spec as tasks
 from a2sf.tasks import user_folder as own
 from a2sf.tasks.functions import function_file
@@ -33,8 +33,8 @@ def _hydra():
 
 
 def settings(*overrides):
-    found = read(compose("config", [addable(o) for o in overrides]), _model_names())
-    refuse_idle([found])
+    found = read(compose("config", [addable(o) for o in overrides]), model_names())
+    refuse_unused([found])
     return found
 
 
@@ -87,9 +87,9 @@ def test_a_key_may_be_idle_in_one_point_of_a_grid():
     plain, chat = (
         read(compose("config", ["fewshot_as_multiturn=true", f"chat_template={x}"]), {}) for x in ("false", "true")
     )
-    refuse_idle([plain, chat])
+    refuse_unused([plain, chat])
     with pytest.raises(ConfigError):
-        refuse_idle([plain])
+        refuse_unused([plain])
 
 
 @pytest.mark.parametrize(
@@ -218,5 +218,7 @@ def test_every_flag_of_lm_eval_is_in_the_table():
     flags = {o for a in run._actions for o in a.option_strings if o.startswith("--")} - {"--help"}
     assert len(flags) > 30
     assert flags == set(re.findall(r"(--[a-z_]+)\b", "".join(re.findall(r"^\| `--.*?\|", table, re.MULTILINE))))
-    for named in re.findall(r"`((?:unit|parity|end_to_end)/[\w/]+\.py)`", table):
+    tests = re.findall(r"`((?:unit|parity|end_to_end)/[\w/]+\.py)`", table)
+    assert tests
+    for named in tests:
         assert (ROOT / "tests" / named).is_file(), named

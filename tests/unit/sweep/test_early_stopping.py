@@ -20,7 +20,7 @@ from a2sf.report.tables.layout import build_tables
 from a2sf.store.runs import load_sweep, results_frame
 from a2sf.sweep.early_stopping import Comparisons, comparisons, order_of
 from a2sf.sweep.runner import Runner, _lock_file
-from a2sf.sweep.until import Until
+from a2sf.sweep.stopping_rule import StoppingRule
 from a2sf.tracking.tracker import Tracker, TrackerSpec
 from tests.unit.sweep.test_sweep import cell
 
@@ -30,22 +30,22 @@ PAIR = ("full", "window")
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"pair": ["a2sf"]}, "until.pair"),
-        ({"pair": "a2sf"}, "until.pair"),
+        ({"pair": ["a2sf"]}, "early_stopping.pair"),
+        ({"pair": "a2sf"}, "early_stopping.pair"),
         ({"pair": ["h2o", "h2o"]}, "two different"),
-        ({"pair": PAIR, "half_width": 0}, "until.half_width"),
-        ({"pair": PAIR, "half_width": "two"}, "until.half_width"),
-        ({"pair": PAIR, "confidence": 1.0}, "until.confidence"),
+        ({"pair": PAIR, "half_width": 0}, "early_stopping.half_width"),
+        ({"pair": PAIR, "half_width": "two"}, "early_stopping.half_width"),
+        ({"pair": PAIR, "confidence": 1.0}, "early_stopping.confidence"),
     ],
 )
 def test_what_cannot_be_is_refused(settings, told):
     with pytest.raises(ConfigError, match=told):
-        Until(**settings)
+        StoppingRule(**settings)
 
 
 def test_a_pair_that_the_sweep_has_not_is_refused():
     with pytest.raises(ConfigError, match=r"h2oo.*did you mean h2o"):
-        Until(("full", "h2oo")).check(["full", "h2o"])
+        StoppingRule(("full", "h2oo")).check(["full", "h2o"])
 
 
 def test_cells_of_equal_budget_and_schedule_are_compared():
@@ -55,21 +55,21 @@ def test_cells_of_equal_budget_and_schedule_are_compared():
     cells += [cell("h2o", budget=Budget(ratio=r), schedule=s) for r in (0.1, 0.2, 0.4) for s in (step, every)]
 
     def compared(*pair):
-        return [(a.budget and a.budget.ratio, b.budget.ratio) for a, b in comparisons(Until(pair), cells)]
+        return [(a.budget and a.budget.ratio, b.budget.ratio) for a, b in comparisons(StoppingRule(pair), cells)]
 
     assert compared("full", "h2o") == [(None, r) for r in (0.1, 0.1, 0.2, 0.2, 0.4, 0.4)]
     assert compared("window", "h2o") == [(0.1, 0.1), (0.2, 0.2)]
 
 
 def test_every_comparison_must_be_told():
-    current = Comparisons(Until(PAIR, half_width=20), [1] * 300, [("a", "b"), ("a", "c")])
+    current = Comparisons(StoppingRule(PAIR, half_width=20), [1] * 300, [("a", "b"), ("a", "c")])
     rng = np.random.default_rng(0)
     while not current.decided:
         a, b = rng.integers(0, 2, 2)
         current.see({"a": [a], "b": [a], "c": [b]})
     assert current.means[0].half_width < 0.1  # the even one was told long before
     assert 0.15 < current.means[1].half_width <= 0.2
-    assert not Comparisons(Until(PAIR), [1] * 3, []).decided
+    assert not Comparisons(StoppingRule(PAIR), [1] * 3, []).decided
 
 
 def test_the_order_is_one_and_random():
@@ -80,9 +80,9 @@ def test_the_order_is_one_and_random():
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "s"
-    until = Until(PAIR, half_width=35.0, metric="acc")
+    rule = StoppingRule(PAIR, half_width=35.0, metric="acc")
     cells = [cell("full"), cell("window", budget=Budget(ratio=0.1)), cell("h2o", budget=Budget(ratio=0.1))]
-    cells = [dataclasses.replace(c, limit=60, until=until) for c in cells]
+    cells = [dataclasses.replace(c, limit=60, stopping_rule=rule) for c in cells]
     runner = Runner(directory, Tracker(TrackerSpec(), "s", directory))
     assert [o.status for o in runner.run(cells)] == ["done"] * 3
     return runner, cells
@@ -142,7 +142,7 @@ def test_a_group_is_somebody_elses_as_a_whole(stopped):
 
 def test_a_run_of_all_documents_is_another_cell_and_goes_on_from_there(stopped):
     runner, cells = stopped
-    whole = dataclasses.replace(cells[1], until=None, limit=20)
+    whole = dataclasses.replace(cells[1], stopping_rule=None, limit=20)
     assert whole.tail != cells[1].tail
     assert [o.status for o in runner.run([whole])] == ["done"]
     (stored,) = [s for s in load_sweep(runner.directory) if s.cell["limit"] == 20]
@@ -155,9 +155,9 @@ def test_a_run_of_all_documents_is_another_cell_and_goes_on_from_there(stopped):
 def test_a_metric_that_documents_have_not_fails_with_those_they_have(stopped, tmp_path):
     _, cells = stopped
     runner = Runner(tmp_path / "t", Tracker(TrackerSpec(), "t", tmp_path / "t"))
-    odd = [dataclasses.replace(c, limit=3, until=Until(PAIR, metric="f2")) for c in cells[:2]]
+    odd = [dataclasses.replace(c, limit=3, stopping_rule=StoppingRule(PAIR, metric="f2")) for c in cells[:2]]
     outcomes = runner.run(odd)
     assert [o.status for o in outcomes] == ["failed"] * 2
-    assert "until.metric" in (outcomes[0].error or "")
+    assert "early_stopping.metric" in (outcomes[0].error or "")
     assert "acc" in (outcomes[0].error or "")
     assert json.loads(next((tmp_path / "t" / "failures").iterdir()).read_text())["error"] == outcomes[0].error

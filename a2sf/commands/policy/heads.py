@@ -17,8 +17,8 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import track
 
-from a2sf.app import quiet
-from a2sf.commands.calibrate import FOLDER, add_model, model_spec
+from a2sf.app.process import quiet
+from a2sf.commands.policy.calibrate import FOLDER, add_model, model_spec
 from a2sf.errors import ConfigError
 
 LENGTHS = (100, 250, 500)

@@ -1,4 +1,4 @@
-"""`a2sf policies`: what there is, from the policies' own docstrings and fields."""
+"""`a2sf policies`: the available policies, described by their docstrings and fields."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from a2sf.commands.check import look_in
-from a2sf.commands.describe import attributes, paper, summary
+from a2sf.commands.policy.check import look_in
+from a2sf.commands.policy.describe import attributes, paper, summary
 from a2sf.errors import UserError
 from a2sf.policies.base import WHEN, Policy
 from a2sf.policies.find import built_in, defaults, find_policy, installed, load
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print every policy, or all about some; exit with 1 if one cannot be loaded."""
-    parser = argparse.ArgumentParser(prog="a2sf policies", description="The policies there are.")
-    parser.add_argument("names", nargs="*", help="tell all about these: names, or module:Class")
+    """Print every policy, or everything about some of them; exit with 1 if one cannot be loaded."""
+    parser = argparse.ArgumentParser(prog="a2sf policies", description="The available policies.")
+    parser.add_argument("names", nargs="*", help="print everything about these: names, or module:Class")
     parser.add_argument("--config-dir", type=Path, help="your folder, with policy/*.yaml")
     args = parser.parse_args(arguments)
     look_in(args.config_dir)
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def others(folder: Path | None) -> dict[str, str]:
-    """Name -> class of what other packages offer and of the files under `folder`/policy."""
+    """Name -> class of the policies of other packages and of the files in `folder`/policy."""
     found = {name: entry.value for name, entry in installed().items()}
     for file in sorted((folder / "policy").glob("*.yaml")) if folder else ():
         node = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -62,13 +62,13 @@ def _print(console: Console, name: str, cls: type[Policy]) -> None:
     about = attributes(cls)
     settings = {f"{n} = {value}": about.get(n, "") for n, value in defaults(cls).items()}
     lines = [_summary(cls), *([f"Paper: {source}"] if (source := paper(cls)) else []), _when(cls)]
-    lines += [f"{setting}  {told}".rstrip() for setting, told in settings.items()]
+    lines += [f"{setting}  {meaning}".rstrip() for setting, meaning in settings.items()]
     for line in lines:
         console.print(f"    {line}", markup=False, soft_wrap=True)
 
 
 def _when(cls: type[Policy]) -> str:
-    """Under which schedules it runs, and whether it looks ahead."""
+    """The schedules that it supports, and whether it uses later tokens."""
     known = ", ".join(cls.schedules) if set(WHEN) - set(cls.schedules) else f"all ({', '.join(WHEN)})"
     return f"Schedules: {known}" + (
         "" if cls.causal else "; not causal: an oracle (upper bound), never ranked with the others"
@@ -76,10 +76,10 @@ def _when(cls: type[Policy]) -> str:
 
 
 def _summary(cls: type[Policy]) -> str:
-    """What its file says first, where the file is about this policy alone; else what the class says."""
+    """The first paragraph of its file, if the file has only this policy; else that of the class."""
     module = sys.modules[cls.__module__]
-    told = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == cls.__module__]
-    alone = sum(issubclass(c, Policy) for c in told) == 1
+    classes = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == cls.__module__]
+    alone = sum(issubclass(c, Policy) for c in classes) == 1
     return (
         " ".join((inspect.getdoc(module) or "").split("\n\n")[0].split()) if alone and module.__doc__ else summary(cls)
     )

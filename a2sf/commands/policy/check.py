@@ -1,4 +1,4 @@
-"""`a2sf check mine:MyPolicy`: which invariants of docs/semantics.md a policy holds, under each schedule that it knows."""
+"""`a2sf check mine:MyPolicy`: which invariants of docs/semantics.md a policy holds, under each schedule that it supports."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ COLOURS = {"broken": "red", "except": "yellow", "holds": "green"}
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print for each invariant under which schedules it holds; exit with 1 if one does not hold under one."""
-    parser = argparse.ArgumentParser(prog="a2sf check", description="Try the invariants of a policy on random tensors.")
-    parser.add_argument("policy", help="a policy's name, or the class of one of your own, module:Class")
-    parser.add_argument("settings", nargs="*", metavar="setting=value", help="its settings; its defaults otherwise")
-    parser.add_argument("--config-dir", type=Path, help="your folder; the current one is looked in besides")
+    """Print under which schedules each invariant holds; exit with 1 if one is broken."""
+    parser = argparse.ArgumentParser(
+        prog="a2sf check", description="Test the invariants of a policy on random tensors."
+    )
+    parser.add_argument("policy", help="a policy's name, or your class as module:Class")
+    parser.add_argument("settings", nargs="*", metavar="setting=value", help="settings that differ from the defaults")
+    parser.add_argument("--config-dir", type=Path, help="your folder; the current folder is searched, too")
     parser.add_argument("--trials", type=int, default=8, help="random trials of each invariant")
     args = parser.parse_args(arguments)
     if args.trials < 1:
@@ -39,11 +41,11 @@ def main(arguments: Sequence[str]) -> None:
     broken = 0
     for name, of_one in groupby(check(policy, args.trials), lambda finding: finding.name):
         findings = list(of_one)
-        said: dict[str, list[Finding]] = {"broken": [f for f in findings if f.broken]}
-        said["except"] = [f for f in findings if f.excepted]
-        said["holds"] = [f for f in findings if not f.broken and not f.excepted]
-        broken += len(said["broken"])
-        for word, some in said.items():
+        by_outcome: dict[str, list[Finding]] = {"broken": [f for f in findings if f.broken]}
+        by_outcome["except"] = [f for f in findings if f.excepted]
+        by_outcome["holds"] = [f for f in findings if not f.broken and not f.excepted]
+        broken += len(by_outcome["broken"])
+        for word, some in by_outcome.items():
             if some:
                 mark = f"[{COLOURS[word]}]{word:6}[/]"
                 console.print(
@@ -52,12 +54,12 @@ def main(arguments: Sequence[str]) -> None:
             for why in dict.fromkeys(f.broken or f.excepted for f in some if word != "holds"):
                 console.print(f"          {why}", markup=False, soft_wrap=True)
     if broken:
-        console.print(f"{broken} not held")
+        console.print(f"{broken} broken")
         sys.exit(1)
 
 
 def look_in(folder: Path | None) -> None:
-    """Make the user's modules importable: those in `folder`, and those in the current one.
+    """Make the modules in `folder` and in the current folder importable.
 
     Raises:
         UserError: if there is no such folder.

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from a2sf import __version__
-from a2sf.app import quiet
+from a2sf.app.process import quiet
 from a2sf.errors import ConfigError, Notice, nearest
 from a2sf.shipped import shipped
 

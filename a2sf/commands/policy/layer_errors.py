@@ -1,4 +1,4 @@
-"""`a2sf errors POLICY ...`: the error of each policy in every layer's output, on plain text.
+"""`a2sf layer-errors POLICY ...`: the error of each policy in every layer's output, on plain text.
 
 A policy is a name, with settings after commas: a2sf,forgetting_factor=0.4  calibrated,file=mine.yaml  mine:MyPolicy.
 Each layer is measured alone, with the queries, keys and values of the full cache: the squared error of its output after the
@@ -17,15 +17,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from a2sf.app import quiet
-from a2sf.commands.calibrate import FOLDER, add_model, add_text, check_numbers, model_spec
+from a2sf.app.process import quiet
+from a2sf.commands.policy.calibrate import FOLDER, add_model, add_text, check_numbers, model_spec
 from a2sf.errors import ConfigError
 
 
 def main(arguments: Sequence[str]) -> None:
     """Measure, show and write the errors."""
     parser = argparse.ArgumentParser(
-        prog="a2sf errors", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="a2sf layer-errors", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("policies", nargs="+", metavar="POLICY")
     add_model(parser)

@@ -1,4 +1,4 @@
-"""One line about a class and each of its attributes, from its docstring: written once, shown by every help."""
+"""Descriptions of a class and its attributes, read from its docstring, for the help of all commands."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def summary(cls: type) -> str:
     return " ".join(_text(cls).split("\n\n")[0].split())
 
 
-def attributes(cls: type, *, whole: bool = False) -> dict[str, str]:
-    """Attribute -> the first sentence about it under `Attributes:`; `whole`: all that stands there."""
+def attributes(cls: type, *, full: bool = False) -> dict[str, str]:
+    """Attribute -> its description under `Attributes:`; the first sentence only, unless `full`."""
     found: dict[str, str] = {}
     names: list[str] = []
     for line in _section(_text(cls)):
@@ -23,11 +23,11 @@ def attributes(cls: type, *, whole: bool = False) -> dict[str, str]:
             found |= dict.fromkeys(names, head[2])
         elif names:
             found |= {n: f"{found[n]} {line.strip()}" for n in names}
-    return found if whole else {name: re.split(r"\.(?:\s|$)", text)[0].strip() for name, text in found.items()}
+    return found if full else {name: re.split(r"\.(?:\s|$)", text)[0].strip() for name, text in found.items()}
 
 
 def paper(cls: type) -> str | None:
-    """What follows `Paper:` or `Source:` in the class's docstring or its module's, up to the end of the sentence."""
+    """The sentence after `Paper:` or `Source:` in the docstring of the class or of its module; None: there is none."""
     for text in (_text(cls), inspect.getdoc(sys.modules[cls.__module__]) or ""):
         if (
             found := re.search(r"(?:Papers?|Source): (.*?\([^)]*\d{4}\.\d{4,5}[^)]*\)|.*?\.)", text, re.DOTALL)
@@ -37,10 +37,11 @@ def paper(cls: type) -> str | None:
 
 
 def _text(cls: type) -> str:
-    own = vars(cls).get("__doc__") or ""
-    if not own or (dataclasses.is_dataclass(cls) and own.startswith(f"{cls.__name__}(")):  # what @dataclass makes up
+    text = vars(cls).get("__doc__") or ""
+    made_by_dataclass = dataclasses.is_dataclass(cls) and text.startswith(f"{cls.__name__}(")
+    if not text or made_by_dataclass:
         return inspect.getdoc(sys.modules[cls.__module__]) or ""
-    return inspect.cleandoc(own)
+    return inspect.cleandoc(text)
 
 
 def _section(text: str) -> list[str]:

@@ -1,0 +1,90 @@
+"""The first step of a sweep: every value of its grid is checked, models and documents are identified."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from a2sf.app.folders import model_names
+from a2sf.app.process import screen
+from a2sf.app.runners import directory_of
+from a2sf.errors import UserError
+from a2sf.store.aggregates import Group
+from a2sf.sweep.cell import Cell
+from a2sf.sweep.config.grid import check_schedules
+from a2sf.sweep.config.settings import Settings, read, refuse_unused
+from a2sf.sweep.prepare import documents, models
+from a2sf.tasks import spec as tasks
+
+Points = Sequence[tuple[list[str], DictConfig]]
+"""The overrides and the composed configuration of each point of a grid."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The points of a grid after every check that needs neither weights nor documents.
+
+    Attributes:
+        settings: of each point, with the cells whose model and documents are identified.
+        refused: why cells cannot be computed -> their names.
+        notes: what the user should know, one sentence each.
+    """
+
+    points: Points
+    settings: list[Settings]
+    refused: dict[str, list[str]]
+    notes: list[str]
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [c for s in self.settings for c in s.cells]
+
+    @property
+    def directory(self) -> Path:
+        """Of the sweep."""
+        return directory_of(self.settings[0])
+
+    @property
+    def aggregates(self) -> list[Group]:
+        """lm-eval's groups, whose scores are computed from those of the tasks."""
+        return list(dict.fromkeys(g for s in self.settings for g in s.groups))
+
+
+def check(points: Points, computes_here: bool) -> Checked:
+    """Check a grid; nothing is downloaded but what identifies models and documents.
+
+    Args:
+        computes_here: whether jobs use this machine's GPUs.
+
+    Raises:
+        UserError: for the first value that is not allowed, or if no cell can be computed.
+    """
+    check_schedules([composed for _, composed in points])
+    settings = [read(composed, model_names(), here=computes_here) for _, composed in points]
+    refuse_unused(settings)
+    _check_one_sweep(settings)
+    for rule in dict.fromkeys(c.stopping_rule for s in settings for c in s.cells if c.stopping_rule):
+        rule.check([c.policy.name for s in settings for c in s.cells if c.stopping_rule == rule])
+    documents.check(c for s in settings for c in s.cells)
+    settings, unreadable = models.readable(settings, screen)
+    models.check_prompting((c for s in settings for c in s.cells), hub=False)
+    settings = models.distinguish(models.pin_all(settings, model_names(), screen))
+    settled = documents.settle([s.cells for s in settings], planned_only=settings[0].plan_only)
+    settings = [dataclasses.replace(s, cells=cells) for s, cells in zip(settings, settled.cells, strict=True)]
+    includes = dict.fromkeys(s.include for s in settings if s.include)
+    hidden = dict.fromkeys(note for include in includes for note in tasks.hidden(*include))
+    return Checked(points, settings, settled.refused | unreadable, [*hidden, *settled.notes])
+
+
+def _check_one_sweep(settings: Sequence[Settings]) -> None:
+    if len({(s.sweep_name, s.runs_dir) for s in settings}) > 1 or any(
+        s.tracker != settings[0].tracker for s in settings
+    ):
+        raise UserError(
+            "sweep_name, runs_dir and tracker name where a sweep's results go, so they cannot be swept; several trackers "
+            "are a list, tracker=[wandb,tensorboard]"
+        )

@@ -1,0 +1,93 @@
+"""The third step of a sweep: its groups are computed, here or by a launcher's workers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from a2sf.app.check import Points
+from a2sf.app.plan import Planned
+from a2sf.app.process import screen
+from a2sf.app.runners import runner_of, underway
+from a2sf.errors import UserError
+from a2sf.sweep.cell import Cell
+from a2sf.sweep.config.overrides import quote
+from a2sf.sweep.config.settings import as_group
+from a2sf.sweep.group import grouped
+from a2sf.sweep.planning.progress import Progress, shown
+
+POLL_SECONDS = 2.0
+
+Launch = Callable[[list[list[str]]], list[Any]]
+"""Runs one job per list of overrides; each job's return value is a list of `Outcome`, one per cell of a group."""
+
+
+def compute(planned: Planned, launch: Launch | None) -> None:
+    """Compute every cell that is not done, and show the progress.
+
+    Args:
+        launch: how to run jobs; None: in this process, one after the other.
+    """
+    checked, made = planned.checked, planned.plan
+    if not made.pending:
+        return
+    progress = Progress(made, planned.groups, planned.estimates, checked.directory, underway)
+    for cell in (c for c in made.pending if c.model in planned.broken):
+        runner_of(checked.settings[0]).fail(cell, planned.broken[cell.model])
+    # one model after the other, so that each is loaded once; of a model the longest groups first
+    size = {c.name: e.tokens or 0 for g, e in zip(planned.groups, planned.estimates, strict=True) for c in g}
+    todo = sorted(made.pending, key=lambda c: (c.model_name, -size[c.name], c.task, c.shots))
+    with shown(screen, progress):
+        _run([c for c in todo if c.model not in planned.broken], planned, launch)
+
+
+def _run(todo: list[Cell], planned: Planned, launch: Launch | None) -> None:
+    points = zip(planned.checked.settings, planned.checked.points, strict=True)
+    of = {c.name: (settings, point) for settings, point in points for c in settings.cells}
+
+    def computed_with(cell: Cell) -> tuple[Any, ...]:
+        settings = of[cell.name][0]
+        return settings.batch_size, settings.trace, settings.checkpoint
+
+    while todo:
+        groups = grouped(todo, computed_with)
+        if launch is None:
+            outcomes = [o for g in groups for o in runner_of(of[g[0].name][0]).run(g)]
+        else:
+            jobs = [overrides_of_job([of[c.name][1] for c in g], g) for g in groups]
+            outcomes = [o for done in launch(jobs) for o in done.return_value]
+        named = {o.name for o in outcomes}
+        for cell in [c for c in todo if c.name not in named]:
+            # a worker reads all files itself, and found another cell
+            why = "its task's definition, or its policy's file or code, changed after the sweep began; start it again"
+            runner_of(of[cell.name][0]).fail(cell, UserError(why))
+        busy = {o.name for o in outcomes if o.status == "busy"}
+        todo = [c for c in todo if c.name in busy]
+        if todo:  # another process computes these: wait for its results, or compute them if it ends without
+            time.sleep(POLL_SECONDS)
+
+
+def overrides_of_job(points: Points, cells: Sequence[Cell]) -> list[str]:
+    """The overrides of a worker: of the first cell's point, what the sweep has settled, and the group's other cells.
+
+    Args:
+        points: of each cell.
+    """
+    (overrides, _), *others = points
+    cell = cells[0]
+    settled = {"tasks": f"[{quote(cell.task)}]", "shots": str(cell.shots), "plan_only": "false"}
+    settled |= {"model.name": quote(cell.model_name)}
+    if cell.model.source.kind == "hub":  # quoted, since a commit may look like a number
+        settled |= {"model.path": quote(cell.model.path), "model.revision": quote(cell.model.revision)}
+    settled |= {"model.adapter": quote(cell.model.adapter)} if cell.model.adapter else {}
+    settled |= {"model.device": cell.model.device} if cell.model.device != "auto" else {}
+    settled |= {"data.content": quote(cell.data.content)} if cell.data.content else {}
+    settled |= {"task_args": quote(cell.data.task_args) if cell.data.task_args else "null"}
+    settled |= {"group": quote(as_group([composed for _, composed in others], [c.name for c in cells]))}
+
+    def is_settled(override: str) -> bool:
+        key = override.partition("=")[0].lstrip("+")
+        return key in settled or key.startswith("task_args.")
+
+    return [*(o for o in overrides if not is_settled(o)), *(f"{key}={value}" for key, value in settled.items())]

@@ -1,0 +1,74 @@
+"""What `a2sf run` does with composed configurations: check, plan, run, report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from a2sf.app import process
+from a2sf.app.folders import adopt, model_names
+from a2sf.errors import UserError
+from a2sf.starting import set_environment
+
+if TYPE_CHECKING:
+    from a2sf.app.check import Points
+    from a2sf.app.compute import Launch
+
+
+def run_grid(points: Points, launch: Launch | None, *, computes_here: bool = True) -> None:
+    """Run a sweep.
+
+    Args:
+        points: the overrides and the composed configuration of each point of the grid.
+        launch: how to run jobs; None: in this process, one after the other.
+        computes_here: whether jobs use this machine's GPUs.
+
+    Raises:
+        UserError: for the first value that is not allowed, before anything slow.
+    """
+    from a2sf.sweep.config import keys
+
+    for _, composed in points:
+        keys.check(composed)
+    process.quiet()  # it takes seconds, which a mistyped key need not wait for
+    from a2sf.app.check import check
+    from a2sf.app.compute import compute
+    from a2sf.app.outcome import report
+    from a2sf.app.plan import fetch, make_plan
+
+    checked = check(points, computes_here)
+    planned = make_plan(checked, computes_here)
+    if checked.settings[0].plan_only:
+        return
+    fetched = fetch(planned)
+    compute(fetched, launch)
+    report(fetched)
+
+
+def job(composed: DictConfig) -> Any:
+    """Hydra's task function: in a worker the cells of one group, else the sweep of a single configuration.
+
+    Returns:
+        In a worker a list of `Outcome`, one per cell.
+    """
+    hydra = HydraConfig.get()
+    if hydra.mode == RunMode.RUN:
+        try:
+            adopt(hydra)
+            return run_grid([([], composed)], None)
+        except UserError as error:  # Hydra would print a line of its own before it
+            process.fail(str(error))
+    set_environment()  # a worker may be on another machine
+    adopt(hydra)
+    process.quiet()
+    from a2sf.app.runners import runner_of
+    from a2sf.sweep.config.settings import read
+    from a2sf.sweep.workers import share_cores, take_gpu
+
+    share_cores(hydra.launcher)
+    take_gpu(hydra.launcher)
+    settings = read(composed, model_names())
+    return runner_of(settings).run(settings.cells, settings.planned)

@@ -1,0 +1,70 @@
+"""The second step of a sweep: which of its cells are to be computed, in which groups, and how long that takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from a2sf.app.check import Checked
+from a2sf.app.process import screen
+from a2sf.errors import UserError
+from a2sf.hf.loading import ModelSpec
+from a2sf.store.runs import write_groups
+from a2sf.sweep.cell import Cell
+from a2sf.sweep.group import grouped
+from a2sf.sweep.planning.estimate import Estimate, estimate
+from a2sf.sweep.planning.table import headline, plan_table
+from a2sf.sweep.prepare import documents, models, texts
+from a2sf.sweep.reuse import Plan, plan
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A sweep that can start.
+
+    Attributes:
+        plan: its cells, and which of them are done.
+        groups: cells that are computed together, as they were planned.
+        estimates: tokens and time of each group.
+        broken: models that cannot be had, once they are fetched.
+    """
+
+    checked: Checked
+    plan: Plan
+    groups: Sequence[Sequence[Cell]]
+    estimates: Sequence[Estimate]
+    broken: dict[ModelSpec, UserError] = dataclasses.field(default_factory=dict)
+
+
+def make_plan(checked: Checked, computes_here: bool) -> Planned:
+    """Plan a sweep and print the plan.
+
+    Args:
+        computes_here: whether the speed of this machine tells how long it takes.
+    """
+    made = plan(checked.cells, checked.directory)
+    for note in [*checked.notes, *made.notes]:
+        screen.print(note, highlight=False, soft_wrap=True)
+    groups = grouped(made.pending)
+    estimates = estimate(groups, checked.directory.parent, trial=computes_here)
+    screen.print(headline(made, groups, estimates, checked.directory), highlight=False, soft_wrap=True)
+    if groups:
+        screen.print(plan_table(groups, estimates))
+    return Planned(checked, made, groups, estimates)
+
+
+def fetch(planned: Planned) -> Planned:
+    """Download what the plan needs; the plan without the cells whose documents cannot be had.
+
+    Raises:
+        UserError: if nothing is left to compute, or a task cannot be run as the configuration says.
+    """
+    checked, made = planned.checked, planned.plan
+    write_groups(checked.directory, checked.aggregates)
+    broken = models.fetch([c.model for c in made.pending], screen)
+    models.check_prompting((c for c in made.pending if c.model not in broken), hub=True)
+    cells = documents.fetch(made.cells, made.pending, checked.refused, screen)
+    for note in texts.record_texts(cells, made.done, checked.directory):
+        screen.print(note, highlight=False, soft_wrap=True)
+    return dataclasses.replace(planned, plan=dataclasses.replace(made, cells=cells), broken=broken)
