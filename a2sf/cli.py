@@ -15,6 +15,7 @@ from a2sf.errors import UserError, nearest
 COMMANDS = {
     "run": ("a2sf.commands.run", "measure one configuration or a grid (-m, +sweep=PRESET)"),
     "tables": ("a2sf.commands.tables", "tables, plots and a report of finished sweeps"),
+    "compare": ("a2sf.commands.compare", "paired statistics of finished runs, also of lm-eval and inspect_ai"),
     "reproduce": ("a2sf.commands.reproduce", "the A2SF paper's claims, with a verdict each"),
     "calibrate": ("a2sf.commands.policy.calibrate", "find the best settings on plain text, by layer or head"),
     "layer-errors": (
@@ -76,6 +77,7 @@ PLAIN = {
     "…": "...",
     "†": "+",
     "Δ": "d",
+    "α": "alpha",
     "±": "+-",
     "\N{MULTIPLICATION SIGN}": "x",
 }

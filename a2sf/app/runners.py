@@ -29,4 +29,5 @@ def runner_of(settings: Settings) -> Runner:
 
 def underway(name: str) -> float | None:
     """The share of the work on a cell that is done, 0 to 1; None if this process is not computing the cell."""
-    return next((r.underway[name] for r in list(_runners.values()) if name in r.underway), None)
+    shares = [r.underway for r in list(_runners.values())]
+    return next((s[name] for s in shares if name in s), None)

@@ -22,7 +22,7 @@ from a2sf.policies.find import find_policy
 from a2sf.scoring.lm import PrunedLM
 from a2sf.store.runs import write_cell
 from a2sf.sweep.cell import Cell
-from a2sf.sweep.group import Computed, Group
+from a2sf.sweep.group import CellGroup, Computed
 from a2sf.sweep.planning.estimate import estimate
 from a2sf.tasks import spec as tasks
 
@@ -142,7 +142,7 @@ def _groups(lm: PrunedLM, systems: Sequence[System], of: Sequence[str], shots: i
 
 def _computed(lm: PrunedLM, group: Sequence[Cell], directory: Path) -> list[Computed]:
     with contextlib.redirect_stderr(io.StringIO()):  # lm-eval's progress bars
-        found = list(Group(group, lm.scorer, directory).compute())
+        found = list(CellGroup(group, lm.scorer, directory).compute())
     for computed in found:
         if computed.error is not None:
             raise computed.error

@@ -67,7 +67,7 @@ class BatchRetention:
 
     def retention(self) -> dict[str, Any]:
         """The fields of this class by name, for a subclass that has more."""
-        return {f.name: getattr(self, f.name) for f in fields(BatchRetention)}
+        return {name: getattr(self, name) for name in _FIELDS}
 
     def select(self: Batch, rows: Tensor | slice) -> Batch:
         """The sequences `rows`, in that order."""
@@ -158,3 +158,6 @@ class BatchRetention:
     def unprotected(self, positions: Tensor, cached: Tensor, now: Tensor) -> Tensor:
         """bool [B, K, N]: the `cached` tokens that may be evicted at time `now`."""
         return cached & (positions >= self.sinks) & (positions <= now - self.recent)
+
+
+_FIELDS = tuple(f.name for f in fields(BatchRetention))

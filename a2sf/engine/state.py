@@ -126,19 +126,27 @@ class EvictionState:
 
     def compact(self, slots: int | None = None) -> EvictionState:
         """Sort the slots by position, the empty ones last and set to 0, and keep the first `slots` (default: as needed)."""
-        n = self.most if slots is None else slots
-        order = self.positions.where(self.positions >= 0, LATE).argsort(dim=-1)[:, :, :n]
+        filled, some_empty = self.positions >= 0, True
+        if slots is None and self.positions.numel():
+            least, most = (int(n) for n in filled.sum(-1).aminmax())
+            slots, some_empty = max(1, most), least < max(1, most)
+        order = self.positions.where(filled, LATE).argsort(dim=-1)[:, :, :slots]
         positions = self.positions.gather(2, order)
-        empty = positions < 0
+        wide = order[..., None]
 
         def ordered(x: Tensor) -> Tensor:
-            if x.ndim == 3:
-                return x.gather(2, order).masked_fill_(empty, 0)
-            index = order[..., None].expand(-1, -1, -1, x.shape[-1])
-            return x.gather(2, index).masked_fill_(empty[..., None], 0)
+            taken = x.gather(2, wide.expand(-1, -1, -1, x.shape[-1]))
+            return taken.masked_fill_(positions[..., None] < 0, 0) if some_empty else taken
 
-        others = {name: ordered(x) for name, x in self._slots().items() if name != "positions"}
-        return EvictionState(positions=positions, seen=self.seen, **others)
+        scores = self.scores.gather(2, order)
+        return EvictionState(
+            positions=positions,
+            scores=scores.masked_fill_(positions < 0, 0) if some_empty else scores,
+            keys=ordered(self.keys),
+            values=ordered(self.values),
+            seen=self.seen,
+            memory=None if self.memory is None else ordered(self.memory),
+        )
 
     def evict(self, out: Tensor) -> EvictionState:
         """The state without the slots that are True in `out` [B, K, N]."""

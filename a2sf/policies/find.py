@@ -13,6 +13,7 @@ import inspect
 import pkgutil
 import sys
 import traceback
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -160,6 +161,15 @@ def defaults(cls: type[Policy]) -> dict[str, Any]:
         elif f.default_factory is not dataclasses.MISSING:
             found[f.name] = f.default_factory()
     return found
+
+
+def check_setting_names(cls: type[Policy], given: Mapping[Any, Any]) -> None:
+    """Raise `ConfigError` if `given` names a setting that `cls` does not have; `_target_` is allowed."""
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in map(str, given):
+        if key not in (*known, "_target_"):
+            has = f"{cls.name} has {', '.join(known)}" if known else f"{cls.name} has no settings"
+            raise ConfigError(f"policy.{key}", given[key], has + nearest(key, known))
 
 
 def source_digest(cls: type[Policy]) -> str | None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 from a2sf.errors import ConfigError, nearest
 from a2sf.policies.base import Policy, check_name
-from a2sf.policies.find import find_policies
+from a2sf.policies.find import check_setting_names, find_policies
 
 
 def make_policy(name: str, **settings: Any) -> Policy:
@@ -21,9 +20,5 @@ def make_policy(name: str, **settings: Any) -> Policy:
         known = ", ".join(sorted(policies))
         raise ConfigError("policy", name, f"give one of {known}{nearest(str(name), policies)}")
     check_name(policies[name])
-    known_fields = [f.name for f in fields(policies[name])]
-    for key, value in settings.items():
-        if key not in known_fields:
-            has = f"{name} has {', '.join(known_fields)}" if known_fields else f"{name} has no settings"
-            raise ConfigError(f"policy.{key}", value, f"{has}{nearest(key, known_fields)}")
+    check_setting_names(policies[name], settings)
     return policies[name](**settings)

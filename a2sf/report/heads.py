@@ -21,7 +21,7 @@ def heads_figure(
     Args:
         unit: what a number is, beside the colours.
         marked: `[layer, head]` pairs to frame: in groups of `group` heads where that is above 1.
-        group: query heads of each key/value head, label apart by a line.
+        group: query heads of each key/value head, separated by a line.
     """
     layers, heads = numbers.shape
     figure = Figure(figsize=(2.2 + 0.24 * heads, 1.4 + 0.17 * layers), layout="constrained")

@@ -37,7 +37,7 @@ class Options:
     """How results are laid out and where they go.
 
     Attributes:
-        pivot: what goes across, one of `a2sf.report.tables.layout.PIVOTS`.
+        pivot: what goes across, one of `a2sf.report.choices.PIVOTS`.
         pair: policies whose difference is shown, first minus second.
         against: policies that every other is compared with at the same budget.
         stderr: add standard errors to the numbers of Markdown, LaTeX and screen.

@@ -26,7 +26,7 @@ from a2sf.scoring.counts import Counts
 from a2sf.scoring.pretrained import check_given, check_names, check_tokens, load_pretrained
 from a2sf.scoring.requests import ROLLING, TEXT, EncodedRequests, Requests, document_of
 from a2sf.scoring.scorer import Scorer
-from a2sf.scoring.systems import Answer, Answers, System
+from a2sf.scoring.systems import Answer, System
 
 NAME = "a2sf"
 log = logging.getLogger("lm_eval.models.a2sf")
@@ -164,10 +164,13 @@ class PrunedLM(HFLM):
     def _scored(self, requests: Requests, disable_tqdm: bool) -> list[Answer]:
         answers = self.scorer.answers(self.system)
         answers.counts = self.counts
-        seen = 0
+        seen, place = 0, dict(zip(requests.keys, requests.instances, strict=True))
         with tqdm(total=len(set(requests.keys)), disable=disable_tqdm, desc=requests.kind, leave=False) as bar:
             for _ in self.scorer.score(requests, [answers]):
-                self._cache(requests, answers, seen)
+                for key, answer in list(answers.computed.items())[seen:]:
+                    if any(place[key].args):  # not what came as tokens alone
+                        value = answer[:2] if requests.kind == "loglikelihood" else answer.value
+                        self.cache_hook.add_partial(requests.kind, place[key].args, value)
                 bar.update(len(answers.computed) - seen)
                 seen = len(answers.computed)
         if answers.error is not None:
@@ -177,13 +180,6 @@ class PrunedLM(HFLM):
         found = [a for key in requests.keys if (a := answers.answer(key)) is not None]
         self._warn_of_unread(requests, found)
         return found
-
-    def _cache(self, requests: Requests, answers: Answers, seen: int) -> None:
-        """Hand new answers to lm-eval's cache of requests (its option `use_cache`)."""
-        place = dict(zip(requests.keys, requests.instances, strict=True))
-        for key, answer in list(answers.computed.items())[seen:]:
-            value = answer[:2] if requests.kind == "loglikelihood" else answer.value
-            self.cache_hook.add_partial(requests.kind, place[key].args, value)
 
     def _warn_of_unread(self, requests: Requests, answers: Sequence[Answer]) -> None:
         """Warn, as HFLM does, of prompts whose beginning was not read."""

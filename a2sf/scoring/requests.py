@@ -97,10 +97,13 @@ class Requests:
             )
             return [utils.make_disjoint_window(w) for w in windows]
         context, continuation = self._encode(*self.instances[i].args)
+        return [self._checked(context, continuation)]
+
+    def _checked(self, context: list[int], continuation: list[int]) -> Window:
         if not context or not continuation:
             raise UserError(NOTHING.format("continuation" if context else "context"))
         self._check_tokens([*context, *continuation])
-        return [(context, continuation)]
+        return context, continuation
 
     def _encode(self, context: str, continuation: str) -> Window:
         """The tokens of a pair, as `lm_eval.api.model.TemplateLM.loglikelihood` has them."""
@@ -204,7 +207,7 @@ class EncodedRequests(Requests):
 
     def windows(self, i: int) -> list[Window]:
         _, context, continuation = self._encoded[i]
-        return [(list(context), list(continuation))]
+        return [self._checked(list(context), list(continuation))]
 
 
 def by_kind(lm: HFLM, instances: Iterable[Any], shared_context: str | None = None) -> list[Requests]:

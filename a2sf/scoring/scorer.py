@@ -115,6 +115,10 @@ class Scorer:
                 for n in asking:
                     answers[n].error = _about(requests, i, error)
                 continue
+            if not windows:  # an empty text, whose log-likelihood is 0
+                for n in asking:
+                    answers[n].computed[key] = Answer(0.0, False, 0, 0)
+                continue
             for n in asking:
                 try:
                     made = [self.sequence(requests, i, w, answers[n].system) for w in windows]
@@ -154,7 +158,6 @@ class Scorer:
                         answer = Answer(value, greedy, *p.lengths)
                     p.answers.computed[requests.keys[p.request]] = answer
                 for one, error, blamed in done.failures:
-                    one.error = error
                     if isinstance(error, NonFiniteError):
                         one.error = error.about(requests.subject(blamed))
                 yield

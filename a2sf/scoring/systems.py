@@ -90,6 +90,11 @@ class Answers:
         """The keys that have no answer, each once."""
         return [k for k in dict.fromkeys(keys) if self.answer(k) is None]
 
+    @property
+    def complete(self) -> bool:
+        """Whether each of `requests` has an answer; `known` and `computed` have no key in common."""
+        return 0 < self.requests <= len(self.known) + len(self.computed)
+
     def begin(self, pending: int, requests: int, tokens: int = 0) -> None:
         """Note what is to be done: `pending` of `requests` have no answer, and take `tokens` to read."""
         self.requests = max(self.requests, requests)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -48,13 +49,14 @@ class Texts:
             while batches:
                 batch = batches.pop(0)
                 try:
-                    with collected(answers.warned):
+                    with collected(answers.warned, again=True):
                         self._answer(requests, answers, batch)
-                except torch.cuda.OutOfMemoryError:
-                    batches = self._smaller([batch, *batches])
+                except torch.cuda.OutOfMemoryError as error:
+                    batches = self._smaller([batch, *batches], error)
                     continue
                 yield
         except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # which would hold the cache
             answers.error = error
 
     def _batches(self, requests: Requests, answers: Answers) -> list[list[int]]:
@@ -90,12 +92,12 @@ class Texts:
         fewer = self.scorer.tokens_per_pass / self.scorer.most_tokens  # after memory ran out
         return max(1, int((self.scorer.sequences_per_pass or GENERATED_ROWS) * fewer))
 
-    def _smaller(self, batches: list[list[int]]) -> list[list[int]]:
+    def _smaller(self, batches: list[list[int]], error: Exception) -> list[list[int]]:
         """The same requests in batches of half the size; if that is too small, the error is raised again."""
         torch.cuda.empty_cache()
-        if self.scorer.tokens_per_pass < LEAST_TOKENS:
+        if self._rows == 1 or self.scorer.tokens_per_pass < LEAST_TOKENS:
             self.scorer.tokens_per_pass = self.scorer.most_tokens  # the next task may be smaller
-            raise
+            raise error
         self.scorer.tokens_per_pass //= 2
         tokens = self.scorer.tokens_per_pass
         message = f"The GPU ran out of memory; the sweep continues with {tokens} tokens per forward pass."

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,18 @@ class AnswerStore:
         self._answers: dict[str, Answers] = {}
         self._saved = time.monotonic()
 
-    def add(self, cell: Cell, answers: Answers, finished: StoredCell | None) -> None:
-        """Take in a cell, with what is known of it: from a result of fewer documents, and from before an interruption."""
+    def add(self, cell: Cell, answers: Answers, finished: StoredCell | None, keys: Collection[str]) -> None:
+        """Take in a cell, with what is known of it: from a result of fewer documents, and from before an interruption.
+
+        Args:
+            keys: of the requests that are to be answered.
+        """
         self._cells[cell.name], self._answers[cell.name] = cell, answers
+        answers.requests = len(keys)
         if self.on_disk:
-            answers.known = _known(finished, self.documents)
+            answers.known = {k: a for k, a in _known(finished, self.documents).items() if k in keys}
             self._restore(cell, answers)
+            answers.computed = {k: a for k, a in answers.computed.items() if k in keys and k not in answers.known}
 
     def __getitem__(self, name: str) -> Answers:
         return self._answers[name]
@@ -57,6 +63,11 @@ class AnswerStore:
     def all(self) -> dict[str, Answers]:
         """By a cell's name; those that are finished are left out."""
         return dict(self._answers)
+
+    @property
+    def finished(self) -> list[str]:
+        """Names of the cells of which nothing more is computed: all is answered, or an error came."""
+        return [name for name, a in self._answers.items() if a.complete or a.error is not None]
 
     def save_due(self) -> None:
         """Write the answers of unfinished cells, if the last time is long enough ago.
@@ -76,7 +87,7 @@ class AnswerStore:
         """
         for name in names if self.on_disk else ():
             answers = self._answers[name]
-            if answers.computed and answers.error is None:
+            if answers.computed:
                 try:
                     self._write(self._cells[name], answers)
                 except OSError as error:

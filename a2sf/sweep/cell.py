@@ -1,4 +1,4 @@
-"""One cell = model × policy × budget × schedule × task × shots: what defines it, and how it is computed."""
+"""A cell: model × policy × budget × schedule × task × shots, and what identifies its numbers."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ BATCH_ROWS = 8
 CHARACTERS_PER_TOKEN = 4
 
 
-def check(task: Any) -> None:
+def check_can_stop_early(task: Any) -> None:
     """Refuse a task whose documents cannot be evaluated one by one.
 
     Raises:
@@ -95,9 +95,8 @@ class EarlyStopping:
         self._restore()
 
     def batches(self, tokens_per_pass: int) -> Iterator[list[int]]:
-        """Numbers of documents to score next; those of one text are in one batch."""
+        """Numbers of documents to score next, until it is decided; those of one text are in one batch."""
         if self.documents is not None:
-            yield self.documents
             return
         most = BATCH_ROWS * tokens_per_pass * CHARACTERS_PER_TOKEN / max(1, len(self.answers))
         batch: list[int] = []

@@ -22,13 +22,14 @@ from a2sf.scoring.scorer import Scorer
 from a2sf.store.runs import DiskError
 from a2sf.sweep.answer_store import AnswerStore
 from a2sf.sweep.cell import Cell
-from a2sf.sweep.early_stopping import EarlyStopping, check
+from a2sf.sweep.early_stopping import EarlyStopping, check_can_stop_early
 from a2sf.sweep.evaluate import drawn, evaluate
 from a2sf.sweep.reuse import find_extendable
 from a2sf.tasks import shared_texts
 from a2sf.tasks.spec import provenance
 from a2sf.tasks.warned import Warned, collected
 
+_END = object()
 DIFFER = ("policy", "budget", "schedule")
 """Fields in which the cells of a group differ."""
 
@@ -67,7 +68,7 @@ class Computed:
     traces: tuple[Trace, ...] = ()
 
 
-class Group:
+class CellGroup:
     """Computes a group of cells.
 
     Args:
@@ -75,7 +76,7 @@ class Group:
         scorer: of their model.
         directory: of the sweep, where unfinished cells keep their answers.
         checkpoint_seconds: after so much time the answers so far are written there.
-        trace: of so many documents, the first ones, what is evicted is noted.
+        trace: the number of first documents whose evictions are recorded.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class Group:
             with collected(self._warned):
                 task = first.spec.build(first.seed)
                 if first.stopping_rule is not None:
-                    check(task)
+                    check_can_stop_early(task)
                 instances = task.make_requests(self.scorer.lm, first.prompting, first.limit)
             requests = by_kind(self.scorer.lm, instances, (task.config.metadata or {}).get("shared_context"))
             documents = provenance(task)["fingerprint"]
@@ -120,8 +121,7 @@ class Group:
                 yield Computed(cell, error=error)
                 continue
             cells[cell.name] = cell
-            answers.requests = sum(len(set(r.keys)) for r in requests)
-            store.add(cell, answers, finished.get(cell.name))
+            store.add(cell, answers, finished.get(cell.name), {key for r in requests for key in r.keys})
             answers.seconds += each
         stopping = None
         if first.stopping_rule is not None and cells:
@@ -131,16 +131,19 @@ class Group:
             try:
                 for _ in self._scored(requests, store, stopping):
                     store.save_due()
+                    for name in store.finished if stopping is None else ():  # a failure of another cell loses none
+                        yield from self._evaluated(cells.pop(name), task, requests, store)
             except DiskError:
                 raise
             except Exception as error:  # of no cell alone
                 store.save(store.all)
                 for answers in store.all.values():
                     answers.error = answers.error or error
-            for name, cell in cells.items():
-                yield self._evaluated(cell, task, requests, store, stopping)
-                if name in store.all:
-                    store.finish(name)
+            chosen = requests
+            if stopping is not None and stopping.documents is not None:
+                chosen = [r.of_documents(set(stopping.documents)) for r in requests]
+            for cell in cells.values():
+                yield from self._evaluated(cell, task, chosen, store, stopping)
         except BaseException:  # interrupted: what was computed since the last checkpoint is written
             with suppress(DiskError):
                 store.save(store.all)
@@ -149,21 +152,28 @@ class Group:
     def _scored(
         self, requests: Sequence[Requests], store: AnswerStore, stopping: EarlyStopping | None
     ) -> Iterator[None]:
-        """Pass by pass, until all requests have an answer, or enough of them to stop."""
-        answers = list(store.all.values())
-        for documents in [None] if stopping is None else stopping.batches(self.scorer.tokens_per_pass):
-            for of_kind in requests:
-                chosen = of_kind if documents is None else of_kind.of_documents(documents)
-                passes = self.scorer.score(chosen, answers)
-                while True:
-                    with collected(self._warned):
-                        if next(passes, self) is self:
-                            break
+        """Pass by pass, until all requests have an answer, or those of enough documents to stop."""
+        if stopping is not None:
+            for documents in stopping.batches(self.scorer.tokens_per_pass):
+                for _ in self._passes([r.of_documents(set(documents)) for r in requests], store):
                     yield
-                    if stopping is not None and stopping.decide():
-                        return
-            if stopping is not None and stopping.decide():
-                return
+                    if stopping.decide():
+                        break
+                if stopping.decide():
+                    break
+            # what decides may lack answers of cells that are not compared, or that were computed last
+            if stopping.documents is not None:
+                requests = [r.of_documents(set(stopping.documents)) for r in requests]
+        yield from self._passes(requests, store)
+
+    def _passes(self, requests: Sequence[Requests], store: AnswerStore) -> Iterator[None]:
+        for of_kind in requests:
+            passes = self.scorer.score(of_kind, list(store.all.values()))
+            while True:
+                with collected(self._warned, again=True):  # not open while this generator is suspended
+                    if next(passes, _END) is _END:
+                        break
+                yield
 
     def _evaluated(
         self,
@@ -171,24 +181,26 @@ class Group:
         task: Any,
         requests: Sequence[Requests],
         store: AnswerStore,
-        stopping: EarlyStopping | None,
-    ) -> Computed:
+        stopping: EarlyStopping | None = None,
+    ) -> Iterator[Computed]:
+        """A cell's result from its answers; once that is taken, its answers are forgotten."""
         answers = store[cell.name]
-        chosen = None if stopping is None else stopping.documents
         try:
             if answers.error is not None:
                 raise answers.error
-            scored = [r if chosen is None else r.of_documents(chosen) for r in requests]
-            result, documents = evaluate(cell, task, scored, answers, self.scorer, chosen)
-            traces = [t for r in scored for t in self.scorer.traces(r, answers, self.trace)] if self.trace else []
+            chosen = None if stopping is None else stopping.documents
+            result, documents = evaluate(cell, task, requests, answers, self.scorer, chosen)
+            traces = {t.document: t for r in requests for t in self.scorer.traces(r, answers, self.trace)}
         except Exception as error:
             store.save([cell.name])  # it may be something that comes after the answers
             store.drop(cell.name)
-            return Computed(cell, error=error)
+            yield Computed(cell, error=error)
+            return
         if stopping is not None:
             result |= {"until": stopping.report()}
         result = with_notes(result, answers.warned, self._warned)
-        return Computed(cell, result, documents, ran=frozenset(answers.ran), traces=tuple(traces))
+        yield Computed(cell, result, documents, ran=frozenset(answers.ran), traces=tuple(traces.values()))
+        store.finish(cell.name)
 
 
 def with_notes(result: dict[str, Any], *warned: Warned) -> dict[str, Any]:

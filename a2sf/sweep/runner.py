@@ -46,7 +46,7 @@ from a2sf.store.runs import (
 from a2sf.sweep import answer_store
 from a2sf.sweep.cell import ENGINE_VERSION, Cell
 from a2sf.sweep.config import folder as config_dir
-from a2sf.sweep.group import Computed, Group, with_notes
+from a2sf.sweep.group import CellGroup, Computed, with_notes
 from a2sf.sweep.reuse import Finished, results_of
 from a2sf.tasks.prompting import SAMPLING_SEED
 from a2sf.tasks.warned import Warned, collected
@@ -92,7 +92,8 @@ class Runner:
         directory: `runs/<sweep>`.
         tracker: where finished cells are logged besides.
         batch_size: sequences per forward pass, None for auto.
-        trace: documents of each cell whose evictions are noted in the cell's `traces.npz` (see `a2sf.engine.trace`).
+        trace: the number of first documents of each cell whose evictions are recorded in its `traces.npz`
+            (`a2sf.engine.trace`).
         checkpoint: seconds of work after which the answers of unfinished cells are written.
     """
 
@@ -101,7 +102,7 @@ class Runner:
     batch_size: int | None = None
     trace: int = 0
     checkpoint: float = 60.0
-    _group: Group | None = None
+    _group: CellGroup | None = None
     _loaded: dict[loading.ModelSpec, Loaded] = field(default_factory=dict)
     _broken: dict[loading.ModelSpec, UserError] = field(default_factory=dict)
 
@@ -155,7 +156,8 @@ class Runner:
     @property
     def underway(self) -> dict[str, float]:
         """By the name of an unfinished cell in work, the share of its work that is done."""
-        return self._group.shares() if self._group else {}
+        group = self._group  # which the thread that computes may take away
+        return group.shares() if group else {}
 
     def _computed(self, cells: Sequence[Cell]) -> Iterator[Computed]:
         if not cells:
@@ -165,7 +167,7 @@ class Runner:
         except Exception as error:
             yield from (Computed(c, error=error) for c in cells)
             return
-        self._group = Group(cells, scorer, self.directory, self.checkpoint, self.trace)
+        self._group = CellGroup(cells, scorer, self.directory, self.checkpoint, self.trace)
         try:
             yield from self._group.compute()
         finally:

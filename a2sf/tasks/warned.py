@@ -74,12 +74,16 @@ class _Collecting(logging.Handler):
 
 
 @contextmanager
-def collected(into: Warned | None = None) -> Iterator[Warned]:
-    """Collect warnings of libraries while the block runs; of nested blocks the innermost collects."""
+def collected(into: Warned | None = None, again: bool = False) -> Iterator[Warned]:
+    """Collect warnings of libraries while the block runs; of nested blocks the innermost collects.
+
+    Args:
+        again: whether the block continues an earlier one, so that what libraries warn of once came already.
+    """
     into = Warned() if into is None else into
-    # warnings that libraries emit once per process are to come once per block
-    warning_once.cache_clear()
-    of_transformers.warning_once.cache_clear()
+    if not again:  # warnings that libraries emit once per process are to come once per block
+        warning_once.cache_clear()
+        of_transformers.warning_once.cache_clear()
     handler = _Collecting(into)
     loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [(log.level, log.handlers, log.propagate) for log in loggers]

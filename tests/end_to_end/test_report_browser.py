@@ -56,6 +56,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> str:
             generated=[f"the same, then {policy} <b>{i}</b>" for i in range(n)],
         )
         result = {k: v for k, v in stored.result.items() if k not in ("checksums", "schema_version")}
+        result["notes"] = [{"text": "a_note_without_a_space_" * 8}]
         write_cell(runs / "s" / stored.path.name, result, documents, "policy: x\n")
     show([runs / "s"], Selection(), Options(plots=False))
     return (runs / "s" / "report.html").as_uri()
@@ -94,7 +95,7 @@ def test_loads_and_fits(browser: Any, page: str, width: int) -> None:
     opened(browser, page, width)
     assert browser.find_element("tag name", "h1").text == "demo"
     assert titles(browser) == [
-        "average (n = 270, chance 50.0)",
+        "average of 2 tasks (n = 270, chance 50.0)",
         "arc_easy (n = 120, chance 50.0)",
         "piqa (n = 150, chance 50.0)",
     ]
@@ -162,7 +163,7 @@ def test_filters_reach_charts_tables_and_documents(browser: Any, page: str) -> N
     assert browser.execute_script(rows) == [r for r in before if "Window" not in r and "0.5" not in r]
     assert not any((name or "").startswith("Window") for name, *_ in drawn(browser))
     tick(browser, "task", "arc_easy")
-    assert titles(browser) == ["average (n = 270, chance 50.0)", "piqa (n = 150, chance 50.0)"]
+    assert titles(browser) == ["average of 2 tasks (n = 270, chance 50.0)", "piqa (n = 150, chance 50.0)"]
     heads = "return [...document.querySelectorAll('#tables th')].filter(h => !h.hidden).map(h => h.textContent)"
     assert "arc_easy" not in browser.execute_script(heads)
     systems = browser.execute_script("return [...document.getElementById('doc-a').options].map(o => o.text)")
@@ -204,13 +205,15 @@ def test_a_document_under_two_systems(browser: Any, page: str) -> None:
     assert browser.get_log("browser") == []
 
 
-def test_generated_texts_side_by_side(browser: Any, generated: str) -> None:
-    opened(browser, generated)
+@pytest.mark.parametrize("width", [390, 1280])
+def test_generated_texts_side_by_side(browser: Any, generated: str, width: int) -> None:
+    opened(browser, generated, width)
     choose(browser, "doc-show", "all documents")
     first = unfolded(browser)
     assert "<gold> 0" in first.text
     marked = [m.text for m in first.find_elements("css selector", ".generated mark")]
     assert marked == ["a2sf <b>0</b>", "h2o <b>0</b>"]
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert all(t.text.startswith("the same, then ") for t in first.find_elements("css selector", ".generated"))
     assert browser.get_log("browser") == []
 

@@ -251,3 +251,9 @@ def test_settings_that_generating_would_refuse_are_refused_when_scoring(tiny):
         tiny("streaming", budget_tokens=3)
     with pytest.raises(ConfigError, match="forgetting_factor"):
         tiny("h2o", budget_tokens=8, forgetting_factor=0.3)
+
+
+@pytest.mark.parametrize(("context", "continuation"), [([], [5]), ([5], [])])
+def test_tokens_without_a_context_or_a_continuation_are_refused(tiny, context, continuation):
+    with pytest.raises(UserError, match="a request has no token of"):
+        tiny("full")._loglikelihood_tokens([(None, context, continuation)])

@@ -20,7 +20,7 @@ from a2sf.store.runs import read_groups, results_frame, table_of, write_cell, wr
 from a2sf.sweep.config.grid import addable
 from a2sf.sweep.config.schema import register
 from a2sf.sweep.config.settings import read
-from a2sf.sweep.group import Group
+from a2sf.sweep.group import CellGroup
 from tests.hub.build import write_model
 from tests.own_tasks import SIZES, own_tasks
 
@@ -67,7 +67,7 @@ def lm(loaded):
 
 
 def compute(cell, lm, directory):
-    (made,) = Group([cell], lm.scorer, directory).compute()
+    (made,) = CellGroup([cell], lm.scorer, directory).compute()
     assert made.error is None
     return made.result, made.documents
 
@@ -116,7 +116,7 @@ def test_settings_of_generation(settings, loaded, own, lm, tmp_path, given):
     (same,) = settings("tasks=[own_writes]", "limit=3", "gen_kwargs.max_new_tokens=9").cells
     assert list(compute(same.settled(), lm, tmp_path / "own")[1]["generated"]) == list(documents["generated"])
     (hot,) = settings("tasks=[own_writes]", "limit=3", "gen_kwargs.temperature=0.7").cells
-    (failed,) = Group([hot.settled()], lm.scorer, tmp_path / "own").compute()
+    (failed,) = CellGroup([hot.settled()], lm.scorer, tmp_path / "own").compute()
     assert "gen_kwargs.temperature=0.7 is not allowed" in str(failed.error)
     assert other.id == settings("tasks=[own_two]", "limit=3").cells[0].id
 

@@ -16,6 +16,7 @@ from a2sf.hf.loading import ModelSpec, load, load_tokenizer
 from a2sf.policies.find import find_policies
 from a2sf.scoring.lm import PrunedLM
 from a2sf.scoring.pretrained import NOT_OURS, OF_LOADING
+from a2sf.scoring.requests import Requests
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.prepare.models import check_prompting
 from a2sf.tasks import spec as tasks
@@ -189,8 +190,8 @@ def test_no_prompt_depends_on_how_another_one_begins(folder):
     settings = {"until": ["\n\n"], "max_gen_toks": 6, "do_sample": False}
     prompts = [f"{lm.tokenizer.bos_token}A longer prompt that begins so", "Once upon a time"]
     todo = [Instance("generate_until", {}, (p, settings), i) for i, p in enumerate(prompts)]
-    ids, mask = lm.tok_batch_encode(prompts)
-    assert [row[on.bool()][0] for row, on in zip(ids, mask, strict=True)] == [lm.tokenizer.bos_token_id] * 2
+    requests = Requests(lm, "generate_until", todo)
+    assert [requests.prompt(i).tokens[0] for i in range(2)] == [lm.tokenizer.bos_token_id] * 2
     assert lm.generate_until(todo) == [lm.generate_until([one])[0] for one in todo]
     theirs = HFLM(str(folder), device="cpu", dtype="float32", add_bos_token=True, batch_size=1)
     assert lm.generate_until(todo) == [theirs.generate_until([one])[0] for one in todo]

@@ -40,8 +40,8 @@ def name_settings(frame: pd.DataFrame) -> pd.DataFrame:
                 text = ", ".join(_setting_text(k, settings.get(k, DASH)) for k in differing)
                 chosen = rows.index[rows["settings"] == v]
                 frame.loc[chosen, "label"] = frame.loc[chosen, "label"] + f" ({text})"
-    apart = frame["variant"] != ""
-    frame.loc[apart, "label"] = frame.loc[apart, "label"] + " [" + frame.loc[apart, "variant"] + "]"
+    varied = frame["variant"] != ""
+    frame.loc[varied, "label"] = frame.loc[varied, "label"] + " [" + frame.loc[varied, "variant"] + "]"
     frame["short_label"] = frame["label"]
     if frame.loc[~frame["is_full"], "schedule"].nunique() > 1:
         frame["label"] = frame["label"].where(frame["is_full"], frame["label"] + ", " + frame["schedule"])

@@ -189,7 +189,7 @@ def bootstrap_means(values: np.ndarray, task: int = 0, texts: Texts | None = Non
     calls stay paired.
 
     Args:
-        task: tells tasks apart whose means are averaged; with the same draws they would move together.
+        task: a number for each task whose means are averaged, so that tasks have different draws.
         texts: of the rows; where some share one, whole texts are drawn.
     """
     if texts is None or not texts.shared:

@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from a2sf.errors import ConfigError, UserError, nearest
+from a2sf.errors import ConfigError, UserError
 from a2sf.policies.base import Policy
-from a2sf.policies.find import defaults, find_policy
+from a2sf.policies.find import check_setting_names, find_policy
 
 COLOURS = {"broken": "red", "except": "yellow", "holds": "green"}
 
@@ -70,19 +70,14 @@ def look_in(folder: Path | None) -> None:
 
 
 def made(cls: type[Policy], settings: Sequence[str]) -> Policy:
-    """A policy of that class with its defaults and `settings`, each `name=value`.
+    """A policy of class `cls` with `settings`, each `name=value`, and the defaults of the others.
 
     Raises:
         ConfigError: if there is no such setting, or its value is not allowed.
     """
-    known = defaults(cls)
-    given: dict[str, Any] = {}
-    for setting in settings:
-        name, _, value = setting.partition("=")
-        if name not in known:
-            has = f"{cls.name} has {', '.join(known)}" if known else f"{cls.name} has no settings"
-            raise ConfigError(f"policy.{name}", value, has + nearest(name, known))
-        given[name] = yaml.safe_load(value)
+    pairs = (setting.partition("=") for setting in settings)
+    given: dict[str, Any] = {name: yaml.safe_load(value) for name, _, value in pairs}
+    check_setting_names(cls, given)
     try:
         return cls(**given)
     except TypeError as error:

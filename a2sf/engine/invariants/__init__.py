@@ -78,9 +78,9 @@ def _find(
         except Excepted as why:
             return Finding(name, schedule, excepted=str(why))
         except Broken as error:
-            return Finding(name, schedule, f"{error} (case {seed})")
+            return Finding(name, schedule, f"{error} (trial {seed})")
         except Exception as error:  # the user's own code
-            return Finding(name, schedule, f"it raised {type(error).__name__}: {error} (case {seed})")
+            return Finding(name, schedule, f"it raised {type(error).__name__}: {error} (trial {seed})")
     return Finding(name, schedule)
 
 

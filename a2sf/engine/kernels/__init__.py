@@ -77,7 +77,7 @@ def _attend(call: Call, backend: str) -> Attended:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return _attend(call, backend)
-    named = next((b for b in REGISTRY if b.name == backend), None)
+    named = None if backend == "auto" else next(b for b in REGISTRY if b.name == backend)
     if named is not None and (reason := named.serves(call.query)) is not None:
         raise ConfigError("backend", backend, reason)
 

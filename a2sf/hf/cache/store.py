@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from a2sf.engine.kernels import CacheShape, NewCache, TokenCache, attend, new_cache, note
+from a2sf.engine.kernels import CacheShape, TokenCache, attend, new_cache, note
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Attended, EvictionState, Options, Segments, remembered
 from a2sf.errors import UserError
@@ -71,7 +71,6 @@ class Store:
         self.queries = (heads[:, None] * group + torch.arange(group)).flatten()  # the query heads that read them
         # either memory or state is what is cached; the memory is reused after a state was made of it
         self._memory: TokenCache | None = None
-        self._new_cache: NewCache | None = None
         self._state: EvictionState | None = None
         self._slots = self._held = 0  # allocated slots, and the most cached tokens of any head
         self._rule = retention.rule  # the policy's; what is retained after a prompt may follow a simpler one
@@ -85,7 +84,7 @@ class Store:
         """Insert, attend, score and evict the call's tokens; `settle` is to follow."""
         if step.columns == 1 and self._state is None and self._memory is not None and not self.how.trace:
             self._held = min(self.retention.most, self._held + 1)
-            memory = self._make_room(self._held, key.shape[-1], value.shape[-1], None)
+            memory = self._make_room(self._held, key, value, None)
             note(memory.backend)
             return Attended(memory.attend(query, key, value, self.retention, scale=scale, lengths=step.length))
         before = None if self._state is None and self._memory is None else self.state()
@@ -110,17 +109,14 @@ class Store:
         fixed = retention.across_heads and retention.schedule.then == "step"
         if retention.prompt is not None and not fixed and retention.prompts_read(seen):
             self.retention = retention.after_prompt()
-        self._new_cache = new_cache(self.retention, state.keys, self.how.backend)
-        if self._new_cache is None:
+        if new_cache(self.retention, state.keys, self.how.backend) is None:
             self._memory = None
             return
         self._state = None  # first, so that less memory is in use when more is allocated
         self._held = state.most
         if self._held > self._slots:
             self._memory = None
-        self._make_room(self._held, state.keys.shape[-1], state.values.shape[-1], more).load(
-            state, self.retention.forgetting_factor
-        )
+        self._make_room(self._held, state.keys, state.values, more).load(state, self.retention.forgetting_factor)
 
     def state(self) -> EvictionState:
         """What is cached, in canonical form."""
@@ -140,11 +136,12 @@ class Store:
         elif self._memory is not None:
             self._memory.reorder(rows)
 
-    def _make_room(self, need: int, D: int, V: int, more: int | None) -> TokenCache:
+    def _make_room(self, need: int, key: Tensor, value: Tensor, more: int | None) -> TokenCache:
         """Memory with `need` slots: allocated once where the budget or `more` bounds them, else whenever they are full."""
         if self._memory is not None and need <= self._slots:
             return self._memory
-        assert self._new_cache is not None
+        make = new_cache(self.retention, key, self.how.backend)
+        assert make is not None
         most = self.retention.most
         if more:
             self._slots = max(need, min(most, need + more))
@@ -152,7 +149,8 @@ class Store:
             self._slots = max(need, min(most, self.how.positions))
         else:
             self._slots = max(need, min(most, need + max(GROWTH, need // 2)))
-        grown = self._new_cache(CacheShape(len(self.retention.budget), len(self.heads), self.group, self._slots, D, V))
+        sizes = len(self.retention.budget), len(self.heads), self.group, self._slots, key.shape[-1], value.shape[-1]
+        grown = make(CacheShape(*sizes))
         if self._memory is not None:
             grown.load(self._memory.state(), self.retention.forgetting_factor)
         self._memory = grown

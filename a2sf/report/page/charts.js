@@ -55,6 +55,12 @@ function measured(s, name, task) {
   return values.some(v => v === null || v === undefined) || !values.length ? null : values.reduce((a, b) => a + b, 0) / values.length;
 }
 
+/** A budget in tokens over several tasks: the range of the tasks' medians. */
+function medians(s) {
+  const found = Object.values(s.tokens).map(t => t[0]);
+  return found.length ? [null, Math.min(...found), Math.max(...found)] : undefined;
+}
+
 /** What a chart shows of a system: value, low, high, n, and the text of a p-value; null where it has none. */
 function shownValue(s, y, task) {
   if (y === "score") return s.scores[task] ?? null;
@@ -67,8 +73,8 @@ function shownValue(s, y, task) {
 }
 
 function hover(s, task, [value, low, high, n, more = ""], percent) {
-  const unit = percent ? " %" : "", t = s.tokens[task], kept = measured(s, "kept_tokens", task);
-  const budget = s.full ? "no budget" : `budget ${s.budget}` + (t ? ` = ${Math.round(t[0])} tokens (${Math.round(t[1])} to ${Math.round(t[2])})` : "");
+  const unit = percent ? " %" : "", t = s.tokens[task] ?? medians(s), kept = measured(s, "kept_tokens", task);
+  const budget = s.full ? "no budget" : `budget ${s.budget}` + (t ? ` = ${t[0] === null ? `${Math.round(t[1])} to ${Math.round(t[2])} tokens (medians of the tasks)` : `${Math.round(t[0])} tokens (${Math.round(t[1])} to ${Math.round(t[2])})`}` : "");
   return `<b>${escaped(s.label)}${s.factor === DASH ? "" : `, factor ${s.factor}`}</b><br>${written(value, percent)}${unit} `
     + `[${written(low, percent)}, ${written(high, percent)}], n = ${n ?? DASH}<br>${budget}`
     + (kept === null ? "" : `<br>${kept.toFixed(1)} tokens retained (mean)`) + more;
@@ -143,7 +149,7 @@ function drawLines(place, part, systems, y, x) {
     const n = systems.map(s => s.scores[task]?.[3]).find(v => v !== undefined);
     const chance = part.chance[task] === undefined ? "" : `, chance ${written(part.chance[task], data.percent)}`;
     const ticks = x === "budget" && !several ? { tickvals: [...new Set(xs)] } : several && x === "budget" ? { type: "category" } : {};
-    panel(place, `${task} (n = ${n ?? DASH}${y === "score" ? chance : ""})`, traces, { shapes, xaxis: { title: { text: X[x].title }, ...ticks } });
+    panel(place, `${task === average ? `average of ${part.columns.length - 1} tasks` : task} (n = ${n ?? DASH}${y === "score" ? chance : ""})`, traces, { shapes, xaxis: { title: { text: several && x === "budget" ? "budget" : X[x].title }, ...ticks } });
   }
 }
 

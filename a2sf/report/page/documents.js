@@ -49,7 +49,7 @@ function listDocuments() {
   const rows = entry.documents.map((d, i) => ({ d, a: entry.answers[a][i], b: entry.answers[b][i] }))
     .filter(r => r.a && r.b && matches(r.a, r.b)).map(r => ({ ...r, size: marginShift(r.d, r.a, r.b) })).sort((x, y) => y.size - x.size);
   const left = entry.total > entry.documents.length ? ` The page holds ${entry.documents.length} of ${entry.total} documents: those on which systems differ most.` : "";
-  $("doc-count").textContent = `${rows.length} documents, the largest change of the gold answer's margin first.${left}`;
+  $("doc-count").textContent = `${rows.length} document${rows.length === 1 ? "" : "s"}${rows.some(r => r.size) ? ", the largest change of the gold answer's margin first" : ""}.${left}`;
   for (const row of rows.slice(0, shownDocuments)) list.append(documentDetails(entry, row, a, b));
   $("doc-more").hidden = rows.length <= shownDocuments;
 }

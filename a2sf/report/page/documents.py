@@ -18,6 +18,19 @@ FEWEST = 20
 """Documents of a task that are shown whatever the number of systems."""
 BEGINNING, END = 800, 2400
 """Characters of a long prompt's beginning and end that are shown."""
+SHOWN = {
+    *DOCUMENT,
+    "context",
+    "choices",
+    "gold",
+    "prediction",
+    "loglikelihoods",
+    "context_tokens",
+    "target",
+    "generated",
+    "ended",
+}
+"""Columns of a cell's documents that a page shows, with the metric's."""
 Place = tuple[str, int, Grid, System]
 
 
@@ -67,7 +80,8 @@ def _columns(grid: Grid, key: str) -> dict[str, list[Any]] | None:
         documents: pd.DataFrame = grid.cells[key].documents
     except (KeyError, UserError):
         return None
-    columns: dict[str, list[Any]] = {str(k): v for k, v in documents.to_dict("list").items()}
+    shown = documents[[c for c in documents.columns if c in SHOWN or c == f"metric/{grid.metric}"]]
+    columns: dict[str, list[Any]] = {str(k): v for k, v in shown.to_dict("list").items()}
     return columns | {"key": list(zip(*(columns[c] for c in DOCUMENT), strict=True))}
 
 

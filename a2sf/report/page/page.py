@@ -13,7 +13,6 @@ from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from a2sf import atomic
@@ -75,8 +74,8 @@ def write_report(target: Path, contents: Contents) -> Path:
         failures=contents.failures,
         cells=_cells(grid),
         notes=list(dict.fromkeys([*grid.notes, *contents.notes])),
-        style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
-        script=Markup("".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)),
+        style=(HERE / "report.css").read_text(encoding="utf-8"),
+        script="".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS),
         library=_plotly(),
         charts=_packed(json.dumps(charts, separators=(",", ":"))),
         documents=_packed(json.dumps(documents, separators=(",", ":"))),

@@ -126,9 +126,9 @@ function filterTables() {
     block.hidden = Boolean(model) && !passes("model", model) || Boolean(shots) && !passes("shots", shots);
     for (const table of block.querySelectorAll("table")) {
       const names = [...table.tHead.rows[0].cells].map(c => c.textContent.trim());
-      const gone = names.map(n => tasks.has(n) && !passes("task", n) || n.startsWith("Budget ") && !passes("budget", n.slice(7)));
+      const hidden = names.map(n => tasks.has(n) && !passes("task", n) || n.startsWith("Budget ") && !passes("budget", n.slice(7)));
       for (const row of table.rows) {
-        [...row.cells].forEach((cell, i) => { cell.hidden = gone[i]; });
+        [...row.cells].forEach((cell, i) => { cell.hidden = hidden[i]; });
         if (row.parentElement.tagName === "TBODY" && !row.classList.contains("reference")) {
           row.hidden = names.some((n, i) => columns[n] && !columns[n](row.cells[i].textContent.trim()));
         }
@@ -146,6 +146,10 @@ function apply() {
 
 async function start() {
   document.querySelectorAll("table.sortable").forEach(sortable);
+  if (!window.DecompressionStream) {
+    $("panels").append(make("p", { className: "note", textContent: "Charts, filters and documents need a browser of 2023 or newer." }));
+    return;
+  }
   data = JSON.parse(await unpack("data-charts"));
   data.systems.filter(s => !s.shown).forEach(s => hiddenLines.add(lineOf(s)));
   document.head.append(make("script", { textContent: await unpack("data-library") }));

@@ -1,6 +1,6 @@
 """How plots look: a colour, marker and dash for each policy, and the files that are written.
 
-Colours are told apart by colour-blind readers, markers and dashes also in grey print.
+Colour-blind readers can distinguish the colours; markers and dashes distinguish lines in grey print.
 """
 
 from __future__ import annotations

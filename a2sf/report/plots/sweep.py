@@ -1,4 +1,4 @@
-"""Pictures of a sweep, as PNG and SVG: colours that colour-blind readers tell apart, markers and dashes for grey print.
+"""Plots of a sweep, as PNG and SVG files.
 
 Every function draws one model and number of shots (`Grid.by_model`) and returns the figure, or None where the results hold
 nothing for it.

@@ -39,7 +39,7 @@ def screen_table(cells: Sequence[StoredCell], groups: Sequence[TaskGroup] = ()) 
 
 
 def screen(tables: Sequence[Table], stderr: bool = False) -> list[Blocks]:
-    """Accuracy tables, budgets apart, below the documents and the chance level of each column."""
+    """Accuracy tables with a line between budgets; the first rows are the documents and the chance level of each column."""
     markup = Markup(bold=lambda text: f"[bold]{text}[/bold]", text=escape, stderr=stderr)
     rendered = []
     for table in map(_narrow, tables):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -81,7 +82,6 @@ class Passes:
         crowded = False
         while left:
             for row in self._rows(list(left), sequences):
-                done = Done()
                 try:
                     scores, plans = self._score(row, sequences)
                 except NonFiniteError as error:  # whose rows are places in `pending`
@@ -105,8 +105,8 @@ class Passes:
                             del left[i]
                     clock = time.perf_counter()
                     break
-                for i, (value, greedy) in zip(row.items, scores, strict=True):
-                    done.scores.append((pending[i], value, greedy))
+                done = Done([(pending[i], *score) for i, score in zip(row.items, scores, strict=True)])
+                for i in row.items:
                     del left[i]
                 for plan in plans:
                     for i in plan.serves:
@@ -157,7 +157,7 @@ class Passes:
                     needed - part.begin if len(needed) else torch.tensor([0])
                 )  # a model needs one position at least
                 with attached(self.model, configs=self._configs), torch.inference_mode(), running(part.reading):
-                    done = 0
+                    before = 0
                     for (logits,) in logits_in_parts(
                         self.model,
                         columns.to(device),
@@ -166,11 +166,11 @@ class Passes:
                         use_cache=False,
                     ):
                         dtype = logits.dtype
-                        here = ((at >= done) & (at < done + len(logits))).nonzero()[:, 0]
+                        here = ((at >= before) & (at < before + len(logits))).nonzero()[:, 0]
                         those = mine[here]
-                        asks = ((at[here] - done).to(logits.device), targets[those].to(logits.device))
+                        asks = ((at[here] - before).to(logits.device), targets[those].to(logits.device))
                         chosen[those], greedy[those] = (x.cpu() for x in log_probabilities(logits, *asks))
-                        done += len(logits)
+                        before += len(logits)
                         del logits
         except NonFiniteError as error:  # whose rows are segments
             bad = set(error.rows)
@@ -200,6 +200,7 @@ def _failed(pending: Sequence[Pending], error: Exception, places: Sequence[int])
     """What came of a pass that failed because of some of `pending`; each of their systems has the error from now on."""
     if not places:  # no system's, so it would come again
         raise error
+    traceback.clear_frames(error.__traceback__)  # which would hold what the pass had in memory
     done = Done()
     for of_system in _by_system(places, pending):
         answers = pending[of_system[0]].answers

@@ -20,7 +20,7 @@ OPEN = re.compile(r"\+{0,2}(?:task_args|gen_kwargs)\.")
 
 
 def addable(override: str) -> str:
-    """The override with `++`, so that Hydra accepts a setting that no file lists; `keys.check_settings` checks it."""
+    """The override with `++`, so that Hydra accepts a setting that no file lists; `find.check_setting_names` checks it."""
     return "++" + override.lstrip("+") if SETTING.match(override) or OPEN.match(override) else override
 
 

@@ -6,14 +6,11 @@ It imports no model library, so that a mistyped key is reported at once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from a2sf.errors import ConfigError, UserError, nearest
+from a2sf.errors import UserError, nearest
 from a2sf.policies import find
-from a2sf.policies.base import Policy
 from a2sf.sweep.config.schema import RENAMED, Config
 
 
@@ -26,7 +23,7 @@ def check(composed: DictConfig) -> None:
     check_keys(composed)
     node = composed.get("policy")
     if isinstance(node, DictConfig) and "_target_" in node:
-        check_settings(find.load(str(node["_target_"]), "policy._target_"), node)
+        find.check_setting_names(find.load(str(node["_target_"]), "policy._target_"), node)
 
 
 def check_keys(node: DictConfig, prefix: str = "") -> None:
@@ -42,19 +39,6 @@ def check_keys(node: DictConfig, prefix: str = "") -> None:
         inner = node._get_node(key)
         if isinstance(inner, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(inner)):
             check_keys(inner, f"{prefix}{key}.")
-
-
-def check_settings(cls: type[Policy], given: Mapping[Any, Any]) -> None:
-    """Refuse settings that a policy does not have.
-
-    Raises:
-        ConfigError: naming the first one.
-    """
-    fields = [f.name for f in dataclasses.fields(cls)]
-    for key in map(str, given):
-        if key not in (*fields, "_target_"):
-            has = f"{cls.name} has {', '.join(fields)}" if fields else f"{cls.name} has no settings"
-            raise ConfigError(f"policy.{key}", given[key], has + nearest(key, fields))
 
 
 def explain(error: Exception, prefix: str = "") -> str:

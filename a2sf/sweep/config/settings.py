@@ -26,7 +26,7 @@ from a2sf.scoring.lm import check_batch_size
 from a2sf.store.aggregates import Average, Group, Member
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.config.grid import USED_KEYS, unused
-from a2sf.sweep.config.keys import check_keys, check_settings, explain
+from a2sf.sweep.config.keys import check_keys, explain
 from a2sf.sweep.config.schema import Config, EarlyStoppingConfig, renamed
 from a2sf.sweep.stopping_rule import StoppingRule
 from a2sf.tasks.arguments import arguments_of
@@ -260,7 +260,7 @@ def _policy(config: Config) -> Policy:
         check_factors(config.forgetting_factor)  # even if the policy ignores it
         if "forgetting_factor" in fields:
             node["forgetting_factor"] = config.forgetting_factor
-    check_settings(cls, node)
+    find.check_setting_names(cls, node)
     try:
         made: Policy = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), node))  # type: ignore[assignment]
         for key, value in node.items():

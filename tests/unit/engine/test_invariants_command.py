@@ -225,7 +225,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert said.count("step; every 3; prompt, then keep; prompt, then step") == len(INVARIANTS)
     with pytest.raises(SystemExit, match="1"):
         command.main(["ofmine2:Mine", "--trials", "2"])
-    assert "asks for" in capsys.readouterr().out
+    assert "and states" in capsys.readouterr().out
     command.main(["future", "--trials", "1"])
     said = capsys.readouterr().out
     assert said.count("holds") == len(INVARIANTS) - 2

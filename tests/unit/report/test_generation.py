@@ -124,7 +124,7 @@ def test_time_that_is_charged_is_not_called_a_measured_speed(tmp_path: Path) -> 
     write_sweep(tmp_path / "s", PLAN)
     figure = trade_off(gather([tmp_path / "s"]))
     assert figure is not None
-    assert figure.axes[0].get_xlabel() == "tokens/s of the time charged to a cell"
+    assert figure.axes[0].get_xlabel() == "tokens/s of charged time"
     plt.close(figure)
 
 

@@ -83,7 +83,9 @@ def test_numbers_agree_with_the_results_in_every_form(sweep: Path) -> None:
     tables = build_tables(gather([sweep]))
     forms = {"md": markdown(tables), "tex": latex(tables), "screen": text_of(screen(tables))}
     frame = csv_frame(tables)
-    for file in sweep.glob("*/result.json"):
+    files = list(sweep.glob("*/result.json"))
+    assert files
+    for file in files:
         result = json.loads(file.read_text())
         c, value = result["cell"], result["metrics"]["acc"]["value"]
         budget = f"{c['budget']['ratio']:g}" if c["budget"] else ""

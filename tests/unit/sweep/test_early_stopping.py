@@ -161,3 +161,20 @@ def test_a_metric_that_documents_have_not_fails_with_those_they_have(stopped, tm
     assert "early_stopping.metric" in (outcomes[0].error or "")
     assert "acc" in (outcomes[0].error or "")
     assert json.loads(next((tmp_path / "t" / "failures").iterdir()).read_text())["error"] == outcomes[0].error
+
+
+def test_cells_that_are_not_compared_get_the_documents_that_decided(stopped, tmp_path):
+    """A sequence a pass, so that at the decision they lack answers; also where the decision is read from disk."""
+    _, cells = stopped
+    directory = tmp_path / "t"
+    third = cell("h2o", budget=Budget(ratio=0.1))
+    group = [cells[0], cells[1], dataclasses.replace(third, limit=cells[0].limit, stopping_rule=cells[0].stopping_rule)]
+    runner = Runner(directory, Tracker(TrackerSpec(), "t", directory), batch_size=1)
+    assert [o.status for o in runner.run(group)] == ["done"] * 3
+    before = {s.path.name: s.result["documents"]["n"] for s in load_sweep(directory)}
+    assert len(set(before.values())) == 1
+    for lost in group:
+        shutil.rmtree(directory / lost.name)
+    assert (directory / ".checkpoints").exists()
+    assert [o.status for o in runner.run(group)] == ["done"] * 3
+    assert {s.path.name: s.result["documents"]["n"] for s in load_sweep(directory)} == before

@@ -22,7 +22,7 @@ from a2sf.scoring.lm import PrunedLM
 from a2sf.store.notes import notes_of
 from a2sf.store.runs import write_cell
 from a2sf.sweep.cell import Cell
-from a2sf.sweep.group import Group
+from a2sf.sweep.group import CellGroup
 from a2sf.tasks import spec as tasks
 from a2sf.tasks.prompting import Prompting
 from a2sf.tasks.spec import DataSpec
@@ -93,7 +93,9 @@ def computed(folder, loaded, tmp_path):
             Cell("m", ModelSpec(str(folder)), find_policies()[p](), b, str(file), 0, None, 0, DataSpec()).settled()
             for p, b in ways.items()
         ]
-        return list(Group(cells, lm.scorer, tmp_path / "runs" / "s").compute())
+        made = list(CellGroup(cells, lm.scorer, tmp_path / "runs" / "s").compute())
+        assert len(made) == len(cells) > 0
+        return made
 
     return compute
 
@@ -268,7 +270,7 @@ def test_examples_without_an_answer_are_counted(folder, loaded, tmp_path):
     file.write_text(file.read_text() + "fewshot_split: test\n")
     lm = PrunedLM(loaded.model, tokenizer=loaded.tokenizer)
     cell = Cell("m", ModelSpec(str(folder)), find_policies()["full"](), None, str(file), 3, None, 0, DataSpec())
-    (made,) = Group([cell.settled()], lm.scorer, tmp_path / "runs" / "s").compute()
+    (made,) = CellGroup([cell.settled()], lm.scorer, tmp_path / "runs" / "s").compute()
     assert texts([made])[0][1] == (
         "odd: of 4 examples that stand before documents, 2 have a right answer that is none of their choices, so that "
         "they show a wrong one."

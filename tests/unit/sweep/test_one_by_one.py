@@ -135,3 +135,34 @@ def test_what_is_drawn_at_random_is_not_kept(make, runners, monkeypatch):
     file.write_text(file.read_text().replace("do_sample: false", "do_sample: true, temperature: 1.0"))
     runner = runners("drawn")
     assert interrupted(runner, [cell], 1, monkeypatch) == {}
+
+
+def test_a_cells_result_is_written_before_the_next_cells_texts(make, runners, monkeypatch):
+    """What is drawn at random is not stored in between, so that an interruption would lose all cells of the group."""
+    cells = [make("writes"), make("writes", policy="window")]
+    file = Path(cells[0].task)
+    file.write_text(file.read_text().replace("do_sample: false", "do_sample: true, temperature: 1.0"))
+    runner = runners("drawn")
+    generate, seen = Texts._answer, []
+
+    def counting(self, requests, answers, batch):
+        seen.append(answers.system.policy.name)
+        if len(set(seen)) > 1:
+            raise KeyboardInterrupt
+        return generate(self, requests, answers, batch)
+
+    monkeypatch.setattr(Texts, "_answer", counting)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(cells)
+    assert [s.cell["policy"] for s in load_sweep(runner.directory)] == ["h2o"]
+
+
+def test_an_empty_text_has_a_log_likelihood_of_nought(make, runners):
+    cell = make("rolls")
+    data = Path(cell.task).parent / "data.jsonl"
+    data.write_text("\n".join([json.dumps({"question": "", "answer": ""}), data.read_text()]))
+    runner = runners("empty")
+    (outcome,) = runner.run([cell])
+    assert (outcome.status, outcome.error) == ("done", None)
+    (stored,) = load_sweep(runner.directory)
+    assert stored.documents["loglikelihoods"].iloc[0][0] == 0.0

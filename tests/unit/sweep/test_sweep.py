@@ -235,7 +235,9 @@ def test_answers_of_unfinished_cells_are_read_by_the_next_start(runner, monkeypa
     assert sum(map(len, kept.values())) == 3 * 4
     assert all(o.status == "done" for o in runner.run(cells))
     assert not (runner.directory / ".checkpoints").exists()
-    for stored in load_sweep(runner.directory):
+    stored_cells = load_sweep(runner.directory)
+    assert {tail_of(stored.path) for stored in stored_cells} >= kept.keys()
+    for stored in stored_cells:
         timing = stored.result["timing"]
         assert timing["reused_requests"] == 0
         columns = (stored.documents[c].explode() for c in ("request_hashes", "loglikelihoods"))

@@ -61,6 +61,7 @@ def test_every_group_and_tag_of_lm_eval_has_all_its_members(index):
         assert len({(d.ref, d.shots) for d in found}) == len(found), name
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["blimp_nl", "mmlu_generative", "mmlusr", "tmlu", "multimedqa"])
 def test_the_members_are_those_that_lm_eval_loads(name, monkeypatch):
     made = []

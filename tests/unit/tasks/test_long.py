@@ -171,7 +171,7 @@ def test_a_template_needs_room_of_its_own():
     with pytest.raises(ConfigError, match=r"lengths=\[8192\] .* take 30 of the 8192 positions .* task_args\.room=30"):
         dataclasses.replace(a_cell(of(lengths=[8192])), prompting=chat).settled()
     measured = cell.measured(dataclasses.replace(a_cell(of(lengths=[8192], room=30)), prompting=chat))
-    assert measured.tokenizer
+    assert measured.data.tokenizer
 
 
 def test_a_cell_reads_each_text_once(smollm2, tmp_path):
@@ -182,7 +182,7 @@ def test_a_cell_reads_each_text_once(smollm2, tmp_path):
     assert one.id == dataclasses.replace(a_cell(of(lengths=[600])), data=one.data).id
     assert one.id != a_cell(of(lengths=[601])).settled().id
     lm = PrunedLM(smollm2.model, tokenizer=smollm2.tokenizer)
-    (done,) = group.Group([one], lm.scorer, tmp_path / "s").compute()
+    (done,) = group.CellGroup([one], lm.scorer, tmp_path / "s").compute()
     if done.error is not None:
         raise done.error
     result, documents = done.result, done.documents

@@ -102,7 +102,7 @@ def test_a_cell_of_the_task_and_its_traces(lm, tmp_path, monkeypatch):
     one = cell.Cell("small", ModelSpec(SMOLLM2), find_policies()["h2o"](), Budget(ratio=0.5), "needle", 0, 1, 0, DATA)
 
     def compute():
-        (done,) = group.Group([one], lm.scorer, tmp_path / "s", trace=1).compute()
+        (done,) = group.CellGroup([one], lm.scorer, tmp_path / "s", trace=1).compute()
         traces[:] = done.traces
         return done.result, done.documents
 

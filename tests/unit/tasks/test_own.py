@@ -217,5 +217,7 @@ def test_every_flag_of_lm_eval_is_in_the_table():
     flags = {o for a in run._actions for o in a.option_strings if o.startswith("--")} - {"--help"}
     assert len(flags) > 30
     assert flags == set(re.findall(r"(--[a-z_]+)\b", "".join(re.findall(r"^\| `--.*?\|", table, re.MULTILINE))))
-    for named in re.findall(r"`((?:unit|parity|end_to_end)/[\w/]+\.py)`", table):
+    tests = re.findall(r"`((?:unit|parity|end_to_end)/[\w/]+\.py)`", table)
+    assert tests
+    for named in tests:
         assert (ROOT / "tests" / named).is_file(), named

@@ -121,7 +121,7 @@ class SlotCache:
         scale = D**-0.5 if scale is None else scale
         call = make_call(query, key, value, output, NO_TRACE, scale, self.rule, positions)
         numbers = (budget, recent, sinks, block)
-        self._run(length, 0, self._work._replace(call=call), retention.forgetting_factor.numpy(), numbers)
+        self._run(length, 0, Work(call, self._states, self._scratch), retention.forgetting_factor.numpy(), numbers)
         return output.transpose(1, 2).to(query.dtype)
 
     def state(self) -> EvictionState:
@@ -174,4 +174,5 @@ class SlotCache:
             block,
         ):  # reused, because a step of one token takes less time than allocating it
             self._scratch, self._scratch_of = make_scratch(threads, shape), (threads, block)
-        run_plan(plan, threads, quota, shape, work._replace(scratch=self._scratch))
+            work = work._replace(scratch=self._scratch)
+        run_plan(plan, threads, quota, shape, work)

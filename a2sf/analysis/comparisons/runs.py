@@ -1,0 +1,214 @@
+"""Paired comparisons of finished runs, whichever harness made them: each run against the first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from scipy import special
+
+from a2sf.analysis.results.grid import AVERAGE
+from a2sf.analysis.runs.run import Document, Run, TaskRun, means, pair, variance_of_draws
+from a2sf.analysis.statistics.equivalence import ALPHA, Within, within_margin
+from a2sf.analysis.statistics.paired import Difference, average_difference, holm, paired_difference, standard_error
+from a2sf.analysis.statistics.texts import Texts
+from a2sf.errors import UserError, nearest
+
+USUAL = ("acc", "exact_match", "choice", "match", "pass@1")
+"""Metrics that are compared where no other is named, the first that both runs have."""
+
+
+@dataclass(frozen=True)
+class RunComparison:
+    """A run against the first one, on a task or the average over tasks.
+
+    Attributes:
+        task, run: names.
+        reference, value: means of the first run and of this one, on the documents that both have.
+        difference: this run minus the first.
+        within: tests of the difference against a margin; None: no margin was given.
+        p_holm, p_equivalent_holm: corrected over all rows of the table.
+        draws: share of the squared standard error of this run's mean that comes from drawing answers at random; None: each
+            document has one answer.
+    """
+
+    task: str
+    run: str
+    reference: float
+    value: float
+    difference: Difference
+    within: Within | None = None
+    p_holm: float = math.nan
+    p_equivalent_holm: float = math.nan
+    draws: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """Whether the difference is shown to lie within the margin: `yes`, `no` (shown to lie outside) or `not shown`."""
+        if self.within is None:
+            return ""
+        if self.p_equivalent_holm < ALPHA:
+            return "yes"
+        outside = self.difference.high < -self.within.margin or self.difference.low > self.within.margin
+        return "no" if outside else "not shown"
+
+
+@dataclass
+class ComparedRuns:
+    """All comparisons with the first run.
+
+    Attributes:
+        metrics: by task, the metric of the first and of the other runs.
+        notes: what could not be compared, and how documents were matched.
+    """
+
+    reference: str
+    rows: list[RunComparison] = field(default_factory=list)
+    metrics: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    percent: bool = True
+
+
+def compare_runs(runs: Sequence[Run], metric: str | None = None, margin: float | None = None) -> ComparedRuns:
+    """Compare each run with the first, task by task and on the unweighted average over tasks.
+
+    Args:
+        metric: its name in both harnesses; None: the usual one.
+        margin: for tests of equivalence, in the metric's own unit.
+
+    Raises:
+        UserError: if nothing can be compared.
+    """
+    reference, *others = runs
+    made = ComparedRuns(reference.label)
+    binary = True
+    for run in others:
+        changes, texts, levels = [], [], []
+        for a, b in _tasks(reference, run, made):
+            try:
+                names = _metric(a, metric), _metric(b, metric)
+                row, change, of_texts, right = _compared(a, b, names, run.label, margin, made)
+            except UserError as error:
+                made.notes.append(f"{run.label}: {error}")
+                continue
+            made.metrics[a.task] = " / ".join(dict.fromkeys(names))
+            made.rows.append(row)
+            changes.append(change)
+            texts.append(of_texts)
+            levels.append((row.reference, row.value))
+            binary = binary and right
+        if len(changes) > 1:
+            first, value = (float(np.mean(x)) for x in zip(*levels, strict=True))
+            within = None if margin is None else _average_within(changes, texts, margin)
+            difference = average_difference(changes, texts)
+            made.rows.append(RunComparison(AVERAGE, run.label, first, value, difference, within))
+    if not made.rows:
+        raise UserError(" ".join(["Nothing can be compared.", *made.notes]))
+    made.percent = binary
+    made.rows = _corrected(made.rows)
+    return made
+
+
+def _tasks(a: Run, b: Run, made: ComparedRuns) -> list[tuple[TaskRun, TaskRun]]:
+    """The tasks of two runs that are compared: of equal names, or the only one of each."""
+    common = [t for t in a.tasks if t in b.tasks]
+    if not common and len(a.tasks) == len(b.tasks) == 1:
+        (first,), (second,) = a.tasks.values(), b.tasks.values()
+        if first.task != second.task:
+            made.notes.append(f"{b.label}: its task {second.task} is compared with {first.task} of {a.label}.")
+        return [(first, second)]
+    for run, other in ((a, b), (b, a)):
+        if left := [t for t in run.tasks if t not in other.tasks]:
+            made.notes.append(f"Not compared: {', '.join(left)} of {run.label}, which {other.label} does not have.")
+    return [(a.tasks[t], b.tasks[t]) for t in common]
+
+
+def _metric(run: TaskRun, asked: str | None) -> str:
+    if asked is not None:
+        if asked not in run.metrics:
+            known = ", ".join(run.metrics) or "none"
+            raise UserError(
+                f"{run.task} has no metric {asked} for each document; it has {known}{nearest(asked, run.metrics)}."
+            )
+        return asked
+    found = [m for m in USUAL if m in run.metrics] or [m for m in run.metrics if m.partition(",")[0] in USUAL]
+    if found:
+        return found[0]
+    if len(run.metrics) == 1:
+        return run.metrics[0]
+    raise UserError(f"{run.task} has the metrics {', '.join(run.metrics) or 'none'}; choose one with --metric.")
+
+
+def _compared(
+    a: TaskRun, b: TaskRun, names: tuple[str, str], label: str, margin: float | None, made: ComparedRuns
+) -> tuple[RunComparison, np.ndarray, Texts, bool]:
+    found = pair(a, b)
+    if found.only_first or found.only_second:
+        made.notes.append(
+            f"{label}, {a.task}: {len(found.first)} documents are compared, matched by {found.by}; without a partner are "
+            f"{found.only_first} of {made.reference} and {found.only_second} of {label}."
+        )
+    elif found.by == "text":
+        made.notes.append(f"{label}, {a.task}: documents are matched by their text.")
+    first, second = means(found.first, names[0]), means(found.second, names[1])
+    texts = _texts(found.first, found.second)
+    draws = variance_of_draws(found.second, names[1])
+    spread = second.var(ddof=1) / len(second) if len(second) > 1 else math.nan
+    row = RunComparison(
+        a.task,
+        label,
+        float(first.mean()),
+        float(second.mean()),
+        paired_difference(second, first, texts),
+        None if margin is None else within_margin(second, first, margin, texts),
+        draws=None if draws is None or not spread > 0 else min(1.0, draws / spread),
+    )
+    return row, second - first, texts, bool(((first >= 0) & (first <= 1) & (second >= 0) & (second <= 1)).all())
+
+
+def _texts(first: Sequence[Document], second: Sequence[Document]) -> Texts:
+    """Which documents share a text (or another cluster), as either run says."""
+    for documents in (first, second):
+        if all(d.cluster is not None for d in documents):
+            return Texts.keyed([str(d.cluster) for d in documents])
+    return Texts.independent(len(first))
+
+
+def _average_within(changes: Sequence[np.ndarray], texts: Sequence[Texts], margin: float) -> Within:
+    """The tests of a margin for the unweighted average over tasks, by the errors of the tasks' means."""
+    errors = [standard_error(c, t) for c, t in zip(changes, texts, strict=True)]
+    value = float(np.mean([c.mean() for c in changes]))
+    error = math.sqrt(sum(e * e for e in errors)) / len(errors)
+    if not error > 0:
+        return Within(margin, *([0.0, 0.0] if abs(value) < margin else [1.0, 1.0]))
+    return Within(
+        margin, float(1 - special.ndtr((value + margin) / error)), float(special.ndtr((value - margin) / error))
+    )
+
+
+def _corrected(rows: Sequence[RunComparison]) -> list[RunComparison]:
+    p = holm([r.difference.p for r in rows])
+    tested = [r.within.p_equivalent for r in rows if r.within is not None]
+    equivalent = iter(holm(tested))
+    return [
+        replace(r, p_holm=q, p_equivalent_holm=math.nan if r.within is None else next(equivalent))
+        for r, q in zip(rows, p, strict=True)
+    ]
+
+
+def labels(runs: Sequence[Run], given: Sequence[str] | None) -> list[Run]:
+    """Runs with the labels that the user gives, or with distinct ones.
+
+    Raises:
+        UserError: if there are not as many labels as runs.
+    """
+    if given is not None:
+        if len(given) != len(runs):
+            raise UserError(
+                f"--labels gives {len(given)} names for {len(runs)} runs: {', '.join(r.label for r in runs)}."
+            )
+        return [replace(r, label=name) for r, name in zip(runs, given, strict=True)]
+    counted: Mapping[str, int] = {r.label: sum(x.label == r.label for x in runs) for r in runs}
+    return [r if counted[r.label] == 1 else replace(r, label=f"{r.label} ({r.source})") for r in runs]

@@ -1,0 +1,158 @@
+"""A finished run of any harness: for each task, what it scored on each document."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from a2sf.errors import UserError
+
+LEAST_TEXT, MOST_TEXT = 15, 20_000
+"""Characters of a text that documents can be matched by: the least, and how many are compared."""
+
+
+@dataclass
+class Document:
+    """One document of a task, and what it scored.
+
+    Attributes:
+        hash: lm-eval's `doc_hash`; None where the harness has none.
+        id: inspect_ai's sample id; None where the harness has none.
+        texts: its texts (prompt, question), normalised: what documents of two harnesses are matched by.
+        cluster: what it shares with other documents, such as a passage; None: nothing.
+        values: metric -> one value for each sampled answer (epoch).
+    """
+
+    hash: str | None = None
+    id: str | None = None
+    texts: frozenset[str] = frozenset()
+    cluster: str | None = None
+    values: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """The documents of one task in one run."""
+
+    task: str
+    documents: tuple[Document, ...]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Metrics that every document has, in their first order."""
+        counted = Counter(m for d in self.documents for m, v in d.values.items() if v)
+        return [m for m, n in counted.items() if n == len(self.documents)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        label: its name in tables.
+        source: where it was read.
+        tasks: by name.
+    """
+
+    label: str
+    source: str
+    tasks: Mapping[str, TaskRun]
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Documents that two runs have in common, in one order.
+
+    Attributes:
+        by: what they were matched by: `doc_hash`, `sample id` or `text`.
+        only_first, only_second: how many documents have no partner.
+    """
+
+    first: tuple[Document, ...]
+    second: tuple[Document, ...]
+    by: str
+    only_first: int
+    only_second: int
+
+
+def normalised(text: str) -> str:
+    """A text for matching: without differences in white space and case."""
+    return re.sub(r"\s+", " ", text[:MOST_TEXT]).strip().casefold()
+
+
+def texts_of(values: Iterable[Any]) -> frozenset[str]:
+    """The normalised texts among some values; short ones are left out, since answers and labels are in many documents."""
+    made = (normalised(v) for v in values if isinstance(v, str))
+    return frozenset(t for t in made if len(t) >= LEAST_TEXT)
+
+
+def pair(a: TaskRun, b: TaskRun) -> Paired:
+    """Match the documents of a task in two runs: by hash if both have one, else by sample id, else by a common text.
+
+    A key that several documents of a run have is matched in the order in which they come.
+
+    Raises:
+        UserError: if no document has a partner.
+    """
+    for by, key in (("doc_hash", "hash"), ("sample id", "id")):
+        if all(getattr(d, key) is not None for d in (*a.documents, *b.documents)):
+            found = _matched(a, b, [getattr(d, key) for d in a.documents], [getattr(d, key) for d in b.documents])
+            if found:
+                return _paired(a, b, found, by)
+    found = _by_text(a, b)
+    if not found:
+        raise UserError(f"{a.task}: no document of one run is in the other, by hash, sample id or text.")
+    return _paired(a, b, found, "text")
+
+
+def _matched(a: TaskRun, b: TaskRun, keys_a: list[str], keys_b: list[str]) -> list[tuple[int, int]]:
+    places: dict[str, list[int]] = {}
+    for i, key in enumerate(keys_b):
+        places.setdefault(key, []).append(i)
+    return [(i, places[key].pop(0)) for i, key in enumerate(keys_a) if places.get(key)]
+
+
+def _by_text(a: TaskRun, b: TaskRun) -> list[tuple[int, int]]:
+    """Pairs of documents with a text in common that no other document of either run has."""
+    counted = [Counter(t for d in run.documents for t in d.texts) for run in (a, b)]
+    place = {t: i for i, d in enumerate(b.documents) for t in d.texts if counted[1][t] == 1}
+    found: list[tuple[int, int]] = []
+    used: set[int] = set()
+    for i, d in enumerate(a.documents):
+        partners = {place[t] for t in d.texts if counted[0][t] == 1 and t in place}
+        if len(partners) == 1 and not partners & used:
+            found.append((i, *partners))  # type: ignore[arg-type]
+            used |= partners
+    return found
+
+
+def _paired(a: TaskRun, b: TaskRun, found: list[tuple[int, int]], by: str) -> Paired:
+    return Paired(
+        tuple(a.documents[i] for i, _ in found),
+        tuple(b.documents[j] for _, j in found),
+        by,
+        len(a.documents) - len(found),
+        len(b.documents) - len(found),
+    )
+
+
+def means(documents: Iterable[Document], metric: str) -> np.ndarray:
+    """float [n]: the metric of each document, the mean over its sampled answers."""
+    return np.array([np.mean(d.values[metric]) for d in documents])
+
+
+def variance_of_draws(documents: Iterable[Document], metric: str) -> float | None:
+    """The variance of the mean over documents that comes from drawing answers at random; None for single answers.
+
+    With k answers for a document it is the sum over documents of (variance of the answers) / k, divided by n².
+    """
+    values = [np.array(d.values[metric]) for d in documents]
+    if not values or max(len(v) for v in values) < 2:
+        return None
+    within = [v.var(ddof=1) / len(v) for v in values if len(v) > 1]
+    return float(np.mean(within) / len(values)) if within else None

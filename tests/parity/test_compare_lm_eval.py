@@ -1,0 +1,71 @@
+"""lm-eval's own output of two runs, as its command line writes it, is compared without any cell of ours; and with one."""
+
+from __future__ import annotations
+
+import lm_eval
+import numpy as np
+import pytest
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from a2sf.analysis.comparisons.runs import compare_runs
+from a2sf.analysis.runs.read import read_runs
+from a2sf.hf.loading import ModelSpec, load
+from a2sf.policies.find import find_policies
+from a2sf.scoring.lm import PrunedLM
+from a2sf.store.runs import write_cell
+from a2sf.sweep.cell import Cell
+from a2sf.sweep.group import CellGroup
+from a2sf.tasks.spec import DataSpec
+from tests.hub.build import write_model
+from tests.own_tasks import own_tasks
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """Two runs of lm-eval on a random model with different limits, written by its own tracker."""
+    own = own_tasks(tmp_path_factory.mktemp("own"))
+    folder = write_model(tmp_path_factory.mktemp("model"))
+    loaded = load(ModelSpec(str(folder), device="cpu"))
+    places = {}
+    for limit in (4, 6):
+        place = tmp_path_factory.mktemp(f"limit{limit}")
+        tracker = EvaluationTracker(output_path=str(place))
+        found = lm_eval.simple_evaluate(
+            HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=4),
+            tasks=["own_two"],
+            limit=limit,
+            task_manager=TaskManager(include_path=str(own), include_defaults=False),
+            bootstrap_iters=2,
+            evaluation_tracker=tracker,
+        )
+        samples = found.pop("samples")
+        tracker.save_results_aggregated(results=found, samples=samples)
+        tracker.save_results_samples(task_name="own_two", samples=samples["own_two"])
+        places[limit] = place
+    return own, folder, loaded, places
+
+
+def test_two_runs_of_lm_eval_with_different_limits(theirs):
+    *_, places = theirs
+    runs = [run for limit in (4, 6) for run in read_runs(places[limit])]
+    (row,) = compare_runs(runs).rows
+    assert row.difference.n == 4  # which both have
+    assert row.difference.value == 0.0
+    assert row.difference.p == 1.0
+
+
+def test_a_cell_of_ours_against_lm_evals_output(theirs, tmp_path):
+    own, folder, loaded, places = theirs
+    task = str(own / "own_two.yaml")
+    cell = Cell("m", ModelSpec(str(folder)), find_policies()["full"](), None, task, 0, 6, 0, DataSpec()).settled()
+    lm = PrunedLM(loaded.model, tokenizer=loaded.tokenizer)
+    (made,) = CellGroup([cell], lm.scorer, tmp_path / "runs" / "s").compute()
+    assert made.error is None
+    path = tmp_path / "runs" / "s" / cell.name
+    write_cell(path, made.result | {"provenance": {}}, made.documents, "")
+    found = compare_runs([*read_runs(places[6]), *read_runs(path)])
+    assert found.notes == []  # matched by lm-eval's hash, every document
+    assert found.rows[0].difference.n == 6
+    assert np.isclose(found.rows[0].difference.value, 0.0)
