@@ -110,7 +110,7 @@ def test_what_other_processes_have_kept_counts(sweep):
     answers.begin(pending=4, requests=4, tokens=1000)
     answers.progress(600)
     store = AnswerStore(sweep.directory, "documents", seconds=60)
-    store.add(LONG[0], answers, None)
+    store.add(LONG[0], answers, None, [*"abcd"])
     answers.computed = {"a": Answer(-1.0, True, 3, 2)}
     store.save([LONG[0].name])
     sweep.now += 60
