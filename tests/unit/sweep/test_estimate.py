@@ -114,7 +114,7 @@ def test_a_model_that_never_ran_here_is_tried_for_a_moment(tmp_path, monkeypatch
     LlamaConfig(**SIZES).save_pretrained(tmp_path / "model")  # nothing else is there
     spec = ModelSpec(path=str(tmp_path / "model"), dtype="float32", device="cpu")
     matrices = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)  # of two layers; neither embeddings nor the head
-    assert rate.seconds_per_token(spec) == pytest.approx(rate.BESIDE * 1e-6 * matrices / rate.TOKENS)
+    assert rate.seconds_per_token(spec) == pytest.approx(rate.OVERHEAD * 1e-6 * matrices / rate.TOKENS)
     assert rate.seconds_per_token(spec)
     assert len(tried) == len(set(tried)) == 4
     rate.seconds_per_token.cache_clear()
