@@ -274,7 +274,7 @@ def changes(self, step: Step):
         (lambda self, step: step.scores * torch.nan, 0, "returns NaN among its priorities"),
         (lambda self, step: (step.scores, step.memory * torch.nan), 1, "returns NaN among its memory"),
         (lambda self, step: (step.scores, step.scores), 1, r"returns memory of shape \(1, 2, \d+\)"),
-        (changes, 0, "changes the step's keys in place, and must only look"),
+        (changes, 0, "changes the step's keys in place, and must not"),
     ],
 )
 def test_own_rules_that_misbehave(rule, memory, said, backend, inference):
