@@ -186,12 +186,12 @@ def chosen_figure(files: Sequence[Path]) -> Figure:
     read = [_numbers(yaml.safe_load(f.read_text(encoding="utf-8"))) for f in files]
     for row, (axes, (key, (title, colours))) in enumerate(zip(panels, SETTINGS.items(), strict=True)):
         most = max(1.0, *(float(numbers[key].max()) for numbers, _ in read))
-        for axis, (numbers, title) in zip(axes, read, strict=True):
+        for axis, (numbers, heading) in zip(axes, read, strict=True):
             shown = axis.imshow(numbers[key].T, aspect="auto", vmin=0, vmax=most, cmap=colours)
             axis.grid(False)
             axis.set_yticks(range(numbers[key].shape[1]))
             if row == 0:
-                axis.set_title(title)
+                axis.set_title(heading)
             if row == len(panels) - 1:
                 axis.set_xlabel("layer")
             else:

@@ -91,7 +91,7 @@ def started(
         file = "a2sf" if script == "a2sf" else str(ROOT / "scripts" / script)
         asked = Start(file, tuple(map(str, arguments)), told, str(folder), directory)
         root = _root(python)
-        root.send(asked)
+        root.send(tuple(asked))  # the root may know this module by another name
         code = root.recv()
         if code is None:
             raise subprocess.TimeoutExpired([file, *asked.arguments], SECONDS)
@@ -131,7 +131,7 @@ def _serve_root(asked: Connection) -> None:
             there.close()
             kept[key] = here
         kept[key] = kept.pop(key)  # the newest is last
-        kept[key].send(start)
+        kept[key].send(tuple(start))
         asked.send(kept[key].recv())
         while len(kept) > KEPT:
             kept.pop(next(iter(kept))).close()
@@ -142,7 +142,7 @@ def _serve_root(asked: Connection) -> None:
 
 def _next(asked: Connection) -> Start | None:
     try:
-        return asked.recv()
+        return Start(*asked.recv())
     except EOFError:
         return None
 

@@ -27,10 +27,12 @@ def command(*arguments: str) -> list[str]:
 
 
 def evaluate(*arguments: str, runs: Path, anew: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own; started `anew` if asked, or by launchers that need it."""
+    """The command in a process of its own; started `anew` where workers are to be started, or if asked."""
     told = {**os.environ, "COLUMNS": "150", "HF_HUB_OFFLINE": "1", **environment}
     arguments = (*arguments, f"runs_dir={runs}")
-    if not anew and not any(a.startswith(("hydra/launcher=slurm", "hydra/launcher=ray")) for a in arguments):
+    if not anew and not any(
+        a.startswith("hydra/launcher=") for a in arguments
+    ):  # which a fork would wait for at its end
         return started("evaluate.py", *arguments, environment=told)
     return subprocess.run(
         command(*arguments), capture_output=True, text=True, check=False, timeout=400, cwd=ROOT, env=told

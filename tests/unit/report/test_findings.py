@@ -83,7 +83,10 @@ def test_what_was_chosen_layer_by_layer(findings, tmp_path: Path) -> None:
     for file in files:  # a share of a head is within its layer's, and all of them have the mean 1
         numbers, told = findings["_numbers"](yaml.safe_load(file.read_text()))
         assert numbers["share"].mean() == pytest.approx(1, abs=1e-3), told
-    save(findings["chosen_figure"](files[:2]), tmp_path / "f")
+    figure = findings["chosen_figure"](files[:2])
+    labels = [axis.get_ylabel() for axis in figure.axes if axis.get_label() == "<colorbar>"]
+    assert labels == [title for title, _ in findings["SETTINGS"].values()]
+    save(figure, tmp_path / "f")
 
 
 def test_errors_over_one_policys() -> None:
