@@ -96,6 +96,10 @@ def _one_type(values: Iterable[Any], listed: bool) -> bool:
     if kind is str:
         return not any(LIKE_A_DATE.match(v) or re.search("[\ud800-\udfff]", v) for v in there)
     if kind is list:
+        # floats beside None in a list were read with fifteen digits
+        beside = [item for v in there if None in v for item in v if isinstance(item, float)]
+        if any(float(f"{x:.15g}") != x for x in beside):
+            return False
         return _one_type([item for v in there for item in v], listed)
     if kind is dict:
         names = list(there[0])

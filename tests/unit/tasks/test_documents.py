@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, load_dataset
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from a2sf.errors import ConfigError, UserError
@@ -364,6 +364,7 @@ VALUE = st.recursive(
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@example(rows=[{"x": [None, 1.0000000000000002e16]}], listed=False)
 @given(
     rows=st.lists(st.fixed_dictionaries({"x": VALUE}, optional={"y": PLAIN_VALUE}), min_size=1, max_size=3),
     listed=st.booleans(),
