@@ -266,5 +266,5 @@ def test_a_sweep_in_the_background_of_a_script_can_be_stopped(tmp_path):
     process.terminate()
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "what was computed is kept" in said
+    assert "All finished work is saved" in said
     assert list(tmp_path.glob("stopped/.checkpoints/*.json"))

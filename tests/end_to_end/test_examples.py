@@ -48,7 +48,8 @@ def test_own_policy_and_its_yaml(tmp_path):
         "limit=2",
     ]
     said = run("a2sf", "run", *plan, "--config-dir", EXAMPLES, cwd=tmp_path)
-    assert "smollm2-135m__first_and_last__r0.2__copa" in said
+    assert "1 cells, 0 done, 1 to run" in said
+    assert "first_and_last" in said
 
 
 @pytest.mark.full

@@ -166,7 +166,7 @@ def check_unmoved(done: cases.Done, runs: Path, moving) -> None:
     assert "2 cells in" in done.out
     cells = load_sweep(runs / "s")
     assert {c.cell["identity"]["weights"] for c in cells} == {first}
-    assert {c.path.name for c in cells} == set(re.findall(r"^  (\S+__\S+)$", done.out, re.MULTILINE))
+    assert all(c.path.name == c.cell["name"] for c in cells)
     assert repository.refs["main"] == second
 
 
