@@ -163,7 +163,7 @@ def test_groups_score_as_lm_evals(settings, loaded, own, lm, tmp_path):
     assert (made.loc[("own_group", "acc"), "members"], made.loc[("own_group", "acc"), "shots"]) == (3, 0)
     rows, notes = aggregates(results_frame(stored[:2]), found.groups)  # one is missing
     assert set(rows["task"]) == {inner}
-    assert notes == ["The group own_group has no score in rows that lack some of its 3 tasks; lacking are own_three."]
+    assert notes == ["The group own_group has no score in rows that lack some of its 3 tasks; missing are own_three."]
 
 
 def test_a_tag_of_ones_own_and_what_hides(settings, own):
