@@ -48,8 +48,8 @@ def test_a_group_is_a_column_before_its_tasks(sweep):
     assert sum(e.best for e in marked) >= 2  # one per budget
     assert all(e.best or e.tied is not None for e in marked)  # tested over the documents of all tasks
     assert grid.notes == (
-        "The group more has no score in rows that lack some of its 3 tasks; lacking are copa.",
-        "The group other has no score in rows that lack some of its 2 tasks; lacking are arc_easy.",
+        "The group more has no score in rows that lack some of its 3 tasks; missing are copa.",
+        "The group other has no score in rows that lack some of its 2 tasks; missing are arc_easy.",
     )
     assert screen_table(cells, GROUPS).renderables[-1].startswith("The group other")
 
