@@ -1,4 +1,4 @@
-"""Hydra's grammar and private classes, and OmegaConf's YAML reader. Tried with Hydra 1.3.8 and OmegaConf 2.3.1."""
+"""Hydra's grammar and private classes, and OmegaConf's YAML reader. Tried with hydra-core 1.3.8 and omegaconf 2.3.1."""
 
 from __future__ import annotations
 
