@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy import special
 
 from a2sf.analysis.results.grid import AVERAGE
 from a2sf.analysis.runs.run import Document, Run, TaskRun, means, pair, variance_of_draws
-from a2sf.analysis.statistics.equivalence import ALPHA, Within, within_margin
-from a2sf.analysis.statistics.paired import Difference, average_difference, holm, paired_difference, standard_error
+from a2sf.analysis.statistics.equivalence import ALPHA, Within, average_within_margin, within_margin
+from a2sf.analysis.statistics.paired import Difference, average_difference, holm, paired_difference
 from a2sf.analysis.statistics.texts import Texts
 from a2sf.errors import UserError, nearest
 
@@ -101,7 +100,7 @@ def compare_runs(runs: Sequence[Run], metric: str | None = None, margin: float |
             binary = binary and right
         if len(changes) > 1:
             first, value = (float(np.mean(x)) for x in zip(*levels, strict=True))
-            within = None if margin is None else _average_within(changes, texts, margin)
+            within = None if margin is None else average_within_margin(changes, texts, margin)
             difference = average_difference(changes, texts)
             made.rows.append(RunComparison(AVERAGE, run.label, first, value, difference, within))
     if not made.rows:
@@ -174,18 +173,6 @@ def _texts(first: Sequence[Document], second: Sequence[Document]) -> Texts:
         if all(d.cluster is not None for d in documents):
             return Texts.keyed([str(d.cluster) for d in documents])
     return Texts.independent(len(first))
-
-
-def _average_within(changes: Sequence[np.ndarray], texts: Sequence[Texts], margin: float) -> Within:
-    """The tests of a margin for the unweighted average over tasks, by the errors of the tasks' means."""
-    errors = [standard_error(c, t) for c, t in zip(changes, texts, strict=True)]
-    value = float(np.mean([c.mean() for c in changes]))
-    error = math.sqrt(sum(e * e for e in errors)) / len(errors)
-    if not error > 0:
-        return Within(margin, *([0.0, 0.0] if abs(value) < margin else [1.0, 1.0]))
-    return Within(
-        margin, float(1 - special.ndtr((value + margin) / error)), float(special.ndtr((value - margin) / error))
-    )
 
 
 def _corrected(rows: Sequence[RunComparison]) -> list[RunComparison]:

@@ -7,6 +7,7 @@ hypothesis, that the difference is larger than the margin.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,14 +59,29 @@ def within_margin(first: np.ndarray, second: np.ndarray, margin: float, texts: T
         return Within(margin, float(worse), float(better))
     change = first - second
     error, free = standard_error(change, texts), texts.number - 1
-    if not error > 0:  # nothing differs, or a single document
-        known = len(change) > 1 and abs(change.mean()) < margin
-        return Within(margin, *([0.0, 0.0] if known else [1.0, 1.0]))
-    return Within(
-        margin,
-        float(1 - special.stdtr(free, (change.mean() + margin) / error)),
-        float(special.stdtr(free, (change.mean() - margin) / error)),
-    )
+    return _by_error([change], error, margin, lambda t: float(special.stdtr(free, t)))
+
+
+def average_within_margin(changes: Sequence[np.ndarray], texts: Sequence[Texts], margin: float) -> Within:
+    """The same for the unweighted average over tasks, by the normal distribution and the errors of the tasks' means.
+
+    Args:
+        changes: for each task, the first system's values minus the second's, one per document.
+        texts: for each task, which documents share a text.
+    """
+    errors = [standard_error(c, t) for c, t in zip(changes, texts, strict=True)]
+    return _by_error(changes, math.hypot(*errors) / len(errors), margin, lambda z: float(special.ndtr(z)))
+
+
+def _by_error(changes: Sequence[np.ndarray], error: float, margin: float, below: Callable[[float], float]) -> Within:
+    """The tests of a mean over tasks with a standard error; `below`: the distribution function of their ratio."""
+    value = float(np.mean([c.mean() for c in changes]))
+    if error > 0:
+        return Within(margin, below(-(value + margin) / error), below((value - margin) / error))
+    if error == 0 and value == 0:  # nothing differs; what that shows depends on the number of documents
+        p = float(special.ndtr(-tango_score(0, 0, sum(map(len, changes)), -margin)))
+        return Within(margin, p, p)
+    return Within(margin, 1.0, 1.0)  # a single document or text, or no variation: no error is known
 
 
 def tango_score(gained: int, lost: int, n: int, difference: float) -> float:

@@ -11,7 +11,7 @@ import pytest
 from a2sf.analysis.comparisons.runs import compare_runs, labels
 from a2sf.analysis.runs.read import read_runs
 from a2sf.analysis.runs.run import Document, Run, TaskRun, pair, variance_of_draws
-from a2sf.analysis.statistics.equivalence import tango_score, within_margin
+from a2sf.analysis.statistics.equivalence import average_within_margin, tango_score, within_margin
 from a2sf.analysis.statistics.paired import mcnemar_p
 from a2sf.analysis.statistics.texts import Texts
 from a2sf.commands import compare
@@ -215,6 +215,20 @@ def test_few_documents_show_nothing_and_many_show_equivalence():
     assert within_margin(same, same, 0.01).p_equivalent > 0.05
     many = np.tile([1.0, 0.0], 2000)
     assert within_margin(many, many, 0.01).p_equivalent < 0.001
+
+
+def test_documents_of_a_single_text_show_nothing():
+    """Their error is not known, however many there are."""
+    values = np.linspace(0, 1, 50)
+    one = Texts(np.zeros(50, int))
+    assert within_margin(values, values + 0.01, 0.1, one).p_equivalent == 1.0
+    assert average_within_margin([values - values[::-1]], [one], 0.5).p_equivalent == 1.0
+
+
+def test_equal_answers_to_few_documents_are_no_proof():
+    few, many = ([np.zeros(n)] * 2 for n in (5, 500))
+    assert average_within_margin(few, [Texts.independent(5)] * 2, 0.01).p_equivalent > 0.05
+    assert average_within_margin(many, [Texts.independent(500)] * 2, 0.01).p_equivalent < 0.01
 
 
 def drawn(rng, n, difference, flips, clusters=None):
