@@ -64,6 +64,7 @@ class Requests:
         self.instances = list(instances)
         self.keys = keys_of(self.instances)
         self._prompts: dict[int, Prompt] = {}
+        self._rolling: dict[int, list[Window]] = {}
         self._joined: dict[tuple[str, str], bool] = {}
 
     def __len__(self) -> int:
@@ -90,12 +91,14 @@ class Requests:
             UserError: if there is nothing to score, or the tokenizer does not belong to the model.
         """
         if self.kind == ROLLING:
-            tokens = self.lm.tok_encode(self.instances[i].args[0])
-            self._check_tokens(tokens)
-            windows = utils.get_rolling_token_windows(
-                tokens, self.lm.prefix_token_id, self.lm.max_length, context_len=1
-            )
-            return [utils.make_disjoint_window(w) for w in windows]
+            if i not in self._rolling:  # each system's answers are counted by them
+                tokens = self.lm.tok_encode(self.instances[i].args[0])
+                self._check_tokens(tokens)
+                windows = utils.get_rolling_token_windows(
+                    tokens, self.lm.prefix_token_id, self.lm.max_length, context_len=1
+                )
+                self._rolling[i] = [utils.make_disjoint_window(w) for w in windows]
+            return self._rolling[i]
         context, continuation = self._encode(*self.instances[i].args)
         return [self._checked(context, continuation)]
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from a2sf.analysis.results.labels import budget_label, factor_label
 from a2sf.analysis.runs.run import Document, Run, TaskRun, texts_of
 from a2sf.errors import UserError, first_line
 from a2sf.store.archive import is_archive, read_sweep
@@ -64,12 +65,15 @@ def _of_ours(cells: Sequence[StoredCell], path: Path) -> list[Run]:
     varied = [n for n in ("schedule", "shots", "model") if len({str(_setting(c, n)) for c in cells}) > 1]
     for stored in cells:
         cell = stored.cell
-        budget = cell["budget"] or {}
-        parts = [cell["policy_label"], *(budget[k] for k in ("ratio", "tokens") if budget.get(k) is not None)]
-        if cell.get("forgetting_factor") is not None:
-            parts.append(f"a={cell['forgetting_factor']}")
+        parts = [cell["policy_label"]]
+        if cell["budget"]:
+            written = {k: "/".join(map(str, v)) if isinstance(v, list) else v for k, v in cell["budget"].items()}
+            parts.append(budget_label(False, written.get("ratio"), written.get("tokens"), written.get("base"))[0])
+        factor = cell.get("forgetting_factor")
+        if factor is not None:
+            parts.append(f"a={factor_label('/'.join(map(str, factor)) if isinstance(factor, list) else factor)}")
         parts += [f"{_setting(stored, n)}{'-shot' if n == 'shots' else ''}" for n in varied]
-        tasks = systems.setdefault(" ".join(map(str, parts)), {})
+        tasks = systems.setdefault(" ".join(parts), {})
         other = tasks.setdefault(cell["task"], stored)
         if other.cell.get("identity") != cell.get("identity"):
             raise UserError(

@@ -24,6 +24,7 @@ from a2sf.sweep.runner import Runner
 from a2sf.tasks import spec as tasks
 from a2sf.tracking.tracker import Tracker, TrackerSpec
 from tests.conftest import SMOLLM2
+from tests.unit.sweep.test_sweep import run
 
 
 def cell(data: tasks.DataSpec, task: str = "piqa", **more: object) -> Cell:
@@ -41,12 +42,6 @@ def folder(tmp_path):
         return tasks.DataSpec(dir=str(tmp_path / "data"))
 
     return write
-
-
-def run(runner: Runner, cell: Cell) -> sweep.Outcome:
-    """A group of one."""
-    (outcome,) = runner.run([cell])
-    return outcome
 
 
 @pytest.fixture
