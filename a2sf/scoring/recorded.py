@@ -11,7 +11,7 @@ from a2sf.scoring.systems import Answer, Answers
 
 
 class RecordedLM(LM):
-    """Gives the answers of one system; each request must have one."""
+    """Returns the recorded answers of one system; each request must have one."""
 
     def __init__(self, answers: Answers) -> None:
         super().__init__()

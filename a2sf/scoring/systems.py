@@ -64,7 +64,7 @@ class Answers:
         seconds: time that was spent on them; where systems are computed together, this system's share.
         ran: which implementations of the engine ran (`a2sf.engine.kernels.noting`).
         warned: what libraries warned of while this system alone was computed.
-        error: why this system cannot be computed; the others of its group are.
+        error: why this system cannot be computed; the other systems of the group continue.
     """
 
     system: System
@@ -76,8 +76,8 @@ class Answers:
     ran: set[str] = field(default_factory=set)
     warned: Warned = field(default_factory=Warned)
     error: Exception | None = None
-    _before: int = 0  # requests that had an answer when scoring began
-    _pending: int = 0  # those that had none
+    _before: int = 0  # requests with an answer when scoring began
+    _pending: int = 0  # requests without one
     _tokens: int = 0  # tokens to read for these
     _read: int = 0  # tokens read so far
 

@@ -38,7 +38,7 @@ class Texts:
         self.scorer, self.lm = scorer, scorer.lm
 
     def generate(self, requests: Requests, answers: Answers) -> Iterator[None]:
-        """Generate the texts that one system lacks; yields after each batch. A failure is its `error`."""
+        """Generate the texts that one system lacks; yields after each batch. If it fails, that becomes `answers.error`."""
         if answers.error is not None:
             return
         try:

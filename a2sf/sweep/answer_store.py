@@ -99,7 +99,7 @@ class AnswerStore:
         del self._answers[name]
 
     def drop(self, name: str) -> None:
-        """Keep nothing more of a cell, which failed, in memory; what is on disk stays."""
+        """Forget a cell that failed; its answers on disk stay."""
         del self._answers[name]
 
     def _write(self, cell: Cell, answers: Answers) -> None:

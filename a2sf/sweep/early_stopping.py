@@ -31,7 +31,7 @@ from a2sf.tasks.numbers import number_of
 DIFFER = ("policy", "policy_settings", "policy_source", "policy_version", "cut", "budget", "schedule")
 """Parts of their identity in which the cells of a group differ."""
 ORDER_SEED = 2407
-"""Of the order in which documents are visited: one for all cells, so that equal questions come first everywhere."""
+"""Of the order in which documents are visited: the same for all cells, so that all see the same questions first."""
 BATCH_ROWS = 8
 """A batch of documents has so many rows' worth of tokens, before sharing."""
 CHARACTERS_PER_TOKEN = 4

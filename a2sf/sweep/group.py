@@ -93,7 +93,7 @@ class CellGroup:
         return {name: a.share for name, a in answers.items() if a.requests}
 
     def compute(self) -> Iterator[Computed]:
-        """Score what was not scored before, and evaluate each cell. An error of one cell is no other's.
+        """Score what was not scored before, and evaluate each cell. An error of one cell does not affect others.
 
         Raises:
             DiskError: if the disk refuses answers.
@@ -131,11 +131,12 @@ class CellGroup:
             try:
                 for _ in self._scored(requests, store, stopping):
                     store.save_due()
-                    for name in store.finished if stopping is None else ():  # a failure of another cell loses none
+                    # at once, so that a failure of another cell loses nothing
+                    for name in store.finished if stopping is None else ():
                         yield from self._evaluated(cells.pop(name), task, requests, store)
             except DiskError:
                 raise
-            except Exception as error:  # of no cell alone
+            except Exception as error:  # not of a single cell
                 store.save(store.all)
                 for answers in store.all.values():
                     answers.error = answers.error or error
@@ -161,7 +162,7 @@ class CellGroup:
                         break
                 if stopping.decide():
                     break
-            # what decides may lack answers of cells that are not compared, or that were computed last
+            # for these documents, cells that are not compared may still lack answers
             if stopping.documents is not None:
                 requests = [r.of_documents(set(stopping.documents)) for r in requests]
         yield from self._passes(requests, store)
@@ -192,7 +193,7 @@ class CellGroup:
             result, documents = evaluate(cell, task, requests, answers, self.scorer, chosen)
             traces = {t.document: t for r in requests for t in self.scorer.traces(r, answers, self.trace)}
         except Exception as error:
-            store.save([cell.name])  # it may be something that comes after the answers
+            store.save([cell.name])  # the error may have come after the answers
             store.drop(cell.name)
             yield Computed(cell, error=error)
             return
