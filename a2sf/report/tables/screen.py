@@ -90,6 +90,8 @@ class Blocks:
                 out.add_column(escape(self.heads[i]), justify="left" if i < self.lead else "right", overflow="fold")
                 out.columns[-1].max_width = self._width(i)
             for number, row in enumerate(self.rows):
+                if len(block) > self.lead and not any(row[i] for i in block[self.lead :]):
+                    continue  # it says nothing of this block's columns
                 out.add_row(*(row[i] for i in block), end_section=number in self.ends)
             yield out
             yield Text("")

@@ -27,7 +27,7 @@ from a2sf.analysis.statistics.paired import holm, mcnemar_p
 from a2sf.errors import UserError
 from a2sf.report.output import Options, publish, replace_block, show
 from a2sf.report.tables.layout import Table, build_tables
-from a2sf.report.tables.screen import screen, screen_table
+from a2sf.report.tables.screen import Blocks, screen, screen_table
 from a2sf.report.tables.write import csv_frame, latex, markdown
 from a2sf.store.runs import DOCUMENTS, StoredCell, load_sweep, write_cell
 from tests.sweep_fixture import Plan, write_sweep
@@ -423,3 +423,12 @@ def test_chance_is_the_mean_over_documents_and_needs_choices(tmp_path: Path) -> 
     assert "| Chance level |  |  | 37.5 |" in markdown(build_tables(grid))
     assert r"Chance level &  &  & 37.5 " in latex(build_tables(grid))
     assert chance_levels(replace(grid, metric="exact_match")) == {}
+
+
+def test_a_block_has_no_row_that_says_nothing_of_its_columns() -> None:
+    rows = [["Documents (n)", "100", ""], ["Full cache", "48.0", "\N{EN DASH}"]]
+    table = Blocks("t", ("Policy", "arc_easy", "A2SF minus H2O in points"), 1, rows, "", (0,))
+    console = Console(width=28, file=io.StringIO())
+    console.print(table)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert (said.count("Documents (n)"), said.count("Full cache")) == (1, 2)
