@@ -10,18 +10,22 @@ from a2sf import atomic
 from a2sf.analysis.comparisons.against import against_frame, compare_against
 from a2sf.analysis.comparisons.fidelity import fidelity_frame
 from a2sf.analysis.comparisons.pairs import compare_pair, comparisons_frame
+from a2sf.analysis.comparisons.pooled import compare_over_models, over_models_frame
 from a2sf.analysis.comparisons.ranking import rank, ranking_frame
 from a2sf.analysis.results.documents import texts_note
 from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid
+from a2sf.analysis.results.labels import MINUS
 from a2sf.analysis.results.selection import Selection
 from a2sf.errors import UserError
 from a2sf.report.choices import FORMATS
 from a2sf.report.lengths import length_plots, length_tables
 from a2sf.report.needle import needle_plots, needle_tables
 from a2sf.report.page.page import Contents, read_failures, write_report
+from a2sf.report.plots.forest import forest_plots
 from a2sf.report.plots.sweep import draw_all
 from a2sf.report.tables.layout import Table, build_tables
+from a2sf.report.tables.pooled import over_models_tables
 from a2sf.report.tables.summaries import against_tables, comparison_tables, fidelity_tables, ranking_tables
 from a2sf.report.tables.text import TextTable, text_latex, text_markdown
 from a2sf.report.tables.write import csv_frame, latex, markdown
@@ -79,9 +83,12 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     ranked, not_ranked = rank(grid, options.pair)
     against, not_paired = compare_against(grid, options.against)
     shared = texts_note(grid.cells_shown)
+    of_pair, of_full, not_pooled = compare_over_models(grid, options.pair)
     rankings = [*ranking_tables(grid, ranked, options.pair), *against_tables(against, grid.percent, shared)]
+    rankings += over_models_tables(of_pair, grid.percent, shared)
     text_tables = [
         *rankings,
+        *over_models_tables(of_full, grid.percent, shared, f"each policy {MINUS} full cache"),
         *needle_tables(grid),
         *comparison_tables(comparisons, grid.percent, shared),
         *fidelity_tables(grid, fidelity),
@@ -98,6 +105,7 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
         "ranking.csv": ranking_frame(ranked).to_csv(index=False) if ranked else "",
         "comparisons.csv": comparisons_frame(comparisons).to_csv(index=False) if comparisons else "",
         "against.csv": against_frame(against).to_csv(index=False) if against else "",
+        "models.csv": over_models_frame([*of_pair, *of_full]).to_csv(index=False) if of_pair or of_full else "",
         "fidelity.csv": fidelity.to_csv(index=False) if len(fidelity) else "",
         "traces.csv": traces.to_csv(index=False) if len(traces) else "",
     }
@@ -111,9 +119,17 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     if options.plots:
         plots = needle_plots(grid, out / "plots") | draw_all(grid, out / "plots", options.pair)
         plots |= length_plots(grid, out / "plots", options.pair)
+        plots |= forest_plots(of_pair, out / "plots", grid.percent, grid.metric)
         plots |= trace_pictures(traced, out / "plots")
     files += [file for pictures in plots.values() for file in pictures]
-    of_tables = [*not_compared, *no_fidelity, *not_ranked, *not_paired, *(n for t in tables for n in t.notes)]
+    of_tables = [
+        *not_compared,
+        *no_fidelity,
+        *not_ranked,
+        *not_paired,
+        *not_pooled,
+        *(n for t in tables for n in t.notes),
+    ]
     notes = list(dict.fromkeys([*of_tables, *notes_of(grid.cells.values())]))
     if options.report:
         failures = read_failures(directories)
