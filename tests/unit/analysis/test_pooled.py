@@ -18,6 +18,7 @@ from a2sf.analysis.comparisons.pooled import ALL, compare_over_models, over_mode
 from a2sf.analysis.comparisons.runs_over_models import compare_runs_over_models, with_models
 from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.grid import AVERAGE
+from a2sf.analysis.results.labels import MINUS
 from a2sf.analysis.runs.read import read_runs
 from a2sf.analysis.statistics.pooled import SMALLEST, Changes, covariance_of, pool, pool_tasks
 from a2sf.analysis.statistics.texts import Texts
@@ -152,9 +153,9 @@ def test_a_task_that_a_model_lacks_is_named(sweeps: list[Path], tmp_path: Path) 
 def test_tables_and_plots_of_several_models(sweeps: list[Path], tmp_path: Path, capsys) -> None:
     tables_command.main([*map(str, sweeps), "--out", str(tmp_path), "--no-report"])
     shown = capsys.readouterr().out
-    assert "Over 3 models: A2SF − H2O, 0-shot (points)" in shown
+    assert f"Over 3 models: A2SF {MINUS} H2O, 0-shot (points)" in shown
     text = (tmp_path / "tables" / "tables.md").read_text()
-    assert "### Over 3 models: each policy − Full cache" in text.replace("full cache", "Full cache")
+    assert f"### Over 3 models: each policy {MINUS} full cache" in text
     assert "large, small, tiny; each model counts once" in text
     assert (tmp_path / "plots" / "forest.png").is_file()
     frame = pd.read_csv(tmp_path / "tables" / "models.csv")
@@ -167,7 +168,7 @@ def test_tables_and_plots_of_several_models(sweeps: list[Path], tmp_path: Path, 
 
 def test_finished_runs_are_pooled_as_tables_are(sweeps: list[Path], tmp_path: Path, capsys) -> None:
     compare_command.main([*map(str, sweeps), "--out", str(tmp_path)])
-    assert "Over 3 models: each run − Full cache" in capsys.readouterr().out
+    assert f"Over 3 models: each run {MINUS} Full cache" in capsys.readouterr().out
     assert (tmp_path / "forest.png").is_file()
     ours = pd.read_csv(tmp_path / "models.csv")
     _, of_full, _ = compare_over_models(gather(sweeps))
