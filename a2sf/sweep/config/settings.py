@@ -28,6 +28,7 @@ from a2sf.sweep.cell import Cell
 from a2sf.sweep.config.grid import USED_KEYS, unused
 from a2sf.sweep.config.keys import check_keys, explain
 from a2sf.sweep.config.schema import Config, EarlyStoppingConfig, renamed
+from a2sf.sweep.planning.power import PowerSettings
 from a2sf.sweep.stopping_rule import StoppingRule
 from a2sf.tasks.arguments import arguments_of
 from a2sf.tasks.definitions import Definition
@@ -48,6 +49,7 @@ class Settings:
         batch_size: sequences per forward pass; None: automatic.
         trace: number of documents of each cell whose evictions are recorded.
         checkpoint: seconds of work after which answers are saved.
+        power: what the plan says about differences that can be detected.
         groups: lm-eval's groups, whose scores are computed from those of the cells.
         include: the names in `tasks`, and the folder of the user's definitions; None: there is no such folder.
         unused: keys that are given -> the error if no task of this point uses the key; None: a task uses it.
@@ -62,6 +64,7 @@ class Settings:
     plan_only: bool
     trace: int
     checkpoint: float
+    power: PowerSettings = field(default_factory=PowerSettings)
     groups: tuple[Group, ...] = ()
     include: tuple[tuple[str, ...], Path] | None = None
     unused: dict[str, ConfigError | None] = field(default_factory=dict, compare=False)
@@ -195,6 +198,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
         runs_dir=config.runs_dir,
         plan_only=config.plan_only,
         trace=config.trace,
+        power=PowerSettings(config.plan.flips, config.plan.detect),
         groups=tuple(
             Group(
                 g.name,
