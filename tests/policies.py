@@ -16,8 +16,20 @@ from a2sf.engine.invariants import schedules
 from a2sf.policies.find import find_policies
 from a2sf.policies.rule import Cut
 
-SMALL = {"window": 3, "kernel": 3, "sinks": 1, "heads": [[0, 1]], "forgetting_factor": 0.7, "seed": 5}
+SMALL: dict[str, Any] = {
+    "window": 3,
+    "kernel": 3,
+    "sinks": 1,
+    "heads": [[0, 1]],
+    "forgetting_factor": 0.7,
+    "seed": 5,
+    "lag": 3,
+    "chunk": 3,
+    "by": {"name": "snapkv", "window": 3, "kernel": 3},
+}
 """Settings that matter in sequences of two dozen tokens, for the policies that have them."""
+FURTHER: dict[str, list[Any]] = {"pooling": ["max"], "by": ["keydiff", "keyformer", {"name": "adakv", "window": 3}]}
+"""Further values of settings, each with the small ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +127,17 @@ def instances() -> list[Policy]:
     """Every policy with its own settings, and with small ones where it has such."""
     made = [p for cls in (*find_policies().values(), *OWN) for p in ([cls(), small(cls)] if settings(cls) else [cls()])]
     made += [Ending(counted=True), Divided(scored=False)]
+    for cls in find_policies().values():
+        names = {f.name for f in fields(cls)}
+        made += [cls(**settings(cls) | {key: x}) for key in FURTHER.keys() & names for x in FURTHER[key]]
     return list({repr(p): p for p in made}.values())
 
 
 def settings(cls: type[Policy]) -> dict[str, Any]:
-    """Those of `SMALL` that it has."""
-    return {k: v for k, v in SMALL.items() if k in {f.name for f in fields(cls)}}
+    """Those of `SMALL` that it has; few recent tokens, where they are a number of their own."""
+    names = {f.name for f in fields(cls)}
+    few = {"recent": 1} if "recent" in names and "recent_share" not in names else {}
+    return few | {k: v for k, v in SMALL.items() if k in names}
 
 
 def small(cls: type[Policy]) -> Policy:

@@ -14,6 +14,7 @@ from torch import Tensor
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import LATE
 from a2sf.errors import UserError
+from a2sf.policies.ranking import data_priorities
 from a2sf.policies.rule import Rule, Step
 
 SHARE = 1 - 1e-5
@@ -30,21 +31,8 @@ def mass(rule: Rule, probabilities: Tensor, count: Tensor) -> Tensor:
 
 def of_rule(retention: BatchRetention, step: Step, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """`b + m * A / N` of every column, [B, K, N]; `weight` and `bias` are `m` and `b`."""
-    priority = step.scores
-    if retention.rule.mean_over_age:
-        priority = priority / terms(retention.forgetting_factor, step.ages)
-    if weight is not None:
-        priority = priority * weight
-    if bias is not None:
-        priority = priority + bias
-    return shared(retention.rule, priority)
-
-
-def terms(factor: Tensor, ages: Tensor) -> Tensor:
-    """`N`, the sum of `factor ** i` for `i` from 0 to each age; 1 for a negative age."""
-    n = (ages + 1).clamp(min=1)
-    geometric = -torch.expm1(n * factor.log()) / (1 - factor)
-    return torch.where(factor < 1, geometric, n.to(factor.dtype))
+    rule = retention.rule
+    return shared(rule, data_priorities(rule, step, retention.forgetting_factor, weight, bias))
 
 
 def shared(rule: Rule, priority: Tensor) -> Tensor:
@@ -53,13 +41,14 @@ def shared(rule: Rule, priority: Tensor) -> Tensor:
 
 
 def pooled(retention: BatchRetention, step: Step, free: Tensor) -> Tensor:
-    """Scores at the prompt's cut, [B, K, N]: those of `free` tokens averaged over neighbours, the others unchanged."""
-    assert retention.rule.cut is not None
-    width = retention.rule.cut.kernel_size
+    """Scores at the prompt's cut, [B, K, N]: the mean or maximum of neighbours for `free` tokens, the others unchanged."""
+    cut = retention.rule.cut
+    assert cut is not None
+    pool = torch.nn.functional.max_pool1d if cut.pooling == "max" else torch.nn.functional.avg_pool1d
     order = step.positions.where(step.cached, LATE).argsort(-1)
     alone = step.scores.where(free, 0).gather(2, order)
-    mean = torch.nn.functional.avg_pool1d(alone, width, stride=1, padding=width // 2)
-    return torch.empty_like(mean).scatter_(2, order, mean).where(free, step.scores)
+    taken = pool(alone, cut.kernel_size, stride=1, padding=cut.kernel_size // 2)
+    return torch.empty_like(taken).scatter_(2, order, taken).where(free, step.scores)
 
 
 def of_own(rule: Rule, step: Step, free: Tensor) -> tuple[Tensor, Tensor]:

@@ -76,6 +76,8 @@ class Sequence:
     scale: float
 
 
+POOLINGS = ("mean", "max")
+"""What a cut makes of the scores of neighbouring tokens."""
 TokenFn: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 """`(keys [..., D], values [..., V], positions [...]) -> [...]`: one number for each token, computed when it is cached."""
 PriorityFn: TypeAlias = "Callable[[Step], Tensor | tuple[Tensor, Tensor]]"
@@ -88,14 +90,15 @@ class Cut:
     """How tokens are ranked at the single eviction after a prompt.
 
     Only the queries of the last `recent` prompt tokens add to `A`, and no query after the prompt. At the cut, the `A` of the
-    tokens before them is replaced by its average over neighbours. Then priorities are computed as at any other step.
+    tokens before them becomes its mean (or maximum) over neighbours. Then priorities are computed as at any other step.
 
     Attributes:
-        kernel_size: how many neighbouring tokens are averaged, an odd number. Neighbours beyond the ends or among the last
-            `recent` tokens count as 0.
+        kernel_size: how many neighbouring tokens are taken together, an odd number. Neighbours beyond the ends or among the
+            last `recent` tokens count as 0.
         floor: None: every head retains `C` tokens. A number from 0 to 1: the slots of a layer beside the protected tokens
             are divided among its heads. A head gets `(1 - floor) * won + floor * equal` slots: `won` counts the layer's best
             tokens that are this head's, `equal` is an equal share (docs/semantics.md). 1 is the same as None.
+        pooling: `mean` or `max`, over the neighbours.
 
     Raises:
         ValueError: if a number is out of range.
@@ -103,12 +106,15 @@ class Cut:
 
     kernel_size: int = 1
     floor: float | None = None
+    pooling: str = "mean"
 
     def __post_init__(self) -> None:
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be an odd number of neighbours, at least 1, got {self.kernel_size}")
         if self.floor is not None and not 0.0 <= self.floor <= 1.0:
             raise ValueError(f"floor must lie in [0, 1], got {self.floor}")
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling}")
 
 
 @renamed_fields(by_age="mean_over_age")
