@@ -107,6 +107,8 @@ def _reference_rows(differentiable: bool, rows: Rows, options: Options) -> Ran:
             )
         # evict the smallest priorities among the unprotected, ties: the oldest first
         out = smallest(priority, positions, free, torch.where(active, retention.excess(count, now), 0))
+        if rule.recording is not None:
+            out = rule.recording.evicted(step) & active
         if retention.across_heads:
             out = torch.where(
                 active & retention.at_cut(now), smallest_of_all_heads(retention, priority, step, free), out

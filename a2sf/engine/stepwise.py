@@ -138,6 +138,8 @@ class _Slots:
         return out
 
     def _evict(self, t: int, retention: BatchRetention, step: Step, held: dict[str, Tensor], excess: Tensor) -> None:
+        if self.rule.recording is not None:
+            return self._remove(t, self.rule.recording.evicted(step), held)
         positions, now, most = step.positions, step.now, int(excess.max())
         looks = self.rule.memory > 0 or (self.rule.cut is not None and bool(retention.at_cut(now).any()))
         if most == 0 and not looks:
@@ -162,6 +164,11 @@ class _Slots:
             out = smallest(priority, positions, free, excess)
         if retention.across_heads:
             out = torch.where(retention.at_cut(now), smallest_of_all_heads(retention, priority, step, free), out)
+        self._remove(t, out, held)
+
+    def _remove(self, t: int, out: Tensor, held: dict[str, Tensor]) -> None:
+        """Evict the slots `out` [active, K, N] at step `t`."""
+        positions = self.positions[: len(out)]
         self._note(t, out, positions)
         where = out.nonzero(as_tuple=True)
         positions[where] = -1

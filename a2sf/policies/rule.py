@@ -15,7 +15,7 @@ numbers that a policy stores for each token.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from a2sf.policies.renamed import renamed_fields
@@ -137,6 +137,32 @@ class Head:
     mean_over_age: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """What another run of the same tokens evicted, so that the same is evicted again: equal only to itself.
+
+    Attributes:
+        evicted_at: int64 [K, T], the step after which each key/value head evicts each position; T or more: never. No
+            position is evicted before its own step.
+    """
+
+    evicted_at: Tensor
+
+    def evicted(self, step: Step) -> Tensor:
+        """bool [B, K, N], the cached tokens that are evicted at a step.
+
+        Raises:
+            ValueError: if the layer has another number of heads, or a token is later than the last one of the recording.
+        """
+        heads, tokens = self.evicted_at.shape
+        if step.positions.shape[1] != heads:
+            raise ValueError(f"the recording has {heads} key/value heads, and the layer {step.positions.shape[1]}")
+        if bool((step.now >= tokens).any()):
+            raise ValueError(f"the recording ends after {tokens} tokens, and more are read")
+        known = self.evicted_at.to(step.positions.device).expand(len(step.positions), -1, -1)
+        return step.cached & (known.gather(2, step.positions.clamp(min=0)) <= step.now)
+
+
 @renamed_fields(
     counted="count_above_uniform",
     by_age="mean_over_age",
@@ -164,10 +190,12 @@ class Rule:
             cut, the `scores` in its `Step` are the averaged ones.
         memory: how many numbers `priority_fn` stores for each token, `M`.
         precompute: only for an oracle: from all tokens (`Sequence`) to numbers for each token, [B, K, T, M].
+        recording: what is evicted at each step, whatever the budget; then nothing is ranked.
 
     Raises:
         ValueError: if fields contradict each other: `full_heads` with `shared` or with a cut's `floor`; `shared` with a
-            cut's `floor`; `heads` with `shared`, `full_heads`, `mean_over_age`, `cut` or `priority_fn`.
+            cut's `floor`; `heads` with `shared`, `full_heads`, `mean_over_age`, `cut` or `priority_fn`; `recording` with
+            anything that ranks.
     """
 
     scored: bool = True
@@ -182,6 +210,7 @@ class Rule:
     priority_fn: PriorityFn | None = None
     memory: int = 0
     precompute: Callable[[Sequence], Tensor] | None = None
+    recording: Recording | None = None
 
     def __post_init__(self) -> None:
         divided = self.cut is not None and self.cut.floor is not None
@@ -193,6 +222,8 @@ class Rule:
             self.shared or self.full_heads or self.mean_over_age or self.cut is not None or self.priority_fn is not None
         ):
             raise ValueError("heads cannot be combined with shared, full_heads, mean_over_age, cut or priority_fn")
+        if self.recording is not None and replace(self, recording=None) != Rule(scored=False):
+            raise ValueError("a recording ranks nothing: combine it with scored=False alone")
 
 
 ACCUMULATED = Rule()

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 
@@ -254,9 +255,10 @@ class Scorer:
                 use_cache=False,
             )
         noted = (plan.evicted_at, plan.received, plan.lost)
-        arrays = (torch.cat([of_layer[i].cpu() for i in range(self.layers)]).numpy() for of_layer in noted)
+        at, received, lost = (torch.cat([of_layer[i].cpu() for i in range(self.layers)]).numpy() for of_layer in noted)
         pieces = tuple(self.lm.tokenizer.decode([t]) for t in sequence.read)
-        return Trace(document, pieces, sequence.context, *arrays)
+        every = np.array([*sequence.read, sequence.targets[-1]])
+        return Trace(document, pieces, sequence.context, at, received, lost, every)
 
 
 def _about(requests: Requests, i: int, error: Exception) -> Exception:

@@ -27,7 +27,7 @@ def splits(segments: Segments) -> Callable[[Run, Call], Attended] | None:
     rule, schedule = segments.rule, segments.schedule
     if rule.heads:
         return by_numbers
-    if rule.priority_fn is not None:
+    if rule.priority_fn is not None or rule.recording is not None:
         return None
     if rule.full_heads:
         return by_heads
