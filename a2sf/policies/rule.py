@@ -53,7 +53,7 @@ class Step:
         budget: int64 [B, K, 1], tokens that each KV head of this layer holds after the step, `C`.
         prompt: int64 [B, 1, 1], tokens of each row's prompt under the prompt schedule; else None.
         scale: what query · key is multiplied by before the softmax.
-        rotary: the layer's rotary embedding, if the policy asks for it (`unrotated = True`) and the model has one; else None.
+        rotary: its rotary embedding, if the policy asks for it (`unrotated = True`) and the model has one; else None.
     """
 
     probabilities: Tensor
