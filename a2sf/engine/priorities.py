@@ -5,6 +5,7 @@ Columns are slots in any order. B rows, K key/value heads, N columns; `retention
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from fractions import Fraction
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import LATE, Options
-from a2sf.errors import UserError
+from a2sf.errors import PolicyError, UserError, definition, first_line, place
 from a2sf.policies.rule import Rule, Step
 
 SHARE = 1 - 1e-5
@@ -72,7 +73,7 @@ def of_function(retention: BatchRetention, step: Step, free: Tensor, excess: Ten
         excess: int64 [B, K, 1], how many tokens of each head are evicted.
 
     Raises:
-        UserError: as `_called`.
+        PolicyError: as `_called`.
     """
     rule, memory = retention.rule, step.memory
     priority = torch.zeros_like(step.scores)
@@ -126,31 +127,59 @@ def _tensors(step: Step) -> dict[str, Tensor]:
     return {f.name: x for f in fields(step) if isinstance(x := getattr(step, f.name), Tensor)}
 
 
+def described(function: Callable[..., Any]) -> tuple[str, str]:
+    """A policy's function in an error message: its name, and where it is, at the end of a sentence."""
+    function = getattr(function, "of", function)  # the opposite of a rule is one too
+    where = definition(function)
+    return getattr(function, "__qualname__", repr(function)), f" ({where})" if where else ""
+
+
+def calling(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a policy's own function returns.
+
+    Raises:
+        PolicyError: if it fails; the message says where.
+    """
+    try:
+        return function(*arguments)
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        at = place(error)
+        raise PolicyError(
+            f"{described(function)[0]} fails: {type(error).__name__}: {first_line(error)}{f' ({at})' if at else ''}"
+        ) from error
+
+
 def _called(rule: Rule, step: Step, free: Tensor) -> tuple[Tensor, Tensor]:
     """Priorities and memory of all rows of a step by a rule's `priority_fn`.
 
     Raises:
-        UserError: if it returns another shape or NaN, or changes a tensor of the step.
+        PolicyError: if it fails, returns another shape or NaN, or changes a tensor of the step.
     """
     assert rule.priority_fn is not None
-    name = getattr(rule.priority_fn, "__qualname__", repr(rule.priority_fn))
+    name, where = described(rule.priority_fn)
     shown = {n: x for n, x in _tensors(step).items() if not x.is_inference()}
     before = {n: x._version for n, x in shown.items()}
-    given = rule.priority_fn(step)
+    given = calling(rule.priority_fn, step)
     changed = [n for n, x in shown.items() if x._version != before[n]]
     if changed:
-        raise UserError(f"{name} changes the step's {', '.join(changed)} in place, and must not; work on a copy")
+        raise PolicyError(
+            f"{name} changes the step's {', '.join(changed)} in place, and must not; work on a copy{where}"
+        )
     priority, memory = given if isinstance(given, tuple) else (given, step.memory)
     for what, x, shape in (("priorities", priority, step.scores.shape), ("memory", memory, step.memory.shape)):
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         if got != tuple(shape):
-            raise UserError(
-                f"{name} returns {what} of shape {got}, and {tuple(shape)} is needed, as the step's tensors"
+            raise PolicyError(
+                f"{name} returns {what} of shape {got}, and {tuple(shape)} is needed, as the step's tensors{where}"
             )
     priority, memory = (x.to(step.scores.dtype) for x in (priority, memory))
     for what, x, where in (("priorities", priority, free), ("memory", memory, step.cached[..., None])):
         if bool((x.isnan() & where).any()):
-            raise UserError(f"{name} returns NaN among its {what} of cached tokens; give each of them a number")
+            raise PolicyError(
+                f"{name} returns NaN among its {what} of cached tokens; give each of them a number{where}"
+            )
     return shared(rule, priority), memory.where(step.cached[..., None], 0)
 
 
