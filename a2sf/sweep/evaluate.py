@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,7 +15,7 @@ import pandas as pd
 from a2sf.errors import Notice
 from a2sf.scoring.doubts import doubts, not_numbers
 from a2sf.scoring.recorded import RecordedLM
-from a2sf.scoring.requests import Requests, request_hash
+from a2sf.scoring.requests import Requests, keys_of_draws, request_hash
 from a2sf.scoring.scorer import Scorer
 from a2sf.scoring.systems import Answer, Answers
 from a2sf.sweep.cell import Cell
@@ -169,9 +169,9 @@ def _answer(recorded: Answers, arguments: tuple[Any, ...]) -> Answer:
 
 
 def _without_texts(documents: pd.DataFrame) -> pd.DataFrame:
-    """The documents with what is compared and counted, and no text: `generated` goes, others are empty."""
+    """The documents with what is compared and counted, and no text: what was written goes, others are empty."""
     empty = {"context": "", "target": ""}
-    stored = documents.drop(columns="generated", errors="ignore")
+    stored = documents.drop(columns=[f"{of}{name}" for of in ("", "draws/") for name in TEXTS], errors="ignore")
     stored["choices"] = [[""] * len(c) for c in documents["choices"]]
     return stored.assign(**{k: v for k, v in empty.items() if k in stored})
 
@@ -179,27 +179,46 @@ def _without_texts(documents: pd.DataFrame) -> pd.DataFrame:
 def _generated(sample: dict[str, Any], recorded: Answers) -> dict[str, Any]:
     """A row of a generation task: no choices, but the text, its target, and the numbers that describe the document."""
     arguments = tuple(sample["arguments"][0])
-    answer = _answer(recorded, arguments)
+    keys = keys_of_draws(arguments, len(sample["resps"][0]))
+    draws = [a for key in keys if (a := recorded.answer(key)) is not None]
+    answer = draws[0]
     end = "" if sample["filter"] == "none" else f",{sample['filter']}"
     return {
         "doc_id": sample["doc_id"],
         "doc_hash": sample["doc_hash"],
         "prompt_hash": sample["prompt_hash"],
-        "request_hashes": [request_hash(arguments)],
+        "request_hashes": keys,
         "context": arguments[0],
         "choices": [],
         "gold": -1,
         "prediction": -1,
         "loglikelihoods": [],
         "is_greedy": [],
-        "context_tokens": [answer.context],
-        "continuation_tokens": [answer.continuation],
+        "context_tokens": [a.context for a in draws],
+        "continuation_tokens": [a.continuation for a in draws],
         "target": str(sample["target"]),
-        "generated": sample["resps"][0][0],
-        "ended": answer.ended,
+        **{name: value(answer) for name, value in TEXT_COLUMNS.items()},
+        **(
+            {f"draws/{name}": [value(a) for a in draws] for name, value in TEXT_COLUMNS.items()}
+            if len(draws) > 1
+            else {}
+        ),
         **{f"doc/{k}": v for k, v in _numbers(sample["doc"], sample["doc"]).items()},
         **{f"metric/{m}{end}": v for m, v in _numbers(sample, sample["metrics"]).items()},
     }
+
+
+TEXT_COLUMNS: dict[str, Callable[[Answer], Any]] = {
+    "generated": lambda a: a.value,
+    "ended": lambda a: a.ended,
+    "finish": lambda a: a.finish,
+    "tokens": lambda a: a.tokens,
+    "thinking": lambda a: a.thinking,
+    "thinking_tokens": lambda a: a.thinking_tokens,
+}
+"""What is stored of a generated text; of several texts of one prompt those of the first, and all under `draws/`."""
+TEXTS = ("generated", "tokens", "thinking")
+"""Those that hold what was written."""
 
 
 def _numbers(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
