@@ -18,6 +18,7 @@ from a2sf.scoring.recorded import RecordedLM
 from a2sf.scoring.requests import Requests, request_hash
 from a2sf.scoring.scorer import Scorer
 from a2sf.scoring.systems import Answer, Answers
+from a2sf.scoring.written import TOKENS, described
 from a2sf.sweep.cell import Cell
 from a2sf.tasks import shared_texts
 from a2sf.tasks.numbers import index_of, number_of
@@ -62,6 +63,9 @@ def evaluate(
         scorer.count(of_kind, answers)
     samples = evaluated["samples"][cell.task_name]
     documents = _documents(samples, task, answers)
+    if task.OUTPUT_TYPE == "generate_until":
+        more = described(scorer, requests, answers)
+        documents = documents.join(pd.DataFrame([more[hashes[0]] for hashes in documents["request_hashes"]]))
     seconds = time.perf_counter() - clock + answers.seconds
     counts = answers.counts
     if field := shared_texts.field_of(task, cell.data.cluster):
@@ -169,9 +173,9 @@ def _answer(recorded: Answers, arguments: tuple[Any, ...]) -> Answer:
 
 
 def _without_texts(documents: pd.DataFrame) -> pd.DataFrame:
-    """The documents with what is compared and counted, and no text: `generated` goes, others are empty."""
+    """The documents with what is compared and counted, and no text: `generated` and its tokens go, others are empty."""
     empty = {"context": "", "target": ""}
-    stored = documents.drop(columns="generated", errors="ignore")
+    stored = documents.drop(columns=["generated", TOKENS], errors="ignore")
     stored["choices"] = [[""] * len(c) for c in documents["choices"]]
     return stored.assign(**{k: v for k, v in empty.items() if k in stored})
 

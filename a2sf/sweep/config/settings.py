@@ -47,6 +47,7 @@ class Settings:
     Attributes:
         batch_size: sequences per forward pass; None: automatic.
         trace: number of documents of each cell whose evictions are recorded.
+        full_texts: whether the full cache's texts are read under each system.
         checkpoint: seconds of work after which answers are saved.
         groups: lm-eval's groups, whose scores are computed from those of the cells.
         include: the names in `tasks`, and the folder of the user's definitions; None: there is no such folder.
@@ -62,6 +63,7 @@ class Settings:
     plan_only: bool
     trace: int
     checkpoint: float
+    full_texts: bool = False
     groups: tuple[Group, ...] = ()
     include: tuple[tuple[str, ...], Path] | None = None
     unused: dict[str, ConfigError | None] = field(default_factory=dict, compare=False)
@@ -195,6 +197,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
         runs_dir=config.runs_dir,
         plan_only=config.plan_only,
         trace=config.trace,
+        full_texts=config.full_texts,
         groups=tuple(
             Group(
                 g.name,
