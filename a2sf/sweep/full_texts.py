@@ -15,6 +15,7 @@ from a2sf.policies.find import find_policy
 from a2sf.scoring.full_text import Found, full_texts
 from a2sf.scoring.requests import TEXT, Requests
 from a2sf.scoring.scorer import Scorer
+from a2sf.scoring.systems import Answer
 from a2sf.sweep.answer_store import AnswerStore, known_answers
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.reuse import find_extendable
@@ -44,7 +45,7 @@ class FullTexts:
             full = dataclasses.replace(cells[0], policy=find_policy("full")(), budget=None, schedule=None)
             stored = find_extendable(directory.parent, [full]).get(full.name)
             known = known_answers(stored, store.documents)
-            self._texts = self._tokens({key: a.value for key, a in known.items()}) or None
+            self._texts = self._tokens(known) or None
 
     def ready(self, names: Sequence[str], requests: Sequence[Requests]) -> list[str]:
         """Those of some finished cells that need not wait; their texts have been read."""
@@ -54,7 +55,7 @@ class FullTexts:
         if waits and self._texts is None:
             assert self._reference is not None
             answers = self.store[self._reference]
-            self._texts = self._tokens({k: a.value for k, a in (answers.known | answers.computed).items()})
+            self._texts = self._tokens(answers.known | answers.computed)
         new = [n for n in names if n not in self._found and self.store[n].error is None]
         if not self._texts or not new:
             return list(names)
@@ -76,6 +77,11 @@ class FullTexts:
         each = [found.get(hashes[0], (math.nan, 0)) for hashes in documents["request_hashes"]]
         return documents.assign(**dict(zip(COLUMNS, zip(*each, strict=True), strict=True)))
 
-    def _tokens(self, texts: Mapping[str, str]) -> dict[str, list[int]]:
+    def _tokens(self, answers: Mapping[str, Answer]) -> dict[str, list[int]]:
+        """The tokens of the texts, of several drawn for a prompt those of the first; those of older results made anew."""
         encode = self.scorer.lm.tok_encode
-        return {key: [int(t) for t in encode(text, add_special_tokens=False)] for key, text in texts.items()}
+        return {
+            key: [int(t) for t in encode(a.value, add_special_tokens=False)] if a.tokens is None else a.tokens
+            for key, a in answers.items()
+            if "#" not in key
+        }

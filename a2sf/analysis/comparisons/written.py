@@ -1,13 +1,14 @@
 """What eviction does to generated texts, document by document, against the full cache's texts.
 
-Measures of a system: `tokens` generated, the share `cut_off` at the limit of tokens, the share that ends in a `loop`,
-`cache_bytes` at the peak, `tokens_per_second`. Against the full cache: the share of `equal` texts, the `first_difference`
+Measures of a system: `tokens` generated and `thinking_tokens` among them, the share `cut_off` at the limit of tokens, the
+share that ends in a `loop`, `cache_bytes` at the peak, `tokens_per_second`. Against the full cache: the share of `equal` texts, the `first_difference`
 (the place of the first token that is another, from 0), and `full_text_shift`, the change of the log-likelihood of the full
 cache's own text, in nats per token (docs/statistics.md).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from a2sf.analysis.statistics.texts import Texts
 from a2sf.errors import UserError
 from a2sf.store.runs import StoredCell
 
-PAIRED = ("tokens", "cut_off", "loop", "cache_bytes")
+PAIRED = ("tokens", "thinking_tokens", "cut_off", "loop", "cache_bytes")
 """Measures of a system whose differences from the full cache are tested."""
 
 
@@ -33,17 +34,29 @@ def written_texts(documents: pd.DataFrame) -> pd.DataFrame:
     """
     if "target" not in documents:
         raise UserError("These documents have no generated texts.")
-    n = len(documents)
-    texts = documents["generated"] if "generated" in documents else pd.Series([None] * n)
-    return pd.DataFrame(
-        {
-            **{name: documents[name].to_numpy() for name in DOCUMENT},
-            "tokens": [float(sum(x)) for x in documents["continuation_tokens"]],
-            "cut_off": [_number(not e if _known(e) else None) for e in _column(documents, "ended")],
-            "loop": [_number(ends_in_loop(t) if _known(t) else None) for t in texts],
-            "cache_bytes": [_number(x) for x in _column(documents, "cache_bytes")],
-        }
-    )
+    rows = [_measures(row) for row in documents.to_dict("records")]
+    frame = documents[DOCUMENT].reset_index(drop=True).join(pd.DataFrame(rows))
+    thought = frame["thinking_tokens"]
+    return frame.assign(thinking_tokens=thought if (thought > 0).any() else np.nan)
+
+
+def _measures(row: dict[str, Any]) -> dict[str, float]:
+    """Of one document; where several texts were drawn for it, means over these."""
+    tokens = [
+        len(t) if _known(t) else n for t, n in zip(_draws(row, "tokens"), row["continuation_tokens"], strict=False)
+    ]
+    thought = [n for n in _draws(row, "thinking_tokens") if _known(n)]
+    ended = [e for e in _draws(row, "ended") if _known(e)]
+    texts = zip(_draws(row, "thinking"), _draws(row, "generated"), strict=True)
+    # a text that was cut off while the model was thinking has no answer
+    loops = [ends_in_loop(answer or thinking or "") for thinking, answer in texts if _known(answer)]
+    return {
+        "tokens": _mean(tokens),
+        "thinking_tokens": _mean(thought),
+        "cut_off": 1 - _mean(ended),
+        "loop": _mean(loops),
+        "cache_bytes": _number(row.get("cache_bytes")),
+    }
 
 
 def text_changes(pruned: StoredCell, full: StoredCell, common: bool = False) -> tuple[pd.DataFrame, Texts]:
@@ -58,10 +71,12 @@ def text_changes(pruned: StoredCell, full: StoredCell, common: bool = False) -> 
     left, right = paired_documents(pruned, full, common)
     frame = written_texts(left)
     frame = frame.join(written_texts(right).drop(columns=DOCUMENT).add_suffix("_full"))
-    pairs = list(zip(_column(left, "generated_tokens"), _column(right, "generated_tokens"), strict=True))
+    pairs = list(zip(_column(left, "tokens"), _column(right, "tokens"), strict=True))
     frame["first_difference"] = [_first_difference(a, b) if _known(a) and _known(b) else np.nan for a, b in pairs]
-    texts = zip(_column(left, "generated"), _column(right, "generated"), strict=True)
-    frame["equal"] = [_number(a == b if _known(a) and _known(b) else None) for a, b in texts]
+    texts = zip(*(_column(d, name) for name in ("generated", "thinking") for d in (left, right)), strict=True)
+    frame["equal"] = [
+        _number((a, x or "") == (b, y or "") if _known(a) and _known(b) else None) for a, b, x, y in texts
+    ]
     (here, there), tokens = (
         (_floats(d, "full_text_loglikelihood") for d in (left, right)),
         _floats(left, "full_text_tokens"),
@@ -146,6 +161,16 @@ def _first_difference(a: Any, b: Any) -> float:
     n = min(len(a), len(b))
     other = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
     return float(other[0]) if len(other) else float(n)
+
+
+def _draws(row: dict[str, Any], name: str) -> list[Any]:
+    """A column of each text that was drawn for a document, or of its only one."""
+    several = row.get(f"draws/{name}")
+    return list(several) if _known(several) else [row.get(name)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else np.nan
 
 
 def _column(documents: pd.DataFrame, name: str) -> list[Any]:

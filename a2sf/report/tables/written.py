@@ -49,6 +49,7 @@ def _cells(r: dict[str, Any]) -> dict[str, str]:
     return {
         "Tokens": _plain(r, "tokens", decimals=1),
         "Δ tokens": _interval(r, "tokens_change", decimals=1),
+        "Thinking": _plain(r, "thinking_tokens", decimals=1),
         "Cut off (%)": _plain(r, "cut_off", percent=True),
         "Δ cut off": _interval(r, "cut_off_change", percent=True),
         "Loop (%)": _plain(r, "loop", percent=True),

@@ -67,7 +67,7 @@ def write(directory: Path, texts: dict[str, list[str]], stored: bool = True) -> 
         )
         if stored:
             documents = documents.assign(
-                generated_tokens=[[TOKENS[w] for w in t.split()] for t in of],
+                tokens=[[TOKENS[w] for w in t.split()] for t in of],
                 cache_bytes=2**20 * (5 if full else 1),
                 full_text_loglikelihood=np.array([-3.0, -2.0, -1.0, -2.0, -1.0]) - (0 if full else 0.5),
                 full_text_tokens=[len(t.split()) for t in FULL],

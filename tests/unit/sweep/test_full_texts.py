@@ -44,7 +44,7 @@ def test_texts_of_the_full_cache_are_read_under_each_system(runner: Runner, smol
     lm = runner._loaded[cells[0].model].scorers["auto"].lm
     for policy, stored in found.items():
         for row, full in zip(stored.documents.itertuples(), found["full"].documents.itertuples(), strict=True):
-            text = list(full.generated_tokens)
+            text = list(full.tokens)
             assert row.full_text_tokens == len(text)
             prompt = lm.tok_encode(row.context)
             expected = token_by_token(smollm2.model, prompt, text, policy, budget, 32)
@@ -54,8 +54,7 @@ def test_texts_of_the_full_cache_are_read_under_each_system(runner: Runner, smol
     # keys and values of 30 layers, 3 heads of 64 numbers, float32
     assert h2o["cache_bytes"].tolist() == [48 * 30 * 3 * 64 * 2 * 4] * 2
     assert full["cache_bytes"].tolist() == [
-        (c[0] + n[0] - 1) * 30 * 3 * 64 * 2 * 4
-        for c, n in zip(full["context_tokens"], full["continuation_tokens"], strict=True)
+        (c[0] + len(n) - 1) * 30 * 3 * 64 * 2 * 4 for c, n in zip(full["context_tokens"], full["tokens"], strict=True)
     ]
 
 
