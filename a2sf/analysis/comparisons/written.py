@@ -1,9 +1,9 @@
 """What eviction does to generated texts, document by document, against the full cache's texts.
 
 Measures of a system: `tokens` generated and `thinking_tokens` among them, the share `cut_off` at the limit of tokens, the
-share that ends in a `loop`, `cache_bytes` at the peak, `tokens_per_second`. Against the full cache: the share of `equal` texts, the `first_difference`
-(the place of the first token that is another, from 0), and `full_text_shift`, the change of the log-likelihood of the full
-cache's own text, in nats per token (docs/statistics.md).
+share that ends in a `loop`, `cache_bytes` at the peak, `tokens_per_second`. Against the full cache: the share of `equal`
+texts, the `first_difference` (the place of the first token that is another, from 0), and `full_text_shift`, the change of
+the log-likelihood of the full cache's own text, in nats per token (docs/statistics.md).
 """
 
 from __future__ import annotations
