@@ -11,6 +11,7 @@ from a2sf.analysis.comparisons.against import against_frame, compare_against
 from a2sf.analysis.comparisons.fidelity import fidelity_frame
 from a2sf.analysis.comparisons.pairs import compare_pair, comparisons_frame
 from a2sf.analysis.comparisons.ranking import rank, ranking_frame
+from a2sf.analysis.comparisons.written import text_frame
 from a2sf.analysis.results.documents import texts_note
 from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid
@@ -25,6 +26,7 @@ from a2sf.report.tables.layout import Table, build_tables
 from a2sf.report.tables.summaries import against_tables, comparison_tables, fidelity_tables, ranking_tables
 from a2sf.report.tables.text import TextTable, text_latex, text_markdown
 from a2sf.report.tables.write import csv_frame, latex, markdown
+from a2sf.report.tables.written import written_tables
 from a2sf.report.traced import read_traces, trace_frame, trace_pictures
 from a2sf.store.archive import is_archive, place_of
 from a2sf.store.notes import notes_of
@@ -79,6 +81,7 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     ranked, not_ranked = rank(grid, options.pair)
     against, not_paired = compare_against(grid, options.against)
     shared = texts_note(grid.cells_shown)
+    effects, written_documents = text_frame(grid)
     rankings = [*ranking_tables(grid, ranked, options.pair), *against_tables(against, grid.percent, shared)]
     text_tables = [
         *rankings,
@@ -86,6 +89,7 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
         *comparison_tables(comparisons, grid.percent, shared),
         *fidelity_tables(grid, fidelity),
         *length_tables(grid),
+        *written_tables(grid, effects),
     ]
     traced = read_traces(grid)
     traces = trace_frame(traced, options.pair)
@@ -100,6 +104,8 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
         "against.csv": against_frame(against).to_csv(index=False) if against else "",
         "fidelity.csv": fidelity.to_csv(index=False) if len(fidelity) else "",
         "traces.csv": traces.to_csv(index=False) if len(traces) else "",
+        "texts.csv": effects.to_csv(index=False) if len(effects) else "",
+        "texts_documents.csv": written_documents.to_csv(index=False) if len(written_documents) else "",
     }
     files = []
     for name, text in written.items():

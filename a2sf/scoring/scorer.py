@@ -228,7 +228,7 @@ class Scorer:
                 if not answer.continuation:
                     continue
                 prompt = requests.prompt(i)
-                text = list(self.lm.tok_encode(answer.value, add_special_tokens=False))
+                text = answer.tokens or list(self.lm.tok_encode(answer.value, add_special_tokens=False))
                 cut = requests.cut(i, answers.system, len(prompt.tokens), prompt.length)
                 retention = answers.system.retention(len(prompt.tokens) + max(0, prompt.new - 1), cut, self.layers)
                 sequence = ScoredSequence(

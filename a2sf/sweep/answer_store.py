@@ -52,7 +52,7 @@ class AnswerStore:
         self._cells[cell.name], self._answers[cell.name] = cell, answers
         answers.requests = len(keys)
         if self.on_disk:
-            answers.known = {k: a for k, a in _known(finished, self.documents).items() if k in keys}
+            answers.known = {k: a for k, a in known_answers(finished, self.documents).items() if k in keys}
             self._restore(cell, answers)
             answers.computed = {k: a for k, a in answers.computed.items() if k in keys and k not in answers.known}
 
@@ -177,7 +177,7 @@ def _checksum(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _known(stored: StoredCell | None, documents: str) -> dict[str, Answer]:
+def known_answers(stored: StoredCell | None, documents: str) -> dict[str, Answer]:
     """By a request's key, the answers in a finished result of the same documents."""
     if stored is None or stored.result["documents"]["fingerprint"] != documents:
         return {}

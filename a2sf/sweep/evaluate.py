@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -18,6 +19,7 @@ from a2sf.scoring.recorded import RecordedLM
 from a2sf.scoring.requests import Requests, keys_of_draws, request_hash
 from a2sf.scoring.scorer import Scorer
 from a2sf.scoring.systems import Answer, Answers
+from a2sf.scoring.written import cache_bytes
 from a2sf.sweep.cell import Cell
 from a2sf.tasks import shared_texts
 from a2sf.tasks.numbers import index_of, number_of
@@ -62,6 +64,9 @@ def evaluate(
         scorer.count(of_kind, answers)
     samples = evaluated["samples"][cell.task_name]
     documents = _documents(samples, task, answers)
+    if task.OUTPUT_TYPE == "generate_until":
+        size = cache_bytes(scorer, requests, answers)
+        documents["cache_bytes"] = [fmean(size[key] for key in keys) for keys in documents["request_hashes"]]
     seconds = time.perf_counter() - clock + answers.seconds
     counts = answers.counts
     if field := shared_texts.field_of(task, cell.data.cluster):
