@@ -12,6 +12,7 @@ from a2sf.analysis.comparisons.fidelity import fidelity_frame
 from a2sf.analysis.comparisons.pairs import compare_pair, comparisons_frame
 from a2sf.analysis.comparisons.pooled import compare_over_models, over_models_frame
 from a2sf.analysis.comparisons.ranking import rank, ranking_frame
+from a2sf.analysis.comparisons.written import text_frame
 from a2sf.analysis.results.documents import texts_note
 from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid
@@ -29,6 +30,7 @@ from a2sf.report.tables.pooled import over_models_tables
 from a2sf.report.tables.summaries import against_tables, comparison_tables, fidelity_tables, ranking_tables
 from a2sf.report.tables.text import TextTable, text_latex, text_markdown
 from a2sf.report.tables.write import csv_frame, latex, markdown
+from a2sf.report.tables.written import written_tables
 from a2sf.report.traced import read_traces, trace_frame, trace_pictures
 from a2sf.store.archive import is_archive, place_of
 from a2sf.store.notes import notes_of
@@ -84,6 +86,7 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     against, not_paired = compare_against(grid, options.against)
     shared = texts_note(grid.cells_shown)
     of_pair, of_full, not_pooled = compare_over_models(grid, options.pair)
+    effects, written_documents = text_frame(grid)
     rankings = [*ranking_tables(grid, ranked, options.pair), *against_tables(against, grid.percent, shared)]
     rankings += over_models_tables(of_pair, grid.percent, shared)
     text_tables = [
@@ -93,6 +96,7 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
         *comparison_tables(comparisons, grid.percent, shared),
         *fidelity_tables(grid, fidelity),
         *length_tables(grid),
+        *written_tables(grid, effects),
     ]
     traced = read_traces(grid)
     traces = trace_frame(traced, options.pair)
@@ -108,6 +112,8 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
         "models.csv": over_models_frame([*of_pair, *of_full]).to_csv(index=False) if of_pair or of_full else "",
         "fidelity.csv": fidelity.to_csv(index=False) if len(fidelity) else "",
         "traces.csv": traces.to_csv(index=False) if len(traces) else "",
+        "texts.csv": effects.to_csv(index=False) if len(effects) else "",
+        "texts_documents.csv": written_documents.to_csv(index=False) if len(written_documents) else "",
     }
     files = []
     for name, text in written.items():

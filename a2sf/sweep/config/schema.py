@@ -185,6 +185,8 @@ class Config:
         plan: what the plan says about the differences that a sweep can detect
         trace: number of documents of each cell whose evictions are recorded in traces.npz. See
             [traces](../generation.md#traces)
+        full_texts: of tasks that generate text, read the full cache's texts under each system. See
+            [texts](../generation.md#what-eviction-does-to-text)
         early_stopping: when to stop before all documents are scored. See
             [early stopping](../statistics.md#early-stopping)
         checkpoint: seconds of work after which the answers of unfinished cells are saved
@@ -216,6 +218,7 @@ class Config:
     plan_only: bool = False
     plan: PlanConfig = field(default_factory=PlanConfig)
     trace: int = 0
+    full_texts: bool = False
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     until: Any = None  # in files; the command line's is renamed when it is read
     checkpoint: float = 60.0

@@ -48,6 +48,7 @@ class Settings:
     Attributes:
         batch_size: sequences per forward pass; None: automatic.
         trace: number of documents of each cell whose evictions are recorded.
+        full_texts: whether the full cache's texts are read under each system.
         checkpoint: seconds of work after which answers are saved.
         power: what the plan says about differences that can be detected.
         groups: lm-eval's groups, whose scores are computed from those of the cells.
@@ -65,6 +66,7 @@ class Settings:
     trace: int
     checkpoint: float
     power: PowerSettings = field(default_factory=PowerSettings)
+    full_texts: bool = False
     groups: tuple[Group, ...] = ()
     include: tuple[tuple[str, ...], Path] | None = None
     unused: dict[str, ConfigError | None] = field(default_factory=dict, compare=False)
@@ -199,6 +201,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
         plan_only=config.plan_only,
         trace=config.trace,
         power=PowerSettings(config.plan.flips, config.plan.detect),
+        full_texts=config.full_texts,
         groups=tuple(
             Group(
                 g.name,
