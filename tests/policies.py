@@ -112,7 +112,79 @@ class Looked(Policy):
         return step.scores * -step.values[..., 1]
 
 
-OWN = (RoCo, Counted, Ending, Divided, Looked)
+@dataclass(frozen=True, kw_only=True)
+class Watched(Policy):
+    """What the last queries attend to, wherever they are, and the keys' lengths."""
+
+    name: ClassVar[str] = "watched"
+    label: ClassVar[str] = "Watched"
+    unrotated: ClassVar[bool] = True
+
+    window: int = 2
+
+    @property
+    def queries(self) -> int:
+        return self.window
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        return Retention(budget=budget, recent=1, rule=Rule(scored=False))
+
+    def priorities(self, step: Step) -> Tensor:
+        logits = step.unrotated_queries @ step.keys[:, :, None].transpose(-1, -2) * step.scale  # [B, K, G, W, N]
+        hidden = ~step.cached[:, :, None, None] | (step.positions[:, :, None, None] > step.query_positions[..., None])
+        attention = (
+            logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0)
+        )  # a query before the first is nowhere
+        assert attention.shape[3] <= self.window
+        return attention.sum((2, 3)) + step.unrotated_keys.norm(dim=-1) / 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noted(Watched):
+    """The same, with a sum over all steps that it keeps itself."""
+
+    name: ClassVar[str] = "noted"
+    label: ClassVar[str] = "Noted"
+    memory: ClassVar[int] = 1
+
+    def priorities(self, step: Step) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        total = step.memory[..., 0] + super().priorities(step)
+        return total, total[..., None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strict(Policy):
+    """Written for a cut: whatever it sees is a token, in order, and it may look at its neighbours."""
+
+    name: ClassVar[str] = "strict"
+    label: ClassVar[str] = "Strict"
+    schedules: ClassVar[tuple[str, ...]] = ("every", "prompt")
+
+    @property
+    def queries(self) -> int:
+        return 4
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        return Retention(budget=budget, sinks=min(1, budget), rule=Rule(scored=False))
+
+    def priorities(self, step: Step) -> Tensor:
+        if step.prompt is not None and int(step.now.min()) >= int(step.prompt.min()):
+            return step.keys[..., 0]  # after a prompt, step by step
+        n = step.keys.shape[2]
+        assert len(step.now) == 1
+        assert step.cached.all()
+        assert (step.positions.diff() > 0).all()
+        assert (step.positions[..., -1:] == step.now).all()
+        assert (step.budget < n).all()
+        assert step.queries is not None
+        assert step.queries.shape[3] == min(4, int(step.now) + 1)
+        assert step.prompt is None or int(step.prompt) == int(step.now) + 1
+        own = (step.queries[:, :, :, -1:] @ step.keys[:, :, None].transpose(-1, -2) * step.scale).softmax(-1)[..., 0, :]
+        torch.testing.assert_close(own, step.probabilities)
+        return torch.nn.functional.avg_pool1d(step.keys[..., 0], 3, stride=1, padding=1)
+
+
+OWN = (RoCo, Counted, Ending, Divided, Looked, Watched, Noted, Strict)
 
 
 def _one_more(keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
