@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from baselines.calibrated import Calibrated
     from baselines.chunkkv import ChunkKV
     from baselines.curdkv import CurDKV
+    from baselines.expected_attention import ExpectedAttention
     from baselines.full import Full
     from baselines.future import Future
     from baselines.h2o import H2O
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
     from baselines.lagkv import LagKV
     from baselines.mean_attention import MeanAttention
     from baselines.pyramidkv import PyramidKV
+    from baselines.qfilter import QFilter
     from baselines.random import Random
+    from baselines.rkv import RKV
+    from baselines.roco import RoCo
     from baselines.scissorhands import Scissorhands
     from baselines.snapkv import SnapKV
     from baselines.streaming import Streaming
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "A2SF",
     "H2O",
+    "RKV",
     "TOVA",
     "VATP",
     "AdaKV",
@@ -47,6 +52,7 @@ __all__ = [
     "ChunkKV",
     "CurDKV",
     "EvictionState",
+    "ExpectedAttention",
     "Full",
     "Future",
     "Heads",
@@ -58,8 +64,10 @@ __all__ = [
     "Policy",
     "PrunedCache",
     "PyramidKV",
+    "QFilter",
     "Random",
     "Retention",
+    "RoCo",
     "Rule",
     "Schedule",
     "Scissorhands",
@@ -82,6 +90,7 @@ _WHERE = {
     "ChunkKV": "baselines.chunkkv",
     "CurDKV": "baselines.curdkv",
     "EvictionState": "a2sf.engine.state",
+    "ExpectedAttention": "baselines.expected_attention",
     "Full": "baselines.full",
     "Future": "baselines.future",
     "H2O": "baselines.h2o",
@@ -94,8 +103,11 @@ _WHERE = {
     "Policy": "a2sf.policies.base",
     "PrunedCache": "a2sf.hf.cache.pruned",
     "PyramidKV": "baselines.pyramidkv",
+    "QFilter": "baselines.qfilter",
+    "RKV": "baselines.rkv",
     "Random": "baselines.random",
     "Retention": "a2sf.policies.base",
+    "RoCo": "baselines.roco",
     "Rule": "a2sf.policies.rule",
     "Schedule": "a2sf.policies.schedule",
     "Scissorhands": "baselines.scissorhands",
