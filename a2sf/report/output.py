@@ -81,7 +81,7 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     ranked, not_ranked = rank(grid, options.pair)
     against, not_paired = compare_against(grid, options.against)
     shared = texts_note(grid.cells_shown)
-    effects, written_documents = text_frame(grid)
+    effects, text_rows = text_frame(grid)
     rankings = [*ranking_tables(grid, ranked, options.pair), *against_tables(against, grid.percent, shared)]
     text_tables = [
         *rankings,
@@ -105,7 +105,7 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
         "fidelity.csv": fidelity.to_csv(index=False) if len(fidelity) else "",
         "traces.csv": traces.to_csv(index=False) if len(traces) else "",
         "texts.csv": effects.to_csv(index=False) if len(effects) else "",
-        "texts_documents.csv": written_documents.to_csv(index=False) if len(written_documents) else "",
+        "texts_documents.csv": text_rows.to_csv(index=False) if len(text_rows) else "",
     }
     files = []
     for name, text in written.items():
@@ -124,7 +124,17 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     if options.report:
         failures = read_failures(directories)
         contents = Contents(
-            grid, tables, comparisons, text_tables, fidelity, traces, traced, failures, notes, options.pair
+            grid,
+            tables,
+            comparisons,
+            text_tables,
+            fidelity,
+            traces,
+            traced,
+            text_rows,
+            failures,
+            notes,
+            options.pair,
         )
         files.append(write_report(out / "report.html", contents))
     return Shown(tables, rankings, files, list(dict.fromkeys([*grid.notes, *notes])))
