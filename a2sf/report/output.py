@@ -28,6 +28,7 @@ from a2sf.report.tables.text import TextTable, text_latex, text_markdown
 from a2sf.report.tables.write import csv_frame, latex, markdown
 from a2sf.report.tables.written import written_tables
 from a2sf.report.traced import read_traces, trace_frame, trace_pictures
+from a2sf.report.written import written_plots
 from a2sf.store.archive import is_archive, place_of
 from a2sf.store.notes import notes_of
 
@@ -117,7 +118,7 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     if options.plots:
         plots = needle_plots(grid, out / "plots") | draw_all(grid, out / "plots", options.pair)
         plots |= length_plots(grid, out / "plots", options.pair)
-        plots |= trace_pictures(traced, out / "plots")
+        plots |= trace_pictures(traced, out / "plots") | written_plots(effects, text_rows, out / "plots")
     files += [file for pictures in plots.values() for file in pictures]
     of_tables = [*not_compared, *no_fidelity, *not_ranked, *not_paired, *(n for t in tables for n in t.notes)]
     notes = list(dict.fromkeys([*of_tables, *notes_of(grid.cells.values())]))
