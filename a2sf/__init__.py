@@ -16,15 +16,20 @@ if TYPE_CHECKING:
     from a2sf.policies.schedule import Schedule
     from baselines.adakv import AdaKV
     from baselines.calibrated import Calibrated
+    from baselines.chunkkv import ChunkKV
+    from baselines.curdkv import CurDKV
     from baselines.full import Full
     from baselines.future import Future
     from baselines.h2o import H2O
     from baselines.heads import Heads
     from baselines.key_norm import KeyNorm
     from baselines.keydiff import KeyDiff
+    from baselines.keyformer import Keyformer
+    from baselines.lagkv import LagKV
     from baselines.mean_attention import MeanAttention
     from baselines.pyramidkv import PyramidKV
     from baselines.random import Random
+    from baselines.scissorhands import Scissorhands
     from baselines.snapkv import SnapKV
     from baselines.streaming import Streaming
     from baselines.tova import TOVA
@@ -39,12 +44,16 @@ __all__ = [
     "AdaKV",
     "Budget",
     "Calibrated",
+    "ChunkKV",
+    "CurDKV",
     "EvictionState",
     "Full",
     "Future",
     "Heads",
     "KeyDiff",
     "KeyNorm",
+    "Keyformer",
+    "LagKV",
     "MeanAttention",
     "Policy",
     "PrunedCache",
@@ -53,6 +62,7 @@ __all__ = [
     "Retention",
     "Rule",
     "Schedule",
+    "Scissorhands",
     "SnapKV",
     "Step",
     "Streaming",
@@ -69,6 +79,8 @@ _WHERE = {
     "AdaKV": "baselines.adakv",
     "Budget": "a2sf.policies.budget",
     "Calibrated": "baselines.calibrated",
+    "ChunkKV": "baselines.chunkkv",
+    "CurDKV": "baselines.curdkv",
     "EvictionState": "a2sf.engine.state",
     "Full": "baselines.full",
     "Future": "baselines.future",
@@ -76,6 +88,8 @@ _WHERE = {
     "Heads": "baselines.heads",
     "KeyDiff": "baselines.keydiff",
     "KeyNorm": "baselines.key_norm",
+    "Keyformer": "baselines.keyformer",
+    "LagKV": "baselines.lagkv",
     "MeanAttention": "baselines.mean_attention",
     "Policy": "a2sf.policies.base",
     "PrunedCache": "a2sf.hf.cache.pruned",
@@ -84,6 +98,7 @@ _WHERE = {
     "Retention": "a2sf.policies.base",
     "Rule": "a2sf.policies.rule",
     "Schedule": "a2sf.policies.schedule",
+    "Scissorhands": "baselines.scissorhands",
     "SnapKV": "baselines.snapkv",
     "Step": "a2sf.policies.rule",
     "Streaming": "baselines.streaming",

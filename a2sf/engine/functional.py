@@ -203,6 +203,10 @@ def _check_state(state: EvictionState, query: Tensor, key: Tensor, rule: Rule) -
         raise ValueError(
             "the state was made by another policy: what it remembers per token differs; continue with the same one"
         )
+    if (0 if state.queries is None else state.queries.shape[3]) != rule.queries:
+        raise ValueError(
+            "the state was made by another policy: of how many tokens it has the queries differs; continue with the same one"
+        )
     if rule.shared and not bool((state.positions == state.positions[:, :1]).all()):
         raise ValueError("the policy retains one set of tokens per layer, and the state's heads hold different ones")
 

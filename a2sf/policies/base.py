@@ -80,6 +80,8 @@ class Policy(ABC):
     """False for an oracle, which sees later tokens: an upper bound, never ranked with others nor used to generate."""
     memory: ClassVar[int] = 0
     """How many numbers `priorities` stores for each cached token."""
+    unrotated: ClassVar[bool] = False
+    """True if `priorities` uses keys or queries before the rotary embedding (`Step.unrotated_keys`)."""
     version: ClassVar[int] = 1
     """Raised when a change of the policy moves its numbers: results of an earlier version are not reused."""
 
@@ -101,6 +103,11 @@ class Policy(ABC):
     def min_budget(self) -> int:
         """The smallest budget, in tokens, that holds all protected tokens; a smaller `budget.tokens` is refused."""
         return 1
+
+    @property
+    def queries(self) -> int:
+        """Of how many last tokens `priorities` sees the queries, `W` of `Step.queries`."""
+        return 0
 
     @abstractmethod
     def retention(self, budget: int, layer: int) -> Retention:
@@ -138,7 +145,14 @@ class Policy(ABC):
         if type(self).priorities is Policy.priorities:
             return retention
         precompute = None if self.causal else self.precompute
-        rule = replace(retention.rule, priority_fn=self.priorities, memory=self.memory, precompute=precompute)
+        rule = replace(
+            retention.rule,
+            priority_fn=self.priorities,
+            memory=self.memory,
+            precompute=precompute,
+            queries=self.queries,
+            unrotated=self.unrotated,
+        )
         return replace(retention, rule=rule)
 
     def check(self, layers: int, kv_heads: int | None = None) -> None:  # noqa: B027 (most have nothing to check)

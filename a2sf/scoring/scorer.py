@@ -18,6 +18,7 @@ from a2sf.hf.calls.logits import logits_at
 from a2sf.hf.devices import input_device
 from a2sf.hf.exactness import require_exact
 from a2sf.hf.loading import kv_heads_of
+from a2sf.hf.rotary import rotary_for, rotary_of
 from a2sf.hf.settings import check_settings
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
@@ -73,9 +74,11 @@ class Scorer:
         Raises:
             ConfigError: if a setting does not fit the model, the budget is too small for the policy, or the policy does not
                 know the schedule.
+            UnsupportedModel: if the policy sees keys before the rotary embedding, and the model's is not known.
         """
         check_settings(policy, budget, self.layers, schedule=schedule)
         policy.check(self.layers, self.kv_heads)
+        rotary_for(self.model, policy)
         return System(policy, budget, schedule_for(policy, schedule))
 
     def answers(self, system: System) -> Answers:
@@ -140,7 +143,9 @@ class Scorer:
         if not pending:
             return
         require_exact(self.model)
-        about = Model(self.layers, not mixes_windows(self.model.config), self.backend, self.device)
+        unrotated = any(k.rule.unrotated for p in pending for k in p.sequence.retention[:1])
+        rotary = rotary_of(self.model) if unrotated else None
+        about = Model(self.layers, not mixes_windows(self.model.config), self.backend, self.device, rotary)
         passes = Passes(self.model, about, self.tokens_per_pass, self.sequences_per_pass)
         windows = Counter((id(p.answers), p.request) for p in pending)
         values: dict[tuple[int, int], dict[int, float]] = {}
@@ -244,6 +249,7 @@ class Scorer:
             prompt=lambda row: sequence.prompt,
             policy_on_sliding=not mixes_windows(self.model.config),
             backend=self.backend,
+            rotary=rotary_of(self.model) if sequence.retention[0].rule.unrotated else None,
             trace=True,
         )
         tokens = torch.tensor([sequence.read], device=self.device)

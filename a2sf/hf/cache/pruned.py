@@ -33,6 +33,7 @@ from a2sf.hf.calls.around import decoder_of, following_copy, surround
 from a2sf.hf.calls.chunks import bounds, columns
 from a2sf.hf.exactness import require_decoding, require_exact
 from a2sf.hf.loading.config import kv_heads_of
+from a2sf.hf.rotary import rotary_for
 from a2sf.hf.settings import check_settings, contexts_for, contexts_of, new_tokens_of, retention_of
 from a2sf.policies.arguments import budget_of, policy_of, schedule_of
 from a2sf.policies.base import UNLIMITED, Policy, Retention
@@ -113,7 +114,9 @@ class PrunedCache(Cache):
             )
         self.check_model(model)
         positions = getattr(config, "max_position_embeddings", None) or 2**31
-        super().__init__(layers=[PrunedLayer(How(positions, backend, trace)) for _ in range(config.num_hidden_layers)])
+        layers, rotary = config.num_hidden_layers, rotary_for(model, policy)
+        how = (How(positions, backend, trace, i, layers, None if rotary is None else rotary[i]) for i in range(layers))
+        super().__init__(layers=[PrunedLayer(each) for each in how])
         self.layers: list[PrunedLayer]  # type: ignore[assignment]
         self.trace = trace
         self.max_new_tokens, self.context_tokens = max_new_tokens, contexts

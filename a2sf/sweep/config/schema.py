@@ -121,6 +121,20 @@ class EarlyStoppingConfig:
 
 
 @dataclass
+class PlanConfig:
+    """`plan`: what the plan says about the differences that a sweep can detect.
+
+    Attributes:
+        flips: share of documents on which two systems differ; null: that of earlier results of the task, else 0.15. See
+            [how many documents](../statistics.md#how-many-documents-do-i-need)
+        detect: difference in points; the plan then says how many documents it needs
+    """
+
+    flips: Any = None
+    detect: Any = None
+
+
+@dataclass
 class TrackerConfig:
     """`tracker`: where results are logged in addition (`a2sf.tracking.tracker.TrackerSpec`).
 
@@ -168,6 +182,7 @@ class Config:
         sweep_name: folder of the results
         runs_dir: where sweeps' folders are
         plan_only: print what would run and how long it may take, and stop
+        plan: what the plan says about the differences that a sweep can detect
         trace: number of documents of each cell whose evictions are recorded in traces.npz. See
             [traces](../generation.md#traces)
         full_texts: of tasks that generate text, read the full cache's texts under each system. See
@@ -201,6 +216,7 @@ class Config:
     sweep_name: str = "single"
     runs_dir: str = "runs"
     plan_only: bool = False
+    plan: PlanConfig = field(default_factory=PlanConfig)
     trace: int = 0
     full_texts: bool = False
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
