@@ -16,7 +16,10 @@ from tests.hub.build import write_model
 from tests.hub.reasoning import instruction_documents, longbench_documents, reasoning_documents
 
 pytestmark = pytest.mark.full
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 
 
 def ran(hub, tmp_path: Path, preset: str, model: str, *more: str) -> tuple[Path, str]:
