@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from a2sf.policies.schedule import Schedule
     from baselines.adakv import AdaKV
     from baselines.calibrated import Calibrated
+    from baselines.cam import CaM
     from baselines.full import Full
     from baselines.future import Future
     from baselines.h2o import H2O
@@ -38,6 +39,7 @@ __all__ = [
     "VATP",
     "AdaKV",
     "Budget",
+    "CaM",
     "Calibrated",
     "EvictionState",
     "Full",
@@ -68,6 +70,7 @@ _WHERE = {
     "A2SF": "a2sf.policies.a2sf",
     "AdaKV": "baselines.adakv",
     "Budget": "a2sf.policies.budget",
+    "CaM": "baselines.cam",
     "Calibrated": "baselines.calibrated",
     "EvictionState": "a2sf.engine.state",
     "Full": "baselines.full",

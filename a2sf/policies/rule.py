@@ -119,6 +119,7 @@ class Sequence:
 
 TokenFn: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 """`(keys [..., D], values [..., V], positions [...]) -> [...]`: one number for each token, computed when it is cached."""
+MergeFn: TypeAlias = "Callable[[Step, Tensor], Tensor | tuple[Tensor, Tensor]]"
 PriorityFn: TypeAlias = "Callable[[Step], Tensor | tuple[Tensor, Tensor]]"
 """From a step to priorities [B, K, N], or to priorities and new memory [B, K, N, M]."""
 
@@ -199,12 +200,16 @@ class Rule:
             cut, the `scores` in its `Step` are the averaged ones.
         memory: how many numbers `priority_fn` stores for each token, `M`.
         precompute: only for an oracle: from all tokens (`Sequence`) to numbers for each token, [B, K, T, M].
-        queries: of how many last tokens `priority_fn` sees the queries, `W`.
-        unrotated: whether `priority_fn` needs the model's rotary embedding.
+        queries: of how many last tokens `priority_fn` and `merge_fn` see the queries, `W`.
+        unrotated: whether they need the model's rotary embedding.
+        merge_fn: a function that changes values (and keys) of the tokens that stay when others are evicted. It gets the step
+            and which tokens are evicted, bool [B, K, N], and returns all values, or values and keys. `weight` and `bias` are
+            then computed anew.
 
     Raises:
         ValueError: if fields contradict each other: `full_heads` with `shared` or with a cut's `floor`; `shared` with a
-            cut's `floor`; `heads` with `shared`, `full_heads`, `mean_over_age`, `cut` or `priority_fn`.
+            cut's `floor`; `heads` with `shared`, `full_heads`, `mean_over_age`, `cut` or a function; `shared` with
+            `merge_fn`.
     """
 
     scored: bool = True
@@ -221,6 +226,12 @@ class Rule:
     precompute: Callable[[Sequence], Tensor] | None = None
     queries: int = 0
     unrotated: bool = False
+    merge_fn: MergeFn | None = None
+
+    @property
+    def calls(self) -> bool:
+        """Whether it has a function of a step."""
+        return self.priority_fn is not None or self.merge_fn is not None
 
     def __post_init__(self) -> None:
         divided = self.cut is not None and self.cut.floor is not None
@@ -228,10 +239,10 @@ class Rule:
             raise ValueError("full_heads cannot be combined with shared or with a cut's floor")
         if self.shared and divided:
             raise ValueError("shared cannot be combined with a cut's floor")
-        if self.heads and (
-            self.shared or self.full_heads or self.mean_over_age or self.cut is not None or self.priority_fn is not None
-        ):
-            raise ValueError("heads cannot be combined with shared, full_heads, mean_over_age, cut or priority_fn")
+        if self.heads and (self.shared or self.full_heads or self.mean_over_age or self.cut is not None or self.calls):
+            raise ValueError("heads cannot be combined with shared, full_heads, mean_over_age, cut or a function")
+        if self.shared and self.merge_fn is not None:
+            raise ValueError("shared cannot be combined with merge_fn, which merges the values of each head by itself")
 
 
 ACCUMULATED = Rule()
