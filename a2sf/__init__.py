@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from a2sf.policies.schedule import Schedule
     from baselines.adakv import AdaKV
     from baselines.calibrated import Calibrated
+    from baselines.cam import CaM
     from baselines.chunkkv import ChunkKV
     from baselines.curdkv import CurDKV
     from baselines.expected_attention import ExpectedAttention
@@ -48,6 +49,7 @@ __all__ = [
     "VATP",
     "AdaKV",
     "Budget",
+    "CaM",
     "Calibrated",
     "ChunkKV",
     "CurDKV",
@@ -86,6 +88,7 @@ _WHERE = {
     "A2SF": "a2sf.policies.a2sf",
     "AdaKV": "baselines.adakv",
     "Budget": "a2sf.policies.budget",
+    "CaM": "baselines.cam",
     "Calibrated": "baselines.calibrated",
     "ChunkKV": "baselines.chunkkv",
     "CurDKV": "baselines.curdkv",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from a2sf.engine.priorities import about, mass, of_function, of_rule, pooled, smallest, smallest_of_all_heads
+from a2sf.engine.priorities import about, mass, merged, of_function, of_rule, pooled, smallest, smallest_of_all_heads
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import (
     LATE,
@@ -184,6 +184,11 @@ class _Slots:
         """Evict the slots `out` [active, K, N] at step `t`."""
         positions = self.positions[: len(out)]
         self._note(t, out, positions)
+        if self.rule.merge_fn is not None and bool(out.any()):
+            held["keys"][:], held["values"][:] = merged(retention, step, out)
+            for name, fixed in (("weight", self.rule.weight), ("bias", self.rule.bias)):
+                if fixed is not None:
+                    held[name].copy_(fixed(held["keys"], held["values"], positions))
         where = out.nonzero(as_tuple=True)
         positions[where] = -1
         for x in held.values():

@@ -7,23 +7,20 @@ float32 rounds, or a deviation that docs/parity.md tells.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
-from a2sf import Policy, Schedule, make_policy
+from a2sf import Policy, Schedule
 from a2sf.calibration.capture import Captured, capture
 from a2sf.engine import kernels
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Options, Segments
-from a2sf.hf.rotary import rotary_of
 from a2sf.policies.rule import Step
 
 FOLDER = Path(__file__).parents[1] / "vectors" / "peers"
