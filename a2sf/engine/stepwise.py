@@ -178,17 +178,17 @@ class _Slots:
             out = smallest(priority, positions, free, excess)
         if retention.across_heads:
             out = torch.where(retention.at_cut(now), smallest_of_all_heads(retention, priority, step, free), out)
+        if self.rule.merge_fn is not None and bool(out.any()):
+            held["keys"][:], held["values"][:] = merged(retention, step, out)
+            for name, fixed in (("weight", self.rule.weight), ("bias", self.rule.bias)):
+                if fixed is not None:
+                    held[name].copy_(fixed(held["keys"], held["values"], positions))
         self._remove(t, out, held)
 
     def _remove(self, t: int, out: Tensor, held: dict[str, Tensor]) -> None:
         """Evict the slots `out` [active, K, N] at step `t`."""
         positions = self.positions[: len(out)]
         self._note(t, out, positions)
-        if self.rule.merge_fn is not None and bool(out.any()):
-            held["keys"][:], held["values"][:] = merged(retention, step, out)
-            for name, fixed in (("weight", self.rule.weight), ("bias", self.rule.bias)):
-                if fixed is not None:
-                    held[name].copy_(fixed(held["keys"], held["values"], positions))
         where = out.nonzero(as_tuple=True)
         positions[where] = -1
         for x in held.values():
