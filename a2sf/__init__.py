@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from a2sf.policies.rule import Rule, Step
     from a2sf.policies.schedule import Schedule
     from baselines.adakv import AdaKV
+    from baselines.cake import CAKE
     from baselines.calibrated import Calibrated
     from baselines.cam import CaM
     from baselines.full import Full
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
     from baselines.heads import Heads
     from baselines.key_norm import KeyNorm
     from baselines.keydiff import KeyDiff
+    from baselines.kvzip import KVzip
     from baselines.mean_attention import MeanAttention
     from baselines.pyramidkv import PyramidKV
     from baselines.random import Random
+    from baselines.simlayerkv import SimLayerKV
     from baselines.snapkv import SnapKV
     from baselines.streaming import Streaming
     from baselines.tova import TOVA
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "A2SF",
+    "CAKE",
     "H2O",
     "TOVA",
     "VATP",
@@ -45,6 +49,7 @@ __all__ = [
     "Full",
     "Future",
     "Heads",
+    "KVzip",
     "KeyDiff",
     "KeyNorm",
     "MeanAttention",
@@ -55,6 +60,7 @@ __all__ = [
     "Retention",
     "Rule",
     "Schedule",
+    "SimLayerKV",
     "SnapKV",
     "Step",
     "Streaming",
@@ -69,6 +75,7 @@ __version__ = "0.2.0"
 _WHERE = {
     "A2SF": "a2sf.policies.a2sf",
     "AdaKV": "baselines.adakv",
+    "CAKE": "baselines.cake",
     "Budget": "a2sf.policies.budget",
     "CaM": "baselines.cam",
     "Calibrated": "baselines.calibrated",
@@ -79,6 +86,7 @@ _WHERE = {
     "Heads": "baselines.heads",
     "KeyDiff": "baselines.keydiff",
     "KeyNorm": "baselines.key_norm",
+    "KVzip": "baselines.kvzip",
     "MeanAttention": "baselines.mean_attention",
     "Policy": "a2sf.policies.base",
     "PrunedCache": "a2sf.hf.cache.pruned",
@@ -87,6 +95,7 @@ _WHERE = {
     "Retention": "a2sf.policies.base",
     "Rule": "a2sf.policies.rule",
     "Schedule": "a2sf.policies.schedule",
+    "SimLayerKV": "baselines.simlayerkv",
     "SnapKV": "baselines.snapkv",
     "Step": "a2sf.policies.rule",
     "Streaming": "baselines.streaming",
