@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from a2sf.policies.rule import Rule, Step
     from a2sf.policies.schedule import Schedule
     from baselines.adakv import AdaKV
+    from baselines.cake import CAKE
     from baselines.calibrated import Calibrated
     from baselines.cam import CaM
     from baselines.chunkkv import ChunkKV
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from baselines.keydiff import KeyDiff
     from baselines.keyformer import Keyformer
     from baselines.lagkv import LagKV
+    from baselines.kvzip import KVzip
     from baselines.mean_attention import MeanAttention
     from baselines.pyramidkv import PyramidKV
     from baselines.qfilter import QFilter
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from baselines.rkv import RKV
     from baselines.roco import RoCo
     from baselines.scissorhands import Scissorhands
+    from baselines.simlayerkv import SimLayerKV
     from baselines.snapkv import SnapKV
     from baselines.streaming import Streaming
     from baselines.tova import TOVA
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "A2SF",
+    "CAKE",
     "H2O",
     "RKV",
     "TOVA",
@@ -58,6 +62,7 @@ __all__ = [
     "Full",
     "Future",
     "Heads",
+    "KVzip",
     "KeyDiff",
     "KeyNorm",
     "Keyformer",
@@ -73,6 +78,7 @@ __all__ = [
     "Rule",
     "Schedule",
     "Scissorhands",
+    "SimLayerKV",
     "SnapKV",
     "Step",
     "Streaming",
@@ -87,6 +93,7 @@ __version__ = "0.2.0"
 _WHERE = {
     "A2SF": "a2sf.policies.a2sf",
     "AdaKV": "baselines.adakv",
+    "CAKE": "baselines.cake",
     "Budget": "a2sf.policies.budget",
     "CaM": "baselines.cam",
     "Calibrated": "baselines.calibrated",
@@ -102,6 +109,7 @@ _WHERE = {
     "KeyNorm": "baselines.key_norm",
     "Keyformer": "baselines.keyformer",
     "LagKV": "baselines.lagkv",
+    "KVzip": "baselines.kvzip",
     "MeanAttention": "baselines.mean_attention",
     "Policy": "a2sf.policies.base",
     "PrunedCache": "a2sf.hf.cache.pruned",
@@ -114,6 +122,7 @@ _WHERE = {
     "Rule": "a2sf.policies.rule",
     "Schedule": "a2sf.policies.schedule",
     "Scissorhands": "baselines.scissorhands",
+    "SimLayerKV": "baselines.simlayerkv",
     "SnapKV": "baselines.snapkv",
     "Step": "a2sf.policies.rule",
     "Streaming": "baselines.streaming",

@@ -10,16 +10,15 @@ one, here every schedule is possible. The draw depends only on seed, layer, head
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from a2sf.errors import ConfigError
 from a2sf.policies.base import Policy, Retention, check_tokens
-from a2sf.policies.make import make_policy
 from a2sf.policies.rule import Step
+from baselines.by import Built
 from baselines.random import Draw
 
 LATE = 2**62
@@ -28,12 +27,12 @@ HEADS, LAYERS = 2**40, 2**50
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaM(Policy):
+class CaM(Built):
     """What another policy evicts is merged into the tokens after it.
 
     Attributes:
-        by: the name of the policy that chooses what is evicted, with its default settings; it must use accumulated attention
-            and support `step`.
+        by: the policy that chooses what is evicted: its name, or a mapping of its `name` and settings. It must use
+            accumulated attention and support every schedule.
         window: number of retained tokens after an evicted one that get a part of its value (the paper uses 32).
         seed: seed of the draw.
     """
@@ -41,39 +40,23 @@ class CaM(Policy):
     name: ClassVar[str] = "cam"
     label: ClassVar[str] = "CaM"
 
-    by: str = "h2o"
+    by: Any = "h2o"
     window: int = 32
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_tokens("policy.window", self.window, least=1)
         check_tokens("policy.seed", self.seed)
-        allowed = "give the name of a policy that ranks tokens by accumulated attention under every schedule"
-        if self.by == self.name:
-            raise ConfigError("policy.by", self.by, allowed)
+        allowed = "give a policy that ranks tokens by accumulated attention under every schedule"
         inner = self.inner
         rule = inner.keeps(max(64, inner.min_budget)).rule
-        if inner.schedules != Policy.schedules or not inner.causal or not inner.evicts or not rule.scored:
+        if inner.schedules != Policy.schedules or not rule.scored:
             raise ConfigError("policy.by", self.by, allowed)
         if rule.shared:
             raise ConfigError(
                 "policy.by", self.by, "it retains the same tokens in all heads, and values are merged by head"
             )
-
-    @cached_property
-    def inner(self) -> Policy:
-        """The policy that chooses what is evicted."""
-        return make_policy(self.by)
-
-    @property
-    def min_budget(self) -> int:
-        return self.inner.min_budget
-
-    def check(self, layers: int, kv_heads: int | None = None) -> None:
-        self.inner.check(layers, kv_heads)
-
-    def layer_budget(self, budget: int, layer: int, layers: int, prompt: int | None = None) -> int:
-        return self.inner.layer_budget(budget, layer, layers, *(() if prompt is None else (prompt,)))
 
     def retention(self, budget: int, layer: int) -> Retention:
         return replace(self.inner.keeps(budget, layer), budget=budget)

@@ -251,9 +251,9 @@ def small(cls: type[Policy]) -> Policy:
     return cls(**settings(cls))
 
 
-def cases() -> list[tuple[Policy, Schedule]]:
-    """Every policy with every schedule that it knows."""
-    return [(p, s) for p in instances() for s in schedules(p)]
+def cases(*, prepared: bool = False) -> list[tuple[Policy, Schedule]]:
+    """Every policy with every schedule that it knows; those that read a prompt before they cut it if asked for."""
+    return [(p, s) for p in instances() for s in schedules(p) if prepared or not p.prepares]
 
 
 @cache

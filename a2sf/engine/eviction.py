@@ -94,7 +94,7 @@ def _reference_rows(differentiable: bool, rows: Rows, options: Options) -> Ran:
         positions = position[:, :, :n].where(here, -1)
         shown = score[:, :, :n].where(here, 0), memory[:, :, :n].where(here[..., None], 0)
         window = None if queries is None else queries[:, :, :, t + 1 : t + 1 + rule.queries]
-        step = Step(p, keys, values, positions, here, now, *shown, window, **about(retention, options))
+        step = Step(p, keys, values, positions, here, now, *shown, window, **about(retention, options, positions))
         excess = torch.where(active, retention.excess(count, now), 0)
         free = retention.unprotected(positions, here, now) & active
         if rule.cut is not None:

@@ -119,9 +119,12 @@ def _merged(function: Callable[..., Any], step: Step, evicted: Tensor) -> tuple[
     return _checked(function, "keys", keys, step.keys, used), values
 
 
-def about(retention: BatchRetention, options: Options) -> dict[str, Any]:
-    """What a `Step` says of the layer and of the rows, by name; `retention` is `per_head`."""
-    known = {name: getattr(options, name) for name in ("layer", "layers", "scale", "rotary")}
+def about(retention: BatchRetention, options: Options, positions: Tensor) -> dict[str, Any]:
+    """What a `Step` says of the layer, of the rows and of what was prepared, by name; `retention` is `per_head`."""
+    known: dict[str, Any] = {name: getattr(options, name) for name in ("layer", "layers", "scale", "rotary")}
+    if retention.prepared is not None:
+        real = (positions >= 0) & (positions < retention.prepared.shape[-1])
+        known["prepared"] = retention.prepared.gather(2, positions.where(real, 0)).where(real, 0)
     return known | {"budget": retention.budget, "prompt": retention.prompt}
 
 
@@ -141,7 +144,8 @@ def in_order(step: Step) -> tuple[Step, Tensor]:
         queries = queries[:, :, :, queries.shape[3] - read :]
     of_columns = {name: getattr(step, name) for name in ("keys", "values", "memory")}
     columns = {name: x.gather(2, wide.expand(*order.shape, x.shape[-1])) for name, x in of_columns.items()}
-    columns |= {name: getattr(step, name).gather(2, order) for name in ("positions", "cached", "scores")}
+    single = ("positions", "cached", "scores", *(() if step.prepared is None else ("prepared",)))
+    columns |= {name: getattr(step, name).gather(2, order) for name in single}
     group = step.probabilities.shape[2]
     probabilities = step.probabilities.gather(3, order[:, :, None].expand(-1, -1, group, -1))
     return replace(step, probabilities=probabilities, queries=queries, **columns), order

@@ -147,7 +147,7 @@ class _Slots:
             scores.copy_(fresh if self.rule.cut is None else torch.where(retention.scores_now(now), fresh, scores))
         window = None if self.queries is None else self.queries[:active, :, :, t + 1 : t + 1 + self.rule.queries]
         shown = positions, cached, now, scores, held["memory"], window
-        step = Step(p, held["keys"], held["values"], *shown, **about(retention, self.options))
+        step = Step(p, held["keys"], held["values"], *shown, **about(retention, self.options, positions))
         self._evict(t, retention, step, held, retention.excess(count, now))
         return out
 

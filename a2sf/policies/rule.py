@@ -54,6 +54,7 @@ class Step:
         prompt: int64 [B, 1, 1], tokens of each row's prompt under the prompt schedule; else None.
         scale: what query · key is multiplied by before the softmax.
         rotary: its rotary embedding, if the policy asks for it (`unrotated = True`) and the model has one; else None.
+        prepared: [B, K, N], the numbers that the policy prepared for the prompt's tokens, 0 for others; None: it has none.
     """
 
     probabilities: Tensor
@@ -71,6 +72,7 @@ class Step:
     prompt: Tensor | None = None
     scale: float = 1.0
     rotary: Rotary | None = None
+    prepared: Tensor | None = None
 
     @property
     def ages(self) -> Tensor:
@@ -85,6 +87,20 @@ class Step:
         assert self.queries is not None, "the policy does not ask for queries (queries = W)"
         W = self.queries.shape[-2]
         return self.now[..., None] - torch.arange(W - 1, -1, -1, device=self.now.device)
+
+    @property
+    def attention(self) -> Tensor:
+        """[B, K, G, W, N], the attention of each of `queries` to those cached tokens that are not after it.
+
+        A query where no token was read has attention 0 to all.
+        """
+        import torch
+
+        assert self.queries is not None, "the policy does not ask for queries (queries = W)"
+        logits = self.queries @ self.keys[:, :, None].transpose(-1, -2) * self.scale
+        later = self.positions[:, :, None, None] > self.query_positions[..., None]
+        hidden = later | ~self.cached[:, :, None, None]
+        return logits.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0)
 
     @property
     def unrotated_keys(self) -> Tensor:

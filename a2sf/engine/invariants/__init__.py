@@ -273,7 +273,7 @@ def decided(c: Case) -> None:
     # a budget at which the rule has a choice, if there is one: a window may fill small budgets
     for budget in range(max(2, int(c.budget[0])), MOST_CHOICE + 1):  # two tokens may always rank equal
         tokens = max(TOKENS, 2 * budget)
-        if choice := chooses(c.policy.keeps(budget, c.layer, c.layers, tokens), KV_HEADS, tokens):
+        if choice := chooses(c.policy.keeps(budget, c.layer, c.layers, tokens, c.prepared[0]), KV_HEADS, tokens):
             break
     else:
         budget, tokens = int(c.budget[0]), TOKENS

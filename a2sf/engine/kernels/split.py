@@ -342,7 +342,7 @@ def _after_cut(
     excess = retention.excess(cached.sum(-1, keepdim=True), now)
     memory = state.keys[..., :0]
     shown = state.positions, cached, now, state.scores, memory, state.queries
-    step = Step(probabilities, state.keys, state.values, *shown, **about(retention, options))
+    step = Step(probabilities, state.keys, state.values, *shown, **about(retention, options, state.positions))
     if rule.cut is not None:
         step = replace(step, scores=pooled(retention, step, free))
     if rule.priority_fn is not None:

@@ -258,6 +258,8 @@ class Slots:
         for heads in groups:
             for retention, some in ((everything, heads[full[heads]]), (others, heads[~full[heads]])):
                 if len(some):
+                    if retention.prepared is not None:
+                        retention = replace(retention, prepared=retention.prepared[:, some])
                     self._stores.append(Store(some, retention, self.how, self.group))
         self._back = torch.cat([s.heads for s in self._stores]).argsort()
 

@@ -208,7 +208,7 @@ def test_noise_decides_between_equal_tokens():
         ("qfilter", {"file": None}, "policy.file=None is not allowed: .*a2sf calibrate --filters"),
         ("qfilter", {"file": {"name": "a", "shape": [1, 1, 2], "filters": "AAAA"}}, "policy.file=.*of that shape"),
         ("chunkkv", {"chunk": 0}, "policy.chunk=0"),
-        ("chunkkv", {"by": "chunkkv"}, "policy.by=chunkkv is not allowed: chunkkv ranks by another policy itself"),
+        ("chunkkv", {"by": "chunkkv"}, "policy.by=chunkkv is not allowed: chunkkv is built on another policy itself"),
         ("chunkkv", {"by": "future"}, "policy.by=future is not allowed: future sees later tokens"),
         ("chunkkv", {"by": "full"}, "policy.by=full is not allowed: full evicts nothing"),
         ("chunkkv", {"by": "snap"}, "policy.by=snap is not allowed: give one of .*did you mean snapkv"),
