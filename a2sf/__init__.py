@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from a2sf.policies.rule import Rule, Step
     from a2sf.policies.schedule import Schedule
     from baselines.adakv import AdaKV
+    from baselines.cake import CAKE
     from baselines.calibrated import Calibrated
+    from baselines.cam import CaM
     from baselines.chunkkv import ChunkKV
     from baselines.curdkv import CurDKV
     from baselines.expected_attention import ExpectedAttention
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from baselines.key_norm import KeyNorm
     from baselines.keydiff import KeyDiff
     from baselines.keyformer import Keyformer
+    from baselines.kvzip import KVzip
     from baselines.lagkv import LagKV
     from baselines.mean_attention import MeanAttention
     from baselines.pyramidkv import PyramidKV
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from baselines.rkv import RKV
     from baselines.roco import RoCo
     from baselines.scissorhands import Scissorhands
+    from baselines.simlayerkv import SimLayerKV
     from baselines.snapkv import SnapKV
     from baselines.streaming import Streaming
     from baselines.tova import TOVA
@@ -42,12 +46,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "A2SF",
+    "CAKE",
     "H2O",
     "RKV",
     "TOVA",
     "VATP",
     "AdaKV",
     "Budget",
+    "CaM",
     "Calibrated",
     "ChunkKV",
     "CurDKV",
@@ -56,6 +62,7 @@ __all__ = [
     "Full",
     "Future",
     "Heads",
+    "KVzip",
     "KeyDiff",
     "KeyNorm",
     "Keyformer",
@@ -71,6 +78,7 @@ __all__ = [
     "Rule",
     "Schedule",
     "Scissorhands",
+    "SimLayerKV",
     "SnapKV",
     "Step",
     "Streaming",
@@ -86,6 +94,8 @@ _WHERE = {
     "A2SF": "a2sf.policies.a2sf",
     "AdaKV": "baselines.adakv",
     "Budget": "a2sf.policies.budget",
+    "CAKE": "baselines.cake",
+    "CaM": "baselines.cam",
     "Calibrated": "baselines.calibrated",
     "ChunkKV": "baselines.chunkkv",
     "CurDKV": "baselines.curdkv",
@@ -95,6 +105,7 @@ _WHERE = {
     "Future": "baselines.future",
     "H2O": "baselines.h2o",
     "Heads": "baselines.heads",
+    "KVzip": "baselines.kvzip",
     "KeyDiff": "baselines.keydiff",
     "KeyNorm": "baselines.key_norm",
     "Keyformer": "baselines.keyformer",
@@ -111,6 +122,7 @@ _WHERE = {
     "Rule": "a2sf.policies.rule",
     "Schedule": "a2sf.policies.schedule",
     "Scissorhands": "baselines.scissorhands",
+    "SimLayerKV": "baselines.simlayerkv",
     "SnapKV": "baselines.snapkv",
     "Step": "a2sf.policies.rule",
     "Streaming": "baselines.streaming",

@@ -15,6 +15,7 @@ from a2sf import Policy, Retention, Rule, Schedule, Step
 from a2sf.engine.invariants import schedules
 from a2sf.policies.find import find_policies
 from a2sf.policies.rule import Cut
+from baselines.by import By
 
 SMALL: dict[str, Any] = {
     "window": 3,
@@ -190,7 +191,36 @@ class Strict(Policy):
         return torch.nn.functional.avg_pool1d(step.keys[..., 0], 3, stride=1, padding=1)
 
 
-OWN = (Steady, Counted, Ending, Divided, Looked, Watched, Noted, Strict)
+@dataclass(frozen=True, kw_only=True)
+class Merging(Watched):
+    """The same, and what is evicted moves what stays: values by their mean, keys a little to theirs."""
+
+    name: ClassVar[str] = "merging"
+    label: ClassVar[str] = "Merging"
+
+    def merge(self, step: Step, evicted: Tensor) -> tuple[Tensor, Tensor]:
+        number = evicted.sum(-1)[..., None, None].clamp(min=1)
+        values, keys = ((x * evicted[..., None]).sum(2, keepdim=True) / number for x in (step.values, step.keys))
+        near = torch.exp(-step.ages[..., None].to(values.dtype) / 10)
+        return step.values + near * values, step.keys * 0.9 + keys * 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighed(Policy):
+    """A rule as data, whose weights follow the merged values."""
+
+    name: ClassVar[str] = "weighed"
+    label: ClassVar[str] = "Weighed"
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        return Retention(budget=budget, recent=budget // 3, rule=Rule(weight=_one_more, bias=_first))
+
+    def merge(self, step: Step, evicted: Tensor) -> Tensor:
+        lost = (step.values * step.scores[..., None] * evicted[..., None]).sum(2, keepdim=True)
+        return step.values + lost / step.scores.sum(-1)[..., None, None]
+
+
+OWN = (Steady, Counted, Ending, Divided, Looked, Watched, Noted, Strict, Merging, Weighed)
 
 
 def _one_more(keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
@@ -206,7 +236,7 @@ def instances() -> list[Policy]:
     made = [p for cls in (*find_policies().values(), *OWN) for p in ([cls(), small(cls)] if settings(cls) else [cls()])]
     made += [Ending(counted=True), Divided(scored=False)]
     for cls in find_policies().values():
-        names = {f.name for f in fields(cls)}
+        names = {f.name for f in fields(cls)} - (set() if issubclass(cls, By) else {"by"})
         made += [cls(**settings(cls) | {key: x}) for key in FURTHER.keys() & names for x in FURTHER[key]]
     return list({repr(p): p for p in made}.values())
 
@@ -215,16 +245,16 @@ def settings(cls: type[Policy]) -> dict[str, Any]:
     """Those of `SMALL` that it has; few recent tokens, where they are a number of their own."""
     names = {f.name for f in fields(cls)}
     few = {"recent": 1} if "recent" in names and "recent_share" not in names else {}
-    return few | {k: v for k, v in SMALL.items() if k in names}
+    return few | {k: v for k, v in SMALL.items() if k in names and (k != "by" or issubclass(cls, By))}
 
 
 def small(cls: type[Policy]) -> Policy:
     return cls(**settings(cls))
 
 
-def cases() -> list[tuple[Policy, Schedule]]:
-    """Every policy with every schedule that it knows."""
-    return [(p, s) for p in instances() for s in schedules(p)]
+def cases(*, prepared: bool = False) -> list[tuple[Policy, Schedule]]:
+    """Every policy with every schedule that it knows; those that read a prompt before they cut it if asked for."""
+    return [(p, s) for p in instances() for s in schedules(p) if prepared or not p.prepares]
 
 
 @cache
