@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from baselines.key_norm import KeyNorm
     from baselines.keydiff import KeyDiff
     from baselines.keyformer import Keyformer
-    from baselines.lagkv import LagKV
     from baselines.kvzip import KVzip
+    from baselines.lagkv import LagKV
     from baselines.mean_attention import MeanAttention
     from baselines.pyramidkv import PyramidKV
     from baselines.qfilter import QFilter
@@ -93,8 +93,8 @@ __version__ = "0.2.0"
 _WHERE = {
     "A2SF": "a2sf.policies.a2sf",
     "AdaKV": "baselines.adakv",
-    "CAKE": "baselines.cake",
     "Budget": "a2sf.policies.budget",
+    "CAKE": "baselines.cake",
     "CaM": "baselines.cam",
     "Calibrated": "baselines.calibrated",
     "ChunkKV": "baselines.chunkkv",
@@ -105,11 +105,11 @@ _WHERE = {
     "Future": "baselines.future",
     "H2O": "baselines.h2o",
     "Heads": "baselines.heads",
+    "KVzip": "baselines.kvzip",
     "KeyDiff": "baselines.keydiff",
     "KeyNorm": "baselines.key_norm",
     "Keyformer": "baselines.keyformer",
     "LagKV": "baselines.lagkv",
-    "KVzip": "baselines.kvzip",
     "MeanAttention": "baselines.mean_attention",
     "Policy": "a2sf.policies.base",
     "PrunedCache": "a2sf.hf.cache.pruned",

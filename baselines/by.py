@@ -45,10 +45,16 @@ class Built(Policy):
         if not isinstance(name, str):
             raise ConfigError("policy.by", self.by, ALLOWED)
         cls = find_policy(name, "policy.by")
-        if issubclass(cls, Built) or not cls.causal or not cls.evicts:
-            why = "is built on another policy itself" if issubclass(cls, Built) else "evicts nothing"
-            why = why if cls.causal else "sees later tokens"
-            raise ConfigError("policy.by", name, f"{name} {why}; give another policy")
+        why = {
+            "is built on another policy itself": issubclass(cls, Built),
+            "sees later tokens": not cls.causal,
+            "evicts nothing": not cls.evicts,
+            "merges what it evicts": cls.merge is not Policy.merge,
+            "reads a prompt before it is cut": cls.prepare is not Policy.prepare,
+        }
+        for reason, refused in why.items():
+            if refused:
+                raise ConfigError("policy.by", name, f"{name} {reason}; give another policy")
         check_setting_names(cls, settings, "policy.by")
         return cls(**settings)
 

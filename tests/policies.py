@@ -15,6 +15,7 @@ from a2sf import Policy, Retention, Rule, Schedule, Step
 from a2sf.engine.invariants import schedules
 from a2sf.policies.find import find_policies
 from a2sf.policies.rule import Cut
+from baselines.by import By
 
 SMALL: dict[str, Any] = {
     "window": 3,
@@ -235,7 +236,7 @@ def instances() -> list[Policy]:
     made = [p for cls in (*find_policies().values(), *OWN) for p in ([cls(), small(cls)] if settings(cls) else [cls()])]
     made += [Ending(counted=True), Divided(scored=False)]
     for cls in find_policies().values():
-        names = {f.name for f in fields(cls)}
+        names = {f.name for f in fields(cls)} - (set() if issubclass(cls, By) else {"by"})
         made += [cls(**settings(cls) | {key: x}) for key in FURTHER.keys() & names for x in FURTHER[key]]
     return list({repr(p): p for p in made}.values())
 
@@ -244,7 +245,7 @@ def settings(cls: type[Policy]) -> dict[str, Any]:
     """Those of `SMALL` that it has; few recent tokens, where they are a number of their own."""
     names = {f.name for f in fields(cls)}
     few = {"recent": 1} if "recent" in names and "recent_share" not in names else {}
-    return few | {k: v for k, v in SMALL.items() if k in names}
+    return few | {k: v for k, v in SMALL.items() if k in names and (k != "by" or issubclass(cls, By))}
 
 
 def small(cls: type[Policy]) -> Policy:
