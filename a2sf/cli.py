@@ -23,6 +23,7 @@ COMMANDS = {
         "the error of policies in each layer's output, on plain text",
     ),
     "heads": ("a2sf.commands.policy.heads", "find retrieval heads, as a list for policy=heads"),
+    "replay": ("a2sf.commands.replay", "score and generate with the tokens that another engine retained"),
     "pack": ("a2sf.commands.archive:main_pack", "write a sweep to one file, which tables can read"),
     "unpack": ("a2sf.commands.archive:main_unpack", "write the cells of such a file to a sweep, which run resumes"),
     "track": ("a2sf.commands.track", "log finished sweeps to W&B or TensorBoard"),

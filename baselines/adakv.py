@@ -24,6 +24,7 @@ class AdaKV(SnapKV):
     Attributes:
         window: as for SnapKV.
         kernel: as for SnapKV.
+        pooling: as for SnapKV.
         floor: weight of the equal share, from 0 to 1; with 1 it is SnapKV.
     """
 
@@ -38,5 +39,5 @@ class AdaKV(SnapKV):
         check_share("policy.floor", self.floor)
 
     def retention(self, budget: int, layer: int) -> Retention:
-        rule = Rule(cut=Cut(kernel_size=self.kernel, floor=self.floor))
+        rule = Rule(cut=Cut(kernel_size=self.kernel, floor=self.floor, pooling=self.pooling))
         return Retention(budget=budget, recent=min(self.window, budget), rule=rule)

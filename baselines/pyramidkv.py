@@ -23,6 +23,7 @@ class PyramidKV(SnapKV):
     Attributes:
         window: as for SnapKV.
         kernel: as for SnapKV.
+        pooling: as for SnapKV.
         beta: the mean budget beside the window divided by that of the last layer, at least 1; with 1 it is SnapKV. The last
             layer gets more if the first layer holds the whole prompt.
     """

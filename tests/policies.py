@@ -16,16 +16,34 @@ from a2sf.engine.invariants import schedules
 from a2sf.policies.find import find_policies
 from a2sf.policies.rule import Cut
 
-SMALL = {"window": 3, "kernel": 3, "sinks": 1, "heads": [[0, 1]], "forgetting_factor": 0.7, "seed": 5}
+SMALL: dict[str, Any] = {
+    "window": 3,
+    "kernel": 3,
+    "sinks": 1,
+    "heads": [[0, 1]],
+    "forgetting_factor": 0.7,
+    "seed": 5,
+    "lag": 3,
+    "chunk": 3,
+    "future": 9,
+    "by": {"name": "snapkv", "window": 3, "kernel": 3},
+}
 """Settings that matter in sequences of two dozen tokens, for the policies that have them."""
+FURTHER: dict[str, list[Any]] = {
+    "pooling": ["max"],
+    "covariance": [False],
+    "varying": [0.6],
+    "by": ["keydiff", "keyformer", {"name": "adakv", "window": 3}, "expected_attention"],
+}
+"""Further values of settings, each with the small ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoCo(Policy):
-    """Robust cache (Ren and Zhu, 2024, arXiv 2402.06262): of the tokens whose attention varies least, the smallest mean."""
+class Steady(Policy):
+    """Of the tokens whose attention varies least, the smallest mean: the example of docs/rules.md."""
 
-    name: ClassVar[str] = "roco"
-    label: ClassVar[str] = "RoCo"
+    name: ClassVar[str] = "calm"
+    label: ClassVar[str] = "Calm"
     memory: ClassVar[int] = 1  # the sum of squares
 
     varying: int = 2
@@ -100,7 +118,108 @@ class Looked(Policy):
         return step.scores * -step.values[..., 1]
 
 
-OWN = (RoCo, Counted, Ending, Divided, Looked)
+@dataclass(frozen=True, kw_only=True)
+class Watched(Policy):
+    """What the last queries attend to, wherever they are, and the keys' lengths."""
+
+    name: ClassVar[str] = "watched"
+    label: ClassVar[str] = "Watched"
+    unrotated: ClassVar[bool] = True
+
+    window: int = 2
+
+    @property
+    def queries(self) -> int:
+        return self.window
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        return Retention(budget=budget, recent=1, rule=Rule(scored=False))
+
+    def priorities(self, step: Step) -> Tensor:
+        logits = step.unrotated_queries @ step.keys[:, :, None].transpose(-1, -2) * step.scale  # [B, K, G, W, N]
+        hidden = ~step.cached[:, :, None, None] | (step.positions[:, :, None, None] > step.query_positions[..., None])
+        attention = (
+            logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0)
+        )  # a query before the first is nowhere
+        assert attention.shape[3] <= self.window
+        return attention.sum((2, 3)) + step.unrotated_keys.norm(dim=-1) / 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noted(Watched):
+    """The same, with a sum over all steps that it keeps itself."""
+
+    name: ClassVar[str] = "noted"
+    label: ClassVar[str] = "Noted"
+    memory: ClassVar[int] = 1
+
+    def priorities(self, step: Step) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        total = step.memory[..., 0] + super().priorities(step)
+        return total, total[..., None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strict(Policy):
+    """Written for a cut: whatever it sees is a token, in order, and it may look at its neighbours."""
+
+    name: ClassVar[str] = "strict"
+    label: ClassVar[str] = "Strict"
+    schedules: ClassVar[tuple[str, ...]] = ("every", "prompt")
+
+    @property
+    def queries(self) -> int:
+        return 4
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        return Retention(budget=budget, sinks=min(1, budget), rule=Rule(scored=False))
+
+    def priorities(self, step: Step) -> Tensor:
+        if step.prompt is not None and int(step.now.min()) >= int(step.prompt.min()):
+            return step.keys[..., 0]  # after a prompt, step by step
+        n = step.keys.shape[2]
+        assert len(step.now) == 1
+        assert step.cached.all()
+        assert (step.positions.diff() > 0).all()
+        assert (step.positions[..., -1:] == step.now).all()
+        assert (step.budget < n).all()
+        assert step.queries is not None
+        assert step.queries.shape[3] == min(4, int(step.now) + 1)
+        assert step.prompt is None or int(step.prompt) == int(step.now) + 1
+        own = (step.queries[:, :, :, -1:] @ step.keys[:, :, None].transpose(-1, -2) * step.scale).softmax(-1)[..., 0, :]
+        torch.testing.assert_close(own, step.probabilities)
+        return torch.nn.functional.avg_pool1d(step.keys[..., 0], 3, stride=1, padding=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merging(Watched):
+    """The same, and what is evicted moves what stays: values by their mean, keys a little to theirs."""
+
+    name: ClassVar[str] = "merging"
+    label: ClassVar[str] = "Merging"
+
+    def merge(self, step: Step, evicted: Tensor) -> tuple[Tensor, Tensor]:
+        number = evicted.sum(-1)[..., None, None].clamp(min=1)
+        values, keys = ((x * evicted[..., None]).sum(2, keepdim=True) / number for x in (step.values, step.keys))
+        near = torch.exp(-step.ages[..., None].to(values.dtype) / 10)
+        return step.values + near * values, step.keys * 0.9 + keys * 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighed(Policy):
+    """A rule as data, whose weights follow the merged values."""
+
+    name: ClassVar[str] = "weighed"
+    label: ClassVar[str] = "Weighed"
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        return Retention(budget=budget, recent=budget // 3, rule=Rule(weight=_one_more, bias=_first))
+
+    def merge(self, step: Step, evicted: Tensor) -> Tensor:
+        lost = (step.values * step.scores[..., None] * evicted[..., None]).sum(2, keepdim=True)
+        return step.values + lost / step.scores.sum(-1)[..., None, None]
+
+
+OWN = (Steady, Counted, Ending, Divided, Looked, Watched, Noted, Strict, Merging, Weighed)
 
 
 def _one_more(keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
@@ -115,21 +234,26 @@ def instances() -> list[Policy]:
     """Every policy with its own settings, and with small ones where it has such."""
     made = [p for cls in (*find_policies().values(), *OWN) for p in ([cls(), small(cls)] if settings(cls) else [cls()])]
     made += [Ending(counted=True), Divided(scored=False)]
+    for cls in find_policies().values():
+        names = {f.name for f in fields(cls)}
+        made += [cls(**settings(cls) | {key: x}) for key in FURTHER.keys() & names for x in FURTHER[key]]
     return list({repr(p): p for p in made}.values())
 
 
 def settings(cls: type[Policy]) -> dict[str, Any]:
-    """Those of `SMALL` that it has."""
-    return {k: v for k, v in SMALL.items() if k in {f.name for f in fields(cls)}}
+    """Those of `SMALL` that it has; few recent tokens, where they are a number of their own."""
+    names = {f.name for f in fields(cls)}
+    few = {"recent": 1} if "recent" in names and "recent_share" not in names else {}
+    return few | {k: v for k, v in SMALL.items() if k in names}
 
 
 def small(cls: type[Policy]) -> Policy:
     return cls(**settings(cls))
 
 
-def cases() -> list[tuple[Policy, Schedule]]:
-    """Every policy with every schedule that it knows."""
-    return [(p, s) for p in instances() for s in schedules(p)]
+def cases(*, prepared: bool = False) -> list[tuple[Policy, Schedule]]:
+    """Every policy with every schedule that it knows; those that read a prompt before they cut it if asked for."""
+    return [(p, s) for p in instances() for s in schedules(p) if prepared or not p.prepares]
 
 
 @cache

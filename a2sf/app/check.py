@@ -81,6 +81,8 @@ def check(points: Points, computes_here: bool) -> Checked:
 
 
 def _check_one_sweep(settings: Sequence[Settings]) -> None:
+    if len({s.power for s in settings}) > 1:
+        raise UserError("plan.flips and plan.detect are about the whole sweep, so they cannot be swept")
     if len({(s.sweep_name, s.runs_dir) for s in settings}) > 1 or any(
         s.tracker != settings[0].tracker for s in settings
     ):

@@ -48,7 +48,7 @@ def _run(todo: list[Cell], planned: Planned, launch: Launch | None) -> None:
 
     def computed_with(cell: Cell) -> tuple[Any, ...]:
         settings = of[cell.name][0]
-        return settings.batch_size, settings.trace, settings.checkpoint
+        return settings.batch_size, settings.trace, settings.checkpoint, settings.full_texts
 
     while todo:
         groups = grouped(todo, computed_with)

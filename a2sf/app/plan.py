@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from a2sf.app.check import Checked
+from a2sf.app.power import power_of
 from a2sf.app.process import screen
 from a2sf.errors import UserError
 from a2sf.hf.loading import ModelSpec
 from a2sf.store.runs import write_groups
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.group import grouped
-from a2sf.sweep.planning.estimate import Estimate, estimate
+from a2sf.sweep.planning.estimate import Estimate, estimate, measured_for
 from a2sf.sweep.planning.table import headline, plan_table
 from a2sf.sweep.prepare import documents, models, texts
 from a2sf.sweep.reuse import Plan, plan
@@ -47,10 +48,14 @@ def make_plan(checked: Checked, computes_here: bool) -> Planned:
     for note in [*checked.notes, *made.notes]:
         screen.print(note, highlight=False, soft_wrap=True)
     groups = grouped(made.pending)
-    estimates = estimate(groups, checked.directory.parent, trial=computes_here)
+    runs = checked.directory.parent
+    measured = measured_for(groups, runs)
+    estimates = estimate(groups, runs, trial=computes_here, measured=measured)
     screen.print(headline(made, groups, estimates, checked.directory), highlight=False, soft_wrap=True)
     if groups:
         screen.print(plan_table(groups, estimates))
+        if (power := power_of(made.cells, measured, checked.settings[0].power)) is not None:
+            screen.print(power)
     return Planned(checked, made, groups, estimates)
 
 

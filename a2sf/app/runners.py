@@ -20,10 +20,11 @@ def directory_of(settings: Settings) -> Path:
 def runner_of(settings: Settings) -> Runner:
     """The runner for cells with these settings; equal settings share one, which keeps its model loaded."""
     directory = directory_of(settings)
-    key = (directory, settings.tracker, settings.batch_size, settings.trace, settings.checkpoint)
+    how = settings.batch_size, settings.trace, settings.checkpoint, settings.full_texts
+    key = (directory, settings.tracker, *how)
     if key not in _runners:
         tracker = Tracker(settings.tracker, settings.sweep_name, directory)
-        _runners[key] = Runner(directory, tracker, settings.batch_size, settings.trace, settings.checkpoint)
+        _runners[key] = Runner(directory, tracker, *how)
     return _runners[key]
 
 

@@ -1,6 +1,7 @@
 """A long prompt: memory of the process and time to the first new token, with the bounded over transformers' own cache.
 
-Each is measured in a process of its own, `python -m a2sf.bench.prompt ours` or `full`, which loads only what it needs.
+Each is measured in a process of its own, `python -m a2sf.bench.prompt NAME`, which loads only what it needs. `full` is
+transformers' own cache, the other names are in `CACHES`.
 """
 
 from __future__ import annotations
@@ -17,21 +18,28 @@ from transformers import AutoModelForCausalLM
 from a2sf.bench.measuring import SMOLLM2, Figures, peak, printed
 from a2sf.hf.cache.pruned import PrunedCache
 from a2sf.hf.loading import load, local_checkpoint
-from a2sf.policies.a2sf import A2SF
 from a2sf.policies.budget import Budget
+from a2sf.policies.find import find_policy
+from a2sf.policies.schedule import STEP, Schedule
 
 PROMPT, NEW, RATIO = 8000, 64, 0.1
+CACHES = {"a2sf": STEP, "snapkv": Schedule("prompt"), "h2o": Schedule("prompt")}
+"""The policies that are measured, each with its schedule."""
 TARGETS = {
     "prompt_peak_over_full_8k_r10": "≤ 0.7",
     "prompt_time_over_full_8k_r10": "≤ 0.6",
+    "snapkv_prompt_over_full_8k": "≤ 1.10",
+    "h2o_prompt_over_full_8k": "≤ 1.35",
 }
 
 
 def measure(figures: Figures, options: argparse.Namespace) -> None:
-    """Add both ratios and their measurements."""
-    found = {who: _alone(who) for who in ("ours", "full")}
+    """Add the ratios and their measurements."""
+    found = {who: _alone(who) for who in (*CACHES, "full")}
     for what, name in (("bytes", "peak"), ("seconds", "time")):
-        figures.ratios[f"prompt_{name}_over_full_8k_r10"] = found["ours"][what] / found["full"][what]
+        figures.ratios[f"prompt_{name}_over_full_8k_r10"] = found["a2sf"][what] / found["full"][what]
+    for who in ("snapkv", "h2o"):
+        figures.ratios[f"{who}_prompt_over_full_8k"] = found[who]["seconds"] / found["full"]["seconds"]
     figures.details["prompt_8k"] = found
 
 
@@ -43,9 +51,10 @@ def _alone(who: str) -> dict[str, float]:
 def main(who: str) -> None:
     """Print the peak of this process's resident memory in bytes, and the seconds to the first new token."""
     settings: dict[str, Any] = {}
-    if who == "ours":
+    if who in CACHES:
         model = load(SMOLLM2).model
-        settings["cache"] = PrunedCache(model, A2SF(), Budget(ratio=RATIO, base="context"))
+        budget = Budget(ratio=RATIO, base="context")
+        settings["cache"] = PrunedCache(model, find_policy(who)(), budget, schedule=CACHES[who])
     else:
         model = AutoModelForCausalLM.from_pretrained(local_checkpoint(SMOLLM2), dtype=torch.float32).eval()
     prompt = torch.randint(3, 40_000, (1, PROMPT), generator=torch.Generator().manual_seed(0))

@@ -87,6 +87,7 @@ def main(arguments: Sequence[str]) -> None:
     )
 
     show(console, "Headline claims", findings.headlines)
+    show(console, "Over several models", findings.over_models)
     console.print("Published figures: " + "; ".join(f"{n} {v}" for v, n in counts(findings.figures).items()))
     for note in findings.notes:
         console.print(f"Note: {note}", markup=False)

@@ -11,9 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from a2sf.engine.priorities import mass, of_own, of_rule, pooled, smallest, smallest_of_all_heads
+from a2sf.engine.priorities import about, mass, merged, of_function, of_rule, pooled, smallest, smallest_of_all_heads
 from a2sf.engine.state import Attended as Attended
-from a2sf.engine.state import Call, remembered
+from a2sf.engine.state import Call, joined_queries, last_queries, remembered
 from a2sf.engine.state import EvictionState as EvictionState
 from a2sf.engine.state import Options as Options
 from a2sf.engine.state import Segments as Segments
@@ -65,6 +65,7 @@ def _reference_rows(differentiable: bool, rows: Rows, options: Options) -> Ran:
     cached = torch.cat([old.positions >= 0, torch.zeros_like(new, dtype=torch.bool)], dim=2)
     score = torch.cat([old.scores.to(query.dtype), query.new_zeros(B, K, T)], dim=2)
     memory = _memory(rows, grouped.detach(), options.scale)
+    queries = joined_queries(rule, old.queries, grouped.detach()) if rule.queries else None
     fixed = all_keys.detach(), all_values.detach(), position
     weight, bias = (None if f is None else f(*fixed) for f in (rule.weight, rule.bias))
 
@@ -92,26 +93,40 @@ def _reference_rows(differentiable: bool, rows: Rows, options: Options) -> Ran:
         # rank
         positions = position[:, :, :n].where(here, -1)
         shown = score[:, :, :n].where(here, 0), memory[:, :, :n].where(here[..., None], 0)
-        step = Step(p, keys, values, positions, here, now, *shown)
+        window = None if queries is None else queries[:, :, :, t + 1 : t + 1 + rule.queries]
+        step = Step(p, keys, values, positions, here, now, *shown, window, **about(retention, options, positions))
+        excess = torch.where(active, retention.excess(count, now), 0)
         free = retention.unprotected(positions, here, now) & active
         if rule.cut is not None:
             pooled_score = pooled(retention, step, free)
             score[:, :, :n] = torch.where(active & retention.at_cut(now), pooled_score, step.scores)
             step = replace(step, scores=score[:, :, :n].clone())
         if rule.priority_fn is not None:
-            priority, remembered_now = of_own(rule, step, free)
+            priority, remembered_now = of_function(retention, step, free, excess)
             memory[:, :, :n] = torch.where(active[..., None], remembered_now, memory[:, :, :n])
         else:
             priority = of_rule(
                 retention, step, None if weight is None else weight[:, :, :n], None if bias is None else bias[:, :, :n]
             )
         # evict the smallest priorities among the unprotected, ties: the oldest first
-        out = smallest(priority, positions, free, torch.where(active, retention.excess(count, now), 0))
+        out = smallest(priority, positions, free, excess)
+        if rule.recording is not None:
+            out = rule.recording.evicted(step) & active
         if retention.across_heads:
             out = torch.where(
                 active & retention.at_cut(now), smallest_of_all_heads(retention, priority, step, free), out
             )
         cached[:, :, :n] &= ~out
+        if rule.merge_fn is not None and bool(out.any()):
+            changed = merged(retention, step, out)
+            stays = cached[:, :, :n, None] & out.any(-1).any(1)[:, None, None, None]
+            with torch.set_grad_enabled(differentiable):
+                all_keys, all_values = (
+                    torch.cat([x.where(stays, before[:, :, :n]), before[:, :, n:]], 2)
+                    for x, before in zip(changed, (all_keys, all_values), strict=True)
+                )
+            fixed = all_keys.detach(), all_values.detach(), position
+            weight, bias = (None if f is None else f(*fixed) for f in (rule.weight, rule.bias))
         row, head, column = out.nonzero(as_tuple=True)
         evictions.append(torch.stack([row, head, torch.full_like(row, t), position[row, head, column]], 1))
     with torch.set_grad_enabled(differentiable):
@@ -122,6 +137,7 @@ def _reference_rows(differentiable: bool, rows: Rows, options: Options) -> Ran:
             values=all_values,
             seen=old.seen + rows.length,
             memory=None if remembered(rule) is None else memory,
+            queries=rows.kept(last_queries(rule, old.queries, grouped.detach(), rows.length)),
         ).compact()
     return Ran(output, end, torch.cat(evictions) if evictions else None)
 

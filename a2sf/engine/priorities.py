@@ -5,15 +5,18 @@ Columns are slots in any order. B rows, K key/value heads, N columns; `retention
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import fields, replace
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from a2sf.engine.retention import BatchRetention
-from a2sf.engine.state import LATE
-from a2sf.errors import UserError
+from a2sf.engine.state import LATE, Options
+from a2sf.errors import PolicyError, UserError, definition, first_line, place
+from a2sf.policies.ranking import data_priorities
 from a2sf.policies.rule import Rule, Step
 
 SHARE = 1 - 1e-5
@@ -30,21 +33,8 @@ def mass(rule: Rule, probabilities: Tensor, count: Tensor) -> Tensor:
 
 def of_rule(retention: BatchRetention, step: Step, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """`b + m * A / N` of every column, [B, K, N]; `weight` and `bias` are `m` and `b`."""
-    priority = step.scores
-    if retention.rule.mean_over_age:
-        priority = priority / terms(retention.forgetting_factor, step.ages)
-    if weight is not None:
-        priority = priority * weight
-    if bias is not None:
-        priority = priority + bias
-    return shared(retention.rule, priority)
-
-
-def terms(factor: Tensor, ages: Tensor) -> Tensor:
-    """`N`, the sum of `factor ** i` for `i` from 0 to each age; 1 for a negative age."""
-    n = (ages + 1).clamp(min=1)
-    geometric = -torch.expm1(n * factor.log()) / (1 - factor)
-    return torch.where(factor < 1, geometric, n.to(factor.dtype))
+    rule = retention.rule
+    return shared(rule, data_priorities(rule, step, retention.forgetting_factor, weight, bias))
 
 
 def shared(rule: Rule, priority: Tensor) -> Tensor:
@@ -53,41 +43,189 @@ def shared(rule: Rule, priority: Tensor) -> Tensor:
 
 
 def pooled(retention: BatchRetention, step: Step, free: Tensor) -> Tensor:
-    """Scores at the prompt's cut, [B, K, N]: those of `free` tokens averaged over neighbours, the others unchanged."""
-    assert retention.rule.cut is not None
-    width = retention.rule.cut.kernel_size
+    """Scores at the prompt's cut, [B, K, N]: the mean or maximum of neighbours for `free` tokens, the others unchanged."""
+    cut = retention.rule.cut
+    assert cut is not None
+    pool = torch.nn.functional.max_pool1d if cut.pooling == "max" else torch.nn.functional.avg_pool1d
     order = step.positions.where(step.cached, LATE).argsort(-1)
     alone = step.scores.where(free, 0).gather(2, order)
-    mean = torch.nn.functional.avg_pool1d(alone, width, stride=1, padding=width // 2)
-    return torch.empty_like(mean).scatter_(2, order, mean).where(free, step.scores)
+    taken = pool(alone, cut.kernel_size, stride=1, padding=cut.kernel_size // 2)
+    return torch.empty_like(taken).scatter_(2, order, taken).where(free, step.scores)
 
 
-def of_own(rule: Rule, step: Step, free: Tensor) -> tuple[Tensor, Tensor]:
-    """Priorities [B, K, N] and memory [B, K, N, M] by a rule's `priority_fn`.
+def of_function(retention: BatchRetention, step: Step, free: Tensor, excess: Tensor) -> tuple[Tensor, Tensor]:
+    """Priorities [B, K, N] and memory [B, K, N, M] by a rule's `priority_fn`, which is called where it has an effect.
+
+    Where many tokens are evicted at once, it sees one row alone, and of it the cached tokens in their order.
+
+    Args:
+        excess: int64 [B, K, 1], how many tokens of each head are evicted.
 
     Raises:
-        UserError: if it returns another shape or NaN, or changes a tensor of the step.
+        PolicyError: as `_called`.
+    """
+    rule, memory = retention.rule, step.memory
+    priority = torch.zeros_like(step.scores)
+    wanted = (excess > 0).any(1)[:, 0] | bool(rule.memory)
+    if not bool(wanted.any()):
+        return priority, memory
+    many = retention.evicts_many(excess, step.now)[:, 0, 0]
+    if not bool(many.any()):
+        return _called(rule, step, free)
+    memory = memory.clone()
+    others = (~many).nonzero()[:, 0]
+    if bool(wanted[others].any()):
+        priority[others], memory[others] = _called(rule, picked(step, others), free[others])
+    for row in (many & wanted).nonzero()[:, 0]:
+        one, order = in_order(picked(step, row[None]))
+        ranks, stored = _called(rule, one, free[row[None]].gather(2, order))
+        priority[row].scatter_(1, order[0], ranks[0])
+        memory[row].scatter_(1, order[0, :, :, None].expand_as(stored[0]), stored[0])
+    return priority, memory
+
+
+def merged(retention: BatchRetention, step: Step, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys [B, K, N, D] and values [B, K, N, V] once the tokens `out` bool [B, K, N] are merged by a rule's `merge_fn`.
+
+    It is called as in `of_function`; tokens that are evicted, and rows that evict none, are unchanged.
+
+    Raises:
+        PolicyError: if the function fails, returns another shape or NaN, or changes a tensor of the step.
+    """
+    assert retention.rule.merge_fn is not None
+    keys, values = step.keys.clone(), step.values.clone()
+    wanted = out.any(-1).any(1)
+    many = retention.evicts_many(out.sum(-1, keepdim=True), step.now)[:, 0, 0]
+    rows = (wanted & ~many).nonzero()[:, 0]
+    if len(rows):
+        stays = (step.cached & ~out)[rows][..., None]
+        new = _merged(retention.rule.merge_fn, picked(step, rows), out[rows])
+        keys[rows], values[rows] = (x.where(stays, old[rows]) for x, old in zip(new, (keys, values), strict=True))
+    for row in (wanted & many).nonzero()[:, 0]:
+        one, order = in_order(picked(step, row[None]))
+        gone = out[row[None]].gather(2, order)
+        stays = (one.cached & ~gone)[..., None]
+        new = _merged(retention.rule.merge_fn, one, gone)
+        for x, old, was in zip(new, (keys, values), (one.keys, one.values), strict=True):
+            old[row].scatter_(1, order[0, :, :, None].expand_as(was[0]), x.where(stays, was)[0])
+    return keys, values
+
+
+def _merged(function: Callable[..., Any], step: Step, evicted: Tensor) -> tuple[Tensor, Tensor]:
+    given = _unchanged(function, step, evicted)
+    values, keys = given if isinstance(given, tuple) else (given, step.keys)
+    used = (step.cached & ~evicted)[..., None]
+    values = _checked(function, "values", values, step.values, used)
+    return _checked(function, "keys", keys, step.keys, used), values
+
+
+def about(retention: BatchRetention, options: Options, positions: Tensor) -> dict[str, Any]:
+    """What a `Step` says of the layer, of the rows and of what was prepared, by name; `retention` is `per_head`."""
+    known: dict[str, Any] = {name: getattr(options, name) for name in ("layer", "layers", "scale", "rotary")}
+    if retention.prepared is not None:
+        real = (positions >= 0) & (positions < retention.prepared.shape[-1])
+        known["prepared"] = retention.prepared.gather(2, positions.where(real, 0)).where(real, 0)
+    return known | {"budget": retention.budget, "prompt": retention.prompt}
+
+
+def picked(step: Step, rows: Tensor) -> Step:
+    """The rows `rows` [B'] of a step."""
+    of_rows: dict[str, Any] = {name: x[rows] for name, x in _tensors(step).items()}
+    return replace(step, **of_rows)
+
+
+def in_order(step: Step) -> tuple[Step, Tensor]:
+    """A step of one row, its cached tokens in the order of their positions, and the columns that they were, [1, K, n]."""
+    n = max(1, int(step.cached.sum(-1).max()))
+    order = step.positions.where(step.cached, LATE).argsort(-1)[..., :n]
+    wide, queries = order[..., None], step.queries
+    if queries is not None:
+        read = min(queries.shape[3], int(step.now) + 1)
+        queries = queries[:, :, :, queries.shape[3] - read :]
+    of_columns = {name: getattr(step, name) for name in ("keys", "values", "memory")}
+    columns = {name: x.gather(2, wide.expand(*order.shape, x.shape[-1])) for name, x in of_columns.items()}
+    single = ("positions", "cached", "scores", *(() if step.prepared is None else ("prepared",)))
+    columns |= {name: getattr(step, name).gather(2, order) for name in single}
+    group = step.probabilities.shape[2]
+    probabilities = step.probabilities.gather(3, order[:, :, None].expand(-1, -1, group, -1))
+    return replace(step, probabilities=probabilities, queries=queries, **columns), order
+
+
+def _tensors(step: Step) -> dict[str, Tensor]:
+    return {f.name: x for f in fields(step) if isinstance(x := getattr(step, f.name), Tensor)}
+
+
+def described(function: Callable[..., Any]) -> tuple[str, str]:
+    """A policy's function in an error message: its name, and where it is, at the end of a sentence."""
+    function = getattr(function, "of", function)  # the opposite of a rule is one too
+    where = definition(function)
+    return getattr(function, "__qualname__", repr(function)), f" ({where})" if where else ""
+
+
+def calling(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a policy's own function returns.
+
+    Raises:
+        PolicyError: if it fails; the message says where.
+    """
+    try:
+        return function(*arguments)
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        at = place(error)
+        raise PolicyError(
+            f"{described(function)[0]} fails: {type(error).__name__}: {first_line(error)}{f' ({at})' if at else ''}"
+        ) from error
+
+
+def _called(rule: Rule, step: Step, free: Tensor) -> tuple[Tensor, Tensor]:
+    """Priorities and memory of all rows of a step by a rule's `priority_fn`.
+
+    Raises:
+        PolicyError: if it fails, returns another shape or NaN, or changes a tensor of the step.
     """
     assert rule.priority_fn is not None
-    name = getattr(rule.priority_fn, "__qualname__", repr(rule.priority_fn))
-    shown = [getattr(step, f.name) for f in fields(step)]
-    before = [x._version for x in shown]
-    given = rule.priority_fn(step)
-    if [x._version for x in shown] != before:
-        changed = [f.name for f, x, v in zip(fields(step), shown, before, strict=True) if x._version != v]
-        raise UserError(f"{name} changes the step's {', '.join(changed)} in place, and must not; work on a copy")
+    given = _unchanged(rule.priority_fn, step)
     priority, memory = given if isinstance(given, tuple) else (given, step.memory)
-    for what, x, shape in (("priorities", priority, step.scores.shape), ("memory", memory, step.memory.shape)):
-        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        if got != tuple(shape):
-            raise UserError(
-                f"{name} returns {what} of shape {got}, and {tuple(shape)} is needed, as the step's tensors"
-            )
-    priority, memory = (x.to(step.scores.dtype) for x in (priority, memory))
-    for what, x, where in (("priorities", priority, free), ("memory", memory, step.cached[..., None])):
-        if bool((x.isnan() & where).any()):
-            raise UserError(f"{name} returns NaN among its {what} of cached tokens; give each of them a number")
-    return shared(rule, priority), memory.where(step.cached[..., None], 0)
+    cached = step.cached[..., None]
+    priority = _checked(rule.priority_fn, "priorities", priority, step.scores, free)
+    memory = _checked(rule.priority_fn, "memory", memory, step.memory, cached)
+    return shared(rule, priority), memory.where(cached, 0)
+
+
+def _unchanged(function: Callable[..., Any], step: Step, *more: Tensor) -> Any:
+    """What a policy's own function returns for a step, which it must not change.
+
+    Raises:
+        PolicyError: if it fails, or changes a tensor of the step.
+    """
+    shown = {n: x for n, x in _tensors(step).items() if not x.is_inference()}
+    before = {n: x._version for n, x in shown.items()}
+    given = calling(function, step, *more)
+    if changed := [n for n, x in shown.items() if x._version != before[n]]:
+        name, where = described(function)
+        raise PolicyError(
+            f"{name} changes the step's {', '.join(changed)} in place, and must not; work on a copy{where}"
+        )
+    return given
+
+
+def _checked(function: Callable[..., Any], what: str, given: Any, like: Tensor, used: Tensor) -> Tensor:
+    """What a policy's own function returned, in the dtype of `like`; `used` bool says which of it is used.
+
+    Raises:
+        PolicyError: if it has another shape than `like`, or NaN where it is used.
+    """
+    got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+    name, where = described(function)
+    if got != tuple(like.shape):
+        raise PolicyError(
+            f"{name} returns {what} of shape {got}, and {tuple(like.shape)} is needed, as the step's tensors{where}"
+        )
+    if bool((given.isnan() & used).any()):
+        raise PolicyError(f"{name} returns NaN among its {what} of cached tokens; give each of them a number{where}")
+    return given.to(like.dtype)
 
 
 def smallest(priority: Tensor, positions: Tensor, free: Tensor, n: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """What the engine takes and gives: segments of tokens, the state after a step, and the result.
 
 Shapes, as suffixes or in brackets: B rows, H query heads, K key/value heads, T tokens, D key dimension, V value dimension,
-S segments, N slots, M numbers that a rule remembers per token.
+S segments, N slots, M numbers that a rule remembers per token, G = H / K query heads of a key/value head, W last tokens
+whose queries a rule sees.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from a2sf.engine.retention import BatchRetention
-from a2sf.policies.rule import Rule
+from a2sf.policies.rotary import Rotary
+from a2sf.policies.rule import ACCUMULATED, Rule
 
 LATE = 2**62
 """Later than any position."""
@@ -67,6 +69,8 @@ class EvictionState:
             dtype (float32, or float64 for float64 inputs).
         seen: int64 [B], tokens read so far, which is the next token's position.
         memory: [B, K, N, M], what a policy's own function remembers per token; None where it remembers nothing.
+        queries: [B, K, G, W, D], the queries of the last tokens that were read, the newest last, and 0 before the first;
+            None where the rule does not ask for them. 0 after a prompt's cut that nothing follows.
     """
 
     positions: Tensor
@@ -75,6 +79,7 @@ class EvictionState:
     values: Tensor
     seen: Tensor
     memory: Tensor | None = None
+    queries: Tensor | None = None
 
     @property
     def counts(self) -> Tensor:
@@ -92,7 +97,7 @@ class EvictionState:
         return sum(x.nbytes for x in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, without the memory where there is none."""
+        """The tensors by name, without memory and queries where there are none."""
         return {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
 
     def select(self, rows: Tensor) -> EvictionState:
@@ -102,7 +107,7 @@ class EvictionState:
 
     def heads(self, heads: Tensor) -> EvictionState:
         """The state of the KV heads `heads` [K'], in that order."""
-        return EvictionState(seen=self.seen, **{name: x[:, heads.to(x.device)] for name, x in self._slots().items()})
+        return replace(self, **{n: x[:, heads.to(x.device)] for n, x in self.tensors().items() if n != "seen"})
 
     def pad(self, slots: int) -> EvictionState:
         """The same state with at least `slots` slots per KV head."""
@@ -113,12 +118,12 @@ class EvictionState:
         def widen(name: str, x: Tensor) -> Tensor:
             return torch.nn.functional.pad(x, (0, 0) * (x.ndim - 3) + (0, more), value=-1 if name == "positions" else 0)
 
-        return EvictionState(seen=self.seen, **{name: widen(name, x) for name, x in self._slots().items()})
+        return replace(self, **{name: widen(name, x) for name, x in self._slots().items()})
 
     def trim(self, slots: int | None = None) -> EvictionState:
         """A view of the first `slots` slots of each KV head, which hold all tokens; as many as are needed by default."""
         n = self.most if slots is None else slots
-        return EvictionState(seen=self.seen, **{name: x[:, :, :n] for name, x in self._slots().items()})
+        return replace(self, **{name: x[:, :, :n] for name, x in self._slots().items()})
 
     def contiguous(self) -> EvictionState:
         """The same state, whose tensors refer to no larger memory."""
@@ -146,16 +151,30 @@ class EvictionState:
             values=ordered(self.values),
             seen=self.seen,
             memory=None if self.memory is None else ordered(self.memory),
+            queries=self.queries,
         )
 
     def evict(self, out: Tensor) -> EvictionState:
         """The state without the slots that are True in `out` [B, K, N]."""
         return replace(self, positions=self.positions.masked_fill(out, -1)).compact()
 
-    def for_rule(self, rule: Rule) -> EvictionState:
-        """The same state, with an empty memory where the rule is a function that remembers nothing."""
-        missing = self.memory is None and remembered(rule) is not None
-        return replace(self, memory=self.keys[..., :0]) if missing else self
+    def for_rule(self, rule: Rule, group: int = 1) -> EvictionState:
+        """The same state as this rule has it: with a memory and queries, of 0, where the rule has such and they are missing.
+
+        Args:
+            group: query heads of a KV head.
+        """
+        missing = {}
+        if self.memory is None and remembered(rule) is not None:
+            missing["memory"] = self.keys[..., :0]
+        if self.queries is None and rule.queries:
+            (B, K), D = self.positions.shape[:2], self.keys.shape[-1]
+            missing["queries"] = self.keys.new_zeros(B, K, group, rule.queries, D)
+        return replace(self, **missing) if missing else self
+
+    def plain(self) -> EvictionState:
+        """The same state without what only functions of a policy use."""
+        return self if self.memory is None and self.queries is None else replace(self, memory=None, queries=None)
 
     @staticmethod
     def stack(states: list[EvictionState]) -> EvictionState:
@@ -169,21 +188,22 @@ class EvictionState:
         return joined if order is None else joined.heads(order)
 
     @staticmethod
-    def empty(key: Tensor, value: Tensor, memory: int | None = None) -> EvictionState:
-        """Caches without a token for rows of `key` [B, K, T, D] and `value` [B, K, T, V]; `memory` is `M`."""
+    def empty(key: Tensor, value: Tensor, rule: Rule = ACCUMULATED, group: int = 1) -> EvictionState:
+        """Caches without a token for rows of `key` [B, K, T, D] and `value` [B, K, T, V]; `group` as in `for_rule`."""
         B, K, _, D = key.shape
+        M = remembered(rule)
         return EvictionState(
             positions=torch.empty(B, K, 0, dtype=torch.int64, device=key.device),
             scores=key.new_empty(B, K, 0),
             keys=key.new_empty(B, K, 0, D),
             values=key.new_empty(B, K, 0, value.shape[-1]),
             seen=torch.zeros(B, dtype=torch.int64, device=key.device),
-            memory=None if memory is None else key.new_empty(B, K, 0, memory),
-        )
+            memory=None if M is None else key.new_empty(B, K, 0, M),
+        ).for_rule(rule, group)
 
     def _slots(self) -> dict[str, Tensor]:
         """The tensors that have slots."""
-        return {name: x for name, x in self.tensors().items() if name != "seen"}
+        return {name: x for name, x in self.tensors().items() if name not in ("seen", "queries")}
 
 
 def _joined(states: list[EvictionState], dim: int) -> EvictionState:
@@ -215,11 +235,21 @@ class Attended:
 
 @dataclass(frozen=True)
 class Options:
-    """What to return beside the output, and how to scale the logits."""
+    """How to scale the logits, what to return beside the output, and what a policy's function sees of the layer.
+
+    Attributes:
+        scale: what query · key is multiplied by.
+        return_state, trace: whether to return the final state, and what was evicted.
+        layer, layers: the layer's number, from 0, and how many the model has.
+        rotary: its rotary embedding, where it is known and a rule needs it.
+    """
 
     scale: float
     return_state: bool = False
     trace: bool = False
+    layer: int = 0
+    layers: int = 1
+    rotary: Rotary | None = None
 
 
 class Call(NamedTuple):
@@ -253,3 +283,25 @@ def remembered(rule: Rule) -> int | None:
     What an oracle knows beforehand is of no use to a sequence that continues, so its states have none.
     """
     return None if rule.priority_fn is None or rule.precompute is not None else rule.memory
+
+
+def last_queries(rule: Rule, before: Tensor | None, query: Tensor, read: Tensor) -> Tensor | None:
+    """The queries of the last `W` tokens, [B, K, G, W, D], of rows that read some more; None where a rule sees none.
+
+    Args:
+        before: the same before these tokens; None: there were none.
+        query: [B, K, G, T, D], the tokens' queries.
+        read: int64 [B], how many of them each row has read.
+    """
+    if not rule.queries:
+        return None
+    every = joined_queries(rule, before, query)
+    at = read.to(query.device)[:, None] + torch.arange(rule.queries, device=query.device)
+    return every.gather(3, at[:, None, None, :, None].expand(*every.shape[:3], -1, every.shape[-1]))
+
+
+def joined_queries(rule: Rule, before: Tensor | None, query: Tensor) -> Tensor:
+    """`before` and the tokens after it, [B, K, G, W + T, D]; arguments as in `last_queries`."""
+    B, K, G, _, D = query.shape
+    before = query.new_zeros(B, K, G, rule.queries, D) if before is None else before.to(query.dtype)
+    return torch.cat([before, query], 3)

@@ -10,9 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from a2sf.engine.priorities import mass, of_own, of_rule, pooled, smallest, smallest_of_all_heads
+from a2sf.engine.priorities import about, mass, merged, of_function, of_rule, pooled, smallest, smallest_of_all_heads
 from a2sf.engine.retention import BatchRetention
-from a2sf.engine.state import LATE, Attended, Call, EvictionState, Options, Segments, remembered
+from a2sf.engine.state import (
+    LATE,
+    Attended,
+    Call,
+    EvictionState,
+    Options,
+    Segments,
+    joined_queries,
+    last_queries,
+    remembered,
+)
 from a2sf.engine.tree import Ran, Rows, by_depth
 from a2sf.policies.base import UNLIMITED
 from a2sf.policies.rule import Sequence, Step
@@ -69,6 +79,8 @@ class _Slots:
         past = old.positions.shape[-1]
         self.retention = rows.per_head(K, rows.query.dtype)
         self.query = (rows.query * options.scale).reshape(B, K, H // K, T, D)
+        self.grouped = rows.query.reshape(B, K, H // K, T, D)
+        self.queries = joined_queries(self.rule, old.queries, self.grouped) if self.rule.queries else None
 
         def slots(x: Tensor, fill: float = 0) -> Tensor:
             """A buffer of `n` slots that begins with the state's `x` [B, K, past, ...]."""
@@ -87,7 +99,7 @@ class _Slots:
                 self.held[name] = slots(fixed(old.keys, old.values, old.positions))
         memory = rows.query.new_zeros(B, K, past, self.rule.memory) if old.memory is None else old.memory
         if self.rule.precompute is not None:
-            whole = Sequence(rows.query.reshape(B, K, H // K, T, D), rows.key, rows.value, rows.length, options.scale)
+            whole = Sequence(self.grouped, rows.key, rows.value, rows.length, options.scale)
             self.entering["memory"] = self.rule.precompute(whole)
             memory = self.entering["memory"][:, :, :0]
         self.held["memory"] = slots(memory)
@@ -133,11 +145,15 @@ class _Slots:
         if self.rule.scored:
             fresh = scores * retention.forgetting_factor + mass(self.rule, p, count)
             scores.copy_(fresh if self.rule.cut is None else torch.where(retention.scores_now(now), fresh, scores))
-        step = Step(p, held["keys"], held["values"], positions, cached, now, scores, held["memory"])
+        window = None if self.queries is None else self.queries[:active, :, :, t + 1 : t + 1 + self.rule.queries]
+        shown = positions, cached, now, scores, held["memory"], window
+        step = Step(p, held["keys"], held["values"], *shown, **about(retention, self.options, positions))
         self._evict(t, retention, step, held, retention.excess(count, now))
         return out
 
     def _evict(self, t: int, retention: BatchRetention, step: Step, held: dict[str, Tensor], excess: Tensor) -> None:
+        if self.rule.recording is not None:
+            return self._remove(t, self.rule.recording.evicted(step), held)
         positions, now, most = step.positions, step.now, int(excess.max())
         looks = self.rule.memory > 0 or (self.rule.cut is not None and bool(retention.at_cut(now).any()))
         if most == 0 and not looks:
@@ -146,7 +162,7 @@ class _Slots:
         if self.rule.cut is not None:
             held["scores"].copy_(torch.where(retention.at_cut(now), pooled(retention, step, free), step.scores))
         if self.rule.priority_fn is not None:
-            priority, memory = of_own(self.rule, step, free)
+            priority, memory = of_function(retention, step, free, excess)
             held["memory"].copy_(memory)
         else:
             priority = of_rule(retention, step, held.get("weight"), held.get("bias"))
@@ -162,6 +178,16 @@ class _Slots:
             out = smallest(priority, positions, free, excess)
         if retention.across_heads:
             out = torch.where(retention.at_cut(now), smallest_of_all_heads(retention, priority, step, free), out)
+        if self.rule.merge_fn is not None and bool(out.any()):
+            held["keys"][:], held["values"][:] = merged(retention, step, out)
+            for name, fixed in (("weight", self.rule.weight), ("bias", self.rule.bias)):
+                if fixed is not None:
+                    held[name].copy_(fixed(held["keys"], held["values"], positions))
+        self._remove(t, out, held)
+
+    def _remove(self, t: int, out: Tensor, held: dict[str, Tensor]) -> None:
+        """Evict the slots `out` [active, K, N] at step `t`."""
+        positions = self.positions[: len(out)]
         self._note(t, out, positions)
         where = out.nonzero(as_tuple=True)
         positions[where] = -1
@@ -188,6 +214,7 @@ class _Slots:
             values=self.held["values"],
             seen=self.rows.state.seen + self.rows.length,
             memory=None if remembered(self.rule) is None else self.held["memory"],
+            queries=self.rows.kept(last_queries(self.rule, self.rows.state.queries, self.grouped, self.rows.length)),
         ).compact()
 
 

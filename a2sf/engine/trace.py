@@ -36,6 +36,8 @@ class Trace:
         evicted_at: int32 [L, K, T]: the step at which each position was evicted, T if it never was.
         received: float32 [L, K, T], the attention each position got while it was cached (see `attention_mass`).
         lost: float32 [L, K, T], the share of each step's full attention that was on evicted positions.
+        tokens: int64 [T + 1], the tokens that were read, and the last one, which was only predicted; None in files of
+            earlier versions.
     """
 
     document: int
@@ -44,6 +46,7 @@ class Trace:
     evicted_at: np.ndarray
     received: np.ndarray
     lost: np.ndarray
+    tokens: np.ndarray | None = None
 
     def retained(self, step: int = -1) -> np.ndarray:
         """bool [L, K, T]: the positions in the cache after a step (default: the last)."""
@@ -69,8 +72,9 @@ class Trace:
     def first(self, tokens: int) -> Trace:
         """The trace after so many tokens; what positions received from later ones stays in `received`."""
         evicted_at, received, lost = (a[..., :tokens] for a in (self.evicted_at, self.received, self.lost))
-        pieces = self.pieces[:tokens]
-        return Trace(self.document, pieces, min(tokens, self.context), evicted_at.clip(max=len(pieces)), received, lost)
+        pieces, read = self.pieces[:tokens], None if self.tokens is None else self.tokens[: tokens + 1]
+        evicted_at = evicted_at.clip(max=len(pieces))
+        return Trace(self.document, pieces, min(tokens, self.context), evicted_at, received, lost, read)
 
     def ages(self, layer: int) -> np.ndarray:
         """The age of each token that `layer` evicted, in steps at its eviction.
@@ -184,6 +188,7 @@ def dumps(traces: Sequence[Trace]) -> bytes:
         arrays |= {f"{name}_{t.document}": getattr(t, name) for name in ("evicted_at", "received", "lost")}
         arrays[f"pieces_{t.document}"] = np.array(t.pieces, dtype=np.str_)
         arrays[f"context_{t.document}"] = np.int64(t.context)
+        arrays |= {} if t.tokens is None else {f"tokens_{t.document}": t.tokens}
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)
     return file.getvalue()
@@ -198,7 +203,9 @@ def load(file: Path | BinaryIO) -> list[Trace]:
                 tuple(map(str, held[f"pieces_{d}"])),
                 int(held[f"context_{d}"]),
                 _evicted_at(held, d),
-                *(held[f"{name}_{d}"] for name in ("received", "lost")),
+                held[f"received_{d}"],
+                held[f"lost_{d}"],
+                held.get(f"tokens_{d}"),
             )
             for d in held["documents"]
         ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from a2sf.engine.retention import BatchRetention
-from a2sf.engine.state import Attended, Call, EvictionState, Options, accumulation_dtype, remembered
+from a2sf.engine.state import Attended, Call, EvictionState, Options, accumulation_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,12 @@ class Rows(BatchRetention):
         length = self.length[rows]
         changed |= {"length": length, "lengths": length.tolist(), "budgets": changed["budget"].tolist()}
         return replace(self, **changed, state=self.state.select(rows))
+
+    def kept(self, queries: Tensor | None) -> Tensor | None:
+        """The last queries [B, K, G, W, D] that the end states have: 0 in rows whose rule looks at no later ones."""
+        if queries is None:
+            return None
+        return queries.masked_fill(self.looked(self.state.seen + self.length)[:, None, None, None, None], 0)
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ def by_depth(run_rows: RunRows, call: Call) -> Attended:
         elif state is not None:
             start = state
         else:
-            start = EvictionState.empty(packed[1], packed[2], remembered(segments.rule))
+            start = EvictionState.empty(packed[1], packed[2], segments.rule, H // key.shape[1])
         rows = Rows(
             query=packed[0],
             key=packed[1],
@@ -110,7 +116,8 @@ def by_depth(run_rows: RunRows, call: Call) -> Attended:
             budget=numbers[1],
             recent=numbers[2],
             sinks=numbers[3],
-            prompt=numbers[4],
+            prompt=None if segments.prompt is None else numbers[4],
+            prepared=None if segments.prepared is None else segments.prepared[pick].to(device, non_blocking=True),
             forgetting_factor=segments.forgetting_factor[pick].to(device, non_blocking=True),
             lengths=length.tolist(),
             budgets=segments.budget[pick].tolist(),

@@ -22,6 +22,7 @@ from a2sf.hf.calls.around import decoder_of, scoped, surround
 from a2sf.hf.calls.tokens import new_tokens
 from a2sf.hf.exactness import require_exact
 from a2sf.hf.loading.config import kv_heads_of
+from a2sf.hf.rotary import rotary_for
 from a2sf.hf.settings import check_settings, contexts_for, contexts_of, new_tokens_of, retention_of
 from a2sf.policies.arguments import budget_of, policy_of, schedule_of
 from a2sf.policies.base import Policy, Retention
@@ -110,6 +111,7 @@ class _Scope:
             len(retained[0]),
             policy_on_sliding=not mixes_windows(model.config),
             backend=self.backend,
+            rotary=rotary_for(model, self.policy),
             schedule=schedule_for(self.policy, self.schedule),
             prompt=context.__getitem__,
         )
@@ -120,6 +122,11 @@ class _Scope:
         """For each row of a call without a cache: first column, tokens, prompt tokens, and what each layer retains."""
         start, length = (x.tolist() for x in new_tokens(shape, 0, mask))
         layers = model.config.get_text_config().num_hidden_layers
+        if self.policy.prepares:
+            raise UserError(
+                f"the policy {self.policy.name} reads a prompt before it is cut, which a call without a cache does not do; "
+                "call the model with use_cache=True"
+            )
         if schedule_for(self.policy, self.schedule).prompt and self.context_tokens is None:
             raise UserError(
                 "a call without a cache does not show where its prompt ends, which the prompt schedule needs; give "

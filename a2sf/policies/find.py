@@ -163,13 +163,17 @@ def defaults(cls: type[Policy]) -> dict[str, Any]:
     return found
 
 
-def check_setting_names(cls: type[Policy], given: Mapping[Any, Any]) -> None:
-    """Raise `ConfigError` if `given` names a setting that `cls` does not have; `_target_` is allowed."""
+def check_setting_names(cls: type[Policy], given: Mapping[Any, Any], key: str = "policy") -> None:
+    """Raise `ConfigError` if `given` names a setting that `cls` does not have; `_target_` is allowed.
+
+    Args:
+        key: the configuration key of the policy, which an error message names.
+    """
     known = [f.name for f in dataclasses.fields(cls)]
-    for key in map(str, given):
-        if key not in (*known, "_target_"):
+    for name in map(str, given):
+        if name not in (*known, "_target_"):
             has = f"{cls.name} has {', '.join(known)}" if known else f"{cls.name} has no settings"
-            raise ConfigError(f"policy.{key}", given[key], has + nearest(key, known))
+            raise ConfigError(f"{key}.{name}", given[name], has + nearest(name, known))
 
 
 def source_digest(cls: type[Policy]) -> str | None:

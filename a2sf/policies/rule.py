@@ -9,13 +9,13 @@ multiplied by the forgetting factor. Any other priority is one function of a `St
 heads.
 
 Shapes: B rows, K key/value heads, G query heads per key/value head, N columns, T tokens, D key size, V value size, M
-numbers that a policy stores for each token.
+numbers that a policy stores for each token, W last tokens whose queries a policy asks for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from a2sf.policies.renamed import renamed_fields
@@ -23,13 +23,18 @@ from a2sf.policies.renamed import renamed_fields
 if TYPE_CHECKING:  # so that commands which only list policies do not load torch
     from torch import Tensor
 
+    from a2sf.policies.rotary import Rotary
+
 
 @dataclass(frozen=True)
 class Step:
     """The state of the cache at one step: the newest token is cached and has attended, and nothing is evicted yet.
 
-    The columns are in no particular order. A column without a token is False in `cached`, -1 in `positions` and 0 elsewhere.
-    Floating-point tensors are float32, or float64 for float64 inputs. A priority function must not change any of them.
+    Where a schedule evicts many tokens at once (the cut after a prompt, and `every`), the columns are exactly the cached
+    tokens in the order of their positions, and there is one row. Only if the heads hold different numbers of tokens, the
+    last columns of some heads are empty. At other steps the columns are in no particular order. A column without a token is
+    False in `cached`, -1 in `positions` and 0 elsewhere. Floating-point tensors are float32, or float64 for float64 inputs.
+    A priority function must not change any of them.
 
     Attributes:
         probabilities: [B, K, G, N], the attention of each query head to the cached tokens, with sum 1.
@@ -40,6 +45,16 @@ class Step:
         now: int64 [B, 1, 1], the position of the newest token.
         scores: [B, K, N], accumulated attention `A`, this step included.
         memory: [B, K, N, M], the numbers that the policy stores for each token; 0 for the newest token.
+        queries: [B, K, G, W, D], the queries of the last `W` tokens, the newest last, if the policy asks for them
+            (`queries = W`); else None. Where fewer tokens were read there are fewer, or the first ones are 0 (see
+            `query_positions`).
+        layer: number of the layer, from 0.
+        layers: how many layers the model has.
+        budget: int64 [B, K, 1], tokens that each KV head of this layer holds after the step, `C`.
+        prompt: int64 [B, 1, 1], tokens of each row's prompt under the prompt schedule; else None.
+        scale: what query · key is multiplied by before the softmax.
+        rotary: its rotary embedding, if the policy asks for it (`unrotated = True`) and the model has one; else None.
+        prepared: [B, K, N], the numbers that the policy prepared for the prompt's tokens, 0 for others; None: it has none.
     """
 
     probabilities: Tensor
@@ -50,11 +65,53 @@ class Step:
     now: Tensor
     scores: Tensor
     memory: Tensor
+    queries: Tensor | None = None
+    layer: int = 0
+    layers: int = 1
+    budget: Tensor | None = None
+    prompt: Tensor | None = None
+    scale: float = 1.0
+    rotary: Rotary | None = None
+    prepared: Tensor | None = None
 
     @property
     def ages(self) -> Tensor:
         """int64 [B, K, N], steps since each token was cached: 0 for the newest; without meaning where no token is cached."""
         return self.now - self.positions
+
+    @property
+    def query_positions(self) -> Tensor:
+        """int64 [B, 1, 1, W], the position of each token in `queries`; negative where there is none."""
+        import torch
+
+        assert self.queries is not None, "the policy does not ask for queries (queries = W)"
+        W = self.queries.shape[-2]
+        return self.now[..., None] - torch.arange(W - 1, -1, -1, device=self.now.device)
+
+    @property
+    def attention(self) -> Tensor:
+        """[B, K, G, W, N], the attention of each of `queries` to those cached tokens that are not after it.
+
+        A query where no token was read has attention 0 to all.
+        """
+        import torch
+
+        assert self.queries is not None, "the policy does not ask for queries (queries = W)"
+        logits = self.queries @ self.keys[:, :, None].transpose(-1, -2) * self.scale
+        later = self.positions[:, :, None, None] > self.query_positions[..., None]
+        hidden = later | ~self.cached[:, :, None, None]
+        return logits.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0)
+
+    @property
+    def unrotated_keys(self) -> Tensor:
+        """`keys` before the rotary embedding; as they are where no model's embedding is known (`rotary` is None)."""
+        return self.keys if self.rotary is None else self.rotary.unrotate(self.keys, self.positions)
+
+    @property
+    def unrotated_queries(self) -> Tensor:
+        """`queries` before the rotary embedding; as they are where no model's embedding is known (`rotary` is None)."""
+        assert self.queries is not None, "the policy does not ask for queries (queries = W)"
+        return self.queries if self.rotary is None else self.rotary.unrotate(self.queries, self.query_positions)
 
 
 @dataclass(frozen=True)
@@ -76,8 +133,11 @@ class Sequence:
     scale: float
 
 
+POOLINGS = ("mean", "max")
+"""What a cut makes of the scores of neighbouring tokens."""
 TokenFn: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 """`(keys [..., D], values [..., V], positions [...]) -> [...]`: one number for each token, computed when it is cached."""
+MergeFn: TypeAlias = "Callable[[Step, Tensor], Tensor | tuple[Tensor, Tensor]]"
 PriorityFn: TypeAlias = "Callable[[Step], Tensor | tuple[Tensor, Tensor]]"
 """From a step to priorities [B, K, N], or to priorities and new memory [B, K, N, M]."""
 
@@ -88,14 +148,15 @@ class Cut:
     """How tokens are ranked at the single eviction after a prompt.
 
     Only the queries of the last `recent` prompt tokens add to `A`, and no query after the prompt. At the cut, the `A` of the
-    tokens before them is replaced by its average over neighbours. Then priorities are computed as at any other step.
+    tokens before them becomes its mean (or maximum) over neighbours. Then priorities are computed as at any other step.
 
     Attributes:
-        kernel_size: how many neighbouring tokens are averaged, an odd number. Neighbours beyond the ends or among the last
-            `recent` tokens count as 0.
+        kernel_size: how many neighbouring tokens are taken together, an odd number. Neighbours beyond the ends or among the
+            last `recent` tokens count as 0.
         floor: None: every head retains `C` tokens. A number from 0 to 1: the slots of a layer beside the protected tokens
             are divided among its heads. A head gets `(1 - floor) * won + floor * equal` slots: `won` counts the layer's best
             tokens that are this head's, `equal` is an equal share (docs/semantics.md). 1 is the same as None.
+        pooling: `mean` or `max`, over the neighbours.
 
     Raises:
         ValueError: if a number is out of range.
@@ -103,12 +164,15 @@ class Cut:
 
     kernel_size: int = 1
     floor: float | None = None
+    pooling: str = "mean"
 
     def __post_init__(self) -> None:
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be an odd number of neighbours, at least 1, got {self.kernel_size}")
         if self.floor is not None and not 0.0 <= self.floor <= 1.0:
             raise ValueError(f"floor must lie in [0, 1], got {self.floor}")
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling}")
 
 
 @renamed_fields(by_age="mean_over_age")
@@ -129,6 +193,32 @@ class Head:
     recent_share: float = 0.0
     sinks: int = 0
     mean_over_age: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """What another run of the same tokens evicted, so that the same is evicted again: equal only to itself.
+
+    Attributes:
+        evicted_at: int64 [K, T], the step after which each key/value head evicts each position; T or more: never. No
+            position is evicted before its own step.
+    """
+
+    evicted_at: Tensor
+
+    def evicted(self, step: Step) -> Tensor:
+        """bool [B, K, N], the cached tokens that are evicted at a step.
+
+        Raises:
+            ValueError: if the layer has another number of heads, or a token is later than the last one of the recording.
+        """
+        heads, tokens = self.evicted_at.shape
+        if step.positions.shape[1] != heads:
+            raise ValueError(f"the recording has {heads} key/value heads, and the layer {step.positions.shape[1]}")
+        if bool((step.now >= tokens).any()):
+            raise ValueError(f"the recording ends after {tokens} tokens, and more are read")
+        known = self.evicted_at.to(step.positions.device).expand(len(step.positions), -1, -1)
+        return step.cached & (known.gather(2, step.positions.clamp(min=0)) <= step.now)
 
 
 @renamed_fields(
@@ -158,10 +248,17 @@ class Rule:
             cut, the `scores` in its `Step` are the averaged ones.
         memory: how many numbers `priority_fn` stores for each token, `M`.
         precompute: only for an oracle: from all tokens (`Sequence`) to numbers for each token, [B, K, T, M].
+        recording: what is evicted at each step, whatever the budget; then nothing is ranked.
+        queries: of how many last tokens `priority_fn` and `merge_fn` see the queries, `W`.
+        unrotated: whether they need the model's rotary embedding.
+        merge_fn: a function that changes values (and keys) of the tokens that stay when others are evicted. It gets the step
+            and which tokens are evicted, bool [B, K, N], and returns all values, or values and keys. `weight` and `bias` are
+            then computed anew.
 
     Raises:
         ValueError: if fields contradict each other: `full_heads` with `shared` or with a cut's `floor`; `shared` with a
-            cut's `floor`; `heads` with `shared`, `full_heads`, `mean_over_age`, `cut` or `priority_fn`.
+            cut's `floor`; `heads` with `shared`, `full_heads`, `mean_over_age`, `cut` or a function; `shared` with
+            `merge_fn`; `recording` with anything that ranks.
     """
 
     scored: bool = True
@@ -176,6 +273,15 @@ class Rule:
     priority_fn: PriorityFn | None = None
     memory: int = 0
     precompute: Callable[[Sequence], Tensor] | None = None
+    recording: Recording | None = None
+    queries: int = 0
+    unrotated: bool = False
+    merge_fn: MergeFn | None = None
+
+    @property
+    def calls(self) -> bool:
+        """Whether it has a function of a step."""
+        return self.priority_fn is not None or self.merge_fn is not None
 
     def __post_init__(self) -> None:
         divided = self.cut is not None and self.cut.floor is not None
@@ -183,10 +289,12 @@ class Rule:
             raise ValueError("full_heads cannot be combined with shared or with a cut's floor")
         if self.shared and divided:
             raise ValueError("shared cannot be combined with a cut's floor")
-        if self.heads and (
-            self.shared or self.full_heads or self.mean_over_age or self.cut is not None or self.priority_fn is not None
-        ):
-            raise ValueError("heads cannot be combined with shared, full_heads, mean_over_age, cut or priority_fn")
+        if self.heads and (self.shared or self.full_heads or self.mean_over_age or self.cut is not None or self.calls):
+            raise ValueError("heads cannot be combined with shared, full_heads, mean_over_age, cut or a function")
+        if self.shared and self.merge_fn is not None:
+            raise ValueError("shared cannot be combined with merge_fn, which merges the values of each head by itself")
+        if self.recording is not None and replace(self, recording=None) != Rule(scored=False):
+            raise ValueError("a recording ranks nothing: combine it with scored=False alone")
 
 
 ACCUMULATED = Rule()

@@ -10,11 +10,14 @@ from a2sf import atomic
 from a2sf.analysis.comparisons.against import against_frame, compare_against
 from a2sf.analysis.comparisons.fidelity import fidelity_frame
 from a2sf.analysis.comparisons.pairs import compare_pair, comparisons_frame
+from a2sf.analysis.comparisons.pooled import compare_over_models, over_models_frame
 from a2sf.analysis.comparisons.ranking import rank, ranking_frame
 from a2sf.analysis.comparisons.stopped import stopped_comparisons, stopped_frame
+from a2sf.analysis.comparisons.written import text_frame
 from a2sf.analysis.results.documents import texts_note
 from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid
+from a2sf.analysis.results.labels import MINUS
 from a2sf.analysis.results.selection import Selection
 from a2sf.analysis.statistics.families import Correction
 from a2sf.errors import UserError
@@ -22,8 +25,10 @@ from a2sf.report.choices import FORMATS
 from a2sf.report.lengths import length_plots, length_tables
 from a2sf.report.needle import needle_plots, needle_tables
 from a2sf.report.page.page import Contents, read_failures, write_report
+from a2sf.report.plots.forest import forest_plots
 from a2sf.report.plots.sweep import draw_all
 from a2sf.report.tables.layout import build_tables
+from a2sf.report.tables.pooled import over_models_tables
 from a2sf.report.tables.summaries import (
     against_tables,
     comparison_tables,
@@ -34,7 +39,9 @@ from a2sf.report.tables.summaries import (
 from a2sf.report.tables.table import Table
 from a2sf.report.tables.text import TextTable, text_latex, text_markdown
 from a2sf.report.tables.write import csv_frame, latex, markdown
+from a2sf.report.tables.written import written_tables
 from a2sf.report.traced import read_traces, trace_frame, trace_pictures
+from a2sf.report.written import written_plots
 from a2sf.store.archive import is_archive, place_of
 from a2sf.store.notes import notes_of
 
@@ -103,14 +110,19 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     against, not_paired = compare_against(grid, options.against, options.corrected("model"))
     stopped, not_tested = stopped_comparisons(grid, options.corrected())
     shared = texts_note(grid.cells_shown)
+    of_pair, of_full, not_pooled = compare_over_models(grid, options.pair)
+    effects, text_rows = text_frame(grid)
     rankings = [*ranking_tables(grid, ranked, options.pair), *against_tables(against, grid.percent, shared)]
+    rankings += over_models_tables(of_pair, grid.percent, shared)
     text_tables = [
         *rankings,
+        *over_models_tables(of_full, grid.percent, shared, f"each policy {MINUS} full cache"),
         *needle_tables(grid),
         *stopped_tables(stopped, grid.percent),
         *comparison_tables(comparisons, grid.percent, shared),
         *fidelity_tables(grid, fidelity),
         *length_tables(grid),
+        *written_tables(grid, effects),
     ]
     traced = read_traces(grid)
     traces = trace_frame(traced, options.pair)
@@ -123,9 +135,12 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
         "ranking.csv": ranking_frame(ranked).to_csv(index=False) if ranked else "",
         "comparisons.csv": comparisons_frame(comparisons).to_csv(index=False) if comparisons else "",
         "against.csv": against_frame(against).to_csv(index=False) if against else "",
+        "models.csv": over_models_frame([*of_pair, *of_full]).to_csv(index=False) if of_pair or of_full else "",
         "stopped.csv": stopped_frame(stopped).to_csv(index=False) if stopped else "",
         "fidelity.csv": fidelity.to_csv(index=False) if len(fidelity) else "",
         "traces.csv": traces.to_csv(index=False) if len(traces) else "",
+        "texts.csv": effects.to_csv(index=False) if len(effects) else "",
+        "texts_documents.csv": text_rows.to_csv(index=False) if len(text_rows) else "",
     }
     files = []
     for name, text in written.items():
@@ -137,13 +152,15 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     if options.plots:
         plots = needle_plots(grid, out / "plots") | draw_all(grid, out / "plots", options.pair)
         plots |= length_plots(grid, out / "plots", options.pair)
-        plots |= trace_pictures(traced, out / "plots")
+        plots |= forest_plots(of_pair, out / "plots", grid.percent, grid.metric)
+        plots |= trace_pictures(traced, out / "plots") | written_plots(effects, text_rows, out / "plots")
     files += [file for pictures in plots.values() for file in pictures]
     of_tables = [
         *not_compared,
         *no_fidelity,
         *not_ranked,
         *not_paired,
+        *not_pooled,
         *not_tested,
         *(n for t in tables for n in t.notes),
     ]
@@ -151,7 +168,17 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     if options.report:
         failures = read_failures(directories)
         contents = Contents(
-            grid, tables, comparisons, text_tables, fidelity, traces, traced, failures, notes, options.pair
+            grid,
+            tables,
+            comparisons,
+            text_tables,
+            fidelity,
+            traces,
+            traced,
+            text_rows,
+            failures,
+            notes,
+            options.pair,
         )
         files.append(write_report(out / "report.html", contents))
     return Shown(tables, rankings, files, list(dict.fromkeys([*grid.notes, *notes])))

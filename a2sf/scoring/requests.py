@@ -240,6 +240,17 @@ def keys_of(instances: Iterable[Any]) -> list[str]:
         key = request_hash(instance.args)
         if instance.request_type == TEXT and draws(instance.args[1]):
             times[key] = times.get(key, -1) + 1
-            key += f"#{times[key]}" if times[key] else ""
+            key = key_of_draw(key, times[key])
         found.append(key)
     return found
+
+
+def key_of_draw(key: str, draw: int) -> str:
+    """The key of a request's text number `draw`, counted from 0."""
+    return f"{key}#{draw}" if draw else key
+
+
+def keys_of_draws(arguments: tuple[Any, ...], n: int) -> list[str]:
+    """The keys of the n texts of a request; of one if they are not drawn at random, and therefore equal."""
+    key = request_hash(arguments)
+    return [key_of_draw(key, j) for j in range(n if draws(arguments[1]) else 1)]

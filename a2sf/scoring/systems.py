@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from a2sf.hf.settings import retention_of
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
+from a2sf.policies.prepared import Prepared
 from a2sf.policies.schedule import Schedule
 from a2sf.scoring.counts import Counts
 from a2sf.tasks.warned import Warned
@@ -27,13 +28,18 @@ class System:
     budget: Budget | None
     schedule: Schedule
 
-    def retention(self, total: int, context: int, layers: int) -> tuple[Retention, ...]:
+    def retention(
+        self, total: int, context: int, layers: int, prepared: Prepared | None = None
+    ) -> tuple[Retention, ...]:
         """What each of `layers` layers retains of a sequence of `total` tokens whose prompt has `context`.
+
+        Args:
+            prepared: what the policy prepared for the prompt, if it does.
 
         Raises:
             UserError: if the policy protects more tokens than the budget holds.
         """
-        return retention_of(self.policy, self.budget, total, context, layers, self.schedule)
+        return retention_of(self.policy, self.budget, total, context, layers, self.schedule, prepared)
 
 
 class Answer(NamedTuple):
@@ -44,6 +50,11 @@ class Answer(NamedTuple):
         greedy: whether greedy decoding would have produced the continuation.
         context, continuation: how many tokens these have.
         ended: whether a text was ended by a stop sequence, and not by the limit of its tokens; None: not known.
+        finish: why a text ended: `eos` (the model's end of a text), `stop` (a stop sequence), `length` (the limit of tokens),
+            or `thinking` (the limit, before the model had ended its thinking); None: not known.
+        tokens: the tokens that were generated, with those of thinking and of the stop sequence; None: not known.
+        thinking: what was thought before the answer, which is not part of `value`.
+        thinking_tokens: how many of `tokens` that took, with the token that ends it.
     """
 
     value: Any
@@ -51,6 +62,10 @@ class Answer(NamedTuple):
     context: int
     continuation: int
     ended: bool | None = None
+    finish: str | None = None
+    tokens: list[int] | None = None
+    thinking: str = ""
+    thinking_tokens: int = 0
 
 
 @dataclass

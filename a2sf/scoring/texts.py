@@ -11,12 +11,14 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from a2sf.engine.kernels import noting
 from a2sf.errors import ConfigError, Notice, UserError
 from a2sf.hf.attention import NonFiniteError, UnsupportedModel
 from a2sf.hf.cache.pruned import PrunedCache, prove_decoding
+from a2sf.scoring.generation.ends import EOS, LENGTH, STOP, Ends, Text
+from a2sf.scoring.generation.thinking import Thinking
 from a2sf.scoring.requests import Requests
 from a2sf.scoring.systems import Answer, Answers
 from a2sf.tasks.prompting import draws
@@ -110,12 +112,21 @@ class Texts:
             texts = self._generated(requests, answers, batch)
         answers.ran |= ran
         answers.seconds += time.perf_counter() - started
-        for i, (text, ended) in zip(batch, texts, strict=True):
-            length = len(self.lm.tok_encode(text, add_special_tokens=False))
-            answers.computed[requests.keys[i]] = Answer(text, False, len(requests.prompt(i).tokens), length, ended)
+        for i, (text, tokens) in zip(batch, texts, strict=True):
+            answers.computed[requests.keys[i]] = Answer(
+                text.value,
+                False,
+                len(requests.prompt(i).tokens),
+                len(self.lm.tok_encode(text.value, add_special_tokens=False)),
+                text.finish in (EOS, STOP),
+                text.finish,
+                tokens,
+                text.thinking,
+                text.thinking_tokens,
+            )
 
-    def _generated(self, requests: Requests, answers: Answers, batch: Sequence[int]) -> list[tuple[str, bool]]:
-        """The texts of a batch, as `HFLM.generate_until` makes them, and whether each ended by itself."""
+    def _generated(self, requests: Requests, answers: Answers, batch: Sequence[int]) -> list[tuple[Text, list[int]]]:
+        """The texts of a batch, as `HFLM.generate_until` makes them, and their tokens."""
         lm, system = self.lm, answers.system
         settings = normalize_gen_kwargs(copy.deepcopy(requests.instances[batch[0]].args[1]), lm.max_gen_toks)
         eos = lm.tok_decode(lm.eot_token_id, skip_special_tokens=False)
@@ -156,23 +167,19 @@ class Texts:
             raise UserError(
                 "several texts of one prompt (num_return_sequences) cannot be scored by lm-eval; leave it out"
             )
+        ends = Ends(lm, stop, self._eos, Thinking.of(lm.think_end_token, lm.tokenizer, lm.enable_thinking))
         full = made.shape[1] >= most
-        rows = made[:, width:].tolist()
-        return [(self._decoded(row, stop), not full or self._ends(row, stop)) for row in rows]
+        found = []
+        for i, row in zip(batch, made[:, width:].tolist(), strict=True):
+            tokens = row[: next((at + 1 for at, token in enumerate(row) if token in self._eos), len(row))]
+            finish = EOS if tokens[-1] in self._eos else STOP if not full or self._stops(tokens, stop) else LENGTH
+            found.append((ends.finished(requests.instances[i].args[0], tokens, finish), tokens))
+        return found
 
-    def _decoded(self, tokens: list[int], stop: list[str]) -> str:
-        """The answer in what was generated: without stop sequences, and without what was thought before it."""
-        end = self.lm.think_end_token
-        if isinstance(end, int) and end in tokens:
-            tokens = tokens[len(tokens) - tokens[::-1].index(end) :]
-        text = self.lm.tok_decode(tokens)
-        text = text.lstrip() if isinstance(end, int) else text
-        return str(postprocess_generated_text(text, stop, end if isinstance(end, str) else None))
-
-    def _ends(self, tokens: list[int], stop: list[str]) -> bool:
-        """Whether a text holds a stop sequence or the token that ends it."""
+    @property
+    def _eos(self) -> frozenset[int]:
         eos: Any = self.scorer.model.generation_config.eos_token_id
-        return bool(
-            {self.lm.eot_token_id, *(eos if isinstance(eos, list) else [eos])} & set(tokens)
-            or any(s in self.lm.tok_decode(tokens, skip_special_tokens=False) for s in stop)
-        )
+        return frozenset({self.lm.eot_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
+
+    def _stops(self, tokens: list[int], stop: list[str]) -> bool:
+        return any(s in self.lm.tok_decode(tokens, skip_special_tokens=False) for s in stop)

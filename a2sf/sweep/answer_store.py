@@ -52,7 +52,7 @@ class AnswerStore:
         self._cells[cell.name], self._answers[cell.name] = cell, answers
         answers.requests = len(keys)
         if self.on_disk:
-            answers.known = {k: a for k, a in _known(finished, self.documents).items() if k in keys}
+            answers.known = {k: a for k, a in known_answers(finished, self.documents).items() if k in keys}
             self._restore(cell, answers)
             answers.computed = {k: a for k, a in answers.computed.items() if k in keys and k not in answers.known}
 
@@ -177,22 +177,43 @@ def _checksum(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _known(stored: StoredCell | None, documents: str) -> dict[str, Answer]:
+def known_answers(stored: StoredCell | None, documents: str) -> dict[str, Answer]:
     """By a request's key, the answers in a finished result of the same documents."""
     if stored is None or stored.result["documents"]["fingerprint"] != documents:
         return {}
     known: dict[str, Answer] = {}
-    if "target" in stored.documents and "generated" not in stored.documents:
-        return {}  # its texts were not stored
-    if "generated" in stored.documents:
-        columns = ["request_hashes", "generated", "context_tokens", "continuation_tokens", "ended"]
-        for hashes, text, context, more, end in stored.documents.reindex(columns=columns).itertuples(index=False):
-            ended = None if pd.isna(end) else bool(end)  # older results do not say
-            known[hashes[0]] = Answer(text, False, int(context[0]), int(more[0]), ended)
-        return known
+    if "target" in stored.documents:
+        return _known_texts(stored.documents)
     columns = ["request_hashes", "loglikelihoods", "is_greedy", "context_tokens", "continuation_tokens"]
     for prefix in ("", "more/"):
         if f"{prefix}{columns[0]}" in stored.documents:
             for row in stored.documents[[f"{prefix}{c}" for c in columns]].itertuples(index=False):
                 known.update({h: Answer(float(x), bool(g), int(c), int(n)) for h, x, g, c, n in zip(*row, strict=True)})
+    return known
+
+
+def _known_texts(documents: pd.DataFrame) -> dict[str, Answer]:
+    """The same of a task that generates text; nothing where the texts were not stored."""
+    if "generated" not in documents:
+        return {}
+    known: dict[str, Answer] = {}
+    columns = ["generated", "ended", "finish", "tokens", "thinking", "thinking_tokens"]
+    several = [f"draws/{c}" for c in columns]
+    for row in documents.to_dict("records"):
+        keys, lengths = row["request_hashes"], zip(row["context_tokens"], row["continuation_tokens"], strict=True)
+        of_draws = zip(*(row[c] for c in several), strict=True) if len(keys) > 1 else [[row.get(c) for c in columns]]
+        for key, (context, length), (text, ended, finish, tokens, thinking, thought) in zip(
+            keys, lengths, of_draws, strict=True
+        ):
+            known[key] = Answer(
+                text,
+                False,
+                int(context),
+                int(length),
+                None if pd.isna(ended) else bool(ended),  # older results do not say
+                finish or None,
+                None if tokens is None else [int(t) for t in tokens],
+                thinking or "",
+                int(thought or 0),
+            )
     return known

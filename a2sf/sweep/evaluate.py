@@ -6,8 +6,9 @@ import math
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -15,9 +16,10 @@ import pandas as pd
 from a2sf.errors import Notice
 from a2sf.scoring.doubts import doubts, not_numbers
 from a2sf.scoring.recorded import RecordedLM
-from a2sf.scoring.requests import Requests, request_hash
+from a2sf.scoring.requests import Requests, keys_of_draws, request_hash
 from a2sf.scoring.scorer import Scorer
 from a2sf.scoring.systems import Answer, Answers
+from a2sf.scoring.written import cache_bytes
 from a2sf.sweep.cell import Cell
 from a2sf.tasks import shared_texts
 from a2sf.tasks.numbers import index_of, number_of
@@ -62,6 +64,9 @@ def evaluate(
         scorer.count(of_kind, answers)
     samples = evaluated["samples"][cell.task_name]
     documents = _documents(samples, task, answers)
+    if task.OUTPUT_TYPE == "generate_until":
+        size = cache_bytes(scorer, requests, answers)
+        documents["cache_bytes"] = [fmean(size[key] for key in keys) for keys in documents["request_hashes"]]
     seconds = time.perf_counter() - clock + answers.seconds
     counts = answers.counts
     if field := shared_texts.field_of(task, cell.data.cluster):
@@ -169,9 +174,11 @@ def _answer(recorded: Answers, arguments: tuple[Any, ...]) -> Answer:
 
 
 def _without_texts(documents: pd.DataFrame) -> pd.DataFrame:
-    """The documents with what is compared and counted, and no text: `generated` goes, others are empty."""
+    """The documents with what is compared and counted, and no text: what was written goes, others are empty."""
     empty = {"context": "", "target": ""}
-    stored = documents.drop(columns="generated", errors="ignore")
+    written = [f"{of}{name}" for of in ("", "draws/") for name in TEXTS]
+    written += [str(c) for c in documents if str(c).startswith("extracted")]
+    stored = documents.drop(columns=written, errors="ignore")
     stored["choices"] = [[""] * len(c) for c in documents["choices"]]
     return stored.assign(**{k: v for k, v in empty.items() if k in stored})
 
@@ -179,27 +186,55 @@ def _without_texts(documents: pd.DataFrame) -> pd.DataFrame:
 def _generated(sample: dict[str, Any], recorded: Answers) -> dict[str, Any]:
     """A row of a generation task: no choices, but the text, its target, and the numbers that describe the document."""
     arguments = tuple(sample["arguments"][0])
-    answer = _answer(recorded, arguments)
+    keys = keys_of_draws(arguments, len(sample["resps"][0]))
+    draws = [a for key in keys if (a := recorded.answer(key)) is not None]
+    answer = draws[0]
     end = "" if sample["filter"] == "none" else f",{sample['filter']}"
     return {
         "doc_id": sample["doc_id"],
         "doc_hash": sample["doc_hash"],
         "prompt_hash": sample["prompt_hash"],
-        "request_hashes": [request_hash(arguments)],
+        "request_hashes": keys,
         "context": arguments[0],
         "choices": [],
         "gold": -1,
         "prediction": -1,
         "loglikelihoods": [],
         "is_greedy": [],
-        "context_tokens": [answer.context],
-        "continuation_tokens": [answer.continuation],
+        "context_tokens": [a.context for a in draws],
+        "continuation_tokens": [a.continuation for a in draws],
         "target": str(sample["target"]),
-        "generated": sample["resps"][0][0],
-        "ended": answer.ended,
+        **{name: value(answer) for name, value in TEXT_COLUMNS.items()},
+        **(
+            {f"draws/{name}": [value(a) for a in draws] for name, value in TEXT_COLUMNS.items()}
+            if len(draws) > 1
+            else {}
+        ),
+        **({f"extracted{end}": _extracted(sample)} if end else {}),
         **{f"doc/{k}": v for k, v in _numbers(sample["doc"], sample["doc"]).items()},
         **{f"metric/{m}{end}": v for m, v in _numbers(sample, sample["metrics"]).items()},
     }
+
+
+def _extracted(sample: dict[str, Any]) -> str:
+    """What a filter of the task took from the text as its answer; of several texts from the first."""
+    found = sample["filtered_resps"][0]
+    while isinstance(found, list | tuple) and found:
+        found = found[0]
+    return str(found)
+
+
+TEXT_COLUMNS: dict[str, Callable[[Answer], Any]] = {
+    "generated": lambda a: a.value,
+    "ended": lambda a: a.ended,
+    "finish": lambda a: a.finish,
+    "tokens": lambda a: a.tokens,
+    "thinking": lambda a: a.thinking,
+    "thinking_tokens": lambda a: a.thinking_tokens,
+}
+"""What is stored of a generated text; of several texts of one prompt those of the first, and all under `draws/`."""
+TEXTS = ("generated", "tokens", "thinking")
+"""Those that hold what was written."""
 
 
 def _numbers(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:

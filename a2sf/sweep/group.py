@@ -24,6 +24,7 @@ from a2sf.sweep.answer_store import AnswerStore
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.early_stopping import EarlyStopping, check_can_stop_early
 from a2sf.sweep.evaluate import drawn, evaluate
+from a2sf.sweep.full_texts import FullTexts
 from a2sf.sweep.reuse import find_extendable
 from a2sf.tasks import shared_texts
 from a2sf.tasks.spec import provenance
@@ -77,14 +78,23 @@ class CellGroup:
         directory: of the sweep, where unfinished cells keep their answers.
         checkpoint_seconds: after so much time the answers so far are written there.
         trace: the number of first documents whose evictions are recorded.
+        full_texts: whether the full cache's texts are read under each system (`FullTexts`).
     """
 
     def __init__(
-        self, cells: Sequence[Cell], scorer: Scorer, directory: Path, checkpoint_seconds: float = 60.0, trace: int = 0
+        self,
+        cells: Sequence[Cell],
+        scorer: Scorer,
+        directory: Path,
+        checkpoint_seconds: float = 60.0,
+        trace: int = 0,
+        full_texts: bool = False,
     ) -> None:
         self.cells, self.scorer, self.directory = cells, scorer, directory
         self.checkpoint_seconds, self.trace = checkpoint_seconds, trace
+        self.full_texts = full_texts
         self._store: AnswerStore | None = None
+        self._texts: FullTexts | None = None
         self._warned = Warned()  # of what is done for all cells
 
     def shares(self) -> dict[str, float]:
@@ -123,6 +133,8 @@ class CellGroup:
             cells[cell.name] = cell
             store.add(cell, answers, finished.get(cell.name), {key for r in requests for key in r.keys})
             answers.seconds += each
+        if self.full_texts and cells and first.spec.generates:
+            self._texts = FullTexts(self.scorer, list(cells.values()), store, self.directory)
         stopping = None
         if first.stopping_rule is not None and cells:
             field = shared_texts.field_of(task, first.data.cluster)
@@ -132,7 +144,7 @@ class CellGroup:
                 for _ in self._scored(requests, store, stopping):
                     store.save_due()
                     # at once, so that a failure of another cell loses nothing
-                    for name in store.finished if stopping is None else ():
+                    for name in self._finished(requests) if stopping is None else ():
                         yield from self._evaluated(cells.pop(name), task, requests, store)
             except DiskError:
                 raise
@@ -143,6 +155,7 @@ class CellGroup:
             chosen = requests
             if stopping is not None and stopping.documents is not None:
                 chosen = [r.of_documents(set(stopping.documents)) for r in requests]
+            self._finished(chosen)
             for cell in cells.values():
                 yield from self._evaluated(cell, task, chosen, store, stopping)
         except BaseException:  # interrupted: what was computed since the last checkpoint is written
@@ -176,6 +189,15 @@ class CellGroup:
                         break
                 yield
 
+    def _finished(self, requests: Sequence[Requests]) -> list[str]:
+        """Names of the cells that can be evaluated."""
+        assert self._store is not None
+        finished = self._store.finished
+        if self._texts is None or not finished:
+            return finished
+        with collected(self._warned, again=True):
+            return self._texts.ready(finished, requests)
+
     def _evaluated(
         self,
         cell: Cell,
@@ -191,6 +213,7 @@ class CellGroup:
                 raise answers.error
             chosen = None if stopping is None else stopping.documents
             result, documents = evaluate(cell, task, requests, answers, self.scorer, chosen)
+            documents = documents if self._texts is None else self._texts.added(cell.name, result, documents)
             traces = {t.document: t for r in requests for t in self.scorer.traces(r, answers, self.trace)}
         except Exception as error:
             store.save([cell.name])  # the error may have come after the answers

@@ -95,6 +95,7 @@ class Runner:
         trace: the number of first documents of each cell whose evictions are recorded in its `traces.npz`
             (`a2sf.engine.trace`).
         checkpoint: seconds of work after which the answers of unfinished cells are written.
+        full_texts: whether the full cache's texts are read under each system (`a2sf.sweep.full_texts`).
     """
 
     directory: Path
@@ -102,6 +103,7 @@ class Runner:
     batch_size: int | None = None
     trace: int = 0
     checkpoint: float = 60.0
+    full_texts: bool = False
     _group: CellGroup | None = None
     _loaded: dict[loading.ModelSpec, Loaded] = field(default_factory=dict)
     _broken: dict[loading.ModelSpec, UserError] = field(default_factory=dict)
@@ -167,7 +169,7 @@ class Runner:
         except Exception as error:
             yield from (Computed(c, error=error) for c in cells)
             return
-        self._group = CellGroup(cells, scorer, self.directory, self.checkpoint, self.trace)
+        self._group = CellGroup(cells, scorer, self.directory, self.checkpoint, self.trace, self.full_texts)
         try:
             yield from self._group.compute()
         finally:

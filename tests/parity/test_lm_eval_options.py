@@ -179,7 +179,7 @@ def test_texts_are_left_out_and_nothing_else(settings, lm, tmp_path):
         result, documents = compute(bare, lm, tmp_path / "own")
         whole, with_texts = compute(cell, lm, tmp_path / "own")
         assert result["metrics"] == whole["metrics"]
-        texts = {"context", "choices", "target", "generated"}
+        texts = {"context", "choices", "target", "generated", "tokens", "thinking"}
         numbers = [c for c in with_texts if c not in texts]
         assert documents[numbers].equals(with_texts[numbers])
         written = documents.drop(columns=numbers).to_json()

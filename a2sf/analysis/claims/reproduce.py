@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
 from a2sf import atomic
+from a2sf.analysis.claims.models import check_over_models
 from a2sf.analysis.claims.verdicts import (
     MARGIN,
     Claim,
@@ -49,12 +50,17 @@ class Places:
 
 @dataclass(frozen=True)
 class Findings:
-    """All verdicts, the published models' and the small model's, and notes for the reader."""
+    """All verdicts, the published models' and the small model's, and notes for the reader.
+
+    Attributes:
+        over_models: claims over several models, with one verdict for all of them.
+    """
 
     headlines: list[Claim]
     figures: list[Claim]
     shape: list[Claim]
     notes: list[str]
+    over_models: list[Claim] = field(default_factory=list)
 
 
 def published_figures(reference: Path) -> pd.DataFrame:
@@ -100,6 +106,7 @@ def compare(
     headlines = pd.read_csv(places.reference / HEADLINES).to_dict("records")
     small, swept = _first(places.small), _first(places.factors)
     shape: list[Claim] = []
+    over_models = check_over_models(paper, pair, published)
     if small is None:
         notes.append(f"No small model's results in {' or '.join(map(str, places.small))}: its shape is not checked.")
     elif (grid := _grid([small], notes)) is not None:
@@ -109,6 +116,7 @@ def compare(
             "shows on another model, not whether the published numbers hold."
         )
         shape = check_shape(grid, set(published["policy"]), pair, margin=margin)
+        over_models += check_over_models(grid, pair)
     if swept is not None and (grid := _grid([swept], notes)) is not None:
         checked = {c.claim for c in shape if c.verdict is not Verdict.NOT_RUN}
         found = [c for c in check_factor(grid, pair) if c.claim not in checked]
@@ -119,6 +127,7 @@ def compare(
         figures=check_figures(published, paper, why_not),
         shape=shape,
         notes=notes,
+        over_models=over_models,
     )
 
 
@@ -137,6 +146,7 @@ def write_claims(directory: Path, findings: Findings) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     parts = {
         "Headline claims": findings.headlines,
+        "Over several models": findings.over_models,
         "Published figures": findings.figures,
         "Shape on the small model": findings.shape,
     }

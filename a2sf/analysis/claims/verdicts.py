@@ -111,15 +111,15 @@ def check_headline(row: Row, grid: Grid | None, why_not: Mapping[str, str], marg
         return Claim(text, Verdict.NOT_RUN, why_not.get(str(row["model"]), NO_CELL), published, source=source)
     index = max(range(len(gains)), key=lambda i: gains[i].difference.value)
     best, corrected = gains[index].difference, holm([g.difference.p for g in gains])[index]
-    if how := _protocol(part, set(str(row["tasks"]).split("/"))):
+    if how := protocol_differs(part, set(str(row["tasks"]).split("/"))):
         return Claim(text, Verdict.PROTOCOL, how, published, best.value, source)
     gain = f"the largest gain is {_points(best)} at budget {gains[index].budget}"
     if best.high < published:
         return Claim(text, Verdict.NOT_REPRODUCED, f"{gain}, below the claim.", published, best.value, source)
     if corrected > ALPHA:
-        why = f"{gain}, not significantly different from zero ({_p(corrected)}, Holm); {_within(gains)[index][1]}."
+        why = f"{gain}, not significantly different from zero ({p_words(corrected)}, Holm); {_within(gains)[index][1]}."
         return Claim(text, Verdict.UNCLEAR, why, published, best.value, source)
-    return Claim(text, Verdict.REPRODUCED, f"{gain}, {_p(corrected)} (Holm).", published, best.value, source)
+    return Claim(text, Verdict.REPRODUCED, f"{gain}, {p_words(corrected)} (Holm).", published, best.value, source)
 
 
 def check_shape(
@@ -219,7 +219,7 @@ def _one_factor(systems: list[System], part: Grid) -> list[System]:
 
 
 def _sign_claim(text: str, difference: Difference, p: float, equal: str, clause: str) -> Claim:
-    gain = f"{_points(difference)}, {_p(p)} (Holm); {clause}"
+    gain = f"{_points(difference)}, {p_words(p)} (Holm); {clause}"
     if p > ALPHA:
         return Claim(text, Verdict.EQUAL if equal == "yes" else Verdict.UNCLEAR, f"{gain}.", measured=difference.value)
     if difference.value > 0:
@@ -289,7 +289,7 @@ def _best_factor(where: str, part: Grid, systems: list[System], factors: tuple[f
     p = min((p for d, p in zip(tests, holm([d.p for d in tests]), strict=True) if d.value > 0), default=1.0)
     side = "inside" if best in inside else "outside"
     why = f"the best is {best:g}, {side} ({100 * means[best]:.1f}); {rival:g} reaches {100 * means[rival]:.1f}, "
-    why += f"{_p(p)} at the clearest budget (Holm)."
+    why += f"{p_words(p)} at the clearest budget (Holm)."
     if p > ALPHA:
         return Claim(text, Verdict.UNCLEAR, why, measured=best)
     return Claim(text, Verdict.REPRODUCED if best in inside else Verdict.NOT_REPRODUCED, why, measured=best)
@@ -303,7 +303,7 @@ def _by_factor(systems: list[System]) -> dict[float, list[System]]:
     return groups
 
 
-def _protocol(part: Grid, tasks: set[str]) -> str:
+def protocol_differs(part: Grid, tasks: set[str]) -> str:
     """How a grid differs from the published protocol; "" where it does not."""
     differs = []
     if missing := tasks - set(part.tasks):
@@ -318,7 +318,7 @@ def _protocol(part: Grid, tasks: set[str]) -> str:
     return "; ".join(differs)
 
 
-def _p(p: float) -> str:
+def p_words(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
 
     console = Console(highlight=False)
     console.print(f"{policy.label} ({policy!r}), {args.trials} trials each", markup=False, soft_wrap=True)
-    broken = 0
+    broken, told = 0, set()
     for name, of_one in groupby(check(policy, args.trials), lambda finding: finding.name):
         findings = list(of_one)
         by_outcome: dict[str, list[Finding]] = {"broken": [f for f in findings if f.broken]}
@@ -51,8 +51,12 @@ def main(arguments: Sequence[str]) -> None:
                 console.print(
                     f"  {mark}  {name}  [dim]{'; '.join(in_words(f.schedule) for f in some)}[/]", soft_wrap=True
                 )
-            for why in dict.fromkeys(f.broken or f.excepted for f in some if word != "holds"):
-                console.print(f"          {why}", markup=False, soft_wrap=True)
+            whys = {f.raised or f.broken or f.excepted: f.broken or f.excepted for f in some if word != "holds"}
+            for key, why in whys.items():
+                # an error of the policy's own code comes in many invariants, and is told once
+                again = key in told and any(f.raised == key for f in some)
+                console.print(f"          {'the same error' if again else why}", markup=False, soft_wrap=True)
+                told.add(key)
     if broken:
         console.print(f"{broken} broken")
         sys.exit(1)

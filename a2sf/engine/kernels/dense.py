@@ -20,12 +20,13 @@ def why_not(segments: Segments, options: Options, state: object) -> str | None:
     """Why `attend_dense` does not give what the recursion gives; None where it does, since scores do not matter."""
     if state is not None or options.return_state or options.trace:
         return "it has neither states nor traces"
-    if segments.schedule != STEP or segments.rule.full_heads or segments.rule.heads:
+    if segments.schedule != STEP or segments.rule.full_heads or segments.rule.heads or segments.rule.recording:
         return "it knows one number for all heads, step by step"
     known = segments.__dict__.get("_dense")
     if known is None:
         total = _end(segments)
         newest = (segments.recent == segments.budget) & (segments.sinks == 0)
+        newest &= segments.rule.merge_fn is None
         known = bool(((total <= segments.budget) | newest).all())
         object.__setattr__(segments, "_dense", known)
     return None if known else "scores decide what is retained"

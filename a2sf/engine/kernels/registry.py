@@ -210,7 +210,8 @@ REGISTRY: tuple[Backend, ...] = (Reference(), Dense(), Numba(), Triton(), TORCH)
 
 def knows(rule: Rule) -> bool:
     """Whether the compiled kernels, of the CPU and of GPUs, run a rule token by token."""
-    return rule.priority_fn is None and rule.cut is None and not rule.full_heads and not rule.heads
+    plain = not rule.calls and rule.recording is None
+    return plain and rule.cut is None and not rule.full_heads and not rule.heads
 
 
 def _token_by_token(retention: BatchRetention) -> str | None:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from a2sf.engine.priorities import mass, of_rule, pooled, smallest, smallest_of_all_heads
-from a2sf.engine.state import Attended, Call, EvictionState, Segments, remembered
+from a2sf.engine.priorities import about, mass, merged, of_function, of_rule, pooled, smallest, smallest_of_all_heads
+from a2sf.engine.state import Attended, Call, EvictionState, Options, Segments, last_queries
 from a2sf.engine.tree import traced
 from a2sf.errors import ConfigError
 from a2sf.policies.rule import ACCUMULATED, Rule, Step
@@ -27,10 +27,12 @@ def splits(segments: Segments) -> Callable[[Run, Call], Attended] | None:
     rule, schedule = segments.rule, segments.schedule
     if rule.heads:
         return by_numbers
-    if rule.priority_fn is not None:
+    if rule.recording is not None:
         return None
-    if rule.full_heads:
+    if rule.full_heads and not rule.calls:
         return by_heads
+    if rule.precompute is not None or (rule.priority_fn is not None and rule.memory):
+        return None  # its function is called at every step
     # where the cut gave every head a share of its own, each later step depends on the prompt
     return by_prompt if schedule.prompt and not (segments.across_heads and schedule.then == "step") else None
 
@@ -176,6 +178,7 @@ class _Prompts:
         self.run, self.call = run, call
         self.segments, self.options, self.state = call.segments, call.options, call.state
         self.split = _Split.of(call.segments, call.state)
+        self.group = call.query.shape[1] // call.key.shape[1]
         self.ends: dict[int, EvictionState] = {}
         self.ran: list[Attended] = []
         self.evictions: list[Tensor] = []
@@ -214,7 +217,7 @@ class _Prompts:
             return self.ends[node.up]
         if self.state is None:
             key, value = (x[:1].float() for x in (self.call.key, self.call.value))
-            return EvictionState.empty(key, value, remembered(self.segments.rule))
+            return EvictionState.empty(key, value, self.segments.rule, self.group)
         return self.state.select(torch.tensor([node.root]))
 
     def _read(self, ids: list[int], part: Segments, keep: bool) -> None:
@@ -222,13 +225,37 @@ class _Prompts:
         roots = [i for i, up in zip(ids, part.parent.tolist(), strict=True) if up < 0]
         begin = None
         if self.state is not None or any(self.split.nodes[i].up >= 0 or i in self.ends for i in roots):
-            begin = EvictionState.stack([self.ends[i] if i in self.ends else self._start(i) for i in roots])
+            states = [self.ends[i] if i in self.ends else self._start(i) for i in roots]
+            begin = EvictionState.stack([s.plain() for s in states] if not part.rule.calls else states)
         options = replace(self.options, return_state=keep)
         ran = self.run(self.call._replace(segments=part, options=options, state=begin))
         self.ran.append(ran)
         if ran.state is not None:
             for at, i in enumerate(ids):
-                self.ends[i] = ran.state.select(torch.tensor([at])).trim()
+                queries = self._last_queries(i) if part is self.split.first else None
+                end = ran.state.select(torch.tensor([at])).trim()
+                self.ends[i] = replace(end, queries=end.queries if queries is None else queries).for_rule(
+                    self.segments.rule, self.group
+                )
+
+    def _last_queries(self, i: int) -> Tensor | None:
+        """Those that the rule sees after the prompt's tokens in segment `i`."""
+        rule, node = self.segments.rule, self.split.nodes[i]
+        if not rule.queries:
+            return None
+        read = min(node.before, rule.queries)
+        end = int(self.segments.start[i]) + node.before
+        query = self.call.query[int(self.segments.row[i]), :, end - read : end].to(self._start(i).keys.dtype)
+        return last_queries(
+            rule, self._start(i).queries, query.unflatten(0, (-1, self.group))[None], torch.tensor([read])
+        )
+
+    def _probabilities(self, i: int) -> Tensor:
+        """The attention of the prompt's last token, which segment `i` ends with, [1, K, G, N]."""
+        end, at = self.ends[i], int(self.segments.start[i]) + self.split.nodes[i].before - 1
+        query = self.call.query[int(self.segments.row[i]), :, at].to(end.keys.dtype).unflatten(0, (-1, self.group))
+        logits = query @ end.keys[0].transpose(-1, -2) * self.options.scale
+        return logits.masked_fill(end.positions[0, :, None] < 0, -torch.inf).softmax(-1)[None]
 
     def _observe(self, i: int) -> None:
         """Add the attention of the prompt's last queries, as far as they are in segment `i`, to the scores."""
@@ -252,13 +279,19 @@ class _Prompts:
             scores = scores * factor ** len(now) + (added * forgotten[:, None, None]).sum(0)
         self.ends[i] = replace(end, scores=scores)
 
+    @torch.inference_mode(False)  # tensors made here count their changes, which shows whether a rule changes them
+    @torch.no_grad()
     def _cut(self, ids: list[int]) -> None:
         """Cut the prompts that end in the segments `ids`."""
         if not ids:
             return
-        states, out = _after_cut(
-            _pick(self.segments, self.split.nodes, ids), EvictionState.stack([self.ends[i] for i in ids])
-        )
+        state = EvictionState.stack([self.ends[i] for i in ids])
+        probabilities = state.scores.new_zeros(0)
+        if self.segments.rule.calls:
+            slots = state.positions.shape[-1]
+            each = (self._probabilities(i) for i in ids)
+            probabilities = torch.cat([torch.nn.functional.pad(p, (0, slots - p.shape[-1])) for p in each])
+        states, out = _after_cut(_pick(self.segments, self.split.nodes, ids), state, probabilities, self.options)
         for at, i in enumerate(ids):
             self.ends[i] = states.select(torch.tensor([at])).trim()
             head, position = out[at]
@@ -293,25 +326,40 @@ def _pick(segments: Segments, nodes: list[_Node], ids: list[int]) -> Segments:
     return replace(segments.select(torch.tensor(ids, dtype=torch.int64)), parent=parent)
 
 
-def _after_cut(segments: Segments, state: EvictionState) -> tuple[EvictionState, list[tuple[Tensor, Tensor]]]:
-    """States after their prompts' cuts, and for each the heads and positions of what is evicted."""
+def _after_cut(
+    segments: Segments, state: EvictionState, probabilities: Tensor, options: Options
+) -> tuple[EvictionState, list[tuple[Tensor, Tensor]]]:
+    """States after their prompts' cuts, and for each the heads and positions of what is evicted.
+
+    Args:
+        probabilities: [B, K, G, N], the attention of each prompt's last token, for a rule that is a function.
+    """
     assert segments.prompt is not None
     rule, device = segments.rule, state.positions.device
     retention = segments.per_head(state.positions.shape[1], state.scores.dtype).to(device)
     cached, now = state.positions >= 0, segments.prompt[:, None, None].to(device) - 1
     free = retention.unprotected(state.positions, cached, now)
-    none = state.scores.new_zeros(0)
-    step = Step(none, state.keys, state.values, state.positions, cached, now, state.scores, none)
+    excess = retention.excess(cached.sum(-1, keepdim=True), now)
+    memory = state.keys[..., :0]
+    shown = state.positions, cached, now, state.scores, memory, state.queries
+    step = Step(probabilities, state.keys, state.values, *shown, **about(retention, options, state.positions))
     if rule.cut is not None:
         step = replace(step, scores=pooled(retention, step, free))
-    fixed = (None if f is None else f(state.keys, state.values, state.positions) for f in (rule.weight, rule.bias))
-    priority = of_rule(retention, step, *fixed)
+    if rule.priority_fn is not None:
+        priority, _ = of_function(retention, step, free, excess)
+    else:
+        fixed = (None if f is None else f(state.keys, state.values, state.positions) for f in (rule.weight, rule.bias))
+        priority = of_rule(retention, step, *fixed)
     if retention.across_heads:
         out = smallest_of_all_heads(retention, priority, step, free)
     else:
-        out = smallest(priority, state.positions, free, retention.excess(cached.sum(-1, keepdim=True), now))
+        out = smallest(priority, state.positions, free, excess)
     evicted = []
     for positions, row in zip(state.positions, out, strict=True):
         head, column = row.nonzero(as_tuple=True)
         evicted.append((head, positions[head, column]))
-    return replace(state, scores=step.scores).evict(out), evicted
+    kept = state.queries
+    if kept is not None and segments.schedule.then == "keep":
+        kept = torch.zeros_like(kept)
+    keys, values = (state.keys, state.values) if rule.merge_fn is None else merged(retention, step, out)
+    return replace(state, scores=step.scores, queries=kept, keys=keys, values=values).evict(out), evicted

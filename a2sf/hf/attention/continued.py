@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from a2sf.engine.kernels import attend, noting
-from a2sf.engine.state import EvictionState, Options, accumulation_dtype, remembered
+from a2sf.engine.state import EvictionState, accumulation_dtype
 from a2sf.hf.attention.errors import NonFiniteError
 from a2sf.hf.attention.mixed import Mixed
 from a2sf.hf.attention.plan import Plan
@@ -58,7 +58,9 @@ class Continued(Plan):
         self._calls[layer] += 1
         keep = [i for i, segment in enumerate(self.of) if segment in self.later]
         with noting() as names:
-            options, before = Options(scale, return_state=bool(keep)), self._before(at, key, value, segments.rule)
+            group = query.shape[1] // key.shape[1]
+            options = replace(self.options(layer, scale), return_state=bool(keep))
+            before = self._before(at, key, value, segments.rule, group)
             out = attend(query, key, value, segments, options, before, backend=self.backend)
         self.ran |= names
         self.reached.add(layer)
@@ -69,14 +71,14 @@ class Continued(Plan):
             self.states[(*at, self.of[i])] = out.state.select(torch.tensor([i])).trim().contiguous()
         return out.output
 
-    def _before(self, at: tuple[int, int], key: Tensor, value: Tensor, rule: Rule) -> EvictionState | None:
+    def _before(self, at: tuple[int, int], key: Tensor, value: Tensor, rule: Rule, group: int) -> EvictionState | None:
         """The states that the part's first segments continue; None where all begin."""
         if all(i < 0 for i in self.begin):
             return None
         dtype = accumulation_dtype(key.dtype)
-        empty = EvictionState.empty(key[:1].to(dtype), value[:1].to(dtype), remembered(rule))
+        empty = EvictionState.empty(key[:1].to(dtype), value[:1].to(dtype), rule, group)
         found = [empty if i < 0 else self.states[(*at, i)] for i in self.begin]
-        return EvictionState.stack([s.for_rule(rule) for s in found])
+        return EvictionState.stack([s.for_rule(rule, group) for s in found])
 
     def _end(self, segment: int) -> int:
         assert self.plan is not None
@@ -125,6 +127,7 @@ def parts_of(plan: Plan, columns: np.ndarray, ends: Sequence[int]) -> list[tuple
             prompt=None if plan.prompt is None else _of(plan.prompt, of),
             policy_on_sliding=plan.policy_on_sliding,
             backend=plan.backend,
+            rotary=plan.rotary,
             ran=plan.ran,
             plan=plan,
             of=of,

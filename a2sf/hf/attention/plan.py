@@ -16,6 +16,7 @@ from a2sf.engine.trace import attention_mass, steps_of
 from a2sf.hf.attention.errors import check_finite
 from a2sf.hf.attention.windows import keeps_window, within_window
 from a2sf.policies.base import Retention
+from a2sf.policies.rotary import Rotary
 from a2sf.policies.schedule import STEP, Schedule
 
 
@@ -32,6 +33,7 @@ class Plan:
         policy_on_sliding: whether the policy acts on layers that have a sliding window of their own; False for models
             that mix such layers with global ones; their sliding layers remain as the model defines them.
         backend: which implementation runs.
+        rotary: each layer's rotary embedding, where a policy needs it; else None.
         trace: whether to note by layer what is evicted, in `evicted` (see `Attended`); for a single sequence without
             padding also the step at which each position is evicted, in `evicted_at` int32 [B, K, T], and the attention
             behind it, in `received` and `lost` (`trace.attention_mass`).
@@ -49,6 +51,7 @@ class Plan:
     prompt: Callable[[int], int] | None = None
     policy_on_sliding: bool = True
     backend: str = "auto"
+    rotary: Sequence[Rotary | None] | None = None
     trace: bool = False
     serves: Sequence[int] = ()
     ran: set[str] = field(default_factory=set)
@@ -114,6 +117,11 @@ class Plan:
         """This plan, in the form of a pass of several plans."""
         return [self]
 
+    def options(self, layer: int, scale: float) -> Options:
+        """What the engine is told of a layer."""
+        rotary = None if self.rotary is None else self.rotary[layer]
+        return Options(scale=scale, trace=self.trace, layer=layer, layers=self.layers, rotary=rotary)
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """Attention of one layer, [B, H, T, V]."""
         check_finite(layer, (self.row, self.start, self.length), query=query, key=key, value=value)
@@ -123,7 +131,7 @@ class Plan:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
     ) -> Tensor:
         """The same for tensors that are known to be finite."""
-        options = Options(scale=scale, trace=self.trace)
+        options = self.options(layer, scale)
         with noting() as names:
             out = attend(query, key, value, self.segments(layer, window), options, backend=self.backend)
         self.ran |= names

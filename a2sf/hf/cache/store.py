@@ -16,6 +16,7 @@ from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Attended, EvictionState, Options, Segments, remembered
 from a2sf.errors import UserError
 from a2sf.policies.base import UNLIMITED
+from a2sf.policies.rotary import Rotary
 from a2sf.policies.rule import ACCUMULATED
 from a2sf.policies.slots import head_slots
 
@@ -50,11 +51,21 @@ class How:
         positions: the longest sequence that the model can read.
         backend: as for `a2sf.engine.kernels.attend`.
         trace: record what every step evicts.
+        layer, layers: the layer's number, and how many there are.
+        rotary: its rotary embedding, where the policy needs it.
     """
 
     positions: int
     backend: str
     trace: bool
+    layer: int = 0
+    layers: int = 1
+    rotary: Rotary | None = None
+
+    def options(self, scale: float) -> Options:
+        """What the engine is told."""
+        known = {"layer": self.layer, "layers": self.layers, "rotary": self.rotary}
+        return Options(scale, return_state=True, trace=self.trace, **known)  # type: ignore[arg-type]
 
 
 class Store:
@@ -89,7 +100,7 @@ class Store:
             return Attended(memory.attend(query, key, value, self.retention, scale=scale, lengths=step.length))
         before = None if self._state is None and self._memory is None else self.state()
         segments = Segments.of_rows(self.retention, step.length, step.start)
-        options = Options(scale, return_state=True, trace=self.how.trace)
+        options = self.how.options(scale)
         attended = attend(query, key, value, segments, options, before, backend=self.how.backend)
         self._state = attended.state
         return attended
@@ -107,7 +118,7 @@ class Store:
         retention = self.retention
         # where the cut gave every head a share of its own, what follows depends on the prompt
         fixed = retention.across_heads and retention.schedule.then == "step"
-        if retention.prompt is not None and not fixed and retention.prompts_read(seen):
+        if retention.schedule.prompt and not fixed and retention.prompts_read(seen):
             self.retention = retention.after_prompt()
         if new_cache(self.retention, state.keys, self.how.backend) is None:
             self._memory = None
@@ -122,7 +133,7 @@ class Store:
         """What is cached, in canonical form."""
         state = self._memory.state() if self._state is None and self._memory is not None else self._state
         assert state is not None
-        return state.for_rule(self._rule)
+        return state.for_rule(self._rule, self.group)
 
     def load(self, state: EvictionState) -> None:
         """Continue from a state with as many rows; `settle` is to follow."""
@@ -238,9 +249,7 @@ class Slots:
     def _arrange(self, groups: list[Tensor]) -> None:
         """Make empty stores, one for each group of heads; heads that retain everything have stores of their own."""
         rule = self.retention.rule
-        full_heads = (
-            () if rule.priority_fn is not None else rule.full_heads
-        )  # a policy's own function may look at all heads
+        full_heads = () if rule.calls else rule.full_heads  # a policy's own function may look at all heads
         full = torch.zeros(self.heads, dtype=torch.bool)
         full[list(full_heads)] = True
         everything, others = self.retention.unlimited(ACCUMULATED), self.retention
@@ -249,6 +258,8 @@ class Slots:
         for heads in groups:
             for retention, some in ((everything, heads[full[heads]]), (others, heads[~full[heads]])):
                 if len(some):
+                    if retention.prepared is not None:
+                        retention = replace(retention, prepared=retention.prepared[:, some])
                     self._stores.append(Store(some, retention, self.how, self.group))
         self._back = torch.cat([s.heads for s in self._stores]).argsort()
 
@@ -291,7 +302,8 @@ def check_state(retention: BatchRetention, state: EvictionState) -> None:
     rule = retention.rule
     memory = None if state.memory is None else state.memory.shape[-1]
     heads_differ = rule.shared and not bool((state.positions == state.positions[:, :1]).all())
-    if heads_differ or memory != remembered(rule):
+    queries = 0 if state.queries is None else state.queries.shape[3]
+    if heads_differ or memory != remembered(rule) or queries != rule.queries:
         raise UserError("a state was made by another policy than this cache's; make a cache with the state's policy")
     counts = state.counts.cpu()
     counts[:, list(rule.full_heads)] = 0

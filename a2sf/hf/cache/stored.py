@@ -51,10 +51,16 @@ def settings(
     numbers = [[(k.budget, k.recent, k.sinks, k.forgetting_factor) for k in row] for row in retention]
     return {
         "model": {name: getattr(config, name, None) for name in OF_MODEL},
-        "policy": repr(policy),
+        "policy": _in_words(policy),
         "schedule": schedule.name,
         "kept": torch.tensor(numbers, dtype=torch.float64),  # part of the stored format, so it has its earlier name
     }
+
+
+def _in_words(policy: Policy) -> str:
+    """A policy by its stored settings, so that a setting which is new and has its default changes nothing."""
+    settings = ", ".join(f"{key}={x!r}" for key, x in policy.stored_settings().items())
+    return f"{type(policy).__qualname__}({settings})"
 
 
 def check(stored: Mapping[str, Any], here: Mapping[str, Any]) -> None:
@@ -97,6 +103,11 @@ def stored_of(cache: PrunedCache) -> dict[str, Any]:
     model = cache.model_ref()
     if cache.seen is None or model is None:
         raise UserError("this cache has read nothing yet, or its model is no longer there")
+    if cache.policy.prepares:
+        raise UserError(
+            f"what the policy {cache.policy.name} has prepared for a prompt is not stored; keep the cache itself, or give "
+            "another policy"
+        )
     layers = [{**layer.shape, "state": tensors_of(layer.state())} for layer in cache.layers]
     return {
         "format": FORMAT,

@@ -80,6 +80,22 @@ def cached_tokens(
     return cached + full * (total - cached)
 
 
+def peak_tokens(
+    retention: Retention, schedule: Schedule, total: int, prompt: int, kv_heads: int | None = None
+) -> float:
+    """The most tokens that a layer has cached between two of `total` steps, mean over its KV heads."""
+    if retention.rule.heads:
+        each = [replace(retention, budget=C, recent=0, sinks=0, rule=ACCUMULATED) for C in _budgets(retention)]
+        return sum(peak_tokens(head, schedule, total, prompt) for head in each) / len(each)
+    # before the cut all of the prompt is cached; after an eviction every n tokens up to n - 1 more are
+    most = min(total, retention.budget + schedule.spare)
+    if schedule.prompt:
+        end = cached_tokens(replace(retention, rule=ACCUMULATED), schedule, total, prompt)
+        most = max(min(prompt, total), int(end))
+    full = len(retention.rule.full_heads) / kv_heads if kv_heads else 0.0
+    return most + full * (total - most)
+
+
 def _budgets(retention: Retention) -> list[int]:
     """The budget of each KV head, or one for all heads where theirs are equal."""
     heads = retention.rule.heads

@@ -18,6 +18,7 @@ import torch
 from a2sf.hf.attention import Plan
 from a2sf.hf.attention.mixed import Mixed
 from a2sf.policies.base import UNLIMITED, Retention
+from a2sf.policies.rotary import Rotary
 from a2sf.policies.schedule import STEP, Schedule
 from a2sf.scoring.passes.full_cache_prefix import full_cache_prefix, shareable_prefix
 from a2sf.scoring.passes.packing import Item, Pack, build, numbered
@@ -100,12 +101,14 @@ class Model:
     Attributes:
         layers, policy_on_sliding, backend: as in `Plan`.
         device: where it computes.
+        rotary: as in `Plan`.
     """
 
     layers: int
     policy_on_sliding: bool
     backend: str
     device: torch.device
+    rotary: Sequence[Rotary | None] | None = None
 
 
 def pass_of(row: Pack, sequences: Sequence[ScoredSequence], model: Model) -> Plan | Mixed:
@@ -177,5 +180,6 @@ def _plan(forest: Pack, items: Sequence[int], sequences: Sequence[ScoredSequence
         prompt=lambda segment: planned[forest.owner[segment]].prompt,
         policy_on_sliding=model.policy_on_sliding,
         backend=model.backend,
+        rotary=model.rotary,
         serves=[items[which] for which in forest.items],
     )

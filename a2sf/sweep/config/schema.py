@@ -121,6 +121,20 @@ class EarlyStoppingConfig:
 
 
 @dataclass
+class PlanConfig:
+    """`plan`: what the plan says about the differences that a sweep can detect.
+
+    Attributes:
+        flips: share of documents on which two systems differ; null: that of earlier results of the task, else 0.15. See
+            [how many documents](../statistics.md#how-many-documents-do-i-need)
+        detect: difference in points; the plan then says how many documents it needs
+    """
+
+    flips: Any = None
+    detect: Any = None
+
+
+@dataclass
 class TrackerConfig:
     """`tracker`: where results are logged in addition (`a2sf.tracking.tracker.TrackerSpec`).
 
@@ -168,8 +182,11 @@ class Config:
         sweep_name: folder of the results
         runs_dir: where sweeps' folders are
         plan_only: print what would run and how long it may take, and stop
+        plan: what the plan says about the differences that a sweep can detect
         trace: number of documents of each cell whose evictions are recorded in traces.npz. See
             [traces](../generation.md#traces)
+        full_texts: of tasks that generate text, read the full cache's texts under each system. See
+            [texts](../generation.md#what-eviction-does-to-text)
         early_stopping: when to stop before all documents are scored. See
             [early stopping](../statistics.md#early-stopping)
         checkpoint: seconds of work after which the answers of unfinished cells are saved
@@ -199,7 +216,9 @@ class Config:
     sweep_name: str = "single"
     runs_dir: str = "runs"
     plan_only: bool = False
+    plan: PlanConfig = field(default_factory=PlanConfig)
     trace: int = 0
+    full_texts: bool = False
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     until: Any = None  # in files; the command line's is renamed when it is read
     checkpoint: float = 60.0

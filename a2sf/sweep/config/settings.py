@@ -28,6 +28,7 @@ from a2sf.sweep.cell import Cell
 from a2sf.sweep.config.grid import USED_KEYS, unused
 from a2sf.sweep.config.keys import check_keys, explain
 from a2sf.sweep.config.schema import Config, EarlyStoppingConfig, renamed
+from a2sf.sweep.planning.power import PowerSettings
 from a2sf.sweep.stopping_rule import StoppingRule
 from a2sf.tasks.arguments import arguments_of
 from a2sf.tasks.definitions import Definition
@@ -47,7 +48,9 @@ class Settings:
     Attributes:
         batch_size: sequences per forward pass; None: automatic.
         trace: number of documents of each cell whose evictions are recorded.
+        full_texts: whether the full cache's texts are read under each system.
         checkpoint: seconds of work after which answers are saved.
+        power: what the plan says about differences that can be detected.
         groups: lm-eval's groups, whose scores are computed from those of the cells.
         include: the names in `tasks`, and the folder of the user's definitions; None: there is no such folder.
         unused: keys that are given -> the error if no task of this point uses the key; None: a task uses it.
@@ -62,6 +65,8 @@ class Settings:
     plan_only: bool
     trace: int
     checkpoint: float
+    power: PowerSettings = field(default_factory=PowerSettings)
+    full_texts: bool = False
     groups: tuple[Group, ...] = ()
     include: tuple[tuple[str, ...], Path] | None = None
     unused: dict[str, ConfigError | None] = field(default_factory=dict, compare=False)
@@ -195,6 +200,8 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
         runs_dir=config.runs_dir,
         plan_only=config.plan_only,
         trace=config.trace,
+        power=PowerSettings(config.plan.flips, config.plan.detect),
+        full_texts=config.full_texts,
         groups=tuple(
             Group(
                 g.name,

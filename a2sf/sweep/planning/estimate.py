@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from lm_eval.models.utils import normalize_gen_kwargs
+
 from a2sf.errors import UserError
 from a2sf.hf.loading import ModelSpec, tokenizer_here
 from a2sf.hf.settings import retention_of
@@ -23,11 +25,14 @@ from a2sf.policies.schedule import schedule_for
 from a2sf.scoring.passes.packing import Item, pack
 from a2sf.scoring.passes.sequences import ScoredSequence
 from a2sf.scoring.scorer import PACK_TOKENS
+from a2sf.scoring.texts import GENERATED_ROWS
 from a2sf.store.runs import CorruptCell, StoredCell, is_cell, read_cell
 from a2sf.sweep.cell import Cell
-from a2sf.sweep.planning.rate import seconds_per_token
+from a2sf.sweep.planning.rate import seconds_per_row, seconds_per_token
 from a2sf.tasks.prompting import Prompting
 
+DEFAULT_NEW = 256
+"""Tokens that a task may generate if it does not say how many, as lm-eval has it."""
 SAMPLE = 12
 """Documents in the sample of a task."""
 MANY = 500
@@ -46,11 +51,13 @@ class Estimate:
         tokens: to compute; None: not known.
         seconds: None: not known.
         by_trial: the seconds are from a trial of this machine's speed (`rate`), not from finished cells.
+        at_most: tokens and seconds are those of texts that all end at their limit of tokens.
     """
 
     tokens: float | None = None
     seconds: float | None = None
     by_trial: bool = False
+    at_most: bool = False
 
 
 @dataclass
@@ -72,12 +79,14 @@ class Measured:
         per_document: the same with documents instead of tokens, for cells that generate text.
         lengths: of each document, by (task, shots, prompting), and by these and the model.
         sizes: number of documents by task and data, from cells whose limit was larger or that had none.
+        stored: the cells of the tasks whose lengths are needed.
     """
 
     speeds: dict[Any, _Speed] = field(default_factory=dict)
     per_document: dict[Any, _Speed] = field(default_factory=dict)
     lengths: dict[Any, list[Lengths]] = field(default_factory=dict)
     sizes: dict[Any, int] = field(default_factory=dict)
+    stored: list[StoredCell] = field(default_factory=list)
 
     @classmethod
     def under(cls, runs: Path, wanted: set[tuple[str, int]]) -> Measured:
@@ -92,6 +101,8 @@ class Measured:
     def _add(self, stored: StoredCell, wanted: set[tuple[str, int]]) -> None:
         cell, timing = stored.cell, stored.result["timing"]
         model, task = (cell["model"], cell["dtype"]), (cell["task"], cell["shots"])
+        if cell["task"] in {name for name, _ in wanted}:
+            self.stored.append(stored)
         requests = (*task, _as_text(cell.get("identity", {}).get("prompting")))
         generates = "generation" in cell.get("identity", {})
         n, limit = stored.result["documents"]["n"], cell["limit"]
@@ -108,15 +119,26 @@ class Measured:
         if not cell.get("until") and (limit is None or n < limit):
             self.sizes[_documents(cell["identity"])] = n
 
+    def documents_of(self, cell: Cell) -> int | None:
+        """How many documents a cell will score; None: its documents are not on this machine."""
+        key = _documents(cell.identity)
+        if key not in self.sizes and cell.data.root is not None:
+            with suppress(Exception):  # a task's code may raise anything; reported when the group is computed
+                self.sizes[key] = len(cell.spec.build(cell.seed).eval_docs)
+        return _documents_of(cell, self.sizes.get(key))
 
-def estimate(groups: Sequence[Sequence[Cell]], runs: Path, *, trial: bool = False) -> list[Estimate]:
+
+def estimate(
+    groups: Sequence[Sequence[Cell]], runs: Path, *, trial: bool = False, measured: Measured | None = None
+) -> list[Estimate]:
     """Tokens and time of each group; nothing is downloaded, and no model is loaded.
 
     Args:
         runs: the folder of finished sweeps.
         trial: measure this machine's speed for models without a finished cell, in a second each.
+        measured: what was read from `runs` for these groups already; None: it is read.
     """
-    measured = Measured.under(runs, {(g[0].task_name, g[0].shots) for g in groups})
+    measured = measured or measured_for(groups, runs)
     known: dict[Any, float | None] = {}
     made = []
     for cells in groups:
@@ -126,6 +148,9 @@ def estimate(groups: Sequence[Sequence[Cell]], runs: Path, *, trial: bool = Fals
         if cell.spec.generates:
             speed = measured.per_document.get((model, task))
             documents = _documents_of(cell, size)
+            if speed is None and documents and trial:
+                made.append(_at_most(cells, documents))
+                continue
             found = speed and documents and speed.seconds / speed.tokens * documents * len(cells)
             made.append(Estimate(seconds=found or None))
             continue
@@ -135,13 +160,33 @@ def estimate(groups: Sequence[Sequence[Cell]], runs: Path, *, trial: bool = Fals
         of_model = cell.model_name if of_this_model or prompting else None
         key = (task, prompting, cell.data, cell.limit, of_model, systems)
         if key not in known:
-            known[key] = _tokens(cells, lengths, size)
+            known[key] = _tokens(cells, lengths, size, measured.sizes)
         tokens = known[key]
         speed = measured.speeds.get((model, task)) or measured.speeds.get(model)
         tried = speed is None and tokens is not None and trial
         each = seconds_per_token(cell.model) if tried else speed and speed.seconds / speed.tokens
         made.append(Estimate(tokens, tokens * each, tried) if tokens and each else Estimate(tokens))
     return made
+
+
+def _at_most(cells: Sequence[Cell], documents: int) -> Estimate:
+    """Of a group that generates and has no finished cell: each text at its limit of tokens, prompts left out."""
+    new = _most_new(cells[0])
+    each = seconds_per_row(cells[0].model, GENERATED_ROWS)
+    tokens = new * documents * len(cells)
+    return Estimate(tokens, tokens * each, by_trial=True, at_most=True) if each else Estimate()
+
+
+def _most_new(cell: Cell) -> int:
+    """How many tokens a text may have."""
+    given = dict(cell.spec.definition.config.get("generation_kwargs") or {})
+    given |= json.loads(cell.prompting.gen_kwargs or "{}")
+    return int(normalize_gen_kwargs(given, DEFAULT_NEW)["max_gen_toks"])
+
+
+def measured_for(groups: Sequence[Sequence[Cell]], runs: Path) -> Measured:
+    """Measurements in the folder of finished sweeps that concern some groups."""
+    return Measured.under(runs, {(g[0].task_name, g[0].shots) for g in groups})
 
 
 def _known_lengths(cell: Cell, measured: Measured) -> tuple[list[Lengths] | None, bool]:
@@ -179,12 +224,18 @@ def _tokens_around(model: ModelSpec, prompting: Prompting, shots: int) -> tuple[
     return 0, 0
 
 
-def _tokens(cells: Sequence[Cell], lengths: list[Lengths] | None, size: int | None = None) -> float | None:
+def _tokens(
+    cells: Sequence[Cell],
+    lengths: list[Lengths] | None,
+    size: int | None = None,
+    sizes: dict[Any, int] | None = None,
+) -> float | None:
     """Tokens that a group will compute; None: not known.
 
     Args:
         lengths: of the task's documents, or of some of them.
         size: number of the task's documents; None: not known.
+        sizes: where their number is noted if it is found here (`Measured.sizes`).
     """
     cell = cells[0]
     documents = _documents_of(cell, size)
@@ -194,6 +245,8 @@ def _tokens(cells: Sequence[Cell], lengths: list[Lengths] | None, size: int | No
             return None
         with suppress(Exception):  # a task's code may raise anything; reported when the group is computed
             task = cell.spec.build(cell.seed)
+            if sizes is not None:
+                sizes[_documents(cell.identity)] = len(task.eval_docs)
             documents = min(documents or len(task.eval_docs), len(task.eval_docs))
             if not lengths:
                 lengths, longer = _by_characters(task, documents)

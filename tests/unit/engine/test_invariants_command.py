@@ -11,13 +11,14 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from a2sf import Policy, Retention, Schedule, Step
+from a2sf import Budget, Policy, Retention, Schedule, Step
 from a2sf.commands.policy import check as command
 from a2sf.engine import stepwise
 from a2sf.engine.invariants import INVARIANTS, Broken, Excepted, check
 from a2sf.engine.invariants.cases import case
 from a2sf.engine.invariants.opposite import chooses
-from a2sf.errors import ConfigError, UserError
+from a2sf.errors import ConfigError, PolicyError, UserError
+from a2sf.hf.settings import retention_of
 from a2sf.policies.find import find_policies
 from tests.outside import policy
 from tests.policies import Divided, Looked, label
@@ -68,6 +69,13 @@ class Greedy(Policy):
 
     def retention(self, budget: int, layer: int) -> Retention:
         return Retention(budget=budget, recent=5)
+
+
+class Numberless(Greedy):
+    name = "numberless"
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        return Retention(budget=budget // layer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +211,11 @@ def test_every_policy_holds_every_invariant_under_each_schedule_that_it_knows(na
         (Drawn(), "i", "other tokens are retained when the same sequence is read again"),
         (Counting(), "i", "other tokens are retained when"),
         (ByColumn(), "t", "differs from the reference|ends in another state"),
-        (WrongShape(), "i", r"it raised UserError: WrongShape.priorities returns priorities of shape"),
+        (
+            WrongShape(),
+            "i",
+            r"it raised PolicyError: WrongShape.priorities returns priorities of shape .*_command.py, line \d+",
+        ),
     ],
     ids=lambda x: getattr(x, "name", ""),
 )
@@ -230,6 +242,37 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert said.count("holds") == len(INVARIANTS) - 2
     assert "it is not causal, as it states" in said
+
+
+FAILING = """
+def helper(step):
+    return step.scores.no_such_method()
+"""
+
+
+def test_an_error_of_the_policys_own_code_is_told_once_and_where(tmp_path, monkeypatch, capsys):
+    made = policy("Failing", "failing_twice", "x") + FAILING + "\n\n"
+    made += "Failing.priorities = lambda self, step: helper(step)\n"
+    (tmp_path / "offailing.py").write_text(made)
+    line = made.splitlines().index("    return step.scores.no_such_method()") + 1
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    with pytest.raises(SystemExit, match="1"):
+        command.main(["offailing:Failing", "--trials", "1"])
+    said = capsys.readouterr().out
+    assert said.count("no_such_method") == 1
+    assert (
+        f"fails: AttributeError: 'Tensor' object has no attribute 'no_such_method' (offailing.py, line {line}, in helper)"
+        in said
+    )
+    assert said.count("the same error") > 5
+    # numbers that do not fit, in a run's own words
+    with pytest.raises(ValueError, match=r"policy greedy does not fit a budget of 2 tokens"):
+        retention_of(Greedy(), Budget(tokens=2), 9, 9, 1)
+    with pytest.raises(
+        PolicyError, match=r"policy numberless fails: ZeroDivisionError: .*test_invariants_command.py, line"
+    ):
+        retention_of(Numberless(), Budget(tokens=2), 9, 9, 1)
 
 
 @pytest.mark.parametrize(

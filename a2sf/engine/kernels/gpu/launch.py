@@ -21,10 +21,11 @@ from torch import Tensor
 
 from a2sf.engine.kernels.gpu.self_check import find_fault
 from a2sf.engine.kernels.gpu.step import recursion
-from a2sf.engine.priorities import SHARE, terms
+from a2sf.engine.priorities import SHARE
 from a2sf.engine.state import Attended, Call, EvictionState, Options, Segments
 from a2sf.engine.tree import Ran, Rows, by_depth
 from a2sf.errors import ConfigError, UnsoundKernelError, first_line
+from a2sf.policies.ranking import terms
 from a2sf.policies.rule import Rule, TokenFn
 
 try:

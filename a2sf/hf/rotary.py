@@ -1,0 +1,123 @@
+"""The rotary embedding of each layer of a model, found by trial: for policies that see keys before it.
+
+A text of one repeated token has the same keys at all positions before the rotary embedding, in every layer: all values are
+equal, so that attention gives the same output everywhere. So an embedding is the right one if undoing it makes the keys of
+such a text equal, and no part of the model's code has to be known.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from a2sf.hf.attention.errors import UnsupportedModel
+from a2sf.hf.attention.function import attached, running
+from a2sf.hf.attention.plan import Plan
+from a2sf.hf.attention.windows import mixes_windows, rope_switch
+from a2sf.hf.calls.around import bare, idle
+from a2sf.hf.devices import input_device
+from a2sf.hf.exactness import length_for, reported, tokens_of
+from a2sf.hf.layer_check import layers_of
+from a2sf.policies.base import UNLIMITED, Policy, Retention
+from a2sf.policies.rotary import Rotary
+
+TOKENS = 24
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+"""How much unrotated keys may differ, relative to their size; elsewhere `LOOSE`."""
+LOOSE = 0.03
+
+_found: weakref.WeakKeyDictionary[PreTrainedModel, tuple[Rotary | None, ...]] = weakref.WeakKeyDictionary()
+
+
+def rotary_for(model: PreTrainedModel, policy: Policy) -> tuple[Rotary | None, ...] | None:
+    """The rotary embedding of each layer, if the policy needs it; else None. A layer without one has None.
+
+    Raises:
+        UnsupportedModel: if it needs it, and the model's is not known.
+    """
+    return rotary_of(model) if policy.unrotated else None
+
+
+def rotary_of(model: PreTrainedModel) -> tuple[Rotary | None, ...]:
+    """The rotary embedding of each layer; None for a layer without one. It is looked for once per model.
+
+    Raises:
+        UnsupportedModel: if it is not known, or changes with the length of the text.
+    """
+    if model not in _found:
+        _found[model] = _find(model)
+    return _found[model]
+
+
+def _find(model: PreTrainedModel) -> tuple[Rotary | None, ...]:
+    if rope_switch(model.config) < float("inf"):
+        raise UnsupportedModel(
+            f"the rotary embedding of {type(model).__name__} changes with the length of a text, so keys before it are not "
+            "known; choose another policy"
+        )
+    keys = _keys_of_one_token(model)
+    candidates = [None, *_candidates(model)]
+    found = []
+    for layer in sorted(keys):
+        fitting = [r for r in candidates if _constant(keys[layer], r)]
+        if not fitting:
+            raise UnsupportedModel(
+                f"the keys of layer {layer} of {type(model).__name__} depend on positions in another way than by a rotary "
+                "embedding that is known, and the policy sees keys before it; choose another policy or model"
+            )
+        found.append(fitting[0])
+    return tuple(found)
+
+
+@dataclass
+class _Recording(Plan):
+    """A pass that notes the keys of each layer, [K, T, D]."""
+
+    keys: dict[int, Tensor] = field(default_factory=dict)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        self.keys.setdefault(layer, key[0].detach().clone())
+        return super().attend(layer, query, key, value, scale, window)
+
+
+def _keys_of_one_token(model: PreTrainedModel) -> dict[int, Tensor]:
+    tokens = length_for(model, TOKENS)
+    plan = _Recording.of_rows(
+        [tokens],
+        [0],
+        lambda row, layer: Retention(budget=UNLIMITED),
+        layers_of(model),
+        policy_on_sliding=not mixes_windows(model.config),
+    )
+    assert isinstance(plan, _Recording)
+    ids = torch.tensor([tokens_of(model, 1, 1)[0] * tokens], device=input_device(model))
+    call = bare(model)
+    with torch.inference_mode(), idle(model), reported(model), attached(model), running(plan):
+        call(ids, use_cache=False)
+    return plan.keys
+
+
+def _candidates(model: PreTrainedModel) -> Iterator[Rotary]:
+    """The rotary embeddings that modules of the model hold, with both ways to pair numbers."""
+    for module in model.modules():
+        for name, frequencies in module.named_buffers(recurse=False):
+            if name.endswith("inv_freq") and "original" not in name:
+                scaling = getattr(module, name.removesuffix("inv_freq") + "attention_scaling", 1.0)
+                for interleaved in (False, True):
+                    yield Rotary(frequencies.float(), float(scaling), interleaved)
+
+
+def _constant(keys: Tensor, rotary: Rotary | None) -> bool:
+    """Whether keys [K, T, D] are the same at all positions once the embedding is undone."""
+    x = keys.float()
+    if rotary is not None:
+        if 2 * len(rotary.frequencies) > x.shape[-1]:
+            return False
+        x = rotary.unrotate(x, torch.arange(x.shape[1], device=x.device))
+    spread = (x - x[:, :1]).square().mean().sqrt()
+    return bool(spread <= TOLERANCE.get(keys.dtype, LOOSE) * x.square().mean().sqrt())

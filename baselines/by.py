@@ -1,0 +1,93 @@
+"""Policies that are built on another policy (`by`): its tokens ranked in another way, or what it evicts merged."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from a2sf.errors import ConfigError
+from a2sf.policies.base import Policy, Retention
+from a2sf.policies.find import check_setting_names, find_policy, source_digest
+from a2sf.policies.ranking import Ranking
+from a2sf.policies.rule import PriorityFn
+
+ALLOWED = "give the name of a policy, or a mapping of its name and settings, such as {name: h2o, recent_share: 0.25}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built(Policy):
+    """A policy built on another policy. It has the other policy's schedules and budgets of layers.
+
+    Attributes:
+        by: the other policy: its name, or a mapping of its `name` and settings.
+    """
+
+    by: Any = "snapkv"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.by, Mapping):
+            object.__setattr__(self, "by", dict(self.by))
+        for name in ("schedules", "unrotated"):
+            object.__setattr__(self, name, getattr(self.inner, name))
+
+    @cached_property
+    def inner(self) -> Policy:
+        """The other policy.
+
+        Raises:
+            ConfigError: if there is no such policy, or its ranking cannot be changed.
+        """
+        settings = dict(self.by) if isinstance(self.by, Mapping) else {"name": self.by}
+        name = settings.pop("name", None)
+        if not isinstance(name, str):
+            raise ConfigError("policy.by", self.by, ALLOWED)
+        cls = find_policy(name, "policy.by")
+        if issubclass(cls, Built) or not cls.causal or not cls.evicts:
+            why = "is built on another policy itself" if issubclass(cls, Built) else "evicts nothing"
+            why = why if cls.causal else "sees later tokens"
+            raise ConfigError("policy.by", name, f"{name} {why}; give another policy")
+        check_setting_names(cls, settings, "policy.by")
+        return cls(**settings)
+
+    @property
+    def min_budget(self) -> int:
+        return self.inner.min_budget
+
+    def layer_budget(self, budget: int, layer: int, layers: int, prompt: int | None = None) -> int:
+        known = () if prompt is None else (prompt,)
+        return self.inner.layer_budget(budget, layer, layers, *known)
+
+    def check(self, layers: int, kv_heads: int | None = None) -> None:
+        self.inner.check(layers, kv_heads)
+
+    def stored_settings(self) -> dict[str, Any]:
+        by: dict[str, Any] = {"name": self.inner.name, **self.inner.stored_settings(), "version": self.inner.version}
+        if source := source_digest(type(self.inner)):
+            by["source"] = source
+        return super().stored_settings() | {"by": by}
+
+
+@dataclass(frozen=True, kw_only=True)
+class By(Built):
+    """A policy whose tokens are ranked by another policy, and then otherwise. Sinks and recent tokens are the other's."""
+
+    @abstractmethod
+    def changed(self, ranking: Ranking) -> PriorityFn:
+        """The priorities made of the other policy's ranking; it must not depend on the budget."""
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        stated = self.inner.retention(budget, layer)
+        rule = stated.rule
+        if rule.heads or rule.full_heads:
+            raise ConfigError(
+                "policy.by", self.inner.name, "its key/value heads differ in a layer; give another policy"
+            )
+        if type(self.inner).priorities is not Policy.priorities:
+            own = {name: getattr(self.inner, name) for name in ("memory", "queries", "unrotated")}
+            rule = replace(rule, priority_fn=self.inner.priorities, **own)
+        ranked = self.changed(Ranking(rule, stated.forgetting_factor))
+        plain = replace(rule, weight=None, bias=None, mean_over_age=False, priority_fn=ranked)
+        return replace(stated, rule=plain)

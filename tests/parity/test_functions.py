@@ -1,0 +1,50 @@
+"""Policies that are functions of a step: the same in one pass, token by token, in parts of a prompt, and in a batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from a2sf import PrunedCache, pruning
+from a2sf.engine.invariants import schedules
+from a2sf.hf.calls.around import cache_name_of
+from tests.models import shared
+from tests.policies import instances, label, tiered
+
+PROMPT, TOKENS, BUDGET = 24, 32, 7
+
+
+def functions() -> list:
+    made = [p for p in instances() if p.causal and not p.prepares and p.keeps(BUDGET).rule.calls]
+    return [(p, s) for p in made for s in schedules(p)]
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    assert (a - b).abs().max() < 1e-3 * max(1.0, float(b.abs().max()))
+
+
+@pytest.mark.parametrize(("policy", "schedule"), tiered(functions()), ids=label)
+def test_one_pass_parts_and_single_tokens_agree(policy, schedule):
+    model = shared("llama")
+    ids = torch.randint(3, 90, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+    budget = max(BUDGET, policy.min_budget)
+    with torch.inference_mode():
+        with pruning(model, policy, budget, schedule=schedule, context_tokens=PROMPT):
+            whole = model(ids, use_cache=False).logits
+        for bounds in ([PROMPT], [9, PROMPT], [13, PROMPT + 3]):
+            cache = PrunedCache(model, policy, budget, schedule=schedule, context_tokens=PROMPT)
+            ends = [*bounds, *range(bounds[-1] + 1, TOKENS + 1)]
+            logits = []
+            for begin, end in zip([0, *ends], ends, strict=False):
+                logits.append(model(ids[:, begin:end], **{cache_name_of(model): cache}, use_cache=True).logits)
+            close(torch.cat(logits, 1), whole)
+        alone = PrunedCache(model, policy, budget, schedule=schedule, context_tokens=PROMPT)
+        close(model(ids[1:], **{cache_name_of(model): alone}, use_cache=True).logits, whole[1:])
+        # stored and loaded in the middle of the prompt, with the rows turned
+        cache = PrunedCache(model, policy, budget, schedule=schedule, context_tokens=PROMPT)
+        model(ids[:, :9], **{cache_name_of(model): cache}, use_cache=True)
+        again = PrunedCache(model, policy, budget, schedule=schedule, context_tokens=PROMPT)
+        again.load(cache.stored())
+        again.batch_select_indices(torch.tensor([1, 0]))
+        rest = model(ids.flip(0)[:, 9:], **{cache_name_of(model): again}, use_cache=True).logits
+        close(rest.flip(0), whole[:, 9:])
