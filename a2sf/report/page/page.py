@@ -169,7 +169,7 @@ def _verdict(comparisons: Sequence[Comparison]) -> str:
     first, second = comparisons[0].first, comparisons[0].second
     return (
         f"Of {len(comparisons)} comparisons of {first} with {second}, {len(significant)} differ significantly "
-        f"(paired test, α = 0.05, {comparisons[0].adjusted.how}): "
+        f"(paired test, {comparisons[0].adjusted.correction.label}, α = 0.05): "
         f"{better} with {first} higher, {len(significant) - better} with {second} higher."
     )
 
