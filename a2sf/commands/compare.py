@@ -8,6 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from a2sf.analysis.statistics.choices import MARGIN_ALLOWED
+
 EPILOG = """\
 a run is one of
   runs/SWEEP, runs/SWEEP/CELL or SWEEP.a2sf.zip        of a2sf: each system of a sweep is a run
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str]) -> None:
     from a2sf.report.tables.text import text_latex, text_markdown
 
     if args.margin is not None and not 0 < args.margin <= 100:
-        raise ConfigError("--margin", args.margin, "give a number of points above 0 and up to 100")
+        raise ConfigError("--margin", args.margin, MARGIN_ALLOWED)
     runs = [run for path in args.runs for run in read_runs(path, args.cluster)]
     if len(runs) < 2:
         raise UserError(f"{args.runs[0]} is one run ({runs[0].label}); give another one to compare it with.")

@@ -10,7 +10,7 @@ import numpy as np
 
 from a2sf.analysis.results.grid import AVERAGE
 from a2sf.analysis.runs.run import Document, Run, TaskRun, means, pair, variance_of_draws
-from a2sf.analysis.statistics.equivalence import ALPHA, Within, average_within_margin, within_margin
+from a2sf.analysis.statistics.equivalence import Within, average_within_margin, verdict, within_margin
 from a2sf.analysis.statistics.paired import Difference, average_difference, holm, paired_difference
 from a2sf.analysis.statistics.texts import Texts
 from a2sf.errors import UserError, nearest
@@ -48,10 +48,7 @@ class RunComparison:
         """Whether the difference is shown to lie within the margin: `yes`, `no` (shown to lie outside) or `not shown`."""
         if self.within is None:
             return ""
-        if self.p_equivalent_holm < ALPHA:
-            return "yes"
-        outside = self.difference.high < -self.within.margin or self.difference.low > self.within.margin
-        return "no" if outside else "not shown"
+        return verdict(self.p_equivalent_holm, self.difference, self.within.margin)
 
 
 @dataclass
