@@ -63,8 +63,8 @@ bench: $(READY)
 	$(BIN)/a2sf bench
 
 figures: $(READY)
-	$(BIN)/a2sf tables runs/reference/smollm2-135m.a2sf.zip --shots 0 --figures docs/figures --readme docs/reference-results.md
-	$(BIN)/a2sf tables runs/reference/smollm2-135m.a2sf.zip --readme runs/reference/smollm2-135m.md
+	$(BIN)/a2sf tables runs/reference/smollm2-135m.a2sf.zip --shots 0 --margin 1 --figures docs/figures --readme docs/reference-results.md
+	$(BIN)/a2sf tables runs/reference/smollm2-135m.a2sf.zip --margin 1 --readme runs/reference/smollm2-135m.md
 	$(BIN)/a2sf tables runs/reference/smollm2-135m-forgetting.a2sf.zip --figures docs/figures/forgetting
 	$(BIN)/a2sf tables runs/reference/smollm2-135m-methods.a2sf.zip --figures docs/figures/methods
 	$(BIN)/a2sf tables runs/reference/smollm2-135m-methods-prompt.a2sf.zip --figures docs/figures/methods-prompt

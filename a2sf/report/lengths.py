@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from a2sf.analysis.results.documents import TEXT, documents_of, texts_of
 from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid, System
 from a2sf.analysis.results.labels import DASH
-from a2sf.analysis.statistics.paired import standard_error
-from a2sf.analysis.statistics.texts import Z
+from a2sf.analysis.statistics.intervals import Estimate, of_documents
 from a2sf.report.plots.lines import chosen_lines, left_out
 from a2sf.report.plots.style import GREY, Line, Style, save, spread, styles_of
+from a2sf.report.tables.summaries import sizes_note
 from a2sf.report.tables.text import TextTable
 from a2sf.store.names import safe
 
@@ -70,10 +70,10 @@ def length_plots(grid: Grid, directory: Path, pair: tuple[str, str] = DEFAULT_PA
         where = f"{model}, {shots}-shot{part.one_schedule}"
         left = left_out(part, pair)
         more = f"; without {', '.join(left)} (choose with --policy)" if left else ""
-        figure.suptitle(where, x=0.01, ha="left", fontsize=10)
+        figure.suptitle(f"{where}\n{sizes_note(part)}", x=0.01, ha="left", fontsize=9)
         stem = "length" if len(parts) == 1 else f"length-{safe(model)}-{shots}shot"
         caption = f"{part.metric} by the length of the prompt, documents of all tasks together, with 95 % bands{more}"
-        written[f"{caption} ({where})"] = save(figure, directory / stem)
+        written[f"{caption} ({where}; {sizes_note(part).rstrip('.')})"] = save(figure, directory / stem)
     return written
 
 
@@ -128,8 +128,8 @@ def bins_of(lengths: Sequence[int]) -> list[float]:
     return [float(there[0]), *inner.tolist(), float(there[-1]) + 1]
 
 
-def length_points(part: Grid, systems: Sequence[System]) -> list[list[tuple[float, float, float, int]]]:
-    """Of each system, for each bin of prompt lengths with enough documents: median tokens, mean, standard error, documents.
+def length_points(part: Grid, systems: Sequence[System]) -> list[list[tuple[float, Estimate, int]]]:
+    """Of each system, for each bin of prompt lengths with enough documents: median tokens, the score, documents.
 
     All lists are empty where the prompts are about as long.
     """
@@ -180,15 +180,15 @@ def _middles(lengths: pd.Series, edges: Sequence[float]) -> list[float]:
     return [float(part.median()) for part in parts if len(part)]
 
 
-def _points(documents: pd.DataFrame, edges: Sequence[float]) -> list[tuple[float, float, float, int]]:
-    """Length, mean, standard error and number of documents of each bin with enough documents."""
+def _points(documents: pd.DataFrame, edges: Sequence[float]) -> list[tuple[float, Estimate, int]]:
+    """Length, score and number of documents of each bin with enough documents."""
     points = []
     for low, high in pairwise(edges):
         of_bin = documents[(documents["tokens"] >= low) & (documents["tokens"] < high)]
         if len(of_bin) >= FEWEST:
             values = of_bin["value"].to_numpy(float)
-            error = standard_error(values, texts_of(of_bin))
-            points.append((float(of_bin["tokens"].median()), float(values.mean()), error, len(of_bin)))
+            score = of_documents(values, texts_of(of_bin.reset_index(drop=True)))
+            points.append((float(of_bin["tokens"].median()), score, len(of_bin)))
     return points
 
 
@@ -197,6 +197,6 @@ def _draw(axis: Axes, documents: pd.DataFrame, edges: Sequence[float], style: St
     if not points:
         return
     scale = 100 if percent else 1
-    x, mean, error, _ = np.array(points).T
+    x, mean, low, high = np.array([(x, e.value, e.low, e.high) for x, e, _ in points]).T
     axis.plot(x, scale * mean, color=style.colour, marker=style.marker, ms=5, ls=style.dash, lw=1.5, label=label)
-    spread(axis, x, scale * (mean - Z * error), scale * (mean + Z * error), style.colour, 0.07)
+    spread(axis, x, scale * low, scale * high, style.colour, 0.07)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
+from a2sf.analysis.results.documents import documents_of, texts_of
 from a2sf.analysis.results.gather import grid_of
 from a2sf.analysis.results.grid import Grid
 from a2sf.analysis.results.labels import DASH
+from a2sf.analysis.statistics.intervals import Estimate, of_documents
 from a2sf.errors import UserError
 from a2sf.report.plots.style import save
-from a2sf.report.tables.cells import number
+from a2sf.report.tables.cells import interval, number
 from a2sf.report.tables.text import TextTable
 from a2sf.store.runs import StoredCell
 
@@ -33,6 +36,15 @@ def needle_table(cells: Sequence[StoredCell] | Grid, by: str = "depth") -> pd.Da
     Raises:
         UserError: if there is no needle result among them, or `by` is neither.
     """
+    return _table(cells, by, lambda answers: float(answers[METRIC].mean()))
+
+
+def needle_estimates(cells: Sequence[StoredCell] | Grid, by: str = "depth") -> pd.DataFrame:
+    """The same with the error and the interval of each share (`Estimate`); arguments and errors as for `needle_table`."""
+    return _table(cells, by, lambda answers: of_documents(answers[METRIC].to_numpy(float), texts_of(answers)))
+
+
+def _table(cells: Sequence[StoredCell] | Grid, by: str, measure: Callable[[pd.DataFrame], Any]) -> pd.DataFrame:
     if by not in UNITS:
         raise UserError(f"needle results come by depth or by length, not by {by!r}")
     grid: Grid | None
@@ -41,39 +53,42 @@ def needle_table(cells: Sequence[StoredCell] | Grid, by: str = "depth") -> pd.Da
     else:
         found = [c for c in cells if c.cell["task"] == TASK]
         grid = grid_of(found) if found else None
-    frames = []
+    rows: dict[tuple[Any, ...], dict[int, Any]] = {}
     for model, shots, part in grid.by_model() if grid else ():
         for s in part.systems():
             if s.keys.get(TASK) in part.cells:
-                about: dict[str, Any] = dict(zip(ROW, (model, shots, s.label, s.budget, s.factor), strict=True))
-                documents = part.cells[s.keys[TASK]].documents
-                frames.append(documents[["doc/depth", "doc/length", METRIC]].assign(**about))
-    if not frames:
+                answers = documents_of(part.cells[s.keys[TASK]]).groupby(f"doc/{by}")
+                place = (model, shots, s.label, s.budget, s.factor)
+                rows[place] = {int(float(str(value))): measure(of_value) for value, of_value in answers}
+    if not rows:
         raise UserError("there is no result of the needle task among these cells; run one with tasks=needle")
-    answers = pd.concat(frames, ignore_index=True)
-    table = answers.groupby([*ROW, f"doc/{by}"], sort=False)[METRIC].mean().unstack(f"doc/{by}", sort=False)
-    table.columns = [int(c) for c in table.columns]
-    return table.sort_index(axis=1).rename_axis(columns=by)
+    index = pd.MultiIndex.from_tuples(rows, names=ROW)
+    return pd.DataFrame(list(rows.values()), index=index).sort_index(axis=1).rename_axis(columns=by)
 
 
 def needle_figure(cells: Sequence[StoredCell] | Grid) -> Figure:
     """Heat maps of how far into a text, and in how long a text, each policy and budget still finds the needle.
 
+    Below each share is its 95 % interval.
+
     Raises:
         UserError: as for `needle_table`.
     """
-    tables = {by: needle_table(cells, by) for by in UNITS}
+    tables = {by: needle_estimates(cells, by) for by in UNITS}
     columns = [len(t.columns) for t in tables.values()]
     first = tables["depth"]
-    figure = Figure(figsize=(2.2 + 0.65 * sum(columns), 1.2 + 0.32 * len(first)), layout="constrained")
+    figure = Figure(figsize=(2.2 + 0.75 * sum(columns), 1.2 + 0.42 * len(first)), layout="constrained")
     panels = figure.subplots(1, len(tables), sharey=True, width_ratios=columns)
     for axes, (by, table) in zip(panels, tables.items(), strict=True):
         axes.grid(False)
-        axes.imshow(table.to_numpy(), vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        shares = table.map(lambda e: e.value if isinstance(e, Estimate) else math.nan).to_numpy(float)
+        axes.imshow(shares, vmin=0, vmax=1, cmap="cividis", aspect="auto")
         for i, row in enumerate(table.to_numpy()):
-            for j, value in enumerate(row):
-                ink = "white" if value < 0.5 else "black"
-                axes.text(j, i, f"{value:.0%}", ha="center", va="center", color=ink, fontsize=8)
+            for j, found in enumerate(row):
+                if isinstance(found, Estimate):
+                    ink = "white" if found.value < 0.5 else "black"
+                    text = f"{found.value:.0%}\n{100 * found.low:.0f} to {100 * found.high:.0f}"
+                    axes.text(j, i, text, ha="center", va="center", color=ink, fontsize=7)
         axes.set_xticks(range(len(table.columns)), [str(c) for c in table.columns])
         axes.set_xlabel(UNITS[by])
     names = [n for n in ROW if n not in ("model", "shots") or first.index.get_level_values(n).nunique() > 1]
@@ -97,10 +112,10 @@ def needle_tables(grid: Grid) -> list[TextTable]:
     for where, part in _parts(grid):
         documents = max(part.frame.loc[part.frame["task"] == TASK, "n"])
         for by, unit in UNITS.items():
-            frame = needle_table(part, by)
-            shares = frame.map(lambda x: number(x, percent=True)).rename(columns=str)
+            frame = needle_estimates(part, by)
+            shares = frame.map(_written).rename(columns=str)
             rows = frame.index.to_frame(index=False)[["policy", "budget", "factor"]].rename(columns=str.capitalize)
-            legend = f"Share of {documents} documents whose code was found (%), by {unit}."
+            legend = f"Share of {documents} documents whose code was found (%), by {unit}, with 95 % intervals."
             title = f"Needles found by {by}: {where}"
             tables.append(TextTable(title, pd.concat([rows, shares.reset_index(drop=True)], axis=1), legend))
     return tables
@@ -112,8 +127,14 @@ def needle_plots(grid: Grid, directory: Path) -> dict[str, list[Path]]:
     parts = list(_parts(grid))
     for i, (where, part) in enumerate(parts):
         stem = "needle" if len(parts) == 1 else f"needle-{i}"
-        written[f"Needles found ({where})"] = save(needle_figure(part), directory / stem)
+        written[f"Needles found, with 95 % intervals ({where})"] = save(needle_figure(part), directory / stem)
     return written
+
+
+def _written(found: Any) -> str:
+    if not isinstance(found, Estimate):
+        return DASH
+    return f"{number(found.value, percent=True)} {interval(found.low, found.high, percent=True, signed=False)}"
 
 
 def _parts(grid: Grid) -> Iterator[tuple[str, Grid]]:

@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import special
 
 from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid
+from a2sf.analysis.statistics.texts import CONFIDENCE
 from a2sf.engine.trace import Trace, load, overlap
 from a2sf.store.names import safe
 
+MEASURED = ("evicted", "age", "mass", "lost", "overlap")
 COLUMNS = (
     *("model", "shots", "task", "policy", "budget", "factor", "documents"),
-    *("layer", "evicted", "age", "mass", "lost", "overlap"),
+    *("layer", *MEASURED, *(f"{measure}_half" for measure in MEASURED)),
 )
 DOCUMENTS, PICTURES = 3, 12
 """Documents pictured of a task and budget, and pictures at most."""
@@ -33,17 +36,22 @@ def trace_frame(groups: Groups, pair: tuple[str, str] = DEFAULT_PAIR) -> pd.Data
 
     Returns:
         One row per cell and layer: `evicted`, `age`, `mass` and `lost` as in `Trace.summary`, mean over documents, and
-        `overlap`, the Jaccard index with the second policy of `pair` at the same budget and schedule.
+        `overlap`, the Jaccard index with the second policy of `pair` at the same budget and schedule; `<measure>_half` is
+        half the 95 % interval of each (Student's t), NaN for a single document.
     """
     rows = []
     for (model, shots, task, budget, _), by_policy in groups.items():
         other = next((found for (policy, _, _), found in by_policy.items() if policy == pair[1]), {})
         for (_, label, factor), traces in by_policy.items():
-            means = pd.concat([t.summary() for t in traces.values()]).groupby("layer").mean()
-            common = [overlap(*comparable(t, other[d])) for d, t in traces.items() if d in other]
-            means["overlap"] = sum(common) / len(common) if common else float("nan")
+            of_documents = [
+                t.summary().assign(overlap=overlap(*comparable(t, other[d])) if d in other else float("nan"))
+                for d, t in traces.items()
+            ]
+            by_layer = pd.concat(of_documents).groupby("layer")
+            halves = by_layer.sem() * special.stdtrit(by_layer.count() - 1, 0.5 + CONFIDENCE / 2)
             about = (model, shots, task, label, budget, factor, len(traces))
-            rows += [(*about, layer, *values) for layer, *values in means.itertuples()]
+            both = by_layer.mean()[list(MEASURED)].join(halves[list(MEASURED)], rsuffix="_half")
+            rows += [(*about, layer, *values) for layer, *values in both.itertuples()]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

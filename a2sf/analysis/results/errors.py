@@ -42,12 +42,12 @@ def add_group_intervals(scores: pd.DataFrame, frame: pd.DataFrame, groups: Seque
     by_system: dict[tuple[Any, ...], dict[tuple[str, int], Any]] = {}
     for row in frame.itertuples():
         tasks = by_system.setdefault(tuple(getattr(row, k) for k in place), {})
-        tasks[str(row.task), int(str(row.shots))] = row
+        tasks[str(row.task), int(float(str(row.shots)))] = row
     members = {(g.name, g.shots): g for g in groups}
     found = []
     for score in scores.itertuples():
         tasks = by_system[tuple(getattr(score, k) for k in place)]
-        group = members[str(score.task), int(str(score.shots))]
+        group = members[str(score.task), int(float(str(score.shots)))]
         rows = [tasks[m.task, m.shots] for m in group.members if (m.task, m.shots) in tasks]
         weights = [r.n for r in rows] if group.weighted(metric) else None
         found.append(averaged([estimate_of(r) for r in rows], weights))

@@ -168,16 +168,17 @@ function drawByLength(place, part, systems) {
 function drawNeedles(place, part) {
   for (const map of data.needle.filter(m => m.model === part.model && m.shots === part.shots)) {
     const keep = map.rows.map((_, i) => i).filter(i => passes("policy", map.policies[i]) && (map.budgets[i] === DASH || passes("budget", map.budgets[i])));
-    heat(place, `Needles found (%) by ${map.unit}`, map.columns, keep.map(i => map.rows[i]), keep.map(i => map.shares[i].map(v => v === null ? null : 100 * v)), map.unit, "");
+    heat(place, `Needles found (%) by ${map.unit}`, map.columns, keep.map(i => map.rows[i]), keep.map(i => map.shares[i].map(v => v && v.map(x => 100 * x))), map.unit, "");
   }
 }
 
 function heat(place, title, columns, rows, values, xtitle, ytitle) {
   if (!rows.length) return;
   const height = Math.max(300, 16 * rows.length + 90);
-  const label = values.map(r => r.map(v => v === null || v === undefined ? "" : v.toFixed(1)));
-  panel(place, title, [{ type: "heatmap", x: columns, y: rows, z: values, text: label, texttemplate: "%{text}", colorscale: "Cividis",
-    hovertemplate: `${ytitle} %{y}<br>${xtitle} %{x}<br>%{z:.1f}<extra></extra>` }],
+  const each = make => values.map(r => r.map(v => v ? make(v) : null));  // of value, low and high
+  panel(place, title, [{ type: "heatmap", x: columns, y: rows, z: each(v => v[0]), text: each(v => v[0].toFixed(1)), texttemplate: "%{text}",
+    customdata: each(v => v[1] === null ? "" : ` [${v[1].toFixed(1)}, ${v[2].toFixed(1)}]`), colorscale: "Cividis",
+    hovertemplate: `${ytitle} %{y}<br>${xtitle} %{x}<br>%{z:.1f}%{customdata}<extra></extra>` }],
     { height, xaxis: { type: "category", title: { text: xtitle } }, yaxis: { type: "category", title: { text: ytitle } } });
 }
 
@@ -187,18 +188,19 @@ function drawHeat(place, part, systems) {
     const own = systems.filter(s => s.label === label && s.factor_value !== null && s.scores[column]);
     const factors = [...new Set(own.map(s => s.factor_value))].sort((a, b) => a - b), budgets = [...new Set(own.map(s => s.budget))];
     if (factors.length < 2) continue;
-    const at = (f, b) => own.find(s => s.factor_value === f && s.budget === b)?.scores[column][0];
-    heat(place, `${label}: ${column}, ${data.metric}`, budgets, factors.map(String), factors.map(f => budgets.map(b => at(f, b) === undefined ? null : scale * at(f, b))), "budget", "forgetting factor");
+    const at = (f, b) => own.find(s => s.factor_value === f && s.budget === b)?.scores[column].slice(0, 3).map(x => x === null ? null : scale * x);
+    heat(place, `${label}: ${column}, ${data.metric}`, budgets, factors.map(String), factors.map(f => budgets.map(b => at(f, b) ?? null)), "budget", "forgetting factor");
   }
 }
 
 function drawLayers(place, part, systems, name) {
   const rows = data.layers.filter(r => r.model === part.model && r.shots === part.shots && passes("task", r.task) && passes("budget", r.budget));
+  const bounds = r => [r[name], ...[-1, 1].map(sign => r[`${name}_half`] === null ? null : r[name] + sign * r[`${name}_half`])];
   const places = new Set(rows.map(r => `${r.task}, budget ${r.budget}`));
   for (const title of places) {
     const traces = systems.filter(s => !s.full).flatMap(s => {
       const own = rows.filter(r => `${r.task}, budget ${r.budget}` === title && r.policy === s.label && r.factor === s.factor && r.budget === s.budget && r[name] !== null);
-      const found = own.map(r => ({ x: r.layer, v: [r[name], r[name], r[name]], text: `<b>${escaped(s.label)}</b><br>layer ${r.layer}: ${written(r[name], false)}<br>${r.documents} documents` }));
+      const found = own.map(r => ({ x: r.layer, v: bounds(r), text: `<b>${escaped(s.label)}</b><br>layer ${r.layer}: ${written(r[name], false)} [${written(bounds(r)[1], false)}, ${written(bounds(r)[2], false)}]<br>${r.documents} documents` }));
       return found.length ? [traceOf(found, s, "layer", false, s.label)] : [];
     });
     if (traces.length) panel(place, title, traces, { xaxis: { title: { text: "layer" } } });

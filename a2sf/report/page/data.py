@@ -13,10 +13,10 @@ from a2sf.analysis.comparisons.pairs import Comparison
 from a2sf.analysis.results.chance import chance_levels
 from a2sf.analysis.results.grid import AVERAGE, Grid, System
 from a2sf.analysis.results.labels import DASH
-from a2sf.analysis.statistics.texts import Z
+from a2sf.analysis.statistics.intervals import Estimate
 from a2sf.errors import UserError
 from a2sf.report.lengths import length_points
-from a2sf.report.needle import UNITS, needle_table
+from a2sf.report.needle import UNITS, needle_estimates
 from a2sf.report.page.documents import Place
 from a2sf.report.plots.lines import available_columns, chosen_lines, estimated, score_columns
 from a2sf.report.plots.style import Line, styles_of
@@ -68,7 +68,7 @@ def chart_data(
         points = length_points(part, part.systems(pair))
         for s, by_length in zip(part.systems(pair), points, strict=True):
             if by_length:
-                found = [[*map(_rounded, (x, m, m - Z * e, m + Z * e)), n] for x, m, e, n in by_length]
+                found = [[*map(_rounded, (x, e.value, e.low, e.high)), n] for x, e, n in by_length]
                 lengths.append({"system": len(places), "points": found})
             entry = _system(part, s) | styles[s.label, s.factor] | {"part": len(parts) - 1}
             entry["shown"] = s.is_full or (s.label, s.factor) in chosen
@@ -148,16 +148,21 @@ def _needle(grid: Grid) -> list[dict[str, Any]]:
     for model, shots, part in grid.by_model():
         for by, unit in UNITS.items():
             try:
-                table = needle_table(part, by)
+                table = needle_estimates(part, by)
             except UserError:
                 continue
             names = table.index.to_frame()[["policy", "budget", "factor"]].to_numpy()
             rows = [", ".join(str(v) for v in row if v != DASH) for row in names]
-            shares = [[_rounded(v) for v in row] for row in table.to_numpy()]
+            shares = [[_bounded(v) for v in row] for row in table.to_numpy()]
             place = {"model": model, "shots": shots, "policies": [str(n[0]) for n in names]}
             place |= {"budgets": [str(n[1]) for n in names], "unit": unit, "rows": rows}
             found.append(place | {"columns": [*map(str, table.columns)], "shares": shares})
     return found
+
+
+def _bounded(found: Any) -> list[float | None] | None:
+    """A share with its interval; None where there is none."""
+    return [*map(_rounded, (found.value, found.low, found.high))] if isinstance(found, Estimate) else None
 
 
 def _rounded(value: Any) -> Any:

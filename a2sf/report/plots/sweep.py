@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
 from a2sf.analysis.comparisons.fidelity import MEASURES, fidelity_frame
+from a2sf.analysis.results.chance import chance_levels
 from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, Grid, System
 from a2sf.analysis.statistics.intervals import Estimate
 from a2sf.report.plots.lines import (
@@ -31,8 +32,10 @@ from a2sf.report.plots.lines import (
     swept_factors,
 )
 from a2sf.report.plots.style import GREY, MOST, Line, Style, save, spread, styles_of
+from a2sf.report.tables.summaries import sizes_note
 from a2sf.store.names import safe
 
+CHANCE = "#b00020"
 SHOWN = ("agreement", "gold_shift", "margin_shift")
 """Measures of closeness that are drawn."""
 
@@ -53,9 +56,9 @@ def draw_all(grid: Grid, directory: Path, pair: tuple[str, str] = DEFAULT_PAIR) 
                 caption += f"; at most {MOST} lines, without {', '.join(left)} (choose with --policy)"
                 message = textwrap.fill(f"not shown: {', '.join(left)}", 100)
                 figure.legends[0].set_title(message, prop=FontProperties(size=7))
-            figure.suptitle(where, x=0.01, ha="left", fontsize=10)
+            figure.suptitle(f"{where}\n{sizes_note(part)}", x=0.01, ha="left", fontsize=9)
             stem = name if len(parts) == 1 else f"{name}-{safe(model)}-{shots}shot"
-            written[f"{caption} ({where})"] = save(figure, directory / stem)
+            written[f"{caption} ({where}; {sizes_note(part).rstrip('.')})"] = save(figure, directory / stem)
     return written
 
 
@@ -239,12 +242,12 @@ def fidelity(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
 
 FIGURES: dict[str, tuple[str, Callable[[Grid, tuple[str, str]], Figure | None]]] = {
     "budget": ("Accuracy against budget, with 95 % bands", by_budget),
-    "factor": ("Accuracy against forgetting factor", by_factor),
-    "heatmap": ("Forgetting factor and budget", heat_map),
+    "factor": ("Accuracy against forgetting factor, with 95 % bands", by_factor),
+    "heatmap": ("Forgetting factor and budget, with half the 95 % interval", heat_map),
     "fidelity": ("Closeness to the full cache, with 95 % bands", fidelity),
     "tradeoff": (
-        "Accuracy against charged time and retained tokens (cells computed together share the time of a pass, so tokens/s "
-        "is not the speed of a policy: a2sf bench measures that)",
+        "Accuracy against charged time and retained tokens, with 95 % intervals (cells computed together share the time of "
+        "a pass, so tokens/s is not the speed of a policy: a2sf bench measures that)",
         trade_off,
     ),
 }
@@ -273,8 +276,11 @@ def _budget_axis(axis: Axes, ticks: dict[str, float]) -> None:
 
 
 def _level(axis: Axes, part: Grid, column: str) -> None:
-    """The full cache as a level line with its band."""
+    """The full cache as a level line with its band, and the chance level."""
     scale = 100 if part.percent else 1
+    chance = chance_levels(part).get(column)
+    if chance is not None:
+        axis.axhline(scale * chance, color=CHANCE, ls=(0, (4, 3)), lw=1, label="Chance level")
     for s in part.systems():
         if s.is_full and column in available_columns(s, part):
             found = estimated(s, column, part)

@@ -22,6 +22,10 @@ from a2sf.analysis.statistics.intervals import averaged
 from a2sf.report.tables.marks import Tests, correct, mark_best, test_equivalence
 from a2sf.report.tables.table import Entry, Row, Table
 
+WITHIN_NOTE = (
+    "Which systems are within the margin of the full cache is in the tables of --pivot task, and in the ranking."
+)
+
 
 def build_tables(
     grid: Grid,
@@ -193,6 +197,7 @@ def _turn(table: Table, pivot: str) -> list[Table]:
                 chance=dict.fromkeys(columns, table.chance[column]) if column in table.chance else {},
                 to_full=None,
                 margin=None,
+                notes=(*table.notes, *[WITHIN_NOTE] * (table.margin is not None)),
                 to_control=None,
             )
         )

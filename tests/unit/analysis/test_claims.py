@@ -126,6 +126,18 @@ def test_the_opposite_shape(tmp_path: Path) -> None:
     assert verdict_of(claims, "best forgetting factor") is Verdict.NOT_RUN
 
 
+def test_equal_systems_are_called_equal_where_there_are_enough_documents(tmp_path: Path) -> None:
+    noise = NOISE | {"a2sf": 0.2, "h2o": 0.2}
+    grid = made(tmp_path / "s", noise=noise, documents={"arc_easy": 900, "piqa": 900}, budgets=(0.5, 0.8))
+    claims = check_shape(grid, ["a2sf", "h2o", "window"], margin=0.05)
+    assert verdict_of(claims, "a2sf above h2o at budget 0.8") is Verdict.EQUAL
+    (claim,) = [c for c in claims if "a2sf above h2o at budget 0.8" in c.claim]
+    assert claim.why.endswith("; within 5 points: yes.")
+    narrow = check_shape(grid, ["a2sf", "h2o", "window"], margin=0.001)
+    assert verdict_of(narrow, "a2sf above h2o at budget 0.8") is Verdict.UNCLEAR
+    assert all("within 0.1 points" in c.why for c in narrow if "above" in c.claim)
+
+
 def test_the_best_factor_outside(tmp_path: Path) -> None:
     grid = made(tmp_path / "s", factors=(0.2, 0.9), documents={"arc_easy": 500, "piqa": 600})
     claims = check_shape(grid, ["a2sf", "h2o"], factors=(0.8, 1.0))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.selection import Selection
@@ -47,6 +49,21 @@ def test_means_per_layer(sweep: Path) -> None:
     assert row["lost"] == pytest.approx(0.1)
     assert row["overlap"] == pytest.approx(overlap(trace(0, True), trace(0, False))[0])
     assert (frame[frame["policy"] == "H2O"]["overlap"] == 1).all()
+    assert row["mass_half"] == pytest.approx(0)  # the documents are alike
+
+
+def test_half_the_interval_of_a_layer(sweep: Path) -> None:
+    """By hand, of documents that differ; a single document has none."""
+    groups = read_traces(gather([sweep], Selection()))
+    ((place, by_policy), *_) = groups.items()
+    of_a2sf = next(key for key in by_policy if key[0] == "a2sf")
+    lost = [0.1, 0.2, 0.4]
+    traces = {d: replace(trace(d, True), lost=np.full_like(trace(d, True).lost, x)) for d, x in enumerate(lost)}
+    frame = trace_frame({place: {of_a2sf: traces}})
+    low, high = stats.t.interval(0.95, 2, np.mean(lost), stats.sem(lost))
+    assert frame["lost_half"].tolist() == pytest.approx([(high - low) / 2] * len(frame))
+    assert frame["overlap_half"].isna().all()
+    assert trace_frame({place: {of_a2sf: {0: traces[0]}}})["lost_half"].isna().all()
 
 
 def test_files_and_pictures(sweep: Path) -> None:
