@@ -137,7 +137,7 @@ def _row(
             return None
         differences[m.model] = found
         changes.append([changes_of(m.part, [a[t]], [b[t]]) for t in tasks])
-    pooled = pool_over_tasks(changes)
+    pooled = pool_over_tasks(changes, several[0].part.by_documents)
     if pooled is None:
         return None
     first, second = several[0].first, several[0].second
@@ -146,12 +146,15 @@ def _row(
     )
 
 
-def pool_over_tasks(models: Sequence[Sequence[Changes]]) -> Pooled | None:
+def pool_over_tasks(models: Sequence[Sequence[Changes]], by_documents: bool = False) -> Pooled | None:
     """Pool the mean over tasks; None where a task has a single document or text, so that no error is known.
 
     Args:
         models: for each model the changes of each task, in the same order.
+        by_documents: count each document once, and not each task.
     """
+    if by_documents:
+        models = [[Changes.joined(of_model)] for of_model in models]
     tasks = list(zip(*models, strict=True))
     if any(c.texts.number < 2 for of_task in tasks for c in of_task):
         return None
