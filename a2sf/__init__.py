@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from a2sf.policies.rule import Rule, Step
     from a2sf.policies.schedule import Schedule
     from baselines.adakv import AdaKV
+    from baselines.cake import CAKE
     from baselines.calibrated import Calibrated
+    from baselines.cam import CaM
     from baselines.chunkkv import ChunkKV
     from baselines.curdkv import CurDKV
+    from baselines.expected_attention import ExpectedAttention
     from baselines.full import Full
     from baselines.future import Future
     from baselines.h2o import H2O
@@ -26,10 +29,15 @@ if TYPE_CHECKING:
     from baselines.keydiff import KeyDiff
     from baselines.keyformer import Keyformer
     from baselines.lagkv import LagKV
+    from baselines.kvzip import KVzip
     from baselines.mean_attention import MeanAttention
     from baselines.pyramidkv import PyramidKV
+    from baselines.qfilter import QFilter
     from baselines.random import Random
+    from baselines.rkv import RKV
+    from baselines.roco import RoCo
     from baselines.scissorhands import Scissorhands
+    from baselines.simlayerkv import SimLayerKV
     from baselines.snapkv import SnapKV
     from baselines.streaming import Streaming
     from baselines.tova import TOVA
@@ -38,18 +46,23 @@ if TYPE_CHECKING:
 
 __all__ = [
     "A2SF",
+    "CAKE",
     "H2O",
+    "RKV",
     "TOVA",
     "VATP",
     "AdaKV",
     "Budget",
+    "CaM",
     "Calibrated",
     "ChunkKV",
     "CurDKV",
     "EvictionState",
+    "ExpectedAttention",
     "Full",
     "Future",
     "Heads",
+    "KVzip",
     "KeyDiff",
     "KeyNorm",
     "Keyformer",
@@ -58,11 +71,14 @@ __all__ = [
     "Policy",
     "PrunedCache",
     "PyramidKV",
+    "QFilter",
     "Random",
     "Retention",
+    "RoCo",
     "Rule",
     "Schedule",
     "Scissorhands",
+    "SimLayerKV",
     "SnapKV",
     "Step",
     "Streaming",
@@ -77,11 +93,14 @@ __version__ = "0.2.0"
 _WHERE = {
     "A2SF": "a2sf.policies.a2sf",
     "AdaKV": "baselines.adakv",
+    "CAKE": "baselines.cake",
     "Budget": "a2sf.policies.budget",
+    "CaM": "baselines.cam",
     "Calibrated": "baselines.calibrated",
     "ChunkKV": "baselines.chunkkv",
     "CurDKV": "baselines.curdkv",
     "EvictionState": "a2sf.engine.state",
+    "ExpectedAttention": "baselines.expected_attention",
     "Full": "baselines.full",
     "Future": "baselines.future",
     "H2O": "baselines.h2o",
@@ -90,15 +109,20 @@ _WHERE = {
     "KeyNorm": "baselines.key_norm",
     "Keyformer": "baselines.keyformer",
     "LagKV": "baselines.lagkv",
+    "KVzip": "baselines.kvzip",
     "MeanAttention": "baselines.mean_attention",
     "Policy": "a2sf.policies.base",
     "PrunedCache": "a2sf.hf.cache.pruned",
     "PyramidKV": "baselines.pyramidkv",
+    "QFilter": "baselines.qfilter",
+    "RKV": "baselines.rkv",
     "Random": "baselines.random",
     "Retention": "a2sf.policies.base",
+    "RoCo": "baselines.roco",
     "Rule": "a2sf.policies.rule",
     "Schedule": "a2sf.policies.schedule",
     "Scissorhands": "baselines.scissorhands",
+    "SimLayerKV": "baselines.simlayerkv",
     "SnapKV": "baselines.snapkv",
     "Step": "a2sf.policies.rule",
     "Streaming": "baselines.streaming",

@@ -1,4 +1,4 @@
-"""Policies that change the ranking of another policy (`by`)."""
+"""Policies that are built on another policy (`by`): its tokens ranked in another way, or what it evicts merged."""
 
 from __future__ import annotations
 
@@ -18,10 +18,8 @@ ALLOWED = "give the name of a policy, or a mapping of its name and settings, suc
 
 
 @dataclass(frozen=True, kw_only=True)
-class By(Policy):
-    """A policy whose tokens are ranked by another policy, and then otherwise.
-
-    It has the other policy's schedules, budgets of layers, sinks and recent tokens.
+class Built(Policy):
+    """A policy built on another policy. It has the other policy's schedules and budgets of layers.
 
     Attributes:
         by: the other policy: its name, or a mapping of its `name` and settings.
@@ -32,7 +30,8 @@ class By(Policy):
     def __post_init__(self) -> None:
         if isinstance(self.by, Mapping):
             object.__setattr__(self, "by", dict(self.by))
-        object.__setattr__(self, "schedules", self.inner.schedules)
+        for name in ("schedules", "unrotated"):
+            object.__setattr__(self, name, getattr(self.inner, name))
 
     @cached_property
     def inner(self) -> Policy:
@@ -46,8 +45,8 @@ class By(Policy):
         if not isinstance(name, str):
             raise ConfigError("policy.by", self.by, ALLOWED)
         cls = find_policy(name, "policy.by")
-        if issubclass(cls, By) or not cls.causal or not cls.evicts:
-            why = "ranks by another policy itself" if issubclass(cls, By) else "evicts nothing"
+        if issubclass(cls, Built) or not cls.causal or not cls.evicts:
+            why = "is built on another policy itself" if issubclass(cls, Built) else "evicts nothing"
             why = why if cls.causal else "sees later tokens"
             raise ConfigError("policy.by", name, f"{name} {why}; give another policy")
         check_setting_names(cls, settings, "policy.by")
@@ -64,6 +63,17 @@ class By(Policy):
     def check(self, layers: int, kv_heads: int | None = None) -> None:
         self.inner.check(layers, kv_heads)
 
+    def stored_settings(self) -> dict[str, Any]:
+        by: dict[str, Any] = {"name": self.inner.name, **self.inner.stored_settings(), "version": self.inner.version}
+        if source := source_digest(type(self.inner)):
+            by["source"] = source
+        return super().stored_settings() | {"by": by}
+
+
+@dataclass(frozen=True, kw_only=True)
+class By(Built):
+    """A policy whose tokens are ranked by another policy, and then otherwise. Sinks and recent tokens are the other's."""
+
     @abstractmethod
     def changed(self, ranking: Ranking) -> PriorityFn:
         """The priorities made of the other policy's ranking; it must not depend on the budget."""
@@ -76,13 +86,8 @@ class By(Policy):
                 "policy.by", self.inner.name, "its key/value heads differ in a layer; give another policy"
             )
         if type(self.inner).priorities is not Policy.priorities:
-            rule = replace(rule, priority_fn=self.inner.priorities, memory=self.inner.memory)
+            own = {name: getattr(self.inner, name) for name in ("memory", "queries", "unrotated")}
+            rule = replace(rule, priority_fn=self.inner.priorities, **own)
         ranked = self.changed(Ranking(rule, stated.forgetting_factor))
         plain = replace(rule, weight=None, bias=None, mean_over_age=False, priority_fn=ranked)
         return replace(stated, rule=plain)
-
-    def stored_settings(self) -> dict[str, Any]:
-        by: dict[str, Any] = {"name": self.inner.name, **self.inner.stored_settings(), "version": self.inner.version}
-        if source := source_digest(type(self.inner)):
-            by["source"] = source
-        return super().stored_settings() | {"by": by}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from a2sf.errors import ConfigError, UserError
 from a2sf.policies.arguments import policy_of, schedule_of
 from a2sf.policies.base import Policy, check_name
 from a2sf.policies.budget import Budget
+from a2sf.policies.prepared import Prepared
 from a2sf.policies.rule import Rule
 from a2sf.policies.schedule import Schedule, schedule_for
 
@@ -34,6 +36,7 @@ def attend(
     state: EvictionState | None = None,
     scale: float | None = None,
     backend: str = "auto",
+    prepared: Sequence[Prepared | None] | None = None,
 ) -> tuple[Tensor, EvictionState]:
     """Causal attention over a cache that `policy` prunes; a row's result never depends on the other rows.
 
@@ -53,6 +56,7 @@ def attend(
         state: continue from here; None: empty caches.
         scale: factor on the logits; default `D ** -0.5`.
         backend: `auto`, or the name of one of `a2sf.engine.kernels.BACKENDS`; only `reference` has gradients.
+        prepared: of each row, what `policy.prepare` returned for its prompt; for a policy that prepares.
 
     Returns:
         output [B, H, T, V] in the query's dtype, and the state after each row's last token; `state.positions`
@@ -85,9 +89,14 @@ def attend(
         if bool((read < 1).any()):
             raise ConfigError("prompt", int(read.min()), "a prompt has at least 1 token")
     prompts = [None] * B if read is None else read.tolist()
-    each = [policy.keeps(c, layer, layers, n) for c, n in zip(C.tolist(), prompts, strict=True)]
+    if prepared is None and policy.prepares and read is not None and bool((read > C).any()):
+        raise ConfigError("prepared", None, f"the policy {policy.name} needs what its prepare returned for each prompt")
+    ready = [None] * B if prepared is None else list(prepared)
+    if len(ready) != B:
+        raise ConfigError("prepared", f"{len(ready)} rows", f"give one for each of the {B} rows")
+    each = [policy.keeps(c, layer, layers, n, p) for c, n, p in zip(C.tolist(), prompts, ready, strict=True)]
     segments = Segments.of_rows(BatchRetention.of(each, schedule, read), _lengths(lengths, B, T))
-    return _run(query, key, value, segments, scale, state, backend)
+    return _run(query, key, value, segments, scale, state, backend, layer, layers)
 
 
 def evicting_attention(
@@ -150,12 +159,15 @@ def _run(
     scale: float | None,
     state: EvictionState | None,
     backend: str,
+    layer: int = 0,
+    layers: int = 1,
 ) -> tuple[Tensor, EvictionState]:
     if state is not None:
         _check_state(state, query, key, segments.rule)
     if backend != "reference" and wants_gradient(query, key, value, state):
         raise ConfigError("backend", backend, "only reference has gradients; give it, or call under torch.no_grad()")
-    options = Options(scale=query.shape[-1] ** -0.5 if scale is None else scale, return_state=True)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    options = Options(scale=factor, return_state=True, layer=layer, layers=layers)
     attended = kernels.attend(query, key, value, segments, options, state, backend=backend)
     assert attended.state is not None
     return attended.output, attended.state

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from a2sf.errors import UserError
 from a2sf.policies.base import UNLIMITED, Retention
+from a2sf.policies.prepared import Numbers
 from a2sf.policies.rule import ACCUMULATED, Rule
 from a2sf.policies.schedule import STEP, Schedule
 
@@ -31,6 +32,7 @@ class BatchRetention:
         rule: how tokens are ranked.
         schedule: when they are evicted.
         prompt: int64 [n], tokens of each sequence's prompt; for the prompt schedule alone.
+        prepared: [n, K, P], numbers that the policy prepared for the prompts' tokens; None: it has none.
     """
 
     budget: Tensor
@@ -40,6 +42,7 @@ class BatchRetention:
     rule: Rule = ACCUMULATED
     schedule: Schedule = STEP
     prompt: Tensor | None = None
+    prepared: Tensor | None = None
 
     @staticmethod
     def of(
@@ -63,6 +66,7 @@ class BatchRetention:
             rule=rules.pop() if rules else ACCUMULATED,
             schedule=schedule,
             prompt=torch.as_tensor(prompt, dtype=torch.int64) if schedule.prompt and prompt is not None else None,
+            prepared=_padded([r.prepared for r in retentions]),
         )
 
     def retention(self) -> dict[str, Any]:
@@ -86,14 +90,16 @@ class BatchRetention:
         """The same sequences with nothing evicted; `rule` says which scores are computed."""
         none = torch.zeros_like(self.recent)
         budget = torch.full_like(self.budget, UNLIMITED)
-        return replace(self, budget=budget, recent=none, sinks=none, rule=rule, schedule=STEP, prompt=None)
+        return replace(
+            self, budget=budget, recent=none, sinks=none, rule=rule, schedule=STEP, prompt=None, prepared=None
+        )
 
     def after_prompt(self: Batch) -> Batch:
         """What is retained once every prompt has been read and cut: step by step, or everything."""
         # a rule that looks at the end of the prompt looks at nothing later
         rule, scored = self.rule, self.rule.scored and self.rule.cut is None
         if self.schedule.then == "step":
-            seen = self.prompt if rule.priority_fn is not None else None  # a function may see how long the prompt was
+            seen = self.prompt if rule.calls else None  # a function may see how long the prompt was
             return replace(self, rule=replace(rule, cut=None, scored=scored), schedule=STEP, prompt=seen)
         # nothing is evicted, so that no priority is needed
         return self.unlimited(
@@ -133,6 +139,7 @@ class BatchRetention:
             rule=self.rule,
             schedule=self.schedule,
             prompt=None if self.prompt is None else self.prompt[:, None, None],
+            prepared=None if self.prepared is None else self.prepared.to(dtype),
         )
 
     # what follows is for numbers `per_head`; `now` is int64 [B, 1, 1], the position of each row's newest token
@@ -172,6 +179,18 @@ class BatchRetention:
     def unprotected(self, positions: Tensor, cached: Tensor, now: Tensor) -> Tensor:
         """bool [B, K, N]: the `cached` tokens that may be evicted at time `now`."""
         return cached & (positions >= self.sinks) & (positions <= now - self.recent)
+
+
+def _padded(numbers: Sequence[Numbers | None]) -> Tensor | None:
+    """The numbers of each sequence, [n, K, P], 0 where there are none; None if no sequence has some."""
+    known = [n.of for n in numbers if n is not None]
+    if not known:
+        return None
+    made = known[0].new_zeros(len(numbers), known[0].shape[0], max(x.shape[1] for x in known))
+    for row, one in zip(made, numbers, strict=True):
+        if one is not None:
+            row[:, : one.of.shape[1]] = one.of
+    return made
 
 
 _FIELDS = tuple(f.name for f in fields(BatchRetention))

@@ -117,6 +117,7 @@ def by_depth(run_rows: RunRows, call: Call) -> Attended:
             recent=numbers[2],
             sinks=numbers[3],
             prompt=None if segments.prompt is None else numbers[4],
+            prepared=None if segments.prepared is None else segments.prepared[pick].to(device, non_blocking=True),
             forgetting_factor=segments.forgetting_factor[pick].to(device, non_blocking=True),
             lengths=length.tolist(),
             budgets=segments.budget[pick].tolist(),

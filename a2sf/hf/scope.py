@@ -122,6 +122,11 @@ class _Scope:
         """For each row of a call without a cache: first column, tokens, prompt tokens, and what each layer retains."""
         start, length = (x.tolist() for x in new_tokens(shape, 0, mask))
         layers = model.config.get_text_config().num_hidden_layers
+        if self.policy.prepares:
+            raise UserError(
+                f"the policy {self.policy.name} reads a prompt before it is cut, which a call without a cache does not do; "
+                "call the model with use_cache=True"
+            )
         if schedule_for(self.policy, self.schedule).prompt and self.context_tokens is None:
             raise UserError(
                 "a call without a cache does not show where its prompt ends, which the prompt schedule needs; give "

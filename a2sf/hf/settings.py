@@ -11,6 +11,7 @@ from torch import Tensor
 from a2sf.errors import ConfigError, PolicyError, UserError, place
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
+from a2sf.policies.prepared import Prepared
 from a2sf.policies.schedule import Schedule, schedule_for
 
 
@@ -70,9 +71,18 @@ def check_cut(budget: Budget | None, schedule: Schedule) -> None:
 
 
 def retention_of(
-    policy: Policy, budget: Budget | None, total: int, context: int, layers: int, schedule: Schedule | None = None
+    policy: Policy,
+    budget: Budget | None,
+    total: int,
+    context: int,
+    layers: int,
+    schedule: Schedule | None = None,
+    prepared: Prepared | None = None,
 ) -> tuple[Retention, ...]:
     """What each layer retains of a sequence of `total` tokens whose prompt has `context`; `schedule` as in `check_settings`.
+
+    Args:
+        prepared: what `policy.prepare` returned for the prompt.
 
     Raises:
         UserError: if the policy protects more tokens than the budget holds, or its own code fails.
@@ -80,7 +90,9 @@ def retention_of(
     prompt = context if schedule_for(policy, schedule).prompt else None
     slots = [budget.slots(total=total, context=context, layer=i) if budget else 1 for i in range(layers)]
     try:
-        return tuple(policy.keeps(c, i, layers, prompt) for i, c in enumerate(slots))
+        if prepared is not None and prepared.divides:
+            slots = [sum(slots) // layers] * layers
+        return tuple(policy.keeps(c, i, layers, prompt, prepared) for i, c in enumerate(slots))
     except UserError:
         raise
     except ValueError as error:

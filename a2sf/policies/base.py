@@ -14,6 +14,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from a2sf.errors import ConfigError
+from a2sf.policies.prepared import Numbers, Prepared, Reader
 from a2sf.policies.renamed import rename_methods
 from a2sf.policies.rule import ACCUMULATED, Rule, Sequence, Step
 
@@ -36,6 +37,7 @@ class Retention:
         sinks: how many of the first tokens are never evicted, `s`; `r + s <= C`.
         forgetting_factor: what accumulated attention is multiplied by at every step, `0 <= a <= 1`.
         rule: how the other tokens are ranked.
+        prepared: numbers for the prompt's tokens, which the policy prepared.
 
     Raises:
         ValueError: if a number is out of range.
@@ -46,6 +48,7 @@ class Retention:
     sinks: int = 0
     forgetting_factor: float = 1.0
     rule: Rule = ACCUMULATED
+    prepared: Numbers | None = None
 
     def __post_init__(self) -> None:
         if self.budget < 1:
@@ -121,6 +124,26 @@ class Policy(ABC):
         """
         raise NotImplementedError
 
+    def merge(self, step: Step, evicted: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """For a method that merges what it evicts into what it retains: new values [B, K, N, V], or (values, keys).
+
+        It is called at each step at which a token is evicted; `evicted` bool [B, K, N] says which. Of what it returns only
+        the retained tokens of rows that evict are used. The result must depend on the step alone.
+        """
+        raise NotImplementedError
+
+    def prepare(self, model: Reader, tokens: list[int]) -> Prepared:
+        """For a method that reads a prompt before it is cut: numbers for its tokens, or shares of the layers.
+
+        It is called for each prompt that is cut, and may read it, and more, with the full cache (`model.read`).
+        """
+        raise NotImplementedError
+
+    @property
+    def prepares(self) -> bool:
+        """Whether it reads a prompt before it is cut."""
+        return type(self).prepare is not Policy.prepare
+
     def precompute(self, sequence: Sequence) -> Tensor:
         """Only for an oracle: numbers [B, K, T, M] for each token, computed from all tokens before the first step."""
         raise NotImplementedError
@@ -136,24 +159,48 @@ class Policy(ABC):
         """
         return budget
 
-    def keeps(self, budget: int, layer: int = 0, layers: int = 1, prompt: int | None = None) -> Retention:
+    def divided_budget(
+        self, budget: int, layer: int, layers: int, prompt: int | None = None, prepared: Prepared | None = None
+    ) -> int:
+        """The budget of a layer: `layer_budget`, or what was prepared for the prompt."""
+        if prepared is not None and prepared.divides and prompt is not None:
+            return prepared.budgets(budget * layers, prompt)[layer]
+        return self.layer_budget(budget, layer, layers, *(() if prompt is None else (prompt,)))
+
+    def keeps(
+        self,
+        budget: int,
+        layer: int = 0,
+        layers: int = 1,
+        prompt: int | None = None,
+        prepared: Prepared | None = None,
+    ) -> Retention:
         """The complete retention of a layer, which the engine executes: `retention` at the layer's own budget, and the
-        policy's `priorities` as its rule, if it has them. The arguments are those of `layer_budget`.
+        policy's `priorities` and `merge` in its rule, if it has them. The arguments are those of `layer_budget`, and what
+        `prepare` returned for the sequence's prompt.
+
+        Raises:
+            ConfigError: if it merges values and its rule retains the same tokens in all heads.
         """
-        known = () if prompt is None else (prompt,)
-        retention = self.retention(self.layer_budget(budget, layer, layers, *known), layer)
-        if type(self).priorities is Policy.priorities:
+        retention = self.retention(self.divided_budget(budget, layer, layers, prompt, prepared), layer)
+        if prepared is not None and prepared.numbers is not None:
+            retention = replace(retention, prepared=prepared.numbers[layer])
+        functions: dict[str, Any] = {}
+        if type(self).priorities is not Policy.priorities:
+            precompute = None if self.causal else self.precompute
+            functions = {"priority_fn": self.priorities, "memory": self.memory, "precompute": precompute}
+        if type(self).merge is not Policy.merge:
+            if retention.rule.shared:
+                why = "it merges values head by head, and its rule retains the same tokens in all heads of a layer"
+                raise ConfigError("policy", self.name, why)
+            functions["merge_fn"] = self.merge
+        if not functions:
             return retention
-        precompute = None if self.causal else self.precompute
-        rule = replace(
-            retention.rule,
-            priority_fn=self.priorities,
-            memory=self.memory,
-            precompute=precompute,
-            queries=self.queries,
-            unrotated=self.unrotated,
-        )
-        return replace(retention, rule=rule)
+        seen: dict[str, Any] = {
+            "queries": max(self.queries, retention.rule.queries),
+            "unrotated": self.unrotated or retention.rule.unrotated,
+        }
+        return replace(retention, rule=replace(retention.rule, **functions, **seen))
 
     def check(self, layers: int, kv_heads: int | None = None) -> None:  # noqa: B027 (most have nothing to check)
         """Raise `ConfigError` if a setting does not fit a model with `layers` layers of `kv_heads` KV heads each."""

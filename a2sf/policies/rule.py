@@ -54,6 +54,7 @@ class Step:
         prompt: int64 [B, 1, 1], tokens of each row's prompt under the prompt schedule; else None.
         scale: what query · key is multiplied by before the softmax.
         rotary: its rotary embedding, if the policy asks for it (`unrotated = True`) and the model has one; else None.
+        prepared: [B, K, N], the numbers that the policy prepared for the prompt's tokens, 0 for others; None: it has none.
     """
 
     probabilities: Tensor
@@ -71,6 +72,7 @@ class Step:
     prompt: Tensor | None = None
     scale: float = 1.0
     rotary: Rotary | None = None
+    prepared: Tensor | None = None
 
     @property
     def ages(self) -> Tensor:
@@ -85,6 +87,20 @@ class Step:
         assert self.queries is not None, "the policy does not ask for queries (queries = W)"
         W = self.queries.shape[-2]
         return self.now[..., None] - torch.arange(W - 1, -1, -1, device=self.now.device)
+
+    @property
+    def attention(self) -> Tensor:
+        """[B, K, G, W, N], the attention of each of `queries` to those cached tokens that are not after it.
+
+        A query where no token was read has attention 0 to all.
+        """
+        import torch
+
+        assert self.queries is not None, "the policy does not ask for queries (queries = W)"
+        logits = self.queries @ self.keys[:, :, None].transpose(-1, -2) * self.scale
+        later = self.positions[:, :, None, None] > self.query_positions[..., None]
+        hidden = later | ~self.cached[:, :, None, None]
+        return logits.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0)
 
     @property
     def unrotated_keys(self) -> Tensor:
@@ -121,6 +137,7 @@ POOLINGS = ("mean", "max")
 """What a cut makes of the scores of neighbouring tokens."""
 TokenFn: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 """`(keys [..., D], values [..., V], positions [...]) -> [...]`: one number for each token, computed when it is cached."""
+MergeFn: TypeAlias = "Callable[[Step, Tensor], Tensor | tuple[Tensor, Tensor]]"
 PriorityFn: TypeAlias = "Callable[[Step], Tensor | tuple[Tensor, Tensor]]"
 """From a step to priorities [B, K, N], or to priorities and new memory [B, K, N, M]."""
 
@@ -232,13 +249,16 @@ class Rule:
         memory: how many numbers `priority_fn` stores for each token, `M`.
         precompute: only for an oracle: from all tokens (`Sequence`) to numbers for each token, [B, K, T, M].
         recording: what is evicted at each step, whatever the budget; then nothing is ranked.
-        queries: of how many last tokens `priority_fn` sees the queries, `W`.
-        unrotated: whether `priority_fn` needs the model's rotary embedding.
+        queries: of how many last tokens `priority_fn` and `merge_fn` see the queries, `W`.
+        unrotated: whether they need the model's rotary embedding.
+        merge_fn: a function that changes values (and keys) of the tokens that stay when others are evicted. It gets the step
+            and which tokens are evicted, bool [B, K, N], and returns all values, or values and keys. `weight` and `bias` are
+            then computed anew.
 
     Raises:
         ValueError: if fields contradict each other: `full_heads` with `shared` or with a cut's `floor`; `shared` with a
-            cut's `floor`; `heads` with `shared`, `full_heads`, `mean_over_age`, `cut` or `priority_fn`; `recording` with
-            anything that ranks.
+            cut's `floor`; `heads` with `shared`, `full_heads`, `mean_over_age`, `cut` or a function; `shared` with
+            `merge_fn`; `recording` with anything that ranks.
     """
 
     scored: bool = True
@@ -256,6 +276,12 @@ class Rule:
     recording: Recording | None = None
     queries: int = 0
     unrotated: bool = False
+    merge_fn: MergeFn | None = None
+
+    @property
+    def calls(self) -> bool:
+        """Whether it has a function of a step."""
+        return self.priority_fn is not None or self.merge_fn is not None
 
     def __post_init__(self) -> None:
         divided = self.cut is not None and self.cut.floor is not None
@@ -263,10 +289,10 @@ class Rule:
             raise ValueError("full_heads cannot be combined with shared or with a cut's floor")
         if self.shared and divided:
             raise ValueError("shared cannot be combined with a cut's floor")
-        if self.heads and (
-            self.shared or self.full_heads or self.mean_over_age or self.cut is not None or self.priority_fn is not None
-        ):
-            raise ValueError("heads cannot be combined with shared, full_heads, mean_over_age, cut or priority_fn")
+        if self.heads and (self.shared or self.full_heads or self.mean_over_age or self.cut is not None or self.calls):
+            raise ValueError("heads cannot be combined with shared, full_heads, mean_over_age, cut or a function")
+        if self.shared and self.merge_fn is not None:
+            raise ValueError("shared cannot be combined with merge_fn, which merges the values of each head by itself")
         if self.recording is not None and replace(self, recording=None) != Rule(scored=False):
             raise ValueError("a recording ranks nothing: combine it with scored=False alone")
 

@@ -41,6 +41,7 @@ from a2sf.report.tables.text import TextTable, text_latex, text_markdown
 from a2sf.report.tables.write import csv_frame, latex, markdown
 from a2sf.report.tables.written import written_tables
 from a2sf.report.traced import read_traces, trace_frame, trace_pictures
+from a2sf.report.written import written_plots
 from a2sf.store.archive import is_archive, place_of
 from a2sf.store.notes import notes_of
 
@@ -110,7 +111,7 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     stopped, not_tested = stopped_comparisons(grid, options.corrected())
     shared = texts_note(grid.cells_shown)
     of_pair, of_full, not_pooled = compare_over_models(grid, options.pair, options.corrected())
-    effects, written_documents = text_frame(grid)
+    effects, text_rows = text_frame(grid)
     rankings = [*ranking_tables(grid, ranked, options.pair), *against_tables(against, grid.percent, shared)]
     rankings += over_models_tables(of_pair, grid.percent, shared)
     text_tables = [
@@ -139,7 +140,7 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
         "fidelity.csv": fidelity.to_csv(index=False) if len(fidelity) else "",
         "traces.csv": traces.to_csv(index=False) if len(traces) else "",
         "texts.csv": effects.to_csv(index=False) if len(effects) else "",
-        "texts_documents.csv": written_documents.to_csv(index=False) if len(written_documents) else "",
+        "texts_documents.csv": text_rows.to_csv(index=False) if len(text_rows) else "",
     }
     files = []
     for name, text in written.items():
@@ -152,7 +153,7 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
         plots = needle_plots(grid, out / "plots") | draw_all(grid, out / "plots", options.pair)
         plots |= length_plots(grid, out / "plots", options.pair)
         plots |= forest_plots(of_pair, out / "plots", grid.percent, grid.metric)
-        plots |= trace_pictures(traced, out / "plots")
+        plots |= trace_pictures(traced, out / "plots") | written_plots(effects, text_rows, out / "plots")
     files += [file for pictures in plots.values() for file in pictures]
     of_tables = [
         *not_compared,
@@ -167,7 +168,17 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     if options.report:
         failures = read_failures(directories)
         contents = Contents(
-            grid, tables, comparisons, text_tables, fidelity, traces, traced, failures, notes, options.pair
+            grid,
+            tables,
+            comparisons,
+            text_tables,
+            fidelity,
+            traces,
+            traced,
+            text_rows,
+            failures,
+            notes,
+            options.pair,
         )
         files.append(write_report(out / "report.html", contents))
     return Shown(tables, rankings, files, list(dict.fromkeys([*grid.notes, *notes])))

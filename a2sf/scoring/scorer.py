@@ -18,10 +18,12 @@ from a2sf.hf.calls.logits import logits_at
 from a2sf.hf.devices import input_device
 from a2sf.hf.exactness import require_exact
 from a2sf.hf.loading import kv_heads_of
+from a2sf.hf.reader import prepared_for
 from a2sf.hf.rotary import rotary_for, rotary_of
 from a2sf.hf.settings import check_settings
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
+from a2sf.policies.prepared import Prepared
 from a2sf.policies.schedule import Schedule, schedule_for
 from a2sf.scoring.counts import Counts
 from a2sf.scoring.passes.run import Passes, Pending
@@ -64,6 +66,7 @@ class Scorer:
         self.tokens_per_pass = self.most_tokens
         self.layers: int = self.model.config.get_text_config().num_hidden_layers
         self.kv_heads = kv_heads_of(self.model.config)
+        self._ready: dict[tuple[Policy, tuple[int, ...]], Prepared] = {}
 
     def system(self, policy: Policy, budget: Budget | None, schedule: Schedule | None = None) -> System:
         """A way of pruning this model's cache.
@@ -97,10 +100,13 @@ class Scorer:
                 yield from texts.generate(requests, one)
             return
         clock = time.perf_counter()
+        before = sum(a.seconds for a in answers)
         pending = self._pending(requests, [a for a in answers if a.error is None])
+        own = sum(a.seconds for a in answers) - before  # what single systems took, to prepare prompts
         able = {id(a): a for a in answers if a.error is None}
         for one in able.values():
-            one.seconds += (time.perf_counter() - clock) / len(able)  # tokenising serves all of them
+            one.seconds += (time.perf_counter() - clock - own) / len(able)  # tokenising serves all of them
+        self._ready.clear()  # numbers that are still needed belong to sequences
         yield from self._run([p for p in pending if p.answers.error is None], requests)
 
     def _pending(self, requests: Requests, answers: Sequence[Answers]) -> list[Pending]:
@@ -124,11 +130,14 @@ class Scorer:
                     answers[n].computed[key] = Answer(0.0, False, 0, 0)
                 continue
             for n in asking:
+                began = time.perf_counter()
                 try:
                     made = [self.sequence(requests, i, w, answers[n].system) for w in windows]
                 except (UserError, ValueError) as error:
                     answers[n].error = _about(requests, i, error)
                     continue
+                if answers[n].system.policy.prepares:
+                    answers[n].seconds += time.perf_counter() - began
                 pending += [
                     Pending(answers[n], s, i, which, (len(w[0]), len(w[1])))
                     for which, (s, w) in enumerate(zip(made, windows, strict=True))
@@ -186,7 +195,17 @@ class Scorer:
         tokens = (context + continuation)[-(self.lm.max_length + 1) :]
         cut = requests.cut(i, system, len(tokens) - len(continuation), len(context))
         retention = system.retention(len(tokens) - 1, cut, self.layers)
+        if system.policy.prepares and any(k.budget < cut for k in retention):
+            prepared = self._prepared(system, tuple(tokens[:cut]))
+            retention = system.retention(len(tokens) - 1, cut, self.layers, prepared)
         return ScoredSequence(tuple(tokens[:-1]), tuple(continuation), retention, system.schedule, cut)
+
+    def _prepared(self, system: System, prompt: tuple[int, ...]) -> Prepared:
+        """What a system's policy prepares for a prompt; it is read once for all requests and budgets."""
+        key = system.policy, prompt
+        if key not in self._ready:
+            self._ready[key] = prepared_for(self.model, system.policy, prompt)
+        return self._ready[key]
 
     def count(self, requests: Requests, answers: Answers) -> None:
         """Add what the requests took to read and to cache to `answers.counts`; each has an answer."""
@@ -230,7 +249,11 @@ class Scorer:
                 prompt = requests.prompt(i)
                 text = answer.tokens or list(self.lm.tok_encode(answer.value, add_special_tokens=False))
                 cut = requests.cut(i, answers.system, len(prompt.tokens), prompt.length)
-                retention = answers.system.retention(len(prompt.tokens) + max(0, prompt.new - 1), cut, self.layers)
+                total = len(prompt.tokens) + max(0, prompt.new - 1)
+                ready = None
+                if answers.system.policy.prepares:
+                    ready = self._prepared(answers.system, tuple(prompt.tokens[:cut]))
+                retention = answers.system.retention(total, cut, self.layers, ready)
                 sequence = ScoredSequence(
                     (*prompt.tokens, *text[:-1]), tuple(text), retention, answers.system.schedule, cut
                 )

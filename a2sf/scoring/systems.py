@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from a2sf.hf.settings import retention_of
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
+from a2sf.policies.prepared import Prepared
 from a2sf.policies.schedule import Schedule
 from a2sf.scoring.counts import Counts
 from a2sf.tasks.warned import Warned
@@ -27,13 +28,18 @@ class System:
     budget: Budget | None
     schedule: Schedule
 
-    def retention(self, total: int, context: int, layers: int) -> tuple[Retention, ...]:
+    def retention(
+        self, total: int, context: int, layers: int, prepared: Prepared | None = None
+    ) -> tuple[Retention, ...]:
         """What each of `layers` layers retains of a sequence of `total` tokens whose prompt has `context`.
+
+        Args:
+            prepared: what the policy prepared for the prompt, if it does.
 
         Raises:
             UserError: if the policy protects more tokens than the budget holds.
         """
-        return retention_of(self.policy, self.budget, total, context, layers, self.schedule)
+        return retention_of(self.policy, self.budget, total, context, layers, self.schedule, prepared)
 
 
 class Answer(NamedTuple):

@@ -176,7 +176,9 @@ def _answer(recorded: Answers, arguments: tuple[Any, ...]) -> Answer:
 def _without_texts(documents: pd.DataFrame) -> pd.DataFrame:
     """The documents with what is compared and counted, and no text: what was written goes, others are empty."""
     empty = {"context": "", "target": ""}
-    stored = documents.drop(columns=[f"{of}{name}" for of in ("", "draws/") for name in TEXTS], errors="ignore")
+    written = [f"{of}{name}" for of in ("", "draws/") for name in TEXTS]
+    written += [str(c) for c in documents if str(c).startswith("extracted")]
+    stored = documents.drop(columns=written, errors="ignore")
     stored["choices"] = [[""] * len(c) for c in documents["choices"]]
     return stored.assign(**{k: v for k, v in empty.items() if k in stored})
 
@@ -208,9 +210,18 @@ def _generated(sample: dict[str, Any], recorded: Answers) -> dict[str, Any]:
             if len(draws) > 1
             else {}
         ),
+        **({f"extracted{end}": _extracted(sample)} if end else {}),
         **{f"doc/{k}": v for k, v in _numbers(sample["doc"], sample["doc"]).items()},
         **{f"metric/{m}{end}": v for m, v in _numbers(sample, sample["metrics"]).items()},
     }
+
+
+def _extracted(sample: dict[str, Any]) -> str:
+    """What a filter of the task took from the text as its answer; of several texts from the first."""
+    found = sample["filtered_resps"][0]
+    while isinstance(found, list | tuple) and found:
+        found = found[0]
+    return str(found)
 
 
 TEXT_COLUMNS: dict[str, Callable[[Answer], Any]] = {

@@ -54,10 +54,21 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> str:
             loglikelihoods=[[]] * n,
             target=[f"<gold> {i}" for i in range(n)],
             generated=[f"the same, then {policy} <b>{i}</b>" for i in range(n)],
+            thinking=[f"we think {'alike' if i else policy}" for i in range(n)],
+            thinking_tokens=3,
+            tokens=[[5, 6, 7, len(policy), i] for i in range(n)],
+            continuation_tokens=[[2]] * n,
+            finish="stop" if policy == "h2o" else "length",
+            ended=policy == "h2o",
+            **{"extracted,strict": [f"{policy} <i>" for _ in range(n)], "metric/exact_match,strict": 0.5},
         )
         result = {k: v for k, v in stored.result.items() if k not in ("checksums", "schema_version")}
         result["notes"] = [{"text": "a_note_without_a_space_" * 8}]
-        write_cell(runs / "s" / stored.path.name, result, documents, "policy: x\n")
+        score = {"value": 0.5, "stderr": 0.1, "n": n, "higher_is_better": True}
+        result["metrics"] = {"exact_match,strict": score}
+        cell = write_cell(runs / "s" / stored.path.name, result, documents, "policy: x\n")
+        if policy in ("h2o", "a2sf"):
+            save(cell.path / TRACES, [traced(d, policy) for d in range(2)])
     show([runs / "s"], Selection(), Options(plots=False))
     return (runs / "s" / "report.html").as_uri()
 
@@ -209,12 +220,53 @@ def test_a_document_under_two_systems(browser: Any, page: str) -> None:
 def test_generated_texts_side_by_side(browser: Any, generated: str, width: int) -> None:
     opened(browser, generated, width)
     choose(browser, "doc-show", "all documents")
+    choose(browser, "doc-a", "A2SF")
+    choose(browser, "doc-b", "H2O")
     first = unfolded(browser)
     assert "<gold> 0" in first.text
+    for summary in first.find_elements("css selector", ".pair summary"):
+        assert summary.text == "Thinking (3 tokens)"
+        summary.click()
     marked = [m.text for m in first.find_elements("css selector", ".generated mark")]
-    assert marked == ["a2sf <b>0</b>", "h2o <b>0</b>"]
+    # the thinking differs already, so that all of the answer comes after the first difference
+    assert marked == ["a2sf", "the same, then a2sf <b>0</b>", "h2o", "the same, then h2o <b>0</b>"]
+    assert "The first 3 tokens are the same." in first.text
+    assert "Extracted answer: a2sf <i>" in first.text
+    assert "5 tokens, cut off at the limit of tokens." in first.text
+    assert "5 tokens, ended by a stop sequence." in first.text
+    assert [d.text for d in first.find_elements("css selector", ".divider")] == [
+        "generated after 8 tokens of the prompt"
+    ] * 2
+    assert first.find_element("css selector", ".scale").text.endswith("0 %20 %40 %60 %80 %100 %")
+    wait.WebDriverWait(browser, 60).until(
+        lambda b: len(first.find_elements("css selector", ".panel .heatmaplayer")) == 2
+    )
+    assert len(first.find_elements("css selector", ".panel .cbtitle")) == 2  # a scale each
+    assert len(first.find_elements("css selector", ".panel .shapelayer path")) == 4  # where the prompt ends
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    assert all(t.text.startswith("the same, then ") for t in first.find_elements("css selector", ".generated"))
+    second = browser.find_elements("css selector", "#doc-list details:not(.pair details)")[1]
+    second.find_element("tag name", "summary").click()
+    wait.WebDriverWait(browser, 60).until(lambda b: len(second.find_elements("xpath", "./*")) > 1)
+    answers = second.find_elements("css selector", ".pair > div > .generated")
+    assert [a.text.startswith("the same, then ") for a in answers] == [True, True]
+    assert [m.text for m in second.find_elements("css selector", ".pair > div > .generated mark")] == [
+        "a2sf <b>1</b>",
+        "h2o <b>1</b>",
+    ]
+    assert browser.get_log("browser") == []
+
+
+def test_how_long_the_texts_are(browser: Any, generated: str) -> None:
+    opened(browser, generated)
+    choose(browser, "chart-y", "tokens generated")
+    (panel,) = browser.find_elements("css selector", "#panels .panel")
+    code = "return arguments[0].data.map(t => [t.name, t.x[0], t.x.length, t.text[50]])"
+    lines = {name: (first, n, text) for name, first, n, text in browser.execute_script(code, panel)}
+    assert {"Full cache", "H2O", "A2SF"} <= set(lines)
+    assert lines["H2O"][:2] == (5, 101)
+    assert "50 % of the texts have at most 5 tokens" in lines["H2O"][2]
+    assert "cut off 0.0 %" in lines["H2O"][2]
+    assert "cut off 100.0 %" in lines["A2SF"][2]
     assert browser.get_log("browser") == []
 
 

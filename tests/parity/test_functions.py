@@ -15,7 +15,7 @@ PROMPT, TOKENS, BUDGET = 24, 32, 7
 
 
 def functions() -> list:
-    made = [p for p in instances() if p.causal and p.keeps(BUDGET).rule.priority_fn is not None]
+    made = [p for p in instances() if p.causal and not p.prepares and p.keeps(BUDGET).rule.calls]
     return [(p, s) for p in made for s in schedules(p)]
 
 

@@ -60,7 +60,9 @@ def instances():
 
 def ways(count: int):
     """Policies, budgets and schedules, every policy and schedule among them."""
-    made = [(p, BUDGETS[i % len(BUDGETS)] if p.uses_budget else None, s) for i, (p, s) in enumerate(cases())]
+    made = [
+        (p, BUDGETS[i % len(BUDGETS)] if p.uses_budget else None, s) for i, (p, s) in enumerate(cases(prepared=True))
+    ]
     fits = [(p, b, s) for p, b, s in made if b is None or b.tokens is None or b.tokens >= p.min_budget]
     return [w for w in fits if w[0].min_budget <= 4][:: max(1, len(fits) // count)]
 

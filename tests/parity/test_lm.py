@@ -90,7 +90,7 @@ def tiny(stand_in):
     return make
 
 
-@pytest.mark.parametrize(("policy", "schedule"), tiered(cases()), ids=label)
+@pytest.mark.parametrize(("policy", "schedule"), tiered(cases(prepared=True)), ids=label)
 def test_a_log_likelihood_is_the_sum_over_the_pruned_model(tiny, policy, schedule):
     """Against one forward pass per request over the reference, logits everywhere, nothing shared."""
     lm = tiny(policy, budget=Budget(ratio=0.25) if policy.uses_budget else None, schedule=schedule)

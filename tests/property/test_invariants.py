@@ -17,7 +17,7 @@ from a2sf.engine.invariants.cases import case
 from tests.policies import cases, instances, label, tiered
 from tests.tiers import examples
 
-PER_CASE = pytest.mark.parametrize(("policy", "schedule"), tiered(cases()), ids=label)
+PER_CASE = pytest.mark.parametrize(("policy", "schedule"), tiered(cases(prepared=True)), ids=label)
 SOME = settings(max_examples=examples(3), deadline=None)
 T, K = 24, 2
 seeds = st.integers(0, 10_000)

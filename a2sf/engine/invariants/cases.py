@@ -13,10 +13,13 @@ from a2sf.engine.functional import attend
 from a2sf.engine.state import EvictionState
 from a2sf.errors import ConfigError
 from a2sf.policies.base import Policy, Retention
+from a2sf.policies.prepared import Numbers, Prepared
 from a2sf.policies.schedule import Schedule
 
 TOKENS, ROWS, HEADS, KV_HEADS, SIZE = 24, 3, 4, 2, 8
 MOST_LAYERS = 128
+MOST_TOKENS = 64
+"""A quarter of the tokens for which numbers are prepared."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Case:
         prompt: int64 [ROWS], each row's prompt, from one token to a few beyond its end.
         lengths: int64 [ROWS], the rows' own lengths, at least 1.
         cuts: where a sequence is cut, one or two places in ascending order, from 1 to `TOKENS - 1`.
+        prepared: for each row what a policy that prepares may have found; else None.
         query: [ROWS, HEADS, TOKENS, SIZE].
         key, value: [ROWS, KV_HEADS, TOKENS, SIZE].
     """
@@ -45,6 +49,7 @@ class Case:
     query: Tensor
     key: Tensor
     value: Tensor
+    prepared: tuple[Prepared | None, ...] = (None,) * ROWS
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,12 +60,13 @@ class Case:
         numbers: dict[str, Any] = {"schedule": self.schedule, "layer": self.layer, "layers": self.layers}
         at = torch.arange(ROWS) if rows is None else torch.as_tensor(rows)
         numbers |= {"budget": self.budget[at], "prompt": self.prompt[at]} | more
+        numbers["prepared"] = [self.prepared[row] for row in at.tolist()]
         return Ran(*attend(self.policy, *(tensors or self.tensors), **numbers))
 
     def stated(self, row: int) -> Retention:
         """What the policy states for that row."""
         prompt = int(self.prompt[row]) if self.schedule.prompt else None
-        return self.policy.keeps(int(self.budget[row]), self.layer, self.layers, prompt)
+        return self.policy.keeps(int(self.budget[row]), self.layer, self.layers, prompt, self.prepared[row])
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,9 @@ def case(policy: Policy, schedule: Schedule, seed: int, layers: int | None = Non
         key=normal(KV_HEADS),
         value=normal(KV_HEADS),
     )
+    if policy.prepares:
+        found = (torch.rand(layers, KV_HEADS, 4 * MOST_TOKENS, generator=g).double() for _ in range(ROWS))
+        made = replace(made, prepared=tuple(Prepared(tuple(map(Numbers, of_layers))) for of_layers in found))
     one_rule = len({made.stated(row).rule for row in range(ROWS)}) == 1
     return made if one_rule else replace(made, budget=made.budget[:1].expand(ROWS))
 

@@ -33,11 +33,13 @@ from a2sf.hf.calls.around import decoder_of, following_copy, surround
 from a2sf.hf.calls.chunks import bounds, columns
 from a2sf.hf.exactness import require_decoding, require_exact
 from a2sf.hf.loading.config import kv_heads_of
+from a2sf.hf.reader import prepared_for
 from a2sf.hf.rotary import rotary_for
 from a2sf.hf.settings import check_settings, contexts_for, contexts_of, new_tokens_of, retention_of
 from a2sf.policies.arguments import budget_of, policy_of, schedule_of
 from a2sf.policies.base import UNLIMITED, Policy, Retention
 from a2sf.policies.budget import Budget
+from a2sf.policies.prepared import Prepared
 from a2sf.policies.schedule import STEP, Schedule, schedule_for
 
 
@@ -155,6 +157,7 @@ class PrunedCache(Cache):
         self.retention: list[tuple[Retention, ...]] = []  # what each layer retains, per row
         self.prompt: list[int] = []  # tokens of each row's prompt
         self.calls = 0
+        self.incoming: Tensor | None = None  # the first call's tokens, set before it, for a policy that prepares
         self._pass: CachePass | None = None
         self.attentions: list[int] = []  # how many times each layer calls its attention in a pass
         self._failed = False
@@ -328,7 +331,7 @@ class PrunedCache(Cache):
         check_length(self, after, torch.where(seen > 0, seen, after), prompt=self.calls == 0)
         if self.seen is None:
             if not self.retention:  # else `keep` set it
-                self._resolve(length)  # last, so that a call that is refused leaves nothing behind
+                self._resolve(start, length)  # last, so that a call that is refused leaves nothing behind
             self.seen = seen
         return start, length, order
 
@@ -404,19 +407,49 @@ class PrunedCache(Cache):
         """Set, before the first call, what each layer retains and the prompt's tokens, per row."""
         self.retention, self.prompt = retention, prompt
 
-    def _resolve(self, length: Tensor) -> None:
+    def _resolve(self, start: Tensor, length: Tensor) -> None:
         context = length.tolist()
         if self.context_tokens is not None:
             context = contexts_for(len(length), self.context_tokens)
         if self.schedule.prompt and min(context, default=1) < 1:
             raise UserError(f"row {context.index(0)} of the batch has no token in its prompt; give each at least one")
         self.retention = self.retention_of_prompts(context)
+        if self.policy.prepares and any(
+            k.budget < n for row, n in zip(self.retention, context, strict=True) for k in row
+        ):
+            self.retention = self.retention_of_prompts(
+                context, self._prepared(context, start.tolist(), length.tolist())
+            )
         self.prompt = context
 
-    def retention_of_prompts(self, context: list[int]) -> list[tuple[Retention, ...]]:
-        """What each layer retains of rows whose prompts have `context` tokens."""
+    def retention_of_prompts(
+        self, context: list[int], prepared: Sequence[Prepared] | None = None
+    ) -> list[tuple[Retention, ...]]:
+        """What each layer retains of rows whose prompts have `context` tokens; `prepared` is of each of these prompts."""
         layers, more = len(self.layers), max(0, (self.max_new_tokens or 0) - 1)  # the last token is never read
-        return [retention_of(self.policy, self.budget, n + more, n, layers, self.schedule) for n in context]
+        ready = [None] * len(context) if prepared is None else prepared
+        return [
+            retention_of(self.policy, self.budget, n + more, n, layers, self.schedule, p)
+            for n, p in zip(context, ready, strict=True)
+        ]
+
+    def _prepared(self, context: list[int], start: list[int], length: list[int]) -> list[Prepared]:
+        """What the policy prepares for each row's prompt, which this call reads."""
+        model, tokens = self.model_ref(), self.incoming
+        if (
+            model is None
+            or tokens is None
+            or tokens.is_floating_point()
+            or any(n > m for n, m in zip(context, length, strict=True))
+        ):
+            raise UserError(
+                f"the policy {self.policy.name} reads a prompt before it is cut; give the first call all of the prompt, as "
+                "tokens"
+            )
+        rows = tokens.tolist()
+        prompts = [tuple(row[s : s + n]) for row, s, n in zip(rows, start, context, strict=True)]
+        ready = {p: prepared_for(model, self.policy, p) for p in dict.fromkeys(prompts)}
+        return [ready[p] for p in prompts]
 
 
 class _FullCache(PrunedCache):
@@ -425,7 +458,7 @@ class _FullCache(PrunedCache):
     def check_model(self, model: PreTrainedModel) -> None:
         self.schedule = STEP
 
-    def _resolve(self, length: Tensor) -> None:
+    def _resolve(self, start: Tensor, length: Tensor) -> None:
         self.retention = [(Retention(budget=UNLIMITED),) * len(self.layers) for _ in length]
         self.prompt = length.tolist()
 

@@ -103,6 +103,11 @@ def stored_of(cache: PrunedCache) -> dict[str, Any]:
     model = cache.model_ref()
     if cache.seen is None or model is None:
         raise UserError("this cache has read nothing yet, or its model is no longer there")
+    if cache.policy.prepares:
+        raise UserError(
+            f"what the policy {cache.policy.name} has prepared for a prompt is not stored; keep the cache itself, or give "
+            "another policy"
+        )
     layers = [{**layer.shape, "state": tensors_of(layer.state())} for layer in cache.layers]
     return {
         "format": FORMAT,

@@ -34,9 +34,15 @@ from a2sf.hf.calls.tokens import check_positions, tokens_of
 
 @runtime_checkable
 class BoundedCache(Protocol):
-    """A cache that a call reads and writes; `seen` int64 [B] counts each row's tokens so far, None before the first."""
+    """A cache that a call reads and writes.
+
+    Attributes:
+        seen: int64 [B], each row's tokens so far, None before the first.
+        incoming: the first call's tokens or embeddings, set before the call begins.
+    """
 
     seen: Tensor | None
+    incoming: Tensor | None
 
     def parts(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> list[int]:
         """The columns at which the parts of such a call end; a call that does not fit is refused."""
@@ -145,6 +151,7 @@ class Around:
             return self._once(model, own, named, None, scope, shaping)
         with _alone(cache):
             try:
+                cache.incoming = tokens if cache.seen is None else None
                 ends = cache.parts(model, shape, mask) if parts else []
                 call = Call(lambda **part: self._once(model, own, part, cache, scope, shaping), named, shape[1])
                 before = call.read(ends)

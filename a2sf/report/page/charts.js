@@ -16,6 +16,7 @@ function buildChartChoices() {
   for (const [measure, text] of Object.entries(data.measures)) {
     if (some(s => Object.keys(s.close).length)) y.push([`close:${measure}`, text]);
   }
+  if (data.written.length) y.push(["written", "tokens generated (distribution)"]);
   if (data.lengths.length) y.push(["length", `${data.metric} by the length of the prompt`]);
   if (data.needle.length) y.push(["needle", "Needles found"]);
   if (data.layers.length) {
@@ -165,6 +166,21 @@ function drawByLength(place, part, systems) {
   }
 }
 
+/** How long the generated texts are: of each system the share of texts that have at most so many tokens. */
+function drawWritten(place, part, systems) {
+  const numbers = new Map(systems.map(s => [data.systems.indexOf(s), s]));
+  for (const task of new Set(data.written.filter(w => numbers.has(w.system) && passes("task", w.task)).map(w => w.task))) {
+    const traces = data.written.filter(w => w.task === task && numbers.has(w.system)).map(w => {
+      const s = numbers.get(w.system), y = w.quantiles.map((_, i) => 100 * i / (w.quantiles.length - 1));
+      const about = `n = ${w.n}, mean ${written(w.mean, false, 1)} tokens` + (w.cut === null ? "" : `, cut off ${written(w.cut, true)} %`) + (w.loop === null ? "" : `, ended in a loop ${written(w.loop, true)} %`);
+      return { type: "scatter", mode: "lines", name: s.label, x: w.quantiles, y, line: { color: s.colour, dash: s.dash, width: 1.8, shape: "hv" },
+        text: w.quantiles.map((q, i) => `<b>${escaped(systemName(s))}</b><br>${Math.round(y[i])} % of the texts have at most ${Math.round(q)} tokens<br>${about}`),
+        hovertemplate: "%{text}<extra></extra>" };
+    });
+    panel(place, task, traces, { xaxis: { title: { text: "tokens generated" }, rangemode: "tozero" }, yaxis: { title: { text: "texts with at most so many (%)" }, range: [0, 102] } });
+  }
+}
+
 function drawNeedles(place, part) {
   for (const map of data.needle.filter(m => m.model === part.model && m.shots === part.shots)) {
     const keep = map.rows.map((_, i) => i).filter(i => passes("policy", map.policies[i]) && (map.budgets[i] === DASH || passes("budget", map.budgets[i])));
@@ -221,6 +237,7 @@ function drawCharts() {
     const place = make("div", { className: "panels" });
     $("panels").append(make("h3", { textContent: `${part.model}, ${part.shots}-shot` }), place);
     if (y === "length") drawByLength(place, part, own);
+    else if (y === "written") drawWritten(place, part, own);
     else if (y === "needle") drawNeedles(place, part);
     else if (y === "heat") drawHeat(place, part, own);
     else if (y.startsWith("layer:")) drawLayers(place, part, own, y.slice(6));

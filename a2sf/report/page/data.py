@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from a2sf.analysis.comparisons.fidelity import MEASURES
@@ -32,17 +33,25 @@ SYMBOLS = dict(
     )
 )
 """Matplotlib's marker -> plotly's symbol."""
+QUANTILES = 100
+"""Steps of a distribution of lengths."""
 DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
 FULL = {"colour": "#595959", "symbol": "star", "dash": "dot"}
 
 
 def chart_data(
-    grid: Grid, comparisons: Sequence[Comparison], fidelity: pd.DataFrame, traces: pd.DataFrame, pair: tuple[str, str]
+    grid: Grid,
+    comparisons: Sequence[Comparison],
+    fidelity: pd.DataFrame,
+    traces: pd.DataFrame,
+    texts: pd.DataFrame,
+    pair: tuple[str, str],
 ) -> tuple[dict[str, Any], list[Place]]:
     """Everything that the charts show, and the systems in the order of their numbers in it.
 
     Args:
         comparisons, fidelity, traces: of the grid, as `compare_pair`, `fidelity_frame` and `trace_frame` return them.
+        texts: one row per generated text, as `text_frame` returns them.
 
     Returns:
         A dictionary for JSON (numbers in the metric's own unit; None where there is none), and each system with its model,
@@ -95,6 +104,7 @@ def chart_data(
         "systems": systems,
         "needle": _needle(grid),
         "lengths": lengths,
+        "written": _written(texts, places),
         "layers": [{k: _rounded(v) for k, v in row.items()} for row in traces.to_dict("records")],
     }
     return data, places
@@ -125,6 +135,24 @@ def _system(part: Grid, s: System) -> dict[str, Any]:
         "kept_tokens": {t: _rounded(r.kept_tokens) for t, r in s.rows.items()},
         "tokens_per_second": {t: _rounded(r.tokens_per_second) for t, r in s.rows.items()},
     }
+
+
+def _written(texts: pd.DataFrame, places: Sequence[Place]) -> list[dict[str, Any]]:
+    """How many tokens a system's texts of a task have, as quantiles, and the shares of those cut off and ended in a loop."""
+    if texts.empty:
+        return []
+    numbers = {(m, n, s.label, s.budget, s.factor): i for i, (m, n, _, s) in enumerate(places)}
+    found = []
+    for place, rows in texts.groupby(["model", "shots", "label", "budget", "factor", "task"], sort=False):
+        *system, task = place if isinstance(place, tuple) else (place,)
+        tokens = rows["tokens"].dropna()
+        if tokens.empty or tuple(system) not in numbers:
+            continue
+        quantiles = np.quantile(tokens, np.linspace(0, 1, QUANTILES + 1), method="inverted_cdf")
+        entry = {"system": numbers[tuple(system)], "task": str(task), "n": len(tokens), "mean": _rounded(tokens.mean())}
+        entry |= {"cut": _rounded(rows["cut_off"].mean()), "loop": _rounded(rows["loop"].mean())}
+        found.append(entry | {"quantiles": [_rounded(q) for q in quantiles]})
+    return found
 
 
 def _styles(systems: Sequence[System]) -> dict[tuple[str, str], dict[str, str]]:

@@ -78,16 +78,19 @@ function documentBody(entry, { d, a: x, b: y }, a, b) {
   } else {
     if (d.target !== null) parts.push(make("h4", { textContent: "Gold answer" }), make("div", { className: "text", textContent: d.target }));
     parts.push(make("h4", { textContent: "Generated texts, from the first difference on marked" }));
-    const common = x.text === null || y.text === null ? 0 : firstDifference(x.text, y.text);
-    parts.push(make("div", { className: "pair" }, ...[x, y].map((s, i) => make("div", {}, make("h4", { textContent: `${"AB"[i]}: ${names[i]}` }),
-      s.text === null ? make("p", { className: "legend", textContent: "(texts were not stored)" })
-        : make("div", { className: "text generated" }, s.text.slice(0, common), make("mark", { textContent: s.text.slice(common) })),
-      s.cut ? make("p", { className: "legend", textContent: "Ended by the limit of its tokens." }) : ""))));
+    parts.push(firstTokens(x, y));
+    const whole = s => (s.thinking ?? "") + "\u0000" + (s.text ?? "");
+    const common = x.text === null || y.text === null ? 0 : firstDifference(whole(x), whole(y));
+    parts.push(make("div", { className: "pair" }, ...[x, y].map((s, i) => make("div", {}, make("h4", { textContent: `${"AB"[i]}: ${names[i]}` }), ...generatedText(s, common)))));
   }
   const traces = [a, b].map(n => entry.traces.find(t => String(t.system) === n && t.document === d.id));
   if (traces.some(Boolean)) {
-    parts.push(make("h4", { textContent: "Retained tokens: the darker, the more layers and KV heads retain a token at the end; crossed out: evicted everywhere" }));
+    parts.push(make("h4", { textContent: "Retained tokens: the darker, the more layers and KV heads retain a token at the end; crossed out: evicted everywhere" }), scale());
     parts.push(make("div", { className: "pair" }, ...traces.map((t, i) => t ? tokenView(t, `${"AB"[i]}: ${names[i]}`) : make("div", { className: "legend", textContent: `${"AB"[i]}: no trace` }))));
+    parts.push(make("h4", { textContent: "Cached positions at each step, along the prompt and the generated text" }));
+    const maps = make("div", { className: "pair" }, ...traces.map(() => make("div")));
+    parts.push(maps);
+    requestAnimationFrame(() => traces.forEach((t, i) => { if (t?.map) cachedMap(maps.children[i], t, `${"AB"[i]}: ${names[i]}`); }));
   }
   return parts;
 }
@@ -98,16 +101,62 @@ function firstDifference(a, b) {
   return i;
 }
 
+const FINISH = { eos: "ended by the model", stop: "ended by a stop sequence", length: "cut off at the limit of tokens", thinking: "cut off inside its thinking, so that there is no answer" };
+
+/** What was thought and answered, its tokens, why it ended, and what the task's filter extracted. */
+function generatedText(s, common) {
+  if (s.text === null) return [make("p", { className: "legend", textContent: "(texts were not stored)" })];
+  const parts = [], thinking = s.thinking ?? "", answered = Math.max(0, common - thinking.length - 1);
+  const marked = (text, from) => make("div", { className: "text generated" }, text.slice(0, from), make("mark", { textContent: text.slice(from) }));
+  if (thinking) parts.push(make("details", {}, make("summary", { textContent: `Thinking (${s.thought} tokens)` }), marked(thinking, common)));
+  parts.push(marked(s.text, answered));
+  if (s.extracted !== undefined) parts.push(make("p", { className: "legend extracted", textContent: `Extracted answer: ${s.extracted}` }));
+  const ended = FINISH[s.finish] ?? (s.cut ? FINISH.length : "");
+  parts.push(make("p", { className: "legend", textContent: `${s.count ?? DASH} tokens${ended ? `, ${ended}` : ""}.` }));
+  return parts;
+}
+
+/** Where the tokens of two texts first differ. */
+function firstTokens(x, y) {
+  if (!x.ids || !y.ids) return "";
+  const at = firstDifference(x.ids, y.ids), same = at === x.ids.length && at === y.ids.length;
+  return make("p", { className: "legend first", textContent: same ? "Both texts have the same tokens." : `The first ${at} tokens are the same.` });
+}
+
+/** The colours of shares from 0 to 100 %. */
+function scale() {
+  const steps = [0, 20, 40, 60, 80, 100].map(p => {
+    const step = make("span", { textContent: `${p} %` });
+    step.style.background = shadeOf(p / 100);
+    if (p > 60) step.style.color = "#fff";
+    return step;
+  });
+  return make("div", { className: "scale legend" }, "Share of layers and KV heads: ", ...steps);
+}
+const shadeOf = share => `rgba(0, 114, 178, ${(.85 * share).toFixed(2)})`;
+
+/** A map of what is cached: steps downwards, positions to the right; lines divide the prompt from the generated text. */
+function cachedMap(place, trace, name) {
+  const { steps, positions, share } = trace.map, last = steps.at(-1), edge = trace.context;
+  const text = share.map((row, i) => row.map((v, j) => v === null ? "" : `after step ${steps[i]}: ${v} % of layers and KV heads<br>have cached positions ${positions[j]} to ${(positions[j + 1] ?? last + 1) - 1}`));
+  const line = { type: "line", line: { color: "#d55e00", width: 1.5, dash: "dash" } };
+  const shapes = trace.context <= last ? [{ ...line, xref: "x", yref: "paper", x0: edge, x1: edge, y0: 0, y1: 1 }, { ...line, xref: "paper", yref: "y", x0: 0, x1: 1, y0: edge, y1: edge }] : [];
+  const annotations = shapes.length ? [{ x: edge, y: 1, yref: "paper", text: "generated \u2192", showarrow: false, xanchor: "left", yanchor: "bottom", font: { size: 10 } }] : [];
+  panel(place, name, [{ type: "heatmap", x: [...positions, last + 1], y: [0, ...steps.map(s => s + 1)], z: share, text, hovertemplate: "%{text}<extra></extra>",
+    zmin: 0, zmax: 100, colorscale: [[0, "#fff"], [1, "#0072b2"]], colorbar: { title: { text: "%" }, thickness: 10 }, hoverongaps: false }],
+    { height: 320, shapes, annotations, xaxis: { title: { text: "position" } }, yaxis: { title: { text: "step" }, autorange: "reversed" } });
+}
+
 /** The prompt's tokens and those after it apart, shaded by the share of layers and KV heads that retain them. */
 function tokenView(trace, name) {
   const strip = (from, to) => make("div", { className: "text tokens" }, ...trace.pieces.slice(from, to).map((piece, k) => {
     const share = trace.share[from + k], span = make("span", { textContent: piece, title: `token ${from + k}: retained by ${Math.round(100 * share)} % of layers and KV heads` });
-    span.style.background = `rgba(0, 114, 178, ${(.85 * share).toFixed(2)})`;
+    span.style.background = shadeOf(share);
     if (share > .6) span.style.color = "#fff";
     if (share === 0) span.style.textDecoration = "line-through";
     return span;
   }));
   const view = make("div", {}, make("h4", { textContent: name }), make("div", { className: "legend", textContent: "Prompt" }), strip(0, trace.context));
-  if (trace.pieces.length > trace.context) view.append(make("div", { className: "legend", textContent: "After the prompt" }), strip(trace.context));
+  if (trace.pieces.length > trace.context) view.append(make("div", { className: "divider", textContent: `generated after ${trace.context} tokens of the prompt` }), strip(trace.context));
   return view;
 }

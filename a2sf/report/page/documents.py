@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from a2sf.analysis.results.documents import DOCUMENT
 from a2sf.analysis.results.grid import Grid, System
+from a2sf.engine.trace import Trace
 from a2sf.errors import UserError
 from a2sf.report.traced import Groups, retained_share
 
@@ -29,8 +32,17 @@ SHOWN = {
     "target",
     "generated",
     "ended",
+    "finish",
+    "tokens",
+    "thinking",
+    "thinking_tokens",
+    "continuation_tokens",
 }
-"""Columns of a cell's documents that a page shows, with the metric's."""
+"""Columns of a cell's documents that a page shows, with the metric's and what its filter extracted."""
+CHARACTERS = 12_000_000
+"""Characters of generated texts in a page, at most; of a task `FEWEST` documents are shown however long they are."""
+CELLS = 48
+"""Rows and columns of a map of what was cached."""
 Place = tuple[str, int, Grid, System]
 
 
@@ -59,7 +71,7 @@ def browsable(systems: Sequence[Place], traces: Groups) -> list[dict[str, Any]]:
         first = next(iter(columns.values()))
         answers = {n: _answers(c, first["key"], systems[n][2].metric) for n, c in columns.items()}
         order = sorted(range(len(first["key"])), key=lambda i: -_disagreement([a[i] for a in answers.values()]))
-        rows = sorted(order[:limit])
+        rows = sorted(_short_enough(order[:limit], answers.values(), CHARACTERS // len(by_task)))
         found.append(
             {
                 "model": model,
@@ -74,15 +86,34 @@ def browsable(systems: Sequence[Place], traces: Groups) -> list[dict[str, Any]]:
     return found
 
 
+def _short_enough(
+    order: Sequence[int], answers: Iterable[Sequence[dict[str, Any] | None]], characters: int
+) -> list[int]:
+    """The first of some documents, as many as have room."""
+    sizes = [0] * len(order)
+    for of_system in answers:
+        for at, i in enumerate(order):
+            answer = of_system[i] or {}
+            sizes[at] += len(answer.get("text") or "") + len(answer.get("thinking") or "")
+    room = (np.cumsum(sizes) <= characters).sum()
+    return list(order[: max(FEWEST, int(room))])
+
+
 def _columns(grid: Grid, key: str) -> dict[str, list[Any]] | None:
     """A cell's documents; None where they cannot be read, which the notes of the tables say."""
     try:
         documents: pd.DataFrame = grid.cells[key].documents
     except (KeyError, UserError):
         return None
-    shown = documents[[c for c in documents.columns if c in SHOWN or c == f"metric/{grid.metric}"]]
+    own = (f"metric/{grid.metric}", _extraction(grid.metric))
+    shown = documents[[c for c in documents.columns if c in SHOWN or c in own]]
     columns: dict[str, list[Any]] = {str(k): v for k, v in shown.to_dict("list").items()}
     return columns | {"key": list(zip(*(columns[c] for c in DOCUMENT), strict=True))}
+
+
+def _extraction(metric: str) -> str:
+    """The column of what the filter of a metric extracts."""
+    return f"extracted,{metric.partition(',')[2]}"
 
 
 def _document(columns: dict[str, list[Any]], i: int) -> dict[str, Any]:
@@ -109,12 +140,26 @@ def _answers(columns: dict[str, list[Any]], keys: Sequence[Any], metric: str) ->
         logs = [round(float(v), 2) for v in columns["loglikelihoods"][i]]
         answer: dict[str, Any] = {"value": value, "prediction": int(columns["prediction"][i]), "logs": logs}
         if not logs:
-            answer |= {
-                "text": _text(columns, "generated", i),
-                "cut": columns.get("ended", [None] * (i + 1))[i] is False,
-            }
+            answer |= _written(columns, i, _extraction(metric))
         found.append(answer)
     return found
+
+
+def _written(columns: dict[str, list[Any]], i: int, extraction: str) -> dict[str, Any]:
+    """A generated text: what was thought and answered, its tokens, why it ended, and what a filter extracted from it."""
+    tokens = columns["tokens"][i] if "tokens" in columns else None
+    number = len(tokens) if tokens is not None else sum(map(int, columns.get("continuation_tokens", [[]] * (i + 1))[i]))
+    found = {
+        "text": _text(columns, "generated", i),
+        "cut": columns.get("ended", [None] * (i + 1))[i] is False,
+        "finish": _text(columns, "finish", i),
+        "count": number,
+        "extracted": _text(columns, extraction, i),
+        "ids": None if tokens is None else [int(t) for t in tokens],
+    }
+    if thinking := _text(columns, "thinking", i):
+        found |= {"thinking": thinking, "thought": int(columns["thinking_tokens"][i])}
+    return {k: v for k, v in found.items() if v is not None or k == "text"}
 
 
 def _text(columns: dict[str, list[Any]], name: str, i: int) -> str | None:
@@ -135,5 +180,23 @@ def _traces(groups: Groups, place: tuple[str, int, str], numbered: dict[int, Sys
         for document, trace in traces.items():
             share = [round(float(v), 2) for v in retained_share(trace)]
             entry = {"system": number, "document": int(document), "pieces": [*trace.pieces], "context": trace.context}
-            found.append(entry | {"share": share})
+            found.append(entry | {"share": share, "map": cached_map(trace)})
     return found
+
+
+def cached_map(trace: Trace) -> dict[str, Any]:
+    """Which positions were cached at each step, in a map of at most `CELLS` × `CELLS` cells.
+
+    Returns:
+        `steps` and `positions`: the first of each row's and column's tokens; `share`: [rows][columns], the percentage of
+        layers and KV heads that have a position cached, mean over the cell's positions at its last step; None: not yet read.
+    """
+    T = trace.evicted_at.shape[-1]
+    edges = np.unique(np.linspace(0, T, min(CELLS, T) + 1).round().astype(int))
+    rows: list[list[int | None]] = []
+    for end in edges[1:]:
+        cached = trace.retained(int(end) - 1).mean(axis=(0, 1))
+        row = [round(100 * float(cached[a:b].mean())) for a, b in pairwise(edges) if b <= end]
+        rows.append([*row, *[None] * (len(edges) - 1 - len(row))])
+    starts = edges[:-1].tolist()
+    return {"steps": (edges[1:] - 1).tolist(), "positions": starts, "share": rows}

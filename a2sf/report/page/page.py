@@ -42,6 +42,7 @@ class Contents:
         text_tables: comparisons, rankings, closeness and sizes.
         fidelity, traces: the frames behind `fidelity.csv` and `traces.csv`.
         groups: the retention traces of documents.
+        texts: one row per generated text (`text_frame`).
         notes: one sentence each.
         pair: the policies that are compared.
     """
@@ -53,6 +54,7 @@ class Contents:
     fidelity: pd.DataFrame
     traces: pd.DataFrame
     groups: Groups
+    texts: pd.DataFrame = field(default_factory=pd.DataFrame)
     failures: Sequence[dict[str, Any]] = ()
     notes: Sequence[str] = ()
     pair: tuple[str, str] = field(default=DEFAULT_PAIR)
@@ -64,7 +66,8 @@ def write_report(target: Path, contents: Contents) -> Path:
     environment = Environment(
         loader=PackageLoader("a2sf.report", "page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    charts, systems = chart_data(grid, contents.comparisons, contents.fidelity, contents.traces, contents.pair)
+    frames = contents.fidelity, contents.traces, contents.texts
+    charts, systems = chart_data(grid, contents.comparisons, *frames, contents.pair)
     documents = browsable(systems, contents.groups)
     html = environment.get_template("report.html.j2").render(
         title=", ".join(sorted(grid.frame["source"].unique())),
@@ -166,7 +169,7 @@ def _verdict(comparisons: Sequence[Comparison]) -> str:
     first, second = comparisons[0].first, comparisons[0].second
     return (
         f"Of {len(comparisons)} comparisons of {first} with {second}, {len(significant)} differ significantly "
-        f"(paired test, α = 0.05, {comparisons[0].adjusted.how}): "
+        f"(paired test, {comparisons[0].adjusted.correction.label}, α = 0.05): "
         f"{better} with {first} higher, {len(significant) - better} with {second} higher."
     )
 

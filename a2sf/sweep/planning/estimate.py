@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from lm_eval.models.utils import normalize_gen_kwargs
+
 from a2sf.errors import UserError
 from a2sf.hf.loading import ModelSpec, tokenizer_here
 from a2sf.hf.settings import retention_of
@@ -23,11 +25,14 @@ from a2sf.policies.schedule import schedule_for
 from a2sf.scoring.passes.packing import Item, pack
 from a2sf.scoring.passes.sequences import ScoredSequence
 from a2sf.scoring.scorer import PACK_TOKENS
+from a2sf.scoring.texts import GENERATED_ROWS
 from a2sf.store.runs import CorruptCell, StoredCell, is_cell, read_cell
 from a2sf.sweep.cell import Cell
-from a2sf.sweep.planning.rate import seconds_per_token
+from a2sf.sweep.planning.rate import seconds_per_row, seconds_per_token
 from a2sf.tasks.prompting import Prompting
 
+DEFAULT_NEW = 256
+"""Tokens that a task may generate if it does not say how many, as lm-eval has it."""
 SAMPLE = 12
 """Documents in the sample of a task."""
 MANY = 500
@@ -46,11 +51,13 @@ class Estimate:
         tokens: to compute; None: not known.
         seconds: None: not known.
         by_trial: the seconds are from a trial of this machine's speed (`rate`), not from finished cells.
+        at_most: tokens and seconds are those of texts that all end at their limit of tokens.
     """
 
     tokens: float | None = None
     seconds: float | None = None
     by_trial: bool = False
+    at_most: bool = False
 
 
 @dataclass
@@ -141,6 +148,9 @@ def estimate(
         if cell.spec.generates:
             speed = measured.per_document.get((model, task))
             documents = _documents_of(cell, size)
+            if speed is None and documents and trial:
+                made.append(_at_most(cells, documents))
+                continue
             found = speed and documents and speed.seconds / speed.tokens * documents * len(cells)
             made.append(Estimate(seconds=found or None))
             continue
@@ -157,6 +167,21 @@ def estimate(
         each = seconds_per_token(cell.model) if tried else speed and speed.seconds / speed.tokens
         made.append(Estimate(tokens, tokens * each, tried) if tokens and each else Estimate(tokens))
     return made
+
+
+def _at_most(cells: Sequence[Cell], documents: int) -> Estimate:
+    """Of a group that generates and has no finished cell: each text at its limit of tokens, prompts left out."""
+    new = _most_new(cells[0])
+    each = seconds_per_row(cells[0].model, GENERATED_ROWS)
+    tokens = new * documents * len(cells)
+    return Estimate(tokens, tokens * each, by_trial=True, at_most=True) if each else Estimate()
+
+
+def _most_new(cell: Cell) -> int:
+    """How many tokens a text may have."""
+    given = dict(cell.spec.definition.config.get("generation_kwargs") or {})
+    given |= json.loads(cell.prompting.gen_kwargs or "{}")
+    return int(normalize_gen_kwargs(given, DEFAULT_NEW)["max_gen_toks"])
 
 
 def measured_for(groups: Sequence[Sequence[Cell]], runs: Path) -> Measured:

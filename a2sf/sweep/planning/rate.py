@@ -22,15 +22,20 @@ OVERHEAD = 1.35
 """Time of a forward pass divided by that of its matrix products (docs/speed.md, measured on a CPU)."""
 
 
-@cache
 def seconds_per_token(model: ModelSpec) -> float | None:
     """Estimated seconds per token in a long pass; None if the model's config does not tell it, or is not here."""
+    return seconds_per_row(model, TOKENS)
+
+
+@cache
+def seconds_per_row(model: ModelSpec, rows: int) -> float | None:
+    """The same for `rows` tokens at a time: a pass that decodes takes one of each of its rows."""
     with suppress(Exception):  # a model's code may raise anything; reported when the model is loaded
         if model.device_map is None and (config := config_here(model)) is not None:
             sizes = matrices(config, model.trust_remote_code)
             device, dtype = torch.device(model.resolved_device), DTYPES[model.resolved_dtype]
-            products = sum(n * _product(size, dtype, device) for size, n in sizes.items())
-            return OVERHEAD * products / TOKENS if products else None
+            products = sum(n * _product(size, dtype, device, rows) for size, n in sizes.items())
+            return OVERHEAD * products / rows if products else None
     return None
 
 
@@ -45,10 +50,10 @@ def matrices(config: object, trust_remote_code: bool = False) -> Counter[tuple[i
     return Counter((p.shape[0], p.shape[1]) for p in layers if p.ndim == 2)
 
 
-def _product(size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> float:
-    """Seconds for the product of `TOKENS` tokens with a matrix of that size, the shortest of several."""
+def _product(size: tuple[int, int], dtype: torch.dtype, device: torch.device, rows: int) -> float:
+    """Seconds for the product of `rows` tokens with a matrix of that size, the shortest of several."""
     done = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    tokens = torch.randn(TOKENS, size[1], dtype=dtype, device=device)
+    tokens = torch.randn(rows, size[1], dtype=dtype, device=device)
     matrix = torch.randn(*size, dtype=dtype, device=device)
     best, begun = float("inf"), 0.0
     with torch.inference_mode():

@@ -27,6 +27,7 @@ def headline(made: Plan, groups: Groups, estimates: Sequence[Estimate], director
     known = [(len(g), e) for g, e in zip(groups, estimates, strict=True)]
     tokens = sum(e.tokens for _, e in known if e.tokens is not None)
     with_tokens = sum(n for n, e in known if e.tokens is not None)
+    any_at_most = any(e.at_most for _, e in known)
     with_time = sum(n for n, e in known if e.seconds is not None)
     line = (
         f"[bold]{escape(str(directory))}[/bold]: {len(made.cells)} cells, {len(made.done)} done, {len(pending)} to run"
@@ -40,6 +41,7 @@ def headline(made: Plan, groups: Groups, estimates: Sequence[Estimate], director
         line += f", about {duration(seconds_of(estimates))} {'partly ' if 0 < by_trial < with_time else ''}{how}"
         without = len(pending) - with_time
         line += f"; for {without} of them there is no measurement to estimate from" if without else ""
+        line += "; where text is generated, if all texts reach their limit of tokens" if any_at_most else ""
     return line
 
 

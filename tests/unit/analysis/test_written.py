@@ -108,8 +108,8 @@ def test_a_table_of_them(tmp_path: Path):
     assert (rows["Full cache"]["Cache (MiB)"], rows["H2O"]["Cache (MiB)"]) == ("5.00", "1.00")
     assert rows["A2SF"]["Equal (%)"] == "100.0"
     assert rows["A2SF"]["Differs at"] == DASH
-    shown = show([tmp_path / "s"], Selection(), Options(plots=False, report=False))
-    assert {"texts.csv", "texts_documents.csv"} <= {f.name for f in shown.files}
+    shown = show([tmp_path / "s"], Selection(), Options(report=False))
+    assert {"texts.csv", "texts_documents.csv", "texts-tiny-0shot-story.png"} <= {f.name for f in shown.files}
     assert "Generated texts: story" in (tmp_path / "s" / "tables" / "tables.md").read_text()
 
 

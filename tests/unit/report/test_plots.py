@@ -13,7 +13,7 @@ from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.grid import Grid
 from a2sf.analysis.results.selection import Selection
 from a2sf.policies.find import built_in
-from a2sf.report.plots.lines import chosen_lines, left_out, lines_of
+from a2sf.report.plots.lines import chosen_lines, estimated, left_out, lines_of
 from a2sf.report.plots.style import MOST, Line, style_of, styles_of
 from a2sf.report.plots.sweep import FIGURES, by_budget, by_factor, draw_all, fidelity, heat_map, trade_off
 from tests.sweep_fixture import NOISE, Plan, write_sweep
@@ -70,6 +70,10 @@ def test_heat_map_holds_every_average(grid: Grid) -> None:
     means = grid.frame[grid.frame.policy == "a2sf"].groupby(["factor_value", "budget_order"])["value"].mean().unstack()
     assert drawn.tolist()[:-1] == [pytest.approx(row) for row in 100 * means.to_numpy()]
     assert len(figure.axes[0].patches) == 2  # one frame a budget
+    row = next(s for s in grid.systems() if s.policy == "a2sf")
+    average = estimated(row, "average", grid)
+    written = f"{100 * average.value:.1f} ±{50 * (average.high - average.low):.1f}"
+    assert written in [t.get_text() for t in figure.axes[0].texts]
 
 
 def test_a_policy_looks_the_same_whatever_else_is_drawn() -> None:
@@ -112,7 +116,8 @@ def test_at_most_eight_lines_and_the_caption_says_what_is_left_out(many: Grid, t
     figure = by_budget(many, PAIR)
     assert figure is not None
     labels = figure.axes[0].get_legend_handles_labels()[1]
-    assert len(labels) == MOST
+    assert len(labels) == MOST + 1
+    assert "Chance level" in labels
     captions = draw_all(many, tmp_path, PAIR)
     left = left_out(many, PAIR)
     assert set(left) == {line.label for line in lines_of(many)} - {line.label for line in chosen_lines(many, PAIR)}

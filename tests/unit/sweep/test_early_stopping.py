@@ -100,6 +100,7 @@ def test_a_group_stops_and_says_so(stopped):
         assert stored.metrics["acc"]["n"] == n == stored.result["documents"]["n"]
         (told,) = stored.result["until"]["comparisons"]
         assert told["high"] - told["low"] <= 0.7 + 1e-9
+        assert told["e"] > 0  # evidence for a difference, which tables combine over tasks
         assert stored.result["timing"]["computed_tokens"] > 0
     difference = found["full"].metrics["acc"]["value"] - found["window"].metrics["acc"]["value"]
     assert told["low"] <= difference <= told["high"]

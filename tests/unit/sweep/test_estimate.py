@@ -17,6 +17,7 @@ from a2sf.policies.find import find_policies
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.planning import rate
 from a2sf.sweep.planning.estimate import Estimate, Measured, _documents, _known_lengths, _tokens, estimate
+from a2sf.sweep.planning.table import headline
 from a2sf.tasks import spec as tasks
 from a2sf.tasks.prompting import Prompting
 from tests.conftest import SMOLLM2
@@ -109,15 +110,17 @@ def test_another_models_template_is_taken_last():
 def test_a_model_that_never_ran_here_is_tried_for_a_moment(tmp_path, monkeypatch):
     """The first plan says how long it takes, without weights: by products of the sizes that the config tells."""
     tried = []
-    monkeypatch.setattr(rate, "_product", lambda size, dtype, device: tried.append(size) or 1e-6 * size[0] * size[1])
-    rate.seconds_per_token.cache_clear()
+    monkeypatch.setattr(
+        rate, "_product", lambda size, dtype, device, rows: tried.append(size) or 1e-6 * size[0] * size[1]
+    )
+    rate.seconds_per_row.cache_clear()
     LlamaConfig(**SIZES).save_pretrained(tmp_path / "model")  # nothing else is there
     spec = ModelSpec(path=str(tmp_path / "model"), dtype="float32", device="cpu")
     matrices = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)  # of two layers; neither embeddings nor the head
     assert rate.seconds_per_token(spec) == pytest.approx(rate.OVERHEAD * 1e-6 * matrices / rate.TOKENS)
     assert rate.seconds_per_token(spec)
     assert len(tried) == len(set(tried)) == 4
-    rate.seconds_per_token.cache_clear()
+    rate.seconds_per_row.cache_clear()
 
 
 def test_nothing_is_said_of_a_model_that_is_not_here_or_whose_tokens_meet_some_matrices(tmp_path):
@@ -128,7 +131,7 @@ def test_nothing_is_said_of_a_model_that_is_not_here_or_whose_tokens_meet_some_m
 
 def test_a_trial_takes_a_moment_and_is_a_time():
     started = time.perf_counter()
-    assert 0 < rate._product((48, 32), torch.float32, torch.device("cpu")) < rate.SECONDS
+    assert 0 < rate._product((48, 32), torch.float32, torch.device("cpu"), 8) < rate.SECONDS
     assert time.perf_counter() - started < 5
 
 
@@ -138,3 +141,18 @@ def test_a_plan_says_what_was_tried_and_what_was_measured(tmp_path, monkeypatch)
     monkeypatch.setattr("a2sf.sweep.planning.estimate._tokens", lambda *_: 100.0)
     assert estimate([group], tmp_path) == [Estimate(100.0)]
     assert estimate([group], tmp_path, trial=True) == [Estimate(100.0, 50.0, by_trial=True)]
+
+
+def test_a_task_that_generates_costs_at_most_its_limit_of_tokens(tmp_path, monkeypatch):
+    """Without a finished cell: documents times the tokens that a text may have, at the speed of a decoding pass."""
+    monkeypatch.setattr("a2sf.sweep.planning.estimate.seconds_per_row", lambda model, rows: 0.25)
+    (cell,) = full(6)
+    needle = replace(cell, task="needle", shots=0)
+    (by_default,) = estimate([[needle, needle]], tmp_path, trial=True)
+    new = needle.spec.definition.config["generation_kwargs"]["max_gen_toks"]
+    assert by_default == Estimate(2 * 6 * new, 2 * 6 * new * 0.25, by_trial=True, at_most=True)
+    asked = replace(needle, prompting=Prompting(gen_kwargs='{"max_gen_toks": 7}'))
+    assert estimate([[asked]], tmp_path, trial=True)[0].tokens == 6 * 7
+    assert estimate([[needle]], tmp_path) == [Estimate()]  # where nothing is tried, nothing is said
+    line = headline(SimpleNamespace(cells=[needle], done=(), pending=[needle]), [[needle]], [by_default], tmp_path)
+    assert line.endswith("where text is generated, if all texts reach their limit of tokens")

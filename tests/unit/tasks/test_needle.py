@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 from lm_eval.api.instance import Instance
+from statsmodels.stats.proportion import proportion_confint
 
 from a2sf import Budget
 from a2sf.analysis.results.labels import DASH
@@ -17,7 +18,7 @@ from a2sf.analysis.results.selection import Selection
 from a2sf.errors import UserError
 from a2sf.hf.loading import ModelSpec
 from a2sf.policies.find import find_policies
-from a2sf.report.needle import needle_plot, needle_table
+from a2sf.report.needle import needle_estimates, needle_plot, needle_table
 from a2sf.report.output import Options, show
 from a2sf.scoring.lm import PrunedLM
 from a2sf.store.runs import StoredCell, write_cell
@@ -202,6 +203,9 @@ def test_the_table_and_picture_by_depth(tmp_path):
     assert table.index.get_level_values("policy").tolist() == ["Full cache", "Window", "H2O"]
     assert table.to_numpy().tolist() == [[1, 1], [0.5, 0], [1, 0.5]]
     assert needle_table(cells, by="length").to_numpy().tolist() == [[1, 1], [0, 0.5], [0.5, 1]]
+    of_window = needle_estimates(cells).loc[("tiny", 0, "Window", "0.5", "\N{EN DASH}"), 0]
+    wilson = proportion_confint(1, 2, method="wilson")
+    assert (of_window.value, of_window.low, of_window.high) == pytest.approx((0.5, *wilson))
     needle_plot(cells, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 1000
     with pytest.raises(UserError, match="no result of the needle task"):
@@ -224,9 +228,9 @@ def test_tables_and_report_of_a_sweep_hold_the_needles(tmp_path):
         write_needle(sweep, policy, budget, hits)
     shown = show([sweep], Selection(), Options())
     text = (sweep / "tables" / "tables.md").read_text()
-    assert f"| Full cache | {DASH} | {DASH} | 100.0 | 100.0 |" in text
+    assert f"| Full cache | {DASH} | {DASH} | 100.0 [34.2, 100.0] | 100.0 [34.2, 100.0] |" in text
     by_depth = text[text.index("found by depth") : text.index("found by length")]
-    assert f"| H2O | 0.5 | {DASH} | 100.0 | 0.0 |" in by_depth
-    assert "| A2SF | 0.5 | 0.1 | 0.0 | 100.0 |" in by_depth
+    assert f"| H2O | 0.5 | {DASH} | 100.0 [34.2, 100.0] | 0.0 [0.0, 65.8] |" in by_depth
+    assert "| A2SF | 0.5 | 0.1 | 0.0 [0.0, 65.8] | 100.0 [34.2, 100.0] |" in by_depth
     assert sweep / "plots" / "needle.png" in shown.files
     assert "Needles found" in (sweep / "report.html").read_text()
