@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from a2sf.analysis.statistics.choices import MARGIN_ALLOWED
+from a2sf.report.choices import AVERAGES
 
 EPILOG = """\
 a run is one of
@@ -34,6 +35,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--cluster", metavar="FIELD", help="field that dependent documents share, such as a passage")
     parser.add_argument("--labels", metavar="A,B", help="names of the runs in tables, separated by commas")
     parser.add_argument("--models", metavar="A,A,B,B", help="model of each run: pool differences over the models")
+    parser.add_argument(
+        "--average", choices=AVERAGES, default="tasks", help="what counts equally in an average over tasks"
+    )
     parser.add_argument("--out", type=Path, help="directory for compare.md, .tex and .csv")
     args = parser.parse_args(arguments)
 
@@ -50,14 +54,15 @@ def main(arguments: Sequence[str]) -> None:
 
     if args.margin is not None and not 0 < args.margin <= 100:
         raise ConfigError("--margin", args.margin, MARGIN_ALLOWED)
+    by_documents = args.average == "documents"
     runs = [run for path in args.runs for run in read_runs(path, args.cluster)]
     if len(runs) < 2:
         raise UserError(f"{args.runs[0]} is one run ({runs[0].label}); give another one to compare it with.")
     runs = labels(runs, args.labels.split(",") if args.labels else None, distinct=args.models is None)
     if args.models is not None:
         runs = with_models(runs, args.models.split(","))
-    made = compare_runs(runs, args.metric, None if args.margin is None else args.margin / 100)
-    pooled, not_pooled = compare_runs_over_models(runs, args.metric)
+    made = compare_runs(runs, args.metric, None if args.margin is None else args.margin / 100, by_documents)
+    pooled, not_pooled = compare_runs_over_models(runs, args.metric, by_documents)
     table = comparison_table(made)
     of_models = over_models_tables(pooled, made.percent, title=f"each run {MINUS} {runs[0].system}", head="Run")
     console = Console()

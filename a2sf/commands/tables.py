@@ -11,7 +11,7 @@ from rich.console import Console
 
 from a2sf.analysis.statistics.choices import CORRECTIONS, FAMILIES, MARGIN_ALLOWED
 from a2sf.errors import ConfigError
-from a2sf.report.choices import FORMATS, PIVOTS
+from a2sf.report.choices import AVERAGES, FORMATS, PIVOTS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
     )
     lay = p.add_argument_group("how to show it")
     lay.add_argument("--pivot", choices=PIVOTS, default="task", help="what goes across")
+    lay.add_argument(
+        "--average", choices=AVERAGES, default="tasks", help="what counts equally in an average over tasks"
+    )
     lay.add_argument("--pair", nargs=2, metavar="POLICY", help="difference to show: first minus second")
     lay.add_argument(
         "--against", nargs="+", default=[], metavar="POLICY", help="compare every other policy with these, by budget"
@@ -97,7 +100,11 @@ def main(arguments: Sequence[str]) -> None:
 
     names = ("models", "policies", "budgets", "factors", "schedules", "tasks", "shots")
     selection = Selection(
-        metric=args.metric, mixed=args.allow_mixed, strict=args.strict, **{n: tuple(getattr(args, n)) for n in names}
+        metric=args.metric,
+        mixed=args.allow_mixed,
+        strict=args.strict,
+        by_documents=args.average == "documents",
+        **{n: tuple(getattr(args, n)) for n in names},
     )
     options = Options(
         pivot=args.pivot,

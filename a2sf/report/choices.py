@@ -2,5 +2,7 @@
 
 PIVOTS = ("task", "budget", "factor", "policy")
 """What goes across."""
+AVERAGES = ("tasks", "documents")
+"""What counts equally in an average over tasks."""
 FORMATS = ("md", "tex", "csv")
 """Files of a table."""

@@ -110,7 +110,7 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     against, not_paired = compare_against(grid, options.against, options.corrected("model"))
     stopped, not_tested = stopped_comparisons(grid, options.corrected())
     shared = texts_note(grid.cells_shown)
-    of_pair, of_full, not_pooled = compare_over_models(grid, options.pair)
+    of_pair, of_full, not_pooled = compare_over_models(grid, options.pair, options.corrected())
     effects, text_rows = text_frame(grid)
     rankings = [*ranking_tables(grid, ranked, options.pair), *against_tables(against, grid.percent, shared)]
     rankings += over_models_tables(of_pair, grid.percent, shared)

@@ -144,4 +144,5 @@ class _Closeness:
             values.append(changed.mean(0))
             means.append(bootstrap_means(changed, index, of))
             texts.append(of)
-        return np.mean(values, axis=0), np.mean(means, axis=0), texts
+        sizes = [len(t.of) for t in texts] if self.part.by_documents else None
+        return np.average(values, axis=0, weights=sizes), np.average(means, axis=0, weights=sizes), texts

@@ -106,7 +106,9 @@ def _of_system(part: Grid, system: System, full: System, notes: list[str]) -> li
         found.append((task, summary))
     if len(values) == len(part.tasks) > 1:
         total = sum(summary["n"] for _, summary in found)
-        found.append((AVERAGE, _summary(total, np.mean(values, axis=0), np.mean(means, axis=0), tail_of(texts))))
+        sizes = [summary["n"] for _, summary in found] if part.by_documents else None
+        mean, resampled = (np.average(x, axis=0, weights=sizes) for x in (values, means))
+        found.append((AVERAGE, _summary(total, mean, resampled, tail_of(texts))))
     return found
 
 

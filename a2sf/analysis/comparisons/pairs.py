@@ -37,6 +37,11 @@ def paired_values(
     return left[column].to_numpy(float), right[column].to_numpy(float), texts_of(left, right)
 
 
+def joined(changes: Sequence[np.ndarray], texts: Sequence[Texts]) -> tuple[list[np.ndarray], list[Texts]]:
+    """The documents of several tasks as those of one, so that each document counts the same."""
+    return [np.concatenate(changes)], [Texts.joined(texts)]
+
+
 def compare_cells(a: StoredCell, b: StoredCell, metric: str) -> Difference:
     """Cell `a` minus cell `b` on their common metric."""
     return paired_difference(*paired_values(a, b, metric))
@@ -60,7 +65,7 @@ class Comparer:
 
     def average(self, a: Mapping[str, str], b: Mapping[str, str]) -> Difference | None:
         """Two systems, given as task -> key, on the average over tasks."""
-        return self._attempt(lambda: average_difference(*self._changes(a, b, sorted(a))))
+        return self._attempt(lambda: average_difference(*self._weighted(*self._changes(a, b, sorted(a)))))
 
     def within(self, a: Sequence[Mapping[str, str]], b: Sequence[Mapping[str, str]], margin: float) -> Within | None:
         """Whether two systems differ by less than a margin on the average over tasks, and over budgets if there are several.
@@ -78,7 +83,7 @@ class Comparer:
         def compared() -> Difference:
             changes, texts = self._changes(a, b, tasks)
             if weighted:
-                changes, texts = [np.concatenate(changes)], [Texts.joined(texts)]
+                changes, texts = joined(changes, texts)
             return average_difference(changes, texts)
 
         return self._attempt(compared)
@@ -102,7 +107,12 @@ class Comparer:
                 raise UserError(
                     f"{task} was not run on the same documents at each budget, so budgets cannot be averaged."
                 )
-        return [np.mean(changes, axis=0) for changes in zip(*(c for c, _ in found), strict=True)], found[0][1]
+        means = [np.mean(changes, axis=0) for changes in zip(*(c for c, _ in found), strict=True)]
+        return self._weighted(means, found[0][1])
+
+    def _weighted(self, changes: list[np.ndarray], texts: list[Texts]) -> tuple[list[np.ndarray], list[Texts]]:
+        """The changes of tasks as they count in an average: as one task where the grid counts documents."""
+        return joined(changes, texts) if self.grid.by_documents else (changes, texts)
 
     def _changes(
         self, a: Mapping[str, str], b: Mapping[str, str], tasks: Sequence[str]

@@ -12,7 +12,8 @@ import pandas as pd
 from a2sf.analysis.comparisons.pairs import Comparer, matched
 from a2sf.analysis.results.documents import DOCUMENT, TEXT, paired_documents, texts_of
 from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, SYSTEM, Grid, System
-from a2sf.analysis.statistics.paired import Difference, holm
+from a2sf.analysis.statistics.families import HOLM, Adjusted, Correction
+from a2sf.analysis.statistics.paired import Difference
 from a2sf.analysis.statistics.pooled import Changes, Pooled, pool_tasks
 from a2sf.errors import UserError
 
@@ -30,8 +31,8 @@ class OverModels:
         first, second: labels of the systems; differences are first minus second.
         by_model: model -> its paired difference.
         pooled: over the models.
-        p_holm: the pooled p-value, corrected over the rows of a table; those of single tasks, beside their average, over
-            themselves.
+        adjusted: the pooled p-value after correction over the rows of a table; those of single tasks, beside their average,
+            are a family of their own. None until corrected.
     """
 
     shots: int | None
@@ -43,7 +44,7 @@ class OverModels:
     factor: str
     by_model: dict[str, Difference]
     pooled: Pooled
-    p_holm: float = 1.0
+    adjusted: Adjusted | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class _Matched:
 
 
 def compare_over_models(
-    grid: Grid, pair: tuple[str, str] = DEFAULT_PAIR
+    grid: Grid, pair: tuple[str, str] = DEFAULT_PAIR, correction: Correction = HOLM
 ) -> tuple[list[OverModels], list[OverModels], list[str]]:
     """The pair's differences, and those of every pruned causal system to the full cache, in all models that have both.
 
@@ -77,7 +78,7 @@ def compare_over_models(
             pruned = [s for s in systems if s.causal and not s.is_full and s.variant in fulls]
             to_full += [_Matched(model, part, s, fulls[s.variant]) for s in pruned]
         of_full += _pooled(shots, to_full, notes)
-    return of_pair, of_full, list(dict.fromkeys(notes))
+    return corrected(of_pair, correction), corrected(of_full, correction), list(dict.fromkeys(notes))
 
 
 def _by_shots(grid: Grid) -> dict[int, dict[str, Grid]]:
@@ -103,16 +104,14 @@ def _pooled(shots: int, found: Sequence[_Matched], notes: list[str]) -> list[Ove
         for task in [*tasks, *([AVERAGE] if len(tasks) > 1 else [])]:
             row = _row(shots, task, tasks if task == AVERAGE else [task], several, notes)
             rows += [] if row is None else [row]
-    return corrected(rows)
+    return rows
 
 
-def corrected(rows: Sequence[OverModels]) -> list[OverModels]:
-    """The same with Holm's correction over the rows of a table, and over those of single tasks beside their average."""
-    shown = shown_tasks(rows)
-    p_holm: dict[int, float] = {}
-    for family in (shown, [r for r in rows if r not in shown]):
-        p_holm |= dict(zip(map(id, family), holm([r.pooled.p for r in family]), strict=True))
-    return [replace(r, p_holm=p_holm[id(r)]) for r in rows]
+def corrected(rows: Sequence[OverModels], correction: Correction = HOLM) -> list[OverModels]:
+    """The same with corrected p-values; the rows of one number of shots are a table."""
+    shown = {id(r) for r in shown_tasks(rows)}
+    adjusted = correction.adjusted([r.pooled.p for r in rows], [(ALL, (r.shots, id(r) in shown)) for r in rows])
+    return [replace(r, adjusted=a) for r, a in zip(rows, adjusted, strict=True)]
 
 
 def shown_tasks(found: Sequence[OverModels]) -> list[OverModels]:
@@ -138,7 +137,7 @@ def _row(
             return None
         differences[m.model] = found
         changes.append([changes_of(m.part, [a[t]], [b[t]]) for t in tasks])
-    pooled = pool_over_tasks(changes)
+    pooled = pool_over_tasks(changes, several[0].part.by_documents)
     if pooled is None:
         return None
     first, second = several[0].first, several[0].second
@@ -147,12 +146,15 @@ def _row(
     )
 
 
-def pool_over_tasks(models: Sequence[Sequence[Changes]]) -> Pooled | None:
+def pool_over_tasks(models: Sequence[Sequence[Changes]], by_documents: bool = False) -> Pooled | None:
     """Pool the mean over tasks; None where a task has a single document or text, so that no error is known.
 
     Args:
         models: for each model the changes of each task, in the same order.
+        by_documents: count each document once, and not each task.
     """
+    if by_documents:
+        models = [[Changes.joined(of_model)] for of_model in models]
     tasks = list(zip(*models, strict=True))
     if any(c.texts.number < 2 for of_task in tasks for c in of_task):
         return None
@@ -192,5 +194,5 @@ def over_models_frame(found: Sequence[OverModels]) -> pd.DataFrame:
         same = {k: getattr(o, k) for k in ("shots", "task", "budget", "schedule", "first", "second", "factor")}
         for model, d in o.by_model.items():
             rows.append(same | {"model": model, "n": d.n, "value": d.value, "low": d.low, "high": d.high, "p": d.p})
-        rows.append(same | {"model": ALL} | vars(o.pooled) | {"p_holm": o.p_holm})
+        rows.append(same | {"model": ALL} | vars(o.pooled) | (o.adjusted.columns if o.adjusted else {}))
     return pd.DataFrame(rows)

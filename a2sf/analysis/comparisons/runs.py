@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from a2sf.analysis.results.grid import AVERAGE
+from a2sf.analysis.comparisons.pairs import joined
+from a2sf.analysis.results.grid import AVERAGE, BY_DOCUMENTS
 from a2sf.analysis.runs.run import Document, Run, TaskRun, means, pair, variance_of_draws
 from a2sf.analysis.statistics.equivalence import Within, average_within_margin, verdict, within_margin
 from a2sf.analysis.statistics.paired import Difference, average_difference, holm, paired_difference
@@ -67,12 +68,15 @@ class ComparedRuns:
     percent: bool = True
 
 
-def compare_runs(runs: Sequence[Run], metric: str | None = None, margin: float | None = None) -> ComparedRuns:
-    """Compare each run with the first, task by task and on the unweighted average over tasks.
+def compare_runs(
+    runs: Sequence[Run], metric: str | None = None, margin: float | None = None, by_documents: bool = False
+) -> ComparedRuns:
+    """Compare each run with the first, task by task and on the average over tasks.
 
     Args:
         metric: its name in both harnesses; None: the usual one.
         margin: for tests of equivalence, in the metric's own unit.
+        by_documents: the average counts each document once, and not each task.
 
     Raises:
         UserError: if nothing can be compared.
@@ -96,13 +100,18 @@ def compare_runs(runs: Sequence[Run], metric: str | None = None, margin: float |
             levels.append((row.reference, row.value))
             binary = binary and right
         if len(changes) > 1:
-            first, value = (float(np.mean(x)) for x in zip(*levels, strict=True))
+            sizes = [len(c) for c in changes] if by_documents else None
+            first, value = (float(np.average(x, weights=sizes)) for x in zip(*levels, strict=True))
+            if by_documents:
+                changes, texts = joined(changes, texts)
             within = None if margin is None else average_within_margin(changes, texts, margin)
             difference = average_difference(changes, texts)
             made.rows.append(RunComparison(AVERAGE, run.label, first, value, difference, within))
     if not made.rows:
         raise UserError(" ".join(["Nothing can be compared.", *made.notes]))
     made.percent = binary
+    if by_documents and any(r.task == AVERAGE for r in made.rows):
+        made.notes.append(BY_DOCUMENTS)
     made.rows = _corrected(made.rows)
     return made
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from a2sf.analysis.comparisons.pairs import joined
 from a2sf.analysis.comparisons.pooled import OverModels, corrected, pool_over_tasks
 from a2sf.analysis.comparisons.runs import metric_of, shared_texts
 from a2sf.analysis.results.grid import AVERAGE
@@ -27,11 +28,13 @@ def with_models(runs: Sequence[Run], models: Sequence[str]) -> list[Run]:
     return [replace(r, label=f"{r.label} {m}", model=m, system=r.label) for r, m in zip(runs, models, strict=True)]
 
 
-def compare_runs_over_models(runs: Sequence[Run], metric: str | None = None) -> tuple[list[OverModels], list[str]]:
+def compare_runs_over_models(
+    runs: Sequence[Run], metric: str | None = None, by_documents: bool = False
+) -> tuple[list[OverModels], list[str]]:
     """Each system minus the first run's, in every model that has both, on the tasks that all of these have.
 
     Args:
-        metric: as `compare_runs`.
+        metric, by_documents: as `compare_runs`.
 
     Returns:
         The comparisons, none unless at least two models have the same two systems; and one sentence for each thing that
@@ -52,13 +55,15 @@ def compare_runs_over_models(runs: Sequence[Run], metric: str | None = None) -> 
         if len(pairs) < 2:
             continue
         try:
-            rows += _rows(system, reference, pairs, metric)
+            rows += _rows(system, reference, pairs, metric, by_documents)
         except UserError as error:
             notes.append(f"{system} is not pooled over models: {error}")
     return corrected(rows), notes
 
 
-def _rows(system: str, reference: str, pairs: dict[str, tuple[Run, Run]], metric: str | None) -> list[OverModels]:
+def _rows(
+    system: str, reference: str, pairs: dict[str, tuple[Run, Run]], metric: str | None, by_documents: bool
+) -> list[OverModels]:
     tasks = [t for t in next(iter(pairs.values()))[0].tasks if all(t in r.tasks for two in pairs.values() for r in two)]
     if not tasks:
         raise UserError("no task is in all runs.")
@@ -66,8 +71,8 @@ def _rows(system: str, reference: str, pairs: dict[str, tuple[Run, Run]], metric
     rows = []
     for i, task in enumerate([*tasks, *([AVERAGE] if len(tasks) > 1 else [])]):
         if task == AVERAGE:
-            differences = {m: _average(of_model) for m, of_model in found.items()}
-            pooled = pool_over_tasks([[c for c, *_ in of_model] for of_model in found.values()])
+            differences = {m: _average(of_model, by_documents) for m, of_model in found.items()}
+            pooled = pool_over_tasks([[c for c, *_ in of_model] for of_model in found.values()], by_documents)
         else:
             differences = {m: of_model[i][2] for m, of_model in found.items()}
             pooled = pool_over_tasks([[of_model[i][0]] for of_model in found.values()])
@@ -89,8 +94,9 @@ def _compared(a: TaskRun, b: TaskRun, metric: str | None) -> tuple[Changes, Text
     return Changes(second - first, keys), texts, paired_difference(second, first, texts)
 
 
-def _average(of_model: Sequence[tuple[Changes, Texts, Difference]]) -> Difference:
-    return average_difference([c.values for c, *_ in of_model], [t for _, t, _ in of_model])
+def _average(of_model: Sequence[tuple[Changes, Texts, Difference]], by_documents: bool) -> Difference:
+    changes, texts = [c.values for c, *_ in of_model], [t for _, t, _ in of_model]
+    return average_difference(*(joined(changes, texts) if by_documents else (changes, texts)))
 
 
 def _key(document: Document) -> str:

@@ -18,6 +18,7 @@ def chance_levels(grid: Grid) -> dict[str, float]:
     choices, or without per-document files, are missing.
     """
     levels: dict[str, float] = {}
+    sizes: dict[str, int] = {}
     if grid.metric not in OF_CHOICES:
         return levels
     for stored in grid.cells_shown:
@@ -30,7 +31,8 @@ def chance_levels(grid: Grid) -> dict[str, float]:
             continue  # whoever needs the documents reports that they cannot be read
         numbers = [len(choices) for choices in documents["choices"]]
         if numbers and min(numbers) > 1:
-            levels[task] = fmean(1 / n for n in numbers)
+            levels[task], sizes[task] = fmean(1 / n for n in numbers), len(numbers)
     if len(grid.tasks) > 1 and set(grid.tasks) <= set(levels):
-        levels[AVERAGE] = fmean(levels[t] for t in grid.tasks)
+        weights = [sizes[t] for t in grid.tasks] if grid.by_documents else None
+        levels[AVERAGE] = fmean((levels[t] for t in grid.tasks), weights)
     return levels

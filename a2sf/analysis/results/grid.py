@@ -21,6 +21,8 @@ DEFAULT_PAIR = ("a2sf", "h2o")
 """The project's main comparison: the first policy minus the second, at the same budget."""
 AVERAGE = "average"
 """Column name of the unweighted mean over tasks."""
+BY_DOCUMENTS = "Average: over all documents, so that tasks count by their size."
+"""The note where tasks do not count equally."""
 STEP = "step"
 """The schedule of results that do not name one."""
 
@@ -36,6 +38,7 @@ class System:
         causal: False for a policy that looks at later tokens: an oracle (upper bound), compared with no other.
         keys: task -> key of the cell (`Grid.cells`, `Grid.frame`).
         rows: task -> the frame's row.
+        by_documents: whether an average over tasks counts each document once, and not each task.
     """
 
     policy: str
@@ -52,6 +55,7 @@ class System:
     causal: bool
     keys: dict[str, str]
     rows: dict[str, Any]
+    by_documents: bool = False
 
     @property
     def named(self) -> str:
@@ -62,8 +66,12 @@ class System:
         return float(self.rows[task].value)
 
     def average(self, tasks: Sequence[str]) -> float | None:
-        """Unweighted mean over tasks; None where one is missing."""
-        return fmean(map(self.value, tasks)) if set(tasks) <= set(self.rows) else None
+        """Mean over tasks; None where one is missing."""
+        return fmean(map(self.value, tasks), self.weights(tasks)) if set(tasks) <= set(self.rows) else None
+
+    def weights(self, tasks: Sequence[str]) -> list[float] | None:
+        """Of the tasks in an average; None: equal."""
+        return [float(self.rows[t].n) for t in tasks] if self.by_documents else None
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,7 @@ class Grid:
         notes: for the reader, one sentence each.
         groups: groups of tasks that were requested.
         scores: one row per group and system that has all of its tasks.
+        by_documents: whether averages over tasks count each document once, and not each task.
     """
 
     frame: pd.DataFrame
@@ -86,6 +95,7 @@ class Grid:
     mixed: bool = False
     groups: tuple[Group, ...] = ()
     scores: pd.DataFrame = field(default_factory=pd.DataFrame)
+    by_documents: bool = False
 
     @property
     def tasks(self) -> list[str]:
@@ -130,7 +140,14 @@ class Grid:
             first = next(iter(by_task.values()))
             more = ["label", "short_label", "budget_order", "factor_value", "is_full", "causal"]
             same = {k: getattr(first, k) for k in [*SYSTEM, *more]}
-            systems.append(System(**same, keys={task: r.key for task, r in by_task.items()}, rows=by_task))
+            systems.append(
+                System(
+                    **same,
+                    keys={task: r.key for task, r in by_task.items()},
+                    rows=by_task,
+                    by_documents=self.by_documents,
+                )
+            )
 
         def order(s: System) -> tuple[Any, ...]:
             factor = -1.0 if math.isnan(s.factor_value) else s.factor_value

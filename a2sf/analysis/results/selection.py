@@ -30,6 +30,7 @@ class Selection:
         metric: the metric's name as in lm-eval; None takes `acc` where a task has it.
         mixed: show cells side by side although they differ in a `MUST_AGREE` key.
         strict: refuse cells that were computed with different versions of a library.
+        by_documents: averages over tasks count each document once, and not each task.
     """
 
     metric: str | None = None
@@ -42,6 +43,7 @@ class Selection:
     shots: tuple[int, ...] = ()
     mixed: bool = False
     strict: bool = False
+    by_documents: bool = False
 
 
 def select(
@@ -91,7 +93,16 @@ def select(
         scores = scores[scores["shots"].notna()].copy()
         add_group_intervals(scores, frame, groups, metric)
     messages = (*notes, *missing, *incomplete)
-    grid = Grid(frame.reset_index(drop=True), used, metric, messages, selection.mixed, tuple(groups), scores)
+    grid = Grid(
+        frame.reset_index(drop=True),
+        used,
+        metric,
+        messages,
+        selection.mixed,
+        tuple(groups),
+        scores,
+        selection.by_documents,
+    )
     if selection.strict and (note := grid.versions_note):
         raise UserError(f"{note} Compute them with one, choose among them, or leave out --strict.")
     return grid

@@ -84,7 +84,7 @@ def paired_difference(first: np.ndarray, second: np.ndarray, texts: Texts | None
     change = first - second
     texts = texts or Texts.independent(len(change))
     if not (is_binary(first) and is_binary(second)):
-        low, high, p = _bootstrap_interval([change], [texts])
+        low, high, p = _bootstrap_interval([change], [texts], expanded=True)
         if texts.shared:
             p = _sign_flip_p([change], [texts])
         return Difference(len(change), float(change.mean()), low, high, p)
@@ -211,12 +211,24 @@ def interval(means: np.ndarray, tail: float = 0.5 - CONFIDENCE / 2) -> tuple[flo
     return float(low), float(high)
 
 
-def _bootstrap_interval(changes: Sequence[np.ndarray], texts: Sequence[Texts]) -> tuple[float, float, float]:
-    """95 % interval of the mean over tasks, and the p-value of zero from the bootstrap's standard error."""
+def _bootstrap_interval(
+    changes: Sequence[np.ndarray], texts: Sequence[Texts], expanded: bool = False
+) -> tuple[float, float, float]:
+    """95 % interval of the mean over tasks, and the p-value of zero from the bootstrap's standard error.
+
+    Args:
+        expanded: for few documents: percentiles as far out as Student's t would be, whose distribution p is of as well.
+    """
     means = np.mean([bootstrap_means(c, i, t) for i, (c, t) in enumerate(zip(changes, texts, strict=True))], axis=0)
     value, spread = float(np.mean([c.mean() for c in changes])), float(means.std(ddof=1))
-    p = 2 * float(special.ndtr(-abs(value) / spread)) if spread > 0 else float(value == 0)
-    return *interval(means, tail_of(texts)), p
+    free = sum(t.number for t in texts) - len(texts)
+    if not spread > 0:
+        p = float(value == 0)
+    elif expanded and free:
+        p = 2 * float(special.stdtr(free, -abs(value) / (spread * math.sqrt(1 + len(texts) / free))))
+    else:
+        p = 2 * float(special.ndtr(-abs(value) / spread))
+    return *interval(means, tail_of(texts, expanded)), p
 
 
 def _sign_flip_p(changes: Sequence[np.ndarray], texts: Sequence[Texts]) -> float:

@@ -37,6 +37,12 @@ class Changes:
     values: np.ndarray
     keys: Sequence[str]
 
+    @classmethod
+    def joined(cls, tasks: Sequence[Changes]) -> Changes:
+        """Those of several tasks as of one; no two tasks share documents."""
+        keys = [f"{i} {key}" for i, task in enumerate(tasks) for key in task.keys]
+        return cls(np.concatenate([t.values for t in tasks]), keys)
+
     @cached_property
     def texts(self) -> Texts:
         return Texts.keyed(self.keys)

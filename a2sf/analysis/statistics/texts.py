@@ -96,13 +96,16 @@ class Texts:
         )
 
 
-def tail_of(several: Sequence[Texts]) -> float:
+def tail_of(several: Sequence[Texts], expanded: bool = False) -> float:
     """The probability on either side of a 95 % percentile interval of bootstrap means over several tasks.
 
     Where documents share texts, of which there may be few, percentiles are too narrow, and are moved out as far as Student's
     t would be (Hesterberg, 2015, The American Statistician 69(4), "expanded percentile"). NaN where each task has one text.
+
+    Args:
+        expanded: move them out where documents share no texts, too.
     """
-    if not any(t.shared for t in several):
+    if not expanded and not any(t.shared for t in several):
         return 0.5 - CONFIDENCE / 2
     number = sum(t.number for t in several)
     free = number - len(several)

@@ -76,7 +76,7 @@ def estimated(system: System, column: str, part: Grid) -> Estimate:
     """Value, standard error and interval on a task or the average, in the metric's own unit."""
     if column != AVERAGE:
         return estimate_of(system.rows[column])
-    return averaged([estimate_of(system.rows[t]) for t in part.tasks])
+    return averaged([estimate_of(system.rows[t]) for t in part.tasks], system.weights(part.tasks))
 
 
 def mean_measure(system: System, measure: str) -> float:

@@ -15,7 +15,7 @@ from a2sf.analysis.comparisons.pairs import Comparer
 from a2sf.analysis.results.chance import chance_levels
 from a2sf.analysis.results.documents import texts_note
 from a2sf.analysis.results.errors import estimate_of
-from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, SYSTEM, Grid, System
+from a2sf.analysis.results.grid import AVERAGE, BY_DOCUMENTS, DEFAULT_PAIR, SYSTEM, Grid, System
 from a2sf.analysis.results.labels import DASH, MINUS
 from a2sf.analysis.statistics.families import HOLM, Correction
 from a2sf.analysis.statistics.intervals import averaged
@@ -117,7 +117,8 @@ def _span(numbers: list[int]) -> str:
 
 def footnotes(part: Grid) -> tuple[str, ...]:
     """Notes that concern all numbers of a grid."""
-    return tuple(filter(None, [texts_note(part.cells_shown), part.versions_note]))
+    weighted = BY_DOCUMENTS if part.by_documents and len(part.tasks) > 1 else ""
+    return tuple(filter(None, [weighted, texts_note(part.cells_shown), part.versions_note]))
 
 
 def _row(system: System, tasks: list[str], groups: dict[str, dict[tuple[Any, ...], Any]]) -> Row:
@@ -127,8 +128,11 @@ def _row(system: System, tasks: list[str], groups: dict[str, dict[tuple[Any, ...
     sizes = {t: int(r.n) for t, r in scored.items()}
     if len(tasks) > 1 and set(tasks) <= set(found):
         # tasks share no documents, so their errors are independent
-        found[AVERAGE], sizes[AVERAGE] = averaged([found[t] for t in tasks]), sum(sizes[t] for t in tasks)
-        found[AVERAGE] = replace(found[AVERAGE], value=fmean(found[t].value for t in tasks))
+        found[AVERAGE], sizes[AVERAGE] = (
+            averaged([found[t] for t in tasks], system.weights(tasks)),
+            sum(sizes[t] for t in tasks),
+        )
+        found[AVERAGE] = replace(found[AVERAGE], value=fmean((found[t].value for t in tasks), system.weights(tasks)))
     entries = {t: Entry(e.value, e.stderr, sizes[t], e.low, e.high) for t, e in found.items()}
     return Row(
         system.short_label, system.budget, system.factor, system.schedule, system.is_full, system.causal, entries

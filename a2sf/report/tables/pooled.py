@@ -18,7 +18,7 @@ MOST_MODELS = 4
 LEGEND = (
     "First minus second system on the same documents, averaged over the models {models}; each model counts once. These "
     "models: 95 % interval of that mean, if only other documents were drawn. Models like these: 95 % interval if other "
-    "models were drawn as well (random effects); p is for it, Holm-corrected over the {rows} rows of this table. τ: "
+    "models were drawn as well (random effects); p is for it, {how}. τ: "
     "standard deviation of the true difference between models, in the unit of the difference. I²: share of the variance "
     "between the models' differences that the sampling of documents does not explain."
 )
@@ -76,7 +76,7 @@ def _row(o: OverModels, models: Sequence[str], percent: bool, head: str, schedul
         "Mean": number(p.value, percent, signed=True),
         "These models": interval(p.here_low, p.here_high),
         "Models like these": interval(p.low, p.high),
-        "p (Holm)": p_text(o.p_holm),
+        f"p ({o.adjusted.correction.label})" if o.adjusted else "p": p_text(o.adjusted.p if o.adjusted else p.p),
         "τ": number(p.tau, percent),
         "I²": f"{100 * p.i2:.0f} %",
         "Another model": interval(p.next_low, p.next_high),
@@ -84,7 +84,8 @@ def _row(o: OverModels, models: Sequence[str], percent: bool, head: str, schedul
 
 
 def _legend(shown: Sequence[OverModels], models: Sequence[str]) -> str:
-    text = LEGEND.format(models=", ".join(models), rows=len(shown))
+    how = shown[0].adjusted.how if shown[0].adjusted else "not corrected"
+    text = LEGEND.format(models=", ".join(models), how=how)
     if any(o.pooled.next_low is not None for o in shown):
         text += AHEAD
     if any(len(o.by_model) < len(models) for o in shown):

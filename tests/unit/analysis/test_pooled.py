@@ -133,10 +133,10 @@ def test_the_pair_and_the_full_cache_are_compared_over_models(sweeps: list[Path]
         assert list(o.by_model) == list(MODELS)
         assert o.pooled.value == pytest.approx(np.mean([d.value for d in o.by_model.values()]))
         assert o.pooled.low <= o.pooled.here_low <= o.pooled.value <= o.pooled.here_high <= o.pooled.high
-        assert o.p_holm >= o.pooled.p
+        assert o.adjusted.p >= o.pooled.p
     averages = [o for o in of_pair if o.task == AVERAGE]
     least = min(averages, key=lambda o: o.pooled.p)
-    assert least.p_holm == pytest.approx(min(1.0, 2 * least.pooled.p))  # the two rows of the table
+    assert least.adjusted.p == pytest.approx(min(1.0, 2 * least.pooled.p))  # the two rows of the table
 
 
 def test_one_model_has_nothing_to_pool(sweeps: list[Path]) -> None:
