@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from a2sf.policies.schedule import Schedule
     from baselines.adakv import AdaKV
     from baselines.calibrated import Calibrated
+    from baselines.cam import CaM
     from baselines.chunkkv import ChunkKV
     from baselines.curdkv import CurDKV
+    from baselines.expected_attention import ExpectedAttention
     from baselines.full import Full
     from baselines.future import Future
     from baselines.h2o import H2O
@@ -28,7 +30,10 @@ if TYPE_CHECKING:
     from baselines.lagkv import LagKV
     from baselines.mean_attention import MeanAttention
     from baselines.pyramidkv import PyramidKV
+    from baselines.qfilter import QFilter
     from baselines.random import Random
+    from baselines.rkv import RKV
+    from baselines.roco import RoCo
     from baselines.scissorhands import Scissorhands
     from baselines.snapkv import SnapKV
     from baselines.streaming import Streaming
@@ -39,14 +44,17 @@ if TYPE_CHECKING:
 __all__ = [
     "A2SF",
     "H2O",
+    "RKV",
     "TOVA",
     "VATP",
     "AdaKV",
     "Budget",
+    "CaM",
     "Calibrated",
     "ChunkKV",
     "CurDKV",
     "EvictionState",
+    "ExpectedAttention",
     "Full",
     "Future",
     "Heads",
@@ -58,8 +66,10 @@ __all__ = [
     "Policy",
     "PrunedCache",
     "PyramidKV",
+    "QFilter",
     "Random",
     "Retention",
+    "RoCo",
     "Rule",
     "Schedule",
     "Scissorhands",
@@ -78,10 +88,12 @@ _WHERE = {
     "A2SF": "a2sf.policies.a2sf",
     "AdaKV": "baselines.adakv",
     "Budget": "a2sf.policies.budget",
+    "CaM": "baselines.cam",
     "Calibrated": "baselines.calibrated",
     "ChunkKV": "baselines.chunkkv",
     "CurDKV": "baselines.curdkv",
     "EvictionState": "a2sf.engine.state",
+    "ExpectedAttention": "baselines.expected_attention",
     "Full": "baselines.full",
     "Future": "baselines.future",
     "H2O": "baselines.h2o",
@@ -94,8 +106,11 @@ _WHERE = {
     "Policy": "a2sf.policies.base",
     "PrunedCache": "a2sf.hf.cache.pruned",
     "PyramidKV": "baselines.pyramidkv",
+    "QFilter": "baselines.qfilter",
+    "RKV": "baselines.rkv",
     "Random": "baselines.random",
     "Retention": "a2sf.policies.base",
+    "RoCo": "baselines.roco",
     "Rule": "a2sf.policies.rule",
     "Schedule": "a2sf.policies.schedule",
     "Scissorhands": "baselines.scissorhands",

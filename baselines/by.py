@@ -32,7 +32,8 @@ class By(Policy):
     def __post_init__(self) -> None:
         if isinstance(self.by, Mapping):
             object.__setattr__(self, "by", dict(self.by))
-        object.__setattr__(self, "schedules", self.inner.schedules)
+        for name in ("schedules", "unrotated"):
+            object.__setattr__(self, name, getattr(self.inner, name))
 
     @cached_property
     def inner(self) -> Policy:
@@ -76,7 +77,8 @@ class By(Policy):
                 "policy.by", self.inner.name, "its key/value heads differ in a layer; give another policy"
             )
         if type(self.inner).priorities is not Policy.priorities:
-            rule = replace(rule, priority_fn=self.inner.priorities, memory=self.inner.memory)
+            own = {name: getattr(self.inner, name) for name in ("memory", "queries", "unrotated")}
+            rule = replace(rule, priority_fn=self.inner.priorities, **own)
         ranked = self.changed(Ranking(rule, stated.forgetting_factor))
         plain = replace(rule, weight=None, bias=None, mean_over_age=False, priority_fn=ranked)
         return replace(stated, rule=plain)

@@ -139,3 +139,64 @@ def chunks(size: int, of: Definition) -> Definition:
 
 def accumulated(seen: Seen) -> list[float]:
     return [float(np.sum(seen.paid(j))) for j in seen.cached]
+
+
+def roco(varying: float, recent: int) -> Definition:
+    def scores(seen: Seen) -> list[float]:
+        paid = [np.array(seen.paid(j)).mean(-1) for j in seen.cached]
+        places = int(varying * seen.budget)
+        newest = [j > seen.now - min(recent, places) for j in seen.cached]
+        spread = [np.inf if new else p.std() for new, p in zip(newest, paid, strict=True)]
+        most = sorted(range(len(spread)), key=lambda i: -spread[i])[:places]
+        return [np.inf if i in most else p.mean() for i, p in enumerate(paid)]
+
+    return scores
+
+
+def rkv(window: int, mix: float) -> Definition:
+    def scores(seen: Seen) -> list[float]:
+        past = [j for j in seen.cached if j <= seen.now - window]
+        attention = np.zeros(len(past))
+        for t in range(max(0, seen.now - window + 1), seen.now + 1):
+            logits = (seen.query[:, t] @ seen.key[past].T * seen.key.shape[-1] ** -0.5).max(0)
+            attention += softmax(logits) / min(window, seen.now + 1)
+        best = [attention[max(0, i - 3) : i + 4].max() for i in range(len(past))]
+        keys = seen.key[seen.cached] / np.linalg.norm(seen.key[seen.cached], axis=-1, keepdims=True)
+        like = keys @ keys.T
+        np.fill_diagonal(like, 0)
+        for row in like:
+            close = np.flatnonzero(row > 0.5)
+            row[close[-1] if len(close) else 0] = 0
+        likeness = softmax(like.mean(0))
+        return [
+            mix * (best[past.index(j)] if j in past else 0) - (1 - mix) * likeness[i] for i, j in enumerate(seen.cached)
+        ]
+
+    return scores
+
+
+def turned(x: np.ndarray, position: float, frequencies: np.ndarray) -> np.ndarray:
+    """A vector at a position, its first half paired with its second."""
+    a, b = np.split(x, 2, -1)
+    cos, sin = np.cos(position * frequencies), np.sin(position * frequencies)
+    return np.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def expected_attention(frequencies: np.ndarray, future: int, covariance: bool, sinks: int, window: int) -> Definition:
+    """For keys and queries that are rotated."""
+
+    def scores(seen: Seen) -> list[float]:
+        first = max(sinks, seen.now - window + 1)
+        weight, size = np.zeros(len(seen.cached)), seen.key.shape[-1]
+        counted = [i for i, j in enumerate(seen.cached) if j >= sinks]
+        turn = np.mean([turned(np.eye(size), seen.now + 1 + f, frequencies) for f in range(future)], 0).T
+        for head in seen.query:
+            plain = np.array([turned(head[t], -t, frequencies) for t in range(first, seen.now + 1)])
+            mean, spread = turn @ plain.mean(0), turn @ np.cov(plain.T, bias=True) @ turn.T
+            logits = np.array([seen.key[j] @ mean for j in seen.cached]) * size**-0.5
+            if covariance:
+                logits += np.array([seen.key[j] @ spread @ seen.key[j] for j in seen.cached]) / size / 2
+            weight[counted] += softmax(logits[counted]) / len(seen.query)
+        return list(weight * np.linalg.norm(seen.value[seen.cached], axis=-1))
+
+    return scores

@@ -25,19 +25,25 @@ SMALL: dict[str, Any] = {
     "seed": 5,
     "lag": 3,
     "chunk": 3,
+    "future": 9,
     "by": {"name": "snapkv", "window": 3, "kernel": 3},
 }
 """Settings that matter in sequences of two dozen tokens, for the policies that have them."""
-FURTHER: dict[str, list[Any]] = {"pooling": ["max"], "by": ["keydiff", "keyformer", {"name": "adakv", "window": 3}]}
+FURTHER: dict[str, list[Any]] = {
+    "pooling": ["max"],
+    "covariance": [False],
+    "varying": [0.6],
+    "by": ["keydiff", "keyformer", {"name": "adakv", "window": 3}, "expected_attention"],
+}
 """Further values of settings, each with the small ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoCo(Policy):
-    """Robust cache (Ren and Zhu, 2024, arXiv 2402.06262): of the tokens whose attention varies least, the smallest mean."""
+class Steady(Policy):
+    """Of the tokens whose attention varies least, the smallest mean: the example of docs/rules.md."""
 
-    name: ClassVar[str] = "roco"
-    label: ClassVar[str] = "RoCo"
+    name: ClassVar[str] = "calm"
+    label: ClassVar[str] = "Calm"
     memory: ClassVar[int] = 1  # the sum of squares
 
     varying: int = 2
@@ -184,7 +190,36 @@ class Strict(Policy):
         return torch.nn.functional.avg_pool1d(step.keys[..., 0], 3, stride=1, padding=1)
 
 
-OWN = (RoCo, Counted, Ending, Divided, Looked, Watched, Noted, Strict)
+@dataclass(frozen=True, kw_only=True)
+class Merging(Watched):
+    """The same, and what is evicted moves what stays: values by their mean, keys a little to theirs."""
+
+    name: ClassVar[str] = "merging"
+    label: ClassVar[str] = "Merging"
+
+    def merge(self, step: Step, evicted: Tensor) -> tuple[Tensor, Tensor]:
+        number = evicted.sum(-1)[..., None, None].clamp(min=1)
+        values, keys = ((x * evicted[..., None]).sum(2, keepdim=True) / number for x in (step.values, step.keys))
+        near = torch.exp(-step.ages[..., None].to(values.dtype) / 10)
+        return step.values + near * values, step.keys * 0.9 + keys * 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighed(Policy):
+    """A rule as data, whose weights follow the merged values."""
+
+    name: ClassVar[str] = "weighed"
+    label: ClassVar[str] = "Weighed"
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        return Retention(budget=budget, recent=budget // 3, rule=Rule(weight=_one_more, bias=_first))
+
+    def merge(self, step: Step, evicted: Tensor) -> Tensor:
+        lost = (step.values * step.scores[..., None] * evicted[..., None]).sum(2, keepdim=True)
+        return step.values + lost / step.scores.sum(-1)[..., None, None]
+
+
+OWN = (Steady, Counted, Ending, Divided, Looked, Watched, Noted, Strict, Merging, Weighed)
 
 
 def _one_more(keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:

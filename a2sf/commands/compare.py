@@ -8,6 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from a2sf.analysis.statistics.choices import MARGIN_ALLOWED
+
 EPILOG = """\
 a run is one of
   runs/SWEEP, runs/SWEEP/CELL or SWEEP.a2sf.zip        of a2sf: each system of a sweep is a run
@@ -31,31 +33,50 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--margin", type=float, help="test equivalence within so many points (hundredths), such as 1.0")
     parser.add_argument("--cluster", metavar="FIELD", help="field that dependent documents share, such as a passage")
     parser.add_argument("--labels", metavar="A,B", help="names of the runs in tables, separated by commas")
+    parser.add_argument("--models", metavar="A,A,B,B", help="model of each run: pool differences over the models")
     parser.add_argument("--out", type=Path, help="directory for compare.md, .tex and .csv")
     args = parser.parse_args(arguments)
 
+    from a2sf.analysis.comparisons.pooled import over_models_frame
     from a2sf.analysis.comparisons.runs import compare_runs, labels
+    from a2sf.analysis.comparisons.runs_over_models import compare_runs_over_models, with_models
+    from a2sf.analysis.results.labels import MINUS
     from a2sf.analysis.runs.read import read_runs
     from a2sf.errors import ConfigError, UserError
+    from a2sf.report.tables.pooled import over_models_tables
     from a2sf.report.tables.runs import comparison_table, frame_of, screen_of
+    from a2sf.report.tables.screen import text_screen
     from a2sf.report.tables.text import text_latex, text_markdown
 
     if args.margin is not None and not 0 < args.margin <= 100:
-        raise ConfigError("--margin", args.margin, "give a number of points above 0 and up to 100")
+        raise ConfigError("--margin", args.margin, MARGIN_ALLOWED)
     runs = [run for path in args.runs for run in read_runs(path, args.cluster)]
     if len(runs) < 2:
         raise UserError(f"{args.runs[0]} is one run ({runs[0].label}); give another one to compare it with.")
-    runs = labels(runs, args.labels.split(",") if args.labels else None)
+    runs = labels(runs, args.labels.split(",") if args.labels else None, distinct=args.models is None)
+    if args.models is not None:
+        runs = with_models(runs, args.models.split(","))
     made = compare_runs(runs, args.metric, None if args.margin is None else args.margin / 100)
+    pooled, not_pooled = compare_runs_over_models(runs, args.metric)
     table = comparison_table(made)
+    of_models = over_models_tables(pooled, made.percent, title=f"each run {MINUS} {runs[0].system}", head="Run")
     console = Console()
     console.print(screen_of(table))
     for note in [table.legend, *made.notes]:
         console.print(note, markup=False, highlight=False)
+    for shown in [*text_screen(of_models), *not_pooled]:
+        console.print(shown, markup=False, highlight=False)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        notes = "".join(f"\n{note}\n" for note in made.notes)
-        (args.out / "compare.md").write_text(text_markdown([table]) + notes, encoding="utf-8")
-        (args.out / "compare.tex").write_text(text_latex([table]), encoding="utf-8")
+        notes = "".join(f"\n{note}\n" for note in [*made.notes, *not_pooled])
+        (args.out / "compare.md").write_text(text_markdown([table, *of_models]) + notes, encoding="utf-8")
+        (args.out / "compare.tex").write_text(text_latex([table, *of_models]), encoding="utf-8")
         frame_of(made).to_csv(args.out / "compare.csv", index=False)
-        console.print(f"Written: {args.out}/compare.md, compare.tex, compare.csv", markup=False, highlight=False)
+        written = ["compare.md", "compare.tex", "compare.csv"]
+        if pooled:
+            from a2sf.report.plots.forest import forest_plots
+
+            over_models_frame(pooled).to_csv(args.out / "models.csv", index=False)
+            drawn = forest_plots(pooled, args.out, made.percent, ", ".join(dict.fromkeys(made.metrics.values())))
+            written += ["models.csv", *(file.name for files in drawn.values() for file in files)]
+        console.print(f"Written: {args.out}/{', '.join(written)}", markup=False, highlight=False)

@@ -16,7 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from a2sf.analysis.claims.reproduce import Places, compare, counts, published_figures, run_sweep, write_claims
-from a2sf.analysis.claims.verdicts import Claim
+from a2sf.analysis.claims.verdicts import MARGIN, Claim
+from a2sf.analysis.statistics.choices import MARGIN_ALLOWED
+from a2sf.errors import ConfigError
 from a2sf.shipped import shipped
 
 REFERENCE_SWEEPS = ("smollm2-135m.a2sf.zip", "smollm2-135m-forgetting.a2sf.zip")
@@ -51,8 +53,16 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--reference", type=Path, default=shipped("runs/reference"), help="directory of published numbers"
     )
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=100 * MARGIN,
+        help="two systems that are shown to differ by fewer points are called equal (default: 1)",
+    )
     parser.add_argument("--out", type=Path, help="where claims.csv and claims.md go (default: <runs>/claims)")
     args = parser.parse_args(arguments)
+    if not 0 < args.margin <= 100:
+        raise ConfigError("--margin", args.margin, MARGIN_ALLOWED)
 
     console = Console()
     models = list(published_figures(args.reference)["model"].unique())
@@ -72,9 +82,12 @@ def main(arguments: Sequence[str]) -> None:
                 console.print(f"The sweep {preset} did not finish: {why}", markup=False)
     small = (args.small,) if args.small else (args.runs / args.small_preset, args.reference / REFERENCE_SWEEPS[0])
     factors = (args.runs / args.factor_preset, args.reference / REFERENCE_SWEEPS[1])
-    findings = compare(Places(args.reference, args.runs / args.preset, small, factors), why_not)
+    findings = compare(
+        Places(args.reference, args.runs / args.preset, small, factors), why_not, margin=args.margin / 100
+    )
 
     show(console, "Headline claims", findings.headlines)
+    show(console, "Over several models", findings.over_models)
     console.print("Published figures: " + "; ".join(f"{n} {v}" for v, n in counts(findings.figures).items()))
     for note in findings.notes:
         console.print(f"Note: {note}", markup=False)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from a2sf.analysis.statistics.choices import CORRECTIONS, FAMILIES, MARGIN_ALLOWED
+from a2sf.errors import ConfigError
 from a2sf.report.choices import FORMATS, PIVOTS
 
 
@@ -44,6 +46,25 @@ def parser() -> argparse.ArgumentParser:
         "--against", nargs="+", default=[], metavar="POLICY", help="compare every other policy with these, by budget"
     )
     lay.add_argument("--stderr", action="store_true", help="add standard errors to the numbers")
+    lay.add_argument("--interval", action="store_true", help="add 95 %% intervals to the numbers")
+    test = p.add_argument_group("how to test")
+    test.add_argument(
+        "--margin",
+        type=float,
+        metavar="POINTS",
+        help="test which systems are within so many points (hundredths) of the full cache, such as 1.0",
+    )
+    test.add_argument(
+        "--family",
+        choices=FAMILIES,
+        help="tests that are corrected together: of a table (default; for --against of a model), a model, all that is shown",
+    )
+    test.add_argument(
+        "--correction",
+        choices=CORRECTIONS,
+        default="holm",
+        help="of p-values: Holm's, or the false discovery rate for explorations (default: holm)",
+    )
     write = p.add_argument_group("what to write")
     write.add_argument(
         "--out", type=Path, help="directory for tables/, plots/, report.html (default: the first sweep's)"
@@ -64,6 +85,9 @@ def main(arguments: Sequence[str]) -> None:
     if args.open and (args.no_report or args.figures or args.readme):
         command.error("--open needs the report: leave out --no-report, --figures and --readme")
 
+    if args.margin is not None and not 0 < args.margin <= 100:
+        raise ConfigError("--margin", args.margin, MARGIN_ALLOWED)
+
     # seconds of imports, which a slip in the arguments does not need
     from a2sf.analysis.results.gather import gather
     from a2sf.analysis.results.grid import DEFAULT_PAIR
@@ -80,6 +104,10 @@ def main(arguments: Sequence[str]) -> None:
         pair=tuple(args.pair or DEFAULT_PAIR),
         against=tuple(args.against),
         stderr=args.stderr,
+        interval=args.interval,
+        margin=None if args.margin is None else args.margin / 100,
+        family=args.family,
+        correction=args.correction,
         out=args.out,
         formats=tuple(args.format),
         plots=not args.no_plots,
@@ -91,7 +119,7 @@ def main(arguments: Sequence[str]) -> None:
     else:
         shown = show(args.runs, selection, options)
         files = shown.files
-        for table in [*screen(shown.tables, options.stderr), *text_screen(shown.rankings)]:
+        for table in [*screen(shown.tables, options.stderr, options.interval), *text_screen(shown.rankings)]:
             console.print(table)
         for note in shown.notes:
             console.print(f"Note: {note}", markup=False, highlight=False)

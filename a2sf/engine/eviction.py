@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from a2sf.engine.priorities import about, mass, of_function, of_rule, pooled, smallest, smallest_of_all_heads
+from a2sf.engine.priorities import about, mass, merged, of_function, of_rule, pooled, smallest, smallest_of_all_heads
 from a2sf.engine.state import Attended as Attended
 from a2sf.engine.state import Call, joined_queries, last_queries, remembered
 from a2sf.engine.state import EvictionState as EvictionState
@@ -117,6 +117,16 @@ def _reference_rows(differentiable: bool, rows: Rows, options: Options) -> Ran:
                 active & retention.at_cut(now), smallest_of_all_heads(retention, priority, step, free), out
             )
         cached[:, :, :n] &= ~out
+        if rule.merge_fn is not None and bool(out.any()):
+            changed = merged(retention, step, out)
+            stays = cached[:, :, :n, None] & out.any(-1).any(1)[:, None, None, None]
+            with torch.set_grad_enabled(differentiable):
+                all_keys, all_values = (
+                    torch.cat([x.where(stays, before[:, :, :n]), before[:, :, n:]], 2)
+                    for x, before in zip(changed, (all_keys, all_values), strict=True)
+                )
+            fixed = all_keys.detach(), all_values.detach(), position
+            weight, bias = (None if f is None else f(*fixed) for f in (rule.weight, rule.bias))
         row, head, column = out.nonzero(as_tuple=True)
         evictions.append(torch.stack([row, head, torch.full_like(row, t), position[row, head, column]], 1))
     with torch.set_grad_enabled(differentiable):

@@ -87,7 +87,7 @@ def attend(
     prompts = [None] * B if read is None else read.tolist()
     each = [policy.keeps(c, layer, layers, n) for c, n in zip(C.tolist(), prompts, strict=True)]
     segments = Segments.of_rows(BatchRetention.of(each, schedule, read), _lengths(lengths, B, T))
-    return _run(query, key, value, segments, scale, state, backend)
+    return _run(query, key, value, segments, scale, state, backend, layer, layers)
 
 
 def evicting_attention(
@@ -150,12 +150,15 @@ def _run(
     scale: float | None,
     state: EvictionState | None,
     backend: str,
+    layer: int = 0,
+    layers: int = 1,
 ) -> tuple[Tensor, EvictionState]:
     if state is not None:
         _check_state(state, query, key, segments.rule)
     if backend != "reference" and wants_gradient(query, key, value, state):
         raise ConfigError("backend", backend, "only reference has gradients; give it, or call under torch.no_grad()")
-    options = Options(scale=query.shape[-1] ** -0.5 if scale is None else scale, return_state=True)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    options = Options(scale=factor, return_state=True, layer=layer, layers=layers)
     attended = kernels.attend(query, key, value, segments, options, state, backend=backend)
     assert attended.state is not None
     return attended.output, attended.state

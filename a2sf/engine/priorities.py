@@ -84,6 +84,41 @@ def of_function(retention: BatchRetention, step: Step, free: Tensor, excess: Ten
     return priority, memory
 
 
+def merged(retention: BatchRetention, step: Step, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys [B, K, N, D] and values [B, K, N, V] once the tokens `out` bool [B, K, N] are merged by a rule's `merge_fn`.
+
+    It is called as in `of_function`; tokens that are evicted, and rows that evict none, are unchanged.
+
+    Raises:
+        PolicyError: if the function fails, returns another shape or NaN, or changes a tensor of the step.
+    """
+    assert retention.rule.merge_fn is not None
+    keys, values = step.keys.clone(), step.values.clone()
+    wanted = out.any(-1).any(1)
+    many = retention.evicts_many(out.sum(-1, keepdim=True), step.now)[:, 0, 0]
+    rows = (wanted & ~many).nonzero()[:, 0]
+    if len(rows):
+        stays = (step.cached & ~out)[rows][..., None]
+        new = _merged(retention.rule.merge_fn, picked(step, rows), out[rows])
+        keys[rows], values[rows] = (x.where(stays, old[rows]) for x, old in zip(new, (keys, values), strict=True))
+    for row in (wanted & many).nonzero()[:, 0]:
+        one, order = in_order(picked(step, row[None]))
+        gone = out[row[None]].gather(2, order)
+        stays = (one.cached & ~gone)[..., None]
+        new = _merged(retention.rule.merge_fn, one, gone)
+        for x, old, was in zip(new, (keys, values), (one.keys, one.values), strict=True):
+            old[row].scatter_(1, order[0, :, :, None].expand_as(was[0]), x.where(stays, was)[0])
+    return keys, values
+
+
+def _merged(function: Callable[..., Any], step: Step, evicted: Tensor) -> tuple[Tensor, Tensor]:
+    given = _unchanged(function, step, evicted)
+    values, keys = given if isinstance(given, tuple) else (given, step.keys)
+    used = (step.cached & ~evicted)[..., None]
+    values = _checked(function, "values", values, step.values, used)
+    return _checked(function, "keys", keys, step.keys, used), values
+
+
 def about(retention: BatchRetention, options: Options) -> dict[str, Any]:
     """What a `Step` says of the layer and of the rows, by name; `retention` is `per_head`."""
     known = {name: getattr(options, name) for name in ("layer", "layers", "scale", "rotary")}
@@ -147,29 +182,46 @@ def _called(rule: Rule, step: Step, free: Tensor) -> tuple[Tensor, Tensor]:
         PolicyError: if it fails, returns another shape or NaN, or changes a tensor of the step.
     """
     assert rule.priority_fn is not None
-    name, where = described(rule.priority_fn)
+    given = _unchanged(rule.priority_fn, step)
+    priority, memory = given if isinstance(given, tuple) else (given, step.memory)
+    cached = step.cached[..., None]
+    priority = _checked(rule.priority_fn, "priorities", priority, step.scores, free)
+    memory = _checked(rule.priority_fn, "memory", memory, step.memory, cached)
+    return shared(rule, priority), memory.where(cached, 0)
+
+
+def _unchanged(function: Callable[..., Any], step: Step, *more: Tensor) -> Any:
+    """What a policy's own function returns for a step, which it must not change.
+
+    Raises:
+        PolicyError: if it fails, or changes a tensor of the step.
+    """
     shown = {n: x for n, x in _tensors(step).items() if not x.is_inference()}
     before = {n: x._version for n, x in shown.items()}
-    given = calling(rule.priority_fn, step)
-    changed = [n for n, x in shown.items() if x._version != before[n]]
-    if changed:
+    given = calling(function, step, *more)
+    if changed := [n for n, x in shown.items() if x._version != before[n]]:
+        name, where = described(function)
         raise PolicyError(
             f"{name} changes the step's {', '.join(changed)} in place, and must not; work on a copy{where}"
         )
-    priority, memory = given if isinstance(given, tuple) else (given, step.memory)
-    for what, x, shape in (("priorities", priority, step.scores.shape), ("memory", memory, step.memory.shape)):
-        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        if got != tuple(shape):
-            raise PolicyError(
-                f"{name} returns {what} of shape {got}, and {tuple(shape)} is needed, as the step's tensors{where}"
-            )
-    priority, memory = (x.to(step.scores.dtype) for x in (priority, memory))
-    for what, x, needed in (("priorities", priority, free), ("memory", memory, step.cached[..., None])):
-        if bool((x.isnan() & needed).any()):
-            raise PolicyError(
-                f"{name} returns NaN among its {what} of cached tokens; give each of them a number{where}"
-            )
-    return shared(rule, priority), memory.where(step.cached[..., None], 0)
+    return given
+
+
+def _checked(function: Callable[..., Any], what: str, given: Any, like: Tensor, used: Tensor) -> Tensor:
+    """What a policy's own function returned, in the dtype of `like`; `used` bool says which of it is used.
+
+    Raises:
+        PolicyError: if it has another shape than `like`, or NaN where it is used.
+    """
+    got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+    name, where = described(function)
+    if got != tuple(like.shape):
+        raise PolicyError(
+            f"{name} returns {what} of shape {got}, and {tuple(like.shape)} is needed, as the step's tensors{where}"
+        )
+    if bool((given.isnan() & used).any()):
+        raise PolicyError(f"{name} returns NaN among its {what} of cached tokens; give each of them a number{where}")
+    return given.to(like.dtype)
 
 
 def smallest(priority: Tensor, positions: Tensor, free: Tensor, n: Tensor) -> Tensor:

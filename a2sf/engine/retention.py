@@ -93,7 +93,7 @@ class BatchRetention:
         # a rule that looks at the end of the prompt looks at nothing later
         rule, scored = self.rule, self.rule.scored and self.rule.cut is None
         if self.schedule.then == "step":
-            seen = self.prompt if rule.priority_fn is not None else None  # a function may see how long the prompt was
+            seen = self.prompt if rule.calls else None  # a function may see how long the prompt was
             return replace(self, rule=replace(rule, cut=None, scored=scored), schedule=STEP, prompt=seen)
         # nothing is evicted, so that no priority is needed
         return self.unlimited(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from a2sf.engine.priorities import about, mass, of_function, of_rule, pooled, smallest, smallest_of_all_heads
+from a2sf.engine.priorities import about, mass, merged, of_function, of_rule, pooled, smallest, smallest_of_all_heads
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import (
     LATE,
@@ -178,6 +178,11 @@ class _Slots:
             out = smallest(priority, positions, free, excess)
         if retention.across_heads:
             out = torch.where(retention.at_cut(now), smallest_of_all_heads(retention, priority, step, free), out)
+        if self.rule.merge_fn is not None and bool(out.any()):
+            held["keys"][:], held["values"][:] = merged(retention, step, out)
+            for name, fixed in (("weight", self.rule.weight), ("bias", self.rule.bias)):
+                if fixed is not None:
+                    held[name].copy_(fixed(held["keys"], held["values"], positions))
         self._remove(t, out, held)
 
     def _remove(self, t: int, out: Tensor, held: dict[str, Tensor]) -> None:

@@ -121,6 +121,14 @@ class Policy(ABC):
         """
         raise NotImplementedError
 
+    def merge(self, step: Step, evicted: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """For a method that merges what it evicts into what it retains: new values [B, K, N, V], or (values, keys).
+
+        It is called at each step at which a token is evicted; `evicted` bool [B, K, N] says which. Of what it returns only
+        the retained tokens of rows that evict are used. The result must depend on the step alone.
+        """
+        raise NotImplementedError
+
     def precompute(self, sequence: Sequence) -> Tensor:
         """Only for an oracle: numbers [B, K, T, M] for each token, computed from all tokens before the first step."""
         raise NotImplementedError
@@ -138,22 +146,29 @@ class Policy(ABC):
 
     def keeps(self, budget: int, layer: int = 0, layers: int = 1, prompt: int | None = None) -> Retention:
         """The complete retention of a layer, which the engine executes: `retention` at the layer's own budget, and the
-        policy's `priorities` as its rule, if it has them. The arguments are those of `layer_budget`.
+        policy's `priorities` and `merge` in its rule, if it has them. The arguments are those of `layer_budget`.
+
+        Raises:
+            ConfigError: if it merges values and its rule retains the same tokens in all heads.
         """
         known = () if prompt is None else (prompt,)
         retention = self.retention(self.layer_budget(budget, layer, layers, *known), layer)
-        if type(self).priorities is Policy.priorities:
+        functions: dict[str, Any] = {}
+        if type(self).priorities is not Policy.priorities:
+            precompute = None if self.causal else self.precompute
+            functions = {"priority_fn": self.priorities, "memory": self.memory, "precompute": precompute}
+        if type(self).merge is not Policy.merge:
+            if retention.rule.shared:
+                why = "it merges values head by head, and its rule retains the same tokens in all heads of a layer"
+                raise ConfigError("policy", self.name, why)
+            functions["merge_fn"] = self.merge
+        if not functions:
             return retention
-        precompute = None if self.causal else self.precompute
-        rule = replace(
-            retention.rule,
-            priority_fn=self.priorities,
-            memory=self.memory,
-            precompute=precompute,
-            queries=self.queries,
-            unrotated=self.unrotated,
-        )
-        return replace(retention, rule=rule)
+        seen: dict[str, Any] = {
+            "queries": max(self.queries, retention.rule.queries),
+            "unrotated": self.unrotated or retention.rule.unrotated,
+        }
+        return replace(retention, rule=replace(retention.rule, **functions, **seen))
 
     def check(self, layers: int, kv_heads: int | None = None) -> None:  # noqa: B027 (most have nothing to check)
         """Raise `ConfigError` if a setting does not fit a model with `layers` layers of `kv_heads` KV heads each."""

@@ -121,6 +121,7 @@ POOLINGS = ("mean", "max")
 """What a cut makes of the scores of neighbouring tokens."""
 TokenFn: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 """`(keys [..., D], values [..., V], positions [...]) -> [...]`: one number for each token, computed when it is cached."""
+MergeFn: TypeAlias = "Callable[[Step, Tensor], Tensor | tuple[Tensor, Tensor]]"
 PriorityFn: TypeAlias = "Callable[[Step], Tensor | tuple[Tensor, Tensor]]"
 """From a step to priorities [B, K, N], or to priorities and new memory [B, K, N, M]."""
 
@@ -232,13 +233,16 @@ class Rule:
         memory: how many numbers `priority_fn` stores for each token, `M`.
         precompute: only for an oracle: from all tokens (`Sequence`) to numbers for each token, [B, K, T, M].
         recording: what is evicted at each step, whatever the budget; then nothing is ranked.
-        queries: of how many last tokens `priority_fn` sees the queries, `W`.
-        unrotated: whether `priority_fn` needs the model's rotary embedding.
+        queries: of how many last tokens `priority_fn` and `merge_fn` see the queries, `W`.
+        unrotated: whether they need the model's rotary embedding.
+        merge_fn: a function that changes values (and keys) of the tokens that stay when others are evicted. It gets the step
+            and which tokens are evicted, bool [B, K, N], and returns all values, or values and keys. `weight` and `bias` are
+            then computed anew.
 
     Raises:
         ValueError: if fields contradict each other: `full_heads` with `shared` or with a cut's `floor`; `shared` with a
-            cut's `floor`; `heads` with `shared`, `full_heads`, `mean_over_age`, `cut` or `priority_fn`; `recording` with
-            anything that ranks.
+            cut's `floor`; `heads` with `shared`, `full_heads`, `mean_over_age`, `cut` or a function; `shared` with
+            `merge_fn`; `recording` with anything that ranks.
     """
 
     scored: bool = True
@@ -256,6 +260,12 @@ class Rule:
     recording: Recording | None = None
     queries: int = 0
     unrotated: bool = False
+    merge_fn: MergeFn | None = None
+
+    @property
+    def calls(self) -> bool:
+        """Whether it has a function of a step."""
+        return self.priority_fn is not None or self.merge_fn is not None
 
     def __post_init__(self) -> None:
         divided = self.cut is not None and self.cut.floor is not None
@@ -263,10 +273,10 @@ class Rule:
             raise ValueError("full_heads cannot be combined with shared or with a cut's floor")
         if self.shared and divided:
             raise ValueError("shared cannot be combined with a cut's floor")
-        if self.heads and (
-            self.shared or self.full_heads or self.mean_over_age or self.cut is not None or self.priority_fn is not None
-        ):
-            raise ValueError("heads cannot be combined with shared, full_heads, mean_over_age, cut or priority_fn")
+        if self.heads and (self.shared or self.full_heads or self.mean_over_age or self.cut is not None or self.calls):
+            raise ValueError("heads cannot be combined with shared, full_heads, mean_over_age, cut or a function")
+        if self.shared and self.merge_fn is not None:
+            raise ValueError("shared cannot be combined with merge_fn, which merges the values of each head by itself")
         if self.recording is not None and replace(self, recording=None) != Rule(scored=False):
             raise ValueError("a recording ranks nothing: combine it with scored=False alone")
 

@@ -10,20 +10,33 @@ from a2sf import atomic
 from a2sf.analysis.comparisons.against import against_frame, compare_against
 from a2sf.analysis.comparisons.fidelity import fidelity_frame
 from a2sf.analysis.comparisons.pairs import compare_pair, comparisons_frame
+from a2sf.analysis.comparisons.pooled import compare_over_models, over_models_frame
 from a2sf.analysis.comparisons.ranking import rank, ranking_frame
+from a2sf.analysis.comparisons.stopped import stopped_comparisons, stopped_frame
 from a2sf.analysis.comparisons.written import text_frame
 from a2sf.analysis.results.documents import texts_note
 from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid
+from a2sf.analysis.results.labels import MINUS
 from a2sf.analysis.results.selection import Selection
+from a2sf.analysis.statistics.families import Correction
 from a2sf.errors import UserError
 from a2sf.report.choices import FORMATS
 from a2sf.report.lengths import length_plots, length_tables
 from a2sf.report.needle import needle_plots, needle_tables
 from a2sf.report.page.page import Contents, read_failures, write_report
+from a2sf.report.plots.forest import forest_plots
 from a2sf.report.plots.sweep import draw_all
-from a2sf.report.tables.layout import Table, build_tables
-from a2sf.report.tables.summaries import against_tables, comparison_tables, fidelity_tables, ranking_tables
+from a2sf.report.tables.layout import build_tables
+from a2sf.report.tables.pooled import over_models_tables
+from a2sf.report.tables.summaries import (
+    against_tables,
+    comparison_tables,
+    fidelity_tables,
+    ranking_tables,
+    stopped_tables,
+)
+from a2sf.report.tables.table import Table
 from a2sf.report.tables.text import TextTable, text_latex, text_markdown
 from a2sf.report.tables.write import csv_frame, latex, markdown
 from a2sf.report.tables.written import written_tables
@@ -43,7 +56,10 @@ class Options:
         pivot: what goes across, one of `a2sf.report.choices.PIVOTS`.
         pair: policies whose difference is shown, first minus second.
         against: policies that every other is compared with at the same budget.
-        stderr: add standard errors to the numbers of Markdown, LaTeX and screen.
+        stderr, interval: add standard errors, 95 % intervals to the numbers of Markdown, LaTeX and screen.
+        margin: in the metric's unit, within which systems are tested to be of the full cache; None: they are not.
+        family: which tests are corrected together, one of `FAMILIES`; None: those of a table, and for `against` of a model.
+        correction: one of `CORRECTIONS`.
         out: directory of `tables/`, `plots/` and `report.html`; the first sweep's by default.
         formats: files to write in `tables/`.
         plots, report: whether to draw and to write the report.
@@ -53,10 +69,21 @@ class Options:
     pair: tuple[str, str] = field(default=DEFAULT_PAIR)
     against: tuple[str, ...] = ()
     stderr: bool = False
+    interval: bool = False
+    margin: float | None = None
+    family: str | None = None
+    correction: str = "holm"
     out: Path | None = None
     formats: tuple[str, ...] = FORMATS
     plots: bool = True
     report: bool = True
+
+    def corrected(self, usual: str = "table") -> Correction:
+        """How p-values are corrected, where the family is `usual` if none is chosen."""
+        return Correction(self.family or usual, self.correction)
+
+    def tables(self, grid: Grid) -> list[Table]:
+        return build_tables(grid, self.pivot, pair=self.pair, correction=self.corrected(), margin=self.margin)
 
 
 @dataclass(frozen=True)
@@ -76,17 +103,22 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
         UserError: if nothing can be shown.
     """
     grid = gather(directories, selection)
-    tables = build_tables(grid, options.pivot, pair=options.pair)
-    comparisons, not_compared = compare_pair(grid, options.pair)
+    tables = options.tables(grid)
+    comparisons, not_compared = compare_pair(grid, options.pair, options.corrected())
     fidelity, no_fidelity = fidelity_frame(grid)
-    ranked, not_ranked = rank(grid, options.pair)
-    against, not_paired = compare_against(grid, options.against)
+    ranked, not_ranked = rank(grid, options.pair, options.corrected(), options.margin)
+    against, not_paired = compare_against(grid, options.against, options.corrected("model"))
+    stopped, not_tested = stopped_comparisons(grid, options.corrected())
     shared = texts_note(grid.cells_shown)
+    of_pair, of_full, not_pooled = compare_over_models(grid, options.pair)
     effects, text_rows = text_frame(grid)
     rankings = [*ranking_tables(grid, ranked, options.pair), *against_tables(against, grid.percent, shared)]
+    rankings += over_models_tables(of_pair, grid.percent, shared)
     text_tables = [
         *rankings,
+        *over_models_tables(of_full, grid.percent, shared, f"each policy {MINUS} full cache"),
         *needle_tables(grid),
+        *stopped_tables(stopped, grid.percent),
         *comparison_tables(comparisons, grid.percent, shared),
         *fidelity_tables(grid, fidelity),
         *length_tables(grid),
@@ -97,12 +129,14 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     first = directories[0]
     out = options.out or (place_of(first) if is_archive(first) else first)
     written = {
-        "tables.md": markdown(tables, options.stderr) + "\n" + text_markdown(text_tables),
-        "tables.tex": latex(tables, options.stderr) + "\n" + text_latex(text_tables),
+        "tables.md": markdown(tables, options.stderr, options.interval) + "\n" + text_markdown(text_tables),
+        "tables.tex": latex(tables, options.stderr, options.interval) + "\n" + text_latex(text_tables),
         "tables.csv": csv_frame(tables).to_csv(index=False),
         "ranking.csv": ranking_frame(ranked).to_csv(index=False) if ranked else "",
         "comparisons.csv": comparisons_frame(comparisons).to_csv(index=False) if comparisons else "",
         "against.csv": against_frame(against).to_csv(index=False) if against else "",
+        "models.csv": over_models_frame([*of_pair, *of_full]).to_csv(index=False) if of_pair or of_full else "",
+        "stopped.csv": stopped_frame(stopped).to_csv(index=False) if stopped else "",
         "fidelity.csv": fidelity.to_csv(index=False) if len(fidelity) else "",
         "traces.csv": traces.to_csv(index=False) if len(traces) else "",
         "texts.csv": effects.to_csv(index=False) if len(effects) else "",
@@ -118,9 +152,18 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     if options.plots:
         plots = needle_plots(grid, out / "plots") | draw_all(grid, out / "plots", options.pair)
         plots |= length_plots(grid, out / "plots", options.pair)
+        plots |= forest_plots(of_pair, out / "plots", grid.percent, grid.metric)
         plots |= trace_pictures(traced, out / "plots") | written_plots(effects, text_rows, out / "plots")
     files += [file for pictures in plots.values() for file in pictures]
-    of_tables = [*not_compared, *no_fidelity, *not_ranked, *not_paired, *(n for t in tables for n in t.notes)]
+    of_tables = [
+        *not_compared,
+        *no_fidelity,
+        *not_ranked,
+        *not_paired,
+        *not_pooled,
+        *not_tested,
+        *(n for t in tables for n in t.notes),
+    ]
     notes = list(dict.fromkeys([*of_tables, *notes_of(grid.cells.values())]))
     if options.report:
         failures = read_failures(directories)
@@ -160,7 +203,7 @@ def publish(grid: Grid, options: Options, figures: Path | None, readme: Path | N
     """
     files: list[Path] = []
     if readme is not None:
-        replace_block(readme, markdown(build_tables(grid, options.pivot, pair=options.pair), options.stderr))
+        replace_block(readme, markdown(options.tables(grid), options.stderr, options.interval))
         files.append(readme)
     if figures is not None:
         drawn = needle_plots(grid, figures) | draw_all(grid, figures, options.pair)

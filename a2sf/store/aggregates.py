@@ -23,6 +23,8 @@ SAME = [
 """Columns of `results.csv` that are equal in all cells of one aggregate."""
 MEMBERS = "members"
 """Column with the number of tasks of a group; empty for a cell."""
+LM_EVAL_STDERR = "lm_eval_stderr"
+"""Column with the standard error that lm-eval gives, which takes documents as independent."""
 NAMED = 3
 """The largest number of tasks that a note names."""
 
@@ -145,7 +147,7 @@ def _scores(group: Group, cells: pd.DataFrame) -> list[dict[str, Any]]:
         weighted = group.weighted(str(metric))
         if weighted is None:
             continue
-        columns = ("task", "shots", "value", "stderr", "n")
+        columns = ("task", "shots", "value", LM_EVAL_STDERR, "n")
         known = {(task, shots): rest for task, shots, *rest in zip(*(of_metric[c] for c in columns), strict=True)}
         parts = [known[m.task, m.shots] for m in group.members if (m.task, m.shots) in known]
         values, errors = ([math.nan if pd.isna(p[i]) else float(p[i]) for p in parts] for i in (0, 1))
@@ -156,7 +158,9 @@ def _scores(group: Group, cells: pd.DataFrame) -> list[dict[str, Any]]:
                 "shots": group.shots,
                 "metric": metric,
                 "value": _mean(values, sizes if weighted else [1] * len(sizes)),
-                "stderr": _pooled(errors, sizes) if weighted else math.sqrt(sum(e**2 for e in errors)) / len(errors),
+                LM_EVAL_STDERR: _pooled(errors, sizes)
+                if weighted
+                else math.sqrt(sum(e**2 for e in errors)) / len(errors),
                 "n": sum(sizes),
                 MEMBERS: len(parts),
                 "weighted": weighted,

@@ -28,7 +28,7 @@ import pandas as pd
 
 from a2sf import atomic
 from a2sf.errors import UserError
-from a2sf.store.aggregates import OPTIONS, Group, aggregates, read, written
+from a2sf.store.aggregates import LM_EVAL_STDERR, OPTIONS, Group, aggregates, read, written
 from a2sf.store.names import ID_DIGITS, Named, distinct
 
 SCHEMA_VERSION = 1
@@ -37,7 +37,7 @@ TRACES, GROUPS = "traces.npz", "groups.json"
 COMPUTED_WITH = ("torch", "transformers")
 """Libraries whose versions can change a number but are not part of a cell's identity."""
 IDENTIFYING = ["model", "policy", "budget_ratio", "forgetting_factor", "shots", "task"]
-LEADING_COLUMNS = [*IDENTIFYING, "metric", "value", "stderr", "n"]
+LEADING_COLUMNS = [*IDENTIFYING, "metric", "value", LM_EVAL_STDERR, "n"]
 
 
 class DiskError(UserError):
@@ -75,7 +75,7 @@ class StoredCell:
 
     @property
     def metrics(self) -> dict[str, dict[str, Any]]:
-        """metric name -> {value, stderr, n, higher_is_better}."""
+        """metric name -> {value, stderr, n, higher_is_better}; the standard error is lm-eval's."""
         return self.result["metrics"]
 
     @property
@@ -295,7 +295,7 @@ def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
             "cell": name_of(stored.path),
         }
         for metric, m in stored.metrics.items():
-            scores = {"metric": metric, "value": m["value"], "stderr": m["stderr"], "n": m["n"]}
+            scores = {"metric": metric, "value": m["value"], LM_EVAL_STDERR: m["stderr"], "n": m["n"]}
             rows.append(common | scores | more)
     return pd.DataFrame(rows, columns=None if rows else LEADING_COLUMNS)
 

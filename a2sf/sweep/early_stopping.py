@@ -246,9 +246,12 @@ class Comparisons:
         return rule.significant and not low <= 0 <= high
 
     def report(self) -> list[dict[str, Any]]:
-        """What is known: the cells, and the interval (in the metric's own unit) of the difference on all documents."""
+        """What is known: the cells, the interval (in the metric's own unit) of the difference on all documents, and `e`.
+
+        `e` is the e-value of "no difference" (`PairedMean.e_value`).
+        """
         return [
-            {"cells": list(pair)} | dict(zip(("low", "high"), self.interval(mean), strict=True))
+            {"cells": list(pair)} | dict(zip(("low", "high"), self.interval(mean), strict=True)) | {"e": mean.e_value}
             for pair, mean in zip(self.pairs, self.means, strict=True)
         ]
 

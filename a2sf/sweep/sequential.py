@@ -17,6 +17,8 @@ import numpy as np
 BOLDEST = 0.75
 """The largest share of the capital that a bet may lose."""
 ROUNDING = 1e-9
+LARGEST_E = 1e9
+"""Evidence is not counted beyond this, so that it stays a number where a mean is impossible."""
 
 
 class PairedMean:
@@ -51,6 +53,15 @@ class PairedMean:
     def half_width(self) -> float:
         low, high = self._bounds
         return high - low
+
+    @property
+    def e_value(self) -> float:
+        """The evidence against "the mean is 0": what the gambler who bets against it has made of 1.
+
+        If the mean is 0, its expectation is at most 1, whenever and for whatever reason one stops (an e-value).
+        """
+        at_zero = self._capital[self.population * self.steps]
+        return float(np.exp(min(at_zero, np.log(LARGEST_E))))
 
     def see(self, differences: Iterable[float]) -> None:
         """Add differences, in the order in which they were drawn.

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 import pandas as pd
 
+from a2sf.store.aggregates import LM_EVAL_STDERR
 from a2sf.store.runs import StoredCell, results_frame
 
-MEASURED = ("metric", "value", "stderr", "n", "seconds", "tokens_per_second", "policy_settings", "cell")
+MEASURED = ("metric", "value", LM_EVAL_STDERR, "n", "seconds", "tokens_per_second", "policy_settings", "cell")
 """Columns of `results.csv` that are results, or that trackers get in another form."""
 
 

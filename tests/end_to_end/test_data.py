@@ -62,7 +62,7 @@ def questions(n=20, label=0, train=None):
 def numbers(text: str) -> list[str]:
     """The rows of the tables on a screen, without marks."""
     return [
-        line.replace("†", " ").split() for line in text.splitlines() if line.strip().startswith(("Full", "H2O", "A2SF"))
+        line.replace("↓", " ").split() for line in text.splitlines() if line.strip().startswith(("Full", "H2O", "A2SF"))
     ]
 
 

@@ -72,7 +72,7 @@ def test_a_sweep_ends_with_a_table_and_files(sweep):
     assert re.search(rf"^{CELLS} of {CELLS} cells, 100 % of the work, .* so far; finished ", done.stdout, re.M)
     table = pd.read_csv(directory / "results.csv")
     assert ",".join(table.columns).startswith(
-        "model,policy,budget_ratio,forgetting_factor,shots,task,metric,value,stderr,n"
+        "model,policy,budget_ratio,forgetting_factor,shots,task,metric,value,lm_eval_stderr,n"
     )
     assert len(table) == CELLS
     assert set(table["n"]) == {4}

@@ -158,7 +158,7 @@ def test_groups_score_as_lm_evals(settings, loaded, own, lm, tmp_path):
     assert set(made.index) == {("own_group", "acc"), (inner, "acc"), (inner, "acc_norm")}
     for (group, metric), row in made.iterrows():
         assert row["value"] == pytest.approx(expected[group][f"{metric},none"], abs=1e-12)
-        assert row["stderr"] == pytest.approx(expected[group][f"{metric}_stderr,none"], abs=1e-12)
+        assert row["lm_eval_stderr"] == pytest.approx(expected[group][f"{metric}_stderr,none"], abs=1e-12)
         assert row["n"] == expected[group]["sample_count"][f"{metric},none"]
     assert (made.loc[("own_group", "acc"), "members"], made.loc[("own_group", "acc"), "shots"]) == (3, 0)
     rows, notes = aggregates(results_frame(stored[:2]), found.groups)  # one is missing

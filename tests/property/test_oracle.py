@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from a2sf import Schedule, attend, make_policy
 from a2sf.engine.invariants import SCHEDULES
 from tests.oracle import Method, Token, run
-from tests.policies import Counted, Divided, Looked, RoCo, label
+from tests.policies import Counted, Divided, Looked, Steady, label
 from tests.tiers import examples
 
 T, K, G, D = 22, 2, 2, 6
@@ -110,7 +110,7 @@ METHODS = {
     ),
     "key norm": (make_policy("key_norm"), Method(lambda cache, now: [-np.linalg.norm(x.key) for x in cache])),
     "keys": (make_policy("keydiff"), Method(unlike)),
-    "memory": (RoCo(), Method(steady)),
+    "memory": (Steady(), Method(steady)),
     "counted": (
         Counted(),
         Method(

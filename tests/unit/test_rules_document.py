@@ -24,12 +24,12 @@ OWN = [c for c in CODE.findall((ROOT / "README.md").read_text()) if "(Policy)" i
 
 
 def test_the_examples_are_there_and_the_readmes_has_twenty_lines():
-    assert len(RULES) == 2
+    assert len(RULES) == 3
     assert len(OWN) == 1
     assert len([line for line in OWN[0].splitlines() if line.strip()]) <= 20
 
 
-@pytest.mark.parametrize("code", [*RULES, *OWN], ids=["data", "function", "readme"])
+@pytest.mark.parametrize("code", [*RULES, *OWN], ids=["data", "function", "merging", "readme"])
 def test_an_example_is_a_policy_that_holds_the_invariants(code, tmp_path, monkeypatch, capsys):
     module = f"printed_{abs(hash(code))}"
     cls = re.findall(r"^class (\w+)\(Policy\)", code, re.MULTILINE)[0]

@@ -6,13 +6,22 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
 from a2sf import atomic
-from a2sf.analysis.claims.verdicts import Claim, Verdict, check_factor, check_figures, check_headline, check_shape
+from a2sf.analysis.claims.models import check_over_models
+from a2sf.analysis.claims.verdicts import (
+    MARGIN,
+    Claim,
+    Verdict,
+    check_factor,
+    check_figures,
+    check_headline,
+    check_shape,
+)
 from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.grid import DEFAULT_PAIR, STEP, Grid
 from a2sf.analysis.results.selection import Selection
@@ -41,12 +50,17 @@ class Places:
 
 @dataclass(frozen=True)
 class Findings:
-    """All verdicts, the published models' and the small model's, and notes for the reader."""
+    """All verdicts, the published models' and the small model's, and notes for the reader.
+
+    Attributes:
+        over_models: claims over several models, with one verdict for all of them.
+    """
 
     headlines: list[Claim]
     figures: list[Claim]
     shape: list[Claim]
     notes: list[str]
+    over_models: list[Claim] = field(default_factory=list)
 
 
 def published_figures(reference: Path) -> pd.DataFrame:
@@ -77,11 +91,14 @@ def run_sweep(preset: str, overrides: Sequence[str] = (), download: bool = False
     return "" if process.returncode == 0 else last or f"it exited with {process.returncode}"
 
 
-def compare(places: Places, why_not: Mapping[str, str], pair: tuple[str, str] = DEFAULT_PAIR) -> Findings:
+def compare(
+    places: Places, why_not: Mapping[str, str], pair: tuple[str, str] = DEFAULT_PAIR, margin: float = MARGIN
+) -> Findings:
     """Compare what is on disk with the published claims.
 
     Args:
         why_not: published model -> why its cells are missing where they are.
+        margin: within which two systems are as good as each other.
     """
     notes: list[str] = []
     paper = _grid([places.paper], notes)
@@ -89,6 +106,7 @@ def compare(places: Places, why_not: Mapping[str, str], pair: tuple[str, str] = 
     headlines = pd.read_csv(places.reference / HEADLINES).to_dict("records")
     small, swept = _first(places.small), _first(places.factors)
     shape: list[Claim] = []
+    over_models = check_over_models(paper, pair, published)
     if small is None:
         notes.append(f"No small model's results in {' or '.join(map(str, places.small))}: its shape is not checked.")
     elif (grid := _grid([small], notes)) is not None:
@@ -97,17 +115,19 @@ def compare(places: Places, why_not: Mapping[str, str], pair: tuple[str, str] = 
             f"The shape below is of {models} from {small}, not of the published models: it says whether the same order "
             "shows on another model, not whether the published numbers hold."
         )
-        shape = check_shape(grid, set(published["policy"]), pair)
+        shape = check_shape(grid, set(published["policy"]), pair, margin=margin)
+        over_models += check_over_models(grid, pair)
     if swept is not None and (grid := _grid([swept], notes)) is not None:
         checked = {c.claim for c in shape if c.verdict is not Verdict.NOT_RUN}
         found = [c for c in check_factor(grid, pair) if c.claim not in checked]
         shape = [c for c in shape if c.claim not in {f.claim for f in found}] + found
         notes.append(f"Where the best forgetting factor lies is from {swept}.")
     return Findings(
-        headlines=[check_headline(row, paper, why_not) for row in headlines],
+        headlines=[check_headline(row, paper, why_not, margin) for row in headlines],
         figures=check_figures(published, paper, why_not),
         shape=shape,
         notes=notes,
+        over_models=over_models,
     )
 
 
@@ -126,6 +146,7 @@ def write_claims(directory: Path, findings: Findings) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     parts = {
         "Headline claims": findings.headlines,
+        "Over several models": findings.over_models,
         "Published figures": findings.figures,
         "Shape on the small model": findings.shape,
     }

@@ -17,11 +17,14 @@ import pandas as pd
 
 from a2sf.analysis.comparisons.pairs import Comparer
 from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid, System
+from a2sf.analysis.statistics.equivalence import Within, points, verdict
 from a2sf.analysis.statistics.paired import Difference, holm
 from a2sf.analysis.statistics.texts import CONFIDENCE, Z
 
 TOLERANCE = 0.01
 """A figure that is this close (one point of accuracy) to the published one is the same figure."""
+MARGIN = 0.01
+"""Within which two systems are as good as each other, if no other margin is given."""
 PUBLISHED_DTYPE = "float16"
 ALPHA = 1 - CONFIDENCE
 Row = Mapping[Hashable, Any]
@@ -33,6 +36,7 @@ class Verdict(StrEnum):
 
     REPRODUCED = "reproduced"
     NOT_REPRODUCED = "not reproduced"
+    EQUAL = "equal within the margin"
     UNCLEAR = "not distinguishable at this n"
     PROTOCOL = "protocol differs"
     NOT_RUN = "not run"
@@ -76,36 +80,46 @@ def check_figures(published: pd.DataFrame, grid: Grid | None, why_not: Mapping[s
             why = why_not.get(row["model"], NO_CELL)
             claims.append(Claim(text, Verdict.NOT_RUN, why, row["value"], source=row["source"]))
             continue
-        verdict, why = _figure(row, found)
-        claims.append(Claim(text, verdict, why, row["value"], found["value"], row["source"]))
+        became, why = _figure(row, found)
+        claims.append(Claim(text, became, why, row["value"], found["value"], row["source"]))
     return claims
 
 
-def check_headline(row: Row, grid: Grid | None, why_not: Mapping[str, str]) -> Claim:
+@dataclass(frozen=True)
+class Gain:
+    """A difference at one budget, with its tests against the margin."""
+
+    budget: str
+    difference: Difference
+    within: Within
+
+
+def check_headline(row: Row, grid: Grid | None, why_not: Mapping[str, str], margin: float = MARGIN) -> Claim:
     """A claim of the form "up to +x points over the earlier methods", on the average over the tasks it names.
 
     Args:
         row: of runs/reference/a2sf_headlines.csv.
         why_not: as for `check_figures`.
+        margin: within which the two are as good as each other.
     """
     text, published, source = f"{row['model']}: {row['claim']}", float(str(row["value"])), str(row["source"])
     parts = [] if grid is None else grid.by_model()
     part = next((p for model, shots, p in parts if (model, shots) == (row["model"], row["shots"])), None)
     others = str(row["others"]).split("/")
-    gains = _gains(part, str(row["first"]), others) if part is not None else []
+    gains = _gains(part, str(row["first"]), others, margin) if part is not None else []
     if part is None or not gains:
         return Claim(text, Verdict.NOT_RUN, why_not.get(str(row["model"]), NO_CELL), published, source=source)
-    budget, best = max(gains, key=lambda g: g[1].value)
-    corrected = dict(zip([b for b, _ in gains], holm([d.p for _, d in gains]), strict=True))[budget]
-    if how := _protocol(part, set(str(row["tasks"]).split("/"))):
+    index = max(range(len(gains)), key=lambda i: gains[i].difference.value)
+    best, corrected = gains[index].difference, holm([g.difference.p for g in gains])[index]
+    if how := protocol_differs(part, set(str(row["tasks"]).split("/"))):
         return Claim(text, Verdict.PROTOCOL, how, published, best.value, source)
-    gain = f"the largest gain is {_points(best)} at budget {budget}"
+    gain = f"the largest gain is {_points(best)} at budget {gains[index].budget}"
     if best.high < published:
         return Claim(text, Verdict.NOT_REPRODUCED, f"{gain}, below the claim.", published, best.value, source)
     if corrected > ALPHA:
-        why = f"{gain}, not significantly different from zero ({_p(corrected)}, Holm)."
+        why = f"{gain}, not significantly different from zero ({p_words(corrected)}, Holm); {_within(gains)[index][1]}."
         return Claim(text, Verdict.UNCLEAR, why, published, best.value, source)
-    return Claim(text, Verdict.REPRODUCED, f"{gain}, {_p(corrected)} (Holm).", published, best.value, source)
+    return Claim(text, Verdict.REPRODUCED, f"{gain}, {p_words(corrected)} (Holm).", published, best.value, source)
 
 
 def check_shape(
@@ -113,23 +127,26 @@ def check_shape(
     policies: Collection[str],
     pair: tuple[str, str] = DEFAULT_PAIR,
     factors: tuple[float, float] = (0.1, 0.3),
+    margin: float = MARGIN,
 ) -> list[Claim]:
     """The shape of the published results on whatever model was run: order, differences, place of the best factor.
 
     Args:
         policies: those with published figures; of others no order was claimed.
         factors: the range in which the published best factors lie.
+        margin: within which two systems are as good as each other.
     """
     claims: list[Claim] = []
     for model, shots, part in grid.by_model():
         systems = [s for s in part.systems(pair) if s.average(part.tasks) is not None]
         where = f"{model}, {shots}-shot"
-        gains = _gains(part, pair[0], [pair[1]])
-        for (budget, difference), p in zip(gains, holm([d.p for _, d in gains]), strict=True):
-            claims.append(_sign_claim(f"{where}: {pair[0]} above {pair[1]} at budget {budget}", difference, p))
+        gains = _gains(part, pair[0], [pair[1]], margin)
+        for gain, p, within in zip(gains, holm([g.difference.p for g in gains]), _within(gains), strict=True):
+            text = f"{where}: {pair[0]} above {pair[1]} at budget {gain.budget}"
+            claims.append(_sign_claim(text, gain.difference, p, *within))
         if not gains:
             claims.append(Claim(f"{where}: {pair[0]} above {pair[1]}", Verdict.NOT_RUN, "no common budget was run."))
-        claims += _order(where, part, [s for s in systems if s.policy in policies], pair)
+        claims += _order(where, part, [s for s in systems if s.policy in policies], pair, margin)
         claims += check_factor(part, pair, factors)
     return claims
 
@@ -165,7 +182,7 @@ def _figure(published: Row, found: Row) -> tuple[Verdict, str]:
     return Verdict.NOT_REPRODUCED, f"{gap}, more than the sampling error of {n} documents ({100 * Z * error:.1f})."
 
 
-def _gains(part: Grid, first: str, others: Sequence[str]) -> list[tuple[str, Difference]]:
+def _gains(part: Grid, first: str, others: Sequence[str], margin: float) -> list[Gain]:
     """At each budget, `first` (its best factor over all budgets) minus the best of `others`, averaged over tasks."""
     complete = [s for s in part.systems() if s.average(part.tasks) is not None]
     candidates = _one_factor([s for s in complete if s.policy == first], part)
@@ -178,9 +195,19 @@ def _gains(part: Grid, first: str, others: Sequence[str]) -> list[tuple[str, Dif
         if rivals:
             best = max(rivals, key=lambda s: s.average(part.tasks) or 0.0)
             difference = comparer.average(system.keys, best.keys)
-            if difference is not None:
-                gains.append((system.budget, difference))
+            within = comparer.within([system.keys], [best.keys], margin)
+            if difference is not None and within is not None:
+                gains.append(Gain(system.budget, difference, within))
     return gains
+
+
+def _within(gains: Sequence[Gain]) -> list[tuple[str, str]]:
+    """Of each gain `yes`, `no` or `not shown`, Holm-corrected over all, and the same as a clause."""
+    found = []
+    for gain, p in zip(gains, holm([g.within.p_equivalent for g in gains]), strict=True):
+        told = verdict(p, gain.difference, gain.within.margin)
+        found.append((told, f"within {points(gain.within.margin)}: {told}"))
+    return found
 
 
 def _one_factor(systems: list[System], part: Grid) -> list[System]:
@@ -191,16 +218,16 @@ def _one_factor(systems: list[System], part: Grid) -> list[System]:
     return max(groups.values(), key=lambda g: (len(g), np.mean([s.average(part.tasks) or 0.0 for s in g])), default=[])
 
 
-def _sign_claim(text: str, difference: Difference, p: float) -> Claim:
-    gain = f"{_points(difference)}, {_p(p)} (Holm)"
+def _sign_claim(text: str, difference: Difference, p: float, equal: str, clause: str) -> Claim:
+    gain = f"{_points(difference)}, {p_words(p)} (Holm); {clause}"
     if p > ALPHA:
-        return Claim(text, Verdict.UNCLEAR, f"{gain}.", measured=difference.value)
+        return Claim(text, Verdict.EQUAL if equal == "yes" else Verdict.UNCLEAR, f"{gain}.", measured=difference.value)
     if difference.value > 0:
         return Claim(text, Verdict.REPRODUCED, f"{gain}.", measured=difference.value)
     return Claim(text, Verdict.NOT_REPRODUCED, f"the opposite: {gain}.", measured=difference.value)
 
 
-def _order(where: str, part: Grid, systems: list[System], pair: tuple[str, str]) -> list[Claim]:
+def _order(where: str, part: Grid, systems: list[System], pair: tuple[str, str], margin: float) -> list[Claim]:
     """Both of the pair above the remaining pruned policies, on the mean over budgets."""
     claims = []
     comparer = Comparer(part)
@@ -220,11 +247,26 @@ def _order(where: str, part: Grid, systems: list[System], pair: tuple[str, str])
             mean = float(np.mean([d.value for d in differences]))
             why = f"higher at {sum(higher)}, lower at {len(higher) - sum(higher)}, "
             why += f"no significant difference at {len(differences) - len(higher)} of {len(differences)} budgets; "
-            why += f"{100 * mean:+.1f} points on their mean."
-            verdict = Verdict.REPRODUCED if higher and all(higher) else Verdict.UNCLEAR
-            verdict = Verdict.NOT_REPRODUCED if higher and not all(higher) else verdict
-            claims.append(Claim(f"{where}: {better} above {worse}", verdict, why, measured=mean))
+            why += f"{100 * mean:+.1f} points on their mean"
+            shared = [b for b in candidates if b in other]
+            sides = [candidates[b].keys for b in shared], [other[b].keys for b in shared]
+            equal, clause = _mean_within(comparer, *sides, margin)
+            found = Verdict.EQUAL if equal == "yes" else Verdict.UNCLEAR
+            if higher:
+                found = Verdict.REPRODUCED if all(higher) else Verdict.NOT_REPRODUCED
+            claims.append(Claim(f"{where}: {better} above {worse}", found, f"{why}{clause}.", measured=mean))
     return claims
+
+
+def _mean_within(
+    comparer: Comparer, a: Sequence[Mapping[str, str]], b: Sequence[Mapping[str, str]], margin: float
+) -> tuple[str, str]:
+    """As `_within`, of the mean over budgets; nothing where budgets have different documents."""
+    difference, within = comparer.over_budgets(a, b), comparer.within(a, b, margin)
+    if difference is None or within is None:
+        return "", ""
+    told = verdict(within.p_equivalent, difference, margin)
+    return told, f", within {points(margin)}: {told}"
 
 
 def _best_factor(where: str, part: Grid, systems: list[System], factors: tuple[float, float]) -> Claim:
@@ -247,7 +289,7 @@ def _best_factor(where: str, part: Grid, systems: list[System], factors: tuple[f
     p = min((p for d, p in zip(tests, holm([d.p for d in tests]), strict=True) if d.value > 0), default=1.0)
     side = "inside" if best in inside else "outside"
     why = f"the best is {best:g}, {side} ({100 * means[best]:.1f}); {rival:g} reaches {100 * means[rival]:.1f}, "
-    why += f"{_p(p)} at the clearest budget (Holm)."
+    why += f"{p_words(p)} at the clearest budget (Holm)."
     if p > ALPHA:
         return Claim(text, Verdict.UNCLEAR, why, measured=best)
     return Claim(text, Verdict.REPRODUCED if best in inside else Verdict.NOT_REPRODUCED, why, measured=best)
@@ -261,7 +303,7 @@ def _by_factor(systems: list[System]) -> dict[float, list[System]]:
     return groups
 
 
-def _protocol(part: Grid, tasks: set[str]) -> str:
+def protocol_differs(part: Grid, tasks: set[str]) -> str:
     """How a grid differs from the published protocol; "" where it does not."""
     differs = []
     if missing := tasks - set(part.tasks):
@@ -276,7 +318,7 @@ def _protocol(part: Grid, tasks: set[str]) -> str:
     return "; ".join(differs)
 
 
-def _p(p: float) -> str:
+def p_words(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 

@@ -12,10 +12,12 @@ import pandas as pd
 from a2sf.analysis.comparisons.fidelity import changes
 from a2sf.analysis.comparisons.pairs import Comparer
 from a2sf.analysis.results.grid import Grid, System
-from a2sf.analysis.statistics.paired import Difference, bootstrap_means, holm, interval
+from a2sf.analysis.statistics.families import Adjusted, Correction
+from a2sf.analysis.statistics.paired import Difference, bootstrap_means, interval
 from a2sf.analysis.statistics.texts import Texts, tail_of
 from a2sf.errors import UserError, nearest
 
+OF_MODEL = Correction("model")
 RATIOS = ("change", "choice_kl")
 """Measures of closeness whose ratio is given: below 1, the first stays closer to the full cache than the second."""
 
@@ -36,7 +38,7 @@ class Against:
     Attributes:
         first, second: `difference` is first minus second, of the grid's metric.
         ratios: `RATIOS` -> the first's mean over the second's; empty without a full-cache result.
-        p_holm: the difference's p-value, corrected over all comparisons of the model.
+        adjusted: the difference's p-value after correction; None until corrected.
     """
 
     model: str
@@ -45,13 +47,15 @@ class Against:
     second: System
     difference: Difference
     ratios: dict[str, Ratio]
-    p_holm: float = 1.0
+    adjusted: Adjusted | None = None
 
 
-def compare_against(grid: Grid, policies: Sequence[str]) -> tuple[list[Against], list[str]]:
-    """Every causal pruned system against those of `policies` at the same budget and schedule, Holm-corrected per model.
+def compare_against(
+    grid: Grid, policies: Sequence[str], correction: Correction = OF_MODEL
+) -> tuple[list[Against], list[str]]:
+    """Every causal pruned system against those of `policies` at the same budget and schedule.
 
-    Systems that lack a task are left out.
+    Systems that lack a task are left out. There is a table for each model and number of shots.
 
     Returns:
         The comparisons, and one sentence for each thing that could not be compared.
@@ -84,7 +88,8 @@ def compare_against(grid: Grid, policies: Sequence[str]) -> tuple[list[Against],
                 ratios = {} if full is None else closeness.ratios(first, second, full)
                 found.append(Against(model, shots, first, second, difference, ratios))
         notes += comparer.problems
-    return _corrected(found), list(dict.fromkeys(notes))
+    adjusted = correction.adjusted([a.difference.p for a in found], [(a.model, a.shots) for a in found])
+    return [replace(a, adjusted=p) for a, p in zip(found, adjusted, strict=True)], list(dict.fromkeys(notes))
 
 
 def against_frame(found: Sequence[Against]) -> pd.DataFrame:
@@ -94,19 +99,12 @@ def against_frame(found: Sequence[Against]) -> pd.DataFrame:
         row: dict[str, Any] = {"model": a.model, "shots": a.shots, "budget": a.first.budget}
         for side, system in (("first", a.first), ("second", a.second)):
             row |= {side: system.label, f"{side}_factor": system.factor}
-        row |= {k: getattr(a.difference, k) for k in ("n", "value", "low", "high", "p")} | {"p_holm": a.p_holm}
+        row |= {k: getattr(a.difference, k) for k in ("n", "value", "low", "high", "p")}
+        row |= a.adjusted.columns if a.adjusted else {}
         for measure, ratio in a.ratios.items():
             row |= {f"{measure}_ratio": ratio.value, f"{measure}_low": ratio.low, f"{measure}_high": ratio.high}
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _corrected(found: list[Against]) -> list[Against]:
-    for model in {a.model for a in found}:
-        mine = [i for i, a in enumerate(found) if a.model == model]
-        for i, p in zip(mine, holm([found[i].difference.p for i in mine]), strict=True):
-            found[i] = replace(found[i], p_holm=p)
-    return found
 
 
 class _Closeness:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 
 from a2sf.analysis.results.documents import paired_documents, texts_of
 from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, Grid, System
-from a2sf.analysis.statistics.paired import Difference, average_difference, holm, paired_difference
+from a2sf.analysis.statistics.equivalence import Within, average_within_margin
+from a2sf.analysis.statistics.families import HOLM, Adjusted, Correction
+from a2sf.analysis.statistics.paired import Difference, average_difference, paired_difference
 from a2sf.analysis.statistics.texts import Texts
 from a2sf.errors import UserError
 from a2sf.store.runs import StoredCell
+
+Result = TypeVar("Result")
 
 
 def paired_values(
@@ -57,6 +62,14 @@ class Comparer:
         """Two systems, given as task -> key, on the average over tasks."""
         return self._attempt(lambda: average_difference(*self._changes(a, b, sorted(a))))
 
+    def within(self, a: Sequence[Mapping[str, str]], b: Sequence[Mapping[str, str]], margin: float) -> Within | None:
+        """Whether two systems differ by less than a margin on the average over tasks, and over budgets if there are several.
+
+        Args:
+            a, b: of each budget, task -> key.
+        """
+        return self._attempt(lambda: average_within_margin(*self._over_budgets(a, b), margin))
+
     def group(
         self, a: Mapping[str, str], b: Mapping[str, str], tasks: Sequence[str], weighted: bool
     ) -> Difference | None:
@@ -76,18 +89,20 @@ class Comparer:
         Every document was answered once a budget, so what is paired and resampled is its mean over the budgets.
         """
 
-        def compared() -> Difference:
-            tasks = sorted(a[0])
-            found = [self._changes(x, y, tasks) for x, y in zip(a, b, strict=True)]
-            for task, *changes in zip(tasks, *(c for c, _ in found), strict=True):
-                if len({len(c) for c in changes}) > 1:
-                    raise UserError(
-                        f"{task} was not run on the same documents at each budget, so budgets cannot be averaged."
-                    )
-            means = [np.mean(changes, axis=0) for changes in zip(*(c for c, _ in found), strict=True)]
-            return average_difference(means, found[0][1])
+        return self._attempt(lambda: average_difference(*self._over_budgets(a, b)))
 
-        return self._attempt(compared)
+    def _over_budgets(
+        self, a: Sequence[Mapping[str, str]], b: Sequence[Mapping[str, str]]
+    ) -> tuple[list[np.ndarray], list[Texts]]:
+        """As `_changes`, each document's mean over the budgets."""
+        tasks = sorted(a[0])
+        found = [self._changes(x, y, tasks) for x, y in zip(a, b, strict=True)]
+        for task, *changes in zip(tasks, *(c for c, _ in found), strict=True):
+            if len({len(c) for c in changes}) > 1:
+                raise UserError(
+                    f"{task} was not run on the same documents at each budget, so budgets cannot be averaged."
+                )
+        return [np.mean(changes, axis=0) for changes in zip(*(c for c, _ in found), strict=True)], found[0][1]
 
     def _changes(
         self, a: Mapping[str, str], b: Mapping[str, str], tasks: Sequence[str]
@@ -100,7 +115,7 @@ class Comparer:
         cells = self.grid.cells
         return paired_values(cells[a], cells[b], self.grid.metric, common=self.grid.mixed)
 
-    def _attempt(self, compute: Callable[[], Difference]) -> Difference | None:
+    def _attempt(self, compute: Callable[[], Result]) -> Result | None:
         try:
             return compute()
         except KeyError:
@@ -117,7 +132,7 @@ class Comparison:
 
     Attributes:
         first, second: their labels; `difference` is first minus second.
-        p_holm: the p-value after Holm's correction over the whole list; None until corrected.
+        adjusted: its p-value after correction; None until corrected.
     """
 
     model: str
@@ -128,7 +143,7 @@ class Comparison:
     second: str
     factor: str
     difference: Difference
-    p_holm: float | None = None
+    adjusted: Adjusted | None = None
 
 
 def matched(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> list[tuple[System, System | None]]:
@@ -138,8 +153,10 @@ def matched(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> list[tuple[Syst
     return [(s, controls.get((s.budget, s.schedule, s.variant))) for s in systems if s.policy == pair[0]]
 
 
-def compare_pair(grid: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> tuple[list[Comparison], list[str]]:
-    """Every row of the pair's first policy against the second at the same budget, Holm-corrected per model and shots.
+def compare_pair(
+    grid: Grid, pair: tuple[str, str] = DEFAULT_PAIR, correction: Correction = HOLM
+) -> tuple[list[Comparison], list[str]]:
+    """Every row of the pair's first policy against the second at the same budget; a table for each model and shots.
 
     Returns:
         The comparisons, and one sentence for each thing that could not be compared.
@@ -148,7 +165,6 @@ def compare_pair(grid: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> tuple[list
     notes: list[str] = []
     for model, shots, part in grid.by_model():
         comparer = Comparer(part)
-        family: list[Comparison] = []
         for first, second in matched(part, pair):
             if second is None:
                 of = f", schedule {first.schedule}," if len(grid.schedules) > 1 else ""
@@ -163,22 +179,21 @@ def compare_pair(grid: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> tuple[list
             for task, difference in results:
                 if difference is not None:
                     where = (model, shots, task, first.budget, first.label, second.label, first.factor)
-                    family.append(Comparison(*where, difference))
-        corrected = holm([c.difference.p for c in family])
-        found += [replace(c, p_holm=p) for c, p in zip(family, corrected, strict=True)]
+                    found.append(Comparison(*where, difference))
         notes += comparer.problems
     if pair[0] not in set(grid.frame["policy"]):
         notes.append(f"There is no result of the policy {pair[0]}, so nothing is compared with {pair[1]}.")
-    return found, list(dict.fromkeys(notes))
+    adjusted = correction.adjusted([c.difference.p for c in found], [(c.model, c.shots) for c in found])
+    return [replace(c, adjusted=a) for c, a in zip(found, adjusted, strict=True)], list(dict.fromkeys(notes))
 
 
 def comparisons_frame(comparisons: list[Comparison]) -> pd.DataFrame:
     """One row per comparison; values in the metric's own unit."""
     return pd.DataFrame(
         [
-            {k: v for k, v in vars(c).items() if k not in ("difference", "p_holm")}
+            {k: v for k, v in vars(c).items() if k not in ("difference", "adjusted")}
             | vars(c.difference)
-            | {"p_holm": c.p_holm}
+            | (c.adjusted.columns if c.adjusted else {})
             for c in comparisons
         ]
     )

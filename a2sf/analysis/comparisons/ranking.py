@@ -10,7 +10,9 @@ import pandas as pd
 from a2sf.analysis.comparisons.pairs import Comparer
 from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid, System
 from a2sf.analysis.results.labels import DASH
-from a2sf.analysis.statistics.paired import Difference, holm
+from a2sf.analysis.statistics.equivalence import Within, verdict
+from a2sf.analysis.statistics.families import HOLM, Adjusted, Correction
+from a2sf.analysis.statistics.paired import Difference
 
 FEWEST = 3
 """Ranked policies below which there is no table: two are compared already."""
@@ -26,7 +28,10 @@ class Ranked:
         mean: of these.
         to_best, to_control: this one minus the best, or the pair's control, paired over the same documents; None where it
             is that one itself, or was not tested.
-        p_best, p_control: p-values of both, Holm-corrected over the table.
+        p_best, p_control: their p-values after correction, in one family.
+        to_full: the same against the full cache.
+        within: the tests of that against the margin; None where it was not tested.
+        p_within: p-value of equivalence after correction, in a family of its own.
     """
 
     model: str
@@ -41,8 +46,18 @@ class Ranked:
     mean: float
     to_best: Difference | None = None
     to_control: Difference | None = None
-    p_best: float | None = None
-    p_control: float | None = None
+    p_best: Adjusted | None = None
+    p_control: Adjusted | None = None
+    to_full: Difference | None = None
+    within: Within | None = None
+    p_within: Adjusted | None = None
+
+    @property
+    def verdict(self) -> str:
+        """Whether it is shown to be within the margin of the full cache: `yes`, `no` or `not shown`; "" if not tested."""
+        if self.within is None or self.p_within is None or self.to_full is None:
+            return ""
+        return verdict(self.p_within.p, self.to_full, self.within.margin)
 
 
 @dataclass(frozen=True)
@@ -61,8 +76,13 @@ class Competitor:
         return fmean(self.means.values())
 
 
-def rank(grid: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> tuple[list[list[Ranked]], list[str]]:
+def rank(
+    grid: Grid, pair: tuple[str, str] = DEFAULT_PAIR, correction: Correction = HOLM, margin: float | None = None
+) -> tuple[list[list[Ranked]], list[str]]:
     """One ranking per model, shots and schedule that has at least `FEWEST` policies to rank.
+
+    Args:
+        margin: in the metric's unit, within which policies are tested to be of the full cache; None: they are not.
 
     Returns:
         The rankings, best first, a policy that is not causal and the full cache at the end; and one sentence for each thing
@@ -86,9 +106,11 @@ def rank(grid: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> tuple[list[list[Ra
                         f"{where}: not ranked, because a task or one of the budgets {budgets} is missing: "
                         f"{', '.join(incomplete)}."
                     )
+                if margin is not None:
+                    rows = _against_full(rows, found, some, comparer, margin)
                 rankings.append([*rows, *_full(some, rows[0], (model, shots, schedule))])
                 notes += comparer.problems
-    return rankings, list(dict.fromkeys(notes))
+    return _corrected(rankings, correction), list(dict.fromkeys(notes))
 
 
 def ranking_frame(rankings: list[list[Ranked]]) -> pd.DataFrame:
@@ -104,7 +126,13 @@ def ranking_frame(rankings: list[list[Ranked]]) -> pd.DataFrame:
             difference: Difference | None = getattr(row, f"to_{name}")
             for part in ("value", "low", "high", "p"):
                 line[f"to_{name}:{part}"] = None if difference is None else getattr(difference, part)
-            line[f"to_{name}:p_holm"] = getattr(row, f"p_{name}")
+            adjusted: Adjusted | None = getattr(row, f"p_{name}")
+            if adjusted is not None:
+                line |= {f"to_{name}:{k}": v for k, v in adjusted.columns.items()}
+        if row.within is not None and row.p_within is not None and row.to_full is not None:
+            line |= {f"to_full:{k}": getattr(row.to_full, k) for k in ("value", "low", "high")}
+            line |= {"margin": row.within.margin, "within": row.verdict}
+            line |= {f"within:{k}": v for k, v in row.p_within.columns.items()}
         rows.append(line)
     frame = pd.DataFrame(rows)
     return frame.astype({"rank": "Int64"}) if len(frame) else frame
@@ -152,10 +180,44 @@ def _ranked(
         if c.first.causal:
             row = replace(row, to_best=_against(comparer, c, fair[0]), to_control=_against(comparer, c, control))
         rows.append(row)
-    tests = [(i, name) for i, r in enumerate(rows) for name in ("best", "control") if getattr(r, f"to_{name}")]
-    for (i, name), p in zip(tests, holm([getattr(rows[i], f"to_{n}").p for i, n in tests]), strict=True):
-        rows[i] = replace(rows[i], p_best=p) if name == "best" else replace(rows[i], p_control=p)
     return rows
+
+
+def _against_full(
+    rows: list[Ranked], found: list[Competitor], part: Grid, comparer: Comparer, margin: float
+) -> list[Ranked]:
+    """The rows of causal policies with their tests against the full cache."""
+    full = next((s for s in part.systems() if s.is_full and set(part.tasks) <= set(s.keys)), None)
+    if full is None:
+        return rows
+    systems = {
+        (c.first.policy, c.first.short_label, c.first.factor): [s.keys for s in c.systems.values()] for c in found
+    }
+    tested = []
+    for row in rows:
+        own = systems[row.policy, row.label, row.factor]
+        sides = own, [full.keys] * len(own)
+        difference = comparer.over_budgets(*sides) if row.causal else None
+        tested.append(replace(row, to_full=difference, within=comparer.within(*sides, margin) if row.causal else None))
+    return tested
+
+
+def _corrected(rankings: list[list[Ranked]], correction: Correction) -> list[list[Ranked]]:
+    """Each ranking is a table; differences are one kind of test, equivalence is another."""
+    places = [(i, j) for i, ranking in enumerate(rankings) for j in range(len(ranking))]
+    made = [list(ranking) for ranking in rankings]
+    differences = [(i, j, n) for i, j in places for n in ("best", "control") if getattr(made[i][j], f"to_{n}")]
+    p = [getattr(made[i][j], f"to_{n}").p for i, j, n in differences]
+    tables = [(made[i][j].model, i) for i, j, _ in differences]
+    for (i, j, name), one in zip(differences, correction.adjusted(p, tables), strict=True):
+        made[i][j] = replace(made[i][j], p_best=one) if name == "best" else replace(made[i][j], p_control=one)
+    equivalences = [(i, j, w) for i, j in places if (w := made[i][j].within) is not None]
+    tables = [(made[i][j].model, i) for i, j, _ in equivalences]
+    for (i, j, _), one in zip(
+        equivalences, correction.adjusted([w.p_equivalent for *_, w in equivalences], tables), strict=True
+    ):
+        made[i][j] = replace(made[i][j], p_within=one)
+    return made
 
 
 def _against(comparer: Comparer, one: Competitor, other: Competitor | None) -> Difference | None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from a2sf.analysis.results.grid import AVERAGE
 from a2sf.analysis.runs.run import Document, Run, TaskRun, means, pair, variance_of_draws
-from a2sf.analysis.statistics.equivalence import ALPHA, Within, average_within_margin, within_margin
+from a2sf.analysis.statistics.equivalence import Within, average_within_margin, verdict, within_margin
 from a2sf.analysis.statistics.paired import Difference, average_difference, holm, paired_difference
 from a2sf.analysis.statistics.texts import Texts
 from a2sf.errors import UserError, nearest
@@ -48,10 +48,7 @@ class RunComparison:
         """Whether the difference is shown to lie within the margin: `yes`, `no` (shown to lie outside) or `not shown`."""
         if self.within is None:
             return ""
-        if self.p_equivalent_holm < ALPHA:
-            return "yes"
-        outside = self.difference.high < -self.within.margin or self.difference.low > self.within.margin
-        return "no" if outside else "not shown"
+        return verdict(self.p_equivalent_holm, self.difference, self.within.margin)
 
 
 @dataclass
@@ -87,7 +84,7 @@ def compare_runs(runs: Sequence[Run], metric: str | None = None, margin: float |
         changes, texts, levels = [], [], []
         for a, b in _tasks(reference, run, made):
             try:
-                names = _metric(a, metric), _metric(b, metric)
+                names = metric_of(a, metric), metric_of(b, metric)
                 row, change, of_texts, right = _compared(a, b, names, run.label, margin, made)
             except UserError as error:
                 made.notes.append(f"{run.label}: {error}")
@@ -124,7 +121,12 @@ def _tasks(a: Run, b: Run, made: ComparedRuns) -> list[tuple[TaskRun, TaskRun]]:
     return [(a.tasks[t], b.tasks[t]) for t in common]
 
 
-def _metric(run: TaskRun, asked: str | None) -> str:
+def metric_of(run: TaskRun, asked: str | None) -> str:
+    """The metric of a task that is compared: the one that is asked for, else the usual one.
+
+    Raises:
+        UserError: if it is not there, or none is usual.
+    """
     if asked is not None:
         if asked not in run.metrics:
             known = ", ".join(run.metrics) or "none"
@@ -152,7 +154,7 @@ def _compared(
     elif found.by == "text":
         made.notes.append(f"{label}, {a.task}: documents are matched by their text.")
     first, second = means(found.first, names[0]), means(found.second, names[1])
-    texts = _texts(found.first, found.second)
+    texts = shared_texts(found.first, found.second)
     draws = variance_of_draws(found.second, names[1])
     spread = second.var(ddof=1) / len(second) if len(second) > 1 else math.nan
     row = RunComparison(
@@ -167,7 +169,7 @@ def _compared(
     return row, second - first, texts, bool(((first >= 0) & (first <= 1) & (second >= 0) & (second <= 1)).all())
 
 
-def _texts(first: Sequence[Document], second: Sequence[Document]) -> Texts:
+def shared_texts(first: Sequence[Document], second: Sequence[Document]) -> Texts:
     """Which documents share a text (or another cluster), as either run says."""
     for documents in (first, second):
         if all(d.cluster is not None for d in documents):
@@ -185,8 +187,11 @@ def _corrected(rows: Sequence[RunComparison]) -> list[RunComparison]:
     ]
 
 
-def labels(runs: Sequence[Run], given: Sequence[str] | None) -> list[Run]:
-    """Runs with the labels that the user gives, or with distinct ones.
+def labels(runs: Sequence[Run], given: Sequence[str] | None, distinct: bool = True) -> list[Run]:
+    """Runs with the labels that the user gives, else with their own, to which their source is added where two are equal.
+
+    Args:
+        distinct: whether the source is added.
 
     Raises:
         UserError: if there are not as many labels as runs.
@@ -197,5 +202,7 @@ def labels(runs: Sequence[Run], given: Sequence[str] | None) -> list[Run]:
                 f"--labels gives {len(given)} names for {len(runs)} runs: {', '.join(r.label for r in runs)}."
             )
         return [replace(r, label=name) for r, name in zip(runs, given, strict=True)]
+    if not distinct:
+        return list(runs)
     counted: Mapping[str, int] = {r.label: sum(x.label == r.label for x in runs) for r in runs}
     return [r if counted[r.label] == 1 else replace(r, label=f"{r.label} ({r.source})") for r in runs]

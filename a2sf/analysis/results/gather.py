@@ -17,12 +17,12 @@ from a2sf.analysis.results.labels import DASH, budget_label, factor_label, first
 from a2sf.analysis.results.selection import Selection, select
 from a2sf.analysis.results.variants import MUST_AGREE, drop_outdated, rest_of_identity
 from a2sf.errors import UserError
-from a2sf.store.aggregates import MEMBERS, OPTIONS, Group
+from a2sf.store.aggregates import LM_EVAL_STDERR, MEMBERS, OPTIONS, Group
 from a2sf.store.archive import groups_of, is_archive, read_sweep
 from a2sf.store.runs import COMPUTED_WITH, TABLE, StoredCell, id_of, is_cell, name_of, results_frame
 
 OPTIONAL_COLUMNS = [
-    *("stderr", "forgetting_factor", "budget_tokens", "budget_base", "policy_settings", *MUST_AGREE),
+    *(LM_EVAL_STDERR, "forgetting_factor", "budget_tokens", "budget_base", "policy_settings", *MUST_AGREE),
     *("tokens_per_second", "kept_tokens", "cache_share", "cell", "cell_id", "model_path", "weights"),
     *("schedule", "causal", "data_settings", "rest", *OPTIONS, *COMPUTED_WITH),
 ]
@@ -95,6 +95,8 @@ def _from_csv(directory: Path) -> pd.DataFrame:
         raise UserError(f"{directory / TABLE} lacks the column {', '.join(sorted(missing))}.")
     if frame.empty:
         raise UserError(f"{directory / TABLE} holds no row; run `a2sf run` with that sweep first.")
+    if LM_EVAL_STDERR not in frame:  # an older table has it as `stderr`
+        frame = frame.rename(columns={"stderr": LM_EVAL_STDERR})
     if MEMBERS in frame:  # a group's score, of cells that are here, too
         frame = frame[frame[MEMBERS].isna()].copy()
     frame["budget_ratio"] = [_number_or_text(v) for v in frame["budget_ratio"]]
@@ -119,7 +121,7 @@ def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
     frame["settings"] = [settings_label(s) for s in frame["policy_settings"]]
     frame["schedule"] = frame["schedule"].fillna("").astype(str).replace("", STEP).mask(frame["is_full"], DASH)
     frame["causal"] = ~frame["causal"].isin([False])
-    frame["stderr"] = pd.to_numeric(frame["stderr"], errors="coerce")
+    frame[LM_EVAL_STDERR] = pd.to_numeric(frame[LM_EVAL_STDERR], errors="coerce")
     frame["key"] = frame["source"] + "/" + frame["cell"].fillna("").astype(str)
     frame["variant"] = ""
     frame["data_settings"] = frame["data_settings"].fillna("{}").astype(str).replace("", "{}")

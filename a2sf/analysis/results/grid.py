@@ -53,6 +53,11 @@ class System:
     keys: dict[str, str]
     rows: dict[str, Any]
 
+    @property
+    def named(self) -> str:
+        """Its label with its factor."""
+        return self.label if self.factor == DASH else f"{self.label} {self.factor}"
+
     def value(self, task: str) -> float:
         return float(self.rows[task].value)
 

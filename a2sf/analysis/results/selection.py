@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pandas as pd
 
-from a2sf.analysis.results.documents import TEXT, documents_of, may_share, texts_of
+from a2sf.analysis.results.errors import add_group_intervals, add_intervals
 from a2sf.analysis.results.grid import SYSTEM, Grid
 from a2sf.analysis.results.labels import DASH, name_settings, shorten_names
 from a2sf.analysis.results.variants import label_variants
@@ -85,12 +83,13 @@ def select(
     frame = shorten_names(label_variants(frame, selection.mixed, place, notes), place)
     frame = name_settings(frame)
     used = {k: c for k, c in cells.items() if k in set(frame["key"])}
-    _errors_by_text(frame, used, metric)
+    add_intervals(frame, used, metric)
     scores, incomplete = aggregates(frame, groups, ["model", *SYSTEM])
     if len(scores):
         for name in sorted(scores.loc[scores["shots"].isna(), "task"].unique()):
             missing.append(f"The tasks of the group {name} have different shots, so its score is in {TABLE} alone.")
-        scores = scores[scores["shots"].notna()]
+        scores = scores[scores["shots"].notna()].copy()
+        add_group_intervals(scores, frame, groups, metric)
     messages = (*notes, *missing, *incomplete)
     grid = Grid(frame.reset_index(drop=True), used, metric, messages, selection.mixed, tuple(groups), scores)
     if selection.strict and (note := grid.versions_note):
@@ -119,18 +118,6 @@ def _one_metric(frame: pd.DataFrame, metric: str | None) -> tuple[pd.DataFrame, 
         has = ", ".join(sorted(frame.loc[frame["task"] == task, "metric"].unique()))
         notes.append(f"The task {task} has no metric {metric} (it has {has}), so it is left out.")
     return chosen, metric, notes
-
-
-def _errors_by_text(frame: pd.DataFrame, cells: dict[str, StoredCell], metric: str) -> None:
-    """Standard errors of means over texts, where documents share some: lm-eval's treat documents as independent."""
-    for row, key in frame["key"].items():
-        with suppress(UserError):  # whoever needs the documents reports that they cannot be read
-            documents = documents_of(cells[key]) if key in cells and may_share(cells[key]) else None
-            column = f"metric/{metric}"
-            if documents is not None and TEXT in documents and column in documents:
-                texts, values = texts_of(documents), documents[column].to_numpy(float)
-                if texts.shared and not np.isnan(values).any():
-                    frame.loc[row, "stderr"] = texts.standard_error(values)
 
 
 def _without_duplicates(frame: pd.DataFrame) -> pd.DataFrame:

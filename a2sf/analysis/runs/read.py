@@ -62,7 +62,9 @@ def read_runs(path: Path, cluster: str | None = None) -> list[Run]:
 def _of_ours(cells: Sequence[StoredCell], path: Path) -> list[Run]:
     """One run for each system: policy and settings, budget, schedule, model and shots."""
     systems: dict[str, dict[str, StoredCell]] = {}
-    varied = [n for n in ("schedule", "shots", "model") if len({str(_setting(c, n)) for c in cells}) > 1]
+    names: dict[str, tuple[str, str]] = {}  # label -> system and model
+    varied = [n for n in ("schedule", "shots") if len({str(_setting(c, n)) for c in cells}) > 1]
+    several = len({str(c.cell["model"]) for c in cells}) > 1
     for stored in cells:
         cell = stored.cell
         parts = [cell["policy_label"]]
@@ -73,7 +75,10 @@ def _of_ours(cells: Sequence[StoredCell], path: Path) -> list[Run]:
         if factor is not None:
             parts.append(f"a={factor_label('/'.join(map(str, factor)) if isinstance(factor, list) else factor)}")
         parts += [f"{_setting(stored, n)}{'-shot' if n == 'shots' else ''}" for n in varied]
-        tasks = systems.setdefault(" ".join(parts), {})
+        system, model = " ".join(parts), str(cell["model"])
+        label = f"{system} {model}" if several else system
+        names[label] = system, model
+        tasks = systems.setdefault(label, {})
         other = tasks.setdefault(cell["task"], stored)
         if other.cell.get("identity") != cell.get("identity"):
             raise UserError(
@@ -85,7 +90,13 @@ def _of_ours(cells: Sequence[StoredCell], path: Path) -> list[Run]:
     # the full cache first, as the reference
     ordered = sorted(systems.items(), key=lambda item: next(iter(item[1].values())).cell["policy"] != "full")
     return [
-        Run(label, str(path), {t: TaskRun(t, tuple(_our_documents(c))) for t, c in tasks.items()})
+        Run(
+            label,
+            str(path),
+            {t: TaskRun(t, tuple(_our_documents(c))) for t, c in tasks.items()},
+            model=names[label][1],
+            system=names[label][0],
+        )
         for label, tasks in ordered
     ]
 

@@ -57,11 +57,15 @@ class Run:
         label: its name in tables.
         source: where it was read.
         tasks: by name.
+        model: None where it is not known.
+        system: what was run with the model (policy, budget, …), the same in every model.
     """
 
     label: str
     source: str
     tasks: Mapping[str, TaskRun]
+    model: str | None = None
+    system: str = ""
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,15 @@ hypothesis, that the difference is larger than the margin.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import special
 
-from a2sf.analysis.statistics.paired import is_binary, standard_error
+from a2sf.analysis.statistics.families import ALPHA
+from a2sf.analysis.statistics.paired import Difference, is_binary, standard_error
 from a2sf.analysis.statistics.texts import Texts
-
-ALPHA = 0.05
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,22 @@ class Within:
         return max(self.p_not_worse, self.p_not_better)
 
 
+def points(margin: float) -> str:
+    """A margin of a share in words: points are hundredths."""
+    return f"{100 * margin:g} point{'s' * (round(100 * margin, 9) != 1)}"
+
+
+def verdict(p_equivalent: float, difference: Difference, margin: float) -> str:
+    """Whether a difference is shown to lie within a margin: `yes`, `no` (its 95 % interval lies outside) or `not shown`.
+
+    Args:
+        p_equivalent: corrected for the number of tests.
+    """
+    if p_equivalent < ALPHA:
+        return "yes"
+    return "no" if difference.high < -margin or difference.low > margin else "not shown"
+
+
 def within_margin(first: np.ndarray, second: np.ndarray, margin: float, texts: Texts | None = None) -> Within:
     """Two one-sided tests of a paired difference, first minus second, against a margin.
 
@@ -50,51 +65,58 @@ def within_margin(first: np.ndarray, second: np.ndarray, margin: float, texts: T
         first, second: the metric of each document, [n].
         margin: above 0, in the metric's unit.
     """
-    first, second = np.asarray(first, float), np.asarray(second, float)
-    texts = texts or Texts.independent(len(first))
-    if is_binary(first) and is_binary(second) and not texts.shared:
-        gained, lost = int((first > second).sum()), int((first < second).sum())
-        worse = 1 - special.ndtr(tango_score(gained, lost, len(first), -margin))
-        better = special.ndtr(tango_score(gained, lost, len(first), margin))
-        return Within(margin, float(worse), float(better))
-    change = first - second
-    error, free = standard_error(change, texts), texts.number - 1
-    return _by_error([change], error, margin, lambda t: float(special.stdtr(free, t)))
+    change = np.asarray(first, float) - np.asarray(second, float)
+    return average_within_margin([change], [texts or Texts.independent(len(change))], margin)
 
 
 def average_within_margin(changes: Sequence[np.ndarray], texts: Sequence[Texts], margin: float) -> Within:
-    """The same for the unweighted average over tasks, by the normal distribution and the errors of the tasks' means.
+    """The same for the unweighted average over tasks: the variances of the tasks' means are added.
 
     Args:
         changes: for each task, the first system's values minus the second's, one per document.
         texts: for each task, which documents share a text.
     """
-    errors = [standard_error(c, t) for c, t in zip(changes, texts, strict=True)]
-    return _by_error(changes, math.hypot(*errors) / len(errors), margin, lambda z: float(special.ndtr(z)))
-
-
-def _by_error(changes: Sequence[np.ndarray], error: float, margin: float, below: Callable[[float], float]) -> Within:
-    """The tests of a mean over tasks with a standard error; `below`: the distribution function of their ratio."""
+    if all(is_binary(abs(c)) for c in changes) and not any(t.shared for t in texts):
+        counts = [(int((c > 0).sum()), int((c < 0).sum()), len(c)) for c in changes]
+        worse, better = (float(special.ndtr(sign * tango_score(counts, sign * margin))) for sign in (-1, 1))
+        return Within(margin, worse, better)
     value = float(np.mean([c.mean() for c in changes]))
-    if error > 0:
-        return Within(margin, below(-(value + margin) / error), below((value - margin) / error))
-    if error == 0 and value == 0:  # nothing differs; what that shows depends on the number of documents
-        p = float(special.ndtr(-tango_score(0, 0, sum(map(len, changes)), -margin)))
-        return Within(margin, p, p)
-    return Within(margin, 1.0, 1.0)  # a single document or text, or no variation: no error is known
+    error = math.hypot(*(standard_error(c, t) for c, t in zip(changes, texts, strict=True))) / len(changes)
+    if math.isnan(error) or (
+        error == 0 and value != 0
+    ):  # a single document or text, or no variation: no error is known
+        return Within(margin, 1.0, 1.0)
+    error = max(error, _least_error(changes, texts, margin))
+    free = sum(t.number for t in texts) - len(texts)
+    worse, better = (float(special.stdtr(free, (sign * value - margin) / error)) for sign in (-1, 1))
+    return Within(margin, worse, better)
 
 
-def tango_score(gained: int, lost: int, n: int, difference: float) -> float:
+def _least_error(changes: Sequence[np.ndarray], texts: Sequence[Texts], margin: float) -> float:
+    """The smallest standard error that a mean of `margin` can have if documents change by a certain step or not at all.
+
+    Few changed documents suggest an error that is too small: even if the true mean is the margin, few may have changed.
+    """
+    moved = [abs(c[c != 0]).min() for c in changes if c.any()]
+    step = min(moved, default=1.0)
+    numbers = [len(c) * t.effective_share(c) for c, t in zip(changes, texts, strict=True)]
+    return math.sqrt(max(0.0, margin * (step - margin)) * sum(1 / n for n in numbers)) / len(changes)
+
+
+def tango_score(counts: Sequence[tuple[int, int, int]], difference: float) -> float:
     """Tango's score statistic of "the paired difference of proportions is `difference`", standard normal if it is.
 
+    For several tasks the difference is that of their unweighted average, and the variance of each is Tango's.
+
     Args:
-        gained, lost: documents right in the first alone, and in the second alone.
-        n: documents.
+        counts: for each task, the documents right in the first alone, those right in the second alone, and all.
     """
-    # the share of `lost` that is most likely under the hypothesis: a root of 2n q² + B q + C
-    b = -gained - lost + (2 * n - gained + lost) * difference
-    c = -lost * difference * (1 - difference)
-    share = (math.sqrt(max(0.0, b * b - 8 * n * c)) - b) / (4 * n)
-    variance = n * (2 * share + difference * (1 - difference))
-    surplus = gained - lost - n * difference
+    surplus = variance = 0.0
+    for gained, lost, n in counts:
+        # the share of `lost` that is most likely under the hypothesis: a root of 2n q² + B q + C
+        b = -gained - lost + (2 * n - gained + lost) * difference
+        c = -lost * difference * (1 - difference)
+        share = (math.sqrt(max(0.0, b * b - 8 * n * c)) - b) / (4 * n)
+        variance += max(0.0, 2 * share + difference * (1 - difference)) / n
+        surplus += (gained - lost) / n - difference
     return surplus / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, surplus) if surplus else 0.0

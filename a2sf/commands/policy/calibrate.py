@@ -8,6 +8,7 @@ writes is the setting of a policy: policy=calibrated policy.file=FILE. A repeate
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -55,12 +56,17 @@ def main(arguments: Sequence[str]) -> None:
         "--held-out", type=int, default=2048, help="tokens of other text to compare the best settings on"
     )
     parser.add_argument("--top", type=int, default=4, help="how many settings for all layers are compared there")
+    parser.add_argument(
+        "--filters",
+        action="store_true",
+        help="write the main direction of each head's queries instead, the setting of policy=qfilter",
+    )
     parser.add_argument("--name", help="name of the settings in results (default: from --per and --budget)")
-    parser.add_argument("--out", type=Path, help=f"the file (default: {FOLDER}/MODEL-NAME.yaml)")
+    parser.add_argument("--out", type=Path, help=f"the file (default: {FOLDER}/MODEL-NAME.yaml, or MODEL-filters.json)")
     args = parser.parse_args(arguments)
     check(args)
     quiet()
-    calibrate(args, Console(highlight=False))
+    (filters if args.filters else calibrate)(args, Console(highlight=False))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -71,6 +77,8 @@ def check(args: argparse.Namespace) -> None:
     """
     if args.per not in PERS:
         raise ConfigError("--per", args.per, f"give one of {', '.join(PERS)}{nearest(args.per, PERS)}")
+    if args.filters and (args.per != "layer" or args.shares):
+        raise ConfigError("--filters", True, "give it without --per and --shares: directions have no other settings")
     check_numbers(args, ("tokens", "held_out", "top"))
 
 
@@ -142,6 +150,37 @@ def calibrate(args: argparse.Namespace, console: Console) -> None:
     atomic.write(out, f"# a2sf run policy=calibrated policy.file={out}\n{body}")
     atomic.write(out.with_suffix(".errors.csv"), pd.DataFrame(rows_of(calibration)).to_csv(index=False))
     _show(console, result, out)
+
+
+def filters(args: argparse.Namespace, console: Console) -> None:
+    """Load the model, read the text, and write the main direction of each head's queries."""
+    from rich.progress import track
+
+    from a2sf import atomic
+    from a2sf.calibration.capture import check_model
+    from a2sf.calibration.filters import content, directions
+    from a2sf.calibration.texts import passages, read_text
+    from a2sf.hf import loading
+    from a2sf.store.names import safe
+
+    text, spec = read_text(args.text), model_spec(args)
+    loaded = loading.load(spec)
+    check_model(loaded.model, max(args.lengths))
+    read = passages(text, loaded.tokenizer, args.lengths, args.tokens, args.held_out, args.seed).local
+    found = directions(loaded.model, track(read, "passages", console=console, transient=True))
+    about = {
+        "model": {"path": spec.path, "weights": loaded.fingerprint, "dtype": spec.resolved_dtype},
+        "text": {"source": text.source, "digest": text.digest},
+        "tokens": sum(map(len, read)),
+        "seed": args.seed,
+        "a2sf": __version__,
+        "command": " ".join(sys.argv),
+    }
+    model = safe(Path(args.model).stem)
+    out = args.out or FOLDER / f"{model}-filters.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write(out, json.dumps(content(found, args.name or model, about), indent=1))
+    console.print(f"Score it with: a2sf run policy=qfilter policy.file={out}", soft_wrap=True, markup=False)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -26,6 +26,7 @@ def why_not(segments: Segments, options: Options, state: object) -> str | None:
     if known is None:
         total = _end(segments)
         newest = (segments.recent == segments.budget) & (segments.sinks == 0)
+        newest &= segments.rule.merge_fn is None
         known = bool(((total <= segments.budget) | newest).all())
         object.__setattr__(segments, "_dense", known)
     return None if known else "scores decide what is retained"

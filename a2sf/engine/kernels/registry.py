@@ -210,7 +210,7 @@ REGISTRY: tuple[Backend, ...] = (Reference(), Dense(), Numba(), Triton(), TORCH)
 
 def knows(rule: Rule) -> bool:
     """Whether the compiled kernels, of the CPU and of GPUs, run a rule token by token."""
-    plain = rule.priority_fn is None and rule.recording is None
+    plain = not rule.calls and rule.recording is None
     return plain and rule.cut is None and not rule.full_heads and not rule.heads
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from a2sf.engine.priorities import about, mass, of_function, of_rule, pooled, smallest, smallest_of_all_heads
+from a2sf.engine.priorities import about, mass, merged, of_function, of_rule, pooled, smallest, smallest_of_all_heads
 from a2sf.engine.state import Attended, Call, EvictionState, Options, Segments, last_queries
 from a2sf.engine.tree import traced
 from a2sf.errors import ConfigError
@@ -29,7 +29,7 @@ def splits(segments: Segments) -> Callable[[Run, Call], Attended] | None:
         return by_numbers
     if rule.recording is not None:
         return None
-    if rule.priority_fn is None and rule.full_heads:
+    if rule.full_heads and not rule.calls:
         return by_heads
     if rule.precompute is not None or (rule.priority_fn is not None and rule.memory):
         return None  # its function is called at every step
@@ -226,7 +226,7 @@ class _Prompts:
         begin = None
         if self.state is not None or any(self.split.nodes[i].up >= 0 or i in self.ends for i in roots):
             states = [self.ends[i] if i in self.ends else self._start(i) for i in roots]
-            begin = EvictionState.stack([s.plain() for s in states] if part.rule.priority_fn is None else states)
+            begin = EvictionState.stack([s.plain() for s in states] if not part.rule.calls else states)
         options = replace(self.options, return_state=keep)
         ran = self.run(self.call._replace(segments=part, options=options, state=begin))
         self.ran.append(ran)
@@ -287,7 +287,7 @@ class _Prompts:
             return
         state = EvictionState.stack([self.ends[i] for i in ids])
         probabilities = state.scores.new_zeros(0)
-        if self.segments.rule.priority_fn is not None:
+        if self.segments.rule.calls:
             slots = state.positions.shape[-1]
             each = (self._probabilities(i) for i in ids)
             probabilities = torch.cat([torch.nn.functional.pad(p, (0, slots - p.shape[-1])) for p in each])
@@ -361,4 +361,5 @@ def _after_cut(
     kept = state.queries
     if kept is not None and segments.schedule.then == "keep":
         kept = torch.zeros_like(kept)
-    return replace(state, scores=step.scores, queries=kept).evict(out), evicted
+    keys, values = (state.keys, state.values) if rule.merge_fn is None else merged(retention, step, out)
+    return replace(state, scores=step.scores, queries=kept, keys=keys, values=values).evict(out), evicted

@@ -249,9 +249,7 @@ class Slots:
     def _arrange(self, groups: list[Tensor]) -> None:
         """Make empty stores, one for each group of heads; heads that retain everything have stores of their own."""
         rule = self.retention.rule
-        full_heads = (
-            () if rule.priority_fn is not None else rule.full_heads
-        )  # a policy's own function may look at all heads
+        full_heads = () if rule.calls else rule.full_heads  # a policy's own function may look at all heads
         full = torch.zeros(self.heads, dtype=torch.bool)
         full[list(full_heads)] = True
         everything, others = self.retention.unlimited(ACCUMULATED), self.retention

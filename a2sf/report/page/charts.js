@@ -67,7 +67,7 @@ function shownValue(s, y, task) {
   if (y === "score") return s.scores[task] ?? null;
   if (y === "difference") {
     const d = s.difference[task];
-    return d ? [d[0], d[1], d[2], d[4], `<br>p (Holm) = ${d[3] < 0.001 ? "< 0.001" : d[3].toFixed(3)}`] : null;
+    return d ? [d[0], d[1], d[2], d[4], `<br>p (${data.corrected}) = ${d[3] < 0.001 ? "< 0.001" : d[3].toFixed(3)}`] : null;
   }
   const c = s.close[task]?.[y.slice(6)];
   return c ? [...c, s.scores[task]?.[3]] : null;

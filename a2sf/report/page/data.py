@@ -19,7 +19,7 @@ from a2sf.errors import UserError
 from a2sf.report.lengths import length_points
 from a2sf.report.needle import UNITS, needle_table
 from a2sf.report.page.documents import Place
-from a2sf.report.plots.lines import available_columns, chosen_lines, mean_and_error, score_columns
+from a2sf.report.plots.lines import available_columns, chosen_lines, estimated, score_columns
 from a2sf.report.plots.style import Line, styles_of
 
 SYMBOLS = dict(
@@ -83,7 +83,11 @@ def chart_data(
             entry["shown"] = s.is_full or (s.label, s.factor) in chosen
             entry["close"] = closeness.get((model, shots, s.label, s.budget, s.factor), {})
             entry["difference"] = {
-                t: [*map(_rounded, (c.difference.value, c.difference.low, c.difference.high)), c.p_holm, c.difference.n]
+                t: [
+                    *map(_rounded, (c.difference.value, c.difference.low, c.difference.high)),
+                    c.adjusted.p if c.adjusted else None,
+                    c.difference.n,
+                ]
                 for t in columns
                 if (c := differences.get((model, shots, t, s.budget, s.label, s.factor))) is not None
             }
@@ -92,6 +96,7 @@ def chart_data(
     data = {
         "metric": grid.metric,
         "percent": grid.percent,
+        "corrected": comparisons[0].adjusted.correction.label if comparisons and comparisons[0].adjusted else "",
         "higher": grid.higher_is_better,
         "pair": f"{comparisons[0].first} \N{MINUS SIGN} {comparisons[0].second}" if comparisons else None,
         "measures": MEASURES,
@@ -108,10 +113,10 @@ def chart_data(
 def _system(part: Grid, s: System) -> dict[str, Any]:
     scores = {}
     for column in available_columns(s, part):
-        value, error = mean_and_error(s, column, part)
+        found = estimated(s, column, part)
         tasks = part.tasks if column == AVERAGE else [column]
         n = sum(int(s.rows[t].n) for t in tasks)
-        scores[column] = [*map(_rounded, (value, value - Z * error, value + Z * error)), n]
+        scores[column] = [*map(_rounded, (found.value, found.low, found.high)), n]
     cells = {t: part.cells[k].result for t, k in s.keys.items() if k in part.cells}
     budgets = {t: (r.get("lengths") or {}).get("budget") for t, r in cells.items()}
     return {

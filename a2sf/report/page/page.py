@@ -22,13 +22,15 @@ from a2sf.analysis.results.labels import DASH
 from a2sf.analysis.results.variants import MUST_AGREE
 from a2sf.report.page.data import chart_data
 from a2sf.report.page.documents import browsable
-from a2sf.report.tables.cells import TIED, header, legend, number, reference_rows
-from a2sf.report.tables.layout import Table
+from a2sf.report.tables.cells import differences_of, header, interval, legend, number, reference_rows, sign_of
+from a2sf.report.tables.summaries import p_text
+from a2sf.report.tables.table import Table
 from a2sf.report.tables.text import TextTable
 from a2sf.report.traced import Groups
 from a2sf.store.runs import finished_cells, is_cell, settings_of
 
 HERE = Path(__file__).parent
+SCORES = ("value", "low", "high", "stderr", "lm_eval_stderr")
 SCRIPTS = ("charts.js", "documents.js", "report.js")
 
 
@@ -160,14 +162,15 @@ def _provenance(grid: Grid) -> dict[str, str]:
 
 def _verdict(comparisons: Sequence[Comparison]) -> str:
     """One sentence on how many differences are significant."""
-    if not comparisons:
+    if not comparisons or comparisons[0].adjusted is None:
         return ""
-    significant = [c for c in comparisons if c.p_holm is not None and c.p_holm <= 0.05]
+    significant = [c for c in comparisons if c.adjusted is not None and c.adjusted.significant]
     better = sum(c.difference.value > 0 for c in significant)
     first, second = comparisons[0].first, comparisons[0].second
     return (
         f"Of {len(comparisons)} comparisons of {first} with {second}, {len(significant)} differ significantly "
-        f"(paired test, Holm, α = 0.05): {better} with {first} higher, {len(significant) - better} with {second} higher."
+        f"(paired test, α = 0.05, {comparisons[0].adjusted.how}): "
+        f"{better} with {first} higher, {len(significant) - better} with {second} higher."
     )
 
 
@@ -191,11 +194,13 @@ def _view(table: Table) -> dict[str, Any]:
                 cells.append(_cell(DASH))
                 continue
             text = number(entry.value, table.percent)
-            title = f"{text} ± {number(entry.stderr, table.percent)}, n = {entry.n}"
-            cells.append(_cell(text, "best" if entry.best else "", entry.value, title, TIED if entry.tied else ""))
-        for head, value in ((table.to_full, line.to_full), (table.to_control, line.to_control)):
-            if head:
-                cells.append(_cell(number(value, table.percent, signed=True), value=value))
+            title = f"{text} {interval(entry.low, entry.high, table.percent, signed=False)}, n = {entry.n}"
+            title += f", standard error {number(entry.stderr, table.percent)}"
+            if entry.test is not None:
+                title += f"; p against the best {p_text(entry.test.p)} ({entry.test.correction.label})"
+            cells.append(_cell(text, "best" if entry.best else "", entry.value, title, sign_of(table, entry)))
+        values = {table.to_full: line.to_full, table.to_control: line.to_control}
+        cells += [_cell(of(line), value=values.get(head)) for head, of in differences_of(table).items()]
         rows.append({"reference": False, "cells": cells})
     heads = [(head, i < words) for i, head in enumerate(header(table))]
     place = {"model": table.model, "shots": table.shots, "title": table.title}
@@ -217,10 +222,21 @@ def _text_view(table: TextTable) -> dict[str, Any]:
 
 
 def _cells(grid: Grid) -> dict[str, Any]:
-    columns = ["source", "cell", "value", "stderr", "n", "tokens_per_second", "kept_tokens"]
+    columns = [
+        "source",
+        "cell",
+        "value",
+        "low",
+        "high",
+        "stderr",
+        "lm_eval_stderr",
+        "n",
+        "tokens_per_second",
+        "kept_tokens",
+    ]
     frame = grid.frame[[c for c in columns if c in grid.frame]].copy()
-    for column in frame.columns.intersection(["value", "stderr", "tokens_per_second", "kept_tokens"]):
-        digits = 4 if column in ("value", "stderr") else 1
+    for column in frame.columns.intersection([*SCORES, "tokens_per_second", "kept_tokens"]):
+        digits = 4 if column in SCORES else 1
         frame[column] = [DASH if pd.isna(v) else f"{v:.{digits}f}" for v in frame[column]]
     frame = frame.astype(str).rename(columns=lambda c: c.replace("_", " "))
     return _text_view(TextTable("", frame, "", ("source", "cell")))

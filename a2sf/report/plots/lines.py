@@ -7,8 +7,10 @@ import math
 import numpy as np
 import pandas as pd
 
+from a2sf.analysis.results.errors import estimate_of
 from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, Grid, System
 from a2sf.analysis.results.labels import DASH
+from a2sf.analysis.statistics.intervals import Estimate, averaged
 from a2sf.report.plots.style import MOST, Line
 
 
@@ -19,7 +21,7 @@ def chosen_lines(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> list[Line]
     sign = -1 if part.higher_is_better else 1
 
     def order(line: Line) -> tuple[bool, bool, float]:
-        scores = [mean_and_error(s, column, part)[0] for s in line.systems if column in available_columns(s, part)]
+        scores = [estimated(s, column, part).value for s in line.systems if column in available_columns(s, part)]
         mean = sign * float(np.mean(scores)) if scores else math.inf
         return line.policy not in pair, not line.systems[0].causal, mean
 
@@ -50,8 +52,7 @@ def lines_of(part: Grid) -> list[Line]:
         most = max(map(len, per_factor.values()))
         means = {
             f: np.mean(
-                [mean_and_error(s, column, part)[0] for s in group if column in available_columns(s, part)]
-                or [math.nan]
+                [estimated(s, column, part).value for s in group if column in available_columns(s, part)] or [math.nan]
             )
             for f, group in per_factor.items()
             if len(group) == most
@@ -71,11 +72,11 @@ def available_columns(system: System, part: Grid) -> list[str]:
     return [*system.rows, *whole]
 
 
-def mean_and_error(system: System, column: str, part: Grid) -> tuple[float, float]:
-    """Value and standard error, in the metric's own unit."""
-    tasks = part.tasks if column == AVERAGE else [column]
-    errors = [float(system.rows[t].stderr) for t in tasks]
-    return float(np.mean([system.value(t) for t in tasks])), math.sqrt(sum(e**2 for e in errors)) / len(tasks)
+def estimated(system: System, column: str, part: Grid) -> Estimate:
+    """Value, standard error and interval on a task or the average, in the metric's own unit."""
+    if column != AVERAGE:
+        return estimate_of(system.rows[column])
+    return averaged([estimate_of(system.rows[t]) for t in part.tasks])
 
 
 def mean_measure(system: System, measure: str) -> float:

@@ -20,12 +20,12 @@ from matplotlib.font_manager import FontProperties
 
 from a2sf.analysis.comparisons.fidelity import MEASURES, fidelity_frame
 from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, Grid, System
-from a2sf.analysis.statistics.texts import Z
+from a2sf.analysis.statistics.intervals import Estimate
 from a2sf.report.plots.lines import (
     available_columns,
     chosen_lines,
+    estimated,
     left_out,
-    mean_and_error,
     mean_measure,
     score_columns,
     swept_factors,
@@ -71,7 +71,7 @@ def by_budget(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None
         _level(axis, part, column)
         for line in lines:
             points = [
-                (ticks[s.budget], *mean_and_error(s, column, part))
+                (ticks[s.budget], estimated(s, column, part))
                 for s in line.systems
                 if column in available_columns(s, part)
             ]
@@ -99,17 +99,16 @@ def by_factor(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None
             systems = [
                 s for s in swept if s.budget == budget and s.label == label and column in available_columns(s, part)
             ]
-            points = [(s.factor_value, *mean_and_error(s, column, part)) for s in systems]
+            points = [(s.factor_value, estimated(s, column, part)) for s in systems]
             if systems:
                 _curve(axis, points, Line(label, systems[0].policy, systems), part, styles[label])
         for control in controls:
             if control.budget != budget or column not in available_columns(control, part):
                 continue
-            value, error = mean_and_error(control, column, part)
-            style = styles[control.label]
-            scale = 100 if part.percent else 1
-            label = f"{control.label} (scores as factor 1)"
-            axis.errorbar(1, scale * value, scale * Z * error, color=style.colour, fmt=style.marker, ms=6, label=label)
+            style, label = styles[control.label], f"{control.label} (scores as factor 1)"
+            (x,), (value,), (low,), (high,) = _arrays([(1, estimated(control, column, part))], part)
+            sides = [[value - low], [high - value]]
+            axis.errorbar(x, value, sides, color=style.colour, fmt=style.marker, ms=6, label=label)
         axis.set_title(f"budget {budget}")
         axis.set_xlim(-0.05, 1.06)
         axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0\nlast query", "0.25", "0.5", "0.75", "1\nall"])
@@ -119,7 +118,7 @@ def by_factor(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None
 
 
 def heat_map(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
-    """Factor x budget: the average as colour and number, the best factor of each budget framed, the control on top."""
+    """Factor x budget: the average with half its interval, the best factor of each budget framed, the control on top."""
     swept = swept_factors(part)
     column = score_columns(part)[-1]
     ticks = _ticks(part.systems())
@@ -129,25 +128,30 @@ def heat_map(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
     swept = [s for s in swept if s.label == shown.label]
     rows = sorted({s.factor_value for s in swept})
     budgets = list(ticks)
-    values = np.full((len(rows), len(budgets)), np.nan)
-    control = np.full((1, len(budgets)), np.nan)
+    values, halves = np.full((2, len(rows), len(budgets)), np.nan)
+    control, control_halves = np.full((2, 1, len(budgets)), np.nan)
     label = pair[1]
     scale = 100 if part.percent else 1
     for s in part.systems():
         if s.is_full or column not in available_columns(s, part):
             continue
         if s.label == shown.label and not math.isnan(s.factor_value):
-            values[rows.index(s.factor_value), budgets.index(s.budget)] = scale * mean_and_error(s, column, part)[0]
+            place = rows.index(s.factor_value), budgets.index(s.budget)
+            values[place], halves[place] = (scale * x for x in _with_half(estimated(s, column, part)))
         elif s.policy == pair[1] and (s.schedule, s.variant) == (shown.schedule, shown.variant):
-            control[0, budgets.index(s.budget)], label = scale * mean_and_error(s, column, part)[0], s.label
+            place, label = (0, budgets.index(s.budget)), s.label
+            control[place], control_halves[place] = (scale * x for x in _with_half(estimated(s, column, part)))
     has_control = not np.isnan(control).all()
     grid = np.vstack([values, control]) if has_control else values
-    figure, axis = plt.subplots(figsize=(1.6 + 0.75 * len(budgets), 1.2 + 0.3 * len(grid)), layout="constrained")
+    halves = np.vstack([halves, control_halves]) if has_control else halves
+    figure, axis = plt.subplots(figsize=(1.6 + 0.85 * len(budgets), 1.2 + 0.3 * len(grid)), layout="constrained")
     image = axis.imshow(grid, cmap="cividis", aspect="auto", origin="lower")
     middle = np.nanmean([np.nanmin(grid), np.nanmax(grid)])
     for (i, j), value in np.ndenumerate(grid):
         if not math.isnan(value):
-            axis.text(j, i, f"{value:.1f}", ha="center", va="center", color="black" if value > middle else "white")
+            half, ink = halves[i, j], "black" if value > middle else "white"
+            text = f"{value:.1f}" + ("" if math.isnan(half) else f" ±{half:.1f}")
+            axis.text(j, i, text, ha="center", va="center", color=ink, fontsize=8)
     for j in range(len(budgets)):
         if not np.isnan(values[:, j]).all():
             best = int((np.nanargmax if part.higher_is_better else np.nanargmin)(values[:, j]))
@@ -162,6 +166,11 @@ def heat_map(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
     axis.grid(False)
     figure.colorbar(image, label=f"{column}, {_unit(part)}")
     return figure
+
+
+def _with_half(found: Estimate) -> tuple[float, float]:
+    """A value, and half the width of its interval."""
+    return found.value, (found.high - found.low) / 2
 
 
 def trade_off(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
@@ -184,7 +193,7 @@ def trade_off(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None
     for axis, (measure, label) in zip(axes, measures.items(), strict=True):
         for line in lines:
             points = [
-                (mean_measure(s, measure), *mean_and_error(s, column, part))
+                (mean_measure(s, measure), estimated(s, column, part))
                 for s in line.systems
                 if column in available_columns(s, part)
             ]
@@ -268,22 +277,27 @@ def _level(axis: Axes, part: Grid, column: str) -> None:
     scale = 100 if part.percent else 1
     for s in part.systems():
         if s.is_full and column in available_columns(s, part):
-            value, error = mean_and_error(s, column, part)
-            axis.axhline(scale * value, color=GREY, ls=(0, (1, 1)), lw=1.5, label=s.label)
-            if not math.isnan(error):
-                axis.axhspan(scale * (value - Z * error), scale * (value + Z * error), color=GREY, alpha=0.08, lw=0)
+            found = estimated(s, column, part)
+            axis.axhline(scale * found.value, color=GREY, ls=(0, (1, 1)), lw=1.5, label=s.label)
+            if not math.isnan(found.low):
+                axis.axhspan(scale * found.low, scale * found.high, color=GREY, alpha=0.08, lw=0)
 
 
 def _curve(
-    axis: Axes, points: list[tuple[float, float, float]], line: Line, part: Grid, style: Style, bars: bool = False
+    axis: Axes, points: list[tuple[float, Estimate]], line: Line, part: Grid, style: Style, bars: bool = False
 ) -> None:
     if not points:
         return
-    scale = 100 if part.percent else 1
-    x, value, error = np.array(points).T
-    value, half = scale * value, scale * Z * np.nan_to_num(error)
+    x, value, low, high = _arrays(points, part)
     axis.plot(x, value, color=style.colour, marker=style.marker, ms=5, ls=style.dash, lw=1.5, label=line.label)
-    spread(axis, x, value - half, value + half, style.colour, 0.13, bars)
+    spread(axis, x, low, high, style.colour, 0.13, bars)
+
+
+def _arrays(points: list[tuple[float, Estimate]], part: Grid) -> np.ndarray:
+    """[4, points] where they are, value and interval, as drawn; no interval where none is known."""
+    scale = 100 if part.percent else 1
+    rows = [(x, e.value, *((e.value, e.value) if math.isnan(e.low) else (e.low, e.high))) for x, e in points]
+    return np.array(rows).T * np.array([[1], [scale], [scale], [scale]])
 
 
 def _panels(titles: list[str], sharey: bool = False, width: float = 2.7) -> tuple[Figure, list[Axes]]:

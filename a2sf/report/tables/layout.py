@@ -1,94 +1,35 @@
 """Tables of accuracies: policy x budget (x factor) down, tasks and their average across, one per model and shots.
 
-Bold: the best pruned value among the policies with the same budget. A dagger: not significantly different from that best
-one (paired test, Holm-corrected over the table, α = 0.05). `a2sf.report.tables.write` writes them.
+`a2sf.report.tables.marks` marks the best values and those significantly worse; `a2sf.report.tables.write` writes tables.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
 from a2sf.analysis.comparisons.pairs import Comparer
 from a2sf.analysis.results.chance import chance_levels
 from a2sf.analysis.results.documents import texts_note
+from a2sf.analysis.results.errors import estimate_of
 from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, SYSTEM, Grid, System
 from a2sf.analysis.results.labels import DASH, MINUS
-from a2sf.analysis.statistics.paired import holm
-from a2sf.analysis.statistics.texts import CONFIDENCE
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One number of a table, in the metric's own unit.
-
-    Attributes:
-        best: the best pruned value at this budget.
-        tied: not significantly different from the best (paired test, Holm); None where no test was made.
-    """
-
-    value: float
-    stderr: float = math.nan
-    n: int = 0
-    best: bool = False
-    tied: bool | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One system; `to_full` and `to_control` are differences of its average (or only task) in the metric's unit."""
-
-    label: str
-    budget: str
-    factor: str
-    schedule: str = DASH
-    is_full: bool = False
-    causal: bool = True
-    entries: dict[str, Entry] = field(default_factory=dict)
-    to_full: float | None = None
-    to_control: float | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """A laid-out table.
-
-    Attributes:
-        columns: keys of `Row.entries`, in order.
-        heads: headings of the leading text columns that are used, of `label`, `budget`, `schedule`, `factor`.
-        to_full, to_control: headings of the difference columns; None leaves them out.
-        tested: whether paired tests were made for the daggers.
-        footnotes: notes under the numbers wherever they are shown, one sentence each.
-        stopped: of a column whose documents were not all scored, how many were of how many.
-        members: columns of tasks whose group has a column, too.
-        documents: of a column, how many documents its rows have; `100 to 200` where they differ.
-        chance: of a column, the metric of random choice, where that is known.
-    """
-
-    title: str
-    model: str
-    shots: int
-    metric: str
-    percent: bool
-    columns: list[str]
-    rows: list[Row]
-    heads: tuple[str, ...] = ("label", "budget", "schedule", "factor")
-    to_full: str | None = None
-    to_control: str | None = None
-    tested: bool = False
-    notes: tuple[str, ...] = ()
-    footnotes: tuple[str, ...] = ()
-    stopped: dict[str, str] = field(default_factory=dict)
-    members: tuple[str, ...] = ()
-    documents: dict[str, str] = field(default_factory=dict)
-    chance: dict[str, float] = field(default_factory=dict)
+from a2sf.analysis.statistics.families import HOLM, Correction
+from a2sf.analysis.statistics.intervals import averaged
+from a2sf.report.tables.marks import Tests, correct, mark_best, test_equivalence
+from a2sf.report.tables.table import Entry, Row, Table
 
 
 def build_tables(
-    grid: Grid, pivot: str = "task", tested: bool = True, pair: tuple[str, str] = DEFAULT_PAIR
+    grid: Grid,
+    pivot: str = "task",
+    tested: bool = True,
+    pair: tuple[str, str] = DEFAULT_PAIR,
+    correction: Correction = HOLM,
+    margin: float | None = None,
 ) -> list[Table]:
     """Lay out a grid: one table per model and shots (for another pivot than `task`, also per task).
 
@@ -96,21 +37,30 @@ def build_tables(
         pivot: what goes across: one of `PIVOTS`.
         tested: whether to run the paired tests; False is quick.
         pair: treatment and control policy of the difference column.
+        correction: of the tests' p-values.
+        margin: in the metric's unit; if it is given, each system is tested to be within it of the full cache.
     """
-    tables = [_by_task(model, shots, part, tested, pair) for model, shots, part in grid.by_model()]
+    made = [_by_task(model, shots, part, tested, pair, margin) for model, shots, part in grid.by_model()]
+    tables = correct([table for table, _ in made], [tests for _, tests in made], correction)
     if pivot != "task":
         tables = [turned for table in tables for turned in _turn(table, pivot)]
     return tables
 
 
-def _by_task(model: str, shots: int, part: Grid, tested: bool, pair: tuple[str, str]) -> Table:
+def _by_task(
+    model: str, shots: int, part: Grid, tested: bool, pair: tuple[str, str], margin: float | None
+) -> tuple[Table, Tests]:
     systems, tasks = part.systems(pair), part.tasks
     groups = part.group_scores()
     columns = [*groups, *([*tasks, AVERAGE] if len(tasks) > 1 else tasks)]
     score = columns[-1]
-    rows = [_row(system, tasks, groups) for system in systems]
+    tested = tested and bool(part.cells)
     comparer = Comparer(part)
-    rows = _mark(systems, rows, columns, part, comparer if tested and part.cells else None)
+    rows, tests = mark_best(
+        systems, [_row(system, tasks, groups) for system in systems], columns, part, comparer if tested else None
+    )
+    if tested and margin is not None:
+        tests.to_full = test_equivalence(systems, part, comparer, margin)
     full = {s.variant: r for s, r in zip(systems, rows, strict=True) if s.is_full}
     control = {(s.budget, s.schedule, s.variant): r for s, r in zip(systems, rows, strict=True) if s.policy == pair[1]}
     labels = {s.policy: s.short_label for s in systems}
@@ -130,7 +80,7 @@ def _by_task(model: str, shots: int, part: Grid, tested: bool, pair: tuple[str, 
         notes.append(f"There is no result of the policy {pair[1]}, so there is no difference to it.")
     if len(rows) == 1:
         notes.append("There is one row only, so there is nothing to compare it with.")
-    return Table(
+    table = Table(
         title=f"{model}, {shots}-shot, {part.metric}" + (" (%)" if part.percent else "") + part.one_schedule,
         model=model,
         shots=shots,
@@ -143,7 +93,9 @@ def _by_task(model: str, shots: int, part: Grid, tested: bool, pair: tuple[str, 
         to_control=f"{labels[pair[0]]} {MINUS} {labels[pair[1]]}"
         if any(r.to_control is not None for r in final)
         else None,
-        tested=tested and bool(part.cells),
+        tested=tested,
+        margin=margin if tests.to_full else None,
+        higher=part.higher_is_better,
         notes=tuple(notes),
         footnotes=footnotes(part),
         stopped={t: r.stopped for s in systems for t, r in s.rows.items() if isinstance(r.stopped, str)},
@@ -151,6 +103,7 @@ def _by_task(model: str, shots: int, part: Grid, tested: bool, pair: tuple[str, 
         chance=chance_levels(part),
         members=tuple(t for t in tasks if any(t == m.task for g in part.groups if g.name in groups for m in g.members)),
     )
+    return table, tests
 
 
 def _span(numbers: list[int]) -> str:
@@ -166,60 +119,16 @@ def footnotes(part: Grid) -> tuple[str, ...]:
 def _row(system: System, tasks: list[str], groups: dict[str, dict[tuple[Any, ...], Any]]) -> Row:
     place = tuple(getattr(system, k) for k in SYSTEM)
     scored = {name: rows[place] for name, rows in groups.items() if place in rows} | system.rows
-    entries = {t: Entry(float(r.value), float(r.stderr), int(r.n)) for t, r in scored.items()}
-    if len(tasks) > 1 and set(tasks) <= set(entries):
-        parts = [entries[t] for t in tasks]
+    found = {t: estimate_of(r) for t, r in scored.items()}
+    sizes = {t: int(r.n) for t, r in scored.items()}
+    if len(tasks) > 1 and set(tasks) <= set(found):
         # tasks share no documents, so their errors are independent
-        stderr = math.sqrt(sum(e.stderr**2 for e in parts)) / len(parts)
-        entries[AVERAGE] = Entry(fmean(e.value for e in parts), stderr, sum(e.n for e in parts))
+        found[AVERAGE], sizes[AVERAGE] = averaged([found[t] for t in tasks]), sum(sizes[t] for t in tasks)
+        found[AVERAGE] = replace(found[AVERAGE], value=fmean(found[t].value for t in tasks))
+    entries = {t: Entry(e.value, e.stderr, sizes[t], e.low, e.high) for t, e in found.items()}
     return Row(
         system.short_label, system.budget, system.factor, system.schedule, system.is_full, system.causal, entries
     )
-
-
-def _mark(
-    systems: list[System], rows: list[Row], columns: list[str], part: Grid, comparer: Comparer | None
-) -> list[Row]:
-    """Find the best pruned value per budget, schedule and column, and test the others against it; causal policies only."""
-    better = max if part.higher_is_better else min
-    pruned = [i for i, s in enumerate(systems) if not s.is_full and s.causal]
-    tests: list[tuple[int, str, float]] = []
-    best: dict[tuple[str, str, str, str], float] = {}
-    places = {i: (systems[i].budget, systems[i].schedule, systems[i].variant) for i in pruned}
-    for place in dict.fromkeys(places.values()):
-        for column in columns:
-            peers = [i for i in pruned if places[i] == place and column in rows[i].entries]
-            if len(peers) < 2:
-                continue
-            top = better(peers, key=lambda i: rows[i].entries[column].value)
-            best[*place, column] = rows[top].entries[column].value
-            for i in peers if comparer else []:
-                p = _p_value(comparer, systems[i], systems[top], column, part) if i != top else None  # type: ignore[arg-type]
-                if p is not None:
-                    tests.append((i, column, p))
-    corrected = holm([p for _, _, p in tests])
-    tied = {(i, column): p > 1 - CONFIDENCE for (i, column, _), p in zip(tests, corrected, strict=True)}
-    marked = list(rows)
-    for i in pruned:
-        entries = {}
-        for column, entry in rows[i].entries.items():
-            is_best = entry.value == best.get((*places[i], column))
-            entries[column] = replace(entry, best=is_best, tied=None if is_best else tied.get((i, column)))
-        marked[i] = replace(rows[i], entries=entries)
-    return marked
-
-
-def _p_value(comparer: Comparer, a: System, b: System, column: str, part: Grid) -> float | None:
-    same = a.keys.keys() == b.keys.keys()
-    group = next((g for g in part.groups if g.name == column), None)
-    if column == AVERAGE:
-        difference = comparer.average(a.keys, b.keys) if same else None
-    elif group is not None and column not in a.keys:
-        scored = [m.task for m in group.members if m.task in part.tasks]  # which lm-eval takes for all, too
-        difference = comparer.group(a.keys, b.keys, scored, bool(group.weighted(part.metric)))
-    else:
-        difference = comparer.task(a.keys[column], b.keys[column])
-    return None if difference is None else difference.p
 
 
 def _minus(row: Row, other: Row | None, column: str) -> float | None:
@@ -283,6 +192,7 @@ def _turn(table: Table, pivot: str) -> list[Table]:
                 documents=dict.fromkeys(columns, table.documents[column]),
                 chance=dict.fromkeys(columns, table.chance[column]) if column in table.chance else {},
                 to_full=None,
+                margin=None,
                 to_control=None,
             )
         )

@@ -16,7 +16,8 @@ from rich.text import Text
 from a2sf.analysis.results.gather import grid_of
 from a2sf.analysis.results.selection import Selection
 from a2sf.report.tables.cells import Markup, header, legend, reference_rows, texts
-from a2sf.report.tables.layout import Table, build_tables
+from a2sf.report.tables.layout import build_tables
+from a2sf.report.tables.table import Table
 from a2sf.report.tables.text import TextTable
 from a2sf.store.aggregates import Group as TaskGroup
 from a2sf.store.runs import StoredCell
@@ -38,9 +39,9 @@ def screen_table(cells: Sequence[StoredCell], groups: Sequence[TaskGroup] = ()) 
     return Group(*screen(build_tables(grid, tested=False)), *notes)
 
 
-def screen(tables: Sequence[Table], stderr: bool = False) -> list[Blocks]:
+def screen(tables: Sequence[Table], stderr: bool = False, interval: bool = False) -> list[Blocks]:
     """Accuracy tables with a line between budgets; the first rows are the documents and the chance level of each column."""
-    markup = Markup(bold=lambda text: f"[bold]{text}[/bold]", text=escape, stderr=stderr)
+    markup = Markup(bold=lambda text: f"[bold]{text}[/bold]", text=escape, stderr=stderr, interval=interval)
     rendered = []
     for table in map(_narrow, tables):
         rows = [*([*map(escape, row)] for row in reference_rows(table)), *(texts(table, r, markup) for r in table.rows)]

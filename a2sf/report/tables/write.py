@@ -8,12 +8,12 @@ import pandas as pd
 
 from a2sf.analysis.results.labels import DASH
 from a2sf.report.tables.cells import Markup, header, legend, reference_rows, texts, to_markdown, to_tex
-from a2sf.report.tables.layout import Table
+from a2sf.report.tables.table import Entry, Table
 
 
-def markdown(tables: Sequence[Table], stderr: bool = False) -> str:
+def markdown(tables: Sequence[Table], stderr: bool = False, interval: bool = False) -> str:
     """Pipe tables with a heading, the legend and the notes of each."""
-    markup = Markup(bold=lambda text: f"**{text}**", text=to_markdown, stderr=stderr)
+    markup = Markup(bold=lambda text: f"**{text}**", text=to_markdown, stderr=stderr, interval=interval)
     parts = []
     for table in tables:
         heads = header(table)
@@ -25,10 +25,14 @@ def markdown(tables: Sequence[Table], stderr: bool = False) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def latex(tables: Sequence[Table], stderr: bool = False) -> str:
+def latex(tables: Sequence[Table], stderr: bool = False, interval: bool = False) -> str:
     """`table` environments with booktabs rules, to be put into a document that loads booktabs."""
     markup = Markup(
-        bold=lambda t: rf"\textbf{{{t}}}", tied=r"\rlap{\textsuperscript{\dag}}", text=to_tex, stderr=stderr
+        bold=lambda t: rf"\textbf{{{t}}}",
+        sign=lambda t: rf"\rlap{{{to_tex(t)}}}",
+        text=to_tex,
+        stderr=stderr,
+        interval=interval,
     )
     parts = []
     for table in tables:
@@ -54,22 +58,40 @@ def latex(tables: Sequence[Table], stderr: bool = False) -> str:
 
 
 def csv_frame(tables: Sequence[Table]) -> pd.DataFrame:
-    """The tables as one frame, unrounded, in the metric's own unit; `<column>:mark` says best or tied."""
+    """The tables as one frame, unrounded, in the metric's own unit.
+
+    `<column>:mark` says `best`, `worse` (significantly) or `tied` (not significantly); `<column>:p_holm` (or `p_fdr`) is the
+    corrected p-value against the best.
+    """
     rows = []
     for table in tables:
         for row in table.rows:
             line: dict[str, object] = {"model": table.model, "shots": table.shots, "metric": table.metric}
             line |= {head: getattr(row, head).replace(DASH, "") for head in table.heads}
             for column in table.columns:
-                entry = row.entries.get(column)
-                line[column] = entry.value if entry else None
-                line[f"{column}:stderr"] = entry.stderr if entry else None
-                line[f"{column}:n"] = entry.n if entry else None
-                line[f"{column}:mark"] = ("best" if entry.best else "tied" if entry.tied else "") if entry else ""
+                line |= _numbers(column, row.entries.get(column), table.tested)
             line |= {
                 head: value
                 for head, value in ((table.to_full, row.to_full), (table.to_control, row.to_control))
                 if head
             }
+            tests = [e.test for e in row.entries.values() if e.test is not None]
+            if table.tested:
+                line |= {k: getattr(tests[0], k) if tests else None for k in ("tests", "family")}
+            if (e := row.equivalence) is not None and e.test is not None:
+                line |= {f"to_full:{k}": getattr(e.difference, k) for k in ("low", "high")}
+                line |= {"margin": e.within.margin, "within": e.verdict}
+                line |= {"p_not_worse": e.p_not_worse, "p_within": e.within.p_equivalent}
+                line |= {f"within:{k}": v for k, v in e.test.columns.items()}
             rows.append(line)
     return pd.DataFrame(rows)
+
+
+def _numbers(column: str, entry: Entry | None, tested: bool) -> dict[str, object]:
+    """The columns of `tables.csv` for one number."""
+    shown = ("stderr", "low", "high", "n", "mark")
+    line: dict[str, object] = {column: entry.value if entry else None}
+    line |= {f"{column}:{k}": getattr(entry, k) if entry else None for k in shown}
+    if tested and entry is not None and entry.test is not None:
+        line[f"{column}:{entry.test.correction.column}"] = entry.test.p
+    return line

@@ -207,7 +207,7 @@ def test_equal_names_are_told_apart_by_where_they_are(tmp_path):
 
 
 def test_tangos_statistic_at_no_difference_is_mcnemars():
-    assert tango_score(14, 6, 50, 0.0) == pytest.approx((14 - 6) / np.sqrt(14 + 6))
+    assert tango_score([(14, 6, 50)], 0.0) == pytest.approx((14 - 6) / np.sqrt(14 + 6))
 
 
 def test_few_documents_show_nothing_and_many_show_equivalence():
@@ -255,3 +255,26 @@ def test_the_power_of_equivalence_is_not_nothing():
     rng = np.random.default_rng(4)
     shown = [within_margin(*drawn(rng, 400, 0.0, 0.1), 0.05).p_equivalent < 0.05 for _ in range(300)]
     assert np.mean(shown) > 0.7
+
+
+@pytest.mark.parametrize(
+    ("tasks", "n", "margin", "flips", "size"),
+    [
+        (3, 100, 0.01, 0.01, 1),
+        (6, 200, 0.01, 0.02, 1),
+        (3, 100, 0.05, 0.2, 1),
+        (3, 100, 0.05, 0.06, 4),
+        (1, 200, 0.05, 0.06, 4),
+    ],
+)
+def test_the_level_of_an_average_is_kept_if_few_answers_flip(tasks, n, margin, flips, size):
+    """`size` documents share a text and flip together. The error of few flips alone would be too small."""
+    rng = np.random.default_rng(7)
+    texts = [Texts(np.repeat(np.arange(n // size), size))] * tasks
+    p = [(flips - margin) / 2, (flips + margin) / 2, 1 - flips]
+
+    def shown() -> bool:
+        changes = [np.repeat(rng.choice([1.0, -1.0, 0.0], n // size, p=p), size) for _ in range(tasks)]
+        return average_within_margin(changes, texts, margin).p_not_worse < 0.05
+
+    assert np.mean([shown() for _ in range(1500)]) < 0.065

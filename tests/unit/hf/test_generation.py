@@ -24,7 +24,7 @@ from baselines.snapkv import SnapKV
 from baselines.streaming import Streaming
 from baselines.tova import TOVA
 from tests.models import COMMON, random_model, small
-from tests.policies import RoCo
+from tests.policies import Steady
 
 IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(0))
 GREEDY = {"do_sample": False, "eos_token_id": None}
@@ -454,7 +454,7 @@ def test_states_that_do_not_fit_are_refused():
 def test_states_of_other_policies_are_refused():
     model = small("llama")
     with torch.no_grad():
-        caches = [PrunedCache(model, p, Budget(tokens=6)) for p in (A2SF(), TOVA(), RoCo())]
+        caches = [PrunedCache(model, p, Budget(tokens=6)) for p in (A2SF(), TOVA(), Steady())]
         for cache in caches:
             model(IDS, cache=cache)
         for cache, other in ((caches[1], caches[0]), (caches[2], caches[0]), (caches[0], caches[2])):

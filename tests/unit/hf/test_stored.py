@@ -17,7 +17,7 @@ from baselines.full import Full
 from baselines.heads import Heads
 from baselines.tova import TOVA
 from tests.models import small
-from tests.policies import RoCo
+from tests.policies import Steady
 
 IDS = torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones(2, 20, dtype=torch.int64)
@@ -50,7 +50,7 @@ def rest(model, cache: PrunedCache) -> torch.Tensor:
         ("llama", (A2SF(), TOKENS), {"schedule": "prompt", "context_tokens": 22}),
         ("llama", (AdaKV(window=2), TOKENS), {}),
         ("llama", (TOVA(), TOKENS), {}),
-        ("llama", (RoCo(), TOKENS), {}),
+        ("llama", (Steady(), TOKENS), {}),
         ("llama", (Heads(heads=[[1, 0]]), TOKENS), {}),
         ("llama", (Full(),), {}),
         ("gemma3", (A2SF(), TOKENS), {}),

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from a2sf import attend, make_policy
+from a2sf.calibration.capture import Captured
+from a2sf.calibration.filters import Queries, content
 from a2sf.errors import ConfigError
+from a2sf.policies.rotary import Rotary
 from a2sf.policies.rule import Cut, Step
 from tests import definitions
 from tests.definitions import retained
@@ -18,6 +24,9 @@ CASES = [
     ("lagkv", {"lag": 6, "sinks": 3}, definitions.lagkv(6, 3), {"sinks": 3}),
     ("scissorhands", {"window": 9, "recent": 4}, definitions.scissorhands(9), {"recent": 4}),
     ("scissorhands", {"window": 50, "recent": 4}, definitions.scissorhands(50), {"recent": 4}),
+    ("roco", {"varying": 0.3, "recent": 3}, definitions.roco(0.3, 3), {"recent": 3}),
+    ("roco", {"varying": 0.6, "recent": 20}, definitions.roco(0.6, 20), {"recent": 10}),
+    ("rkv", {"window": 4, "mix": 0.7}, definitions.rkv(4, 0.7), {"recent": 4}),
 ]
 
 
@@ -42,6 +51,58 @@ def test_a_method_retains_what_its_definition_does(name, settings, definition, p
     _, state = attend(make_policy(name, **settings), q, k, v, budget=BUDGET, **more)
     plain = (x[0].numpy() for x in (q, k, v))
     assert held(state) == retained(definition, *plain, BUDGET, prompt=prompt, **protected)
+
+
+@pytest.mark.parametrize("covariance", [True, False])
+@pytest.mark.parametrize("scaling", [1.0, 1.3])
+def test_expected_attention_is_that_of_queries_at_the_next_positions(covariance, scaling):
+    """Against an average over positions one by one; a scaled embedding gives what scaled keys and queries give."""
+    q, k, v = tensors(7)
+    settings = {"future": 7, "covariance": covariance, "sinks": 2, "window": 30}
+    rotary = Rotary(torch.tensor([1.0, 0.3, 0.1, 0.03]), scaling)
+    policy = make_policy("expected_attention", **settings)
+    q, k = q * scaling, k * scaling
+    frequencies = rotary.frequencies.double().numpy()
+    definition = definitions.expected_attention(frequencies, **settings)
+    queries = q.unflatten(1, (2, 2))
+    seen = definitions.Seen(
+        *(x[0, 1].numpy() for x in (k, v)), queries[0, 1].numpy(), list(range(T)), [(T - 1, [], np.zeros(0))]
+    )
+    positions = torch.arange(T).expand(1, 2, T)
+    none = torch.zeros(1, 2, T, dtype=torch.float64)
+    step = Step(none, k, v, positions, positions >= 0, torch.tensor([[[T - 1]]]), none, none)
+    step = replace(step, queries=queries[:, :, :, -30:], rotary=rotary, scale=8**-0.5)
+    np.testing.assert_allclose(policy.priorities(step)[0, 1].numpy()[2:], definition(seen)[2:], rtol=1e-5)
+
+
+def test_directions_are_those_of_the_queries(tmp_path):
+    """A head whose queries lie along one direction has it, on the side of their mean."""
+    g = torch.Generator().manual_seed(0)
+    want = torch.nn.functional.normalize(torch.randn(2, 4, 8, generator=g), dim=-1)
+    summed = Queries()
+    for layer in range(2):
+        for tokens in (40, 90):
+            lengths = 1 + torch.rand(1, 4, tokens, 1, generator=g)
+            query = lengths * want[layer, :, None] + 0.01 * torch.randn(1, 4, tokens, 8, generator=g)
+            key = torch.zeros(1, 2, tokens, 8)
+            summed.add(Captured(layer, query, key, key, 1.0, query))
+    found = summed.directions()
+    torch.testing.assert_close(found, want.unflatten(1, (2, 2)).mean(2), atol=0.01, rtol=0)
+    file = tmp_path / "filters.json"
+    file.write_text(json.dumps(content(found, "mine", {"tokens": 130})))
+    policy = make_policy("qfilter", file=str(file))
+    file.unlink()  # read once
+    assert torch.equal(policy.directions, found)
+    assert set(policy.stored_settings()["file"]) == {"name", "shape", "digest"}
+    q, k, v = tensors(8)
+    for layer in range(2):
+        _, state = attend(policy, q, k, v, budget=BUDGET, layer=layer, layers=2, schedule="prompt", prompt=T)
+        best = (k[0] * found[layer].double()[:, None]).sum(-1).topk(BUDGET).indices.sort().values
+        assert held(state) == best.tolist()
+    with pytest.raises(ConfigError, match=r"policy.file=mine .* a model of 2 layers of 2 .* has 3 of 2"):
+        attend(policy, q, k, v, budget=BUDGET, layer=0, layers=3)
+    with pytest.raises(ConfigError, match=r"policy.file=mine .* heads of 8 numbers, and this model's have 6"):
+        attend(policy, q[..., :6], k[..., :6], v, budget=BUDGET, layer=0, layers=2)
 
 
 @pytest.mark.parametrize("prompt", [None, 50])
@@ -135,6 +196,17 @@ def test_noise_decides_between_equal_tokens():
         ("keyformer", {"recent_share": 2}, "policy.recent_share=2"),
         ("keyformer", {"seed": -1}, "policy.seed=-1"),
         ("snapkv", {"pooling": "median"}, "policy.pooling=median is not allowed: give one of mean, max"),
+        ("roco", {"varying": 1.5}, "policy.varying=1.5"),
+        ("roco", {"recent": -1}, "policy.recent=-1"),
+        ("rkv", {"window": 0}, "policy.window=0"),
+        ("rkv", {"mix": -0.1}, "policy.mix=-0.1"),
+        ("expected_attention", {"future": 0}, "policy.future=0"),
+        ("expected_attention", {"sinks": -1}, "policy.sinks=-1"),
+        ("expected_attention", {"window": 0}, "policy.window=0"),
+        ("expected_attention", {"covariance": 1}, "policy.covariance=1 is not allowed: give true or false"),
+        ("qfilter", {"file": "nowhere.json"}, "policy.file=nowhere.json is not allowed: .*a2sf calibrate --filters"),
+        ("qfilter", {"file": None}, "policy.file=None is not allowed: .*a2sf calibrate --filters"),
+        ("qfilter", {"file": {"name": "a", "shape": [1, 1, 2], "filters": "AAAA"}}, "policy.file=.*of that shape"),
         ("chunkkv", {"chunk": 0}, "policy.chunk=0"),
         ("chunkkv", {"by": "chunkkv"}, "policy.by=chunkkv is not allowed: chunkkv ranks by another policy itself"),
         ("chunkkv", {"by": "future"}, "policy.by=future is not allowed: future sees later tokens"),

@@ -19,7 +19,7 @@ from a2sf.policies.base import check_name
 from a2sf.policies.find import find_policies
 from a2sf.policies.rule import Cut
 from a2sf.policies.schedule import schedule_for
-from tests.policies import RoCo
+from tests.policies import Steady
 
 
 def tensors(tokens: int = 12):
@@ -324,9 +324,9 @@ def test_what_is_needed_is_said():
 def test_a_state_goes_on_with_the_policy_that_made_it():
     q, k, v = tensors()
     _, plain = attend(make_policy("h2o"), q, k, v, budget=4)
-    _, remembered = attend(RoCo(), q, k, v, budget=4)
+    _, remembered = attend(Steady(), q, k, v, budget=4)
     assert remembered.memory.shape == (1, 2, 4, 1)
-    for policy, state in ((RoCo(), plain), (make_policy("h2o"), remembered)):
+    for policy, state in ((Steady(), plain), (make_policy("h2o"), remembered)):
         with pytest.raises(ValueError, match="made by another policy"):
             attend(policy, q, k, v, budget=4, state=state)
     with pytest.raises(ValueError, match="one set of tokens per layer"):
@@ -337,7 +337,7 @@ def test_a_state_goes_on_with_the_policy_that_made_it():
 
 def test_memory_travels_with_its_tokens():
     q, k, v = tensors()
-    _, state = attend(RoCo(), *(torch.cat([x, x.flip(2)]) for x in (q, k, v)), budget=4)
+    _, state = attend(Steady(), *(torch.cat([x, x.flip(2)]) for x in (q, k, v)), budget=4)
     turned = EvictionState.stack([state.select(torch.tensor([1])), state.select(torch.tensor([0])).pad(6)])
     assert torch.equal(turned.memory[:, :, :4], state.memory[[1, 0]])
     assert not turned.memory[:, :, 4:].any()
@@ -386,7 +386,7 @@ def test_the_examples_of_the_docs_run():
         assert (state.positions >= 0).sum(-1).tolist() == [[6, 6], [7, 7]]
     assert [cls.name for cls in made] == ["long_values", "steady"]
     assert len(examples[1].split("@dataclass")[1].strip().splitlines()) <= 20
-    out, want = (attend(policy, q, k, v, budget=6)[0] for policy in (made[1](), RoCo()))
+    out, want = (attend(policy, q, k, v, budget=6)[0] for policy in (made[1](), Steady()))
     assert torch.equal(out, want)
 
 

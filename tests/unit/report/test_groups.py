@@ -46,7 +46,7 @@ def test_a_group_is_a_column_before_its_tasks(sweep):
         assert row.entries["easy"].n == 270
     marked = [r.entries["easy"] for r in table.rows if not r.is_full]
     assert sum(e.best for e in marked) >= 2  # one per budget
-    assert all(e.best or e.tied is not None for e in marked)  # tested over the documents of all tasks
+    assert all(e.best or e.test is not None for e in marked)  # tested over the documents of all tasks
     assert grid.notes == (
         "The group more has no score in rows that lack some of its 3 tasks; missing are copa.",
         "The group other has no score in rows that lack some of its 2 tasks; missing are arc_easy.",

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from statsmodels.stats.proportion import proportion_confint
 
 from a2sf.analysis.comparisons.pairs import compare_pair
 from a2sf.analysis.results.gather import gather
@@ -87,7 +88,7 @@ def test_numbers_are_the_results(page: Outline, sweep: Path) -> None:
         c = stored.cell
         budget = f"{c['budget']['ratio']:g}" if c["budget"] else "–"  # noqa: RUF001
         (row,) = [r for r in rows if r[:2] == [c["policy_label"], budget]]
-        assert row[head.index(c["task"])].rstrip("†") == f"{100 * stored.metrics['acc']['value']:.1f}"
+        assert row[head.index(c["task"])].rstrip("↓") == f"{100 * stored.metrics['acc']['value']:.1f}"
 
 
 def test_tells_what_was_run_and_what_failed(sweep: Path) -> None:
@@ -115,7 +116,8 @@ def test_charts_have_the_results_with_intervals_n_and_chance(sweep: Path) -> Non
         budget = f"{c['budget']['ratio']:g}" if c["budget"] else "\N{EN DASH}"
         value, low, high, n = systems[c["policy_label"], budget]["scores"][c["task"]]
         assert value == pytest.approx(metric["value"], abs=1e-5)
-        assert (high - low) / 2 == pytest.approx(1.96 * metric["stderr"], rel=1e-3)
+        wilson = proportion_confint(round(value * n), n, method="wilson")
+        assert (low, high) == pytest.approx(wilson, abs=1e-4)
         assert n == metric["n"]
     (comparison,) = [c for c in compare_pair(gather([sweep]))[0] if (c.task, c.budget) == ("average", "0.2")]
     difference = systems["A2SF", "0.2"]["difference"]["average"]

@@ -1,0 +1,98 @@
+"""Finished runs of several models: each system against the reference in its own model, pooled over models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from a2sf.analysis.comparisons.pooled import OverModels, corrected, pool_over_tasks
+from a2sf.analysis.comparisons.runs import metric_of, shared_texts
+from a2sf.analysis.results.grid import AVERAGE
+from a2sf.analysis.runs.run import Document, Run, TaskRun, means, pair
+from a2sf.analysis.statistics.paired import Difference, average_difference, paired_difference
+from a2sf.analysis.statistics.pooled import Changes
+from a2sf.analysis.statistics.texts import Texts
+from a2sf.errors import UserError
+
+
+def with_models(runs: Sequence[Run], models: Sequence[str]) -> list[Run]:
+    """Runs with the models that the user gives; the labels are the systems.
+
+    Raises:
+        UserError: if there are not as many models as runs.
+    """
+    if len(models) != len(runs):
+        listed = ", ".join(r.label for r in runs)
+        raise UserError(f"--models gives {len(models)} names for {len(runs)} runs: {listed}.")
+    return [replace(r, label=f"{r.label} {m}", model=m, system=r.label) for r, m in zip(runs, models, strict=True)]
+
+
+def compare_runs_over_models(runs: Sequence[Run], metric: str | None = None) -> tuple[list[OverModels], list[str]]:
+    """Each system minus the first run's, in every model that has both, on the tasks that all of these have.
+
+    Args:
+        metric: as `compare_runs`.
+
+    Returns:
+        The comparisons, none unless at least two models have the same two systems; and one sentence for each thing that
+        could not be pooled.
+    """
+    found: dict[str, dict[str, Run]] = {}
+    notes: list[str] = []
+    for run in runs:
+        if run.model is None:
+            return [], []
+        of_model = found.setdefault(run.model, {})
+        if of_model.setdefault(run.system, run) is not run:
+            notes.append(f"{run.label}: there are several runs of {run.system} with {run.model}; the first is pooled.")
+    reference = runs[0].system
+    rows: list[OverModels] = []
+    for system in dict.fromkeys(r.system for r in runs if r.system != reference):
+        pairs = {m: (s[reference], s[system]) for m, s in found.items() if {reference, system} <= s.keys()}
+        if len(pairs) < 2:
+            continue
+        try:
+            rows += _rows(system, reference, pairs, metric)
+        except UserError as error:
+            notes.append(f"{system} is not pooled over models: {error}")
+    return corrected(rows), notes
+
+
+def _rows(system: str, reference: str, pairs: dict[str, tuple[Run, Run]], metric: str | None) -> list[OverModels]:
+    tasks = [t for t in next(iter(pairs.values()))[0].tasks if all(t in r.tasks for two in pairs.values() for r in two)]
+    if not tasks:
+        raise UserError("no task is in all runs.")
+    found = {m: [_compared(a.tasks[t], b.tasks[t], metric) for t in tasks] for m, (a, b) in pairs.items()}
+    rows = []
+    for i, task in enumerate([*tasks, *([AVERAGE] if len(tasks) > 1 else [])]):
+        if task == AVERAGE:
+            differences = {m: _average(of_model) for m, of_model in found.items()}
+            pooled = pool_over_tasks([[c for c, *_ in of_model] for of_model in found.values()])
+        else:
+            differences = {m: of_model[i][2] for m, of_model in found.items()}
+            pooled = pool_over_tasks([[of_model[i][0]] for of_model in found.values()])
+        if pooled is None:
+            raise UserError(f"{task} has a single document or text, so that no error is known.")
+        rows.append(OverModels(None, task, "", "", system, reference, "", differences, pooled))
+    return rows
+
+
+def _compared(a: TaskRun, b: TaskRun, metric: str | None) -> tuple[Changes, Texts, Difference]:
+    matched = pair(a, b)
+    first, second = means(matched.first, metric_of(a, metric)), means(matched.second, metric_of(b, metric))
+    texts = shared_texts(matched.first, matched.second)
+    if texts.shared:
+        clusters = next(ds for ds in (matched.first, matched.second) if all(d.cluster is not None for d in ds))
+        keys = [str(d.cluster) for d in clusters]
+    else:
+        keys = [_key(d) for d in matched.first]
+    return Changes(second - first, keys), texts, paired_difference(second, first, texts)
+
+
+def _average(of_model: Sequence[tuple[Changes, Texts, Difference]]) -> Difference:
+    return average_difference([c.values for c, *_ in of_model], [t for _, t, _ in of_model])
+
+
+def _key(document: Document) -> str:
+    """What identifies a document in the runs of all models."""
+    return document.hash or document.id or " ".join(sorted(document.texts))

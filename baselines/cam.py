@@ -1,0 +1,105 @@
+"""CaM: the value of a token that is evicted is added, in parts, to the values of the retained tokens after it.
+
+Paper: Zhang et al., 2024 (Cache Merging, ICML 2024, openreview LCTmppB165). Another policy chooses the token `i` that is
+evicted. It is merged with probability `A_i / mean(A_k)`, at most 1, where `k` are the next `m` retained tokens: then
+`V_i / m` is added to each of their values. Keys stay as they are. Deviations: where fewer than `m` retained tokens follow,
+`m` is their number; `A` is that of the query heads of a group together; the paper merges while tokens are evicted one by
+one, here every schedule is possible. The draw depends only on seed, layer, head and position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from a2sf.errors import ConfigError
+from a2sf.policies.base import Policy, Retention, check_tokens
+from a2sf.policies.make import make_policy
+from a2sf.policies.rule import Step
+from baselines.random import Draw
+
+LATE = 2**62
+HEADS, LAYERS = 2**40, 2**50
+"""What separates the positions of two heads, and of two layers, in a draw."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaM(Policy):
+    """What another policy evicts is merged into the tokens after it.
+
+    Attributes:
+        by: the name of the policy that chooses what is evicted, with its default settings; it must use accumulated attention
+            and support `step`.
+        window: number of retained tokens after an evicted one that get a part of its value (the paper uses 32).
+        seed: seed of the draw.
+    """
+
+    name: ClassVar[str] = "cam"
+    label: ClassVar[str] = "CaM"
+
+    by: str = "h2o"
+    window: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_tokens("policy.window", self.window, least=1)
+        check_tokens("policy.seed", self.seed)
+        allowed = "give the name of a policy that ranks tokens by accumulated attention under every schedule"
+        if self.by == self.name:
+            raise ConfigError("policy.by", self.by, allowed)
+        inner = self.inner
+        rule = inner.keeps(max(64, inner.min_budget)).rule
+        if inner.schedules != Policy.schedules or not inner.causal or not inner.evicts or not rule.scored:
+            raise ConfigError("policy.by", self.by, allowed)
+        if rule.shared:
+            raise ConfigError(
+                "policy.by", self.by, "it retains the same tokens in all heads, and values are merged by head"
+            )
+
+    @cached_property
+    def inner(self) -> Policy:
+        """The policy that chooses what is evicted."""
+        return make_policy(self.by)
+
+    @property
+    def min_budget(self) -> int:
+        return self.inner.min_budget
+
+    def check(self, layers: int, kv_heads: int | None = None) -> None:
+        self.inner.check(layers, kv_heads)
+
+    def layer_budget(self, budget: int, layer: int, layers: int, prompt: int | None = None) -> int:
+        return self.inner.layer_budget(budget, layer, layers, *(() if prompt is None else (prompt,)))
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        return replace(self.inner.keeps(budget, layer), budget=budget)
+
+    def merge(self, step: Step, evicted: Tensor) -> Tensor:
+        K = step.positions.shape[1]
+        order = step.positions.where(step.cached, LATE).argsort(-1)
+        gone, kept = (x.gather(2, order) for x in (evicted, step.cached & ~evicted))
+        positions, scores = step.positions.gather(2, order), step.scores.gather(2, order)
+        number = kept.sum(-1)[..., None]  # of retained tokens
+        # retained tokens first, in their order; and of each evicted token, how many of them are before it
+        retained = (~kept).int().argsort(dim=-1, stable=True)
+        first = gone.int().argsort(dim=-1, descending=True, stable=True)[..., : int(gone.sum(-1).max())]
+        before = kept.cumsum(-1).gather(2, first)
+        into = before[..., None] + torch.arange(self.window, device=order.device)  # [B, K, evicted, window]
+        real = (into < number[..., None]) & gone.gather(2, first)[..., None]
+        into = into.clamp(max=order.shape[-1] - 1)
+        parts = real.sum(-1).clamp(min=1)
+        attention = scores.gather(2, retained).gather(2, into.flatten(2)).unflatten(2, into.shape[2:])
+        mean = (attention * real).sum(-1) / parts
+        heads = torch.arange(K, device=order.device)[:, None] * HEADS + step.layer * LAYERS
+        drawn = Draw(self.seed)(step.keys, step.values, positions.gather(2, first) + heads)
+        merges = real.any(-1) & (scores.gather(2, first) >= drawn * mean) & (mean > 0)
+        V = step.values.shape[-1]
+        share = step.values.gather(2, order.gather(2, first)[..., None].expand(-1, -1, -1, V)) / parts[..., None]
+        share = share * merges[..., None]
+        at = order.gather(2, retained.gather(2, into.flatten(2)))[..., None].expand(-1, -1, -1, V)
+        added = (share[..., None, :] * real[..., None]).flatten(2, 3)
+        return step.values.scatter_add(2, at, added)
