@@ -42,7 +42,7 @@ def written_figure(effects: pd.DataFrame, texts: pd.DataFrame) -> Figure:
     styles = _styles(pruned)
     for axis, budget in zip(grid[0], budgets or [DASH], strict=False):
         for key, rows in texts.groupby(["label", "factor", "budget"], sort=False):
-            label, factor, of = key if isinstance(key, tuple) else (key, DASH, DASH)
+            label, factor, of = map(str, key if isinstance(key, tuple) else (key, DASH, DASH))
             if of in (budget, DASH):
                 full = of == DASH
                 _steps(axis, rows["tokens"], _name(label, factor), None if full else styles[_name(label, factor)])

@@ -8,7 +8,7 @@ the log-likelihood of the full cache's own text, in nats per token (docs/statist
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ def written_texts(documents: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(thinking_tokens=thought if (thought > 0).any() else np.nan)
 
 
-def _measures(row: dict[str, Any]) -> dict[str, float]:
+def _measures(row: Mapping[Any, Any]) -> dict[str, float]:
     """Of one document; where several texts were drawn for it, means over these."""
     tokens = [
         len(t) if _known(t) else n for t, n in zip(_draws(row, "tokens"), row["continuation_tokens"], strict=False)
@@ -104,7 +104,13 @@ def text_frame(grid: Grid) -> tuple[pd.DataFrame, pd.DataFrame]:
                 found = _of_system(part, system, fulls.get(system.variant), task)
                 if found is None:
                     continue
-                where = {"model": model, "shots": shots, "task": task, "policy": system.policy, "label": system.label}
+                where: dict[str, Any] = {
+                    "model": model,
+                    "shots": shots,
+                    "task": task,
+                    "policy": system.policy,
+                    "label": system.label,
+                }
                 where |= {"budget": system.budget, "factor": system.factor}
                 rows.append(where | found[0])
                 documents.append(found[1].assign(**where)[[*where, *found[1]]])
@@ -163,10 +169,10 @@ def _first_difference(a: Any, b: Any) -> float:
     return float(other[0]) if len(other) else float(n)
 
 
-def _draws(row: dict[str, Any], name: str) -> list[Any]:
+def _draws(row: Mapping[Any, Any], name: str) -> list[Any]:
     """A column of each text that was drawn for a document, or of its only one."""
     several = row.get(f"draws/{name}")
-    return list(several) if _known(several) else [row.get(name)]
+    return [row.get(name)] if several is None or not _known(several) else list(several)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -141,7 +141,9 @@ def _written(texts: pd.DataFrame, places: Sequence[Place]) -> list[dict[str, Any
     """How many tokens a system's texts of a task have, as quantiles, and the shares of those cut off and ended in a loop."""
     if texts.empty:
         return []
-    numbers = {(m, n, s.label, s.budget, s.factor): i for i, (m, n, _, s) in enumerate(places)}
+    numbers: dict[tuple[Any, ...], int] = {
+        (m, n, s.label, s.budget, s.factor): i for i, (m, n, _, s) in enumerate(places)
+    }
     found = []
     for place, rows in texts.groupby(["model", "shots", "label", "budget", "factor", "task"], sort=False):
         *system, task = place if isinstance(place, tuple) else (place,)

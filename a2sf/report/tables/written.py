@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -45,7 +46,7 @@ def written_tables(grid: Grid, effects: pd.DataFrame) -> list[TextTable]:
     return tables
 
 
-def _cells(r: dict[str, Any]) -> dict[str, str]:
+def _cells(r: Mapping[Any, Any]) -> dict[str, str]:
     return {
         "Tokens": _plain(r, "tokens", decimals=1),
         "Δ tokens": _interval(r, "tokens_change", decimals=1),
@@ -62,12 +63,12 @@ def _cells(r: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _plain(r: dict[str, Any], name: str, *, percent: bool = False, decimals: int = 1, unit: float = 1.0) -> str:
+def _plain(r: Mapping[Any, Any], name: str, *, percent: bool = False, decimals: int = 1, unit: float = 1.0) -> str:
     value = r.get(name)
     return DASH if value is None or pd.isna(value) else number(value / unit, percent, decimals=decimals)
 
 
-def _interval(r: dict[str, Any], name: str, *, percent: bool = False, decimals: int = 1) -> str:
+def _interval(r: Mapping[Any, Any], name: str, *, percent: bool = False, decimals: int = 1) -> str:
     values = [r.get(f"{name}{end}") for end in ("", "_low", "_high")]
     if values[0] is None or pd.isna(values[0]):
         return DASH

@@ -15,9 +15,10 @@ from a2sf.analysis.results.selection import Selection
 from a2sf.engine.trace import Trace
 from a2sf.report.lengths import length_figure
 from a2sf.report.output import Options, show
+from a2sf.report.page.documents import _short_enough, cached_map
 from a2sf.report.plots.sweep import by_budget, trade_off
 from a2sf.report.traced import picture
-from a2sf.store.runs import write_cell
+from a2sf.store.runs import load_sweep, write_cell
 from tests.page import embedded
 from tests.sweep_fixture import Plan, write_sweep
 
@@ -57,6 +58,62 @@ def test_generated_texts_can_be_browsed(tmp_path: Path) -> None:
     texts = {a[9]["text"] for a in entry["answers"].values()}
     assert {"a2sf wrote & 9", "h2o wrote & 9"} <= texts
     assert embedded(sweep / "report.html", "charts")["parts"][0]["chance"] == {}
+
+
+def test_a_page_has_what_was_thought_extracted_and_counted(tmp_path: Path) -> None:
+    for stored in load_sweep(written(tmp_path, metric="exact_match,strict")):
+        n = len(stored.documents)
+        documents = stored.documents.assign(
+            tokens=[[5, 6, i] for i in range(n)],
+            finish="thinking",
+            ended=False,
+            thinking="hm",
+            thinking_tokens=3,
+            **{"extracted,strict": "42", "extracted,loose": "43"},
+        )
+        result = {k: v for k, v in stored.result.items() if k not in ("checksums", "schema_version")}
+        write_cell(tmp_path / "t" / stored.path.name, result, documents, "policy: x\n")
+    show([tmp_path / "t"], Selection(), Options(plots=False))
+    (entry,) = embedded(tmp_path / "t" / "report.html", "documents")
+    for answers in entry["answers"].values():
+        shown = {k: answers[4][k] for k in ("count", "ids", "finish", "thinking", "thought", "extracted", "cut")}
+        assert shown == {
+            "count": 3,
+            "ids": [5, 6, 4],
+            "finish": "thinking",
+            "thinking": "hm",
+            "thought": 3,
+            "extracted": "42",
+            "cut": True,
+        }
+    (lengths, *_) = embedded(tmp_path / "t" / "report.html", "charts")["written"]
+    assert (lengths["n"], lengths["mean"], lengths["cut"], lengths["quantiles"]) == (12, 3, 1, [3] * 101)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 200])
+def test_a_map_of_what_is_cached_at_each_step(tokens: int) -> None:
+    generator = np.random.default_rng(tokens)
+    steps = np.arange(tokens) + generator.integers(0, tokens, (2, 3, tokens))
+    mass = np.zeros(steps.shape, np.float32)
+    trace = Trace(0, ("x",) * tokens, 1, steps.clip(max=tokens).astype(np.int32), mass, mass)
+    found = cached_map(trace)
+    assert len(found["steps"]) == len(found["positions"]) == min(tokens, 48)
+    assert found["steps"][-1] == tokens - 1
+    ends = [*found["positions"][1:], tokens]
+    for step, row in zip(found["steps"], found["share"], strict=True):
+        for first, end, share in zip(found["positions"], ends, row, strict=True):
+            if first > step:
+                assert share is None
+            else:
+                kept = trace.evicted_at[..., first:end] > step
+                assert share == pytest.approx(100 * kept.mean(), abs=0.51)
+
+
+def test_long_texts_leave_out_documents_but_not_the_first_twenty() -> None:
+    texts = [[{"text": "x" * 100}] * 50, [{"text": "y" * 100, "thinking": "z" * 100}] * 50]
+    assert _short_enough(range(50), texts, 300 * 30) == list(range(30))
+    assert _short_enough(range(50), texts, 10) == list(range(20))
+    assert _short_enough(range(5), [[None] * 5], 0) == list(range(5))
 
 
 def test_texts_that_were_not_stored_are_missing(tmp_path: Path) -> None:
