@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from baselines.calibrated import Calibrated
     from baselines.cam import CaM
     from baselines.chunkkv import ChunkKV
+    from baselines.criticalkv import CriticalKV
     from baselines.curdkv import CurDKV
     from baselines.expected_attention import ExpectedAttention
     from baselines.full import Full
@@ -56,6 +57,7 @@ __all__ = [
     "CaM",
     "Calibrated",
     "ChunkKV",
+    "CriticalKV",
     "CurDKV",
     "EvictionState",
     "ExpectedAttention",
@@ -98,6 +100,7 @@ _WHERE = {
     "CaM": "baselines.cam",
     "Calibrated": "baselines.calibrated",
     "ChunkKV": "baselines.chunkkv",
+    "CriticalKV": "baselines.criticalkv",
     "CurDKV": "baselines.curdkv",
     "EvictionState": "a2sf.engine.state",
     "ExpectedAttention": "baselines.expected_attention",

@@ -34,7 +34,7 @@ FURTHER: dict[str, list[Any]] = {
     "pooling": ["max"],
     "covariance": [False],
     "varying": [0.6],
-    "by": ["keydiff", "keyformer", {"name": "adakv", "window": 3}, "expected_attention"],
+    "by": ["vatp", "keyformer", {"name": "adakv", "window": 3}, "expected_attention"],
 }
 """Further values of settings, each with the small ones."""
 

@@ -8,14 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from a2sf.hf.attention import UnsupportedModel, attached, check_finite, mixes_windows, rope_switch, running
 from a2sf.hf.calls.logits import logits_at
 from a2sf.hf.layer_check import layers_of
-
-PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
-"""Names of the projection after the attention in transformers' models."""
+from a2sf.hf.projection import projections as projections
 
 
 @dataclass(frozen=True)
@@ -97,32 +94,3 @@ def check_model(model: PreTrainedModel, longest: int) -> None:
         raise UnsupportedModel("the model mixes full attention with sliding windows, which cannot be calibrated")
     if longest > rope_switch(model.config):
         raise UnsupportedModel("the model's rotary embedding changes within --lengths; give shorter ones")
-
-
-def projections(model: PreTrainedModel) -> dict[int, Tensor]:
-    """The output projection of each layer: index of the layer -> weights, float32 [H * V, hidden].
-
-    Biases are left out, because they cancel in differences.
-
-    Raises:
-        UnsupportedModel: if the projection of a layer is not found.
-    """
-    found: dict[int, Tensor] = {}
-    for module in model.modules():
-        number = getattr(module, "layer_idx", None)
-        named = [getattr(module, name, None) for name in PROJECTIONS]
-        weights = [_weight(m) for m in named if isinstance(m, nn.Linear | Conv1D)]
-        if isinstance(number, int) and weights and "attention" in type(module).__name__.lower():
-            found[number] = weights[0].detach().float()
-    if sorted(found) != list(range(layers_of(model))):
-        raise UnsupportedModel(
-            f"{type(model).__name__} does not have an output projection named {', '.join(PROJECTIONS)} in each layer, "
-            "so that errors after the projection cannot be measured"
-        )
-    return found
-
-
-def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight if isinstance(module, Conv1D) else weight.T

@@ -121,7 +121,9 @@ def _merged(function: Callable[..., Any], step: Step, evicted: Tensor) -> tuple[
 
 def about(retention: BatchRetention, options: Options, positions: Tensor) -> dict[str, Any]:
     """What a `Step` says of the layer, of the rows and of what was prepared, by name; `retention` is `per_head`."""
-    known: dict[str, Any] = {name: getattr(options, name) for name in ("layer", "layers", "scale", "rotary")}
+    known: dict[str, Any] = {
+        name: getattr(options, name) for name in ("layer", "layers", "scale", "rotary", "projection")
+    }
     if retention.prepared is not None:
         real = (positions >= 0) & (positions < retention.prepared.shape[-1])
         known["prepared"] = retention.prepared.gather(2, positions.where(real, 0)).where(real, 0)
@@ -186,7 +188,7 @@ def _called(rule: Rule, step: Step, free: Tensor) -> tuple[Tensor, Tensor]:
         PolicyError: if it fails, returns another shape or NaN, or changes a tensor of the step.
     """
     assert rule.priority_fn is not None
-    given = _unchanged(rule.priority_fn, step)
+    given = _unchanged(rule.priority_fn, replace(step, evictable=free))
     priority, memory = given if isinstance(given, tuple) else (given, step.memory)
     cached = step.cached[..., None]
     priority = _checked(rule.priority_fn, "priorities", priority, step.scores, free)

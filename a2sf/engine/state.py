@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from a2sf.engine.retention import BatchRetention
-from a2sf.policies.rotary import Rotary
+from a2sf.policies.rotary import Projection, Rotary
 from a2sf.policies.rule import ACCUMULATED, Rule
 
 LATE = 2**62
@@ -242,6 +242,7 @@ class Options:
         return_state, trace: whether to return the final state, and what was evicted.
         layer, layers: the layer's number, from 0, and how many the model has.
         rotary: its rotary embedding, where it is known and a rule needs it.
+        projection: the projection after its attention, where a rule needs it.
     """
 
     scale: float
@@ -250,6 +251,7 @@ class Options:
     layer: int = 0
     layers: int = 1
     rotary: Rotary | None = None
+    projection: Projection | None = None
 
 
 class Call(NamedTuple):

@@ -22,6 +22,7 @@ from a2sf.hf.calls.around import decoder_of, scoped, surround
 from a2sf.hf.calls.tokens import new_tokens
 from a2sf.hf.exactness import require_exact
 from a2sf.hf.loading.config import kv_heads_of
+from a2sf.hf.projection import projections_for
 from a2sf.hf.rotary import rotary_for
 from a2sf.hf.settings import check_settings, contexts_for, contexts_of, new_tokens_of, retention_of
 from a2sf.policies.arguments import budget_of, policy_of, schedule_of
@@ -112,6 +113,7 @@ class _Scope:
             policy_on_sliding=not mixes_windows(model.config),
             backend=self.backend,
             rotary=rotary_for(model, self.policy),
+            projections=projections_for(model, self.policy),
             schedule=schedule_for(self.policy, self.schedule),
             prompt=context.__getitem__,
         )

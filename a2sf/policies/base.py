@@ -85,6 +85,8 @@ class Policy(ABC):
     """How many numbers `priorities` stores for each cached token."""
     unrotated: ClassVar[bool] = False
     """True if `priorities` uses keys or queries before the rotary embedding (`Step.unrotated_keys`)."""
+    projected: ClassVar[bool] = False
+    """True if `priorities` uses the projection after the attention (`Step.projection`)."""
     version: ClassVar[int] = 1
     """Raised when a change of the policy moves its numbers: results of an earlier version are not reused."""
 
@@ -209,6 +211,7 @@ class Policy(ABC):
         seen: dict[str, Any] = {
             "queries": max(self.queries, retention.rule.queries),
             "unrotated": self.unrotated or retention.rule.unrotated,
+            "projected": self.projected or retention.rule.projected,
         }
         return replace(retention, rule=replace(retention.rule, **functions, **seen))
 

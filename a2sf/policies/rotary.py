@@ -1,4 +1,4 @@
-"""A model's rotary embedding, applied to keys and queries and undone."""
+"""What a policy may see of a layer's weights: its rotary embedding, and the projection after the attention."""
 
 from __future__ import annotations
 
@@ -53,3 +53,24 @@ class Rotary:
         turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1)
         flat = (turned if self.interleaved else turned.transpose(-1, -2)).flatten(-2)
         return torch.cat([flat, rest.expand(*flat.shape[:-1], -1)], -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """The projection after the attention of one layer.
+
+    Attributes:
+        weights: float32 [K, G, V, hidden], the part of each query head.
+    """
+
+    weights: Tensor
+
+    def lengths(self, values: Tensor) -> Tensor:
+        """`||v W||_1` of values [B, K, N, V], the mean over the query heads of the group, [B, K, N]."""
+        import torch
+
+        heads = []
+        for k, group in enumerate(self.weights.to(values)):  # head by head: the projected values are large
+            each = [(values[:, k] @ weights).abs().sum(-1) for weights in group]
+            heads.append(sum(each[1:], each[0]) / len(each))
+        return torch.stack(heads, 1)

@@ -23,7 +23,7 @@ from a2sf.policies.renamed import renamed_fields
 if TYPE_CHECKING:  # so that commands which only list policies do not load torch
     from torch import Tensor
 
-    from a2sf.policies.rotary import Rotary
+    from a2sf.policies.rotary import Projection, Rotary
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,9 @@ class Step:
         prompt: int64 [B, 1, 1], tokens of each row's prompt under the prompt schedule; else None.
         scale: what query · key is multiplied by before the softmax.
         rotary: its rotary embedding, if the policy asks for it (`unrotated = True`) and the model has one; else None.
+        projection: the projection after the layer's attention, if the policy asks for it (`projected = True`) and there is a
+            model; else None.
+        evictable: bool [B, K, N], which tokens are not protected.
         prepared: [B, K, N], the numbers that the policy prepared for the prompt's tokens, 0 for others; None: it has none.
     """
 
@@ -73,6 +76,8 @@ class Step:
     scale: float = 1.0
     rotary: Rotary | None = None
     prepared: Tensor | None = None
+    projection: Projection | None = None
+    evictable: Tensor | None = None
 
     @property
     def ages(self) -> Tensor:
@@ -251,6 +256,7 @@ class Rule:
         recording: what is evicted at each step, whatever the budget; then nothing is ranked.
         queries: of how many last tokens the functions see the queries, `W`.
         unrotated: whether they need the model's rotary embedding.
+        projected: whether they need the projection after the attention.
         merge_fn: a function that changes values (and keys) of the tokens that stay when others are evicted. It gets the step
             and which tokens are evicted, bool [B, K, N], and returns all values, or values and keys. `weight` and `bias` are
             then computed anew.
@@ -279,6 +285,7 @@ class Rule:
     recording: Recording | None = None
     queries: int = 0
     unrotated: bool = False
+    projected: bool = False
     merge_fn: MergeFn | None = None
     division_fn: PriorityFn | None = None
 

@@ -18,6 +18,7 @@ from a2sf.hf.calls.logits import logits_at
 from a2sf.hf.devices import input_device
 from a2sf.hf.exactness import require_exact
 from a2sf.hf.loading import kv_heads_of
+from a2sf.hf.projection import projections_for, projections_of
 from a2sf.hf.reader import prepared_for
 from a2sf.hf.rotary import rotary_for, rotary_of
 from a2sf.hf.settings import check_settings
@@ -77,11 +78,13 @@ class Scorer:
         Raises:
             ConfigError: if a setting does not fit the model, the budget is too small for the policy, or the policy does not
                 know the schedule.
-            UnsupportedModel: if the policy sees keys before the rotary embedding, and the model's is not known.
+            UnsupportedModel: if the policy sees keys before the rotary embedding or the projection after the attention, and
+                the model's is not known.
         """
         check_settings(policy, budget, self.layers, schedule=schedule)
         policy.check(self.layers, self.kv_heads)
         rotary_for(self.model, policy)
+        projections_for(self.model, policy)
         return System(policy, budget, schedule_for(policy, schedule))
 
     def answers(self, system: System) -> Answers:
@@ -152,9 +155,10 @@ class Scorer:
         if not pending:
             return
         require_exact(self.model)
-        unrotated = any(k.rule.unrotated for p in pending for k in p.sequence.retention[:1])
-        rotary = rotary_of(self.model) if unrotated else None
-        about = Model(self.layers, not mixes_windows(self.model.config), self.backend, self.device, rotary)
+        rules = {p.sequence.retention[0].rule for p in pending if p.sequence.retention}
+        rotary = rotary_of(self.model) if any(r.unrotated for r in rules) else None
+        weights = projections_of(self.model) if any(r.projected for r in rules) else None
+        about = Model(self.layers, not mixes_windows(self.model.config), self.backend, self.device, rotary, weights)
         passes = Passes(self.model, about, self.tokens_per_pass, self.sequences_per_pass)
         windows = Counter((id(p.answers), p.request) for p in pending)
         values: dict[tuple[int, int], dict[int, float]] = {}
@@ -273,6 +277,7 @@ class Scorer:
             policy_on_sliding=not mixes_windows(self.model.config),
             backend=self.backend,
             rotary=rotary_of(self.model) if sequence.retention[0].rule.unrotated else None,
+            projections=projections_of(self.model) if sequence.retention[0].rule.projected else None,
             trace=True,
         )
         tokens = torch.tensor([sequence.read], device=self.device)

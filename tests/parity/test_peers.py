@@ -18,12 +18,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from a2sf import Schedule, make_policy
+from a2sf import Policy, Schedule, make_policy
 from a2sf.calibration.capture import Captured, capture
 from a2sf.engine import kernels, stepwise
 from a2sf.engine.kernels import split
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Options, Segments
+from a2sf.hf.projection import projections_of
 from a2sf.hf.rotary import rotary_of
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +67,8 @@ PAIRS = {
     "curdkv": Pair("curdkv", {}),
     "chunkkv_key_norm": Pair("chunkkv", {"by": "key_norm"}, budgets=True),
     "chunkkv_keydiff": Pair("chunkkv", {"by": "keydiff"}, budgets=True),
+    "criticalkv_snapkv": Pair("criticalkv", {"by": {"name": "snapkv", "window": WINDOW}}),
+    "criticalkv_tova": Pair("criticalkv", {"by": "tova"}, newest=True),
     "expected_attention": Pair("expected_attention", {}),
     "expected_attention_mean": Pair("expected_attention", {"covariance": False}),
 }
@@ -105,12 +108,19 @@ def ours(smollm2):
         capture(smollm2.model, PEERS[f"text{text}"].tolist(), found.append)
         return found
 
-    rotary = rotary_of(smollm2.model)[0]
+    rotary, projections = rotary_of(smollm2.model)[0], projections_of(smollm2.model)
 
     def run(name: str, settings: dict[str, Any], text: int, budgets: list[int], schedule: str = "prompt") -> Ran:
-        of = layers(text)
+        of, policy = layers(text), make_policy(name, **settings)
+        if policy.projected:  # each layer has its own projection
+            each = [attended(policy, [x], [C], schedule) for x, C in zip(of, budgets, strict=True)]
+            evictions = [tuple(map(torch.cat, zip(*(x.evictions[0] for x in each), strict=True)))]
+            return Ran(torch.cat([x.retained for x in each]), evictions)
+        return attended(policy, of, budgets, schedule)
+
+    def attended(policy: Policy, of: list[Captured], budgets: list[int], schedule: str) -> Ran:
         query, key, value = (torch.cat([getattr(x, n) for x in of]) for n in ("query", "key", "value"))
-        T, policy, evictions = key.shape[2], make_policy(name, **settings), []
+        T, evictions = key.shape[2], []
         smallest = split.smallest
 
         def noting(priority: Tensor, positions: Tensor, *rest: Tensor) -> Tensor:
@@ -118,9 +128,11 @@ def ours(smollm2):
             evictions.append((_by_position(positions, priority, T), _by_position(positions, out, T)))
             return out
 
-        stated = [policy.keeps(C, x.number, len(of)) for C, x in zip(budgets, of, strict=True)]
+        prompt = (T,) if schedule == "prompt" else ()
+        stated = [policy.keeps(C, x.number, 30, *prompt) for C, x in zip(budgets, of, strict=True)]
         rows = BatchRetention.of(stated, Schedule.named(schedule), [T] * len(of))
-        options = Options(scale=of[0].scale, return_state=True, layers=len(of), rotary=rotary)
+        known = {"rotary": rotary, "projection": projections[of[0].number]}
+        options = Options(scale=of[0].scale, return_state=True, layers=30, **known)
         with pytest.MonkeyPatch.context() as patch:
             for module in (split, stepwise):
                 patch.setattr(module, "smallest", noting)
@@ -217,9 +229,7 @@ def test_the_page_tells_the_overlaps_that_are_found(ours):
                 other = of_peer(case, text, ratio)
                 L, K, T = other.shape
                 C = int(T * (1 - ratio))
-                policy = make_policy(pair.name, **pair.settings)
-                budgets = [policy.layer_budget(C, i, L, T) for i in range(L)]
-                ran = ours(pair.name, pair.settings, text, budgets, pair.schedule)
+                ran = ours(pair.name, pair.settings, text, [C] * L, pair.schedule)
                 shares.append(float((ran.retained & other).sum() / (L * K * C)))
         said = f"{100 * np.mean(shares):.1f} %"
         assert said in rows[case], (case, said)

@@ -128,6 +128,7 @@ def parts_of(plan: Plan, columns: np.ndarray, ends: Sequence[int]) -> list[tuple
             policy_on_sliding=plan.policy_on_sliding,
             backend=plan.backend,
             rotary=plan.rotary,
+            projections=plan.projections,
             ran=plan.ran,
             plan=plan,
             of=of,

@@ -16,7 +16,7 @@ from a2sf.engine.trace import attention_mass, steps_of
 from a2sf.hf.attention.errors import check_finite
 from a2sf.hf.attention.windows import keeps_window, within_window
 from a2sf.policies.base import Retention
-from a2sf.policies.rotary import Rotary
+from a2sf.policies.rotary import Projection, Rotary
 from a2sf.policies.schedule import STEP, Schedule
 
 
@@ -34,6 +34,7 @@ class Plan:
             that mix such layers with global ones; their sliding layers remain as the model defines them.
         backend: which implementation runs.
         rotary: each layer's rotary embedding, where a policy needs it; else None.
+        projections: the projection after each layer's attention, where a policy needs it; else None.
         trace: whether to note by layer what is evicted, in `evicted` (see `Attended`); for a single sequence without
             padding also the step at which each position is evicted, in `evicted_at` int32 [B, K, T], and the attention
             behind it, in `received` and `lost` (`trace.attention_mass`).
@@ -52,6 +53,7 @@ class Plan:
     policy_on_sliding: bool = True
     backend: str = "auto"
     rotary: Sequence[Rotary | None] | None = None
+    projections: Sequence[Projection] | None = None
     trace: bool = False
     serves: Sequence[int] = ()
     ran: set[str] = field(default_factory=set)
@@ -120,7 +122,8 @@ class Plan:
     def options(self, layer: int, scale: float) -> Options:
         """What the engine is told of a layer."""
         rotary = None if self.rotary is None else self.rotary[layer]
-        return Options(scale=scale, trace=self.trace, layer=layer, layers=self.layers, rotary=rotary)
+        projection = None if self.projections is None else self.projections[layer]
+        return Options(scale, trace=self.trace, layer=layer, layers=self.layers, rotary=rotary, projection=projection)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """Attention of one layer, [B, H, T, V]."""

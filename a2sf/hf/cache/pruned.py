@@ -33,6 +33,7 @@ from a2sf.hf.calls.around import decoder_of, following_copy, surround
 from a2sf.hf.calls.chunks import bounds, columns
 from a2sf.hf.exactness import require_decoding, require_exact
 from a2sf.hf.loading.config import kv_heads_of
+from a2sf.hf.projection import projections_for
 from a2sf.hf.reader import prepared_for
 from a2sf.hf.rotary import rotary_for
 from a2sf.hf.settings import check_settings, contexts_for, contexts_of, new_tokens_of, retention_of
@@ -117,7 +118,10 @@ class PrunedCache(Cache):
         self.check_model(model)
         positions = getattr(config, "max_position_embeddings", None) or 2**31
         layers, rotary = config.num_hidden_layers, rotary_for(model, policy)
-        how = (How(positions, backend, trace, i, layers, None if rotary is None else rotary[i]) for i in range(layers))
+        weights = projections_for(model, policy)
+        embeddings, parts = rotary or [None] * layers, weights or [None] * layers
+        known = enumerate(zip(embeddings, parts, strict=True))
+        how = (How(positions, backend, trace, i, layers, *each) for i, each in known)
         super().__init__(layers=[PrunedLayer(each) for each in how])
         self.layers: list[PrunedLayer]  # type: ignore[assignment]
         self.trace = trace

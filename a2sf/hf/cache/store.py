@@ -16,7 +16,7 @@ from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Attended, EvictionState, Options, Segments, remembered
 from a2sf.errors import UserError
 from a2sf.policies.base import UNLIMITED
-from a2sf.policies.rotary import Rotary
+from a2sf.policies.rotary import Projection, Rotary
 from a2sf.policies.rule import ACCUMULATED
 from a2sf.policies.slots import head_slots
 
@@ -53,6 +53,7 @@ class How:
         trace: record what every step evicts.
         layer, layers: the layer's number, and how many there are.
         rotary: its rotary embedding, where the policy needs it.
+        projection: the projection after its attention, where the policy needs it.
     """
 
     positions: int
@@ -61,10 +62,11 @@ class How:
     layer: int = 0
     layers: int = 1
     rotary: Rotary | None = None
+    projection: Projection | None = None
 
     def options(self, scale: float) -> Options:
         """What the engine is told."""
-        known = {"layer": self.layer, "layers": self.layers, "rotary": self.rotary}
+        known = {"layer": self.layer, "layers": self.layers, "rotary": self.rotary, "projection": self.projection}
         return Options(scale, return_state=True, trace=self.trace, **known)  # type: ignore[arg-type]
 
 

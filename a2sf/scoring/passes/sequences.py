@@ -18,7 +18,7 @@ import torch
 from a2sf.hf.attention import Plan
 from a2sf.hf.attention.mixed import Mixed
 from a2sf.policies.base import UNLIMITED, Retention
-from a2sf.policies.rotary import Rotary
+from a2sf.policies.rotary import Projection, Rotary
 from a2sf.policies.schedule import STEP, Schedule
 from a2sf.scoring.passes.full_cache_prefix import full_cache_prefix, shareable_prefix
 from a2sf.scoring.passes.packing import Item, Pack, build, numbered
@@ -101,7 +101,7 @@ class Model:
     Attributes:
         layers, policy_on_sliding, backend: as in `Plan`.
         device: where it computes.
-        rotary: as in `Plan`.
+        rotary, projections: as in `Plan`.
     """
 
     layers: int
@@ -109,6 +109,7 @@ class Model:
     backend: str
     device: torch.device
     rotary: Sequence[Rotary | None] | None = None
+    projections: Sequence[Projection] | None = None
 
 
 def pass_of(row: Pack, sequences: Sequence[ScoredSequence], model: Model) -> Plan | Mixed:
@@ -181,5 +182,6 @@ def _plan(forest: Pack, items: Sequence[int], sequences: Sequence[ScoredSequence
         policy_on_sliding=model.policy_on_sliding,
         backend=model.backend,
         rotary=model.rotary,
+        projections=model.projections,
         serves=[items[which] for which in forest.items],
     )

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from a2sf import attend, make_policy
+from a2sf import Schedule, attend, make_policy
 from a2sf.calibration.capture import Captured
 from a2sf.calibration.filters import Queries, content
+from a2sf.engine import kernels
+from a2sf.engine.retention import BatchRetention
+from a2sf.engine.state import Options, Segments
 from a2sf.errors import ConfigError
-from a2sf.policies.rotary import Rotary
+from a2sf.policies.rotary import Projection, Rotary
 from a2sf.policies.rule import Cut, Step
 from tests import definitions
 from tests.definitions import retained
@@ -121,6 +124,37 @@ def test_whole_chunks_are_retained(prompt):
         assert {5 * c + 3, 5 * c + 4} <= set(held(state)[0])
 
 
+@pytest.mark.parametrize("projected", [True, False])
+def test_the_second_half_is_by_the_projected_value(projected):
+    """Of 17 slots, the window has four, the four best others go on; nine more by score times norm."""
+    q, k, v = tensors(9)
+    weights = torch.randn(2, 2, 8, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    projection = Projection(weights) if projected else None
+    snapkv = {"name": "snapkv", "window": 4, "kernel": 3}
+    policy = make_policy("criticalkv", by=snapkv)
+    rows = BatchRetention.of([policy.keeps(BUDGET, 0, 1, T)], Schedule("prompt"), [T])
+    options = Options(scale=8**-0.5, return_state=True, projection=projection)
+    state = kernels.attend(q, k, v, Segments.of_rows(rows, torch.tensor([T])), options).state
+    for head, kept in enumerate(held(state)):
+        norms = v[0, head].abs().sum(-1)
+        if projected:
+            norms = torch.stack([(v[0, head] @ weights[head, g]).abs().sum(-1) for g in range(2)]).mean(0)
+        scores = torch.zeros(T - 4, dtype=torch.float64)
+        for t in range(T - 4, T):
+            logits = q[0, 2 * head : 2 * head + 2, t] @ k[0, head, : t + 1].T * 8**-0.5
+            scores += logits.softmax(-1).sum(0)[: T - 4]
+        scores = torch.nn.functional.avg_pool1d(scores[None], 3, stride=1, padding=1)[0]
+        first = scores.topk(4).indices.tolist()
+        product = ((scores + 1e-4) * norms[: T - 4]).index_fill(0, torch.tensor(first), -1)
+        assert kept == sorted([*first, *product.topk(9).indices.tolist(), *range(T - 4, T)])
+
+
+def test_priorities_below_0_cannot_be_multiplied():
+    policy = make_policy("criticalkv", by="keydiff")
+    with pytest.raises(ConfigError, match=r"policy.by=keydiff is not allowed: its priorities may be negative"):
+        attend(policy, *tensors(0), budget=BUDGET)
+
+
 def test_all_heads_retain_the_same_chunks():
     q, k, v = tensors(4)
     _, state = attend(make_policy("chunkkv", by="keydiff", chunk=4), q, k, v, budget=12, schedule="prompt", prompt=T)
@@ -208,6 +242,9 @@ def test_noise_decides_between_equal_tokens():
         ("qfilter", {"file": None}, "policy.file=None is not allowed: .*a2sf calibrate --filters"),
         ("qfilter", {"file": {"name": "a", "shape": [1, 1, 2], "filters": "AAAA"}}, "policy.file=.*of that shape"),
         ("chunkkv", {"chunk": 0}, "policy.chunk=0"),
+        ("criticalkv", {"first": 2}, "policy.first=2"),
+        ("criticalkv", {"by": "cam"}, "policy.by=cam is not allowed: cam is built on another policy itself"),
+        ("chunkkv", {"by": "kvzip"}, "policy.by=kvzip is not allowed: kvzip reads a prompt before it is cut"),
         ("chunkkv", {"by": "chunkkv"}, "policy.by=chunkkv is not allowed: chunkkv is built on another policy itself"),
         ("chunkkv", {"by": "future"}, "policy.by=future is not allowed: future sees later tokens"),
         ("chunkkv", {"by": "full"}, "policy.by=full is not allowed: full evicts nothing"),

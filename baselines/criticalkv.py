@@ -1,0 +1,79 @@
+"""CriticalKV: half of the budget by another policy's priorities, half by these times what the value does to the output.
+
+Paper: Feng et al., 2025 (arXiv 2502.03805): the error that an eviction causes in the output of a layer is bounded by
+attention times `||W_o v||_1`, where `W_o` is the projection after the attention. So `first` of the budget is for the tokens
+of the highest attention, and the rest for those of the highest product. Deviations: priorities may be any policy's that are
+not negative, SnapKV's by default; protected tokens take places of the first half, and `EPSILON` is added to priorities
+before the product, as in kvpress; the norm is the mean over the query heads of the group, and heads retain tokens of their
+own, also where those of `by` do not. Without a model (a2sf.attend) no projection is known, and the value's own norm counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from a2sf.errors import ConfigError
+from a2sf.policies.base import Retention, check_share
+from a2sf.policies.ranking import Ranking
+from a2sf.policies.rule import Step
+from baselines.by import By
+
+EPSILON = 1e-4
+
+
+@dataclass(frozen=True)
+class InTwoParts:
+    """The best tokens of a ranking, and then those of its priorities times the norm of the projected value."""
+
+    ranking: Ranking
+    first: float
+    by: str
+
+    def __call__(self, step: Step) -> tuple[Tensor, Tensor]:
+        priority, memory = self.ranking(step)
+        assert step.budget is not None
+        assert step.evictable is not None
+        if bool(((priority < 0) & step.evictable).any()):
+            raise ConfigError(
+                "policy.by", self.by, "its priorities may be negative; give a policy that ranks by attention"
+            )
+        share = Fraction(str(self.first))
+        protected = (step.cached & ~step.evictable).sum(-1, keepdim=True)
+        places = step.budget * share.numerator // share.denominator - protected
+        best = priority.masked_fill(~step.evictable, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+        rank = best.argsort(dim=-1)
+        norms = step.values.abs().sum(-1) if step.projection is None else step.projection.lengths(step.values)
+        return ((priority + EPSILON) * norms).masked_fill(rank < places, torch.inf), memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticalKV(By):
+    """Another policy's priorities, and these times the norm of the projected value.
+
+    Attributes:
+        by: the other policy: its name, or a mapping of its `name` and settings.
+        first: share of the budget, from 0 to 1, for the tokens that the other policy ranks first.
+    """
+
+    name: ClassVar[str] = "criticalkv"
+    label: ClassVar[str] = "CriticalKV"
+    schedules: ClassVar[tuple[str, ...]] = ("prompt",)  # of the default `by`
+    projected: ClassVar[bool] = True
+
+    first: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("policy.first", self.first)
+
+    def changed(self, ranking: Ranking) -> InTwoParts:
+        return InTwoParts(ranking, self.first, self.inner.name)
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        stated = super().retention(budget, layer)
+        return replace(stated, rule=replace(stated.rule, projected=True, shared=False))
