@@ -178,4 +178,5 @@ def _plan(forest: Pack, items: Sequence[int], sequences: Sequence[ScoredSequence
         policy_on_sliding=model.policy_on_sliding,
         backend=model.backend,
         serves=[items[which] for which in forest.items],
+        ends=[path[-1] for path in forest.path],
     )
