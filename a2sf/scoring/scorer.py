@@ -200,7 +200,7 @@ class Scorer:
         """Of each window of a request: tokens of the context, of what is scored or was generated, and the limit of these."""
         if requests.kind == TEXT:
             prompt = requests.prompt(i)
-            return [(prompt.length, answer.continuation, prompt.new)]
+            return [(prompt.length, answer.thinking_tokens + answer.continuation, prompt.new)]
         if requests.kind == ROLLING:
             return [(len(context), len(continuation), None) for context, continuation in requests.windows(i)]
         return [(answer.context, answer.continuation, None)]
@@ -216,10 +216,12 @@ class Scorer:
             answer = answers.answer(requests.keys[i])
             assert answer is not None
             if requests.kind == TEXT:
-                if not answer.continuation:
+                if not answer.thinking_tokens + answer.continuation:
                     continue
                 prompt = requests.prompt(i)
                 text = list(self.lm.tok_encode(answer.value, add_special_tokens=False))
+                if answer.thinking_tokens and answer.tokens:
+                    text = answer.tokens
                 cut = requests.cut(i, answers.system, len(prompt.tokens), prompt.length)
                 retention = answers.system.retention(len(prompt.tokens) + max(0, prompt.new - 1), cut, self.layers)
                 sequence = ScoredSequence(

@@ -2,9 +2,9 @@
 
 With k answers a metric's value is the mean over documents of the mean over answers (avg@k). pass@j is the probability that
 one of j answers is right, estimated without bias from k (Chen et al. 2021, Evaluating Large Language Models Trained on Code,
-arXiv:2107.03374, equation 1). maj@k is the score of the answer that most agree on (Wang et al. 2023, Self-Consistency
-Improves Chain of Thought Reasoning, arXiv:2203.11171). Drawing answers adds the mean over documents of s²/k, divided by their
-number, to the variance of a mean (Miller 2024, Adding Error Bars to Evals, arXiv:2411.00640).
+arXiv:2107.03374, equation 1). maj@k is the score of the answer that comes most often (Wang et al. 2023, arXiv:2203.11171).
+Drawing answers adds the mean over documents of s²/k, divided by their number, to the variance of a mean (Miller 2024, Adding
+Error Bars to Evals, arXiv:2411.00640).
 """
 
 from __future__ import annotations

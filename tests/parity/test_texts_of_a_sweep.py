@@ -33,6 +33,7 @@ filter_list:
   - {{name: first, filter: [{{function: regex, regex_pattern: "([a-z])"}}, {{function: take_first}}]}}
 metric_list: [{{metric: exact_match}}]
 metadata: {{version: 1.0}}
+repeats: {repeats}
 """
 QUESTIONS = ["What is the capital of France? It is", "One, two, three, four,", "Water boils at", "The sun sets in the"]
 DRAWN = ", do_sample: true, temperature: 1.0"
@@ -48,9 +49,9 @@ def task(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps({"question": q, "answer": "a"}) for q in QUESTIONS))
 
-    def write(more: str = ", do_sample: false") -> str:
+    def write(more: str = ", do_sample: false", repeats: int = 1) -> str:
         file = tmp_path / "own_sums.yaml"
-        file.write_text(TASK.format(data=data, more=more))
+        file.write_text(TASK.format(data=data, more=more, repeats=repeats))
         return str(file)
 
     return write
@@ -91,14 +92,12 @@ def test_lm_evals_entry_gives_the_texts_of_a_sweep(model, task, tmp_path):
     (stored,) = load_sweep(tmp_path / "more" / "s")
     drawn = [list(t) for t in stored.documents["draws/generated"]]
     assert len({t for of in drawn for t in of}) > 6
-    assert by_lm_eval(model, task(DRAWN + "}\nrepeats: 3\nnothing: {x: 1")) == drawn
+    assert by_lm_eval(model, task(DRAWN, repeats=3)) == drawn
 
 
 def test_a_group_with_four_answers_survives_interruptions(model, task, tmp_path, monkeypatch):
-    cells = [
-        cell(model, task(), p, samples=4, gen_kwargs='{"do_sample": true, "temperature": 1.0}')
-        for p in ("full", "h2o", "window")
-    ]
+    drawn = '{"do_sample": true, "temperature": 1.0}'
+    cells = [cell(model, task(), p, samples=4, gen_kwargs=drawn) for p in ("full", "h2o", "window")]
     (tmp_path / "whole").mkdir()
     assert {o.status for o in runner(tmp_path / "whole").run(cells)} == {"done"}
     kept: dict[str, set[str]] = {}
@@ -140,7 +139,7 @@ def test_thinking_is_apart_and_what_was_cut_off_in_it_is_no_answer(model, task, 
     at = len(tokens[0]) - tokens[0][::-1].index(end)
     assert (list(first["tokens"])[:at], first["thinking_tokens"]) == (tokens[0][:at], at)
     assert first["thinking"]
-    for i, row in documents.iterrows():
+    for _, row in documents.iterrows():
         if end not in list(row["tokens"]):
             assert (row["finish"], row["generated"], bool(row["ended"])) == ("thinking", "", False)
             assert row["thinking_tokens"] == len(row["tokens"])

@@ -96,7 +96,8 @@ class Measured:
         generates = "generation" in cell.get("identity", {})
         n, limit = stored.result["documents"]["n"], cell["limit"]
         if timing["computed_tokens"]:
-            amount = n if generates else timing["computed_tokens"]
+            answers = (cell["identity"].get("prompting") or {}).get("samples") or 1 if generates else 1
+            amount = n * answers if generates else timing["computed_tokens"]
             speeds = self.per_document if generates else self.speeds
             if not (generates and timing["reused_requests"]):
                 for key in (model, (model, task)):
@@ -125,8 +126,8 @@ def estimate(groups: Sequence[Sequence[Cell]], runs: Path, *, trial: bool = Fals
         size = measured.sizes.get(_documents(cell.identity))
         if cell.spec.generates:
             speed = measured.per_document.get((model, task))
-            documents = _documents_of(cell, size)
-            found = speed and documents and speed.seconds / speed.tokens * documents * len(cells)
+            texts = (_documents_of(cell, size) or 0) * (cell.prompting.samples or 1)
+            found = speed and texts and speed.seconds / speed.tokens * texts * len(cells)
             made.append(Estimate(seconds=found or None))
             continue
         lengths, of_this_model = _known_lengths(cell, measured)
