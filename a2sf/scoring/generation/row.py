@@ -67,10 +67,11 @@ class Row:
     def _think(self) -> None:
         thinking = self.ends.thinking
         assert thinking is not None
-        if tuple(self.tokens[-len(thinking.end) :]) == thinking.end:
+        tail = self.ends.tail(self.tokens, self._answer)
+        if thinking.ended_by(self.tokens, tail):
             self._thinks, self._answer = False, len(self.tokens)
         elif not self._thinks and thinking.opening is not None:
-            self._thinks = thinking.opening in self.ends.tail(self.tokens, self._answer)
+            self._thinks = thinking.opening in tail
 
     def _stopped(self) -> bool:
         """Whether the last tokens hold a stop sequence; what is thought may hold any."""

@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a2sf.errors import ConfigError
@@ -17,7 +17,7 @@ from a2sf.tasks.prompting import Prompting
 from tests.tiers import examples
 
 
-@examples(30)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.lists(st.booleans(), min_size=1, max_size=7), st.data())
 def test_pass_at_j_is_the_share_of_all_choices_of_j_answers_with_a_right_one(right, data):
     j = data.draw(st.integers(1, len(right)))
