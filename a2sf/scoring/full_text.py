@@ -52,7 +52,7 @@ def _pending(scorer: Scorer, requests: Requests, texts: Mapping[str, Sequence[in
         if not text or len(prompt.tokens) + len(text) > scorer.lm.max_length:
             continue
         cut = requests.cut(i, system, len(prompt.tokens), prompt.length)
-        retention = system.retention(len(prompt.tokens) + max(0, prompt.new - 1), cut, scorer.layers)
+        retention = scorer.retention(system, prompt.tokens, cut, len(prompt.tokens) + max(0, prompt.new - 1))
         sequence = ScoredSequence((*prompt.tokens, *text[:-1]), text, retention, system.schedule, cut)
         found.append(Pending(answers, sequence, i))
     return found

@@ -22,7 +22,7 @@ from a2sf.hf.projection import projections_for, projections_of
 from a2sf.hf.reader import prepared_for
 from a2sf.hf.rotary import rotary_for, rotary_of
 from a2sf.hf.settings import check_settings
-from a2sf.policies.base import Policy
+from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
 from a2sf.policies.prepared import Prepared
 from a2sf.policies.schedule import Schedule, schedule_for
@@ -44,7 +44,7 @@ class Scorer:
         lm: the model and its tokenizer, as lm-eval's HFLM holds them.
         backend: which implementation of the eviction runs, `auto` or a name in `a2sf.engine.kernels.BACKENDS`.
         sequences_per_pass: sequences per forward pass; None: as many as `tokens_per_pass` allows.
-        seed: of texts that are drawn at random, set anew for each system; None: it is left as it is.
+        seed: of texts that are drawn at random; None: that of torch (`torch.manual_seed`).
 
     Attributes:
         tokens_per_pass: computed tokens per forward pass; halved where a GPU's memory does not suffice.
@@ -94,13 +94,10 @@ class Scorer:
     def score(self, requests: Requests, answers: Sequence[Answers]) -> Iterator[None]:
         """Compute the answers that are missing, and put them into `answers`; yields after each forward pass.
 
-        If one system fails, that is its `error`, and the others continue. Log-likelihoods are computed for all systems
-        together, texts for one system after the other.
+        If one system fails, that is its `error`, and the others continue.
         """
         if requests.kind == TEXT:
-            texts = Texts(self)
-            for one in answers:
-                yield from texts.generate(requests, one)
+            yield from Texts(self, requests).generate(answers)
             return
         clock = time.perf_counter()
         before = sum(a.seconds for a in answers)
@@ -198,11 +195,21 @@ class Scorer:
         # as HFLM: too long a context loses its beginning, and the last token is only predicted
         tokens = (context + continuation)[-(self.lm.max_length + 1) :]
         cut = requests.cut(i, system, len(tokens) - len(continuation), len(context))
-        retention = system.retention(len(tokens) - 1, cut, self.layers)
-        if system.policy.prepares and any(k.budget < cut for k in retention):
-            prepared = self._prepared(system, tuple(tokens[:cut]))
-            retention = system.retention(len(tokens) - 1, cut, self.layers, prepared)
+        retention = self.retention(system, tokens, cut, len(tokens) - 1)
         return ScoredSequence(tuple(tokens[:-1]), tuple(continuation), retention, system.schedule, cut)
+
+    def retention(self, system: System, tokens: Sequence[int], cut: int, total: int) -> tuple[Retention, ...]:
+        """What each layer retains of a sequence; a policy that prepares a prompt's cut reads the prompt first.
+
+        Args:
+            tokens: that begin with the prompt's.
+            cut: how many tokens come before the cut.
+            total: how many tokens of the sequence are read.
+        """
+        retention = system.retention(total, cut, self.layers)
+        if not system.policy.prepares or all(k.budget >= cut for k in retention):
+            return retention
+        return system.retention(total, cut, self.layers, self._prepared(system, tuple(tokens[:cut])))
 
     def _prepared(self, system: System, prompt: tuple[int, ...]) -> Prepared:
         """What a system's policy prepares for a prompt; it is read once for all requests and budgets."""
@@ -232,7 +239,7 @@ class Scorer:
         """Of each window of a request: tokens of the context, of what is scored or was generated, and the limit of these."""
         if requests.kind == TEXT:
             prompt = requests.prompt(i)
-            return [(prompt.length, answer.continuation, prompt.new)]
+            return [(prompt.length, answer.thinking_tokens + answer.continuation, prompt.new)]
         if requests.kind == ROLLING:
             return [(len(context), len(continuation), None) for context, continuation in requests.windows(i)]
         return [(answer.context, answer.continuation, None)]
@@ -248,16 +255,13 @@ class Scorer:
             answer = answers.answer(requests.keys[i])
             assert answer is not None
             if requests.kind == TEXT:
-                if not answer.continuation:
+                if not answer.thinking_tokens + answer.continuation:
                     continue
                 prompt = requests.prompt(i)
                 text = answer.tokens or list(self.lm.tok_encode(answer.value, add_special_tokens=False))
                 cut = requests.cut(i, answers.system, len(prompt.tokens), prompt.length)
                 total = len(prompt.tokens) + max(0, prompt.new - 1)
-                ready = None
-                if answers.system.policy.prepares:
-                    ready = self._prepared(answers.system, tuple(prompt.tokens[:cut]))
-                retention = answers.system.retention(total, cut, self.layers, ready)
+                retention = self.retention(answers.system, prompt.tokens, cut, total)
                 sequence = ScoredSequence(
                     (*prompt.tokens, *text[:-1]), tuple(text), retention, answers.system.schedule, cut
                 )

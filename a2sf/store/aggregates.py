@@ -14,7 +14,10 @@ from typing import Any
 
 import pandas as pd
 
-OPTIONS = ["chat_template", "system_instruction", "fewshot_as_multiturn", "gen_kwargs", "task_args", "add_bos_token"]
+OPTIONS = [
+    *("chat_template", "system_instruction", "fewshot_as_multiturn", "gen_kwargs", "samples", "enable_thinking"),
+    *("think_end_token", "task_args", "add_bos_token"),
+]
 """Columns for lm-eval's options; empty if an option is not set."""
 SAME = [
     *("model", "policy", "budget_ratio", "forgetting_factor", "model_path", "weights", "budget_tokens", "budget_base"),

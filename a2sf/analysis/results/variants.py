@@ -36,7 +36,7 @@ IN_COLUMNS = {
         "task",
         "task_version",
     ),
-    *("definition", "task_args", "data", "shots", "seed"),
+    *("definition", "task_args", "data", "shots", "seed", "drawn_with"),
 }
 """Entries of a cell's identity that have columns of their own."""
 

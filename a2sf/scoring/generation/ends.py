@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from lm_eval.models.utils import postprocess_generated_text
@@ -11,7 +13,7 @@ from lm_eval.models.utils import postprocess_generated_text
 from a2sf.scoring.generation.thinking import Thinking
 
 EOS, STOP, LENGTH, THINKING = "eos", "stop", "length", "thinking"
-"""Why a text ended: the model's end of a text, a stop sequence, the limit of tokens; the last two before its thinking ended."""
+"""Why a text ended: the model's end of a text, a stop sequence, the limit of tokens; or before its thinking did."""
 BEYOND = 2
 """Tokens looked at beyond those of a stop sequence, which may be written in other tokens; as lm-eval has it."""
 
@@ -49,16 +51,40 @@ class Ends:
     eos: frozenset[int]
     thinking: Thinking | None = None
 
+    @cached_property
+    def look_back(self) -> int:
+        """How many of the last tokens are looked at for a stop sequence, or for what ends thinking."""
+        encode = self.lm.tokenizer.encode
+        of_thinking = len(self.thinking.end) if self.thinking is not None else 0
+        return BEYOND + max(of_thinking, *(len(encode(s, add_special_tokens=False)) for s in self.stop), 0)
+
+    def tail(self, tokens: Sequence[int], first: int = 0) -> str:
+        """The last tokens from number `first` on, as text."""
+        return str(
+            self.lm.tok_decode(list(tokens[max(first, len(tokens) - self.look_back) :]), skip_special_tokens=False)
+        )
+
     def finished(self, prompt: str, tokens: Sequence[int], finish: str) -> Text:
         """A text of which all tokens are known, and why it ended."""
         thinking, whole = self.thinking, list(tokens)
         if thinking is not None:
+            text = self.lm.tok_decode(whole)
+            if thinking.by_text and thinking.ending in text:
+                value = str(postprocess_generated_text(text, list(self.stop), thinking.ending))
+                return Text(value, finish, text.rpartition(thinking.ending)[0].strip(), self._thought(whole, text))
             if (at := thinking.ends_at(whole)) > 0:
                 answer, thought = whole[at:], whole[: at - len(thinking.end)]
                 return Text(self._answer(answer, begins=True), finish, self.lm.tok_decode(thought).strip(), at)
             if thinking.is_open(prompt + self.lm.tok_decode(whole, skip_special_tokens=False)):
                 return Text("", THINKING, self.lm.tok_decode(whole).strip(), len(whole))
         return Text(self._answer(whole), finish)
+
+    def _thought(self, tokens: list[int], text: str) -> int:
+        """How many of the tokens hold all ends of thinking in their text."""
+        assert self.thinking is not None
+        ending = self.thinking.ending
+        ends = text.count(ending)
+        return bisect_left(range(len(tokens)), ends, key=lambda n: self.lm.tok_decode(tokens[:n]).count(ending))
 
     def _answer(self, tokens: list[int], begins: bool = False) -> str:
         text = self.lm.tok_decode(tokens)

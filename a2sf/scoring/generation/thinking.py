@@ -1,7 +1,7 @@
 """Models that think before they answer: where the thinking of a text ends, and what the answer is.
 
-lm-eval's `think_end_token` is the token that ends the thinking. What comes before its last occurrence was thought, what comes
-after it is the answer. Thinking begins with a text such as `<think>`, which the model writes or the prompt ends with.
+lm-eval's `think_end_token` is the token that ends the thinking. What comes before its last occurrence was thought, and what
+comes after it is the answer. Thinking begins with a text such as `<think>`, which the model writes or the prompt ends with.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ class Thinking:
         end: the tokens that end it.
         opening: the text that begins it; None: a text begins with thinking.
         ending: the text of `end`.
+        by_text: whether that text ends thinking in any tokens, as lm-eval has it where it is given as text.
     """
 
     end: tuple[int, ...]
     opening: str | None
     ending: str
+    by_text: bool = False
 
     @classmethod
     def of(cls, given: Any, tokenizer: Any, enabled: bool | None = None) -> Thinking | None:
@@ -47,13 +49,17 @@ class Thinking:
         end = _tokens_of(given, tokenizer)
         ending = str(tokenizer.decode(list(end)))
         # </think> ends what <think> begins, [/THINK] what [THINK] begins
-        return cls(end, ending.replace("/", "", 1) if "/" in ending else None, ending)
+        return cls(end, ending.replace("/", "", 1) if "/" in ending else None, ending, not str(given).isdecimal())
 
     def ends_at(self, tokens: Sequence[int]) -> int:
         """How many of the generated tokens were thought, with those that end it; 0: the thinking did not end."""
         n = len(self.end)
         found = (i for i in range(len(tokens), n - 1, -1) if tuple(tokens[i - n : i]) == self.end)
         return next(found, 0)
+
+    def ended_by(self, tokens: Sequence[int], tail: str) -> bool:
+        """Whether thinking ends with the last of some tokens, whose last ones are the text `tail`."""
+        return tuple(tokens[-len(self.end) :]) == self.end or (self.by_text and self.ending in tail)
 
     def is_open(self, before: str) -> bool:
         """Whether a text goes on with thinking, where `before` is the prompt and what has been generated, as text."""

@@ -184,4 +184,5 @@ def _plan(forest: Pack, items: Sequence[int], sequences: Sequence[ScoredSequence
         rotary=model.rotary,
         projections=model.projections,
         serves=[items[which] for which in forest.items],
+        ends=[path[-1] for path in forest.path],
     )

@@ -25,7 +25,7 @@ from a2sf.policies.schedule import schedule_for
 from a2sf.scoring.passes.packing import Item, pack
 from a2sf.scoring.passes.sequences import ScoredSequence
 from a2sf.scoring.scorer import PACK_TOKENS
-from a2sf.scoring.texts import GENERATED_ROWS
+from a2sf.scoring.texts import MOST_ROWS
 from a2sf.store.runs import CorruptCell, StoredCell, is_cell, read_cell
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.planning.rate import seconds_per_row, seconds_per_token
@@ -107,7 +107,8 @@ class Measured:
         generates = "generation" in cell.get("identity", {})
         n, limit = stored.result["documents"]["n"], cell["limit"]
         if timing["computed_tokens"]:
-            amount = n if generates else timing["computed_tokens"]
+            answers = (cell["identity"].get("prompting") or {}).get("samples") or 1 if generates else 1
+            amount = n * answers if generates else timing["computed_tokens"]
             speeds = self.per_document if generates else self.speeds
             if not (generates and timing["reused_requests"]):
                 for key in (model, (model, task)):
@@ -147,7 +148,7 @@ def estimate(
         size = measured.sizes.get(_documents(cell.identity))
         if cell.spec.generates:
             speed = measured.per_document.get((model, task))
-            documents = _documents_of(cell, size)
+            documents = (_documents_of(cell, size) or 0) * (cell.prompting.samples or 1)
             if speed is None and documents and trial:
                 made.append(_at_most(cells, documents))
                 continue
@@ -171,9 +172,10 @@ def estimate(
 
 def _at_most(cells: Sequence[Cell], documents: int) -> Estimate:
     """Of a group that generates and has no finished cell: each text at its limit of tokens, prompts left out."""
-    new = _most_new(cells[0])
-    each = seconds_per_row(cells[0].model, GENERATED_ROWS)
-    tokens = new * documents * len(cells)
+    texts, model = documents * len(cells), cells[0].model
+    rows = MOST_ROWS["cuda" if model.resolved_device.startswith("cuda") else "cpu"]
+    each = seconds_per_row(model, min(rows, texts))
+    tokens = _most_new(cells[0]) * texts
     return Estimate(tokens, tokens * each, by_trial=True, at_most=True) if each else Estimate()
 
 
