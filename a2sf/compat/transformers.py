@@ -150,7 +150,8 @@ class Choosing:
 
     def __init__(self, model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
         self._model: Any = model
-        self._config, beyond = self._model._prepare_generation_config(None, **settings)
+        prepare: Any = model._prepare_generation_config
+        self._config, beyond = prepare(None, **settings)
         mode = self._config.get_generation_mode()
         self.draws = mode == GenerationMode.SAMPLE
         self.draws_at_all = bool(self._config.do_sample)

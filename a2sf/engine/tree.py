@@ -18,10 +18,11 @@ class Rows(BatchRetention):
     """Right-padded rows for one batched run of the recursion: what `by_depth` hands to a backend.
 
     Attributes (beside those of `BatchRetention`, here on the query's device):
-        query: [B, H, T, D], key: [B, K, T, D], value: [B, K, T, V], in the accumulation dtype.
+        query: [B, H, T, D], key: [B, K, T, D], value: [B, K, T, V], in the dtype that `by_depth` packs in.
         length: int64 [B], on the query's device.
         lengths, budgets: the same numbers as lists, so that nobody waits for a GPU to read them.
         state: where to start from.
+        counts: `state.counts` on the CPU, where it is known without waiting for a GPU.
     """
 
     query: Tensor
@@ -31,6 +32,7 @@ class Rows(BatchRetention):
     lengths: list[int]
     budgets: list[int]
     state: EvictionState
+    counts: Tensor | None = None
 
     def pick(self, rows: Tensor) -> Rows:
         """The rows `rows` [B'] without the padding that they do not need."""
@@ -39,7 +41,8 @@ class Rows(BatchRetention):
         changed |= BatchRetention.select(BatchRetention(**self.retention()), rows).retention()
         length = self.length[rows]
         changed |= {"length": length, "lengths": length.tolist(), "budgets": changed["budget"].tolist()}
-        return replace(self, **changed, state=self.state.select(rows))
+        counts = None if self.counts is None else self.counts[rows.to(self.counts.device)]
+        return replace(self, **changed, state=self.state.select(rows), counts=counts)
 
     def kept(self, queries: Tensor | None) -> Tensor | None:
         """The last queries [B, K, G, W, D] that the end states have: 0 in rows whose rule looks at no later ones."""
@@ -56,11 +59,13 @@ class Ran:
         output: [B, H, T, V].
         state: the end states; None where the options ask for none and the backend saves that work.
         evictions: int64 [n, 4], every eviction: row, head, column of the step, position; None unless asked for.
+        counts: `state.counts` on the CPU, where the backend knows it without waiting for a GPU.
     """
 
     output: Tensor
     state: EvictionState | None
     evictions: Tensor | None = None
+    counts: Tensor | None = None
 
     @property
     def end(self) -> EvictionState:
@@ -72,15 +77,19 @@ class Ran:
 RunRows = Callable[[Rows, Options], Ran]
 
 
-def by_depth(run_rows: RunRows, call: Call) -> Attended:
-    """Run a backend that knows batches of rows on a tree of segments: all segments of one depth at once."""
+def by_depth(run_rows: RunRows, call: Call, dtype: torch.dtype | None = None) -> Attended:
+    """Run a backend that knows batches of rows on a tree of segments: all segments of one depth at once.
+
+    Rows are packed in `dtype`; None: in the accumulation dtype. The end states' keys and values are in the same dtype.
+    """
     query, key, value, segments, options, state = call
     B, H, T, _ = query.shape
     V = value.shape[-1]
-    device, dtype = query.device, accumulation_dtype(query.dtype)
+    device, dtype = query.device, dtype or accumulation_dtype(query.dtype)
     output = query.new_zeros(B, T, H, V).transpose(1, 2)
     evictions: list[Tensor] = []
     ends: list[EvictionState] = []  # of each depth
+    counts: Tensor | None = None  # of the last one, where known
     order: list[int] = []  # the segments in them
     place: dict[int, int] = {}  # of a segment at its depth
     prompt = torch.zeros_like(segments.length) if segments.prompt is None else segments.prompt
@@ -103,11 +112,14 @@ def by_depth(run_rows: RunRows, call: Call) -> Attended:
         parents = segments.parent[pick].tolist()
         packed = [x[row_at, :, column_at].transpose(1, 2).to(dtype) for x in (query, key, value)]
         if parents[0] >= 0:
-            start = ends[-1].select(torch.tensor([place[p] for p in parents]))
+            of_parent = torch.tensor([place[p] for p in parents])
+            start = ends[-1].select(of_parent)
+            counts = None if counts is None else counts[of_parent]
         elif state is not None:
             start = state
         else:
             start = EvictionState.empty(packed[1], packed[2], segments.rule, H // key.shape[1])
+            counts = torch.zeros(len(ids), key.shape[1], dtype=torch.int64)
         rows = Rows(
             query=packed[0],
             key=packed[1],
@@ -124,9 +136,11 @@ def by_depth(run_rows: RunRows, call: Call) -> Attended:
             rule=segments.rule,
             schedule=segments.schedule,
             state=start,
+            counts=counts,
         )
         wanted = options.return_state or depth + 1 < len(depths)
         ran = run_rows(rows, replace(options, return_state=wanted))
+        counts = ran.counts
         output[of_row, :, of_column] = ran.output.transpose(1, 2)[at, step].to(query.dtype)
         if ran.evictions is not None:
             segment, head, t, position = ran.evictions.unbind(1)

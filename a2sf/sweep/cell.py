@@ -27,7 +27,7 @@ GENERATION_VERSION = 4
 """The same for what concerns only tasks that generate text."""
 FEWSHOT_VERSION = 2
 """The same for what concerns only few-shot examples."""
-GPU_VERSION = 3
+GPU_VERSION = 4
 """The same for what concerns only cells that are computed on a GPU."""
 CUT_VERSION = 2
 """The same for what concerns only policies from outside whose prompt's cut goes by more than attention head by head."""

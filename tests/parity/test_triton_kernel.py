@@ -1,4 +1,4 @@
-"""The Triton kernel against the reference, in Triton's interpreter, and compiled ahead of time for two GPUs.
+"""The Triton kernels against the reference, in Triton's interpreter (test_triton_compiled.py: as compiled).
 
 Whether Triton interprets is settled when it is first imported, and torch may have imported it in this process already.
 So the interpreter lives in a worker process of its own. On a machine with a GPU the same tests also run there.
@@ -6,10 +6,9 @@ So the interpreter lives in a worker process of its own. On a machine with a GPU
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
-import re
-import runpy
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -24,8 +23,8 @@ from a2sf import Policy, Schedule
 from a2sf.engine import kernels
 from a2sf.engine.eviction import Attended, EvictionState, Options, Segments, reference
 from a2sf.engine.invariants import schedules
-from a2sf.engine.kernels.gpu import launch as triton_kernel
-from a2sf.engine.kernels.gpu import step as triton_step
+from a2sf.engine.kernels.gpu import plan
+from a2sf.engine.kernels.gpu import run as triton_kernel
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.stepwise import torch_rows
 from a2sf.engine.tree import Ran, Rows
@@ -76,10 +75,12 @@ def by_name(*args) -> tuple[Attended, set[str]]:
         return kernels.attend(*args, backend="triton"), ran
 
 
-def in_small_tiles(*args) -> Attended:
-    """`attend_triton` with as many tiles as can be."""
+def in_small_chunks(*args) -> Attended:
+    """`attend_triton` with as many chunks as can be."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_kernel, "TILES", {32: None})
+        patch.setattr(plan, "COLUMNS", (16, 32, 64, 128))
+        patch.setattr(plan, "ROOM", 4)
+        patch.setattr(plan, "most_tokens", lambda N, heads: 7)
         return triton_kernel.attend_triton(*args)
 
 
@@ -161,7 +162,7 @@ def test_vectors(attend, path):
     [
         pytest.param(2, 1, 8, 8, torch.float32, 1e-5, id="mha"),
         pytest.param(2, 3, 5, 7, torch.float32, 1e-5, id="gqa, sizes that are no power of two"),
-        pytest.param(1, 4, 8, 3, torch.float64, 1e-12, id="mqa, float64"),
+        pytest.param(1, 4, 8, 3, torch.float32, 1e-5, id="mqa"),
         pytest.param(1, 2, 4, 4, torch.bfloat16, 1e-2, id="bfloat16"),
         pytest.param(1, 2, 4, 4, torch.float16, 2e-3, id="float16"),
     ],
@@ -173,21 +174,21 @@ def test_policies_in_one_batch(attend, K, G, D, V, dtype, tolerance):
 
 def test_caches_wider_than_a_tile(attend):
     K, G, T, D = 1, 3, 70, 4
-    args = (*tokens(2, 2, K, G, T, D, D, torch.float64), rows((UNLIMITED, 0, 0, 0.9, T), (66, 5, 1, 0.3, T)), OPTIONS)
-    assert_same(attend(*args, by=in_small_tiles), reference(*args), 1e-12)
+    args = (*tokens(2, 2, K, G, T, D, D, torch.float32), rows((UNLIMITED, 0, 0, 0.9, T), (66, 5, 1, 0.3, T)), OPTIONS)
+    assert_same(attend(*args, by=in_small_chunks), reference(*args), 1e-5)
 
 
 @pytest.mark.parametrize("budget", [31, 32, 63, 64, 128])
 def test_budgets_at_the_edge_of_a_tile(attend, budget):
     T = budget + 3
-    args = (*tokens(20, 1, 1, 2, T, 4, 4, torch.float64), rows((budget, 0, 0, 0.5, T)), OPTIONS)
-    assert_same(attend(*args), reference(*args), 1e-12)
+    args = (*tokens(20, 1, 1, 2, T, 4, 4, torch.float32), rows((budget, 0, 0, 0.5, T)), OPTIONS)
+    assert_same(attend(*args), reference(*args), 1e-5)
 
 
 @pytest.mark.parametrize("G", [16, 40, 71])
 def test_many_query_heads(attend, G):
-    args = (*tokens(21, 1, 1, G, 9, 4, 4, torch.float64), rows((4, 0, 0, 0.5, 9)), OPTIONS)
-    assert_same(attend(*args), reference(*args), 1e-12)
+    args = (*tokens(21, 1, 1, G, 9, 4, 4, torch.float32), rows((4, 0, 0, 0.5, 9)), OPTIONS)
+    assert_same(attend(*args), reference(*args), 1e-5)
 
 
 @pytest.mark.parametrize("factor", [0.0, 1.0])
@@ -203,13 +204,13 @@ def test_of_all_equal_scores_the_oldest_goes(attend, budget):
     T = budget + 6
     query, key, value = tokens(10, 1, 1, 2, T, 4, 4, torch.float32)
     args = (torch.zeros_like(query), key, value, rows((budget, 0, 0, 0.0, T)), OPTIONS)
-    got = attend(*args, by=in_small_tiles)
+    got = attend(*args, by=in_small_chunks)
     assert got.evicted[0, 0].tolist() == [-1] * budget + list(range(6))
 
 
 def test_chunks_equal_the_whole(attend):
     policies = list(POLICIES.values())
-    query, key, value = tokens(4, len(policies), 1, 2, 12, 4, 5, torch.float64)
+    query, key, value = tokens(4, len(policies), 1, 2, 12, 4, 5, torch.float32)
     want = reference(query, key, value, rows(*policies), OPTIONS)
     state, outputs, traces = None, [], []
     for begin, end in ((0, 5), (5, 6), (6, 12)):
@@ -220,7 +221,7 @@ def test_chunks_equal_the_whole(attend):
         traces.append(got.evicted)
     whole = Attended(torch.cat(outputs, 2), state, torch.cat(traces, 2), want.cuts)
     assert not len(want.cuts)
-    assert_same(whole, want, 1e-6)  # scores pass on as float32
+    assert_same(whole, want, 1e-5)
 
 
 def test_a_tree_of_segments(attend):
@@ -285,24 +286,24 @@ def of_policy(policy: Policy, schedule: Schedule, budget: list[int], length: lis
 
 @pytest.mark.parametrize("policy", KNOWN, ids=label)
 def test_rules(attend, policy):
-    args = (*tokens(11, 2, 2, 2, 11, 4, 5, torch.float64), of_policy(policy, Schedule(), [5, 4], [11, 9]), OPTIONS)
-    assert_same(attend(*args), reference(*args), 1e-12)
+    args = (*tokens(11, 2, 2, 2, 11, 4, 5, torch.float32), of_policy(policy, Schedule(), [5, 4], [11, 9]), OPTIONS)
+    assert_same(attend(*args), reference(*args), 1e-5)
 
 
 @pytest.mark.parametrize("policy", [BY_SCORES, Counted()], ids=label)
 def test_several_at_once(attend, policy):
     s = of_policy(policy, Schedule("every", every=3), [3, 5], [14, 12])
-    args = (*tokens(12, 2, 2, 2, 14, 4, 5, torch.float64), s, OPTIONS)
-    assert_same(attend(*args), reference(*args), 1e-12)
+    args = (*tokens(12, 2, 2, 2, 14, 4, 5, torch.float32), s, OPTIONS)
+    assert_same(attend(*args), reference(*args), 1e-5)
 
 
 def test_a_first_tile_without_a_token(attend):
     T = 42
     # of equal scores the oldest goes: after the cut slots 37 and 38 are filled, and the next token takes slot 36
     s = replace(rows((2, 2, 0, 0.0, T)), schedule=Schedule("every", every=37))
-    query, key, value = tokens(13, 1, 1, 2, T, 4, 4, torch.float64)
+    query, key, value = tokens(13, 1, 1, 2, T, 4, 4, torch.float32)
     args = (torch.zeros_like(query), key, value, s, OPTIONS)
-    assert_same(attend(*args, by=in_small_tiles), reference(*args), 1e-12)
+    assert_same(attend(*args, by=in_small_chunks), reference(*args), 1e-5)
 
 
 @pytest.mark.parametrize("schedule", [Schedule(), Schedule("every", every=2)], ids=label)
@@ -318,13 +319,13 @@ def test_what_is_not_a_number_goes_last_and_the_protected_stay(attend, schedule)
 
 def test_rules_go_on_from_a_state(attend):
     policy, schedule, length = Counted(), Schedule("every", every=2), [13, 8]
-    query, key, value = tokens(14, 2, 2, 1, 13, 4, 5, torch.float64)
+    query, key, value = tokens(14, 2, 2, 1, 13, 4, 5, torch.float32)
     got = want = None
     for begin, end in ((0, 6), (6, 7), (7, 13)):
         here = [min(max(n - begin, 0), end - begin) for n in length]
         args = (*(x[:, :, begin:end] for x in (query, key, value)), of_policy(policy, schedule, [4, 3], here), OPTIONS)
         got, want = (by(*args, x and x.state) for by, x in ((attend, got), (reference, want)))
-        assert_same(got, want, 1e-6)  # scores pass on as float32
+        assert_same(got, want, 1e-5)
 
 
 @pytest.mark.parametrize(("policy", "schedule"), IN_PARTS, ids=label)
@@ -346,7 +347,7 @@ def proved(*args) -> Attended:
     """`attend_triton` after the self-check that only a compiled kernel gets."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_kernel, "available", lambda device=None: True)
-        patch.setattr(triton_kernel, "_interpreted", lambda: False)
+        patch.setattr(triton_kernel, "interpreted", lambda: False)
         patch.setattr(triton_kernel, "_found", {})
         found = triton_kernel.attend_triton(*args)
         assert set(triton_kernel._found.values()) == {None}
@@ -364,33 +365,46 @@ def rounded(x: Tensor) -> Tensor:
     return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
-def newest_first(rows: Rows, options: Options, **compiled) -> Ran:
+def newest_first(rows: Rows, options: Options, *compiled, **how) -> Ran:
     return torch_rows(replace(rows, rule=replace(rows.rule, bias=lambda k, v, positions: -9.0 * positions)), options)
 
 
-def forgetful(rows: Rows, options: Options, **compiled) -> Ran:
+def forgetful(rows: Rows, options: Options, *compiled, **how) -> Ran:
     ran = torch_rows(rows, options)
     return replace(ran, state=replace(ran.state, scores=torch.zeros_like(ran.state.scores)))
 
 
-def one_tile(rows: Rows, options: Options, tiles: list[int], **compiled) -> Ran:
-    """As if only the first slots were looked at."""
-    held = rows.state.positions < tiles[0]
+def one_tile(rows: Rows, options: Options, columns: list[int], *compiled, **how) -> Ran:
+    """As if only the first columns were looked at."""
+    held = rows.state.positions < columns[0] // 4
     positions = torch.where(held, rows.state.positions, -1)
     return torch_rows(replace(rows, state=replace(rows.state, positions=positions)), options)
 
 
-def does_not_compile(rows: Rows, options: Options, **compiled) -> Ran:
+def underflowing(rows: Rows, options: Options, *compiled, **how) -> Ran:
+    """As if sums were never taken anew."""
+    ran = torch_rows(rows, options)
+    output = ran.output.clone()
+    output[2, :, 2:] = 0
+    return replace(ran, output=output)
+
+
+def does_not_compile(rows: Rows, options: Options, *compiled, **how) -> Ran:
     raise RuntimeError("out of resource: shared memory\nwith details")
 
 
+def torch_with(**changed):
+    return lambda r, o, *compiled, **how: torch_rows(replace(r, **{n: f(r) for n, f in changed.items()}), o)
+
+
 WRONG = {
-    "nothing goes": lambda r, o, **compiled: torch_rows(replace(r, budget=torch.full_like(r.budget, UNLIMITED)), o),
+    "nothing goes": torch_with(budget=lambda r: torch.full_like(r.budget, UNLIMITED)),
     "the newest goes": newest_first,
-    "values in TF32": lambda r, o, **compiled: torch_rows(replace(r, value=rounded(r.value)), o),
-    "keys in TF32": lambda r, o, **compiled: torch_rows(replace(r, key=rounded(r.key)), o),
+    "values in TF32": torch_with(value=lambda r: rounded(r.value)),
+    "keys in TF32": torch_with(key=lambda r: rounded(r.key)),
     "scores are not handed on": forgetful,
     "one tile": one_tile,
+    "what underflows": underflowing,
     "out of resource: shared memory": does_not_compile,
 }
 
@@ -398,8 +412,8 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_kernel_that_was_compiled_wrong_is_found_out(wrong, monkeypatch):
     pytest.importorskip("triton", reason=NO_TRITON)
-    monkeypatch.setattr(triton_kernel, "_run", WRONG[wrong])
-    monkeypatch.setattr(triton_kernel, "_interpreted", lambda: False)
+    monkeypatch.setattr(triton_kernel, "run", WRONG[wrong])
+    monkeypatch.setattr(triton_kernel, "interpreted", lambda: False)
     monkeypatch.setattr(triton_kernel, "available", lambda device=None: True)
     monkeypatch.setattr(triton_kernel, "_found", {})
     monkeypatch.setattr(kernels, "REGISTRY", tuple(b for b in kernels.REGISTRY if b.name in ("triton", "torch")))
@@ -416,57 +430,19 @@ def test_a_kernel_that_was_compiled_wrong_is_found_out(wrong, monkeypatch):
     assert ran == {"torch"}
 
 
-COMPILED = {
-    "h2o": (Rule(), False, "fp32", 4),
-    "h2o, float64": (Rule(), False, "fp64", 4),
-    "h2o, many query heads": (Rule(), False, "fp32", 16),
-    "every part of a rule": (Counted().keeps(9).rule, True, "fp32", 4),
-}
-
-
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
-@pytest.mark.parametrize("case", COMPILED)
-@pytest.mark.parametrize(("arch", "tile"), [(80, 32), (90, 32), (80, 256)])
-def test_compiles_ahead_of_time(arch, tile, case, tmp_path, monkeypatch):
-    pytest.importorskip("triton", reason=NO_TRITON)
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel, (rule, several, dtype, G) = triton_step.recursion, COMPILED[case]
-    size = 64 if G == 16 else 128
-    constants = triton_kernel._constants(G=G, D=size, V=size, tile=tile)
-    options = triton_kernel.LAUNCH | {"num_warps": triton_kernel._warps(constants)}
-    constants |= triton_kernel._flags(rule, 8, several)
-    types = dict.fromkeys(triton_step.OF_ROWS, "*i64") | {"positions": "*i64", "evicted": "*i32", "factor": f"*{dtype}"}
-    types |= dict.fromkeys((*triton_step.NUMBERS, "slots"), "i32")
-    types |= dict.fromkeys(constants, "constexpr")
-    signature = {name: types.get(name, f"*{dtype}") for name in kernel.arg_names}
-    # what a launch finds: aligned pointers, and a multiple of 16 slots
-    told = {name for name, kind in signature.items() if kind[0] == "*" or name == "slots"} - set(triton_step.OF_ROWS)
-    aligned = [i for i, name in enumerate(kernel.arg_names) if name in told]
-    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-
-    assert f".target sm_{arch}" in compiled.asm["ptx"]
-    assert compiled.asm["cubin"].startswith(b"\x7fELF")
-    assert "tt.dot" not in compiled.asm["ttir"]  # which would be rounded to TF32
-    # what the loop over tokens hands on, as written and as compiled; Triton 3.5 to 3.7 dropped a variable (before, one more)
-    carried = [compiled.asm[ir].partition("iter_args(")[2].partition(")")[0].count("=") for ir in ("ttir", "ttgir")]
-    assert carried == [3, 3]
-    barriers = re.findall(r"\b(?:gpu|ttg)\.(?:local_)?barrier\b", compiled.asm["ttgir"])
-    assert len(barriers) == (7 if several else 5)
-
-
 def test_what_it_needs_is_said(monkeypatch):
     args = (*tokens(9, 1, 1, 1, 2, 4, 4, torch.float32), rows((2, 0, 0, 0.5, 2)), OPTIONS)
+    ours = [name for name in sys.modules if name.startswith("a2sf.engine.kernels.gpu")]
+    for name in ours:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
-    without = runpy.run_path(triton_kernel.__file__)
-    assert not without["available"]()
-    assert not without["available"](torch.device("cuda"))
+    without = importlib.import_module(triton_kernel.__name__)
+    for name in [name for name in sys.modules if name.startswith("a2sf.engine.kernels.gpu")]:
+        monkeypatch.delitem(sys.modules, name)  # the others come back with the patch
+    assert not without.available()
+    assert not without.available(torch.device("cuda"))
     with pytest.raises(ConfigError, match="Triton is not installed"):
-        without["attend_triton"](*args)
+        without.attend_triton(*args)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs on the CPU")

@@ -172,15 +172,17 @@ class Triton(BaseBackend):
     def serves(self, query: Tensor) -> str | None:
         if query.dtype == torch.float64:
             return _float32_only(query)
-        from a2sf.engine.kernels.gpu.launch import unavailable
+        from a2sf.engine.kernels.gpu.run import unavailable
 
         return unavailable(query.device)
 
     def supports(self, call: Call) -> str | None:
-        return _token_by_token(call.segments)
+        from a2sf.engine.kernels.gpu.run import too_wide
+
+        return _token_by_token(call.segments) or too_wide(call)
 
     def attend(self, call: Call) -> Attended:
-        from a2sf.engine.kernels.gpu.launch import attend_triton
+        from a2sf.engine.kernels.gpu.run import attend_triton
 
         return attend_triton(*call)
 

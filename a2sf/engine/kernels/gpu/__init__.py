@@ -1,1 +1,1 @@
-"""The compiled kernel of GPUs (Triton)."""
+"""The recursion on a GPU: `run.py` is its entry, `scan.py` its heart."""

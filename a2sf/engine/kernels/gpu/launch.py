@@ -1,268 +1,190 @@
-"""The recursion as one fused Triton kernel, for GPUs.
-
-One program runs one row and KV head from its first token to its last, or one row, where its heads share their tokens.
-The tokens that it may see lie in a buffer of slots in global memory, one more than the most that a row of the batch retains,
-rounded up, so that the work is O(T * budget * D) and nothing of size T x T exists. All query heads of a group read a
-key once. What a rule states as data runs here (`knows` in `a2sf.engine.kernels`), step by step or every so many tokens.
-
-Triton is optional: without it this module imports, and `available` says no. With `TRITON_INTERPRET=1` in the
-environment *before Triton is first imported*, the same kernel runs on the CPU, slowly, which is how it is tested.
-"""
+"""How the compiled functions of a GPU are launched: sizes of tiles, warps and registers, and the tensors that they fill."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from a2sf.engine.kernels.gpu.self_check import find_fault
-from a2sf.engine.kernels.gpu.step import recursion
-from a2sf.engine.priorities import SHARE
-from a2sf.engine.state import Attended, Call, EvictionState, Options, Segments
-from a2sf.engine.tree import Ran, Rows, by_depth
-from a2sf.errors import ConfigError, UnsoundKernelError, first_line
-from a2sf.policies.ranking import terms
-from a2sf.policies.rule import Rule, TokenFn
-
-try:
-    import triton
-except ImportError:
-    triton = None
-
-TILES = {32: 64, 128: 512, 256: None}
-"""Slots that a program reads together, for rows that retain fewer tokens than this: the fastest on an H100."""
-LAUNCH = {
-    # Slots are overwritten while the kernel runs. One stage leaves every load where it is written; more would let the
-    # compiler prefetch across the barriers.
-    "num_stages": 1,
-    "enable_fp_fusion": True,
-}
+from a2sf.engine.kernels.gpu import products
+from a2sf.engine.kernels.gpu.jit import triton
+from a2sf.engine.kernels.gpu.scan import scan
+from a2sf.policies.rule import Rule
 
 
-def available(device: torch.device | None = None) -> bool:
-    """Whether the kernel can run: Triton is there, and so is a GPU (`device` is one, if given) or the interpreter."""
-    if triton is None:
-        return False
-    on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
-    return on_gpu or _interpreted()
+class Batch(NamedTuple):
+    """What all launches of a call read, and where its output goes; everything on one device, contiguous.
 
-
-def unavailable(device: torch.device) -> str | None:
-    """Why the kernel cannot run on `device`; None where it can."""
-    if available(device):
-        return None
-    have = "Triton is not installed" if triton is None else f"the tensors are on {device}"
-    return f"it needs Triton (extra gpu) and a CUDA device, and {have}"
-
-
-def attend_triton(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: Options, state: EvictionState | None = None
-) -> Attended:
-    """The recursion on a GPU; arguments and result as in `a2sf.engine.eviction.reference`.
-
-    Raises:
-        ConfigError: if Triton is missing, or the tensors are on a device that it does not run on.
-        UnsoundKernelError: if what Triton compiled fails its self-check, or cannot be compiled.
+    Attributes:
+        query: [rows, T, K, G, D].
+        key: [rows, T, K, D] and
+        value: [rows, T, K, V], of the same dtype.
+        output: [rows, T, K, G, V], filled.
+        limits: int32 [rows, 4]: tokens seen before the first, budget, recent, sinks.
+        factor: float32 [rows], the forgetting factor.
+        fixed: float32 [rows, K, 2, T], `m` and `b` of the new tokens; anything where the rule has neither.
+        scale: of the logits, times log2(e).
+        rule, spare: of the call.
     """
-    if (reason := unavailable(query.device)) is not None:
-        raise ConfigError("backend", "triton", reason)
-    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():  # Triton launches on the current device
-        found = by_depth(_triton_rows, Call(query, key, value, segments, options, state))
-    if found.state is None:
-        return found
-    return replace(found, state=found.state.trim().contiguous())  # waits for the GPU, so once, and at the end
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    limits: Tensor
+    factor: Tensor
+    fixed: Tensor
+    scale: float
+    rule: Rule
+    spare: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """K, G, D and V."""
+        return {"K": self.key.shape[2], "G": self.query.shape[3], "D": self.key.shape[-1], "V": self.value.shape[-1]}
 
 
-def _interpreted() -> bool:
-    return not isinstance(recursion, triton.JITFunction)
+class Slots(NamedTuple):
+    """What rows hold between two chunks; empty slots come last in each head.
 
-
-def _triton_rows(rows: Rows, options: Options) -> Ran:
-    flags = _flags(rows.rule, rows.key.shape[1], several=rows.schedule.spare > 0 or _above_budget(rows))
-    tiles = [_tile(budget + rows.schedule.spare) for budget in rows.budgets]
-    if not _interpreted():
-        for tile in sorted(set(tiles)):
-            check_compiled(rows, flags, tile)
-    return _run(rows, options, flags, tiles)
-
-
-def check_compiled(rows: Rows, flags: dict[str, Any], tile: int) -> None:
-    """Check what is compiled for `rows` once per process: compilers have been wrong, and wrong scores look like scores.
-
-    Raises:
-        UnsoundKernelError: if it does not give what plain torch gives, or cannot be compiled.
+    Attributes:
+        positions: int32 [B, K, N], ascending, -1 where a slot is empty.
+        numbers: float32 [B, K, 4, N]: `A`, `N`, `m` and `b`; those that the rule uses.
+        keys: [B, K, S, D] and
+        values: [B, K, S, V], the first S <= N slots.
     """
-    H, K, D, V = rows.query.shape[1], rows.key.shape[1], rows.query.shape[-1], rows.value.shape[-1]
-    constants = _constants(H // K, D, V, tile)
-    variant = (rows.query.device, rows.query.dtype, *constants.values(), *flags.values())
-    if variant not in _found:
-        try:
-            fault = find_fault(
-                partial(_run, flags=flags, tiles=[tile, tile]), rows, several=flags["HOLES"], tile=constants["TILE"]
-            )
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except Exception as error:
-            fault = f"it cannot run ({type(error).__name__}: {first_line(error)})"
-        _found[variant] = fault
-    if (fault := _found[variant]) is not None:
-        what = f"the Triton kernel fails its self-check on {rows.query.device} (Triton {triton.__version__}: {fault})"
-        raise UnsoundKernelError(f"{what}; backend=torch does without it.")
+
+    positions: Tensor
+    numbers: Tensor
+    keys: Tensor
+    values: Tensor
 
 
-_found: dict[tuple[Any, ...], str | None] = {}
+class Scanned(NamedTuple):
+    """What a scan gives, [B, K, N] and int32 but for `numbers`; see the function's own arguments."""
+
+    positions: Tensor
+    numbers: Tensor
+    kept: Tensor
+    left: Tensor
+    died: Tensor
 
 
-def _run(rows: Rows, options: Options, flags: dict[str, Any], tiles: list[int]) -> Ran:
-    """One launch for the rows of each tile; `tiles`: one per row. The CPU waits for the GPU only for ages and a trace."""
-    B, H, T, D = rows.query.shape
-    K, V = rows.key.shape[1], rows.value.shape[-1]
-    rule, spare, old = rows.rule, rows.schedule.spare, rows.state
-    device, held = rows.query.device, old.counts
-    constants = {tile: _constants(H // K, D, V, tile) for tile in sorted(set(tiles))}
-    sizes = next(iter(constants.values()))
-
-    # `by_depth` packs time before heads: these transposes copy nothing
-    key, value = (x.transpose(1, 2).contiguous() for x in (rows.key, rows.value))
-    query = key.new_zeros(B, T, K, sizes["SIZES"], sizes["PADDED_G"])
-    query[..., :D, : H // K] = (rows.query * options.scale).view(B, K, H // K, T, D).permute(0, 3, 1, 4, 2)
-    output = query.new_zeros(B, T, H, V)
-
-    # The slot buffer: what is cached already, and room for the new tokens, one more than may stay at most. Keys lie 32
-    # slots together, size before slot: threads load neighbours, and each sums a logit by itself.
-    past = old.positions.shape[-1]
-    evicted = torch.full((B, K, past + T, 2), -1, dtype=torch.int32, device=device)  # a token is evicted once
-    most = max(1, past, *(min(n + spare, past + length) for n, length in zip(rows.budgets, rows.lengths, strict=True)))
-    slots = triton.cdiv(most + 1, max(tiles)) * max(tiles)
-
-    def buffer(x: Tensor, fill: int = 0) -> Tensor:
-        """`x` [B, K, past, ...] with `slots` slots."""
-        filled = x.new_full((B, K, slots, *x.shape[3:]), fill)
-        filled[:, :, :past] = x
-        return filled
-
-    keys = key.new_zeros(B, K, slots // 32, sizes["SIZES"], 32)
-    if past:
-        keys[..., :D, :] = buffer(old.keys.to(key.dtype)).view(B, K, slots // 32, 32, D).transpose(3, 4)
-    values = buffer(old.values.to(key.dtype))
-    scores = buffer(old.scores.to(key.dtype))
-    positions = buffer(old.positions, fill=-1)
-
-    def fixed(number: TokenFn | None) -> tuple[Tensor, Tensor]:
-        """`m` or `b` of the new tokens and in the slots; anything, which is not read, where the rule has none."""
-        if number is None:
-            return scores, scores
-        new = (old.seen[:, None] + torch.arange(T, device=device))[:, None].expand(B, K, T)
-        of_new, of_held = number(rows.key, rows.value, new), number(old.keys, old.values, old.positions)
-        return of_new.to(key.dtype).contiguous(), buffer(of_held.to(key.dtype))
-
-    (weight, weights), (bias, biases) = fixed(rule.weight), fixed(rule.bias)
-    factor = rows.forgetting_factor.to(key.dtype).contiguous()
-    ages = int((old.seen + rows.length).max()) if rule.mean_over_age else 0
-    arguments = (
-        query,
-        key,
-        value,
-        weight,
-        bias,
-        output,
-        evicted,
-        keys,
-        values,
-        scores,
-        positions,
-        weights,
-        biases,
-        query.new_empty(B, K, slots, sizes["PADDED_G"]),  # powers
-        query.new_empty(B, K // flags["HEADS"], slots) if flags["RANKED"] else scores,
-        terms(factor[:, None], torch.arange(ages, device=device)).contiguous() if ages else factor,
-        held,
-        *(x.contiguous() for x in (old.seen, rows.length, rows.budget, rows.recent, rows.sinks)),
-        factor,
-        T,
-        slots,
-        spare,
-        ages,
-        past + T,
-        K,
-        1,  # one
-    )
-    for tile, of_tile in constants.items():
-        members = torch.tensor([row for row, its in enumerate(tiles) if its == tile])
-        grid = (len(members) * K // flags["HEADS"],)
-        here = members.to(device, non_blocking=True)
-        recursion[grid](here, *arguments, **of_tile, **flags, **LAUNCH, num_warps=_warps(of_tile))
-
-    state = None
-    if options.return_state:
-        state = EvictionState(
-            positions=positions,
-            scores=scores,
-            keys=keys.transpose(3, 4).reshape(B, K, slots, -1)[..., :D],
-            values=values,
-            seen=old.seen + rows.length,
-        ).compact(most)
-    if not options.trace:
-        return Ran(output.transpose(1, 2), state)
-    is_event = evicted[..., 0] >= 0
-    events = torch.cat([is_event.nonzero()[:, :2], evicted[is_event].long()], 1)
-    return Ran(output.transpose(1, 2), state, events)
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs everything."""
+    return not isinstance(scan, triton.JITFunction)
 
 
-def _above_budget(rows: Rows) -> bool:
-    if rows.state.positions.shape[-1] <= min(rows.budgets):
-        return False
-    return bool((rows.state.counts > rows.budget[:, None]).any())
-
-
-def _flags(rule: Rule, K: int, several: bool) -> dict[str, Any]:
-    """The parts of the kernel that a rule uses; `several`: more than one token may be evicted in a step."""
-    ranked = rule.mean_over_age or rule.shared or rule.weight is not None or rule.bias is not None
+def scan_constants(rule: Rule, K: int, G: int, D: int, N: int, several: bool) -> dict[str, Any]:
+    """What the scan is compiled for; `several`: more than one token may go in a step."""
+    heads = K if rule.shared else 1
     return {
-        "HEADS": K if rule.shared else 1,
-        "HOLES": several,
+        "G": G,
+        "D": D,
+        "N": N,
+        "HEADS": heads,
+        "SEVERAL": several,
         "SCORED": rule.scored,
         "COUNTED": rule.count_above_uniform,
         "BY_AGE": rule.mean_over_age,
         "WEIGHTED": rule.weight is not None,
         "BIASED": rule.bias is not None,
-        "RANKED": ranked,
-        "SHARE": SHARE,
+        "PADDED_K": triton.next_power_of_2(heads),
+        "PADDED_G": triton.next_power_of_2(G),
     }
 
 
-def _tile(capacity: int) -> int:
-    """Slots that a program reads together, for a row that retains at most `capacity` tokens between two steps.
+def scan_options(constants: dict[str, Any], compiled: bool) -> dict[str, Any]:
+    """Sixteen shares a thread, in one warp up to 32, and registers for them: left alone ptxas stops at 64."""
+    shares = constants["N"] * constants["PADDED_G"] * constants["PADDED_K"]
+    warps = 1 if shares <= 1024 else min(32, shares // 512)
+    if not compiled:
+        return {"num_warps": warps}
+    registers = 255 if shares == 1024 and warps == 1 else min(168, 2**16 // (32 * warps))
+    return {"num_warps": warps, "num_stages": 1, "maxnreg": registers, "enable_fp_fusion": True}
 
-    It must not depend on the batch, such as on its largest budget: it sets the order of the sums, and a row's result is the
-    same to the last bit in whatever batch it is computed. (A beginning that sequences of several budgets share is summed
-    like the sequence that it belongs to.)
-    """
-    return next(tile for tile, below in TILES.items() if below is None or capacity < below)
 
-
-def _constants(G: int, D: int, V: int, tile: int) -> dict[str, int]:
-    """What the kernel is compiled for."""
-    padded_g, padded_d, padded_v = (triton.next_power_of_2(x) for x in (G, D, V))
-    at_once = min(16, padded_d)
-    return {
-        "G": G,
-        "D": D,
-        "V": V,
-        "PADDED_G": padded_g,
-        "PADDED_D": padded_d,
-        "PADDED_V": padded_v,
-        "SIZES": triton.cdiv(D, at_once) * at_once,
-        "AT_ONCE": at_once,
-        "TILE": max(32, min(tile, 4096 // padded_g)),
+def tiles(dtype: torch.dtype, G: int, D: int, V: int, compiled: bool) -> tuple[dict[str, int], dict[str, Any]]:
+    """Sizes of the products' tiles, and how they are launched."""
+    wide = dtype == torch.float32  # whose products in full precision are no tensor cores'
+    padded = triton.next_power_of_2(G)
+    sizes = {
+        "PADDED_G": padded,
+        "PADDED_D": max(16, triton.next_power_of_2(D)),
+        "PADDED_V": max(16, triton.next_power_of_2(V)),
+        "TOKENS": max(1, (32 if wide else 64) // padded),
+        "COLUMNS": 32 if wide or max(D, V) > 64 else 64,
     }
+    warps = 8 if wide or max(D, V) > 128 else 4
+    options = {"num_warps": warps, "num_stages": 1 if wide else 2, "enable_fp_fusion": True}
+    return sizes, options if compiled else {"num_warps": warps}
 
 
-def _warps(constants: dict[str, int]) -> int:
-    """One for few slots, where only more programs help; else two threads for a slot, and no more than eight logits each."""
-    tile = constants["TILE"]
-    return min(16, max(1 if tile == 32 else tile // 16, tile * constants["PADDED_G"] // 256))
+class Launches:
+    """The launches for one batch."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch, self.compiled = batch, not interpreted()
+        _, G, D, V = batch.sizes.values()
+        self.sizes, self.options = tiles(batch.query.dtype, G, D, V, self.compiled)
+
+    def _product(self, *but: str) -> dict[str, Any]:
+        """Constants and options of a product, without the constants `but`."""
+        sizes = self.batch.sizes | self.sizes | {"COMPILED": self.compiled}
+        return {n: x for n, x in sizes.items() if n not in but} | self.options
+
+    def shares(self, table: Tensor, slots: Slots, n: int, N: int) -> Tensor:
+        """Shares of attention of the next `n` tokens to the `N` columns of each row of `table`, [B, K, G, n, N]."""
+        b, K, G = self.batch, self.batch.sizes["K"], self.batch.sizes["G"]
+        out = torch.empty(len(table), K, G, n, N, device=table.device)
+        grid = (len(table) * K, triton.cdiv(n, self.sizes["TOKENS"]))
+        S, T = slots.keys.shape[2], b.key.shape[1]
+        products.shares[grid](
+            b.query, b.key, slots.keys, table, out, b.scale, n, T, S=S, N=N, **self._product("V", "PADDED_V")
+        )
+        return out
+
+    def scan(self, table: Tensor, slots: Slots, shares: Tensor, n: int, several: bool) -> Scanned:
+        """Which columns go, and what is left."""
+        b, (K, G, D, _), N = self.batch, self.batch.sizes.values(), slots.positions.shape[-1]
+        constants = scan_constants(b.rule, K, G, D, N, several)
+        died, kept, positions = (torch.empty_like(slots.positions) for _ in range(3))
+        numbers, left = torch.empty_like(slots.numbers), died.new_empty(len(table), K)
+        S, T = slots.keys.shape[2], b.key.shape[1]
+        scan[(len(table) * K // constants["HEADS"],)](
+            shares, table, b.limits, b.factor, b.fixed, slots.positions, slots.numbers, positions, numbers, kept, left, died,
+            b.query, b.key, slots.keys, b.scale, n, T, K, S, b.spare, **constants, COMPILED=self.compiled,
+            **scan_options(constants, self.compiled),
+        )  # fmt: skip
+        return Scanned(positions, numbers, kept, left, died)
+
+    def attend(self, table: Tensor, slots: Slots, died: Tensor, n: int, sums: Tensor | None = None) -> None:
+        """Fill the output, and `sums` [B, K, G, n], of the next `n` tokens."""
+        b, K = self.batch, self.batch.sizes["K"]
+        grid = (len(table) * K, triton.cdiv(n, self.sizes["TOKENS"]))
+        S, T = slots.keys.shape[2], b.key.shape[1]
+        products.attend[grid](
+            b.query, b.key, b.value, slots.keys, slots.values, table, died, b.output, died if sums is None else sums,
+            b.scale, T, S=S, W=died.shape[-1], n=n, SUMS=sums is not None, **self._product(),
+        )  # fmt: skip
+
+    def keep(self, table: Tensor, slots: Slots, scanned: Scanned, S: int) -> Slots:
+        """The columns that are left as slots, of which there are `S`."""
+        b, K = self.batch, self.batch.sizes["K"]
+        keys, values = (x.new_empty(len(table), K, S, x.shape[-1]) for x in (slots.keys, slots.values))
+        of = self._product("G", "PADDED_G", "TOKENS", "COMPILED")
+        products.keep[(len(table) * K, triton.cdiv(S, of["COLUMNS"]))](
+            b.key, b.value, slots.keys, slots.values, table, scanned.kept, scanned.left, keys, values, b.key.shape[1],
+            S=slots.keys.shape[2], S_AFTER=S, N=scanned.kept.shape[-1], **of,
+        )  # fmt: skip
+        return Slots(scanned.positions, scanned.numbers, keys, values)
+
+    def received(self, table: Tensor, slots: Slots, died: Tensor, sums: Tensor, powers: Tensor, scores: Tensor) -> None:
+        """Update `scores` [B, K, S + T] by all tokens of rows that evict nothing; `powers` [rows, T + 1] of the factor."""
+        b, K, n = self.batch, self.batch.sizes["K"], self.batch.key.shape[1]
+        of = self._product("V", "PADDED_V")
+        products.received[(len(table) * K, triton.cdiv(scores.shape[-1], of["COLUMNS"]))](
+            b.query, b.key, slots.keys, table, died, sums, powers, scores, b.scale, n, n, S=slots.keys.shape[2],
+            W=died.shape[-1], POWERS=powers.shape[-1], COUNTED=b.rule.count_above_uniform, **of,
+        )  # fmt: skip
