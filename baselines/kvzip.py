@@ -20,6 +20,9 @@ from a2sf.policies.base import Policy, Retention, check_tokens
 from a2sf.policies.prepared import LayerRead, Numbers, Prepared, Reader
 from a2sf.policies.rule import Cut, Rule, Step
 
+QUERIES = 256
+"""Queries whose attention is computed at a time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class KVzip(Policy):
@@ -59,8 +62,11 @@ class KVzip(Policy):
                 """[K, chunk]: of each of the chunk's tokens, the most that the repetition pays to it."""
                 at = torch.tensor(seen, device=read.key.device)
                 part = LayerRead(read.layer, read.query[:, :, at], read.key[:, at], read.value[:, at], read.scale)
-                first = len(at) - size
-                return part.attention(first)[..., first - size : first].amax((1, 2))
+                first, found = len(at) - size, torch.zeros_like(part.key[:, :size, 0])
+                for begin in range(first, len(at), QUERIES):
+                    paid = part.attention(begin, min(begin + QUERIES, len(at)))[..., first - size : first]
+                    found = found.maximum(paid.amax((1, 2)))
+                return found
 
             for layer, found in enumerate(model.read([*tokens, *tokens[start:end]], most)):
                 scores[layer].append(found)

@@ -90,6 +90,7 @@ def run(
             due = cached >= budget + every
         else:
             due = cached > budget and (t == prompt - 1 or (t >= prompt and then == "step"))
+            due = due or (then == "every" and t >= prompt and cached >= budget + every)
         if not due:
             continue
         ranks = [method.rank(cache, t) for cache in caches]

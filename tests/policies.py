@@ -220,7 +220,27 @@ class Weighed(Policy):
         return step.values + lost / step.scores.sum(-1)[..., None, None]
 
 
-OWN = (Steady, Counted, Ending, Divided, Looked, Watched, Noted, Strict, Merging, Weighed)
+@dataclass(frozen=True, kw_only=True)
+class Apportioned(Ending):
+    """The end of a prompt ranks tokens; what the newest query looks at says how many each head has."""
+
+    name: ClassVar[str] = "apportioned"
+    label: ClassVar[str] = "Apportioned"
+
+    @property
+    def queries(self) -> int:
+        return 2
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        rule = Rule(cut=Cut(kernel_size=3, floor=0.2), count_above_uniform=self.counted)
+        return Retention(budget=budget, recent=min(3, budget), rule=rule)
+
+    def head_priorities(self, step: Step) -> Tensor:
+        assert len(step.now) == 1
+        return step.attention[:, :, :, -1].sum(2) * step.values[..., 0].abs()
+
+
+OWN = (Steady, Counted, Ending, Divided, Looked, Watched, Noted, Strict, Merging, Weighed, Apportioned)
 
 
 def _one_more(keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
@@ -292,7 +312,11 @@ def tiered(tuples: Iterable[tuple[Any, ...]]) -> list[Any]:
 def label(x: object) -> str:
     """A test's name for a policy or schedule."""
     if isinstance(x, Schedule):
-        return x.when + {"step": "", "every": f"{x.every}", "prompt": f"-{x.then}"}[x.when]
+        return (
+            x.when
+            + {"step": "", "every": f"{x.every}", "prompt": f"-{x.then}"}[x.when]
+            + f"{x.every}" * (x.prompt and x.then == "every")
+        )
     return "-".join([x.name, *(str(v).replace(" ", "") for v in vars(x).values())]) if isinstance(x, Policy) else str(x)
 
 

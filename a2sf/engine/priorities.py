@@ -245,18 +245,24 @@ def smallest_of_all_heads(retention: BatchRetention, priority: Tensor, step: Ste
     A head retains as many of its best tokens as a mix of two shares says: how many of the layer's best tokens are its own,
     and how many each head would retain if all had the same.
     """
-    assert retention.rule.cut is not None
-    assert retention.rule.cut.floor is not None
+    rule = retention.rule
+    assert rule.cut is not None
+    assert rule.cut.floor is not None
+    by = priority
+    if rule.division_fn is not None:
+        excess = retention.excess(step.cached.sum(-1, keepdim=True), step.now).where(retention.at_cut(step.now), 0)
+        dividing = replace(retention, rule=replace(rule, priority_fn=rule.division_fn, memory=0))
+        by, _ = of_function(dividing, replace(step, memory=step.memory[..., :0]), free, excess)
     K, N = free.shape[1:]
     count, own = step.cached.sum(-1), free.sum(-1)  # [B, K]
     equal = (torch.minimum(count, retention.budget[..., 0]) - (count - own)).clamp(min=0)
     # ties: the newest is the better one, then that of the lower head
     age = step.positions * K + torch.arange(K - 1, -1, -1, device=free.device)[:, None]
     over = (own.sum(1) - equal.sum(1))[:, None]
-    ranks, ages, candidates = (x.flatten(1) for x in (priority, age, free))
+    ranks, ages, candidates = (x.flatten(1) for x in (by, age, free))
     lost = smallest(ranks, ages, candidates, over).unflatten(1, (K, N)).sum(-1)
     # in units of 1 / `whole`: exact, as 0.7 is in decimal
-    floor = Fraction(str(retention.rule.cut.floor)).limit_denominator(10**9)
+    floor = Fraction(str(rule.cut.floor)).limit_denominator(10**9)
     part, whole = floor.numerator, floor.denominator
     mixed = (whole - part) * (own - lost) + part * equal
     share, rest = mixed // whole, mixed % whole

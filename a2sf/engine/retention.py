@@ -98,9 +98,9 @@ class BatchRetention:
         """What is retained once every prompt has been read and cut: step by step, or everything."""
         # a rule that looks at the end of the prompt looks at nothing later
         rule, scored = self.rule, self.rule.scored and self.rule.cut is None
-        if self.schedule.then == "step":
+        if self.schedule.then != "keep":
             seen = self.prompt if rule.calls else None  # a function may see how long the prompt was
-            return replace(self, rule=replace(rule, cut=None, scored=scored), schedule=STEP, prompt=seen)
+            return replace(self, rule=replace(rule, cut=None, scored=scored), schedule=self.schedule.after, prompt=seen)
         # nothing is evicted, so that no priority is needed
         return self.unlimited(
             rule if rule.memory else Rule(scored=scored, count_above_uniform=rule.count_above_uniform)
@@ -161,7 +161,7 @@ class BatchRetention:
     def evicts_many(self, excess: Tensor, now: Tensor) -> Tensor:
         """bool [B, 1, 1]: whether a row's step is one at which the schedule evicts many tokens at once."""
         if self.schedule.spare:
-            return (excess > 0).any(1, keepdim=True)
+            return (excess > 0).any(1, keepdim=True) | self.at_cut(now)
         return self.at_cut(now)
 
     def excess(self, count: Tensor, now: Tensor) -> Tensor:
@@ -171,9 +171,13 @@ class BatchRetention:
             return over.where(over > self.schedule.spare, 0)
         assert self.prompt is not None
         later = torch.zeros_like(over)
-        if self.schedule.then == "step":
-            # where the cut gave every head a share of its own, each step takes one from each
-            later = torch.ones_like(over).where(self.prompt > self.budget, over) if self.across_heads else over
+        if self.schedule.then != "keep":
+            later = over.where(over > self.schedule.spare, 0)
+            if self.across_heads:
+                # the cut gave every head a share of its own, and each head gives back what came since
+                every = self.schedule.spare + 1
+                since = torch.where((now + 1 - self.prompt) % every == 0, every, 0).expand_as(over)
+                later = since.where(self.prompt > self.budget, later)
         return torch.where(now < self.prompt - 1, 0, torch.where(self.at_cut(now), over, later))
 
     def unprotected(self, positions: Tensor, cached: Tensor, now: Tensor) -> Tensor:

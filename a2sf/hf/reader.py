@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from a2sf.errors import PolicyError, UserError, place
 from a2sf.hf.attention.errors import UnsupportedModel
 from a2sf.hf.attention.function import attached, running
 from a2sf.hf.attention.plan import Plan
-from a2sf.hf.attention.windows import mixes_windows
+from a2sf.hf.attention.windows import global_layers, mixes_windows
 from a2sf.hf.calls.around import bare, idle
 from a2sf.hf.devices import input_device
 from a2sf.hf.layer_check import layers_of, positions_of
@@ -105,4 +105,4 @@ def prepared_for(model: PreTrainedModel, policy: Policy, tokens: Sequence[int]) 
                 f"policy {policy.name} prepares {name} for {len(given)} layers, and the model has {reader.layers}"
             )
     numbers = found.numbers and tuple(Numbers(n.of.detach().cpu()) for n in found.numbers)
-    return Prepared(numbers, found.shares, found.by_numbers, found.least)
+    return replace(found, numbers=numbers, acts=tuple(global_layers(model.config)))

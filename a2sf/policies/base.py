@@ -126,6 +126,14 @@ class Policy(ABC):
         """
         raise NotImplementedError
 
+    def head_priorities(self, step: Step) -> Tensor:
+        """For a method whose cut divides a layer's slots among its heads (`Cut.floor`) by other priorities, [B, K, N].
+
+        A head gets as many slots as it has of the layer's largest ones, as far as `floor` says; which tokens it retains
+        follows from `priorities`, or the rule.
+        """
+        raise NotImplementedError
+
     def merge(self, step: Step, evicted: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """For a method that merges what it evicts into what it retains: new values [B, K, N, V], or (values, keys).
 
@@ -196,6 +204,8 @@ class Policy(ABC):
                 why = "it merges values head by head, and its rule retains the same tokens in all heads of a layer"
                 raise ConfigError("policy", self.name, why)
             functions["merge_fn"] = self.merge
+        if type(self).head_priorities is not Policy.head_priorities:
+            functions["division_fn"] = self.head_priorities
         if not functions:
             return retention
         seen: dict[str, Any] = {

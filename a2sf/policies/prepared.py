@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -31,13 +31,13 @@ class LayerRead:
     value: Tensor
     scale: float
 
-    def attention(self, first: int) -> Tensor:
-        """The attention of the tokens from `first` on to all tokens, [K, G, T - first, T]; later tokens get 0."""
+    def attention(self, first: int, last: int | None = None) -> Tensor:
+        """The attention of the tokens `[first, last)` to all tokens, [K, G, last - first, T]; later tokens get 0."""
         import torch
 
-        logits = self.query[:, :, first:] @ self.key[:, None].transpose(-1, -2) * self.scale
+        logits = self.query[:, :, first:last] @ self.key[:, None].transpose(-1, -2) * self.scale
         at = torch.arange(self.key.shape[1], device=logits.device)
-        return logits.masked_fill(at > at[first:, None], -torch.inf).softmax(-1)
+        return logits.masked_fill(at > at[first:last, None], -torch.inf).softmax(-1)
 
 
 class Reader(Protocol):
@@ -69,12 +69,14 @@ class Prepared:
         shares: of each layer in the model's slots, relative to the others; None: budgets are not changed.
         by_numbers: the slots of a layer are as many as it has of the model's largest numbers, instead of `shares`.
         least: number of slots that every layer gets, as far as there are enough.
+        acts: on which layers the policy acts; None: on all. The others have a sliding window of their own.
     """
 
     numbers: tuple[Numbers, ...] | None = None
     shares: tuple[float, ...] | None = None
     by_numbers: bool = False
     least: int = 1
+    acts: tuple[bool, ...] | None = None
 
     @property
     def divides(self) -> bool:
@@ -83,6 +85,17 @@ class Prepared:
 
     def budgets(self, total: int, prompt: int) -> tuple[int, ...]:
         """The budget of each layer, with sum `total`; none is more than the prompt's tokens while another has fewer."""
+        if self.acts is not None and not all(self.acts):
+            on = [i for i, acts in enumerate(self.acts) if acts]
+            only = replace(
+                self,
+                numbers=None if self.numbers is None else tuple(self.numbers[i] for i in on),
+                shares=None if self.shares is None else tuple(self.shares[i] for i in on),
+                acts=None,
+            )
+            each = total // len(self.acts)
+            found = dict(zip(on, only.budgets(each * len(on), prompt), strict=True)) if on else {}
+            return tuple(found.get(i, each) for i in range(len(self.acts)))
         shares = self.shares
         if self.by_numbers:
             import torch

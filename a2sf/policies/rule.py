@@ -227,17 +227,19 @@ class Rule:
             cut, the `scores` in its `Step` are the averaged ones.
         memory: how many numbers `priority_fn` stores for each token, `M`.
         precompute: only for an oracle: from all tokens (`Sequence`) to numbers for each token, [B, K, T, M].
-        queries: of how many last tokens `priority_fn` and `merge_fn` see the queries, `W`.
+        queries: of how many last tokens the functions see the queries, `W`.
         unrotated: whether they need the model's rotary embedding.
         projected: whether they need the projection after the attention.
         merge_fn: a function that changes values (and keys) of the tokens that stay when others are evicted. It gets the step
             and which tokens are evicted, bool [B, K, N], and returns all values, or values and keys. `weight` and `bias` are
             then computed anew.
+        division_fn: a function of the step at a cut with a `floor`: the priorities by which the layer's slots are divided
+            among its heads. The default are those by which tokens are ranked.
 
     Raises:
         ValueError: if fields contradict each other: `full_heads` with `shared` or with a cut's `floor`; `shared` with a
             cut's `floor`; `heads` with `shared`, `full_heads`, `mean_over_age`, `cut` or a function; `shared` with
-            `merge_fn`.
+            `merge_fn`; `division_fn` without a cut's `floor`.
     """
 
     scored: bool = True
@@ -256,11 +258,12 @@ class Rule:
     unrotated: bool = False
     projected: bool = False
     merge_fn: MergeFn | None = None
+    division_fn: PriorityFn | None = None
 
     @property
     def calls(self) -> bool:
         """Whether it has a function of a step."""
-        return self.priority_fn is not None or self.merge_fn is not None
+        return any(f is not None for f in (self.priority_fn, self.merge_fn, self.division_fn))
 
     def __post_init__(self) -> None:
         divided = self.cut is not None and self.cut.floor is not None
@@ -270,6 +273,8 @@ class Rule:
             raise ValueError("shared cannot be combined with a cut's floor")
         if self.heads and (self.shared or self.full_heads or self.mean_over_age or self.cut is not None or self.calls):
             raise ValueError("heads cannot be combined with shared, full_heads, mean_over_age, cut or a function")
+        if self.division_fn is not None and not divided:
+            raise ValueError("division_fn needs a cut with a floor")
         if self.shared and self.merge_fn is not None:
             raise ValueError("shared cannot be combined with merge_fn, which merges the values of each head by itself")
 

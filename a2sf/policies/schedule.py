@@ -10,7 +10,7 @@ from typing import Any
 from a2sf.errors import ConfigError
 from a2sf.policies.base import WHEN, Policy
 
-THEN = ("keep", "step")
+THEN = ("keep", "step", "every")
 AT = ("prompt", "context")
 
 
@@ -21,8 +21,9 @@ class Schedule:
     Attributes:
         when: `step`: after every token, as soon as more than `C` tokens are cached. `every`: when `C + every` tokens are
             cached, down to `C`. `prompt`: once after the last token of the prompt, down to `C`.
-        every: number of tokens between two evictions, at least 1; for `every`.
-        then: after the eviction, `keep` all further tokens, or evict after every token (`step`); for `prompt`.
+        every: number of tokens between two evictions, at least 1; for `every`, and for `prompt` with `then="every"`.
+        then: after the eviction, `keep` all further tokens, or evict after every token (`step`), or whenever `C + every`
+            tokens are cached (`every`); for `prompt`.
         at: evict after the `prompt`; or after the `context` at its beginning, before the question, so that the question is
             unknown when tokens are chosen; for `prompt`.
 
@@ -48,15 +49,22 @@ class Schedule:
     @property
     def spare(self) -> int:
         """How many tokens beyond the budget may be cached between two steps, except in a prompt."""
-        return self.every - 1 if self.when == "every" else 0
+        return self.every - 1 if "every" in (self.when, self.then if self.prompt else None) else 0
+
+    @property
+    def after(self) -> Schedule:
+        """When tokens are evicted once a prompt has been cut, if they are."""
+        return Schedule("every", every=self.every) if self.spare else STEP
 
     @property
     def name(self) -> str:
-        """The name in results: step, every4, prompt, prompt-step; context or context-step if `at` is `context`."""
+        """The name in results: step, every4, prompt, prompt-step, prompt-every4; context… if `at` is `context`."""
         if self.when == "every":
             return f"every{self.every}"
         where = "context" if self.before_question else self.when
-        return f"{where}-step" if self.prompt and self.then == "step" else where
+        if not self.prompt or self.then == "keep":
+            return where
+        return f"{where}-every{self.every}" if self.spare else f"{where}-step"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -78,11 +86,15 @@ class Schedule:
         """
         if (every := re.fullmatch(r"every(\d+)", name)) is not None:
             return Schedule("every", every=int(every[1]))
-        cuts = [Schedule("prompt", then=then, at=at) for at in AT for then in THEN]
+        if (every := re.fullmatch(rf"({'|'.join(AT)})-every(\d+)", name)) is not None and int(every[2]) > 1:
+            return Schedule("prompt", every=int(every[2]), then="every", at=every[1])
+        cuts = [Schedule("prompt", then=then, at=at) for at in AT for then in ("keep", "step")]
         known = {s.name: s for s in (STEP, *cuts)}
         known["prompt-keep"] = known["prompt"]
         if name not in known:
-            raise ConfigError("schedule", name, f"give one of {', '.join(known)}, or every4 for every 4 tokens")
+            raise ConfigError(
+                "schedule", name, f"give one of {', '.join(known)}, or every4 for every 4 tokens, prompt-every4"
+            )
         return known[name]
 
     @property

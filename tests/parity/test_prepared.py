@@ -209,3 +209,6 @@ def test_numbers_decide_over_all_layers():
     numbers = (Numbers(torch.tensor([[9.0, 8, 7, 6]])), Numbers(torch.tensor([[5.0, 0, 0, 0]])))
     assert Prepared(numbers, by_numbers=True).budgets(5, 4) == (4, 1)
     assert Prepared(numbers, by_numbers=True).budgets(4, 4) == (3, 1)  # at least one each
+    # a layer with a window of its own takes no part
+    some = Prepared(shares=(1.0, 5.0, 3.0), acts=(True, False, True))
+    assert some.budgets(3 * 4, 20) == (3, 4, 5)

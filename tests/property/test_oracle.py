@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from a2sf import Schedule, attend, make_policy
 from a2sf.engine.invariants import SCHEDULES
 from tests.oracle import Method, Token, run
-from tests.policies import Counted, Divided, Looked, Steady, label
+from tests.policies import Apportioned, Counted, Divided, Looked, Steady, label
 from tests.tiers import examples
 
 T, K, G, D = 22, 2, 2, 6
@@ -61,7 +61,13 @@ def snap(window: int, kernel: int):
     return cut
 
 
-def across(window: int, kernel: int, floor: str, rank: Callable[[Token, float], float] = lambda token, score: score):
+def across(
+    window: int,
+    kernel: int,
+    floor: str,
+    rank: Callable[[Token, float], float] = lambda token, score: score,
+    by: Callable[[Token], float] | None = None,
+):
     def cut(caches: list[list[Token]], budget: int) -> list[set[int]]:
         ranks, ends = [], []
         for cache in caches:
@@ -69,7 +75,12 @@ def across(window: int, kernel: int, floor: str, rank: Callable[[Token, float], 
             ranks.append({t.position: rank(t, scores[t.position]) for t in cache if t.position in scores})
             ends.append(end)
         equal = budget - len(ends[0])
-        everyone = sorted(((x, p, -head) for head, of in enumerate(ranks) for p, x in of.items()), reverse=True)
+        shown = ranks
+        if by is not None:
+            shown = [
+                {t.position: by(t) for t in cache if t.position in of} for cache, of in zip(caches, ranks, strict=True)
+            ]
+        everyone = sorted(((x, p, -head) for head, of in enumerate(shown) for p, x in of.items()), reverse=True)
         won = [-head for _, _, head in everyone[: equal * len(caches)]]
         exact = [(1 - Fraction(floor)) * won.count(head) + Fraction(floor) * equal for head in range(len(caches))]
         shares = [int(x) for x in exact]
@@ -133,6 +144,13 @@ CUTS = {
         Method(accumulated, cut=across(3, 3, "0.3", lambda x, score: (1 + abs(x.value[0])) * score + x.key[0] / 10)),
     ),
     "bias alone": (Divided(scored=False), Method(accumulated, cut=across(3, 3, "0.3", lambda x, score: x.key[0]))),
+    "another division": (
+        Apportioned(),
+        Method(
+            accumulated,
+            cut=across(3, 3, "0.2", by=lambda x: x.seen[-1] * abs(x.value[0])),
+        ),
+    ),
     "a function": (Looked(), Method(accumulated, cut=across(3, 3, "0.3", lambda x, score: score * -x.value[1]))),
 }
 CASES = [(name, schedule) for name in METHODS for schedule in SCHEDULES] + [(name, Schedule("prompt")) for name in CUTS]

@@ -28,7 +28,13 @@ from a2sf.policies.slots import head_slots
 SEEDS = 8
 MOST_CHOICE = 64
 """The largest budget tried to find one at which a rule has a choice."""
-SCHEDULES = (Schedule(), Schedule("every", every=3), Schedule("prompt", then="keep"), Schedule("prompt", then="step"))
+SCHEDULES = (
+    Schedule(),
+    Schedule("every", every=3),
+    Schedule("prompt", then="keep"),
+    Schedule("prompt", then="step"),
+    Schedule("prompt", then="every", every=3),
+)
 """The schedules that a policy is checked under, if it supports them."""
 
 
@@ -95,9 +101,9 @@ def schedules(policy: Policy) -> list[Schedule]:
 
 def in_words(schedule: Schedule) -> str:
     """A schedule in words."""
-    return {"every": f"every {schedule.every}", "prompt": f"prompt, then {schedule.then}"}.get(
-        schedule.when, schedule.when
-    )
+    every = f"every {schedule.every}"
+    then = every if schedule.then == "every" else schedule.then
+    return {"every": every, "prompt": f"prompt, then {then}"}.get(schedule.when, schedule.when)
 
 
 def data(c: Case) -> None:
@@ -260,7 +266,9 @@ def _retained_by_row(c: Case, row: int, tokens: int, heads: list[list[int]]) -> 
             raise Broken(f"{len(there)} of {tokens} tokens are cached at a budget of {C}")
     if schedule.prompt and not own:
         most = tokens if tokens < prompt else min(C, prompt) + tokens - prompt
-        each = min(most, C) if schedule.then == "step" and tokens >= prompt else most
+        each = most
+        if schedule.then != "keep" and tokens >= prompt and most > C:
+            each = C + (most - C) % (schedule.spare + 1)
         held = [len(there) for there in heads]
         expected = [tokens if head in numbers.rule.full_heads else each for head in range(KV_HEADS)]
         shifted = numbers.rule.cut is not None and numbers.rule.cut.floor is not None

@@ -32,7 +32,7 @@ def splits(segments: Segments) -> Callable[[Run, Call], Attended] | None:
     if rule.precompute is not None or (rule.priority_fn is not None and rule.memory):
         return None  # its function is called at every step
     # where the cut gave every head a share of its own, each later step depends on the prompt
-    return by_prompt if schedule.prompt and not (segments.across_heads and schedule.then == "step") else None
+    return by_prompt if schedule.prompt and not (segments.across_heads and schedule.then != "keep") else None
 
 
 def by_heads(run: Run, call: Call) -> Attended:

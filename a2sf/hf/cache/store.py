@@ -119,7 +119,7 @@ class Store:
             return
         retention = self.retention
         # where the cut gave every head a share of its own, what follows depends on the prompt
-        fixed = retention.across_heads and retention.schedule.then == "step"
+        fixed = retention.across_heads and retention.schedule.then != "keep"
         if retention.schedule.prompt and not fixed and retention.prompts_read(seen):
             self.retention = retention.after_prompt()
         if new_cache(self.retention, state.keys, self.how.backend) is None:

@@ -34,7 +34,7 @@ def full_cache_prefix(
         return budget + schedule.spare
     if prompt > budget:
         return prompt - 1
-    return budget if schedule.then == "step" else UNLIMITED
+    return UNLIMITED if schedule.then == "keep" else budget + schedule.spare
 
 
 def shareable_prefix(retention: Sequence[Retention], schedule: Schedule, prompt: int) -> int:
@@ -74,6 +74,11 @@ def cached_tokens(
         cached = total if total < C + schedule.every else C + (total - C) % schedule.every
     elif schedule.prompt and schedule.then == "keep":
         cached = min(prompt, C, total) + max(0, total - prompt)
+    elif schedule.prompt and schedule.spare and total > prompt:
+        # what was cached after the cut, and the tokens since, of which every so many go together
+        cut = min(prompt, C)
+        more = total - prompt - (C - cut)  # beyond the budget
+        cached = C + more % schedule.every if more > 0 else cut + total - prompt
     else:
         cached = min(C, total)
     full = len(retention.rule.full_heads) / kv_heads if kv_heads else 0.0

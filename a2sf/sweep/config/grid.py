@@ -13,7 +13,7 @@ from a2sf.errors import ConfigError, UserError
 from a2sf.policies import find
 
 USED_KEYS = {"every": ("every",), "prompt": ("then", "at")}
-"""Kind of schedule -> the keys of `schedule` that it uses, besides `when`."""
+"""Kind of schedule -> the keys of `schedule` that it uses, besides `when`; `prompt` with `then=every` uses `every`, too."""
 SETTING = re.compile(r"\+{0,2}policy\.(?!_target_\b)(\w+)")
 OPEN = re.compile(r"\+{0,2}(?:task_args|gen_kwargs)\.")
 """Keys with any keys inside them."""
@@ -61,7 +61,7 @@ def check_schedules(points: Sequence[DictConfig]) -> None:
     Raises:
         ConfigError: naming it.
     """
-    kinds = {OmegaConf.select(p, "schedule.when") for p in points}
+    kinds = {OmegaConf.select(p, f"schedule.{key}") for p in points for key in ("when", "then")}
     for kind, key in ((kind, key) for kind, keys in USED_KEYS.items() for key in keys):
         values = [v for p in points if (v := OmegaConf.select(p, f"schedule.{key}")) is not None]
         if values and kind not in kinds:

@@ -37,8 +37,8 @@ class ScheduleConfig:
 
     Attributes:
         when: step, every or prompt; null: step, or the only schedule that the policy supports
-        every: for every: tokens between two evictions. 16 in the file `every`
-        then: for prompt: keep (evict nothing after the cut) or step
+        every: for every, and for prompt with then=every: tokens between two evictions. 16 in the file `every`
+        then: for prompt: keep (evict nothing after the cut), step, or every
         at: for prompt: cut after the prompt, or after the context that several questions share. `prompt` or `context`
             ([long texts](../long.md))
     """

@@ -297,7 +297,14 @@ def _schedule(config: Config) -> Schedule | None:
             raise unused(key, value)
         return None
     Schedule(**given)  # checks also the keys that are not used
-    return Schedule(**{k: v for k, v in given.items() if k == "when" or k in USED_KEYS.get(given["when"], ())})
+    used = ("when", *USED_KEYS.get(given["when"], ()))
+    if given["when"] == "prompt" and given.get("then") == "every":
+        if "every" not in given:
+            raise ConfigError(
+                "schedule.every", None, "schedule.then=every needs the number of tokens between two evictions"
+            )
+        used = (*used, "every")
+    return Schedule(**{k: v for k, v in given.items() if k in used})
 
 
 def _stopping_rule(config: Config, generating: Sequence[str]) -> StoppingRule | None:

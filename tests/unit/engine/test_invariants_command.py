@@ -234,7 +234,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "Mine(share=0.25)" in said
     assert said.count("holds") == len(INVARIANTS)
-    assert said.count("step; every 3; prompt, then keep; prompt, then step") == len(INVARIANTS)
+    assert said.count("step; every 3; prompt, then keep; prompt, then step; prompt, then every 3") == len(INVARIANTS)
     with pytest.raises(SystemExit, match="1"):
         command.main(["ofmine2:Mine", "--trials", "2"])
     assert "and states" in capsys.readouterr().out

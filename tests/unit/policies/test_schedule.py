@@ -15,14 +15,18 @@ from a2sf.policies.schedule import nondefault_schedule, schedule_for
 
 
 def test_a_schedule_is_found_by_its_name():
-    assert [s.name for s in SCHEDULES] == ["step", "every3", "prompt", "prompt-step"]
+    assert [s.name for s in SCHEDULES] == ["step", "every3", "prompt", "prompt-step", "prompt-every3"]
     assert [Schedule.named(s.name) for s in SCHEDULES] == list(SCHEDULES)
     assert Schedule.named("prompt-keep") == Schedule("prompt")
     cuts = [Schedule("prompt", then=then, at="context") for then in ("keep", "step")]
     assert [s.name for s in cuts] == ["context", "context-step"]
     assert [Schedule.named(s.name) for s in cuts] == cuts
     assert nondefault_schedule(make_policy("snapkv"), cuts[0]) == cuts[0]
-    for name in ("every", "every-1", "evry", ""):
+    later = Schedule("prompt", then="every", every=5, at="context")
+    assert later.name == "context-every5"
+    assert Schedule.named("context-every5") == later
+    assert Schedule("prompt", then="every", every=1).name == "prompt-step"
+    for name in ("every", "every-1", "evry", "", "prompt-every", "prompt-every0", "step-every4"):
         with pytest.raises(ConfigError, match="schedule="):
             Schedule.named(name)
 
@@ -50,6 +54,7 @@ def test_none_is_what_a_policy_does_without_being_told(name):
 
 def test_what_is_not_looked_at_tells_nothing_apart():
     h2o = make_policy("h2o")
+    assert nondefault_schedule(h2o, Schedule("prompt", then="every")) == Schedule("prompt", then="step")
     assert nondefault_schedule(h2o, Schedule("every", every=1)) is None
     assert nondefault_schedule(h2o, Schedule("prompt", every=7)) == Schedule("prompt")
     assert nondefault_schedule(h2o, Schedule("every", every=7, then="step")) == Schedule("every", every=7)

@@ -73,6 +73,10 @@ def sentence(*overrides: str) -> str:
         (["schedule=prompt", "schedule.then=stop"], ["schedule.then=stop", "keep, step"]),
         (["schedule=step", "schedule.every=0"], ["schedule.every=0", "at least 1"]),
         (["schedule.every=4"], ["schedule.every=4", "schedule=every"]),
+        (
+            ["policy=h2o", "schedule=prompt", "schedule.then=every"],
+            ["schedule.every=None", "needs the number of tokens"],
+        ),
         (["schedule.then=step"], ["schedule.then=step", "schedule=prompt"]),
         (["schedule=prompt", "schedule.at=end", "policy=h2o"], ["schedule.at=end", "prompt, context"]),
         (["schedule.at=context"], ["schedule.at=context", "schedule=prompt"]),
@@ -96,7 +100,7 @@ def sentence(*overrides: str) -> str:
         (["policy=future", "tasks=[needle]"], ["policy=future", "later tokens", "needle generates text"]),
         (["forgetting_factor=1.2"], ["forgetting_factor=1.2", "0 to 1"]),
         (["forgetting_factor=[0.1,0.2]"], ["forgetting_factor=[0.1, 0.2]", "one factor per layer, 30", "has 2"]),
-        (["policy=h2oo"], ["policy=h2oo", "a2sf, adakv, calibrated, full", "did you mean h2o"]),
+        (["policy=h2oo"], ["policy=h2oo", "a2sf, adakv, ", "calibrated, ", "did you mean h2o"]),
         (["model=smollm2"], ["model=smollm2", "did you mean smollm2-135m"]),
         (["model.dtype=int8"], ["model.dtype=int8", "float32, bfloat16"]),
         (["model.device=cuda:7"], ["model.device=cuda:7", "no such GPU"]),
@@ -190,6 +194,9 @@ def test_schedules_that_come_to_the_same_are_one_cell():
     parts = ["every4", "every16", "prompt", "prompt-step"]
     assert [c.name.split("__")[3] for c in others] == parts
     assert [c.describe()["schedule"] for c in others] == parts
+    later = of("policy=h2o", "schedule=prompt", "schedule.then=every", "schedule.every=4")
+    assert later.describe()["schedule"] == "prompt-every4"
+    assert later.id not in {c.id for c in others}
     ignored = of("policy=h2o", "schedule=prompt", "+schedule.every=4")  # in a grid another point looks at it
     assert ignored.id == others[2].id
 
