@@ -168,6 +168,9 @@ class Texts:
                 again = dict.fromkeys([*begun, *waiting])
                 self._failed(rows, list(again), error)
                 waiting[:] = [r for r in again if r.answers.error is None]
+                if rows.alone:  # system after system, each in its order
+                    order = {id(r.answers): i for i, r in reversed(list(enumerate(waiting)))}
+                    waiting.sort(key=lambda r: order[id(r.answers)])
                 for row in waiting:
                     row.restart()
 

@@ -8,11 +8,13 @@ import lm_eval
 import numpy as np
 import pytest
 
+from a2sf.errors import ConfigError
 from a2sf.hf.loading import ModelSpec
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policies
 from a2sf.store.runs import load_sweep
 from a2sf.sweep.cell import Cell
+from a2sf.sweep.prepare.models import check_prompting
 from a2sf.sweep.runner import Runner
 from a2sf.tasks import spec as tasks
 from a2sf.tasks.prompting import Prompting
@@ -145,6 +147,7 @@ def test_thinking_is_apart_and_what_was_cut_off_in_it_is_no_answer(model, task, 
             assert row["thinking_tokens"] == len(row["tokens"])
     assert "thinking" in set(documents["finish"])
     assert by_lm_eval(model, task(), think_end_token=end) == [[t] for t in documents["generated"]]
-    (failed,) = runner(tmp_path).run([cell(model, task(), think_end_token="</thought>")])
-    assert failed.status == "failed"
-    assert "think_end_token='</thought>' is not allowed: the tokenizer has no such token" in failed.error
+    with pytest.raises(
+        ConfigError, match="think_end_token='</thought>' is not allowed: the tokenizer has no such token"
+    ):
+        check_prompting([cell(model, task(), think_end_token="</thought>")], hub=False)  # before a model is loaded

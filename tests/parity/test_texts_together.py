@@ -230,6 +230,31 @@ def test_an_error_of_any_kind_is_the_systems_in_which_it_comes_again(lm, monkeyp
     assert len(answers[1].computed) == len(PROMPTS)
 
 
+def test_what_ended_with_its_first_token_is_kept_though_the_next_call_fails(lm, monkeypatch):
+    system = lm.scorer.system(find_policies()["h2o"](), Budget(tokens=30))
+    requests = requests_of(lm, GREEDY)
+    (expected,) = generated(lm, requests, [system])
+    take, step, failed = continuous.Row.take, continuous.Rows._logits, []
+
+    def ends_one(self, token):
+        self.limit = 1 if self.request == 1 else 12
+        take(self, token)
+
+    def broken_once(self, lanes, rows):
+        if not failed:
+            failed.append(True)
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return step(self, lanes, rows)
+
+    monkeypatch.setattr(continuous.Row, "take", ends_one)
+    monkeypatch.setattr(continuous.Rows, "_logits", broken_once)
+    with pytest.warns(match="texts at a time"):
+        (answers,) = generated(lm, requests, [system])
+    found = {k: a.tokens for k, a in answers.computed.items()}
+    whole = {k: a.tokens for k, a in expected.computed.items()}
+    assert found == whole | {requests.keys[1]: whole[requests.keys[1]][:1]}
+
+
 def test_out_of_memory_halves_the_rows(lm, monkeypatch):
     system = lm.scorer.system(find_policies()["h2o"](), Budget(tokens=30))
     requests = requests_of(lm, GREEDY)

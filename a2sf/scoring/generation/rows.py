@@ -111,8 +111,9 @@ class Rows:
             new = self._admissible(waiting)
             finished = self._let_in(new)
             del waiting[: len(new)]
-            finished += self._step()
             if finished:
+                yield finished  # before the next call, which may fail
+            if finished := self._step():
                 yield finished
 
     def abandon(self) -> list[Row]:

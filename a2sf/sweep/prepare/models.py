@@ -15,6 +15,7 @@ from rich.markup import escape
 from a2sf.errors import UserError
 from a2sf.hf.files.refusals import NotOnHub, Unreachable
 from a2sf.hf.loading import Download, ModelSpec, adapter_of, fingerprint, left_alone, load_tokenizer, pin, prepare
+from a2sf.scoring.generation.thinking import Thinking
 from a2sf.store.names import Named, distinct
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.config.settings import Settings, check_layers
@@ -134,7 +135,7 @@ def fetch(models: Iterable[ModelSpec], screen: Console) -> dict[ModelSpec, UserE
 
 
 def check_prompting(cells: Iterable[Cell], *, hub: bool) -> None:
-    """Refuse a chat template, or a beginning-of-sequence token, that a tokenizer does not have, before the first cell.
+    """Refuse a chat template, or a token that begins texts or ends thinking, that a tokenizer lacks, before the first cell.
 
     Args:
         hub: True: check the models of the hub, which must be downloaded; False: check all others.
@@ -143,7 +144,9 @@ def check_prompting(cells: Iterable[Cell], *, hub: bool) -> None:
         ConfigError: naming the templates that the tokenizer has.
     """
     prompted = dict.fromkeys(
-        (c.model, c.prompting) for c in cells if c.prompting.chat_template or c.model.add_bos_token
+        (c.model, c.prompting)
+        for c in cells
+        if c.prompting.chat_template or c.prompting.think_end_token or c.model.add_bos_token
     )
     tokenizers: dict[ModelSpec, object] = {}
     for model, prompting in prompted:
@@ -151,6 +154,7 @@ def check_prompting(cells: Iterable[Cell], *, hub: bool) -> None:
             if model not in tokenizers:
                 tokenizers[model] = load_tokenizer(model)
             prompting.check(tokenizers[model], model.path)
+            Thinking.of(prompting.think_end_token, tokenizers[model], prompting.enable_thinking)
 
 
 def _download(download: Download, screen: Console) -> None:
