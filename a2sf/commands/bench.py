@@ -4,6 +4,7 @@ Every figure is a ratio of two measurements that alternate in one run, because m
 kernel: the eviction kernel against full attention and against the per-token loop of published code.
 lm_eval: lm-eval's own Hugging Face model against ours, with the same weights and documents.
 groups: the cells of a sweep computed in groups against one by one.
+generation: texts of a group of cells against lm-eval's model, and of a small budget against the full cache.
 decode: generation with a bounded cache against transformers' own cache.
 prompt: memory and time of a prompt of 8,000 tokens, in a process of its own.
 process: processor time of the command itself: of its start, and beside busy processes.
@@ -22,18 +23,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from a2sf.bench import decode, groups, harness, kernels, process, prompt
+from a2sf.bench import decode, generation, groups, harness, kernels, process, prompt
 from a2sf.bench.measuring import SMOLLM2, Figures
 
 PARTS: dict[str, Any] = {
     "kernel": kernels,
     "lm_eval": harness,
     "groups": groups,
+    "generation": generation,
     "decode": decode,
     "prompt": prompt,
     "process": process,
 }
-ON_GPU = ("kernel", "lm_eval", "groups")
+ON_GPU = ("kernel", "lm_eval", "groups", "generation")
 TARGETS: dict[str, str] = dict(ChainMap(*(part.TARGETS for part in PARTS.values())))
 ALONE: dict[str, Callable[[argparse.Namespace], float]] = {
     "lm_eval": lambda options: harness.peak_of_lm_eval(options.batch_size),
@@ -54,6 +56,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--device", default="cpu", help=f"cuda, for {', '.join(ON_GPU)}; the targets are for a CPU")
     parser.add_argument("--batch-size", type=int, help="lm-eval's batch size; default: the fastest of a few")
     decode.add_options(parser)
+    generation.add_options(parser)
     parser.add_argument("--alone", choices=ALONE, help="print one figure about this process's memory")
     options = parser.parse_args(arguments)
     if options.alone:

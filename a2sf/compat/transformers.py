@@ -5,13 +5,15 @@ Tried with transformers 5.24.0 and accelerate 1.15.0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.generation import GenerationMode
 from transformers.masking_utils import (
     and_masks,
     causal_mask_function,
@@ -131,3 +133,52 @@ def _code(function: Callable[..., Any]) -> Any:
 
 
 _CAUSAL, _ALL, _WINDOW = (_code(f) for f in (causal_mask_function, and_masks(), sliding_window_overlay(1)))
+
+
+class Choosing:
+    """How transformers' `generate` chooses the next token with some settings: what it does to logits, and whether it draws.
+
+    Args:
+        settings: of generation; those that are not given are the model's.
+
+    Attributes:
+        eos: tokens that end a text.
+        draws: whether tokens are drawn one by one; draws_at_all: in any way, such as the beams of a search.
+        changes_scores: whether anything is done to logits before a token is chosen.
+        plain: whether it is greedy search or sampling, token by token, and needs nothing but logits.
+    """
+
+    def __init__(self, model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
+        self._model = model
+        self._config, beyond = model._prepare_generation_config(None, **settings)
+        mode = self._config.get_generation_mode()
+        self.draws = mode == GenerationMode.SAMPLE
+        self.draws_at_all = bool(self._config.do_sample)
+        guided = self._config.guidance_scale not in (None, 1)
+        needs_more = guided or self._config.stop_strings or self._config.max_time or self._config.watermarking_config
+        one = (self._config.num_return_sequences or 1) == 1
+        self.plain = (
+            mode in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH) and one and not (beyond or needs_more)
+        )
+        eos = self._config.eos_token_id
+        self.eos = frozenset({*(eos if isinstance(eos, list) else [eos])} - {None})
+        self._made: dict[int, Any] = {}
+        self.changes_scores = self.plain and bool(self._processors(1))
+
+    def scores(self, logits: Tensor, tokens: Sequence[int], prompt: int) -> Tensor:
+        """The logits [1, vocabulary] that follow a text as tokens are chosen from them.
+
+        Args:
+            tokens: the text so far, of which the first `prompt` are the prompt.
+        """
+        given = torch.tensor([list(tokens)], device=logits.device)
+        return self._processors(prompt)(given, logits)  # type: ignore[no-any-return]
+
+    def _processors(self, prompt: int) -> Any:
+        if prompt not in self._made:
+            config = copy.deepcopy(self._config)
+            self._model._prepare_special_tokens(config, True, device=self._model.device)
+            self._made[prompt] = self._model._get_logits_processor(
+                config, input_ids_seq_length=prompt, device=str(self._model.device), model_kwargs={}
+            )
+        return self._made[prompt]

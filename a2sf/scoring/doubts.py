@@ -12,6 +12,7 @@ from typing import Any
 
 from lm_eval.api.task import ConfigurableTask
 
+from a2sf.scoring.generation.ends import LENGTH, THINKING
 from a2sf.scoring.requests import ROLLING, Requests, request_hash
 from a2sf.scoring.systems import Answers
 
@@ -128,10 +129,19 @@ def _of_ends(task: Any, samples: Iterable[dict[str, Any]], answers: Answers) -> 
     """A note on texts that were cut off, with equal words for all cells: only their number differs between policies."""
     if task.OUTPUT_TYPE != "generate_until":
         return []
-    given = [answers.answer(request_hash(tuple(s["arguments"][0]))) for s in samples]
-    cut_off = sum(a is not None and a.ended is False for a in given)
-    text = f"{task.config.task}: texts were ended by the limit of their tokens (max_gen_toks), before a stop sequence."
-    return [{"text": text, "times": cut_off}] if cut_off else []
+    every = {**answers.known, **answers.computed}
+    hashes = {request_hash(tuple(s["arguments"][0])) for s in samples}
+    finishes = [
+        a.finish or (LENGTH if a.ended is False else None)
+        for key, a in every.items()
+        if key.partition("#")[0] in hashes
+    ]
+    name = task.config.task
+    texts = {
+        LENGTH: f"{name}: texts were ended by the limit of their tokens (max_gen_toks), before a stop sequence.",
+        THINKING: f"{name}: texts ended before their thinking did, so that they have no answer.",
+    }
+    return [{"text": text, "times": n} for finish, text in texts.items() if (n := finishes.count(finish))]
 
 
 def _place(right: Any, choices: Sequence[Any]) -> int | None:

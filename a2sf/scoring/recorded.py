@@ -6,16 +6,20 @@ from typing import Any
 
 from lm_eval.api.model import LM
 
-from a2sf.scoring.requests import keys_of
+from a2sf.scoring.requests import key_of_draw, keys_of
 from a2sf.scoring.systems import Answer, Answers
 
 
 class RecordedLM(LM):
-    """Returns the recorded answers of one system; each request must have one."""
+    """Returns the recorded answers of one system; each request must have one.
 
-    def __init__(self, answers: Answers) -> None:
+    Args:
+        draw: which of several answers of a document, counted from 0.
+    """
+
+    def __init__(self, answers: Answers, draw: int = 0) -> None:
         super().__init__()
-        self.answers = answers
+        self.answers, self.draw = answers, draw
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return [(a.value, a.greedy) for a in self._recorded(requests)]
@@ -27,6 +31,6 @@ class RecordedLM(LM):
         return [a.value for a in self._recorded(requests)]
 
     def _recorded(self, requests: list[Any]) -> list[Answer]:
-        found = [self.answers.answer(key) for key in keys_of(requests)]
+        found = [self.answers.answer(key_of_draw(key, self.draw)) for key in keys_of(requests)]
         assert None not in found, "a request was not scored"
         return [a for a in found if a is not None]

@@ -16,6 +16,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from a2sf.errors import ConfigError, UserError
 from a2sf.scoring.contexts import Contexts
+from a2sf.scoring.generation.thinking import Thinking
 from a2sf.scoring.systems import Answer, System
 from a2sf.tasks.prompting import check_stops, draws
 
@@ -54,13 +55,24 @@ class Requests:
         kind: lm-eval's name of the kind.
         instances: lm-eval's requests, in their order.
         shared_context: the field of the documents that is the context which several questions share; None: there is none.
+        thinking: how thinking is recognised in generated texts; None: as the model's arguments say.
 
     Attributes:
         keys: what identifies each request: a hash of its texts and settings.
     """
 
-    def __init__(self, lm: HFLM, kind: str, instances: Sequence[Any], shared_context: str | None = None) -> None:
+    def __init__(
+        self,
+        lm: HFLM,
+        kind: str,
+        instances: Sequence[Any],
+        shared_context: str | None = None,
+        thinking: Thinking | None = None,
+    ) -> None:
         self.lm, self.kind, self.shared_context = lm, kind, shared_context
+        self.thinking = thinking
+        if thinking is None and kind == TEXT:
+            self.thinking = Thinking.of(lm.think_end_token, lm.tokenizer, lm.enable_thinking)
         self.instances = list(instances)
         self.keys = keys_of(self.instances)
         self._prompts: dict[int, Prompt] = {}
@@ -73,7 +85,7 @@ class Requests:
     def of_documents(self, documents: Collection[int]) -> Requests:
         """Those of some documents, by lm-eval's numbers."""
         chosen = [i for i in self.instances if i.doc_id in documents]
-        return Requests(self.lm, self.kind, chosen, self.shared_context)
+        return Requests(self.lm, self.kind, chosen, self.shared_context, self.thinking)
 
     def subject(self, which: Iterable[int]) -> str:
         """What a message calls the documents of some requests, given by their places; "" where none is known."""
@@ -213,12 +225,18 @@ class EncodedRequests(Requests):
         return [self._checked(list(context), list(continuation))]
 
 
-def by_kind(lm: HFLM, instances: Iterable[Any], shared_context: str | None = None) -> list[Requests]:
-    """The requests of a task, those of each kind together, each as often as lm-eval repeats it."""
+def by_kind(
+    lm: HFLM,
+    instances: Iterable[Any],
+    shared_context: str | None = None,
+    thinking: Thinking | None = None,
+    samples: int | None = None,
+) -> list[Requests]:
+    """The requests of a task, those of each kind together, each as often as lm-eval repeats it, or as `samples` says."""
     kinds: dict[str, list[Any]] = {}
     for instance in instances:
-        kinds.setdefault(instance.request_type, []).extend([instance] * (instance.repeats or 1))
-    return [Requests(lm, kind, of_kind, shared_context) for kind, of_kind in kinds.items()]
+        kinds.setdefault(instance.request_type, []).extend([instance] * (samples or instance.repeats or 1))
+    return [Requests(lm, kind, of_kind, shared_context, thinking) for kind, of_kind in kinds.items()]
 
 
 def document_of(instance: Any) -> tuple[str, int]:
@@ -235,12 +253,12 @@ def request_hash(arguments: tuple[Any, ...]) -> str:
 def keys_of(instances: Iterable[Any]) -> list[str]:
     """The hash of each request; if text is drawn at random, each repetition of a request has another key."""
     found: list[str] = []
-    times: dict[str, int] = {}
+    times: dict[int, int] = {}
     for instance in instances:
         key = request_hash(instance.args)
         if instance.request_type == TEXT and draws(instance.args[1]):
-            times[key] = times.get(key, -1) + 1
-            key = key_of_draw(key, times[key])
+            times[id(instance)] = times.get(id(instance), -1) + 1  # lm-eval repeats the same object
+            key = key_of_draw(key, times[id(instance)])
         found.append(key)
     return found
 

@@ -41,7 +41,7 @@ class Scorer:
         lm: the model and its tokenizer, as lm-eval's HFLM holds them.
         backend: which implementation of the eviction runs, `auto` or a name in `a2sf.engine.kernels.BACKENDS`.
         sequences_per_pass: sequences per forward pass; None: as many as `tokens_per_pass` allows.
-        seed: of texts that are drawn at random, set anew for each system; None: it is left as it is.
+        seed: of texts that are drawn at random; None: that of torch (`torch.manual_seed`).
 
     Attributes:
         tokens_per_pass: computed tokens per forward pass; halved where a GPU's memory does not suffice.
@@ -88,13 +88,10 @@ class Scorer:
     def score(self, requests: Requests, answers: Sequence[Answers]) -> Iterator[None]:
         """Compute the answers that are missing, and put them into `answers`; yields after each forward pass.
 
-        If one system fails, that is its `error`, and the others continue. Log-likelihoods are computed for all systems
-        together, texts for one system after the other.
+        If one system fails, that is its `error`, and the others continue.
         """
         if requests.kind == TEXT:
-            texts = Texts(self)
-            for one in answers:
-                yield from texts.generate(requests, one)
+            yield from Texts(self, requests).generate(answers)
             return
         clock = time.perf_counter()
         pending = self._pending(requests, [a for a in answers if a.error is None])
@@ -209,7 +206,7 @@ class Scorer:
         """Of each window of a request: tokens of the context, of what is scored or was generated, and the limit of these."""
         if requests.kind == TEXT:
             prompt = requests.prompt(i)
-            return [(prompt.length, answer.continuation, prompt.new)]
+            return [(prompt.length, answer.thinking_tokens + answer.continuation, prompt.new)]
         if requests.kind == ROLLING:
             return [(len(context), len(continuation), None) for context, continuation in requests.windows(i)]
         return [(answer.context, answer.continuation, None)]
@@ -225,7 +222,7 @@ class Scorer:
             answer = answers.answer(requests.keys[i])
             assert answer is not None
             if requests.kind == TEXT:
-                if not answer.continuation:
+                if not answer.thinking_tokens + answer.continuation:
                     continue
                 prompt = requests.prompt(i)
                 text = answer.tokens or list(self.lm.tok_encode(answer.value, add_special_tokens=False))

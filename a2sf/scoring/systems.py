@@ -44,8 +44,8 @@ class Answer(NamedTuple):
         greedy: whether greedy decoding would have produced the continuation.
         context, continuation: how many tokens these have.
         ended: whether a text was ended by a stop sequence, and not by the limit of its tokens; None: not known.
-        finish: why a text ended: `eos` (the model's end of a text), `stop` (a stop sequence), `length` (the limit of tokens),
-            or `thinking` (the limit, before the model had ended its thinking); None: not known.
+        finish: why a text ended: `eos` (the model's end of a text), `stop` (a stop sequence), `length` (the limit of
+            tokens), or `thinking` (before its thinking did, so that there is no answer); None: not known.
         tokens: the tokens that were generated, with those of thinking and of the stop sequence; None: not known.
         thinking: what was thought before the answer, which is not part of `value`.
         thinking_tokens: how many of `tokens` that took, with the token that ends it.

@@ -1,4 +1,4 @@
-"""Generated texts: batches of prompts through transformers' `generate` and a bounded cache."""
+"""Generated texts of several systems: which are missing, how they are generated, and what becomes of errors."""
 
 from __future__ import annotations
 
@@ -10,176 +10,236 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
-from a2sf.engine.kernels import noting
 from a2sf.errors import ConfigError, Notice, UserError
-from a2sf.hf.attention import NonFiniteError, UnsupportedModel
+from a2sf.hf.attention import NonFiniteError, mixes_windows, rope_switch
+from a2sf.hf.cache.checks import check_length
 from a2sf.hf.cache.pruned import PrunedCache, prove_decoding
-from a2sf.scoring.generation.ends import EOS, LENGTH, STOP, Ends, Text
-from a2sf.scoring.generation.thinking import Thinking
+from a2sf.scoring.generation.calls import by_generate
+from a2sf.scoring.generation.ends import EOS, STOP, Ends
+from a2sf.scoring.generation.row import Row
+from a2sf.scoring.generation.rows import Rows
+from a2sf.scoring.generation.sampling import Choice
+from a2sf.scoring.passes.sequences import Model, ScoredSequence
 from a2sf.scoring.requests import Requests
 from a2sf.scoring.systems import Answer, Answers
-from a2sf.tasks.prompting import draws
 from a2sf.tasks.warned import collected
 
 if TYPE_CHECKING:
     from a2sf.scoring.scorer import Scorer
 
-GENERATED_ROWS = 8
-"""Sequences generated at a time where `batch_size` is auto."""
+MOST_ROWS = {"cpu": 64, "cuda": 256}
+"""Texts that are generated together where `batch_size` is auto, if there is memory for their caches."""
+SHARE_OF_MEMORY = 0.25
+"""Of the memory that is free, the part that caches may take."""
 LEAST_TOKENS = 64
 """Tokens per pass below which a GPU's memory is taken to be too small."""
 
 
 class Texts:
-    """Generates texts with the model of a `Scorer`."""
+    """Generates texts with the model of a `Scorer`.
 
-    def __init__(self, scorer: Scorer) -> None:
-        self.scorer, self.lm = scorer, scorer.lm
+    Args:
+        requests: of texts.
+    """
 
-    def generate(self, requests: Requests, answers: Answers) -> Iterator[None]:
-        """Generate the texts that one system lacks; yields after each batch. If it fails, that becomes `answers.error`."""
-        if answers.error is not None:
-            return
-        try:
-            with collected(answers.warned):
-                batches = self._batches(requests, answers)
-                if self.scorer.seed is not None and any(draws(i.args[1]) for i in requests.instances):
-                    torch.manual_seed(self.scorer.seed)
-            while batches:
-                batch = batches.pop(0)
-                try:
-                    with collected(answers.warned, again=True):
-                        self._answer(requests, answers, batch)
-                except torch.cuda.OutOfMemoryError as error:
-                    batches = self._smaller([batch, *batches], error)
-                    continue
-                yield
-        except Exception as error:
-            traceback.clear_frames(error.__traceback__)  # which would hold the cache
-            answers.error = error
+    def __init__(self, scorer: Scorer, requests: Requests) -> None:
+        self.scorer, self.lm, self.requests = scorer, scorer.lm, requests
+        self._settings: dict[str, tuple[dict[str, Any], Choice, Ends]] = {}
+        self._checked: dict[tuple[int, int], PrunedCache] = {}  # of a system and a limit, to check lengths with
 
-    def _batches(self, requests: Requests, answers: Answers) -> list[list[int]]:
-        """Places of the requests that have no answer, in lm-eval's batches: of equal settings, the longest prompts first."""
-        system = answers.system
+    def generate(self, answers: Sequence[Answers]) -> Iterator[None]:
+        """Generate the texts that systems lack; yields whenever some are finished.
+
+        If a system fails, that is its `error`, and the others continue.
+        """
+        groups: dict[tuple[str, bool], list[Row]] = {}
+        switch = rope_switch(self.scorer.model.config)
+        for one in answers:
+            if one.error is not None:
+                continue
+            try:
+                with collected(one.warned):
+                    made = self._missing(one)
+            except Exception as error:
+                one.error = error
+                continue
+            for name, row in made:
+                # a call must not mix rows that a rotary embedding treats differently
+                groups.setdefault((name, len(row.sequence.read) > switch), []).append(row)
+        for (name, _), rows in groups.items():
+            # the longest prompts first, as lm-eval has them; all systems' texts of a document follow each other
+            rows.sort(key=lambda r: (-len(r.sequence.read), r.request))
+            choice = self._settings[name][1]
+            yield from self._together(rows, choice) if choice.of.plain else self._one_by_one(name, rows)
+
+    def _missing(self, answers: Answers) -> list[tuple[str, Row]]:
+        """The texts that a system lacks, each with the name of its settings."""
+        system, requests = answers.system, self.requests
         if not system.policy.causal:
             raise ConfigError("policy", system.policy.name, "it looks at later tokens, so it cannot generate text")
         prove_decoding(self.scorer.model, system.policy, system.budget)
         missing = set(answers.missing(requests.keys))
         answers.begin(len(missing), len(set(requests.keys)))
-        settings: dict[str, list[int]] = {}
+        found = []
         for i, key in enumerate(requests.keys):
             try:
-                prompt = requests.prompt(i)
-                requests.cut(i, system, len(prompt.tokens), prompt.length)
+                name, row = self._row(answers, i)
             except ValueError as error:
                 subject = requests.subject([i])
-                raise (
-                    error if isinstance(error, ConfigError) or not subject else type(error)(f"{subject}: {error}")
-                ) from error
+                plain = isinstance(error, ConfigError) or not subject
+                raise (error if plain else type(error)(f"{subject}: {error}")) from error
             if key in missing:
                 missing.discard(key)
-                of_instance = requests.instances[i].args[1]
-                settings.setdefault(json.dumps(of_instance, sort_keys=True, default=str), []).append(i)
-        batches = []
-        for equal in settings.values():
-            equal.sort(key=lambda i: (-requests.prompt(i).length, requests.instances[i].args[0]))
-            batches += [equal[at : at + self._rows] for at in range(0, len(equal), self._rows)]
-        return batches
+                found.append((name, row))
+        return found
+
+    def _row(self, answers: Answers, i: int) -> tuple[str, Row]:
+        requests, system, layers = self.requests, answers.system, self.scorer.layers
+        prompt, given = requests.prompt(i), requests.instances[i].args[1]
+        name = json.dumps(given, sort_keys=True, default=str)
+        if name not in self._settings:
+            self._settings[name] = self._understood(given)
+        settings, choice, ends = self._settings[name]
+        limit = settings.get("max_length", len(prompt.tokens) + prompt.new) - len(prompt.tokens)
+        if limit < 1:
+            raise UserError(
+                f"max_length={settings['max_length']} leaves no room for text after a prompt of {len(prompt.tokens)} tokens"
+            )
+        cut = requests.cut(i, system, len(prompt.tokens), prompt.length)
+        retention = system.retention(cut + limit - 1, cut, layers)
+        sequence = ScoredSequence(tuple(prompt.tokens), (0,), retention, system.schedule, cut)
+        draw = (requests.keys[i], self._seed) if choice.of.draws else None
+        row = Row(answers, i, sequence, limit, ends, requests.instances[i].args[0], draw)
+        if (known := (id(answers), limit)) not in self._checked:
+            self._checked[known] = self._cache([row])
+        length = torch.tensor([len(prompt.tokens)])
+        check_length(self._checked[known], length, length, prompt=True)
+        return name, row
 
     @property
-    def _rows(self) -> int:
-        fewer = self.scorer.tokens_per_pass / self.scorer.most_tokens  # after memory ran out
-        return max(1, int((self.scorer.sequences_per_pass or GENERATED_ROWS) * fewer))
+    def _seed(self) -> int:
+        return torch.initial_seed() if self.scorer.seed is None else self.scorer.seed
 
-    def _smaller(self, batches: list[list[int]], error: Exception) -> list[list[int]]:
-        """The same requests in batches of half the size; if that is too small, the error is raised again."""
-        torch.cuda.empty_cache()
-        if self._rows == 1 or self.scorer.tokens_per_pass < LEAST_TOKENS:
-            self.scorer.tokens_per_pass = self.scorer.most_tokens  # the next task may be smaller
-            raise error
-        self.scorer.tokens_per_pass //= 2
-        tokens = self.scorer.tokens_per_pass
-        message = f"The GPU ran out of memory; the sweep continues with {tokens} tokens per forward pass."
-        warnings.warn(message, Notice, stacklevel=2)
-        return [b[at : at + self._rows] for b in batches for at in range(0, len(b), self._rows)]
-
-    def _answer(self, requests: Requests, answers: Answers, batch: Sequence[int]) -> None:
-        started = time.perf_counter()
-        with noting() as ran:
-            texts = self._generated(requests, answers, batch)
-        answers.ran |= ran
-        answers.seconds += time.perf_counter() - started
-        for i, (text, tokens) in zip(batch, texts, strict=True):
-            answers.computed[requests.keys[i]] = Answer(
-                text.value,
-                False,
-                len(requests.prompt(i).tokens),
-                len(self.lm.tok_encode(text.value, add_special_tokens=False)),
-                text.finish in (EOS, STOP),
-                text.finish,
-                tokens,
-                text.thinking,
-                text.thinking_tokens,
-            )
-
-    def _generated(self, requests: Requests, answers: Answers, batch: Sequence[int]) -> list[tuple[Text, list[int]]]:
-        """The texts of a batch, as `HFLM.generate_until` makes them, and their tokens."""
-        lm, system = self.lm, answers.system
-        settings = normalize_gen_kwargs(copy.deepcopy(requests.instances[batch[0]].args[1]), lm.max_gen_toks)
+    def _understood(self, given: dict[str, Any]) -> tuple[dict[str, Any], Choice, Ends]:
+        """lm-eval's settings of generation: those of transformers, how tokens are chosen, and what ends a text."""
+        lm, model = self.lm, self.scorer.model
+        settings = dict(normalize_gen_kwargs(copy.deepcopy(given), lm.max_gen_toks))
         eos = lm.tok_decode(lm.eot_token_id, skip_special_tokens=False)
         stop = handle_stop_sequences(settings.pop("until", None), eos=eos)
-        new = settings.pop("max_gen_toks")
-        prompts = [requests.prompt(i) for i in batch]
-        width = max(len(p.tokens) for p in prompts)
-        pad = lm.tokenizer.pad_token_id or 0
-        ids = torch.tensor([[pad] * (width - len(p.tokens)) + p.tokens for p in prompts], device=lm.device)
-        mask = torch.tensor([[0] * (width - len(p.tokens)) + [1] * len(p.tokens) for p in prompts], device=lm.device)
-        most = settings.pop("max_length", width + new)
-        cache = PrunedCache(
+        settings.pop("max_gen_toks")
+        of_model = {k: v for k, v in settings.items() if k != "max_length"}
+        if not of_model["do_sample"] and not of_model.get("temperature"):
+            of_model.pop("temperature", None)  # as lm-eval: 0 stands for greedy search
+        choice = Choice(model, of_model)
+        return settings, choice, Ends(lm, stop, choice.of.eos | {lm.eot_token_id}, self.requests.thinking)
+
+    def _cache(self, rows: Sequence[Row]) -> PrunedCache:
+        """An empty cache for rows of one system, or of systems with one rule and schedule."""
+        system = rows[0].answers.system
+        return PrunedCache(
             self.scorer.model,
             system.policy,
             system.budget,
             schedule=system.schedule,
-            max_new_tokens=most - width,
-            # all of a prompt is read in one call; without its length a prompt of one token would look like a chunk
-            context_tokens=[
-                requests.cut(i, system, len(p.tokens), p.length) for i, p in zip(batch, prompts, strict=True)
-            ],
+            max_new_tokens=rows[0].limit,
+            # without its length a prompt of one token would look like a part of one
+            context_tokens=[r.sequence.prompt for r in rows],
             backend=self.scorer.backend,
         )
-        try:
-            made = lm._model_generate(
-                context=ids, attention_mask=mask, max_length=most, stop=stop, cache=cache, **settings
+
+    def _together(self, waiting: list[Row], choice: Choice) -> Iterator[None]:
+        scorer = self.scorer
+        about = Model(scorer.layers, not mixes_windows(scorer.model.config), scorer.backend, scorer.device)
+        rows = Rows(
+            scorer.model, about, choice, lambda row: self._cache([row]), self._most, self._room, scorer.tokens_per_pass
+        )
+        while waiting or rows.live:
+            try:
+                for finished in rows.run(waiting):
+                    self._keep(finished)
+                    yield
+            except Exception as error:
+                traceback.clear_frames(error.__traceback__)  # which would hold the caches
+                begun = rows.abandon()
+                again = dict.fromkeys([*begun, *waiting])
+                self._failed(rows, list(again), error)
+                waiting[:] = [r for r in again if r.answers.error is None]
+                for row in waiting:
+                    row.restart()
+
+    def _failed(self, rows: Rows, begun: Sequence[Row], error: Exception) -> None:
+        """Decide what an error is about; if it may be of any system, each is generated by itself from now on."""
+        systems = {id(r.answers): r.answers for r in begun[: rows.most]}
+        if isinstance(error, NonFiniteError):
+            for one in {id(r.answers): r.answers for r in rows.culprits}.values():
+                one.error = error.about(self.requests.subject([r.request for r in rows.culprits if r.answers is one]))
+            return
+        if isinstance(error, torch.cuda.OutOfMemoryError) and rows.most > 1 and rows.tokens_per_pass >= LEAST_TOKENS:
+            torch.cuda.empty_cache()
+            rows.most, rows.room, rows.tokens_per_pass = rows.most // 2, rows.room // 2, rows.tokens_per_pass // 2
+            message = f"The GPU ran out of memory; the sweep continues with {rows.most} texts at a time."
+            warnings.warn(message, Notice, stacklevel=2)
+        elif len(systems) > 1 and not rows.alone:
+            rows.alone = True
+        else:
+            begun[0].answers.error = error
+
+    def _one_by_one(self, name: str, rows: Sequence[Row]) -> Iterator[None]:
+        """The same by transformers' `generate`, system after system."""
+        settings, choice, _ = self._settings[name]
+        for one in {id(r.answers): r.answers for r in rows}.values():
+            mine = [r for r in rows if r.answers is one]
+            of_model = {k: v for k, v in settings.items() if k != "max_length"}
+            if choice.of.draws_at_all:
+                torch.manual_seed(self._seed)
+            clock = time.perf_counter()
+            try:
+                for finished in by_generate(self.lm, mine, of_model, self._cache, self.scorer.sequences_per_pass):
+                    one.seconds += time.perf_counter() - clock
+                    self._keep(finished)
+                    yield
+                    clock = time.perf_counter()
+            except NonFiniteError as error:
+                one.error = error.about(self.requests.subject([mine[r].request for r in error.rows]))
+            except Exception as error:
+                traceback.clear_frames(error.__traceback__)
+                one.error = error
+
+    def _keep(self, finished: Sequence[Row]) -> None:
+        """Store finished texts."""
+        for row in finished:
+            assert row.finish is not None
+            text = row.ends.finished(row.prompt, row.tokens, row.finish)
+            row.answers.computed[self.requests.keys[row.request]] = Answer(
+                text.value,
+                False,
+                len(row.sequence.read),
+                len(self.lm.tok_encode(text.value, add_special_tokens=False)),
+                text.finish in (EOS, STOP),
+                text.finish,
+                row.tokens,
+                text.thinking,
+                text.thinking_tokens,
             )
-        except NonFiniteError as error:
-            copies = max(1, cache.batch_size // len(batch))  # beams, or several texts of one prompt
-            raise error.about(requests.subject({batch[row // copies] for row in error.rows})) from error
-        if cache.seen is None:
-            raise UnsupportedModel(
-                f"{type(self.scorer.model).__name__} did not use the pruned cache that generate() gave it; "
-                "choose another model"
-            )
-        answers.counts.computed += int(cache.seen.sum())
-        if len(made) != len(batch):
-            raise UserError(
-                "several texts of one prompt (num_return_sequences) cannot be scored by lm-eval; leave it out"
-            )
-        ends = Ends(lm, stop, self._eos, Thinking.of(lm.think_end_token, lm.tokenizer, lm.enable_thinking))
-        full = made.shape[1] >= most
-        found = []
-        for i, row in zip(batch, made[:, width:].tolist(), strict=True):
-            tokens = row[: next((at + 1 for at, token in enumerate(row) if token in self._eos), len(row))]
-            finish = EOS if tokens[-1] in self._eos else STOP if not full or self._stops(tokens, stop) else LENGTH
-            found.append((ends.finished(requests.instances[i].args[0], tokens, finish), tokens))
-        return found
 
     @property
-    def _eos(self) -> frozenset[int]:
-        eos: Any = self.scorer.model.generation_config.eos_token_id
-        return frozenset({self.lm.eot_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
+    def _most(self) -> int:
+        return self.scorer.sequences_per_pass or MOST_ROWS["cpu" if self.scorer.device.type == "cpu" else "cuda"]
 
-    def _stops(self, tokens: list[int], stop: list[str]) -> bool:
-        return any(s in self.lm.tok_decode(tokens, skip_special_tokens=False) for s in stop)
+    @property
+    def _room(self) -> int:
+        """Tokens times layers that there is memory for."""
+        scorer = self.scorer
+        text = scorer.model.config.get_text_config()
+        heads = scorer.kv_heads or text.num_attention_heads
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        per_token = heads * (2 * size * 4 + 16)  # keys and values in float32, score and position
+        if scorer.device.type == "cuda":
+            free = torch.cuda.mem_get_info(scorer.device)[0]
+        else:
+            free = psutil.virtual_memory().available
+        return int(SHARE_OF_MEMORY * free / per_token)

@@ -34,11 +34,10 @@ class AnswerStore:
         directory: of the sweep.
         documents: fingerprint of the group's documents; answers to other documents are not used.
         seconds: after so much time `save_due` writes.
-        on_disk: whether answers are read from disk and written there; not those that are drawn at random.
     """
 
-    def __init__(self, directory: Path, documents: str, seconds: float, on_disk: bool = True) -> None:
-        self.directory, self.documents, self.seconds, self.on_disk = directory, documents, seconds, on_disk
+    def __init__(self, directory: Path, documents: str, seconds: float) -> None:
+        self.directory, self.documents, self.seconds = directory, documents, seconds
         self._cells: dict[str, Cell] = {}
         self._answers: dict[str, Answers] = {}
         self._saved = time.monotonic()
@@ -51,10 +50,9 @@ class AnswerStore:
         """
         self._cells[cell.name], self._answers[cell.name] = cell, answers
         answers.requests = len(keys)
-        if self.on_disk:
-            answers.known = {k: a for k, a in known_answers(finished, self.documents).items() if k in keys}
-            self._restore(cell, answers)
-            answers.computed = {k: a for k, a in answers.computed.items() if k in keys and k not in answers.known}
+        answers.known = {k: a for k, a in known_answers(finished, self.documents).items() if k in keys}
+        self._restore(cell, answers)
+        answers.computed = {k: a for k, a in answers.computed.items() if k in keys and k not in answers.known}
 
     def __getitem__(self, name: str) -> Answers:
         return self._answers[name]
@@ -85,7 +83,7 @@ class AnswerStore:
         Raises:
             DiskError: if the disk refuses.
         """
-        for name in names if self.on_disk else ():
+        for name in names:
             answers = self._answers[name]
             if answers.computed:
                 try:

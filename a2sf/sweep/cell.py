@@ -19,11 +19,11 @@ from a2sf.policies.schedule import Schedule, schedule_for
 from a2sf.store.names import ID_DIGITS, safe
 from a2sf.sweep.stopping_rule import StoppingRule
 from a2sf.tasks import spec as tasks
-from a2sf.tasks.prompting import Prompting
+from a2sf.tasks.prompting import Prompting, draws
 
 ENGINE_VERSION = 2
 """Raised whenever a change of the engine or the scoring can move a number."""
-GENERATION_VERSION = 3
+GENERATION_VERSION = 4
 """The same for what concerns only tasks that generate text."""
 FEWSHOT_VERSION = 2
 """The same for what concerns only few-shot examples."""
@@ -42,7 +42,7 @@ class Cell:
         budget: None for a policy that ignores budgets.
         task: what finds the task again: lm-eval's name, `group::member`, or the path of a YAML file.
         limit: how many documents to score; None: all.
-        seed: of the few-shot examples.
+        seed: of the few-shot examples, and of answers that are drawn at random.
         prompting: without what makes no difference to this task (`Prompting.of`).
         schedule: None: the policy's default, or a schedule that comes to the same (`nondefault_schedule`).
         data: with what identifies the documents, where a sweep has settled it.
@@ -88,8 +88,16 @@ class Cell:
             **engine_versions(device),
             "lm_eval": _lm_eval_version(),
             **({"generation": GENERATION_VERSION} if self.spec.generates else {}),
+            **({"drawn_with": self.seed} if self.spec.generates and self._draws else {}),
             **({"fewshot": FEWSHOT_VERSION} if self.shots else {}),
         }
+
+    @property
+    def _draws(self) -> bool:
+        """Whether answers are drawn at random."""
+        of_task = self.spec.definition.config.get("generation_kwargs")
+        given = json.loads(self.prompting.gen_kwargs) if self.prompting.gen_kwargs else {}
+        return draws((of_task if isinstance(of_task, dict) else {}) | given)
 
     @cached_property
     def id(self) -> str:

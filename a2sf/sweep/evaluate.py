@@ -21,9 +21,9 @@ from a2sf.scoring.scorer import Scorer
 from a2sf.scoring.systems import Answer, Answers
 from a2sf.scoring.written import cache_bytes
 from a2sf.sweep.cell import Cell
+from a2sf.sweep.samples import of_draws
 from a2sf.tasks import shared_texts
 from a2sf.tasks.numbers import index_of, number_of
-from a2sf.tasks.prompting import draws
 from a2sf.tasks.spec import provenance
 from a2sf.tasks.warned import collected
 
@@ -53,17 +53,29 @@ def evaluate(
     where = provenance(task)
     started, clock = datetime.now(UTC), time.perf_counter()
     with collected() as warned:
-        evaluated = lm_eval.evaluate(
-            RecordedLM(answers),
-            task_dict={"tasks": {cell.task_name: task}},
-            limit=cell.limit if chosen is None else None,
-            samples=None if chosen is None else {cell.task_name: chosen},
-            bootstrap_iters=BOOTSTRAP,
-        )
+        evaluations = [
+            lm_eval.evaluate(
+                RecordedLM(answers, draw),
+                task_dict={"tasks": {cell.task_name: task}},
+                limit=cell.limit if chosen is None else None,
+                samples=None if chosen is None else {cell.task_name: chosen},
+                bootstrap_iters=BOOTSTRAP,
+            )
+            for draw in range(cell.prompting.samples or 1)
+        ]
+    evaluated = evaluations[0]
     for of_kind in requests:
         scorer.count(of_kind, answers)
     samples = evaluated["samples"][cell.task_name]
-    documents = _documents(samples, task, answers)
+    documents, metrics = _documents(samples, task, answers, len(evaluations)), _metrics(evaluated, cell.task_name)
+    if len(evaluations) > 1:
+        of_each = [e["samples"][cell.task_name] for e in evaluations]
+        documents, metrics = of_draws(
+            documents,
+            [_documents(one, task, answers) for one in of_each],
+            [_extracted(one) for one in of_each],
+            [_metrics(e, cell.task_name) for e in evaluations],
+        )
     if task.OUTPUT_TYPE == "generate_until":
         size = cache_bytes(scorer, requests, answers)
         documents["cache_bytes"] = [fmean(size[key] for key in keys) for keys in documents["request_hashes"]]
@@ -75,7 +87,7 @@ def evaluate(
         where |= {"cluster": field, "clusters": len(set(keys.values()))}
     result = {
         "cell": cell.describe(),
-        "metrics": _metrics(evaluated, cell.task_name),
+        "metrics": metrics,
         "documents": {"n": len({s["doc_id"] for s in samples}), **where},
         "notes": [
             *doubts(task, samples, requests, answers),
@@ -128,11 +140,25 @@ def _number(value: Any) -> float | None:
     return number if number is not None and math.isfinite(number) else None
 
 
-def _documents(samples: list[dict[str, Any]], task: Any, recorded: Answers) -> pd.DataFrame:
+def _extracted(samples: Iterable[dict[str, Any]]) -> dict[str, dict[int, str]]:
+    """By filter and document, what the filter found in the answer."""
+    found: dict[str, dict[int, str]] = {}
+    for sample in samples:
+        (first, *_) = sample["filtered_resps"]
+        found.setdefault(sample["filter"], {})[sample["doc_id"]] = str(first)
+    return found
+
+
+def _documents(samples: list[dict[str, Any]], task: Any, recorded: Answers, draws: int = 1) -> pd.DataFrame:
+    """A row per document.
+
+    Args:
+        draws: of a task that generates text, how many answers there are of each document.
+    """
     rows = []
     for sample in samples:
         if task.OUTPUT_TYPE == "generate_until":
-            rows.append(_generated(sample, recorded))
+            rows.append(_generated(sample, recorded, draws))
             continue
         answers = [a if isinstance(a, tuple | list) else (a, False) for (a,) in sample["resps"]]
         arguments = [tuple(a) for a in sample["arguments"]]
@@ -183,12 +209,12 @@ def _without_texts(documents: pd.DataFrame) -> pd.DataFrame:
     return stored.assign(**{k: v for k, v in empty.items() if k in stored})
 
 
-def _generated(sample: dict[str, Any], recorded: Answers) -> dict[str, Any]:
+def _generated(sample: dict[str, Any], recorded: Answers, draws: int) -> dict[str, Any]:
     """A row of a generation task: no choices, but the text, its target, and the numbers that describe the document."""
     arguments = tuple(sample["arguments"][0])
-    keys = keys_of_draws(arguments, len(sample["resps"][0]))
-    draws = [a for key in keys if (a := recorded.answer(key)) is not None]
-    answer = draws[0]
+    keys = keys_of_draws(arguments, max(draws, len(sample["resps"][0])))
+    drawn = [a for key in keys if (a := recorded.answer(key)) is not None]
+    answer = drawn[0]
     end = "" if sample["filter"] == "none" else f",{sample['filter']}"
     return {
         "doc_id": sample["doc_id"],
@@ -201,22 +227,22 @@ def _generated(sample: dict[str, Any], recorded: Answers) -> dict[str, Any]:
         "prediction": -1,
         "loglikelihoods": [],
         "is_greedy": [],
-        "context_tokens": [a.context for a in draws],
-        "continuation_tokens": [a.continuation for a in draws],
+        "context_tokens": [a.context for a in drawn],
+        "continuation_tokens": [a.continuation for a in drawn],
         "target": str(sample["target"]),
         **{name: value(answer) for name, value in TEXT_COLUMNS.items()},
         **(
-            {f"draws/{name}": [value(a) for a in draws] for name, value in TEXT_COLUMNS.items()}
-            if len(draws) > 1
+            {f"draws/{name}": [value(a) for a in drawn] for name, value in TEXT_COLUMNS.items()}
+            if len(drawn) > 1
             else {}
         ),
-        **({f"extracted{end}": _extracted(sample)} if end else {}),
+        **({f"extracted{end}": _of_filter(sample)} if end else {}),
         **{f"doc/{k}": v for k, v in _numbers(sample["doc"], sample["doc"]).items()},
         **{f"metric/{m}{end}": v for m, v in _numbers(sample, sample["metrics"]).items()},
     }
 
 
-def _extracted(sample: dict[str, Any]) -> str:
+def _of_filter(sample: dict[str, Any]) -> str:
     """What a filter of the task took from the text as its answer; of several texts from the first."""
     found = sample["filtered_resps"][0]
     while isinstance(found, list | tuple) and found:
@@ -258,9 +284,3 @@ def _gold(sample: dict[str, Any], task: Any) -> int:
         return index
     choices = task.doc_to_choice(sample["doc"])
     return choices.index(target) if target in choices else -1
-
-
-def drawn(task: Any) -> bool:
-    """Whether answers are drawn at random: of several samples of one prompt only the first is stored."""
-    settings = task.config.generation_kwargs
-    return (task.config.repeats or 1) > 1 or bool(settings and draws(settings))

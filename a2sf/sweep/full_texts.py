@@ -41,7 +41,7 @@ class FullTexts:
         self._found: dict[str, Found] = {}
         self._failed: dict[str, str] = {}
         self._reference = next((c.name for c in cells if not c.policy.evicts), None)
-        if self._reference is None and store.on_disk:
+        if self._reference is None:
             full = dataclasses.replace(cells[0], policy=find_policy("full")(), budget=None, schedule=None)
             stored = find_extendable(directory.parent, [full]).get(full.name)
             known = known_answers(stored, store.documents)

@@ -17,16 +17,18 @@ from typing import Any
 import pandas as pd
 
 from a2sf.engine.trace import Trace
+from a2sf.scoring.generation.thinking import Thinking
 from a2sf.scoring.requests import Requests, by_kind
 from a2sf.scoring.scorer import Scorer
 from a2sf.store.runs import DiskError
 from a2sf.sweep.answer_store import AnswerStore
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.early_stopping import EarlyStopping, check_can_stop_early
-from a2sf.sweep.evaluate import drawn, evaluate
+from a2sf.sweep.evaluate import evaluate
 from a2sf.sweep.full_texts import FullTexts
 from a2sf.sweep.reuse import find_extendable
 from a2sf.tasks import shared_texts
+from a2sf.tasks.prompting import Prompting
 from a2sf.tasks.spec import provenance
 from a2sf.tasks.warned import Warned, collected
 
@@ -115,13 +117,15 @@ class CellGroup:
                 if first.stopping_rule is not None:
                     check_can_stop_early(task)
                 instances = task.make_requests(self.scorer.lm, first.prompting, first.limit)
-            requests = by_kind(self.scorer.lm, instances, (task.config.metadata or {}).get("shared_context"))
+            shared, prompting = (task.config.metadata or {}).get("shared_context"), first.prompting
+            requests = by_kind(self.scorer.lm, instances, shared, self._thinking(prompting), prompting.samples)
+            self.scorer.seed = first.seed
             documents = provenance(task)["fingerprint"]
         except Exception as error:
             yield from (Computed(c, error=error) for c in self.cells)
             return
-        store = self._store = AnswerStore(self.directory, documents, self.checkpoint_seconds, on_disk=not drawn(task))
-        finished = find_extendable(self.directory.parent, self.cells) if store.on_disk else {}
+        store = self._store = AnswerStore(self.directory, documents, self.checkpoint_seconds)
+        finished = find_extendable(self.directory.parent, self.cells)
         each = (time.perf_counter() - clock) / len(self.cells)
         cells: dict[str, Cell] = {}
         for cell in self.cells:
@@ -162,6 +166,11 @@ class CellGroup:
             with suppress(DiskError):
                 store.save(store.all)
             raise
+
+    def _thinking(self, prompting: Prompting) -> Thinking | None:
+        """How thinking is recognised in texts, as the cells say, or the model."""
+        given = prompting.think_end_token
+        return None if given is None else Thinking.of(given, self.scorer.lm.tokenizer, prompting.enable_thinking)
 
     def _scored(
         self, requests: Sequence[Requests], store: AnswerStore, stopping: EarlyStopping | None

@@ -32,6 +32,9 @@ class Prompting:
         system_instruction: text at the beginning of each prompt; None: none.
         fewshot_as_multiturn: whether examples are turns of the chat; None: as lm-eval, if a template is applied.
         gen_kwargs: settings that replace the task's settings of generation, as JSON; None: none.
+        samples: how many answers are drawn for each document; None: as the task says, most often one.
+        enable_thinking: given to the chat template, as lm-eval's; None: it is not.
+        think_end_token: the token that ends a model's thinking, as lm-eval's; None: no thinking is looked for.
 
     Raises:
         ConfigError: if a value is not allowed.
@@ -41,6 +44,9 @@ class Prompting:
     system_instruction: str | None = None
     fewshot_as_multiturn: bool | None = None
     gen_kwargs: str | None = None
+    samples: int | None = None
+    enable_thinking: bool | None = None
+    think_end_token: str | None = None
 
     def __post_init__(self) -> None:
         template = False if self.chat_template is None else self.chat_template
@@ -50,6 +56,15 @@ class Prompting:
             )
         object.__setattr__(self, "chat_template", template)
         object.__setattr__(self, "system_instruction", self.system_instruction or None)
+        if self.samples is not None and self.samples < 1:
+            raise ConfigError("samples", self.samples, "give the number of answers of each document, at least 1")
+        if self.enable_thinking is not None and not self.chat_template:
+            given = str(self.enable_thinking).lower()
+            raise ConfigError("enable_thinking", given, "it is for the chat template; give chat_template=true as well")
+        if self.enable_thinking and self.think_end_token is None:
+            raise ConfigError(
+                "enable_thinking", "true", "give think_end_token as well, the token that ends the model's thinking"
+            )
         known = _known_settings() if self.gen_kwargs else set()
         given = json.loads(self.gen_kwargs) if self.gen_kwargs else {}
         if len(several := [k for k in LENGTHS if k in given]) > 1:
@@ -79,7 +94,9 @@ class Prompting:
     def of(self, generates: bool, shots: int) -> Prompting:
         """The settings without those that cannot change a number of a task."""
         turns = False if self.chat_template and shots and not self.multiturn else None
-        return replace(self, fewshot_as_multiturn=turns, gen_kwargs=self.gen_kwargs if generates else None)
+        of_texts = ("gen_kwargs", "samples", "think_end_token")
+        given = {name: getattr(self, name) if generates else None for name in of_texts}
+        return replace(self, fewshot_as_multiturn=turns, **given)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -94,7 +111,8 @@ class Prompting:
         lm-eval 0.4.13 accepts the name of a template but applies the tokenizer's default; here the named one is applied.
         """
         templated = copy.copy(lm)
-        templated.chat_template_args = lm.chat_template_args | self._named
+        thinking = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        templated.chat_template_args = lm.chat_template_args | self._named | thinking
         return {
             "rank": 0,
             "world_size": 1,
@@ -120,6 +138,33 @@ class Prompting:
                 allowed = f"{task.config.task} sets do_sample: false; give gen_kwargs.do_sample=true as well"
                 raise ConfigError("gen_kwargs.temperature", given["temperature"], allowed)
             task.set_config("generation_kwargs", merged)
+        if task.get_config("output_type") == "generate_until":
+            self.check_samples(task.config.task, task.config.generation_kwargs or {}, task.config.repeats)
+
+    def check_samples(self, task: str, of_task: Mapping[str, Any], repeats: Any = 1) -> None:
+        """Refuse a number of answers that does not fit how they are chosen.
+
+        Args:
+            of_task: the task's settings of generation.
+            repeats: how many answers the task itself asks for.
+
+        Raises:
+            ConfigError: naming the key.
+        """
+        given = json.loads(self.gen_kwargs) if self.gen_kwargs else {}
+        if self.samples is None:
+            if given and draws(dict(given)) and (repeats or 1) == 1:
+                key = next((k for k in ("temperature", "do_sample") if given.get(k)), "do_sample")
+                why = "answers are then drawn at random; give samples=k too, how many of each document (1 for one)"
+                raise ConfigError(f"gen_kwargs.{key}", given[key], why)
+            return
+        if (repeats or 1) > 1:
+            raise ConfigError(
+                "samples", self.samples, f"{task} itself asks for {repeats} answers of each document; leave it out"
+            )
+        if self.samples > 1 and not draws({**of_task, **given}):
+            why = f"{task} takes the likeliest token each time, so that all answers would be equal; give a temperature"
+            raise ConfigError("samples", self.samples, f"{why} too, such as gen_kwargs.temperature=0.6")
 
     def tokens_around(self, tokenizer: Any, shots: int = 0) -> tuple[int, int]:
         """Number of tokens that template and system instruction add before a prompt; and after it and between turns."""

@@ -17,7 +17,27 @@ from tests.hub.build import write_model
 from tests.models import write_piqa
 
 KILLS, CHECKPOINT = 20, 0.25
-GRID = ["-m", "policy=full,window,h2o,a2sf,tova", "budget.ratio=0.2,0.5", "tasks=[piqa]", "batch_size=8"]
+SCORES = ["-m", "policy=full,window,h2o,a2sf,tova", "budget.ratio=0.2,0.5", "tasks=[piqa]", "batch_size=8"]
+SAMPLES = [
+    "-m",
+    "policy=full,window,h2o",
+    "budget.ratio=0.5",
+    "samples=4",
+    "gen_kwargs.temperature=1.0",
+    "batch_size=8",
+]
+TEXTS = """
+task: own_sums
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "What is {{{{goal}}}}?"
+doc_to_target: "{{{{sol1}}}}"
+generation_kwargs: {{until: ["\\n\\n"], max_gen_toks: 8}}
+metric_list: [{{metric: exact_match}}]
+metadata: {{version: 1.0}}
+"""
 
 
 def numbers(directory):
@@ -33,16 +53,23 @@ def likelihoods(directory):
 
 
 @pytest.mark.full
-def test_a_sweep_killed_at_random_moments_loses_and_repeats_little(tmp_path):
+@pytest.mark.parametrize("grid", [SCORES, SAMPLES], ids=["log-likelihoods", "samples"])
+def test_a_sweep_killed_at_random_moments_loses_and_repeats_little(tmp_path, grid):
     model = write_model(tmp_path / "model", "llama")
     data = write_piqa(tmp_path / "data" / "piqa.jsonl", rows=30)
-    common = [f"model.path={model}", "model.device=cpu", f"data.dir={data}", f"checkpoint={CHECKPOINT}"]
+    common = [f"model.path={model}", "model.device=cpu", f"checkpoint={CHECKPOINT}"]
+    if grid is SAMPLES:
+        file = tmp_path / "own_sums.yaml"
+        file.write_text(TEXTS.format(data=tmp_path / "data" / "piqa.jsonl"))
+        common.append(f"tasks=[{file}]")
+    else:
+        common.append(f"data.dir={data}")
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(killed.preload())
     notes = tmp_path / "notes"
 
     def start(runs: str, file: str):
-        arguments = [*GRID, *common, "sweep_name=s", f"runs_dir={tmp_path / runs}"]
+        arguments = [*grid, *common, "sweep_name=s", f"runs_dir={tmp_path / runs}"]
         process = server.Process(target=killed.run, args=(arguments, str(tmp_path / file)))
         process.start()
         return process

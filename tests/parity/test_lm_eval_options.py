@@ -115,7 +115,7 @@ def test_settings_of_generation(settings, loaded, own, lm, tmp_path, given):
     # by another of lm-eval's names, which the task's own would win over
     (same,) = settings("tasks=[own_writes]", "limit=3", "gen_kwargs.max_new_tokens=9").cells
     assert list(compute(same.settled(), lm, tmp_path / "own")[1]["generated"]) == list(documents["generated"])
-    (hot,) = settings("tasks=[own_writes]", "limit=3", "gen_kwargs.temperature=0.7").cells
+    (hot,) = settings("tasks=[own_writes]", "limit=3", "gen_kwargs.temperature=0.7", "samples=1").cells
     (failed,) = CellGroup([hot.settled()], lm.scorer, tmp_path / "own").compute()
     assert "gen_kwargs.temperature=0.7 is not allowed" in str(failed.error)
     assert other.id == settings("tasks=[own_two]", "limit=3").cells[0].id

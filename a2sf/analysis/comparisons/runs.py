@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from a2sf.analysis.results.grid import AVERAGE
-from a2sf.analysis.runs.run import Document, Run, TaskRun, means, pair, variance_of_draws
+from a2sf.analysis.runs.run import Document, Run, TaskRun, means, pair, variance_of_drawn_difference, variance_of_draws
 from a2sf.analysis.statistics.equivalence import Within, average_within_margin, verdict, within_margin
 from a2sf.analysis.statistics.paired import Difference, average_difference, holm, paired_difference
 from a2sf.analysis.statistics.texts import Texts
@@ -31,6 +31,7 @@ class RunComparison:
         p_holm, p_equivalent_holm: corrected over all rows of the table.
         draws: share of the squared standard error of this run's mean that comes from drawing answers at random; None: each
             document has one answer.
+        draws_of_difference: the same of the difference: the rest comes from the choice of documents.
     """
 
     task: str
@@ -42,6 +43,7 @@ class RunComparison:
     p_holm: float = math.nan
     p_equivalent_holm: float = math.nan
     draws: float | None = None
+    draws_of_difference: float | None = None
 
     @property
     def verdict(self) -> str:
@@ -156,7 +158,7 @@ def _compared(
     first, second = means(found.first, names[0]), means(found.second, names[1])
     texts = shared_texts(found.first, found.second)
     draws = variance_of_draws(found.second, names[1])
-    spread = second.var(ddof=1) / len(second) if len(second) > 1 else math.nan
+    of_difference = variance_of_drawn_difference(found.first, found.second, names)
     row = RunComparison(
         a.task,
         label,
@@ -164,9 +166,16 @@ def _compared(
         float(second.mean()),
         paired_difference(second, first, texts),
         None if margin is None else within_margin(second, first, margin, texts),
-        draws=None if draws is None or not spread > 0 else min(1.0, draws / spread),
+        draws=_share(draws, second),
+        draws_of_difference=_share(of_difference, second - first),
     )
     return row, second - first, texts, bool(((first >= 0) & (first <= 1) & (second >= 0) & (second <= 1)).all())
+
+
+def _share(draws: float | None, values: np.ndarray) -> float | None:
+    """A part of the squared standard error of a mean as a share of it."""
+    spread = values.var(ddof=1) / len(values) if len(values) > 1 else math.nan
+    return None if draws is None or not spread > 0 else min(1.0, draws / spread)
 
 
 def shared_texts(first: Sequence[Document], second: Sequence[Document]) -> Texts:

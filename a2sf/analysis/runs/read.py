@@ -113,8 +113,14 @@ def _our_documents(stored: StoredCell) -> Iterator[Document]:
             hash=str(row["doc_hash"]),
             texts=texts_of([row.get("context")]),
             cluster=str(row["cluster"]) if isinstance(row.get("cluster"), str) else None,
-            values={m.removeprefix("metric/"): [float(row[m])] for m in metrics if row[m] == row[m]},
+            values={m.removeprefix("metric/"): _values(row, m) for m in metrics if row[m] == row[m]},
         )
+
+
+def _values(row: Mapping[str, Any], column: str) -> list[float]:
+    """A document's value of a metric, or that of each of several answers."""
+    drawn = row.get(f"draws/{column}")
+    return [float(row[column])] if drawn is None else [float(v) for v in drawn]
 
 
 def _task_of(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,3 +160,26 @@ def variance_of_draws(documents: Iterable[Document], metric: str) -> float | Non
         return None
     within = [v.var(ddof=1) / len(v) for v in values if len(v) > 1]
     return float(np.mean(within) / len(values)) if within else None
+
+
+def variance_of_drawn_difference(
+    first: Sequence[Document], second: Sequence[Document], metrics: Sequence[str]
+) -> float | None:
+    """The variance of a mean difference over documents that comes from drawing answers; None for single answers.
+
+    Where both have as many answers of a document, answer j of one is paired with answer j of the other: systems that were
+    compared here draw them with the same random numbers. Else the two are drawn independently, and their variances add up.
+
+    Args:
+        metrics: of the first and of the second run.
+    """
+    parts = []
+    for a, b in zip(first, second, strict=True):
+        x, y = np.array(a.values[metrics[0]]), np.array(b.values[metrics[1]])
+        if max(len(x), len(y)) < 2:
+            return None
+        if len(x) == len(y):
+            parts.append((y - x).var(ddof=1) / len(x))
+        else:
+            parts.append(sum(v.var(ddof=1) / len(v) for v in (x, y) if len(v) > 1))
+    return float(np.mean(parts) / len(parts)) if parts else None

@@ -33,8 +33,9 @@ class Continued(Plan):
         plan: the whole plan.
         of: for each segment of the part, its segment of the plan.
         begin: for each of the part's segments without a parent, the plan's segment whose state it continues; -1: none.
-        later: segments of the plan whose states later parts continue.
+        later: segments of the plan whose states later parts continue, or the caller wants.
         states: states of the plan's segments, shared by all parts.
+        shapes: KV heads, query heads of each, and sliding window of each attention (layer, call of the layer's attention).
     """
 
     plan: Plan | None = None
@@ -42,6 +43,7 @@ class Continued(Plan):
     begin: Sequence[int] = ()
     later: Set[int] = frozenset()
     states: States = field(default_factory=dict)
+    shapes: dict[tuple[int, int], tuple[int, int, int | None]] = field(default_factory=dict)
     _calls: Counter[int] = field(default_factory=Counter)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
@@ -56,6 +58,7 @@ class Continued(Plan):
         segments = self.segments(layer, window)
         at = layer, self._calls[layer]
         self._calls[layer] += 1
+        self.shapes[at] = key.shape[1], query.shape[1] // key.shape[1], window
         keep = [i for i, segment in enumerate(self.of) if segment in self.later]
         with noting() as names:
             group = query.shape[1] // key.shape[1]
@@ -85,15 +88,19 @@ class Continued(Plan):
         return self.plan._end(self.of[segment])
 
 
-def parts_of(plan: Plan, columns: np.ndarray, ends: Sequence[int]) -> list[tuple[Continued, np.ndarray]]:
+def parts_of(
+    plan: Plan, columns: np.ndarray, ends: Sequence[int], keep: bool = False
+) -> list[tuple[Continued, np.ndarray]]:
     """A plan in parts that end at given columns of its row, each with the plan's tokens that it reads, int64.
 
     Args:
         columns: int64, where in the row each of the plan's tokens is; along a sequence they ascend.
+        keep: whether the states in which the plan's sequences end stay in the parts' `states`.
     """
     found: list[tuple[Continued, np.ndarray]] = []
     done = [0] * len(plan.start)  # tokens of each segment that earlier parts read
     states: States = {}
+    shapes: dict[tuple[int, int], tuple[int, int, int | None]] = {}
     for end in ends:
         of: list[int] = []
         start, length, parent, begin = [], [], [], []
@@ -133,9 +140,10 @@ def parts_of(plan: Plan, columns: np.ndarray, ends: Sequence[int]) -> list[tuple
             of=of,
             begin=begin,
             states=states,
+            shapes=shapes,
         )
         found.append((part, np.concatenate(tokens)))
-    later: frozenset[int] = frozenset()
+    later = frozenset(plan.ends if keep else ())
     for part, _ in reversed(found):
         part.later = later
         later |= {i for i in part.begin if i >= 0}
@@ -146,9 +154,9 @@ def _of(number: Callable[..., Any], of: Sequence[int]) -> Callable[..., Any]:
     return lambda segment, *layer: number(of[segment], *layer)
 
 
-def mixed_in_parts(whole: Mixed, ends: Sequence[int]) -> list[Mixed]:
-    """A pass of several plans in parts that end at columns of its row."""
-    of_plans = [parts_of(p, c.cpu().numpy(), ends) for p, c in zip(whole.plans, whole.columns, strict=True)]
+def mixed_in_parts(whole: Mixed, ends: Sequence[int], keep: bool = False) -> list[Mixed]:
+    """A pass of several plans in parts that end at columns of its row; `keep` as for `parts_of`."""
+    of_plans = [parts_of(p, c.cpu().numpy(), ends, keep) for p, c in zip(whole.plans, whole.columns, strict=True)]
     first = np.cumsum([0, *(len(c) for c in whole.columns)])  # of each plan's tokens among all of them
     back, columns = whole.back.cpu().numpy(), np.concatenate([c.cpu().numpy() for c in whole.columns])
     found, begin = [], 0

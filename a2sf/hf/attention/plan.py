@@ -38,6 +38,7 @@ class Plan:
             padding also the step at which each position is evicted, in `evicted_at` int32 [B, K, T], and the attention
             behind it, in `received` and `lost` (`trace.attention_mass`).
         serves: the caller's numbers of the sequences that are read.
+        ends: the segment that each of them ends with.
         ran: which implementations ran (`a2sf.engine.kernels.noting`).
     """
 
@@ -54,6 +55,7 @@ class Plan:
     rotary: Sequence[Rotary | None] | None = None
     trace: bool = False
     serves: Sequence[int] = ()
+    ends: Sequence[int] = ()
     ran: set[str] = field(default_factory=set)
     reached: set[int] = field(default_factory=set)
     evicted: dict[int, Tensor] = field(default_factory=dict)

@@ -24,7 +24,10 @@ MARGIN = (
     " Within {margin} points: whether the difference is shown to be smaller than the margin, either way (two one-sided "
     "paired tests, α = 0.05, Holm-corrected over the rows): yes, not shown, or no (shown to be larger)."
 )
-DRAWS = " Draws: share of the squared standard error of the run's mean that comes from drawing answers at random."
+DRAWS = (
+    " Draws: share of the squared standard error of the run's mean, and of the difference, that comes from drawing answers "
+    "at random; the rest comes from the choice of documents."
+)
 
 
 def comparison_table(made: ComparedRuns) -> TextTable:
@@ -50,7 +53,8 @@ def comparison_table(made: ComparedRuns) -> TextTable:
         if margins:
             row[_within(min(margins), percent)] = r.verdict
         if any(x.draws is not None for x in made.rows):
-            row["Draws"] = DASH if r.draws is None else f"{100 * r.draws:.0f} %"
+            row["Draws"] = _percent(r.draws)
+            row["Draws of difference"] = _percent(r.draws_of_difference)
         rows.append(row)
     legend = LEGEND.format(reference=made.reference, rows=len(made.rows))
     if margins:
@@ -60,6 +64,10 @@ def comparison_table(made: ComparedRuns) -> TextTable:
     metric = ", ".join(dict.fromkeys(made.metrics.values()))
     title = f"Runs against {made.reference}: {metric}" + (" (%)" if percent else "")
     return TextTable(title, pd.DataFrame(rows), legend, words=("Task", "Run", "95 % interval"))
+
+
+def _percent(share: float | None) -> str:
+    return DASH if share is None else f"{100 * share:.0f} %"
 
 
 def _within(margin: float, percent: bool) -> str:
@@ -103,7 +111,7 @@ def frame_of(made: ComparedRuns) -> pd.DataFrame:
             "value": r.value,
         }
         row |= {("difference" if k == "value" else k): v for k, v in vars(r.difference).items()}
-        row |= {"p_holm": r.p_holm, "draws": r.draws}
+        row |= {"p_holm": r.p_holm, "draws": r.draws, "draws_of_difference": r.draws_of_difference}
         if r.within is not None:
             row |= {
                 "margin": r.within.margin,

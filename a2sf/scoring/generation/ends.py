@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from lm_eval.models.utils import postprocess_generated_text
@@ -11,7 +12,7 @@ from lm_eval.models.utils import postprocess_generated_text
 from a2sf.scoring.generation.thinking import Thinking
 
 EOS, STOP, LENGTH, THINKING = "eos", "stop", "length", "thinking"
-"""Why a text ended: the model's end of a text, a stop sequence, the limit of tokens; the last two before its thinking ended."""
+"""Why a text ended: the model's end of a text, a stop sequence, the limit of tokens; or before its thinking did."""
 BEYOND = 2
 """Tokens looked at beyond those of a stop sequence, which may be written in other tokens; as lm-eval has it."""
 
@@ -48,6 +49,18 @@ class Ends:
     stop: Sequence[str]
     eos: frozenset[int]
     thinking: Thinking | None = None
+
+    @cached_property
+    def look_back(self) -> int:
+        """How many of the last tokens are looked at for a stop sequence."""
+        encode = self.lm.tokenizer.encode
+        return BEYOND + max((len(encode(s, add_special_tokens=False)) for s in self.stop), default=0)
+
+    def tail(self, tokens: Sequence[int], first: int = 0) -> str:
+        """The last tokens from number `first` on, as text."""
+        return str(
+            self.lm.tok_decode(list(tokens[max(first, len(tokens) - self.look_back) :]), skip_special_tokens=False)
+        )
 
     def finished(self, prompt: str, tokens: Sequence[int], finish: str) -> Text:
         """A text of which all tokens are known, and why it ended."""

@@ -1,7 +1,7 @@
 """Models that think before they answer: where the thinking of a text ends, and what the answer is.
 
-lm-eval's `think_end_token` is the token that ends the thinking. What comes before its last occurrence was thought, what comes
-after it is the answer. Thinking begins with a text such as `<think>`, which the model writes or the prompt ends with.
+lm-eval's `think_end_token` is the token that ends the thinking. What comes before its last occurrence was thought, and what
+comes after it is the answer. Thinking begins with a text such as `<think>`, which the model writes or the prompt ends with.
 """
 
 from __future__ import annotations

@@ -27,12 +27,12 @@ class Part:
     reading: Plan | Mixed
 
 
-def in_parts(reading: Plan | Mixed, ends: Sequence[int]) -> Iterator[Part]:
-    """A row's pass in parts that end at the columns `ends`; each is read before the next one is made."""
+def in_parts(reading: Plan | Mixed, ends: Sequence[int], keep: bool = False) -> Iterator[Part]:
+    """A row's pass in parts that end at the columns `ends`; `keep`: whether the states remain in which sequences end."""
     if isinstance(reading, Mixed):
-        passes: list[Any] = mixed_in_parts(reading, ends)
+        passes: list[Any] = mixed_in_parts(reading, ends, keep)
     else:
-        passes = [part for part, _ in parts_of(reading, np.arange(ends[-1]), ends)]
+        passes = [part for part, _ in parts_of(reading, np.arange(ends[-1]), ends, keep)]
     for begin, end, part in zip([0, *ends], ends, passes, strict=False):
         yield Part(begin, end, part)
 

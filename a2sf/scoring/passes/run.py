@@ -96,7 +96,7 @@ class Passes:
                         yield _failed(pending, error, row.items)
                     break
                 except Exception as error:  # perhaps of one system alone: a policy on a sliding window, a backend
-                    of_system = _by_system(row.items, pending)
+                    of_system = by_system(row.items, pending)
                     if len(of_system) == 1:
                         yield _failed(pending, error, row.items)
                     for places in of_system if len(of_system) > 1 else ():
@@ -111,7 +111,7 @@ class Passes:
                 for plan in plans:
                     for i in plan.serves:
                         pending[i].answers.ran |= plan.ran
-                _share(row, pending, time.perf_counter() - clock)
+                share(row, pending, time.perf_counter() - clock)
                 yield done
                 clock = time.perf_counter()
             left = {i: None for i in left if pending[i].answers.error is None}
@@ -202,14 +202,14 @@ def _failed(pending: Sequence[Pending], error: Exception, places: Sequence[int])
         raise error
     traceback.clear_frames(error.__traceback__)  # which would hold what the pass had in memory
     done = Done()
-    for of_system in _by_system(places, pending):
+    for of_system in by_system(places, pending):
         answers = pending[of_system[0]].answers
         answers.error = error
         done.failures.append((answers, error, [pending[i].request for i in of_system]))
     return done
 
 
-def _by_system(places: Sequence[int], pending: Sequence[Pending]) -> list[list[int]]:
+def by_system(places: Sequence[int], pending: Sequence[Pending]) -> list[list[int]]:
     """Places in `pending`, those of each system together."""
     found: dict[int, list[int]] = {}
     for i in places:
@@ -217,7 +217,7 @@ def _by_system(places: Sequence[int], pending: Sequence[Pending]) -> list[list[i
     return list(found.values())
 
 
-def _share(row: Pack, pending: Sequence[Pending], seconds: float) -> None:
+def share(row: Pack, pending: Sequence[Pending], seconds: float) -> None:
     """Divide what a pass computed among systems: each segment, and each scored position, by those that needed it."""
     systems = {id(pending[i].answers): pending[i].answers for i in row.items}
     through: list[set[int]] = [set() for _ in row.start]

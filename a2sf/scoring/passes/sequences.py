@@ -182,4 +182,5 @@ def _plan(forest: Pack, items: Sequence[int], sequences: Sequence[ScoredSequence
         backend=model.backend,
         rotary=model.rotary,
         serves=[items[which] for which in forest.items],
+        ends=[path[-1] for path in forest.path],
     )

@@ -169,13 +169,18 @@ class Config:
         system_instruction: text before everything else in a prompt
         fewshot_as_multiturn: whether examples are turns of a chat (the default with a template) or in one turn
         gen_kwargs: settings of generation that replace a task's, such as gen_kwargs.max_gen_toks=32
+        samples: answers that are drawn at random for each document; null: one, or as the task says. See
+            [several answers](../generation.md#several-answers)
+        enable_thinking: given to the chat template of a model that can think or not; null: the template's default
+        think_end_token: the token that ends a model's thinking, such as "</think>", or its number. See
+            [models that think](../generation.md#models-that-think)
         task_args: arguments of tasks whose documents are made by code; task_args.<task>.<name> for one task or group
         include_path: a folder with your task definitions, which are then found by name
         log_samples: store prompts, choices and generated texts; false: only numbers and hashes. See
             [for users of lm-eval](../lm_eval.md)
         data: a file in data/
         batch_size: sequences per forward pass, or auto. `auto` fills 1,024 tokens on a CPU, 16,384 on a GPU
-        seed: of the few-shot examples
+        seed: of the few-shot examples, and of answers that are drawn
         backend: implementation of the eviction: auto, reference, torch, numba, triton. A rule that a compiled kernel does
             not support runs in torch
         tracker: a file in tracker/, or several: [wandb,tensorboard]. See [trackers](../trackers.md)
@@ -205,6 +210,9 @@ class Config:
     system_instruction: str | None = None
     fewshot_as_multiturn: bool | None = None
     gen_kwargs: Any = None
+    samples: int | None = None
+    enable_thinking: bool | None = None
+    think_end_token: str | None = None
     task_args: Any = None
     include_path: str | None = None
     log_samples: bool = True

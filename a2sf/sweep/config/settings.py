@@ -147,8 +147,21 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
         raise ConfigError("policy", policy.name, f"it looks at later tokens, and the task {task} generates text")
     gen_kwargs = plain_mapping("gen_kwargs", config.gen_kwargs)
     prompting = Prompting(
-        config.chat_template, config.system_instruction, config.fewshot_as_multiturn, packed(gen_kwargs)
+        config.chat_template,
+        config.system_instruction,
+        config.fewshot_as_multiturn,
+        packed(gen_kwargs),
+        config.samples,
+        config.enable_thinking,
+        config.think_end_token or None,
     )
+    for _, d in members:
+        if d.ref in generating:
+            of_task = d.config.get("generation_kwargs")
+            prompting.check_samples(d.name, of_task if isinstance(of_task, dict) else {}, d.config.get("repeats"))
+        elif config.enable_thinking:
+            why = f"{d.name} scores log-likelihoods, for which lm-eval has no thinking; give tasks that generate text"
+            raise ConfigError("enable_thinking", "true", why)
     arguments, unused_keys = _arguments(config, members)
     if config.fewshot_as_multiturn:
         why = "it needs chat_template=true; without a template the prompt is one text"
@@ -158,6 +171,10 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
     if gen_kwargs:
         why = "none of the tasks generates text; leave it out"
         unused_keys["gen_kwargs"] = None if generating else ConfigError("gen_kwargs", config.gen_kwargs, why)
+    for key in ("samples", "think_end_token"):
+        if getattr(config, key) is not None:
+            why = "none of the tasks generates text; leave it out"
+            unused_keys[key] = None if generating else ConfigError(key, getattr(config, key), why)
 
     def shots_for(d: Definition) -> int:
         return (d.shots or 0) if config.shots is None else config.shots

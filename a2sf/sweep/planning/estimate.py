@@ -25,7 +25,7 @@ from a2sf.policies.schedule import schedule_for
 from a2sf.scoring.passes.packing import Item, pack
 from a2sf.scoring.passes.sequences import ScoredSequence
 from a2sf.scoring.scorer import PACK_TOKENS
-from a2sf.scoring.texts import GENERATED_ROWS
+from a2sf.scoring.texts import MOST_ROWS
 from a2sf.store.runs import CorruptCell, StoredCell, is_cell, read_cell
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.planning.rate import seconds_per_row, seconds_per_token
@@ -107,7 +107,8 @@ class Measured:
         generates = "generation" in cell.get("identity", {})
         n, limit = stored.result["documents"]["n"], cell["limit"]
         if timing["computed_tokens"]:
-            amount = n if generates else timing["computed_tokens"]
+            answers = (cell["identity"].get("prompting") or {}).get("samples") or 1 if generates else 1
+            amount = n * answers if generates else timing["computed_tokens"]
             speeds = self.per_document if generates else self.speeds
             if not (generates and timing["reused_requests"]):
                 for key in (model, (model, task)):
@@ -147,11 +148,11 @@ def estimate(
         size = measured.sizes.get(_documents(cell.identity))
         if cell.spec.generates:
             speed = measured.per_document.get((model, task))
-            documents = _documents_of(cell, size)
-            if speed is None and documents and trial:
-                made.append(_at_most(cells, documents))
+            texts = (_documents_of(cell, size) or 0) * (cell.prompting.samples or 1)
+            if speed is None and texts and trial:
+                made.append(_at_most(cells, texts))
                 continue
-            found = speed and documents and speed.seconds / speed.tokens * documents * len(cells)
+            found = speed and texts and speed.seconds / speed.tokens * texts * len(cells)
             made.append(Estimate(seconds=found or None))
             continue
         lengths, of_this_model = _known_lengths(cell, measured)
@@ -169,11 +170,12 @@ def estimate(
     return made
 
 
-def _at_most(cells: Sequence[Cell], documents: int) -> Estimate:
+def _at_most(cells: Sequence[Cell], texts: int) -> Estimate:
     """Of a group that generates and has no finished cell: each text at its limit of tokens, prompts left out."""
     new = _most_new(cells[0])
-    each = seconds_per_row(cells[0].model, GENERATED_ROWS)
-    tokens = new * documents * len(cells)
+    rows = MOST_ROWS["cpu" if cells[0].identity["device"] == "cpu" else "cuda"]
+    each = seconds_per_row(cells[0].model, min(rows, texts))
+    tokens = new * texts * len(cells)
     return Estimate(tokens, tokens * each, by_trial=True, at_most=True) if each else Estimate()
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from a2sf.analysis.comparisons.runs import compare_runs, labels
 from a2sf.analysis.runs.read import read_runs
-from a2sf.analysis.runs.run import Document, Run, TaskRun, pair, variance_of_draws
+from a2sf.analysis.runs.run import Document, Run, TaskRun, pair, variance_of_drawn_difference, variance_of_draws
 from a2sf.analysis.statistics.equivalence import average_within_margin, tango_score, within_margin
 from a2sf.analysis.statistics.paired import mcnemar_p
 from a2sf.analysis.statistics.texts import Texts
@@ -130,6 +130,30 @@ def test_sampled_answers_count_with_their_mean_and_their_share_of_the_error(tmp_
     assert variance_of_draws(runs[1].tasks["sums"].documents, "match") == pytest.approx(within)
     assert row.draws == pytest.approx(within / (right.mean(axis=1).var(ddof=1) / 40))
     assert variance_of_draws(runs[0].tasks["sums"].documents, "match") is None
+
+
+def test_the_drawn_part_of_a_differences_error():
+    """Whether answers of two systems are drawn with the same random numbers, or independently."""
+    rng = np.random.default_rng(0)
+    p, q, n, k = rng.random(50), rng.random(50), 50, 4
+
+    def documents(values):
+        return [Document(values={"m": list(v)}) for v in values]
+
+    for together in (True, False):
+        means, parts, uneven = [], [], []
+        for _ in range(300):
+            u = rng.random((n, k))
+            first = (u < p[:, None]).astype(float)
+            second = ((u if together else rng.random((n, k))) < q[:, None]).astype(float)
+            means.append((second - first).mean())
+            parts.append(variance_of_drawn_difference(documents(first), documents(second), ("m", "m")))
+            uneven.append(variance_of_drawn_difference(documents(first), documents(second[:, :3]), ("m", "m")))
+        assert np.mean(parts) == pytest.approx(np.var(means, ddof=1), rel=0.2)
+        if not together:
+            assert np.mean(uneven) > np.mean(parts)
+    single = documents(np.ones((n, 1)))
+    assert variance_of_drawn_difference(single, single, ("m", "m")) is None
 
 
 def test_documents_of_one_book_are_a_cluster(tmp_path):

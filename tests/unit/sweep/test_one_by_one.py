@@ -10,15 +10,14 @@ import pytest
 from a2sf.hf.loading import ModelSpec
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policies
+from a2sf.scoring.generation.rows import Rows
 from a2sf.scoring.passes.run import Passes
-from a2sf.scoring.texts import Texts
 from a2sf.store.runs import load_sweep
-from a2sf.sweep import runner as sweep
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.runner import Runner
 from a2sf.tasks import spec as tasks
 from a2sf.tracking.tracker import Tracker, TrackerSpec
-from tests.conftest import SMOLLM2
+from tests.hub.build import write_model
 from tests.interrupted import interrupted
 
 COMMON = """
@@ -49,8 +48,14 @@ QUESTIONS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A small random model."""
+    return ModelSpec(str(write_model(tmp_path_factory.mktemp("model") / "llama")), device="cpu")
+
+
 @pytest.fixture
-def make(tmp_path):
+def make(tmp_path, model):
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps({"question": q, "answer": "Paris"}) for q in QUESTIONS))
 
@@ -59,15 +64,14 @@ def make(tmp_path):
         file.write_text(COMMON.format(task=f"own_{kind}", data=data) + {"writes": WRITES, "rolls": ROLLS}[kind])
         rule = find_policies()[policy]()
         budget = Budget(ratio=0.5) if rule.uses_budget else None
-        return Cell("small", ModelSpec(SMOLLM2, device="cpu"), rule, budget, str(file), 0, limit, 1, tasks.DataSpec())
+        return Cell("small", model, rule, budget, str(file), 0, limit, 1, tasks.DataSpec())
 
     return cell
 
 
 @pytest.fixture
-def runners(tmp_path, smollm2, monkeypatch):
+def runners(tmp_path):
     """Sweeps that know nothing of each other."""
-    monkeypatch.setattr(sweep.loading, "load", lambda spec: smollm2)
 
     def new(name: str) -> Runner:
         directory = tmp_path / name / "s"
@@ -80,17 +84,17 @@ def runners(tmp_path, smollm2, monkeypatch):
 def asked(monkeypatch):
     """What the model was asked for, in batches."""
     batches: list[int] = []
-    generate, run = Texts._answer, Passes.run
+    let_in, run = Rows._let_in, Passes.run
 
-    def texts(self, requests, answers, batch):
-        batches.append(len(batch))
-        return generate(self, requests, answers, batch)
+    def texts(self, new):
+        batches.append(len(new))
+        return let_in(self, new)
 
     def windows(self, pending):
         batches.append(len(pending))
         return run(self, pending)
 
-    monkeypatch.setattr(Texts, "_answer", texts)
+    monkeypatch.setattr(Rows, "_let_in", texts)
     monkeypatch.setattr(Passes, "run", windows)
     return batches
 
@@ -129,32 +133,18 @@ def test_a_larger_limit_asks_for_the_new_documents_alone(make, runners, asked, k
     assert of_all.result["scored"] == expected.result["scored"]
 
 
-def test_what_is_drawn_at_random_is_not_kept(make, runners, monkeypatch):
-    cell = make("writes")
-    file = Path(cell.task)
-    file.write_text(file.read_text().replace("do_sample: false", "do_sample: true, temperature: 1.0"))
-    runner = runners("drawn")
-    assert interrupted(runner, [cell], 1, monkeypatch) == {}
-
-
-def test_a_cells_result_is_written_before_the_next_cells_texts(make, runners, monkeypatch):
-    """What is drawn at random is not stored in between, so that an interruption would lose all cells of the group."""
+def test_what_is_drawn_at_random_is_kept_too(make, runners, asked, monkeypatch):
     cells = [make("writes"), make("writes", policy="window")]
     file = Path(cells[0].task)
     file.write_text(file.read_text().replace("do_sample: false", "do_sample: true, temperature: 1.0"))
-    runner = runners("drawn")
-    generate, seen = Texts._answer, []
-
-    def counting(self, requests, answers, batch):
-        seen.append(answers.system.policy.name)
-        if len(set(seen)) > 1:
-            raise KeyboardInterrupt
-        return generate(self, requests, answers, batch)
-
-    monkeypatch.setattr(Texts, "_answer", counting)
-    with pytest.raises(KeyboardInterrupt):
-        runner.run(cells)
-    assert [s.cell["policy"] for s in load_sweep(runner.directory)] == ["h2o"]
+    undisturbed, runner = runners("undisturbed"), runners("drawn")
+    assert {o.status for o in undisturbed.run(cells)} == {"done"}
+    done = sum(map(len, interrupted(runner, cells, 1, monkeypatch).values()))
+    assert 0 < done < 8
+    asked.clear()
+    assert {o.status for o in runner.run(cells)} == {"done"}
+    assert sum(asked) == 8 - done
+    assert stored(runner.directory) == stored(undisturbed.directory)
 
 
 def test_an_empty_text_has_a_log_likelihood_of_nought(make, runners):
