@@ -235,13 +235,13 @@ def _generated(sample: dict[str, Any], recorded: Answers, draws: int) -> dict[st
             if len(drawn) > 1
             else {}
         ),
-        **({f"extracted{end}": _extracted(sample)} if end else {}),
+        **({f"extracted{end}": _of_filter(sample)} if end else {}),
         **{f"doc/{k}": v for k, v in _numbers(sample["doc"], sample["doc"]).items()},
         **{f"metric/{m}{end}": v for m, v in _numbers(sample, sample["metrics"]).items()},
     }
 
 
-def _extracted(sample: dict[str, Any]) -> str:
+def _of_filter(sample: dict[str, Any]) -> str:
     """What a filter of the task took from the text as its answer; of several texts from the first."""
     found = sample["filtered_resps"][0]
     while isinstance(found, list | tuple) and found:

@@ -148,11 +148,11 @@ def estimate(
         size = measured.sizes.get(_documents(cell.identity))
         if cell.spec.generates:
             speed = measured.per_document.get((model, task))
-            documents = (_documents_of(cell, size) or 0) * (cell.prompting.samples or 1)
-            if speed is None and documents and trial:
-                made.append(_at_most(cells, documents))
+            texts = (_documents_of(cell, size) or 0) * (cell.prompting.samples or 1)
+            if speed is None and texts and trial:
+                made.append(_at_most(cells, texts))
                 continue
-            found = speed and documents and speed.seconds / speed.tokens * documents * len(cells)
+            found = speed and texts and speed.seconds / speed.tokens * texts * len(cells)
             made.append(Estimate(seconds=found or None))
             continue
         lengths, of_this_model = _known_lengths(cell, measured)
@@ -170,12 +170,12 @@ def estimate(
     return made
 
 
-def _at_most(cells: Sequence[Cell], documents: int) -> Estimate:
+def _at_most(cells: Sequence[Cell], texts: int) -> Estimate:
     """Of a group that generates and has no finished cell: each text at its limit of tokens, prompts left out."""
-    texts, model = documents * len(cells), cells[0].model
-    rows = MOST_ROWS["cuda" if model.resolved_device.startswith("cuda") else "cpu"]
-    each = seconds_per_row(model, min(rows, texts))
-    tokens = _most_new(cells[0]) * texts
+    new = _most_new(cells[0])
+    rows = MOST_ROWS["cpu" if cells[0].identity["device"] == "cpu" else "cuda"]
+    each = seconds_per_row(cells[0].model, min(rows, texts))
+    tokens = new * texts * len(cells)
     return Estimate(tokens, tokens * each, by_trial=True, at_most=True) if each else Estimate()
 
 
