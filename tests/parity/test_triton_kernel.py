@@ -317,6 +317,61 @@ def test_what_is_not_a_number_goes_last_and_the_protected_stay(attend, schedule)
     assert got.evicted.equal(want.evicted)
 
 
+def test_sums_that_underflow_are_taken_anew(attend):
+    query, key, value = tokens(23, 1, 1, 2, 14, 4, 4, torch.float32)
+    query, key[0, 0, 3] = query.abs(), 400.0  # token 3 has all attention, and the window lets it go
+    args = (query, key, value, rows((5, 5, 0, 0.5, 14)), OPTIONS)
+    assert_same(attend(*args, by=in_small_chunks), reference(*args), 1e-5)
+
+
+@pytest.mark.parametrize("budget", [4, 20], ids=["evicting", "reading"])
+def test_a_value_that_is_not_finite_reaches_its_readers_alone(attend, budget):
+    query, key, value = tokens(24, 1, 1, 2, 12, 4, 4, torch.float32)
+    value[0, 0, 5] = float("nan")
+    args = (query, key, value, rows((budget, 4, 0, 0.5, 12)), OPTIONS)
+    got, want = attend(*args), reference(*args)
+    assert got.output.isnan().equal(want.output.isnan())
+    assert not want.output[:, :, :5].isnan().any()
+    torch.testing.assert_close(got.output, want.output, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_forks_in_half_precision(attend):
+    # a beginning that evicts, and its two continuations, which start from states in bfloat16
+    segments = replace(
+        rows(*[(5, 1, 1, 0.8, n) for n in (9, 6, 4)]),
+        row=torch.tensor([0, 0, 0]),
+        start=torch.tensor([0, 9, 15]),
+        parent=torch.tensor([-1, 0, 0]),
+    )
+    args = (*tokens(25, 1, 1, 2, 19, 8, 8, torch.bfloat16), segments, OPTIONS)
+    got, want = attend(*args), reference(*args)
+    assert got.state.keys.dtype == torch.float32
+    assert got.state.positions.equal(want.state.positions)
+    torch.testing.assert_close(got.state.scores, want.state.scores, rtol=1e-5, atol=1e-5)  # no sum in bfloat16
+    torch.testing.assert_close(got.output, want.output, rtol=1e-2, atol=1e-2)
+
+
+def in_few_columns(*args) -> tuple[Attended, set[str]]:
+    """`by_name` where the scan holds few tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "COLUMNS", (16,))
+        return by_name(*args)
+
+
+def test_more_tokens_than_the_scan_holds_are_for_torch(attend):
+    for budget, ran_then in ((8, "triton"), (12, "torch"), (30, "triton")):  # of 30 tokens none is evicted
+        args = (*tokens(26, 1, 1, 1, 20, 4, 4, torch.float32), rows((budget, 0, 0, 0.5, 20)), OPTIONS)
+        got, ran = attend(*args, by=in_few_columns)
+        assert ran == {ran_then}
+        assert_same(got, reference(*args), 1e-5)
+
+
+def test_float64_is_refused(monkeypatch):
+    monkeypatch.setattr(triton_kernel, "available", lambda device=None: True)
+    with pytest.raises(ConfigError, match="float32"):
+        triton_kernel.attend_triton(*tokens(27, 1, 1, 1, 2, 4, 4, torch.float64), rows((2, 0, 0, 0.5, 2)), OPTIONS)
+
+
 def test_rules_go_on_from_a_state(attend):
     policy, schedule, length = Counted(), Schedule("every", every=2), [13, 8]
     query, key, value = tokens(14, 2, 2, 1, 13, 4, 5, torch.float32)
