@@ -51,8 +51,10 @@ class Changes:
     def sums(self) -> pd.Series:
         """For each key, what its documents add to the error of the mean; the sum of their squares is its variance."""
         g, n = self.texts.number, len(self.values)
-        off = pd.Series(self.values - self.values.mean(), dtype=float).groupby(list(self.keys), sort=False).sum()
-        return off * (math.sqrt(g / (g - 1)) / n if g > 1 else math.nan)
+        off = (self.values - self.values.mean()) * (math.sqrt(g / (g - 1)) / n if g > 1 else math.nan)
+        if not self.texts.shared:
+            return pd.Series(off, index=self.keys)
+        return pd.Series(off).groupby(list(self.keys), sort=False).sum()
 
     @property
     def variance(self) -> float:
@@ -120,7 +122,11 @@ def covariance_of(models: Sequence[Changes]) -> np.ndarray:
     """[k, k] covariance of the means of one task's changes in several models, by the documents or texts that they share."""
     out = np.diag([m.variance for m in models])
     for i, j in itertools.combinations(range(len(models)), 2):
-        out[i, j] = out[j, i] = float((models[i].sums * models[j].sums).sum())  # NaN where one lacks the key: left out
+        one, other = models[i].sums, models[j].sums
+        if one.index.equals(other.index):
+            out[i, j] = out[j, i] = float(one.to_numpy() @ other.to_numpy())
+        else:  # NaN where one lacks the key: left out
+            out[i, j] = out[j, i] = float((one * other).sum())
     return out
 
 
