@@ -52,7 +52,7 @@ def task(tmp_path):
     data.write_text("\n".join(json.dumps({"question": q, "answer": "a"}) for q in QUESTIONS))
 
     def write(more: str = ", do_sample: false", repeats: int = 1) -> str:
-        file = tmp_path / "own_sums.yaml"
+        file = tmp_path / f"sums_{repeats}_{'sample' in more}_{len(more)}.yaml"  # a definition is read once
         file.write_text(TASK.format(data=data, more=more, repeats=repeats))
         return str(file)
 
