@@ -144,7 +144,7 @@ def _found(samples: Iterable[dict[str, Any]]) -> dict[str, dict[int, str]]:
     """By filter and document, what the filter found in the answer."""
     found: dict[str, dict[int, str]] = {}
     for sample in samples:
-        found.setdefault(sample["filter"], {})[sample["doc_id"]] = _extracted(sample)
+        found.setdefault(sample["filter"], {})[sample["doc_id"]] = _of_filter(sample)
     return found
 
 
