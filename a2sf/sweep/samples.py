@@ -45,7 +45,10 @@ def sizes(k: int) -> list[int]:
 
 
 def of_draws(
-    documents: pd.DataFrame, draws: Sequence[pd.DataFrame], found: Sequence[Extracted], metrics: Mapping[str, Any]
+    documents: pd.DataFrame,
+    draws: Sequence[pd.DataFrame],
+    found: Sequence[Extracted],
+    metrics: Sequence[Mapping[str, Any]],
 ) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
     """The documents of a cell and its metrics, from those of each draw.
 
@@ -56,9 +59,10 @@ def of_draws(
         metrics: of each draw, as `result.json` has them.
     """
     made = dict(metrics[0])
-    columns = {}
-    for column in [c for c in documents if str(c).startswith(METRIC)]:
-        name = str(column).removeprefix(METRIC)
+    columns: dict[str, Any] = {}
+    numbers = [int(d) for d in documents["doc_id"]]
+    for column in [c for c in map(str, documents) if c.startswith(METRIC)]:
+        name = column.removeprefix(METRIC)
         values = np.stack([d[column].to_numpy(float) for d in draws], 1)
         columns[column] = values.mean(1)
         columns[f"draws/{column}"] = list(values)
@@ -68,7 +72,7 @@ def of_draws(
         if not _is_mean(values, of_mean):  # an aggregate such as BLEU: the mean over draws
             made[name] = made[name] | {"value": _mean(of_mean), "stderr": None}
             continue
-        more = _of_metric(name, values, documents["doc_id"], found)
+        more = _of_metric(name, values, numbers, found)
         made[name] = _entry(made[name], columns[column]) | {"stderr_draws": _stderr_of_draws(values)}
         for key, of_documents in more.items():
             columns[f"{METRIC}{key}"] = of_documents
@@ -86,7 +90,7 @@ def _of_metric(
     if np.isin(values, (0, 1)).all():
         more |= {f"{metric}:pass@{j}{end}": pass_at(values, j) for j in sizes(k)}
     votes = [f.get(filtered or "none", {}) for f in found]
-    chosen = [chosen_most_often([v.get(int(d), "") for v in votes]) for d in documents]
+    chosen = [chosen_most_often([v.get(d, "") for v in votes]) for d in documents]
     more[f"{metric}:maj@{k}{end}"] = values[np.arange(len(values)), chosen]
     return more
 
