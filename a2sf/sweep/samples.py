@@ -48,7 +48,7 @@ def of_draws(
     documents: pd.DataFrame,
     draws: Sequence[pd.DataFrame],
     found: Sequence[Extracted],
-    metrics: Sequence[dict[str, dict[str, Any]]],
+    metrics: Sequence[Mapping[str, Any]],
 ) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
     """The documents of a cell and its metrics, from those of each draw.
 
@@ -60,6 +60,7 @@ def of_draws(
     """
     made = dict(metrics[0])
     columns: dict[str, Any] = {}
+    numbers = [int(d) for d in documents["doc_id"]]
     for column in [c for c in map(str, documents) if c.startswith(METRIC)]:
         name = column.removeprefix(METRIC)
         values = np.stack([d[column].to_numpy(float) for d in draws], 1)
@@ -71,7 +72,7 @@ def of_draws(
         if not _is_mean(values, of_mean):  # an aggregate such as BLEU: the mean over draws
             made[name] = made[name] | {"value": _mean(of_mean), "stderr": None}
             continue
-        more = _of_metric(name, values, documents["doc_id"].tolist(), found)
+        more = _of_metric(name, values, numbers, found)
         made[name] = _entry(made[name], columns[column]) | {"stderr_draws": _stderr_of_draws(values)}
         for key, of_documents in more.items():
             columns[f"{METRIC}{key}"] = of_documents
@@ -80,7 +81,7 @@ def of_draws(
 
 
 def _of_metric(
-    name: str, values: np.ndarray, documents: Sequence[Any], found: Sequence[Extracted]
+    name: str, values: np.ndarray, documents: Sequence[int], found: Sequence[Extracted]
 ) -> dict[str, np.ndarray]:
     """By name, what further metrics come to for each document."""
     metric, _, filtered = name.partition(",")
@@ -89,7 +90,7 @@ def _of_metric(
     if np.isin(values, (0, 1)).all():
         more |= {f"{metric}:pass@{j}{end}": pass_at(values, j) for j in sizes(k)}
     votes = [f.get(filtered or "none", {}) for f in found]
-    chosen = [chosen_most_often([v.get(int(d), "") for v in votes]) for d in documents]
+    chosen = [chosen_most_often([v.get(d, "") for v in votes]) for d in documents]
     more[f"{metric}:maj@{k}{end}"] = values[np.arange(len(values)), chosen]
     return more
 
