@@ -80,8 +80,8 @@ def check(case: tuple[int, ...], device: str, dtype: torch.dtype, rule: str, sch
     equal = alone.output[:, :, :T].equal(got.output[:, :, :T])
     fine = equal and same >= 0.9 * len(pairs) and error < (2e-2 if dtype == torch.bfloat16 else 1e-4)
     print(
-        f"{'ok   ' if fine else 'WRONG'} {case} {dtype} {rule}, {schedule.name}: kept sets equal {same} of {len(pairs)} (near "
-        f"ties may differ), median error {error:.0e}, a row alone equal to the bit: {equal}",
+        f"{'ok   ' if fine else 'WRONG'} {case} {dtype} {rule}, {schedule.name}: kept sets equal {same} of {len(pairs)} "
+        f"(near ties may differ), median error {error:.0e}, a row alone equal to the bit: {equal}",
         flush=True,
     )
     return fine
