@@ -91,9 +91,14 @@ class By(Built):
             raise ConfigError(
                 "policy.by", self.inner.name, "its key/value heads differ in a layer; give another policy"
             )
-        if type(self.inner).priorities is not Policy.priorities:
-            own = {name: getattr(self.inner, name) for name in ("memory", "queries", "unrotated")}
-            rule = replace(rule, priority_fn=self.inner.priorities, **own)
+        inner, functions = self.inner, dict[str, Any]()
+        if type(inner).priorities is not Policy.priorities:
+            functions |= {"priority_fn": inner.priorities, "memory": inner.memory}
+        if type(inner).head_priorities is not Policy.head_priorities:
+            functions["division_fn"] = inner.head_priorities
+        if functions:
+            seen = {name: getattr(inner, name) for name in ("queries", "unrotated", "projected")}
+            rule = replace(rule, **functions, **seen)
         ranked = self.changed(Ranking(rule, stated.forgetting_factor))
         plain = replace(rule, weight=None, bias=None, mean_over_age=False, priority_fn=ranked)
         return replace(stated, rule=plain)

@@ -3,9 +3,10 @@
 Paper: Feng et al., 2025 (arXiv 2502.03805): the error that an eviction causes in the output of a layer is bounded by
 attention times `||W_o v||_1`, where `W_o` is the projection after the attention. So `first` of the budget is for the tokens
 of the highest attention, and the rest for those of the highest product. Deviations: priorities may be any policy's that are
-not negative, SnapKV's by default; protected tokens take places of the first half, and `EPSILON` is added to priorities
-before the product, as in kvpress; the norm is the mean over the query heads of the group, and heads retain tokens of their
-own, also where those of `by` do not. Without a model (a2sf.attend) no projection is known, and the value's own norm counts.
+not negative, SnapKV's by default; protected tokens take places of the first half, as in kvpress; the norm is the mean over
+the query heads of the group, and heads retain tokens of their own, also where those of `by` do not. kvpress adds 1e-4 of
+mean attention before the product (`epsilon`, here 0; SnapKV's priorities are sums over the window and the group). Without a
+model (a2sf.attend) no projection is known, and the value's own norm counts.
 """
 
 from __future__ import annotations
@@ -23,8 +24,6 @@ from a2sf.policies.ranking import Ranking
 from a2sf.policies.rule import Step
 from baselines.by import By
 
-EPSILON = 1e-4
-
 
 @dataclass(frozen=True)
 class InTwoParts:
@@ -32,6 +31,7 @@ class InTwoParts:
 
     ranking: Ranking
     first: float
+    epsilon: float
     by: str
 
     def __call__(self, step: Step) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ class InTwoParts:
         best = priority.masked_fill(~step.evictable, -torch.inf).argsort(dim=-1, descending=True, stable=True)
         rank = best.argsort(dim=-1)
         norms = step.values.abs().sum(-1) if step.projection is None else step.projection.lengths(step.values)
-        return ((priority + EPSILON) * norms).masked_fill(rank < places, torch.inf), memory
+        return ((priority + self.epsilon) * norms).masked_fill(rank < places, torch.inf), memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,7 @@ class CriticalKV(By):
     Attributes:
         by: the other policy: its name, or a mapping of its `name` and settings.
         first: share of the budget, from 0 to 1, for the tokens that the other policy ranks first.
+        epsilon: what is added to the other policy's priorities before the product.
     """
 
     name: ClassVar[str] = "criticalkv"
@@ -66,13 +67,17 @@ class CriticalKV(By):
     projected: ClassVar[bool] = True
 
     first: float = 0.5
+    epsilon: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share("policy.first", self.first)
+        number = isinstance(self.epsilon, int | float) and not isinstance(self.epsilon, bool)
+        if not number or not 0 <= self.epsilon < float("inf"):
+            raise ConfigError("policy.epsilon", self.epsilon, "give a number, at least 0")
 
     def changed(self, ranking: Ranking) -> InTwoParts:
-        return InTwoParts(ranking, self.first, self.inner.name)
+        return InTwoParts(ranking, self.first, self.epsilon, self.inner.name)
 
     def retention(self, budget: int, layer: int) -> Retention:
         stated = super().retention(budget, layer)

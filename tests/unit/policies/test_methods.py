@@ -131,7 +131,7 @@ def test_the_second_half_is_by_the_projected_value(projected):
     weights = torch.randn(2, 2, 8, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     projection = Projection(weights) if projected else None
     snapkv = {"name": "snapkv", "window": 4, "kernel": 3}
-    policy = make_policy("criticalkv", by=snapkv)
+    policy = make_policy("criticalkv", by=snapkv, epsilon=1e-4)
     rows = BatchRetention.of([policy.keeps(BUDGET, 0, 1, T)], Schedule("prompt"), [T])
     options = Options(scale=8**-0.5, return_state=True, projection=projection)
     state = kernels.attend(q, k, v, Segments.of_rows(rows, torch.tensor([T])), options).state
@@ -243,6 +243,7 @@ def test_noise_decides_between_equal_tokens():
         ("qfilter", {"file": {"name": "a", "shape": [1, 1, 2], "filters": "AAAA"}}, "policy.file=.*of that shape"),
         ("chunkkv", {"chunk": 0}, "policy.chunk=0"),
         ("criticalkv", {"first": 2}, "policy.first=2"),
+        ("criticalkv", {"epsilon": -1}, "policy.epsilon=-1 is not allowed: give a number, at least 0"),
         ("criticalkv", {"by": "cam"}, "policy.by=cam is not allowed: cam is built on another policy itself"),
         ("chunkkv", {"by": "kvzip"}, "policy.by=kvzip is not allowed: kvzip reads a prompt before it is cut"),
         ("chunkkv", {"by": "chunkkv"}, "policy.by=chunkkv is not allowed: chunkkv is built on another policy itself"),
