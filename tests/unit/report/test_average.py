@@ -108,9 +108,7 @@ def test_finished_runs_and_models_count_documents(places: list[Path], grid: Grid
 
 
 def test_the_option(places: list[Path], tmp_path: Path, capsys) -> None:
-    tables_command.main(
-        [str(places[0]), "--average", "documents", "--out", str(tmp_path), "--no-plots", "--no-report"]
-    )
+    tables_command.main([str(places[0]), "--average", "documents", "--out", str(tmp_path), "--no-plots", "--no-report"])
     assert BY_DOCUMENTS in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit):
         tables_command.main([str(places[0]), "--average", "tokens"])
