@@ -10,6 +10,7 @@ test at 5 % is significant although its null hypothesis is true.
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -165,7 +166,8 @@ def families(rounds: int) -> Iterator[Row]:
     """Any false finding of a family (Holm), and the mean share of false findings (Benjamini and Hochberg)."""
     rng = np.random.default_rng(7)
     any_false, share = 0, 0.0
-    mcnemar = lru_cache(mcnemar_p)
+    mcnemar = lru_cache(None)(mcnemar_p)
+    gc.freeze()  # statsmodels collects garbage in every call, which would take most of the time
     for _ in range(rounds):
         flips = rng.binomial(100, 0.2, 10)
         up = rng.binomial(flips, [0.5] * 8 + [0.9] * 2)
