@@ -221,7 +221,7 @@ def test_adakv_differs_by_the_division_of_slots_alone(ours, text, ratio):
 def test_the_page_tells_the_overlaps_that_are_found(ours):
     """The share of tokens in common, with our policy as it stands at the same mean budget."""
     page = (ROOT / "docs" / "parity.md").read_text()
-    rows = {m[1]: m[0] for m in re.finditer(r"^\| `(\w+)`.*$", page, re.MULTILINE)}
+    rows = {m[1]: m[0] for m in re.finditer(r"^\| `(\w+)` \|.*$", page, re.MULTILINE)}
     as_they_are = PAIRS | {
         "pyramidkv": Pair("pyramidkv", {"window": WINDOW}),
         "adakv": Pair("adakv", {"window": WINDOW}),
