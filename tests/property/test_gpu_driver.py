@@ -174,3 +174,16 @@ def test_a_chunk_is_four_launches_and_nobody_waits(monkeypatch):
     assert {name: launched.count(name) for name in ("shares", "attend")} == dict.fromkeys(("shares", "attend"), chunks)
     assert launched.count("keep") < chunks  # nobody asked for the last state
     assert "received" not in launched
+
+
+def test_who_is_read_alone_follows_from_the_row(monkeypatch):
+    alone, sdpa = [], driver._sdpa
+    monkeypatch.setattr(
+        driver, "_sdpa", lambda batch, group, scale: alone.append(group.members) or sdpa(batch, group, scale)
+    )
+    q, k, v = (torch.randn(3, h, 30, 8) for h in (4, 2, 2))
+    everything = [(2**31 - 1, 0, 0, 1.0)] * 3
+    before = both(q, k, v, replace(rows_of(everything, [0] * 3, [0, 3, 0]), rule=Rule(scored=False))).state
+    # one is long and begins, one continues a state, one is short
+    both(q, k, v, replace(rows_of(everything, [0, 3, 0], [30, 25, 9]), rule=Rule(scored=False)), before)
+    assert alone == [[0]]

@@ -110,23 +110,32 @@ def run(rows: Rows, options: Options, groups: list[int], held: list[list[int]], 
     done: list[tuple[list[int], Ran]] = []
     for N in sorted(set(groups)):
         members = [row for row, its in enumerate(groups) if its == N]
-        for part in _parts(rows, members, held, N, heads):
+        for part in _parts(rows, members, N, heads) if N != READ else _prompts(rows, members, held, options):
             group = driver.Group.of(rows, part, held)
             if N == READ:
-                long = not (options.return_state and rows.rule.scored) and not any(map(max, group.held))
-                alone = long and min(group.lengths) >= driver.LONG
-                done.append((part, driver.read(steps, batch, group, options, alone=alone)))
+                done.append(
+                    (part, driver.read(steps, batch, group, options, alone=_alone(rows, part[0], held, options)))
+                )
             else:
                 tokens = most or plan.most_tokens(N, heads)
                 done.append((part, driver.evict(steps, batch, group, N, tokens, options)))
     return _together(batch.output.flatten(2, 3).transpose(1, 2), done, options)
 
 
-def _parts(rows: Rows, members: list[int], held: list[list[int]], N: int, heads: int) -> list[list[int]]:
-    """Rows that run in one launch: as many as the scratch of their shares allows; prompts that are read alone, apart."""
-    if N == READ:
-        long = [i for i in members if rows.lengths[i] >= driver.LONG]
-        return [part for part in (long, [i for i in members if rows.lengths[i] < driver.LONG]) if part]
+def _alone(rows: Rows, row: int, held: list[list[int]], options: Options) -> bool:
+    """Whether a row that evicts nothing is read by SDPA: a long one, from its beginning, whose scores nobody asks for."""
+    scored = options.return_state and rows.rule.scored
+    return not scored and rows.lengths[row] >= driver.LONG and max(held[row]) == 0
+
+
+def _prompts(rows: Rows, members: list[int], held: list[list[int]], options: Options) -> list[list[int]]:
+    """Rows that evict nothing: those that are read alone, and the others."""
+    alone = [i for i in members if _alone(rows, i, held, options)]
+    return [part for part in (alone, [i for i in members if i not in alone]) if part]
+
+
+def _parts(rows: Rows, members: list[int], N: int, heads: int) -> list[list[int]]:
+    """Rows that evict, in launches: as many in one as the scratch of their shares allows."""
     members = sorted(members, key=lambda i: -rows.lengths[i])  # rows of similar length together
     tokens = min(plan.most_tokens(N, heads), N, rows.lengths[members[0]])
     size = max(1, plan.SCRATCH // (tokens * N * heads * 4)) if rows.rule.scored else len(members)
