@@ -81,8 +81,9 @@ def test_bootstrap_agrees_with_scipy() -> None:
     ).confidence_interval
     spread = changes.std() / math.sqrt(150)
     assert (ours.low, ours.high) == (
-        pytest.approx(theirs.low, abs=0.15 * spread),
-        pytest.approx(theirs.high, abs=0.15 * spread),
+        # ours is moved out as far as Student's t would be, by about 0.02
+        pytest.approx(theirs.low, abs=0.18 * spread),
+        pytest.approx(theirs.high, abs=0.18 * spread),
     )
     t_test = scipy_stats.ttest_1samp(changes, 0).pvalue
     assert ours.p == pytest.approx(t_test, rel=0.3)
