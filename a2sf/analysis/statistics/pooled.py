@@ -53,7 +53,7 @@ class Changes:
         g, n = self.texts.number, len(self.values)
         off = (self.values - self.values.mean()) * (math.sqrt(g / (g - 1)) / n if g > 1 else math.nan)
         if not self.texts.shared:
-            return pd.Series(off, index=self.keys)
+            return pd.Series(off, index=pd.Index(self.keys))
         return pd.Series(off).groupby(list(self.keys), sort=False).sum()
 
     @property
