@@ -140,6 +140,7 @@ class Choosing:
 
     Args:
         settings: of generation; those that are not given are the model's.
+        device: of the logits. A model on several devices may name one that holds no numbers.
 
     Attributes:
         eos: tokens that end a text.
@@ -148,8 +149,9 @@ class Choosing:
         plain: whether it is greedy search or sampling, token by token, and needs nothing but logits.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
+    def __init__(self, model: PreTrainedModel, settings: Mapping[str, Any], device: torch.device) -> None:
         self._model: Any = model
+        self._device = device
         prepare: Any = model._prepare_generation_config
         self._config, beyond = prepare(None, **settings)
         mode = self._config.get_generation_mode()
@@ -178,8 +180,8 @@ class Choosing:
     def _processors(self, prompt: int) -> Any:
         if prompt not in self._made:
             config = copy.deepcopy(self._config)
-            self._model._prepare_special_tokens(config, True, device=self._model.device)
+            self._model._prepare_special_tokens(config, True, device=self._device)
             self._made[prompt] = self._model._get_logits_processor(
-                config, input_ids_seq_length=prompt, device=str(self._model.device), model_kwargs={}
+                config, input_ids_seq_length=prompt, device=str(self._device), model_kwargs={}
             )
         return self._made[prompt]

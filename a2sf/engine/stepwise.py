@@ -58,7 +58,9 @@ def torch_rows(rows: Rows, options: Options) -> Ran:
 def _slots(rows: Rows) -> Tensor:
     """int64 [B]: how many slots each row needs, rounded up to few different numbers."""
     held = rows.state.counts.amax(-1)
-    most = torch.maximum(rows.budget + 1 + rows.schedule.spare, held + 1)
+    # a head whose share of a layer's slots is above the budget gives back only what has come since the cut
+    beyond = held + 1 + (rows.schedule.spare if rows.across_heads else 0)
+    most = torch.maximum(rows.budget + 1 + rows.schedule.spare, beyond)
     if rows.rule.full_heads:
         most = torch.full_like(most, UNLIMITED)
     if rows.schedule.prompt and rows.prompt is not None:

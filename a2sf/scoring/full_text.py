@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from a2sf.hf.attention import mixes_windows
 from a2sf.hf.exactness import require_exact
 from a2sf.scoring.passes.run import Passes, Pending
-from a2sf.scoring.passes.sequences import Model, ScoredSequence
+from a2sf.scoring.passes.sequences import ScoredSequence
 from a2sf.scoring.requests import Requests
 from a2sf.scoring.scorer import Scorer
 from a2sf.scoring.systems import Answers, System
@@ -31,10 +30,10 @@ def full_texts(
             positions after their prompt, are left out.
     """
     require_exact(scorer.model)
-    about = Model(scorer.layers, not mixes_windows(scorer.model.config), scorer.backend, scorer.device)
-    passes = Passes(scorer.model, about, scorer.tokens_per_pass, scorer.sequences_per_pass)
     answers = [scorer.answers(system) for system in systems]
     pending = [p for one in answers for p in _pending(scorer, requests, texts, one)]
+    about = scorer.about(p.sequence for p in pending)
+    passes = Passes(scorer.model, about, scorer.tokens_per_pass, scorer.sequences_per_pass)
     found: dict[int, Found] = {id(one): {} for one in answers}
     for done in passes.run(pending):
         for p, value, _ in done.scores:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -152,10 +152,7 @@ class Scorer:
         if not pending:
             return
         require_exact(self.model)
-        rules = {p.sequence.retention[0].rule for p in pending if p.sequence.retention}
-        rotary = rotary_of(self.model) if any(r.unrotated for r in rules) else None
-        weights = projections_of(self.model) if any(r.projected for r in rules) else None
-        about = Model(self.layers, not mixes_windows(self.model.config), self.backend, self.device, rotary, weights)
+        about = self.about(p.sequence for p in pending)
         passes = Passes(self.model, about, self.tokens_per_pass, self.sequences_per_pass)
         windows = Counter((id(p.answers), p.request) for p in pending)
         values: dict[tuple[int, int], dict[int, float]] = {}
@@ -217,6 +214,13 @@ class Scorer:
         if key not in self._ready:
             self._ready[key] = prepared_for(self.model, system.policy, prompt)
         return self._ready[key]
+
+    def about(self, sequences: Iterable[ScoredSequence]) -> Model:
+        """What passes need to know of the model to read some sequences, with what their policies ask for."""
+        rules = {s.retention[0].rule for s in sequences if s.retention}
+        rotary = rotary_of(self.model) if any(r.unrotated for r in rules) else None
+        weights = projections_of(self.model) if any(r.projected for r in rules) else None
+        return Model(self.layers, not mixes_windows(self.model.config), self.backend, self.device, rotary, weights)
 
     def count(self, requests: Requests, answers: Answers) -> None:
         """Add what the requests took to read and to cache to `answers.counts`; each has an answer."""

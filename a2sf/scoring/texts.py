@@ -15,7 +15,7 @@ import torch
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from a2sf.errors import ConfigError, Notice, UserError
-from a2sf.hf.attention import NonFiniteError, mixes_windows, rope_switch
+from a2sf.hf.attention import NonFiniteError, rope_switch
 from a2sf.hf.cache.checks import check_length
 from a2sf.hf.cache.pruned import PrunedCache, prove_decoding
 from a2sf.scoring.generation.calls import by_generate
@@ -23,7 +23,7 @@ from a2sf.scoring.generation.ends import EOS, STOP, Ends
 from a2sf.scoring.generation.row import Row
 from a2sf.scoring.generation.rows import Rows
 from a2sf.scoring.generation.sampling import Choice
-from a2sf.scoring.passes.sequences import Model, ScoredSequence
+from a2sf.scoring.passes.sequences import ScoredSequence
 from a2sf.scoring.requests import Requests
 from a2sf.scoring.systems import Answer, Answers
 from a2sf.tasks.warned import collected
@@ -153,7 +153,7 @@ class Texts:
 
     def _together(self, waiting: list[Row], choice: Choice) -> Iterator[None]:
         scorer = self.scorer
-        about = Model(scorer.layers, not mixes_windows(scorer.model.config), scorer.backend, scorer.device)
+        about = scorer.about(row.sequence for row in waiting)
         rows = Rows(
             scorer.model, about, choice, lambda row: self._cache([row]), self._most, self._room, scorer.tokens_per_pass
         )

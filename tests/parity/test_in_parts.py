@@ -16,7 +16,7 @@ from a2sf.scoring.passes import run as scoring
 from a2sf.scoring.requests import EncodedRequests
 from baselines.h2o import H2O
 from tests.models import shared, small
-from tests.parity.test_generation import ALL, BUDGET, PROMPTS, close, ids_for
+from tests.parity.test_generation import ALL, BUDGET, PROMPTS, close, fits, ids_for
 from tests.parity.test_lm import requests
 from tests.policies import cases, label, tiered, ties
 from tests.stand_in import StandIn
@@ -58,7 +58,7 @@ def gone(cache: PrunedCache, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         (p, s, a)
         for a, normed in {"llama": False, "opt": False, "gemma3": True, "gpt2": False}.items()
         for p, s in ALL
-        if not (normed and ties(type(p)))
+        if fits(p, a, normed)
     ),
     ids=label,
 )

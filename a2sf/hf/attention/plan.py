@@ -86,6 +86,10 @@ class Plan:
         if known is not None:
             return known
         retained = [self._retained(i, layer, sliding_window) for i in range(len(self.row))]
+        rules = {r.rule for r in retained}
+        # without them a policy would see other numbers than it asks for
+        assert self.rotary is not None or not any(r.unrotated for r in rules), "the policy needs rotary embeddings"
+        assert self.projections is not None or not any(r.projected for r in rules), "the policy needs projections"
         stated = (self.retention(i, layer) for i in range(len(self.row)))
         by_window = sliding_window is not None and any(keeps_window(r, self.policy_on_sliding) for r in stated)
         schedule = STEP if by_window else self.schedule
@@ -136,9 +140,9 @@ class Plan:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
     ) -> Tensor:
         """The same for tensors that are known to be finite."""
-        options = self.options(layer, scale)
         with noting() as names:
-            out = attend(query, key, value, self.segments(layer, window), options, backend=self.backend)
+            segments, options = self.segments(layer, window), self.options(layer, scale)
+            out = attend(query, key, value, segments, options, backend=self.backend)
         self.ran |= names
         self.reached.add(layer)
         if out.evicted is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from a2sf.compat.transformers import Choosing
+from a2sf.hf.devices import input_device
 
 
 def generator_for(key: str, seed: int) -> np.random.Generator:
@@ -38,7 +39,7 @@ class Choice:
     """
 
     def __init__(self, model: PreTrainedModel, settings: dict[str, object]) -> None:
-        self.of = Choosing(model, settings)
+        self.of = Choosing(model, settings, input_device(model))
 
     @property
     def greedy(self) -> bool:
