@@ -89,7 +89,12 @@ def attend(
         if bool((read < 1).any()):
             raise ConfigError("prompt", int(read.min()), "a prompt has at least 1 token")
     prompts = [None] * B if read is None else read.tolist()
-    if prepared is None and policy.prepares and read is not None and bool((read > C).any()):
+    if (
+        prepared is None
+        and policy.prepares
+        and read is not None
+        and (bool((read > C).any()) or schedule.then != "keep")
+    ):
         raise ConfigError("prepared", None, f"the policy {policy.name} needs what its prepare returned for each prompt")
     ready = [None] * B if prepared is None else list(prepared)
     if len(ready) != B:

@@ -204,7 +204,9 @@ class Scorer:
             total: how many tokens of the sequence are read.
         """
         retention = system.retention(total, cut, self.layers)
-        if not system.policy.prepares or all(k.budget >= cut for k in retention):
+        # where tokens are evicted after the cut too, a prompt that fits is ranked later
+        least = cut if system.schedule.then == "keep" else total
+        if not system.policy.prepares or all(k.budget >= least for k in retention):
             return retention
         return system.retention(total, cut, self.layers, self._prepared(system, tuple(tokens[:cut])))
 

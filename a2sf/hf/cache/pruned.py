@@ -418,9 +418,9 @@ class PrunedCache(Cache):
         if self.schedule.prompt and min(context, default=1) < 1:
             raise UserError(f"row {context.index(0)} of the batch has no token in its prompt; give each at least one")
         self.retention = self.retention_of_prompts(context)
-        if self.policy.prepares and any(
-            k.budget < n for row, n in zip(self.retention, context, strict=True) for k in row
-        ):
+        fits = all(k.budget >= n for row, n in zip(self.retention, context, strict=True) for k in row)
+        # where tokens are evicted after the cut too, a prompt that fits is ranked later
+        if self.policy.prepares and not (fits and self.schedule.then == "keep"):
             self.retention = self.retention_of_prompts(
                 context, self._prepared(context, start.tolist(), length.tolist())
             )
