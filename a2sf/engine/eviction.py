@@ -19,6 +19,7 @@ from a2sf.engine.state import Options as Options
 from a2sf.engine.state import Segments as Segments
 from a2sf.engine.state import accumulation_dtype as accumulation_dtype
 from a2sf.engine.tree import Ran, Rows, by_depth
+from a2sf.errors import UserError
 from a2sf.policies.rule import Sequence, Step
 
 
@@ -37,6 +38,8 @@ def reference(
         state: the state the parentless segments start from, one row for each in their order; None: empty caches.
     """
     differentiable = wants_gradient(query, key, value, state)
+    if differentiable and segments.rule.merge_fn is not None:
+        raise UserError("a policy that merges what it evicts has no gradient; call it under torch.no_grad()")
     call = Call(query, key, value, segments, options, state)
     return by_depth(partial(_reference_rows, differentiable), call)
 

@@ -6,6 +6,7 @@ lm-eval scores them all the same, most of them without a word; so do we, and say
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -130,18 +131,17 @@ def _of_ends(task: Any, samples: Iterable[dict[str, Any]], answers: Answers) -> 
     if task.OUTPUT_TYPE != "generate_until":
         return []
     every = {**answers.known, **answers.computed}
-    hashes = {request_hash(tuple(s["arguments"][0])) for s in samples}
-    finishes = [
-        a.finish or (LENGTH if a.ended is False else None)
-        for key, a in every.items()
-        if key.partition("#")[0] in hashes
-    ]
+    # documents may have the same prompt, and a document a sample for each filter
+    prompts = Counter(request_hash(tuple(s["arguments"][0])) for s in {s["doc_id"]: s for s in samples}.values())
+    finishes: Counter[str | None] = Counter()
+    for key, a in every.items():
+        finishes[a.finish or (LENGTH if a.ended is False else None)] += prompts[key.partition("#")[0]]
     name = task.config.task
     texts = {
         LENGTH: f"{name}: texts were ended by the limit of their tokens (max_gen_toks), before a stop sequence.",
         THINKING: f"{name}: texts ended before their thinking did, so that they have no answer.",
     }
-    return [{"text": text, "times": n} for finish, text in texts.items() if (n := finishes.count(finish))]
+    return [{"text": text, "times": n} for finish, text in texts.items() if (n := finishes[finish])]
 
 
 def _place(right: Any, choices: Sequence[Any]) -> int | None:

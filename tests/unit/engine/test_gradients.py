@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from a2sf import A2SF, Budget, attend, evicting_attention, pruning
+from a2sf import A2SF, Budget, CaM, Policy, attend, evicting_attention, pruning
 from a2sf.errors import ConfigError, UserError
 from a2sf.hf.cache.pruned import PrunedCache
 from a2sf.policies.schedule import schedule_for
@@ -29,13 +29,20 @@ def run(policy, schedule, query, key, value, state=None):
     return attend(policy, query, key, value, budget=budget, **more)
 
 
-EACH = {(p.name, label(s)): (p, s) for p, s in cases()}.values()
+EACH = {(p.name, label(s)): (p, s) for p, s in cases() if type(p).merge is Policy.merge}.values()
 
 
 @pytest.mark.parametrize(("policy", "schedule"), tiered(EACH), ids=label)
 def test_the_reference_has_gradients(policy, schedule):
     """The same as finite differences, which hold what is kept fixed as well: it changes in steps."""
     assert torch.autograd.gradcheck(lambda q, k, v: run(policy, schedule, q, k, v)[0], given(), fast_mode=True)
+
+
+def test_a_policy_that_merges_has_none():
+    with pytest.raises(UserError, match=r"merges what it evicts has no gradient; call it under torch\.no_grad"):
+        run(CaM(), None, *given())
+    with torch.no_grad():
+        run(CaM(), None, *given())
 
 
 def test_a_gradient_goes_through_a_state():

@@ -384,7 +384,7 @@ def test_the_examples_of_the_docs_run():
         made += [x for x in names.values() if isinstance(x, type) and issubclass(x, Policy) and x is not Policy]
         _, state = attend(made[-1](), q, k, v, budget=torch.tensor([6, 7]))
         assert (state.positions >= 0).sum(-1).tolist() == [[6, 6], [7, 7]]
-    assert [cls.name for cls in made] == ["long_values", "steady"]
+    assert [cls.name for cls in made] == ["long_values", "steady", "summed"]
     assert len(examples[1].split("@dataclass")[1].strip().splitlines()) <= 20
     out, want = (attend(policy, q, k, v, budget=6)[0] for policy in (made[1](), Steady()))
     assert torch.equal(out, want)
