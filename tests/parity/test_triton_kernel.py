@@ -388,7 +388,9 @@ def test_prompts_and_other_parts(attend, policy, schedule):
     args = (*tokens(15, 2, 2, 2, 12, 4, 5, torch.float32), of_policy(policy, schedule, [4, 5], [12, 10], 7), OPTIONS)
     got, ran = attend(*args, by=by_name)
     assert_same(got, reference(*args), 1e-5)
-    assert ran == {"triton" if kernels.splits(args[3]) else "torch"}
+    # a function of a step is for torch, where it is called after the prompt too
+    later = {"torch"} if args[3].rule.calls and schedule.then != "keep" else set()
+    assert ran == ({"triton"} | later if kernels.splits(args[3]) else {"torch"})
 
 
 def test_a_rule_of_ones_own_is_for_torch(attend):
