@@ -40,7 +40,7 @@ function buildChips(systems) {
     const chip = make("button", { type: "button", className: "chip", title: "show or hide in the charts" }, make("i"),
       s.label + (s.factor === DASH ? "" : `, factor ${s.factor}`) + (s.causal ? "" : " (oracle)"));
     chip.style.setProperty("--colour", s.colour);
-    chip.style.setProperty("--dash", { dot: "dotted", dash: "dashed", dashdot: "dashed" }[s.dash] ?? "solid");
+    chip.style.setProperty("--dash", { dot: "dotted", dash: "dashed", dashdot: "dashed", longdash: "dashed" }[s.dash] ?? "solid");
     chip.setAttribute("aria-pressed", !hiddenLines.has(key));
     chip.addEventListener("click", () => {
       hiddenLines.has(key) ? hiddenLines.delete(key) : hiddenLines.add(key);

@@ -20,7 +20,7 @@ from a2sf.report.lengths import length_points
 from a2sf.report.needle import UNITS, needle_estimates
 from a2sf.report.page.documents import Place
 from a2sf.report.plots.lines import available_columns, chosen_lines, estimated, score_columns
-from a2sf.report.plots.style import Line, styles_of
+from a2sf.report.plots.style import LONG_DASH, Line, styles_of
 
 SYMBOLS = dict(
     zip(
@@ -35,7 +35,7 @@ SYMBOLS = dict(
 """Matplotlib's marker -> plotly's symbol."""
 QUANTILES = 100
 """Steps of a distribution of lengths."""
-DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
+DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot", LONG_DASH: "longdash"}
 FULL = {"colour": "#595959", "symbol": "star", "dash": "dot"}
 
 

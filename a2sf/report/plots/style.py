@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import matplotlib
 
@@ -25,7 +26,10 @@ from a2sf.policies.find import built_in
 # Okabe and Ito, 2008, "Color universal design"; black is the full cache's, the pale yellow is left out
 COLOURS = ("#D55E00", "#000000", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00")
 MARKERS = "osD^vPX<>ph"
-DASHES: tuple[str, ...] = ("-", "--", ":", "-.")
+Dash: TypeAlias = str | tuple[int, tuple[float, ...]]
+"""A line style of matplotlib: a name, or an offset and the lengths of strokes and gaps."""
+LONG_DASH: Dash = (0, (9.0, 3.0))
+DASHES: tuple[Dash, ...] = ("-", "--", ":", "-.", LONG_DASH)
 MOST = 8
 """Lines in one panel, the full cache's among them."""
 GREY = "0.35"
@@ -62,7 +66,7 @@ class Style:
 
     colour: str
     marker: str
-    dash: str
+    dash: Dash
 
 
 def style_of(policy: str, known: Iterable[str] | None = None) -> Style:
