@@ -51,7 +51,8 @@ def check_packed_is_alone(asked, max_tokens):
     seen = []
     for row in pack([r.item() for r in todo], max_tokens=max_tokens):
         seen += row.items
-        made = pass_of(row, todo, Model(LAYERS, True, "torch", torch.device("cpu")))
+        # a layer without rotary embedding or projection, as for `attend`
+        made = pass_of(row, todo, Model(LAYERS, True, "torch", torch.device("cpu"), [None] * LAYERS, [None] * LAYERS))
         for layer in range(LAYERS):
             packed = made.attend(layer, *vectors(row.tokens, row.positions), SIZE**-0.5, None)
             for which, i in enumerate(row.items):
