@@ -203,7 +203,8 @@ class Merging(Watched):
         number = evicted.sum(-1)[..., None, None].clamp(min=1)
         values, keys = ((x * evicted[..., None]).sum(2, keepdim=True) / number for x in (step.values, step.keys))
         near = torch.exp(-step.ages[..., None].to(values.dtype) / 10)
-        return step.values + near * values, step.keys * 0.9 + keys * 0.1
+        # little, and bounded: else rounding errors grow from step to step, or keys become alike
+        return step.values + near / 4 * (values - step.values), step.keys * 0.99 + keys * 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
