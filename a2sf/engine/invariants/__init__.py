@@ -278,24 +278,42 @@ def _retained_by_row(c: Case, row: int, tokens: int, heads: list[list[int]]) -> 
 
 def decided(c: Case) -> None:
     """A negated rule retains other tokens; where the rule has no choice, the same ones."""
-    # a budget at which the rule has a choice, if there is one: a window may fill small budgets
-    for budget in range(max(2, int(c.budget[0])), MOST_CHOICE + 1):  # two tokens may always rank equal
-        tokens = max(TOKENS, 2 * budget)
-        if choice := chooses(c.policy.keeps(budget, c.layer, c.layers, tokens, c.prepared[0]), KV_HEADS, tokens):
+    least = max(2, int(c.budget[0]))  # two tokens may always rank equal
+    # a window may fill small budgets, so that nothing is left to decide
+    may_choose = [b for b in range(least, MOST_CHOICE + 1) if _chooses(c, b)]
+    if not may_choose:
+        if not _compared(c, int(c.budget[0]), TOKENS)[0]:
+            raise Broken(
+                f"the opposite rule retains other tokens, where all but one are protected (budget {int(c.budget[0])})"
+            )
+        return
+    # a rule may need more tokens before its priorities differ
+    for budget in sorted({may_choose[0], may_choose[-1]}):
+        same, varied = _compared(c, budget, _length(budget))
+        if varied:
             break
     else:
-        budget, tokens = int(c.budget[0]), TOKENS
+        raise Excepted("its priorities are all equal, so that the oldest token is evicted")
+    if same:
+        raise Broken(f"the opposite rule retains the same tokens (budget {budget}): its priorities have no effect")
+
+
+def _length(budget: int) -> int:
+    return max(TOKENS, 2 * budget)
+
+
+def _chooses(c: Case, budget: int) -> bool:
+    stated = c.policy.keeps(budget, c.layer, c.layers, _length(budget), c.prepared[0])
+    return chooses(stated, KV_HEADS, _length(budget))
+
+
+def _compared(c: Case, budget: int, tokens: int) -> tuple[bool, bool]:
+    """Whether a rule and its opposite retain the same of that many tokens, and whether priorities differ."""
+    policy, varied = opposite(c.policy)
     # repeated vectors are scaled, so that no two are equal
     longer = [torch.cat([x * (1 + i / 8) for i in range(-(-tokens // TOKENS))], 2)[:, :, :tokens] for x in c.tensors]
-    policy, varied = opposite(c.policy)
     ran, other = (x.run(*longer, budget=budget, prompt=tokens) for x in (c, replace(c, policy=policy)))
-    same = ran.retained == other.retained and torch.equal(ran.output, other.output)
-    if choice and not any(varied):
-        raise Excepted("its priorities are all equal, so that the oldest token is evicted")
-    if choice and same:
-        raise Broken(f"the opposite rule retains the same tokens (budget {budget}): its priorities have no effect")
-    if not choice and not same:
-        raise Broken(f"the opposite rule retains other tokens, where all but one are protected (budget {budget})")
+    return ran.retained == other.retained and torch.equal(ran.output, other.output), any(varied)
 
 
 def backends(c: Case) -> None:
