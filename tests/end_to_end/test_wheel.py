@@ -164,7 +164,7 @@ def test_the_shell_completes_overrides(environment, empty):
     )
     assert "-F hydra_bash_completion a2sf" in done.stderr
     offered = done.stdout.splitlines()
-    assert offered[0].split() == ["run", "reproduce"]
+    assert offered[0].split() == ["run", "reproduce", "replay"]
     assert "policy=" in offered[1].split()
     assert set(offered[2].split()) >= {"policy=h2o", "policy=theirs"}
     assert offered[3] == "+sweep=demo"

@@ -50,8 +50,7 @@ def test_one_part_keeps_what_the_others_measured(tmp_path, monkeypatch, capsys):
 
 
 def test_every_target_is_named_once():
-    parts = (kernels, bench.harness, bench.groups, bench.decode, bench.prompt, bench.process)
-    assert len(bench.TARGETS) == sum(len(part.TARGETS) for part in parts)
+    assert len(bench.TARGETS) == sum(len(part.TARGETS) for part in bench.PARTS.values())
 
 
 def test_a_gpus_figures_are_not_mixed_with_a_cpus(tmp_path, monkeypatch):

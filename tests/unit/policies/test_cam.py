@@ -57,10 +57,10 @@ def test_values_are_those_of_the_equations(seed):
 @pytest.mark.parametrize(
     ("by", "told"),
     [
-        ("cam", "policy.by=cam is not allowed: give the name of a policy that ranks tokens by accumulated attention"),
+        ("cam", "policy.by=cam is not allowed: cam is built on another policy itself; give another policy"),
         ("snapkv", "under every schedule"),
         ("key_norm", "by accumulated attention"),
-        ("full", "by accumulated attention"),
+        ("full", "full evicts nothing"),
         ("tova", "it retains the same tokens in all heads"),
         ("h3o", "did you mean"),
     ],

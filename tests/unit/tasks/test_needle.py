@@ -26,7 +26,7 @@ from a2sf.sweep import cell, group
 from a2sf.tasks import spec as tasks
 from a2sf.tasks.needle.utils import DEPTHS, LENGTHS, documents
 from tests.conftest import SMOLLM2
-from tests.policies import of_models
+from tests.policies import of_models, ties
 from tests.sweep_fixture import Plan, write_sweep
 
 DATA = tasks.DataSpec(source="bundle")
@@ -74,6 +74,8 @@ def asked(until: list[str], most: int = 4) -> list[Instance]:
 @pytest.mark.full
 def test_a_batch_does_not_change_the_text_and_stop_sequences_end_it(smollm2, lm):
     for policy in of_models().values():
+        if ties(policy):  # the texts have words that come again
+            continue
         lm.use(policy(), Budget(ratio=0.5) if policy.uses_budget else None)
         together = lm.generate_until(asked(["\n"]), disable_tqdm=True)
         assert lm.counts.layer_requests == 3 * lm.scorer.layers
@@ -120,7 +122,7 @@ def test_a_cell_of_the_task_and_its_traces(lm, tmp_path, monkeypatch):
     budget = one.budget.slots(total=trace.context + 11, context=trace.context, layer=0)
     assert (trace.retained().sum(-1) == budget).all()
 
-    # of several answers to one request only the first is stored, so they are generated again
+    # greedy answers to one request are equal, so that the stored one is taken for all of them
     stored = SimpleNamespace(result=json.loads(json.dumps(result)), documents=table)
     monkeypatch.setattr(group, "find_extendable", lambda *_: {one.name: stored})
     build = tasks.TaskSpec.build
@@ -132,7 +134,7 @@ def test_a_cell_of_the_task_and_its_traces(lm, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(tasks.TaskSpec, "build", repeated)
-        assert compute()[0]["timing"]["reused_requests"] == 0
+        assert compute()[0]["timing"]["reused_requests"] == 2
 
     # scored before: taken from the file, not generated again
     again, same = compute()
