@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from a2sf.policies.a2sf import A2SF
     from a2sf.policies.base import Policy, Retention
     from a2sf.policies.budget import Budget
-    from a2sf.policies.make import make_policy
+    from a2sf.policies.find import make_policy
     from a2sf.policies.rule import Rule, Step
     from a2sf.policies.schedule import Schedule
     from baselines.adakv import AdaKV
@@ -134,7 +134,7 @@ _WHERE = {
     "Window": "baselines.window",
     "attend": "a2sf.engine.functional",
     "evicting_attention": "a2sf.engine.functional",
-    "make_policy": "a2sf.policies.make",
+    "make_policy": "a2sf.policies.find",
     "pruning": "a2sf.hf.scope",
 }
 

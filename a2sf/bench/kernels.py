@@ -17,7 +17,7 @@ from a2sf.engine.kernels import attend
 from a2sf.hf.attention import Plan
 from a2sf.policies.a2sf import A2SF
 from a2sf.policies.base import Policy
-from a2sf.policies.make import make_policy
+from a2sf.policies.find import make_policy
 
 RATIO, FACTOR = 0.2, 0.2
 COMPARED = ("mean_attention", "vatp", "key_norm", "random", "tova")

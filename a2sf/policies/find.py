@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from a2sf.errors import ConfigError, UserError, nearest
-from a2sf.policies.base import Policy
+from a2sf.policies.base import Policy, check_name
 
 PACKAGES = ("a2sf.policies", "baselines")
 GROUP = "a2sf.policies"
@@ -63,6 +63,21 @@ def find_policies() -> dict[str, type[Policy]]:
         UserError: if a policy of another package cannot be loaded, or its name is taken.
     """
     return built_in() | {name: find_policy(name) for name in installed()}
+
+
+def make_policy(name: str, **settings: Any) -> Policy:
+    """The policy `name` with `settings`; other settings have their defaults.
+
+    Raises:
+        ConfigError: if there is no such policy or setting, or a value is not allowed.
+    """
+    policies = find_policies()
+    if name not in policies:
+        known = ", ".join(sorted(policies))
+        raise ConfigError("policy", name, f"give one of {known}{nearest(str(name), policies)}")
+    check_name(policies[name])
+    check_setting_names(policies[name], settings)
+    return policies[name](**settings)
 
 
 def find_policy(name: str, key: str = "policy") -> type[Policy]:

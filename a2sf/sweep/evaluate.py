@@ -15,11 +15,11 @@ import pandas as pd
 
 from a2sf.errors import Notice
 from a2sf.scoring.doubts import doubts, not_numbers
+from a2sf.scoring.generation.memory import cache_bytes
 from a2sf.scoring.recorded import RecordedLM
 from a2sf.scoring.requests import Requests, keys_of_draws, request_hash
 from a2sf.scoring.scorer import Scorer
 from a2sf.scoring.systems import Answer, Answers
-from a2sf.scoring.written import cache_bytes
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.samples import of_draws
 from a2sf.tasks import shared_texts

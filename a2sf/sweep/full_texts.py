@@ -12,7 +12,7 @@ import pandas as pd
 
 from a2sf.errors import first_line
 from a2sf.policies.find import find_policy
-from a2sf.scoring.full_text import Found, full_texts
+from a2sf.scoring.generation.full_text import Found, full_texts
 from a2sf.scoring.requests import TEXT, Requests
 from a2sf.scoring.scorer import Scorer
 from a2sf.scoring.systems import Answer

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 import a2sf
 from a2sf.errors import ConfigError
-from a2sf.policies.make import make_policy
+from a2sf.policies.find import make_policy
 from a2sf.shipped import found, shipped
 
 ROOT = Path(__file__).parents[2]

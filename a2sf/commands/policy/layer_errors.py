@@ -51,8 +51,7 @@ def policy_of(text: str) -> Any:
     Raises:
         ConfigError: if there is no such policy or setting, or the text has another form.
     """
-    from a2sf.policies.find import find_policy
-    from a2sf.policies.make import make_policy
+    from a2sf.policies.find import find_policy, make_policy
 
     name, *given = text.split(",")
     settings = {}

@@ -11,7 +11,7 @@ from a2sf.hf.cache.pruned import PrunedCache
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policies
 from a2sf.policies.schedule import Schedule
-from a2sf.scoring import full_text
+from a2sf.scoring.generation import full_text
 from a2sf.scoring.passes.full_cache_prefix import cached_tokens, peak_tokens
 from a2sf.store.runs import load_sweep
 from a2sf.sweep.runner import Runner
