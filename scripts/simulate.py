@@ -1,6 +1,6 @@
 """Coverage and level of every estimator of docs/statistics.md, by simulation; `--write` puts the table there.
 
-    python scripts/simulate.py            # prints the table, in about ten minutes on one core
+    python scripts/simulate.py            # prints the table, in about five minutes on one core
     python scripts/simulate.py --write    # and writes it into docs/statistics.md
 
 The random numbers are the same every time. Coverage: how often a 95 % interval contains the true value. Level: how often a
@@ -99,9 +99,10 @@ def differences(rounds: int) -> Iterator[Row]:
         case = f"{texts} texts of {each}, 30 % flips, difference 10"
         keyed = Texts.keyed(_of(texts, each))
         yield _tested(what, case, lambda t=texts, e=each: _flips_in_texts(t, e, 0.3), 0.1, rounds, keyed)
-    what = "difference of another metric: paired bootstrap"
+    what = "difference of another metric: bootstrap-t"
+    kinds = (("normal", _normal_change), ("skewed", _skewed_change), ("skewed, 20 % change", _rare_change))
     for n in (30, 100, 400):
-        for name, make in (("normal", _normal_change), ("skewed", _skewed_change)):
+        for name, make in kinds:
             case = f"{n} documents, {name}"
             yield _tested(what, case, lambda n=n, m=make: m(n), 0.1, rounds, Texts.independent(n), binary=False)
     case, keyed = "20 texts of 4, normal", Texts.keyed(_of(20, 4))
@@ -129,6 +130,14 @@ def averages(rounds: int) -> Iterator[Row]:
         hits += found.low <= 0.1 <= found.high
         false += average_difference([_flips_in_texts(20, 4, 0.3)(rng, 0.0) for _ in range(2)], keyed).p <= 0.05
     yield Row("the same, shared texts", "2 tasks of 20 texts of 4", hits / few, false / few, few)
+
+    rng = np.random.default_rng(12)
+    hits = false = 0
+    for _ in range(few):
+        hits += (found := average_difference([_skewed_change(30)(rng, 0.1) for _ in range(3)])).low <= 0.1 <= found.high
+        false += average_difference([_skewed_change(30)(rng, 0.0) for _ in range(3)]).p <= 0.05
+    what = "difference of an average of another metric: paired bootstrap"
+    yield Row(what, "3 tasks of 30 documents, skewed", hits / few, false / few, few)
 
 
 def equivalence(rounds: int) -> Iterator[Row]:
@@ -312,6 +321,11 @@ def _normal_in_texts(texts: int, each: int) -> Callable[[np.random.Generator, fl
 
 def _skewed_change(n: int) -> Callable[[np.random.Generator, float], np.ndarray]:
     return lambda rng, d: d + 0.5 * (rng.exponential(1.0, n) - 1)
+
+
+def _rare_change(n: int) -> Callable[[np.random.Generator, float], np.ndarray]:
+    """A fifth of the documents changes, all in one direction, which a constant makes up for."""
+    return lambda rng, d: d + (rng.random(n) < 0.2) * rng.exponential(1.0, n) - 0.2
 
 
 def table(found: Sequence[Row]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from a2sf.analysis.statistics.choices import MARGIN_ALLOWED
+from a2sf.analysis.statistics.choices import add_corrections, share_of
 from a2sf.report.choices import AVERAGES
 
 EPILOG = """\
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--average", choices=AVERAGES, default="tasks", help="what counts equally in an average over tasks"
     )
+    add_corrections(parser)
     parser.add_argument("--out", type=Path, help="directory for compare.md, .tex and .csv")
     args = parser.parse_args(arguments)
 
@@ -46,14 +47,15 @@ def main(arguments: Sequence[str]) -> None:
     from a2sf.analysis.comparisons.runs_over_models import compare_runs_over_models, with_models
     from a2sf.analysis.results.labels import MINUS
     from a2sf.analysis.runs.read import read_runs
-    from a2sf.errors import ConfigError, UserError
+    from a2sf.analysis.statistics.families import Correction
+    from a2sf.errors import UserError
     from a2sf.report.tables.pooled import over_models_tables
     from a2sf.report.tables.runs import comparison_table, frame_of, screen_of
     from a2sf.report.tables.screen import text_screen
     from a2sf.report.tables.text import text_latex, text_markdown
 
-    if args.margin is not None and not 0 < args.margin <= 100:
-        raise ConfigError("--margin", args.margin, MARGIN_ALLOWED)
+    margin = share_of(args.margin)
+    correction = Correction(args.family or "table", args.correction)
     by_documents = args.average == "documents"
     runs = [run for path in args.runs for run in read_runs(path, args.cluster)]
     if len(runs) < 2:
@@ -61,8 +63,8 @@ def main(arguments: Sequence[str]) -> None:
     runs = labels(runs, args.labels.split(",") if args.labels else None, distinct=args.models is None)
     if args.models is not None:
         runs = with_models(runs, args.models.split(","))
-    made = compare_runs(runs, args.metric, None if args.margin is None else args.margin / 100, by_documents)
-    pooled, not_pooled = compare_runs_over_models(runs, args.metric, by_documents)
+    made = compare_runs(runs, args.metric, margin, by_documents, correction)
+    pooled, not_pooled = compare_runs_over_models(runs, args.metric, by_documents, correction)
     table = comparison_table(made)
     of_models = over_models_tables(pooled, made.percent, title=f"each run {MINUS} {runs[0].system}", head="Run")
     console = Console()

@@ -17,8 +17,7 @@ from rich.table import Table
 
 from a2sf.analysis.claims.reproduce import Places, compare, counts, published_figures, run_sweep, write_claims
 from a2sf.analysis.claims.verdicts import MARGIN, Claim
-from a2sf.analysis.statistics.choices import MARGIN_ALLOWED
-from a2sf.errors import ConfigError
+from a2sf.analysis.statistics.choices import share_of
 from a2sf.shipped import shipped
 
 REFERENCE_SWEEPS = ("smollm2-135m.a2sf.zip", "smollm2-135m-forgetting.a2sf.zip")
@@ -61,8 +60,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--out", type=Path, help="where claims.csv and claims.md go (default: <runs>/claims)")
     args = parser.parse_args(arguments)
-    if not 0 < args.margin <= 100:
-        raise ConfigError("--margin", args.margin, MARGIN_ALLOWED)
+    share_of(args.margin)
 
     console = Console()
     models = list(published_figures(args.reference)["model"].unique())

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from a2sf.analysis.statistics.choices import CORRECTIONS, FAMILIES, MARGIN_ALLOWED
-from a2sf.errors import ConfigError
+from a2sf.analysis.statistics.choices import add_corrections, share_of
 from a2sf.report.choices import AVERAGES, FORMATS, PIVOTS
 
 
@@ -57,17 +56,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="POINTS",
         help="test which systems are within so many points (hundredths) of the full cache, such as 1.0",
     )
-    test.add_argument(
-        "--family",
-        choices=FAMILIES,
-        help="tests that are corrected together: of a table (default; for --against of a model), a model, all that is shown",
-    )
-    test.add_argument(
-        "--correction",
-        choices=CORRECTIONS,
-        default="holm",
-        help="of p-values: Holm's, or the false discovery rate for explorations (default: holm)",
-    )
+    add_corrections(test, "of a table (default; for --against of a model)")
     write = p.add_argument_group("what to write")
     write.add_argument(
         "--out", type=Path, help="directory for tables/, plots/, report.html (default: the first sweep's)"
@@ -88,8 +77,7 @@ def main(arguments: Sequence[str]) -> None:
     if args.open and (args.no_report or args.figures or args.readme):
         command.error("--open needs the report: leave out --no-report, --figures and --readme")
 
-    if args.margin is not None and not 0 < args.margin <= 100:
-        raise ConfigError("--margin", args.margin, MARGIN_ALLOWED)
+    margin = share_of(args.margin)
 
     # seconds of imports, which a slip in the arguments does not need
     from a2sf.analysis.results.gather import gather
@@ -112,7 +100,7 @@ def main(arguments: Sequence[str]) -> None:
         against=tuple(args.against),
         stderr=args.stderr,
         interval=args.interval,
-        margin=None if args.margin is None else args.margin / 100,
+        margin=margin,
         family=args.family,
         correction=args.correction,
         out=args.out,

@@ -12,7 +12,8 @@ from a2sf.analysis.comparisons.pairs import joined
 from a2sf.analysis.results.grid import AVERAGE, BY_DOCUMENTS
 from a2sf.analysis.runs.run import Document, Run, TaskRun, means, pair, variance_of_drawn_difference, variance_of_draws
 from a2sf.analysis.statistics.equivalence import Within, average_within_margin, verdict, within_margin
-from a2sf.analysis.statistics.paired import Difference, average_difference, holm, paired_difference
+from a2sf.analysis.statistics.families import HOLM, Adjusted, Correction
+from a2sf.analysis.statistics.paired import Difference, average_difference, paired_difference
 from a2sf.analysis.statistics.texts import Texts
 from a2sf.errors import UserError, nearest
 
@@ -29,7 +30,8 @@ class RunComparison:
         reference, value: means of the first run and of this one, on the documents that both have.
         difference: this run minus the first.
         within: tests of the difference against a margin; None: no margin was given.
-        p_holm, p_equivalent_holm: corrected over all rows of the table.
+        model: of this run; None: it is not known.
+        adjusted, equivalent: the p-values of the difference, and of its equivalence, after correction; None until corrected.
         draws: share of the squared standard error of this run's mean that comes from drawing answers at random; None: each
             document has one answer.
         draws_of_difference: the same of the difference: the rest comes from the choice of documents.
@@ -41,17 +43,18 @@ class RunComparison:
     value: float
     difference: Difference
     within: Within | None = None
-    p_holm: float = math.nan
-    p_equivalent_holm: float = math.nan
+    model: str | None = None
+    adjusted: Adjusted | None = None
+    equivalent: Adjusted | None = None
     draws: float | None = None
     draws_of_difference: float | None = None
 
     @property
     def verdict(self) -> str:
         """Whether the difference is shown to lie within the margin: `yes`, `no` (shown to lie outside) or `not shown`."""
-        if self.within is None:
+        if self.within is None or self.equivalent is None:
             return ""
-        return verdict(self.p_equivalent_holm, self.difference, self.within.margin)
+        return verdict(self.equivalent.p, self.difference, self.within.margin)
 
 
 @dataclass
@@ -60,6 +63,7 @@ class ComparedRuns:
 
     Attributes:
         metrics: by task, the metric of the first and of the other runs.
+        correction: how p-values are corrected.
         notes: what could not be compared, and how documents were matched.
     """
 
@@ -67,11 +71,16 @@ class ComparedRuns:
     rows: list[RunComparison] = field(default_factory=list)
     metrics: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    correction: Correction = HOLM
     percent: bool = True
 
 
 def compare_runs(
-    runs: Sequence[Run], metric: str | None = None, margin: float | None = None, by_documents: bool = False
+    runs: Sequence[Run],
+    metric: str | None = None,
+    margin: float | None = None,
+    by_documents: bool = False,
+    correction: Correction = HOLM,
 ) -> ComparedRuns:
     """Compare each run with the first, task by task and on the average over tasks.
 
@@ -79,12 +88,13 @@ def compare_runs(
         metric: its name in both harnesses; None: the usual one.
         margin: for tests of equivalence, in the metric's own unit.
         by_documents: the average counts each document once, and not each task.
+        correction: of the p-values; all rows are one table.
 
     Raises:
         UserError: if nothing can be compared.
     """
     reference, *others = runs
-    made = ComparedRuns(reference.label)
+    made = ComparedRuns(reference.label, correction=correction)
     binary = True
     for run in others:
         changes, texts, levels = [], [], []
@@ -96,7 +106,7 @@ def compare_runs(
                 made.notes.append(f"{run.label}: {error}")
                 continue
             made.metrics[a.task] = " / ".join(dict.fromkeys(names))
-            made.rows.append(row)
+            made.rows.append(replace(row, model=run.model))
             changes.append(change)
             texts.append(of_texts)
             levels.append((row.reference, row.value))
@@ -108,13 +118,13 @@ def compare_runs(
                 changes, texts = joined(changes, texts)
             within = None if margin is None else average_within_margin(changes, texts, margin)
             difference = average_difference(changes, texts)
-            made.rows.append(RunComparison(AVERAGE, run.label, first, value, difference, within))
+            made.rows.append(RunComparison(AVERAGE, run.label, first, value, difference, within, model=run.model))
     if not made.rows:
         raise UserError(" ".join(["Nothing can be compared.", *made.notes]))
     made.percent = binary
     if by_documents and any(r.task == AVERAGE for r in made.rows):
         made.notes.append(BY_DOCUMENTS)
-    made.rows = _corrected(made.rows)
+    made.rows = _corrected(made.rows, correction)
     return made
 
 
@@ -195,13 +205,16 @@ def shared_texts(first: Sequence[Document], second: Sequence[Document]) -> Texts
     return Texts.independent(len(first))
 
 
-def _corrected(rows: Sequence[RunComparison]) -> list[RunComparison]:
-    p = holm([r.difference.p for r in rows])
-    tested = [r.within.p_equivalent for r in rows if r.within is not None]
-    equivalent = iter(holm(tested))
+def _corrected(rows: Sequence[RunComparison], correction: Correction) -> list[RunComparison]:
+    """The same with corrected p-values; differences and equivalence are families of their own."""
+    by_model = correction.family == "model"  # all rows are one table, also those of several models
+    places = [((r.model or "") if by_model else "", "") for r in rows]
+    adjusted = correction.adjusted([r.difference.p for r in rows], places)
+    tested = [(r.within.p_equivalent, place) for r, place in zip(rows, places, strict=True) if r.within is not None]
+    equivalent = iter(correction.adjusted([p for p, _ in tested], [place for _, place in tested]))
     return [
-        replace(r, p_holm=q, p_equivalent_holm=math.nan if r.within is None else next(equivalent))
-        for r, q in zip(rows, p, strict=True)
+        replace(r, adjusted=a, equivalent=None if r.within is None else next(equivalent))
+        for r, a in zip(rows, adjusted, strict=True)
     ]
 
 

@@ -10,6 +10,7 @@ from a2sf.analysis.comparisons.pooled import OverModels, corrected, pool_over_ta
 from a2sf.analysis.comparisons.runs import metric_of, shared_texts
 from a2sf.analysis.results.grid import AVERAGE
 from a2sf.analysis.runs.run import Document, Run, TaskRun, means, pair
+from a2sf.analysis.statistics.families import HOLM, Correction
 from a2sf.analysis.statistics.paired import Difference, average_difference, paired_difference
 from a2sf.analysis.statistics.pooled import Changes
 from a2sf.analysis.statistics.texts import Texts
@@ -29,12 +30,15 @@ def with_models(runs: Sequence[Run], models: Sequence[str]) -> list[Run]:
 
 
 def compare_runs_over_models(
-    runs: Sequence[Run], metric: str | None = None, by_documents: bool = False
+    runs: Sequence[Run],
+    metric: str | None = None,
+    by_documents: bool = False,
+    correction: Correction = HOLM,
 ) -> tuple[list[OverModels], list[str]]:
     """Each system minus the first run's, in every model that has both, on the tasks that all of these have.
 
     Args:
-        metric, by_documents: as `compare_runs`.
+        metric, by_documents, correction: as `compare_runs`.
 
     Returns:
         The comparisons, none unless at least two models have the same two systems; and one sentence for each thing that
@@ -58,7 +62,7 @@ def compare_runs_over_models(
             rows += _rows(system, reference, pairs, metric, by_documents)
         except UserError as error:
             notes.append(f"{system} is not pooled over models: {error}")
-    return corrected(rows), notes
+    return corrected(rows, correction), notes
 
 
 def _rows(

@@ -96,10 +96,21 @@ class Adjusted:
     def how(self) -> str:
         """For a caption: which correction, over how many tests of which family; no full stop."""
         where = {"table": "of this table", "model": "of this model", "sweep": "of all tables"}[self.correction.family]
-        over = f"over the {self.tests:,} tests {where}" if self.tests > 1 else f"over the only test {where}"
+        return self._how(f"over the {self.tests:,} tests {where}" if self.tests > 1 else f"over the only test {where}")
+
+    def _how(self, over: str) -> str:
         if self.correction.method == "holm":
             return f"Holm-corrected {over}"
         return f"false discovery rate (Benjamini and Hochberg) {over}: exploratory, about one finding in twenty may be false"
+
+
+def how_of_all(tests: Sequence[Adjusted]) -> str:
+    """As `Adjusted.how`, for a table with the tests of several models, whose families may differ in size."""
+    sizes = sorted({t.tests for t in tests})
+    if tests[0].family != "model" or len(tests) == sizes[0]:
+        return tests[0].how
+    numbers = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+    return tests[0]._how(f"over the tests of each model ({numbers})")
 
 
 HOLM = Correction()

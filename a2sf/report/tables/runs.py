@@ -10,6 +10,7 @@ from rich.text import Text
 
 from a2sf.analysis.comparisons.runs import ComparedRuns
 from a2sf.analysis.results.labels import DASH
+from a2sf.analysis.statistics.families import how_of_all
 from a2sf.report.tables.cells import number
 from a2sf.report.tables.summaries import p_text
 from a2sf.report.tables.text import TextTable
@@ -17,12 +18,12 @@ from a2sf.report.tables.text import TextTable
 LEGEND = (
     "Each run minus {reference}, on the documents that both have (n). Interval: 95 %, paired. Gained and lost: documents "
     "that only the run, or only {reference}, got right. p: exact McNemar test (paired bootstrap if answers are not right or "
-    "wrong, sign flips of whole texts if documents share one), Holm-corrected over the {rows} rows of this table. "
+    "wrong, sign flips of whole texts if documents share one), {how}. "
     "Detectable: the smallest difference that these documents show with 80 % power."
 )
 MARGIN = (
     " Within {margin} points: whether the difference is shown to be smaller than the margin, either way (two one-sided "
-    "paired tests, α = 0.05, Holm-corrected over the rows): yes, not shown, or no (shown to be larger)."
+    "paired tests, α = 0.05, {how}): yes, not shown, or no (shown to be larger)."
 )
 DRAWS = (
     " Draws: share of the squared standard error of the run's mean, and of the difference, that comes from drawing answers "
@@ -47,7 +48,7 @@ def comparison_table(made: ComparedRuns) -> TextTable:
             "95 % interval": f"[{number(d.low, percent, signed=True)}, {number(d.high, percent, signed=True)}]",
             "Gained": DASH if d.gained is None else str(d.gained),
             "Lost": DASH if d.lost is None else str(d.lost),
-            "p (Holm)": p_text(r.p_holm),
+            f"p ({made.correction.label})": DASH if r.adjusted is None else p_text(r.adjusted.p),
             "Detectable": number(d.detectable, percent),
         }
         if margins:
@@ -56,9 +57,10 @@ def comparison_table(made: ComparedRuns) -> TextTable:
             row["Draws"] = _percent(r.draws)
             row["Draws of difference"] = _percent(r.draws_of_difference)
         rows.append(row)
-    legend = LEGEND.format(reference=made.reference, rows=len(made.rows))
+    legend = LEGEND.format(reference=made.reference, how=how_of_all([r.adjusted for r in made.rows if r.adjusted]))
     if margins:
-        legend += MARGIN.format(margin=f"{100 * min(margins):g}")
+        how = how_of_all([r.equivalent for r in made.rows if r.equivalent])
+        legend += MARGIN.format(margin=f"{100 * min(margins):g}", how=how)
     if any(r.draws is not None for r in made.rows):
         legend += DRAWS
     metric = ", ".join(dict.fromkeys(made.metrics.values()))
@@ -77,6 +79,7 @@ def _within(margin: float, percent: bool) -> str:
 def screen_of(table: TextTable) -> Grid:
     """The same for a terminal of 80 columns: a block for each run, and short headings."""
     frame, reference = table.frame, table.frame.columns[3]
+    head = str(next(c for c in frame if str(c).startswith("p (")))
     columns = {
         "Task": frame["Task"],
         "n": frame["n"],
@@ -85,7 +88,7 @@ def screen_of(table: TextTable) -> Grid:
         "diff.": frame["Difference"],
         "95 %": frame["95 % interval"].str.strip("[]").str.replace(", ", " … "),
         "flips": frame["Gained"].str.cat(frame["Lost"], "/").replace(f"{DASH}/{DASH}", DASH),
-        "p\nHolm": frame["p (Holm)"],
+        head.replace(" ", "\n").replace("(", "").replace(")", ""): frame[head],
         "detec-\ntable": frame["Detectable"],
     }
     columns |= {head.replace(" ", "\n"): frame[head] for head in frame.columns[11:]}
@@ -111,13 +114,16 @@ def frame_of(made: ComparedRuns) -> pd.DataFrame:
             "value": r.value,
         }
         row |= {("difference" if k == "value" else k): v for k, v in vars(r.difference).items()}
-        row |= {"p_holm": r.p_holm, "draws": r.draws, "draws_of_difference": r.draws_of_difference}
+        row |= r.adjusted.columns if r.adjusted else {}
+        row |= {"draws": r.draws, "draws_of_difference": r.draws_of_difference}
         if r.within is not None:
             row |= {
                 "margin": r.within.margin,
                 "p_not_worse": r.within.p_not_worse,
                 "p_not_better": r.within.p_not_better,
             }
-            row |= {"p_equivalent_holm": r.p_equivalent_holm, "within": r.verdict}
+            if r.equivalent is not None:
+                row |= {f"p_equivalent_{made.correction.method}": r.equivalent.p}
+            row |= {"within": r.verdict}
         rows.append({k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
     return pd.DataFrame(rows)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import zipfile
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from scipy.stats import false_discovery_control
 
 from a2sf.analysis.comparisons.runs import compare_runs, labels
 from a2sf.analysis.runs.read import read_runs
 from a2sf.analysis.runs.run import Document, Run, TaskRun, pair, variance_of_drawn_difference, variance_of_draws
 from a2sf.analysis.statistics.equivalence import average_within_margin, tango_score, within_margin
-from a2sf.analysis.statistics.paired import mcnemar_p
+from a2sf.analysis.statistics.paired import holm, mcnemar_p
 from a2sf.analysis.statistics.texts import Texts
 from a2sf.commands import compare
 from a2sf.errors import ConfigError, UserError
@@ -83,7 +86,7 @@ def test_two_runs_of_lm_eval(tmp_path):
     gained, lost = int((b > a).sum()), int((b < a).sum())
     assert (row.difference.gained, row.difference.lost, row.difference.n) == (gained, lost, 40)
     assert row.difference.value == pytest.approx(b.mean() - a.mean())
-    assert row.difference.p == row.p_holm == pytest.approx(mcnemar_p(gained, lost))
+    assert row.difference.p == row.adjusted.p == pytest.approx(mcnemar_p(gained, lost))
 
 
 def test_a_longer_run_is_compared_on_the_documents_that_both_have(tmp_path):
@@ -191,11 +194,39 @@ def test_the_command_writes_tables(tmp_path, capsys):
     compare.main([str(tmp_path / "full"), str(tmp_path / "pruned"), "--margin", "20", "--out", str(tmp_path / "out")])
     said = capsys.readouterr().out
     assert "Runs against full: acc (%)" in said
+    assert (
+        " ".join(said.split()).count("Holm-corrected over the 3 tests of this table") == 2
+    )  # differences, and the margin
     assert "average" in said
     assert max(map(len, said.splitlines()[:8])) <= 80
     assert "| sums | pruned | 40 |" in (tmp_path / "out" / "compare.md").read_text()
     assert r"\toprule" in (tmp_path / "out" / "compare.tex").read_text()
     assert len((tmp_path / "out" / "compare.csv").read_text().splitlines()) == 4
+
+
+def test_the_family_and_the_method_of_correction_are_chosen_and_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = ["full", "a", "b", "full2", "a2", "b2"]
+    for seed, name in enumerate(names):
+        lm_eval_file(tmp_path / name, answers(0.9 if "full" in name else 0.6, seed))
+    common = [*names, "--labels", "full,a,b,full,a,b", "--models", "x,x,x,y,y,y", "--margin", "20", "--out", "out"]
+    made = {}
+    for family, method in (("model", "holm"), ("table", "fdr")):
+        compare.main([*common, "--family", family, "--correction", method])
+        made[family, method] = pd.read_csv("out/compare.csv"), Path("out/compare.md").read_text()
+    capsys.readouterr()
+    frame, text = made["model", "holm"]
+    x, y = frame[frame["tests"] == 2], frame[frame["tests"] == 3]
+    assert [*x["p_holm"], *y["p_holm"]] == pytest.approx([*holm([*x["p"]]), *holm([*y["p"]])])
+    assert text.count("Holm-corrected over the tests of each model (2 to 3)") == 2  # differences, and the margin
+    assert "Holm-corrected over the 2 tests of this model" in text  # pooled over the models
+    frame, text = made["table", "fdr"]
+    assert frame["p_fdr"].tolist() == pytest.approx(false_discovery_control(frame["p"]).tolist())
+    assert (frame["tests"] == 5).all()
+    assert "p_equivalent_fdr" in frame
+    assert "p (FDR)" in text
+    assert text.count("false discovery rate (Benjamini and Hochberg)") == 3
+    assert "Holm" not in text
 
 
 @pytest.mark.parametrize(
