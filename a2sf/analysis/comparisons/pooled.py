@@ -120,6 +120,13 @@ def shown_tasks(found: Sequence[OverModels]) -> list[OverModels]:
     return [o for o in found if o.task == AVERAGE or _place(o) not in averaged]
 
 
+def documents_of(found: Sequence[OverModels]) -> str:
+    """How many documents each model's differences are of, in words."""
+    sizes = sorted({d.n for o in found for d in o.by_model.values()})
+    numbers = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+    return f"n = {numbers} documents in each model"
+
+
 def _place(o: OverModels) -> tuple[object, ...]:
     return (o.shots, o.budget, o.schedule, o.first, o.second, o.factor)
 

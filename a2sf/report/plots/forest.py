@@ -9,7 +9,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from a2sf.analysis.comparisons.pooled import OverModels, shown_tasks
+from a2sf.analysis.comparisons.pooled import OverModels, documents_of, shown_tasks
+from a2sf.analysis.results.grid import AVERAGE
 from a2sf.analysis.results.labels import DASH, MINUS
 from a2sf.report.plots.style import GREY, save
 
@@ -35,7 +36,9 @@ def forest_plots(
         figure = forest(rows[:MOST], percent, metric)
         what = f"{first} {MINUS} {second}" + ("" if shots is None else f", {shots}-shot")
         what += f", the first {MOST} of {len(rows)}" if len(rows) > MOST else ""
-        figure.suptitle(what, x=0.01, ha="left", fontsize=10)
+        tasks = ", ".join(dict.fromkeys("average over tasks" if o.task == AVERAGE else o.task for o in rows[:MOST]))
+        below = f"{tasks}; {documents_of(rows[:MOST])}; intervals: 95 %"
+        figure.suptitle(f"{what}\n{below}", x=0.01, ha="left", fontsize=10)
         caption = f"Differences in each model and pooled over models, with 95 % intervals ({what})"
         written[caption] = save(figure, directory / (f"{stem}-{number + 1}" if len(figures) > 1 else stem))
     return written

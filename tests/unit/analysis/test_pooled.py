@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,6 +158,9 @@ def test_tables_and_plots_of_several_models(sweeps: list[Path], tmp_path: Path, 
     text = (tmp_path / "tables" / "tables.md").read_text()
     assert f"### Over 3 models: each policy {MINUS} full cache" in text
     assert "large, small, tiny; each model counts once" in text
+    assert "n = 270 documents in each model." in text
+    drawn = re.sub(r"\s+", " ", (tmp_path / "plots" / "forest.svg").read_text())
+    assert "average over tasks; n = 270 documents in each model; intervals: 95 %" in drawn
     assert (tmp_path / "plots" / "forest.png").is_file()
     frame = pd.read_csv(tmp_path / "tables" / "models.csv")
     of_all = frame[frame["model"] == ALL]

@@ -17,6 +17,7 @@ from a2sf.analysis.comparisons.ranking import rank
 from a2sf.analysis.results.documents import texts_of
 from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.selection import Selection
+from a2sf.analysis.statistics import paired
 from a2sf.analysis.statistics.paired import average_difference, bootstrap_means, paired_difference, standard_error
 from a2sf.analysis.statistics.texts import Texts, tail_of
 from a2sf.errors import UserError
@@ -44,7 +45,8 @@ def correlated(rng: np.random.Generator, texts: Texts, flips: float, alike: floa
 @pytest.mark.parametrize(
     "texts", [Texts(np.repeat(np.arange(40), 5)), Texts(np.repeat(np.arange(30), range(1, 31)) % 29)]
 )
-def test_level_and_coverage_with_correlated_documents(texts: Texts) -> None:
+def test_level_and_coverage_with_correlated_documents(texts: Texts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paired, "SIGN_FLIPS", 4000)  # p-values near 0.05 within 0.004
     rng = np.random.default_rng(11)
     rounds, wrong, covered, unclustered = 250, 0, 0, 0
     for _ in range(rounds):
@@ -60,7 +62,8 @@ def test_level_and_coverage_with_correlated_documents(texts: Texts) -> None:
 
 
 @pytest.mark.full
-def test_level_and_coverage_of_an_average_over_tasks() -> None:
+def test_level_and_coverage_of_an_average_over_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paired, "SIGN_FLIPS", 4000)  # p-values near 0.05 within 0.004
     rng = np.random.default_rng(12)
     rounds, wrong, covered = 250, 0, 0
     texts = [Texts(np.repeat(np.arange(k), 4)) for k in (15, 25)]
