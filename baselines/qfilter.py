@@ -1,4 +1,4 @@
-"""Q-Filters: tokens whose keys lie along the main direction of a head's queries are retained.
+"""Q-Filters: retain the tokens whose keys lie along the main direction of a head's queries; attention is not used.
 
 Paper: Godey et al., 2025 (arXiv 2503.02812): the queries of a head lie on one side of the origin, along one direction `u`,
 the first right singular vector of many queries, on the side of their mean. So a query is expected to give a key a logit in
