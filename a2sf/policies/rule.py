@@ -9,7 +9,7 @@ multiplied by the forgetting factor. Any other priority is one function of a `St
 heads.
 
 Shapes: B rows, K key/value heads, G query heads per key/value head, N columns, T tokens, D key size, V value size, M
-numbers that a policy stores for each token, W last tokens whose queries a policy asks for.
+numbers that a policy stores for each token, W last tokens whose queries a policy requests.
 """
 
 from __future__ import annotations

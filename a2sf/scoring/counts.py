@@ -56,7 +56,7 @@ class Counts:
 
     @property
     def lengths(self) -> dict[str, Any]:
-        """How long the requests' prompts are and what their budgets come to, in tokens; no budget: None."""
+        """Quantiles of the lengths of prompts and of the budgets, in tokens; None for a policy without a budget."""
         return {"prompt": quantiles(self.prompts), "budget": quantiles(self.budgets)}
 
     def count_read(self, total: int, prompt: int, retention: Sequence[Retention]) -> None:
@@ -79,6 +79,6 @@ class Counts:
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float] | None:
-    """The smallest, quartiles and the largest; None of nothing."""
+    """Minimum, quartiles and maximum; None if there are no numbers."""
     names = ("min", "p25", "median", "p75", "max")
     return dict(zip(names, np.quantile(values, [0, 0.25, 0.5, 0.75, 1]).tolist(), strict=True)) if values else None

@@ -1,4 +1,4 @@
-"""Computes the answers of several systems to the same requests: each token once; if one system fails, the others do not."""
+"""Computes the answers of several systems to the same requests; common tokens are computed once."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Scorer:
         self._ready: dict[tuple[Policy, tuple[int, ...]], Prepared] = {}
 
     def system(self, policy: Policy, budget: Budget | None, schedule: Schedule | None = None) -> System:
-        """A way of pruning this model's cache.
+        """A system: a way of pruning this model's cache.
 
         Args:
             schedule: when tokens are evicted; None: the policy's default.
@@ -88,7 +88,7 @@ class Scorer:
         return System(policy, budget, schedule_for(policy, schedule))
 
     def answers(self, system: System) -> Answers:
-        """Where a system's answers will go; none yet."""
+        """An empty `Answers` for a system, which `score` fills."""
         return Answers(system, Counts(system.schedule, self.kv_heads, global_layers(self.model.config)))
 
     def score(self, requests: Requests, answers: Sequence[Answers]) -> Iterator[None]:
@@ -102,11 +102,11 @@ class Scorer:
         clock = time.perf_counter()
         before = sum(a.seconds for a in answers)
         pending = self._pending(requests, [a for a in answers if a.error is None])
-        own = sum(a.seconds for a in answers) - before  # what single systems took, to prepare prompts
+        own = sum(a.seconds for a in answers) - before  # time that single systems took to prepare prompts
         able = {id(a): a for a in answers if a.error is None}
         for one in able.values():
             one.seconds += (time.perf_counter() - clock - own) / len(able)  # tokenising serves all of them
-        self._ready.clear()  # numbers that are still needed belong to sequences
+        self._ready.clear()  # sequences hold the prepared numbers that are still needed
         yield from self._run([p for p in pending if p.answers.error is None], requests)
 
     def _pending(self, requests: Requests, answers: Sequence[Answers]) -> list[Pending]:
@@ -218,7 +218,7 @@ class Scorer:
         return self._ready[key]
 
     def about(self, sequences: Iterable[ScoredSequence]) -> Model:
-        """What passes need to know of the model to read some sequences, with what their policies ask for."""
+        """What passes need to know of the model to read some sequences, and what their policies need."""
         rules = {s.retention[0].rule for s in sequences if s.retention}
         rotary = rotary_of(self.model) if any(r.unrotated for r in rules) else None
         weights = projections_of(self.model) if any(r.projected for r in rules) else None
@@ -306,6 +306,6 @@ class Scorer:
 
 
 def _about(requests: Requests, i: int, error: Exception) -> Exception:
-    """The same error, which says the task and the document as well."""
+    """The same error with task and document in its message."""
     subject = requests.subject([i])
     return type(error)(f"{subject}: {error}") if subject and not isinstance(error, ConfigError) else error

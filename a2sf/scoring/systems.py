@@ -1,4 +1,4 @@
-"""What is compared, and what it answers: a system is a policy, a budget and a schedule."""
+"""Systems, which are compared (a policy, a budget and a schedule), and their answers to requests."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class System:
 
 
 class Answer(NamedTuple):
-    """What a model says to one request.
+    """The answer of a model to one request.
 
     Attributes:
         value: the log-likelihood, or the text.

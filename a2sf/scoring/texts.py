@@ -1,4 +1,4 @@
-"""Generated texts of several systems: which are missing, how they are generated, and what becomes of errors."""
+"""Generates the missing texts of several systems; an error of one system does not stop the others."""
 
 from __future__ import annotations
 

@@ -43,10 +43,10 @@ class AnswerStore:
         self._saved = time.monotonic()
 
     def add(self, cell: Cell, answers: Answers, finished: StoredCell | None, keys: Collection[str]) -> None:
-        """Take in a cell, with what is known of it: from a result of fewer documents, and from before an interruption.
+        """Add a cell, with its known answers: from a result with fewer documents, and from an interrupted run.
 
         Args:
-            keys: of the requests that are to be answered.
+            keys: the keys of the requests that need an answer.
         """
         self._cells[cell.name], self._answers[cell.name] = cell, answers
         answers.requests = len(keys)
@@ -64,11 +64,11 @@ class AnswerStore:
 
     @property
     def finished(self) -> list[str]:
-        """Names of the cells of which nothing more is computed: all is answered, or an error came."""
+        """Names of the cells that need no more computation: every request has an answer, or the cell failed."""
         return [name for name, a in self._answers.items() if a.complete or a.error is not None]
 
     def save_due(self) -> None:
-        """Write the answers of unfinished cells, if the last time is long enough ago.
+        """Write the answers of unfinished cells, if they were last written at least `seconds` ago.
 
         Raises:
             DiskError: if the disk refuses.

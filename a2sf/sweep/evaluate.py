@@ -141,7 +141,7 @@ def _number(value: Any) -> float | None:
 
 
 def _found(samples: Iterable[dict[str, Any]]) -> dict[str, dict[int, str]]:
-    """By filter and document, what the filter found in the answer."""
+    """For each filter and document, what the filter extracted from the answer."""
     found: dict[str, dict[int, str]] = {}
     for sample in samples:
         found.setdefault(sample["filter"], {})[sample["doc_id"]] = _of_filter(sample)
@@ -169,7 +169,7 @@ def _documents(samples: list[dict[str, Any]], task: Any, recorded: Answers, draw
             "context_tokens": [a.context for a in given],
             "continuation_tokens": [a.continuation for a in given],
         }
-        # a metric may ask for more than the choices (acc_mutual_info: each without its context)
+        # a metric may request more than the choices (acc_mutual_info: each without its context)
         n = min(len(arguments), _number_of_choices(sample, task))
         likelihoods, choices = columns["loglikelihoods"][:n], [a[-1] for a in arguments[:n]]
         rows.append(
@@ -199,7 +199,7 @@ def _answer(recorded: Answers, arguments: tuple[Any, ...]) -> Answer:
 
 
 def _without_texts(documents: pd.DataFrame) -> pd.DataFrame:
-    """The documents with what is compared and counted, and no text: what was written goes, others are empty."""
+    """The documents without texts: columns of generated texts are dropped, prompts, choices and targets are empty."""
     empty = {"context": "", "target": ""}
     written = [f"{of}{name}" for of in ("", "draws/") for name in TEXTS]
     written += [str(c) for c in documents if str(c).startswith("extracted")]

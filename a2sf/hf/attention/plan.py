@@ -126,7 +126,7 @@ class Plan:
         return [self]
 
     def options(self, layer: int, scale: float) -> Options:
-        """What the engine is told of a layer."""
+        """The engine's arguments for a layer."""
         rotary = None if self.rotary is None else self.rotary[layer]
         projection = None if self.projections is None else self.projections[layer]
         return Options(scale, trace=self.trace, layer=layer, layers=self.layers, rotary=rotary, projection=projection)

@@ -65,7 +65,7 @@ class How:
     projection: Projection | None = None
 
     def options(self, scale: float) -> Options:
-        """What the engine is told."""
+        """The engine's arguments."""
         known = {"layer": self.layer, "layers": self.layers, "rotary": self.rotary, "projection": self.projection}
         return Options(scale, return_state=True, trace=self.trace, **known)  # type: ignore[arg-type]
 

@@ -197,8 +197,8 @@ class Passes:
 
 
 def _failed(pending: Sequence[Pending], error: Exception, places: Sequence[int]) -> Done:
-    """What came of a pass that failed because of some of `pending`; each of their systems has the error from now on."""
-    if not places:  # no system's, so it would come again
+    """The outcome of a pass that failed because of some of `pending`; the error is set on the answers of their systems."""
+    if not places:  # of no system, so that the next pass would fail, too
         raise error
     traceback.clear_frames(error.__traceback__)  # which would hold what the pass had in memory
     done = Done()
@@ -218,7 +218,7 @@ def by_system(places: Sequence[int], pending: Sequence[Pending]) -> list[list[in
 
 
 def share(row: Pack, pending: Sequence[Pending], seconds: float) -> None:
-    """Divide what a pass computed among systems: each segment, and each scored position, by those that needed it."""
+    """Divide tokens and time of a pass among systems: a segment, or a scored position, among the systems that needed it."""
     systems = {id(pending[i].answers): pending[i].answers for i in row.items}
     through: list[set[int]] = [set() for _ in row.start]
     scoring: dict[int, set[int]] = {}
