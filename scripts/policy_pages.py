@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import baselines  # noqa: F401  # now, while sys.path begins with this clone
 from a2sf.commands.policy.describe import attributes, idea_and_deviations, paper, policy_summary
 from a2sf.policies.base import WHEN, Policy
 from a2sf.policies.find import built_in, defaults
