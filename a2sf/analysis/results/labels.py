@@ -86,8 +86,8 @@ def settings_label(text: Any) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
-BY_THRESHOLD = "threshold"
-"""The budget of a system that evicts by a threshold: what comes out is in the table of sizes."""
+OWN = "own"
+"""The budget of a policy that evicts and takes none: with a threshold, the table of cached shares says what comes out."""
 
 
 def budget_label(is_full: bool, ratio: Any, tokens: Any, base: Any) -> tuple[str, float]:
@@ -98,7 +98,7 @@ def budget_label(is_full: bool, ratio: Any, tokens: Any, base: Any) -> tuple[str
         text = str(tokens) if isinstance(tokens, str) else f"{tokens:g}"
         return f"{text} tokens", 1.0 + first_number(tokens)
     if pd.isna(ratio):  # a policy without a budget
-        return BY_THRESHOLD, 0.0
+        return OWN, 0.0
     text = ratio if isinstance(ratio, str) else f"{ratio:g}"
     return text if base in ("total", None) or pd.isna(base) else f"{text} of {base}", first_number(ratio)
 

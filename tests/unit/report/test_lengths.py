@@ -104,5 +104,5 @@ def test_what_a_threshold_cached_is_a_table_of_its_own(tmp_path):
     # without a budget, and not the full cache
     assert {(s.policy, s.budget, s.is_full) for s in grid.systems()} == {
         ("full", DASH, True),
-        ("dms", "threshold", False),
+        ("dms", "own", False),
     }
