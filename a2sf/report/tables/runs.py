@@ -17,7 +17,7 @@ from a2sf.report.tables.text import TextTable
 
 LEGEND = (
     "Each run minus {reference}, on the documents that both have (n). Interval: 95 %, paired. Gained and lost: documents "
-    "that only the run, or only {reference}, got right. p: exact McNemar test (paired bootstrap if answers are not right or "
+    "that only the run, or only {reference}, got right. p: exact McNemar test (bootstrap if answers are not right or "
     "wrong, sign flips of whole texts if documents share one), {how}. "
     "Detectable: the smallest difference that these documents show with 80 % power."
 )
