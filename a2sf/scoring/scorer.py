@@ -155,20 +155,23 @@ class Scorer:
         about = self.about(p.sequence for p in pending)
         passes = Passes(self.model, about, self.tokens_per_pass, self.sequences_per_pass)
         windows = Counter((id(p.answers), p.request) for p in pending)
-        values: dict[tuple[int, int], dict[int, float]] = {}
+        values: dict[tuple[int, int], dict[int, tuple[float, float | None]]] = {}
         try:
             for done in passes.run(pending):
-                for p, value, greedy in done.scores:
+                for p, value, greedy, cached in done.scores:
                     place = (id(p.answers), p.request)
                     found = values.setdefault(place, {})
-                    found[p.window] = value
+                    found[p.window] = value, self._counted(p.sequence, cached)
                     p.answers.progress(len(p.sequence.read))
                     if len(found) < windows[place]:
                         continue
                     if requests.kind == ROLLING:
-                        answer = Answer(sum(found[w] for w in sorted(found)), False, 0, 0)
+                        answer = Answer(sum(found[w][0] for w in sorted(found)), False, 0, 0)
                     else:
                         answer = Answer(value, greedy, *p.lengths)
+                    held = [n for w in sorted(found) if (n := found[w][1]) is not None]
+                    if held:
+                        answer = answer._replace(cached=held)
                     p.answers.computed[requests.keys[p.request]] = answer
                 for one, error, blamed in done.failures:
                     if isinstance(error, NonFiniteError):
@@ -176,6 +179,13 @@ class Scorer:
                 yield
         finally:
             self.tokens_per_pass = passes.tokens_per_pass
+
+    @staticmethod
+    def _counted(sequence: ScoredSequence, cached: float | None) -> float | None:
+        """The tokens cached at the end, where a threshold decides it: all, if it was read with the full cache."""
+        if all(k.rule.threshold is None for k in sequence.retention):
+            return None
+        return float(len(sequence.read)) if cached is None else cached
 
     def sequence(self, requests: Requests, i: int, window: Window, system: System) -> ScoredSequence:
         """A window of request `i` as `system` reads it.
@@ -230,7 +240,7 @@ class Scorer:
         for i, key in enumerate(requests.keys):
             answer = answers.answer(key)
             assert answer is not None
-            for context, targets, new in self._lengths(requests, i, answer):
+            for window, (context, targets, new) in enumerate(self._lengths(requests, i, answer)):
                 most = targets if new is None else new
                 read = min(context, self.lm.max_length + (1 if new is None else 0) - most)
                 cut = requests.cut(i, system, read, context)
@@ -240,6 +250,9 @@ class Scorer:
                     counts.reused += 1
                 else:
                     counts.count_read(read + max(0, targets - 1), cut, retention)
+                if answer.cached is not None:
+                    total = read + max(0, (targets if answer.tokens is None else len(answer.tokens)) - 1)
+                    counts.count_cached(answer.cached[window], total, cut, retention)
 
     def _lengths(self, requests: Requests, i: int, answer: Answer) -> list[tuple[int, int, int | None]]:
         """Of each window of a request: tokens of the context, of what is scored or was generated, and the limit of these."""

@@ -55,6 +55,8 @@ class Answer(NamedTuple):
         tokens: the tokens that were generated, with those of thinking and of the stop sequence; None: not known.
         thinking: what was thought before the answer, which is not part of `value`.
         thinking_tokens: how many of `tokens` that took, with the token that ends it.
+        cached: of each window of the request, tokens cached at its end, mean over the layers and heads that a threshold acts
+            on; None: numbers say it.
     """
 
     value: Any
@@ -66,6 +68,7 @@ class Answer(NamedTuple):
     tokens: list[int] | None = None
     thinking: str = ""
     thinking_tokens: int = 0
+    cached: list[float] | None = None
 
 
 @dataclass

@@ -196,6 +196,10 @@ class Texts:
         settings, choice, _ = self._settings[name]
         for one in {id(r.answers): r.answers for r in rows}.values():
             mine = [r for r in rows if r.answers is one]
+            if any(k.rule.threshold is not None for k in mine[0].sequence.retention):
+                why = "how many tokens its threshold leaves is counted where texts are searched greedily or drawn alone"
+                one.error = ConfigError("policy", one.system.policy.name, f"{why}; give other gen_kwargs")
+                continue
             of_model = {k: v for k, v in settings.items() if k != "max_length"}
             if choice.of.draws_at_all:
                 torch.manual_seed(self._seed)
@@ -227,6 +231,7 @@ class Texts:
                 row.tokens,
                 text.thinking,
                 text.thinking_tokens,
+                None if row.cached is None else [row.cached],
             )
 
     @property

@@ -187,6 +187,11 @@ def known_answers(stored: StoredCell | None, documents: str) -> dict[str, Answer
         if f"{prefix}{columns[0]}" in stored.documents:
             for row in stored.documents[[f"{prefix}{c}" for c in columns]].itertuples(index=False):
                 known.update({h: Answer(float(x), bool(g), int(c), int(n)) for h, x, g, c, n in zip(*row, strict=True)})
+            if f"{prefix}cached_tokens" in stored.documents:
+                counted = stored.documents[[f"{prefix}{columns[0]}", f"{prefix}cached_tokens"]]
+                for keys, cached in counted.itertuples(index=False):
+                    for key, n in zip(keys, cached, strict=True):
+                        known[key] = known[key]._replace(cached=None if n is None else [float(x) for x in n])
     return known
 
 
@@ -200,6 +205,7 @@ def _known_texts(documents: pd.DataFrame) -> dict[str, Answer]:
     for row in documents.to_dict("records"):
         keys, lengths = row["request_hashes"], zip(row["context_tokens"], row["continuation_tokens"], strict=True)
         of_draws = zip(*(row[c] for c in several), strict=True) if len(keys) > 1 else [[row.get(c) for c in columns]]
+        held = dict(zip(keys, row.get("cached_tokens", [None] * len(keys)), strict=True))
         for key, (context, length), (text, ended, finish, tokens, thinking, thought) in zip(
             keys, lengths, of_draws, strict=True
         ):
@@ -213,5 +219,6 @@ def _known_texts(documents: pd.DataFrame) -> dict[str, Answer]:
                 None if tokens is None else [int(t) for t in tokens],
                 thinking or "",
                 int(thought or 0),
+                None if (n := held[key]) is None else [float(x) for x in n],
             )
     return known

@@ -171,6 +171,7 @@ class Cell:
             "policy_settings": settings,
             **({} if self.policy.causal else {"policy_causal": False}),
             "budget": self.identity["budget"],
+            **({} if self.budget or not self.policy.evicts else {"policy_evicts": True}),  # without a budget
             "schedule": schedule_for(self.policy, self.schedule).name,
             "forgetting_factor": settings.get("forgetting_factor"),
             "task": self.task_name,

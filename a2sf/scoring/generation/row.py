@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import numpy as np
+from torch import Tensor
 
 from a2sf.policies.base import UNLIMITED
 from a2sf.scoring.generation.ends import EOS, LENGTH, STOP, Ends
@@ -27,6 +30,7 @@ class Row:
         draw: the text's key and a seed, of which its random numbers are made (`generator`); None: tokens are not drawn.
         tokens: those generated so far.
         finish: why it ended; None: it has not.
+        cached: tokens cached at its end, mean over the layers and heads where a threshold decides it; None: numbers say it.
     """
 
     answers: Answers
@@ -38,6 +42,7 @@ class Row:
     draw: tuple[str, int] | None = None
     tokens: list[int] = field(default_factory=list)
     finish: str | None = None
+    cached: float | None = None
     generator: np.random.Generator | None = None
     _thinks: bool = False
     _answer: int = 0  # the token that the answer, or what may be one, begins with
@@ -82,13 +87,21 @@ class Row:
             text = text.lstrip()  # blank lines between thinking and answer are not part of the answer
         return any(stop in text for stop in self.ends.stop)
 
+    def note_cached(self, counts: Sequence[Tensor]) -> None:
+        """Note how many tokens are cached at its end, of each layer and KV head.
+
+        Args:
+            counts: [K] of each layer that a threshold acts on.
+        """
+        self.cached = fmean(float(n.double().mean()) for n in counts) if counts else None
+
     @property
     def held(self) -> int:
         """Tokens of all layers together that the cache holds at most once the prompt is read."""
         total = len(self.sequence.read) + self.limit
         schedule, found = self.sequence.schedule, 0
         for k in self.sequence.retention:
-            if k.budget >= UNLIMITED or k.rule.full_heads:
+            if k.budget >= UNLIMITED or k.rule.full_heads or k.rule.threshold is not None:
                 found += total
             else:
                 later = self.limit if schedule.prompt and schedule.then == "keep" else schedule.spare

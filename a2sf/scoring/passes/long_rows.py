@@ -60,6 +60,10 @@ def cached_at_most(sequences: Sequence[ScoredSequence]) -> int:
 
 
 def _most(retention: Retention, tokens: int, prompt: int, schedule: Schedule) -> int:
-    if retention.rule.full_heads or (schedule.prompt and schedule.then == "keep"):
+    if (
+        retention.rule.full_heads
+        or retention.rule.threshold is not None
+        or (schedule.prompt and schedule.then == "keep")
+    ):
         return tokens
     return min(tokens, max(prompt if schedule.prompt else 0, retention.budget + schedule.spare))

@@ -48,11 +48,12 @@ class Done:
     """What a pass computed.
 
     Attributes:
-        scores: each log-likelihood, and whether greedy decoding would have produced the continuation.
+        scores: each log-likelihood, whether greedy decoding would have produced the continuation, and the tokens that were
+            cached at the end, mean over layers and heads, where a threshold decides it; else None.
         failures: answers of a system that cannot be computed, why, and the places of the requests that are to blame.
     """
 
-    scores: list[tuple[Pending, float, bool]] = field(default_factory=list)
+    scores: list[tuple[Pending, float, bool, float | None]] = field(default_factory=list)
     failures: list[tuple[Answers, Exception, list[int]]] = field(default_factory=list)
 
 
@@ -105,7 +106,8 @@ class Passes:
                             del left[i]
                     clock = time.perf_counter()
                     break
-                done = Done([(pending[i], *score) for i, score in zip(row.items, scores, strict=True)])
+                cached = {i: n for plan in plans for i, n in plan.cached_by().items()}
+                done = Done([(pending[i], *score, cached.get(i)) for i, score in zip(row.items, scores, strict=True)])
                 for i in row.items:
                     del left[i]
                 for plan in plans:
