@@ -55,6 +55,8 @@ class Answer(NamedTuple):
         tokens: the tokens that were generated, with those of thinking and of the stop sequence; None: not known.
         thinking: what was thought before the answer, which is not part of `value`.
         thinking_tokens: how many of `tokens` that took, with the token that ends it.
+        turns: of a conversation, how many of `tokens` each answer has; None: there is one answer. `value` has all answers
+            (`a2sf.tasks.turns.joined`), and `finish` is that of the first answer that was cut off, else of the last.
     """
 
     value: Any
@@ -66,6 +68,7 @@ class Answer(NamedTuple):
     tokens: list[int] | None = None
     thinking: str = ""
     thinking_tokens: int = 0
+    turns: list[int] | None = None
 
 
 @dataclass

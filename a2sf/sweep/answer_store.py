@@ -196,11 +196,12 @@ def _known_texts(documents: pd.DataFrame) -> dict[str, Answer]:
         return {}
     known: dict[str, Answer] = {}
     columns = ["generated", "ended", "finish", "tokens", "thinking", "thinking_tokens"]
+    columns += ["turns"] if "turns" in documents else []
     several = [f"draws/{c}" for c in columns]
     for row in documents.to_dict("records"):
         keys, lengths = row["request_hashes"], zip(row["context_tokens"], row["continuation_tokens"], strict=True)
         of_draws = zip(*(row[c] for c in several), strict=True) if len(keys) > 1 else [[row.get(c) for c in columns]]
-        for key, (context, length), (text, ended, finish, tokens, thinking, thought) in zip(
+        for key, (context, length), (text, ended, finish, tokens, thinking, thought, *turns) in zip(
             keys, lengths, of_draws, strict=True
         ):
             known[key] = Answer(
@@ -213,5 +214,6 @@ def _known_texts(documents: pd.DataFrame) -> dict[str, Answer]:
                 None if tokens is None else [int(t) for t in tokens],
                 thinking or "",
                 int(thought or 0),
+                [int(n) for n in turns[0]] if turns else None,
             )
     return known
