@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-all lint format docs bench figures clean
+.PHONY: setup demo test test-all test-exhaustive lint format docs bench figures clean
 
 # uv resolves in seconds and picks torch for this machine's GPU, or for the CPU; pip does where uv is not installed
 INSTALL := $(if $(shell command -v uv),uv pip install -q --python $(BIN)/python --torch-backend=auto,$(BIN)/pip install -q) -c constraints.txt
@@ -38,8 +38,12 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-lo
 test: $(READY)
 	$(PYTEST) -m "not full"
 
-# every policy with every schedule, model and backend
+# every policy under every schedule, each with one model, backend or cut of the text, in turn
 test-all: $(READY)
+	$(PYTEST) -m "not exhaustive"
+
+# every policy with every schedule, model, backend and cut: for a change of the engine, in an hour
+test-exhaustive: $(READY)
 	$(PYTEST)
 
 lint: $(READY)

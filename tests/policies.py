@@ -297,18 +297,46 @@ def representatives() -> list[tuple[Policy, Schedule]]:
 def tiered(tuples: Iterable[tuple[Any, ...]]) -> list[Any]:
     """What a test is parametrized with, a policy and a schedule and perhaps more, each tuple once.
 
-    `make test` takes the representatives, each with one of the further values, in turn; the rest is marked `full`.
+    `make test` takes the representatives, each with one of the further values, in turn. `make test-all` takes every policy
+    under every schedule, each with one of the further values, in turn, and a policy's other settings under one schedule;
+    what it adds is marked `full`. The rest of the matrix is marked `exhaustive` as well.
     """
     quick = [(repr(p), label(s)) for p, s in representatives()]
     further: dict[Any, list[Any]] = {}
     for policy, schedule, *more in (tuples := list(tuples)):
         further.setdefault((repr(policy), label(schedule)), []).append(more)
+    full = _one_schedule_for_other_settings(tuples)
+    places = {key: i for i, key in enumerate(further)}
     made = []
     for policy, schedule, *more in tuples:
-        key = (repr(policy), label(schedule))
-        taken = key in quick and more == further[key][quick.index(key) % len(further[key])]
-        made.append(pytest.param(policy, schedule, *more, marks=[] if taken else pytest.mark.full))
+        values = further[key := (repr(policy), label(schedule))]
+        in_quick = key in quick and more == values[quick.index(key) % len(values)]
+        in_full = in_quick or (key in full and more == values[places[key] % len(values)])
+        marks = [] if in_quick else [pytest.mark.full] if in_full else [pytest.mark.full, pytest.mark.exhaustive]
+        made.append(pytest.param(policy, schedule, *more, marks=marks))
     return made
+
+
+def _one_schedule_for_other_settings(tuples: Iterable[tuple[Any, ...]]) -> set[tuple[str, str]]:
+    """Policy and schedule of the tuples: a policy's small settings under each schedule, its others under one, in turn."""
+    schedules_of: dict[str, list[str]] = {}
+    of_name: dict[str, list[str]] = {}
+    chosen: dict[str, str] = {}
+    for policy, schedule, *_ in tuples:
+        name = repr(policy)
+        if label(schedule) not in schedules_of.setdefault(name, []):
+            schedules_of[name].append(label(schedule))
+        if name not in of_name.setdefault(policy.name, []):
+            of_name[policy.name].append(name)
+        if name == repr(small(type(policy))):
+            chosen[policy.name] = name
+    found = set()
+    for turn, (name, instances_) in enumerate(of_name.items()):
+        for i, instance in enumerate(instances_):
+            known = schedules_of[instance]
+            every = instance == chosen.get(name, instances_[-1])
+            found |= {(instance, s) for s in (known if every else [known[(turn + i) % len(known)]])}
+    return found
 
 
 def label(x: object) -> str:
