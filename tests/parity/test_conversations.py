@@ -13,8 +13,11 @@ from a2sf.hf.cache.pruned import PrunedCache
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policies
 from a2sf.policies.schedule import Schedule
+from a2sf.scoring.generation.memory import cache_bytes
 from a2sf.scoring.lm import PrunedLM
 from a2sf.scoring.requests import Requests, value_of
+from a2sf.scoring.systems import Answer
+from a2sf.sweep.full_texts import FullTexts
 from a2sf.tasks.turns import NEXT
 from tests.models import shared
 from tests.policies import ties
@@ -193,6 +196,30 @@ def test_the_same_texts_come_from_lm_evals_entry_and_counts_are_of_all_turns(lm)
         unpruned += sum(before + j <= 30 for j in range(n))
         before += n + len(question)
     assert answers.counts.pruned == tokens - unpruned
+
+
+def test_traces_and_bytes_are_of_all_turns(lm):
+    (system,) = systems(lm, ["full"])
+    (answers,) = generated(lm, requests := requests_of(lm), [system])
+    size = cache_bytes(lm.scorer, [requests], answers)
+    text = lm.model.config.get_text_config()
+    per_token = 2 * text.head_dim * text.num_key_value_heads * text.num_hidden_layers * 4
+    traces = lm.scorer.traces(requests, answers, len(TALKS))
+    assert len(traces) == len(TALKS)
+    for i, (key, talk, trace) in enumerate(zip(requests.keys, TALKS, traces, strict=True)):
+        read = [*lm.tok_encode(talk[0]), *requests.after(i, answers.computed[key])]
+        assert trace.tokens.tolist() == read
+        assert size[key] == (len(read) - 1) * per_token  # the last token is never read
+
+
+def test_the_full_caches_conversations_are_not_read_as_its_texts(lm):
+    (system,) = systems(lm, ["full"])
+    (answers,) = generated(lm, requests := requests_of(lm), [system])
+    made = object.__new__(FullTexts)
+    made.scorer = lm.scorer
+    plain = Answer("x", False, 1, 1, tokens=[5])
+    assert made._tokens({**answers.computed, "plain": plain}) == {"plain": [5]}
+    assert len(answers.computed) == len(requests)
 
 
 def test_a_stop_sequence_ends_one_turn_alone(lm):
