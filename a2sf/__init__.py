@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from baselines.chunkkv import ChunkKV
     from baselines.criticalkv import CriticalKV
     from baselines.curdkv import CurDKV
+    from baselines.dms import DMS
     from baselines.expected_attention import ExpectedAttention
     from baselines.full import Full
     from baselines.future import Future
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 __all__ = [
     "A2SF",
     "CAKE",
+    "DMS",
     "H2O",
     "RKV",
     "TOVA",
@@ -102,6 +104,7 @@ _WHERE = {
     "ChunkKV": "baselines.chunkkv",
     "CriticalKV": "baselines.criticalkv",
     "CurDKV": "baselines.curdkv",
+    "DMS": "baselines.dms",
     "EvictionState": "a2sf.engine.state",
     "ExpectedAttention": "baselines.expected_attention",
     "Full": "baselines.full",

@@ -1,6 +1,6 @@
 """Files that come with the package: `conf/`, and the published numbers under `runs/reference/`.
 
-In a clone they lie at the top of the repository, in an installed wheel inside the package; everything asks here.
+In a clone they lie at the top of the repository, in an installed wheel inside the package.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def shipped(path: str) -> Path:
 def found(path: str | Path) -> Path:
     """A user's path, where a name under `runs/reference/` that is not here means what comes with the package.
 
-    So presets and the docs' commands name settings alike in a clone and without one.
+    So presets and the commands in docs work with the same paths in a clone and without one.
     """
     try:
         given = Path(path).expanduser()

@@ -1,11 +1,11 @@
-"""CAKE: layers get slots by how widely, and how changeably, the prompt's last queries attend; tokens by mean and variance.
+"""CAKE: slots are divided among layers by entropy and variance of attention, tokens are ranked by its mean and variance.
 
-Paper: Qin et al., 2025 (arXiv 2503.12491). With the attention `A` of the last `window` queries to the tokens before them,
-`H = - sum A log A` and `V = sum Var(A over the queries)`, a layer's slots are in proportion to `H^(1/tau1) V^(1/tau2)`; each
-layer retains its window and the tokens with the largest `mean(A) + gamma Var(A)`, averaged over `kernel` neighbours.
-Deviations: the prompt is read once more beforehand for the layers' shares, instead of a cut in cascades (with the same
-result); scores are means over the group; if the schedule continues step by step, tokens are ranked by the last queries then,
-without their neighbours.
+Paper: Qin et al., 2025 (arXiv 2503.12491). With the attention `A` of the last `window` queries to the tokens before
+them, `H = - sum A log A` and `V = sum Var(A over the queries)`, a layer's slots are in proportion to `H^(1/tau1)
+V^(1/tau2)`; each layer retains its window and the tokens with the largest `mean(A) + gamma Var(A)`, averaged over
+`kernel` neighbours. Deviations: the prompt is read once more beforehand for the layers' shares, instead of a cut in
+cascades (with the same result); scores are means over the group; if the schedule continues step by step, tokens are
+ranked by the last queries then, without their neighbours.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Calibrated: accumulated or mean attention with settings for each layer, or for each key/value head, read from a file.
 
 `a2sf calibrate` writes the file. It found on plain text: the forgetting factor, the share of the newest tokens, the
-sinks, whether tokens are ranked by the mean, and how the slots are divided among layers (and heads). Nothing is chosen
-here.
+sinks, whether tokens are ranked by the mean, and how the slots are divided among layers (and heads). This policy only
+reads it.
 
 Source: the rankings are A2SF's (arXiv 2407.20485) and the mean attention of RoCo (2402.06262). Slots are divided by the
 error that fewer slots cause, as in AdaKV (2407.11550), but once for a model instead of for each prompt. Deviations: a

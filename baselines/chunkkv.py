@@ -1,11 +1,11 @@
 """ChunkKV: tokens are retained or evicted as whole chunks, by the mean priority that another policy gives to their tokens.
 
-Paper: Liu et al., 2025 (arXiv 2502.00299): the prompt is divided into chunks of consecutive tokens; a chunk's score is that
-of its tokens together, by the attention of the prompt's last queries, and the best chunks are retained. Deviations: the
-score may be any policy's (as in kvpress), SnapKV's by default; all KV heads of a layer retain the same chunks (as in
-kvpress), unless `by` divides slots among heads; the budget is exact, so that the last chunk that fits in part only retains
-its newest tokens; chunks of the sequence are meant, also where some of their tokens are gone; layers do not reuse the
-choice of other layers (a saving of time in the paper).
+Paper: Liu et al., 2025 (arXiv 2502.00299): the prompt is divided into chunks of consecutive tokens; a chunk's score is
+that of its tokens together, by the attention of the prompt's last queries, and the best chunks are retained.
+Deviations: the score may be any policy's (as in kvpress), SnapKV's by default; all KV heads of a layer retain the same
+chunks (as in kvpress), unless `by` divides slots among heads; the budget is exact, so that the last chunk that fits in
+part only retains its newest tokens; a chunk is a piece of the sequence, also when some of its tokens have been evicted;
+layers do not reuse the choice of other layers (a saving of time in the paper).
 """
 
 from __future__ import annotations

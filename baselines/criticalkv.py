@@ -1,12 +1,12 @@
-"""CriticalKV: half of the budget by another policy's priorities, half by these times what the value does to the output.
+"""CriticalKV: first the best tokens of another policy, then those of its priority times the norm of the projected value.
 
 Paper: Feng et al., 2025 (arXiv 2502.03805): the error that an eviction causes in the output of a layer is bounded by
-attention times `||W_o v||_1`, where `W_o` is the projection after the attention. So `first` of the budget is for the tokens
-of the highest attention, and the rest for those of the highest product. Deviations: priorities may be any policy's that are
-not negative, SnapKV's by default; protected tokens take places of the first half, as in kvpress; the norm is the mean over
-the query heads of the group, and heads retain tokens of their own, also where those of `by` do not. kvpress adds 1e-4 of
-mean attention before the product (`epsilon`, here 0; SnapKV's priorities are sums over the window and the group). Without a
-model (a2sf.attend) no projection is known, and the value's own norm counts.
+attention times `||W_o v||_1`, where `W_o` is the projection after the attention. So `first` of the budget is for the
+tokens of the highest attention, and the rest for those of the highest product. Deviations: priorities may be any
+policy's that are not negative, SnapKV's by default; protected tokens take places of the first half, as in kvpress; the
+norm is the mean over the query heads of the group, and each head retains its own tokens, also if `by` retains the same
+in all heads. kvpress adds 1e-4 of mean attention before the product (`epsilon`, here 0; SnapKV's priorities are sums
+over the window and the group). Without a model (a2sf.attend) no projection is known, and the value's own norm counts.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""CurDKV: the product of a token's key and value leverage.
+"""CurDKV: retain the tokens with the largest product of the leverage scores of key and value.
 
 Paper: Sengupta et al., 2025 (arXiv 2509.15038): tokens are chosen as the rows of a CUR decomposition of the attention
-output, by leverage scores of their keys and values. The scores are approximated by squared norms, each divided by the sum
-over the neighbourhood: `||k_j||^2 / sum ||k_i||^2 * ||v_j||^2 / sum ||v_i||^2`, with sums over the `window` consecutive
-positions that the token is in. The first tokens are retained. Deviations: no random projection before the norms (an
-option in kvpress, off there too); sums are over the tokens that are still cached, and the newest window may be incomplete,
-so that its tokens have larger shares.
+output, by leverage scores of their keys and values. The scores are approximated by squared norms, each divided by the
+sum over the neighbourhood: `||k_j||^2 / sum ||k_i||^2 * ||v_j||^2 / sum ||v_i||^2`, with sums over the `window`
+consecutive positions that the token is in. The first tokens are retained. Deviations: no random projection before the
+norms (an option in kvpress, off there too); sums are over the tokens that are still cached, and the newest window may
+be incomplete, so that its tokens have larger shares.
 """
 
 from __future__ import annotations

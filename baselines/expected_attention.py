@@ -1,12 +1,12 @@
 """Expected attention: the attention that queries of the next positions will pay, if they are like the last ones.
 
-Paper: Devoto et al., 2025 (arXiv 2510.00636): queries before the rotary embedding are taken as normally distributed, with
-the mean `m` and the covariance `S` of the prompt's. Let `R` be the rotary embedding averaged over the next `future`
-positions. A future query is expected to give a key the weight `exp(k R m / sqrt(d) + k R S R' k / 2d)`. These weights,
-normalised over the tokens and averaged over the query heads of the group, are multiplied by `||v||_2`. The first tokens are
-retained, and not counted. Deviations: statistics of the last `window` queries instead of all of the prompt's, the queries
-of the first `sinks` tokens left out as in kvpress; every schedule is possible. Without a model (a2sf.attend) no rotary
-embedding is known, and `R` is the identity.
+Paper: Devoto et al., 2025 (arXiv 2510.00636): queries before the rotary embedding are taken as normally distributed,
+with the mean `m` and the covariance `S` of the prompt's. Let `R` be the rotary embedding averaged over the next
+`future` positions. A future query is expected to give a key the weight `exp(k R m / sqrt(d) + k R S R' k / 2d)`. These
+weights, normalised over the tokens and averaged over the query heads of the group, are multiplied by `||v||_2`. The
+first tokens are retained, and their queries left out. Deviations: statistics of the last `window` queries instead of
+all of the prompt's, as in kvpress without those of the first `sinks` tokens; every schedule is possible. Without a
+model (a2sf.attend) no rotary embedding is known, and `R` is the identity.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class ExpectedAttention(Policy):
     """Expected attention of future queries, times the norm of the value.
 
     Attributes:
-        future: over how many next positions the rotary embedding is averaged.
-        covariance: whether the spread of queries counts, or their mean alone.
+        future: number of next positions over which the rotary embedding is averaged.
+        covariance: whether the covariance of the queries is used, or their mean alone.
         sinks: how many of the first tokens are never evicted.
-        window: of how many last tokens the queries are described.
+        window: number of last tokens whose queries give the mean and the covariance.
     """
 
     name: ClassVar[str] = "expected_attention"

@@ -1,8 +1,10 @@
 """H2O: retain the tokens with the most accumulated attention (heavy hitters) and the newest tokens.
 
-Paper: Zhang et al., 2023 (arXiv 2306.14048). Deviations: the budget is divided after it is rounded, so that all policies
-have the same budget (the published code uses floor(ratio/2 * T) twice, which may be one token less); heavy hitters are
-chosen causally (the published lm-eval code for LLaMA also uses the attention of later queries).
+Paper: Zhang et al., 2023 (arXiv 2306.14048): a few tokens, the heavy hitters, receive most of the attention. The
+priority is accumulated attention; a share of the budget is for the newest tokens. Deviations: the budget is divided
+after it is rounded, so that all policies have the same budget (the published code uses floor(ratio/2 * T) twice, which
+may be one token less); heavy hitters are chosen causally (the published lm-eval code for LLaMA also uses the attention
+of later queries).
 """
 
 from __future__ import annotations

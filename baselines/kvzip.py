@@ -1,4 +1,4 @@
-"""KVzip: tokens are ranked by the most attention that they get while the model repeats the context.
+"""KVzip: tokens are ranked by the largest attention that they get while the model repeats the context.
 
 Paper: Kim et al., 2025 (arXiv 2505.23416): the context is followed by itself, and a token's score is the largest attention
 that any query of the repetition, in any head of the group, pays to it: `S = max softmax(Q K^T)`. The best tokens of the

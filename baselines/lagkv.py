@@ -1,4 +1,4 @@
-"""LagKV: tokens are compared with the tokens of the next piece of the text, without attention.
+"""LagKV: retain the tokens whose keys and values vary most relative to the next piece of the text; attention is not used.
 
 Paper: Liang et al., 2025 (arXiv 2504.04704). After the sinks, the sequence is divided into pieces of `lag` tokens. Each
 channel of a piece's keys and values is scaled by the minimum and maximum of that channel in the next piece. The score of a

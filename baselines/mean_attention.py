@@ -1,10 +1,10 @@
 """Mean attention: accumulated attention divided by the number of steps, so that old tokens have no advantage.
 
-Source: the mean attention score of Ren and Zhu, 2024 (RoCo, arXiv 2402.06262), with A2SF's forgetting factor
-(2407.20485): `A_j / N_j`, where `N_j` is the sum of `a^i` for `i` from 0 to the token's age. With `a = 1` this is the
-mean, with `a < 1` an exponential moving average with bias correction. Deviations: RoCo also protects the tokens whose
-attention varies most. This policy does not; it has a recent window instead, because the mean of a new token is not
-reliable.
+Source: the mean attention score of Ren and Zhu, 2024 (RoCo, arXiv 2402.06262). With A2SF's forgetting factor `a` (arXiv
+2407.20485) the priority is `A_j / N_j`, where `N_j` is the sum of `a^i` for `i` from 0 to the token's age. With `a = 1`
+this is the mean, with `a < 1` an exponential moving average with bias correction. Deviations: RoCo also protects the
+tokens whose attention varies most. This policy does not; it has a recent window instead, because the mean of a new
+token is not reliable.
 """
 
 from __future__ import annotations

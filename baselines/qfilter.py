@@ -1,4 +1,4 @@
-"""Q-Filters: tokens whose keys lie along the main direction of a head's queries are retained.
+"""Q-Filters: retain the tokens whose keys lie along the main direction of a head's queries; attention is not used.
 
 Paper: Godey et al., 2025 (arXiv 2503.02812): the queries of a head lie on one side of the origin, along one direction `u`,
 the first right singular vector of many queries, on the side of their mean. So a query is expected to give a key a logit in
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from a2sf.errors import ConfigError
 from a2sf.policies.base import Policy, Retention
-from a2sf.policies.rule import Rule, Step
+from a2sf.policies.rule import Rule, Step, TokenFn
 from a2sf.shipped import found
 
 KEY = "policy.file"
@@ -75,19 +75,37 @@ class QFilter(Policy):
     def priorities(self, step: Step) -> Tensor:
         if self.directions is None:
             assert step.queries is not None
-            direction = step.queries.sum((2, 3))
-        else:
-            direction = self.directions[step.layer].to(step.keys)[None]
-            if direction.shape[-1] != step.keys.shape[-1]:
-                sizes = f"it is of heads of {direction.shape[-1]} numbers, and this model's have {step.keys.shape[-1]}"
-                raise ConfigError(KEY, self.file["name"], sizes)
-        return (step.keys * direction[:, :, None]).sum(-1)
+            return (step.keys * step.queries.sum((2, 3))[:, :, None]).sum(-1)
+        return self.along(step.keys, step.layer)
+
+    def along(self, keys: Tensor, layer: int) -> Tensor:
+        """`k · u` of keys [B, K, N, D], with the directions of the file."""
+        assert self.directions is not None
+        direction = self.directions[layer].to(keys)[None]
+        if direction.shape[-1] != keys.shape[-1]:
+            sizes = f"it is of heads of {direction.shape[-1]} numbers, and this model's have {keys.shape[-1]}"
+            raise ConfigError(KEY, self.file["name"], sizes)
+        return (keys * direction[:, :, None]).sum(-1)
+
+    def at_entry(self, layer: int) -> TokenFn | None:
+        return Along(self, layer) if self.file else None
 
     def stored_settings(self) -> dict[str, Any]:
         if not self.file:
             return {"file": ""}
         digest = hashlib.sha256(self.file["filters"].encode()).hexdigest()[:16]
         return {"file": {"name": self.file["name"], "shape": self.file["shape"], "digest": digest}}
+
+
+@dataclass(frozen=True)
+class Along:
+    """The priorities of a policy with a file, in one layer."""
+
+    policy: QFilter
+    layer: int
+
+    def __call__(self, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+        return self.policy.along(keys, self.layer)
 
 
 def _read(given: Any) -> Any:

@@ -1,12 +1,12 @@
-"""R-KV: tokens that the last queries attend to, without tokens whose keys are like those of later ones.
+"""R-KV: retain tokens that the last queries attend to, and whose keys are not similar to those of other tokens.
 
-Paper: Cai et al., 2025 (arXiv 2505.24133), for long chains of thought. Importance `I`: the attention of the last `window`
-queries to the tokens before them (logits: the maximum over the group's query heads), averaged over the queries, the maximum
-over neighbouring tokens. Redundancy `R`: the cosine similarity of a key with all others, averaged, as a softmax over the
-tokens; for each key, the similarity with the most recent key that is closer than 0.5 counts as 0, so that of similar tokens
-the newest remains. The priority is `mix * I - (1 - mix) * R`; the window is retained. Deviations: every schedule is
-possible (the paper: `every` 128). The published code has 0.07 for `mix`, and leaves the window out of the softmax of the
-attention, as here.
+Paper: Cai et al., 2025 (arXiv 2505.24133), for long chains of thought. Importance `I`: the attention of the last
+`window` queries to the tokens before them (logits: the maximum over the group's query heads), averaged over the
+queries, the maximum over neighbouring tokens. Redundancy `R`: the cosine similarity of a key with all others, averaged,
+as a softmax over the tokens; for each key, the similarity with the most recent key that is closer than 0.5 counts as 0,
+so that of similar tokens the newest remains. The priority is `mix * I - (1 - mix) * R`; the window is retained.
+Deviations: every schedule is possible (the paper: `every` 128). The published code has 0.07 for `mix`, and leaves the
+window out of the softmax of the attention, as here.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ LATE = 2**62
 
 @dataclass(frozen=True, kw_only=True)
 class RKV(Policy):
-    """Attention of the last queries against the likeness of keys.
+    """Attention of the last queries minus the similarity of keys.
 
     Attributes:
         window: number of last queries whose attention counts; their tokens are retained.
-        mix: weight of attention, from 0 to 1; the rest is that of likeness.
+        mix: weight of attention, from 0 to 1; the rest is the weight of similarity.
     """
 
     name: ClassVar[str] = "rkv"

@@ -1,8 +1,9 @@
 """StreamingLLM: the first tokens (attention sinks) are retained; the rest of the budget is a sliding window.
 
-Paper: Xiao et al., 2023 (arXiv 2309.17453). Deviations: keys keep the rotary position of their token (the paper renumbers
-positions in the cache). If a ratio gives a short sequence fewer slots than there are sinks, all slots are for sinks;
-`budget.tokens` below the number of sinks is refused.
+Paper: Xiao et al., 2023 (arXiv 2309.17453): the first tokens receive much attention whatever they are, because a
+softmax must sum to 1, and a model writes nonsense once they are evicted. Deviations: keys keep the rotary position of
+their token (the paper renumbers positions in the cache). If a ratio gives a short sequence fewer slots than there are
+sinks, all slots are for sinks; `budget.tokens` below the number of sinks is refused.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Sliding window ("local" attention): retain the newest tokens.
 
-Source: Beltagy et al., 2020 (arXiv 2004.05150), as a cache policy. The oldest token is evicted, whatever its attention
+Source: Beltagy et al., 2020 (arXiv 2004.05150). The oldest token is evicted, whatever its attention
 is. Deviations: none.
 """
 

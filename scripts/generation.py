@@ -30,7 +30,7 @@ PAGE = Path("docs/generation.md")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do what the command line asks for."""
+    """Run the part that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "figures"))
     parser.add_argument("overrides", nargs="*", help="of the presets, such as limit=20")

@@ -117,7 +117,7 @@ SUPPORTED = [
             "activation_sparsity_pattern": [0.0] * 4,
             "intermediate_size": [48] * 4,
         },
-        note="layers that share keys and values keep and evict them each for itself",
+        note="layers that share keys and values evict them separately",
     ),
     Architecture("Cohere", "cohere"),
     Architecture("Cohere 2", "cohere2", {**LLAMA_LIKE, **WINDOWS}, note=NOTES["gemma3"]),
@@ -267,13 +267,14 @@ UNDECODABLE = [
 def row(of: Architecture) -> str:
     """Its line of the table."""
     plain = (of.refused or "").replace("\\", "")
+    plain = f"has layers {plain}" if plain.startswith("that ") else plain
     scoring, decoding = ("no", "no") if of.refused else ("yes", "no" if of.undecodable else "yes")
     return f"| {of.name} | `{of.kind}` | {scoring} | {decoding} | {plain or of.undecodable or of.note} |"
 
 
 def table() -> str:
     """The table of docs/models.md."""
-    head = "| model | `model_type` | scoring | generating | |\n|---|---|---|---|---|"
+    head = "| model | `model_type` | scoring | generating | note |\n|---|---|---|---|---|"
     return "\n".join([head, *map(row, [*SUPPORTED, *UNDECODABLE, *REFUSED])])
 
 

@@ -45,7 +45,7 @@ class Checked:
 
     @property
     def directory(self) -> Path:
-        """Of the sweep."""
+        """The directory of the sweep."""
         return directory_of(self.settings[0])
 
     @property

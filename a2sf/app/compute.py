@@ -59,7 +59,7 @@ def _run(todo: list[Cell], planned: Planned, launch: Launch | None) -> None:
             outcomes = [o for done in launch(jobs) for o in done.return_value]
         named = {o.name for o in outcomes}
         for cell in [c for c in todo if c.name not in named]:
-            # a worker reads all files itself, and found another cell
+            # a worker reads all files itself; it found a cell of another name
             why = "its task's definition, or its policy's file or code, changed after the sweep began; start it again"
             runner_of(of[cell.name][0]).fail(cell, UserError(why))
         busy = {o.name for o in outcomes if o.status == "busy"}
@@ -69,7 +69,7 @@ def _run(todo: list[Cell], planned: Planned, launch: Launch | None) -> None:
 
 
 def overrides_of_job(points: Points, cells: Sequence[Cell]) -> list[str]:
-    """The overrides of a worker: of the first cell's point, what the sweep has settled, and the group's other cells.
+    """The overrides of a worker: those of the first cell's point, what the sweep has found out, and the other cells.
 
     Args:
         points: of each cell.

@@ -42,7 +42,7 @@ def report(planned: Planned) -> None:
 
 
 def _written(directory: Path, cells: int) -> str:
-    """How much `results.csv` holds: the results of this command's `cells` cells and of the sweep's earlier ones."""
+    """A sentence: how many results of how many cells `results.csv` holds, `cells` of them from this command."""
     file = directory / "results.csv"
     of_cell = pd.read_csv(file, usecols=["cell"])["cell"]
     total = of_cell.nunique()
@@ -67,7 +67,7 @@ def _pictures(directory: Path) -> dict[str, Path]:
 
 
 def _show_failures(failures: Sequence[Mapping[str, Any]], cells: int) -> None:
-    """Each error once: a model that cannot be loaded fails all its cells."""
+    """Print each error once, since a model that cannot be loaded fails all its cells."""
     screen.print(f"[bold red]{len(failures)} of {cells} cells failed[/bold red]; the same command retries")
     names_of: dict[str, list[str]] = {}
     for failure in failures:

@@ -28,7 +28,7 @@ class Planned:
         plan: its cells, and which of them are done.
         groups: cells that are computed together, as they were planned.
         estimates: tokens and time of each group.
-        broken: models that cannot be had, once they are fetched.
+        broken: models that could not be downloaded, and why; filled by `fetch`.
     """
 
     checked: Checked
@@ -60,7 +60,7 @@ def make_plan(checked: Checked, computes_here: bool) -> Planned:
 
 
 def fetch(planned: Planned) -> Planned:
-    """Download what the plan needs; the plan without the cells whose documents cannot be had.
+    """Download what the plan needs; return the plan without the cells whose documents are not available.
 
     Raises:
         UserError: if nothing is left to compute, or a task cannot be run with this configuration.

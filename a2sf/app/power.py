@@ -1,4 +1,4 @@
-"""What a sweep can detect: the smallest difference that its documents show, and how many documents a wanted one needs."""
+"""What a sweep can detect: the smallest difference that its documents can show, and how many documents a given one needs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from a2sf.sweep.planning.power import PowerSettings
 USUAL_FLIPS = 0.15
 """Share of documents on which two systems differ, where no earlier result shows it."""
 
-TITLE = "Smallest difference that is detected with 80 % power, in points (paired test, 5 %):"
+TITLE = "Smallest difference detected with 80 % power, in points (paired test, 5 %):"
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def power_rows(
 
 
 def power_of(cells: Sequence[Cell], measured: Measured, settings: PowerSettings) -> RenderableType | None:
-    """The table that a plan shows; None: the cells are compared with nothing, and the user did not ask.
+    """The table that a plan shows; None: no two cells can be compared, and the user has set no key of `plan`.
 
     Args:
         cells: of the sweep, done or not.

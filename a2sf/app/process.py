@@ -68,7 +68,7 @@ def explain(error: Exception) -> str:
     if isinstance(error, MissingConfigException):
         if (launcher := re.match(r"In 'hydra/launcher/(\w+)'", str(error))) is not None:
             file = shipped("conf") / "hydra/launcher" / f"{launcher[1]}.yaml"
-            # a comment in the file tells how to install the launcher
+            # a comment in the file says how to install the launcher
             install = re.search(r"pip install \"a2sf\[\w+\]\"", file.read_text(encoding="utf-8"))
             return f"hydra/launcher={launcher[1]} is not installed: {install[0] if install else error}."
         group, _, value = str(error.missing_cfg_file).rpartition("/")

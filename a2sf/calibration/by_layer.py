@@ -25,7 +25,8 @@ def check_policies(policies: Sequence[Policy], ratios: Sequence[float], layers: 
     """
     for policy in policies:
         if not policy.uses_budget:
-            raise ConfigError("policy", policy.name, "it prunes nothing, so that there is no error; leave it out")
+            why = "it takes no budget" if policy.evicts else "it prunes nothing, so that there is no error"
+            raise ConfigError("policy", policy.name, f"{why}; leave it out")
         if "step" not in policy.schedules:
             raise ConfigError(
                 "policy", policy.name, "it evicts once after a prompt, and plain text has none; leave it out"

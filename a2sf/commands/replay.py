@@ -1,4 +1,4 @@
-"""`a2sf replay FILE`: score and generate with exactly the tokens that another system retained.
+"""`a2sf replay FILE`: score and generate with exactly the tokens that another engine retained.
 
 FILE is a replay file (docs/replay.md), or the folder of a cell that was run with trace=N. Each text is read with the
 recorded positions and with the full cache, and as many tokens are generated as it has. With --export a cell's traces are
@@ -57,9 +57,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--export", type=Path, metavar="JSON", help="only write the traces of a cell as a replay file")
     parser.add_argument("--out", type=Path, metavar="CSV", help="write the table, with the generated texts")
     parser.add_argument(
-        "--tolerance", type=float, metavar="NATS", help="fail where a token's log-likelihood deviates more"
+        "--tolerance", type=float, metavar="NATS", help="fail if a token's log-likelihood deviates by more"
     )
-    parser.add_argument("--same-text", action="store_true", help="fail where a generated token is not the text's")
+    parser.add_argument("--same-text", action="store_true", help="fail if the generated tokens differ from the text's")
     args = parser.parse_args(arguments)
     quiet()
 
@@ -116,7 +116,7 @@ def _of_cell(folder: Path) -> Replay:
 
 
 def _computed(args: argparse.Namespace, given: Replay, console: Console) -> tuple[list[Replayed], Any]:
-    """What came of each text, and what makes text of tokens."""
+    """The results of each text, and a function that decodes tokens."""
     from a2sf.engine.kernels import check_backend
     from a2sf.hf import loading
     from a2sf.scoring.replay import Replayer, check_model
@@ -136,7 +136,7 @@ def _computed(args: argparse.Namespace, given: Replay, console: Console) -> tupl
     weights = loading.fingerprint(spec)
     if given.weights is not None and given.weights != weights:
         raise ConfigError(
-            "weights", given.weights, f"those of {spec.path} are {weights}, so that the file is of others"
+            "weights", given.weights, f"those of {spec.path} are {weights}, so the file was made with other weights"
         )
     loaded = loading.load(spec)
     check_model(given, loaded.model)

@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Show and write what `arguments` ask for."""
+    """Show and write what `arguments` select."""
     command = parser()
     args = command.parse_args(arguments)
     if args.open and (args.no_report or args.figures or args.readme):

@@ -1,4 +1,4 @@
-"""What `torch.compile` and data parallelism put around a model. Tried with torch 2.13.0."""
+"""The wrappers that `torch.compile` and data parallelism put around a model. Tried with torch 2.13.0."""
 
 from __future__ import annotations
 

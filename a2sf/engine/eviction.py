@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from a2sf.engine.priorities import about, mass, merged, of_function, of_rule, pooled, smallest, smallest_of_all_heads
+from a2sf.engine.priorities import about, leaving, mass, merged, of_function, of_rule, pooled, smallest_of_all_heads
 from a2sf.engine.state import Attended as Attended
 from a2sf.engine.state import Call, joined_queries, last_queries, remembered
 from a2sf.engine.state import EvictionState as EvictionState
@@ -112,7 +112,7 @@ def _reference_rows(differentiable: bool, rows: Rows, options: Options) -> Ran:
                 retention, step, None if weight is None else weight[:, :, :n], None if bias is None else bias[:, :, :n]
             )
         # evict the smallest priorities among the unprotected, ties: the oldest first
-        out = smallest(priority, positions, free, excess)
+        out = leaving(rule, priority, positions, free, excess)
         if rule.recording is not None:
             out = rule.recording.evicted(step) & active
         if retention.across_heads:

@@ -239,6 +239,12 @@ def smallest(priority: Tensor, positions: Tensor, free: Tensor, n: Tensor) -> Te
     return torch.zeros_like(free).scatter_(-1, order, chosen.expand_as(order)) & free
 
 
+def leaving(rule: Rule, priority: Tensor, positions: Tensor, free: Tensor, excess: Tensor) -> Tensor:
+    """bool [B, K, N]: the `free` tokens that are evicted, `excess` [B, K, 1] of each head or fewer with a threshold."""
+    out = smallest(priority, positions, free, excess)
+    return out if rule.threshold is None else out & (priority < rule.threshold)
+
+
 def smallest_of_all_heads(retention: BatchRetention, priority: Tensor, step: Step, free: Tensor) -> Tensor:
     """bool [B, K, N]: the `free` tokens that are evicted at a cut which divides a layer's slots among its heads.
 

@@ -99,7 +99,8 @@ class BatchRetention:
         # a rule that looks at the end of the prompt looks at nothing later
         rule, scored = self.rule, self.rule.scored and self.rule.cut is None
         if self.schedule.then != "keep":
-            seen = self.prompt if rule.calls else None  # a function may see how long the prompt was
+            # a function may see how long the prompt was, and steps of a threshold are counted from it
+            seen = self.prompt if rule.calls or rule.threshold is not None else None
             return replace(self, rule=replace(rule, cut=None, scored=scored), schedule=self.schedule.after, prompt=seen)
         # nothing is evicted, so that no priority is needed
         return self.unlimited(
@@ -167,6 +168,8 @@ class BatchRetention:
     def excess(self, count: Tensor, now: Tensor) -> Tensor:
         """int64 [B, K, 1]: how many of `count` [B, K, 1] cached tokens are evicted at time `now`."""
         over = (count - self.budget).clamp(min=0)
+        if self.rule.threshold is not None:  # as many as may leave, which those of a high priority do not
+            return over.where(self.due(now), 0)
         if not self.schedule.prompt:
             return over.where(over > self.schedule.spare, 0)
         assert self.prompt is not None
@@ -179,6 +182,18 @@ class BatchRetention:
                 since = torch.where((now + 1 - self.prompt) % every == 0, every, 0).expand_as(over)
                 later = since.where(self.prompt > self.budget, later)
         return torch.where(now < self.prompt - 1, 0, torch.where(self.at_cut(now), over, later))
+
+    def due(self, now: Tensor) -> Tensor:
+        """bool [B, K, 1]: whether tokens below a threshold leave at time `now`.
+
+        How many are cached does not say it, since any number may stay: under `every` it is each such number of tokens, the
+        first time once the budget and as many are read, as without a threshold.
+        """
+        if self.schedule.prompt and self.schedule.then == "keep":
+            return self.at_cut(now).expand_as(self.budget)
+        begin = self.budget if self.prompt is None else torch.maximum(self.budget, self.prompt)
+        since = now + 1 - begin
+        return (since >= 0) & (since % (self.schedule.spare + 1) == 0)
 
     def unprotected(self, positions: Tensor, cached: Tensor, now: Tensor) -> Tensor:
         """bool [B, K, N]: the `cached` tokens that may be evicted at time `now`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from a2sf.engine.priorities import about, mass, merged, of_function, of_rule, pooled, smallest, smallest_of_all_heads
+from a2sf.engine.priorities import about, leaving, mass, merged, of_function, of_rule, pooled, smallest_of_all_heads
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import (
     LATE,
@@ -61,7 +61,7 @@ def _slots(rows: Rows) -> Tensor:
     # a head whose share of a layer's slots is above the budget gives back only what has come since the cut
     beyond = held + 1 + (rows.schedule.spare if rows.across_heads else 0)
     most = torch.maximum(rows.budget + 1 + rows.schedule.spare, beyond)
-    if rows.rule.full_heads:
+    if rows.rule.full_heads or rows.rule.threshold is not None:
         most = torch.full_like(most, UNLIMITED)
     if rows.schedule.prompt and rows.prompt is not None:
         unbounded = (rows.state.seen < rows.prompt) | (rows.schedule.then == "keep")
@@ -170,14 +170,14 @@ class _Slots:
             priority = of_rule(retention, step, held.get("weight"), held.get("bias"))
         if most == 0:
             return
-        if most == 1:
+        if most == 1 and self.rule.threshold is None:
             # the same as below, without sorting
             order = torch.where(free, priority, torch.inf).nan_to_num_(torch.inf, torch.inf, -torch.inf)
             least = free & (order == order.amin(-1, keepdim=True))
             position, slot = torch.where(least, positions, LATE).min(-1, keepdim=True)
             out = torch.zeros_like(free).scatter_(2, slot, (excess > 0) & (position < LATE))
         else:
-            out = smallest(priority, positions, free, excess)
+            out = leaving(self.rule, priority, positions, free, excess)
         if retention.across_heads:
             out = torch.where(retention.at_cut(now), smallest_of_all_heads(retention, priority, step, free), out)
         if self.rule.merge_fn is not None and bool(out.any()):

@@ -1,4 +1,4 @@
-"""The rotary embedding of each layer of a model, found by trial: for policies that see keys before it.
+"""The rotary embedding of each layer of a model, found by a short computation: for policies that see keys before it.
 
 A text of one repeated token has the same keys at all positions before the rotary embedding, in every layer: all values are
 equal, so that attention gives the same output everywhere. So an embedding is the right one if undoing it makes the keys of

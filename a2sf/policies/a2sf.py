@@ -18,8 +18,8 @@ class A2SF(Policy):
     Idea: old tokens have more accumulated attention only because more queries have attended to them. Multiplying it by
     `a < 1` at every step removes this advantage.
 
-    Paper: Jo and Shin, 2024 (arXiv 2407.20485), equation for `A_{n,k}`. Deviations: none. (The authors' evaluation code
-    uses the padded length of the batch as the length of a sequence; here it is the sequence's own length.)
+    Paper: Jo and Shin, 2024 (arXiv 2407.20485). Deviations: none. (The authors' evaluation code uses the padded length of
+    the batch as the length of a sequence; here it is the sequence's own length.)
 
     Attributes:
         forgetting_factor: one number in [0, 1], or one per layer. 0: only the attention of the last query counts. 1: as H2O,

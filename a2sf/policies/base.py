@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from a2sf.errors import ConfigError
 from a2sf.policies.prepared import Numbers, Prepared, Reader
 from a2sf.policies.renamed import rename_methods
-from a2sf.policies.rule import ACCUMULATED, Rule, Sequence, Step
+from a2sf.policies.rule import ACCUMULATED, Rule, Sequence, Step, TokenFn
 
 if TYPE_CHECKING:  # so that commands which only list policies do not load torch
     from torch import Tensor
@@ -125,6 +125,12 @@ class Policy(ABC):
         step's `memory`. Values in columns without a token are ignored. The result must depend on the step alone.
         """
         raise NotImplementedError
+
+    def at_entry(self, layer: int) -> TokenFn | None:
+        """Priorities of layer `layer` as a function of each token alone, if they are fixed when it is cached; else None."""
+        rule = self.retention(UNLIMITED, layer).rule
+        fixed = not (rule.scored or rule.heads or rule.shared) and type(self).priorities is Policy.priorities
+        return rule.bias if fixed else None
 
     def head_priorities(self, step: Step) -> Tensor:
         """For a method whose cut divides a layer's slots among its heads (`Cut.floor`) by other priorities, [B, K, N].

@@ -9,13 +9,14 @@ multiplied by the forgetting factor. Any other priority is one function of a `St
 heads.
 
 Shapes: B rows, K key/value heads, G query heads per key/value head, N columns, T tokens, D key size, V value size, M
-numbers that a policy stores for each token, W last tokens whose queries a policy asks for.
+numbers that a policy stores for each token, W last tokens whose queries a policy requests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import TYPE_CHECKING, TypeAlias
 
 from a2sf.policies.renamed import renamed_fields
@@ -260,6 +261,8 @@ class Rule:
         merge_fn: a function that changes values (and keys) of the tokens that stay when others are evicted. It gets the step
             and which tokens are evicted, bool [B, K, N], and returns all values, or values and keys. `weight` and `bias` are
             then computed anew.
+        threshold: tokens of at least this priority stay, although the budget is exceeded: the budget is then the number of
+            tokens that are cached at least. With a budget of `recent + sinks` it decides alone.
         division_fn: a function of the step at a cut with a `floor`: the priorities by which the layer's slots are divided
             among its heads. The default are those by which tokens are ranked.
 
@@ -267,7 +270,7 @@ class Rule:
         ValueError: if fields contradict each other: `full_heads` with `shared` or with a cut's `floor`; `shared` with a
             cut's `floor`; `heads` with `shared`, `full_heads`, `mean_over_age`, `cut` or a function; `shared` with
             `merge_fn`; `division_fn` without a cut's `floor`; `recording` with anything that
-            ranks.
+            ranks; `threshold` with `heads`, `full_heads` or a cut's `floor`, or one that is no finite number.
     """
 
     scored: bool = True
@@ -288,6 +291,7 @@ class Rule:
     projected: bool = False
     merge_fn: MergeFn | None = None
     division_fn: PriorityFn | None = None
+    threshold: float | None = None
 
     @property
     def calls(self) -> bool:
@@ -304,6 +308,8 @@ class Rule:
             raise ValueError("heads cannot be combined with shared, full_heads, mean_over_age, cut or a function")
         if self.division_fn is not None and not divided:
             raise ValueError("division_fn needs a cut with a floor")
+        if self.threshold is not None and (self.heads or self.full_heads or divided or not isfinite(self.threshold)):
+            raise ValueError("threshold is a finite number, not combined with heads, full_heads or a cut's floor")
         if self.shared and self.merge_fn is not None:
             raise ValueError("shared cannot be combined with merge_fn, which merges the values of each head by itself")
         if self.recording is not None and replace(self, recording=None) != Rule(scored=False):

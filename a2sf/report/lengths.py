@@ -33,6 +33,10 @@ LEGEND = (
     "Tokens: the median, and in parentheses the smallest and the largest, of the documents' prompts and of the budget of "
     "a request (mean over layers)."
 )
+SHARES = (
+    "A threshold has no budget. What was cached at the end of a request instead, mean over layers and KV heads: tokens, mean"
+    " over requests, and as a share of the tokens read, mean over requests and of the request with the largest."
+)
 
 
 def length_tables(grid: Grid) -> list[TextTable]:
@@ -56,6 +60,25 @@ def length_tables(grid: Grid) -> list[TextTable]:
             tables.append(
                 TextTable(f"Sizes: {model}, {shots}-shot", pd.DataFrame(rows), LEGEND, model=model, shots=shots)
             )
+    return tables
+
+
+def share_tables(grid: Grid) -> list[TextTable]:
+    """For each model and number of shots, what systems with a threshold cached: a row per system and task."""
+    tables = []
+    for model, shots, part in grid.by_model():
+        rows = []
+        for s in part.systems():
+            for task in part.tasks:
+                most = s.rows[task].cache_share_max if task in s.rows else None
+                if most is None or pd.isna(most):
+                    continue
+                share, tokens = s.rows[task].cache_share, s.rows[task].kept_tokens
+                row = {"Policy": s.short_label, "Schedule": s.schedule, "Task": task, "Tokens": f"{tokens:,.1f}"}
+                rows.append(row | {"Mean": f"{100 * share:.1f}", "Largest": f"{100 * most:.1f}"})
+        if rows:
+            title = f"Cached share: {model}, {shots}-shot (%)"
+            tables.append(TextTable(title, pd.DataFrame(rows), SHARES, model=model, shots=shots))
     return tables
 
 

@@ -22,7 +22,7 @@ from a2sf.analysis.results.selection import Selection
 from a2sf.analysis.statistics.families import Correction
 from a2sf.errors import UserError
 from a2sf.report.choices import FORMATS
-from a2sf.report.lengths import length_plots, length_tables
+from a2sf.report.lengths import length_plots, length_tables, share_tables
 from a2sf.report.needle import needle_plots, needle_tables
 from a2sf.report.page.page import Contents, read_failures, write_report
 from a2sf.report.plots.forest import forest_plots
@@ -122,6 +122,7 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
         *comparison_tables(comparisons, grid.percent, shared),
         *fidelity_tables(grid, fidelity),
         *length_tables(grid),
+        *share_tables(grid),
         *written_tables(grid, effects),
     ]
     traced = read_traces(grid)

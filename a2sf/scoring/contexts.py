@@ -1,7 +1,7 @@
-"""Where in a prompt the context ends that its question shares with others: what `schedule.at=context` cuts after.
+"""Where in a prompt the context ends that several questions share: `schedule.at=context` evicts after it.
 
-A task says which field of its documents is that context (`shared_context` in its metadata); the prompt holds it word for
-word. What stands before it (examples, a chat template's head) is as much the question's as everybody's, and read with it.
+A task says which field of its documents is that context (`shared_context` in its metadata); the prompt contains it
+unchanged. Text before it (examples, the head of a chat template) belongs to the context.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Contexts:
         self._known: dict[str, int] = {}
 
     def tokens(self, prompt: str, document: Any) -> int:
-        """How many of a prompt's first tokens are certain to be of the context: a token across its end is the question's.
+        """How many of a prompt's first tokens belong to the context; a token that crosses its end belongs to the question.
 
         Raises:
             UserError: if the document has no such context, or the prompt does not hold it, or nothing comes after it.

@@ -34,7 +34,11 @@ class Counts:
         layer_requests: requests times layers.
         targets: tokens that were scored or generated, also those of reused requests.
         pruned: how many of them were predicted by a token that saw a pruned cache in some layer.
-        prompts, budgets: of each request, tokens of its prompt, and slots of a layer, mean over layers that have a budget.
+        prompts, budgets: of each request, tokens of its prompt, and slots of a layer, mean over layers that have a budget;
+            where a threshold decides, tokens cached at the end.
+        shares: of each request where a threshold decides, the share of its tokens that was cached at the end.
+        stayed, could_leave: summed over these, tokens that stayed though the threshold could have evicted them, and tokens
+            that it could have evicted.
     """
 
     schedule: Schedule
@@ -53,10 +57,13 @@ class Counts:
     pruned: int = 0
     prompts: list[int] = field(default_factory=list)
     budgets: list[float] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
+    stayed: float = 0.0
+    could_leave: float = 0.0
 
     @property
     def lengths(self) -> dict[str, Any]:
-        """How long the requests' prompts are and what their budgets come to, in tokens; no budget: None."""
+        """Quantiles of the lengths of prompts and of the budgets, in tokens; None for a policy without a budget."""
         return {"prompt": quantiles(self.prompts), "budget": quantiles(self.budgets)}
 
     def count_read(self, total: int, prompt: int, retention: Sequence[Retention]) -> None:
@@ -66,6 +73,33 @@ class Counts:
         self.cached += cached
         self.share += cached / total
         self.layer_requests += len(retention)
+
+    def count_cached(self, cached: float, total: int, prompt: int, retention: Sequence[Retention]) -> None:
+        """Count the tokens `cached` at the end of a request where a threshold decides it, mean over layers and heads."""
+        least = fmean(cached_tokens(r, self.schedule, total, prompt) for r in retention if r.rule.threshold is not None)
+        self.budgets.append(cached)
+        self.shares.append(cached / total)
+        self.stayed += cached - least
+        self.could_leave += total - least
+
+    @property
+    def doubt(self) -> str | None:
+        """What is to be said of a threshold that makes no difference between tokens."""
+        if not self.could_leave:
+            return "no request has more tokens than its window" if self.shares else None
+        if self.stayed < 1e-6:
+            return "it keeps no token of any request beyond its window"
+        return "it keeps every token of all requests" if self.could_leave - self.stayed < 1e-6 else None
+
+    @property
+    def kept_tokens(self) -> float:
+        """Tokens cached at the end of a request, mean over requests, layers and heads."""
+        return fmean(self.budgets) if self.shares else self.cached / max(1, self.layer_requests)
+
+    @property
+    def cache_share(self) -> float:
+        """The same as a share of the request's tokens."""
+        return fmean(self.shares) if self.shares else self.share / max(1, self.layer_requests)
 
     def count_targets(
         self,
@@ -83,7 +117,8 @@ class Counts:
         """
         acted = [r for r, acts in zip(retention, self.acts, strict=True) if acts]
         self.prompts.append(prompt)
-        self.budgets += [fmean(limited)] if (limited := [r.budget for r in retention if r.budget < UNLIMITED]) else []
+        limited = [r.budget for r in retention if r.budget < UNLIMITED and r.rule.threshold is None]
+        self.budgets += [fmean(limited)] if limited else []
         full = full_cache_prefix(acted, self.schedule, cut or prompt, self.kv_heads)
         for before, predicted in ((0, targets), *later):
             self.targets += predicted
@@ -91,6 +126,6 @@ class Counts:
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float] | None:
-    """The smallest, quartiles and the largest; None of nothing."""
+    """Minimum, quartiles and maximum; None if there are no numbers."""
     names = ("min", "p25", "median", "p75", "max")
     return dict(zip(names, np.quantile(values, [0, 0.25, 0.5, 0.75, 1]).tolist(), strict=True)) if values else None

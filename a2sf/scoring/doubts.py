@@ -1,6 +1,6 @@
-"""Documents whose scores are not what a reader takes them for: found after a cell is evaluated, counted and named.
+"""Notes on documents whose scores may mislead, such as those without a right choice.
 
-lm-eval scores them all the same, most of them without a word; so do we, and say it.
+lm-eval scores them, mostly without a warning. Here they are scored in the same way, counted and named.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def doubts(
 
 
 def not_numbers(name: str, scores: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Notes on metrics that came out as no number, which results hold as nothing.
+    """Notes on metrics that are not numbers, which results do not store.
 
     Args:
         name: of the task.

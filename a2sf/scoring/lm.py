@@ -200,7 +200,7 @@ class PrunedLM(HFLM):
 
 
 def _policy(given: Policy | type[Policy] | str, forgetting_factor: Any) -> Policy:
-    """The policy that is given, one that is named with its forgetting factor.
+    """The given policy; a name is made a policy with that forgetting factor.
 
     Raises:
         ConfigError: if there is none, or it has no such factor.

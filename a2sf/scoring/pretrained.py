@@ -1,6 +1,6 @@
-"""What lm-eval's `model_args` say: a model by its name, loaded as the harness loads it, and every argument of `HFLM`.
+"""lm-eval's `model_args`: the named model is loaded as `a2sf run` loads it, with every argument of `HFLM`.
 
-Each argument is honoured, or refused in one sentence; none is dropped.
+Each argument is used, or refused in one sentence; none is ignored.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NOT_OURS = {
 
 
 def check_names(given: dict[str, Any], ours: Iterable[str]) -> None:
-    """Refuse arguments that nobody reads: HFLM takes any name, and drops what it does not know.
+    """Refuse unknown arguments: HFLM accepts any name, and ignores what it does not know.
 
     Args:
         given: what is left for it.
@@ -87,7 +87,7 @@ def check_given(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Arguments for HFLM besides a model that is loaded already, without those that are None.
 
     Raises:
-        ConfigError: if it asks for something that the model is not, or that HFLM would drop.
+        ConfigError: if it contradicts the loaded model, or HFLM would ignore it.
     """
     _refuse_not_ours(given)
     device = given.get("device")

@@ -1,4 +1,4 @@
-"""Scores and generates with exactly the positions that a replay file says: an oracle for other engines (docs/replay.md)."""
+"""Scores and generates with exactly the positions that a replay file contains, to check another engine (docs/replay.md)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from a2sf.scoring.passes.logits import log_probabilities
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RecordedPolicy(Policy):
-    """Evicts what was evicted from one recorded text; it is of no use to another text.
+    """Evicts what was evicted from one recorded text; it cannot be used for another text.
 
     Attributes:
         recorded: the text.
@@ -56,7 +56,7 @@ class RecordedPolicy(Policy):
 
 @dataclass(frozen=True)
 class Replayed:
-    """What came of one text.
+    """The results of one text.
 
     Attributes:
         loglikelihoods: of each token of the text, read with the recorded positions, in nats.
@@ -79,7 +79,7 @@ class Replayed:
 
     @property
     def deviation(self) -> float | None:
-        """The largest absolute difference from the other system's log-likelihoods, in nats; None: it gave none."""
+        """The largest absolute difference from the other engine's log-likelihoods, in nats; None: the file has none."""
         if self.recorded.loglikelihoods is None:
             return None
         return float(np.abs(np.subtract(self.loglikelihoods, self.recorded.loglikelihoods)).max())

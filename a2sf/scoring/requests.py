@@ -96,7 +96,7 @@ class Requests:
         return Requests(self.lm, self.kind, chosen, self.shared_context, self.thinking)
 
     def subject(self, which: Iterable[int]) -> str:
-        """What a message calls the documents of some requests, given by their places; "" where none is known."""
+        """The documents of some requests (given by their indices) as text for a message; "" if none is known."""
         known = sorted({d for i in which if (d := document_of(self.instances[i]))[1] >= 0})
         if not known:
             return ""
@@ -138,7 +138,7 @@ class Requests:
         return (scored[:1], scored[1:]) if scored[:1] == [prefix] else ([prefix], scored)
 
     def joins(self, context: str, continuation: str) -> bool:
-        """Whether a token spans the end of a context, so that lm-eval scores something else than the continuation."""
+        """Whether a token crosses the end of the context, so that lm-eval does not score the continuation alone."""
         if not context:
             return False  # the continuation is then tokenised by itself
         if (key := (context, continuation)) not in self._joined:

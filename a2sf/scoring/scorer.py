@@ -1,4 +1,4 @@
-"""Computes the answers of several systems to the same requests: each token once; if one system fails, the others do not."""
+"""Computes the answers of several systems to the same requests; common tokens are computed once."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Scorer:
         self._ready: dict[tuple[Policy, tuple[int, ...]], Prepared] = {}
 
     def system(self, policy: Policy, budget: Budget | None, schedule: Schedule | None = None) -> System:
-        """A way of pruning this model's cache.
+        """A system: a way of pruning this model's cache.
 
         Args:
             schedule: when tokens are evicted; None: the policy's default.
@@ -88,7 +88,7 @@ class Scorer:
         return System(policy, budget, schedule_for(policy, schedule))
 
     def answers(self, system: System) -> Answers:
-        """Where a system's answers will go; none yet."""
+        """An empty `Answers` for a system, which `score` fills."""
         return Answers(system, Counts(system.schedule, self.kv_heads, global_layers(self.model.config)))
 
     def score(self, requests: Requests, answers: Sequence[Answers]) -> Iterator[None]:
@@ -102,11 +102,11 @@ class Scorer:
         clock = time.perf_counter()
         before = sum(a.seconds for a in answers)
         pending = self._pending(requests, [a for a in answers if a.error is None])
-        own = sum(a.seconds for a in answers) - before  # what single systems took, to prepare prompts
+        own = sum(a.seconds for a in answers) - before  # time that single systems took to prepare prompts
         able = {id(a): a for a in answers if a.error is None}
         for one in able.values():
             one.seconds += (time.perf_counter() - clock - own) / len(able)  # tokenising serves all of them
-        self._ready.clear()  # numbers that are still needed belong to sequences
+        self._ready.clear()  # sequences hold the prepared numbers that are still needed
         yield from self._run([p for p in pending if p.answers.error is None], requests)
 
     def _pending(self, requests: Requests, answers: Sequence[Answers]) -> list[Pending]:
@@ -155,20 +155,23 @@ class Scorer:
         about = self.about(p.sequence for p in pending)
         passes = Passes(self.model, about, self.tokens_per_pass, self.sequences_per_pass)
         windows = Counter((id(p.answers), p.request) for p in pending)
-        values: dict[tuple[int, int], dict[int, float]] = {}
+        values: dict[tuple[int, int], dict[int, tuple[float, float | None]]] = {}
         try:
             for done in passes.run(pending):
-                for p, value, greedy in done.scores:
+                for p, value, greedy, cached in done.scores:
                     place = (id(p.answers), p.request)
                     found = values.setdefault(place, {})
-                    found[p.window] = value
+                    found[p.window] = value, self._counted(p.sequence, cached)
                     p.answers.progress(len(p.sequence.read))
                     if len(found) < windows[place]:
                         continue
                     if requests.kind == ROLLING:
-                        answer = Answer(sum(found[w] for w in sorted(found)), False, 0, 0)
+                        answer = Answer(sum(found[w][0] for w in sorted(found)), False, 0, 0)
                     else:
                         answer = Answer(value, greedy, *p.lengths)
+                    held = [n for w in sorted(found) if (n := found[w][1]) is not None]
+                    if held:
+                        answer = answer._replace(cached=held)
                     p.answers.computed[requests.keys[p.request]] = answer
                 for one, error, blamed in done.failures:
                     if isinstance(error, NonFiniteError):
@@ -176,6 +179,13 @@ class Scorer:
                 yield
         finally:
             self.tokens_per_pass = passes.tokens_per_pass
+
+    @staticmethod
+    def _counted(sequence: ScoredSequence, cached: float | None) -> float | None:
+        """The tokens cached at the end, where a threshold decides it: all, if it was read with the full cache."""
+        if all(k.rule.threshold is None for k in sequence.retention):
+            return None
+        return float(len(sequence.read)) if cached is None else cached
 
     def sequence(self, requests: Requests, i: int, window: Window, system: System) -> ScoredSequence:
         """A window of request `i` as `system` reads it.
@@ -218,7 +228,7 @@ class Scorer:
         return self._ready[key]
 
     def about(self, sequences: Iterable[ScoredSequence]) -> Model:
-        """What passes need to know of the model to read some sequences, with what their policies ask for."""
+        """What passes need to know of the model to read some sequences, and what their policies need."""
         rules = {s.retention[0].rule for s in sequences if s.retention}
         rotary = rotary_of(self.model) if any(r.unrotated for r in rules) else None
         weights = projections_of(self.model) if any(r.projected for r in rules) else None
@@ -230,7 +240,7 @@ class Scorer:
         for i, key in enumerate(requests.keys):
             answer = answers.answer(key)
             assert answer is not None
-            for context, targets, new in self._lengths(requests, i, answer):
+            for window, (context, targets, new) in enumerate(self._lengths(requests, i, answer)):
                 most = targets if new is None else new
                 read = min(context, self.lm.max_length + (1 if new is None else 0) - most)
                 cut = requests.cut(i, system, read, context)
@@ -242,6 +252,9 @@ class Scorer:
                 else:
                     after = later[-1].before + later[-1].tokens if later else targets
                     counts.count_read(read + max(0, after - 1), cut, retention)
+                if answer.cached is not None:
+                    last = targets if answer.tokens is None else len(requests.after(i, answer))
+                    counts.count_cached(answer.cached[window], read + max(0, last - 1), cut, retention)
 
     def _lengths(self, requests: Requests, i: int, answer: Answer) -> list[tuple[int, int, int | None]]:
         """Of each window of a request: tokens of the context, of what is scored or was generated, and the limit of these."""
@@ -309,6 +322,6 @@ class Scorer:
 
 
 def _about(requests: Requests, i: int, error: Exception) -> Exception:
-    """The same error, which says the task and the document as well."""
+    """The same error with task and document in its message."""
     subject = requests.subject([i])
     return type(error)(f"{subject}: {error}") if subject and not isinstance(error, ConfigError) else error

@@ -1,4 +1,4 @@
-"""What is compared, and what it answers: a system is a policy, a budget and a schedule."""
+"""Systems, which are compared (a policy, a budget and a schedule), and their answers to requests."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class System:
 
 
 class Answer(NamedTuple):
-    """What a model says to one request.
+    """The answer of a model to one request.
 
     Attributes:
         value: the log-likelihood, or the text.
@@ -55,6 +55,8 @@ class Answer(NamedTuple):
         tokens: the tokens that were generated, with those of thinking and of the stop sequence; None: not known.
         thinking: what was thought before the answer, which is not part of `value`.
         thinking_tokens: how many of `tokens` that took, with the token that ends it.
+        cached: of each window of the request, tokens cached at its end, mean over the layers and heads that a threshold acts
+            on; None: numbers say it.
         turns: of a conversation, how many of `tokens` each answer has; None: there is one answer. `value` has all answers
             (`a2sf.tasks.turns.joined`), and `finish` is that of the first answer that was cut off, else of the last.
     """
@@ -68,6 +70,7 @@ class Answer(NamedTuple):
     tokens: list[int] | None = None
     thinking: str = ""
     thinking_tokens: int = 0
+    cached: list[float] | None = None
     turns: list[int] | None = None
 
 

@@ -1,4 +1,4 @@
-"""Generated texts of several systems: which are missing, how they are generated, and what becomes of errors."""
+"""Generates the missing texts of several systems; an error of one system does not stop the others."""
 
 from __future__ import annotations
 
@@ -202,6 +202,10 @@ class Texts:
         settings, choice, _ = self._settings[name]
         for one in {id(r.answers): r.answers for r in rows}.values():
             mine = [r for r in rows if r.answers is one]
+            if any(k.rule.threshold is not None for k in mine[0].sequence.retention):
+                why = "how many tokens its threshold leaves is counted where texts are searched greedily or drawn alone"
+                one.error = ConfigError("policy", one.system.policy.name, f"{why}; give other gen_kwargs")
+                continue
             of_model = {k: v for k, v in settings.items() if k != "max_length"}
             if choice.of.draws_at_all:
                 torch.manual_seed(self._seed)
@@ -237,6 +241,7 @@ class Texts:
                 [token for tokens, _ in turns for token in tokens],
                 joined([t.thinking for t in texts]) if any(t.thinking for t in texts) else "",
                 sum(t.thinking_tokens for t in texts),
+                None if row.cached is None else [row.cached],
                 [len(tokens) for tokens, _ in turns] if several else None,
             )
 

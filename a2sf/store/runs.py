@@ -253,6 +253,14 @@ def load_sweep(directory: Path) -> list[StoredCell]:
     return cells
 
 
+def _ratio(cell: dict[str, Any]) -> Any:
+    """The ratio of a cell's budget; NaN instead of None, so that the column holds numbers."""
+    if not cell["budget"]:
+        return math.nan if cell.get("policy_evicts") else 1.0
+    ratio = cell["budget"]["ratio"]
+    return math.nan if ratio is None else _plain(ratio)
+
+
 def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
     """One row per cell and metric, `LEADING_COLUMNS` first."""
     rows = []
@@ -264,8 +272,7 @@ def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
         common = {
             "model": names[stored.model],
             "policy": cell["policy"],
-            # NaN instead of None, so that the column holds numbers
-            "budget_ratio": 1.0 if not budget else math.nan if budget["ratio"] is None else _plain(budget["ratio"]),
+            "budget_ratio": _ratio(cell),
             "forgetting_factor": _plain(cell["forgetting_factor"]),
             "shots": cell["shots"],
             "task": cell["task"],

@@ -43,10 +43,10 @@ class AnswerStore:
         self._saved = time.monotonic()
 
     def add(self, cell: Cell, answers: Answers, finished: StoredCell | None, keys: Collection[str]) -> None:
-        """Take in a cell, with what is known of it: from a result of fewer documents, and from before an interruption.
+        """Add a cell, with its known answers: from a result with fewer documents, and from an interrupted run.
 
         Args:
-            keys: of the requests that are to be answered.
+            keys: the keys of the requests that need an answer.
         """
         self._cells[cell.name], self._answers[cell.name] = cell, answers
         answers.requests = len(keys)
@@ -64,11 +64,11 @@ class AnswerStore:
 
     @property
     def finished(self) -> list[str]:
-        """Names of the cells of which nothing more is computed: all is answered, or an error came."""
+        """Names of the cells that need no more computation: every request has an answer, or the cell failed."""
         return [name for name, a in self._answers.items() if a.complete or a.error is not None]
 
     def save_due(self) -> None:
-        """Write the answers of unfinished cells, if the last time is long enough ago.
+        """Write the answers of unfinished cells, if they were last written at least `seconds` ago.
 
         Raises:
             DiskError: if the disk refuses.
@@ -187,6 +187,11 @@ def known_answers(stored: StoredCell | None, documents: str) -> dict[str, Answer
         if f"{prefix}{columns[0]}" in stored.documents:
             for row in stored.documents[[f"{prefix}{c}" for c in columns]].itertuples(index=False):
                 known.update({h: Answer(float(x), bool(g), int(c), int(n)) for h, x, g, c, n in zip(*row, strict=True)})
+            if f"{prefix}cached_tokens" in stored.documents:
+                counted = stored.documents[[f"{prefix}{columns[0]}", f"{prefix}cached_tokens"]]
+                for keys, cached in counted.itertuples(index=False):
+                    for key, n in zip(keys, cached, strict=True):
+                        known[key] = known[key]._replace(cached=None if n is None else [float(x) for x in n])
     return known
 
 
@@ -201,6 +206,7 @@ def _known_texts(documents: pd.DataFrame) -> dict[str, Answer]:
     for row in documents.to_dict("records"):
         keys, lengths = row["request_hashes"], zip(row["context_tokens"], row["continuation_tokens"], strict=True)
         of_draws = zip(*(row[c] for c in several), strict=True) if len(keys) > 1 else [[row.get(c) for c in columns]]
+        held = dict(zip(keys, row.get("cached_tokens", [None] * len(keys)), strict=True))
         for key, (context, length), (text, ended, finish, tokens, thinking, thought, *turns) in zip(
             keys, lengths, of_draws, strict=True
         ):
@@ -214,6 +220,7 @@ def _known_texts(documents: pd.DataFrame) -> dict[str, Answer]:
                 None if tokens is None else [int(t) for t in tokens],
                 thinking or "",
                 int(thought or 0),
+                None if (n := held[key]) is None else [float(x) for x in n],
                 [int(n) for n in turns[0]] if turns else None,
             )
     return known

@@ -30,7 +30,7 @@ FEWSHOT_VERSION = 2
 GPU_VERSION = 4
 """The same for what concerns only cells that are computed on a GPU."""
 CUT_VERSION = 2
-"""The same for what concerns only policies from outside whose prompt's cut goes by more than attention head by head."""
+"""The same for policies from outside this package whose cut after the prompt uses more than attention, or divides slots."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Cell:
     Attributes:
         model_name: the model's short name in tables.
         budget: None for a policy that ignores budgets.
-        task: what finds the task again: lm-eval's name, `group::member`, or the path of a YAML file.
+        task: reference to the task's definition: lm-eval's name, `group::member`, or the path of a YAML file.
         limit: how many documents to score; None: all.
         seed: of the few-shot examples, and of answers that are drawn at random.
         prompting: without what makes no difference to this task (`Prompting.of`).
-        schedule: None: the policy's default, or a schedule that comes to the same (`nondefault_schedule`).
-        data: with what identifies the documents, where a sweep has settled it.
+        schedule: None: the policy's default, or an equivalent schedule (`nondefault_schedule`).
+        data: where the documents are from; once a sweep has checked it, with the fingerprint of the documents.
         stopping_rule: when to stop before all documents are scored; None: all are scored.
-        log_samples: whether texts are stored, and not only numbers and hashes; no part of what the cell is.
+        log_samples: whether texts are stored, and not only numbers and hashes; not part of the cell's identity.
     """
 
     model_name: str
@@ -125,7 +125,7 @@ class Cell:
         return self.spec.name
 
     def settled(self) -> Cell:
-        """The same cell, with what identifies its documents looked up if it was not yet.
+        """The same cell with the fingerprint of its documents, which is looked up unless it is known.
 
         Raises:
             UserError: if there are no such documents, or they cannot be reached.
@@ -135,7 +135,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The cell's directory: what a reader tells it by, and the `tail`."""
+        """The name of the cell's directory: its settings in readable form, and the `tail`."""
         parts = [safe(self.model_name), safe(self.policy.name)]
         if self.budget:
             key, value = ("r", self.budget.ratio) if self.budget.ratio is not None else ("c", self.budget.tokens)
@@ -150,7 +150,7 @@ class Cell:
 
     @property
     def tail(self) -> str:
-        """The end of the name, which tells cells apart: how many documents, and the `id`."""
+        """The end of the name, which is different for each cell: the number of documents, and the `id`."""
         most = "all" if self.limit is None else f"n{self.limit}"
         # texts are drawn instead of documents, so other documents are seen
         texts = f"-{safe(self.data.cluster)}" if self.data.cluster else ""
@@ -171,6 +171,7 @@ class Cell:
             "policy_settings": settings,
             **({} if self.policy.causal else {"policy_causal": False}),
             "budget": self.identity["budget"],
+            **({} if self.budget or not self.policy.evicts else {"policy_evicts": True}),  # without a budget
             "schedule": schedule_for(self.policy, self.schedule).name,
             "forgetting_factor": settings.get("forgetting_factor"),
             "task": self.task_name,
@@ -188,7 +189,7 @@ def measured(cell: Cell) -> tasks.TaskSpec:
     """The cell's task, with the tokenizer of its model if the task makes documents to a length in tokens.
 
     Raises:
-        UserError: if a length is beyond the model's positions, or the tokenizer cannot be had.
+        UserError: if a length is beyond the model's positions, or the tokenizer is not available.
     """
     spec, data = cell.spec, cell.data
     if not spec.makes_documents:
@@ -201,7 +202,7 @@ def measured(cell: Cell) -> tasks.TaskSpec:
                 key,
                 lengths,
                 f"the model {cell.model_name} has {positions} positions, and {cell.task_name} "
-                f"would ask for {max(lengths)}",
+                f"would need {max(lengths)}",
             )
         if positions is not None and (cell.prompting.chat_template or cell.prompting.system_instruction):
             around = sum(cell.prompting.tokens_around(load_tokenizer(cell.model)))
@@ -234,12 +235,12 @@ def _short(value: Any) -> str:
 
 
 def engine_versions(device: str) -> dict[str, int]:
-    """What tells numbers of this engine, computed on a kind of device, from an earlier one's."""
+    """The versions of the engine in a cell's identity, for a kind of device."""
     return {"engine": ENGINE_VERSION} | ({} if device == "cpu" else {"gpu": GPU_VERSION})
 
 
 def policy_versions(policy: Policy) -> dict[str, Any]:
-    """What tells numbers of this policy from an earlier version's; empty for one of ours in its first version."""
+    """The versions of a policy in a cell's identity; empty for a policy of this package in its first version."""
     versions: dict[str, Any] = {}
     if policy.version != Policy.version:
         versions["policy_version"] = policy.version

@@ -111,7 +111,7 @@ class EarlyStopping:
             yield batch
 
     def decide(self) -> bool:
-        """Take in the documents that are answered by now; whether every comparison is decided.
+        """Add the documents that have all answers by now; return whether every comparison is decided.
 
         Raises:
             ConfigError: if the task has no such metric of a document.
@@ -134,7 +134,7 @@ class EarlyStopping:
         return False
 
     def report(self) -> dict[str, Any]:
-        """What a result says of it: documents seen, of how many, and what is known of each comparison."""
+        """The entry `until` of a result: how many documents were scored, of how many, and the state of each comparison."""
         if self._comparisons is None:
             return self._earlier
         seen = len(self._requests) if self.documents is None else len(self.documents)
@@ -176,7 +176,7 @@ class EarlyStopping:
             raise DiskError(f"{self.file} cannot be written ({error.strerror or error})") from error
 
     def _restore(self) -> None:
-        """Stop where the group stopped before, unless a cell that is to be compared was not compared then."""
+        """Stop after the same documents as an earlier run, if it compared all cells that are compared now."""
         with suppress(OSError, ValueError, KeyError):
             short = not self.file.exists()
             body = json.loads((self._earlier_file if short else self.file).read_text(encoding="utf-8"))
@@ -220,7 +220,7 @@ class Comparisons:
         self.means = [PairedMean(len(self.documents), alpha, steps) for _ in self.pairs]
 
     def see(self, scores: Mapping[str, Sequence[float]]) -> None:
-        """Take in a text's documents: by cell, the metric of each."""
+        """Add the documents of one text: for each cell, the metric of each document."""
         largest = max(self.documents)
         for (a, b), mean in zip(self.pairs, self.means, strict=True):
             mean.see([sum(x - y for x, y in zip(scores[a], scores[b], strict=True)) / largest])
@@ -246,7 +246,7 @@ class Comparisons:
         return rule.significant and not low <= 0 <= high
 
     def report(self) -> list[dict[str, Any]]:
-        """What is known: the cells, the interval (in the metric's own unit) of the difference on all documents, and `e`.
+        """Of each comparison: the cells, the interval (in the metric's unit) of the difference on all documents, and `e`.
 
         `e` is the e-value of "no difference" (`PairedMean.e_value`).
         """

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from a2sf.errors import Notice
+from a2sf.scoring.counts import Counts
 from a2sf.scoring.doubts import doubts, not_numbers
 from a2sf.scoring.generation.memory import cache_bytes
 from a2sf.scoring.recorded import RecordedLM
@@ -92,6 +93,7 @@ def evaluate(
         "documents": {"n": len({s["doc_id"] for s in samples}), **where},
         "notes": [
             *doubts(task, samples, requests, answers),
+            *_of_threshold(cell, counts),
             *not_numbers(cell.task_name, evaluated["results"][cell.task_name]),
             *warned.notes,
         ],
@@ -103,14 +105,27 @@ def evaluate(
             "computed_tokens": counts.computed,
             "shared": counts.together / max(1, counts.needed),
             "tokens_per_second": counts.tokens / seconds,
-            "kept_tokens_mean": counts.cached / max(1, counts.layer_requests),
-            "cache_share": counts.share / max(1, counts.layer_requests),
+            "kept_tokens_mean": counts.kept_tokens,
+            "cache_share": counts.cache_share,
+            **({"cache_share_max": max(counts.shares)} if counts.shares else {}),
             "reused_requests": counts.reused,
             "started": started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     }
     return result, documents if cell.log_samples else _without_texts(documents)
+
+
+def _of_threshold(cell: Cell, counts: Counts) -> list[dict[str, Any]]:
+    """A note on a threshold that makes no difference between the tokens of a task."""
+    if counts.doubt is None:
+        return []
+    return [{"text": f"{cell.task_name}: {cell.policy.label} ({_settings(cell)}): {counts.doubt}."}]
+
+
+def _settings(cell: Cell) -> str:
+    found = cell.policy.stored_settings()
+    return ", ".join(f"{name} {found[name]}" for name in ("threshold", "window") if name in found) or cell.policy.name
 
 
 def _metrics(evaluated: dict[str, Any], task: str) -> dict[str, dict[str, Any]]:
@@ -142,7 +157,7 @@ def _number(value: Any) -> float | None:
 
 
 def _found(samples: Iterable[dict[str, Any]]) -> dict[str, dict[int, str]]:
-    """By filter and document, what the filter found in the answer."""
+    """For each filter and document, what the filter extracted from the answer."""
     found: dict[str, dict[int, str]] = {}
     for sample in samples:
         found.setdefault(sample["filter"], {})[sample["doc_id"]] = _of_filter(sample)
@@ -169,8 +184,9 @@ def _documents(samples: list[dict[str, Any]], task: Any, recorded: Answers, draw
             "is_greedy": [bool(a[1]) for a in answers],
             "context_tokens": [a.context for a in given],
             "continuation_tokens": [a.continuation for a in given],
+            **({"cached_tokens": [a.cached for a in given]} if any(a.cached for a in given) else {}),
         }
-        # a metric may ask for more than the choices (acc_mutual_info: each without its context)
+        # a metric may request more than the choices (acc_mutual_info: each without its context)
         n = min(len(arguments), _number_of_choices(sample, task))
         likelihoods, choices = columns["loglikelihoods"][:n], [a[-1] for a in arguments[:n]]
         rows.append(
@@ -200,7 +216,7 @@ def _answer(recorded: Answers, arguments: tuple[Any, ...]) -> Answer:
 
 
 def _without_texts(documents: pd.DataFrame) -> pd.DataFrame:
-    """The documents with what is compared and counted, and no text: what was written goes, others are empty."""
+    """The documents without texts: columns of generated texts are dropped, prompts, choices and targets are empty."""
     empty = {"context": "", "target": ""}
     written = [f"{of}{name}" for of in ("", "draws/") for name in TEXTS]
     written += [str(c) for c in documents if str(c).startswith("extracted")]
@@ -229,6 +245,7 @@ def _generated(sample: dict[str, Any], recorded: Answers, draws: int) -> dict[st
         "is_greedy": [],
         "context_tokens": [a.context for a in drawn],
         "continuation_tokens": [a.continuation for a in drawn],
+        **({"cached_tokens": [a.cached for a in drawn]} if any(a.cached for a in drawn) else {}),
         "target": str(sample["target"]),
         **{name: value(answer) for name, value in TEXT_COLUMNS.items()},
         **(

@@ -48,7 +48,7 @@ class FullTexts:
             self._texts = self._tokens(known) or None
 
     def ready(self, names: Sequence[str], requests: Sequence[Requests]) -> list[str]:
-        """Those of some finished cells that need not wait; their texts have been read."""
+        """Of some finished cells, those that can be evaluated: the full cache's texts have been read under their systems."""
         waits = self._reference in self.store.all
         if waits and self._reference not in names:
             return []
@@ -68,7 +68,7 @@ class FullTexts:
         return list(names)
 
     def added(self, name: str, result: dict[str, Any], documents: pd.DataFrame) -> pd.DataFrame:
-        """A cell's documents with `COLUMNS`, where the texts were read; why they were not is a note of its `result`."""
+        """A cell's documents with `COLUMNS`, if the texts were read; if not, a note in its `result` says why."""
         if name in self._failed:
             result["notes"].append({"text": self._failed.pop(name)})
         found = self._found.pop(name, None)

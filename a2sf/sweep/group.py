@@ -46,7 +46,7 @@ def grouped(cells: Iterable[Cell], more: Callable[[Cell], Hashable] = lambda cel
     """Cells by group, in the order of each group's first cell.
 
     Args:
-        more: what else the cells of a group must have in common.
+        more: a second key; cells of a group have the same.
     """
     groups: dict[Hashable, list[Cell]] = {}
     for cell in cells:
@@ -168,7 +168,7 @@ class CellGroup:
             raise
 
     def _thinking(self, prompting: Prompting) -> Thinking | None:
-        """How thinking is recognised in texts, as the cells say, or the model."""
+        """How thinking is recognised in texts by the cells' settings; None: by the arguments of the model."""
         given = prompting.think_end_token
         return None if given is None else Thinking.of(given, self.scorer.lm.tokenizer, prompting.enable_thinking)
 
@@ -215,7 +215,7 @@ class CellGroup:
         store: AnswerStore,
         stopping: EarlyStopping | None = None,
     ) -> Iterator[Computed]:
-        """A cell's result from its answers; once that is taken, its answers are forgotten."""
+        """A cell's result from its answers, which are dropped after the caller has taken the result."""
         answers = store[cell.name]
         try:
             if answers.error is not None:

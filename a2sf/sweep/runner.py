@@ -1,4 +1,4 @@
-"""Running cells: a group at a time, and nothing lost.
+"""Runs the cells of a sweep, a group at a time, and stores each result.
 
 `Runner.run` computes a group of cells; `finish` writes the table and lists failures. Many processes may work on one
 `runs/` directory: a cell is computed by whoever holds its lease.
@@ -54,14 +54,14 @@ from a2sf.tracking.tracker import Tracker
 
 LEASE_SECONDS = 60.0
 FEW = 0.2
-"""Share of the scored tokens below which a sweep says that pruning hardly entered its numbers."""
+"""Share of the scored tokens that saw a pruned cache; below it a sweep prints a notice."""
 SPACE_NEEDED = 20 * 2**20
 VERSIONS = ("torch", "transformers", "lm-eval", "datasets", "numba", "hydra-core", "pandas")
 
 
 @dataclass
 class Outcome:
-    """What became of a cell: `status` is done, there (already), busy (somebody else computes it) or failed."""
+    """What became of a cell: `status` is done, there (finished before), busy (another process computes it) or failed."""
 
     name: str
     status: str
@@ -109,13 +109,14 @@ class Runner:
     _broken: dict[loading.ModelSpec, UserError] = field(default_factory=dict)
 
     def run(self, cells: Sequence[Cell], planned: Collection[str] | None = None) -> list[Outcome]:
-        """Compute the cells of a group, but those that are there and those that somebody else is at.
+        """Compute the cells of a group, except those that are finished and those that another process computes.
 
         A cell that raises is recorded under `failures/` and does not stop the others.
 
         Args:
             cells: equal in `group.key_of`.
-            planned: names; cells with others, because a file was changed meanwhile, are left out. None: all are.
+            planned: names of the planned cells; a cell that has another name, because a file was changed since, is left
+                out. None: all are computed.
 
         Raises:
             DiskError: if results cannot be written.
@@ -157,7 +158,7 @@ class Runner:
 
     @property
     def underway(self) -> dict[str, float]:
-        """By the name of an unfinished cell in work, the share of its work that is done."""
+        """For each cell that is being computed, by its name: the share of its work that is done."""
         group = self._group  # which the thread that computes may take away
         return group.shares() if group else {}
 
@@ -217,7 +218,7 @@ class Runner:
         return Outcome(cell.name, "failed", str(record["error"]))
 
     def _scorer(self, cell: Cell) -> Scorer:
-        """Of a cell's model, which is loaded if it is not."""
+        """The scorer of a cell's model, which is loaded if necessary."""
         from a2sf.scoring.lm import PrunedLM
 
         loaded = self._load(cell)
@@ -250,7 +251,7 @@ class Runner:
 
 
 def _settled(cell: Cell) -> Cell:
-    """The same cell, with model and documents looked up if they were not: by a sweep, once for all its cells."""
+    """The same cell with the commit of its model and the fingerprint of its documents."""
     if not cell.model.pinned:
         cell = dataclasses.replace(cell, model=loading.pin(cell.model)[0])
     return cell.settled()
@@ -301,13 +302,13 @@ def hardly_pruned(stored: Iterable[StoredCell]) -> str | None:
     least = min(few, key=few.__getitem__)
     which = f"{len(few)} cells ({least} the first)" if len(few) > 1 else least
     return (
-        f"In {which}, only {100 * few[least]:.0f} % of the scored tokens saw a pruned cache: what is scored before "
-        "an eviction is the full cache's, whatever the policy; a smaller budget, or another schedule, prunes more."
+        f"In {which}, only {100 * few[least]:.0f} % of the scored tokens saw a pruned cache. Tokens before the first "
+        "eviction have the full cache's scores under every policy; a smaller budget or another schedule prunes more."
     )
 
 
 def _clear_failures(directory: Path, cell: dict[str, Any]) -> None:
-    """Remove what was recorded of a cell with the same settings, also if weights or documents have changed since."""
+    """Remove recorded failures of cells with the same settings, also if weights or documents have changed since."""
     for file in (directory / "failures").glob("*.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):
             if settings_of(json.loads(file.read_text(encoding="utf-8"))["cell"]) == settings_of(cell):

@@ -1,4 +1,4 @@
-"""Several answers of each document: what their metrics come to.
+"""Several answers for each document: their metrics avg@k, pass@j and maj@k.
 
 With k answers a metric's value is the mean over documents of the mean over answers (avg@k). pass@j is the probability that
 one of j answers is right, estimated without bias from k (Chen et al. 2021, Evaluating Large Language Models Trained on Code,
@@ -83,7 +83,7 @@ def of_draws(
 def _of_metric(
     name: str, values: np.ndarray, documents: Sequence[int], found: Sequence[Extracted]
 ) -> dict[str, np.ndarray]:
-    """By name, what further metrics come to for each document."""
+    """For each further metric, by its name, the value of each document."""
     metric, _, filtered = name.partition(",")
     k, end = values.shape[1], f",{filtered}" if filtered else ""
     more = {f"{metric}:avg@{k}{end}": values.mean(1)}

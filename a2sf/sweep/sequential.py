@@ -56,9 +56,9 @@ class PairedMean:
 
     @property
     def e_value(self) -> float:
-        """The evidence against "the mean is 0": what the gambler who bets against it has made of 1.
+        """The e-value of "the mean is 0": the capital, from a start of 1, of a gambler who bets against it.
 
-        If the mean is 0, its expectation is at most 1, whenever and for whatever reason one stops (an e-value).
+        If the mean is 0, its expectation is at most 1, whenever and for whatever reason one stops.
         """
         at_zero = self._capital[self.population * self.steps]
         return float(np.exp(min(at_zero, np.log(LARGEST_E))))

@@ -147,7 +147,7 @@ class Prompting:
 
         Args:
             of_task: the task's settings of generation.
-            repeats: how many answers the task itself asks for.
+            repeats: how many answers the task itself requests.
 
         Raises:
             ConfigError: naming the key.
@@ -161,7 +161,9 @@ class Prompting:
             return
         if (repeats or 1) > 1:
             raise ConfigError(
-                "samples", self.samples, f"{task} itself asks for {repeats} answers of each document; leave it out"
+                "samples",
+                self.samples,
+                f"{task} itself requests {repeats} answers for each document; leave samples out",
             )
         if self.samples > 1 and not draws({**of_task, **given}):
             why = f"{task} takes the likeliest token each time, so that all answers would be equal; give a temperature"

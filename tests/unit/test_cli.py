@@ -18,7 +18,7 @@ from a2sf import cli
 from a2sf.app import process
 from a2sf.commands import run, tables
 from a2sf.commands.policy import layer_errors
-from a2sf.commands.policy.describe import attributes, paper
+from a2sf.commands.policy.describe import attributes, idea_and_deviations, paper
 from a2sf.errors import UserError
 from a2sf.policies.base import WHEN
 from a2sf.policies.find import built_in, defaults
@@ -186,6 +186,23 @@ def test_every_policy_says_what_it_is():
         assert set(attributes(cls)) >= {f.name for f in dataclasses.fields(cls)}, cls
     assert paper(built_in()["h2o"]) == "Zhang et al., 2023 (arXiv 2306.14048)"  # of its module
     assert paper(built_in()["a2sf"]) == "Jo and Shin, 2024 (arXiv 2407.20485)"  # of the class
+    assert (
+        paper(built_in()["cam"]) == "Zhang et al., 2024 (Cache Merging, ICML 2024, openreview LCTmppB165)"
+    )  # no arXiv
+    assert paper(built_in()["heads"]).endswith("arXiv 2404.15574); Xiao et al., 2024 (DuoAttention, 2410.10819)")  # two
+    assert paper(built_in()["random"]) == "none"
+
+
+def test_idea_and_deviations_of_a_docstring():
+    idea, deviations = idea_and_deviations(built_in()["h2o"])  # of its module
+    assert idea.startswith("A few tokens, the heavy hitters, receive most of the attention.")
+    assert deviations.startswith("The budget is divided after it is rounded")
+    assert "2306.14048" not in idea + deviations
+    idea, deviations = idea_and_deviations(built_in()["a2sf"])  # of the class
+    assert idea.startswith("Old tokens have more accumulated attention")
+    assert deviations.startswith("None.")
+    assert "forgetting_factor" not in idea + deviations
+    assert idea_and_deviations(built_in()["future"])[1] == ""
 
 
 @pytest.mark.parametrize(

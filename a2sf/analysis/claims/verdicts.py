@@ -1,4 +1,4 @@
-"""Published claims held against measured results, each with a verdict and the reason for it.
+"""Published claims compared with measured results, each with a verdict and the reason for it.
 
 Figures (one accuracy each) are compared with the published number; headlines and the shape of the results (order of
 policies, difference by budget, place of the best factor) with paired tests on our own documents. docs/statistics.md

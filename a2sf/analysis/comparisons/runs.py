@@ -133,7 +133,7 @@ def _tasks(a: Run, b: Run, made: ComparedRuns) -> list[tuple[TaskRun, TaskRun]]:
 
 
 def metric_of(run: TaskRun, asked: str | None) -> str:
-    """The metric of a task that is compared: the one that is asked for, else the usual one.
+    """The metric of a task that is compared: the requested one, else the usual one.
 
     Raises:
         UserError: if it is not there, or none is usual.

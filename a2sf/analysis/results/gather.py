@@ -23,7 +23,7 @@ from a2sf.store.runs import COMPUTED_WITH, TABLE, StoredCell, id_of, is_cell, na
 
 OPTIONAL_COLUMNS = [
     *(LM_EVAL_STDERR, "forgetting_factor", "budget_tokens", "budget_base", "policy_settings", *MUST_AGREE),
-    *("tokens_per_second", "kept_tokens", "cache_share", "cell", "cell_id", "model_path", "weights"),
+    *("tokens_per_second", "kept_tokens", "cache_share", "cache_share_max", "cell", "cell_id", "model_path", "weights"),
     *("schedule", "causal", "data_settings", "rest", *OPTIONS, *COMPUTED_WITH),
 ]
 
@@ -76,6 +76,7 @@ def _from_cells(cells: Sequence[StoredCell], source: str | None) -> pd.DataFrame
             "rest": rest_of_identity(stored.cell),
             "kept_tokens": timing.get("kept_tokens_mean"),
             "cache_share": timing.get("cache_share"),
+            "cache_share_max": timing.get("cache_share_max"),
         }
         more += [
             common | {"metric": name, "higher_is_better": m.get("higher_is_better", True)}

@@ -86,6 +86,10 @@ def settings_label(text: Any) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
+OWN = "own"
+"""The budget of a policy that evicts and takes none: with a threshold, the table of cached shares says what comes out."""
+
+
 def budget_label(is_full: bool, ratio: Any, tokens: Any, base: Any) -> tuple[str, float]:
     """How tables write a budget, and where it sorts."""
     if is_full:
@@ -93,6 +97,8 @@ def budget_label(is_full: bool, ratio: Any, tokens: Any, base: Any) -> tuple[str
     if not pd.isna(tokens):
         text = str(tokens) if isinstance(tokens, str) else f"{tokens:g}"
         return f"{text} tokens", 1.0 + first_number(tokens)
+    if pd.isna(ratio):  # a policy without a budget
+        return OWN, 0.0
     text = ratio if isinstance(ratio, str) else f"{ratio:g}"
     return text if base in ("total", None) or pd.isna(base) else f"{text} of {base}", first_number(ratio)
 

@@ -16,7 +16,7 @@ def ends_in_loop(text: str) -> bool:
 
     Source: Holtzman et al. (2020), "The curious case of neural text degeneration", figure 9: "A phrase (minimum length 2) is
     considered a repetition when it repeats at least three times at the end of the generation". Their phrases are of tokens;
-    here they are of words, so that models with different tokenizers are judged alike: runs of letters and digits, single
+    here they are of words, so that models with different tokenizers are judged equally: runs of letters and digits, single
     characters of Chinese, Japanese and Korean, and punctuation marks.
     """
     pieces: list[str] = []

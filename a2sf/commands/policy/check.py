@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
                 )
             whys = {f.raised or f.broken or f.excepted: f.broken or f.excepted for f in some if word != "holds"}
             for key, why in whys.items():
-                # an error of the policy's own code comes in many invariants, and is told once
+                # an error of the policy's own code occurs in many invariants, and is reported once
                 again = key in told and any(f.raised == key for f in some)
                 console.print(f"          {'the same error' if again else why}", markup=False, soft_wrap=True)
                 told.add(key)

@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 
 from a2sf.commands.policy.check import look_in
-from a2sf.commands.policy.describe import attributes, paper, summary
+from a2sf.commands.policy.describe import attributes, paper, policy_summary
 from a2sf.errors import UserError
 from a2sf.policies.base import WHEN, Policy
 from a2sf.policies.find import built_in, defaults, find_policy, installed, load
@@ -61,7 +61,7 @@ def _print(console: Console, name: str, cls: type[Policy]) -> None:
     console.print(f"[bold]{name}[/bold]  {cls.label}", soft_wrap=True)
     about = attributes(cls)
     settings = {f"{n} = {value}": about.get(n, "") for n, value in defaults(cls).items()}
-    lines = [_summary(cls), *([f"Paper: {source}"] if (source := paper(cls)) else []), _when(cls)]
+    lines = [policy_summary(cls), *([f"Paper: {source}"] if (source := paper(cls)) else []), _when(cls)]
     lines += [f"{setting}  {meaning}".rstrip() for setting, meaning in settings.items()]
     for line in lines:
         console.print(f"    {line}", markup=False, soft_wrap=True)
@@ -72,14 +72,4 @@ def _when(cls: type[Policy]) -> str:
     known = ", ".join(cls.schedules) if set(WHEN) - set(cls.schedules) else f"all ({', '.join(WHEN)})"
     return f"Schedules: {known}" + (
         "" if cls.causal else "; not causal: an oracle (upper bound), never ranked with the others"
-    )
-
-
-def _summary(cls: type[Policy]) -> str:
-    """The first paragraph of its file, if the file has only this policy; else that of the class."""
-    module = sys.modules[cls.__module__]
-    classes = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == cls.__module__]
-    alone = sum(issubclass(c, Policy) for c in classes) == 1
-    return (
-        " ".join((inspect.getdoc(module) or "").split("\n\n")[0].split()) if alone and module.__doc__ else summary(cls)
     )

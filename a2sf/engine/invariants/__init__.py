@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from a2sf.engine.invariants.cases import KV_HEADS, ROWS, TOKENS, Case, case, layers_of
-from a2sf.engine.invariants.opposite import chooses, opposite
+from a2sf.engine.invariants.opposite import chooses, lenient, opposite
 from a2sf.engine.state import EvictionState
 from a2sf.errors import PolicyError, UserError, place
 from a2sf.policies.base import UNLIMITED, Policy, Retention
@@ -128,10 +128,10 @@ def data(c: Case) -> None:
 
 
 def whole_budget(c: Case) -> None:
-    """A budget of the whole sequence is full causal attention."""
+    """A budget of the whole sequence, or a threshold that all tokens reach, is full causal attention."""
     full = torch.nn.functional.scaled_dot_product_attention(*c.tensors, is_causal=True, enable_gqa=True)
     for budget in (TOKENS, TOKENS + c.cuts[0]):
-        output = c.run(budget=budget).output
+        output = replace(c, policy=lenient(c.policy)).run(budget=budget).output
         _equal(output, full, f"budget {budget} for {TOKENS} tokens is not full attention")
 
 
@@ -262,6 +262,8 @@ def _retained_by_row(c: Case, row: int, tokens: int, heads: list[list[int]]) -> 
         low, high = min(tokens, C), min(tokens, C + schedule.spare)
         if head in numbers.rule.full_heads:
             low = high = tokens
+        elif numbers.rule.threshold is not None:
+            high = tokens
         if not schedule.prompt and not low <= len(there) <= high:
             raise Broken(f"{len(there)} of {tokens} tokens are cached at a budget of {C}")
     if schedule.prompt and not own:
@@ -272,6 +274,8 @@ def _retained_by_row(c: Case, row: int, tokens: int, heads: list[list[int]]) -> 
         held = [len(there) for there in heads]
         expected = [tokens if head in numbers.rule.full_heads else each for head in range(KV_HEADS)]
         shifted = numbers.rule.cut is not None and numbers.rule.cut.floor is not None
+        if numbers.rule.threshold is not None:
+            expected = [min(tokens, max(n, each)) for n in held]  # any number more may stay
         if sum(held) != sum(expected) or (not shifted and held != expected):
             raise Broken(f"heads hold {held} of {tokens} tokens at a budget of {C}, prompt {prompt}")
 

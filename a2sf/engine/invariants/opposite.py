@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,6 +41,8 @@ def opposite(policy: Policy) -> tuple[Policy, list[bool]]:
     varied: list[bool] = []
 
     def negated(rule: Rule) -> Rule:
+        if rule.threshold is not None:
+            rule = replace(rule, threshold=-rule.threshold)
         bias = None if rule.bias is None else _Negative(rule.bias, varied)
         if rule.priority_fn is not None:
             return replace(rule, priority_fn=_Negative(rule.priority_fn, varied))
@@ -57,6 +60,20 @@ def opposite(policy: Policy) -> tuple[Policy, list[bool]]:
     return other, varied
 
 
+def lenient(policy: Policy) -> Policy:
+    """The policy with a threshold that every priority reaches, if it has one."""
+
+    def keeps(*numbers: Any, **named: Any) -> Retention:
+        stated = policy.keeps(*numbers, **named)
+        if stated.rule.threshold is None:
+            return stated
+        return replace(stated, rule=replace(stated.rule, threshold=-sys.float_info.max))
+
+    other = copy.copy(policy)
+    vars(other)["keeps"] = keeps
+    return other
+
+
 def chooses(stated: Retention, kv_heads: int, tokens: int) -> bool:
     """Whether a layer that reads `tokens` tokens ever evicts one of several, so that its rule decides which."""
     rule = stated.rule
@@ -66,4 +83,6 @@ def chooses(stated: Retention, kv_heads: int, tokens: int) -> bool:
         else ((stated.budget, stated.recent, stated.sinks),) * kv_heads
     )
     ranks = rule.priority_fn is not None or rule.scored or rule.bias is not None
+    if rule.threshold is not None:
+        return ranks and any(max(r + s, C) < tokens for C, r, s in slots)
     return ranks and any(r + s < C < tokens for head, (C, r, s) in enumerate(slots) if head not in rule.full_heads)

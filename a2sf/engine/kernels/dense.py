@@ -20,7 +20,8 @@ def why_not(segments: Segments, options: Options, state: object) -> str | None:
     """Why `attend_dense` does not give what the recursion gives; None where it does, since scores do not matter."""
     if state is not None or options.return_state or options.trace:
         return "it has neither states nor traces"
-    if segments.schedule != STEP or segments.rule.full_heads or segments.rule.heads or segments.rule.recording:
+    rule = segments.rule
+    if segments.schedule != STEP or rule.full_heads or rule.heads or rule.recording or rule.threshold is not None:
         return "it knows one number for all heads, step by step"
     known = segments.__dict__.get("_dense")
     if known is None:

@@ -213,12 +213,14 @@ REGISTRY: tuple[Backend, ...] = (Reference(), Dense(), Numba(), Triton(), TORCH)
 def knows(rule: Rule) -> bool:
     """Whether the compiled kernels, of the CPU and of GPUs, run a rule token by token."""
     plain = not rule.calls and rule.recording is None
-    return plain and rule.cut is None and not rule.full_heads and not rule.heads
+    return plain and rule.cut is None and not rule.full_heads and not rule.heads and rule.threshold is None
 
 
 def _token_by_token(retention: BatchRetention) -> str | None:
     if retention.schedule.prompt:
         return "it evicts token by token, and the schedule cuts a prompt"
+    if retention.rule.threshold is not None:
+        return "it evicts as many tokens as exceed a budget, and the rule those below a threshold"
     return None if knows(retention.rule) else "its rule is more than data of one kind for all heads"
 
 

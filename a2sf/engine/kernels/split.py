@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from a2sf.engine.priorities import about, mass, merged, of_function, of_rule, pooled, smallest, smallest_of_all_heads
+from a2sf.engine.priorities import about, leaving, mass, merged, of_function, of_rule, pooled, smallest_of_all_heads
 from a2sf.engine.state import Attended, Call, EvictionState, Options, Segments, last_queries
 from a2sf.engine.tree import traced
 from a2sf.errors import ConfigError
@@ -353,7 +353,7 @@ def _after_cut(
     if retention.across_heads:
         out = smallest_of_all_heads(retention, priority, step, free)
     else:
-        out = smallest(priority, state.positions, free, excess)
+        out = leaving(rule, priority, state.positions, free, excess)
     evicted = []
     for positions, row in zip(state.positions, out, strict=True):
         head, column = row.nonzero(as_tuple=True)

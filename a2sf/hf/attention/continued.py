@@ -5,7 +5,6 @@ Only one part's columns are computed at a time. Between parts only those states 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -44,7 +43,6 @@ class Continued(Plan):
     later: Set[int] = frozenset()
     states: States = field(default_factory=dict)
     shapes: dict[tuple[int, int], tuple[int, int, int | None]] = field(default_factory=dict)
-    _calls: Counter[int] = field(default_factory=Counter)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         try:
@@ -62,11 +60,14 @@ class Continued(Plan):
         keep = [i for i, segment in enumerate(self.of) if segment in self.later]
         with noting() as names:
             group = query.shape[1] // key.shape[1]
-            options = replace(self.options(layer, scale), return_state=bool(keep))
+            options = replace(
+                self.options(layer, scale), return_state=bool(keep) or segments.rule.threshold is not None
+            )
             before = self._before(at, key, value, segments.rule, group)
             out = attend(query, key, value, segments, options, before, backend=self.backend)
         self.ran |= names
         self.reached.add(layer)
+        self.note_cached(layer, at[1], segments, out.state)
         for segment in {*self.begin} - {*self.later}:
             self.states.pop((*at, segment), None)
         for i in keep:
@@ -82,6 +83,9 @@ class Continued(Plan):
         empty = EvictionState.empty(key[:1].to(dtype), value[:1].to(dtype), rule, group)
         found = [empty if i < 0 else self.states[(*at, i)] for i in self.begin]
         return EvictionState.stack([s.for_rule(rule, group) for s in found])
+
+    def _named(self, segment: int) -> int:
+        return self.of[segment]
 
     def _end(self, segment: int) -> int:
         assert self.plan is not None
@@ -137,6 +141,7 @@ def parts_of(
             rotary=plan.rotary,
             projections=plan.projections,
             ran=plan.ran,
+            cached=plan.cached,
             plan=plan,
             of=of,
             begin=begin,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from a2sf.engine.kernels import attend, noting
 from a2sf.engine.retention import BatchRetention
-from a2sf.engine.state import Options, Segments
+from a2sf.engine.state import EvictionState, Options, Segments
 from a2sf.engine.trace import attention_mass, steps_of
 from a2sf.hf.attention.errors import check_finite
 from a2sf.hf.attention.windows import keeps_window, within_window
@@ -41,6 +43,8 @@ class Plan:
         serves: the caller's numbers of the sequences that are read.
         ends: the segment that each of them ends with.
         ran: which implementations ran (`a2sf.engine.kernels.noting`).
+        cached: by layer, call of the layer's attention and segment, tokens cached at its end, mean over KV heads; where a
+            rule has a threshold, so that no number says it.
     """
 
     row: Sequence[int]
@@ -64,6 +68,8 @@ class Plan:
     evicted_at: dict[int, Tensor] = field(default_factory=dict)
     received: dict[int, Tensor] = field(default_factory=dict)
     lost: dict[int, Tensor] = field(default_factory=dict)
+    cached: dict[tuple[int, int, int], float] = field(default_factory=dict)
+    _calls: Counter[int] = field(default_factory=Counter)
     _segments: dict[Any, Segments] = field(default_factory=dict)
     _by_layer: dict[tuple[int, int | None], Segments] = field(default_factory=dict)
 
@@ -120,13 +126,32 @@ class Plan:
             segment = self.parent[segment]
         return tokens
 
+    def note_cached(self, layer: int, call: int, segments: Segments, state: EvictionState | None) -> None:
+        """Note how many tokens are cached at the end of each segment, if a threshold decides it."""
+        if segments.rule.threshold is None:
+            return
+        assert state is not None
+        for i, n in enumerate(state.counts.double().mean(1).tolist()):
+            self.cached[layer, call, self._named(i)] = n
+
+    def _named(self, segment: int) -> int:
+        return segment
+
+    def cached_by(self) -> dict[int, float]:
+        """By the caller's number of a sequence, tokens cached at its end, mean over layers and heads, where noted."""
+        by_segment: dict[int, list[float]] = {}
+        for (_, _, segment), n in self.cached.items():
+            by_segment.setdefault(segment, []).append(n)
+        of = zip(self.serves, self.ends, strict=True)
+        return {i: fmean(by_segment[end]) for i, end in of if end in by_segment}
+
     @property
     def plans(self) -> list[Plan]:
         """This plan, in the form of a pass of several plans."""
         return [self]
 
     def options(self, layer: int, scale: float) -> Options:
-        """What the engine is told of a layer."""
+        """The engine's arguments for a layer."""
         rotary = None if self.rotary is None else self.rotary[layer]
         projection = None if self.projections is None else self.projections[layer]
         return Options(scale, trace=self.trace, layer=layer, layers=self.layers, rotary=rotary, projection=projection)
@@ -140,11 +165,16 @@ class Plan:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
     ) -> Tensor:
         """The same for tensors that are known to be finite."""
+        call = self._calls[layer]
+        self._calls[layer] += 1
         with noting() as names:
             segments, options = self.segments(layer, window), self.options(layer, scale)
+            if segments.rule.threshold is not None:
+                options = replace(options, return_state=True)
             out = attend(query, key, value, segments, options, backend=self.backend)
         self.ran |= names
         self.reached.add(layer)
+        self.note_cached(layer, call, segments, out.state)
         if out.evicted is not None:
             noted = {"evicted": out.evicted}
             if list(self.length) == [query.shape[2]]:

@@ -24,7 +24,7 @@ from a2sf.policies.base import Retention
 
 @dataclass(frozen=True)
 class ReadRow:
-    """A sequence that has been read, and goes on in a cache.
+    """A sequence that has been read, and continues in a cache.
 
     Attributes:
         seen: tokens read.

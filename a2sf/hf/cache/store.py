@@ -65,7 +65,7 @@ class How:
     projection: Projection | None = None
 
     def options(self, scale: float) -> Options:
-        """What the engine is told."""
+        """The engine's arguments."""
         known = {"layer": self.layer, "layers": self.layers, "rotary": self.rotary, "projection": self.projection}
         return Options(scale, return_state=True, trace=self.trace, **known)  # type: ignore[arg-type]
 
@@ -309,6 +309,7 @@ def check_state(retention: BatchRetention, state: EvictionState) -> None:
         raise UserError("a state was made by another policy than this cache's; make a cache with the state's policy")
     counts = state.counts.cpu()
     counts[:, list(rule.full_heads)] = 0
+    counts = counts if rule.threshold is None else counts * 0  # any number may stay
     budget, seen = retention.budget, state.seen.cpu()
     if rule.heads:  # that of the head that may hold most
         budget = torch.tensor([max(C for C, _, _ in head_slots(rule.heads, n)) for n in budget.tolist()])

@@ -36,7 +36,7 @@ def full_texts(
     passes = Passes(scorer.model, about, scorer.tokens_per_pass, scorer.sequences_per_pass)
     found: dict[int, Found] = {id(one): {} for one in answers}
     for done in passes.run(pending):
-        for p, value, _ in done.scores:
+        for p, value, *_ in done.scores:
             found[id(p.answers)][requests.keys[p.request]] = value, len(p.sequence.targets)
     return [one.error or found[id(one)] for one in answers]
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from a2sf.policies.base import Retention
-from a2sf.policies.schedule import Schedule
 from a2sf.scoring.passes.full_cache_prefix import peak_tokens
 from a2sf.scoring.requests import TEXT, Requests
 from a2sf.scoring.scorer import Scorer
@@ -27,14 +25,24 @@ def cache_bytes(scorer: Scorer, requests: Sequence[Requests], answers: Answers) 
             cut = of_kind.cut(i, system, len(prompt.tokens), prompt.length)
             retention = system.retention(len(prompt.tokens) + max(0, prompt.new - 1), cut, scorer.layers)
             new = answer.continuation if answer.tokens is None else len(of_kind.after(i, answer))
-            found[key] = _peak(scorer, retention, system.schedule, len(prompt.tokens) + max(0, new - 1), cut)
+            total = len(prompt.tokens) + max(0, new - 1)
+            if answer.cached is None:
+                held = sum(peak_tokens(r, system.schedule, total, cut, _heads(scorer)) for r in retention)
+            else:  # a threshold decides: what was counted, with what may have waited to be evicted
+                at_end = min(total, answer.cached[0] + system.schedule.spare)
+                held = len(retention) * max(at_end, min(cut, total) if system.schedule.prompt else 0)
+            found[key] = round(held * _bytes(scorer))
     return found
 
 
-def _peak(scorer: Scorer, retention: Sequence[Retention], schedule: Schedule, total: int, cut: int) -> int:
-    """The bytes at the peak of `total` tokens that are read; `cut` of them come before the cut of the prompt schedule."""
+def _heads(scorer: Scorer) -> int:
+    """KV heads of a layer."""
+    heads: int = scorer.kv_heads or scorer.model.config.get_text_config().num_attention_heads
+    return heads
+
+
+def _bytes(scorer: Scorer) -> int:
+    """Bytes of a token's keys and values in one layer."""
     config = scorer.model.config.get_text_config()
     D = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = scorer.kv_heads or config.num_attention_heads
-    each = 2 * D * heads * scorer.model.dtype.itemsize
-    return round(sum(peak_tokens(r, schedule, total, cut, heads) for r in retention) * each)
+    return 2 * D * _heads(scorer) * scorer.model.dtype.itemsize

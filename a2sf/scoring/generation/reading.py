@@ -29,7 +29,7 @@ class Reading:
     Attributes:
         row: what was read; `row.items` are places among the prompts.
         logits: float32 [prompts, vocabulary], what follows each.
-        ends: the prompts as rows that go on.
+        ends: the prompts as rows that continue.
         ran: by place, which implementations of the engine ran.
     """
 

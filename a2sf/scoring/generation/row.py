@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import numpy as np
+from torch import Tensor
 
 from a2sf.policies.base import UNLIMITED
 from a2sf.scoring.generation.ends import EOS, LENGTH, STOP, Ends
@@ -37,6 +39,7 @@ class Row:
         done: of each earlier turn its tokens, and why it ended.
         unread: tokens that are to be read next, in this order; none: the next token is to be predicted.
         read: how many tokens have been read after the prompt.
+        cached: tokens cached at its end, mean over the layers and heads where a threshold decides it; None: numbers say it.
     """
 
     answers: Answers
@@ -53,6 +56,7 @@ class Row:
     done: list[tuple[list[int], str]] = field(default_factory=list)
     unread: list[int] = field(default_factory=list)
     read: int = 0
+    cached: float | None = None
     generator: np.random.Generator | None = None
     _thinks: bool = False
     _answer: int = 0  # the token that the answer, or what may be one, begins with
@@ -139,13 +143,21 @@ class Row:
             text = text.lstrip()  # blank lines between thinking and answer are not part of the answer
         return any(stop in text for stop in self.ends.stop)
 
+    def note_cached(self, counts: Sequence[Tensor]) -> None:
+        """Note how many tokens are cached at its end, of each layer and KV head.
+
+        Args:
+            counts: [K] of each layer that a threshold acts on.
+        """
+        self.cached = fmean(float(n.double().mean()) for n in counts) if counts else None
+
     @property
     def held(self) -> int:
         """Tokens of all layers together that the cache holds at most once the prompt is read."""
         total = len(self.sequence.read) + self.follow
         schedule, found = self.sequence.schedule, 0
         for k in self.sequence.retention:
-            if k.budget >= UNLIMITED or k.rule.full_heads:
+            if k.budget >= UNLIMITED or k.rule.full_heads or k.rule.threshold is not None:
                 found += total
             else:
                 later = self.follow if schedule.prompt and schedule.then == "keep" else schedule.spare

@@ -58,6 +58,14 @@ class Lane:
         join(self.cache, stay, [read for _, read in new])
         self.rows = [*self.live, *(row for row, _ in new)]
 
+    def count(self) -> None:
+        """Note of rows that are finished how many tokens are cached, where a threshold decides it."""
+        layers = [k for k in self.cache.layers if k.retention.rule.threshold is not None]
+        done = [(i, r) for i, r in enumerate(self.rows) if r is not None and r.finish is not None]
+        counts = [k.state().counts for k in layers] if done else []
+        for i, row in done:
+            row.note_cached([n[i] for n in counts])
+
     def drop_finished(self) -> None:
         """Mark finished rows; once half of the cache is theirs, it is made smaller."""
         self.rows = [None if r is None or r.finish is not None else r for r in self.rows]
@@ -148,7 +156,10 @@ class Rows:
             with self._blaming(rows):
                 self._take(rows, reading.logits)
             for row, end in zip(rows, reading.ends, strict=True):
-                if row.finish is None:
+                if row.finish is not None:
+                    each = zip(end.retention, end.states, strict=True)
+                    row.note_cached([s.counts[0] for k, s in each if k.rule.threshold is not None])
+                else:
                     by_lane.setdefault(lane_of(row), []).append((row, end))
             self._account(reading, new, time.perf_counter() - clock)
             clock = time.perf_counter()
@@ -189,6 +200,7 @@ class Rows:
             row.answers.counts.needed += 1
             row.answers.counts.scored += was_predicted
         for key, lane in list(self.lanes.items()):
+            lane.count()
             lane.drop_finished()
             if not lane.live:
                 del self.lanes[key]

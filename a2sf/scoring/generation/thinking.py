@@ -62,7 +62,7 @@ class Thinking:
         return tuple(tokens[-len(self.end) :]) == self.end or (self.by_text and self.ending in tail)
 
     def is_open(self, before: str) -> bool:
-        """Whether a text goes on with thinking, where `before` is the prompt and what has been generated, as text."""
+        """Whether a text continues to think, where `before` is the prompt and what has been generated, as text."""
         if self.opening is None:
             return self.ending not in before
         return before.rfind(self.opening) > before.rfind(self.ending)

@@ -1,6 +1,6 @@
-"""How long a sequence is computed with the full cache, before anything is evicted.
+"""How many tokens of a sequence are read before the first eviction.
 
-Up to there sequences can be computed together whatever their policies, and a score is the full cache's.
+Up to there, sequences can be computed together whatever their policies, and log-likelihoods are those with the full cache.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def cached_tokens(
     elif schedule.prompt and schedule.then == "keep":
         cached = min(prompt, C, total) + max(0, total - prompt)
     elif schedule.prompt and schedule.spare and total > prompt:
-        # what was cached after the cut, and the tokens since, of which every so many go together
+        # what was cached after the cut, and the tokens since, which are evicted `every` at a time
         cut = min(prompt, C)
         more = total - prompt - (C - cut)  # beyond the budget
         cached = C + more % schedule.every if more > 0 else cut + total - prompt

@@ -1,4 +1,4 @@
-"""From logits to what is scored: log-probabilities of targets, and whether each is what the model would have said."""
+"""From logits to scores: the log-probability of each target, and whether it is the token that greedy decoding chooses."""
 
 from __future__ import annotations
 

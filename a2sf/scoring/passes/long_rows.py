@@ -1,4 +1,4 @@
-"""A row that is longer than a pass: read in parts, where the caches between parts take less memory than that saves."""
+"""Reads a row that is longer than a pass in parts, if that takes less memory although caches are held between the parts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Part:
 
 
 def in_parts(reading: Plan | Mixed, ends: Sequence[int], keep: bool = False) -> Iterator[Part]:
-    """A row's pass in parts that end at the columns `ends`; `keep`: whether the states remain in which sequences end."""
+    """A row's pass in parts that end at the columns `ends`; `keep`: whether the final states of sequences are kept."""
     if isinstance(reading, Mixed):
         passes: list[Any] = mixed_in_parts(reading, ends, keep)
     else:
@@ -38,7 +38,7 @@ def in_parts(reading: Plan | Mixed, ends: Sequence[int], keep: bool = False) -> 
 
 
 def saves(row: Pack, ends: Sequence[int], sequences: Sequence[ScoredSequence], config: Any) -> bool:
-    """Whether a row in parts that end at `ends` takes less memory than at once, by rough counts of numbers."""
+    """Whether reading a row in parts that end at `ends` takes less memory than at once, by a rough count of numbers."""
     read = [sequences[i] for i in row.items]
     if any(k.rule.precompute is not None for r in read for k in r.retention):
         return False  # an oracle needs the tokens to come, which a part does not know
@@ -54,12 +54,16 @@ def saves(row: Pack, ends: Sequence[int], sequences: Sequence[ScoredSequence], c
 
 
 def cached_at_most(sequences: Sequence[ScoredSequence]) -> int:
-    """Tokens that all layers together hold of some sequences from part to part, at most; each state counts once."""
+    """The most tokens that the caches of all layers hold between parts; equal states count once."""
     states = {(r.retention, r.schedule, r.prompt, len(r.read)) for r in sequences}
     return sum(_most(k, n, prompt, schedule) for retention, schedule, prompt, n in states for k in retention)
 
 
 def _most(retention: Retention, tokens: int, prompt: int, schedule: Schedule) -> int:
-    if retention.rule.full_heads or (schedule.prompt and schedule.then == "keep"):
+    if (
+        retention.rule.full_heads
+        or retention.rule.threshold is not None
+        or (schedule.prompt and schedule.then == "keep")
+    ):
         return tokens
     return min(tokens, max(prompt if schedule.prompt else 0, retention.budget + schedule.spare))

@@ -48,11 +48,12 @@ class Done:
     """What a pass computed.
 
     Attributes:
-        scores: each log-likelihood, and whether greedy decoding would have produced the continuation.
+        scores: each log-likelihood, whether greedy decoding would have produced the continuation, and the tokens that were
+            cached at the end, mean over layers and heads, where a threshold decides it; else None.
         failures: answers of a system that cannot be computed, why, and the places of the requests that are to blame.
     """
 
-    scores: list[tuple[Pending, float, bool]] = field(default_factory=list)
+    scores: list[tuple[Pending, float, bool, float | None]] = field(default_factory=list)
     failures: list[tuple[Answers, Exception, list[int]]] = field(default_factory=list)
 
 
@@ -105,7 +106,8 @@ class Passes:
                             del left[i]
                     clock = time.perf_counter()
                     break
-                done = Done([(pending[i], *score) for i, score in zip(row.items, scores, strict=True)])
+                cached = {i: n for plan in plans for i, n in plan.cached_by().items()}
+                done = Done([(pending[i], *score, cached.get(i)) for i, score in zip(row.items, scores, strict=True)])
                 for i in row.items:
                     del left[i]
                 for plan in plans:
@@ -197,8 +199,8 @@ class Passes:
 
 
 def _failed(pending: Sequence[Pending], error: Exception, places: Sequence[int]) -> Done:
-    """What came of a pass that failed because of some of `pending`; each of their systems has the error from now on."""
-    if not places:  # no system's, so it would come again
+    """The outcome of a pass that failed because of some of `pending`; the error is set on the answers of their systems."""
+    if not places:  # of no system, so that the next pass would fail, too
         raise error
     traceback.clear_frames(error.__traceback__)  # which would hold what the pass had in memory
     done = Done()
@@ -218,7 +220,7 @@ def by_system(places: Sequence[int], pending: Sequence[Pending]) -> list[list[in
 
 
 def share(row: Pack, pending: Sequence[Pending], seconds: float) -> None:
-    """Divide what a pass computed among systems: each segment, and each scored position, by those that needed it."""
+    """Divide tokens and time of a pass among systems: a segment, or a scored position, among the systems that needed it."""
     systems = {id(pending[i].answers): pending[i].answers for i in row.items}
     through: list[set[int]] = [set() for _ in row.start]
     scoring: dict[int, set[int]] = {}

@@ -61,7 +61,9 @@ class ScoredSequence:
     @property
     def simplest(self) -> ScoredSequence:
         """A sequence with the same log-likelihood: with the full cache, if no token that is read sees a pruned one."""
-        if self.certain < len(self.read):
+        # what a threshold leaves is counted, so that a cut after the last token matters too
+        counted = any(k.rule.threshold is not None for k in self.retention)
+        if self.certain < len(self.read) + counted:
             return self
         return replace(self, retention=(FULL_CACHE,) * len(self.retention), schedule=STEP)
 

@@ -18,7 +18,7 @@ RENAMED = {"until": "early_stopping", "until.verdict": "early_stopping.significa
 
 @dataclass
 class BudgetConfig:
-    """`budget`: how many tokens a layer may keep (`a2sf.policies.budget.Budget`).
+    """`budget`: how many tokens a layer may retain (`a2sf.policies.budget.Budget`).
 
     Attributes:
         ratio: share of the sequence, 0 < ratio <= 1; one number, or one per layer
@@ -159,7 +159,7 @@ class Config:
         model: a file in model/
         policy: a file in policy/, or an installed policy; its settings are policy.<setting>
         schedule: a file in schedule/
-        budget: how many tokens a layer may keep
+        budget: how many tokens a layer may retain
         forgetting_factor: for policies that have one; one number in [0, 1], or one per layer; null: the policy's default
         tasks: demo, paper, long, or a list such as [piqa,copa] of lm-eval's tasks and groups
         shots: few-shot examples before each document; null: 0, or the number that a group gives for its tasks. A document

@@ -215,7 +215,7 @@ def _with_template(cell: Cell, lengths: Sequence[Lengths]) -> list[Lengths]:
 
 
 def _template_tokens(cell: Cell) -> tuple[int, int]:
-    """About how many tokens a template and a system instruction add before and after; 0 if no tokenizer is here."""
+    """About how many tokens a template and a system instruction add before and after; 0 if the tokenizer is not here."""
     return _tokens_around(cell.model, cell.prompting, cell.shots) if cell.prompting.settings else (0, 0)
 
 

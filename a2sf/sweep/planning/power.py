@@ -38,7 +38,7 @@ class PowerSettings:
 
     @property
     def given(self) -> bool:
-        """Whether the user asks for it."""
+        """Whether the user has set one of the two keys."""
         return self.flips is not None or self.detect is not None
 
 

@@ -134,7 +134,7 @@ class Progress:
         return f"{self.cells} of {self.total} cells, {work}, {duration(self.seconds)} so far{rest}"
 
     def at(self) -> str:
-        """Names the cells that are being computed, as far as that can be seen; "" if there are none."""
+        """The names of the cells that are being computed, as far as this process can see; "" if there are none."""
         return _first([name for name, cell in self._unfinished.items() if 0 < self._share_of(cell) < 1])
 
     def _share_of(self, cell: Cell) -> float:

@@ -23,7 +23,7 @@ OVERHEAD = 1.35
 
 
 def seconds_per_token(model: ModelSpec) -> float | None:
-    """Estimated seconds per token in a long pass; None if the model's config does not tell it, or is not here."""
+    """Estimated seconds per token in a long pass; None if the config lacks the sizes, or is not here."""
     return seconds_per_row(model, TOKENS)
 
 

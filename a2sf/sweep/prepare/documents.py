@@ -38,7 +38,7 @@ class Settlement:
 
 
 def check(cells: Iterable[Cell]) -> None:
-    """Refuse tasks that cannot be run, as far as their definitions tell; the hub is not used.
+    """Refuse tasks that cannot be run, as far as their definitions show; the hub is not used.
 
     Raises:
         ConfigError: for the first task that cannot be run with these settings, or two different tasks of one name.

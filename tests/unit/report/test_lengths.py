@@ -9,7 +9,7 @@ import pytest
 
 from a2sf.analysis.results.gather import grid_of
 from a2sf.analysis.results.labels import DASH
-from a2sf.report.lengths import bins_of, length_figure, length_plots, length_tables
+from a2sf.report.lengths import bins_of, length_figure, length_plots, length_tables, share_tables
 from a2sf.scoring.counts import quantiles
 from a2sf.store.runs import StoredCell
 from tests import sweep_fixture
@@ -87,3 +87,22 @@ def test_bins_are_heaps_of_lengths_or_hold_as_many_documents():
     edges = bins_of(list(range(100, 200)))
     assert len(edges) == 6
     assert all(19 <= n <= 21 for n in np.histogram(range(100, 200), edges)[0])
+
+
+def test_what_a_threshold_cached_is_a_table_of_its_own(tmp_path):
+    plan = Plan(policies=["full", "h2o"], documents={"piqa": 8})
+    written = write_sweep(tmp_path / "s", plan)
+    assert share_tables(grid_of(written)) == []
+    one = next(c for c in written if c.cell["policy"] == "h2o")
+    one.result["cell"] |= {"policy": "dms", "policy_label": "DMS", "budget": None, "policy_evicts": True}
+    one.result["timing"] |= {"kept_tokens_mean": 31.25, "cache_share": 0.25, "cache_share_max": 0.5}
+    grid = grid_of([c for c in written if c is one or c.cell["policy"] == "full"])
+    (table,) = share_tables(grid)
+    assert table.frame.drop(columns="Schedule").to_dict("records") == [
+        {"Policy": "DMS", "Task": "piqa", "Tokens": "31.2", "Mean": "25.0", "Largest": "50.0"}
+    ]
+    # without a budget, and not the full cache
+    assert {(s.policy, s.budget, s.is_full) for s in grid.systems()} == {
+        ("full", DASH, True),
+        ("dms", "own", False),
+    }

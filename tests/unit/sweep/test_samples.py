@@ -83,7 +83,7 @@ def test_the_variance_of_draws_is_what_repeating_the_draws_shows():
         (Prompting(samples=4), {}, 1, "samples=4 .* all answers would be equal"),
         (Prompting(gen_kwargs='{"temperature": 0.6}'), {}, 1, r"gen_kwargs\.temperature=0\.6 .*; give samples=k too"),
         (Prompting(gen_kwargs='{"do_sample": true}'), {}, None, r"gen_kwargs\.do_sample=True .*; give samples=k too"),
-        (Prompting(samples=4), {"temperature": 1.0}, 8, "samples=4 .* itself asks for 8 answers"),
+        (Prompting(samples=4), {"temperature": 1.0}, 8, "samples=4 .* itself requests 8 answers"),
     ],
 )
 def test_a_number_of_answers_that_does_not_fit_is_refused(prompting, of_task, repeats, why):

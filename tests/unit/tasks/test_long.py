@@ -159,7 +159,7 @@ def a_cell(data: tasks.DataSpec, task: str = "long_single", policy: str = "h2o")
 
 
 def test_lengths_beyond_the_models_positions_and_examples_are_refused():
-    with pytest.raises(ConfigError, match=r"lengths=\[1024, 8193\] .* small has 8192 positions, .* would ask for 8193"):
+    with pytest.raises(ConfigError, match=r"lengths=\[1024, 8193\] .* small has 8192 positions, .* would need 8193"):
         a_cell(of(lengths=[1024, 8193])).settled()
     with pytest.raises(ConfigError, match=r"shots=1 .* the lengths in task_args\.lengths"):
         tasks.TaskSpec("long_single", of(), 1).check()

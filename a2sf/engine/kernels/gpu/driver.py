@@ -19,7 +19,7 @@ LOG2_E = 1.4426950408889634
 FAR = 2**29
 """More than any number of tokens, and small enough to be added to a position."""
 LONG = 1024
-"""Tokens from which a prompt whose scores nobody asks for is read by SDPA, alone; shorter ones are one launch together."""
+"""Tokens from which a prompt whose scores are not needed is read by SDPA, alone; shorter ones are one launch together."""
 
 
 class Steps(Protocol):

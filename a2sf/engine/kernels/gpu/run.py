@@ -1,6 +1,6 @@
 """The recursion on a GPU: chunks of tokens, of which each is four launches of compiled code (Triton).
 
-`scan.py` tells what the launches are; `products.py` has those beside the scan, `launch.py` starts them, `driver.py` says
+`scan.py` explains the launches; `products.py` has those beside the scan, `launch.py` starts them, `driver.py` says
 when, and `plan.py` what a chunk is. A row that evicts nothing in a call, such as a prompt before its cut, needs no
 scan: its attention is as usual, and its scores are column sums of it. What a rule states as data runs here (`knows` in
 `a2sf.engine.kernels`).
