@@ -82,8 +82,8 @@ class Row:
         return (*self.sequence.read, *self.before, *self.tokens)
 
     @property
-    def asked(self) -> int:
-        """How many of them come before the present answer."""
+    def answer_start(self) -> int:
+        """How many tokens come before the present answer."""
         return len(self.sequence.read) + len(self.before)
 
     @property
@@ -120,9 +120,9 @@ class Row:
         """Go on to the next turn."""
         assert self.finish is not None
         self.done.append((self.tokens, self.finish))
-        asked = question.after(self.tokens)
-        self.before += [*self.tokens, *asked]
-        self.unread += asked
+        read_next = question.after(self.tokens)
+        self.before += [*self.tokens, *read_next]
+        self.unread += read_next
         self._begin(question.text)
 
     def _think(self) -> None:

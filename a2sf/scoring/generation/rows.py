@@ -228,7 +228,7 @@ class Rows:
             tokens = logits.argmax(-1).tolist()
         else:
             tokens = [
-                None if row.unread else self.choice.next_token(one, row.text, row.asked, row.generator)
+                None if row.unread else self.choice.next_token(one, row.text, row.answer_start, row.generator)
                 for one, row in zip(logits.split(1), rows, strict=True)
             ]
         for row, token in zip(rows, tokens, strict=True):
