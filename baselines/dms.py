@@ -1,4 +1,4 @@
-"""DMS: a token leaves once it is no longer recent if its score is below a threshold; how many stay is what comes out.
+"""DMS: a token is evicted once it is no longer recent, if its score is below a threshold; there is no budget.
 
 Paper: Łańcucki et al., 2025 (arXiv 2506.05345): whether a token is evicted is decided when it is read, and takes effect once
 `window` further tokens were read. KVzap thresholds a score in the same way. Both learn the score from the model's hidden

@@ -101,16 +101,28 @@ class Counts:
         """The same as a share of the request's tokens."""
         return fmean(self.shares) if self.shares else self.share / max(1, self.layer_requests)
 
-    def count_targets(self, targets: int, prompt: int, retention: Sequence[Retention], cut: int | None = None) -> None:
-        """Count what a prompt's last token and those after it predict; `cut`: where the prompt schedule cuts, if earlier."""
+    def count_targets(
+        self,
+        targets: int,
+        prompt: int,
+        retention: Sequence[Retention],
+        cut: int | None = None,
+        later: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """Count what a prompt's last token and those after it predict.
+
+        Args:
+            cut: where the prompt schedule cuts, if earlier.
+            later: of each further answer of a conversation, how many tokens are between the prompt and it, and its own.
+        """
         acted = [r for r, acts in zip(retention, self.acts, strict=True) if acts]
-        self.targets += targets
         self.prompts.append(prompt)
         limited = [r.budget for r in retention if r.budget < UNLIMITED and r.rule.threshold is None]
         self.budgets += [fmean(limited)] if limited else []
-        self.pruned += pruned_scores(
-            targets, full_cache_prefix(acted, self.schedule, cut or prompt, self.kv_heads), prompt
-        )
+        full = full_cache_prefix(acted, self.schedule, cut or prompt, self.kv_heads)
+        for before, predicted in ((0, targets), *later):
+            self.targets += predicted
+            self.pruned += pruned_scores(predicted, full, prompt + before)
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float] | None:

@@ -24,9 +24,10 @@ from a2sf.policies.find import find_policy
 from a2sf.policies.schedule import Schedule
 from a2sf.scoring.counts import Counts
 from a2sf.scoring.pretrained import check_given, check_names, check_tokens, load_pretrained
-from a2sf.scoring.requests import ROLLING, TEXT, EncodedRequests, Requests, document_of
+from a2sf.scoring.requests import ROLLING, TEXT, EncodedRequests, Requests, document_of, value_of
 from a2sf.scoring.scorer import Scorer
 from a2sf.scoring.systems import Answer, System
+from a2sf.tasks.turns import with_turns
 
 NAME = "a2sf"
 log = logging.getLogger("lm_eval.models.a2sf")
@@ -149,9 +150,14 @@ class PrunedLM(HFLM):
         """As HFLM's, with a pruned cache in each window."""
         return [float(a.value) for a in self._answered(ROLLING, requests, disable_tqdm)]
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """As HFLM's, through a bounded cache."""
-        return [a.value for a in self._answered(TEXT, requests, disable_tqdm)]
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+        """As HFLM's, through a bounded cache; of a conversation (`a2sf.tasks.turns`) a list of texts."""
+        found = self._answered(TEXT, requests, disable_tqdm)
+        return [value_of(r.args, a) for r, a in zip(requests, found, strict=True)]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """As HFLM's; the questions of a conversation are turns of their own."""
+        return with_turns(super().apply_chat_template)(chat_history, add_generation_prompt)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
@@ -168,9 +174,10 @@ class PrunedLM(HFLM):
         with tqdm(total=len(set(requests.keys)), disable=disable_tqdm, desc=requests.kind, leave=False) as bar:
             for _ in self.scorer.score(requests, [answers]):
                 for key, answer in list(answers.computed.items())[seen:]:
-                    if any(place[key].args):  # not what came as tokens alone
-                        value = answer[:2] if requests.kind == "loglikelihood" else answer.value
-                        self.cache_hook.add_partial(requests.kind, place[key].args, value)
+                    if any(args := place[key].args):  # not what came as tokens alone
+                        value = value_of(args, answer) if requests.kind == TEXT else answer.value
+                        value = answer[:2] if requests.kind == "loglikelihood" else value
+                        self.cache_hook.add_partial(requests.kind, args, value)
                 bar.update(len(answers.computed) - seen)
                 seen = len(answers.computed)
         if answers.error is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from lm_eval.api.model import LM
 
-from a2sf.scoring.requests import key_of_draw, keys_of
+from a2sf.scoring.requests import key_of_draw, keys_of, value_of
 from a2sf.scoring.systems import Answer, Answers
 
 
@@ -27,8 +27,8 @@ class RecordedLM(LM):
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         return [float(a.value) for a in self._recorded(requests)]
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        return [a.value for a in self._recorded(requests)]
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+        return [value_of(r.args, a) for r, a in zip(requests, self._recorded(requests), strict=True)]
 
     def _recorded(self, requests: list[Any]) -> list[Answer]:
         found = [self.answers.answer(key_of_draw(key, self.draw)) for key in keys_of(requests)]

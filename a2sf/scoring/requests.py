@@ -17,8 +17,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from a2sf.errors import ConfigError, UserError
 from a2sf.scoring.contexts import Contexts
 from a2sf.scoring.generation.thinking import Thinking
+from a2sf.scoring.generation.turns import Question, in_order, places
 from a2sf.scoring.systems import Answer, System
 from a2sf.tasks.prompting import check_stops, draws
+from a2sf.tasks.turns import answers_in, most_turns, questions_of
 
 ROLLING = "loglikelihood_rolling"
 TEXT = "generate_until"
@@ -38,13 +40,19 @@ class Prompt(NamedTuple):
 
     Attributes:
         tokens: those that are read: the last ones, where all are too many.
-        new: how many tokens are generated at most.
+        new: how many tokens may follow: those that are generated, in a conversation also those of later questions.
         length: tokens of the prompt, also of what is not read.
+        answer: how many tokens one answer has at most.
+        text: the prompt as text, of a conversation up to the first answer.
+        later: the questions of a conversation after the first.
     """
 
     tokens: list[int]
     new: int
     length: int
+    answer: int
+    text: str
+    later: tuple[Question, ...] = ()
 
 
 class Requests:
@@ -142,26 +150,46 @@ class Requests:
         """What is read of a prompt before text is generated.
 
         Raises:
-            UserError: if nothing can be read before so many new tokens, or a stop sequence is empty.
+            UserError: if nothing can be read before so many new tokens, a stop sequence is empty, or the questions of a
+                conversation are not what the task says.
         """
         if i not in self._prompts:
             context, given = self.instances[i].args
             settings = normalize_gen_kwargs(copy.deepcopy(given), self.lm.max_gen_toks)
             check_stops(settings["until"], "generation_kwargs.until")
-            new, positions = settings["max_gen_toks"], self.lm.max_length
+            first, *others = questions_of(context, given)
+            later = tuple(self._question(text, n) for n, text in enumerate(others, 2))
+            answer, positions = settings["max_gen_toks"], self.lm.max_length
+            new = answer * (1 + len(later)) + sum(len(q.tokens) for q in later)
             if new >= positions:
+                asked = f", with {len(later)} later questions of a conversation" if later else ""
                 raise UserError(
-                    f"the task generates up to {new} tokens, which leaves no room for a prompt in the model's "
+                    f"the task generates up to {new} tokens{asked}, which leaves no room for a prompt in the model's "
                     f"{positions} positions; choose another task or model"
                 )
             # lm-eval decides about the beginning-of-sequence token by the first text of a batch, so each is one
-            rows, _ = self.lm.tok_batch_encode([context])
+            rows, _ = self.lm.tok_batch_encode([first])
             tokens = [int(t) for t in rows[0]]
             if not tokens:
                 raise UserError("a prompt has no token, so that there is nothing to continue; change the document")
             self._check_tokens(tokens)
-            self._prompts[i] = Prompt(tokens[-(positions - new) :], new, len(tokens))
+            self._prompts[i] = Prompt(tokens[-(positions - new) :], new, len(tokens), answer, first, later)
         return self._prompts[i]
+
+    def _question(self, text: str, number: int) -> Question:
+        """A later question of a conversation, tokenised by itself."""
+        tokens = tuple(int(t) for t in self.lm.tok_encode(text, add_special_tokens=False))
+        if not tokens:
+            raise UserError(f"question {number} of a conversation has no token; change the document")
+        self._check_tokens(tokens)
+        special = {*(getattr(self.lm.tokenizer, "all_special_ids", None) or ()), self.lm.eot_token_id}
+        return Question(text, tokens, tokens[0] in special)
+
+    def after(self, i: int, answer: Answer) -> list[int]:
+        """All tokens that followed a prompt: those that were generated, in a conversation with later questions."""
+        if answer.tokens is None:
+            return list(self.lm.tok_encode(answer.value, add_special_tokens=False))
+        return in_order(answer.tokens, answer.turns or [len(answer.tokens)], self.prompt(i).later)
 
     def unread(self, i: int, answer: Answer) -> int:
         """How many tokens at a prompt's beginning were not read, since all together were too many."""
@@ -169,6 +197,13 @@ class Requests:
             prompt = self.prompt(i)
             return prompt.length - len(prompt.tokens)
         return max(0, answer.context + answer.continuation - self.lm.max_length - 1)
+
+    def later_answers(self, i: int, answer: Answer) -> list[LaterAnswer]:
+        """The answers after the first; none where a request is no conversation."""
+        if not answer.turns or answer.tokens is None:
+            return []
+        before = places(answer.tokens, answer.turns, self.prompt(i).later)
+        return [LaterAnswer(*each) for each in zip(before, answer.turns, strict=True)][1:]
 
     def cut(self, i: int, system: System, read: int, length: int) -> int:
         """Tokens before the cut of a prompt schedule: those of the prompt, or of the context that it begins with.
@@ -186,7 +221,8 @@ class Requests:
         if self.shared_context is None:
             raise ConfigError("schedule.at", "context", "it needs the name of a document's field as shared_context")
         instance = self.instances[i]
-        if (cut := self._contexts.tokens(instance.args[0], instance.doc) - (length - read)) < 1:
+        text = self.prompt(i).text if self.kind == TEXT else instance.args[0]
+        if (cut := self._contexts.tokens(text, instance.doc) - (length - read)) < 1:
             raise UserError(
                 f"a prompt of {length} tokens does not fit the model's {self.lm.max_length} positions, so that nothing is "
                 "left of the context that schedule.at=context cuts after"
@@ -237,6 +273,28 @@ def by_kind(
     for instance in instances:
         kinds.setdefault(instance.request_type, []).extend([instance] * (samples or instance.repeats or 1))
     return [Requests(lm, kind, of_kind, shared_context, thinking) for kind, of_kind in kinds.items()]
+
+
+class LaterAnswer(NamedTuple):
+    """An answer after the first of a conversation.
+
+    Attributes:
+        before: how many tokens are between the first question and it.
+        tokens: how many it has.
+    """
+
+    before: int
+    tokens: int
+
+
+def is_conversation(arguments: tuple[Any, ...]) -> bool:
+    """Whether a request that generates text asks several questions, by lm-eval's arguments of it."""
+    return most_turns(arguments[1]) is not None
+
+
+def value_of(arguments: tuple[Any, ...], answer: Answer) -> Any:
+    """What lm-eval gets as the answer to a request that generates text: a text, of a conversation a list of them."""
+    return answers_in(answer.value) if is_conversation(arguments) else answer.value
 
 
 def document_of(instance: Any) -> tuple[str, int]:

@@ -245,20 +245,23 @@ class Scorer:
                 read = min(context, self.lm.max_length + (1 if new is None else 0) - most)
                 cut = requests.cut(i, system, read, context)
                 retention = system.retention(read + max(0, most - 1), cut, self.layers)
-                counts.count_targets(targets, read, retention, cut)
+                later = requests.later_answers(i, answer)
+                counts.count_targets(targets, read, retention, cut, later)
                 if key in answers.known:
                     counts.reused += 1
                 else:
-                    counts.count_read(read + max(0, targets - 1), cut, retention)
+                    after = later[-1].before + later[-1].tokens if later else targets
+                    counts.count_read(read + max(0, after - 1), cut, retention)
                 if answer.cached is not None:
-                    total = read + max(0, (targets if answer.tokens is None else len(answer.tokens)) - 1)
-                    counts.count_cached(answer.cached[window], total, cut, retention)
+                    last = targets if answer.tokens is None else len(requests.after(i, answer))
+                    counts.count_cached(answer.cached[window], read + max(0, last - 1), cut, retention)
 
     def _lengths(self, requests: Requests, i: int, answer: Answer) -> list[tuple[int, int, int | None]]:
         """Of each window of a request: tokens of the context, of what is scored or was generated, and the limit of these."""
         if requests.kind == TEXT:
             prompt = requests.prompt(i)
-            return [(prompt.length, answer.thinking_tokens + answer.continuation, prompt.new)]
+            first = answer.turns[0] if answer.turns else answer.thinking_tokens + answer.continuation
+            return [(prompt.length, first, prompt.new)]
         if requests.kind == ROLLING:
             return [(len(context), len(continuation), None) for context, continuation in requests.windows(i)]
         return [(answer.context, answer.continuation, None)]
@@ -277,7 +280,7 @@ class Scorer:
                 if not answer.thinking_tokens + answer.continuation:
                     continue
                 prompt = requests.prompt(i)
-                text = answer.tokens or list(self.lm.tok_encode(answer.value, add_special_tokens=False))
+                text = requests.after(i, answer)
                 cut = requests.cut(i, answers.system, len(prompt.tokens), prompt.length)
                 total = len(prompt.tokens) + max(0, prompt.new - 1)
                 retention = self.retention(answers.system, prompt.tokens, cut, total)

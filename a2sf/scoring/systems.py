@@ -57,6 +57,8 @@ class Answer(NamedTuple):
         thinking_tokens: how many of `tokens` that took, with the token that ends it.
         cached: of each window of the request, tokens cached at its end, mean over the layers and heads that a threshold acts
             on; None: numbers say it.
+        turns: of a conversation, how many of `tokens` each answer has; None: there is one answer. `value` has all answers
+            (`a2sf.tasks.turns.joined`), and `finish` is that of the first answer that was cut off, else of the last.
     """
 
     value: Any
@@ -69,6 +71,7 @@ class Answer(NamedTuple):
     thinking: str = ""
     thinking_tokens: int = 0
     cached: list[float] | None = None
+    turns: list[int] | None = None
 
 
 @dataclass

@@ -24,8 +24,9 @@ from a2sf.scoring.generation.row import Row
 from a2sf.scoring.generation.rows import Rows
 from a2sf.scoring.generation.sampling import Choice
 from a2sf.scoring.passes.sequences import ScoredSequence
-from a2sf.scoring.requests import Requests
+from a2sf.scoring.requests import Requests, is_conversation
 from a2sf.scoring.systems import Answer, Answers
+from a2sf.tasks.turns import KEY, joined
 from a2sf.tasks.warned import collected
 
 if TYPE_CHECKING:
@@ -104,17 +105,21 @@ class Texts:
         if name not in self._settings:
             self._settings[name] = self._understood(given)
         settings, choice, ends = self._settings[name]
-        limit = settings.get("max_length", len(prompt.tokens) + prompt.new) - len(prompt.tokens)
+        follow = settings.get("max_length", len(prompt.tokens) + prompt.new) - len(prompt.tokens)
+        limit = follow
+        if is_conversation(requests.instances[i].args):
+            _check_conversation(settings, choice)
+            limit = prompt.answer
         if limit < 1:
             raise UserError(
                 f"max_length={settings['max_length']} leaves no room for text after a prompt of {len(prompt.tokens)} tokens"
             )
         cut = requests.cut(i, system, len(prompt.tokens), prompt.length)
-        retention = self.scorer.retention(system, prompt.tokens, cut, cut + limit - 1)
+        retention = self.scorer.retention(system, prompt.tokens, cut, cut + follow - 1)
         sequence = ScoredSequence(tuple(prompt.tokens), (0,), retention, system.schedule, cut)
         draw = (requests.keys[i], self._seed) if choice.of.draws else None
-        row = Row(answers, i, sequence, limit, ends, requests.instances[i].args[0], draw)
-        if (known := (id(answers), limit)) not in self._checked:
+        row = Row(answers, i, sequence, limit, ends, prompt.text, draw, prompt.later)
+        if (known := (id(answers), row.follow)) not in self._checked:
             self._checked[known] = self._cache([row])
         length = torch.tensor([len(prompt.tokens)])
         check_length(self._checked[known], length, length, prompt=True)
@@ -127,6 +132,7 @@ class Texts:
     def _understood(self, given: dict[str, Any]) -> tuple[dict[str, Any], Choice, Ends]:
         """lm-eval's settings of generation: those of transformers, how tokens are chosen, and what ends a text."""
         lm, model = self.lm, self.scorer.model
+        given = {k: v for k, v in given.items() if k != KEY}
         settings = dict(normalize_gen_kwargs(copy.deepcopy(given), lm.max_gen_toks))
         eos = lm.tok_decode(lm.eot_token_id, skip_special_tokens=False)
         stop = handle_stop_sequences(settings.pop("until", None), eos=eos)
@@ -145,7 +151,7 @@ class Texts:
             system.policy,
             system.budget,
             schedule=system.schedule,
-            max_new_tokens=rows[0].limit,
+            max_new_tokens=rows[0].follow,
             # without its length a prompt of one token would look like a part of one
             context_tokens=[r.sequence.prompt for r in rows],
             backend=self.scorer.backend,
@@ -220,18 +226,23 @@ class Texts:
         """Store finished texts."""
         for row in finished:
             assert row.finish is not None
-            text = row.ends.finished(row.prompt, row.tokens, row.finish)
+            asked = [row.prompt, *(q.text for q in row.later)]
+            turns = [*row.done, (row.tokens, row.finish)]
+            texts = [row.ends.finished(q, *turn) for q, turn in zip(asked, turns, strict=True)]
+            finish = next((t.finish for t in texts if t.finish not in (EOS, STOP)), texts[-1].finish)
+            several = is_conversation(self.requests.instances[row.request].args)
             row.answers.computed[self.requests.keys[row.request]] = Answer(
-                text.value,
+                joined([t.value for t in texts]) if several else texts[0].value,
                 False,
                 len(row.sequence.read),
-                len(self.lm.tok_encode(text.value, add_special_tokens=False)),
-                text.finish in (EOS, STOP),
-                text.finish,
-                row.tokens,
-                text.thinking,
-                text.thinking_tokens,
+                sum(len(self.lm.tok_encode(t.value, add_special_tokens=False)) for t in texts),
+                finish in (EOS, STOP),
+                finish,
+                [token for tokens, _ in turns for token in tokens],
+                joined([t.thinking for t in texts]) if any(t.thinking for t in texts) else "",
+                sum(t.thinking_tokens for t in texts),
                 None if row.cached is None else [row.cached],
+                [len(tokens) for tokens, _ in turns] if several else None,
             )
 
     @property
@@ -251,3 +262,20 @@ class Texts:
         else:
             free = psutil.virtual_memory().available
         return int(SHARE_OF_MEMORY * free / per_token)
+
+
+def _check_conversation(settings: dict[str, Any], choice: Choice) -> None:
+    """Refuse settings of generation that a conversation cannot have.
+
+    Raises:
+        ConfigError: with the setting.
+    """
+    if "max_length" in settings:
+        why = "it counts the prompt, and a conversation has several; give max_gen_toks, the most tokens of one answer"
+        raise ConfigError("generation_kwargs.max_length", settings["max_length"], why)
+    if not choice.of.plain:
+        given = ", ".join(sorted(settings))
+        why = (
+            "a conversation is generated token by token; leave out beams, and what else needs more than the next logits"
+        )
+        raise ConfigError("generation_kwargs", given, why)

@@ -201,12 +201,13 @@ def _known_texts(documents: pd.DataFrame) -> dict[str, Answer]:
         return {}
     known: dict[str, Answer] = {}
     columns = ["generated", "ended", "finish", "tokens", "thinking", "thinking_tokens"]
+    columns += ["turns"] if "turns" in documents else []
     several = [f"draws/{c}" for c in columns]
     for row in documents.to_dict("records"):
         keys, lengths = row["request_hashes"], zip(row["context_tokens"], row["continuation_tokens"], strict=True)
         of_draws = zip(*(row[c] for c in several), strict=True) if len(keys) > 1 else [[row.get(c) for c in columns]]
         held = dict(zip(keys, row.get("cached_tokens", [None] * len(keys)), strict=True))
-        for key, (context, length), (text, ended, finish, tokens, thinking, thought) in zip(
+        for key, (context, length), (text, ended, finish, tokens, thinking, thought, *turns) in zip(
             keys, lengths, of_draws, strict=True
         ):
             known[key] = Answer(
@@ -220,5 +221,6 @@ def _known_texts(documents: pd.DataFrame) -> dict[str, Answer]:
                 thinking or "",
                 int(thought or 0),
                 None if (n := held[key]) is None else [float(x) for x in n],
+                [int(n) for n in turns[0]] if turns else None,
             )
     return known

@@ -26,6 +26,7 @@ from a2sf.sweep.samples import of_draws
 from a2sf.tasks import shared_texts
 from a2sf.tasks.numbers import index_of, number_of
 from a2sf.tasks.spec import provenance
+from a2sf.tasks.turns import TurnAnswers, joined
 from a2sf.tasks.warned import collected
 
 BOOTSTRAP = 1000
@@ -252,18 +253,26 @@ def _generated(sample: dict[str, Any], recorded: Answers, draws: int) -> dict[st
             if len(drawn) > 1
             else {}
         ),
+        **_turns(drawn),
         **({f"extracted{end}": _of_filter(sample)} if end else {}),
         **{f"doc/{k}": v for k, v in _numbers(sample["doc"], sample["doc"]).items()},
         **{f"metric/{m}{end}": v for m, v in _numbers(sample, sample["metrics"]).items()},
     }
 
 
+def _turns(drawn: Sequence[Answer]) -> dict[str, Any]:
+    """The column of conversations: how many tokens each answer has."""
+    if drawn[0].turns is None:
+        return {}
+    return {"turns": drawn[0].turns} | ({"draws/turns": [a.turns for a in drawn]} if len(drawn) > 1 else {})
+
+
 def _of_filter(sample: dict[str, Any]) -> str:
     """What a filter of the task took from the text as its answer; of several texts from the first."""
     found = sample["filtered_resps"][0]
-    while isinstance(found, list | tuple) and found:
+    while isinstance(found, list | tuple) and found and not isinstance(found, TurnAnswers):
         found = found[0]
-    return str(found)
+    return joined(found) if isinstance(found, TurnAnswers) else str(found)
 
 
 TEXT_COLUMNS: dict[str, Callable[[Answer], Any]] = {

@@ -78,10 +78,13 @@ class FullTexts:
         return documents.assign(**dict(zip(COLUMNS, zip(*each, strict=True), strict=True)))
 
     def _tokens(self, answers: Mapping[str, Answer]) -> dict[str, list[int]]:
-        """The tokens of the texts, of several drawn for a prompt those of the first; those of older results made anew."""
+        """The tokens of the texts, of several drawn for a prompt those of the first; those of older results made anew.
+
+        A conversation has none: between its answers are questions, which the full cache did not write.
+        """
         encode = self.scorer.lm.tok_encode
         return {
             key: [int(t) for t in encode(a.value, add_special_tokens=False)] if a.tokens is None else a.tokens
             for key, a in answers.items()
-            if "#" not in key
+            if "#" not in key and a.turns is None
         }

@@ -11,6 +11,7 @@ from typing import Any
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from a2sf.errors import ConfigError, nearest
+from a2sf.tasks.turns import with_turns
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """lm-eval's names for the number of generated tokens; if several are given, it uses the first of this list."""
@@ -119,7 +120,7 @@ class Prompting:
             "apply_chat_template": bool(self.chat_template),
             "system_instruction": self.system_instruction,
             "fewshot_as_multiturn": self.multiturn,
-            "chat_template": templated.apply_chat_template if self.chat_template else None,
+            "chat_template": with_turns(templated.apply_chat_template) if self.chat_template else None,
             "tokenizer_name": lm.tokenizer_name if self.chat_template else "",
         }
 

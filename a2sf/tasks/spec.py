@@ -22,6 +22,7 @@ from a2sf.tasks.data.documents import Commit
 from a2sf.tasks.data.sources import DataSpec, Source, locate
 from a2sf.tasks.definitions import SUITES, Aggregate, Definition
 from a2sf.tasks.examples import TaskMixin, seeded
+from a2sf.tasks.turns import check_task
 from a2sf.tasks.warned import silent
 
 __all__ = [
@@ -180,6 +181,7 @@ class TaskSpec:
                 self.name,
                 f"it needs {kind}, which is not available under pruning; give a log-likelihood or generation task",
             )
+        check_task(self.name, self.definition.config, self.shots)
         if self.shots and (given := self.lengths) and given[1]:
             raise ConfigError(
                 "shots",

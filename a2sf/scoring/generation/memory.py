@@ -24,7 +24,7 @@ def cache_bytes(scorer: Scorer, requests: Sequence[Requests], answers: Answers) 
             prompt, system = of_kind.prompt(i), answers.system
             cut = of_kind.cut(i, system, len(prompt.tokens), prompt.length)
             retention = system.retention(len(prompt.tokens) + max(0, prompt.new - 1), cut, scorer.layers)
-            new = answer.continuation if answer.tokens is None else len(answer.tokens)
+            new = answer.continuation if answer.tokens is None else len(of_kind.after(i, answer))
             total = len(prompt.tokens) + max(0, new - 1)
             if answer.cached is None:
                 held = sum(peak_tokens(r, system.schedule, total, cut, _heads(scorer)) for r in retention)

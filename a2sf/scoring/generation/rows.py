@@ -2,7 +2,8 @@
 
 The model reads one token of every row in a call. A row that is finished makes room at once: its cache is not read any more,
 and new rows are let in as soon as a quarter of the rows may come. Their prompts are read in packed passes, each token once
-for all systems, as long as no cache was pruned.
+for all systems, as long as no cache was pruned. The later questions of a conversation are read token by token beside the
+tokens that other rows generate, so that rows may be in any turn.
 """
 
 from __future__ import annotations
@@ -186,14 +187,18 @@ class Rows:
             return []
         clock = time.perf_counter()
         with noting() as ran, self._blaming(rows):
-            self._take(rows, self._logits(lanes, rows))
+            logits = self._logits(lanes, rows)
+            for row in rows:
+                row.advance()
+            predicted = [not row.unread for row in rows]  # others are in the middle of a question
+            self._take(rows, logits)
         each = (time.perf_counter() - clock) / len(rows)
-        for row in rows:
+        for row, was_predicted in zip(rows, predicted, strict=True):
             row.answers.ran |= ran
             row.answers.seconds += each
             row.answers.counts.computed += 1
             row.answers.counts.needed += 1
-            row.answers.counts.scored += 1
+            row.answers.counts.scored += was_predicted
         for key, lane in list(self.lanes.items()):
             lane.count()
             lane.drop_finished()
@@ -204,8 +209,7 @@ class Rows:
     def _logits(self, lanes: Sequence[Lane], rows: Sequence[Row]) -> torch.Tensor:
         together = Together([(lane.cache, lane.which) for lane in lanes])
         device = self.about.device
-        ids = torch.tensor([[row.tokens[-1]] for row in rows], device=device)
-        positions = torch.tensor([[len(row.sequence.read) + len(row.tokens) - 1] for row in rows], device=device)
+        ids, positions = torch.tensor([row.next for row in rows], device=device)[:, :, None].unbind(1)
         done = False
         try:
             with attached(self.model, configs=self._configs), torch.inference_mode(), running(together):
@@ -216,20 +220,20 @@ class Rows:
         return logits
 
     def _take(self, rows: Sequence[Row], logits: torch.Tensor) -> None:
-        """Add the token that follows each row."""
+        """Add the token that follows each row, but for those in the middle of a question."""
         finite = torch.isfinite(logits.amax(-1))
         if not bool(finite.all()):
             raise NonFiniteError("the logits", self.model.dtype, (~finite).nonzero()[:, 0].tolist())
         if self.choice.greedy:
             tokens = logits.argmax(-1).tolist()
         else:
-            texts = [(*row.sequence.read, *row.tokens) for row in rows]
             tokens = [
-                self.choice.next_token(one, text, len(row.sequence.read), row.generator)
-                for one, text, row in zip(logits.split(1), texts, rows, strict=True)
+                None if row.unread else self.choice.next_token(one, row.text, row.answer_start, row.generator)
+                for one, row in zip(logits.split(1), rows, strict=True)
             ]
         for row, token in zip(rows, tokens, strict=True):
-            row.take(token)
+            if not row.unread:
+                row.take(token)
 
     @contextmanager
     def _blaming(self, rows: Sequence[Row]) -> Iterator[None]:

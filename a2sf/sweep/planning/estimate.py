@@ -30,6 +30,7 @@ from a2sf.store.runs import CorruptCell, StoredCell, is_cell, read_cell
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.planning.rate import seconds_per_row, seconds_per_token
 from a2sf.tasks.prompting import Prompting
+from a2sf.tasks.turns import most_turns
 
 DEFAULT_NEW = 256
 """Tokens that a task may generate if it does not say how many, as lm-eval has it."""
@@ -180,10 +181,10 @@ def _at_most(cells: Sequence[Cell], texts: int) -> Estimate:
 
 
 def _most_new(cell: Cell) -> int:
-    """How many tokens a text may have."""
+    """How many tokens a text may have, of a conversation all answers together."""
     given = dict(cell.spec.definition.config.get("generation_kwargs") or {})
     given |= json.loads(cell.prompting.gen_kwargs or "{}")
-    return int(normalize_gen_kwargs(given, DEFAULT_NEW)["max_gen_toks"])
+    return int(normalize_gen_kwargs(given, DEFAULT_NEW)["max_gen_toks"]) * (most_turns(given) or 1)
 
 
 def measured_for(groups: Sequence[Sequence[Cell]], runs: Path) -> Measured:

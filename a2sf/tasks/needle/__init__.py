@@ -1,1 +1,1 @@
-"""The needle task: can a model still find a fact in a long text when its cache is pruned?"""
+"""The needle tasks: can a model still find facts in a long text when its cache is pruned, asked once or in turns?"""

@@ -24,7 +24,8 @@ from a2sf.scoring.lm import PrunedLM
 from a2sf.store.runs import StoredCell, write_cell
 from a2sf.sweep import cell, group
 from a2sf.tasks import spec as tasks
-from a2sf.tasks.needle.utils import DEPTHS, LENGTHS, documents
+from a2sf.tasks.needle.utils import DEPTHS, LENGTHS, conversations, documents, process_results
+from a2sf.tasks.turns import NEXT
 from tests.conftest import SMOLLM2
 from tests.policies import of_models, ties
 from tests.sweep_fixture import Plan, write_sweep
@@ -52,6 +53,42 @@ def test_the_task_needs_no_data_from_elsewhere():
     assert len(list(task.eval_docs)) == 10 * len(LENGTHS) * len(DEPTHS)
     assert tasks.provenance(task)["fewshot_split"] == "validation"
     tasks.TaskSpec("gsm8k", tasks.DataSpec()).check()  # generates as well
+
+
+def test_a_conversation_asks_for_each_code_of_its_text_once():
+    first, again, other = (conversations(seed=s, per_length=2)["test"] for s in (0, 0, 1))
+    assert list(first) == list(again) != list(other)
+    assert [d["length"] for d in first] == [*LENGTHS, *LENGTHS]
+    for document in first:
+        context, keys, values = (document[k] for k in ("context", "keys", "values"))
+        assert len(set(keys)) == len(keys) == len(document["questions"]) == 3
+        for key, value, question in zip(keys, values, document["questions"], strict=True):
+            assert f"The access code of {key} is {value}." in context
+            assert question.endswith(f"The access code of {key} is")
+        assert context.count("The access code of") == 3
+        found = sorted(context.index(v) / len(context) for v in values)
+        assert all(abs(at - (i + 0.5) / 3) < 0.15 for i, at in enumerate(found))
+    in_order = [[d["context"].index(v) for v in d["values"]] for d in first]
+    assert any(sorted(places) != places for places in in_order)  # asked in any order
+
+
+def test_a_conversations_score_is_the_share_of_right_answers():
+    document = {"values": ["12345", "23456", "34567"]}
+    score = process_results(document, [[" 12345.", " It is 23456 or 12345", " 3456"]])
+    assert score == {"right": pytest.approx(2 / 3), "right_first": 1.0, "right_last": 0.0}
+    assert process_results(document, [["", "none", "34567"]]) == {
+        "right": pytest.approx(1 / 3),
+        "right_first": 0,
+        "right_last": 1,
+    }
+
+
+def test_the_conversation_task_needs_no_data_from_elsewhere():
+    task = tasks.TaskSpec("needle_turns", DATA).build(0)
+    assert len(list(task.eval_docs)) == 10 * len(LENGTHS)
+    assert task.doc_to_text(task.eval_docs[0]).count(NEXT) == 2
+    with pytest.raises(UserError, match="shots=1 is not allowed: needle_turns is a conversation"):
+        tasks.TaskSpec("needle_turns", DATA, 1).check()
 
 
 @pytest.fixture(scope="module")
