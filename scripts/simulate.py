@@ -136,7 +136,7 @@ def averages(rounds: int) -> Iterator[Row]:
     for _ in range(few):
         hits += (found := average_difference([_skewed_change(30)(rng, 0.1) for _ in range(3)])).low <= 0.1 <= found.high
         false += average_difference([_skewed_change(30)(rng, 0.0) for _ in range(3)]).p <= 0.05
-    what = "difference of an average of another metric: paired bootstrap"
+    what = "difference of an average of another metric: bootstrap-t"
     yield Row(what, "3 tasks of 30 documents, skewed", hits / few, false / few, few)
 
 

@@ -89,10 +89,10 @@ def paired_difference(first: np.ndarray, second: np.ndarray, texts: Texts | None
     texts = texts or Texts.independent(len(change))
     if not (is_binary(first) and is_binary(second)):
         if texts.shared:
-            low, high, _ = _bootstrap_interval([change], [texts])
+            low, high = _bootstrap_interval([change], [texts])
             p = _sign_flip_p([change], [texts])
         else:
-            low, high, p = _bootstrap_t(change)
+            low, high, p = _bootstrap_t([change])
         return Difference(len(change), float(change.mean()), low, high, p)
     gained, lost = int((change > 0).sum()), int((change < 0).sum())
     share = texts.effective_share(change)
@@ -114,7 +114,7 @@ def average_difference(changes: Sequence[np.ndarray], texts: Sequence[Texts] | N
 
     The interval is a paired bootstrap, documents (whole texts where some share one) resampled within each task. Where every
     change is -1, 0 or 1, or documents share texts, the p-value is the matching sign-flip test (for one task of independent
-    documents that is McNemar's exact test); elsewhere the bootstrap's.
+    documents that is McNemar's exact test). Elsewhere interval and p-value are those of the symmetric bootstrap-t.
 
     Args:
         changes: for each task, the first system's values minus the second's, one per document.
@@ -123,12 +123,14 @@ def average_difference(changes: Sequence[np.ndarray], texts: Sequence[Texts] | N
     changes = [np.asarray(c, float) for c in changes]
     texts = [Texts.independent(len(c)) for c in changes] if texts is None else texts
     binary = all(is_binary(abs(c)) for c in changes)
-    low, high, p = _bootstrap_interval(changes, texts)
     gained = lost = None
     if binary:
         gained, lost = (int(sum((sign * c > 0).sum() for c in changes)) for sign in (1, -1))
     if binary or any(t.shared for t in texts):
+        low, high = _bootstrap_interval(changes, texts)
         p = _sign_flip_p(changes, texts)
+    else:
+        low, high, p = _bootstrap_t(changes)
     value = float(np.mean([c.mean() for c in changes]))
     return Difference(sum(map(len, changes)), value, low, high, p, gained, lost)
 
@@ -217,31 +219,35 @@ def interval(means: np.ndarray, tail: float = 0.5 - CONFIDENCE / 2) -> tuple[flo
     return float(low), float(high)
 
 
-def _bootstrap_interval(changes: Sequence[np.ndarray], texts: Sequence[Texts]) -> tuple[float, float, float]:
-    """95 % interval of the mean over tasks, and the p-value of zero from the bootstrap's standard error."""
+def _bootstrap_interval(changes: Sequence[np.ndarray], texts: Sequence[Texts]) -> tuple[float, float]:
+    """95 % interval of the mean over tasks: percentiles of the bootstrap."""
     means = np.mean([bootstrap_means(c, i, t) for i, (c, t) in enumerate(zip(changes, texts, strict=True))], axis=0)
-    value, spread = float(np.mean([c.mean() for c in changes])), float(means.std(ddof=1))
-    p = 2 * float(special.ndtr(-abs(value) / spread)) if spread > 0 else float(value == 0)
-    return *interval(means, tail_of(texts)), p
+    return interval(means, tail_of(texts))
 
 
-def _bootstrap_t(change: np.ndarray) -> tuple[float, float, float]:
-    """95 % interval of the mean of independent documents, and the p-value of zero: symmetric bootstrap-t.
+def _bootstrap_t(changes: Sequence[np.ndarray]) -> tuple[float, float, float]:
+    """95 % interval of the mean over tasks of independent documents, and the p-value of zero: symmetric bootstrap-t.
 
     Each resampling gives |t| of its mean's distance from the mean of all documents; the 95 % quantile of these replaces that
     of Student's t. So the test keeps its level where differences are skewed, which Student's t does not (Hall, 1988, J. R.
-    Stat. Soc. B 50, "On symmetric bootstrap confidence intervals").
+    Stat. Soc. B 50, "On symmetric bootstrap confidence intervals"). Documents are resampled within each task.
     """
-    n, value = len(change), float(change.mean())
-    error = float(change.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
-    if n < 2:
+    value = float(np.mean([c.mean() for c in changes]))
+    if min(map(len, changes)) < 2:
         return math.nan, math.nan, 1.0
-    if not error > NO_SPREAD * abs(value):  # all documents changed equally: only the signs can be tested
-        return value, value, 2.0 ** (1 - n) if value else 1.0
-    off = (change - value) / error
-    weights = _weights(n, 0)
-    means = weights @ off.astype(np.float32)
-    variances = (weights @ (off**2).astype(np.float32) - means**2) / (n - 1)
+    parts = [float(c.var(ddof=1)) / len(c) / len(changes) ** 2 for c in changes]  # of the squared error
+    error = math.sqrt(sum(parts))
+    texts = [Texts.independent(len(c)) for c in changes]
+    if not error > NO_SPREAD * abs(value):  # all documents of a task changed equally: only the signs can be tested
+        exact = len(changes) == 1 and value
+        return value, value, 2.0 ** (1 - len(changes[0])) if exact else _sign_flip_p(changes, texts)
+    means, variances = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
+    for task, change in enumerate(changes):
+        off = (change - change.mean()) / error / len(changes)
+        weights = _weights(len(change), task)
+        mean = weights @ off.astype(np.float32)
+        means += mean
+        variances += (weights @ (off**2).astype(np.float32) - mean**2) / (len(change) - 1)
     known = variances > NO_SPREAD
     drawn = np.full(RESAMPLES, math.inf)  # a resampling without spread counts as at least as extreme
     drawn[known] = abs(means[known]) / np.sqrt(variances[known])
@@ -249,9 +255,11 @@ def _bootstrap_t(change: np.ndarray) -> tuple[float, float, float]:
     p = float((1 + (drawn >= measured).sum()) / (1 + RESAMPLES))
     far, critical = (float(np.quantile(drawn, q, method="higher")) for q in (1 - FAR, CONFIDENCE))
     if p < FAR and math.isfinite(far):  # few resamplings are as far out: Student's t, scaled to agree at 1 %
-        p = 2 * float(special.stdtr(n - 1, special.stdtrit(n - 1, FAR / 2) * measured / far))
+        # Welch and Satterthwaite's degrees of freedom; for one task n - 1
+        free = sum(parts) ** 2 / sum(v**2 / (len(c) - 1) for v, c in zip(parts, changes, strict=True))
+        p = 2 * float(special.stdtr(free, special.stdtrit(free, FAR / 2) * measured / far))
     if math.isinf(critical):  # at most two documents differ from the rest
-        return *interval(means * error + value, tail_of([Texts.independent(n)], expanded=True)), p
+        return *interval(means * error + value, tail_of(texts, expanded=True)), p
     return value - critical * error, value + critical * error, p
 
 

@@ -119,6 +119,29 @@ def test_the_level_is_kept_where_differences_are_skewed(change: float) -> None:
         assert (scipy_stats.ttest_1samp(drawn, 0, axis=1).pvalue <= 0.05).mean() > 0.1
 
 
+def test_bootstrap_t_of_an_average_by_its_definition() -> None:
+    """Against other random numbers: Welch's t of three tasks of different sizes."""
+    rng = np.random.default_rng(4)
+    tasks = [rng.gamma(1, 1, n) - 0.8 for n in (30, 60, 90)]
+    ours = average_difference(tasks)
+    means, errors = np.zeros(20_000), np.zeros(20_000)
+    for changes in tasks:
+        drawn = rng.choice(changes, (20_000, len(changes)))
+        means += (drawn.mean(1) - changes.mean()) / 3
+        errors += drawn.var(1, ddof=1) / len(changes) / 9
+    half = np.quantile(abs(means) / np.sqrt(errors), 0.95) * math.sqrt(sum(scipy_stats.sem(c) ** 2 for c in tasks)) / 3
+    value = np.mean([c.mean() for c in tasks])
+    assert (ours.low, ours.high) == pytest.approx((value - half, value + half), abs=0.1 * half)
+    assert average_difference(tasks[:1]) == paired_difference(tasks[0], np.zeros(30))
+
+
+def test_an_average_whose_tasks_change_equally_is_tested_by_signs() -> None:
+    d = average_difference([np.full(3, 0.3), np.full(3, 0.5)])
+    assert d.p == pytest.approx(2 / 2**6, abs=0.003)
+    one = average_difference([np.array([0.3]), np.array([0.1, 0.7, 0.2])])
+    assert (one.p, math.isnan(one.low)) == (1.0, True)
+
+
 def test_average_of_one_task_is_mcnemar() -> None:
     first, second = answers(gained=14, lost=5, both=50, neither=31)
     assert average_difference([first - second]).p == pytest.approx(mcnemar_p(14, 5), abs=0.003)
