@@ -257,7 +257,7 @@ def _bootstrap_t(changes: Sequence[np.ndarray]) -> tuple[float, float, float]:
     if p < FAR and math.isfinite(far):  # few resamplings are as far out: Student's t, scaled to agree at 1 %
         # Welch and Satterthwaite's degrees of freedom; for one task n - 1
         free = sum(parts) ** 2 / sum(v**2 / (len(c) - 1) for v, c in zip(parts, changes, strict=True))
-        p = 2 * float(special.stdtr(free, special.stdtrit(free, FAR / 2) * measured / far))
+        p = 2 * float(special.stdtr(free, float(special.stdtrit(free, FAR / 2)) * measured / far))
     if math.isinf(critical):  # at most two documents differ from the rest
         return *interval(means * error + value, tail_of(texts, expanded=True)), p
     return value - critical * error, value + critical * error, p
