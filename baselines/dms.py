@@ -35,15 +35,13 @@ class DMS(Built):
     uses_budget: ClassVar[bool] = False
 
     by: Any = "key_norm"
-    threshold: float = -2.8
+    threshold: float | None = -2.8
     window: int = 16
 
     def __post_init__(self) -> None:
-        number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
-        if not number or not math.isfinite(self.threshold):
-            raise ConfigError(
-                "policy.threshold", self.threshold, "give a number, in the units of the scores of policy.by"
-            )
+        given = self.threshold
+        if not isinstance(given, int | float) or isinstance(given, bool) or not math.isfinite(given):
+            raise ConfigError("policy.threshold", given, "give a number, in the units of the scores of policy.by")
         check_tokens("policy.window", self.window, least=1)
         super().__post_init__()
         if self.inner.at_entry(0) is None:
@@ -51,5 +49,6 @@ class DMS(Built):
             raise ConfigError("policy.by", self.inner.name, why)
 
     def retention(self, budget: int, layer: int) -> Retention:
+        assert self.threshold is not None
         rule = Rule(scored=False, bias=self.inner.at_entry(layer), threshold=float(self.threshold))
         return Retention(budget=self.window, recent=self.window, rule=rule)

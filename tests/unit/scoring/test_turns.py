@@ -69,7 +69,7 @@ def test_a_row_reads_the_next_question_when_an_answer_has_ended():
     assert read == [5, 6, 5, 6, 6, 6, 0, 5]
     assert [*row.done, (row.tokens, row.finish)] == [([5, 6, 5], "length"), ([6, 0], "eos"), ([8], "stop")]
     assert row.text == (5, 5, *read, 8)
-    assert row.asked == 2 + len(read)
+    assert row.answer_start == 2 + len(read)
     row.restart()
     assert (row.tokens, row.before, row.done, row.unread, row.read, row.finish) == ([], [], [], [], 0, None)
 

@@ -254,8 +254,9 @@ def test_suites():
 
 def test_every_file_under_conf_policy_is_a_policy():
     for file in sorted((CONF / "policy").glob("*.yaml")):
-        if "file" in (needed := yaml.safe_load(file.read_text())) and needed["file"] is None:
-            with pytest.raises(ConfigError, match=r"policy\.file"):  # of the user's own
+        given = yaml.safe_load(file.read_text())
+        if needed := [key for key in ("file", "threshold") if given.get(key, "") is None]:  # of the user's own
+            with pytest.raises(ConfigError, match=rf"policy\.{needed[0]}"):
                 settings(f"policy={file.stem}")
             continue
         assert settings(f"policy={file.stem}").cells[0].policy.name == file.stem
