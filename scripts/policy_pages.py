@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import yaml
+
 import baselines  # noqa: F401  # now, while sys.path begins with this clone
 from a2sf.commands.policy.describe import attributes, idea_and_deviations, paper, policy_summary
 from a2sf.policies.base import WHEN, Policy
@@ -90,12 +92,21 @@ def _summary(cls: type[Policy]) -> str:
 
 
 def command(cls: type[Policy]) -> str:
-    """A command that compares the policy with the full cache."""
+    """A command that runs the policy, beside the full cache where it can; in capitals what only the user knows."""
+    own = "".join(f" policy.{key}={key.upper()}" for key in required(cls))
     budget = " budget.ratio=0.2" if cls.uses_budget else ""
     context = " budget.base=context" if cls.schedules == ("prompt",) else ""
     policies = cls.name if cls.name == "full" else f"full,{cls.name}"
+    if own:  # another policy has no such setting
+        policies = cls.name
     grid = "-m " if "," in policies else ""
-    return f"a2sf run {grid}policy={policies}{budget}{context} tasks=[piqa] data=bundle limit=100"
+    return f"a2sf run {grid}policy={policies}{own}{budget}{context} tasks=[piqa] data=bundle limit=100"
+
+
+def required(cls: type[Policy]) -> list[str]:
+    """The settings that the user must give, which conf/policy leaves empty."""
+    file = ROOT / "conf" / "policy" / f"{cls.name}.yaml"
+    return [str(key) for key, value in yaml.safe_load(file.read_text(encoding="utf-8")).items() if value is None]
 
 
 def _schedules(cls: type[Policy]) -> str:
@@ -107,10 +118,11 @@ def _settings(cls: type[Policy]) -> str:
     known = defaults(cls)
     if not known:
         return "It has no settings of its own."
-    rows = [
-        [f"`policy.{name}`", "" if value in ("", None) else f"`{value}`", meaning(cls, name)]
-        for name, value in known.items()
-    ]
+    needed = required(cls)
+    rows = []
+    for name, value in known.items():
+        default = "required" if name in needed else "" if value in ("", None) else f"`{value}`"
+        rows.append([f"`policy.{name}`", default, meaning(cls, name)])
     return _markdown([["key", "default", "meaning"], ["---", "---", "---"], *rows])
 
 

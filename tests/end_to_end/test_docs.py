@@ -10,8 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
+from a2sf.app.folders import model_names
 from a2sf.policies.find import built_in, defaults
+from a2sf.sweep.config.schema import register
+from a2sf.sweep.config.settings import read
 from tests.started import started
 
 ROOT = Path(__file__).parents[2]
@@ -76,14 +81,21 @@ def test_every_policy_has_a_page_on_the_site(hooks):
         assert f"`policy={name}`" in page
         assert "as for " not in page.partition("## Settings")[2].partition("## Run it")[0], name
         for setting, value in defaults(cls).items():
-            shown = "" if value in ("", None) else f"`{value}`"
+            shown = "required" if setting in pages.required(cls) else "" if value in ("", None) else f"`{value}`"
             assert f"| `policy.{setting}` | {shown} | " in page, (name, setting)
         for when in cls.schedules:
             assert f"`{when}`" in page.partition("| schedules |")[2].splitlines()[0], name
         assert ("| causal | yes |" in page) == cls.causal, name
         documented = "Deviations:" in (sys.modules[cls.__module__].__doc__ or "") + (cls.__doc__ or "")
         assert ("## Deviations from the paper\n\n" in page) == documented, name
-        assert all(len(c) for c in re.findall(r"^\$ (a2sf run .*)$", page, re.MULTILINE)), name
+        (line,) = re.findall(r"^\$ a2sf run (?:-m )?(.*)$", page, re.MULTILINE)
+        assert pages.required(cls) == re.findall(r"policy\.(\w+)=[A-Z]+\b", line), name
+        given = line.replace("full,", "").replace("FILE", "''").replace("THRESHOLD", "-2.5").split()
+        if name != "calibrated":  # needs a file
+            GlobalHydra.instance().clear()
+            register()
+            with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+                assert read(compose("config", given), model_names()).cells[0].policy.name == name
 
 
 def test_a_policys_page_has_its_own_results_alone(hooks):
