@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from a2sf import Policy, Schedule, make_policy
+from a2sf import Policy, Rule, Schedule, make_policy
 from a2sf.calibration.capture import Captured, capture
 from a2sf.engine import kernels, stepwise
 from a2sf.engine.kernels import split
@@ -125,10 +125,10 @@ def ours(smollm2):
     def attended(policy: Policy, of: list[Captured], budgets: list[int], schedule: str) -> Ran:
         query, key, value = (torch.cat([getattr(x, n) for x in of]) for n in ("query", "key", "value"))
         T, evictions = key.shape[2], []
-        smallest = split.smallest
+        leaving = split.leaving
 
-        def noting(priority: Tensor, positions: Tensor, *rest: Tensor) -> Tensor:
-            out = smallest(priority, positions, *rest)
+        def noting(rule: Rule, priority: Tensor, positions: Tensor, *rest: Tensor) -> Tensor:
+            out = leaving(rule, priority, positions, *rest)
             evictions.append((_by_position(positions, priority, T), _by_position(positions, out, T)))
             return out
 
@@ -139,7 +139,7 @@ def ours(smollm2):
         options = Options(scale=of[0].scale, return_state=True, layers=30, **known)
         with pytest.MonkeyPatch.context() as patch:
             for module in (split, stepwise):
-                patch.setattr(module, "smallest", noting)
+                patch.setattr(module, "leaving", noting)
             segments = Segments.of_rows(rows, torch.full((len(of),), T))
             state = kernels.attend(query, key, value, segments, options).state
         return Ran(_by_position(state.positions, True, T), evictions)
