@@ -116,7 +116,10 @@ def others():
     return [n for n in sorted(found) if found[n].causal and not ties(found[n]) and n not in CHOSEN]
 
 
-@pytest.mark.parametrize("names", [CHOSEN, pytest.param(None, marks=pytest.mark.full)], ids=["chosen", "others"])
+OTHERS = pytest.param(None, marks=[pytest.mark.full, pytest.mark.exhaustive])  # minutes
+
+
+@pytest.mark.parametrize("names", [CHOSEN, OTHERS], ids=["chosen", "others"])
 def test_turns_in_a_batch_are_those_of_one_conversation_by_itself(lm, names):
     lm.scorer.sequences_per_pass = 5  # so that rows come and go, in different turns
     of = list(systems(lm, names or others()))
