@@ -14,14 +14,11 @@ from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policies
 from a2sf.policies.schedule import Schedule
 from a2sf.scoring.generation.memory import cache_bytes
-from a2sf.scoring.lm import PrunedLM
 from a2sf.scoring.requests import Requests, value_of
 from a2sf.scoring.systems import Answer
 from a2sf.sweep.full_texts import FullTexts
 from a2sf.tasks.turns import NEXT
-from tests.models import shared
 from tests.policies import ties
-from tests.stand_in import StandIn
 
 HEAD = "What is it that two texts have in common? A beginning. "
 TALKS = [
@@ -32,20 +29,6 @@ TALKS = [
 """Questions of three conversations, with other numbers and lengths of turns."""
 NEW = 5
 CHOSEN = ("full", "a2sf", "snapkv")
-
-
-class Letters(StandIn):
-    """Whose texts hold no mark by chance."""
-
-    def decode(self, ids, **_):
-        return "".join(chr(200 + i) for i in (ids if isinstance(ids, list) else [ids]))
-
-
-@pytest.fixture
-def lm(stand_in):
-    made = PrunedLM(shared("llama"), tokenizer=Letters(), max_length=200)
-    made.tokenizer = Letters()
-    return made
 
 
 def request(questions, number=0, document=None, **settings):

@@ -11,19 +11,15 @@ import pytest
 
 from a2sf.errors import ConfigError
 from a2sf.hf.loading import ModelSpec, load
-from a2sf.policies.budget import Budget
-from a2sf.policies.find import find_policies
 from a2sf.scoring.lm import PrunedLM
 from a2sf.scoring.requests import TEXT, Requests
 from a2sf.store.runs import load_sweep
-from a2sf.sweep.cell import Cell
-from a2sf.sweep.runner import Runner
 from a2sf.tasks import spec as tasks
 from a2sf.tasks.prompting import Prompting
 from a2sf.tasks.turns import NEXT
-from a2sf.tracking.tracker import Tracker, TrackerSpec
 from tests.hub.build import write_model
 from tests.interrupted import interrupted
+from tests.small_cells import cell, runner
 
 TASK = """
 task: own_talks
@@ -75,17 +71,6 @@ def task(tmp_path_factory):
     return str(folder / "own_talks.yaml")
 
 
-def cell(model: str, task: str, policy: str = "h2o", **prompting) -> Cell:
-    chosen = find_policies()[policy]()
-    budget = Budget(ratio=0.5) if chosen.uses_budget else None
-    spec, data = ModelSpec(model, device="cpu"), tasks.DataSpec()
-    return Cell("small", spec, chosen, budget, task, 0, None, 1234, data, prompting=Prompting(**prompting))
-
-
-def runner(folder) -> Runner:
-    return Runner(folder / "s", Tracker(TrackerSpec(), "s", folder / "s"), batch_size=3)
-
-
 def plain(documents: pd.DataFrame) -> list[dict]:
     return json.loads(documents[COLUMNS].to_json(orient="records"))
 
@@ -94,14 +79,14 @@ def test_a_kill_loses_no_finished_conversation(model, task, tmp_path, monkeypatc
     cells = [cell(model, task, p) for p in ("full", "h2o")]
     kept: dict[str, set[str]] = {}
     for passes in (1, 2):
-        for name, answers in interrupted(runner(tmp_path), cells, passes, monkeypatch).items():
+        for name, answers in interrupted(runner(tmp_path, batch_size=3), cells, passes, monkeypatch).items():
             assert kept.get(name, set()) <= answers.keys()
             kept[name] = set(answers)
     assert 0 < sum(map(len, kept.values())) < 2 * len(DOCUMENTS)
-    outcomes = runner(tmp_path).run(cells)
+    outcomes = runner(tmp_path, batch_size=3).run(cells)
     assert [o.status for o in outcomes] == ["done"] * 2, [o.error for o in outcomes]
     (tmp_path / "whole").mkdir()
-    assert {o.status for o in runner(tmp_path / "whole").run(cells)} == {"done"}
+    assert {o.status for o in runner(tmp_path / "whole", batch_size=3).run(cells)} == {"done"}
     resumed, whole = (
         {s.path.name: plain(s.documents) for s in load_sweep(f / "s")} for f in (tmp_path, tmp_path / "whole")
     )
@@ -116,7 +101,7 @@ def test_a_kill_loses_no_finished_conversation(model, task, tmp_path, monkeypatc
 
 @pytest.mark.full
 def test_lm_evals_entry_gives_the_texts_and_scores_of_a_sweep(model, task, tmp_path):
-    assert [o.status for o in runner(tmp_path).run([cell(model, task)])] == ["done"]
+    assert [o.status for o in runner(tmp_path, batch_size=3).run([cell(model, task)])] == ["done"]
     (stored,) = load_sweep(tmp_path / "s")
     found = lm_eval.simple_evaluate(
         "a2sf",

@@ -9,18 +9,11 @@ import numpy as np
 import pytest
 
 from a2sf.errors import ConfigError
-from a2sf.hf.loading import ModelSpec
-from a2sf.policies.budget import Budget
-from a2sf.policies.find import find_policies
 from a2sf.store.runs import load_sweep
-from a2sf.sweep.cell import Cell
 from a2sf.sweep.prepare.models import check_prompting
-from a2sf.sweep.runner import Runner
-from a2sf.tasks import spec as tasks
-from a2sf.tasks.prompting import Prompting
-from a2sf.tracking.tracker import Tracker, TrackerSpec
 from tests.hub.build import write_model
 from tests.interrupted import interrupted
+from tests.small_cells import cell, runner
 
 TASK = """
 task: own_sums
@@ -57,17 +50,6 @@ def task(tmp_path):
         return str(file)
 
     return write
-
-
-def cell(model: str, task: str, policy: str = "h2o", limit: int | None = None, **prompting) -> Cell:
-    chosen = find_policies()[policy]()
-    budget = Budget(ratio=0.5) if chosen.uses_budget else None
-    spec, data = ModelSpec(model, device="cpu"), tasks.DataSpec()
-    return Cell("small", spec, chosen, budget, task, 0, limit, 1234, data, prompting=Prompting(**prompting))
-
-
-def runner(folder) -> Runner:
-    return Runner(folder / "s", Tracker(TrackerSpec(), "s", folder / "s"), batch_size=5)
 
 
 def results(folder):

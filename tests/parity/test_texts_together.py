@@ -16,30 +16,13 @@ from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policies
 from a2sf.policies.schedule import schedule_for
 from a2sf.scoring.generation import rows as continuous
-from a2sf.scoring.lm import PrunedLM
 from a2sf.scoring.requests import Requests
-from tests.models import shared
 from tests.policies import ties
-from tests.stand_in import StandIn
 
 HEAD = "What is it that two texts have in common? A beginning. "
 PROMPTS = [f"{HEAD}{q}" for q in ("And then?", "One, two, three, four", "x", "So what is the end of it?")] + ["Short"]
 GREEDY = {"do_sample": False}
 DRAWN = {"do_sample": True, "temperature": 1.0, "top_k": 0}
-
-
-class Letters(StandIn):
-    """Whose texts do not hold the name of a special token by chance."""
-
-    def decode(self, ids, **_):
-        return "".join(chr(200 + i) for i in (ids if isinstance(ids, list) else [ids]))
-
-
-@pytest.fixture
-def lm(stand_in):
-    made = PrunedLM(shared("llama"), tokenizer=Letters(), max_length=200)
-    made.tokenizer = Letters()
-    return made
 
 
 def systems(lm):

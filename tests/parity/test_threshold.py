@@ -8,20 +8,11 @@ from lm_eval.api.instance import Instance
 
 from a2sf import PrunedCache, make_policy
 from a2sf.policies.schedule import Schedule
-from a2sf.scoring.lm import PrunedLM
 from a2sf.scoring.requests import Requests
-from tests.models import shared
-from tests.parity.test_texts_together import GREEDY, PROMPTS, Letters, requests_of
+from tests.parity.test_texts_together import GREEDY, PROMPTS, requests_of
 
 SCHEDULES = ["step", "every4", "prompt", "prompt-step"]
 DMS = {"by": {"name": "random", "seed": 5}, "threshold": 0.4, "window": 5}
-
-
-@pytest.fixture
-def lm(stand_in):
-    made = PrunedLM(shared("llama"), tokenizer=Letters(), max_length=200)
-    made.tokenizer = Letters()
-    return made
 
 
 def held(lm, schedule: Schedule, tokens: list[int], prompt: int) -> float:

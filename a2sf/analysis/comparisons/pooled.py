@@ -12,7 +12,7 @@ import pandas as pd
 from a2sf.analysis.comparisons.pairs import Comparer, matched
 from a2sf.analysis.results.documents import DOCUMENT, TEXT, paired_documents, texts_of
 from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, SYSTEM, Grid, System
-from a2sf.analysis.statistics.families import HOLM, Adjusted, Correction
+from a2sf.analysis.statistics.families import HOLM, Adjusted, Correction, span
 from a2sf.analysis.statistics.paired import Difference
 from a2sf.analysis.statistics.pooled import Changes, Pooled, pool_tasks
 from a2sf.errors import UserError
@@ -122,9 +122,7 @@ def shown_tasks(found: Sequence[OverModels]) -> list[OverModels]:
 
 def documents_of(found: Sequence[OverModels]) -> str:
     """How many documents each model's differences are of, in words."""
-    sizes = sorted({d.n for o in found for d in o.by_model.values()})
-    numbers = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
-    return f"n = {numbers} documents in each model"
+    return f"n = {span([d.n for o in found for d in o.by_model.values()])} documents in each model"
 
 
 def _place(o: OverModels) -> tuple[object, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,11 +106,16 @@ class Adjusted:
 
 def how_of_all(tests: Sequence[Adjusted]) -> str:
     """As `Adjusted.how`, for a table with the tests of several models, whose families may differ in size."""
-    sizes = sorted({t.tests for t in tests})
-    if tests[0].family != "model" or len(tests) == sizes[0]:
+    sizes = [t.tests for t in tests]
+    if tests[0].family != "model" or len(tests) == min(sizes):
         return tests[0].how
-    numbers = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
-    return tests[0]._how(f"over the tests of each model ({numbers})")
+    return tests[0]._how(f"over the tests of each model ({span(sizes)})")
+
+
+def span(numbers: Collection[int]) -> str:
+    """The smallest and the largest number in words, or the only one: "30 to 1,100"."""
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 HOLM = Correction()
