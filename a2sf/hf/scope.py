@@ -17,7 +17,8 @@ from a2sf.hf.attention.errors import UnsupportedModel
 from a2sf.hf.attention.function import attached
 from a2sf.hf.attention.plan import Plan
 from a2sf.hf.attention.windows import mixes_windows
-from a2sf.hf.cache.pruned import PrunedCache, prove_decoding
+from a2sf.hf.cache.decoding import prove_decoding
+from a2sf.hf.cache.pruned import PrunedCache
 from a2sf.hf.calls.around import decoder_of, scoped, surround
 from a2sf.hf.calls.tokens import new_tokens
 from a2sf.hf.exactness import require_exact

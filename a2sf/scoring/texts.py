@@ -17,7 +17,8 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from a2sf.errors import ConfigError, Notice, UserError
 from a2sf.hf.attention import NonFiniteError, rope_switch
 from a2sf.hf.cache.checks import check_length
-from a2sf.hf.cache.pruned import PrunedCache, prove_decoding
+from a2sf.hf.cache.decoding import prove_decoding
+from a2sf.hf.cache.pruned import PrunedCache
 from a2sf.scoring.generation.calls import by_generate
 from a2sf.scoring.generation.ends import EOS, STOP, Ends
 from a2sf.scoring.generation.row import Row

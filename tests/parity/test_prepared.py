@@ -144,6 +144,16 @@ def test_scored_and_generated_alike(policy, then):
         assert (got - want[0]).abs().max() < 1e-3 * float(want[0].abs().max())
 
 
+def test_a_first_call_that_is_refused_leaves_nothing_in_the_cache():
+    model = shared("llama")
+    cache, fresh = (PrunedCache(model, KVzip(), 8) for _ in range(2))
+    with pytest.raises(UserError, match="give the first call all of the prompt, as tokens"):
+        model(inputs_embeds=model.get_input_embeddings()(IDS), cache=cache)
+    assert not cache.retention
+    assert torch.equal(model(IDS, cache=cache).logits, model(IDS, cache=fresh).logits)
+    assert cache.prompt == [TOKENS, TOKENS]
+
+
 def test_what_cannot_be_prepared_is_refused_in_one_sentence():
     model = shared("llama")
     cache = PrunedCache(model, KVzip(), 8, context_tokens=PROMPT)

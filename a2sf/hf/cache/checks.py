@@ -1,17 +1,83 @@
-"""What is refused of a call through a `PrunedCache`: gaps, a prompt of unknown length, too many tokens."""
+"""What a `PrunedCache` refuses: lengths that were not given, and calls that do not fit what it has read."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from a2sf.errors import UserError
+from a2sf.errors import ConfigError, UserError
 from a2sf.hf.attention.errors import UnsupportedModel
 from a2sf.hf.calls.tokens import ragged_tokens
+from a2sf.policies.budget import Budget
+from a2sf.policies.schedule import Schedule
 
 if TYPE_CHECKING:
     from a2sf.hf.cache.pruned import PrunedCache
+
+
+def check_lengths_are_given(
+    budget: Budget | None, schedule: Schedule, max_new_tokens: int | None, context_tokens: int | list[int] | None
+) -> None:
+    """Refuse settings of a cache that need a length which was not given.
+
+    Raises:
+        ConfigError: for a share of the whole sequence without `max_new_tokens`, or a cut before the question without
+            `context_tokens`.
+    """
+    if max_new_tokens is None and budget is not None and budget.ratio is not None and budget.base == "total":
+        raise ConfigError(
+            "budget.base",
+            "total",
+            "a share of the whole sequence needs max_new_tokens=...; give it, or a ratio of base context",
+        )
+    if schedule.before_question and context_tokens is None:
+        raise ConfigError(
+            "context_tokens",
+            None,
+            "schedule.at=context cuts within a prompt, so give the length of what comes before",
+        )
+
+
+def check_call(
+    cache: PrunedCache, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Check a call of `model` on `shape` = (B, T) new tokens as a whole; returns where each row's new tokens are.
+
+    Args:
+        mask: [B, columns], 0 where a token is padding.
+
+    Raises:
+        UserError: if the cache does not fit the model, the batch or the mask, or a sequence gets too long.
+        UnsupportedModel: as `check_length`.
+    """
+    if cache.model_ref() is not model:
+        raise UserError(
+            f"this cache was made for another model than this {type(model).__name__}; make one with "
+            "PrunedCache(model, ...)"
+        )
+    if cache.failed:
+        raise UserError("an earlier call with this cache stopped midway; call cache.reset() and start again")
+    if cache.seen is not None and len(cache.seen) != shape[0]:
+        raise UserError(
+            f"this cache holds a batch of {len(cache.seen)} sequences and the model was called with {shape[0]}; make "
+            "a cache for each batch"
+        )
+    start, length, order = new_tokens(cache, shape, mask)
+    check_prompt_is_known(cache, shape[1])
+    if cache.seen is not None and mask is not None:
+        earlier = mask[:, : cache.columns].long().sum(1).cpu()
+        if not torch.equal(earlier, cache.seen):
+            raise UserError(
+                "attention_mask hides tokens that this cache has read, or shows padding that it has not; pass the "
+                "mask of the earlier calls with ones for what was generated, and start anew where rows ended early"
+            )
+    seen = torch.zeros(shape[0], dtype=torch.int64) if cache.seen is None else cache.seen
+    after = seen + length
+    check_length(cache, after, torch.where(seen > 0, seen, after), prompt=cache.calls == 0)
+    return start, length, order
 
 
 def new_tokens(cache: PrunedCache, shape: tuple[int, int], mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -21,26 +21,24 @@ from transformers.cache_utils import Cache
 from a2sf.engine.kernels import check_backend
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import EvictionState
-from a2sf.errors import ConfigError, UserError
+from a2sf.errors import UserError
 from a2sf.hf.attention.errors import UnsupportedModel
 from a2sf.hf.attention.windows import keeps_window, mixes_windows, rope_switch, within_window
+from a2sf.hf.cache.budgets import resolve_budgets
 from a2sf.hf.cache.cache_pass import CachePass
-from a2sf.hf.cache.checks import check_length, check_prompt_is_known, new_tokens
+from a2sf.hf.cache.checks import check_call, check_lengths_are_given, new_tokens
 from a2sf.hf.cache.layer import PrunedLayer
 from a2sf.hf.cache.store import How, Step
 from a2sf.hf.cache.stored import ModelRef, load_into, stored_of
 from a2sf.hf.calls.around import decoder_of, following_copy, surround
 from a2sf.hf.calls.chunks import bounds, columns
-from a2sf.hf.exactness import require_decoding, require_exact
 from a2sf.hf.loading.config import kv_heads_of
 from a2sf.hf.projection import projections_for
-from a2sf.hf.reader import prepared_for
 from a2sf.hf.rotary import rotary_for
-from a2sf.hf.settings import check_settings, contexts_for, contexts_of, new_tokens_of, retention_of
+from a2sf.hf.settings import check_settings, contexts_of, new_tokens_of
 from a2sf.policies.arguments import budget_of, policy_of, schedule_of
-from a2sf.policies.base import UNLIMITED, Policy, Retention
+from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
-from a2sf.policies.prepared import Prepared
 from a2sf.policies.schedule import STEP, Schedule, schedule_for
 
 
@@ -95,26 +93,9 @@ class PrunedCache(Cache):
             kv_heads=kv_heads_of(model.config),
             generating=True,
         )
-        if (
-            max_new_tokens is None
-            and policy.uses_budget
-            and budget
-            and budget.ratio is not None
-            and budget.base == "total"
-        ):
-            raise ConfigError(
-                "budget.base",
-                "total",
-                "a share of the whole sequence needs max_new_tokens=...; give it, or a ratio of base context",
-            )
         self.policy, self.budget = policy, budget if policy.uses_budget else None
         self.schedule = schedule_for(policy, schedule)
-        if self.schedule.before_question and context_tokens is None:
-            raise ConfigError(
-                "context_tokens",
-                None,
-                "schedule.at=context cuts within a prompt, so give the length of what comes before",
-            )
+        check_lengths_are_given(self.budget, self.schedule, max_new_tokens, contexts)
         self.check_model(model)
         positions = getattr(config, "max_position_embeddings", None) or 2**31
         layers, rotary = config.num_hidden_layers, rotary_for(model, policy)
@@ -138,6 +119,8 @@ class PrunedCache(Cache):
         Raises:
             UnsupportedModel: if it is not.
         """
+        from a2sf.hf.cache.decoding import prove_decoding  # makes such caches itself
+
         prove_decoding(model, self.policy, self.budget)
         surround(model)
 
@@ -164,7 +147,7 @@ class PrunedCache(Cache):
         self.incoming: Tensor | None = None  # the first call's tokens, set before it, for a policy that prepares
         self._pass: CachePass | None = None
         self.attentions: list[int] = []  # how many times each layer calls its attention in a pass
-        self._failed = False
+        self.failed = False  # whether a call stopped midway
         self._given = self.begins_turn = False  # whether generate was given this cache, and no call came since it began
         self._left = 0  # columns still to be read of a call that is read in parts
 
@@ -309,34 +292,11 @@ class PrunedCache(Cache):
         self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Check a call as a whole, and resolve the budgets at the first; returns where each row's new tokens are."""
-        if self.model_ref() is not model:
-            raise UserError(
-                f"this cache was made for another model than this {type(model).__name__}; make one with "
-                "PrunedCache(model, ...)"
-            )
-        if self._failed:
-            raise UserError("an earlier call with this cache stopped midway; call cache.reset() and start again")
-        if self.seen is not None and len(self.seen) != shape[0]:
-            raise UserError(
-                f"this cache holds a batch of {len(self.seen)} sequences and the model was called with {shape[0]}; make "
-                "a cache for each batch"
-            )
-        start, length, order = new_tokens(self, shape, mask)
-        check_prompt_is_known(self, shape[1])
-        if self.seen is not None and mask is not None:
-            earlier = mask[:, : self.columns].long().sum(1).cpu()
-            if not torch.equal(earlier, self.seen):
-                raise UserError(
-                    "attention_mask hides tokens that this cache has read, or shows padding that it has not; pass the "
-                    "mask of the earlier calls with ones for what was generated, and start anew where rows ended early"
-                )
-        seen = torch.zeros(shape[0], dtype=torch.int64) if self.seen is None else self.seen
-        after = seen + length
-        check_length(self, after, torch.where(seen > 0, seen, after), prompt=self.calls == 0)
+        start, length, order = check_call(self, model, shape, mask)
         if self.seen is None:
             if not self.retention:  # else `keep` set it
-                self._resolve(start, length)  # last, so that a call that is refused leaves nothing behind
-            self.seen = seen
+                self.resolve_budgets(start, length)  # last, so that a call that is refused leaves nothing behind
+            self.seen = torch.zeros(shape[0], dtype=torch.int64)
         return start, length, order
 
     @property
@@ -366,13 +326,13 @@ class PrunedCache(Cache):
         done, self._pass = self._pass, None
         self.begins_turn = False
         if not completed and self._left:
-            self._failed, self._left = True, 0
+            self.failed, self._left = True, 0
         if done is None:
             return
         attentions = [done.attentions[i] for i in range(done.layers)]
         self.attentions = self.attentions or attentions
-        self._failed = not completed or attentions != self.attentions
-        if completed and self._failed:
+        self.failed = not completed or attentions != self.attentions
+        if completed and self.failed:
             raise UnsupportedModel(
                 "the model's layers call their attention another number of times than in the first pass, which a pruned "
                 "cache does not follow"
@@ -411,67 +371,6 @@ class PrunedCache(Cache):
         """Set, before the first call, what each layer retains and the prompt's tokens, per row."""
         self.retention, self.prompt = retention, prompt
 
-    def _resolve(self, start: Tensor, length: Tensor) -> None:
-        context = length.tolist()
-        if self.context_tokens is not None:
-            context = contexts_for(len(length), self.context_tokens)
-        if self.schedule.prompt and min(context, default=1) < 1:
-            raise UserError(f"row {context.index(0)} of the batch has no token in its prompt; give each at least one")
-        self.retention = self.retention_of_prompts(context)
-        fits = all(k.budget >= n for row, n in zip(self.retention, context, strict=True) for k in row)
-        # where tokens are evicted after the cut too, a prompt that fits is ranked later
-        if self.policy.prepares and not (fits and self.schedule.then == "keep"):
-            self.retention = self.retention_of_prompts(
-                context, self._prepared(context, start.tolist(), length.tolist())
-            )
-        self.prompt = context
-
-    def retention_of_prompts(
-        self, context: list[int], prepared: Sequence[Prepared] | None = None
-    ) -> list[tuple[Retention, ...]]:
-        """What each layer retains of rows whose prompts have `context` tokens; `prepared` is of each of these prompts."""
-        layers, more = len(self.layers), max(0, (self.max_new_tokens or 0) - 1)  # the last token is never read
-        ready = [None] * len(context) if prepared is None else prepared
-        return [
-            retention_of(self.policy, self.budget, n + more, n, layers, self.schedule, p)
-            for n, p in zip(context, ready, strict=True)
-        ]
-
-    def _prepared(self, context: list[int], start: list[int], length: list[int]) -> list[Prepared]:
-        """What the policy prepares for each row's prompt, which this call reads."""
-        model, tokens = self.model_ref(), self.incoming
-        if (
-            model is None
-            or tokens is None
-            or tokens.is_floating_point()
-            or any(n > m for n, m in zip(context, length, strict=True))
-        ):
-            raise UserError(
-                f"the policy {self.policy.name} reads a prompt before it is cut; give the first call all of the prompt, as "
-                "tokens"
-            )
-        rows = tokens.tolist()
-        prompts = [tuple(row[s : s + n]) for row, s, n in zip(rows, start, context, strict=True)]
-        ready = {p: prepared_for(model, self.policy, p) for p in dict.fromkeys(prompts)}
-        return [ready[p] for p in prompts]
-
-
-class _FullCache(PrunedCache):
-    """A cache that evicts nothing, to compare with the model's own."""
-
-    def check_model(self, model: PreTrainedModel) -> None:
-        self.schedule = STEP
-
-    def _resolve(self, start: Tensor, length: Tensor) -> None:
-        self.retention = [(Retention(budget=UNLIMITED),) * len(self.layers) for _ in length]
-        self.prompt = length.tolist()
-
-
-def prove_decoding(model: PreTrainedModel, policy: Policy, budget: Budget | None) -> None:
-    """Check, once per model, that scoring it and decoding through a `PrunedCache` are exact; any policy will do.
-
-    Raises:
-        UnsupportedModel: if they are not.
-    """
-    require_exact(model)
-    require_decoding(model, lambda: _FullCache(model, policy, budget, max_new_tokens=1, context_tokens=1))
+    def resolve_budgets(self, start: Tensor, length: Tensor) -> None:
+        """Set what each layer retains from the first call's tokens: `length` [B] of each row, from column `start` [B]."""
+        self.keep(*resolve_budgets(self, start, length))

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from a2sf.engine.state import EvictionState
 from a2sf.errors import UserError
+from a2sf.hf.cache.budgets import retention_of_prompts
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.schedule import Schedule
 
@@ -149,7 +150,7 @@ def _restore(cache: PrunedCache, stored: Mapping[str, Any]) -> None:
     model = cache.model_ref()
     if model is None or cache.trace:
         raise UserError("a cache that records a trace, or whose model no longer exists, cannot load a stored one")
-    retention = cache.retention_of_prompts(stored["prompt"])
+    retention = retention_of_prompts(cache, stored["prompt"])
     check(stored, settings(model, cache.policy, cache.schedule, retention))
     cache.reset()
     cache.retention, cache.prompt, cache.seen = retention, list(stored["prompt"]), stored["seen"].clone()
