@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +71,25 @@ class Computed:
     traces: tuple[Trace, ...] = ()
 
 
+@dataclass(frozen=True)
+class GroupRequests:
+    """What the cells of a group are scored on.
+
+    Attributes:
+        task: lm-eval's, which has made its requests.
+        requests: those in tokens, by kind.
+        documents: fingerprint of the documents.
+    """
+
+    task: Any
+    requests: Sequence[Requests]
+    documents: str
+
+    def of_documents(self, documents: Set[int]) -> GroupRequests:
+        """The same with the requests of some documents only, by their numbers."""
+        return dataclasses.replace(self, requests=[r.of_documents(documents) for r in self.requests])
+
+
 class CellGroup:
     """Computes a group of cells.
 
@@ -97,6 +116,8 @@ class CellGroup:
         self.full_texts = full_texts
         self._store: AnswerStore | None = None
         self._texts: FullTexts | None = None
+        self._stopping: EarlyStopping | None = None
+        self._unfinished: dict[str, Cell] = {}  # by name, those that can be scored and have no result yet
         self._warned = Warned()  # of what is done for all cells
 
     def shares(self) -> dict[str, float]:
@@ -110,75 +131,101 @@ class CellGroup:
         Raises:
             DiskError: if the disk refuses answers.
         """
-        first, clock = self.cells[0], time.perf_counter()
+        clock = time.perf_counter()
         try:
-            with collected(self._warned):
-                task = first.spec.build(first.seed)
-                if first.stopping_rule is not None:
-                    check_can_stop_early(task)
-                instances = task.make_requests(self.scorer.lm, first.prompting, first.limit)
-            shared, prompting = (task.config.metadata or {}).get("shared_context"), first.prompting
-            requests = by_kind(self.scorer.lm, instances, shared, self._thinking(prompting), prompting.samples)
-            self.scorer.seed = first.seed
-            documents = provenance(task)["fingerprint"]
+            given = self._prepare_requests()
         except Exception as error:
             yield from (Computed(c, error=error) for c in self.cells)
             return
-        store = self._store = AnswerStore(self.directory, documents, self.checkpoint_seconds)
+        store = self._store = AnswerStore(self.directory, given.documents, self.checkpoint_seconds)
+        yield from self._add_systems(given, store, clock)
+        self._prepare_comparisons(given, store)
+        try:
+            yield from self._score_and_evaluate(given, store)
+            yield from self._evaluate_remaining(given, store)
+        except BaseException:  # interrupted: what was computed since the last checkpoint is written
+            with suppress(DiskError):
+                store.save(store.all)
+            raise
+
+    def _prepare_requests(self) -> GroupRequests:
+        """What all cells are scored on; an error concerns all of them."""
+        first = self.cells[0]
+        with collected(self._warned):
+            task = first.spec.build(first.seed)
+            if first.stopping_rule is not None:
+                check_can_stop_early(task)
+            instances = task.make_requests(self.scorer.lm, first.prompting, first.limit)
+        shared, prompting = (task.config.metadata or {}).get("shared_context"), first.prompting
+        requests = by_kind(self.scorer.lm, instances, shared, self._thinking(prompting), prompting.samples)
+        self.scorer.seed = first.seed
+        return GroupRequests(task, requests, provenance(task)["fingerprint"])
+
+    def _add_systems(self, given: GroupRequests, store: AnswerStore, clock: float) -> Iterator[Computed]:
+        """Add each cell with its system and its known answers to the store; gives the cells whose system has an error.
+
+        Args:
+            clock: when the group began; each cell is charged with its share of the time since then.
+        """
         finished = find_extendable(self.directory.parent, self.cells)
         each = (time.perf_counter() - clock) / len(self.cells)
-        cells: dict[str, Cell] = {}
         for cell in self.cells:
             try:
                 answers = self.scorer.answers(self.scorer.system(cell.policy, cell.budget, cell.schedule))
             except Exception as error:
                 yield Computed(cell, error=error)
                 continue
-            cells[cell.name] = cell
-            store.add(cell, answers, finished.get(cell.name), {key for r in requests for key in r.keys})
+            self._unfinished[cell.name] = cell
+            store.add(cell, answers, finished.get(cell.name), {key for r in given.requests for key in r.keys})
             answers.seconds += each
+
+    def _prepare_comparisons(self, given: GroupRequests, store: AnswerStore) -> None:
+        """Set up what looks at several cells: the full cache's texts under each system, and early stopping."""
+        first, cells = self.cells[0], list(self._unfinished.values())
         if self.full_texts and cells and first.spec.generates:
-            self._texts = FullTexts(self.scorer, list(cells.values()), store, self.directory)
-        stopping = None
+            self._texts = FullTexts(self.scorer, cells, store, self.directory)
         if first.stopping_rule is not None and cells:
-            field = shared_texts.field_of(task, first.data.cluster)
-            stopping = EarlyStopping(first.stopping_rule, self.directory, list(cells.values()), store.all, task, field)
-        try:
-            try:
-                for _ in self._scored(requests, store, stopping):
-                    store.save_due()
-                    # at once, so that a failure of another cell loses nothing
-                    for name in self._finished(requests) if stopping is None else ():
-                        yield from self._evaluated(cells.pop(name), task, requests, store)
-            except DiskError:
-                raise
-            except Exception as error:  # not of a single cell
-                store.save(store.all)
-                for answers in store.all.values():
-                    answers.error = answers.error or error
-            chosen = requests
-            if stopping is not None and stopping.documents is not None:
-                chosen = [r.of_documents(set(stopping.documents)) for r in requests]
-            self._finished(chosen)
-            for cell in cells.values():
-                yield from self._evaluated(cell, task, chosen, store, stopping)
-        except BaseException:  # interrupted: what was computed since the last checkpoint is written
-            with suppress(DiskError):
-                store.save(store.all)
-            raise
+            field = shared_texts.field_of(given.task, first.data.cluster)
+            self._stopping = EarlyStopping(first.stopping_rule, self.directory, cells, store.all, given.task, field)
 
     def _thinking(self, prompting: Prompting) -> Thinking | None:
         """How thinking is recognised in texts by the cells' settings; None: by the arguments of the model."""
         given = prompting.think_end_token
         return None if given is None else Thinking.of(given, self.scorer.lm.tokenizer, prompting.enable_thinking)
 
-    def _scored(
-        self, requests: Sequence[Requests], store: AnswerStore, stopping: EarlyStopping | None
-    ) -> Iterator[None]:
+    def _score_and_evaluate(self, given: GroupRequests, store: AnswerStore) -> Iterator[Computed]:
+        """Score the requests; where the group cannot stop early, each cell is evaluated once it has all answers.
+
+        An error that is not of a single cell becomes the error of each cell that has none yet.
+        """
+        try:
+            for _ in self._score_needed(given.requests, store):
+                store.save_due()
+                if self._stopping is not None:
+                    continue
+                for name in self._finished(given.requests):  # at once, so that a failure of another cell loses nothing
+                    yield from self._evaluate(self._unfinished.pop(name), given, store)
+        except DiskError:
+            raise
+        except Exception as error:
+            store.save(store.all)
+            for answers in store.all.values():
+                answers.error = answers.error or error
+
+    def _evaluate_remaining(self, given: GroupRequests, store: AnswerStore) -> Iterator[Computed]:
+        """Evaluate the cells that have no result yet, where the group stopped early on the documents that decided."""
+        if self._stopping is not None and self._stopping.documents is not None:
+            given = given.of_documents(set(self._stopping.documents))
+        self._finished(given.requests)
+        for cell in self._unfinished.values():
+            yield from self._evaluate(cell, given, store)
+
+    def _score_needed(self, requests: Sequence[Requests], store: AnswerStore) -> Iterator[None]:
         """Pass by pass, until all requests have an answer, or those of enough documents to stop."""
+        stopping = self._stopping
         if stopping is not None:
             for documents in stopping.batches(self.scorer.tokens_per_pass):
-                for _ in self._passes([r.of_documents(set(documents)) for r in requests], store):
+                for _ in self._score([r.of_documents(set(documents)) for r in requests], store):
                     yield
                     if stopping.decide():
                         break
@@ -187,9 +234,10 @@ class CellGroup:
             # for these documents, cells that are not compared may still lack answers
             if stopping.documents is not None:
                 requests = [r.of_documents(set(stopping.documents)) for r in requests]
-        yield from self._passes(requests, store)
+        yield from self._score(requests, store)
 
-    def _passes(self, requests: Sequence[Requests], store: AnswerStore) -> Iterator[None]:
+    def _score(self, requests: Sequence[Requests], store: AnswerStore) -> Iterator[None]:
+        """Pass by pass, until all these requests have an answer."""
         for of_kind in requests:
             passes = self.scorer.score(of_kind, list(store.all.values()))
             while True:
@@ -207,23 +255,16 @@ class CellGroup:
         with collected(self._warned, again=True):
             return self._texts.ready(finished, requests)
 
-    def _evaluated(
-        self,
-        cell: Cell,
-        task: Any,
-        requests: Sequence[Requests],
-        store: AnswerStore,
-        stopping: EarlyStopping | None = None,
-    ) -> Iterator[Computed]:
+    def _evaluate(self, cell: Cell, given: GroupRequests, store: AnswerStore) -> Iterator[Computed]:
         """A cell's result from its answers, which are dropped after the caller has taken the result."""
-        answers = store[cell.name]
+        answers, stopping = store[cell.name], self._stopping
         try:
             if answers.error is not None:
                 raise answers.error
             chosen = None if stopping is None else stopping.documents
-            result, documents = evaluate(cell, task, requests, answers, self.scorer, chosen)
+            result, documents = evaluate(cell, given.task, given.requests, answers, self.scorer, chosen)
             documents = documents if self._texts is None else self._texts.added(cell.name, result, documents)
-            traces = {t.document: t for r in requests for t in self.scorer.traces(r, answers, self.trace)}
+            traces = {t.document: t for r in given.requests for t in self.scorer.traces(r, answers, self.trace)}
         except Exception as error:
             store.save([cell.name])  # the error may have come after the answers
             store.drop(cell.name)
