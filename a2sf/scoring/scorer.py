@@ -100,12 +100,12 @@ class Scorer:
             yield from Texts(self, requests).generate(answers)
             return
         clock = time.perf_counter()
-        before = sum(a.seconds for a in answers)
+        before = sum(a.progress.seconds for a in answers)
         pending = self._pending(requests, [a for a in answers if a.error is None])
-        own = sum(a.seconds for a in answers) - before  # time that single systems took to prepare prompts
+        own = sum(a.progress.seconds for a in answers) - before  # time that single systems took to prepare prompts
         able = {id(a): a for a in answers if a.error is None}
         for one in able.values():
-            one.seconds += (time.perf_counter() - clock - own) / len(able)  # tokenising serves all of them
+            one.progress.seconds += (time.perf_counter() - clock - own) / len(able)  # tokenising serves all of them
         self._ready.clear()  # sequences hold the prepared numbers that are still needed
         yield from self._run([p for p in pending if p.answers.error is None], requests)
 
@@ -137,7 +137,7 @@ class Scorer:
                     answers[n].error = _about(requests, i, error)
                     continue
                 if answers[n].system.policy.prepares:
-                    answers[n].seconds += time.perf_counter() - began
+                    answers[n].progress.seconds += time.perf_counter() - began
                 pending += [
                     Pending(answers[n], s, i, which, (len(w[0]), len(w[1])))
                     for which, (s, w) in enumerate(zip(made, windows, strict=True))
@@ -162,7 +162,7 @@ class Scorer:
                     place = (id(p.answers), p.request)
                     found = values.setdefault(place, {})
                     found[p.window] = value, self._counted(p.sequence, cached)
-                    p.answers.progress(len(p.sequence.read))
+                    p.answers.progress.read += len(p.sequence.read)
                     if len(found) < windows[place]:
                         continue
                     if requests.kind == ROLLING:

@@ -75,14 +75,47 @@ class Answer(NamedTuple):
 
 
 @dataclass
-class Answers:
-    """The answers of one system to a task's requests, and what they cost.
+class SystemProgress:
+    """How much of a system's work is done, and the time that it took.
 
     Attributes:
-        known: answers of an earlier result, by a request's key (`Requests.keys`).
-        computed: answers that were computed now.
+        seconds: time that was spent; where systems are computed together, this system's share.
         requests: how many requests there are; 0: not known yet.
-        seconds: time that was spent on them; where systems are computed together, this system's share.
+        answered: how many of them had an answer when scoring began.
+        pending: how many had none then.
+        tokens: how many tokens have to be read for the pending ones; 0: not counted.
+        read: how many of these have been read.
+    """
+
+    seconds: float = 0.0
+    requests: int = 0
+    answered: int = 0
+    pending: int = 0
+    tokens: int = 0
+    read: int = 0
+
+    def share(self, answered: int) -> float:
+        """How much of the work is done, from 0 to 1: by tokens where these are counted, else by requests.
+
+        Args:
+            answered: how many requests have an answer now.
+        """
+        if not self.requests:
+            return 0.0
+        if not self.tokens:
+            return min(1.0, answered / self.requests)
+        return min(1.0, (self.answered + self.pending * self.read / self.tokens) / self.requests)
+
+
+@dataclass
+class Answers:
+    """The answers of one system to a task's requests.
+
+    Attributes:
+        counts: what the requests took to read and to cache.
+        known: answers of an earlier result, by a request's key (`Requests.keys`).
+        computed: answers that were computed now; it has no key of `known`.
+        progress: how much is done, and the time that it took.
         ran: which implementations of the engine ran (`a2sf.engine.kernels.noting`).
         warned: what libraries warned of while this system alone was computed.
         error: why this system cannot be computed; the other systems of the group continue.
@@ -92,15 +125,10 @@ class Answers:
     counts: Counts
     known: dict[str, Answer] = field(default_factory=dict)
     computed: dict[str, Answer] = field(default_factory=dict)
-    requests: int = 0
-    seconds: float = 0.0
+    progress: SystemProgress = field(default_factory=SystemProgress)
     ran: set[str] = field(default_factory=set)
     warned: Warned = field(default_factory=Warned)
     error: Exception | None = None
-    _before: int = 0  # requests with an answer when scoring began
-    _pending: int = 0  # requests without one
-    _tokens: int = 0  # tokens to read for these
-    _read: int = 0  # tokens read so far
 
     def answer(self, key: str) -> Answer | None:
         """The answer to a request, by its key; None: there is none yet."""
@@ -112,25 +140,22 @@ class Answers:
         return [k for k in dict.fromkeys(keys) if self.answer(k) is None]
 
     @property
+    def answered(self) -> int:
+        """How many requests have an answer."""
+        return len(self.known) + len(self.computed)
+
+    @property
     def complete(self) -> bool:
-        """Whether each of `requests` has an answer; `known` and `computed` have no key in common."""
-        return 0 < self.requests <= len(self.known) + len(self.computed)
-
-    def begin(self, pending: int, requests: int, tokens: int = 0) -> None:
-        """Note what is to be done: `pending` of `requests` have no answer, and take `tokens` to read."""
-        self.requests = max(self.requests, requests)
-        self._before = min(self.requests - pending, len(self.known) + len(self.computed))
-        self._pending, self._tokens, self._read = pending, tokens, 0
-
-    def progress(self, tokens: int) -> None:
-        """Note that `tokens` more were read."""
-        self._read += tokens
+        """Whether each request has an answer."""
+        return 0 < self.progress.requests <= self.answered
 
     @property
     def share(self) -> float:
-        """How much of the work is done, from 0 to 1: by tokens where these are counted, else by requests."""
-        if not self.requests:
-            return 0.0
-        if not self._tokens:
-            return min(1.0, (len(self.known) + len(self.computed)) / self.requests)
-        return min(1.0, (self._before + self._pending * self._read / self._tokens) / self.requests)
+        """How much of the work is done, from 0 to 1."""
+        return self.progress.share(self.answered)
+
+    def begin(self, pending: int, requests: int, tokens: int = 0) -> None:
+        """Note what is to be done: `pending` of `requests` have no answer, and take `tokens` to read."""
+        requests = max(self.progress.requests, requests)
+        answered = min(requests - pending, self.answered)
+        self.progress = SystemProgress(self.progress.seconds, requests, answered, pending, tokens)

@@ -213,7 +213,7 @@ class Texts:
             clock = time.perf_counter()
             try:
                 for finished in by_generate(self.lm, mine, of_model, self._cache, self.scorer.sequences_per_pass):
-                    one.seconds += time.perf_counter() - clock
+                    one.progress.seconds += time.perf_counter() - clock
                     self._keep(finished)
                     yield
                     clock = time.perf_counter()

@@ -49,7 +49,7 @@ class AnswerStore:
             keys: the keys of the requests that need an answer.
         """
         self._cells[cell.name], self._answers[cell.name] = cell, answers
-        answers.requests = len(keys)
+        answers.progress.requests = len(keys)
         answers.known = {k: a for k, a in known_answers(finished, self.documents).items() if k in keys}
         self._restore(cell, answers)
         answers.computed = {k: a for k, a in answers.computed.items() if k in keys and k not in answers.known}
@@ -105,7 +105,7 @@ class AnswerStore:
             "cell": _plain(cell.identity),
             "documents": self.documents,
             "answers": {key: list(a) for key, a in answers.computed.items()},
-            "seconds": answers.seconds,
+            "seconds": answers.progress.seconds,
             "share": answers.share,
             "ran": sorted(answers.ran),
             "counts": {name: getattr(answers.counts, name) for name in COUNTS},
@@ -122,7 +122,7 @@ class AnswerStore:
             if checksum != _checksum(body) or body["cell"] not in identities or body["documents"] != self.documents:
                 return
             answers.computed = {key: Answer(*a) for key, a in body["answers"].items()}
-            answers.seconds = body["seconds"]
+            answers.progress.seconds = body["seconds"]
             answers.ran = set(body["ran"])
             for name in COUNTS:
                 setattr(answers.counts, name, body["counts"][name])

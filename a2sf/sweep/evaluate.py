@@ -81,7 +81,7 @@ def evaluate(
     if task.OUTPUT_TYPE == "generate_until":
         size = cache_bytes(scorer, requests, answers)
         documents["cache_bytes"] = [fmean(size[key] for key in keys) for keys in documents["request_hashes"]]
-    seconds = time.perf_counter() - clock + answers.seconds
+    seconds = time.perf_counter() - clock + answers.progress.seconds
     counts = answers.counts
     if field := shared_texts.field_of(task, cell.data.cluster):
         keys = {s["doc_id"]: shared_texts.key_of(s["doc"], field) for s in samples}

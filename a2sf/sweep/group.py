@@ -123,7 +123,7 @@ class CellGroup:
     def shares(self) -> dict[str, float]:
         """By the name of an unfinished cell, how much of its work is done, from 0 to 1."""
         answers = self._store.all if self._store else {}
-        return {name: a.share for name, a in answers.items() if a.requests}
+        return {name: a.share for name, a in answers.items() if a.progress.requests}
 
     def compute(self) -> Iterator[Computed]:
         """Score what was not scored before, and evaluate each cell. An error of one cell does not affect others.
@@ -177,7 +177,7 @@ class CellGroup:
                 continue
             self._unfinished[cell.name] = cell
             store.add(cell, answers, finished.get(cell.name), {key for r in given.requests for key in r.keys})
-            answers.seconds += each
+            answers.progress.seconds += each
 
     def _prepare_comparisons(self, given: GroupRequests, store: AnswerStore) -> None:
         """Set up what looks at several cells: the full cache's texts under each system, and early stopping."""

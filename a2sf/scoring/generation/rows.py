@@ -195,7 +195,7 @@ class Rows:
         each = (time.perf_counter() - clock) / len(rows)
         for row, was_predicted in zip(rows, predicted, strict=True):
             row.answers.ran |= ran
-            row.answers.seconds += each
+            row.answers.progress.seconds += each
             row.answers.counts.computed += 1
             row.answers.counts.needed += 1
             row.answers.counts.scored += was_predicted

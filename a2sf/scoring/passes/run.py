@@ -242,4 +242,4 @@ def share(row: Pack, pending: Sequence[Pending], seconds: float) -> None:
             systems[system].counts.scored += 1 / len(users)
     for system, tokens in computed.items():
         systems[system].counts.computed += tokens
-        systems[system].seconds += seconds * tokens / len(row.tokens)
+        systems[system].progress.seconds += seconds * tokens / len(row.tokens)

@@ -108,7 +108,7 @@ def test_what_other_processes_have_kept_counts(sweep):
     p = sweep.progress(BY_TOKENS)
     answers = answers_of(LONG[0])
     answers.begin(pending=4, requests=4, tokens=1000)
-    answers.progress(600)
+    answers.progress.read += 600
     store = AnswerStore(sweep.directory, "documents", seconds=60)
     store.add(LONG[0], answers, None, [*"abcd"])
     answers.computed = {"a": Answer(-1.0, True, 3, 2)}
@@ -144,11 +144,11 @@ def test_a_systems_share_is_of_tokens_not_of_requests():
     assert answers.share == 0.25  # where tokens are not counted
     answers.computed = {}
     answers.begin(pending=4, requests=4, tokens=100)
-    answers.progress(90)
+    answers.progress.read += 90
     assert answers.share == pytest.approx(0.9)
     answers.known = {"a": Answer(-1.0, True, 3, 2), "b": Answer(-1.0, True, 3, 2)}
     answers.begin(pending=2, requests=4, tokens=100)
-    answers.progress(90)
+    answers.progress.read += 90
     assert answers.share == pytest.approx(0.95)  # half was known before
 
 
