@@ -68,11 +68,11 @@ class CellSweeper(BasicSweeper):
         composed = [(p, compose(p)) for p in routed]
         for _, point in composed:
             check_keys(point)
-        from a2sf.sweep.workers import gpu_request, settle_device
+        from a2sf.sweep.workers import choose_device, gpu_request
 
         launcher = self.config.hydra.launcher
         for _, point in composed:
-            settle_device(launcher, point)
+            choose_device(launcher, point)
         return run_grid(composed, self._launch, computes_here=gpu_request(launcher) is None)
 
     def _preset_overrides(self, arguments: list[str]) -> list[str]:

@@ -73,11 +73,11 @@ def check(points: Points, computes_here: bool) -> Checked:
     settings, unreadable = models.readable(settings, screen)
     models.check_prompting((c for s in settings for c in s.cells), hub=False)
     settings = models.distinguish(models.pin_all(settings, model_names(), screen))
-    settled = documents.settle([s.cells for s in settings], planned_only=settings[0].plan_only)
-    settings = [dataclasses.replace(s, cells=cells) for s, cells in zip(settings, settled.cells, strict=True)]
+    resolved = documents.resolve_content([s.cells for s in settings], planned_only=settings[0].plan_only)
+    settings = [dataclasses.replace(s, cells=cells) for s, cells in zip(settings, resolved.cells, strict=True)]
     includes = dict.fromkeys(s.include for s in settings if s.include)
     hidden = dict.fromkeys(note for include in includes for note in tasks.hidden(*include))
-    return Checked(points, settings, settled.refused | unreadable, [*hidden, *settled.notes])
+    return Checked(points, settings, resolved.refused | unreadable, [*hidden, *resolved.notes])
 
 
 def _check_one_sweep(settings: Sequence[Settings]) -> None:

@@ -76,18 +76,18 @@ def overrides_of_job(points: Points, cells: Sequence[Cell]) -> list[str]:
     """
     (overrides, _), *others = points
     cell = cells[0]
-    settled = {"tasks": f"[{quote(cell.task)}]", "shots": str(cell.shots), "plan_only": "false"}
-    settled |= {"model.name": quote(cell.model_name)}
+    fixed = {"tasks": f"[{quote(cell.task)}]", "shots": str(cell.shots), "plan_only": "false"}
+    fixed |= {"model.name": quote(cell.model_name)}
     if cell.model.source.kind == "hub":  # quoted, since a commit may look like a number
-        settled |= {"model.path": quote(cell.model.path), "model.revision": quote(cell.model.revision)}
-    settled |= {"model.adapter": quote(cell.model.adapter)} if cell.model.adapter else {}
-    settled |= {"model.device": cell.model.device} if cell.model.device != "auto" else {}
-    settled |= {"data.content": quote(cell.data.content)} if cell.data.content else {}
-    settled |= {"task_args": quote(cell.data.task_args) if cell.data.task_args else "null"}
-    settled |= {"group": quote(as_group([composed for _, composed in others], [c.name for c in cells]))}
+        fixed |= {"model.path": quote(cell.model.path), "model.revision": quote(cell.model.revision)}
+    fixed |= {"model.adapter": quote(cell.model.adapter)} if cell.model.adapter else {}
+    fixed |= {"model.device": cell.model.device} if cell.model.device != "auto" else {}
+    fixed |= {"data.content": quote(cell.data.content)} if cell.data.content else {}
+    fixed |= {"task_args": quote(cell.data.task_args) if cell.data.task_args else "null"}
+    fixed |= {"group": quote(as_group([composed for _, composed in others], [c.name for c in cells]))}
 
-    def is_settled(override: str) -> bool:
+    def is_fixed(override: str) -> bool:
         key = override.partition("=")[0].lstrip("+")
-        return key in settled or key.startswith("task_args.")
+        return key in fixed or key.startswith("task_args.")
 
-    return [*(o for o in overrides if not is_settled(o)), *(f"{key}={value}" for key, value in settled.items())]
+    return [*(o for o in overrides if not is_fixed(o)), *(f"{key}={value}" for key, value in fixed.items())]

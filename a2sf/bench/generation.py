@@ -114,7 +114,7 @@ def run(
                 seed=1234,
                 data=data,
                 prompting=prompting or Prompting(),
-            ).settled()
+            ).with_content()
             for policy, budget in of_group
         ]
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):  # progress bars

@@ -124,13 +124,13 @@ class Cell:
         """What tables call the task."""
         return self.spec.name
 
-    def settled(self) -> Cell:
+    def with_content(self) -> Cell:
         """The same cell with the fingerprint of its documents, which is looked up unless it is known.
 
         Raises:
             UserError: if there are no such documents, or they cannot be reached.
         """
-        data = tasks.Contents().settle(measured(self))
+        data = tasks.Contents().resolve(measured(self))
         return self if data == self.data else dataclasses.replace(self, data=data)
 
     @property

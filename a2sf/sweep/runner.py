@@ -61,7 +61,7 @@ VERSIONS = ("torch", "transformers", "lm-eval", "datasets", "numba", "hydra-core
 
 @dataclass
 class Outcome:
-    """What became of a cell: `status` is done, there (finished before), busy (another process computes it) or failed."""
+    """What became of a cell: `status` is done, stored (finished before), busy (another process computes it) or failed."""
 
     name: str
     status: str
@@ -125,7 +125,7 @@ class Runner:
         outcomes, todo = [], []
         for cell in cells:
             try:
-                todo.append(_settled(cell))
+                todo.append(_resolved(cell))
             except UserError as error:
                 outcomes.append(self.fail(cell, error))
         if planned is not None:
@@ -148,9 +148,9 @@ class Runner:
                     held[cell.name] = lock
             locked = [c for c in todo if c.name in held]
             finished = Finished(self.directory.iterdir() if locked else (), locked)
-            there = {c.name for c in locked if finished.has(c)}
-            outcomes += [Outcome(name, "there") for name in there]
-            mine = [c for c in locked if c.name not in there]
+            stored = {c.name for c in locked if finished.has(c)}
+            outcomes += [Outcome(name, "stored") for name in stored]
+            mine = [c for c in locked if c.name not in stored]
             for computed in self._computed(mine):
                 outcomes.append(self._keep(computed))
                 held[computed.cell.name].release()  # others need not wait for the rest of the group
@@ -250,11 +250,11 @@ class Runner:
         return self._loaded[cell.model]
 
 
-def _settled(cell: Cell) -> Cell:
+def _resolved(cell: Cell) -> Cell:
     """The same cell with the commit of its model and the fingerprint of its documents."""
     if not cell.model.pinned:
         cell = dataclasses.replace(cell, model=loading.pin(cell.model)[0])
-    return cell.settled()
+    return cell.with_content()
 
 
 def check_disk(directory: Path) -> None:

@@ -37,7 +37,7 @@ def gpu_request(launcher: Any) -> tuple[str, bool] | None:
     return None
 
 
-def settle_device(launcher: Any, composed: DictConfig) -> None:
+def choose_device(launcher: Any, composed: DictConfig) -> None:
     """Replace `model.device=auto` in a composed configuration by the device that a launcher's jobs will have.
 
     A cell's name depends on the device, so that it must be known before the jobs start.

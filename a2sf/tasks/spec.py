@@ -268,7 +268,7 @@ class Contents:
     notes: list[str] = field(default_factory=list)
     _commits: dict[tuple[str, str | None], Commit] = field(default_factory=dict)
 
-    def settle(self, spec: TaskSpec) -> DataSpec:
+    def resolve(self, spec: TaskSpec) -> DataSpec:
         """The task's `data` with `content` set: the commit of a hub dataset, or a hash of the documents.
 
         Raises:

@@ -59,7 +59,7 @@ def test_two_runs_of_lm_eval_with_different_limits(theirs):
 def test_a_cell_of_ours_against_lm_evals_output(theirs, tmp_path):
     own, folder, loaded, places = theirs
     task = str(own / "own_two.yaml")
-    cell = Cell("m", ModelSpec(str(folder)), find_policies()["full"](), None, task, 0, 6, 0, DataSpec()).settled()
+    cell = Cell("m", ModelSpec(str(folder)), find_policies()["full"](), None, task, 0, 6, 0, DataSpec()).with_content()
     lm = PrunedLM(loaded.model, tokenizer=loaded.tokenizer)
     (made,) = CellGroup([cell], lm.scorer, tmp_path / "runs" / "s").compute()
     assert made.error is None

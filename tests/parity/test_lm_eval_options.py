@@ -52,13 +52,13 @@ def settings(own, loaded):
     GlobalHydra.instance().clear()
     register()
 
-    def settled(*overrides: str, include: bool = True):
+    def composed(*overrides: str, include: bool = True):
         more = [f"include_path={own}"] if include else []
         given = ["policy=full", f"model.path={loaded[0]}", *more, *map(addable, overrides)]
         return read(compose("config", given), model_names())
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield settled
+        yield composed
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ CASES = [
 @pytest.mark.parametrize(("overrides", "flags"), CASES, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_the_same_prompts_and_log_likelihoods(settings, loaded, own, lm, tmp_path, overrides, flags):
     (cell,) = settings("tasks=[own_two]", "limit=4", *overrides).cells
-    result, documents = compute(cell.settled(), lm, tmp_path / "own")
+    result, documents = compute(cell.with_content(), lm, tmp_path / "own")
     expected = theirs(loaded, own, ["own_two"], limit=4, num_fewshot=cell.shots, **flags)
     samples = sorted(expected["samples"]["own_two"], key=lambda s: s["doc_id"])
     assert list(documents["context"]) == [s["arguments"][0][0] for s in samples]
@@ -107,16 +107,16 @@ def test_the_same_prompts_and_log_likelihoods(settings, loaded, own, lm, tmp_pat
 @pytest.mark.parametrize("given", ["gen_kwargs.max_gen_toks=9", "gen_kwargs='max_gen_toks=9'"])
 def test_settings_of_generation(settings, loaded, own, lm, tmp_path, given):
     cell, other = settings("tasks=[own_writes,own_two]", "limit=3", given).cells
-    _, documents = compute(cell.settled(), lm, tmp_path / "own")
+    _, documents = compute(cell.with_content(), lm, tmp_path / "own")
     expected = theirs(loaded, own, ["own_writes"], limit=3, gen_kwargs="max_gen_toks=9")["samples"]["own_writes"]
     assert list(documents["generated"]) == [s["resps"][0][0] for s in expected]
     assert max(n for (n,) in documents["continuation_tokens"]) > 5  # the task's own limit
     assert cell.options == {"gen_kwargs": {"max_gen_toks": 9}}
     # by another of lm-eval's names, which the task's own would win over
     (same,) = settings("tasks=[own_writes]", "limit=3", "gen_kwargs.max_new_tokens=9").cells
-    assert list(compute(same.settled(), lm, tmp_path / "own")[1]["generated"]) == list(documents["generated"])
+    assert list(compute(same.with_content(), lm, tmp_path / "own")[1]["generated"]) == list(documents["generated"])
     (hot,) = settings("tasks=[own_writes]", "limit=3", "gen_kwargs.temperature=0.7", "samples=1").cells
-    (failed,) = CellGroup([hot.settled()], lm.scorer, tmp_path / "own").compute()
+    (failed,) = CellGroup([hot.with_content()], lm.scorer, tmp_path / "own").compute()
     assert "gen_kwargs.temperature=0.7 is not allowed" in str(failed.error)
     assert other.id == settings("tasks=[own_two]", "limit=3").cells[0].id
 
@@ -125,7 +125,7 @@ def test_arguments_of_a_task(settings, loaded, own, lm, tmp_path):
     given = ["task_args.number=3", "task_args.own_arguments.word=go"]
     cell, other = settings("tasks=[own_arguments,own_two]", *given).cells
     assert (cell.options, other.options) == ({"task_args": {"number": 3, "word": "go"}}, {})
-    _, documents = compute(cell.settled(), lm, tmp_path / "own")
+    _, documents = compute(cell.with_content(), lm, tmp_path / "own")
     expected = theirs(loaded, own, ["own_arguments"], metadata={"number": 3, "word": "go"})["samples"]["own_arguments"]
     assert list(documents["context"]) == [s["arguments"][0][0] for s in expected] == ["go 0", "go 1", "go 2"]
     assert cell.id != settings("tasks=[own_arguments]").cells[0].id
@@ -135,7 +135,7 @@ def test_a_worker_has_the_same_cell(settings, loaded):
     """Also where the point of the grid says more than concerns the cell."""
     given = ["tasks=[own_group,own_arguments]", "chat_template=short", "system_instruction='a, b=\"c\"'", "shots=1"]
     given += ["task_args.own_arguments.word='a\"b'", "task_args.number=4", "gen_kwargs={max_gen_toks: 3}"]
-    planned = [c.settled() for c in settings(*given).cells]
+    planned = [c.with_content() for c in settings(*given).cells]
     assert len(planned) == 4
     for cell in planned:
         (again,) = settings(*overrides_of_job([([addable(g) for g in given], None)], [cell])).cells
@@ -147,7 +147,7 @@ def test_groups_score_as_lm_evals(settings, loaded, own, lm, tmp_path):
     assert [c.task_name for c in found.cells] == list(SIZES)
     stored = []
     for cell in found.cells:
-        result, documents = compute(cell.settled(), lm, tmp_path / "own")
+        result, documents = compute(cell.with_content(), lm, tmp_path / "own")
         stored.append(write_cell(tmp_path / "runs" / cell.name, result, documents, ""))
     write_groups(tmp_path / "runs", found.groups)
     assert read_groups(tmp_path / "runs") == list(found.groups)
@@ -173,8 +173,8 @@ def test_a_tag_of_ones_own_and_what_hides(settings, own):
 
 def test_texts_are_left_out_and_nothing_else(settings, lm, tmp_path):
     for task in ("own_two", "own_writes"):
-        cell = settings(f"tasks=[{task}]", "limit=3").cells[0].settled()
-        bare = settings(f"tasks=[{task}]", "limit=3", "log_samples=false").cells[0].settled()
+        cell = settings(f"tasks=[{task}]", "limit=3").cells[0].with_content()
+        bare = settings(f"tasks=[{task}]", "limit=3", "log_samples=false").cells[0].with_content()
         assert bare.name == cell.name
         result, documents = compute(bare, lm, tmp_path / "own")
         whole, with_texts = compute(cell, lm, tmp_path / "own")
@@ -187,6 +187,6 @@ def test_texts_are_left_out_and_nothing_else(settings, lm, tmp_path):
         assert "it is" not in written
         stored = write_cell(tmp_path / "runs" / "bare" / bare.name, result, documents, "")
         (longer,) = settings(f"tasks=[{task}]", "log_samples=false").cells  # a higher limit goes on from it
-        again, _ = compute(longer.settled(), lm, tmp_path / "runs" / "longer")
+        again, _ = compute(longer.with_content(), lm, tmp_path / "runs" / "longer")
         assert again["timing"]["reused_requests"] == (6 if task == "own_two" else 0)
         assert stored.result["documents"]["n"] == 3

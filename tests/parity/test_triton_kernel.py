@@ -1,6 +1,6 @@
 """The Triton kernels against the reference, in Triton's interpreter (test_triton_compiled.py: as compiled).
 
-Whether Triton interprets is settled when it is first imported, and torch may have imported it in this process already.
+Whether Triton interprets is decided when it is first imported, and torch may have imported it in this process already.
 So the interpreter lives in a worker process of its own. On a machine with a GPU the same tests also run there.
 """
 

@@ -94,7 +94,7 @@ class Store:
         return memory + (0 if self._state is None else self._state.nbytes)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, step: Step, scale: float) -> Attended:
-        """Insert, attend, score and evict the call's tokens; `settle` is to follow."""
+        """Insert, attend, score and evict the call's tokens; `end_call` is to follow."""
         if step.columns == 1 and self._state is None and self._memory is not None and not self.how.trace:
             self._held = min(self.retention.most, self._held + 1)
             memory = self._make_room(self._held, key, value, None)
@@ -107,7 +107,7 @@ class Store:
         self._state = attended.state
         return attended
 
-    def settle(self, seen: Tensor, more: int | None) -> None:
+    def end_call(self, seen: Tensor, more: int | None) -> None:
         """After a call, move the state into memory, where there is some for it.
 
         Args:
@@ -138,7 +138,7 @@ class Store:
         return state.for_rule(self._rule, self.group)
 
     def load(self, state: EvictionState) -> None:
-        """Continue from a state with as many rows; `settle` is to follow."""
+        """Continue from a state with as many rows; `end_call` is to follow."""
         self._state, self._memory, self._slots = state, None, 0
 
     def select(self, rows: Tensor) -> None:
@@ -210,7 +210,7 @@ class Slots:
         if self.how.trace:
             self._note(ran)
         self._columns += step.columns
-        self._settle(step.after, more)
+        self._end_call(step.after, more)
         return output
 
     def state(self) -> EvictionState:
@@ -228,7 +228,7 @@ class Slots:
         self._arrange([torch.arange(self.heads)])
         for store in self._stores:
             store.load(state.heads(store.heads).trim().contiguous())
-        self._settle(state.seen, None)
+        self._end_call(state.seen, None)
 
     def evicted(self) -> Tensor:
         """int32 [B, K, columns], the position evicted at each column's step, -1 for none or several."""
@@ -265,7 +265,7 @@ class Slots:
                     self._stores.append(Store(some, retention, self.how, self.group))
         self._back = torch.cat([s.heads for s in self._stores]).argsort()
 
-    def _settle(self, seen: Tensor, more: int | None) -> None:
+    def _end_call(self, seen: Tensor, more: int | None) -> None:
         if self.retention.across_heads and not self._cut and self.retention.prompts_read(seen):
             state = self._stores[0].state()
             sizes = _rounded(state.counts.amax(0).cpu())
@@ -275,7 +275,7 @@ class Slots:
                     store.load(state.heads(store.heads).trim().contiguous())
             self._cut = True
         for store in self._stores:
-            store.settle(seen, more)
+            store.end_call(seen, more)
 
     def _note(self, ran: list[Attended]) -> None:
         evicted, cuts = [], []

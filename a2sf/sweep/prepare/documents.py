@@ -23,8 +23,8 @@ from a2sf.tasks.spec import Contents, DataSpec, TaskSpec
 
 
 @dataclass
-class Settlement:
-    """Cells whose documents are identified.
+class Resolved:
+    """Cells with the content of their data: what identifies the documents.
 
     Attributes:
         cells: in the groups in which they were given, without those whose documents are not available.
@@ -53,7 +53,7 @@ def check(cells: Iterable[Cell]) -> None:
             )
 
 
-def settle(groups: Sequence[Sequence[Cell]], planned_only: bool = False) -> Settlement:
+def resolve_content(groups: Sequence[Sequence[Cell]], planned_only: bool = False) -> Resolved:
     """Find what identifies each task's documents, once for all cells.
 
     Args:
@@ -71,7 +71,7 @@ def settle(groups: Sequence[Sequence[Cell]], planned_only: bool = False) -> Sett
     for cell in (c for group in groups for c in group):
         if (key := key_of(cell)) not in known:
             try:
-                known[key] = contents.settle(measured(cell))
+                known[key] = contents.resolve(measured(cell))
             except UserError as error:
                 if _is_mistake(error):
                     raise
@@ -91,7 +91,7 @@ def settle(groups: Sequence[Sequence[Cell]], planned_only: bool = False) -> Sett
                 refused.setdefault(str(found), []).append(_name(cell))
         cells.append(tuple(available))
     _some_left(cells, refused)
-    return Settlement(cells, [*contents.notes, *dict.fromkeys(notes)], refused)
+    return Resolved(cells, [*contents.notes, *dict.fromkeys(notes)], refused)
 
 
 def _name(cell: Cell) -> str:
@@ -105,7 +105,7 @@ def fetch(cells: Sequence[Cell], pending: Sequence[Cell], refused: dict[str, lis
     """Download and read the documents of all pending cells.
 
     Args:
-        refused: as in `Settlement`; failures are added to it.
+        refused: as in `Resolved`; failures are added to it.
 
     Returns:
         `cells` without the pending ones whose documents are not available.

@@ -79,18 +79,18 @@ def test_settings_of_a_groups_member_name_its_cell(bundle):
 
 
 def test_a_worker_that_finds_other_documents_fails_its_cell(folder, runner):
-    settled = cell(folder()).settled()
+    resolved = cell(folder()).with_content()
     folder(label=1)
-    outcome = run(runner, settled)
+    outcome = run(runner, resolved)
     assert outcome.status == "failed"
     assert "changed after the sweep began" in outcome.error
 
 
 def test_a_worker_that_finds_no_documents_fails_the_cell_that_was_planned(folder, runner, tmp_path):
-    settled = cell(folder()).settled()
-    planned = settled.name
+    resolved = cell(folder()).with_content()
+    planned = resolved.name
     (tmp_path / "data" / "piqa.jsonl").unlink()
-    outcome = run(runner, cell(settled.data))
+    outcome = run(runner, cell(resolved.data))
     assert (outcome.status, outcome.name) == ("failed", planned)
     assert "does not hold it" in outcome.error
 
@@ -142,13 +142,13 @@ def test_documents_that_fail_are_told_once_for_all_their_cells(folder, tmp_path)
     (tmp_path / "data" / "copa.jsonl").write_text("{")
     data = folder()
     cells = [cell(data, task, policy=find_policies()[p]()) for task in ("piqa", "copa") for p in ("full", "window")]
-    settled = documents.settle([cells])
-    assert {c.task for c in settled.cells[0]} == {"piqa"}
-    ((why, names),) = settled.refused.items()
+    resolved = documents.resolve_content([cells])
+    assert {c.task for c in resolved.cells[0]} == {"piqa"}
+    ((why, names),) = resolved.refused.items()
     assert "copa.jsonl cannot be read" in why
     assert len(names) == 2
     with pytest.raises(UserError, match=r"copa\.jsonl cannot be read"):
-        documents.settle([cells[2:]])
+        documents.resolve_content([cells[2:]])
 
 
 @given(st.text(st.characters(exclude_categories=["C"]), min_size=1).filter(lambda s: "${" not in s and s.strip()))

@@ -90,7 +90,7 @@ def computed(folder, loaded, tmp_path):
         lm = PrunedLM(loaded.model, tokenizer=loaded.tokenizer, **more)
         ways = {"full": None, "h2o": Budget(ratio=0.5)}
         cells = [
-            Cell("m", ModelSpec(str(folder)), find_policies()[p](), b, str(file), 0, None, 0, DataSpec()).settled()
+            Cell("m", ModelSpec(str(folder)), find_policies()[p](), b, str(file), 0, None, 0, DataSpec()).with_content()
             for p, b in ways.items()
         ]
         made = list(CellGroup(cells, lm.scorer, tmp_path / "runs" / "s").compute())
@@ -270,7 +270,7 @@ def test_examples_without_an_answer_are_counted(folder, loaded, tmp_path):
     file.write_text(file.read_text() + "fewshot_split: test\n")
     lm = PrunedLM(loaded.model, tokenizer=loaded.tokenizer)
     cell = Cell("m", ModelSpec(str(folder)), find_policies()["full"](), None, str(file), 3, None, 0, DataSpec())
-    (made,) = CellGroup([cell.settled()], lm.scorer, tmp_path / "runs" / "s").compute()
+    (made,) = CellGroup([cell.with_content()], lm.scorer, tmp_path / "runs" / "s").compute()
     assert texts([made])[0][1] == (
         "odd: of 4 examples that stand before documents, 2 have a right answer that is none of their choices, so that "
         "they show a wrong one."

@@ -27,7 +27,7 @@ def test_a_result_says_which_documents_share_a_text(runner: Runner) -> None:  # 
     assert [c.name for c in asked] == [
         c.name for c in cells
     ]  # which documents share a text is no part of what a cell is
-    planned = reuse.plan([c.settled() for c in asked], runner.directory)
+    planned = reuse.plan([c.with_content() for c in asked], runner.directory)
     (told,) = record_texts(planned.cells, planned.done, runner.directory)
     assert "2 finished cells" in told
     for stored in load_sweep(runner.directory):
@@ -46,16 +46,16 @@ def test_a_result_says_which_documents_share_a_text(runner: Runner) -> None:  # 
 
 
 def test_a_field_that_no_document_has_is_refused(runner: Runner) -> None:  # noqa: F811
-    asked = cell(data=tasks.DataSpec(source="bundle", cluster="premis")).settled()
+    asked = cell(data=tasks.DataSpec(source="bundle", cluster="premis")).with_content()
     with pytest.raises(
         ConfigError, match=r"data.cluster=premis is not allowed: .*copa have the fields .*did you mean premise"
     ):
         record_texts([asked], [], runner.directory)
-    other = cell(data=tasks.DataSpec(source="bundle", cluster="premis"), task="piqa").settled()
+    other = cell(data=tasks.DataSpec(source="bundle", cluster="premis"), task="piqa").with_content()
     with pytest.raises(ConfigError, match=r"data\.cluster"):
         record_texts([asked, other], [], runner.directory)
     mixed = [
-        dataclasses.replace(c, data=tasks.DataSpec(source="bundle", cluster="premise")).settled()
+        dataclasses.replace(c, data=tasks.DataSpec(source="bundle", cluster="premise")).with_content()
         for c in (asked, other)
     ]
     assert record_texts(mixed, [], runner.directory) == [

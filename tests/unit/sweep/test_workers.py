@@ -17,11 +17,11 @@ RAY = {"_target_": "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"}
 GPUS_OF_RAY = {"ray": {"remote": {"num_gpus": 0.5}}}
 
 
-def settled(launcher: dict, device: str, *, gpus: int, monkeypatch) -> str:
+def chosen_device(launcher: dict, device: str, *, gpus: int, monkeypatch) -> str:
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
     composed = OmegaConf.create({"model": {"device": device}})
-    workers.settle_device(OmegaConf.create(launcher), composed)
+    workers.choose_device(OmegaConf.create(launcher), composed)
     return composed.model.device
 
 
@@ -43,19 +43,19 @@ def settled(launcher: dict, device: str, *, gpus: int, monkeypatch) -> str:
 )
 def test_what_a_device_is_to_a_job(launcher, device, becomes, gpus, monkeypatch):
     """Also where the machine that starts the sweep has no GPU, as a cluster's login node."""
-    assert settled(launcher, device, gpus=gpus, monkeypatch=monkeypatch) == becomes
+    assert chosen_device(launcher, device, gpus=gpus, monkeypatch=monkeypatch) == becomes
 
 
 def test_jobs_without_a_gpu_are_told_before_they_start(monkeypatch):
-    assert settled(RAY, "auto", gpus=0, monkeypatch=monkeypatch) == "cpu"
+    assert chosen_device(RAY, "auto", gpus=0, monkeypatch=monkeypatch) == "cpu"
     with pytest.raises(
         ConfigError, match=r"hydra\.launcher\.ray\.remote\.num_gpus=null .*give 1, or model\.device=cpu"
     ):
-        settled(RAY, "auto", gpus=1, monkeypatch=monkeypatch)
+        chosen_device(RAY, "auto", gpus=1, monkeypatch=monkeypatch)
     with pytest.raises(ConfigError, match=r"hydra\.launcher\.gpus_per_node=null .*needs a GPU for each worker"):
-        settled(LOCAL, "cuda", gpus=0, monkeypatch=monkeypatch)
+        chosen_device(LOCAL, "cuda", gpus=0, monkeypatch=monkeypatch)
     with pytest.raises(ConfigError, match=r"model\.device=cuda:1 .*give cuda"):
-        settled(SLURM | {"gpus_per_node": 1}, "cuda:1", gpus=2, monkeypatch=monkeypatch)
+        chosen_device(SLURM | {"gpus_per_node": 1}, "cuda:1", gpus=2, monkeypatch=monkeypatch)
 
 
 def test_workers_of_one_machine_take_its_gpus_in_turn(monkeypatch, tmp_path):

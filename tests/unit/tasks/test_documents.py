@@ -41,7 +41,7 @@ def source(name, spec, shots=0):
 
 
 def content(name, spec, shots=0):
-    return tasks.Contents().settle(tasks.TaskSpec(name, spec, shots)).content
+    return tasks.Contents().resolve(tasks.TaskSpec(name, spec, shots)).content
 
 
 # splits
@@ -206,13 +206,13 @@ def test_only_splits_that_are_read_count(tmp_path):
     assert content("mmlu_anatomy", spec, shots=1) != some
 
 
-def test_documents_that_changed_after_they_were_settled_are_refused(tmp_path):
+def test_documents_that_changed_after_they_were_identified_are_refused(tmp_path):
     write(tmp_path / "piqa.jsonl", piqa())
-    settled = tasks.Contents().settle(tasks.TaskSpec("piqa", tasks.DataSpec(dir=str(tmp_path))))
-    tasks.TaskSpec("piqa", settled).build(1)
+    data = tasks.Contents().resolve(tasks.TaskSpec("piqa", tasks.DataSpec(dir=str(tmp_path))))
+    tasks.TaskSpec("piqa", data).build(1)
     write(tmp_path / "piqa.jsonl", piqa(5))
     with pytest.raises(UserError, match="changed after the sweep began"):
-        tasks.TaskSpec("piqa", settled).build(1)
+        tasks.TaskSpec("piqa", data).build(1)
 
 
 def test_documents_of_the_tasks_own_are_identified_by_what_they_are(tmp_path):
@@ -232,11 +232,11 @@ def test_documents_of_the_tasks_own_are_identified_by_what_they_are(tmp_path):
         )
     )
     ref = str(tmp_path / "mine.yaml")
-    settled = tasks.Contents().settle(tasks.TaskSpec(ref, tasks.DataSpec()))
-    assert tasks.TaskSpec(ref, settled).build(1).content == settled.content
+    data = tasks.Contents().resolve(tasks.TaskSpec(ref, tasks.DataSpec()))
+    assert tasks.TaskSpec(ref, data).build(1).content == data.content
     write(tmp_path / "x.jsonl", piqa(6))
     with pytest.raises(UserError, match="tasks=mine: its documents changed"):
-        tasks.TaskSpec(ref, settled).build(1)
+        tasks.TaskSpec(ref, data).build(1)
     assert content("needle", tasks.DataSpec()) == content("needle", tasks.DataSpec(source="bundle"))
 
 

@@ -160,7 +160,7 @@ def a_cell(data: tasks.DataSpec, task: str = "long_single", policy: str = "h2o")
 
 def test_lengths_beyond_the_models_positions_and_examples_are_refused():
     with pytest.raises(ConfigError, match=r"lengths=\[1024, 8193\] .* small has 8192 positions, .* would need 8193"):
-        a_cell(of(lengths=[1024, 8193])).settled()
+        a_cell(of(lengths=[1024, 8193])).with_content()
     with pytest.raises(ConfigError, match=r"shots=1 .* the lengths in task_args\.lengths"):
         tasks.TaskSpec("long_single", of(), 1).check()
 
@@ -169,7 +169,7 @@ def test_a_template_needs_room_of_its_own():
     """Else lm-eval would cut the front of a prompt, which is the template's."""
     chat = Prompting(chat_template=True)
     with pytest.raises(ConfigError, match=r"lengths=\[8192\] .* take 30 of the 8192 positions .* task_args\.room=30"):
-        dataclasses.replace(a_cell(of(lengths=[8192])), prompting=chat).settled()
+        dataclasses.replace(a_cell(of(lengths=[8192])), prompting=chat).with_content()
     measured = cell.measured(dataclasses.replace(a_cell(of(lengths=[8192], room=30)), prompting=chat))
     assert measured.data.tokenizer
 
@@ -177,10 +177,10 @@ def test_a_template_needs_room_of_its_own():
 def test_a_cell_reads_each_text_once(smollm2, tmp_path):
     from a2sf.scoring.lm import PrunedLM
 
-    one = a_cell(of(lengths=[600])).settled()
+    one = a_cell(of(lengths=[600])).with_content()
     assert one.data.tokenizer
     assert one.id == dataclasses.replace(a_cell(of(lengths=[600])), data=one.data).id
-    assert one.id != a_cell(of(lengths=[601])).settled().id
+    assert one.id != a_cell(of(lengths=[601])).with_content().id
     lm = PrunedLM(smollm2.model, tokenizer=smollm2.tokenizer)
     (done,) = group.CellGroup([one], lm.scorer, tmp_path / "s").compute()
     if done.error is not None:
@@ -213,4 +213,4 @@ def test_lm_evals_own_ruler_gets_the_models_tokenizer_and_its_lengths(monkeypatc
     assert document["length"] == count(document["input"]) + written <= 400 == document["max_length"]
     assert task.config.metadata["tokenizer"] == folder
     with pytest.raises(ConfigError, match=r"max_seq_lengths=\[9000\].* 8192 positions"):
-        a_cell(of(max_seq_lengths=[9000]), task="niah_single_1").settled()
+        a_cell(of(max_seq_lengths=[9000]), task="niah_single_1").with_content()

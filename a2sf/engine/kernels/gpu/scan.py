@@ -93,7 +93,7 @@ def _walk(
             line += tl.where(t + 2 < tokens, N, 0)
             later = tl.load(line, mask=head[:, :, None] & (there <= t + 2), other=0.0)
             total = tl.sum(e * alive[None, None, :], axis=2)  # [K, G]
-            if CAREFUL:  # noqa: SIM102 (settled when compiled, the next is not)
+            if CAREFUL:  # noqa: SIM102 (known when compiled, the next is not)
                 if tl.min(tl.min(((total >= TINY) | (head == 0)).to(tl.int32), axis=1), axis=0) == 0:
                     start, here = (row * T + done).to(tl.int64), (alive > 0) & (born <= t)
                     e = shares_again(
