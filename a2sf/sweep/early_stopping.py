@@ -169,7 +169,7 @@ class EarlyStopping:
 
     def _write(self) -> None:
         pairs = [[self._ids[n] for n in p] for p in self._current().pairs]
-        body = {"told": self.documents, "pairs": pairs, "report": self.report()}
+        body = {"documents": self.documents, "pairs": pairs, "report": self.report()}
         try:
             write_in(self.file, json.dumps(body))
         except OSError as error:
@@ -185,7 +185,8 @@ class EarlyStopping:
             digits = EARLIER_DIGITS if short else ID_DIGITS
             compared = {i[:digits] for i in self._compared}
             if compared <= known and all(tuple(self._ids[n][:digits] for n in p) in decided for p in self.pairs):
-                self.documents, self._earlier = list(body["told"]), body["report"]
+                documents = body["documents"] if "documents" in body else body["told"]  # its earlier name
+                self.documents, self._earlier = list(documents), body["report"]
 
 
 def comparisons(rule: StoppingRule, cells: Sequence[Cell]) -> list[tuple[Cell, Cell]]:

@@ -205,8 +205,8 @@ def _within(gains: Sequence[Gain]) -> list[tuple[str, str]]:
     """Of each gain `yes`, `no` or `not shown`, Holm-corrected over all, and the same as a clause."""
     found = []
     for gain, p in zip(gains, holm([g.within.p_equivalent for g in gains]), strict=True):
-        told = verdict(p, gain.difference, gain.within.margin)
-        found.append((told, f"within {points(gain.within.margin)}: {told}"))
+        answer = verdict(p, gain.difference, gain.within.margin)
+        found.append((answer, f"within {points(gain.within.margin)}: {answer}"))
     return found
 
 
@@ -265,8 +265,8 @@ def _mean_within(
     difference, within = comparer.over_budgets(a, b), comparer.within(a, b, margin)
     if difference is None or within is None:
         return "", ""
-    told = verdict(within.p_equivalent, difference, margin)
-    return told, f", within {points(margin)}: {told}"
+    answer = verdict(within.p_equivalent, difference, margin)
+    return answer, f", within {points(margin)}: {answer}"
 
 
 def _best_factor(where: str, part: Grid, systems: list[System], factors: tuple[float, float]) -> Claim:

@@ -56,16 +56,16 @@ def stopped_comparisons(grid: Grid, correction: Correction = HOLM) -> tuple[list
         seen: set[tuple[str, ...]] = set()
         for key in systems:
             until = part.cells[key].result.get("until") if key in part.cells else None
-            for told in (until or {}).get("comparisons", []):
-                keys = tuple(f"{key.rpartition('/')[0]}/{name}" for name in told["cells"])
+            for reported in (until or {}).get("comparisons", []):
+                keys = tuple(f"{key.rpartition('/')[0]}/{name}" for name in reported["cells"])
                 if keys in seen or not set(keys) <= systems.keys():
                     continue
                 seen.add(keys)
-                if "e" not in told:
+                if "e" not in reported:
                     without += 1
                     continue
                 task = str(part.cells[key].cell["task"])
-                found.append(_comparison((model, shots, task), [systems[k] for k in keys], told, until))
+                found.append(_comparison((model, shots, task), [systems[k] for k in keys], reported, until))
     places: dict[Any, list[int]] = {}
     for i, c in enumerate(found):
         family = {"table": (c.model, c.shots), "model": c.model, "sweep": None}[correction.family]
@@ -82,7 +82,7 @@ def stopped_frame(found: list[Stopped]) -> pd.DataFrame:
     return pd.DataFrame([vars(c) for c in found])
 
 
-def _comparison(where: tuple[str, int, str], pair: list[System], told: dict[str, Any], until: Any) -> Stopped:
+def _comparison(where: tuple[str, int, str], pair: list[System], reported: dict[str, Any], until: Any) -> Stopped:
     first, second = pair
     pruned = second if first.is_full else first
     return Stopped(
@@ -93,7 +93,7 @@ def _comparison(where: tuple[str, int, str], pair: list[System], told: dict[str,
         second.named,
         int(until["seen"]),
         int(until["of"]),
-        float(told["low"]),
-        float(told["high"]),
-        float(told["e"]),
+        float(reported["low"]),
+        float(reported["high"]),
+        float(reported["e"]),
     )

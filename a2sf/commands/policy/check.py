@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
 
     console = Console(highlight=False)
     console.print(f"{policy.label} ({policy!r}), {args.trials} trials each", markup=False, soft_wrap=True)
-    broken, told = 0, set()
+    broken, printed = 0, set()
     for name, of_one in groupby(check(policy, args.trials), lambda finding: finding.name):
         findings = list(of_one)
         by_outcome: dict[str, list[Finding]] = {"broken": [f for f in findings if f.broken]}
@@ -54,9 +54,9 @@ def main(arguments: Sequence[str]) -> None:
             whys = {f.raised or f.broken or f.excepted: f.broken or f.excepted for f in some if word != "holds"}
             for key, why in whys.items():
                 # an error of the policy's own code occurs in many invariants, and is reported once
-                again = key in told and any(f.raised == key for f in some)
+                again = key in printed and any(f.raised == key for f in some)
                 console.print(f"          {'the same error' if again else why}", markup=False, soft_wrap=True)
-                told.add(key)
+                printed.add(key)
     if broken:
         console.print(f"{broken} broken")
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""A group stops when what it was asked to tell is told, and everything says so."""
+"""A group stops when its comparisons are decided, and everything says so."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from a2sf.policies.schedule import Schedule
 from a2sf.report.tables.cells import legend
 from a2sf.report.tables.layout import build_tables
 from a2sf.store.runs import load_sweep, results_frame
+from a2sf.sweep.answer_store import FOLDER
 from a2sf.sweep.early_stopping import Comparisons, comparisons, order_of
 from a2sf.sweep.runner import Runner, _lock_file
 from a2sf.sweep.stopping_rule import StoppingRule
@@ -28,7 +29,7 @@ PAIR = ("full", "window")
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "why"),
     [
         ({"pair": ["a2sf"]}, "early_stopping.pair"),
         ({"pair": "a2sf"}, "early_stopping.pair"),
@@ -38,8 +39,8 @@ PAIR = ("full", "window")
         ({"pair": PAIR, "confidence": 1.0}, "early_stopping.confidence"),
     ],
 )
-def test_what_cannot_be_is_refused(settings, told):
-    with pytest.raises(ConfigError, match=told):
+def test_what_cannot_be_is_refused(settings, why):
+    with pytest.raises(ConfigError, match=why):
         StoppingRule(**settings)
 
 
@@ -61,13 +62,13 @@ def test_cells_of_equal_budget_and_schedule_are_compared():
     assert compared("window", "h2o") == [(0.1, 0.1), (0.2, 0.2)]
 
 
-def test_every_comparison_must_be_told():
+def test_every_comparison_must_be_decided():
     current = Comparisons(StoppingRule(PAIR, half_width=20), [1] * 300, [("a", "b"), ("a", "c")])
     rng = np.random.default_rng(0)
     while not current.decided:
         a, b = rng.integers(0, 2, 2)
         current.see({"a": [a], "b": [a], "c": [b]})
-    assert current.means[0].half_width < 0.1  # the even one was told long before
+    assert current.means[0].half_width < 0.1  # the even one was decided long before
     assert 0.15 < current.means[1].half_width <= 0.2
     assert not Comparisons(StoppingRule(PAIR), [1] * 3, []).decided
 
@@ -98,20 +99,25 @@ def test_a_group_stops_and_says_so(stopped):
     for stored in found.values():
         assert stored.stopped == f"{n} of 60"
         assert stored.metrics["acc"]["n"] == n == stored.result["documents"]["n"]
-        (told,) = stored.result["until"]["comparisons"]
-        assert told["high"] - told["low"] <= 0.7 + 1e-9
-        assert told["e"] > 0  # evidence for a difference, which tables combine over tasks
+        (reported,) = stored.result["until"]["comparisons"]
+        assert reported["high"] - reported["low"] <= 0.7 + 1e-9
+        assert reported["e"] > 0  # evidence for a difference, which tables combine over tasks
         assert stored.result["timing"]["computed_tokens"] > 0
     difference = found["full"].metrics["acc"]["value"] - found["window"].metrics["acc"]["value"]
-    assert told["low"] <= difference <= told["high"]
+    assert reported["low"] <= difference <= reported["high"]
     frame = results_frame(found.values())
     assert set(frame.stopped) == {f"{n} of 60"}
     table = build_tables(grid_of(list(found.values()), Selection(mixed=True)), tested=False)[0]
     assert f"copa after {n} of 60 documents" in legend(table)
 
 
-def test_cells_that_were_lost_are_of_the_same_documents(stopped):
+@pytest.mark.parametrize("key", ["documents", "told"])
+def test_cells_that_were_lost_are_of_the_same_documents(stopped, key):
+    """Also by a file of an earlier version, which called the documents `told`."""
     runner, cells = stopped
+    (file,) = (runner.directory / FOLDER).glob("until-*.json")
+    body = json.loads(file.read_text())
+    file.write_text(json.dumps({key if k == "documents" else k: v for k, v in body.items()}))
     before = {s.path.name: s.result for s in load_sweep(runner.directory)}
     for lost in (cells[1], cells[2]):
         shutil.rmtree(runner.directory / lost.name)
@@ -121,7 +127,7 @@ def test_cells_that_were_lost_are_of_the_same_documents(stopped):
         assert stored.result["until"] == before[stored.path.name]["until"]
 
 
-def test_a_cell_whose_comparison_was_not_told_does_not_stop_where_others_did(stopped):
+def test_a_cell_whose_comparison_was_not_decided_does_not_stop_where_others_did(stopped):
     runner, cells = stopped
     later = dataclasses.replace(cells[1], budget=Budget(ratio=0.3))
     assert [o.status for o in runner.run([later])] == ["done"]
@@ -133,7 +139,7 @@ def test_a_cell_whose_comparison_was_not_told_does_not_stop_where_others_did(sto
 
 
 def test_a_group_is_somebody_elses_as_a_whole(stopped):
-    """What stops it is told by all of it, so that its halves may not be told apart."""
+    """All its cells decide together when it stops, so that two processes may not divide them."""
     runner, cells = stopped
     others = [dataclasses.replace(c, limit=50) for c in cells]
     with filelock.SoftFileLease(_lock_file(runner.directory, others[1]), lease_duration=60):
