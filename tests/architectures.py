@@ -203,28 +203,31 @@ REFUSED = [
         "Llama 4",
         "llama4_text",
         {**EIGHT, **EXPERTS, "intermediate_size_mlp": 48, "attention_chunk_size": 8},
-        "that attend only within chunks of the text",
+        "layers that attend only within chunks of the text",
     ),
     Architecture("Doge", "doge", refused="builds an attention mask of its own"),
     Architecture(
-        "LFM2", "lfm2", {**LLAMA_LIKE, "layer_types": ["conv", "full_attention", "conv"]}, "that are convolutions"
+        "LFM2",
+        "lfm2",
+        {**LLAMA_LIKE, "layer_types": ["conv", "full_attention", "conv"]},
+        "layers that are convolutions",
     ),
-    Architecture("Jamba", "jamba", refused="that keep a recurrent state"),
+    Architecture("Jamba", "jamba", refused="layers that keep a recurrent state"),
     Architecture(
         "Falcon-H1",
         "falcon_h1",
         {**LLAMA_LIKE, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
-        "that keep a recurrent state",
+        "layers that keep a recurrent state",
     ),
-    Architecture("Qwen3-Next", "qwen3_next", {**LLAMA_LIKE, **QWEN_EXPERTS}, "that keep a recurrent state"),
+    Architecture("Qwen3-Next", "qwen3_next", {**LLAMA_LIKE, **QWEN_EXPERTS}, "layers that keep a recurrent state"),
     Architecture(
         "MiniMax",
         "minimax",
         {**EIGHT, **EXPERTS, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
-        "that keep a recurrent state",
+        "layers that keep a recurrent state",
     ),
     Architecture(
-        "Mamba", "mamba", {**COMMON, "hidden_size": 32, "num_hidden_layers": 2}, "that keep a recurrent state"
+        "Mamba", "mamba", {**COMMON, "hidden_size": 32, "num_hidden_layers": 2}, "layers that keep a recurrent state"
     ),
     Architecture(
         "PaliGemma",
@@ -267,7 +270,7 @@ UNDECODABLE = [
 def row(of: Architecture) -> str:
     """Its line of the table."""
     plain = (of.refused or "").replace("\\", "")
-    plain = f"has layers {plain}" if plain.startswith("that ") else plain
+    plain = f"has {plain}" if plain.startswith("layers ") else plain
     scoring, decoding = ("no", "no") if of.refused else ("yes", "no" if of.undecodable else "yes")
     return f"| {of.name} | `{of.kind}` | {scoring} | {decoding} | {plain or of.undecodable or of.note} |"
 

@@ -29,19 +29,19 @@ from a2sf.policies.base import UNLIMITED, Retention
 
 TOKENS, PROMPT, AFTER = 20, 10, 3
 """Tokens of a sequence read in one pass; of a prompt; and of those read one by one after it."""
-TYPES = {
-    "chunked_attention": "that attend only within chunks of the text",
-    "indexed_attention": "that choose which tokens they attend to",
-    "minimax_m3_sparse": "that choose which tokens they attend to",
-    "compressed_sparse_attention": "that attend to compressed tokens",
-    "heavily_compressed_attention": "that attend to compressed tokens",
-    "reference_sliding_attention": "that attend to a prompt and a window",
-    "linear_attention": "that keep a recurrent state",
-    "hybrid": "that keep a recurrent state",
-    "hybrid_sliding": "that keep a recurrent state",
-    "conv": "that are convolutions",
+LAYERS_WITHOUT_CACHE = {
+    "chunked_attention": "layers that attend only within chunks of the text",
+    "indexed_attention": "layers that choose which tokens they attend to",
+    "minimax_m3_sparse": "layers that choose which tokens they attend to",
+    "compressed_sparse_attention": "layers that attend to compressed tokens",
+    "heavily_compressed_attention": "layers that attend to compressed tokens",
+    "reference_sliding_attention": "layers that attend to a prompt and a window",
+    "linear_attention": "layers that keep a recurrent state",
+    "hybrid": "layers that keep a recurrent state",
+    "hybrid_sliding": "layers that keep a recurrent state",
+    "conv": "layers that are convolutions",
 }
-"""Layers that hold no plain KV cache."""
+"""Types of layers, by their name in a config, that hold no plain KV cache, and what they are."""
 
 _exact: weakref.WeakKeyDictionary[PreTrainedModel, torch.dtype] = weakref.WeakKeyDictionary()
 _decodes: weakref.WeakKeyDictionary[PreTrainedModel, torch.dtype] = weakref.WeakKeyDictionary()
@@ -216,8 +216,10 @@ def check_kind(model: PreTrainedModel) -> None:
     layers_of(model)
     kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
     if kinds:
-        described = " and ".join(f"of type {kind}" + (f" {TYPES[kind]}" if kind in TYPES else "") for kind in kinds)
-        raise UnsupportedModel(f"the model has layers {described}, which hold no plain KV cache; choose another model")
+        described = [f"{k} ({LAYERS_WITHOUT_CACHE[k]})" if k in LAYERS_WITHOUT_CACHE else k for k in kinds]
+        raise UnsupportedModel(
+            f"the model has layers of types that hold no plain KV cache: {', '.join(described)}; choose another model"
+        )
 
 
 def length_for(model: PreTrainedModel, tokens: int) -> int:
