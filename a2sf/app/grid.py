@@ -1,11 +1,10 @@
-"""What `a2sf run` does with composed configurations: check, plan, run, report."""
+"""What `a2sf run` does with composed configurations: check, plan, run, report; and the jobs that compute groups."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from a2sf.app import process
@@ -16,6 +15,7 @@ from a2sf.starting import set_environment
 if TYPE_CHECKING:
     from a2sf.app.check import Points
     from a2sf.app.compute import Launch
+    from a2sf.sweep.runner import Outcome
 
 
 def run_grid(points: Points, launch: Launch | None, *, computes_here: bool = True) -> None:
@@ -48,20 +48,29 @@ def run_grid(points: Points, launch: Launch | None, *, computes_here: bool = Tru
     report(fetched)
 
 
-def job(composed: DictConfig) -> Any:
-    """Hydra's task function: in a worker the cells of one group, else the sweep of a single configuration.
+def run_single(composed: DictConfig) -> None:
+    """Run the sweep of a single configuration, which Hydra's command without `--multirun` composes.
+
+    The command ends with a message if the user has to correct something.
+    """
+    try:
+        adopt(HydraConfig.get())
+        run_grid([([], composed)], None)
+    except UserError as error:  # Hydra would print a line of its own before it
+        process.fail(str(error))
+
+
+def run_job(composed: DictConfig) -> list[Outcome]:
+    """Compute the cells of one group of a grid: a job of Hydra's launcher, perhaps on another machine.
 
     Returns:
-        In a worker a list of `Outcome`, one per cell.
+        What became of each cell.
+
+    Raises:
+        UserError: if a value is not allowed.
     """
     hydra = HydraConfig.get()
-    if hydra.mode == RunMode.RUN:
-        try:
-            adopt(hydra)
-            return run_grid([([], composed)], None)
-        except UserError as error:  # Hydra would print a line of its own before it
-            process.fail(str(error))
-    set_environment()  # a worker may be on another machine
+    set_environment()  # it may be another machine's
     adopt(hydra)
     process.quiet()
     from a2sf.app.runners import runner_of

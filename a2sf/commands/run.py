@@ -11,6 +11,8 @@ from typing import Any
 
 import hydra
 import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from a2sf.app import grid
@@ -59,8 +61,11 @@ Example: a2sf run -m policy=full,h2o,a2sf budget.ratio=0.2,0.4 tasks=[piqa] data
 
 @hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="config")
 def evaluate(composed: DictConfig) -> object:
-    """Hydra's entry: it reads `sys.argv`."""
-    return grid.job(composed)
+    """Hydra's entry, which reads `sys.argv`: a single configuration, or a job for one group of a grid."""
+    if HydraConfig.get().mode != RunMode.RUN:
+        return grid.run_job(composed)
+    grid.run_single(composed)
+    return None
 
 
 def main(arguments: Sequence[str]) -> None:
