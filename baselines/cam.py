@@ -64,25 +64,27 @@ class CaM(Built):
     def merge(self, step: Step, evicted: Tensor) -> Tensor:
         K = step.positions.shape[1]
         order = step.positions.where(step.cached, LATE).argsort(-1)
-        gone, kept = (x.gather(2, order) for x in (evicted, step.cached & ~evicted))
+        evicted, retained = (x.gather(2, order) for x in (evicted, step.cached & ~evicted))
         positions, scores = step.positions.gather(2, order), step.scores.gather(2, order)
-        number = kept.sum(-1)[..., None]  # of retained tokens
+        number = retained.sum(-1)[..., None]  # of retained tokens
         # retained tokens first, in their order; and of each evicted token, how many of them are before it
-        retained = (~kept).int().argsort(dim=-1, stable=True)
-        first = gone.int().argsort(dim=-1, descending=True, stable=True)[..., : int(gone.sum(-1).max())]
-        before = kept.cumsum(-1).gather(2, first)
+        retained_first = (~retained).int().argsort(dim=-1, stable=True)
+        evicted_first = evicted.int().argsort(dim=-1, descending=True, stable=True)[..., : int(evicted.sum(-1).max())]
+        before = retained.cumsum(-1).gather(2, evicted_first)
         into = before[..., None] + torch.arange(self.window, device=order.device)  # [B, K, evicted, window]
-        real = (into < number[..., None]) & gone.gather(2, first)[..., None]
+        real = (into < number[..., None]) & evicted.gather(2, evicted_first)[..., None]
         into = into.clamp(max=order.shape[-1] - 1)
         parts = real.sum(-1).clamp(min=1)
-        attention = scores.gather(2, retained).gather(2, into.flatten(2)).unflatten(2, into.shape[2:])
+        attention = scores.gather(2, retained_first).gather(2, into.flatten(2)).unflatten(2, into.shape[2:])
         mean = (attention * real).sum(-1) / parts
         heads = torch.arange(K, device=order.device)[:, None] * HEADS + step.layer * LAYERS
-        drawn = Draw(self.seed)(step.keys, step.values, positions.gather(2, first) + heads)
-        merges = real.any(-1) & (scores.gather(2, first) >= drawn * mean) & (mean > 0)
+        drawn = Draw(self.seed)(step.keys, step.values, positions.gather(2, evicted_first) + heads)
+        merges = real.any(-1) & (scores.gather(2, evicted_first) >= drawn * mean) & (mean > 0)
         V = step.values.shape[-1]
-        share = step.values.gather(2, order.gather(2, first)[..., None].expand(-1, -1, -1, V)) / parts[..., None]
+        share = (
+            step.values.gather(2, order.gather(2, evicted_first)[..., None].expand(-1, -1, -1, V)) / parts[..., None]
+        )
         share = share * merges[..., None]
-        at = order.gather(2, retained.gather(2, into.flatten(2)))[..., None].expand(-1, -1, -1, V)
+        at = order.gather(2, retained_first.gather(2, into.flatten(2)))[..., None].expand(-1, -1, -1, V)
         added = (share[..., None, :] * real[..., None]).flatten(2, 3)
         return step.values.scatter_add(2, at, added)

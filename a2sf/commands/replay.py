@@ -32,7 +32,7 @@ COLUMNS = {
     "document": "document",
     "prompt": "prompt",
     "text": "text",
-    "kept": "retained",
+    "retained": "retained",
     "loglikelihood": "log-lik.",
     "full": "full cache",
     "deviation": "deviation",
@@ -122,15 +122,15 @@ def _computed(args: argparse.Namespace, given: Replay, console: Console) -> tupl
     from a2sf.scoring.replay import Replayer, check_model
 
     check_backend(args.backend)
-    asked = args.model
-    if asked is None and given.model is None:
+    requested = args.model
+    if requested is None and given.model is None:
         raise ConfigError("--model", None, "the file names no model; give one")
-    args.model = asked or given.model
+    args.model = requested or given.model
     spec = model_spec(args)
-    if given.model is not None and not {_short(asked or given.model), _short(spec.path)} & {_short(given.model)}:
+    if given.model is not None and not {_short(requested or given.model), _short(spec.path)} & {_short(given.model)}:
         raise ConfigError(
             "--model",
-            asked,
+            requested,
             f"the file is of {given.model}; if that has the same weights, leave `model` out of the file",
         )
     weights = loading.fingerprint(spec)
@@ -156,7 +156,7 @@ def frame_of(done: Sequence[Replayed]) -> pd.DataFrame:
     for r in done:
         n = len(r.recorded.text)
         place = {"task": r.recorded.task, "document": r.recorded.document, "prompt": len(r.recorded.prompt), "text": n}
-        means = {"kept": r.kept, "loglikelihood": sum(r.loglikelihoods) / n, "full": sum(r.full) / n}
+        means = {"retained": r.retained, "loglikelihood": sum(r.loglikelihoods) / n, "full": sum(r.full) / n}
         rows.append({**place, **means, "deviation": r.deviation, "first_difference": r.first_difference})
     frame = pd.DataFrame(rows)
     return frame.astype({"deviation": "float64", "first_difference": "Int64"})
@@ -166,7 +166,7 @@ def _table(frame: pd.DataFrame) -> Table:
     table = Table(title=f"{len(frame)} texts with recorded positions", title_justify="left", box=box.SIMPLE)
     for name, head in COLUMNS.items():
         table.add_column(head, justify="left" if name == "task" else "right", no_wrap=name != "task")
-    decimals = {"kept": 1, "loglikelihood": 4, "full": 4, "deviation": 6}
+    decimals = {"retained": 1, "loglikelihood": 4, "full": 4, "deviation": 6}
     for row in frame.to_dict("records"):
         cells = [row[name] for name in COLUMNS]
         texts = [

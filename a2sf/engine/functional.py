@@ -189,15 +189,15 @@ def _tokens(budget: int | Tensor | Budget, layer: int, layers: int) -> int | Ten
 
 
 def _per_row(name: str, x: int | float | Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    whole = not dtype.is_floating_point
+    integer = not dtype.is_floating_point
     try:
-        given = torch.as_tensor(x, dtype=None if whole else dtype).cpu()
-        fits = not whole or not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
+        given = torch.as_tensor(x, dtype=None if integer else dtype).cpu()
+        fits = not integer or not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
     except (TypeError, ValueError, RuntimeError):
         fits = False
     if not fits:
         raise ConfigError(
-            name, repr(x), f"give a {'whole ' if whole else ''}number, or a tensor of {rows}, one per row"
+            name, repr(x), f"give a {'whole ' if integer else ''}number, or a tensor of {rows}, one per row"
         )
     if given.ndim and given.shape != (rows,):
         raise ValueError(f"{name} must be one number or a tensor of {rows}, one per row; got {tuple(given.shape)}")

@@ -103,9 +103,9 @@ def merged(retention: BatchRetention, step: Step, out: Tensor) -> tuple[Tensor, 
         keys[rows], values[rows] = (x.where(stays, old[rows]) for x, old in zip(new, (keys, values), strict=True))
     for row in (wanted & many).nonzero()[:, 0]:
         one, order = in_order(picked(step, row[None]))
-        gone = out[row[None]].gather(2, order)
-        stays = (one.cached & ~gone)[..., None]
-        new = _merged(retention.rule.merge_fn, one, gone)
+        evicted = out[row[None]].gather(2, order)
+        stays = (one.cached & ~evicted)[..., None]
+        new = _merged(retention.rule.merge_fn, one, evicted)
         for x, old, was in zip(new, (keys, values), (one.keys, one.values), strict=True):
             old[row].scatter_(1, order[0, :, :, None].expand_as(was[0]), x.where(stays, was)[0])
     return keys, values
@@ -260,19 +260,19 @@ def smallest_of_all_heads(retention: BatchRetention, priority: Tensor, step: Ste
         dividing = replace(retention, rule=replace(rule, priority_fn=rule.division_fn, memory=0))
         by, _ = of_function(dividing, replace(step, memory=step.memory[..., :0]), free, excess)
     K, N = free.shape[1:]
-    count, own = step.cached.sum(-1), free.sum(-1)  # [B, K]
-    equal = (torch.minimum(count, retention.budget[..., 0]) - (count - own)).clamp(min=0)
+    count, evictable = step.cached.sum(-1), free.sum(-1)  # [B, K]
+    equal = (torch.minimum(count, retention.budget[..., 0]) - (count - evictable)).clamp(min=0)
     # ties: the newest is the better one, then that of the lower head
     age = step.positions * K + torch.arange(K - 1, -1, -1, device=free.device)[:, None]
-    over = (own.sum(1) - equal.sum(1))[:, None]
+    over = (evictable.sum(1) - equal.sum(1))[:, None]
     ranks, ages, candidates = (x.flatten(1) for x in (by, age, free))
-    lost = smallest(ranks, ages, candidates, over).unflatten(1, (K, N)).sum(-1)
-    # in units of 1 / `whole`: exact, as 0.7 is in decimal
+    evicted = smallest(ranks, ages, candidates, over).unflatten(1, (K, N)).sum(-1)
+    # in units of 1 / `denominator`: exact, as 0.7 is in decimal
     floor = Fraction(str(rule.cut.floor)).limit_denominator(10**9)
-    part, whole = floor.numerator, floor.denominator
-    mixed = (whole - part) * (own - lost) + part * equal
-    share, rest = mixed // whole, mixed % whole
+    numerator, denominator = floor.numerator, floor.denominator
+    mixed = (denominator - numerator) * (evictable - evicted) + numerator * equal
+    share, rest = mixed // denominator, mixed % denominator
     best = rest.argsort(dim=-1, descending=True, stable=True)
     more = torch.arange(K, device=free.device) < (equal - share).sum(1, keepdim=True)
     share = share + torch.zeros_like(share).scatter_(1, best, more.long())
-    return smallest(priority, step.positions, free, (own - share)[..., None])
+    return smallest(priority, step.positions, free, (evictable - share)[..., None])

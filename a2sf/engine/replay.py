@@ -252,8 +252,8 @@ def _known(at: str, given: dict[str, Any], keys: Sequence[str]) -> None:
 
 
 def _whole(key: str, value: Any, least: int, most: int | None = None, why: str = "") -> int:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or value < least or (most is not None and value > most):
         upto = f"at least {least}" if most is None else f"from {least} to {most}"
         raise ConfigError(key, value, f"give a whole number {upto}{f': {why}' if why else ''}")
     return int(value)

@@ -101,8 +101,8 @@ class _Slots:
                 self.held[name] = slots(fixed(old.keys, old.values, old.positions))
         memory = rows.query.new_zeros(B, K, past, self.rule.memory) if old.memory is None else old.memory
         if self.rule.precompute is not None:
-            whole = Sequence(self.grouped, rows.key, rows.value, rows.length, options.scale)
-            self.entering["memory"] = self.rule.precompute(whole)
+            sequence = Sequence(self.grouped, rows.key, rows.value, rows.length, options.scale)
+            self.entering["memory"] = self.rule.precompute(sequence)
             memory = self.entering["memory"][:, :, :0]
         self.held["memory"] = slots(memory)
         self.positions = slots(old.positions, fill=-1)

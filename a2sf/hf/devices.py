@@ -57,13 +57,13 @@ def check_here(device: str, device_map: str | None) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    there = torch.cuda.device_count()
-    if device != "auto" and torch.device(device).type == "cuda" and (torch.device(device).index or 0) >= there:
+    gpus = torch.cuda.device_count()
+    if device != "auto" and torch.device(device).type == "cuda" and (torch.device(device).index or 0) >= gpus:
         raise ConfigError(DEVICE, device, "this machine has no such GPU; give auto or cpu")
     if device_map is not None and isinstance(of_map := read_map(device_map), dict):
         last = max((d for d in of_map.values() if isinstance(d, int)), default=-1)
-        if last >= there:
-            raise ConfigError(MAP, device_map, f"it names GPU {last}, counted from 0, and this machine has {there}")
+        if last >= gpus:
+            raise ConfigError(MAP, device_map, f"it names GPU {last}, counted from 0, and this machine has {gpus}")
 
 
 def resolve(device: str, device_map: str | None) -> str:

@@ -127,8 +127,8 @@ def divided(total: int, most: int, shares: tuple[float, ...], least: int = 1) ->
     room, left = most - low, float(total - n * low)
     slots, open_ = [0.0] * n, list(range(n))
     while open_:
-        whole = sum(shares[i] for i in open_)
-        each = {i: left * (shares[i] / whole if whole > 0 else 1 / len(open_)) for i in open_}
+        of_open = sum(shares[i] for i in open_)
+        each = {i: left * (shares[i] / of_open if of_open > 0 else 1 / len(open_)) for i in open_}
         full = [i for i in open_ if each[i] >= room]
         for i in full or open_:
             slots[i] = float(room) if full else each[i]

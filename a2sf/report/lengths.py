@@ -141,14 +141,14 @@ def bins_of(lengths: Sequence[int]) -> list[float]:
 
     Where lengths form a few clusters, each is a bin; else bins hold equal numbers of documents.
     """
-    there = np.unique(np.asarray(lengths, dtype=float))
-    clusters = there[1:][there[1:] > GAP * there[:-1]]
+    distinct = np.unique(np.asarray(lengths, dtype=float))
+    clusters = distinct[1:][distinct[1:] > GAP * distinct[:-1]]
     if 1 <= len(clusters) < MOST_BINS:
         inner = clusters
     else:
         inner = np.unique(np.quantile(lengths, np.linspace(0, 1, QUANTILE_BINS + 1)[1:-1]).round())
-        inner = inner[inner > there[0]]
-    return [float(there[0]), *inner.tolist(), float(there[-1]) + 1]
+        inner = inner[inner > distinct[0]]
+    return [float(distinct[0]), *inner.tolist(), float(distinct[-1]) + 1]
 
 
 def length_points(part: Grid, systems: Sequence[System]) -> list[list[tuple[float, Estimate, int]]]:

@@ -24,9 +24,9 @@ def written_plots(effects: pd.DataFrame, texts: pd.DataFrame, directory: Path) -
     drawn: dict[str, list[Path]] = {}
     for place, rows in effects.groupby(["model", "shots", "task"], sort=True) if len(effects) else ():
         model, shots, task = place if isinstance(place, tuple) else (place, "", "")
-        own = texts[(texts["model"] == model) & (texts["shots"] == shots) & (texts["task"] == task)]
+        of_task = texts[(texts["model"] == model) & (texts["shots"] == shots) & (texts["task"] == task)]
         name = f"texts-{safe(str(model))}-{shots}shot-{safe(str(task))}"
-        figure = written_figure(rows, own)
+        figure = written_figure(rows, of_task)
         figure.suptitle(f"{task}, {model}, {shots}-shot (n = {int(rows['n'].max())})", fontsize=10)
         drawn[name] = save(figure, directory / name)
     return drawn

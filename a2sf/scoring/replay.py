@@ -62,14 +62,14 @@ class Replayed:
         loglikelihoods: of each token of the text, read with the recorded positions, in nats.
         full: the same with the full cache.
         generated: as many tokens as the text has, chosen greedily with the recorded positions.
-        kept: tokens cached at the end, mean over layers and KV heads.
+        retained: tokens cached at the end, mean over layers and KV heads.
     """
 
     recorded: Recorded
     loglikelihoods: tuple[float, ...]
     full: tuple[float, ...]
     generated: tuple[int, ...]
-    kept: float
+    retained: float
 
     @property
     def first_difference(self) -> int | None:

@@ -102,10 +102,10 @@ class Scorer:
         clock = time.perf_counter()
         before = sum(a.progress.seconds for a in answers)
         pending = self._pending(requests, [a for a in answers if a.error is None])
-        own = sum(a.progress.seconds for a in answers) - before  # time that single systems took to prepare prompts
+        alone = sum(a.progress.seconds for a in answers) - before  # time that single systems took to prepare prompts
         able = {id(a): a for a in answers if a.error is None}
         for one in able.values():
-            one.progress.seconds += (time.perf_counter() - clock - own) / len(able)  # tokenising serves all of them
+            one.progress.seconds += (time.perf_counter() - clock - alone) / len(able)  # tokenising serves all of them
         self._ready.clear()  # sequences hold the prepared numbers that are still needed
         yield from self._run([p for p in pending if p.answers.error is None], requests)
 
@@ -118,18 +118,18 @@ class Scorer:
         tokens = [0] * len(answers)
         for key in dict.fromkeys(k for k in requests.keys if k in wanted):
             i = first[key]
-            asking = [n for n, a in enumerate(answers) if key in missing[n] and a.error is None]
+            without = [n for n, a in enumerate(answers) if key in missing[n] and a.error is None]
             try:
                 windows = requests.windows(i)
             except (UserError, ValueError) as error:
-                for n in asking:
+                for n in without:
                     answers[n].error = _about(requests, i, error)
                 continue
             if not windows:  # an empty text, whose log-likelihood is 0
-                for n in asking:
+                for n in without:
                     answers[n].computed[key] = Answer(0.0, False, 0, 0)
                 continue
-            for n in asking:
+            for n in without:
                 began = time.perf_counter()
                 try:
                     made = [self.sequence(requests, i, w, answers[n].system) for w in windows]

@@ -227,9 +227,9 @@ class Texts:
         """Store finished texts."""
         for row in finished:
             assert row.finish is not None
-            asked = [row.prompt, *(q.text for q in row.later)]
+            prompts = [row.prompt, *(q.text for q in row.later)]
             turns = [*row.done, (row.tokens, row.finish)]
-            texts = [row.ends.finished(q, *turn) for q, turn in zip(asked, turns, strict=True)]
+            texts = [row.ends.finished(q, *turn) for q, turn in zip(prompts, turns, strict=True)]
             finish = next((t.finish for t in texts if t.finish not in (EOS, STOP)), texts[-1].finish)
             several = is_conversation(self.requests.instances[row.request].args)
             row.answers.computed[self.requests.keys[row.request]] = Answer(

@@ -280,15 +280,15 @@ def finish(directory: Path, cells: Sequence[Cell]) -> tuple[list[StoredCell], li
     everything = finished_cells(directory)
     if everything:
         write_table(directory, everything)
-    there = results_of(cells, everything)
-    finished = sorted({s.path: s for s in there.values()}.values(), key=lambda s: s.path)
+    results = results_of(cells, everything)
+    finished = sorted({s.path: s for s in results.values()}.values(), key=lambda s: s.path)
     failures = []
     for cell in cells:
-        if cell.name in there:  # of a process that ended between the two
+        if cell.name in results:  # of a process that ended between the two
             answer_store.remove(directory, cell)
     for cell in sorted(cells, key=lambda c: c.name):
         file = failure_file(directory, cell.name)
-        if file.exists() and cell.name not in there:
+        if file.exists() and cell.name not in results:
             failures.append(json.loads(file.read_text(encoding="utf-8")))
     return finished, failures
 

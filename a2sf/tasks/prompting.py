@@ -204,8 +204,8 @@ class Prompting:
                 "chat_template", name, f"the tokenizer of {model} has one template without a name; give true"
             )
         if isinstance(templates, dict) and (name or "default") not in templates:
-            there = ", ".join(sorted(templates))
-            why = f"the tokenizer of {model} has the templates {there}{nearest(name or '', templates)}"
+            available = ", ".join(sorted(templates))
+            why = f"the tokenizer of {model} has the templates {available}{nearest(name or '', templates)}"
             raise ConfigError("chat_template", self._as_given, why)
         if self.system_instruction:
             self._check_system(tokenizer, model)

@@ -72,7 +72,7 @@ def test_deviations_are_found(monkeypatch, tmp_path: Path):
     done = Replayer(model).run(replay.documents[0])
     assert done.deviation is None
     assert len(done.loglikelihoods) == len(done.full) == len(done.generated) == 3
-    assert done.kept == 4
+    assert done.retained == 4
 
     class Tokenizer:
         def decode(self, tokens: list[int]) -> str:

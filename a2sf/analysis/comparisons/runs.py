@@ -142,19 +142,19 @@ def _tasks(a: Run, b: Run, made: ComparedRuns) -> list[tuple[TaskRun, TaskRun]]:
     return [(a.tasks[t], b.tasks[t]) for t in common]
 
 
-def metric_of(run: TaskRun, asked: str | None) -> str:
+def metric_of(run: TaskRun, requested: str | None) -> str:
     """The metric of a task that is compared: the requested one, else the usual one.
 
     Raises:
         UserError: if it is not there, or none is usual.
     """
-    if asked is not None:
-        if asked not in run.metrics:
+    if requested is not None:
+        if requested not in run.metrics:
             known = ", ".join(run.metrics) or "none"
             raise UserError(
-                f"{run.task} has no metric {asked} for each document; it has {known}{nearest(asked, run.metrics)}."
+                f"{run.task} has no metric {requested} for each document; it has {known}{nearest(requested, run.metrics)}."
             )
-        return asked
+        return requested
     found = [m for m in USUAL if m in run.metrics] or [m for m in run.metrics if m.partition(",")[0] in USUAL]
     if found:
         return found[0]

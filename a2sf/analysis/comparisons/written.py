@@ -148,10 +148,10 @@ def _of_system(
 
 def _difference(name: str, first: pd.Series, second: pd.Series, texts: Texts) -> dict[str, float]:
     """The mean difference of the documents that have both numbers, with its interval."""
-    there = (first.notna() & second.notna()).to_numpy()
-    if not there.any():
+    both = (first.notna() & second.notna()).to_numpy()
+    if not both.any():
         return dict.fromkeys((name, f"{name}_low", f"{name}_high"), np.nan)
-    d = paired_difference(first[there].to_numpy(), second[there].to_numpy(), Texts.keyed(texts.of[there]))
+    d = paired_difference(first[both].to_numpy(), second[both].to_numpy(), Texts.keyed(texts.of[both]))
     return {name: d.value, f"{name}_low": d.low, f"{name}_high": d.high}
 
 

@@ -75,8 +75,8 @@ def select(
         for value in values:
             if value not in present:
                 hint = nearest(str(value), map(str, present))
-                there = ", ".join(map(str, sorted(present)))
-                raise UserError(f"There is no result with {column} {value}{hint}; there are: {there}.")
+                known = ", ".join(map(str, sorted(present)))
+                raise UserError(f"There is no result with {column} {value}{hint}; there are: {known}.")
         frame = frame[frame[column].isin(values) | kept_anyway]
     frame, metric, missing = _one_metric(frame, selection.metric)
     frame = _without_duplicates(frame)

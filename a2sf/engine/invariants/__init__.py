@@ -250,28 +250,28 @@ def _retained_by_row(c: Case, row: int, tokens: int, heads: list[list[int]]) -> 
     if c.policy.uses_budget and numbers.budget > allowed:
         stated = "no limit" if numbers.budget == UNLIMITED else f"{numbers.budget} tokens"
         raise Broken(f"it may hold {allowed} tokens and states {stated}")
-    own = head_slots(numbers.rule.heads, numbers.budget) if numbers.rule.heads else ()
+    slots_of_heads = head_slots(numbers.rule.heads, numbers.budget) if numbers.rule.heads else ()
     C = numbers.budget
-    for head, there in enumerate(heads):
-        C, recent, sinks = own[head] if own else (numbers.budget, numbers.recent, numbers.sinks)
+    for head, positions in enumerate(heads):
+        C, recent, sinks = slots_of_heads[head] if slots_of_heads else (numbers.budget, numbers.recent, numbers.sinks)
         protected = {*range(min(sinks, tokens)), *range(max(0, tokens - recent), tokens)}
-        if there != sorted(set(there)):
-            raise Broken(f"the retained positions {there} are not unique and in order")
-        if not protected <= set(there):
-            raise Broken(f"{sorted(protected - set(there))} were evicted, which are protected")
+        if positions != sorted(set(positions)):
+            raise Broken(f"the retained positions {positions} are not unique and in order")
+        if not protected <= set(positions):
+            raise Broken(f"{sorted(protected - set(positions))} were evicted, which are protected")
         low, high = min(tokens, C), min(tokens, C + schedule.spare)
         if head in numbers.rule.full_heads:
             low = high = tokens
         elif numbers.rule.threshold is not None:
             high = tokens
-        if not schedule.prompt and not low <= len(there) <= high:
-            raise Broken(f"{len(there)} of {tokens} tokens are cached at a budget of {C}")
-    if schedule.prompt and not own:
+        if not schedule.prompt and not low <= len(positions) <= high:
+            raise Broken(f"{len(positions)} of {tokens} tokens are cached at a budget of {C}")
+    if schedule.prompt and not slots_of_heads:
         most = tokens if tokens < prompt else min(C, prompt) + tokens - prompt
         each = most
         if schedule.then != "keep" and tokens >= prompt and most > C:
             each = C + (most - C) % (schedule.spare + 1)
-        held = [len(there) for there in heads]
+        held = [len(positions) for positions in heads]
         expected = [tokens if head in numbers.rule.full_heads else each for head in range(KV_HEADS)]
         shifted = numbers.rule.cut is not None and numbers.rule.cut.floor is not None
         if numbers.rule.threshold is not None:

@@ -87,7 +87,7 @@ def case(policy: Policy, schedule: Schedule, seed: int, layers: int | None = Non
     g = torch.Generator().manual_seed(seed)
     layers = layers_of(policy) if layers is None else layers
 
-    def whole(low: int, high: int, *shape: int) -> Tensor:
+    def integers(low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, max(low, high) + 1, shape, generator=g)
 
     def normal(heads: int) -> Tensor:
@@ -96,12 +96,12 @@ def case(policy: Policy, schedule: Schedule, seed: int, layers: int | None = Non
     made = Case(
         policy=policy,
         schedule=schedule,
-        layer=int(whole(0, layers - 1)),
+        layer=int(integers(0, layers - 1)),
         layers=layers,
-        budget=whole(policy.min_budget, TOKENS // 2, ROWS),
-        prompt=whole(1, TOKENS + 3, ROWS),
-        lengths=whole(1, TOKENS, ROWS),
-        cuts=sorted(set(whole(1, TOKENS - 1, 2).tolist())),
+        budget=integers(policy.min_budget, TOKENS // 2, ROWS),
+        prompt=integers(1, TOKENS + 3, ROWS),
+        lengths=integers(1, TOKENS, ROWS),
+        cuts=sorted(set(integers(1, TOKENS - 1, 2).tolist())),
         query=2 * normal(HEADS),
         key=normal(KV_HEADS),
         value=normal(KV_HEADS),

@@ -68,8 +68,10 @@ def by_numbers(run: Run, call: Call) -> Attended:
             budget, recent, sinks = slots[:, at[0]].clone().unbind(1)
             factor = torch.full_like(segments.forgetting_factor, rule.heads[at[0]].forgetting_factor)
             plain = replace(rule, heads=(), mean_over_age=rule.heads[at[0]].mean_over_age)
-            own = replace(segments, budget=budget, recent=recent, sinks=sinks, forgetting_factor=factor, rule=plain)
-            known.append((torch.tensor(at), own))
+            of_heads = replace(
+                segments, budget=budget, recent=recent, sinks=sinks, forgetting_factor=factor, rule=plain
+            )
+            known.append((torch.tensor(at), of_heads))
         object.__setattr__(segments, "_by_numbers", known)  # the same for all layers with these numbers
     return _together(run, known, call)
 

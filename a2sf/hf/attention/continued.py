@@ -160,26 +160,26 @@ def _of(number: Callable[..., Any], of: Sequence[int]) -> Callable[..., Any]:
     return lambda segment, *layer: number(of[segment], *layer)
 
 
-def mixed_in_parts(whole: Mixed, ends: Sequence[int], keep: bool = False) -> list[Mixed]:
+def mixed_in_parts(mixed: Mixed, ends: Sequence[int], keep: bool = False) -> list[Mixed]:
     """A pass of several plans in parts that end at columns of its row; `keep` as for `parts_of`."""
-    of_plans = [parts_of(p, c.cpu().numpy(), ends, keep) for p, c in zip(whole.plans, whole.columns, strict=True)]
-    first = np.cumsum([0, *(len(c) for c in whole.columns)])  # of each plan's tokens among all of them
-    back, columns = whole.back.cpu().numpy(), np.concatenate([c.cpu().numpy() for c in whole.columns])
+    of_plans = [parts_of(p, c.cpu().numpy(), ends, keep) for p, c in zip(mixed.plans, mixed.columns, strict=True)]
+    first = np.cumsum([0, *(len(c) for c in mixed.columns)])  # of each plan's tokens among all of them
+    back, columns = mixed.back.cpu().numpy(), np.concatenate([c.cpu().numpy() for c in mixed.columns])
     found, begin = [], 0
     for n, end in enumerate(ends):
         used = [(part, first[p] + tokens) for p, parts in enumerate(of_plans) for part, tokens in [parts[n]] if part.of]
         tokens = np.concatenate([t for _, t in used])
         place = torch.empty(first[-1], dtype=torch.int64).numpy()
         place[tokens] = np.arange(len(tokens))
-        pieces = [_piece(s, n, begin, end) for s, n in zip(whole.segments[1], whole.segments[2], strict=True)]
-        device = whole.back.device
+        pieces = [_piece(s, n, begin, end) for s, n in zip(mixed.segments[1], mixed.segments[2], strict=True)]
+        device = mixed.back.device
         found.append(
             Mixed(
                 plans=[part for part, _ in used],
                 columns=[torch.from_numpy(columns[t] - begin).to(device) for _, t in used],
                 back=torch.from_numpy(place[back[begin:end]]).to(device),
-                segments=(whole.segments[0], [s for s, _ in pieces], [n for _, n in pieces]),
-                layers=whole.layers,
+                segments=(mixed.segments[0], [s for s, _ in pieces], [n for _, n in pieces]),
+                layers=mixed.layers,
             )
         )
         begin = end

@@ -359,8 +359,10 @@ class PrunedCache(Cache):
 
     def batch_retention(self, layer: int, window: int | None) -> BatchRetention:
         """The same as tensors, with the schedule; a layer that goes by its own window evicts step by step."""
-        own = window is not None and any(keeps_window(row[layer], self.policy_on_sliding) for row in self.retention)
-        return BatchRetention.of(self.rows(layer, window), STEP if own else self.schedule, self.prompt)
+        windowed = window is not None and any(
+            keeps_window(row[layer], self.policy_on_sliding) for row in self.retention
+        )
+        return BatchRetention.of(self.rows(layer, window), STEP if windowed else self.schedule, self.prompt)
 
     @property
     def more(self) -> int | None:

@@ -87,10 +87,10 @@ class Adapter:
         Raises:
             ConfigError: if it lacks one of them, or the hub has no such repository.
         """
-        there = self.snapshot.sizes if self.snapshot else os.listdir(self.path)
-        weights = next((n for n in WEIGHTS if n in there), None)
-        if CONFIG not in there or weights is None:
-            lacks = CONFIG if CONFIG not in there else " or ".join(WEIGHTS)
+        files = self.snapshot.sizes if self.snapshot else os.listdir(self.path)
+        weights = next((n for n in WEIGHTS if n in files), None)
+        if CONFIG not in files or weights is None:
+            lacks = CONFIG if CONFIG not in files else " or ".join(WEIGHTS)
             refused = self.snapshot.refused if self.snapshot else None
             raise refused or ConfigError(KEY, self.value, f"it is no adapter that peft saved: it lacks {lacks}")
         return CONFIG, weights

@@ -109,17 +109,17 @@ def find_weights(files: Files, path: str) -> Weights:
     Raises:
         ConfigError: if there are none that can be read, or a shard is missing.
     """
-    there = files.sizes
+    sizes = files.sizes
     for name, file in FORMATS.items():
-        if file in there:
+        if file in sizes:
             return Weights(name, None, (file,))
-        if file + INDEX in there:
+        if file + INDEX in sizes:
             shards = _shards(files.get([file + INDEX]) / (file + INDEX), path)
-            if missing := [s for s in shards if s not in there]:
+            if missing := [s for s in shards if s not in sizes]:
                 why = f"of its {len(shards)} files of weights {len(missing)} are missing ({_some(missing)})"
                 raise files.refused or ConfigError(KEY, path, f"{why}; complete the directory or choose another model")
             return Weights(name, file + INDEX, shards)
-    raise files.refused or ConfigError(KEY, path, _no_weights(there))
+    raise files.refused or ConfigError(KEY, path, _no_weights(sizes))
 
 
 def find_texts(files: Files, path: str, code: bool) -> tuple[str, ...]:
@@ -128,10 +128,10 @@ def find_texts(files: Files, path: str, code: bool) -> tuple[str, ...]:
     Raises:
         ConfigError: if there is no config or no tokenizer.
     """
-    there = files.sizes
-    if "config.json" not in there:
-        raise files.refused or ConfigError(KEY, path, _no_weights(there) if there else "it is empty")
-    found = [n for n in there if _is_text(n) or (code and n.endswith(".py"))]
+    sizes = files.sizes
+    if "config.json" not in sizes:
+        raise files.refused or ConfigError(KEY, path, _no_weights(sizes) if sizes else "it is empty")
+    found = [n for n in sizes if _is_text(n) or (code and n.endswith(".py"))]
     if not code and not any(VOCABULARIES.fullmatch(n) for n in found):
         raise files.refused or ConfigError(
             KEY, path, "it has no tokenizer; copy the tokenizer's files of the model it was made from to it"
@@ -141,11 +141,11 @@ def find_texts(files: Files, path: str, code: bool) -> tuple[str, ...]:
 
 def identifying(files: Files, path: str) -> list[str]:
     """The names of a local directory's files that could change a number: texts, modelling code, and the weights."""
-    there = files.sizes
-    names = {n for n in there if _is_text(n) or n.endswith(".py")}
+    sizes = files.sizes
+    names = {n for n in sizes if _is_text(n) or n.endswith(".py")}
     with suppress(ConfigError):  # it is reported when the model is checked
         names.update(find_weights(files, path).all)
-    return sorted(n for n in names if n in there)
+    return sorted(n for n in names if n in sizes)
 
 
 def _is_text(name: str) -> bool:
@@ -155,16 +155,16 @@ def _is_text(name: str) -> bool:
     return Path(file).suffix in TEXTS and not file.endswith(INDEX)
 
 
-def _no_weights(there: Mapping[str, int]) -> str:
-    ggufs = sorted(n for n in there if n.endswith(".gguf"))
+def _no_weights(sizes: Mapping[str, int]) -> str:
+    ggufs = sorted(n for n in sizes if n.endswith(".gguf"))
     if ggufs:
         return f"it holds GGUF files; name one of them ({_some(ggufs)}), as in owner/name/{ggufs[0]}"
-    if "adapter_config.json" in there:
+    if "adapter_config.json" in sizes:
         return "it holds an adapter, not a whole model; give its base model as model.path and this as model.adapter"
-    if "config.json" not in there:
+    if "config.json" not in sizes:
         return "it holds no model (there is no config.json)"
     others = {
-        what: n for n in sorted(there) if (what := OTHERS.get(Path(n).suffix)) and not n.startswith("training_args")
+        what: n for n in sorted(sizes) if (what := OTHERS.get(Path(n).suffix)) and not n.startswith("training_args")
     }
     has = f"; it has {', '.join(f'{n} ({what})' for what, n in others.items())}" if others else ""
     return f"it holds no weights that can be read ({' or '.join(FORMATS.values())}, or their shards){has}"
@@ -302,7 +302,7 @@ def check_complete(
     absent = sorted({*report["missing_keys"], *_left_out(model, held)})
     if mismatched := sorted(report["mismatched_keys"]):
         shown = [
-            f"{key}: {tuple(there)} in the file, {tuple(needed)} in the model" for key, there, needed in mismatched
+            f"{key}: {tuple(stored)} in the file, {tuple(needed)} in the model" for key, stored, needed in mismatched
         ]
         raise ConfigError(
             KEY, path, f"{len(shown)} parameters have another shape than config.json says ({_some(shown, '; ')})"

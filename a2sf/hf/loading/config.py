@@ -26,8 +26,8 @@ def check_config(spec: ModelSpec) -> None:
     """
     if spec.source.kind == "hub" and spec.source.file:
         if spec.source.file not in (files := hub.snapshot(spec.wanted)).sizes:
-            there = sorted(f for f in files.sizes if f.endswith(".gguf"))
-            has = f"it has {', '.join(there[:9])}" if there else "it has no GGUF file"
+            ggufs = sorted(f for f in files.sizes if f.endswith(".gguf"))
+            has = f"it has {', '.join(ggufs[:9])}" if ggufs else "it has no GGUF file"
             raise files.refused or ConfigError(KEY, spec.path, f"{spec.source.repo} has no file of that name; {has}")
     elif gguf_file(spec) is None:
         _config(spec)

@@ -105,8 +105,8 @@ def _columns(grid: Grid, key: str) -> dict[str, list[Any]] | None:
         documents: pd.DataFrame = grid.cells[key].documents
     except (KeyError, UserError):
         return None
-    own = (f"metric/{grid.metric}", _extraction(grid.metric))
-    shown = documents[[c for c in documents.columns if c in SHOWN or c in own]]
+    of_grid = (f"metric/{grid.metric}", _extraction(grid.metric))
+    shown = documents[[c for c in documents.columns if c in SHOWN or c in of_grid]]
     columns: dict[str, list[Any]] = {str(k): v for k, v in shown.to_dict("list").items()}
     return columns | {"key": list(zip(*(columns[c] for c in DOCUMENT), strict=True))}
 

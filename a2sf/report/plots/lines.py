@@ -68,8 +68,8 @@ def score_columns(part: Grid) -> list[str]:
 
 
 def available_columns(system: System, part: Grid) -> list[str]:
-    whole = [AVERAGE] if set(part.tasks) <= set(system.rows) else []
-    return [*system.rows, *whole]
+    average = [AVERAGE] if set(part.tasks) <= set(system.rows) else []
+    return [*system.rows, *average]
 
 
 def estimated(system: System, column: str, part: Grid) -> Estimate:

@@ -81,8 +81,8 @@ class Progress:
 
     def look(self) -> str:
         """Update from disk; a text that names the cells that finished or failed since the last call, or ""."""
-        there, failures = _entries(self._directory), _entries(self._directory / "failures")
-        finished = [n for n in self._unfinished if n in there and is_cell(self._directory / n)]
+        entries, failures = _entries(self._directory), _entries(self._directory / "failures")
+        finished = [n for n in self._unfinished if n in entries and is_cell(self._directory / n)]
         since = self._started - CLOCK_SECONDS
         failed = [n for n in self._unfinished if failures.get(f"{n}.json", 0.0) >= since and n not in finished]
         for name in (*finished, *failed):

@@ -84,28 +84,28 @@ def one_type_each(documents: Sequence[dict[str, Any]], listed: bool) -> bool:
 
 
 def _one_type(values: Iterable[Any], listed: bool) -> bool:
-    there = [v for v in values if v is not None]
-    kinds = {type(v) for v in there}
+    present = [v for v in values if v is not None]
+    kinds = {type(v) for v in present}
     if len(kinds) > 1:
         return False
     kind = next(iter(kinds), None)
     if kind is int:
-        return all(-LARGEST <= v < LARGEST for v in there)
+        return all(-LARGEST <= v < LARGEST for v in present)
     if kind is float:
-        return not listed and all(map(math.isfinite, there))
+        return not listed and all(map(math.isfinite, present))
     if kind is str:
-        return not any(LIKE_A_DATE.match(v) or re.search("[\ud800-\udfff]", v) for v in there)
+        return not any(LIKE_A_DATE.match(v) or re.search("[\ud800-\udfff]", v) for v in present)
     if kind is list:
         # floats beside None in a list were read with fifteen digits
-        beside = [item for v in there if None in v for item in v if isinstance(item, float)]
+        beside = [item for v in present if None in v for item in v if isinstance(item, float)]
         if any(float(f"{x:.15g}") != x for x in beside):
             return False
-        return _one_type([item for v in there for item in v], listed)
+        return _one_type([item for v in present for item in v], listed)
     if kind is dict:
-        names = list(there[0])
+        names = list(present[0])
         return (
             bool(names)
-            and all(list(v) == names for v in there)
-            and all(_one_type([v[name] for v in there], listed) for name in names)
+            and all(list(v) == names for v in present)
+            and all(_one_type([v[name] for v in present], listed) for name in names)
         )
     return True

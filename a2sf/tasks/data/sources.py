@@ -186,12 +186,12 @@ def locate(definition: Definition, spec: DataSpec, shots: int) -> Source:
 
 
 def _splits(
-    definition: Definition, config: dict[str, Any], spec: DataSpec, shots: int, there: list[str] | None
+    definition: Definition, config: dict[str, Any], spec: DataSpec, shots: int, available: list[str] | None
 ) -> tuple[str | None, str | None]:
     """The scored split and that of the examples.
 
     Args:
-        there: the splits of the documents; None: not known before they are read.
+        available: the splits of the documents; None: not known before they are read.
     """
     test, validation, training = (config.get(f"{k}_split") for k in ("test", "validation", "training"))
     if "class" in config and (spec.split or spec.fewshot_split):
@@ -201,14 +201,14 @@ def _splits(
         )
 
     def first(*names: str | None) -> str | None:
-        return next((n for n in names if n is not None and (there is None or n in there)), None)
+        return next((n for n in names if n is not None and (available is None or n in available)), None)
 
     def have() -> str:
-        return f"data={spec.label} holds only {', '.join(there or [])} of {definition.name}"
+        return f"data={spec.label} holds only {', '.join(available or [])} of {definition.name}"
 
     if spec.split is not None and first(spec.split) is None:
-        raise ConfigError("data.split", spec.split, f"{have()}{nearest(spec.split, there or [])}")
-    usual = ("validation", "test") if there is not None else ()
+        raise ConfigError("data.split", spec.split, f"{have()}{nearest(spec.split, available or [])}")
+    usual = ("validation", "test") if available is not None else ()
     scored = first(spec.split, test, validation, *usual)
     if test is None and validation is None and spec.split is None and "class" not in config:
         raise ConfigError(
@@ -221,7 +221,7 @@ def _splits(
     if spec.fewshot_split is not None:
         if first(spec.fewshot_split) is None:
             raise ConfigError(
-                "data.fewshot_split", spec.fewshot_split, f"{have()}{nearest(spec.fewshot_split, there or [])}"
+                "data.fewshot_split", spec.fewshot_split, f"{have()}{nearest(spec.fewshot_split, available or [])}"
             )
         return scored, spec.fewshot_split
     examples = config.get("fewshot_config") or {}
@@ -232,12 +232,14 @@ def _splits(
                 "shots",
                 shots,
                 f"{definition.name} takes its examples from {stated}, and {have()}; "
-                f"give data.fewshot_split={(there or ['…'])[0]}, or shots=0",
+                f"give data.fewshot_split={(available or ['…'])[0]}, or shots=0",
             )
         return scored, stated
     if examples.get("samples") is not None:
         return scored, None
-    return scored, first(validation, *(("validation", training, "train") if there is not None else (training,)), scored)
+    return scored, first(
+        validation, *(("validation", training, "train") if available is not None else (training,)), scored
+    )
 
 
 def _refuse_unread(

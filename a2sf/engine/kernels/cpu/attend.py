@@ -59,8 +59,8 @@ def attend_cpu(
     flags = rule_flags(segments.rule) | {"spare": segments.schedule.spare, "most": most}
     shape = Shape(K, H // K, D, V, plan.slots, plan.slots, plan.block, **flags)
 
-    whole = plan.tokens == B * T
-    output = (torch.empty if whole else torch.zeros)(B, T, H, V)
+    unpadded = plan.tokens == B * T
+    output = (torch.empty if unpadded else torch.zeros)(B, T, H, V)
     evicted = torch.full((B, K, T, most), -1, dtype=torch.int32) if options.trace else NO_TRACE
     call = make_call(
         query, key, value, output, evicted, options.scale, segments.rule, _positions(segments, state, B, T)

@@ -24,7 +24,7 @@ LINE = 8
 def allocate(states: int, shape: Shape) -> Store:
     """Memory for `states` states, empty."""
     n = states * shape.slots
-    terms, weights, biases = (_memory(n if used else 0) for used in (shape.by_age, shape.weighted, shape.biased))
+    terms, weights, biases = (_memory(n if used else 0) for used in (shape.mean_over_age, shape.weighted, shape.biased))
     counters = _memory(states * LINE, torch.int64).reshape(states, LINE)
     counters[:] = 0
     return Store(
@@ -68,8 +68,8 @@ def _whole(n: int) -> int:
 def rule_flags(rule: Rule) -> dict[str, int]:
     """The parts of a rule, as fields of `Shape`."""
     return {
-        "counted": int(rule.count_above_uniform),
-        "by_age": int(rule.mean_over_age),
+        "count_above_uniform": int(rule.count_above_uniform),
+        "mean_over_age": int(rule.mean_over_age),
         "weighted": int(rule.weight is not None),
         "biased": int(rule.bias is not None),
         "shared": int(rule.shared),

@@ -81,7 +81,7 @@ def _rank(states, s, shape, ranks, sums, at_0, first, last):
     while j < end:
         at = s * shape.slots + j
         priority = load(states.scores, at)
-        if shape.by_age:
+        if shape.mean_over_age:
             priority = divide(priority, load(states.terms, at))
         if shape.weighted:
             priority = multiply(priority, load(states.weights, at))
@@ -163,11 +163,11 @@ def _evict(states, s, shape, ranks, ranks_at, oldest, newest, traced):
 @leaf
 def score(states, s, shape, scratch, factor, now, w_at, row_size, i_at):
     """Add the newest token's attention to the scores; weights and denominators of its heads are at `w_at` and `i_at`."""
-    if shape.counted:
+    if shape.count_above_uniform:
         _count(states, s, shape, factor, scratch.weights, w_at, row_size, scratch.inverse, i_at)
     else:
         _score(states, s, shape, factor, scratch.weights, w_at, row_size, scratch.inverse, i_at)
-    if shape.by_age:
+    if shape.mean_over_age:
         _age(states, s, shape, factor, now)
 
 
@@ -176,7 +176,7 @@ def evict(states, s, shape, call, scratch, thread, row, head, token, budget, old
     """Evict tokens among positions oldest..newest until `budget` are cached, if there are more than there may be."""
     if states.counters[s, COUNT] > budget + shape.spare:
         ranked, at, traced = (
-            shape.by_age + shape.weighted + shape.biased > 0,
+            shape.mean_over_age + shape.weighted + shape.biased > 0,
             thread * (shape.slots + LANES),
             _traces(call),
         )

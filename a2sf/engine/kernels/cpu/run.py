@@ -61,7 +61,7 @@ def _copy(states, source, target, shape):
         store(states.values, d + i, load(states.values, c + i))
     for i in range(0, n, LANES):
         store(states.scores, b + i, load(states.scores, a + i))
-        if shape.by_age:
+        if shape.mean_over_age:
             store(states.terms, b + i, load(states.terms, a + i))
         if shape.weighted:
             store(states.weights, b + i, load(states.weights, a + i))
@@ -86,7 +86,7 @@ def _import(states, s, shape, given, row, head, factor):
         at = s * shape.slots + i
         states.positions[at] = given.positions[row, head, i]
         states.scores[at] = given.scores[row, head, i]
-        if shape.by_age:
+        if shape.mean_over_age:
             terms = given.seen[row] - given.positions[row, head, i]
             a = np.float64(factor)
             states.terms[at] = terms if a == 1 else -math.expm1(terms * math.log(a)) / (1 - a) if a > 0 else 1

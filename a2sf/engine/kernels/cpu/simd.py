@@ -98,9 +98,9 @@ def _largest(builder: Any, x: Any) -> Any:
 
 
 def _in_order(builder: Any, x: Any) -> Any:
-    whole = builder.bitcast(builder.fadd(x, _constant(0.0)), _INTS)
-    sign = builder.ashr(whole, _constant(31))
-    return builder.xor(whole, builder.and_(sign, _constant(0x7FFFFFFF)))
+    integers = builder.bitcast(builder.fadd(x, _constant(0.0)), _INTS)
+    sign = builder.ashr(integers, _constant(31))
+    return builder.xor(integers, builder.and_(sign, _constant(0x7FFFFFFF)))
 
 
 def _bits_mask(builder: Any, m: Any) -> Any:

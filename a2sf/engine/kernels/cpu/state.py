@@ -24,8 +24,8 @@ class Shape(NamedTuple):
     block: int  # tokens of the largest block
     spare: int = 0  # tokens that may be cached beyond the budget before some are evicted
     most: int = 1  # evictions of a step, at most: what a trace has room for
-    counted: int = 0  # a query adds 1 where its attention is at least 1 / n, instead of the attention
-    by_age: int = 0  # priorities are divided by the number of terms, `Store.terms`
+    count_above_uniform: int = 0  # a query adds 1 where its attention is at least 1 / n, instead of the attention
+    mean_over_age: int = 0  # priorities are divided by the number of terms, `Store.terms`
     weighted: int = 0  # and multiplied by `Store.weights`
     biased: int = 0  # and added to `Store.biases`
     shared: int = 0  # all heads of a layer retain the same tokens

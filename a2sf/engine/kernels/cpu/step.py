@@ -81,12 +81,12 @@ def _product(a, a_at, a_row, rows, b, b_at, b_row, b_vector, vectors, depth, c, 
 
 @leaf
 def _scaled_copy(source, source_at, n, factor, target, target_at):
-    whole = n // LANES * LANES
+    in_vectors = n // LANES * LANES
     i = 0
-    while i < whole:
+    while i < in_vectors:
         store(target, target_at + i, multiply(load(source, source_at + i), spread(factor)))
         i = after(i)
-    for i in range(whole, n):
+    for i in range(in_vectors, n):
         target[target_at + i] = source[source_at + i] * factor
 
 
@@ -98,7 +98,7 @@ def _key_at(call, row, head, token):
 @leaf
 def _insert_keys(states, s, shape, call, scratch, part, row, head, start, w):
     """Put the keys of `w` tokens from `start` into the fresh slots, whose positions are set; panel by panel."""
-    D, whole, fresh, lanes_at = shape.D, shape.D // LANES * LANES, part * padded(shape.block), part * LANES
+    D, in_vectors, fresh, lanes_at = shape.D, shape.D // LANES * LANES, part * padded(shape.block), part * LANES
     i = 0
     while i < w:
         panel, first = scratch.fresh[fresh + i] // LANES, i
@@ -114,16 +114,16 @@ def _insert_keys(states, s, shape, call, scratch, part, row, head, start, w):
                 load(states.positions, s * shape.slots + panel * LANES), spread_int(I32(states.counters[s, SEEN]))
             )
             d = 0
-            while d < whole:
+            while d < in_vectors:
                 transpose(call.key, scratch.keys, lanes_at, d, states.keys, to + d * LANES, new)
                 d = after(d)
         for j in range(first, i):
             k_at, k_to = _key_at(call, row, head, start + j), to + scratch.fresh[fresh + j] % LANES
-            d = 0 if i - first < TOGETHER else whole
-            while d < whole:
+            d = 0 if i - first < TOGETHER else in_vectors
+            while d < in_vectors:
                 scatter(call.key, k_at + d, states.keys, k_to + d * LANES)
                 d = after(d)
-            for d in range(whole, D):
+            for d in range(in_vectors, D):
                 states.keys[k_to + d * LANES] = call.key[k_at + d]
 
 
@@ -159,7 +159,7 @@ def _insert(states, s, shape, call, scratch, part, row, head, start, w):
         states.positions[at] = states.counters[s, SEEN] + i
         states.scores[at] = 0
         token = (row * shape.heads + head) * call.tokens + start + i
-        if shape.by_age:
+        if shape.mean_over_age:
             states.terms[at] = 0
         if shape.weighted:
             states.weights[at] = call.weight[token]

@@ -82,8 +82,8 @@ class Group:
 
     @staticmethod
     def of(rows: Rows, members: list[int], held: list[list[int]]) -> Group:
-        whole = members == list(range(len(rows.lengths)))
-        state = rows.state if whole else rows.state.select(torch.tensor(members))
+        all_rows = members == list(range(len(rows.lengths)))
+        state = rows.state if all_rows else rows.state.select(torch.tensor(members))
         return Group(rows, members, [held[i] for i in members], state)
 
     @property
@@ -226,5 +226,5 @@ def _read_state(group: Group, slots: Slots, scores: Tensor | None, most: int) ->
     state = state.trim(most)  # in order already
     if min(group.lengths) == most:
         return state
-    gone = state.positions[..., None] < 0
-    return replace(state, keys=state.keys.masked_fill(gone, 0), values=state.values.masked_fill(gone, 0))
+    empty = state.positions[..., None] < 0
+    return replace(state, keys=state.keys.masked_fill(empty, 0), values=state.values.masked_fill(empty, 0))

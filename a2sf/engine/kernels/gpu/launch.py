@@ -86,8 +86,8 @@ def scan_constants(rule: Rule, K: int, G: int, D: int, N: int, several: bool) ->
         "HEADS": heads,
         "SEVERAL": several,
         "SCORED": rule.scored,
-        "COUNTED": rule.count_above_uniform,
-        "BY_AGE": rule.mean_over_age,
+        "COUNT_ABOVE_UNIFORM": rule.count_above_uniform,
+        "MEAN_OVER_AGE": rule.mean_over_age,
         "WEIGHTED": rule.weight is not None,
         "BIASED": rule.bias is not None,
         "PADDED_K": triton.next_power_of_2(heads),
@@ -186,5 +186,5 @@ class Launches:
         of = self._product("V", "PADDED_V")
         products.received[(len(table) * K, triton.cdiv(scores.shape[-1], of["COLUMNS"]))](
             b.query, b.key, slots.keys, table, died, sums, powers, scores, b.scale, n, n, S=slots.keys.shape[2],
-            W=died.shape[-1], POWERS=powers.shape[-1], COUNTED=b.rule.count_above_uniform, **of,
+            W=died.shape[-1], POWERS=powers.shape[-1], COUNT_ABOVE_UNIFORM=b.rule.count_above_uniform, **of,
         )  # fmt: skip

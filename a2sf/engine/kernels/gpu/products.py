@@ -199,7 +199,7 @@ def received(
     scores,  # float32 [B, K, S + n], in and out: `A` of the slots, then of the new tokens
     scale, n, T, K, S, W,
     POWERS, G: tl.constexpr, D: tl.constexpr, PADDED_G: tl.constexpr, PADDED_D: tl.constexpr, TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr, COUNTED: tl.constexpr, COMPILED: tl.constexpr,
+    COLUMNS: tl.constexpr, COUNT_ABOVE_UNIFORM: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     """Scores where nothing is evicted: the attention that each column received, weighted by age; nothing is T x T."""
     b, head, begin = tl.program_id(0) // K, tl.program_id(0) % K, tl.program_id(1) * COLUMNS
@@ -212,11 +212,11 @@ def received(
         k = _columns(new, slot_keys + (b * K + head).to(tl.int64) * S * D, c, held, tokens, K, D, PADDED_D)
         end = tl.load(died + (b * K + head) * W + c, mask=c < W, other=NEVER)
         empty = 0  # slots of this head
-        if COUNTED:
+        if COUNT_ABOVE_UNIFORM:
             for s in range(0, held, COLUMNS):
                 of_slot = s + tl.arange(0, COLUMNS)
-                gone = tl.load(died + (b * K + head) * W + of_slot, mask=of_slot < held, other=0) < 0
-                empty += tl.sum(gone.to(tl.int32), axis=0)
+                evicted = tl.load(died + (b * K + head) * W + of_slot, mask=of_slot < held, other=0) < 0
+                empty += tl.sum(evicted.to(tl.int32), axis=0)
         added = tl.zeros([PADDED_G * TOKENS, COLUMNS], tl.float32)
         for block in range(tl.maximum(0, begin - held) // TOKENS * TOKENS, tokens, TOKENS):
             i, t = tl.arange(0, PADDED_G * TOKENS) // TOKENS, block + tl.arange(0, PADDED_G * TOKENS) % TOKENS
@@ -225,7 +225,7 @@ def received(
             sum_ = tl.load(sums + ((b * K + head).to(tl.int64) * G + i) * n + t, mask=real, other=0.0)
             seen = ((c - held)[None, :] <= t[:, None]) & (t[:, None] <= end[None, :]) & (c < held + tokens)[None, :]
             p = tl.where(seen & real[:, None], tl.exp2(logit - sum_[:, None]), 0.0)
-            if COUNTED:
+            if COUNT_ABOVE_UNIFORM:
                 p = (p * (held - empty + t + 1).to(tl.float32)[:, None] >= SHARE).to(tl.float32)
             later = tl.load(powers + row * POWERS + tokens - 1 - t, mask=t < tokens, other=0.0)
             added += p * later[:, None]

@@ -39,8 +39,8 @@ def _smallest(rank, column, N: tl.constexpr):
 def _walk(
     shares, table, limits, factor, fixed, positions, numbers, query, key, slot_keys, scale, n, T, K, S, spare,
     G: tl.constexpr, D: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr, SEVERAL: tl.constexpr, SCORED: tl.constexpr,
-    COUNTED: tl.constexpr, BY_AGE: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, PADDED_K: tl.constexpr,
-    PADDED_G: tl.constexpr, COMPILED: tl.constexpr, CAREFUL: tl.constexpr,
+    COUNT_ABOVE_UNIFORM: tl.constexpr, MEAN_OVER_AGE: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr,
+    PADDED_K: tl.constexpr, PADDED_G: tl.constexpr, COMPILED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """All tokens of a chunk: A, N, m, b, positions, what is alive, when each column died, how many are alive, soundness."""
     first = tl.program_id(0) * HEADS  # this program's first KV head, counted through the rows
@@ -65,7 +65,7 @@ def _walk(
     ours = real_k & (is_slot & (position >= 0))[None, :]
     A = tl.load(slot, mask=ours, other=0.0)
     age, m, b = A, A, A
-    if BY_AGE:
+    if MEAN_OVER_AGE:
         age = tl.load(slot + N, mask=ours, other=0.0)
     new = fixed + ((row * K + first % K + k[:, None]) * 2).to(tl.int64) * T + (done + born)[None, :]
     comes = real_k & ((born >= 0) & (born < tokens))[None, :]
@@ -79,19 +79,19 @@ def _walk(
     # a token's shares are loaded two steps ahead; what is to come is not read (but in fours, as memory is read)
     group = ((first + k[:, None]) * G + g[None, :]).to(tl.int64) * n  # [K, G]
     line = shares + (group[:, :, None] * N + column[None, None, :])
-    there = (column // 4 * 4 - held)[None, None, :]
+    read_at = (column // 4 * 4 - held)[None, None, :]
     e = tl.zeros(line.shape, tl.float32)
     coming, later = e, e
     if SCORED:
-        e = tl.load(line, mask=head[:, :, None] & (there <= 0), other=0.0)
+        e = tl.load(line, mask=head[:, :, None] & (read_at <= 0), other=0.0)
         line += tl.where(tokens > 1, N, 0)
-        coming = tl.load(line, mask=head[:, :, None] & (there <= 1), other=0.0)
+        coming = tl.load(line, mask=head[:, :, None] & (read_at <= 1), other=0.0)
     t = 0  # a variable of its own: LLVM would widen the loop's to 64 bits, and all that it meets
     for _ in range(tokens):
         count += 1
         if SCORED:
             line += tl.where(t + 2 < tokens, N, 0)
-            later = tl.load(line, mask=head[:, :, None] & (there <= t + 2), other=0.0)
+            later = tl.load(line, mask=head[:, :, None] & (read_at <= t + 2), other=0.0)
             total = tl.sum(e * alive[None, None, :], axis=2)  # [K, G]
             if CAREFUL:  # noqa: SIM102 (known when compiled, the next is not)
                 if tl.min(tl.min(((total >= TINY) | (head == 0)).to(tl.int32), axis=1), axis=0) == 0:
@@ -107,13 +107,13 @@ def _walk(
             r = tl.where(head, r, 0.0)
             trouble += r  # huge once a sum is tiny, NaN once one is NaN
             p = e * r[:, :, None]
-            if COUNTED:
+            if COUNT_ABOVE_UNIFORM:
                 p = (p * count.to(tl.float32) >= SHARE).to(tl.float32)
             if CAREFUL:
                 A = tl.where(born == t, 0.0, A)  # NaN that it met before it came
             A = a * A + tl.sum(p, axis=1)  # what is dead is added to in vain
         priority = A
-        if BY_AGE:
+        if MEAN_OVER_AGE:
             age = a * age + tl.where(born <= t, 1.0, 0.0)[None, :]
             priority = priority / tl.where(born <= t, age, 1.0)
         if WEIGHTED:
@@ -164,18 +164,20 @@ def scan(
     G: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
     HEADS: tl.constexpr,  # KV heads of a program: 1, or K where they share their tokens
     SEVERAL: tl.constexpr,  # whether more than one may go in a step
-    SCORED: tl.constexpr, COUNTED: tl.constexpr, BY_AGE: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr,
+    SCORED: tl.constexpr, COUNT_ABOVE_UNIFORM: tl.constexpr, MEAN_OVER_AGE: tl.constexpr,
+    WEIGHTED: tl.constexpr, BIASED: tl.constexpr,
     PADDED_K: tl.constexpr, PADDED_G: tl.constexpr,  # powers of two
     COMPILED: tl.constexpr,  # not in Triton's interpreter
 ):  # fmt: skip
     A, age, m, b, position, alive, dead, count, sound = _walk(
         shares, table, limits, factor, fixed, positions, numbers, query, key, slot_keys, scale, n, T, K, S, spare, G, D, N,
-        HEADS, SEVERAL, SCORED, COUNTED, BY_AGE, WEIGHTED, BIASED, PADDED_K, PADDED_G, COMPILED, False,
+        HEADS, SEVERAL, SCORED, COUNT_ABOVE_UNIFORM, MEAN_OVER_AGE, WEIGHTED, BIASED, PADDED_K, PADDED_G, COMPILED, False,
     )  # fmt: skip
     if not sound:
         A, age, m, b, position, alive, dead, count, sound = _walk(
             shares, table, limits, factor, fixed, positions, numbers, query, key, slot_keys, scale, n, T, K, S, spare, G, D,
-            N, HEADS, SEVERAL, SCORED, COUNTED, BY_AGE, WEIGHTED, BIASED, PADDED_K, PADDED_G, COMPILED, True,
+            N, HEADS, SEVERAL, SCORED, COUNT_ABOVE_UNIFORM, MEAN_OVER_AGE, WEIGHTED, BIASED, PADDED_K, PADDED_G, COMPILED,
+            True,
         )  # fmt: skip
     first, k, column = tl.program_id(0) * HEADS, tl.arange(0, PADDED_K)[:, None], tl.arange(0, N)
     real = (k < HEADS) & (column >= 0)[None, :]
@@ -189,7 +191,7 @@ def scan(
     tl.store(positions_after + at + column[None, :], -1, mask=real & (column >= count)[None, :])
     to = numbers_after + at * 4 + place[None, :]
     tl.store(to, A, mask=stays)
-    if BY_AGE:
+    if MEAN_OVER_AGE:
         tl.store(to + N, age, mask=stays)
     if WEIGHTED:
         tl.store(to + 2 * N, m, mask=stays)
