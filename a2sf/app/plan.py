@@ -14,10 +14,10 @@ from a2sf.hf.loading import ModelSpec
 from a2sf.store.runs import write_groups
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.group import grouped
-from a2sf.sweep.planning.estimate import Estimate, estimate, measured_for
+from a2sf.sweep.planning.estimate import Estimate, estimate, measurements_for
 from a2sf.sweep.planning.table import headline, plan_table
 from a2sf.sweep.prepare import documents, models, texts
-from a2sf.sweep.reuse import Plan, plan
+from a2sf.sweep.reuse import SweepPlan, plan
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Planned:
     """
 
     checked: Checked
-    plan: Plan
+    plan: SweepPlan
     groups: Sequence[Sequence[Cell]]
     estimates: Sequence[Estimate]
     broken: dict[ModelSpec, UserError] = dataclasses.field(default_factory=dict)
@@ -49,12 +49,12 @@ def make_plan(checked: Checked, computes_here: bool) -> Planned:
         screen.print(note, highlight=False, soft_wrap=True)
     groups = grouped(made.pending)
     runs = checked.directory.parent
-    measured = measured_for(groups, runs)
-    estimates = estimate(groups, runs, trial=computes_here, measured=measured)
+    measurements = measurements_for(groups, runs)
+    estimates = estimate(groups, runs, trial=computes_here, measurements=measurements)
     screen.print(headline(made, groups, estimates, checked.directory), highlight=False, soft_wrap=True)
     if groups:
         screen.print(plan_table(groups, estimates))
-        if (power := power_of(made.cells, measured, checked.settings[0].power)) is not None:
+        if (power := power_of(made.cells, measurements, checked.settings[0].power)) is not None:
             screen.print(power)
     return Planned(checked, made, groups, estimates)
 

@@ -21,7 +21,7 @@ from a2sf.analysis.statistics.power import (
     smallest_difference,
 )
 from a2sf.sweep.cell import Cell
-from a2sf.sweep.planning.estimate import Measured
+from a2sf.sweep.planning.estimate import Measurements
 from a2sf.sweep.planning.power import PowerSettings
 
 USUAL_FLIPS = 0.15
@@ -108,22 +108,22 @@ def power_rows(
     return rows
 
 
-def power_of(cells: Sequence[Cell], measured: Measured, settings: PowerSettings) -> RenderableType | None:
+def power_of(cells: Sequence[Cell], measurements: Measurements, settings: PowerSettings) -> RenderableType | None:
     """The table that a plan shows; None: no two cells can be compared, and the user has set no key of `plan`.
 
     Args:
         cells: of the sweep, done or not.
-        measured: of earlier results, with the cells of these tasks.
+        measurements: of earlier results, with the cells of these tasks.
     """
     tests = number_of_tests(cells)
     if not (tests and any(c.stopping_rule is None for c in cells)) and not settings.given:
         return None
     documents, unknown, shared = {}, [], []
-    earlier = flips_of(measured.stored)
+    earlier = flips_of(measurements.stored)
     for task, cell in {c.task_name: c for c in cells}.items():
         if cell.spec.definition.config.get("output_type") == "loglikelihood_rolling":
             continue  # it has no right answers
-        if (n := measured.documents_of(cell)) is None:
+        if (n := measurements.documents_of(cell)) is None:
             unknown.append(task)
             continue
         documents[task] = n

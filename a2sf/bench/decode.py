@@ -23,7 +23,7 @@ from a2sf.engine.eviction import EvictionState
 from a2sf.engine.retention import BatchRetention
 from a2sf.hf.cache.layer import PrunedLayer
 from a2sf.hf.cache.pruned import PrunedCache
-from a2sf.hf.cache.store import How, Step
+from a2sf.hf.cache.store import How, NewTokens
 from a2sf.hf.loading import load
 from a2sf.policies.a2sf import A2SF
 from a2sf.policies.base import Retention
@@ -174,7 +174,7 @@ def _read(q: Tensor, k: Tensor, v: Tensor, budget: int) -> None:
     none, all_ = torch.zeros(1, dtype=torch.int64), torch.tensor([q.shape[2]])
     layer = PrunedLayer(How(POSITIONS, "auto", trace=False))
     layer.retention = BatchRetention.of([Retention(budget=budget, forgetting_factor=0.1)])
-    layer.attend(q, k, v, Step(none, all_, none, all_, q.shape[2]), q.shape[-1] ** -0.5, None)
+    layer.attend(q, k, v, NewTokens(none, all_, none, all_, q.shape[2]), q.shape[-1] ** -0.5, None)
 
 
 def long_run(tokens: int, budget: int = 256) -> float:

@@ -130,7 +130,7 @@ class Cell:
         Raises:
             UserError: if there are no such documents, or they cannot be reached.
         """
-        data = tasks.Contents().resolve(measured(self))
+        data = tasks.Contents().resolve(spec_with_tokenizer(self))
         return self if data == self.data else dataclasses.replace(self, data=data)
 
     @property
@@ -185,7 +185,7 @@ class Cell:
         }
 
 
-def measured(cell: Cell) -> tasks.TaskSpec:
+def spec_with_tokenizer(cell: Cell) -> tasks.TaskSpec:
     """The cell's task, with the tokenizer of its model if the task makes documents to a length in tokens.
 
     Raises:

@@ -87,7 +87,7 @@ def results_of(cells: Iterable[Cell], stored: Iterable[StoredCell]) -> dict[str,
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """The cells of a sweep, each once.
 
     Attributes:
@@ -105,7 +105,7 @@ class Plan:
         return [c for c in self.cells if c.name not in self.done]
 
 
-def plan(cells: Iterable[Cell], directory: Path) -> Plan:
+def plan(cells: Iterable[Cell], directory: Path) -> SweepPlan:
     """Find equal cells, and results of this sweep or another one; another sweep's results are linked into `directory`."""
     unique = {c.name: c for c in {c.tail: c for c in cells}.values()}
     finished = Finished(sorted(directory.parent.glob("*/*__*")), unique.values())
@@ -120,7 +120,7 @@ def plan(cells: Iterable[Cell], directory: Path) -> Plan:
         elif (found := _first_result(cell, elsewhere, notes)) is not None:
             link_cell(found, directory / name)
             done.add(name)
-    return Plan(list(unique.values()), frozenset(done), notes)
+    return SweepPlan(list(unique.values()), frozenset(done), notes)
 
 
 def _has_result(cell: Cell, paths: Iterable[Path], notes: list[str]) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from a2sf.hf.attention.errors import check_finite
-from a2sf.hf.cache.store import Step
+from a2sf.hf.cache.store import NewTokens
 
 if TYPE_CHECKING:
     from a2sf.hf.cache.layer import PrunedLayer
@@ -21,7 +21,7 @@ class CachePass:
     """One call of a model through a `PrunedCache`: an `a2sf.hf.attention.Pass`."""
 
     cache: PrunedCache
-    step: Step
+    new: NewTokens
     layers: int
     attentions: Counter[int] = field(default_factory=Counter)
 
@@ -32,10 +32,10 @@ class CachePass:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """Insert, attend, score and evict in one layer, [B, H, T, V]."""
-        if (order := self.step.order) is not None:
+        if (order := self.new.order) is not None:
             query, key, value = (_in_order(x, order) for x in (query, key, value))
-        tokens = (range(len(self.step.start)), self.step.start.tolist(), self.step.length.tolist())
-        if self.step.columns > 1:
+        tokens = (range(len(self.new.start)), self.new.start.tolist(), self.new.length.tolist())
+        if self.new.columns > 1:
             check_finite(layer, tokens, query=query, key=key, value=value)
         store: PrunedLayer = self.cache.layers[layer]
         if not store.is_initialized:
@@ -43,8 +43,8 @@ class CachePass:
         elif window is not None:
             self.cache.rows(layer, window)  # refuses a sequence that has outgrown the window
         which = self.attentions[layer]
-        output = store.attend(query, key, value, self.step, scale, self.cache.more, which)
-        if self.step.columns == 1:
+        output = store.attend(query, key, value, self.new, scale, self.cache.more, which)
+        if self.new.columns == 1:
             # NaN and infinity end up in the output, but not those of a key that only gets no attention
             check_finite(layer, tokens, key=key, output=output)
         self.attentions[layer] += 1

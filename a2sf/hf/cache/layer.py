@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import EvictionState
-from a2sf.hf.cache.store import How, Slots, Step
+from a2sf.hf.cache.store import How, NewTokens, Slots
 
 
 class PrunedLayer(CacheLayerMixin):
@@ -60,7 +60,7 @@ class PrunedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, step: Step, scale: float, more: int | None, which: int = 0
+        self, query: Tensor, key: Tensor, value: Tensor, new: NewTokens, scale: float, more: int | None, which: int = 0
     ) -> Tensor:
         """Insert, attend, score and evict the call's tokens, [B, H, T, V].
 
@@ -70,7 +70,7 @@ class PrunedLayer(CacheLayerMixin):
         """
         if which == len(self._slots):
             self._slots.append(Slots(self.retention, self.how))
-        output = self._slots[which].attend(query, key, value, step, scale, more)
+        output = self._slots[which].attend(query, key, value, new, scale, more)
         self.is_initialized = True
         return output
 

@@ -28,7 +28,7 @@ from a2sf.hf.cache.budgets import resolve_budgets
 from a2sf.hf.cache.cache_pass import CachePass
 from a2sf.hf.cache.checks import check_call, check_lengths_are_given, new_tokens
 from a2sf.hf.cache.layer import PrunedLayer
-from a2sf.hf.cache.store import How, Step
+from a2sf.hf.cache.store import How, NewTokens
 from a2sf.hf.cache.stored import ModelRef, load_into, stored_of
 from a2sf.hf.calls.around import decoder_of, following_copy, surround
 from a2sf.hf.calls.chunks import bounds, columns
@@ -318,7 +318,7 @@ class PrunedCache(Cache):
         assert self.seen is not None
         after = self.seen + length
         self._left = max(0, self._left - shape[1])
-        self._pass = CachePass(self, Step(start, length, self.seen, after, shape[1], order), len(self.layers))
+        self._pass = CachePass(self, NewTokens(start, length, self.seen, after, shape[1], order), len(self.layers))
         return self._pass
 
     def end(self, completed: bool) -> None:
@@ -337,8 +337,8 @@ class PrunedCache(Cache):
                 "the model's layers call their attention another number of times than in the first pass, which a pruned "
                 "cache does not follow"
             )
-        self.seen = done.step.after
-        self.columns += done.step.columns
+        self.seen = done.new.after
+        self.columns += done.new.columns
         self.calls += 0 if self._left else 1
 
     def rows(self, layer: int, window: int | None) -> list[Retention]:
@@ -350,7 +350,7 @@ class PrunedCache(Cache):
         retained = [row[layer] for row in self.retention]
         if window is None:
             return retained
-        seen = self.seen if self._pass is None else self._pass.step.after
+        seen = self.seen if self._pass is None else self._pass.new.after
         assert seen is not None
         after = seen.tolist()
         return [

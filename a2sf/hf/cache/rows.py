@@ -18,7 +18,7 @@ from a2sf.hf.attention.errors import NonFiniteError
 from a2sf.hf.cache.cache_pass import CachePass
 from a2sf.hf.cache.checks import check_length
 from a2sf.hf.cache.pruned import PrunedCache
-from a2sf.hf.cache.store import Step
+from a2sf.hf.cache.store import NewTokens
 from a2sf.policies.base import Retention
 
 
@@ -74,7 +74,7 @@ def begin_token(cache: PrunedCache, live: Tensor) -> CachePass:
     length = live.long()
     after = cache.seen + length
     check_length(cache, after, cache.seen, prompt=False)
-    cache._pass = CachePass(cache, Step(torch.zeros_like(length), length, cache.seen, after, 1), len(cache.layers))
+    cache._pass = CachePass(cache, NewTokens(torch.zeros_like(length), length, cache.seen, after, 1), len(cache.layers))
     return cache._pass
 
 

@@ -25,7 +25,7 @@ GROWTH = 256
 
 
 @dataclass(frozen=True)
-class Step:
+class NewTokens:
     """The new tokens of one call, int64 [B] each.
 
     Attributes:
@@ -93,15 +93,15 @@ class Store:
         memory = self._memory.nbytes if self._memory is not None else 0
         return memory + (0 if self._state is None else self._state.nbytes)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, step: Step, scale: float) -> Attended:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, new: NewTokens, scale: float) -> Attended:
         """Insert, attend, score and evict the call's tokens; `end_call` is to follow."""
-        if step.columns == 1 and self._state is None and self._memory is not None and not self.how.trace:
+        if new.columns == 1 and self._state is None and self._memory is not None and not self.how.trace:
             self._held = min(self.retention.most, self._held + 1)
             memory = self._make_room(self._held, key, value, None)
             note(memory.backend)
-            return Attended(memory.attend(query, key, value, self.retention, scale=scale, lengths=step.length))
+            return Attended(memory.attend(query, key, value, self.retention, scale=scale, lengths=new.length))
         before = None if self._state is None and self._memory is None else self.state()
-        segments = Segments.of_rows(self.retention, step.length, step.start)
+        segments = Segments.of_rows(self.retention, new.length, new.start)
         options = self.how.options(scale)
         attended = attend(query, key, value, segments, options, before, backend=self.how.backend)
         self._state = attended.state
@@ -191,26 +191,28 @@ class Slots:
     def nbytes(self) -> int:
         return sum(s.nbytes for s in self._stores)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, step: Step, scale: float, more: int | None) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, new: NewTokens, scale: float, more: int | None
+    ) -> Tensor:
         """Insert, attend, score and evict the call's tokens, [B, H, T, V]; `more` as for `PrunedLayer.attend`."""
         if not self._stores:
             self.heads, self.group = key.shape[1], query.shape[1] // key.shape[1]
             self._arrange([torch.arange(self.heads)])
         if len(self._stores) == 1:
-            ran = [self._stores[0].attend(query, key, value, step, scale)]
+            ran = [self._stores[0].attend(query, key, value, new, scale)]
             output = ran[0].output
         else:
             ran = []
             output = query.new_empty(*query.shape[:3], value.shape[-1])
             for store in self._stores:
                 ran.append(
-                    store.attend(query[:, store.queries], key[:, store.heads], value[:, store.heads], step, scale)
+                    store.attend(query[:, store.queries], key[:, store.heads], value[:, store.heads], new, scale)
                 )
                 output[:, store.queries] = ran[-1].output
         if self.how.trace:
             self._note(ran)
-        self._columns += step.columns
-        self._end_call(step.after, more)
+        self._columns += new.columns
+        self._end_call(new.after, more)
         return output
 
     def state(self) -> EvictionState:

@@ -72,7 +72,7 @@ class _Speed:
 
 
 @dataclass
-class Measured:
+class Measurements:
     """Measurements of finished cells.
 
     Attributes:
@@ -90,14 +90,14 @@ class Measured:
     stored: list[StoredCell] = field(default_factory=list)
 
     @classmethod
-    def under(cls, runs: Path, wanted: set[tuple[str, int]]) -> Measured:
+    def under(cls, runs: Path, wanted: set[tuple[str, int]]) -> Measurements:
         """Read all sweeps in the folder `runs`; `wanted`: the (task, shots) whose lengths are needed."""
-        measured = cls()
+        measurements = cls()
         for path in runs.glob("*/*__*"):
             if is_cell(path):
                 with suppress(CorruptCell, UserError, KeyError):
-                    measured._add(read_cell(path), wanted)
-        return measured
+                    measurements._add(read_cell(path), wanted)
+        return measurements
 
     def _add(self, stored: StoredCell, wanted: set[tuple[str, int]]) -> None:
         cell, timing = stored.cell, stored.result["timing"]
@@ -131,24 +131,24 @@ class Measured:
 
 
 def estimate(
-    groups: Sequence[Sequence[Cell]], runs: Path, *, trial: bool = False, measured: Measured | None = None
+    groups: Sequence[Sequence[Cell]], runs: Path, *, trial: bool = False, measurements: Measurements | None = None
 ) -> list[Estimate]:
     """Tokens and time of each group; nothing is downloaded, and no model is loaded.
 
     Args:
         runs: the folder of finished sweeps.
         trial: measure this machine's speed for models without a finished cell, in a second each.
-        measured: what was read from `runs` for these groups already; None: it is read.
+        measurements: what was read from `runs` for these groups already; None: it is read.
     """
-    measured = measured or measured_for(groups, runs)
+    measurements = measurements or measurements_for(groups, runs)
     known: dict[Any, float | None] = {}
     made = []
     for cells in groups:
         cell = cells[0]
         model, task = (cell.model_name, cell.identity["dtype"]), (cell.task_name, cell.shots)
-        size = measured.sizes.get(_documents(cell.identity))
+        size = measurements.sizes.get(_documents(cell.identity))
         if cell.spec.generates:
-            speed = measured.per_document.get((model, task))
+            speed = measurements.per_document.get((model, task))
             texts = (_documents_of(cell, size) or 0) * (cell.prompting.samples or 1)
             if speed is None and texts and trial:
                 made.append(_at_most(cells, texts))
@@ -156,15 +156,15 @@ def estimate(
             found = speed and texts and speed.seconds / speed.tokens * texts * len(cells)
             made.append(Estimate(seconds=found or None))
             continue
-        lengths, of_this_model = _known_lengths(cell, measured)
+        lengths, of_this_model = _known_lengths(cell, measurements)
         systems = tuple((repr(c.policy), c.budget, c.schedule) for c in cells)
         prompting = _as_text(cell.prompting.settings)
         of_model = cell.model_name if of_this_model or prompting else None
         key = (task, prompting, cell.data, cell.limit, of_model, systems)
         if key not in known:
-            known[key] = _tokens(cells, lengths, size, measured.sizes)
+            known[key] = _tokens(cells, lengths, size, measurements.sizes)
         tokens = known[key]
-        speed = measured.speeds.get((model, task)) or measured.speeds.get(model)
+        speed = measurements.speeds.get((model, task)) or measurements.speeds.get(model)
         tried = speed is None and tokens is not None and trial
         each = seconds_per_token(cell.model) if tried else speed and speed.seconds / speed.tokens
         made.append(Estimate(tokens, tokens * each, tried) if tokens and each else Estimate(tokens))
@@ -187,12 +187,12 @@ def _most_new(cell: Cell) -> int:
     return int(normalize_gen_kwargs(given, DEFAULT_NEW)["max_gen_toks"]) * (most_turns(given) or 1)
 
 
-def measured_for(groups: Sequence[Sequence[Cell]], runs: Path) -> Measured:
+def measurements_for(groups: Sequence[Sequence[Cell]], runs: Path) -> Measurements:
     """Measurements in the folder of finished sweeps that concern some groups."""
-    return Measured.under(runs, {(g[0].task_name, g[0].shots) for g in groups})
+    return Measurements.under(runs, {(g[0].task_name, g[0].shots) for g in groups})
 
 
-def _known_lengths(cell: Cell, measured: Measured) -> tuple[list[Lengths] | None, bool]:
+def _known_lengths(cell: Cell, measurements: Measurements) -> tuple[list[Lengths] | None, bool]:
     """Lengths of finished cells, and whether they are of the same model.
 
     Cells with the same prompting are preferred. Else the tokens of the chat template are added to cells without one.
@@ -203,7 +203,7 @@ def _known_lengths(cell: Cell, measured: Measured) -> tuple[list[Lengths] | None
     if not prompting or _template_tokens(cell) == (0, 0):
         order = [(same, True), (same, False), (plain, True), (plain, False)]
     for requests, of_this_model in order:
-        if lengths := measured.lengths.get((requests, cell.model_name) if of_this_model else requests):
+        if lengths := measurements.lengths.get((requests, cell.model_name) if of_this_model else requests):
             return lengths if requests == same else _with_template(cell, lengths), of_this_model
     return None, False
 
@@ -238,7 +238,7 @@ def _tokens(
     Args:
         lengths: of the task's documents, or of some of them.
         size: number of the task's documents; None: not known.
-        sizes: where their number is noted if it is found here (`Measured.sizes`).
+        sizes: where their number is noted if it is found here (`Measurements.sizes`).
     """
     cell = cells[0]
     documents = _documents_of(cell, size)

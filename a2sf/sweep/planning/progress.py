@@ -22,7 +22,7 @@ from a2sf.sweep import answer_store
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.planning.estimate import Estimate
 from a2sf.sweep.prepare.bar import bar, repeating
-from a2sf.sweep.reuse import Plan
+from a2sf.sweep.reuse import SweepPlan
 
 MINUTE = 60.0
 POLL_SECONDS = 1.0
@@ -58,7 +58,7 @@ class Progress:
 
     def __init__(
         self,
-        made: Plan,
+        made: SweepPlan,
         groups: Sequence[Sequence[Cell]],
         estimates: Sequence[Estimate],
         directory: Path,

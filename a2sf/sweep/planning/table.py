@@ -13,7 +13,7 @@ from a2sf.policies.schedule import schedule_for
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.planning.estimate import Estimate
 from a2sf.sweep.planning.progress import duration
-from a2sf.sweep.reuse import Plan
+from a2sf.sweep.reuse import SweepPlan
 
 MOST = 16
 """Values that a column lists; of more it shows the first, the last and their number."""
@@ -21,7 +21,7 @@ MOST = 16
 Groups = Sequence[Sequence[Cell]]
 
 
-def headline(made: Plan, groups: Groups, estimates: Sequence[Estimate], directory: Path) -> str:
+def headline(made: SweepPlan, groups: Groups, estimates: Sequence[Estimate], directory: Path) -> str:
     """One line: the cells of the sweep in `directory`, those to run, and an estimate of tokens and time."""
     pending = made.pending
     known = [(len(g), e) for g, e in zip(groups, estimates, strict=True)]

@@ -16,7 +16,7 @@ from rich.filesize import decimal
 
 from a2sf.errors import ConfigError, UserError
 from a2sf.hf.files.refusals import HubError
-from a2sf.sweep.cell import Cell, measured
+from a2sf.sweep.cell import Cell, spec_with_tokenizer
 from a2sf.sweep.prepare.bar import download_bar
 from a2sf.tasks.data.documents import downloaded_bytes
 from a2sf.tasks.spec import Contents, DataSpec, TaskSpec
@@ -71,7 +71,7 @@ def resolve_content(groups: Sequence[Sequence[Cell]], planned_only: bool = False
     for cell in (c for group in groups for c in group):
         if (key := key_of(cell)) not in known:
             try:
-                known[key] = contents.resolve(measured(cell))
+                known[key] = contents.resolve(spec_with_tokenizer(cell))
             except UserError as error:
                 if _is_mistake(error):
                     raise

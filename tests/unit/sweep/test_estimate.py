@@ -16,7 +16,7 @@ from a2sf.hf.loading import ModelSpec, load_tokenizer
 from a2sf.policies.find import find_policies
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.planning import rate
-from a2sf.sweep.planning.estimate import Estimate, Measured, _documents, _known_lengths, _tokens, estimate
+from a2sf.sweep.planning.estimate import Estimate, Measurements, _documents, _known_lengths, _tokens, estimate
 from a2sf.sweep.planning.table import headline
 from a2sf.tasks import spec as tasks
 from a2sf.tasks.prompting import Prompting
@@ -39,7 +39,7 @@ def full(limit: int, asked: Prompting | None = None, shots: int = 0) -> list[Cel
 
 
 def finished(cell: Cell, n: int, context: int, continuation: int = 3, model: str = "small") -> Any:
-    """What `Measured` reads of a cell with documents of one choice each."""
+    """What `Measurements` reads of a cell with documents of one choice each."""
     known = {"model": model, "dtype": "float32", "task": "copa", "shots": cell.shots, "limit": cell.limit}
     lengths = {"context_tokens": [[context]] * n, "continuation_tokens": [[continuation]] * n}
     return SimpleNamespace(
@@ -59,7 +59,7 @@ def test_a_few_long_documents_count_for_what_they_are():
 def test_a_task_has_no_more_documents_than_a_cell_found():
     lengths = [[(10, 3)]] * 6
     cells = full(200)
-    measured, identity = Measured(), cells[0].identity
+    measured, identity = Measurements(), cells[0].identity
     for limit, n in ((4, 4), (100, 6)):
         measured._add(finished(replace(cells[0], limit=limit), n, 10), {("copa", 0)})
     assert list(measured.sizes.values()) == [6]
@@ -78,7 +78,7 @@ def test_a_template_counts_and_lengths_are_of_what_was_asked_alike():
 
     def tokens(*stored: tuple[Prompting | None, int], shots: int = 0, asked: Prompting | None = chat) -> float:
         (cell,) = full(12, asked, shots)
-        measured = Measured()
+        measured = Measurements()
         for other, context in stored:
             measured._add(finished(full(12, other, shots)[0], 12, context), {("copa", shots)})
         return (_tokens([cell], _known_lengths(cell, measured)[0], 12) or 0) / 12
@@ -97,7 +97,7 @@ def test_a_template_counts_and_lengths_are_of_what_was_asked_alike():
 def test_another_models_template_is_taken_last():
     chat = Prompting(chat_template=True)
     (cell,) = full(12, chat)
-    measured = Measured()
+    measured = Measurements()
     measured._add(finished(full(12, chat)[0], 12, 99, model="other"), {("copa", 0)})
     assert _known_lengths(cell, measured) == ([[(99, 3)]] * 12, False)
     for model, own in (("another", False), ("small", True)):

@@ -18,7 +18,7 @@ from a2sf.analysis.statistics.power import (
 )
 from a2sf.app.power import number_of_tests, power_of, power_rows
 from a2sf.policies.budget import Budget
-from a2sf.sweep.planning.estimate import Measured
+from a2sf.sweep.planning.estimate import Measurements
 from a2sf.sweep.planning.power import PowerSettings
 from tests.unit.sweep.test_sweep import cell
 
@@ -32,8 +32,8 @@ def of(*policies: str, budgets: tuple[float, ...] = (0.2, 0.4), tasks: tuple[str
     ]
 
 
-def shown(cells, settings: PowerSettings | None = None, measured: Measured | None = None) -> str:
-    found = power_of(cells, measured or Measured(), settings or PowerSettings())
+def shown(cells, settings: PowerSettings | None = None, measurements: Measurements | None = None) -> str:
+    found = power_of(cells, measurements or Measurements(), settings or PowerSettings())
     if found is None:
         return ""
     console = Console(width=80, file=io.StringIO())

@@ -13,7 +13,7 @@ from a2sf.policies.find import find_policy
 from a2sf.policies.schedule import Schedule
 from a2sf.sweep.planning.estimate import Estimate
 from a2sf.sweep.planning.table import headline, plan_table
-from a2sf.sweep.reuse import Plan
+from a2sf.sweep.reuse import SweepPlan
 from tests.unit.sweep.test_sweep import cell
 
 
@@ -57,7 +57,7 @@ def test_a_large_grid_fits():
 def test_the_headline_counts_and_estimates():
     cells = [cell("full"), cell("h2o"), cell("window")]
     groups = [[cells[1]], [cells[2]]]
-    made = Plan(cells, frozenset({cells[0].name}), [])
+    made = SweepPlan(cells, frozenset({cells[0].name}), [])
     line = headline(made, groups, [Estimate(12345.0, 600.0), Estimate()], Path("runs/[x]"))
     assert line == (
         "[bold]runs/\\[x][/bold]: 3 cells, 1 done, 2 to run, about 12,000 tokens to compute for 1 of them, about 10 min at "

@@ -21,7 +21,7 @@ from a2sf.sweep.cell import Cell
 from a2sf.sweep.planning import progress
 from a2sf.sweep.planning.estimate import Estimate
 from a2sf.sweep.planning.progress import Progress, shown
-from a2sf.sweep.reuse import Plan
+from a2sf.sweep.reuse import SweepPlan
 from a2sf.sweep.runner import failure_file
 from a2sf.tasks import spec as tasks
 
@@ -55,7 +55,7 @@ class Sweep:
         monkeypatch.setattr(progress, "is_cell", Path.is_dir)
 
     def progress(self, estimates: list[Estimate]) -> Progress:
-        made = Plan([c for g in GROUPS for c in g], frozenset(), [])
+        made = SweepPlan([c for g in GROUPS for c in g], frozenset(), [])
         return Progress(made, GROUPS, estimates, self.directory, self.at.get, lambda: self.now)
 
     def finish(self, cell: Cell) -> None:

@@ -170,7 +170,7 @@ def test_a_template_needs_room_of_its_own():
     chat = Prompting(chat_template=True)
     with pytest.raises(ConfigError, match=r"lengths=\[8192\] .* take 30 of the 8192 positions .* task_args\.room=30"):
         dataclasses.replace(a_cell(of(lengths=[8192])), prompting=chat).with_content()
-    measured = cell.measured(dataclasses.replace(a_cell(of(lengths=[8192], room=30)), prompting=chat))
+    measured = cell.spec_with_tokenizer(dataclasses.replace(a_cell(of(lengths=[8192], room=30)), prompting=chat))
     assert measured.data.tokenizer
 
 

@@ -27,7 +27,7 @@ from a2sf.engine.kernels.cpu.memory import (
     make_scratch,
     rule_flags,
 )
-from a2sf.engine.kernels.cpu.plan import Plan, make_plan
+from a2sf.engine.kernels.cpu.plan import KernelPlan, make_plan
 from a2sf.engine.kernels.cpu.run import Given
 from a2sf.engine.kernels.cpu.state import Call, Scratch, Shape, Store
 from a2sf.engine.kernels.cpu.threads import in_threads
@@ -97,7 +97,7 @@ class Work(NamedTuple):
     final: Given = NO_STATE
 
 
-def threads_for(plan: Plan, shape: Shape) -> int:
+def threads_for(plan: KernelPlan, shape: Shape) -> int:
     """How many threads run a plan."""
     work = plan.tokens * shape.heads * shape.group * (shape.D + shape.V) * shape.slots
     return min(plan.left.size * _items(shape), torch.get_num_threads()) if work > LEAST_WORK else 1
@@ -108,7 +108,7 @@ def _items(shape: Shape) -> int:
     return 1 if shape.shared else shape.heads
 
 
-def run_plan(plan: Plan, threads: int, quota: int, shape: Shape, work: Work) -> None:
+def run_plan(plan: KernelPlan, threads: int, quota: int, shape: Shape, work: Work) -> None:
     """Run all work items; `quota` is how many tokens of one a thread reads before it puts it back, 0: all."""
     left = np.repeat(plan.left, _items(shape))
     at = np.zeros((left.size, 2), np.int64)

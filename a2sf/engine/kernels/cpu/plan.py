@@ -20,7 +20,7 @@ LEAST_BLOCK, LARGEST_BLOCK = 4, 32
 
 
 @dataclass(frozen=True)
-class Plan:
+class KernelPlan:
     """Segments in the order they are run, and the memory that takes.
 
     Attributes:
@@ -44,7 +44,7 @@ class Plan:
     columns: int = 0
 
 
-def make_plan(segments: Segments, start: Tensor | None, return_state: bool) -> Plan:
+def make_plan(segments: Segments, start: Tensor | None, return_state: bool) -> KernelPlan:
     if start is not None:
         return _make_plan(segments, start.tolist(), return_state)
     plans = segments.__dict__.setdefault("_cpu_plans", {})  # one object serves every layer of a model
@@ -53,7 +53,7 @@ def make_plan(segments: Segments, start: Tensor | None, return_state: bool) -> P
     return plans[return_state]
 
 
-def _make_plan(segments: Segments, start: list[int] | None, return_state: bool) -> Plan:
+def _make_plan(segments: Segments, start: list[int] | None, return_state: bool) -> KernelPlan:
     """`start` is how many tokens each parentless segment's given state holds."""
     columns = (segments.row, segments.start, segments.length, segments.parent)
     row, first, length, parent = (x.tolist() for x in columns)
@@ -105,4 +105,6 @@ def _make_plan(segments: Segments, start: list[int] | None, return_state: bool) 
         segments.forgetting_factor[order].float().numpy(),
     )
     slots = -(-slots // LANES) * LANES
-    return Plan(program, np.array(left, np.int64), sum(length), slots, max(most, 1), buffers, final_slots, *needed)
+    return KernelPlan(
+        program, np.array(left, np.int64), sum(length), slots, max(most, 1), buffers, final_slots, *needed
+    )

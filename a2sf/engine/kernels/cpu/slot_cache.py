@@ -25,7 +25,7 @@ from a2sf.engine.kernels.cpu.memory import (
     make_scratch,
     rule_flags,
 )
-from a2sf.engine.kernels.cpu.plan import LARGEST_BLOCK, Plan
+from a2sf.engine.kernels.cpu.plan import LARGEST_BLOCK, KernelPlan
 from a2sf.engine.kernels.cpu.run import Program
 from a2sf.engine.kernels.cpu.simd import LANES
 from a2sf.engine.kernels.cpu.state import COUNT, SEEN, Shape
@@ -165,7 +165,7 @@ class SlotCache:
         factors[:] = factor
         left = steps[:, cpu_run.LENGTH] + 1
         block = max(1, int(steps[:, cpu_run.BLOCK].max(initial=1)))
-        plan = Plan(Program(np.arange(B + 1), steps, factors), left, int(left.sum()), shape.slots, block, 1, 0)
+        plan = KernelPlan(Program(np.arange(B + 1), steps, factors), left, int(left.sum()), shape.slots, block, 1, 0)
         # a quota, so that every item has states of its own; large enough to run it in one go
         quota = int(left.max(initial=1))
         threads, shape = threads_for(plan, shape), shape._replace(block=block)
