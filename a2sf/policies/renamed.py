@@ -54,9 +54,9 @@ def _read(old: str, new: str, instance: Any) -> Any:
 def rename_methods(cls: type) -> None:
     """Let a policy class that overrides a method by its old name override the new one, and the other way round."""
     for old, new in METHODS.items():
-        own = vars(cls)
-        if old in own and new not in own:
+        defined = vars(cls)
+        if old in defined and new not in defined:
             notice(f"{cls.__name__}.{old}", new)
-            setattr(cls, new, own[old])
-        elif new in own:
-            setattr(cls, old, own[new])  # for super() calls in a subclass by the old name
+            setattr(cls, new, defined[old])
+        elif new in defined:
+            setattr(cls, old, defined[new])  # for super() calls in a subclass by the old name

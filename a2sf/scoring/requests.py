@@ -162,9 +162,9 @@ class Requests:
             answer, positions = settings["max_gen_toks"], self.lm.max_length
             new = answer * (1 + len(later)) + sum(len(q.tokens) for q in later)
             if new >= positions:
-                asked = f", with {len(later)} later questions of a conversation" if later else ""
+                questions = f", with {len(later)} later questions of a conversation" if later else ""
                 raise UserError(
-                    f"the task generates up to {new} tokens{asked}, which leaves no room for a prompt in the model's "
+                    f"the task generates up to {new} tokens{questions}, which leaves no room for a prompt in the model's "
                     f"{positions} positions; choose another task or model"
                 )
             # lm-eval decides about the beginning-of-sequence token by the first text of a batch, so each is one

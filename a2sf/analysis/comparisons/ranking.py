@@ -195,8 +195,8 @@ def _against_full(
     }
     tested = []
     for row in rows:
-        own = systems[row.policy, row.label, row.factor]
-        sides = own, [full.keys] * len(own)
+        of_row = systems[row.policy, row.label, row.factor]
+        sides = of_row, [full.keys] * len(of_row)
         difference = comparer.over_budgets(*sides) if row.causal else None
         tested.append(replace(row, to_full=difference, within=comparer.within(*sides, margin) if row.causal else None))
     return tested

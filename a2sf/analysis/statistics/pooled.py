@@ -147,14 +147,14 @@ def pool(values: np.ndarray, covariance: np.ndarray, free: float) -> Pooled:
     values, k = np.asarray(values, float), len(values)
     # mean covariance by common documents; a negative one is chance
     shared = max(0.0, float(covariance.sum() - np.trace(covariance)) / (k * (k - 1)))
-    own = max(0.0, float(np.trace(covariance)) / k - shared)
+    independent = max(0.0, float(np.trace(covariance)) / k - shared)
     value, variance = float(values.mean()), float(values.var(ddof=1))
-    tau2, i2, p_equal = _heterogeneity(values, own)
+    tau2, i2, p_equal = _heterogeneity(values, independent)
     parts = [(variance / k, k - 1.0), (shared, free)]
-    here = [(own / k + shared, free)]
+    here = [(independent / k + shared, free)]
     half_here = _half_width(here)
     half = max(_half_width(parts), half_here)
-    ahead = math.sqrt(max(variance, own) * (1 + 1 / k)) * _t(k - 1, TAIL) if k >= FEWEST else None
+    ahead = math.sqrt(max(variance, independent) * (1 + 1 / k)) * _t(k - 1, TAIL) if k >= FEWEST else None
     return Pooled(
         models=k,
         value=value,
@@ -171,16 +171,16 @@ def pool(values: np.ndarray, covariance: np.ndarray, free: float) -> Pooled:
     )
 
 
-def _heterogeneity(values: np.ndarray, own: float) -> tuple[float, float, float]:
-    """The variance between models, I² and the p-value of Cochran's Q, with equal errors (variance `own`)."""
+def _heterogeneity(values: np.ndarray, independent: float) -> tuple[float, float, float]:
+    """The variance between models, I² and the p-value of Cochran's Q, with equal errors (variance `independent`)."""
     from statsmodels.stats.meta_analysis import combine_effects
 
     variance = float(values.var(ddof=1))
     if variance == 0:
         return 0.0, 0.0, 1.0
-    if own == 0:
+    if independent == 0:
         return variance, 1.0, 0.0
-    made = combine_effects(values, np.full(len(values), own), method_re="pm")
+    made = combine_effects(values, np.full(len(values), independent), method_re="pm")
     return float(made.tau2), max(0.0, float(made.i2)), float(made.test_homogeneity().pvalue)
 
 

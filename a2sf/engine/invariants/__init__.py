@@ -179,10 +179,10 @@ def rows(c: Case) -> None:
 
 def chunks(c: Case) -> None:
     """A sequence read in chunks equals the whole; forks of a shared beginning equal each sequence from scratch."""
-    whole = c.run()
+    at_once = c.run()
     if not c.policy.causal:
         try:
-            c.run(state=whole.state)
+            c.run(state=at_once.state)
         except UserError as why:
             raise Excepted("it is not causal and needs the whole sequence at once") from why
         raise Broken("it is not causal, and still continues from a state")
@@ -193,13 +193,13 @@ def chunks(c: Case) -> None:
         ran = c.run(*chunk, state=before)
         outputs.append(ran.output)
     where = f"cut after {' and '.join(map(str, c.cuts))} tokens"
-    _equal(torch.cat(outputs, 2), whole.output, f"{where}, the outputs differ from the whole's")
-    _same_state(ran.state, whole.state, f"{where}, another state is left")
+    _equal(torch.cat(outputs, 2), at_once.output, f"{where}, the outputs differ from the whole's")
+    _same_state(ran.state, at_once.state, f"{where}, another state is left")
     # the last chunk again: all rows continue row 0's beginning, each with its own tokens
     zero = torch.zeros(ROWS, dtype=torch.int64)
     forked = c.run(*chunk, rows=zero, state=before.select(zero))
-    own = (torch.cat([x[:1, :, :at].expand(ROWS, -1, -1, -1), x[:, :, at:]], 2) for x in c.tensors)
-    scratch = c.run(*own, rows=zero)
+    inputs = (torch.cat([x[:1, :, :at].expand(ROWS, -1, -1, -1), x[:, :, at:]], 2) for x in c.tensors)
+    scratch = c.run(*inputs, rows=zero)
     _equal(forked.output, scratch.output[:, :, at:], f"forked after {at} tokens, a row differs from the whole")
     _same_state(forked.state, scratch.state, f"forked after {at} tokens, another state is left")
 

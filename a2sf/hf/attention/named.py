@@ -28,15 +28,15 @@ _namings: ContextStack[tuple[Configs, str | None]] = ContextStack("namings")
 @contextmanager
 def named(configs: Configs, name: str | None) -> Iterator[None]:
     """`configs` name the attention `name` when they are read in this context; None: their own."""
-    own = {i: stated_attention(config) for i, config in configs.items()}
+    stated = {i: stated_attention(config) for i, config in configs.items()}
     try:
         with _namings.entered((configs, name)):
             yield
     finally:
         for i, config in configs.items():
             # a model that was made with this config inside the block has stored the name that it read
-            if name is not None and stated_attention(config) == name != own[i]:
-                set_stated_attention(config, own[i])
+            if name is not None and stated_attention(config) == name != stated[i]:
+                set_stated_attention(config, stated[i])
 
 
 def configs_of(model: nn.Module) -> Configs:

@@ -21,8 +21,8 @@ def check_positions(given: Tensor, past: Tensor, shape: tuple[int, int]) -> None
     Raises:
         UserError: if they do.
     """
-    own = past[:, None] + torch.arange(shape[1])
-    if given.shape[-1] == shape[1] and given.shape[0] in (1, len(own)) and (given.cpu() != own).any():
+    expected = past[:, None] + torch.arange(shape[1])
+    if given.shape[-1] == shape[1] and given.shape[0] in (1, len(expected)) and (given.cpu() != expected).any():
         raise UserError("earlier tokens of this batch were padding; give attention_mask, which says where it was")
 
 

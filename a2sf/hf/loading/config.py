@@ -40,15 +40,16 @@ def _config(spec: ModelSpec) -> Any:
     folder = files.get([n for n in texts if n == "config.json" or (code and n.endswith(".py"))])
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind, own = raw.get("model_type"), raw.get("auto_map") or {}
+        kind, auto_map = raw.get("model_type"), raw.get("auto_map") or {}
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(KEY, spec.path, f"its config.json cannot be read ({first_line(error)})") from error
-    _check_code(own if code else {}, folder, spec.path)
+    _check_code(auto_map if code else {}, folder, spec.path)
     if settings := raw.get("quantization_config"):  # checked before the weights are fetched
         check_quantizer(settings, KEY, spec.path)
     needs_code = "it comes with code of its own; model.trust_remote_code=true runs it, if you trust its authors"
-    if kind not in CONFIG_MAPPING and not (own and code):
-        why = needs_code if own else "its config.json names no model_type" if not kind else weights.version_needed(raw)
+    if kind not in CONFIG_MAPPING and not (auto_map and code):
+        why = weights.version_needed(raw) if kind else "its config.json names no model_type"
+        why = needs_code if auto_map else why
         raise ConfigError(KEY, spec.path, why)
     with refused(KEY, spec.path, "its config.json cannot be used"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=code, local_files_only=True)
@@ -57,15 +58,15 @@ def _config(spec: ModelSpec) -> Any:
     names = getattr(config, "architectures", None) or []
     if names and not any(n.endswith(CAUSAL_ARCHITECTURES) for n in names):
         raise ConfigError(KEY, spec.path, f"{names[0]} is not a causal language model; give a decoder model")
-    if weights.auto_class(config) is None and not (code and "AutoModelForCausalLM" in own):
+    if weights.auto_class(config) is None and not (code and "AutoModelForCausalLM" in auto_map):
         why = f"transformers has no causal language model of type {kind!r}; give a decoder model"
-        raise ConfigError(KEY, spec.path, needs_code if "AutoModelForCausalLM" in own else why)
+        raise ConfigError(KEY, spec.path, needs_code if "AutoModelForCausalLM" in auto_map else why)
     return config
 
 
-def _check_code(own: dict[str, Any], folder: Path, path: str) -> None:
+def _check_code(auto_map: dict[str, Any], folder: Path, path: str) -> None:
     """Refuse code that a config names and that is not beside it: it would be taken from another commit."""
-    names = [n for value in own.values() for n in (value if isinstance(value, list) else [value]) if n]
+    names = [n for value in auto_map.values() for n in (value if isinstance(value, list) else [value]) if n]
     for name in names:
         elsewhere, _, module = str(name).rpartition("--")
         file = f"{module.rpartition('.')[0]}.py"
