@@ -216,7 +216,7 @@ class CellGroup:
         """Evaluate the cells that have no result yet, where the group stopped early on the documents that decided."""
         if self._stopping is not None and self._stopping.documents is not None:
             given = given.of_documents(set(self._stopping.documents))
-        self._finished(given.requests)
+        self._finished(given.requests)  # reads the full cache's texts under the systems that remain
         for cell in self._unfinished.values():
             yield from self._evaluate(cell, given, store)
 
