@@ -179,9 +179,9 @@ def test_a_cache_whose_part_failed_is_not_used_again(parts):
 
 
 def long_requests():
-    ids = torch.randint(3, 97, (6, 240), generator=torch.Generator().manual_seed(5))
-    ids[1:3, :150] = ids[0, :150]  # beginnings in common
-    return requests(ids, [200, 150, 149, 1, 30, 130], [240, 170, 210, 220, 140, 240])
+    ids = torch.randint(3, 97, (6, 150), generator=torch.Generator().manual_seed(5))
+    ids[1:3, :95] = ids[0, :95]  # beginnings in common
+    return requests(ids, [125, 95, 94, 1, 20, 80], [150, 105, 130, 137, 90, 150])
 
 
 def scored(lm: PrunedLM, monkeypatch, *, in_parts: bool):

@@ -17,7 +17,7 @@ from a2sf.policies.find import find_policies
 from a2sf.policies.schedule import schedule_for
 from a2sf.scoring.generation import rows as continuous
 from a2sf.scoring.requests import Requests
-from tests.policies import ties
+from tests.policies import representatives, ties
 
 HEAD = "What is it that two texts have in common? A beginning. "
 PROMPTS = [f"{HEAD}{q}" for q in ("And then?", "One, two, three, four", "x", "So what is the end of it?")] + ["Short"]
@@ -25,16 +25,20 @@ GREEDY = {"do_sample": False}
 DRAWN = {"do_sample": True, "temperature": 1.0, "top_k": 0}
 
 
-def systems(lm):
-    """Each causal policy under each schedule that it knows, at two budgets."""
+def systems(lm, every=True):
+    """Each causal policy under each schedule that it supports, at two budgets; or one policy of each rule, at one budget."""
+    chosen = {p.name for p, _ in representatives()}
     for name, cls in find_policies().items():
         policy = cls()
         if not policy.causal or ties(cls):  # a text has letters that come again
             continue
+        if not every and name not in chosen:
+            continue
         for schedule in SCHEDULES if policy.evicts else SCHEDULES[:1]:
             if schedule.when not in policy.schedules:
                 continue
-            for budget in (Budget(tokens=40), Budget(ratio=0.6, base="context")) if policy.uses_budget else (None,):
+            budgets = (Budget(tokens=40), Budget(ratio=0.6, base="context"))[: 1 + every]
+            for budget in budgets if policy.uses_budget else (None,):
                 if budget is None or budget.tokens is None or policy.min_budget <= 40:
                     yield name, lm.scorer.system(policy, budget, schedule)
 
@@ -61,9 +65,10 @@ def by_itself(lm, system, prompt, new, **settings):
     return made[0, ids.shape[1] :].tolist()
 
 
-def test_each_system_writes_what_it_writes_by_itself(lm):
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_each_system_writes_what_it_writes_by_itself(lm, every):
     lm.scorer.sequences_per_pass = 11  # so that rows come and go
-    named = list(systems(lm))
+    named = list(systems(lm, every))
     requests = requests_of(lm, GREEDY)
     answers = generated(lm, requests, [s for _, s in named])
     for (name, system), one in zip(named, answers, strict=True):
