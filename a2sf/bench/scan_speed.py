@@ -26,8 +26,8 @@ from a2sf.hf.loading import load
 from a2sf.policies.a2sf import A2SF
 from a2sf.scoring.lm import PrunedLM
 
-CACHED = {"decode_16k": 16384, "decode_1638": 1638}
-"""Cached tokens while decoding: all of 16,384, and a tenth of them."""
+CACHED = {"decode_16k": 16384, "decode_1638": 1638, "decode_256": 256}
+"""Cached tokens while decoding: all of 16,384, a tenth of them, and few."""
 STEPS = 64
 """Tokens of a measurement of decoding; the readable form makes room once in as many."""
 DOCUMENTS = 20
