@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from a2sf.bench.measuring import Figures, alternately
-from a2sf.engine.eviction import Options
+from a2sf.engine.eviction import Options, Segments
 from a2sf.engine.functional import evicting_attention
 from a2sf.engine.kernels import attend
 from a2sf.hf.attention import Plan
@@ -20,6 +20,10 @@ from a2sf.policies.base import Policy
 from a2sf.policies.find import make_policy
 
 RATIO, FACTOR = 0.2, 0.2
+SHAPES = {"T100": (16, 9, 9, 100), "T1024": (1, 9, 3, 1024), "T4096": (1, 9, 3, 4096)}
+"""Rows, query heads, KV heads and tokens of a call."""
+CALLS = {"T100": 60, "T1024": 30, "T4096": 8}
+"""How often each is timed."""
 COMPARED = ("mean_attention", "vatp", "key_norm", "random", "tova")
 """Policies with a compiled step, compared with A2SF."""
 FUNCTION = "keydiff"
@@ -42,18 +46,15 @@ def measure(figures: Figures, options: argparse.Namespace) -> None:
     """Add the ratios of the kernels."""
     repeats = options.repeats
     ratios, details = figures.ratios, figures.details
-    shapes = {"T100": (16, 9, 9, 100), "T1024": (1, 9, 3, 1024), "T4096": (1, 9, 3, 4096)}
-    for name, (rows, heads, kv_heads, length) in shapes.items():
+    for name, (rows, heads, kv_heads, length) in SHAPES.items():
         q, k, v = tensors(rows, heads, kv_heads, length, figures.device)
         budget = int(RATIO * length)
-        many = {"T100": 60, "T1024": 30, "T4096": 8}[name]
-
         kernel = _call(q, k, v, budget, A2SF(forgetting_factor=FACTOR))
 
         def sdpa(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-        fast, _ = alternately(many, kernel=kernel, sdpa=sdpa)
+        fast, _ = alternately(CALLS[name], kernel=kernel, sdpa=sdpa)
         loop = functools.partial(per_token_loop, q, k, v, budget, FACTOR)
         slow, _ = alternately(1 if length > 1000 else repeats, loop=loop)
         ratios[f"loop_over_kernel_{name}"] = slow["loop"] / fast["kernel"]
@@ -96,10 +97,15 @@ def _priority_function(figures: Figures, repeats: int) -> None:
 
 def _call(q: Tensor, k: Tensor, v: Tensor, budget: int, policy: Policy) -> Callable[[], Any]:
     """A call of attention as in a model's layer, without state."""
+    segments = segments_of(q, budget, policy)
+    return lambda: attend(q, k, v, segments, Options(scale=q.shape[-1] ** -0.5))
+
+
+def segments_of(q: Tensor, budget: int, policy: Policy) -> Segments:
+    """Whole rows of `q` [B, H, T, D], as a model's layer gets them."""
     rows, length = q.shape[0], q.shape[2]
     plan = Plan.of_rows([length] * rows, [0] * rows, lambda segment, layer: policy.keeps(budget, layer), 1)
-    segments = plan.segments(0, None)
-    return lambda: attend(q, k, v, segments, Options(scale=q.shape[-1] ** -0.5))
+    return plan.segments(0, None)
 
 
 def tensors(rows: int, heads: int, kv_heads: int, length: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:

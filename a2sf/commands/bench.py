@@ -2,6 +2,7 @@
 
 Every figure is a ratio of two measurements that alternate in one run, because machines are noisy.
 kernel: the eviction kernel against full attention and against the per-token loop of published code.
+scan: the same in matrix products and a loop that is easy to read, against the kernel.
 lm_eval: lm-eval's own Hugging Face model against ours, with the same weights and documents.
 groups: the cells of a sweep computed in groups against one by one.
 generation: texts of a group of cells against lm-eval's model, and of a small budget against the full cache.
@@ -23,11 +24,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from a2sf.bench import decode, generation, groups, harness, kernels, process, prompt
+from a2sf.bench import decode, generation, groups, harness, kernels, process, prompt, scan_speed
 from a2sf.bench.measuring import SMOLLM2, Figures
 
 PARTS: dict[str, Any] = {
     "kernel": kernels,
+    "scan": scan_speed,
     "lm_eval": harness,
     "groups": groups,
     "generation": generation,

@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 
 from a2sf.engine.kernels.cpu import run as cpu_run
-from a2sf.engine.kernels.cpu.bounds import (
-    check_state,
-    check_tensors,
-)
+from a2sf.engine.kernels.cpu.bounds import check_state, check_tensors
 from a2sf.engine.kernels.cpu.memory import (
     NO_STATE,
     NO_TRACE,

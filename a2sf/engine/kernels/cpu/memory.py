@@ -8,9 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from a2sf.engine.kernels.cpu.bounds import (
-    per_token,
-)
+from a2sf.engine.kernels.cpu.bounds import per_token
 from a2sf.engine.kernels.cpu.run import Given
 from a2sf.engine.kernels.cpu.simd import LANES, TILE_ROWS
 from a2sf.engine.kernels.cpu.state import Call, Scratch, Shape, Store
@@ -29,7 +27,7 @@ def allocate(states: int, shape: Shape) -> Store:
     counters[:] = 0
     return Store(
         keys=_memory(n * shape.D),
-        values=_memory(states * shape.room * _whole(shape.V)),
+        values=_memory(states * shape.room * whole(shape.V)),
         scores=_memory(n),
         terms=terms,
         weights=weights,
@@ -46,9 +44,9 @@ def make_scratch(threads: int, shape: Shape) -> Scratch:
     return Scratch(
         query=_memory(parts * rows * shape.D),
         weights=_memory(parts * rows * row),
-        output=_memory(parts * rows * _whole(shape.V)),
-        inverse=_memory(parts * _whole(rows)),
-        fresh=_memory(parts * _whole(shape.block), torch.int64),
+        output=_memory(parts * rows * whole(shape.V)),
+        inverse=_memory(parts * whole(rows)),
+        fresh=_memory(parts * whole(shape.block), torch.int64),
         keys=_memory(parts * LANES, torch.int64),
         ranks=_memory(threads * row, torch.int32),
         sums=_memory(threads * row),
@@ -60,7 +58,7 @@ def _memory(n: int, dtype: torch.dtype = torch.float32) -> np.ndarray:
     return torch.empty(n, dtype=dtype).numpy()
 
 
-def _whole(n: int) -> int:
+def whole(n: int) -> int:
     """`n` rounded up to whole vectors."""
     return -(-n // LANES) * LANES
 

@@ -8,9 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from a2sf.engine.kernels.cpu import run as cpu_run
-from a2sf.engine.kernels.cpu.bounds import (
-    check_segments,
-)
+from a2sf.engine.kernels.cpu.bounds import check_segments
+from a2sf.engine.kernels.cpu.memory import whole
 from a2sf.engine.kernels.cpu.run import Program
 from a2sf.engine.kernels.cpu.simd import LANES
 from a2sf.engine.state import Segments
@@ -70,7 +69,7 @@ def _make_plan(segments: Segments, start: list[int] | None, return_state: bool) 
         evicts = before + length[i] > budget[i] + spare
         held[i] = max(before, budget[i] + spare) if evicts else before + length[i]
         # the block depends on the segment's own budget alone, so that a row's rounding does not depend on other rows
-        need = -(-(held[i] + LEAST_BLOCK) // LANES) * LANES if evicts else -(-held[i] // LANES) * LANES
+        need = whole(held[i] + LEAST_BLOCK if evicts else held[i])
         block[i] = min(LARGEST_BLOCK, need - held[i]) if evicts else LARGEST_BLOCK
         slots, final_slots, most = max(slots, need), max(final_slots, held[i]), max(most, min(block[i], length[i]))
         work[i] = length[i] * (held[i] + LANES)
@@ -104,7 +103,6 @@ def _make_plan(segments: Segments, start: list[int] | None, return_state: bool) 
         np.array(steps, np.int64).reshape(-1, 11),
         segments.forgetting_factor[order].float().numpy(),
     )
-    slots = -(-slots // LANES) * LANES
     return KernelPlan(
-        program, np.array(left, np.int64), sum(length), slots, max(most, 1), buffers, final_slots, *needed
+        program, np.array(left, np.int64), sum(length), whole(slots), max(most, 1), buffers, final_slots, *needed
     )

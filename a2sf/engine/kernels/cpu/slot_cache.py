@@ -10,11 +10,7 @@ from torch import Tensor
 
 from a2sf.engine.kernels.cpu import run as cpu_run
 from a2sf.engine.kernels.cpu.attend import Work, run_plan, threads_for
-from a2sf.engine.kernels.cpu.bounds import (
-    check_fits,
-    check_lengths,
-    check_state,
-)
+from a2sf.engine.kernels.cpu.bounds import check_fits, check_lengths, check_state
 from a2sf.engine.kernels.cpu.memory import (
     NO_CALL,
     NO_TRACE,
@@ -24,10 +20,10 @@ from a2sf.engine.kernels.cpu.memory import (
     make_call,
     make_scratch,
     rule_flags,
+    whole,
 )
 from a2sf.engine.kernels.cpu.plan import LARGEST_BLOCK, KernelPlan
 from a2sf.engine.kernels.cpu.run import Program
-from a2sf.engine.kernels.cpu.simd import LANES
 from a2sf.engine.kernels.cpu.state import COUNT, SEEN, Shape
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import EvictionState
@@ -61,10 +57,8 @@ class SlotCache:
         spare: int = 0,
     ) -> None:
         self.rule = rule
-        room = slots + 1 if slots >= 128 else -(-(slots + 1) // LANES) * LANES  # of few slots, some more do not matter
-        self._shape = Shape(
-            heads, group, D, V, -(-room // LANES) * LANES, room, LARGEST_BLOCK, spare, **rule_flags(rule)
-        )
+        room = slots + 1 if slots >= 128 else whole(slots + 1)  # of few slots, some more do not matter
+        self._shape = Shape(heads, group, D, V, whole(room), room, LARGEST_BLOCK, spare, **rule_flags(rule))
         self._states = allocate(rows * heads, self._shape)
         self._scratch, self._scratch_of = make_scratch(1, self._shape._replace(block=1)), (1, 1)
 

@@ -6,6 +6,8 @@ A block of `w` consecutive tokens takes three steps:
     2. token by token: mask the slots that are not cached at this step, normalise, add to the scores, evict one;
     3. one matrix product of the weights with the values gives the outputs.
 Keys lie in panels [D, 16 slots], so that both products read memory in order.
+
+`a2sf/bench/scan.py` does the same in plain loops and products of torch: to read, and to measure against this.
 """
 
 from __future__ import annotations
