@@ -7,8 +7,9 @@ whose queries a rule sees.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 from a2sf.engine.retention import BatchRetention
 from a2sf.policies.rotary import Projection, Rotary
 from a2sf.policies.rule import ACCUMULATED, Rule
+
+Made = TypeVar("Made")
 
 LATE = 2**62
 """Later than any position."""
@@ -55,6 +58,13 @@ class Segments(BatchRetention):
     @property
     def count(self) -> int:
         return self.row.shape[0]
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` gives, made at the first call with this `key`: the layers of a pass share their segments."""
+        known: dict[Hashable, Any] = self.__dict__.setdefault("_made", {})
+        if key not in known:
+            known[key] = make()
+        return cast(Made, known[key])
 
 
 @dataclass(frozen=True)

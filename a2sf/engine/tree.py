@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from a2sf.engine.retention import BatchRetention
-from a2sf.engine.state import Attended, Call, EvictionState, Options, accumulation_dtype
+from a2sf.engine.state import Attended, Call, EvictionState, Made, Options, Segments, accumulation_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,7 @@ class Rows(BatchRetention):
         lengths, budgets: the same numbers as lists, so that nobody waits for a GPU to read them.
         state: where to start from.
         counts: `state.counts` on the CPU, where it is known without waiting for a GPU.
+        tables: what `once` has made for the same rows of other layers; None: nothing is shared.
     """
 
     query: Tensor
@@ -33,6 +34,15 @@ class Rows(BatchRetention):
     budgets: list[int]
     state: EvictionState
     counts: Tensor | None = None
+    tables: dict[Hashable, Any] | None = None
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` gives, made once for all layers of a pass: it depends on no query, key, value or score."""
+        if self.tables is None:
+            return make()
+        if key not in self.tables:
+            self.tables[key] = make()
+        return cast(Made, self.tables[key])
 
     def pick(self, rows: Tensor) -> Rows:
         """The rows `rows` [B'] without the padding that they do not need."""
@@ -42,7 +52,7 @@ class Rows(BatchRetention):
         length = self.length[rows]
         changed |= {"length": length, "lengths": length.tolist(), "budgets": changed["budget"].tolist()}
         counts = None if self.counts is None else self.counts[rows.to(self.counts.device)]
-        return replace(self, **changed, state=self.state.select(rows), counts=counts)
+        return replace(self, **changed, state=self.state.select(rows), counts=counts, tables=None)
 
     def kept(self, queries: Tensor | None) -> Tensor | None:
         """The last queries [B, K, G, W, D] that the end states have: 0 in rows whose rule looks at no later ones."""
@@ -91,63 +101,40 @@ def by_depth(run_rows: RunRows, call: Call, dtype: torch.dtype | None = None) ->
     ends: list[EvictionState] = []  # of each depth
     counts: Tensor | None = None  # of the last one, where known
     order: list[int] = []  # the segments in them
-    place: dict[int, int] = {}  # of a segment at its depth
-    prompt = torch.zeros_like(segments.length) if segments.prompt is None else segments.prompt
 
-    depths = _depths(segments.parent)
-    for depth, ids in enumerate(depths):
-        pick = torch.tensor(ids)
-        length = segments.length[pick]
-        offset = torch.arange(max(1, int(length.max())))
-        real = offset < length[:, None]  # [S', T']
-        row = segments.row[pick][:, None].expand_as(real)
-        column = (segments.start[pick][:, None] + offset).clamp(max=T - 1)
-        # few tensors go to a GPU, where each costs as much as a launch, and none is waited for
-        row_at, column_at = torch.stack([row, column]).to(device, non_blocking=True)
-        of_real = torch.stack([row[real], column[real], *real.nonzero().unbind(1)])
-        of_row, of_column, at, step = of_real.to(device, non_blocking=True)
-        of_rows = (segments.length, segments.budget, segments.recent, segments.sinks, prompt)
-        numbers = torch.stack([x[pick] for x in of_rows]).to(device, non_blocking=True)
-
-        parents = segments.parent[pick].tolist()
-        packed = [x[row_at, :, column_at].transpose(1, 2).to(dtype) for x in (query, key, value)]
-        if parents[0] >= 0:
-            of_parent = torch.tensor([place[p] for p in parents])
-            start = ends[-1].select(of_parent)
-            counts = None if counts is None else counts[of_parent]
+    # a given state may have read any number of tokens, which tables depend on
+    levels = segments.once(("levels", T, device), lambda: _levels(segments, T, device))
+    for depth, level in enumerate(levels):
+        packed = [x[level.row_at, :, level.column_at].transpose(1, 2).to(dtype) for x in (query, key, value)]
+        if level.parents is not None:
+            start = ends[-1].select(level.parents)
+            counts = None if counts is None else counts[level.parents]
         elif state is not None:
             start = state
         else:
             start = EvictionState.empty(packed[1], packed[2], segments.rule, H // key.shape[1])
-            counts = torch.zeros(len(ids), key.shape[1], dtype=torch.int64)
+            counts = torch.zeros(len(level.ids), key.shape[1], dtype=torch.int64)
         rows = Rows(
+            **level.retention.retention(),
             query=packed[0],
             key=packed[1],
             value=packed[2],
-            length=numbers[0],
-            budget=numbers[1],
-            recent=numbers[2],
-            sinks=numbers[3],
-            prompt=None if segments.prompt is None else numbers[4],
-            prepared=None if segments.prepared is None else segments.prepared[pick].to(device, non_blocking=True),
-            forgetting_factor=segments.forgetting_factor[pick].to(device, non_blocking=True),
-            lengths=length.tolist(),
-            budgets=segments.budget[pick].tolist(),
-            rule=segments.rule,
-            schedule=segments.schedule,
+            length=level.length,
+            lengths=level.lengths,
+            budgets=level.budgets,
             state=start,
             counts=counts,
+            tables=level.tables if state is None else None,
         )
-        wanted = options.return_state or depth + 1 < len(depths)
+        wanted = options.return_state or depth + 1 < len(levels)
         ran = run_rows(rows, replace(options, return_state=wanted))
         counts = ran.counts
-        output[of_row, :, of_column] = ran.output.transpose(1, 2)[at, step].to(query.dtype)
+        output[level.of_row, :, level.of_column] = ran.output.transpose(1, 2)[level.at, level.step].to(query.dtype)
         if ran.evictions is not None:
             segment, head, t, position = ran.evictions.unbind(1)
-            evictions.append(torch.stack([row_at[segment, t], head, column_at[segment, t], position], 1))
+            evictions.append(torch.stack([level.row_at[segment, t], head, level.column_at[segment, t], position], 1))
         if wanted:
-            place = {number: i for i, number in enumerate(ids)}
-            order += ids
+            order += level.ids
             ends = [*ends, ran.end] if options.return_state else [ran.end]
     final = None
     if options.return_state:
@@ -166,6 +153,83 @@ def traced(evictions: list[Tensor], shape: tuple[int, int, int], device: torch.d
     single = times[of_step] == 1
     evicted.view(-1)[step[single]] = every[single, 3].int()
     return evicted, every[~single]
+
+
+@dataclass(frozen=True)
+class _Level:
+    """The segments of one depth of a tree as rows, the same for every layer that reads them; tensors on its device.
+
+    Attributes:
+        ids: which segments, and of each:
+        parents: int64 [S'] on the CPU, the row of its parent at the depth before; None: they have none.
+        row_at, column_at: int64 [S', T'], where its tokens are in the packed input; anything in the padding.
+        of_row, of_column, at, step: int64 [n], the same for tokens that are no padding, and their places in the rows.
+        retention, length: what it retains, and its tokens, int64 [S'].
+        lengths, budgets: the same numbers as lists.
+        tables: what backends make for these rows (`Rows.once`).
+    """
+
+    ids: list[int]
+    parents: Tensor | None
+    row_at: Tensor
+    column_at: Tensor
+    of_row: Tensor
+    of_column: Tensor
+    at: Tensor
+    step: Tensor
+    retention: BatchRetention
+    length: Tensor
+    lengths: list[int]
+    budgets: list[int]
+    tables: dict[Hashable, Any] = field(default_factory=dict)
+
+
+def _levels(segments: Segments, T: int, device: torch.device) -> list[_Level]:
+    """Each depth of the tree; few tensors go to a GPU, where each costs as much as a launch, and none is waited for."""
+    prompt = torch.zeros_like(segments.length) if segments.prompt is None else segments.prompt
+    place: dict[int, int] = {}  # of a segment at its depth
+    levels = []
+    for ids in _depths(segments.parent):
+        pick = torch.tensor(ids)
+        length = segments.length[pick]
+        offset = torch.arange(max(1, int(length.max())))
+        real = offset < length[:, None]  # [S', T']
+        row = segments.row[pick][:, None].expand_as(real)
+        column = (segments.start[pick][:, None] + offset).clamp(max=T - 1)
+        row_at, column_at = torch.stack([row, column]).to(device, non_blocking=True)
+        of_real = torch.stack([row[real], column[real], *real.nonzero().unbind(1)])
+        of_row, of_column, at, step = of_real.to(device, non_blocking=True)
+        of_rows = (segments.length, segments.budget, segments.recent, segments.sinks, prompt)
+        numbers = torch.stack([x[pick] for x in of_rows]).to(device, non_blocking=True)
+        retention = BatchRetention(
+            budget=numbers[1],
+            recent=numbers[2],
+            sinks=numbers[3],
+            prompt=None if segments.prompt is None else numbers[4],
+            prepared=None if segments.prepared is None else segments.prepared[pick].to(device, non_blocking=True),
+            forgetting_factor=segments.forgetting_factor[pick].to(device, non_blocking=True),
+            rule=segments.rule,
+            schedule=segments.schedule,
+        )
+        parents = segments.parent[pick].tolist()
+        levels.append(
+            _Level(
+                ids=ids,
+                parents=torch.tensor([place[p] for p in parents]) if parents[0] >= 0 else None,
+                row_at=row_at,
+                column_at=column_at,
+                of_row=of_row,
+                of_column=of_column,
+                at=at,
+                step=step,
+                retention=retention,
+                length=numbers[0],
+                lengths=length.tolist(),
+                budgets=segments.budget[pick].tolist(),
+            )
+        )
+        place = {number: i for i, number in enumerate(ids)}
+    return levels
 
 
 def _depths(parent: Tensor) -> list[list[int]]:

@@ -187,3 +187,28 @@ def test_who_is_read_alone_follows_from_the_row(monkeypatch):
     # one is long and begins, one continues a state, one is short
     both(q, k, v, replace(rows_of(everything, [0, 3, 0], [30, 25, 9]), rule=Rule(scored=False)), before)
     assert alone == [[0]]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_tables_go_to_the_gpu_once_for_all_layers(monkeypatch, given):
+    """A second layer copies nothing from the CPU; after a given state, which tables depend on, each layer copies its own."""
+    copies, to = [], Tensor.to
+
+    def counted(self, *args, **how):
+        if "non_blocking" in how:
+            copies.append(self.shape)
+        return to(self, *args, **how)
+
+    monkeypatch.setattr(Tensor, "to", counted)
+    s = segments([0, 0, 1], [0, 40, 0], [40, 9, 30], [-1, 0, -1], [(9, 3, 1, 0.5), (9, 3, 1, 0.5), (60, 0, 0, 1.0)])
+    layers = [[torch.randn(2, h, 49, 8) for h in (4, 2, 2)] for _ in range(2)]
+    before = None
+    if given:
+        before = reference(*layers[0], rows_of([(9, 3, 1, 0.5)] * 2, [0] * 2, [12, 3]), Options(1, True)).state
+    found = []
+    for q, k, v in layers:
+        done = len(copies)
+        both(q, k, v, s, before)
+        found.append(len(copies) - done)
+    assert found[0] >= 8
+    assert found[1] == 0 if not given else found[1] > 0

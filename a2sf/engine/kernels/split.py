@@ -57,23 +57,24 @@ def by_numbers(run: Run, call: Call) -> Attended:
     segments, rule, K = call.segments, call.segments.rule, call.key.shape[1]
     if len(rule.heads) != K:
         raise ConfigError("policy", f"{len(rule.heads)} heads", f"the layer has {K} key/value heads")
-    known = segments.__dict__.get("_by_numbers")
-    if known is None:
-        slots = torch.tensor([head_slots(rule.heads, C) for C in segments.budget.tolist()]).view(-1, K, 3)
-        same: dict[object, list[int]] = {}
-        for h, head in enumerate(rule.heads):
-            same.setdefault((head.forgetting_factor, head.mean_over_age, slots[:, h].numpy().tobytes()), []).append(h)
-        known = []
-        for at in same.values():
-            budget, recent, sinks = slots[:, at[0]].clone().unbind(1)
-            factor = torch.full_like(segments.forgetting_factor, rule.heads[at[0]].forgetting_factor)
-            plain = replace(rule, heads=(), mean_over_age=rule.heads[at[0]].mean_over_age)
-            of_heads = replace(
-                segments, budget=budget, recent=recent, sinks=sinks, forgetting_factor=factor, rule=plain
-            )
-            known.append((torch.tensor(at), of_heads))
-        object.__setattr__(segments, "_by_numbers", known)  # the same for all layers with these numbers
-    return _together(run, known, call)
+    return _together(run, segments.once("heads of equal numbers", lambda: _of_equal_numbers(segments, K)), call)
+
+
+def _of_equal_numbers(segments: Segments, K: int) -> list[tuple[Tensor, Segments]]:
+    """Heads that have the same numbers, with segments that have these."""
+    rule = segments.rule
+    slots = torch.tensor([head_slots(rule.heads, C) for C in segments.budget.tolist()]).view(-1, K, 3)
+    same: dict[object, list[int]] = {}
+    for h, head in enumerate(rule.heads):
+        same.setdefault((head.forgetting_factor, head.mean_over_age, slots[:, h].numpy().tobytes()), []).append(h)
+    groups = []
+    for at in same.values():
+        budget, recent, sinks = slots[:, at[0]].clone().unbind(1)
+        factor = torch.full_like(segments.forgetting_factor, rule.heads[at[0]].forgetting_factor)
+        plain = replace(rule, heads=(), mean_over_age=rule.heads[at[0]].mean_over_age)
+        of_heads = replace(segments, budget=budget, recent=recent, sinks=sinks, forgetting_factor=factor, rule=plain)
+        groups.append((torch.tensor(at), of_heads))
+    return groups
 
 
 def _together(run: Run, groups: list[tuple[Tensor, Segments]], call: Call) -> Attended:
@@ -145,10 +146,13 @@ class _Split(NamedTuple):
 
     @staticmethod
     def of(segments: Segments, state: EvictionState | None) -> _Split:
-        """`segments` split; those that start empty are split once for all layers of a model."""
-        known = segments.__dict__.get("_split") if state is None else None
-        if known is not None:
-            return known
+        """`segments` split; those that start empty are split once for all layers of a pass."""
+        if state is None:
+            return segments.once("split at prompts", lambda: _Split._of(segments, None))
+        return _Split._of(segments, state)
+
+    @staticmethod
+    def _of(segments: Segments, state: EvictionState | None) -> _Split:
         rule, nodes = segments.rule, _nodes(segments, state)
         reading = [i for i, n in enumerate(nodes) if n.before]
         later = [i for i, n in enumerate(nodes) if n.after]
@@ -167,10 +171,7 @@ class _Split(NamedTuple):
         )
         first = replace(first, length=read)
         second = replace(second.after_prompt(), start=second.start + skipped, length=rest)
-        split = _Split(nodes, reading, first if reading else None, later, second if later else None)
-        if state is None:
-            object.__setattr__(segments, "_split", split)
-        return split
+        return _Split(nodes, reading, first if reading else None, later, second if later else None)
 
 
 class _Prompts:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from a2sf.engine.kernels.gpu import plan
 from a2sf.engine.kernels.gpu.jit import NEVER
 from a2sf.engine.kernels.gpu.launch import Batch, Scanned, Slots
-from a2sf.engine.state import EvictionState, Options
+from a2sf.engine.state import EvictionState, Made, Options
 from a2sf.engine.tree import Ran, Rows
 from a2sf.policies.ranking import terms
 
@@ -38,8 +39,8 @@ def batch_of(rows: Rows, scale: float) -> Batch:
     """What launches for `rows` read. `by_depth` packs time before heads, so that the transposes copy nothing."""
     (B, H, T, D), (K, V) = rows.query.shape, (rows.key.shape[1], rows.value.shape[-1])
     query, key, value = (x.transpose(1, 2).contiguous() for x in (rows.query, rows.key, rows.value))
-    limits = torch.stack([rows.state.seen, rows.budget, rows.recent, rows.sinks], 1).clamp(max=FAR).int()
-    fixed = factor = rows.forgetting_factor.float()
+    limits, factor = rows.once("limits", lambda: _limits(rows))
+    fixed = factor
     if rows.rule.weight is not None or rows.rule.bias is not None:
         positions = (rows.state.seen[:, None] + torch.arange(T, device=key.device))[:, None].expand(B, K, T)
         fixed = _fixed(rows, rows.key, rows.value, positions)
@@ -55,6 +56,12 @@ def batch_of(rows: Rows, scale: float) -> Batch:
         rule=rows.rule,
         spare=min(rows.schedule.spare, FAR),
     )
+
+
+def _limits(rows: Rows) -> tuple[Tensor, Tensor]:
+    """`limits` and `factor` of a `Batch`."""
+    limits = torch.stack([rows.state.seen, rows.budget, rows.recent, rows.sinks], 1).clamp(max=FAR).int()
+    return limits, rows.forgetting_factor.float()
 
 
 def _fixed(rows: Rows, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
@@ -93,7 +100,11 @@ class Group:
     @property
     def index(self) -> Tensor:
         """The members as int64 on the rows' device."""
-        return torch.tensor(self.members).to(self.rows.key.device, non_blocking=True)
+        return self.once("index", lambda: torch.tensor(self.members).to(self.rows.key.device, non_blocking=True))
+
+    def once(self, name: str, make: Callable[[], Made]) -> Made:
+        """What `make` gives, made once for the same rows of all layers, if their heads hold as much."""
+        return self.rows.once((name, tuple(self.members), tuple(map(tuple, self.held))), make)
 
     def table(self, chunks: list[list[plan.Chunk]]) -> Tensor:
         """int32 [chunks, B, 4]: what launches read of each of the chunks, one list for a row."""
@@ -129,10 +140,25 @@ class Group:
         return Ran(output, state, torch.cat([none, *evictions]), torch.tensor(held))
 
 
-def evict(steps: Steps, batch: Batch, group: Group, N: int, most: int, options: Options) -> Ran:
-    """Rows that evict, in chunks of `N` columns and at most `most` tokens; of the output only the batch's is filled."""
-    rows, spare = group.rows, batch.spare
-    budgets = [rows.budgets[i] for i in group.members]
+class Planned(NamedTuple):
+    """The chunks of a group of rows.
+
+    Attributes:
+        table: int32 [chunks + 1, B, 4], what launches read of each.
+        ends: for each row, what each KV head holds at the end.
+        tokens, left: of each chunk, the most tokens of a row, and the most tokens that a row holds after it.
+        several: whether more than one token may go in a step.
+    """
+
+    table: Tensor
+    ends: list[list[int]]
+    tokens: list[int]
+    left: list[int]
+    several: bool
+
+
+def _planned(group: Group, N: int, most: int, spare: int) -> Planned:
+    budgets = [group.rows.budgets[i] for i in group.members]
     planned = [
         plan.chunks(held, length, budget, spare, N, most)
         for held, length, budget in zip(group.held, group.lengths, budgets, strict=True)
@@ -142,18 +168,26 @@ def evict(steps: Steps, batch: Batch, group: Group, N: int, most: int, options: 
     count = max(len(chunks) for chunks, _ in planned)
     idle = [plan.Chunk(length, max(end), 0) for length, end in zip(group.lengths, ends, strict=True)]
     chunks = [of_row + [rest] * (count + 1 - len(of_row)) for (of_row, _), rest in zip(planned, idle, strict=True)]
-    table = group.table(chunks)
+    tokens = [max(of_row[i].tokens for of_row in chunks) for i in range(count)]
+    left = [max(of_row[i + 1].held for of_row in chunks) for i in range(count)]
+    return Planned(group.table(chunks), ends, tokens, left, several)
+
+
+def evict(steps: Steps, batch: Batch, group: Group, N: int, most: int, options: Options) -> Ran:
+    """Rows that evict, in chunks of `N` columns and at most `most` tokens; of the output only the batch's is filled."""
+    rows = group.rows
+    planned = group.once(f"chunks of {N} and {most}", lambda: _planned(group, N, most, batch.spare))
+    table, ends, count = planned.table, planned.ends, len(planned.tokens)
 
     slots, evictions = group.slots(N, numbers=True), []
-    for i in range(count):
-        n = max(of_row[i].tokens for of_row in chunks)
+    for i, n in enumerate(planned.tokens):
         shares = steps.shares(table[i], slots, n, N) if batch.rule.scored else batch.factor
-        scanned = steps.scan(table[i], slots, shares, n, several)
+        scanned = steps.scan(table[i], slots, shares, n, planned.several)
         steps.attend(table[i], slots, scanned.died, n)
         if options.trace:
             evictions.append(_trace(group, table[i], slots, scanned, batch))
         if i + 1 < count or options.return_state:
-            slots = steps.keep(table[i], slots, scanned, max(of_row[i + 1].held for of_row in chunks))
+            slots = steps.keep(table[i], slots, scanned, planned.left[i])
 
     state = None
     if options.return_state:
@@ -184,16 +218,20 @@ def read(steps: Steps, batch: Batch, group: Group, options: Options, *, alone: b
     else:
         scored = options.return_state and batch.rule.scored
         held = [max(h) for h in group.held]
-        table = group.table([[plan.Chunk(0, h, n)] for h, n in zip(held, group.lengths, strict=True)])[0]
+        chunks = [[plan.Chunk(0, h, n)] for h, n in zip(held, group.lengths, strict=True)]
+        table = group.once("prompts", lambda: group.table(chunks))[0]
         inside = torch.arange(S, device=device) < table[:, 2, None]
         died = torch.where((slots.positions < 0) & inside[:, None], -1, NEVER).int()
         sums = torch.empty(B, K, batch.query.shape[3], T, device=device) if scored else None
         steps.attend(table, slots, died, T, sums)
         if sums is not None:
-            powers = rows.forgetting_factor.double()[:, None] ** torch.arange(T + 1, device=device)
+            powers = rows.once(
+                "powers",
+                lambda: (rows.forgetting_factor.double()[:, None] ** torch.arange(T + 1, device=device)).float(),
+            )
             scores = torch.zeros(B, K, S + T, device=device)
             scores[:, :, :S] = group.state.scores[:, :, :S]
-            steps.received(table, slots, died, sums, powers.float(), scores)
+            steps.received(table, slots, died, sums, powers, scores)
     ends = [[h + n for h in held] for held, n in zip(group.held, group.lengths, strict=True)]
     state = _read_state(group, slots, scores, max(1, *map(max, ends))) if options.return_state else None
     return group.ran(batch.output, state, ends, [])

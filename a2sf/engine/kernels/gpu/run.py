@@ -51,6 +51,10 @@ def too_wide(call: Call) -> str | None:
     """Why a call's rows hold too many tokens; None where they do not."""
     segments, held = call.segments, 0 if call.state is None else call.state.positions.shape[-1]
     group = call.query.shape[1] // (1 if segments.rule.shared else call.key.shape[1])
+    return segments.once(("too wide", held, group), lambda: _too_wide(segments, held, group))
+
+
+def _too_wide(segments: Segments, held: int, group: int) -> str | None:
     total: list[int] = []  # tokens of each segment's path
     for length, parent in zip(segments.length.tolist(), segments.parent.tolist(), strict=True):
         total.append(length + (total[parent] if parent >= 0 else 0))
@@ -86,7 +90,8 @@ def attend_triton(
 def triton_rows(rows: Rows, options: Options) -> Ran:
     """Rows in groups of equal numbers of columns; those that evict nothing are a group too."""
     counts = (rows.state.counts if rows.counts is None else rows.counts).tolist()  # waits for a given state only
-    groups = [_columns(rows, i, counts[i]) for i in range(len(counts))]
+    held = tuple(map(tuple, counts))
+    groups = rows.once(("columns", held), lambda: [_columns(rows, i, counts[i]) for i in range(len(counts))])
     if not interpreted():
         for N in sorted(set(groups)):
             check_compiled(rows, N, counts)
