@@ -307,7 +307,8 @@ def figures() -> None:
 
 
 def _a2sf(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "a2sf.cli", *arguments], check=True)
+    if status := subprocess.run([sys.executable, "-m", "a2sf.cli", *arguments], check=False).returncode:
+        sys.exit(status)  # the command has said why
 
 
 if __name__ == "__main__":

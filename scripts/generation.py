@@ -41,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(overrides: Sequence[str]) -> None:
     """Run the presets, and put their results into one archive each."""
     for preset in PRESETS:
-        subprocess.run(
-            [sys.executable, "scripts/evaluate.py", f"+sweep={preset}", "runs_dir=runs", *overrides], check=True
-        )
+        command = [sys.executable, "scripts/evaluate.py", f"+sweep={preset}", "runs_dir=runs", *overrides]
+        if status := subprocess.run(command, check=False).returncode:
+            sys.exit(status)  # the command has said why
         pack(Path("runs") / preset, STORE / f"smollm2-135m-{preset}.a2sf.zip")
 
 
