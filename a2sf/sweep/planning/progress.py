@@ -128,9 +128,11 @@ class Progress:
         return rest * self.seconds / done if done >= LEAST else None
 
     def __str__(self) -> str:
-        left = self.left if self._unfinished else None
-        rest = "" if left is None else f", about {duration(left)} left"
-        work = f"{100 * self.share:.0f} % of the work"
+        left, percent = self.left, round(100 * self.share)
+        if self._unfinished:  # what follows the answers, such as reading full-cache texts, is in no estimate
+            percent = min(99, percent)
+        rest = "" if left is None or left < 1 or not self._unfinished else f", about {duration(left)} left"
+        work = f"{percent} % of the work"
         return f"{self.cells} of {self.total} cells, {work}, {duration(self.seconds)} so far{rest}"
 
     def at(self) -> str:

@@ -95,6 +95,20 @@ def test_the_time_left_follows_from_the_work_of_a_group_in_flight(sweep):
     assert p.left == pytest.approx(20.0)
 
 
+def test_a_cell_that_only_lacks_what_no_estimate_counts_is_not_100_percent(sweep):
+    """Such as reading the full cache's texts under each system."""
+    p = sweep.progress(BY_TOKENS)
+    sweep.now += 90
+    sweep.at |= {c.name: 1.0 for c in (*LONG, *SHORT)}
+    p.look()
+    assert "0 of 3 cells, 99 % of the work" in str(p)
+    assert "left" not in str(p)
+    for c in (*LONG, *SHORT):
+        sweep.finish(c)
+    p.look()
+    assert "3 of 3 cells, 100 % of the work" in str(p)
+
+
 def test_a_plan_that_was_wrong_is_corrected_by_what_was_done(sweep):
     p = sweep.progress(BY_SECONDS)
     sweep.now += 180  # three times as slow
