@@ -17,7 +17,9 @@ from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.selection import Selection
 from a2sf.errors import UserError
 from a2sf.report.output import replace_block
+from a2sf.report.tables.layout import build_tables
 from a2sf.report.tables.text import text_markdown
+from a2sf.report.tables.write import markdown
 from a2sf.report.tables.written import written_tables
 from a2sf.report.written import written_plots
 from a2sf.store.archive import pack
@@ -44,7 +46,7 @@ def run(overrides: Sequence[str]) -> None:
         command = [sys.executable, "scripts/evaluate.py", f"+sweep={preset}", "runs_dir=runs", *overrides]
         if status := subprocess.run(command, check=False).returncode:
             sys.exit(status)  # the command has said why
-        pack(Path("runs") / preset, STORE / f"smollm2-135m-{preset}.a2sf.zip")
+        pack(Path("runs") / preset, STORE / f"smollm2-135m-{preset}.a2sf.zip", traces=False)
 
 
 def figures(store: Path = STORE, page: Path = PAGE, directory: Path = FIGURES) -> list[Path]:
@@ -53,16 +55,17 @@ def figures(store: Path = STORE, page: Path = PAGE, directory: Path = FIGURES) -
     Raises:
         UserError: if an archive is missing.
     """
-    tables, drawn = [], []
+    grids = []
     for preset in PRESETS:
         archive = store / f"smollm2-135m-{preset}.a2sf.zip"
         if not archive.exists():
             raise UserError(f"{archive} is missing; make it with: python scripts/generation.py run")
-        grid = gather([archive], Selection(metric=METRICS[preset]))
-        effects, texts = text_frame(grid)
-        tables += written_tables(grid, effects)
-        drawn += [f for files in written_plots(effects, texts, directory).values() for f in files]
-    replace_block(page, text_markdown(tables))
+        grids.append(gather([archive], Selection(metric=METRICS[preset])))
+    short, long = grids
+    effects, texts = text_frame(short)
+    drawn = [f for files in written_plots(effects, texts, directory).values() for f in files]
+    # six documents of a task, some of one text, are too few for differences of their texts
+    replace_block(page, text_markdown(written_tables(short, effects)) + "\n" + markdown(build_tables(long)))
     return [page, *drawn]
 
 

@@ -16,10 +16,11 @@ def main_pack(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("run", type=Path, help="a sweep's directory, such as runs/demo")
     parser.add_argument("archive", type=Path, nargs="?", help="the file (default: next to the directory)")
+    parser.add_argument("--no-traces", action="store_true", help="leave out recorded evictions, which may be large")
     args = parser.parse_args(arguments)
     from a2sf.store.archive import pack
 
-    written = pack(args.run, args.archive)
+    written = pack(args.run, args.archive, traces=not args.no_traces)
     _print(f"Written: {written} ({written.stat().st_size / 2**10:.0f} KiB)")
 
 

@@ -65,11 +65,12 @@ def place_of(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(SUFFIX))
 
 
-def pack(directory: Path, target: Path | None = None) -> Path:
+def pack(directory: Path, target: Path | None = None, *, traces: bool = True) -> Path:
     """Write a sweep's finished cells to one archive, atomically.
 
     Args:
         target: the archive's file; by default next to the directory, with its name.
+        traces: whether recorded evictions are included; those of long texts are far larger than all results.
 
     Raises:
         UserError: if there is nothing to pack, or a cell is damaged.
@@ -99,9 +100,9 @@ def pack(directory: Path, target: Path | None = None) -> Path:
             archive.writestr(TABLE, table_of(cells, read_groups(directory)).to_csv(index=False))
             if (directory / GROUPS).is_file():
                 archive.write(directory / GROUPS, GROUPS)
-            for stored in cells:
-                if (traces := stored.path / TRACES).is_file():
-                    archive.write(traces, f"traces/{stored.path.name}.npz")
+            for stored in cells if traces else ():
+                if (recorded := stored.path / TRACES).is_file():
+                    archive.write(recorded, f"traces/{stored.path.name}.npz")
             if (directory / README).is_file():
                 archive.write(directory / README, README)
             archive.comment = b"0" * DIGEST_BYTES

@@ -100,7 +100,8 @@ def tail_of(several: Sequence[Texts], expanded: bool = False) -> float:
     """The probability on either side of a 95 % percentile interval of bootstrap means over several tasks.
 
     Where documents share texts, of which there may be few, percentiles are too narrow, and are moved out as far as Student's
-    t would be (Hesterberg, 2015, The American Statistician 69(4), "expanded percentile"). NaN where each task has one text.
+    t would be (Hesterberg, 2015, The American Statistician 69(4), "expanded percentile"). NaN where no resampling is as far
+    out, so that percentiles would be the smallest and the largest text: with fewer than five texts of one task.
 
     Args:
         expanded: move them out where documents share no texts, too.
@@ -111,4 +112,6 @@ def tail_of(several: Sequence[Texts], expanded: bool = False) -> float:
     free = number - len(several)
     if not free:
         return math.nan
-    return float(special.ndtr(-math.sqrt(number / free) * special.stdtrit(free, 0.5 + CONFIDENCE / 2)))
+    tail = float(special.ndtr(-math.sqrt(number / free) * special.stdtrit(free, 0.5 + CONFIDENCE / 2)))
+    farthest = math.prod(float(t.number) ** -t.number for t in several)  # one text of each task, drawn every time
+    return tail if tail >= farthest else math.nan

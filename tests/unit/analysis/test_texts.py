@@ -137,6 +137,20 @@ def test_one_text_tells_nothing() -> None:
     assert math.isnan(standard_error(np.arange(6.0), one))
 
 
+@pytest.mark.parametrize(
+    ("texts", "known"), [([2], False), ([4], False), ([5], True), ([2, 2], False), ([2] * 7, True)]
+)
+def test_a_percentile_that_no_resampling_reaches_is_no_interval(texts, known):
+    """It would be the range of the texts' means: with two texts that is no 95 % interval."""
+    of = [Texts.keyed([i // 3 for i in range(3 * n)]) for n in texts]
+    assert math.isnan(tail_of(of)) != known
+    rng = np.random.default_rng(0)
+    changes = [rng.normal(size=3 * n) for n in texts]
+    found = average_difference(changes, of)
+    assert math.isnan(found.low) == math.isnan(found.high) != known
+    assert 0 < found.p <= 1
+
+
 def test_texts_of_different_tasks_are_different_texts() -> None:
     joined = Texts.joined([Texts(np.array([0, 0, 1])), Texts(np.array([0, 1, 1]))])
     assert joined.of.tolist() == [0, 0, 1, 2, 3, 3]

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from a2sf.analysis.results.gather import gather
+from a2sf.commands.archive import main_pack
 from a2sf.errors import UserError
 from a2sf.report.output import Options, show
 from a2sf.store.archive import SUFFIX, pack, place_of, read_archive, unpack
@@ -39,6 +40,15 @@ def test_what_is_packed_is_read_in_place(sweep):
         assert (a.path / "config.yaml").read_text() == b.config
     noted = {c.path.name: file.read() for c in packed if (file := c.open_traces())}
     assert noted == {"another": b"t"}
+
+
+def test_recorded_evictions_may_be_left_out(sweep, tmp_path):
+    main_pack([str(sweep), str(tmp_path / "small"), "--no-traces"])
+    packed = read_archive(tmp_path / f"small{SUFFIX}")
+    assert len(packed) == len(load_sweep(sweep))
+    assert not any(c.open_traces() for c in packed)
+    for stored in unpack(tmp_path / f"small{SUFFIX}", tmp_path / "again"):
+        read_cell(stored.path)
 
 
 def test_tables_are_the_same_from_an_archive(tmp_path):
