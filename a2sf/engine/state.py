@@ -24,6 +24,13 @@ LATE = 2**62
 """Later than any position."""
 
 
+def once(known: dict[Hashable, Any], key: Hashable, make: Callable[[], Made]) -> Made:
+    """What `make` gives, made at the first call with this `key` and stored in `known`."""
+    if key not in known:
+        known[key] = make()
+    return cast(Made, known[key])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Segments(BatchRetention):
     """Runs of tokens to attend, packed along the time axis; a run may continue the state that another run ended with.
@@ -60,11 +67,8 @@ class Segments(BatchRetention):
         return self.row.shape[0]
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """What `make` gives, made at the first call with this `key`: the layers of a pass share their segments."""
-        known: dict[Hashable, Any] = self.__dict__.setdefault("_made", {})
-        if key not in known:
-            known[key] = make()
-        return cast(Made, known[key])
+        """What `make` gives, made once for all layers of a pass, which share their segments."""
+        return once(self.__dict__.setdefault("_made", {}), key, make)
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from a2sf.engine.retention import BatchRetention
-from a2sf.engine.state import Attended, Call, EvictionState, Made, Options, Segments, accumulation_dtype
+from a2sf.engine.state import Attended, Call, EvictionState, Made, Options, Segments, accumulation_dtype, once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +38,7 @@ class Rows(BatchRetention):
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """What `make` gives, made once for all layers of a pass: it depends on no query, key, value or score."""
-        if self.tables is None:
-            return make()
-        if key not in self.tables:
-            self.tables[key] = make()
-        return cast(Made, self.tables[key])
+        return make() if self.tables is None else once(self.tables, key, make)
 
     def pick(self, rows: Tensor) -> Rows:
         """The rows `rows` [B'] without the padding that they do not need."""

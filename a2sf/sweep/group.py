@@ -199,7 +199,7 @@ class CellGroup:
         An error that is not of a single cell becomes the error of each cell that has none yet.
         """
         try:
-            for _ in self._score_needed(given.requests, store):
+            for _ in self._score_needed(given, store):
                 store.save_due()
                 if self._stopping is not None:
                     continue
@@ -214,31 +214,34 @@ class CellGroup:
 
     def _evaluate_remaining(self, given: GroupRequests, store: AnswerStore) -> Iterator[Computed]:
         """Evaluate the cells that have no result yet, where the group stopped early on the documents that decided."""
-        if self._stopping is not None and self._stopping.documents is not None:
-            given = given.of_documents(set(self._stopping.documents))
+        given = self._decisive(given)
         self._finished(given.requests)  # reads the full cache's texts under the systems that remain
         for cell in self._unfinished.values():
             yield from self._evaluate(cell, given, store)
 
-    def _score_needed(self, requests: Sequence[Requests], store: AnswerStore) -> Iterator[None]:
+    def _decisive(self, given: GroupRequests) -> GroupRequests:
+        """The requests of the documents that decided every comparison; all, if that is not known or nothing is compared."""
+        if self._stopping is None or self._stopping.documents is None:
+            return given
+        return given.of_documents(set(self._stopping.documents))
+
+    def _score_needed(self, given: GroupRequests, store: AnswerStore) -> Iterator[None]:
         """Pass by pass, until all requests have an answer, or those of enough documents to stop."""
         stopping = self._stopping
         if stopping is not None:
             for documents in stopping.batches(self.scorer.tokens_per_pass):
-                for _ in self._score([r.of_documents(set(documents)) for r in requests], store):
+                for _ in self._score(given.of_documents(set(documents)), store):
                     yield
                     if stopping.decide():
                         break
                 if stopping.decide():
                     break
-            # for these documents, cells that are not compared may still lack answers
-            if stopping.documents is not None:
-                requests = [r.of_documents(set(stopping.documents)) for r in requests]
-        yield from self._score(requests, store)
+        # cells that are not compared may still lack answers for the documents that decided
+        yield from self._score(self._decisive(given), store)
 
-    def _score(self, requests: Sequence[Requests], store: AnswerStore) -> Iterator[None]:
+    def _score(self, given: GroupRequests, store: AnswerStore) -> Iterator[None]:
         """Pass by pass, until all these requests have an answer."""
-        for of_kind in requests:
+        for of_kind in given.requests:
             passes = self.scorer.score(of_kind, list(store.all.values()))
             while True:
                 with collected(self._warned, again=True):  # not open while this generator is suspended

@@ -113,5 +113,6 @@ def tail_of(several: Sequence[Texts], expanded: bool = False) -> float:
     if not free:
         return math.nan
     tail = float(special.ndtr(-math.sqrt(number / free) * special.stdtrit(free, 0.5 + CONFIDENCE / 2)))
-    farthest = math.prod(float(t.number) ** -t.number for t in several)  # one text of each task, drawn every time
+    # the probability of the farthest resampling, which draws the same text of a task every time
+    farthest = math.prod(float(t.number) ** -t.number for t in several)
     return tail if tail >= farthest else math.nan

@@ -23,14 +23,15 @@ def why_not(segments: Segments, options: Options, state: object) -> str | None:
     rule = segments.rule
     if segments.schedule != STEP or rule.full_heads or rule.heads or rule.recording or rule.threshold is not None:
         return "it knows one number for all heads, step by step"
-    known = segments.__dict__.get("_dense")
-    if known is None:
-        total = _end(segments)
-        newest = (segments.recent == segments.budget) & (segments.sinks == 0)
-        newest &= segments.rule.merge_fn is None
-        known = bool(((total <= segments.budget) | newest).all())
-        object.__setattr__(segments, "_dense", known)
-    return None if known else "scores decide what is retained"
+    unscored = segments.once("retained without scores", lambda: _retained_without_scores(segments))
+    return None if unscored else "scores decide what is retained"
+
+
+def _retained_without_scores(segments: Segments) -> bool:
+    """Whether each segment retains all of its tokens, or the newest."""
+    newest = (segments.recent == segments.budget) & (segments.sinks == 0)
+    newest &= segments.rule.merge_fn is None
+    return bool(((_end(segments) <= segments.budget) | newest).all())
 
 
 def attend_dense(query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: Options) -> Attended:

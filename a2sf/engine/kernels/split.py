@@ -40,12 +40,16 @@ def splits(segments: Segments) -> Callable[[Run, Call], Attended] | None:
 def by_heads(run: Run, call: Call) -> Attended:
     """The heads that retain everything, and the others by the rest of their rule."""
     segments, K = call.segments, call.key.shape[1]
+    return _together(run, segments.once(("full heads", K), lambda: _full_and_others(segments, K)), call)
+
+
+def _full_and_others(segments: Segments, K: int) -> list[tuple[Tensor, Segments]]:
+    """Of `K` heads those that retain everything, and the others, with their segments."""
     full = torch.zeros(K, dtype=torch.bool)
     full[list(segments.rule.full_heads)] = True
     everything = segments.unlimited(ACCUMULATED)
     others = replace(segments, rule=replace(segments.rule, full_heads=()))
-    groups = [(heads.nonzero()[:, 0], part) for heads, part in ((full, everything), (~full, others)) if heads.any()]
-    return _together(run, groups, call)
+    return [(heads.nonzero()[:, 0], part) for heads, part in ((full, everything), (~full, others)) if heads.any()]
 
 
 def by_numbers(run: Run, call: Call) -> Attended:

@@ -46,10 +46,7 @@ class KernelPlan:
 def make_plan(segments: Segments, start: Tensor | None, return_state: bool) -> KernelPlan:
     if start is not None:
         return _make_plan(segments, start.tolist(), return_state)
-    plans = segments.__dict__.setdefault("_cpu_plans", {})  # one object serves every layer of a model
-    if return_state not in plans:
-        plans[return_state] = _make_plan(segments, None, return_state)
-    return plans[return_state]
+    return segments.once(("CPU plan", return_state), lambda: _make_plan(segments, None, return_state))
 
 
 def _make_plan(segments: Segments, start: list[int] | None, return_state: bool) -> KernelPlan:

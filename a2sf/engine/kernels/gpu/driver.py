@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -104,7 +105,11 @@ class Group:
 
     def once(self, name: str, make: Callable[[], Made]) -> Made:
         """What `make` gives, made once for the same rows of all layers, if their heads hold as much."""
-        return self.rows.once((name, tuple(self.members), tuple(map(tuple, self.held))), make)
+        return self.rows.once((name, *self._key), make)
+
+    @cached_property
+    def _key(self) -> tuple[Any, ...]:
+        return tuple(self.members), tuple(map(tuple, self.held))
 
     def table(self, chunks: list[list[plan.Chunk]]) -> Tensor:
         """int32 [chunks, B, 4]: what launches read of each of the chunks, one list for a row."""
