@@ -6,7 +6,7 @@ import codecs
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def one_type_each(documents: Sequence[dict[str, Any]], listed: bool) -> bool:
+def one_type_each(documents: list[dict[str, Any]], listed: bool) -> bool:
     """Whether a table, with one type per field, can hold these documents without changing them.
 
     An earlier version read such files into a table; documents that this changed need another hash.
@@ -80,7 +80,24 @@ def one_type_each(documents: Sequence[dict[str, Any]], listed: bool) -> bool:
         listed: whether the file is one list; the table had ten digits of each fraction in it.
     """
     columns = dict.fromkeys(name for d in documents for name in d)
-    return bool(columns) and all(_one_type([d.get(name) for d in documents], listed) for name in columns)
+    if not columns or not all(_one_type([d.get(name) for d in documents], listed) for name in columns):
+        return False
+    # a file with None in a list was read again by a parser that took fifteen digits of every number in it
+    return not _none_in_a_list(documents) or all(float(f"{x:.15g}") == x for x in _floats(documents))
+
+
+def _none_in_a_list(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_none_in_a_list, value.values()))
+    return isinstance(value, list) and any(item is None or _none_in_a_list(item) for item in value)
+
+
+def _floats(value: Any) -> Iterator[float]:
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _floats(item)
 
 
 def _one_type(values: Iterable[Any], listed: bool) -> bool:
@@ -96,10 +113,6 @@ def _one_type(values: Iterable[Any], listed: bool) -> bool:
     if kind is str:
         return not any(LIKE_A_DATE.match(v) or re.search("[\ud800-\udfff]", v) for v in present)
     if kind is list:
-        # floats beside None in a list were read with fifteen digits
-        beside = [item for v in present if None in v for item in v if isinstance(item, float)]
-        if any(float(f"{x:.15g}") != x for x in beside):
-            return False
         return _one_type([item for v in present for item in v], listed)
     if kind is dict:
         names = list(present[0])

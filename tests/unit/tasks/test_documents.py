@@ -365,6 +365,7 @@ VALUE = st.recursive(
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @example(rows=[{"x": [None, 1.0000000000000002e16]}], listed=False)
+@example(rows=[{"x": [None], "y": 1.0000000000000002e16}], listed=False)
 @given(
     rows=st.lists(st.fixed_dictionaries({"x": VALUE}, optional={"y": PLAIN_VALUE}), min_size=1, max_size=3),
     listed=st.booleans(),
