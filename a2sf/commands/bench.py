@@ -4,6 +4,7 @@ Every figure is a ratio of two measurements that alternate in one run, because m
 kernel: the eviction kernel against full attention and against the per-token loop of published code.
 scan: the same in matrix products and a loop that is easy to read, against the kernel.
 lm_eval: lm-eval's own Hugging Face model against ours, with the same weights and documents.
+policies: a cell of each policy against one of A2SF (schedule step) and of the full cache (schedule prompt).
 groups: the cells of a sweep computed in groups against one by one.
 generation: texts of a group of cells against lm-eval's model, and of a small budget against the full cache.
 decode: generation with a bounded cache against transformers' own cache.
@@ -24,13 +25,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from a2sf.bench import decode, generation, groups, harness, kernels, process, prompt, scan_speed
+from a2sf.bench import decode, generation, groups, harness, kernels, policies, process, prompt
 from a2sf.bench.measuring import SMOLLM2, Figures
+from a2sf.bench.scan import speed
 
 PARTS: dict[str, Any] = {
     "kernel": kernels,
-    "scan": scan_speed,
+    "scan": speed,
     "lm_eval": harness,
+    "policies": policies,
     "groups": groups,
     "generation": generation,
     "decode": decode,

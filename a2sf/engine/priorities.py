@@ -192,6 +192,8 @@ def _called(rule: Rule, step: Step, free: Tensor) -> tuple[Tensor, Tensor]:
     priority, memory = given if isinstance(given, tuple) else (given, step.memory)
     cached = step.cached[..., None]
     priority = _checked(rule.priority_fn, "priorities", priority, step.scores, free)
+    if memory is step.memory:
+        return shared(rule, priority), memory
     memory = _checked(rule.priority_fn, "memory", memory, step.memory, cached)
     return shared(rule, priority), memory.where(cached, 0)
 
@@ -220,12 +222,13 @@ def _checked(function: Callable[..., Any], what: str, given: Any, like: Tensor, 
         PolicyError: if it has another shape than `like`, or NaN where it is used.
     """
     got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
-    name, where = described(function)
     if got != tuple(like.shape):
+        name, where = described(function)
         raise PolicyError(
             f"{name} returns {what} of shape {got}, and {tuple(like.shape)} is needed, as the step's tensors{where}"
         )
     if bool((given.isnan() & used).any()):
+        name, where = described(function)
         raise PolicyError(f"{name} returns NaN among its {what} of cached tokens; give each of them a number{where}")
     return given.to(like.dtype)
 

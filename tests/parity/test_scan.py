@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from a2sf import Policy, Rule, Schedule, make_policy
-from a2sf.bench import scan_speed
-from a2sf.bench.columns import Columns, attend_in_chunks
+from a2sf.bench.scan import speed
+from a2sf.bench.scan.columns import Columns, attend_in_chunks
 from a2sf.engine import kernels
 from a2sf.engine.eviction import reference
 from a2sf.engine.kernels.registry import Numba
@@ -136,9 +136,9 @@ def test_a_sweep_is_timed_with_both(monkeypatch):
     """Each call is done by both, and a cell goes on with what the kernel gives."""
     qkv, s = tensors(2, 30), rows_of(PLAIN, [9, 9], [30, 20])
     want, given = kernels.attend(*qkv, s, OPTIONS), []
-    monkeypatch.setattr(scan_speed.groups, "run", lambda *_, **__: given.append(kernels.attend(*qkv, s, OPTIONS)))
+    monkeypatch.setattr(speed.groups, "run", lambda *_, **__: given.append(kernels.attend(*qkv, s, OPTIONS)))
     before = Numba.attend
-    found = scan_speed.in_a_sweep(None, documents=1)
+    found = speed.in_a_sweep(None, documents=1)
     assert Numba.attend is before
     assert all(a.output.equal(want.output) for a in given)
     assert len(given) == 2  # one to warm up, which does not count
@@ -147,4 +147,4 @@ def test_a_sweep_is_timed_with_both(monkeypatch):
 
 
 def test_decoding_is_timed():
-    assert set(scan_speed.decoding(20, 1)) == {"kernel", "scan"}
+    assert set(speed.decoding(20, 1)) == {"kernel", "scan"}

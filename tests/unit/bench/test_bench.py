@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from a2sf import evicting_attention
-from a2sf.bench import kernels, process
+from a2sf.bench import kernels, policies, process
 from a2sf.bench.measuring import Figures, alternately
 from a2sf.commands import bench
 from a2sf.errors import ConfigError
@@ -106,3 +106,20 @@ def test_start_up_and_a_busy_machine_are_compared_in_turns(tmp_path, monkeypatch
         {"start_up_over_imports": 1.25, "processor_time_busy_over_alone": 1.2, "sweep_alone_over_spinning": 0.9}
     )
     assert sorted({c for c in calls if c[1]}) == [("sweep", process.SPINNING["GOMP_SPINCOUNT"])]
+
+
+def test_every_policy_is_measured_under_its_schedules(tmp_path, monkeypatch):
+    """Against A2SF step by step, and against the full cache after one cut."""
+    cells = []
+    monkeypatch.setattr(policies, "load", lambda model: argparse.Namespace(model=None, tokenizer=None))
+    monkeypatch.setattr(policies, "PrunedLM", lambda *_, **__: None)
+    monkeypatch.setattr(policies, "evaluate", lambda *_, **__: None)
+    monkeypatch.setattr(policies, "_cell", lambda lm, *system: cells.append(system))
+    figures = Figures(tmp_path / "bench.json")
+    policies.measure(figures, argparse.Namespace(repeats=1))
+    assert set(policies.TARGETS) <= set(figures.ratios)
+    for policy in policies.measurable().values():
+        assert {s.when for p, _, s in cells if p == policy} >= set(policy.schedules) - {"every"}
+    assert all(b is not None and b.base == ("context" if s.prompt else "total") for p, b, s in cells if p.evicts)
+    assert "kvzip_prompt_cell_over_full" in figures.ratios  # measured without a target: it reads each prompt twice
+    assert "kvzip_prompt_cell_over_full" not in policies.TARGETS

@@ -7,7 +7,7 @@ A block of `w` consecutive tokens takes three steps:
     3. one matrix product of the weights with the values gives the outputs.
 Keys lie in panels [D, 16 slots], so that both products read memory in order.
 
-`a2sf/bench/scan.py` does the same in plain loops and products of torch: to read, and to measure against this.
+`a2sf/bench/scan/scan.py` does the same in plain loops and products of torch: to read, and to measure against this.
 """
 
 from __future__ import annotations

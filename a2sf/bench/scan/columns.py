@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from a2sf.bench.scan import NEVER, keep, scan, subtract_largest, whole
+from a2sf.bench.scan.scan import NEVER, keep, scan, subtract_largest, whole
 from a2sf.engine.kernels.cpu.threads import in_threads
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Attended, Call, EvictionState, Options, Segments, accumulation_dtype

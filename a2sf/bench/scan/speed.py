@@ -39,7 +39,7 @@ TARGETS["sweep_with_scan_over_kernel"] = "replaces it at ≤ 1.03"
 
 def measure(figures: Figures, options: argparse.Namespace) -> None:
     """Add the time of the readable form over that of the kernel."""
-    from a2sf.bench.columns import attend_in_chunks
+    from a2sf.bench.scan.columns import attend_in_chunks
 
     policy = A2SF(forgetting_factor=FACTOR)
     for name, (rows, heads, kv_heads, length) in SHAPES.items():
@@ -64,7 +64,7 @@ def _add(figures: Figures, name: str, seconds: dict[str, float]) -> None:
 
 def decoding(cached: int, repeats: int) -> dict[str, float]:
     """Seconds of the kernel and of the readable form for `STEPS` tokens, one by one, in one layer with `cached` tokens."""
-    from a2sf.bench.columns import Columns
+    from a2sf.bench.scan.columns import Columns
     from a2sf.engine.kernels.cpu import SlotCache
 
     retention = BatchRetention.of([A2SF(forgetting_factor=FACTOR).keeps(cached)])
@@ -96,7 +96,7 @@ def in_a_sweep(lm: PrunedLM, documents: int) -> dict[str, float]:
         `tokens` that were read, counted in each layer, and at how many of them the `other` form has another output;
         seconds of `comparing` these.
     """
-    from a2sf.bench.columns import attend_in_chunks
+    from a2sf.bench.scan.columns import attend_in_chunks
 
     spent = {"kernel": 0.0, "scan": 0.0, "comparing": 0.0, "tokens": 0.0, "other": 0.0}
     by_kernel, turn = Numba.attend, [False]

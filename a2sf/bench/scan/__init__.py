@@ -1,0 +1,1 @@
+"""The algorithm of the kernels in a form that is made to be read (`scan`, `columns`), and its speed (`speed`)."""
