@@ -4,7 +4,7 @@ Every figure is a ratio of two measurements that alternate in one run, because m
 kernel: the eviction kernel against full attention and against the per-token loop of published code.
 scan: the same in matrix products and a loop that is easy to read, against the kernel.
 lm_eval: lm-eval's own Hugging Face model against ours, with the same weights and documents.
-policies: a cell of each policy against one of A2SF (schedule step) and of the full cache (schedule prompt).
+policies: a cell of each policy against one of A2SF (step by step) and of the full cache (one cut after the prompt).
 groups: the cells of a sweep computed in groups against one by one.
 generation: texts of a group of cells against lm-eval's model, and of a small budget against the full cache.
 decode: generation with a bounded cache against transformers' own cache.
