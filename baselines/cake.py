@@ -64,6 +64,8 @@ class CAKE(Policy):
     def prepare(self, model: Reader, tokens: list[int]) -> Prepared:
         def share(read: LayerRead) -> float:
             first = max(0, len(tokens) - self.window)
+            if first == 0:
+                return 0.0  # no token before the window: nothing to prefer a layer for
             attention = read.attention(first)[..., :first].double()  # what the window pays to the tokens before it
             entropy = -(attention * attention.clamp(min=1e-10).log()).sum()
             variance = attention.var(2).sum() if attention.shape[2] > 1 else attention.sum() * 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given
@@ -76,6 +78,15 @@ def test_cake_divides_by_entropy_and_variance():
         assert share == pytest.approx(entropy**0.5 * variance**2, rel=1e-3)
     assert sum(found.budgets(30, PROMPT)) == 30
     assert min(found.budgets(30, PROMPT)) >= 4
+
+
+def test_cake_has_no_preferred_layer_where_its_window_holds_the_prompt():
+    """And takes the variance of nothing, of which torch warns."""
+    tokens = IDS[0, :PROMPT].tolist()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = prepared_for(shared("llama"), CAKE(window=PROMPT), tokens)
+    assert len(set(found.shares)) == 1
 
 
 def test_cake_ranks_by_mean_and_variance_over_the_window():
