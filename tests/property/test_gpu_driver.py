@@ -70,7 +70,11 @@ def both(q: Tensor, k: Tensor, v: Tensor, s: Segments, state: EvictionState | No
 def of_rule(data: st.DataObject, s: Segments) -> Segments:
     """`s` with a rule and a schedule."""
     schedule = Schedule("every", every=data.draw(st.integers(1, 9))) if data.draw(st.booleans()) else Schedule()
-    return replace(s, rule=data.draw(st.sampled_from(PARTS)), schedule=schedule)
+    s = replace(s, rule=data.draw(st.sampled_from(PARTS)), schedule=schedule)
+    if s.rule.count_above_uniform:
+        # sums of powers of other factors differ in float64, and are equal in float32 after two dozen bits
+        s = replace(s, forgetting_factor=s.forgetting_factor.round())
+    return s
 
 
 @QUICK
