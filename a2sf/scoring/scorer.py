@@ -27,14 +27,12 @@ from a2sf.policies.budget import Budget
 from a2sf.policies.prepared import Prepared
 from a2sf.policies.schedule import Schedule, schedule_for
 from a2sf.scoring.counts import Counts
+from a2sf.scoring.passes.memory import tokens_per_pass
 from a2sf.scoring.passes.run import Passes, Pending
 from a2sf.scoring.passes.sequences import Model, ScoredSequence
 from a2sf.scoring.requests import ROLLING, TEXT, Requests, Window
 from a2sf.scoring.systems import Answer, Answers, System
 from a2sf.scoring.texts import Texts
-
-PACK_TOKENS = {"cpu": 1024, "cuda": 16384}
-"""Computed tokens per forward pass where `batch_size` is auto."""
 
 
 class Scorer:
@@ -47,7 +45,8 @@ class Scorer:
         seed: of texts that are drawn at random; None: that of torch (`torch.manual_seed`).
 
     Attributes:
-        tokens_per_pass: computed tokens per forward pass; halved where a GPU's memory does not suffice.
+        most_tokens: computed tokens per forward pass that there is memory for, now that the model is loaded.
+        tokens_per_pass: those that are taken: as many, or fewer once a GPU's memory did not suffice, which halves them.
 
     Raises:
         ConfigError: if there is no such backend.
@@ -63,7 +62,7 @@ class Scorer:
         self.lm, self.model, self.backend = lm, lm.model, backend
         self.sequences_per_pass, self.seed = sequences_per_pass, seed
         self.device = input_device(self.model)
-        self.most_tokens = PACK_TOKENS["cpu" if self.device.type == "cpu" else "cuda"]
+        self.most_tokens = tokens_per_pass(self.model)
         self.tokens_per_pass = self.most_tokens
         self.layers: int = self.model.config.get_text_config().num_hidden_layers
         self.kv_heads = kv_heads_of(self.model.config)

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
@@ -24,6 +23,7 @@ from a2sf.scoring.generation.ends import EOS, STOP, Ends
 from a2sf.scoring.generation.row import Row
 from a2sf.scoring.generation.rows import Rows
 from a2sf.scoring.generation.sampling import Choice
+from a2sf.scoring.passes.memory import cached_tokens
 from a2sf.scoring.passes.sequences import ScoredSequence
 from a2sf.scoring.requests import Requests, is_conversation
 from a2sf.scoring.systems import Answer, Answers
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 MOST_ROWS = {"cpu": 64, "cuda": 256}
 """Texts that are generated together where `batch_size` is auto, if there is memory for their caches."""
-SHARE_OF_MEMORY = 0.25
-"""Of the memory that is free, the part that caches may take."""
 LEAST_TOKENS = 64
 """Tokens per pass below which a GPU's memory is taken to be too small."""
 
@@ -162,7 +160,13 @@ class Texts:
         scorer = self.scorer
         about = scorer.about(row.sequence for row in waiting)
         rows = Rows(
-            scorer.model, about, choice, lambda row: self._cache([row]), self._most, self._room, scorer.tokens_per_pass
+            scorer.model,
+            about,
+            choice,
+            lambda row: self._cache([row]),
+            self._most,
+            cached_tokens(scorer.model),
+            scorer.tokens_per_pass,
         )
         while waiting or rows.live:
             try:
@@ -249,20 +253,6 @@ class Texts:
     @property
     def _most(self) -> int:
         return self.scorer.sequences_per_pass or MOST_ROWS["cpu" if self.scorer.device.type == "cpu" else "cuda"]
-
-    @property
-    def _room(self) -> int:
-        """Tokens times layers that there is memory for."""
-        scorer = self.scorer
-        text = scorer.model.config.get_text_config()
-        heads = scorer.kv_heads or text.num_attention_heads
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        per_token = heads * (2 * size * 4 + 16)  # keys and values in float32, score and position
-        if scorer.device.type == "cuda":
-            free = torch.cuda.mem_get_info(scorer.device)[0]
-        else:
-            free = psutil.virtual_memory().available
-        return int(SHARE_OF_MEMORY * free / per_token)
 
 
 def _check_conversation(settings: dict[str, Any], choice: Choice) -> None:

@@ -179,7 +179,8 @@ class Config:
         log_samples: store prompts, choices and generated texts; false: only numbers and hashes. See
             [for users of lm-eval](../lm_eval.md)
         data: a file in data/
-        batch_size: sequences per forward pass, or auto. `auto` fills 1,024 tokens on a CPU, 16,384 on a GPU
+        batch_size: sequences per forward pass, or auto. `auto` fills as many tokens as there is memory for: on a
+            CPU at most 1,024, on a GPU 1,024 to 65,536
         seed: of the few-shot examples, and of answers that are drawn
         backend: implementation of the eviction: auto, reference, torch, numba, triton. A rule that a compiled kernel does
             not support runs in torch

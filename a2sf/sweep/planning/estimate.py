@@ -22,9 +22,9 @@ from a2sf.errors import UserError
 from a2sf.hf.loading import ModelSpec, tokenizer_here
 from a2sf.hf.settings import retention_of
 from a2sf.policies.schedule import schedule_for
+from a2sf.scoring.passes.memory import PACK_TOKENS
 from a2sf.scoring.passes.packing import Item, pack
 from a2sf.scoring.passes.sequences import ScoredSequence
-from a2sf.scoring.scorer import PACK_TOKENS
 from a2sf.scoring.texts import MOST_ROWS
 from a2sf.store.runs import CorruptCell, StoredCell, is_cell, read_cell
 from a2sf.sweep.cell import Cell

@@ -16,6 +16,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import filelock
+import pandas as pd
 import pytest
 import torch
 
@@ -25,6 +26,7 @@ from a2sf.hf.loading import ModelSpec, fingerprint
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policies
 from a2sf.report.page.page import read_failures
+from a2sf.scoring.passes import memory
 from a2sf.scoring.passes import run as scoring
 from a2sf.store.runs import is_cell, load_sweep, tail_of
 from a2sf.sweep import group
@@ -157,6 +159,21 @@ def test_too_little_memory_for_one_cell_takes_no_other_with_it(runner, monkeypat
     (loaded,) = runner._loaded.values()
     (scorer,) = loaded.scorers.values()
     assert scorer.tokens_per_pass == scorer.most_tokens
+
+
+def test_little_memory_makes_smaller_passes_and_the_same_answers(runner, tmp_path, monkeypatch):
+    usual, crowded = cell("h2o"), Runner(tmp_path / "t", Tracker(TrackerSpec(), "t", tmp_path / "t"))
+    assert run(runner, usual).status == "done"
+    monkeypatch.setattr(memory, "free_bytes", lambda model: 0)
+    assert run(crowded, usual).status == "done"
+    found = []
+    for made, folder, tokens in ((runner, "s", 1024), (crowded, "t", 64)):
+        (loaded,) = made._loaded.values()
+        (scorer,) = loaded.scorers.values()
+        assert scorer.most_tokens == tokens
+        (result,) = load_sweep(tmp_path / folder)
+        found.append(result.documents.select_dtypes("number"))
+    pd.testing.assert_frame_equal(*found, rtol=1e-4)
 
 
 def test_a_full_disk_stops_the_sweep_in_one_sentence(runner, monkeypatch):
