@@ -82,9 +82,16 @@ class Ran:
 
 RunRows = Callable[[Rows, Options], Ran]
 
+PADDED = 0.1
+"""Of the columns of one depth's rows, the share that may be padding without a second batch."""
+WORTHWHILE = 4096
+"""Columns of padding that a further batch must save: fewer cost less than its operations."""
+
 
 def by_depth(run_rows: RunRows, call: Call, dtype: torch.dtype | None = None) -> Attended:
     """Run a backend that knows batches of rows on a tree of segments: all segments of one depth at once.
+
+    Where short rows would be padded to the length of much longer ones, a depth is several batches of rows.
 
     Rows are packed in `dtype`; None: in the accumulation dtype. The end states' keys and values are in the same dtype.
     """
@@ -94,19 +101,24 @@ def by_depth(run_rows: RunRows, call: Call, dtype: torch.dtype | None = None) ->
     device, dtype = query.device, dtype or accumulation_dtype(query.dtype)
     output = query.new_zeros(B, T, H, V).transpose(1, 2)
     evictions: list[Tensor] = []
-    ends: list[EvictionState] = []  # of each depth
-    counts: Tensor | None = None  # of the last one, where known
+    above: tuple[EvictionState, Tensor | None] | None = None  # ends of the depth before, and their counts where known
+    here: list[Ran] = []  # of this depth
+    every: list[EvictionState] = []
     order: list[int] = []  # the segments in them
 
     # a given state may have read any number of tokens, which tables depend on
     levels = segments.once(("levels", T, device), lambda: _levels(segments, T, device))
-    for depth, level in enumerate(levels):
+    for number, level in enumerate(levels):
+        if number and level.depth > levels[number - 1].depth:
+            above, here = _together(here), []
         packed = [x[level.row_at, :, level.column_at].transpose(1, 2).to(dtype) for x in (query, key, value)]
-        if level.parents is not None:
-            start = ends[-1].select(level.parents)
-            counts = None if counts is None else counts[level.parents]
+        counts: Tensor | None = None
+        if above is not None:
+            assert level.parents is not None
+            start = above[0].select(level.parents)
+            counts = None if above[1] is None else above[1][level.parents]
         elif state is not None:
-            start = state
+            start = state if level.parents is None else state.select(level.parents)
         else:
             start = EvictionState.empty(packed[1], packed[2], segments.rule, H // key.shape[1])
             counts = torch.zeros(len(level.ids), key.shape[1], dtype=torch.int64)
@@ -122,22 +134,29 @@ def by_depth(run_rows: RunRows, call: Call, dtype: torch.dtype | None = None) ->
             counts=counts,
             tables=level.tables if state is None else None,
         )
-        wanted = options.return_state or depth + 1 < len(levels)
+        wanted = options.return_state or level.depth < levels[-1].depth
         ran = run_rows(rows, replace(options, return_state=wanted))
-        counts = ran.counts
         output[level.of_row, :, level.of_column] = ran.output.transpose(1, 2)[level.at, level.step].to(query.dtype)
         if ran.evictions is not None:
             segment, head, t, position = ran.evictions.unbind(1)
             evictions.append(torch.stack([level.row_at[segment, t], head, level.column_at[segment, t], position], 1))
         if wanted:
+            here.append(replace(ran, output=ran.output[:0]))
+        if options.return_state:
             order += level.ids
-            ends = [*ends, ran.end] if options.return_state else [ran.end]
+            every.append(ran.end)
     final = None
     if options.return_state:
-        final = ends[0] if len(ends) == 1 else EvictionState.stack(ends).select(torch.tensor(order).argsort())
+        final = every[0] if len(every) == 1 else EvictionState.stack(every).select(torch.tensor(order).argsort())
     if not options.trace:
         return Attended(output, final)
     return Attended(output, final, *traced(evictions, (B, key.shape[1], T), device))
+
+
+def _together(ran: list[Ran]) -> tuple[EvictionState, Tensor | None]:
+    """End states of several batches as one, and their counts where they are known."""
+    counts = [x.counts for x in ran if x.counts is not None]
+    return EvictionState.stack([x.end for x in ran]), torch.cat(counts) if len(counts) == len(ran) else None
 
 
 def traced(evictions: list[Tensor], shape: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -153,11 +172,13 @@ def traced(evictions: list[Tensor], shape: tuple[int, int, int], device: torch.d
 
 @dataclass(frozen=True)
 class _Level:
-    """The segments of one depth of a tree as rows, the same for every layer that reads them; tensors on its device.
+    """Segments of one depth of a tree as rows, the same for every layer that reads them; tensors on its device.
 
     Attributes:
+        depth: which depth; several levels may be of one.
         ids: which segments, and of each:
-        parents: int64 [S'] on the CPU, the row of its parent at the depth before; None: they have none.
+        parents: int64 [S'] on the CPU, the row of its parent among those of the depth before, or at the first depth its
+            row in a given state; None: all of that state.
         row_at, column_at: int64 [S', T'], where its tokens are in the packed input; anything in the padding.
         of_row, of_column, at, step: int64 [n], the same for tokens that are no padding, and their places in the rows.
         retention, length: what it retains, and its tokens, int64 [S'].
@@ -165,6 +186,7 @@ class _Level:
         tables: what backends make for these rows (`Rows.once`).
     """
 
+    depth: int
     ids: list[int]
     parents: Tensor | None
     row_at: Tensor
@@ -181,11 +203,19 @@ class _Level:
 
 
 def _levels(segments: Segments, T: int, device: torch.device) -> list[_Level]:
-    """Each depth of the tree; few tensors go to a GPU, where each costs as much as a launch, and none is waited for."""
+    """Each depth of the tree, in batches of rows of similar length.
+
+    Few tensors go to a GPU, where each costs as much as a launch, and none is waited for.
+    """
     prompt = torch.zeros_like(segments.length) if segments.prompt is None else segments.prompt
     place: dict[int, int] = {}  # of a segment at its depth
-    levels = []
-    for ids in _depths(segments.parent):
+    levels: list[_Level] = []
+    lengths = segments.length.tolist()
+    roots = {i: at for at, i in enumerate(i for i, p in enumerate(segments.parent.tolist()) if p < 0)}
+    batches = [
+        (depth, ids) for depth, all_ids in enumerate(_depths(segments.parent)) for ids in _batches(all_ids, lengths)
+    ]
+    for depth, ids in batches:
         pick = torch.tensor(ids)
         length = segments.length[pick]
         offset = torch.arange(max(1, int(length.max())))
@@ -207,11 +237,12 @@ def _levels(segments: Segments, T: int, device: torch.device) -> list[_Level]:
             rule=segments.rule,
             schedule=segments.schedule,
         )
-        parents = segments.parent[pick].tolist()
+        rows = [roots[i] for i in ids] if not depth else [place[p] for p in segments.parent[pick].tolist()]
         levels.append(
             _Level(
+                depth=depth,
                 ids=ids,
-                parents=torch.tensor([place[p] for p in parents]) if parents[0] >= 0 else None,
+                parents=torch.tensor(rows) if depth or len(ids) < len(roots) else None,
                 row_at=row_at,
                 column_at=column_at,
                 of_row=of_row,
@@ -224,8 +255,28 @@ def _levels(segments: Segments, T: int, device: torch.device) -> list[_Level]:
                 budgets=segments.budget[pick].tolist(),
             )
         )
-        place = {number: i for i, number in enumerate(ids)}
+        before = sum(len(level.ids) for level in levels[:-1] if level.depth == depth)
+        place |= {number: before + i for i, number in enumerate(ids)}
     return levels
+
+
+def _batches(ids: list[int], lengths: list[int]) -> list[list[int]]:
+    """Segments of one depth in batches of similar length, the longest first: as many as save much padding."""
+    groups = [sorted(ids, key=lambda i: -lengths[i])]
+    while True:
+        padded = sum(len(group) * max(1, lengths[group[0]]) for group in groups)
+        if padded - sum(lengths[i] for i in ids) <= PADDED * padded:
+            break
+        # of all places where a group can be divided, the one that saves the most
+        saved, which, at = max(
+            ((len(g) - at) * (lengths[g[0]] - lengths[g[at]]), n, at)
+            for n, g in enumerate(groups)
+            for at in range(len(g))
+        )
+        if saved < WORTHWHILE:
+            break
+        groups[which : which + 1] = [groups[which][:at], groups[which][at:]]
+    return [sorted(group) for group in groups]
 
 
 def _depths(parent: Tensor) -> list[list[int]]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from a2sf.compat.transformers import is_spread
 from a2sf.engine.kernels.dense import CHUNK
 from a2sf.engine.kernels.gpu.plan import SCRATCH
+from a2sf.engine.tree import WORTHWHILE
 from a2sf.hf.calls.logits import ROWS
 from a2sf.hf.devices import devices_of, input_device
 from a2sf.hf.loading import kv_heads_of
@@ -92,7 +93,9 @@ def pass_bytes(model: PreTrainedModel) -> tuple[int, int]:
     # a column's logits, in float32 too, and their logarithms; where they cannot be computed in parts, of all tokens
     logits = _stated(text, "vocab_size", 2**17) * (size + 2 * WIDE)
     spread = is_spread(model)
-    return layer + engine + (logits if spread else 0), SCRATCH * (input_device(model).type != "cpu") + ROWS * logits
+    scratch = SCRATCH + WORTHWHILE * numbers * 2 * WIDE  # shares of attention, and padding that saves no batch
+    on_gpu = input_device(model).type != "cpu"
+    return layer + engine + (logits if spread else 0), scratch * on_gpu + ROWS * logits
 
 
 def tokens_per_pass(model: PreTrainedModel) -> int:
