@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from a2sf.errors import ConfigError, UserError, first_line
-from a2sf.hf.files.refusals import Unreachable, chain
+from a2sf.hub.refusals import Unreachable, chain
 from a2sf.tasks import definitions, user_folder
 from a2sf.tasks.data import documents
 from a2sf.tasks.data.documents import Commit

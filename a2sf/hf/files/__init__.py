@@ -1,1 +1,1 @@
-"""A model's files: what a path names, requests to the hub and its errors, and whether the weights are complete."""
+"""A model's files: what a path names, and whether the weights are complete."""

@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 
 from a2sf.compat.transformers import refused
 from a2sf.errors import ConfigError, first_line
-from a2sf.hf.files import hub
 from a2sf.hf.files.cache import digest
-from a2sf.hf.files.refusals import Wanted
+from a2sf.hub import snapshot as hub
+from a2sf.hub.refusals import Wanted
 
 KEY = "model.adapter"
 CONFIG = "adapter_config.json"

@@ -29,7 +29,7 @@ from transformers import (
 from a2sf.compat.transformers import expected_missing, was_read
 from a2sf.errors import ConfigError, first_line
 from a2sf.hf.files import adapter
-from a2sf.hf.files.refusals import chain
+from a2sf.hub.refusals import chain
 
 KEY = "model.path"
 INDEX = ".index.json"

@@ -10,10 +10,11 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from a2sf.compat.transformers import check_quantizer, refused
 from a2sf.errors import ConfigError, first_line
-from a2sf.hf.files import gguf, hub, weights
+from a2sf.hf.files import gguf, weights
 from a2sf.hf.files.paths import KEY
 from a2sf.hf.loading.checkpoint import files_of, folder_here, gguf_file
 from a2sf.hf.loading.spec import ModelSpec
+from a2sf.hub import snapshot as hub
 
 CAUSAL_ARCHITECTURES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 

@@ -13,13 +13,14 @@ from a2sf.errors import ConfigError
 from a2sf.hf import devices
 from a2sf.hf.exactness import check_exact
 from a2sf.hf.files import adapter as adapters
-from a2sf.hf.files import hub, weights
+from a2sf.hf.files import weights
 from a2sf.hf.files.cache import cache_directory
 from a2sf.hf.files.paths import KEY
 from a2sf.hf.loading.checkpoint import files_of, fingerprint, folder_here, local_checkpoint, tokenizer_folder
 from a2sf.hf.loading.config import check_config
 from a2sf.hf.loading.spec import DTYPES, ModelSpec, pin
 from a2sf.hf.loading.tokenizer import PROBE, read_tokenizer
+from a2sf.hub import snapshot as hub
 
 
 @dataclass(frozen=True)

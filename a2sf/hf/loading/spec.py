@@ -10,9 +10,9 @@ import torch
 from a2sf.errors import ConfigError
 from a2sf.hf import devices
 from a2sf.hf.files import adapter as adapters
-from a2sf.hf.files import hub
 from a2sf.hf.files.paths import Source, understand
-from a2sf.hf.files.refusals import Wanted
+from a2sf.hub import snapshot as hub
+from a2sf.hub.refusals import Wanted
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from a2sf.errors import ConfigError, UserError
-from a2sf.hf.files.refusals import HubError
+from a2sf.hub.refusals import HubError
 from a2sf.sweep.cell import Cell, spec_with_tokenizer
 from a2sf.sweep.prepare.bar import download_bar
 from a2sf.tasks.data.documents import downloaded_bytes

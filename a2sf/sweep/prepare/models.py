@@ -13,8 +13,8 @@ from rich.filesize import decimal
 from rich.markup import escape
 
 from a2sf.errors import UserError
-from a2sf.hf.files.refusals import NotOnHub, Unreachable
 from a2sf.hf.loading import Download, ModelSpec, adapter_of, fingerprint, left_alone, load_tokenizer, pin, prepare
+from a2sf.hub.refusals import NotOnHub, Unreachable
 from a2sf.scoring.generation.thinking import Thinking
 from a2sf.store.names import Named, distinct
 from a2sf.sweep.cell import Cell

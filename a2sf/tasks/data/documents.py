@@ -18,7 +18,7 @@ from typing import Any
 
 from a2sf.compat import datasets as compat
 from a2sf.errors import ConfigError, UserError, first_line, nearest
-from a2sf.hf.files.refusals import Unreachable, Wanted, chain, refusal
+from a2sf.hub.refusals import Unreachable, Wanted, chain, refusal
 from a2sf.tasks.data import json_files
 from a2sf.tasks.data.rows import Rows
 from a2sf.tasks.data.sources import FORMATS, Source

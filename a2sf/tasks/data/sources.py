@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from a2sf.compat.datasets import is_packaged
 from a2sf.errors import ConfigError, first_line, nearest
-from a2sf.hf.files.refusals import Wanted
+from a2sf.hub.refusals import Wanted
 from a2sf.tasks.definitions import Definition
 
 FORMATS = {"arrow": "arrow", "parquet": "parquet", "jsonl": "json", "json": "json"}

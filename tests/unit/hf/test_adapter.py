@@ -15,8 +15,9 @@ from transformers.utils import find_adapter_config_file
 from a2sf.app.compute import overrides_of_job
 from a2sf.errors import ConfigError
 from a2sf.hf import loading
-from a2sf.hf.files import adapter, hub
+from a2sf.hf.files import adapter
 from a2sf.hf.loading import ModelSpec, load, prepare
+from a2sf.hub import snapshot as hub
 from a2sf.store.names import distinct
 from a2sf.store.runs import StoredCell
 from a2sf.sweep.prepare import models

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from a2sf.errors import ConfigError
-from a2sf.hf.files import hub
 from a2sf.hf.loading import ModelSpec, fingerprint, load, load_tokenizer, prepare, sizes_of, tokenizer_here
+from a2sf.hub import snapshot as hub
 from tests.architectures import SUPPORTED
 from tests.conftest import SMOLLM2
 from tests.hub.build import tokenizer_files, write_model

@@ -357,7 +357,7 @@ def test_a_local_model_is_another_one_when_its_weights_config_or_tokenizer_chang
 def test_a_hub_model_is_looked_up_before_its_cells_are_named(runner, smollm2, monkeypatch):
     """Else its cells would have another name on the next start, and be computed again."""
     commit = "0123456789" * 4
-    monkeypatch.setattr("a2sf.hf.files.hub.commit_of", lambda wanted: (commit, None))
+    monkeypatch.setattr("a2sf.hub.snapshot.commit_of", lambda wanted: (commit, None))
     monkeypatch.setattr(sweep.loading, "load", lambda spec: dataclasses.replace(smollm2, fingerprint=commit))
     on_main = cell(model=ModelSpec(path="owner/name", device="cpu"), model_name="name")
     assert run(runner, on_main).status == "done"

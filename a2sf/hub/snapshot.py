@@ -22,7 +22,7 @@ from huggingface_hub.utils import tqdm
 
 from a2sf import atomic
 from a2sf.errors import ConfigError, first_line
-from a2sf.hf.files.refusals import HubError, Unreachable, Wanted, chain, refusal
+from a2sf.hub.refusals import HubError, Unreachable, Wanted, chain, refusal
 
 COMMIT = re.compile("[0-9a-f]{40}")
 _listed: dict[tuple[str, str, str], dict[str, int]] = {}

@@ -1,0 +1,1 @@
+"""The hub: its repositories at one commit, and its errors as sentences."""
