@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from baselines.key_norm import KeyNorm
     from baselines.keydiff import KeyDiff
     from baselines.keyformer import Keyformer
+    from baselines.kvzap import KVzap
     from baselines.kvzip import KVzip
     from baselines.lagkv import LagKV
     from baselines.mean_attention import MeanAttention
@@ -66,6 +67,7 @@ __all__ = [
     "Full",
     "Future",
     "Heads",
+    "KVzap",
     "KVzip",
     "KeyDiff",
     "KeyNorm",
@@ -111,6 +113,7 @@ _WHERE = {
     "Future": "baselines.future",
     "H2O": "baselines.h2o",
     "Heads": "baselines.heads",
+    "KVzap": "baselines.kvzap",
     "KVzip": "baselines.kvzip",
     "KeyDiff": "baselines.keydiff",
     "KeyNorm": "baselines.key_norm",

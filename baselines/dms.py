@@ -1,11 +1,12 @@
 """DMS: a token is evicted once it is no longer recent, if its score is below a threshold; there is no budget.
 
 Paper: Łańcucki et al., 2025 (arXiv 2506.05345): whether a token is evicted is decided when it is read, and takes effect once
-`window` further tokens were read. KVzap thresholds a score in the same way. Both learn the score from the model's hidden
-states; such weights are the model's own and are not part of this package. Deviations: the score is that of another policy
-whose priorities are fixed when a token is cached (`by`): a function of its key, value and position, such as `key_norm`, or
-the linear gates on keys of `qfilter`, loaded from a file. It is in that policy's units, so a useful threshold depends on the
-model: results say which share of the tokens was cached. The paper trains with a window of 256 tokens.
+`window` further tokens were read. KVzap thresholds a score in the same way (policy `kvzap`). Both learn the score from the
+model's hidden states; such weights are the model's own and are not part of this package. Deviations: the score is that of
+another policy whose priorities are fixed when a token is cached (`by`): a function of its key, value and position, such as
+`key_norm`, or the linear gates on keys of `qfilter`, loaded from a file. It is in that policy's units, so a useful
+threshold depends on the model: results say which share of the tokens was cached. The paper trains with a window of 256
+tokens.
 """
 
 from __future__ import annotations

@@ -35,6 +35,8 @@ FURTHER: dict[str, list[Any]] = {
     "pooling": ["max"],
     "covariance": [False],
     "varying": [0.6],
+    "threshold": [0.5],
+    "equal_slots": [True],
     "by": ["vatp", "keyformer", {"name": "adakv", "window": 3}, "expected_attention"],
 }
 """Further values of settings, each with the small ones."""

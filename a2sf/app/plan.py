@@ -66,6 +66,8 @@ def fetch(planned: Planned) -> Planned:
         UserError: if nothing is left to compute, or a task cannot be run with this configuration.
     """
     checked, made = planned.checked, planned.plan
+    for policy in dict.fromkeys(c.policy for c in made.pending):
+        policy.fetch()
     write_groups(checked.directory, checked.aggregates)
     broken = models.fetch([c.model for c in made.pending], screen)
     models.check_prompting((c for c in made.pending if c.model not in broken), hub=True)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from a2sf.engine.state import accumulation_dtype
 from a2sf.errors import PolicyError, UserError, place
 from a2sf.hf.attention.errors import UnsupportedModel
-from a2sf.hf.attention.function import attached, running
+from a2sf.hf.attention.function import active, attached, running
 from a2sf.hf.attention.plan import Plan
 from a2sf.hf.attention.windows import global_layers, mixes_windows
 from a2sf.hf.calls.around import bare, idle
@@ -27,10 +28,17 @@ T = TypeVar("T")
 
 @dataclass
 class _Looking(Plan):
-    """A pass with the full cache in which something looks at every layer."""
+    """A pass with the full cache in which something looks at every layer.
+
+    Attributes:
+        shows_hidden: whether it sees the hidden states too.
+        hidden: by layer, the input of its attention, until it was looked at.
+    """
 
     look: Callable[[LayerRead], Any] | None = None
     found: dict[int, Any] = field(default_factory=dict)
+    shows_hidden: bool = False
+    hidden: dict[int, Tensor] = field(default_factory=dict)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         if layer in self.found:
@@ -39,16 +47,29 @@ class _Looking(Plan):
                 "which is not supported; choose another policy or model"
             )
         assert self.look is not None
+        hidden = self.hidden.pop(layer, None)
+        if self.shows_hidden and (hidden is None or hidden.shape[:2] != (1, key.shape[2])):
+            raise UnsupportedModel(
+                f"what the attention of layer {layer} of the model reads is not known, and the policy uses hidden states; "
+                "choose another policy or model"
+            )
         q, k, v = (x[0].to(accumulation_dtype(x.dtype)) for x in (query, key, value))
-        self.found[layer] = self.look(LayerRead(layer, q.unflatten(0, (k.shape[0], -1)), k, v, scale))
+        self.found[layer] = self.look(
+            LayerRead(layer, q.unflatten(0, (k.shape[0], -1)), k, v, scale, None if hidden is None else hidden[0])
+        )
         return super().attend(layer, query, key, value, scale, window)
 
 
 @dataclass(frozen=True)
 class ModelReader:
-    """A `Reader` of a model."""
+    """A `Reader` of a model.
+
+    Attributes:
+        hidden_states: whether `LayerRead` has the hidden states.
+    """
 
     model: PreTrainedModel
+    hidden_states: bool = False
 
     @property
     def layers(self) -> int:
@@ -74,12 +95,34 @@ class ModelReader:
             policy_on_sliding=not mixes_windows(self.model.config),
         )
         assert isinstance(plan, _Looking)
-        plan.look = look
+        plan.look, plan.shows_hidden = look, self.hidden_states
         ids = torch.tensor([list(tokens)], device=input_device(self.model))
-        with torch.inference_mode(), idle(self.model), attached(self.model), running(plan):
+        with torch.inference_mode(), idle(self.model), attached(self.model), running(plan), _noting(self.model, plan):
             # without the head: logits of all tokens would take more memory than all layers
             bare(self.model)(ids, use_cache=False, logits_to_keep=1)
         return [plan.found[layer] for layer in range(self.layers)]
+
+
+@contextmanager
+def _noting(model: PreTrainedModel, plan: _Looking) -> Iterator[None]:
+    """Note in `plan` what the attention of each layer is called with, if it is to be shown."""
+
+    def note(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        hidden = given.get("hidden_states", args[0] if args else None)
+        if active.get() is plan and isinstance(hidden, Tensor):  # another thread may call the model too
+            plan.hidden[module.layer_idx] = hidden  # type: ignore[index]
+
+    attentions = [
+        m
+        for m in (model.modules() if plan.shows_hidden else ())
+        if isinstance(getattr(m, "layer_idx", None), int) and "attention" in type(m).__name__.lower()
+    ]
+    hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in attentions]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def prepared_for(model: PreTrainedModel, policy: Policy, tokens: Sequence[int]) -> Prepared:
@@ -88,7 +131,7 @@ def prepared_for(model: PreTrainedModel, policy: Policy, tokens: Sequence[int]) 
     Raises:
         PolicyError: if its own code fails, or returns something else than it must.
     """
-    reader = ModelReader(model)
+    reader = ModelReader(model, policy.hidden_states)
     try:
         found = policy.prepare(reader, list(tokens))
     except (UserError, MemoryError, torch.OutOfMemoryError):

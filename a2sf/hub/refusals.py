@@ -194,6 +194,8 @@ OFFLINE = (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, hub.RevisionRe
 
 
 def _what_there_is(wanted: Wanted) -> str:
+    if wanted.key.startswith("policy."):  # no other model's file would do
+        return ""
     cached = cached_repositories(wanted.kind)
     more = f" and {len(cached) - CACHED_SHOWN} more" if len(cached) > CACHED_SHOWN else ""
     held = f", take what is cached ({', '.join(cached[:CACHED_SHOWN])}{more})" if cached else ""

@@ -87,6 +87,8 @@ class Policy(ABC):
     """True if `priorities` uses keys or queries before the rotary embedding (`Step.unrotated_keys`)."""
     projected: ClassVar[bool] = False
     """True if `priorities` uses the projection after the attention (`Step.projection`)."""
+    hidden_states: ClassVar[bool] = False
+    """True if `prepare` uses the input of each layer's attention (`LayerRead.hidden`)."""
     version: ClassVar[int] = 1
     """Raised when a change of the policy moves its numbers: results of an earlier version are not reused."""
 
@@ -223,6 +225,16 @@ class Policy(ABC):
 
     def check(self, layers: int, kv_heads: int | None = None) -> None:  # noqa: B027 (most have nothing to check)
         """Raise `ConfigError` if a setting does not fit a model with `layers` layers of `kv_heads` KV heads each."""
+
+    def check_hidden(self, size: int) -> None:  # noqa: B027
+        """Raise `ConfigError` if a setting does not fit a model whose hidden states have `size` numbers."""
+
+    def fetch(self) -> None:  # noqa: B027
+        """Fetch what the policy needs from the hub. A sweep calls it once, before its first cell.
+
+        Raises:
+            ConfigError: if the hub does not give it.
+        """
 
     def stored_settings(self) -> dict[str, Any]:
         """The settings as results store them and cells are identified by them. A renamed setting has its first name here."""

@@ -21,8 +21,10 @@ class LayerRead:
         layer: its number, from 0.
         query: [K, G, T, D].
         key: [K, T, D].
-        value: [K, T, V]; all in float32 or better.
+        value: [K, T, V]; query, key and value in float32 or better.
         scale: what query · key is multiplied by.
+        hidden: [T, hidden size], what the projections of the layer's attention read, so after a norm that comes before them;
+            in the model's dtype. None unless the policy states `hidden_states = True`.
     """
 
     layer: int
@@ -30,6 +32,7 @@ class LayerRead:
     key: Tensor
     value: Tensor
     scale: float
+    hidden: Tensor | None = None
 
     def attention(self, first: int, last: int | None = None) -> Tensor:
         """The attention of the tokens `[first, last)` to all tokens, [K, G, last - first, T]; later tokens get 0."""
@@ -69,6 +72,7 @@ class Prepared:
         shares: of each layer in the model's slots, relative to the others; None: budgets are not changed.
         by_numbers: the slots of a layer are as many as it has of the model's largest numbers, instead of `shares`.
         least: number of slots that every layer gets, as far as there are enough.
+        recent: how many of the prompt's newest tokens count before all others in `by_numbers`, because they are protected.
         acts: on which layers the policy acts; None: on all. The others have a sliding window of their own.
     """
 
@@ -76,6 +80,7 @@ class Prepared:
     shares: tuple[float, ...] | None = None
     by_numbers: bool = False
     least: int = 1
+    recent: int = 0
     acts: tuple[bool, ...] | None = None
 
     @property
@@ -102,6 +107,7 @@ class Prepared:
 
             assert self.numbers is not None
             every = torch.stack([n.of[:, :prompt] for n in self.numbers])  # [L, K, T]
+            every[..., max(0, prompt - self.recent) :] = torch.inf
             most = min(total * every.shape[1], every.numel())
             best = every.flatten().topk(most).indices // every[0].numel()
             counts = tuple(map(float, torch.bincount(best, minlength=len(every)).tolist()))

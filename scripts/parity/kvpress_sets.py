@@ -1,6 +1,7 @@
 """The tokens that kvpress's presses retain: kvpress.npz, and kvpress.json with versions. See `run.py`, which starts this.
 
 Only what kvpress itself leaves in the cache is looked at: keys in the cut cache are found among the keys of the full one.
+With names of cases after the two folders, only these are computed, and added to the stored ones.
 """
 
 from __future__ import annotations
@@ -16,16 +17,29 @@ from pathlib import Path
 import kvpress
 import numpy as np
 import torch
+from kvpress.presses.kvzap_press import KVzapModel
 from transformers import AutoModelForCausalLM, DynamicCache
 
 RATIOS = (0.5, 0.75)  # exact in binary: kvpress rounds 1 - ratio down
+THRESHOLDS = {0.5: 0.0, 0.75: 0.1}
+"""Of the random gates' scores, instead of each ratio."""
 WINDOW = 32
 TEXTS: list[torch.Tensor] = []
 """The tokens [1, T] of each text."""
 
 
-def presses(ratio: float) -> dict[str, kvpress.BasePress]:
-    """The presses that have a counterpart, by the name of the case."""
+def presses(ratio: float, folder: Path) -> dict[str, kvpress.BasePress]:
+    """The presses that have a counterpart, by the name of the case.
+
+    Args:
+        folder: that holds gates for `KVzapPress`.
+    """
+
+    def kvzap(kind: str, ratio: float = 0.0) -> kvpress.KVzapPress:
+        press = kvpress.KVzapPress(ratio, model_type=kind)
+        press.kvzap_model_name = f"nvidia/KVzap-{kind}-model"  # what it would fetch for a model in a folder `model`
+        press.kvzap_model = KVzapModel.from_pretrained(folder / f"gates-{kind}")
+        return press
 
     def snap() -> kvpress.SnapKVPress:
         return kvpress.SnapKVPress(ratio, window_size=WINDOW)
@@ -49,6 +63,9 @@ def presses(ratio: float) -> dict[str, kvpress.BasePress]:
         "criticalkv_snapkv": kvpress.CriticalKVPress(snap()),
         "criticalkv_tova": kvpress.CriticalKVPress(kvpress.TOVAPress(ratio)),
         "simlayerkv": kvpress.SimLayerKVPress(lazy_threshold=0.9, n_recent=64, n_initial=4),
+        "kvzap_linear": kvzap("linear", ratio),
+        "kvzap_mlp": kvzap("mlp", ratio),
+        "kvzap_threshold": kvpress.DMSPress(kvzap("mlp"), threshold=THRESHOLDS[ratio], sliding_window_size=WINDOW),
     }
 
 
@@ -104,13 +121,19 @@ def position_of_the_next_token(model) -> dict[str, int]:
 
 
 def main() -> None:
-    folder, out = map(Path, sys.argv[1:])
+    folder, out = map(Path, sys.argv[1:3])
+    only = sys.argv[3:]
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
     TEXTS.extend(torch.tensor([ids]) for ids in json.loads((folder / "texts.json").read_text()))
-    arrays = {f"text{i}": ids[0].numpy().astype(np.int32) for i, ids in enumerate(TEXTS)}
+    arrays = dict(np.load(out / "kvpress.npz")) if only else {}
+    for i, ids in enumerate(TEXTS):
+        assert not only or np.array_equal(arrays[f"text{i}"], ids[0].numpy()), "the stored cases are of other texts"
+        arrays[f"text{i}"] = ids[0].numpy().astype(np.int32)
     for i in range(len(TEXTS)):
         for ratio in RATIOS:
-            for name, press in presses(ratio).items():
+            for name, press in presses(ratio, folder).items():
+                if only and name not in only:
+                    continue
                 kept = retained(model, i, press)
                 arrays[f"{name}/{i}/{ratio}"] = np.packbits(kept, axis=-1)
                 print(name, i, ratio, kept.sum(-1).mean(), flush=True)
@@ -121,7 +144,7 @@ def main() -> None:
     said = {
         "versions": {name: version(name) for name in ("kvpress", "transformers", "torch")},
         "shape": list(kept.shape[:2]),
-        "presses": {name: repr(press) for name, press in presses(RATIOS[0]).items()},
+        "presses": {name: repr(press) for name, press in presses(RATIOS[0], folder).items()},
         "all_presses": sorted(every),
         "next_token": position_of_the_next_token(model),
         "kept_of_300_at_0.8": int(sum(retained(model, 0, kvpress.KnormPress(0.8))[0, 0])),

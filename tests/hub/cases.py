@@ -8,7 +8,7 @@ import sys
 import threading
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -76,3 +76,23 @@ def home() -> str:
     from huggingface_hub import constants
 
     return constants.HF_HOME
+
+
+def gates(name: str, revision: str = "main", fetch: bool = False) -> dict[str, Any] | str:
+    """What identifies gates of the hub, and the scores of a token where they are fetched; or the sentence."""
+    import torch
+
+    from a2sf import KVzap
+    from a2sf.errors import UserError
+
+    try:
+        policy = KVzap(gates=name, revision=revision)
+        found = {**policy.stored_settings()["gates"], "revision": policy.revision}
+        if fetch:
+            policy.fetch()
+            assert policy.found is not None
+            ones = torch.ones(1, policy.found.sizes.hidden)
+            found["scores"] = policy.found.scores(0, ones).tolist()
+    except UserError as error:
+        return str(error)
+    return found

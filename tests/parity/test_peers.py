@@ -25,7 +25,10 @@ from a2sf.engine.kernels import split
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Options, Segments
 from a2sf.hf.projection import projections_of
+from a2sf.hf.reader import prepared_for
 from a2sf.hf.rotary import rotary_of
+from a2sf.policies.prepared import Prepared
+from tests.gates import random_gates, write_gates
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "tests" / "vectors" / "peers"
@@ -75,7 +78,13 @@ PAIRS = {
     "criticalkv_tova": Pair("criticalkv", {"by": "tova", "epsilon": 3e-4}, newest=True),
     "expected_attention": Pair("expected_attention", {}),
     "expected_attention_mean": Pair("expected_attention", {"covariance": False}),
+    "kvzap_linear": Pair("kvzap", {"gates": "linear", "window": 0, "equal_slots": True}),
+    "kvzap_mlp": Pair("kvzap", {"gates": "mlp", "window": 0, "equal_slots": True}),
 }
+INNER = {"linear": None, "mlp": 16}
+"""The gates that scripts/parity/run.py gives to kvpress: numbers between the layers of each."""
+THRESHOLDS = {0.5: 0.0, 0.75: 0.1}
+"""In the case `kvzap_threshold`."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +112,10 @@ def of_peer(case: str, text: int, ratio: float) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def ours(smollm2):
+def ours(smollm2, tmp_path_factory):
     """A function that runs a policy on a text, all layers of the model as rows of a batch."""
+    folder = tmp_path_factory.mktemp("gates")
+    gates = {kind: str(write_gates(folder / kind, random_gates(30, 3, 576, inner))) for kind, inner in INNER.items()}
 
     @cache
     def layers(text: int) -> list[Captured]:
@@ -115,14 +126,16 @@ def ours(smollm2):
     rotary, projections = rotary_of(smollm2.model)[0], projections_of(smollm2.model)
 
     def run(name: str, settings: dict[str, Any], text: int, budgets: list[int], schedule: str = "prompt") -> Ran:
-        of, policy = layers(text), make_policy(name, **settings)
+        given = {key: gates[x] if key == "gates" else x for key, x in settings.items()}
+        of, policy = layers(text), make_policy(name, **given)
+        ready = prepared_for(smollm2.model, policy, PEERS[f"text{text}"].tolist()) if policy.prepares else None
         if policy.projected:  # each layer has its own projection
-            each = [attended(policy, [x], [C], schedule) for x, C in zip(of, budgets, strict=True)]
+            each = [attended(policy, [x], [C], schedule, ready) for x, C in zip(of, budgets, strict=True)]
             evictions = [tuple(map(torch.cat, zip(*(x.evictions[0] for x in each), strict=True)))]
             return Ran(torch.cat([x.retained for x in each]), evictions)
-        return attended(policy, of, budgets, schedule)
+        return attended(policy, of, budgets, schedule, ready)
 
-    def attended(policy: Policy, of: list[Captured], budgets: list[int], schedule: str) -> Ran:
+    def attended(policy: Policy, of: list[Captured], budgets: list[int], schedule: str, ready: Prepared | None) -> Ran:
         query, key, value = (torch.cat([getattr(x, n) for x in of]) for n in ("query", "key", "value"))
         T, evictions = key.shape[2], []
         leaving = split.leaving
@@ -133,7 +146,8 @@ def ours(smollm2):
             return out
 
         prompt = (T,) if schedule == "prompt" else ()
-        stated = [policy.keeps(C, x.number, 30, *prompt) for C, x in zip(budgets, of, strict=True)]
+        told = {"prepared": ready} if prompt else {}
+        stated = [policy.keeps(C, x.number, 30, *prompt, **told) for C, x in zip(budgets, of, strict=True)]
         rows = BatchRetention.of(stated, Schedule.named(schedule), [T] * len(of))
         known = {"rotary": rotary, "projection": projections[of[0].number]}
         options = Options(scale=of[0].scale, return_state=True, layers=30, **known)
@@ -196,6 +210,21 @@ def test_the_same_tokens_as_kvpress(ours, case, text, ratio):
     assert all(explained(ran, i, h, other[i, h]) for i, h in unlike)
     # lagkv ranks tokens within pieces, so that each rank comes once per piece; elsewhere ties are rare
     assert case == "lagkv" or len(unlike) <= 0.03 * held.numel()
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_threshold_of_kvzap_retains_the_same_tokens_as_kvpress(ours, text, ratio):
+    """`DMSPress` of `KVzapPress`: each head has a number of its own."""
+    other = of_peer("kvzap_threshold", text, ratio)
+    settings = {"gates": "mlp", "window": WINDOW, "threshold": THRESHOLDS[ratio]}
+    ran = ours("kvzap", settings, text, [1] * len(other))
+    assert len(other.sum(-1).unique()) > 10
+    assert other[..., -WINDOW:].all()
+    # sums in another order may put a score that is next to the threshold on its other side
+    unlike = ran.retained != other
+    assert ((ran.priorities[unlike] - THRESHOLDS[ratio]).abs() <= CLOSE).all()
+    assert unlike.any(-1).sum() <= 1  # of 90 heads
 
 
 @pytest.mark.parametrize("ratio", RATIOS)

@@ -164,7 +164,7 @@ def test_the_docs_have_every_policy_with_its_settings_and_schedules():
         if (found := re.match(r"\| `(\w+)`(?: \(([^)]*)\))? \|", line)) is not None:
             rows[found[1]] = (found[2], [c.strip() for c in line.strip("|").split("|")])
     assert set(rows) == set(built_in())
-    assert len(rows) == 32
+    assert len(rows) == 33
     for name, cls in built_in().items():
         label, (_, _, settings, schedules, _) = rows[name]
         assert label in (None, cls.label), name

@@ -77,14 +77,17 @@ def _check_code(auto_map: dict[str, Any], folder: Path, path: str) -> None:
             raise ConfigError(KEY, path, why)
 
 
-def sizes_of(spec: ModelSpec) -> tuple[int, int | None]:
-    """How many layers the model has, and KV heads in each (`kv_heads_of`), from its config alone.
+def sizes_of(spec: ModelSpec) -> tuple[int, int | None, int | None]:
+    """How many layers the model has, KV heads in each (`kv_heads_of`), and numbers of a hidden state, from its config alone.
+
+    None stands for what the config does not state.
 
     Raises:
         ConfigError: if there is no such model.
     """
     config = _any_config(spec)
-    return int(config.get_text_config().num_hidden_layers), kv_heads_of(config)
+    text = config.get_text_config()
+    return int(text.num_hidden_layers), kv_heads_of(config), getattr(text, "hidden_size", None)
 
 
 def _any_config(spec: ModelSpec) -> Any:

@@ -365,14 +365,16 @@ def _of_previous_version(until: object) -> dict[str, Any]:
 
 
 def check_layers(model: ModelSpec, policy: Policy, budget: Budget | None) -> None:
-    """Refuse lists with a number per layer or head if the model has other numbers of layers or heads.
+    """Refuse lists with a number per layer or head, and gates, that are for a model of other sizes.
 
     Raises:
         ConfigError: naming both numbers; or if the model's config cannot be read.
     """
     lists = [*vars(policy).values(), budget and budget.ratio, budget and budget.tokens]
-    if any(isinstance(x, tuple) and x for x in lists):
-        layers, kv_heads = sizes_of(model)
+    if policy.hidden_states or any(isinstance(x, tuple) and x for x in lists):
+        layers, kv_heads, hidden = sizes_of(model)
         policy.check(layers, kv_heads)
+        if hidden is not None:
+            policy.check_hidden(hidden)
         if budget:
             budget.check(layers)
