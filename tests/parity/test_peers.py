@@ -21,7 +21,7 @@ from torch import Tensor
 from a2sf import Policy, Rule, Schedule, make_policy
 from a2sf.calibration.capture import Captured, capture
 from a2sf.engine import kernels, stepwise
-from a2sf.engine.kernels import split
+from a2sf.engine.kernels import prompts
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Options, Segments
 from a2sf.hf.projection import projections_of
@@ -138,7 +138,7 @@ def ours(smollm2, tmp_path_factory):
     def attended(policy: Policy, of: list[Captured], budgets: list[int], schedule: str, ready: Prepared | None) -> Ran:
         query, key, value = (torch.cat([getattr(x, n) for x in of]) for n in ("query", "key", "value"))
         T, evictions = key.shape[2], []
-        leaving = split.leaving
+        leaving = prompts.leaving
 
         def noting(rule: Rule, priority: Tensor, positions: Tensor, *rest: Tensor) -> Tensor:
             out = leaving(rule, priority, positions, *rest)
@@ -152,7 +152,7 @@ def ours(smollm2, tmp_path_factory):
         known = {"rotary": rotary, "projection": projections[of[0].number]}
         options = Options(scale=of[0].scale, return_state=True, layers=30, **known)
         with pytest.MonkeyPatch.context() as patch:
-            for module in (split, stepwise):
+            for module in (prompts, stepwise):
                 patch.setattr(module, "leaving", noting)
             segments = Segments.of_rows(rows, torch.full((len(of),), T))
             state = kernels.attend(query, key, value, segments, options).state
