@@ -10,7 +10,7 @@ UNIT = 0.05
 """How much budget is given at a time, as a share of the mean budget."""
 
 
-def allocate_budget(curves: np.ndarray, multiples: Sequence[float], unit: float = UNIT) -> np.ndarray:
+def allocate_budget(curves: np.ndarray, multiples: Sequence[float]) -> np.ndarray:
     """Budgets of `n` layers or heads, as shares of the mean budget, that make the sum of their errors smallest.
 
     A greedy search: each layer or head starts with the smallest multiple, and every further unit goes to the one whose error
@@ -20,7 +20,6 @@ def allocate_budget(curves: np.ndarray, multiples: Sequence[float], unit: float 
     Args:
         curves: float64 [n, multiples], the error of each layer or head at each multiple of the mean budget.
         multiples: in ascending order, the first at most 1 and the last at least 1.
-        unit: how much budget is given at a time, as a share of the mean budget.
 
     Returns:
         float64 [n], with mean 1.
@@ -32,15 +31,15 @@ def allocate_budget(curves: np.ndarray, multiples: Sequence[float], unit: float 
     n = len(curves)
     if not at[0] <= 1 <= at[-1] or bool((np.diff(at) <= 0).any()):
         raise ValueError(f"multiples must ascend around 1, got {list(multiples)}")
-    steps = round((at[-1] - at[0]) / unit)
-    grid = at[0] + unit * np.arange(steps + 1)
+    steps = round((at[-1] - at[0]) / UNIT)
+    grid = at[0] + UNIT * np.arange(steps + 1)
     # how much each unit reduces the error; on a convex curve, less and less
     gains = np.stack([-np.diff(np.interp(grid, *_hull(at, curve))) for curve in curves])
-    left = round(n * (1 - at[0]) / unit)
+    left = round(n * (1 - at[0]) / UNIT)
     # the largest gains of all rows: a row's gains descend, so that its units are taken in their order
     order = np.argsort(-gains, axis=None, kind="stable")[:left]
     given = np.bincount(order // steps, minlength=n)
-    shares = at[0] + unit * given
+    shares = at[0] + UNIT * given
     return shares / shares.mean()
 
 

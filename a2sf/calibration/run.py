@@ -32,7 +32,6 @@ LOCAL = (
 )
 MULTIPLES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 """Multiples of the mean budget at which the error of a layer or head is measured, to divide the slots."""
-PERS = ("model", "layer", "head")
 THRESHOLDS = (0.0, 0.1)
 """By which share the error must fall for a layer or head to get its own setting instead of the model's."""
 STRENGTHS = (0.5, 1.0)

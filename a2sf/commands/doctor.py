@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 import a2sf
-from a2sf.errors import Notice, UserError
+from a2sf.errors import Notice, UserError, first_line
 from a2sf.policies.find import find_policy, installed
 
 VARIABLES = (
@@ -147,7 +147,7 @@ def _tried(device: str, backend: str) -> tuple[bool, str]:
             output, _ = evicting_attention(*(x.to(device) for x in (q, k, v)), **numbers, backend=backend)
         exact, _ = evicting_attention(*(x.double() for x in (q, k, v)), **numbers, backend="reference")
     except Exception as error:  # compilers and drivers raise anything
-        return False, f"not here: {str(error).strip().partition(chr(10))[0] or type(error).__name__}"
+        return False, f"not here: {first_line(error)}"
     off = float((output.cpu().double() - exact).abs().max())
     if off > 1e-3:
         return False, f"WRONG by {off:.2g}"

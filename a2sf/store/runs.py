@@ -18,7 +18,8 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +43,19 @@ LEADING_COLUMNS = [*IDENTIFYING, "metric", "value", LM_EVAL_STDERR, "n"]
 
 class DiskError(UserError):
     """Results cannot be written; the sweep stops, because it could not save anything."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Report an error of the disk in this block as one sentence about `path`.
+
+    Raises:
+        DiskError: instead of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"{path} cannot be written ({error.strerror or error})") from error
 
 
 class CorruptCell(UserError):
@@ -305,6 +319,11 @@ def results_frame(cells: Iterable[StoredCell]) -> pd.DataFrame:
             scores = {"metric": metric, "value": m["value"], LM_EVAL_STDERR: m["stderr"], "n": m["n"]}
             rows.append(common | scores | more)
     return pd.DataFrame(rows, columns=None if rows else LEADING_COLUMNS)
+
+
+def as_stored(value: Any) -> Any:
+    """A value as it is read back from a JSON file: tuples are lists."""
+    return json.loads(json.dumps(value))
 
 
 def id_of(cell: dict[str, Any]) -> str:

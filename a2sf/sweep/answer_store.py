@@ -20,7 +20,7 @@ import pandas as pd
 from a2sf import atomic
 from a2sf.scoring.systems import Answer, Answers
 from a2sf.store.names import EARLIER_DIGITS
-from a2sf.store.runs import DiskError, StoredCell
+from a2sf.store.runs import StoredCell, as_stored, writing
 from a2sf.sweep.cell import Cell
 
 FOLDER = ".checkpoints"
@@ -83,13 +83,10 @@ class AnswerStore:
         Raises:
             DiskError: if the disk refuses.
         """
-        for name in names:
-            answers = self._answers[name]
-            if answers.computed:
-                try:
-                    self._write(self._cells[name], answers)
-                except OSError as error:
-                    raise DiskError(f"{self.directory} cannot be written ({error.strerror or error})") from error
+        with writing(self.directory):
+            for name in names:
+                if self._answers[name].computed:
+                    self._write(self._cells[name], self._answers[name])
 
     def finish(self, name: str) -> None:
         """Forget a cell, whose result is written."""
@@ -102,7 +99,7 @@ class AnswerStore:
 
     def _write(self, cell: Cell, answers: Answers) -> None:
         body = {
-            "cell": _plain(cell.identity),
+            "cell": as_stored(cell.identity),
             "documents": self.documents,
             "answers": {key: list(a) for key, a in answers.computed.items()},
             "seconds": answers.progress.seconds,
@@ -118,7 +115,7 @@ class AnswerStore:
             file = here if here.exists() else earlier
             body = json.loads(file.read_text(encoding="utf-8"))
             checksum = body.pop("checksum")
-            identities = _plain(cell.identity), cell.id[:EARLIER_DIGITS]
+            identities = as_stored(cell.identity), cell.id[:EARLIER_DIGITS]
             if checksum != _checksum(body) or body["cell"] not in identities or body["documents"] != self.documents:
                 return
             answers.computed = {key: Answer(*a) for key, a in body["answers"].items()}
@@ -165,10 +162,6 @@ def _files(directory: Path, cell: Cell) -> list[Path]:
     """The file of a cell's answers, and its name in versions whose names had fewer digits."""
     earlier = cell.tail.removesuffix(cell.id) + cell.id[:EARLIER_DIGITS]
     return [directory / FOLDER / f"{tail}.json" for tail in (cell.tail, earlier)]
-
-
-def _plain(identity: dict[str, Any]) -> Any:
-    return json.loads(json.dumps(identity))
 
 
 def _checksum(body: dict[str, Any]) -> str:

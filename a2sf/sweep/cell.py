@@ -17,6 +17,7 @@ from a2sf.policies.budget import Budget
 from a2sf.policies.find import source_digest
 from a2sf.policies.schedule import Schedule, schedule_for
 from a2sf.store.names import ID_DIGITS, safe
+from a2sf.store.runs import as_stored
 from a2sf.sweep.stopping_rule import StoppingRule
 from a2sf.tasks import spec as tasks
 from a2sf.tasks.prompting import Prompting, draws
@@ -77,9 +78,9 @@ class Cell:
             "device": device,
             **({} if self.model.add_bos_token is None else {"add_bos_token": self.model.add_bos_token}),
             "policy": self.policy.name,
-            "policy_settings": _plain(self.policy.stored_settings()),
+            "policy_settings": as_stored(self.policy.stored_settings()),
             **policy_versions(self.policy),
-            "budget": _plain(dataclasses.asdict(self.budget)) if self.budget else None,
+            "budget": as_stored(dataclasses.asdict(self.budget)) if self.budget else None,
             **({"schedule": self.schedule.settings} if self.schedule else {}),
             **({"prompting": given} if (given := self.prompting.settings) else {}),
             **self.spec.identity,
@@ -177,7 +178,7 @@ class Cell:
             "task": self.task_name,
             "shots": self.shots,
             "limit": self.limit,
-            **({"until": _plain(self.stopping_rule.stored)} if self.stopping_rule else {}),
+            **({"until": as_stored(self.stopping_rule.stored)} if self.stopping_rule else {}),
             "seed": self.seed,
             **({"options": options} if (options := self.options) else {}),
             **({"data": given} if (given := self.data.settings) else {}),
@@ -222,10 +223,6 @@ def spec_with_tokenizer(cell: Cell) -> tasks.TaskSpec:
 @cache
 def _lm_eval_version() -> str:
     return version("lm-eval")
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))  # tuples become lists, as they will in the result file
 
 
 def _short(value: Any) -> str:

@@ -20,7 +20,7 @@ from a2sf.policies.schedule import schedule_for
 from a2sf.scoring.requests import request_hash
 from a2sf.scoring.systems import Answers
 from a2sf.store.names import EARLIER_DIGITS, ID_DIGITS
-from a2sf.store.runs import DiskError
+from a2sf.store.runs import writing
 from a2sf.sweep.answer_store import FOLDER, write_in
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.sequential import PairedMean
@@ -170,10 +170,8 @@ class EarlyStopping:
     def _write(self) -> None:
         pairs = [[self._ids[n] for n in p] for p in self._current().pairs]
         body = {"documents": self.documents, "pairs": pairs, "report": self.report()}
-        try:
+        with writing(self.file):
             write_in(self.file, json.dumps(body))
-        except OSError as error:
-            raise DiskError(f"{self.file} cannot be written ({error.strerror or error})") from error
 
     def _restore(self) -> None:
         """Stop after the same documents as an earlier run, if it compared all cells that are compared now."""

@@ -6,7 +6,6 @@ to look; the identity that is stored in the result decides whether it belongs to
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from a2sf.store.names import EARLIER_DIGITS
-from a2sf.store.runs import CorruptCell, StoredCell, is_cell, link_cell, read_cell, set_aside, tail_of
+from a2sf.store.runs import CorruptCell, StoredCell, as_stored, is_cell, link_cell, read_cell, set_aside, tail_of
 from a2sf.sweep.cell import Cell
 
 
@@ -25,7 +24,7 @@ def matches(stored: dict[str, Any], cell: Cell) -> bool:
 
 def differing(stored: dict[str, Any], cell: Cell) -> list[str]:
     """The keys in which a `cell` entry of `result.json` differs from a cell, including those inside `identity`."""
-    wanted = json.loads(json.dumps(cell.describe()))
+    wanted = as_stored(cell.describe())
     if "identity" not in stored:  # then compare its other entries
         keys = set(stored) & set(wanted) - {"id", "name", "policy_label"}
         return sorted(k for k in keys if stored[k] != wanted[k])
@@ -169,7 +168,7 @@ def find_extendable(runs: Path, cells: Iterable[Cell]) -> dict[str, StoredCell]:
             stored = read_cell(path)
             n = stored.result["documents"]["n"]
             for cell in candidates:
-                identical = json.loads(json.dumps(cell.identity)) == stored.cell.get("identity", cell.identity)
+                identical = as_stored(cell.identity) == stored.cell.get("identity", cell.identity)
                 if identical and (cell.name not in best or n > best[cell.name].result["documents"]["n"]):
                     best[cell.name] = stored
     return best

@@ -42,6 +42,7 @@ from a2sf.store.runs import (
     settings_of,
     write_cell,
     write_table,
+    writing,
 )
 from a2sf.sweep import answer_store
 from a2sf.sweep.cell import ENGINE_VERSION, Cell
@@ -185,12 +186,10 @@ class Runner:
         assert computed.documents is not None
         loaded = self._loaded[cell.model]
         result = with_notes(computed.result, loaded.warned) | {"provenance": provenance(loaded, computed.ran)}
-        try:
-            noted = {TRACES: traces.dumps(computed.traces)} if computed.traces else {}
-            config = yaml.safe_dump(cell.describe(), sort_keys=False)
+        noted = {TRACES: traces.dumps(computed.traces)} if computed.traces else {}
+        config = yaml.safe_dump(cell.describe(), sort_keys=False)
+        with writing(path):
             stored = write_cell(path, result, computed.documents, config, noted)
-        except OSError as error:
-            raise DiskError(f"{path} cannot be written ({error.strerror or error})") from error
         _clear_failures(self.directory, stored.cell)
         self.tracker.log_cell(stored)
         return Outcome(cell.name, "done")
@@ -209,12 +208,10 @@ class Runner:
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         file = failure_file(self.directory, cell.name)
-        try:
+        with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             _clear_failures(self.directory, cell.describe())
             atomic.write(file, json.dumps(record, indent=2))
-        except OSError as problem:
-            raise DiskError(f"{file} cannot be written ({problem.strerror or problem})") from problem
         return Outcome(cell.name, "failed", str(record["error"]))
 
     def _scorer(self, cell: Cell) -> Scorer:
@@ -263,14 +260,12 @@ def check_disk(directory: Path) -> None:
     Raises:
         DiskError: if the directory cannot be written or the disk is full.
     """
-    try:
+    with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         probe = directory / f".probe-{os.getpid()}"
         probe.write_bytes(b"x")
         probe.unlink()
         free = shutil.disk_usage(directory).free
-    except OSError as error:
-        raise DiskError(f"{directory} cannot be written ({error.strerror or error})") from error
     if free < SPACE_NEEDED:
         raise DiskError(f"the disk of {directory} is full ({free >> 20} MiB free, {SPACE_NEEDED >> 20} MiB needed)")
 

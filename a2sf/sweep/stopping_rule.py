@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from a2sf.errors import ConfigError, nearest
+from a2sf.tasks.numbers import is_number
 
 STORED_NAMES = {"significant": "verdict"}
 """Settings that have another name in results and in the names of cells."""
@@ -45,10 +46,10 @@ class StoppingRule:
         if pair[0] == pair[1]:
             raise ConfigError("early_stopping.pair", list(pair), "give two different policies")
         width = self.half_width
-        if width is not None and not (_is_number(width) and 0 < width <= 100):
+        if width is not None and not (is_number(width) and 0 < width <= 100):
             allowed = "give a number of points above 0 and up to 100, or null"
             raise ConfigError("early_stopping.half_width", width, allowed)
-        if not (_is_number(self.confidence) and 0.5 <= self.confidence < 1):
+        if not (is_number(self.confidence) and 0.5 <= self.confidence < 1):
             allowed = "give a probability from 0.5 to below 1, such as 0.95"
             raise ConfigError("early_stopping.confidence", self.confidence, allowed)
         if width is None and not self.significant:
@@ -75,7 +76,3 @@ class StoppingRule:
             if name not in policies:
                 allowed = f"its policies must be in the sweep, which has {', '.join(dict.fromkeys(policies))}"
                 raise ConfigError("early_stopping.pair", list(self.pair), allowed + nearest(name, policies))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -14,6 +14,11 @@ def number_of(value: Any) -> float | None:
     return float(value) if isinstance(value, numbers.Real | Decimal) else None
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value of a configuration is an int or a float; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def index_of(value: Any) -> int | None:
     """An integer of any type as an int; None for anything else."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):

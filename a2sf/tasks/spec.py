@@ -20,23 +20,10 @@ from a2sf.tasks import definitions, user_folder
 from a2sf.tasks.data import documents
 from a2sf.tasks.data.documents import Commit
 from a2sf.tasks.data.sources import DataSpec, Source, locate
-from a2sf.tasks.definitions import SUITES, Aggregate, Definition
+from a2sf.tasks.definitions import SUITES, Definition
 from a2sf.tasks.examples import TaskMixin, seeded
 from a2sf.tasks.turns import check_task
 from a2sf.tasks.warned import silent
-
-__all__ = [
-    "SUITES",
-    "Contents",
-    "DataSpec",
-    "TaskSpec",
-    "aggregates",
-    "expand_suite",
-    "hidden",
-    "include",
-    "provenance",
-    "resolve",
-]
 
 LENGTHS = ("lengths", "max_seq_lengths")
 """Names of the argument for the lengths of prompts: in the tasks here, and in lm-eval's RULER."""
@@ -72,33 +59,11 @@ def include(path: str | None) -> Path | None:
     return folder
 
 
-def resolve(name: str, folder: Path | None = None) -> list[Definition]:
-    """The tasks of lm-eval's task, tag or group, or of a YAML file, each with its settings.
-
-    Args:
-        name: lm-eval's name, or the path of the file.
-        folder: of the user's definitions, as `include` returns it.
-
-    Raises:
-        ConfigError: if there is no such name, naming the nearest ones; or if lm-eval cannot load a member.
-    """
-    return definitions.resolve(name, folder)
-
-
 def hidden(names: Sequence[str], folder: Path) -> list[str]:
     """One sentence for each definition of the user that replaces lm-eval's definition of the same name."""
     found = {n: str(user_folder.entries(folder)[n].yaml_path) for n in names if definitions.hides(n, folder)}
-    found |= {d.name: d.ref for n in names for d in resolve(n, folder) if definitions.hides(d.name, folder)}
+    found |= {d.name: d.ref for n in names for d in definitions.resolve(n, folder) if definitions.hides(d.name, folder)}
     return [f"{name}: the definition in {file} is used instead of lm-eval's." for name, file in found.items()]
-
-
-def aggregates(name: str, folder: Path | None = None) -> list[Aggregate]:
-    """The scores that lm-eval computes for a group from its tasks; empty for a task or tag.
-
-    Raises:
-        ConfigError: as `resolve`.
-    """
-    return definitions.aggregates(name, folder)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from a2sf.errors import ConfigError, nearest
+from a2sf.errors import ConfigError, first_line, nearest
 from a2sf.store.runs import StoredCell
 from a2sf.tracking import content
 from a2sf.tracking.content import Destination
@@ -140,7 +140,7 @@ class Tracker:
             if note := to.note:
                 yield note
         except Exception as error:  # a tracker may raise anything, and never ends a sweep
-            yield f"{to.label} failed ({_first_line(error)}); {later}."
+            yield f"{to.label} failed ({first_line(error)}); {later}."
 
     def log_cell(self, stored: StoredCell) -> None:
         """Log a cell's columns, and metrics such as `acc/piqa/0shot`, unless they were logged before."""
@@ -162,7 +162,7 @@ class Tracker:
         try:
             pictures = draw()
         except Exception as error:  # drawing never ends a sweep
-            self._drawing_error = _first_line(error)
+            self._drawing_error = first_line(error)
             log.debug("no plots for the trackers", exc_info=True)
         for to in missing:
             self._log(to, SUMMARY, digest, lambda to: to.log_summary(content.of_sweep(table, pictures)))
@@ -186,7 +186,7 @@ class Tracker:
             if to.label in self._marks:
                 self._marks[to.label].add(name, digest)
         except Exception as error:  # a tracker may raise anything, and never ends a sweep
-            lost[name] = _first_line(error)
+            lost[name] = first_line(error)
             self._errors_in_a_row[to.label] += 1
             if self._errors_in_a_row[to.label] >= PATIENCE:
                 self.failed[to.label] = lost[name]
@@ -195,7 +195,3 @@ class Tracker:
         lost.pop(name, None)
         self._errors_in_a_row[to.label] = 0
         return True
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

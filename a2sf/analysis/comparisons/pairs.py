@@ -42,11 +42,6 @@ def joined(changes: Sequence[np.ndarray], texts: Sequence[Texts]) -> tuple[list[
     return [np.concatenate(changes)], [Texts.joined(texts)]
 
 
-def compare_cells(a: StoredCell, b: StoredCell, metric: str) -> Difference:
-    """Cell `a` minus cell `b` on their common metric."""
-    return paired_difference(*paired_values(a, b, metric))
-
-
 @dataclass
 class Comparer:
     """Compares systems of one grid, and notes why a comparison was not possible.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +18,6 @@ from a2sf.analysis.statistics.pooled import Changes, Pooled, pool_tasks
 from a2sf.errors import UserError
 
 ALL = "all models"
-Keys = Mapping[str, str]
-"""Task -> key of a cell."""
 
 
 @dataclass(frozen=True)

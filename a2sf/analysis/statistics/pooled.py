@@ -101,17 +101,15 @@ class Pooled:
     next_high: float | None = None
 
 
-def pool_tasks(tasks: Sequence[Sequence[Changes]], weights: Sequence[float] | None = None) -> Pooled:
-    """Pool differences over models, of a task or of the mean over tasks.
+def pool_tasks(tasks: Sequence[Sequence[Changes]]) -> Pooled:
+    """Pool differences over models, of a task or of the unweighted mean over tasks.
 
     Args:
         tasks: for each task, the changes in each model, in the same order.
-        weights: of the tasks, with the sum 1; None: equal.
     """
-    weights = weights or [1 / len(tasks)] * len(tasks)
-    k = len(tasks[0])
+    k, weight = len(tasks[0]), 1 / len(tasks)
     values, covariance = np.zeros(k), np.zeros((k, k))
-    for weight, models in zip(weights, tasks, strict=True):
+    for models in tasks:
         values += weight * np.array([m.values.mean() for m in models])
         covariance += weight**2 * covariance_of(models)
     free = sum(min(m.texts.number for m in models) - 1 for models in tasks)

@@ -21,9 +21,7 @@ MOST = 12
 POOLED, THESE = "#0072B2", "#D55E00"
 
 
-def forest_plots(
-    found: Sequence[OverModels], directory: Path, percent: bool, metric: str, stem: str = "forest"
-) -> dict[str, list[Path]]:
+def forest_plots(found: Sequence[OverModels], directory: Path, percent: bool, metric: str) -> dict[str, list[Path]]:
     """Caption -> the PNG and SVG written, one for each number of shots and two systems: a panel for each budget.
 
     Without budgets (runs of any harness) it is a panel for each system, against the same one.
@@ -40,7 +38,7 @@ def forest_plots(
         below = f"{tasks}; {documents_of(rows[:MOST])}; intervals: 95 %"
         figure.suptitle(f"{what}\n{below}", x=0.01, ha="left", fontsize=10)
         caption = f"Differences in each model and pooled over models, with 95 % intervals ({what})"
-        written[caption] = save(figure, directory / (f"{stem}-{number + 1}" if len(figures) > 1 else stem))
+        written[caption] = save(figure, directory / (f"forest-{number + 1}" if len(figures) > 1 else "forest"))
     return written
 
 

@@ -6,7 +6,7 @@ Colour-blind readers can distinguish the colours; markers and dashes distinguish
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -69,13 +69,9 @@ class Style:
     dash: Dash
 
 
-def style_of(policy: str, known: Iterable[str] | None = None) -> Style:
-    """The same policy gets the same style in every picture, whatever else is in it.
-
-    Args:
-        known: policies in the order that colours are dealt out; ours by default.
-    """
-    order = sorted(known) if known is not None else sorted(built_in())
+def style_of(policy: str) -> Style:
+    """The same policy gets the same style in every picture, whatever else is in it."""
+    order = sorted(built_in())
     index = order.index(policy) if policy in order else len(order) + zlib.crc32(policy.encode())
     # 7 colours and 11 markers make 77 pairs; what has the colour of another has another dash, too
     colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]

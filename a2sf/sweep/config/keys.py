@@ -9,7 +9,7 @@ import dataclasses
 
 from omegaconf import DictConfig, OmegaConf
 
-from a2sf.errors import UserError, nearest
+from a2sf.errors import UserError, first_line, nearest
 from a2sf.policies import find
 from a2sf.sweep.config.schema import RENAMED, Config
 
@@ -44,7 +44,7 @@ def check_keys(node: DictConfig, prefix: str = "") -> None:
 def explain(error: Exception, prefix: str = "") -> str:
     """One sentence for an error of OmegaConf or Hydra about a key or a value."""
     key = getattr(error, "full_key", None)
-    first = str(error).strip().partition("\n")[0].rstrip(".")
+    first = first_line(error)
     if key is None:
         return first
     if "not in" in first:

@@ -100,8 +100,8 @@ def explain_override(error: HydraException) -> str | None:
     if isinstance(error, ConfigCompositionException) and ambiguous:
         key, value = _parts(ambiguous[1])
         return (
-            f"{key}={value} has three possible meanings: give {_shell(f'{key}=[{value}]')} for a list, {quoted(key, value)} "
-            "for one value with a comma in it, or -m to run each value."
+            f"{key}={value} has three possible meanings: give {shlex.quote(f'{key}=[{value}]')} for a list, "
+            f"{quoted(key, value)} for one value with a comma in it, or -m to run each value."
         )
     return None
 
@@ -122,8 +122,8 @@ def quoted(key: str, value: str) -> str:
     """`key=value` quoted for a shell and for Hydra; the items of a list are quoted one by one."""
     if value.startswith("[") and value.endswith("]"):
         items = [item.strip() for item in value[1:-1].split(",")]
-        return _shell(f"{key}=[{','.join(item if PLAIN.fullmatch(item) else _json(item) for item in items)}]")
-    return _shell(f"{key}={_json(value)}")
+        return shlex.quote(f"{key}=[{','.join(item if PLAIN.fullmatch(item) else _json(item) for item in items)}]")
+    return shlex.quote(f"{key}={_json(value)}")
 
 
 def quote(text: str) -> str:
@@ -154,7 +154,3 @@ def _parts(override: str) -> tuple[str, str]:
 
 def _json(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
-
-
-def _shell(text: str) -> str:
-    return shlex.quote(text)

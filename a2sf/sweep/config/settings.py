@@ -31,9 +31,9 @@ from a2sf.sweep.config.schema import Config, EarlyStoppingConfig, renamed
 from a2sf.sweep.planning.power import PowerSettings
 from a2sf.sweep.stopping_rule import StoppingRule
 from a2sf.tasks.arguments import arguments_of
-from a2sf.tasks.definitions import Definition
+from a2sf.tasks.definitions import Definition, aggregates, resolve
 from a2sf.tasks.prompting import Prompting, packed, plain_mapping
-from a2sf.tasks.spec import DataSpec, TaskSpec, aggregates, expand_suite, include, resolve
+from a2sf.tasks.spec import DataSpec, TaskSpec, expand_suite, include
 from a2sf.tracking.tracker import TrackerSpec
 
 DEFAULT_RATIO = 0.2

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
 from a2sf.errors import ConfigError
+from a2sf.tasks.numbers import is_number
 
 
 @dataclass(frozen=True)
@@ -25,11 +24,11 @@ class PowerSettings:
     detect: float | None = None
 
     def __post_init__(self) -> None:
-        if not (self.flips is None or (_is_number(self.flips) and 0 < self.flips <= 1)):
+        if not (self.flips is None or (is_number(self.flips) and 0 < self.flips <= 1)):
             raise ConfigError(
                 "plan.flips", self.flips, "give a share of the documents above 0 and up to 1, such as 0.15"
             )
-        if not (self.detect is None or (_is_number(self.detect) and 0 < self.detect <= 100)):
+        if not (self.detect is None or (is_number(self.detect) and 0 < self.detect <= 100)):
             raise ConfigError("plan.detect", self.detect, "give a number of points above 0 and up to 100, such as 2.0")
         if self.flips is not None and self.detect is not None and self.detect > 100 * self.flips + 1e-9:
             share = f"{100 * self.flips:g} % of the documents (plan.flips)"
@@ -40,7 +39,3 @@ class PowerSettings:
     def given(self) -> bool:
         """Whether the user has set one of the two keys."""
         return self.flips is not None or self.detect is not None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

