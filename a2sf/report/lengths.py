@@ -9,16 +9,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from a2sf.analysis.results.documents import TEXT, documents_of, texts_of
 from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid, System
 from a2sf.analysis.results.labels import DASH
 from a2sf.analysis.statistics.intervals import Estimate, of_documents
-from a2sf.report.plots.lines import chosen_lines, left_out
-from a2sf.report.plots.style import GREY, Line, Style, save, spread, styles_of
+from a2sf.report.plots.lines import chosen_lines, draw_line, left_out
+from a2sf.report.plots.style import GREY, Line, Style, panels, save, shared_legend, styles_of
 from a2sf.report.tables.summaries import sizes_note
 from a2sf.report.tables.text import TextTable
 from a2sf.store.names import safe
@@ -28,7 +26,6 @@ GAP = 1.3
 MOST_BINS, QUANTILE_BINS = 6, 5
 FEWEST = 5
 """Documents in a bin, at least, for its point to be drawn."""
-COLUMNS = 4
 LEGEND = (
     "Tokens: the median, and in parentheses the smallest and the largest, of the documents' prompts and of the budget of "
     "a request (mean over layers)."
@@ -112,18 +109,13 @@ def length_figure(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | 
     if most < 2 or not budgets:  # no length to compare with another
         return None
     styles = styles_of(lines) | {line.label: Style(GREY, "*", ":") for line in full}
-    columns = min(COLUMNS, len(budgets))
-    rows = -(-len(budgets) // columns)
-    size = (max(4.2, 3.1 * columns), 2.7 * rows + 0.8)
-    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True, layout="constrained")
-    axes = list(grid.flat)
-    for axis in axes[len(budgets) :]:
-        axis.set_visible(False)
-    for axis, budget in zip(axes, budgets, strict=False):
+    figure, axes = panels(len(budgets), (3.1, 2.7), (0, 0.8), least=4.2, sharey=True)
+    for axis, budget in zip(axes, budgets, strict=True):
         for line in (*full, *lines):
             for s in line.systems:
                 if s.is_full or s.budget == budget:
-                    _draw(axis, values[id(s)], edges, styles[line.label], line.label, part.percent)
+                    points = [(x, score) for x, score, _ in _points(values[id(s)], edges)]
+                    draw_line(axis, points, styles[line.label], line.label, part.percent, alpha=0.07)
         axis.set_title(f"budget {budget}")
         axis.set_xscale("log")
         middles = _middles(pd.concat(every), edges)
@@ -131,8 +123,7 @@ def length_figure(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | 
         axis.xaxis.minorticks_off()
         axis.set_xlabel("tokens of the prompt")
     figure.supylabel(f"{part.metric} (%)" if part.percent else part.metric, fontsize=9)
-    seen = {t: h for axis in axes for h, t in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=min(len(seen), 3))
+    shared_legend(figure)
     return figure
 
 
@@ -213,13 +204,3 @@ def _points(documents: pd.DataFrame, edges: Sequence[float]) -> list[tuple[float
             score = of_documents(values, texts_of(of_bin.reset_index(drop=True)))
             points.append((float(of_bin["tokens"].median()), score, len(of_bin)))
     return points
-
-
-def _draw(axis: Axes, documents: pd.DataFrame, edges: Sequence[float], style: Style, label: str, percent: bool) -> None:
-    points = _points(documents, edges)
-    if not points:
-        return
-    scale = 100 if percent else 1
-    x, mean, low, high = np.array([(x, e.value, e.low, e.high) for x, e, _ in points]).T
-    axis.plot(x, scale * mean, color=style.colour, marker=style.marker, ms=5, ls=style.dash, lw=1.5, label=label)
-    spread(axis, x, scale * low, scale * high, style.colour, 0.07)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pandas as pd
+
 from a2sf import atomic
 from a2sf.analysis.comparisons.against import against_frame, compare_against
 from a2sf.analysis.comparisons.fidelity import fidelity_frame
@@ -133,15 +135,15 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
         "tables.md": markdown(tables, options.stderr, options.interval) + "\n" + text_markdown(text_tables),
         "tables.tex": latex(tables, options.stderr, options.interval) + "\n" + text_latex(text_tables),
         "tables.csv": csv_frame(tables).to_csv(index=False),
-        "ranking.csv": ranking_frame(ranked).to_csv(index=False) if ranked else "",
-        "comparisons.csv": comparisons_frame(comparisons).to_csv(index=False) if comparisons else "",
-        "against.csv": against_frame(against).to_csv(index=False) if against else "",
-        "models.csv": over_models_frame([*of_pair, *of_full]).to_csv(index=False) if of_pair or of_full else "",
-        "stopped.csv": stopped_frame(stopped).to_csv(index=False) if stopped else "",
-        "fidelity.csv": fidelity.to_csv(index=False) if len(fidelity) else "",
-        "traces.csv": traces.to_csv(index=False) if len(traces) else "",
-        "texts.csv": effects.to_csv(index=False) if len(effects) else "",
-        "texts_documents.csv": text_rows.to_csv(index=False) if len(text_rows) else "",
+        "ranking.csv": _csv(ranking_frame(ranked)),
+        "comparisons.csv": _csv(comparisons_frame(comparisons)),
+        "against.csv": _csv(against_frame(against)),
+        "models.csv": _csv(over_models_frame([*of_pair, *of_full])),
+        "stopped.csv": _csv(stopped_frame(stopped)),
+        "fidelity.csv": _csv(fidelity),
+        "traces.csv": _csv(traces),
+        "texts.csv": _csv(effects),
+        "texts_documents.csv": _csv(text_rows),
     }
     files = []
     for name, text in written.items():
@@ -156,33 +158,30 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
         plots |= forest_plots(of_pair, out / "plots", grid.percent, grid.metric)
         plots |= trace_pictures(traced, out / "plots") | written_plots(effects, text_rows, out / "plots")
     files += [file for pictures in plots.values() for file in pictures]
-    of_tables = [
-        *not_compared,
-        *no_fidelity,
-        *not_ranked,
-        *not_paired,
-        *not_pooled,
-        *not_tested,
-        *(n for t in tables for n in t.notes),
-    ]
-    notes = list(dict.fromkeys([*of_tables, *notes_of(grid.cells.values())]))
+    left_out = [*not_compared, *no_fidelity, *not_ranked, *not_paired, *not_pooled, *not_tested]
+    of_tables = [note for table in tables for note in table.notes]
+    notes = list(dict.fromkeys([*left_out, *of_tables, *notes_of(grid.cells.values())]))
     if options.report:
-        failures = read_failures(directories)
         contents = Contents(
-            grid,
-            tables,
-            comparisons,
-            text_tables,
-            fidelity,
-            traces,
-            traced,
-            text_rows,
-            failures,
-            notes,
-            options.pair,
+            grid=grid,
+            tables=tables,
+            comparisons=comparisons,
+            text_tables=text_tables,
+            fidelity=fidelity,
+            traces=traces,
+            groups=traced,
+            texts=text_rows,
+            failures=read_failures(directories),
+            notes=notes,
+            pair=options.pair,
         )
         files.append(write_report(out / "report.html", contents))
     return Shown(tables, rankings, files, list(dict.fromkeys([*grid.notes, *notes])))
+
+
+def _csv(frame: pd.DataFrame) -> str:
+    """A frame as CSV; "" for one without rows."""
+    return frame.to_csv(index=False) if len(frame) else ""
 
 
 def pictures(directory: Path) -> dict[str, Path]:

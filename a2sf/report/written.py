@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from a2sf.analysis.results.labels import DASH
-from a2sf.report.plots.style import GREY, Line, Style, save, styles_of
+from a2sf.report.plots.style import GREY, Line, Style, panels, save, shared_legend, styles_of
 from a2sf.store.names import safe
 
 
@@ -37,21 +36,20 @@ def written_figure(effects: pd.DataFrame, texts: pd.DataFrame) -> Figure:
     pruned = effects[effects["budget"] != DASH]
     budgets = list(dict.fromkeys(pruned["budget"]))
     shifts = "full_text_shift" in pruned and bool(pruned["full_text_shift"].notna().any())
-    columns = max(1, len(budgets)) + shifts
-    figure, grid = plt.subplots(1, columns, figsize=(3.4 * columns, 3.1), squeeze=False, layout="constrained")
+    number = max(1, len(budgets)) + shifts
+    figure, axes = panels(number, (3.4, 3.1), (0, 0), columns=number)
     styles = _styles(pruned)
-    for axis, budget in zip(grid[0], budgets or [DASH], strict=False):
+    for axis, budget in zip(axes, budgets or [DASH], strict=False):
         for key, rows in texts.groupby(["label", "factor", "budget"], sort=False):
             label, factor, of = map(str, key if isinstance(key, tuple) else (key, DASH, DASH))
             if of in (budget, DASH):
                 full = of == DASH
                 _steps(axis, rows["tokens"], _name(label, factor), None if full else styles[_name(label, factor)])
         axis.set(title=f"budget {budget}", xlabel="tokens generated", ylim=(0, 102))
-    grid[0][0].set_ylabel("texts with at most so many (%)")
+    axes[0].set_ylabel("texts with at most so many (%)")
     if shifts:
-        _shifts(grid[0][-1], pruned, budgets, styles)
-    seen = {t: h for axis in grid[0] for h, t in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=min(len(seen), 6), fontsize=8)
+        _shifts(axes[-1], pruned, budgets, styles)
+    shared_legend(figure, 6, fontsize=8)
     return figure
 
 

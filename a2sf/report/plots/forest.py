@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from a2sf.analysis.comparisons.pooled import OverModels, documents_of, shown_tasks
 from a2sf.analysis.results.grid import AVERAGE
 from a2sf.analysis.results.labels import DASH, MINUS
-from a2sf.report.plots.style import GREY, save
+from a2sf.report.plots.style import GREY, panels, save
 
 COLUMNS = 4
 """Panels side by side."""
@@ -45,25 +44,19 @@ def forest_plots(found: Sequence[OverModels], directory: Path, percent: bool, me
 def forest(rows: Sequence[OverModels], percent: bool, metric: str) -> Figure:
     """One panel for each comparison: a line per model, then the mean with its interval for these and such models."""
     scale = 100 if percent else 1
-    columns = min(COLUMNS, len(rows))
-    lines = -(-len(rows) // columns)
     models = list(dict.fromkeys(m for o in rows for m in o.by_model))
     ahead = any(o.pooled.next_low is not None for o in rows)
     names = [*models, "mean, these models", "mean, models like these", *(["another model"] if ahead else [])]
-    size = (1.8 + 2.2 * columns, (0.27 * len(names) + 0.75) * lines + 0.5)
-    figure, grid = plt.subplots(
-        lines, columns, figsize=size, squeeze=False, sharey=True, sharex=True, layout="constrained"
-    )
-    for axis in grid.flat[len(rows) :]:
-        axis.set_visible(False)
-    for axis in grid.flat[max(0, len(rows) - columns) : len(rows)]:
+    each = (2.2, 0.27 * len(names) + 0.75)
+    figure, axes = panels(len(rows), each, (1.8, 0.5), columns=COLUMNS, sharex=True, sharey=True)
+    for axis in axes[-COLUMNS:]:
         axis.tick_params(labelbottom=True)  # nothing is below it
-    for axis, o in zip(grid.flat, rows, strict=False):
+    for axis, o in zip(axes, rows, strict=True):
         _panel(axis, o, models, scale)
         axis.set_title(_title(o))
     places = [-i - 0.5 * (i >= len(models)) for i in range(len(names))]
-    grid[0, 0].set_yticks(places, names)
-    grid[0, 0].set_ylim(places[-1] - 0.7, 0.7)
+    axes[0].set_yticks(places, names)
+    axes[0].set_ylim(places[-1] - 0.7, 0.7)
     figure.supxlabel(f"difference in {metric}{' (points)' if percent else ''}", fontsize=9)
     return figure
 

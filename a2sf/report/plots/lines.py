@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
 from a2sf.analysis.results.errors import estimate_of
 from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, Grid, System
 from a2sf.analysis.results.labels import DASH
 from a2sf.analysis.statistics.intervals import Estimate, averaged
-from a2sf.report.plots.style import MOST, Line
+from a2sf.report.plots.style import MOST, Line, Style, spread
 
 
 def chosen_lines(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> list[Line]:
@@ -77,6 +79,24 @@ def estimated(system: System, column: str, part: Grid) -> Estimate:
     if column != AVERAGE:
         return estimate_of(system.rows[column])
     return averaged([estimate_of(system.rows[t]) for t in part.tasks], system.weights(part.tasks))
+
+
+def draw_line(
+    axis: Axes,
+    points: Sequence[tuple[float, Estimate]],
+    style: Style,
+    label: str,
+    percent: bool,
+    alpha: float = 0.13,
+    bars: bool = False,
+) -> None:
+    """Estimates at their places, with their intervals as a band or as bars; no interval where none is known."""
+    if not points:
+        return
+    x = np.array([at for at, _ in points])
+    value, low, high = (100 if percent else 1) * np.array([(e.value, e.low, e.high) for _, e in points]).T
+    axis.plot(x, value, color=style.colour, marker=style.marker, ms=5, ls=style.dash, lw=1.5, label=label)
+    spread(axis, x, low, high, style.colour, alpha, bars)
 
 
 def mean_measure(system: System, measure: str) -> float:

@@ -90,6 +90,41 @@ def styles_of(lines: Sequence[Line]) -> dict[str, Style]:
     return styles
 
 
+def panels(
+    number: int,
+    each: tuple[float, float],
+    around: tuple[float, float],
+    *,
+    columns: int = 4,
+    least: float = 0.0,
+    **share: bool,
+) -> tuple[Figure, list[Axes]]:
+    """A figure with `number` panels, row by row.
+
+    Args:
+        each: width and height of a panel, in inches.
+        around: what is added to the width and height of them all.
+        columns: panels side by side, at most.
+        least: the smallest width of the figure.
+        share: `sharex`, `sharey`, as for `pyplot.subplots`.
+    """
+    columns = min(columns, number)
+    rows = -(-number // columns)
+    size = (max(least, each[0] * columns + around[0]), each[1] * rows + around[1])
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **share)
+    for unused in grid.flat[number:]:
+        unused.set_visible(False)
+    return figure, list(grid.flat[:number])
+
+
+def shared_legend(figure: Figure, columns: int = 3, **text: float) -> None:
+    """One legend for all panels, below them; each label once."""
+    seen = {
+        label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=min(len(seen), columns), **text)
+
+
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write `<stem>.png` and `<stem>.svg`."""
     stem.parent.mkdir(parents=True, exist_ok=True)

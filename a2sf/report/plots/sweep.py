@@ -25,13 +25,14 @@ from a2sf.analysis.statistics.intervals import Estimate
 from a2sf.report.plots.lines import (
     available_columns,
     chosen_lines,
+    draw_line,
     estimated,
     left_out,
     mean_measure,
     score_columns,
     swept_factors,
 )
-from a2sf.report.plots.style import GREY, MOST, Line, Style, save, spread, styles_of
+from a2sf.report.plots.style import GREY, MOST, Line, Style, panels, save, shared_legend, spread, styles_of
 from a2sf.report.tables.summaries import sizes_note
 from a2sf.store.names import safe
 
@@ -67,7 +68,7 @@ def by_budget(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None
     lines, columns = chosen_lines(part, pair), score_columns(part)
     if not lines:
         return None
-    figure, axes = _panels(columns)
+    figure, axes = _panels(len(columns))
     styles = styles_of(lines)
     ticks = _ticks(part.systems())
     for axis, column in zip(axes, columns, strict=True):
@@ -78,10 +79,10 @@ def by_budget(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None
                 for s in line.systems
                 if column in available_columns(s, part)
             ]
-            _curve(axis, points, line, part, styles[line.label])
+            draw_line(axis, points, styles[line.label], line.label, part.percent)
         axis.set_title(column)
         _budget_axis(axis, ticks)
-    _finish(figure, axes, _unit(part))
+    _finish(figure, _unit(part))
     return figure
 
 
@@ -92,7 +93,7 @@ def by_factor(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None
         return None
     column = score_columns(part)[-1]
     budgets = list(dict.fromkeys(s.budget for s in swept))
-    figure, axes = _panels(budgets, sharey=True)
+    figure, axes = _panels(len(budgets), sharey=True)
     controls = [s for s in part.systems() if s.policy == pair[1]]
     lines = [Line(s.label, s.policy, [s]) for s in (*swept, *controls)]
     styles = styles_of(list({line.label: line for line in lines}.values()))
@@ -103,20 +104,20 @@ def by_factor(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None
                 s for s in swept if s.budget == budget and s.label == label and column in available_columns(s, part)
             ]
             points = [(s.factor_value, estimated(s, column, part)) for s in systems]
-            if systems:
-                _curve(axis, points, Line(label, systems[0].policy, systems), part, styles[label])
+            draw_line(axis, points, styles[label], label, part.percent)
         for control in controls:
             if control.budget != budget or column not in available_columns(control, part):
                 continue
             style, label = styles[control.label], f"{control.label} (scores as factor 1)"
-            (x,), (value,), (low,), (high,) = _arrays([(1, estimated(control, column, part))], part)
+            found = estimated(control, column, part)
+            value, low, high = (100 if part.percent else 1) * np.array([found.value, found.low, found.high])
             sides = [[value - low], [high - value]]
-            axis.errorbar(x, value, sides, color=style.colour, fmt=style.marker, ms=6, label=label)
+            axis.errorbar(1, value, sides, color=style.colour, fmt=style.marker, ms=6, label=label)
         axis.set_title(f"budget {budget}")
         axis.set_xlim(-0.05, 1.06)
         axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0\nlast query", "0.25", "0.5", "0.75", "1\nall"])
         axis.set_xlabel("forgetting factor")
-    _finish(figure, axes, f"{column}, {_unit(part)}")
+    _finish(figure, f"{column}, {_unit(part)}")
     return figure
 
 
@@ -189,7 +190,7 @@ def trade_off(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None
     full = [s for s in part.systems() if s.is_full and column in available_columns(s, part)]
     if not lines or not measures:
         return None
-    figure, axes = _panels(list(measures), sharey=True, width=3.6)
+    figure, axes = _panels(len(measures), sharey=True, width=3.6)
     if full:
         lines = [*lines, Line(full[0].label, full[0].policy, full)]
         styles[full[0].label] = Style(GREY, "*", "-")
@@ -200,10 +201,10 @@ def trade_off(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None
                 for s in line.systems
                 if column in available_columns(s, part)
             ]
-            _curve(axis, points, line, part, styles[line.label], bars=True)
+            draw_line(axis, points, styles[line.label], line.label, part.percent, bars=True)
         axis.set_xlabel(f"{label} (mean over tasks)" if len(part.tasks) > 1 else label)
         axis.set_xlim(left=0)
-    _finish(figure, axes, f"{column}, {_unit(part)}")
+    _finish(figure, f"{column}, {_unit(part)}")
     return figure
 
 
@@ -216,7 +217,7 @@ def fidelity(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
     ticks = _ticks(part.systems())
     lines = chosen_lines(part, pair)
     styles = styles_of(lines)
-    figure, axes = _panels(list(SHOWN), width=3.4)
+    figure, axes = _panels(len(SHOWN), width=3.4)
     for axis, measure in zip(axes, SHOWN, strict=True):
         label = MEASURES[measure]
         scale = 100 if measure == "agreement" else 1
@@ -236,7 +237,7 @@ def fidelity(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
             axis.axhline(0, color=GREY, lw=1)
         axis.set_title(label + (" (%)" if measure == "agreement" else ""))
         _budget_axis(axis, ticks)
-    _finish(figure, axes, column)
+    _finish(figure, column)
     return figure
 
 
@@ -289,39 +290,14 @@ def _level(axis: Axes, part: Grid, column: str) -> None:
                 axis.axhspan(scale * found.low, scale * found.high, color=GREY, alpha=0.08, lw=0)
 
 
-def _curve(
-    axis: Axes, points: list[tuple[float, Estimate]], line: Line, part: Grid, style: Style, bars: bool = False
-) -> None:
-    if not points:
-        return
-    x, value, low, high = _arrays(points, part)
-    axis.plot(x, value, color=style.colour, marker=style.marker, ms=5, ls=style.dash, lw=1.5, label=line.label)
-    spread(axis, x, low, high, style.colour, 0.13, bars)
+def _panels(number: int, sharey: bool = False, width: float = 2.7) -> tuple[Figure, list[Axes]]:
+    return panels(number, (width, 2.5), (0, 0.6), columns=3 if number == 5 else 4, least=3.6, sharey=sharey)
 
 
-def _arrays(points: list[tuple[float, Estimate]], part: Grid) -> np.ndarray:
-    """[4, points] where they are, value and interval, as drawn; no interval where none is known."""
-    scale = 100 if part.percent else 1
-    rows = [(x, e.value, *((e.value, e.value) if math.isnan(e.low) else (e.low, e.high))) for x, e in points]
-    return np.array(rows).T * np.array([[1], [scale], [scale], [scale]])
-
-
-def _panels(titles: list[str], sharey: bool = False, width: float = 2.7) -> tuple[Figure, list[Axes]]:
-    columns = min(4, len(titles)) if len(titles) != 5 else 3
-    rows = -(-len(titles) // columns)
-    size = (max(3.6, width * columns), 2.5 * rows + 0.6)
-    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=sharey, layout="constrained")
-    axes = list(grid.flat)
-    for empty in axes[len(titles) :]:
-        empty.set_visible(False)
-    return figure, axes[: len(titles)]
-
-
-def _finish(figure: Figure, axes: list[Axes], unit: str) -> None:
-    """One legend for all panels, below them."""
+def _finish(figure: Figure, unit: str) -> None:
+    """One label of the values and one legend for all panels."""
     figure.supylabel(_broken(unit, int(9 * figure.get_figheight())), fontsize=9)
-    seen = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=min(len(seen), 3))
+    shared_legend(figure)
 
 
 def _unit(part: Grid) -> str:

@@ -44,7 +44,7 @@ def number(value: float | None, percent: bool, signed: bool = False, decimals: i
     return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", MINUS)
 
 
-def interval(low: float, high: float, percent: bool, signed: bool = True) -> str:
+def interval(low: float | None, high: float | None, percent: bool, signed: bool = True) -> str:
     """An interval as tables show it."""
     return f"[{number(low, percent, signed)}, {number(high, percent, signed)}]"
 

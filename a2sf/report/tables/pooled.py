@@ -9,7 +9,7 @@ import pandas as pd
 from a2sf.analysis.comparisons.pooled import OverModels, documents_of, shown_tasks
 from a2sf.analysis.results.grid import STEP
 from a2sf.analysis.results.labels import DASH, MINUS
-from a2sf.report.tables.cells import number
+from a2sf.report.tables.cells import interval, number
 from a2sf.report.tables.summaries import p_text
 from a2sf.report.tables.text import TextTable
 
@@ -60,10 +60,6 @@ def over_models_tables(
 
 def _row(o: OverModels, models: Sequence[str], percent: bool, head: str, schedules: bool) -> dict[str, str]:
     p = o.pooled
-
-    def interval(low: float | None, high: float | None) -> str:
-        return DASH if low is None else f"[{number(low, percent, signed=True)}, {number(high, percent, signed=True)}]"
-
     row = {head: o.first} if head else {}
     row |= {"Budget": o.budget, **({"Schedule": o.schedule} if schedules else {}), "Factor": o.factor}
     if len(models) <= MOST_MODELS:
@@ -74,12 +70,12 @@ def _row(o: OverModels, models: Sequence[str], percent: bool, head: str, schedul
         row["Models"] = str(p.models)
     return row | {
         "Mean": number(p.value, percent, signed=True),
-        "These models": interval(p.here_low, p.here_high),
-        "Models like these": interval(p.low, p.high),
+        "These models": interval(p.here_low, p.here_high, percent),
+        "Models like these": interval(p.low, p.high, percent),
         f"p ({o.adjusted.correction.label})" if o.adjusted else "p": p_text(o.adjusted.p if o.adjusted else p.p),
         "τ": number(p.tau, percent),
         "I²": f"{100 * p.i2:.0f} %",
-        "Another model": interval(p.next_low, p.next_high),
+        "Another model": DASH if p.next_low is None else interval(p.next_low, p.next_high, percent),
     }
 
 

@@ -11,7 +11,7 @@ from rich.text import Text
 from a2sf.analysis.comparisons.runs import ComparedRuns
 from a2sf.analysis.results.labels import DASH
 from a2sf.analysis.statistics.families import how_of_all
-from a2sf.report.tables.cells import number
+from a2sf.report.tables.cells import interval, number
 from a2sf.report.tables.summaries import p_text
 from a2sf.report.tables.text import TextTable
 
@@ -45,7 +45,7 @@ def comparison_table(made: ComparedRuns) -> TextTable:
             made.reference: number(r.reference, percent),
             "Value": number(r.value, percent),
             "Difference": number(d.value, percent, signed=True),
-            "95 % interval": f"[{number(d.low, percent, signed=True)}, {number(d.high, percent, signed=True)}]",
+            "95 % interval": interval(d.low, d.high, percent),
             "Gained": DASH if d.gained is None else str(d.gained),
             "Lost": DASH if d.lost is None else str(d.lost),
             f"p ({made.correction.label})": DASH if r.adjusted is None else p_text(r.adjusted.p),
