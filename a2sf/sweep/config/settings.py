@@ -100,95 +100,34 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
         ConfigError: for the first value that is not allowed; nothing slow has happened then.
     """
     if composed.get("group"):
-        made, group = [], json.loads(composed.group)
-        for differing in ({}, *group["others"]):
-            one = composed.copy()
-            for key, value in {"group": None, **differing}.items():
-                OmegaConf.update(one, key, value, merge=key != "policy")  # the settings of another policy do not mix
-            made.append(read(one, model_names))
-        cells = tuple(c for s in made for c in s.cells)
-        return dataclasses.replace(made[0], cells=cells, planned=frozenset(group["planned"]))
+        return _of_group(composed, model_names or {})
     config = _typed(composed)
-    if not config.model.path:
-        raise ConfigError("model.path", "''", "give a hub id, a directory or a GGUF file")
-    model = ModelSpec(**{f.name: getattr(config.model, f.name) for f in dataclasses.fields(ModelSpec) if f.init})
-    if here:
-        model.check_here()
-    name = config.model.name or (model_names or {}).get(model.path) or model.path.rstrip("/").rpartition("/")[2]
-    if model.added is not None and not config.model.name:
-        name = f"{name}+{model.added.name}"
+    model, name = _model(config, model_names or {}, here)
     policy = _policy(config)
     budget = _budget(config, policy)
     schedule = nondefault_schedule(policy, _schedule(config))
     if model.pinned:  # else `prepare.models.pin_all` checks it
         check_layers(model, policy, budget)
-    if config.shots is not None and not 0 <= config.shots <= MAX_SHOTS:
-        raise ConfigError("shots", config.shots, "give a whole number of examples, at least 0")
-    if config.limit is not None and config.limit < 1:
-        raise ConfigError("limit", config.limit, "give a number of documents of at least 1, or null for all")
-    if config.trace < 0:
-        raise ConfigError("trace", config.trace, "give the number of documents to trace, at least 0")
-    if not config.checkpoint > 0:
-        raise ConfigError("checkpoint", config.checkpoint, "give a number of seconds above 0")
-    if config.backend not in ("auto", *BACKENDS):
-        raise ConfigError("backend", config.backend, f"give auto or one of {', '.join(BACKENDS)}")
-    name_of_sweep = config.sweep_name
-    if not name_of_sweep.isprintable() or "/" in name_of_sweep or name_of_sweep.strip(" .") != name_of_sweep:
-        allowed = "give the name of a folder, without a slash, and without a dot or space first or last"
-        raise ConfigError("sweep_name", repr(name_of_sweep), allowed)
-    if not 1 <= len(name_of_sweep.encode()) <= LONGEST_SWEEP_NAME:
-        raise ConfigError("sweep_name", repr(name_of_sweep), f"give 1 to {LONGEST_SWEEP_NAME} bytes of text")
+    _check_values(config)
     data = DataSpec(**dataclasses.asdict(config.data))
     folder = include(config.include_path)
     names = expand_suite(config.tasks)
     members = [(task, d) for task in names for d in resolve(task, folder)]
     generating = [d.ref for _, d in members if TaskSpec(d.ref).generates]
-    for task in () if policy.causal else generating:
-        raise ConfigError("policy", policy.name, f"it looks at later tokens, and the task {task} generates text")
-    gen_kwargs = plain_mapping("gen_kwargs", config.gen_kwargs)
-    prompting = Prompting(
-        config.chat_template,
-        config.system_instruction,
-        config.fewshot_as_multiturn,
-        packed(gen_kwargs),
-        config.samples,
-        config.enable_thinking,
-        config.think_end_token or None,
-    )
-    for _, d in members:
-        if d.ref in generating:
-            of_task = d.config.get("generation_kwargs")
-            prompting.check_samples(d.name, of_task if isinstance(of_task, dict) else {}, d.config.get("repeats"))
-        elif config.enable_thinking:
-            why = f"{d.name} scores log-likelihoods, for which lm-eval has no thinking; give tasks that generate text"
-            raise ConfigError("enable_thinking", "true", why)
+    if generating and not policy.causal:
+        why = f"it looks at later tokens, and the task {generating[0]} generates text"
+        raise ConfigError("policy", policy.name, why)
+    prompting = _prompting(config, members, generating)
     arguments, unused_keys = _arguments(config, members)
-    if config.fewshot_as_multiturn:
-        why = "it needs chat_template=true; without a template the prompt is one text"
-        unused_keys["fewshot_as_multiturn"] = (
-            None if prompting.chat_template else ConfigError("fewshot_as_multiturn", "true", why)
-        )
-    if gen_kwargs:
-        why = "none of the tasks generates text; leave it out"
-        unused_keys["gen_kwargs"] = None if generating else ConfigError("gen_kwargs", config.gen_kwargs, why)
-    for key in ("samples", "think_end_token"):
-        if getattr(config, key) is not None:
-            why = "none of the tasks generates text; leave it out"
-            unused_keys[key] = None if generating else ConfigError(key, getattr(config, key), why)
+    unused_keys |= _unused_by_prompts(config, prompting, generating)
+    rule = _stopping_rule(config, generating)
+    if schedule is not None and schedule.before_question:
+        check_cut(budget, schedule)
+        _check_context(members, data, schedule)
 
     def shots_for(d: Definition) -> int:
         return (d.shots or 0) if config.shots is None else config.shots
 
-    rule = _stopping_rule(config, generating)
-    if schedule is not None and schedule.before_question:
-        check_cut(budget, schedule)
-        for _, d in members:
-            if TaskSpec(d.ref, data).shared_context is None:
-                raise ConfigError(
-                    "schedule.at",
-                    schedule.at,
-                    f"the task {d.name} does not say where its context ends (shared_context in its metadata); give prompt",
-                )
     shots_of = [(d.ref, shots_for(d)) for _, d in members]
     cells = tuple(
         Cell(
@@ -209,6 +148,15 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
         )
         for task, shots in dict.fromkeys(shots_of)
     )
+    groups = [
+        Group(
+            g.name,
+            tuple(Average(*a) for a in g.averages),
+            tuple(Member(d.name, shots_for(d), d.digest()) for d in g.members),
+        )
+        for task in names
+        for g in aggregates(task, folder)
+    ]
     return Settings(
         cells=cells,
         tracker=TrackerSpec.chosen(**dataclasses.asdict(config.tracker)),
@@ -219,19 +167,103 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
         trace=config.trace,
         power=PowerSettings(config.plan.flips, config.plan.detect),
         full_texts=config.full_texts,
-        groups=tuple(
-            Group(
-                g.name,
-                tuple(Average(*a) for a in g.averages),
-                tuple(Member(d.name, shots_for(d), d.digest()) for d in g.members),
-            )
-            for task in names
-            for g in aggregates(task, folder)
-        ),
+        groups=tuple(groups),
         include=(tuple(names), folder) if folder else None,
         unused=unused_keys,
         checkpoint=config.checkpoint,
     )
+
+
+def _of_group(composed: DictConfig, model_names: dict[str, str]) -> Settings:
+    """The settings of a worker: the cells of its own point and of the points in the key `group`."""
+    made, group = [], json.loads(composed.group)
+    for differing in ({}, *group["others"]):
+        one = composed.copy()
+        for key, value in {"group": None, **differing}.items():
+            OmegaConf.update(one, key, value, merge=key != "policy")  # the settings of another policy do not mix
+        made.append(read(one, model_names))
+    cells = tuple(c for s in made for c in s.cells)
+    return dataclasses.replace(made[0], cells=cells, planned=frozenset(group["planned"]))
+
+
+def _model(config: Config, model_names: dict[str, str], here: bool) -> tuple[ModelSpec, str]:
+    """The model, and its name in tables."""
+    if not config.model.path:
+        raise ConfigError("model.path", "''", "give a hub id, a directory or a GGUF file")
+    model = ModelSpec(**{f.name: getattr(config.model, f.name) for f in dataclasses.fields(ModelSpec) if f.init})
+    if here:
+        model.check_here()
+    if config.model.name:
+        return model, config.model.name
+    name = model_names.get(model.path) or model.path.rstrip("/").rpartition("/")[2]
+    return model, name if model.added is None else f"{name}+{model.added.name}"
+
+
+def _check_values(config: Config) -> None:
+    """Refuse values of single keys that are not allowed."""
+    if config.shots is not None and not 0 <= config.shots <= MAX_SHOTS:
+        raise ConfigError("shots", config.shots, "give a whole number of examples, at least 0")
+    if config.limit is not None and config.limit < 1:
+        raise ConfigError("limit", config.limit, "give a number of documents of at least 1, or null for all")
+    if config.trace < 0:
+        raise ConfigError("trace", config.trace, "give the number of documents to trace, at least 0")
+    if not config.checkpoint > 0:
+        raise ConfigError("checkpoint", config.checkpoint, "give a number of seconds above 0")
+    if config.backend not in ("auto", *BACKENDS):
+        raise ConfigError("backend", config.backend, f"give auto or one of {', '.join(BACKENDS)}")
+    name = config.sweep_name
+    if not name.isprintable() or "/" in name or name.strip(" .") != name:
+        allowed = "give the name of a folder, without a slash, and without a dot or space first or last"
+        raise ConfigError("sweep_name", repr(name), allowed)
+    if not 1 <= len(name.encode()) <= LONGEST_SWEEP_NAME:
+        raise ConfigError("sweep_name", repr(name), f"give 1 to {LONGEST_SWEEP_NAME} bytes of text")
+
+
+def _prompting(config: Config, members: Sequence[tuple[str, Definition]], generating: Sequence[str]) -> Prompting:
+    """How prompts are made and texts are generated, checked against the tasks."""
+    prompting = Prompting(
+        chat_template=config.chat_template,
+        system_instruction=config.system_instruction,
+        fewshot_as_multiturn=config.fewshot_as_multiturn,
+        gen_kwargs=packed(plain_mapping("gen_kwargs", config.gen_kwargs)),
+        samples=config.samples,
+        enable_thinking=config.enable_thinking,
+        think_end_token=config.think_end_token or None,
+    )
+    for _, d in members:
+        if d.ref in generating:
+            of_task = d.config.get("generation_kwargs")
+            prompting.check_samples(d.name, of_task if isinstance(of_task, dict) else {}, d.config.get("repeats"))
+        elif config.enable_thinking:
+            why = f"{d.name} scores log-likelihoods, for which lm-eval has no thinking; give tasks that generate text"
+            raise ConfigError("enable_thinking", "true", why)
+    return prompting
+
+
+def _unused_by_prompts(
+    config: Config, prompting: Prompting, generating: Sequence[str]
+) -> dict[str, ConfigError | None]:
+    """Keys about prompts that are given -> the error if this point does not use the key; None: it does."""
+    unused: dict[str, ConfigError | None] = {}
+    if config.fewshot_as_multiturn:
+        why = "it needs chat_template=true; without a template the prompt is one text"
+        error = ConfigError("fewshot_as_multiturn", "true", why)
+        unused["fewshot_as_multiturn"] = None if prompting.chat_template else error
+    of_texts = {"gen_kwargs": config.gen_kwargs if prompting.gen_kwargs else None}
+    of_texts |= {key: getattr(config, key) for key in ("samples", "think_end_token")}
+    for key, value in of_texts.items():
+        if value is not None:
+            error = ConfigError(key, value, "none of the tasks generates text; leave it out")
+            unused[key] = None if generating else error
+    return unused
+
+
+def _check_context(members: Sequence[tuple[str, Definition]], data: DataSpec, schedule: Schedule) -> None:
+    """Refuse tasks that do not say where the context ends, after which the schedule evicts."""
+    for _, d in members:
+        if TaskSpec(d.ref, data).shared_context is None:
+            why = f"the task {d.name} does not say where its context ends (shared_context in its metadata); give prompt"
+            raise ConfigError("schedule.at", schedule.at, why)
 
 
 def _arguments(
