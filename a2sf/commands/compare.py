@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
     args = parser.parse_args(arguments)
 
     from a2sf.analysis.comparisons.pooled import over_models_frame
-    from a2sf.analysis.comparisons.runs import compare_runs, labels
+    from a2sf.analysis.comparisons.runs import compare_runs, with_labels
     from a2sf.analysis.comparisons.runs_over_models import compare_runs_over_models, with_models
     from a2sf.analysis.results.labels import MINUS
     from a2sf.analysis.runs.read import read_runs
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> None:
     runs = [run for path in args.runs for run in read_runs(path, args.cluster)]
     if len(runs) < 2:
         raise UserError(f"{args.runs[0]} is one run ({runs[0].label}); give another one to compare it with.")
-    runs = labels(runs, args.labels.split(",") if args.labels else None, distinct=args.models is None)
+    runs = with_labels(runs, args.labels.split(",") if args.labels else None, distinct=args.models is None)
     if args.models is not None:
         runs = with_models(runs, args.models.split(","))
     made = compare_runs(runs, args.metric, margin, by_documents, correction)

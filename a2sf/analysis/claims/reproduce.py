@@ -23,7 +23,7 @@ from a2sf.analysis.claims.verdicts import (
     check_shape,
 )
 from a2sf.analysis.results.gather import gather
-from a2sf.analysis.results.grid import DEFAULT_PAIR, STEP, Grid
+from a2sf.analysis.results.grid import STEP, Grid
 from a2sf.analysis.results.selection import Selection
 from a2sf.errors import UserError
 from a2sf.store.archive import is_archive
@@ -91,9 +91,7 @@ def run_sweep(preset: str, overrides: Sequence[str] = (), download: bool = False
     return "" if process.returncode == 0 else last or f"it exited with {process.returncode}"
 
 
-def compare(
-    places: Places, why_not: Mapping[str, str], pair: tuple[str, str] = DEFAULT_PAIR, margin: float = MARGIN
-) -> Findings:
+def compare(places: Places, why_not: Mapping[str, str], margin: float = MARGIN) -> Findings:
     """Compare what is on disk with the published claims.
 
     Args:
@@ -106,7 +104,7 @@ def compare(
     headlines = pd.read_csv(places.reference / HEADLINES).to_dict("records")
     small, swept = _first(places.small), _first(places.factors)
     shape: list[Claim] = []
-    over_models = check_over_models(paper, pair, published)
+    over_models = check_over_models(paper, published=published)
     if small is None:
         notes.append(f"No small model's results in {' or '.join(map(str, places.small))}: its shape is not checked.")
     elif (grid := _grid([small], notes)) is not None:
@@ -115,11 +113,11 @@ def compare(
             f"The shape below is of {models} from {small}, not of the published models: it says whether the same order "
             "shows on another model, not whether the published numbers hold."
         )
-        shape = check_shape(grid, set(published["policy"]), pair, margin=margin)
-        over_models += check_over_models(grid, pair)
+        shape = check_shape(grid, set(published["policy"]), margin=margin)
+        over_models += check_over_models(grid)
     if swept is not None and (grid := _grid([swept], notes)) is not None:
         checked = {c.claim for c in shape if c.verdict is not Verdict.NOT_RUN}
-        found = [c for c in check_factor(grid, pair) if c.claim not in checked]
+        found = [c for c in check_factor(grid) if c.claim not in checked]
         shape = [c for c in shape if c.claim not in {f.claim for f in found}] + found
         notes.append(f"Where the best forgetting factor lies is from {swept}.")
     return Findings(

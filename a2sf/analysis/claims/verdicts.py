@@ -125,7 +125,6 @@ def check_headline(row: Row, grid: Grid | None, why_not: Mapping[str, str], marg
 def check_shape(
     grid: Grid,
     policies: Collection[str],
-    pair: tuple[str, str] = DEFAULT_PAIR,
     factors: tuple[float, float] = (0.1, 0.3),
     margin: float = MARGIN,
 ) -> list[Claim]:
@@ -137,27 +136,26 @@ def check_shape(
         margin: within which two systems are as good as each other.
     """
     claims: list[Claim] = []
+    first, second = DEFAULT_PAIR
     for model, shots, part in grid.by_model():
-        systems = [s for s in part.systems(pair) if s.average(part.tasks) is not None]
+        systems = [s for s in part.systems() if s.average(part.tasks) is not None]
         where = f"{model}, {shots}-shot"
-        gains = _gains(part, pair[0], [pair[1]], margin)
+        gains = _gains(part, first, [second], margin)
         for gain, p, within in zip(gains, holm([g.difference.p for g in gains]), _within(gains), strict=True):
-            text = f"{where}: {pair[0]} above {pair[1]} at budget {gain.budget}"
+            text = f"{where}: {first} above {second} at budget {gain.budget}"
             claims.append(_sign_claim(text, gain.difference, p, *within))
         if not gains:
-            claims.append(Claim(f"{where}: {pair[0]} above {pair[1]}", Verdict.NOT_RUN, "no common budget was run."))
-        claims += _order(where, part, [s for s in systems if s.policy in policies], pair, margin)
-        claims += check_factor(part, pair, factors)
+            claims.append(Claim(f"{where}: {first} above {second}", Verdict.NOT_RUN, "no common budget was run."))
+        claims += _order(where, part, [s for s in systems if s.policy in policies], margin)
+        claims += check_factor(part, factors)
     return claims
 
 
-def check_factor(
-    grid: Grid, pair: tuple[str, str] = DEFAULT_PAIR, factors: tuple[float, float] = (0.1, 0.3)
-) -> list[Claim]:
+def check_factor(grid: Grid, factors: tuple[float, float] = (0.1, 0.3)) -> list[Claim]:
     """Only the place of the best factor, for a sweep over factors; arguments as for `check_shape`."""
     claims = []
     for model, shots, part in grid.by_model():
-        systems = [s for s in part.systems(pair) if s.policy == pair[0] and s.average(part.tasks) is not None]
+        systems = [s for s in part.systems() if s.policy == DEFAULT_PAIR[0] and s.average(part.tasks) is not None]
         claims.append(_best_factor(f"{model}, {shots}-shot", part, systems, factors))
     return claims
 
@@ -227,19 +225,20 @@ def _sign_claim(text: str, difference: Difference, p: float, equal: str, clause:
     return Claim(text, Verdict.NOT_REPRODUCED, f"the opposite: {gain}.", measured=difference.value)
 
 
-def _order(where: str, part: Grid, systems: list[System], pair: tuple[str, str], margin: float) -> list[Claim]:
-    """Both of the pair above the remaining pruned policies, on the mean over budgets."""
+def _order(where: str, part: Grid, systems: list[System], margin: float) -> list[Claim]:
+    """Both of the default pair above the remaining pruned policies, on the mean over budgets."""
     claims = []
     comparer = Comparer(part)
-    rest = [p for p in dict.fromkeys(s.policy for s in systems if not s.is_full) if p not in pair]
-    for better in pair:
+    rest = [p for p in dict.fromkeys(s.policy for s in systems if not s.is_full) if p not in DEFAULT_PAIR]
+    for better in DEFAULT_PAIR:
         for worse in rest:
-            candidates = {
-                (s.budget, s.variant): s for s in _one_factor([s for s in systems if s.policy == better], part)
-            }
-            other = {(s.budget, s.variant): s for s in _one_factor([s for s in systems if s.policy == worse], part)}
-            tested = [comparer.average(candidates[b].keys, other[b].keys) for b in candidates if b in other]
-            differences = [d for d in tested if d is not None]
+            first, second = (
+                {(s.budget, s.variant): s.keys for s in _one_factor([s for s in systems if s.policy == p], part)}
+                for p in (better, worse)
+            )
+            shared = [place for place in first if place in second]
+            sides = [first[place] for place in shared], [second[place] for place in shared]
+            differences = [d for a, b in zip(*sides, strict=True) if (d := comparer.average(a, b)) is not None]
             if not differences:
                 continue
             corrected = holm([d.p for d in differences])
@@ -248,8 +247,6 @@ def _order(where: str, part: Grid, systems: list[System], pair: tuple[str, str],
             why = f"higher at {sum(higher)}, lower at {len(higher) - sum(higher)}, "
             why += f"no significant difference at {len(differences) - len(higher)} of {len(differences)} budgets; "
             why += f"{100 * mean:+.1f} points on their mean"
-            shared = [b for b in candidates if b in other]
-            sides = [candidates[b].keys for b in shared], [other[b].keys for b in shared]
             equal, clause = _mean_within(comparer, *sides, margin)
             found = Verdict.EQUAL if equal == "yes" else Verdict.UNCLEAR
             if higher:

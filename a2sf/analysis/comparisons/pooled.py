@@ -118,7 +118,7 @@ def shown_tasks(found: Sequence[OverModels]) -> list[OverModels]:
     return [o for o in found if o.task == AVERAGE or _place(o) not in averaged]
 
 
-def documents_of(found: Sequence[OverModels]) -> str:
+def documents_in_words(found: Sequence[OverModels]) -> str:
     """How many documents each model's differences are of, in words."""
     return f"n = {span([d.n for o in found for d in o.by_model.values()])} documents in each model"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -139,7 +140,10 @@ def ranking_frame(rankings: list[list[Ranked]]) -> pd.DataFrame:
 
 
 def _competitors(part: Grid) -> tuple[str, list[Competitor], list[str]]:
-    """The budgets that at least half of the policies have, in words, those that have them all, and the labels of others."""
+    """The budgets that at least half of the policies have, in words, the policies that have them all, and others' labels.
+
+    The policies come in the order of the ranking, those that are not causal at the end.
+    """
     groups: dict[tuple[str, ...], dict[str, System]] = {}
     for s in part.systems():
         if not s.is_full:
@@ -154,14 +158,15 @@ def _competitors(part: Grid) -> tuple[str, list[Competitor], list[str]]:
             found.append(Competitor({b: group[b] for b in budgets}, averages))
         else:
             incomplete.append(_named(next(iter(group.values()))))
-    return ", ".join(budgets), found, incomplete
+    sign = -1 if part.higher_is_better else 1
+    return ", ".join(budgets), sorted(found, key=lambda c: (not c.first.causal, sign * c.mean)), incomplete
 
 
 def _ranked(
-    found: list[Competitor], comparer: Comparer, pair: tuple[str, str], place: tuple[str, int, str], higher: bool
+    found: Sequence[Competitor], comparer: Comparer, pair: tuple[str, str], place: tuple[str, int, str], higher: bool
 ) -> list[Ranked]:
+    """The rows of competitors that come in the order of the ranking."""
     sign = -1 if higher else 1
-    found = sorted(found, key=lambda c: (not c.first.causal, sign * c.mean))
     fair = [c for c in found if c.first.causal]
     control = next((c for c in fair if c.first.policy == pair[1]), None)
     rows: list[Ranked] = []
@@ -169,12 +174,12 @@ def _ranked(
         mine = 1 + sum(sign * other.mean < sign * c.mean for other in fair) if c.first.causal else None
         row = Ranked(
             *place,
-            c.first.policy,
-            c.first.short_label,
-            c.first.factor,
-            c.first.causal,
-            mine,
-            dict(c.means),
+            policy=c.first.policy,
+            label=c.first.short_label,
+            factor=c.first.factor,
+            causal=c.first.causal,
+            rank=mine,
+            means=dict(c.means),
             mean=c.mean,
         )
         if c.first.causal:
@@ -184,40 +189,33 @@ def _ranked(
 
 
 def _against_full(
-    rows: list[Ranked], found: list[Competitor], part: Grid, comparer: Comparer, margin: float
+    rows: Sequence[Ranked], found: Sequence[Competitor], part: Grid, comparer: Comparer, margin: float
 ) -> list[Ranked]:
-    """The rows of causal policies with their tests against the full cache."""
+    """The rows of these competitors, those of causal policies with their tests against the full cache."""
     full = next((s for s in part.systems() if s.is_full and set(part.tasks) <= set(s.keys)), None)
     if full is None:
-        return rows
-    systems = {
-        (c.first.policy, c.first.short_label, c.first.factor): [s.keys for s in c.systems.values()] for c in found
-    }
+        return list(rows)
     tested = []
-    for row in rows:
-        of_row = systems[row.policy, row.label, row.factor]
-        sides = of_row, [full.keys] * len(of_row)
-        difference = comparer.over_budgets(*sides) if row.causal else None
-        tested.append(replace(row, to_full=difference, within=comparer.within(*sides, margin) if row.causal else None))
+    for row, c in zip(rows, found, strict=True):
+        if row.causal:
+            sides = [s.keys for s in c.systems.values()], [full.keys] * len(c.systems)
+            row = replace(row, to_full=comparer.over_budgets(*sides), within=comparer.within(*sides, margin))
+        tested.append(row)
     return tested
 
 
-def _corrected(rankings: list[list[Ranked]], correction: Correction) -> list[list[Ranked]]:
+def _corrected(rankings: Sequence[Sequence[Ranked]], correction: Correction) -> list[list[Ranked]]:
     """Each ranking is a table; differences are one kind of test, equivalence is another."""
-    places = [(i, j) for i, ranking in enumerate(rankings) for j in range(len(ranking))]
-    made = [list(ranking) for ranking in rankings]
-    differences = [(i, j, n) for i, j in places for n in ("best", "control") if getattr(made[i][j], f"to_{n}")]
-    p = [getattr(made[i][j], f"to_{n}").p for i, j, n in differences]
-    tables = [(made[i][j].model, i) for i, j, _ in differences]
-    for (i, j, name), one in zip(differences, correction.adjusted(p, tables), strict=True):
-        made[i][j] = replace(made[i][j], p_best=one) if name == "best" else replace(made[i][j], p_control=one)
-    equivalences = [(i, j, w) for i, j in places if (w := made[i][j].within) is not None]
-    tables = [(made[i][j].model, i) for i, j, _ in equivalences]
-    for (i, j, _), one in zip(
-        equivalences, correction.adjusted([w.p_equivalent for *_, w in equivalences], tables), strict=True
-    ):
-        made[i][j] = replace(made[i][j], p_within=one)
-    return made
+    rows = [row for ranking in rankings for row in ranking]
+    tables = [(row.model, i) for i, ranking in enumerate(rankings) for row in ranking]
+    differences = [*(r.to_best for r in rows), *(r.to_control for r in rows)]
+    of_differences = correction.adjusted([None if d is None else d.p for d in differences], [*tables, *tables])
+    equivalences = [None if r.within is None else r.within.p_equivalent for r in rows]
+    of_equivalence = correction.adjusted(equivalences, tables)
+    to_best, to_control = of_differences[: len(rows)], of_differences[len(rows) :]
+    tests = zip(rows, to_best, to_control, of_equivalence, strict=True)
+    made = iter([replace(r, p_best=best, p_control=control, p_within=within) for r, best, control, within in tests])
+    return [[next(made) for _ in ranking] for ranking in rankings]
 
 
 def _against(comparer: Comparer, one: Competitor, other: Competitor | None) -> Difference | None:
@@ -230,7 +228,7 @@ def _full(part: Grid, like: Ranked, place: tuple[str, int, str]) -> list[Ranked]
     """The full cache, for reference: the same at each budget."""
     complete = [s for s in part.systems() if s.is_full and s.average(part.tasks) is not None]
     return [
-        Ranked(*place, s.policy, s.short_label, DASH, True, None, dict.fromkeys(like.means, value), mean=value)
+        Ranked(*place, s.policy, s.short_label, DASH, True, None, dict.fromkeys(like.means, value), value)
         for s in complete[:1]
         if (value := s.average(part.tasks)) is not None
     ]

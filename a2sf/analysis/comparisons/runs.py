@@ -175,7 +175,7 @@ def _compared(
     elif found.by == "text":
         made.notes.append(f"{label}, {a.task}: documents are matched by their text.")
     first, second = means(found.first, names[0]), means(found.second, names[1])
-    texts = shared_texts(found.first, found.second)
+    texts = texts_of_runs(found.first, found.second)
     draws = variance_of_draws(found.second, names[1])
     of_difference = variance_of_drawn_difference(found.first, found.second, names)
     row = RunComparison(
@@ -197,7 +197,7 @@ def _share(draws: float | None, values: np.ndarray) -> float | None:
     return None if draws is None or not spread > 0 else min(1.0, draws / spread)
 
 
-def shared_texts(first: Sequence[Document], second: Sequence[Document]) -> Texts:
+def texts_of_runs(first: Sequence[Document], second: Sequence[Document]) -> Texts:
     """Which documents share a text (or another cluster), as either run says."""
     for documents in (first, second):
         if all(d.cluster is not None for d in documents):
@@ -210,15 +210,11 @@ def _corrected(rows: Sequence[RunComparison], correction: Correction) -> list[Ru
     by_model = correction.family == "model"  # all rows are one table, also those of several models
     places = [((r.model or "") if by_model else "", "") for r in rows]
     adjusted = correction.adjusted([r.difference.p for r in rows], places)
-    tested = [(r.within.p_equivalent, place) for r, place in zip(rows, places, strict=True) if r.within is not None]
-    equivalent = iter(correction.adjusted([p for p, _ in tested], [place for _, place in tested]))
-    return [
-        replace(r, adjusted=a, equivalent=None if r.within is None else next(equivalent))
-        for r, a in zip(rows, adjusted, strict=True)
-    ]
+    equivalent = correction.adjusted([None if r.within is None else r.within.p_equivalent for r in rows], places)
+    return [replace(r, adjusted=a, equivalent=e) for r, a, e in zip(rows, adjusted, equivalent, strict=True)]
 
 
-def labels(runs: Sequence[Run], given: Sequence[str] | None, distinct: bool = True) -> list[Run]:
+def with_labels(runs: Sequence[Run], given: Sequence[str] | None, distinct: bool = True) -> list[Run]:
     """Runs with the labels that the user gives, else with their own, to which their source is added where two are equal.
 
     Args:

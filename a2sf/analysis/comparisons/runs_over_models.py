@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from a2sf.analysis.comparisons.pairs import joined
 from a2sf.analysis.comparisons.pooled import OverModels, corrected, pool_over_tasks
-from a2sf.analysis.comparisons.runs import metric_of, shared_texts
+from a2sf.analysis.comparisons.runs import metric_of, texts_of_runs
 from a2sf.analysis.results.grid import AVERAGE
 from a2sf.analysis.runs.run import Document, Run, TaskRun, means, pair
 from a2sf.analysis.statistics.families import HOLM, Correction
@@ -89,7 +89,7 @@ def _rows(
 def _compared(a: TaskRun, b: TaskRun, metric: str | None) -> tuple[Changes, Texts, Difference]:
     matched = pair(a, b)
     first, second = means(matched.first, metric_of(a, metric)), means(matched.second, metric_of(b, metric))
-    texts = shared_texts(matched.first, matched.second)
+    texts = texts_of_runs(matched.first, matched.second)
     if texts.shared:
         clusters = next(ds for ds in (matched.first, matched.second) if all(d.cluster is not None for d in ds))
         keys = [str(d.cluster) for d in clusters]

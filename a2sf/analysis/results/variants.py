@@ -23,21 +23,10 @@ SWEPT = ("split", "fewshot_split", "seed", "dtype", "limit")
 """Of these, those in which the cells of one sweep may differ: then they become rows of their own."""
 SOURCE = ["data", "split", "fewshot_split"]
 """Columns that say which documents a cell has."""
-IN_COLUMNS = {
-    *(
-        "model",
-        "weights",
-        "dtype",
-        "policy",
-        "policy_settings",
-        "budget",
-        "schedule",
-        "prompting",
-        "task",
-        "task_version",
-    ),
-    *("definition", "task_args", "data", "shots", "seed", "drawn_with"),
-}
+IN_COLUMNS = frozenset(
+    "model weights dtype policy policy_settings budget schedule prompting task task_version definition task_args data shots"
+    " seed drawn_with".split()
+)
 """Entries of a cell's identity that have columns of their own."""
 
 

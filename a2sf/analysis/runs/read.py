@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from a2sf.analysis.results.labels import budget_label, factor_label
-from a2sf.analysis.runs.run import Document, Run, TaskRun, texts_of
+from a2sf.analysis.runs.run import Document, Run, TaskRun, texts_to_match
 from a2sf.errors import UserError, first_line
 from a2sf.store.archive import is_archive, read_sweep
 from a2sf.store.runs import StoredCell, finished_cells, is_cell, read_cell, schedule_of
@@ -111,7 +111,7 @@ def _our_documents(stored: StoredCell) -> Iterator[Document]:
     for row in frame.to_dict("records"):
         yield Document(
             hash=str(row["doc_hash"]),
-            texts=texts_of([row.get("context")]),
+            texts=texts_to_match([row.get("context")]),
             cluster=str(row["cluster"]) if isinstance(row.get("cluster"), str) else None,
             values={
                 m.removeprefix("metric/"): _values({str(k): v for k, v in row.items()}, m)
@@ -171,7 +171,7 @@ def _lm_eval_texts(sample: Mapping[str, Any]) -> frozenset[str]:
     while isinstance(first, Mapping | list) and first:  # {"gen_args_0": {"arg_0": prompt, ...}}, or lists
         first = next(iter(first.values())) if isinstance(first, Mapping) else first[0]
     fields = document.values() if isinstance(document, Mapping) else [document]
-    return texts_of([first, *(v for v in fields if v != sample.get("target"))])
+    return texts_to_match([first, *(v for v in fields if v != sample.get("target"))])
 
 
 def _of_inspect(path: Path, cluster: str | None) -> Run:
@@ -186,7 +186,7 @@ def _of_inspect(path: Path, cluster: str | None) -> Run:
             str(sample["id"]),
             Document(
                 id=str(sample["id"]),
-                texts=texts_of(_question(sample["input"])),
+                texts=texts_to_match(_question(sample["input"])),
                 cluster=_field(sample.get("metadata"), cluster),
             ),
         )

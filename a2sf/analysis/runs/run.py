@@ -89,7 +89,7 @@ def normalised(text: str) -> str:
     return re.sub(r"\s+", " ", text[:MOST_TEXT]).strip().casefold()
 
 
-def texts_of(values: Iterable[Any]) -> frozenset[str]:
+def texts_to_match(values: Iterable[Any]) -> frozenset[str]:
     """The normalised texts among some values; short ones are left out, since answers and labels are in many documents."""
     made = (normalised(v) for v in values if isinstance(v, str))
     return frozenset(t for t in made if len(t) >= LEAST_TEXT)

@@ -46,25 +46,24 @@ class Correction:
         """The same in a heading."""
         return {"holm": "Holm", "fdr": "FDR"}[self.method]
 
-    def adjusted(self, p: Sequence[float], tables: Sequence[tuple[str, Hashable]]) -> list[Adjusted]:
+    def adjusted(self, p: Sequence[float | None], tables: Sequence[tuple[str, Hashable]]) -> list[Adjusted | None]:
         """p-values after correction.
 
         Args:
+            p: None where no test was made, which stays None.
             tables: of each test, its model, and the table that it is in (any key, different for different tables).
         """
-        places: dict[str, list[Hashable]] = {
-            "table": list(tables),
-            "model": [model for model, _ in tables],
-            "sweep": [None] * len(tables),
-        }
-        of = places[self.family]
+        families: dict[Hashable, list[tuple[int, float]]] = {}
+        for i, (value, table) in enumerate(zip(p, tables, strict=True)):
+            family: Hashable = {"table": table, "model": table[0], "sweep": None}[self.family]
+            if value is not None:
+                families.setdefault(family, []).append((i, value))
         method = holm if self.method == "holm" else benjamini_hochberg
-        found: dict[int, Adjusted] = {}
-        for place in dict.fromkeys(of):
-            mine = [i for i, other in enumerate(of) if other == place]
-            for i, value in zip(mine, method([p[i] for i in mine]), strict=True):
-                found[i] = Adjusted(value, len(mine), self)
-        return [found[i] for i in range(len(p))]
+        found: list[Adjusted | None] = [None] * len(p)
+        for tests in families.values():
+            for (i, _), value in zip(tests, method([value for _, value in tests]), strict=True):
+                found[i] = Adjusted(value, len(tests), self)
+        return found
 
 
 @dataclass(frozen=True)

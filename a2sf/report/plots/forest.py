@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from a2sf.analysis.comparisons.pooled import OverModels, documents_of, shown_tasks
+from a2sf.analysis.comparisons.pooled import OverModels, documents_in_words, shown_tasks
 from a2sf.analysis.results.grid import AVERAGE
 from a2sf.analysis.results.labels import DASH, MINUS
 from a2sf.report.plots.style import GREY, panels, save
@@ -34,7 +34,7 @@ def forest_plots(found: Sequence[OverModels], directory: Path, percent: bool, me
         what = f"{first} {MINUS} {second}" + ("" if shots is None else f", {shots}-shot")
         what += f", the first {MOST} of {len(rows)}" if len(rows) > MOST else ""
         tasks = ", ".join(dict.fromkeys("average over tasks" if o.task == AVERAGE else o.task for o in rows[:MOST]))
-        below = f"{tasks}; {documents_of(rows[:MOST])}; intervals: 95 %"
+        below = f"{tasks}; {documents_in_words(rows[:MOST])}; intervals: 95 %"
         figure.suptitle(f"{what}\n{below}", x=0.01, ha="left", fontsize=10)
         caption = f"Differences in each model and pooled over models, with 95 % intervals ({what})"
         written[caption] = save(figure, directory / (f"forest-{number + 1}" if len(figures) > 1 else "forest"))

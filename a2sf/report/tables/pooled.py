@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from a2sf.analysis.comparisons.pooled import OverModels, documents_of, shown_tasks
+from a2sf.analysis.comparisons.pooled import OverModels, documents_in_words, shown_tasks
 from a2sf.analysis.results.grid import STEP
 from a2sf.analysis.results.labels import DASH, MINUS
 from a2sf.report.tables.cells import interval, number
@@ -86,4 +86,4 @@ def _legend(shown: Sequence[OverModels], models: Sequence[str]) -> str:
         text += AHEAD
     if any(len(o.by_model) < len(models) for o in shown):
         text += " A row is over the models that have both systems."
-    return f"{text} {documents_of(shown)}."
+    return f"{text} {documents_in_words(shown)}."

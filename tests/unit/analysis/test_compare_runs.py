@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from scipy.stats import false_discovery_control
 
-from a2sf.analysis.comparisons.runs import compare_runs, labels
+from a2sf.analysis.comparisons.runs import compare_runs, with_labels
 from a2sf.analysis.runs.read import read_runs
 from a2sf.analysis.runs.run import Document, Run, TaskRun, pair, variance_of_drawn_difference, variance_of_draws
 from a2sf.analysis.statistics.equivalence import average_within_margin, tango_score, within_margin
@@ -255,7 +255,7 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, arguments, message):
 
 def test_equal_names_are_told_apart_by_where_they_are(tmp_path):
     runs = [Run("model", "x", {}), Run("model", "y", {}), Run("other", "z", {})]
-    assert [r.label for r in labels(runs, None)] == ["model (x)", "model (y)", "other"]
+    assert [r.label for r in with_labels(runs, None)] == ["model (x)", "model (y)", "other"]
 
 
 # ---- equivalence
