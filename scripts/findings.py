@@ -29,7 +29,7 @@ from scipy.stats import spearmanr
 from a2sf.analysis.comparisons.against import compare_against
 from a2sf.analysis.comparisons.fidelity import fidelity_frame
 from a2sf.analysis.results.gather import gather
-from a2sf.analysis.results.grid import AVERAGE, System
+from a2sf.analysis.results.grid import AVERAGE, SystemResults
 from a2sf.analysis.results.selection import Selection
 from a2sf.errors import UserError
 from a2sf.report.heads import errors_figure
@@ -135,7 +135,7 @@ def closeness_figure(sweep: Path) -> Figure:
     for (_, shots, part), axes in zip(parts, panels, strict=True):
         close, _ = fidelity_frame(part)
         close = close[close["task"] == AVERAGE]
-        groups: dict[str, list[System]] = {}
+        groups: dict[str, list[SystemResults]] = {}
         for s in part.systems():
             if not s.is_full and s.average(part.tasks) is not None:
                 groups.setdefault(_name_of(s), []).append(s)
@@ -215,11 +215,11 @@ def _numbers(file: dict[str, Any]) -> tuple[dict[str, np.ndarray], str]:
     return {key: np.array(rows) for key, rows in found.items()}, f"{file['name']}, budget {budgets}"
 
 
-def _of(close: pd.DataFrame, s: System) -> pd.DataFrame:
+def _of(close: pd.DataFrame, s: SystemResults) -> pd.DataFrame:
     return close[(close["label"] == s.label) & (close["budget"] == s.budget) & (close["factor"] == s.factor)]
 
 
-def _name_of(s: System) -> str:
+def _name_of(s: SystemResults) -> str:
     return f"{s.label} {s.factor}" if s.policy == "a2sf" else s.label
 
 

@@ -16,7 +16,7 @@ from a2sf import atomic
 from a2sf.analysis.comparisons.pairs import Comparer, compare_pair
 from a2sf.analysis.results.flips import flips_of
 from a2sf.analysis.results.gather import gather
-from a2sf.analysis.results.grid import AVERAGE, Grid, System
+from a2sf.analysis.results.grid import AVERAGE, Grid, SystemResults
 from a2sf.analysis.results.labels import MINUS
 from a2sf.analysis.statistics.intervals import of_documents
 from a2sf.analysis.statistics.paired import Difference
@@ -55,7 +55,7 @@ def example(grid: Grid) -> str:
     return "\n".join("\n".join(textwrap.wrap(line, 150)) for line in lines)
 
 
-def _score(grid: Grid, full: System) -> str:
+def _score(grid: Grid, full: SystemResults) -> str:
     values = grid.cells[full.keys[TASK]].documents["metric/acc"].to_numpy(float)
     one = of_documents(values, Texts.independent(len(values)))
     return (
@@ -73,7 +73,7 @@ def _better(d: Difference, corrected: float, tests: int) -> str:
     )
 
 
-def _as_good(comparer: Comparer, systems: dict[str, System]) -> str:
+def _as_good(comparer: Comparer, systems: dict[str, SystemResults]) -> str:
     a2sf, full = systems["a2sf"].keys, systems["full"].keys
     d = comparer.average(a2sf, full)
     p = {}

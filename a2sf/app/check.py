@@ -13,7 +13,7 @@ from a2sf.app.folders import model_names
 from a2sf.app.process import screen
 from a2sf.app.runners import directory_of
 from a2sf.errors import UserError
-from a2sf.store.aggregates import Group
+from a2sf.store.aggregates import TaskGroup
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.config.grid import check_schedules
 from a2sf.sweep.config.settings import Settings, read, refuse_unused
@@ -49,7 +49,7 @@ class Checked:
         return directory_of(self.settings[0])
 
     @property
-    def aggregates(self) -> list[Group]:
+    def aggregates(self) -> list[TaskGroup]:
         """lm-eval's groups, whose scores are computed from those of the tasks."""
         return list(dict.fromkeys(g for s in self.settings for g in s.groups))
 

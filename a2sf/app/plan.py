@@ -14,7 +14,7 @@ from a2sf.hf.loading import ModelSpec
 from a2sf.store.runs import write_groups
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.group import grouped
-from a2sf.sweep.planning.estimate import Estimate, estimate, measurements_for
+from a2sf.sweep.planning.estimate import WorkEstimate, estimate, measurements_for
 from a2sf.sweep.planning.table import headline, plan_table
 from a2sf.sweep.prepare import documents, models, texts
 from a2sf.sweep.reuse import SweepPlan, plan
@@ -34,7 +34,7 @@ class Planned:
     checked: Checked
     plan: SweepPlan
     groups: Sequence[Sequence[Cell]]
-    estimates: Sequence[Estimate]
+    estimates: Sequence[WorkEstimate]
     broken: dict[ModelSpec, UserError] = dataclasses.field(default_factory=dict)
 
 

@@ -39,7 +39,7 @@ STRENGTHS = (0.5, 1.0)
 
 
 @dataclass(frozen=True)
-class Options:
+class SearchOptions:
     """What a calibration searches.
 
     Attributes:
@@ -111,7 +111,9 @@ class Calibration:
         track: shows progress.
     """
 
-    def __init__(self, model: Any, passages: Passages, options: Options, checkpoint: Checkpoint, track: Track) -> None:
+    def __init__(
+        self, model: Any, passages: Passages, options: SearchOptions, checkpoint: Checkpoint, track: Track
+    ) -> None:
         self.model, self.passages, self.options = model, passages, options
         self.checkpoint, self.track = checkpoint, track
         self.settings = settings()

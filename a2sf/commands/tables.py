@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> None:
     from a2sf.analysis.results.gather import gather
     from a2sf.analysis.results.grid import DEFAULT_PAIR
     from a2sf.analysis.results.selection import Selection
-    from a2sf.report.output import Options, publish, show
+    from a2sf.report.output import TableOptions, publish, show
     from a2sf.report.tables.screen import screen, text_screen
 
     names = ("models", "policies", "budgets", "factors", "schedules", "tasks", "shots")
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str]) -> None:
         by_documents=args.average == "documents",
         **{n: tuple(getattr(args, n)) for n in names},
     )
-    options = Options(
+    options = TableOptions(
         pivot=args.pivot,
         pair=tuple(args.pair or DEFAULT_PAIR),
         against=tuple(args.against),

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from a2sf.analysis.results.documents import TEXT, documents_of, texts_of
-from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid, System
+from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid, SystemResults
 from a2sf.analysis.results.labels import DASH
 from a2sf.analysis.statistics.intervals import Estimate, of_documents
 from a2sf.report.plots.lines import chosen_lines, draw_line, left_out
@@ -142,7 +142,7 @@ def bins_of(lengths: Sequence[int]) -> list[float]:
     return [float(distinct[0]), *inner.tolist(), float(distinct[-1]) + 1]
 
 
-def length_points(part: Grid, systems: Sequence[System]) -> list[list[tuple[float, Estimate, int]]]:
+def length_points(part: Grid, systems: Sequence[SystemResults]) -> list[list[tuple[float, Estimate, int]]]:
     """Of each system, for each bin of prompt lengths with enough documents: median tokens, the score, documents.
 
     All lists are empty where the prompts are about as long.
@@ -154,7 +154,7 @@ def length_points(part: Grid, systems: Sequence[System]) -> list[list[tuple[floa
     return points if several else [[] for _ in systems]
 
 
-def _by_length(part: Grid, s: System) -> pd.DataFrame:
+def _by_length(part: Grid, s: SystemResults) -> pd.DataFrame:
     """`tokens` and `value` of each document of a system, of all tasks."""
     frames = [pd.DataFrame({"tokens": [], "value": []})]
     for task in s.keys:
@@ -168,13 +168,13 @@ def _by_length(part: Grid, s: System) -> pd.DataFrame:
     return pd.concat(filled, ignore_index=True) if filled else frames[0]
 
 
-def _prompts(part: Grid, s: System, task: str) -> list[int]:
+def _prompts(part: Grid, s: SystemResults, task: str) -> list[int]:
     """Tokens of each document's longest prompt; 0 where it has none."""
     documents = part.cells[s.keys[task]].documents
     return [max(map(int, n), default=0) for n in documents["context_tokens"]] if "context_tokens" in documents else []
 
 
-def _budget(part: Grid, s: System, task: str) -> dict[str, Any] | None:
+def _budget(part: Grid, s: SystemResults, task: str) -> dict[str, Any] | None:
     return (part.cells[s.keys[task]].result.get("lengths") or {}).get("budget")
 
 

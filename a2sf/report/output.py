@@ -26,7 +26,7 @@ from a2sf.errors import UserError
 from a2sf.report.choices import FORMATS
 from a2sf.report.lengths import length_plots, length_tables, share_tables
 from a2sf.report.needle import needle_plots, needle_tables
-from a2sf.report.page.page import Contents, read_failures, write_report
+from a2sf.report.page.page import ReportContents, read_failures, write_report
 from a2sf.report.plots.forest import forest_plots
 from a2sf.report.plots.sweep import draw_all
 from a2sf.report.tables.layout import build_tables
@@ -51,7 +51,7 @@ README_BEGIN, README_END = "<!-- table:begin -->", "<!-- table:end -->"
 
 
 @dataclass(frozen=True)
-class Options:
+class TableOptions:
     """How results are laid out and where they go.
 
     Attributes:
@@ -98,7 +98,7 @@ class Shown:
     notes: list[str]
 
 
-def show(directories: Sequence[Path], selection: Selection, options: Options) -> Shown:
+def show(directories: Sequence[Path], selection: Selection, options: TableOptions) -> Shown:
     """Tables, comparisons, closeness, plots and report of one or more sweeps.
 
     Raises:
@@ -162,7 +162,7 @@ def show(directories: Sequence[Path], selection: Selection, options: Options) ->
     of_tables = [note for table in tables for note in table.notes]
     notes = list(dict.fromkeys([*left_out, *of_tables, *notes_of(grid.cells.values())]))
     if options.report:
-        contents = Contents(
+        contents = ReportContents(
             grid=grid,
             tables=tables,
             comparisons=comparisons,
@@ -195,7 +195,7 @@ def pictures(directory: Path) -> dict[str, Path]:
     return {f.stem: f for files in drawn.values() for f in files if f.suffix == ".png"}
 
 
-def publish(grid: Grid, options: Options, figures: Path | None, readme: Path | None) -> list[Path]:
+def publish(grid: Grid, options: TableOptions, figures: Path | None, readme: Path | None) -> list[Path]:
     """Figures and the README's table from committed results; nothing else is written.
 
     Raises:

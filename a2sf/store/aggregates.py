@@ -56,7 +56,7 @@ class Average:
 
 
 @dataclass(frozen=True)
-class Group:
+class TaskGroup:
     """A group of a sweep, with the metrics that it averages and its tasks."""
 
     name: str
@@ -78,15 +78,15 @@ class Group:
         return None
 
 
-def written(groups: Iterable[Group]) -> str:
+def written(groups: Iterable[TaskGroup]) -> str:
     """Groups as JSON."""
     return json.dumps([asdict(g) for g in groups], indent=1) + "\n"
 
 
-def read(text: str) -> list[Group]:
+def read(text: str) -> list[TaskGroup]:
     """Groups from the JSON of `written`."""
     return [
-        Group(
+        TaskGroup(
             e["name"],
             tuple(Average(a["metric"], a["filters"] and tuple(a["filters"]), a["weighted"]) for a in e["averages"]),
             tuple(Member(**m) for m in e["members"]),
@@ -96,7 +96,7 @@ def read(text: str) -> list[Group]:
 
 
 def aggregates(
-    table: pd.DataFrame, groups: Iterable[Group], same: Sequence[str] = SAME
+    table: pd.DataFrame, groups: Iterable[TaskGroup], same: Sequence[str] = SAME
 ) -> tuple[pd.DataFrame, list[str]]:
     """The scores of groups, one row for each group, metric and system with results of all tasks.
 
@@ -143,7 +143,7 @@ def aggregates(
     return pd.DataFrame(rows), list(dict.fromkeys(notes))
 
 
-def _scores(group: Group, cells: pd.DataFrame) -> list[dict[str, Any]]:
+def _scores(group: TaskGroup, cells: pd.DataFrame) -> list[dict[str, Any]]:
     """As lm-eval's `Group.aggregate`: over the tasks that have a metric, with its two formulas for the standard error."""
     found = []
     for metric, of_metric in cells.groupby("metric", sort=False):

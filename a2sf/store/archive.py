@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from a2sf import atomic
 from a2sf.errors import UserError
-from a2sf.store.aggregates import Group, read
+from a2sf.store.aggregates import TaskGroup, read
 from a2sf.store.runs import (
     CONFIG,
     DOCUMENTS,
@@ -195,7 +195,7 @@ def read_sweep(path: Path) -> Sequence[StoredCell]:
     return read_archive(path) if is_archive(path) else load_sweep(path)
 
 
-def groups_of(path: Path) -> list[Group]:
+def groups_of(path: Path) -> list[TaskGroup]:
     """The groups of a sweep's directory or of an archive.
 
     Raises:

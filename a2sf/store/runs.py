@@ -29,7 +29,7 @@ import pandas as pd
 
 from a2sf import atomic
 from a2sf.errors import UserError
-from a2sf.store.aggregates import LM_EVAL_STDERR, OPTIONS, Group, aggregates, read, written
+from a2sf.store.aggregates import LM_EVAL_STDERR, OPTIONS, TaskGroup, aggregates, read, written
 from a2sf.store.names import ID_DIGITS, Named, distinct
 
 SCHEMA_VERSION = 1
@@ -350,14 +350,14 @@ def _option(cell: dict[str, Any], key: str) -> Any:
     return json.dumps(value, sort_keys=True) if isinstance(value, dict | bool) else value
 
 
-def table_of(cells: Iterable[StoredCell], groups: Sequence[Group]) -> pd.DataFrame:
+def table_of(cells: Iterable[StoredCell], groups: Sequence[TaskGroup]) -> pd.DataFrame:
     """`results_frame` and a row for each group's score, with the number of its tasks in the column `members`."""
     table = results_frame(cells)
     made, _ = aggregates(table, groups)
     return pd.concat([table, made], ignore_index=True) if len(made) else table
 
 
-def write_groups(directory: Path, groups: Sequence[Group]) -> None:
+def write_groups(directory: Path, groups: Sequence[TaskGroup]) -> None:
     """Store groups in a sweep's directory; a group replaces an earlier one with the same name and shots."""
     if groups:
         known = {(g.name, tuple(m.shots for m in g.members)): g for g in [*read_groups(directory), *groups]}
@@ -365,7 +365,7 @@ def write_groups(directory: Path, groups: Sequence[Group]) -> None:
         atomic.write(directory / GROUPS, written(known.values()))
 
 
-def read_groups(directory: Path) -> list[Group]:
+def read_groups(directory: Path) -> list[TaskGroup]:
     """The groups that a sweep's directory stores."""
     file = directory / GROUPS
     return read(file.read_text(encoding="utf-8")) if file.is_file() else []

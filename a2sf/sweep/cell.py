@@ -131,7 +131,7 @@ class Cell:
         Raises:
             UserError: if there are no such documents, or they cannot be reached.
         """
-        data = tasks.Contents().resolve(spec_with_tokenizer(self))
+        data = tasks.ContentFinder().resolve(spec_with_tokenizer(self))
         return self if data == self.data else dataclasses.replace(self, data=data)
 
     @property

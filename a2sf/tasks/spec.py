@@ -223,7 +223,7 @@ class TaskSpec:
 
 
 @dataclass
-class Contents:
+class ContentFinder:
     """Finds what identifies the documents of a sweep's tasks, with one request to the hub per dataset.
 
     Attributes:

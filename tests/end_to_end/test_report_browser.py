@@ -11,7 +11,7 @@ import pytest
 
 from a2sf.analysis.results.selection import Selection
 from a2sf.engine.trace import Trace, save
-from a2sf.report.output import Options, show
+from a2sf.report.output import TableOptions, show
 from a2sf.store.runs import TRACES, write_cell
 from tests.sweep_fixture import Plan, write_sweep
 
@@ -29,7 +29,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     for c in cells:
         if c.cell["task"] == "piqa" and c.cell["policy"] in ("h2o", "a2sf"):
             save(c.path / TRACES, [traced(d, c.cell["policy"]) for d in range(150)])
-    show([directory], Selection(), Options(plots=False))
+    show([directory], Selection(), TableOptions(plots=False))
     return (directory / "report.html").as_uri()
 
 
@@ -69,7 +69,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> str:
         cell = write_cell(runs / "s" / stored.path.name, result, documents, "policy: x\n")
         if policy in ("h2o", "a2sf"):
             save(cell.path / TRACES, [traced(d, policy) for d in range(2)])
-    show([runs / "s"], Selection(), Options(plots=False))
+    show([runs / "s"], Selection(), TableOptions(plots=False))
     return (runs / "s" / "report.html").as_uri()
 
 

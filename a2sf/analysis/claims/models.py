@@ -10,7 +10,7 @@ import pandas as pd
 
 from a2sf.analysis.claims.verdicts import ALPHA, Claim, Verdict, p_words, protocol_differs
 from a2sf.analysis.comparisons.pooled import changes_of, pool_over_tasks
-from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid, System
+from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid, SystemResults
 from a2sf.analysis.statistics.pooled import Pooled
 from a2sf.errors import UserError
 
@@ -22,7 +22,7 @@ class _Common:
     """What several models have in common: the pair's systems at the same budgets, with one factor for all."""
 
     parts: dict[str, Grid]
-    systems: dict[str, list[tuple[System, System]]]
+    systems: dict[str, list[tuple[SystemResults, SystemResults]]]
     tasks: list[str]
 
     @property
@@ -101,7 +101,7 @@ def _words(p: Pooled) -> str:
 
 
 def _common(parts: Mapping[str, Grid], pair: tuple[str, str]) -> _Common | None:
-    found: dict[str, dict[tuple[str, ...], tuple[System, System]]] = {}
+    found: dict[str, dict[tuple[str, ...], tuple[SystemResults, SystemResults]]] = {}
     for model, part in parts.items():
         systems = part.systems(pair)
         seconds = {(s.budget, s.variant): s for s in reversed(systems) if s.policy == pair[1]}

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from a2sf.analysis.comparisons.pairs import Comparer
-from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid, System
+from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid, SystemResults
 from a2sf.analysis.statistics.equivalence import Within, points, verdict
 from a2sf.analysis.statistics.paired import Difference, holm
 from a2sf.analysis.statistics.texts import CONFIDENCE, Z
@@ -208,9 +208,9 @@ def _within(gains: Sequence[Gain]) -> list[tuple[str, str]]:
     return found
 
 
-def _one_factor(systems: list[System], part: Grid) -> list[System]:
+def _one_factor(systems: list[SystemResults], part: Grid) -> list[SystemResults]:
     """The systems of one forgetting factor, the best on average: choosing one per budget would flatter the method."""
-    groups: dict[tuple[str, ...], list[System]] = {}
+    groups: dict[tuple[str, ...], list[SystemResults]] = {}
     for s in systems:
         groups.setdefault((s.settings, s.factor, s.variant), []).append(s)
     return max(groups.values(), key=lambda g: (len(g), np.mean([s.average(part.tasks) or 0.0 for s in g])), default=[])
@@ -225,7 +225,7 @@ def _sign_claim(text: str, difference: Difference, p: float, equal: str, clause:
     return Claim(text, Verdict.NOT_REPRODUCED, f"the opposite: {gain}.", measured=difference.value)
 
 
-def _order(where: str, part: Grid, systems: list[System], margin: float) -> list[Claim]:
+def _order(where: str, part: Grid, systems: list[SystemResults], margin: float) -> list[Claim]:
     """Both of the default pair above the remaining pruned policies, on the mean over budgets."""
     claims = []
     comparer = Comparer(part)
@@ -266,7 +266,7 @@ def _mean_within(
     return answer, f", within {points(margin)}: {answer}"
 
 
-def _best_factor(where: str, part: Grid, systems: list[System], factors: tuple[float, float]) -> Claim:
+def _best_factor(where: str, part: Grid, systems: list[SystemResults], factors: tuple[float, float]) -> Claim:
     """Whether the best factor lies in the published range, and is significantly better than the best outside of it."""
     text = f"{where}: the best forgetting factor lies from {factors[0]:g} to {factors[1]:g}"
     budgets = set.intersection(*({s.budget for s in g} for g in _by_factor(systems).values())) if systems else set()
@@ -292,8 +292,8 @@ def _best_factor(where: str, part: Grid, systems: list[System], factors: tuple[f
     return Claim(text, Verdict.REPRODUCED if best in inside else Verdict.NOT_REPRODUCED, why, measured=best)
 
 
-def _by_factor(systems: list[System]) -> dict[float, list[System]]:
-    groups: dict[float, list[System]] = {}
+def _by_factor(systems: list[SystemResults]) -> dict[float, list[SystemResults]]:
+    groups: dict[float, list[SystemResults]] = {}
     for s in systems:
         if not np.isnan(s.factor_value):
             groups.setdefault(s.factor_value, []).append(s)

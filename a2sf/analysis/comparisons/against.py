@@ -11,7 +11,7 @@ import pandas as pd
 
 from a2sf.analysis.comparisons.fidelity import changes
 from a2sf.analysis.comparisons.pairs import Comparer
-from a2sf.analysis.results.grid import Grid, System
+from a2sf.analysis.results.grid import Grid, SystemResults
 from a2sf.analysis.statistics.families import Adjusted, Correction
 from a2sf.analysis.statistics.paired import Difference, bootstrap_means, interval
 from a2sf.analysis.statistics.texts import Texts, tail_of
@@ -43,8 +43,8 @@ class Against:
 
     model: str
     shots: int
-    first: System
-    second: System
+    first: SystemResults
+    second: SystemResults
     difference: Difference
     ratios: dict[str, Ratio]
     adjusted: Adjusted | None = None
@@ -114,7 +114,7 @@ class _Closeness:
         self.part, self.notes = part, notes
         self.known: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray, list[Texts]] | None] = {}
 
-    def ratios(self, first: System, second: System, full: System) -> dict[str, Ratio]:
+    def ratios(self, first: SystemResults, second: SystemResults, full: SystemResults) -> dict[str, Ratio]:
         """Paired: both systems' means are of the same resampled documents."""
         one, other = self._means(first, full), self._means(second, full)
         if one is None or other is None:
@@ -123,13 +123,15 @@ class _Closeness:
         spread = one[1] / other[1]  # [resamples, measures]
         return {m: Ratio(float(values[i]), *interval(spread[:, i], tail_of(one[2]))) for i, m in enumerate(RATIOS)}
 
-    def _means(self, system: System, full: System) -> tuple[np.ndarray, np.ndarray, list[Texts]] | None:
+    def _means(self, system: SystemResults, full: SystemResults) -> tuple[np.ndarray, np.ndarray, list[Texts]] | None:
         key = tuple(system.keys[t] for t in self.part.tasks)
         if key not in self.known:
             self.known[key] = self._measured(system, full)
         return self.known[key]
 
-    def _measured(self, system: System, full: System) -> tuple[np.ndarray, np.ndarray, list[Texts]] | None:
+    def _measured(
+        self, system: SystemResults, full: SystemResults
+    ) -> tuple[np.ndarray, np.ndarray, list[Texts]] | None:
         values, means, texts = [], [], []
         for index, task in enumerate(self.part.tasks):
             cells = [self.part.cells.get(s.keys[task]) for s in (system, full)]

@@ -19,7 +19,7 @@ from scipy.special import log_softmax
 from statsmodels.stats.proportion import proportion_confint
 
 from a2sf.analysis.results.documents import paired_documents, texts_of
-from a2sf.analysis.results.grid import AVERAGE, Grid, System
+from a2sf.analysis.results.grid import AVERAGE, Grid, SystemResults
 from a2sf.analysis.statistics.paired import bootstrap_means, interval
 from a2sf.analysis.statistics.texts import Texts, tail_of
 from a2sf.errors import UserError
@@ -83,7 +83,9 @@ def fidelity_frame(grid: Grid) -> tuple[pd.DataFrame, list[str]]:
     return pd.DataFrame(rows), list(dict.fromkeys(notes))
 
 
-def _of_system(part: Grid, system: System, full: System, notes: list[str]) -> list[tuple[str, dict[str, Any]]]:
+def _of_system(
+    part: Grid, system: SystemResults, full: SystemResults, notes: list[str]
+) -> list[tuple[str, dict[str, Any]]]:
     found: list[tuple[str, dict[str, Any]]] = []
     values, means, texts = [], [], []
     for index, task in enumerate(part.tasks):

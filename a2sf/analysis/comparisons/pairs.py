@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from a2sf.analysis.results.documents import paired_documents, texts_of
-from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, Grid, System
+from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, Grid, SystemResults
 from a2sf.analysis.statistics.equivalence import Within, average_within_margin
 from a2sf.analysis.statistics.families import HOLM, Adjusted, Correction
 from a2sf.analysis.statistics.paired import Difference, average_difference, paired_difference
@@ -151,7 +151,7 @@ class Comparison:
     adjusted: Adjusted | None = None
 
 
-def matched(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> list[tuple[System, System | None]]:
+def matched(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> list[tuple[SystemResults, SystemResults | None]]:
     """Every system of the pair's first policy with the second policy's at the same budget and schedule, or None."""
     systems = part.systems(pair)
     controls = {(s.budget, s.schedule, s.variant): s for s in reversed(systems) if s.policy == pair[1]}

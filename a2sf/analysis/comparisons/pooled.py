@@ -11,7 +11,7 @@ import pandas as pd
 
 from a2sf.analysis.comparisons.pairs import Comparer, matched
 from a2sf.analysis.results.documents import DOCUMENT, TEXT, paired_documents, texts_of
-from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, SYSTEM, Grid, System
+from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, SYSTEM, Grid, SystemResults
 from a2sf.analysis.statistics.families import HOLM, Adjusted, Correction, span
 from a2sf.analysis.statistics.paired import Difference
 from a2sf.analysis.statistics.pooled import Changes, Pooled, pool_tasks
@@ -51,8 +51,8 @@ class _Matched:
 
     model: str
     part: Grid
-    first: System
-    second: System
+    first: SystemResults
+    second: SystemResults
 
 
 def compare_over_models(

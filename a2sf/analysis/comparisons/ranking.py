@@ -9,7 +9,7 @@ from statistics import fmean
 import pandas as pd
 
 from a2sf.analysis.comparisons.pairs import Comparer
-from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid, System
+from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid, SystemResults
 from a2sf.analysis.results.labels import DASH
 from a2sf.analysis.statistics.equivalence import Within, verdict
 from a2sf.analysis.statistics.families import HOLM, Adjusted, Correction
@@ -65,11 +65,11 @@ class Ranked:
 class Competitor:
     """The systems of one policy, settings and factor, by budget."""
 
-    systems: dict[str, System]
+    systems: dict[str, SystemResults]
     means: dict[str, float]
 
     @property
-    def first(self) -> System:
+    def first(self) -> SystemResults:
         return next(iter(self.systems.values()))
 
     @property
@@ -144,7 +144,7 @@ def _competitors(part: Grid) -> tuple[str, list[Competitor], list[str]]:
 
     The policies come in the order of the ranking, those that are not causal at the end.
     """
-    groups: dict[tuple[str, ...], dict[str, System]] = {}
+    groups: dict[tuple[str, ...], dict[str, SystemResults]] = {}
     for s in part.systems():
         if not s.is_full:
             groups.setdefault((s.policy, s.settings, s.factor, s.variant), {})[s.budget] = s
@@ -234,5 +234,5 @@ def _full(part: Grid, like: Ranked, place: tuple[str, int, str]) -> list[Ranked]
     ]
 
 
-def _named(system: System) -> str:
+def _named(system: SystemResults) -> str:
     return system.short_label if system.factor == DASH else f"{system.short_label} (factor {system.factor})"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from a2sf.analysis.results.grid import Grid, System
+from a2sf.analysis.results.grid import Grid, SystemResults
 from a2sf.analysis.statistics.families import HOLM, Correction, e_bh
 
 
@@ -82,7 +82,9 @@ def stopped_frame(found: list[Stopped]) -> pd.DataFrame:
     return pd.DataFrame([vars(c) for c in found])
 
 
-def _comparison(where: tuple[str, int, str], pair: list[System], reported: dict[str, Any], until: Any) -> Stopped:
+def _comparison(
+    where: tuple[str, int, str], pair: list[SystemResults], reported: dict[str, Any], until: Any
+) -> Stopped:
     first, second = pair
     pruned = second if first.is_full else first
     return Stopped(

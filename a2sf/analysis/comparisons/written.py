@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from a2sf.analysis.results.documents import DOCUMENT, documents_of, paired_documents, texts_of
-from a2sf.analysis.results.grid import Grid, System
+from a2sf.analysis.results.grid import Grid, SystemResults
 from a2sf.analysis.statistics.loops import ends_in_loop
 from a2sf.analysis.statistics.paired import paired_difference
 from a2sf.analysis.statistics.texts import Texts
@@ -118,7 +118,7 @@ def text_frame(grid: Grid) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def _of_system(
-    part: Grid, system: System, full: System | None, task: str
+    part: Grid, system: SystemResults, full: SystemResults | None, task: str
 ) -> tuple[dict[str, Any], pd.DataFrame] | None:
     """A system's row and its documents; None where the task generates no text, or its documents cannot be read."""
     stored = part.cells.get(system.keys.get(task, ""))

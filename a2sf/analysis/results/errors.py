@@ -14,7 +14,7 @@ from a2sf.analysis.results.documents import TEXT, documents_of, may_share, texts
 from a2sf.analysis.results.grid import SYSTEM
 from a2sf.analysis.statistics.intervals import Estimate, averaged, of_documents, of_mean, of_share, right_or_wrong
 from a2sf.errors import UserError
-from a2sf.store.aggregates import LM_EVAL_STDERR, Group
+from a2sf.store.aggregates import LM_EVAL_STDERR, TaskGroup
 from a2sf.store.runs import StoredCell
 
 ESTIMATED = ("stderr", "low", "high")
@@ -36,7 +36,7 @@ def add_intervals(frame: pd.DataFrame, cells: Mapping[str, StoredCell], metric: 
         frame[name] = [getattr(e, name) for e in found]
 
 
-def add_group_intervals(scores: pd.DataFrame, frame: pd.DataFrame, groups: Sequence[Group], metric: str) -> None:
+def add_group_intervals(scores: pd.DataFrame, frame: pd.DataFrame, groups: Sequence[TaskGroup], metric: str) -> None:
     """The same for the scores of groups, from their tasks' (`frame`, which has `ESTIMATED`)."""
     place = ["model", *SYSTEM]
     by_system: dict[tuple[Any, ...], dict[tuple[str, int], Any]] = {}

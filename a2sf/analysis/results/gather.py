@@ -17,7 +17,7 @@ from a2sf.analysis.results.labels import DASH, budget_label, factor_label, first
 from a2sf.analysis.results.selection import Selection, select
 from a2sf.analysis.results.variants import MUST_AGREE, drop_outdated, rest_of_identity
 from a2sf.errors import UserError
-from a2sf.store.aggregates import LM_EVAL_STDERR, MEMBERS, OPTIONS, Group
+from a2sf.store.aggregates import LM_EVAL_STDERR, MEMBERS, OPTIONS, TaskGroup
 from a2sf.store.archive import groups_of, is_archive, read_sweep
 from a2sf.store.runs import COMPUTED_WITH, TABLE, StoredCell, id_of, is_cell, name_of, results_frame
 
@@ -37,7 +37,7 @@ def gather(directories: Sequence[Path], selection: Selection | None = None) -> G
     frames: list[pd.DataFrame] = []
     cells: dict[str, StoredCell] = {}
     notes: list[str] = []
-    groups: list[Group] = []
+    groups: list[TaskGroup] = []
     for directory in directories:
         if not is_archive(directory) and (directory / TABLE).is_file() and not any(map(is_cell, directory.iterdir())):
             frames.append(_from_csv(directory))
@@ -53,7 +53,7 @@ def gather(directories: Sequence[Path], selection: Selection | None = None) -> G
     return select(pd.concat(frames, ignore_index=True), cells, selection or Selection(), notes, groups)
 
 
-def grid_of(cells: Sequence[StoredCell], selection: Selection | None = None, groups: Sequence[Group] = ()) -> Grid:
+def grid_of(cells: Sequence[StoredCell], selection: Selection | None = None, groups: Sequence[TaskGroup] = ()) -> Grid:
     """The same for cells already read."""
     if not cells:
         raise UserError("There is no finished cell to show.")

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from a2sf.analysis.results.labels import DASH
-from a2sf.store.aggregates import Group
+from a2sf.store.aggregates import TaskGroup
 from a2sf.store.runs import COMPUTED_WITH, StoredCell
 
 SYSTEM = ["policy", "settings", "factor", "budget", "schedule", "variant"]
@@ -28,7 +28,7 @@ STEP = "step"
 
 
 @dataclass(frozen=True)
-class System:
+class SystemResults:
     """A policy at one budget, schedule and forgetting factor: one row of a table.
 
     Attributes:
@@ -93,7 +93,7 @@ class Grid:
     metric: str
     notes: tuple[str, ...] = field(default=())
     mixed: bool = False
-    groups: tuple[Group, ...] = ()
+    groups: tuple[TaskGroup, ...] = ()
     scores: pd.DataFrame = field(default_factory=pd.DataFrame)
     by_documents: bool = False
 
@@ -127,7 +127,7 @@ class Grid:
                 found.append(", ".join(parts))
         return f"Computed with different versions, which can move numbers: {'; '.join(found)}." if found else ""
 
-    def systems(self, pair: tuple[str, str] = DEFAULT_PAIR) -> list[System]:
+    def systems(self, pair: tuple[str, str] = DEFAULT_PAIR) -> list[SystemResults]:
         """Every system of a grid with one model and number of shots: full cache on top, then by budget and schedule.
 
         Within these, causal policies by name and then the compared pair; policies that are not causal come last.
@@ -141,7 +141,7 @@ class Grid:
             more = ["label", "short_label", "budget_order", "factor_value", "is_full", "causal"]
             same = {k: getattr(first, k) for k in [*SYSTEM, *more]}
             systems.append(
-                System(
+                SystemResults(
                     **same,
                     keys={task: r.key for task, r in by_task.items()},
                     rows=by_task,
@@ -149,7 +149,7 @@ class Grid:
                 )
             )
 
-        def order(s: System) -> tuple[Any, ...]:
+        def order(s: SystemResults) -> tuple[Any, ...]:
             factor = -1.0 if math.isnan(s.factor_value) else s.factor_value
             place = {pair[1]: 1, pair[0]: 2}.get(s.policy, 0)
             where = (not s.is_full, s.budget_order, s.budget, schedule_order(s.schedule), not s.causal)

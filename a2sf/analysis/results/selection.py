@@ -13,7 +13,7 @@ from a2sf.analysis.results.grid import SYSTEM, Grid
 from a2sf.analysis.results.labels import DASH, name_settings, shorten_names
 from a2sf.analysis.results.variants import label_variants
 from a2sf.errors import UserError, nearest
-from a2sf.store.aggregates import OPTIONS, Group, aggregates
+from a2sf.store.aggregates import OPTIONS, TaskGroup, aggregates
 from a2sf.store.names import Named, distinct
 from a2sf.store.runs import TABLE, StoredCell
 
@@ -51,7 +51,7 @@ def select(
     cells: dict[str, StoredCell],
     selection: Selection,
     notes: list[str],
-    groups: Sequence[Group],
+    groups: Sequence[TaskGroup],
 ) -> Grid:
     frame["model"] = _distinct_models(frame)
     groups, tasks = chosen_groups(groups, selection.tasks)
@@ -137,7 +137,7 @@ def _without_duplicates(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[~(known & frame.duplicated(["cell_id", "limit", "stopped", "metric"]))].copy()
 
 
-def chosen_groups(groups: Sequence[Group], chosen: tuple[str, ...]) -> tuple[list[Group], tuple[str, ...]]:
+def chosen_groups(groups: Sequence[TaskGroup], chosen: tuple[str, ...]) -> tuple[list[TaskGroup], tuple[str, ...]]:
     """The groups to show, and the tasks; the name of a group stands for its tasks.
 
     Args:

@@ -105,7 +105,7 @@ def calibrate(args: argparse.Namespace, console: Console) -> None:
     from a2sf.calibration.capture import check_model
     from a2sf.calibration.checkpoint import Checkpoint
     from a2sf.calibration.grid import settings
-    from a2sf.calibration.run import Calibration, Options, content, rows_of
+    from a2sf.calibration.run import Calibration, SearchOptions, content, rows_of
     from a2sf.calibration.texts import passages, read_text
     from a2sf.hf import loading
     from a2sf.store.names import safe
@@ -127,7 +127,7 @@ def calibrate(args: argparse.Namespace, console: Console) -> None:
     }
     tried = [repr(s) for s in settings()]
     checkpoint = Checkpoint(FOLDER / ".partial", {**about, "device": spec.resolved_device, "settings": tried})
-    options = Options(tuple(args.budget), args.per, args.shares, args.top)
+    options = SearchOptions(tuple(args.budget), args.per, args.shares, args.top)
     name = args.name or f"{args.per}{' shares' if args.shares else ''} {'-'.join(f'{r:g}' for r in args.budget)}"
     out = args.out or FOLDER / f"{safe(Path(args.model).stem)}-{safe(name.replace(' ', '-'))}.yaml"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import pandas as pd
 from a2sf.analysis.comparisons.fidelity import MEASURES
 from a2sf.analysis.comparisons.pairs import Comparison
 from a2sf.analysis.results.chance import chance_levels
-from a2sf.analysis.results.grid import AVERAGE, Grid, System
+from a2sf.analysis.results.grid import AVERAGE, Grid, SystemResults
 from a2sf.analysis.results.labels import DASH
 from a2sf.analysis.statistics.intervals import Estimate
 from a2sf.errors import UserError
@@ -110,7 +110,7 @@ def chart_data(
     return data, places
 
 
-def _system(part: Grid, s: System) -> dict[str, Any]:
+def _system(part: Grid, s: SystemResults) -> dict[str, Any]:
     scores = {}
     for column in available_columns(s, part):
         found = estimated(s, column, part)
@@ -157,7 +157,7 @@ def _written(texts: pd.DataFrame, places: Sequence[Place]) -> list[dict[str, Any
     return found
 
 
-def _styles(systems: Sequence[System]) -> dict[tuple[str, str], dict[str, str]]:
+def _styles(systems: Sequence[SystemResults]) -> dict[tuple[str, str], dict[str, str]]:
     """Label and factor -> colour, symbol and dash, the same as in the files of plots."""
     found: dict[tuple[str, str], dict[str, str]] = {(s.label, s.factor): FULL for s in systems if s.is_full}
     pruned = list(dict.fromkeys((s.label, s.factor, s.policy) for s in systems if not s.is_full))

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from a2sf.analysis.results.documents import DOCUMENT
-from a2sf.analysis.results.grid import Grid, System
+from a2sf.analysis.results.grid import Grid, SystemResults
 from a2sf.engine.trace import Trace
 from a2sf.errors import UserError
 from a2sf.report.traced import Groups, retained_share
@@ -43,7 +43,7 @@ CHARACTERS = 12_000_000
 """Characters of generated texts in a page, at most; of a task `FEWEST` documents are shown however long they are."""
 CELLS = 48
 """Rows and columns of a map of what was cached."""
-Place = tuple[str, int, Grid, System]
+Place = tuple[str, int, Grid, SystemResults]
 
 
 def browsable(systems: Sequence[Place], traces: Groups) -> list[dict[str, Any]]:
@@ -58,7 +58,7 @@ def browsable(systems: Sequence[Place], traces: Groups) -> list[dict[str, Any]]:
         where it lacks one; `total`: the number of documents of the task. Where a page has no room for all documents, those
         on which the systems differ most are taken.
     """
-    by_task: dict[tuple[str, int, str], dict[int, System]] = {}
+    by_task: dict[tuple[str, int, str], dict[int, SystemResults]] = {}
     for number, (model, shots, _, system) in enumerate(systems):
         for task in system.keys:
             by_task.setdefault((model, shots, task), {})[number] = system
@@ -172,7 +172,7 @@ def _disagreement(answers: Sequence[dict[str, Any] | None]) -> int:
     return len({(a["value"], a["prediction"], a.get("text")) for a in answers if a is not None})
 
 
-def _traces(groups: Groups, place: tuple[str, int, str], numbered: dict[int, System]) -> list[dict[str, Any]]:
+def _traces(groups: Groups, place: tuple[str, int, str], numbered: dict[int, SystemResults]) -> list[dict[str, Any]]:
     """Traced documents: the tokens, how many of them are the prompt, and the share of layers and KV heads retaining each."""
     found = []
     for number, s in numbered.items():

@@ -35,7 +35,7 @@ SCRIPTS = ("charts.js", "documents.js", "report.js")
 
 
 @dataclass(frozen=True)
-class Contents:
+class ReportContents:
     """What goes into a report.
 
     Attributes:
@@ -60,7 +60,7 @@ class Contents:
     pair: tuple[str, str] = field(default=DEFAULT_PAIR)
 
 
-def write_report(target: Path, contents: Contents) -> Path:
+def write_report(target: Path, contents: ReportContents) -> Path:
     """Render the report; the file is written completely or not at all."""
     grid = contents.grid
     environment = Environment(

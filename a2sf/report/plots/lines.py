@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from a2sf.analysis.results.errors import estimate_of
-from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, Grid, System
+from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, Grid, SystemResults
 from a2sf.analysis.results.labels import DASH
 from a2sf.analysis.statistics.intervals import Estimate, averaged
 from a2sf.report.plots.style import MOST, Line, Style, spread
@@ -40,7 +40,7 @@ def left_out(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> list[str]:
 def lines_of(part: Grid) -> list[Line]:
     """Pruned policies across budgets; of several forgetting factors the best on average, and the label says so."""
     column = score_columns(part)[-1]
-    by_policy: dict[str, list[System]] = {}
+    by_policy: dict[str, list[SystemResults]] = {}
     for s in part.systems():
         if not s.is_full:
             by_policy.setdefault(s.label, []).append(s)
@@ -69,12 +69,12 @@ def score_columns(part: Grid) -> list[str]:
     return [*part.tasks, AVERAGE] if len(part.tasks) > 1 else part.tasks
 
 
-def available_columns(system: System, part: Grid) -> list[str]:
+def available_columns(system: SystemResults, part: Grid) -> list[str]:
     average = [AVERAGE] if set(part.tasks) <= set(system.rows) else []
     return [*system.rows, *average]
 
 
-def estimated(system: System, column: str, part: Grid) -> Estimate:
+def estimated(system: SystemResults, column: str, part: Grid) -> Estimate:
     """Value, standard error and interval on a task or the average, in the metric's own unit."""
     if column != AVERAGE:
         return estimate_of(system.rows[column])
@@ -99,11 +99,11 @@ def draw_line(
     spread(axis, x, low, high, style.colour, alpha, bars)
 
 
-def mean_measure(system: System, measure: str) -> float:
+def mean_measure(system: SystemResults, measure: str) -> float:
     return float(np.mean([getattr(r, measure) for r in system.rows.values()]))
 
 
-def swept_factors(part: Grid) -> list[System]:
+def swept_factors(part: Grid) -> list[SystemResults]:
     """Systems of the policies that ran with several forgetting factors."""
     with_factor = [s for s in part.systems() if not math.isnan(s.factor_value)]
     counts = pd.Series({(s.policy, s.factor_value): 1 for s in with_factor}, dtype=int)

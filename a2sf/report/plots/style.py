@@ -20,7 +20,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from a2sf.analysis.results.grid import System
+from a2sf.analysis.results.grid import SystemResults
 from a2sf.policies.find import built_in
 
 # Okabe and Ito, 2008, "Color universal design"; black is the full cache's, the pale yellow is left out
@@ -57,7 +57,7 @@ class Line:
 
     label: str
     policy: str
-    systems: list[System]
+    systems: list[SystemResults]
 
 
 @dataclass(frozen=True)

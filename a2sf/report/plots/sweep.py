@@ -20,7 +20,7 @@ from matplotlib.font_manager import FontProperties
 
 from a2sf.analysis.comparisons.fidelity import MEASURES, fidelity_frame
 from a2sf.analysis.results.chance import chance_levels
-from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, Grid, System
+from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, Grid, SystemResults
 from a2sf.analysis.statistics.intervals import Estimate
 from a2sf.report.plots.lines import (
     available_columns,
@@ -257,7 +257,7 @@ LINES = (by_budget, fidelity, trade_off)
 """Those that draw a line for each policy."""
 
 
-def _ticks(systems: list[System]) -> dict[str, float]:
+def _ticks(systems: list[SystemResults]) -> dict[str, float]:
     """Budget -> place on the axis: its ratio or its tokens; evenly spaced where both occur."""
     orders = {s.budget: s.budget_order for s in systems if not s.is_full}
     ratios = [order <= 1.0 for order in orders.values()]

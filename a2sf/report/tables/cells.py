@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from a2sf.analysis.results.labels import DASH, MINUS
 from a2sf.analysis.statistics.equivalence import points
 from a2sf.analysis.statistics.families import Adjusted
-from a2sf.report.tables.table import Entry, Row, Table
+from a2sf.report.tables.table import Entry, Table, TableRow
 
 HEADS = {"label": "Policy", "budget": "Budget", "schedule": "Schedule", "factor": "Factor"}
 ORACLE = "A policy that is not causal is an oracle (upper bound)"
@@ -59,13 +59,13 @@ def header(table: Table) -> list[str]:
     return [*(HEADS[h] for h in table.heads), *table.columns, *differences_of(table)]
 
 
-def differences_of(table: Table) -> dict[str, Callable[[Row], str]]:
+def differences_of(table: Table) -> dict[str, Callable[[TableRow], str]]:
     """The columns of differences: heading -> the text of a row."""
 
     def signed(value: float | None) -> str:
         return number(value, table.percent, signed=True)
 
-    found: dict[str, Callable[[Row], str]] = {}
+    found: dict[str, Callable[[TableRow], str]] = {}
     if table.to_full:
         found[table.to_full] = lambda row: signed(row.to_full)
     if table.margin is not None:
@@ -89,7 +89,7 @@ def reference_rows(table: Table) -> list[list[str]]:
     return [[name, *[""] * (len(table.heads) - 1), *row, *extra] for name, row in rows.items() if table.heads]
 
 
-def texts(table: Table, row: Row, markup: Markup) -> list[str]:
+def texts(table: Table, row: TableRow, markup: Markup) -> list[str]:
     """A row's texts, in the order of `header`."""
     written = [markup.text(getattr(row, head)) for head in table.heads]
     written += [_entry(row.entries.get(column), table, markup) for column in table.columns]

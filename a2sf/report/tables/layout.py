@@ -15,12 +15,12 @@ from a2sf.analysis.comparisons.pairs import Comparer
 from a2sf.analysis.results.chance import chance_levels
 from a2sf.analysis.results.documents import texts_note
 from a2sf.analysis.results.errors import estimate_of
-from a2sf.analysis.results.grid import AVERAGE, BY_DOCUMENTS, DEFAULT_PAIR, SYSTEM, Grid, System
+from a2sf.analysis.results.grid import AVERAGE, BY_DOCUMENTS, DEFAULT_PAIR, SYSTEM, Grid, SystemResults
 from a2sf.analysis.results.labels import DASH, MINUS
 from a2sf.analysis.statistics.families import HOLM, Correction
 from a2sf.analysis.statistics.intervals import averaged
 from a2sf.report.tables.marks import Tests, correct, mark_best, test_equivalence
-from a2sf.report.tables.table import Entry, Row, Table
+from a2sf.report.tables.table import Entry, Table, TableRow
 
 WITHIN_NOTE = (
     "Which systems are within the margin of the full cache is in the tables of --pivot task, and in the ranking."
@@ -121,7 +121,7 @@ def footnotes(part: Grid) -> tuple[str, ...]:
     return tuple(filter(None, [weighted, texts_note(part.cells_shown), part.versions_note]))
 
 
-def _row(system: System, tasks: list[str], groups: dict[str, dict[tuple[Any, ...], Any]]) -> Row:
+def _row(system: SystemResults, tasks: list[str], groups: dict[str, dict[tuple[Any, ...], Any]]) -> TableRow:
     place = tuple(getattr(system, k) for k in SYSTEM)
     scored = {name: rows[place] for name, rows in groups.items() if place in rows} | system.rows
     found = {t: estimate_of(r) for t, r in scored.items()}
@@ -134,18 +134,18 @@ def _row(system: System, tasks: list[str], groups: dict[str, dict[tuple[Any, ...
         )
         found[AVERAGE] = replace(found[AVERAGE], value=fmean((found[t].value for t in tasks), system.weights(tasks)))
     entries = {t: Entry(e.value, e.stderr, sizes[t], e.low, e.high) for t, e in found.items()}
-    return Row(
+    return TableRow(
         system.short_label, system.budget, system.factor, system.schedule, system.is_full, system.causal, entries
     )
 
 
-def _minus(row: Row, other: Row | None, column: str) -> float | None:
+def _minus(row: TableRow, other: TableRow | None, column: str) -> float | None:
     if other is None or column not in row.entries or column not in other.entries:
         return None
     return row.entries[column].value - other.entries[column].value
 
 
-def _used_heads(rows: list[Row]) -> tuple[str, ...]:
+def _used_heads(rows: list[TableRow]) -> tuple[str, ...]:
     several = len({r.schedule for r in rows if r.schedule != DASH}) > 1
     shown = {"label": True, "schedule": several}
     heads = ("label", "budget", "schedule", "factor")
@@ -161,7 +161,7 @@ def _numeric(text: str) -> float:
 
 def _turn(table: Table, pivot: str) -> list[Table]:
     """One table per task with budgets, factors or policies across."""
-    across: Callable[[Row], str] = {
+    across: Callable[[TableRow], str] = {
         "budget": lambda r: r.budget,
         "factor": lambda r: "no factor" if r.factor == DASH else r.factor,
         "policy": lambda r: r.label if r.factor == DASH or r.is_full else f"{r.label} ({r.factor})",
@@ -171,7 +171,7 @@ def _turn(table: Table, pivot: str) -> list[Table]:
         columns.sort(key=lambda c: (c != "no factor", _numeric(c), c))
     turned = []
     for column in table.columns:
-        rows: dict[tuple[str, str, str, str], Row] = {}
+        rows: dict[tuple[str, str, str, str], TableRow] = {}
         for row in table.rows:
             if column not in row.entries:
                 continue
@@ -182,7 +182,7 @@ def _turn(table: Table, pivot: str) -> list[Table]:
                 DASH if pivot in ("factor", "policy") else row.factor,
                 row.schedule,
             )
-            target = rows.setdefault(key, Row(*key, is_full=row.is_full, causal=row.causal))
+            target = rows.setdefault(key, TableRow(*key, is_full=row.is_full, causal=row.causal))
             # the full cache has no budget: it is the same under every one
             places = columns if pivot == "budget" and row.is_full else [across(row)]
             target.entries.update(dict.fromkeys(places, row.entries[column]))

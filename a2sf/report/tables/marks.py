@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from a2sf.analysis.comparisons.pairs import Comparer
-from a2sf.analysis.results.grid import AVERAGE, Grid, System
+from a2sf.analysis.results.grid import AVERAGE, Grid, SystemResults
 from a2sf.analysis.statistics.families import Correction
-from a2sf.report.tables.table import Equivalence, Row, Table
+from a2sf.report.tables.table import Equivalence, Table, TableRow
 
 
 @dataclass
@@ -28,8 +28,12 @@ class Tests:
 
 
 def mark_best(
-    systems: Sequence[System], rows: Sequence[Row], columns: Sequence[str], part: Grid, comparer: Comparer | None
-) -> tuple[list[Row], Tests]:
+    systems: Sequence[SystemResults],
+    rows: Sequence[TableRow],
+    columns: Sequence[str],
+    part: Grid,
+    comparer: Comparer | None,
+) -> tuple[list[TableRow], Tests]:
     """Find the best pruned value per budget, schedule and column, and test the others against it; causal policies only.
 
     Args:
@@ -57,7 +61,7 @@ def mark_best(
 
 
 def test_equivalence(
-    systems: Sequence[System], part: Grid, comparer: Comparer, margin: float
+    systems: Sequence[SystemResults], part: Grid, comparer: Comparer, margin: float
 ) -> dict[int, Equivalence]:
     """Row -> its tests against the full cache of the same variant; causal policies with all tasks only."""
     fulls = {s.variant: s for s in systems if s.is_full and set(part.tasks) <= set(s.keys)}
@@ -94,7 +98,7 @@ def correct(tables: Sequence[Table], tests: Sequence[Tests], correction: Correct
     return [replace(table, rows=of) for table, of in zip(tables, rows, strict=True)]
 
 
-def _p_value(comparer: Comparer, a: System, b: System, column: str, part: Grid) -> float | None:
+def _p_value(comparer: Comparer, a: SystemResults, b: SystemResults, column: str, part: Grid) -> float | None:
     same = a.keys.keys() == b.keys.keys()
     group = next((g for g in part.groups if g.name == column), None)
     if column == AVERAGE:

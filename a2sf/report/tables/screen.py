@@ -19,7 +19,7 @@ from a2sf.report.tables.cells import Markup, header, legend, reference_rows, tex
 from a2sf.report.tables.layout import build_tables
 from a2sf.report.tables.table import Table
 from a2sf.report.tables.text import TextTable
-from a2sf.store.aggregates import Group as TaskGroup
+from a2sf.store.aggregates import TaskGroup
 from a2sf.store.runs import StoredCell
 
 GAP = 2

@@ -64,7 +64,7 @@ class Equivalence:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One system; `to_full` and `to_control` are differences of its average (or only task) in the metric's unit.
 
     Attributes:
@@ -88,7 +88,7 @@ class Table:
     """A laid-out table.
 
     Attributes:
-        columns: keys of `Row.entries`, in order.
+        columns: keys of `TableRow.entries`, in order.
         heads: headings of the leading text columns that are used, of `label`, `budget`, `schedule`, `factor`.
         to_full, to_control: headings of the difference columns; None leaves them out.
         tested: whether paired tests were made.
@@ -107,7 +107,7 @@ class Table:
     metric: str
     percent: bool
     columns: list[str]
-    rows: list[Row]
+    rows: list[TableRow]
     heads: tuple[str, ...] = ("label", "budget", "schedule", "factor")
     to_full: str | None = None
     to_control: str | None = None

@@ -23,7 +23,7 @@ from a2sf.policies.budget import Budget
 from a2sf.policies.renamed import notice
 from a2sf.policies.schedule import Schedule, nondefault_schedule
 from a2sf.scoring.lm import check_batch_size
-from a2sf.store.aggregates import Average, Group, Member
+from a2sf.store.aggregates import Average, Member, TaskGroup
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.config.grid import USED_KEYS, unused
 from a2sf.sweep.config.keys import check_keys, explain
@@ -67,7 +67,7 @@ class Settings:
     checkpoint: float
     power: PowerSettings = field(default_factory=PowerSettings)
     full_texts: bool = False
-    groups: tuple[Group, ...] = ()
+    groups: tuple[TaskGroup, ...] = ()
     include: tuple[tuple[str, ...], Path] | None = None
     unused: dict[str, ConfigError | None] = field(default_factory=dict, compare=False)
     planned: frozenset[str] | None = None
@@ -149,7 +149,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
         for task, shots in dict.fromkeys(shots_of)
     )
     groups = [
-        Group(
+        TaskGroup(
             g.name,
             tuple(Average(*a) for a in g.averages),
             tuple(Member(d.name, shots_for(d), d.digest()) for d in g.members),

@@ -45,7 +45,7 @@ Lengths = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Estimate:
+class WorkEstimate:
     """The estimate for one group.
 
     Attributes:
@@ -132,7 +132,7 @@ class Measurements:
 
 def estimate(
     groups: Sequence[Sequence[Cell]], runs: Path, *, trial: bool = False, measurements: Measurements | None = None
-) -> list[Estimate]:
+) -> list[WorkEstimate]:
     """Tokens and time of each group; nothing is downloaded, and no model is loaded.
 
     Args:
@@ -154,7 +154,7 @@ def estimate(
                 made.append(_at_most(cells, texts))
                 continue
             found = speed and texts and speed.seconds / speed.tokens * texts * len(cells)
-            made.append(Estimate(seconds=found or None))
+            made.append(WorkEstimate(seconds=found or None))
             continue
         lengths, of_this_model = _known_lengths(cell, measurements)
         systems = tuple((repr(c.policy), c.budget, c.schedule) for c in cells)
@@ -167,17 +167,17 @@ def estimate(
         speed = measurements.speeds.get((model, task)) or measurements.speeds.get(model)
         tried = speed is None and tokens is not None and trial
         each = seconds_per_token(cell.model) if tried else speed and speed.seconds / speed.tokens
-        made.append(Estimate(tokens, tokens * each, tried) if tokens and each else Estimate(tokens))
+        made.append(WorkEstimate(tokens, tokens * each, tried) if tokens and each else WorkEstimate(tokens))
     return made
 
 
-def _at_most(cells: Sequence[Cell], texts: int) -> Estimate:
+def _at_most(cells: Sequence[Cell], texts: int) -> WorkEstimate:
     """Of a group that generates and has no finished cell: each text at its limit of tokens, prompts left out."""
     new = _most_new(cells[0])
     rows = MOST_ROWS["cpu" if cells[0].identity["device"] == "cpu" else "cuda"]
     each = seconds_per_row(cells[0].model, min(rows, texts))
     tokens = new * texts * len(cells)
-    return Estimate(tokens, tokens * each, by_trial=True, at_most=True) if each else Estimate()
+    return WorkEstimate(tokens, tokens * each, by_trial=True, at_most=True) if each else WorkEstimate()
 
 
 def _most_new(cell: Cell) -> int:

@@ -20,7 +20,7 @@ from rich.text import Text
 from a2sf.store.runs import is_cell
 from a2sf.sweep import answer_store
 from a2sf.sweep.cell import Cell
-from a2sf.sweep.planning.estimate import Estimate
+from a2sf.sweep.planning.estimate import WorkEstimate
 from a2sf.sweep.prepare.bar import bar, repeating
 from a2sf.sweep.reuse import SweepPlan
 
@@ -60,7 +60,7 @@ class Progress:
         self,
         made: SweepPlan,
         groups: Sequence[Sequence[Cell]],
-        estimates: Sequence[Estimate],
+        estimates: Sequence[WorkEstimate],
         directory: Path,
         underway: Callable[[str], float | None],
         clock: Callable[[], float] = time.time,
@@ -144,7 +144,7 @@ class Progress:
         return min(1.0, self._saved.get(cell.tail, (0.0, 0.0))[1] if here is None else here)
 
 
-def sizes(groups: Sequence[Sequence[Cell]], estimates: Sequence[Estimate]) -> dict[str, float]:
+def sizes(groups: Sequence[Sequence[Cell]], estimates: Sequence[WorkEstimate]) -> dict[str, float]:
     """Work of each cell: seconds if they are known for all cells, else tokens; the average for cells without an estimate."""
     seconds, tokens = [e.seconds for e in estimates], [e.tokens for e in estimates]
     of_group = tokens if None in seconds else seconds

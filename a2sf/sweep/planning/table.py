@@ -11,7 +11,7 @@ from rich.table import Table
 
 from a2sf.policies.schedule import schedule_for
 from a2sf.sweep.cell import Cell
-from a2sf.sweep.planning.estimate import Estimate
+from a2sf.sweep.planning.estimate import WorkEstimate
 from a2sf.sweep.planning.progress import duration
 from a2sf.sweep.reuse import SweepPlan
 
@@ -21,7 +21,7 @@ MOST = 16
 Groups = Sequence[Sequence[Cell]]
 
 
-def headline(made: SweepPlan, groups: Groups, estimates: Sequence[Estimate], directory: Path) -> str:
+def headline(made: SweepPlan, groups: Groups, estimates: Sequence[WorkEstimate], directory: Path) -> str:
     """One line: the cells of the sweep in `directory`, those to run, and an estimate of tokens and time."""
     pending = made.pending
     known = [(len(g), e) for g, e in zip(groups, estimates, strict=True)]
@@ -45,7 +45,7 @@ def headline(made: SweepPlan, groups: Groups, estimates: Sequence[Estimate], dir
     return line
 
 
-def plan_table(groups: Groups, estimates: Sequence[Estimate]) -> Table:
+def plan_table(groups: Groups, estimates: Sequence[WorkEstimate]) -> Table:
     """What is to run, one row per model; schedules, factors and shots are named where they are not the default."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for head in ("Model", "Policies", "Budgets", "Tasks"):
@@ -66,12 +66,12 @@ def plan_table(groups: Groups, estimates: Sequence[Estimate]) -> Table:
     return table
 
 
-def seconds_of(estimates: Iterable[Estimate]) -> float:
+def seconds_of(estimates: Iterable[WorkEstimate]) -> float:
     """The sum of the times that are known, in seconds."""
     return sum(e.seconds for e in estimates if e.seconds is not None)
 
 
-def _time(estimates: Sequence[Estimate]) -> str:
+def _time(estimates: Sequence[WorkEstimate]) -> str:
     known = [e for e in estimates if e.seconds is not None]
     if not known:
         return "unknown"

@@ -19,7 +19,7 @@ from a2sf.hub.refusals import HubError
 from a2sf.sweep.cell import Cell, spec_with_tokenizer
 from a2sf.sweep.prepare.bar import download_bar
 from a2sf.tasks.data.documents import downloaded_bytes
-from a2sf.tasks.spec import Contents, DataSpec, TaskSpec
+from a2sf.tasks.spec import ContentFinder, DataSpec, TaskSpec
 
 
 @dataclass
@@ -62,7 +62,7 @@ def resolve_content(groups: Sequence[Sequence[Cell]], planned_only: bool = False
     Raises:
         UserError: if no cell's documents are available.
     """
-    contents, notes = Contents(), []
+    contents, notes = ContentFinder(), []
     known: dict[tuple[Any, ...], DataSpec | UserError] = {}
 
     def key_of(cell: Cell) -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ from a2sf.compat import datasets as compat
 from a2sf.errors import ConfigError, UserError, first_line, nearest
 from a2sf.hub.refusals import Unreachable, Wanted, chain, refusal
 from a2sf.tasks.data import json_files
-from a2sf.tasks.data.rows import Rows
+from a2sf.tasks.data.document_list import DocumentList
 from a2sf.tasks.data.sources import FORMATS, Source
 
 HUB_SECONDS = 30.0
@@ -45,7 +45,7 @@ def changed_in_a_table(task: str, files: tuple[tuple[Path, str], ...]) -> bool:
     return not json_files.one_type_each(documents, listed=any(map(json_files.is_list, paths)))
 
 
-def local_json(config: dict[str, Any], task: str) -> dict[str, Rows] | None:
+def local_json(config: dict[str, Any], task: str) -> dict[str, DocumentList] | None:
     """The documents by split of a definition that names local JSON files; None for any other definition.
 
     Args:
@@ -66,8 +66,8 @@ def local_json(config: dict[str, Any], task: str) -> dict[str, Rows] | None:
     return {str(split): _rows([Path(str(f)) for f in files], task, field) for split, files in found.items()}
 
 
-def _rows(files: list[Path], task: str, field: str | None = None) -> Rows:
-    documents = Rows(d for file in files for d in _json(file, task, field))
+def _rows(files: list[Path], task: str, field: str | None = None) -> DocumentList:
+    documents = DocumentList(d for file in files for d in _json(file, task, field))
     if not len(documents):
         raise UserError(f"tasks={task}: {files[0]} holds no document")
     return documents

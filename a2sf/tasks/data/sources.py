@@ -42,7 +42,7 @@ class DataSpec:
         split: the scored split; None: the task's choice among the available ones (test, else validation).
         fewshot_split: split of the few-shot examples; None: the task's, else validation.
         revision: branch, tag or commit of a hub dataset; None: the task's, else main.
-        content: commit or hash that identifies the documents; None: not known yet (`spec.Contents.resolve`).
+        content: commit or hash that identifies the documents; None: not known yet (`spec.ContentFinder.resolve`).
         cluster: field of a document whose text several may share (`a2sf.tasks.shared_texts`); it changes no number and is
             not part of a cell's identity.
         task_args: arguments for the task's metadata, from which its code makes documents, as JSON with sorted keys; "":

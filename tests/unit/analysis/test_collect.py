@@ -14,7 +14,7 @@ from a2sf.analysis.comparisons.ranking import rank
 from a2sf.analysis.results.gather import gather, grid_of
 from a2sf.analysis.results.selection import Selection
 from a2sf.errors import UserError
-from a2sf.report.output import Options, show
+from a2sf.report.output import TableOptions, show
 from a2sf.report.tables.cells import legend
 from a2sf.report.tables.layout import build_tables
 from a2sf.store.runs import StoredCell, load_sweep, results_frame, write_cell
@@ -138,7 +138,7 @@ def test_what_documents_a_sweep_varies_is_drawn(tmp_path):
     cells = write_sweep(tmp_path / "one", MORE)
     for name in ("clean", "noisy"):
         swept(cells, tmp_path / "s", name, {"dir": f"/data/{name}"}, {"content": name})
-    shown = show([tmp_path / "s"], Selection(), Options(out=tmp_path / "out"))
+    shown = show([tmp_path / "s"], Selection(), TableOptions(out=tmp_path / "out"))
     assert any("budget" in f.name for f in shown.files)
 
 

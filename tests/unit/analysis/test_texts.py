@@ -21,7 +21,7 @@ from a2sf.analysis.statistics import paired
 from a2sf.analysis.statistics.paired import average_difference, bootstrap_means, paired_difference, standard_error
 from a2sf.analysis.statistics.texts import Texts, tail_of
 from a2sf.errors import UserError
-from a2sf.report.output import Options, show
+from a2sf.report.output import TableOptions, show
 from a2sf.report.tables.cells import legend
 from a2sf.report.tables.layout import build_tables
 from a2sf.report.tables.summaries import comparison_tables
@@ -211,7 +211,7 @@ def test_a_table_says_so_and_its_errors_are_of_texts(sweeps: tuple[Path, Path], 
     assert told in legend(table)
     assert "arc_easy:" not in legend(table)
     assert told not in markdown(build_tables(plain))
-    shown = show([sweeps[1]], Selection(), Options(out=tmp_path / "out", plots=False))
+    shown = show([sweeps[1]], Selection(), TableOptions(out=tmp_path / "out", plots=False))
     assert all(told in t.legend for t in shown.rankings)
     assert (tmp_path / "out" / "tables" / "tables.md").read_text().count(told) >= 4
     assert told in (tmp_path / "out" / "report.html").read_text()

@@ -13,7 +13,7 @@ from a2sf.analysis.results.labels import DASH
 from a2sf.analysis.results.selection import Selection
 from a2sf.analysis.statistics.loops import ends_in_loop
 from a2sf.errors import UserError
-from a2sf.report.output import Options, show
+from a2sf.report.output import TableOptions, show
 from a2sf.report.tables.written import written_tables
 from a2sf.store.runs import StoredCell, load_sweep, write_cell
 from tests.sweep_fixture import Plan, write_sweep
@@ -108,7 +108,7 @@ def test_a_table_of_them(tmp_path: Path):
     assert (rows["Full cache"]["Cache (MiB)"], rows["H2O"]["Cache (MiB)"]) == ("5.00", "1.00")
     assert rows["A2SF"]["Equal (%)"] == "100.0"
     assert rows["A2SF"]["Differs at"] == DASH
-    shown = show([tmp_path / "s"], Selection(), Options(report=False))
+    shown = show([tmp_path / "s"], Selection(), TableOptions(report=False))
     assert {"texts.csv", "texts_documents.csv", "texts-tiny-0shot-story.png"} <= {f.name for f in shown.files}
     assert "Generated texts: story" in (tmp_path / "s" / "tables" / "tables.md").read_text()
 

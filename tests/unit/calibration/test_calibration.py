@@ -20,7 +20,7 @@ from a2sf.calibration.allocate import allocate_budget
 from a2sf.calibration.capture import Captured, capture, projections
 from a2sf.calibration.end_to_end import HeldOut
 from a2sf.calibration.local import HeadAtRatio, errors
-from a2sf.calibration.texts import WHEEL, Text, passages, read_text
+from a2sf.calibration.texts import WHEEL, PlainText, passages, read_text
 from a2sf.commands.policy import calibrate
 from a2sf.errors import ConfigError, UserError
 from a2sf.policies.rule import Head
@@ -146,7 +146,7 @@ def test_what_is_calibrated_on_is_scored_by_no_preset():
 
 
 def test_no_piece_is_in_two_passages():
-    text = Text("numbers", tuple(f"{i} {i} {i} {i}" for i in range(200)))
+    text = PlainText("numbers", tuple(f"{i} {i} {i} {i}" for i in range(200)))
 
     def tokenizer(joined: str) -> dict[str, list[int]]:
         return {"input_ids": [int(n) for n in joined.split()]}

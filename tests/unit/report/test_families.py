@@ -23,7 +23,7 @@ from a2sf.analysis.statistics.families import Correction, e_bh
 from a2sf.analysis.statistics.paired import holm
 from a2sf.commands import tables
 from a2sf.errors import ConfigError
-from a2sf.report.output import Options, show
+from a2sf.report.output import TableOptions, show
 from a2sf.report.tables.cells import header, legend
 from a2sf.report.tables.layout import build_tables
 from a2sf.report.tables.summaries import ranking_tables
@@ -108,7 +108,7 @@ def test_a_mark_is_below_the_best_or_above_it_where_lower_is_better(grid: Grid) 
 
 
 def test_every_caption_has_n_and_chance(sweep: Path, tmp_path: Path) -> None:
-    shown = show([sweep], Selection(), Options(out=tmp_path, plots=False, report=False, against=("h2o",)))
+    shown = show([sweep], Selection(), TableOptions(out=tmp_path, plots=False, report=False, against=("h2o",)))
     for text in [*(legend(t) for t in shown.tables), *(t.legend for t in shown.rankings if "Ranking" in t.title)]:
         assert "270" in text
         assert "chance level 50.0 %" in text
@@ -214,7 +214,7 @@ def test_comparisons_of_stopped_groups_are_shown_together(tmp_path: Path) -> Non
         assert [c.differs for c in sorted(found, key=lambda c: c.task, reverse=True)] == expected
         assert [c.differs for c in found] == e_bh([c.e for c in found])
         assert {(c.first, c.second, c.budget, c.seen) for c in found} == {("Full cache", "H2O", "0.5", 120)}
-        shown = show([directory], Selection(), Options(out=tmp_path / f"o{e:g}", plots=False, report=False))
+        shown = show([directory], Selection(), TableOptions(out=tmp_path / f"o{e:g}", plots=False, report=False))
         assert any(f.name == "stopped.csv" for f in shown.files)
         text = (tmp_path / f"o{e:g}" / "tables" / "tables.md").read_text()
         assert "### Early stopping: tiny, 0-shot (points)" in text

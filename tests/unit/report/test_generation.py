@@ -14,7 +14,7 @@ from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.selection import Selection
 from a2sf.engine.trace import Trace
 from a2sf.report.lengths import length_figure
-from a2sf.report.output import Options, show
+from a2sf.report.output import TableOptions, show
 from a2sf.report.page.documents import _short_enough, cached_map
 from a2sf.report.plots.sweep import by_budget, trade_off
 from a2sf.report.traced import picture
@@ -52,7 +52,7 @@ def written(directory: Path, metric: str = "exact_match", shares: bool = False, 
 
 def test_generated_texts_can_be_browsed(tmp_path: Path) -> None:
     sweep = written(tmp_path)
-    show([sweep], Selection(), Options(plots=False))
+    show([sweep], Selection(), TableOptions(plots=False))
     (entry,) = embedded(sweep / "report.html", "documents")
     assert (entry["documents"][3]["target"], entry["documents"][3]["choices"]) == ("answer <3>", [])
     texts = {a[9]["text"] for a in entry["answers"].values()}
@@ -73,7 +73,7 @@ def test_a_page_has_what_was_thought_extracted_and_counted(tmp_path: Path) -> No
         )
         result = {k: v for k, v in stored.result.items() if k not in ("checksums", "schema_version")}
         write_cell(tmp_path / "t" / stored.path.name, result, documents, "policy: x\n")
-    show([tmp_path / "t"], Selection(), Options(plots=False))
+    show([tmp_path / "t"], Selection(), TableOptions(plots=False))
     (entry,) = embedded(tmp_path / "t" / "report.html", "documents")
     for answers in entry["answers"].values():
         shown = {k: answers[4][k] for k in ("count", "ids", "finish", "thinking", "thought", "extracted", "cut")}
@@ -118,7 +118,7 @@ def test_long_texts_leave_out_documents_but_not_the_first_twenty() -> None:
 
 def test_texts_that_were_not_stored_are_missing(tmp_path: Path) -> None:
     sweep = written(tmp_path, texts=False)
-    show([sweep], Selection(), Options(plots=False))
+    show([sweep], Selection(), TableOptions(plots=False))
     (entry,) = embedded(sweep / "report.html", "documents")
     assert all(a["text"] is None for answers in entry["answers"].values() for a in answers)
 
@@ -132,7 +132,7 @@ def test_documents_are_scored_by_the_metric_that_is_shown(tmp_path: Path) -> Non
         write_cell(tmp_path / "s" / stored.path.name, result, documents, "policy: x\n")
     for metric in ("acc", "acc_norm"):
         out = tmp_path / metric
-        show([tmp_path / "s"], Selection(metric=metric), Options(out=out, plots=False))
+        show([tmp_path / "s"], Selection(metric=metric), TableOptions(out=out, plots=False))
         (comparison,) = compare_pair(gather([tmp_path / "s"], Selection(metric=metric)))[0]
         data, (entry,) = (embedded(out / "report.html", name) for name in ("charts", "documents"))
         number = {s["policy"]: str(i) for i, s in enumerate(data["systems"])}

@@ -7,21 +7,21 @@ import pytest
 
 from a2sf.analysis.results.gather import gather, grid_of
 from a2sf.analysis.results.selection import Selection
-from a2sf.report.output import Options, show
+from a2sf.report.output import TableOptions, show
 from a2sf.report.tables.cells import header
 from a2sf.report.tables.layout import build_tables
 from a2sf.report.tables.screen import screen, screen_table
-from a2sf.store.aggregates import Average, Group, Member
+from a2sf.store.aggregates import Average, Member, TaskGroup
 from a2sf.store.archive import pack, unpack
 from a2sf.store.runs import read_groups, write_groups, write_table
 from tests.sweep_fixture import Plan, write_sweep
 
 BOTH = (Member("arc_easy", 0), Member("piqa", 0))
 GROUPS = [
-    Group("easy", (Average("acc", None, True),), BOTH),
-    Group("even", (Average("acc", ("none",), False),), BOTH),
-    Group("more", (Average("acc", None, True),), (*BOTH, Member("copa", 0))),
-    Group("other", (Average("acc", None, True),), (Member("arc_easy", 0, "another definition"), Member("piqa", 0))),
+    TaskGroup("easy", (Average("acc", None, True),), BOTH),
+    TaskGroup("even", (Average("acc", ("none",), False),), BOTH),
+    TaskGroup("more", (Average("acc", None, True),), (*BOTH, Member("copa", 0))),
+    TaskGroup("other", (Average("acc", None, True),), (Member("arc_easy", 0, "another definition"), Member("piqa", 0))),
 ]
 
 
@@ -69,7 +69,7 @@ def test_they_are_in_every_file_and_in_an_archive(sweep, tmp_path):
     assert set(kept.loc[kept["members"].notna(), "task"]) == {"easy", "even"}
     archive = pack(directory, tmp_path / "grouped.a2sf.zip")
     for source in (directory, archive):
-        shown = show([source], Selection(), Options(out=tmp_path / "out", plots=False))
+        shown = show([source], Selection(), TableOptions(out=tmp_path / "out", plots=False))
         assert shown.tables[0].columns[0] == "easy"
         files = [f for f in shown.files if f.name in ("tables.md", "tables.tex", "tables.csv", "report.html")]
         assert len(files) == 4

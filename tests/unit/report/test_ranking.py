@@ -21,7 +21,7 @@ from a2sf.analysis.results.labels import DASH
 from a2sf.analysis.results.selection import Selection
 from a2sf.analysis.statistics.paired import average_difference, holm
 from a2sf.errors import UserError
-from a2sf.report.output import Options, show
+from a2sf.report.output import TableOptions, show
 from a2sf.report.plots.lines import lines_of
 from a2sf.report.tables.cells import legend
 from a2sf.report.tables.layout import build_tables
@@ -114,7 +114,7 @@ def test_what_looks_ahead_has_no_rank_no_bold_and_no_test(sweep: Path) -> None:
 
 
 def test_every_output_has_the_ranking(sweep: Path, tmp_path: Path) -> None:
-    shown = show([sweep], Selection(), Options(out=tmp_path, plots=False))
+    shown = show([sweep], Selection(), TableOptions(out=tmp_path, plots=False))
     (table,) = shown.rankings
     console = Console(file=io.StringIO(), width=200)
     for renderable in text_screen([table]):

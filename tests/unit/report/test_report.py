@@ -14,7 +14,7 @@ from a2sf.analysis.comparisons.pairs import compare_pair
 from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.selection import Selection
 from a2sf.commands import tables
-from a2sf.report.output import Options, show
+from a2sf.report.output import TableOptions, show
 from a2sf.report.page import documents as page_documents
 from a2sf.store.runs import is_cell, load_sweep
 from tests.page import embedded
@@ -63,7 +63,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "failures" / "b.json").write_text("{")
     finished = next(f for f in directory.iterdir() if is_cell(f)).name
     (directory / "failures" / f"{finished}.json").write_text("{}")  # failed once, then finished
-    show([directory], Selection(), Options())
+    show([directory], Selection(), TableOptions())
     return directory
 
 
@@ -166,7 +166,7 @@ def test_a_page_without_room_has_the_documents_on_which_systems_differ(
     monkeypatch.setattr(page_documents, "ANSWERS", 14 * 30)
     monkeypatch.setattr(page_documents, "BEGINNING", 5)
     monkeypatch.setattr(page_documents, "END", 10)
-    show([sweep], Selection(), Options(out=tmp_path, plots=False))
+    show([sweep], Selection(), TableOptions(out=tmp_path, plots=False))
     (entry, _) = embedded(tmp_path / "report.html", "documents")
     assert (entry["total"], len(entry["documents"])) == (120, 30)
     assert all(len({a[i]["prediction"] for a in entry["answers"].values()}) == 2 for i in range(30))

@@ -25,7 +25,7 @@ from a2sf.analysis.results.labels import DASH, MINUS
 from a2sf.analysis.results.selection import Selection
 from a2sf.analysis.statistics.paired import holm, mcnemar_p, paired_difference
 from a2sf.errors import UserError
-from a2sf.report.output import Options, publish, replace_block, show
+from a2sf.report.output import TableOptions, publish, replace_block, show
 from a2sf.report.tables.layout import Table, build_tables
 from a2sf.report.tables.screen import Blocks, screen, screen_table
 from a2sf.report.tables.write import csv_frame, latex, markdown
@@ -224,7 +224,7 @@ def test_against_named_policies(sweep: Path) -> None:
     assert frame.loc[frame["second"] == "H2O", "change_ratio"].iloc[-1] == ratio.value
     with pytest.raises(UserError, match=r"--against h2: there is no pruned result .* \(did you mean h2o\?\)"):
         compare_against(grid, ["h2"])
-    shown = show([sweep], Selection(), Options(against=("h2o",), plots=False, report=False))
+    shown = show([sweep], Selection(), TableOptions(against=("h2o",), plots=False, report=False))
     assert any("Against named policies" in t.title for t in shown.rankings)
 
 
@@ -316,7 +316,7 @@ def test_only_a_results_file(sweep: Path, tmp_path: Path) -> None:
     directory = tmp_path / "csv"
     directory.mkdir()
     (directory / "results.csv").write_text((sweep / "results.csv").read_text())
-    shown = show([directory], Selection(), Options(report=True, plots=False))
+    shown = show([directory], Selection(), TableOptions(report=True, plots=False))
     assert any("paired tests need the per-document files" in note for note in shown.notes)
     (with_files,) = build_tables(gather([sweep]), tested=False)
     assert [r.entries[AVERAGE].value for r in shown.tables[0].rows] == [
@@ -327,14 +327,14 @@ def test_only_a_results_file(sweep: Path, tmp_path: Path) -> None:
 
 def test_no_policy_to_compare_with(tmp_path: Path) -> None:
     write_sweep(tmp_path / "s", Plan(policies=("full", "a2sf")))
-    shown = show([tmp_path / "s"], Selection(), Options(report=False, plots=False))
+    shown = show([tmp_path / "s"], Selection(), TableOptions(report=False, plots=False))
     assert any("no h2o at budget 0.2" in note for note in shown.notes)
     assert shown.tables[0].to_control is None
 
 
 def test_one_cell(tmp_path: Path) -> None:
     write_sweep(tmp_path / "s", Plan(policies=("h2o",), budgets=(0.2,), documents={"piqa": 30}))
-    shown = show([tmp_path / "s"], Selection(), Options())
+    shown = show([tmp_path / "s"], Selection(), TableOptions())
     assert any("one row only" in note for note in shown.notes)
     assert (tmp_path / "s" / "report.html").exists()
 
@@ -357,7 +357,7 @@ def test_readme_block(sweep: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- table:begin -->\nstale\n<!-- table:end -->\nafter\n")
     for _ in range(2):
-        publish(gather([sweep]), Options(), None, readme)
+        publish(gather([sweep]), TableOptions(), None, readme)
     text = readme.read_text()
     assert text.startswith("before\n<!-- table:begin -->\n###")
     assert text.endswith("<!-- table:end -->\nafter\n")
@@ -372,7 +372,7 @@ def test_readme_block(sweep: Path, tmp_path: Path) -> None:
 def test_missing_or_empty_directory(tmp_path: Path, name: str, said: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=said):
-        show([tmp_path / name], Selection(), Options())
+        show([tmp_path / name], Selection(), TableOptions())
 
 
 def test_script_says_one_sentence(tmp_path: Path) -> None:

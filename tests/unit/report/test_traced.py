@@ -13,7 +13,7 @@ from scipy import stats
 from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.selection import Selection
 from a2sf.engine.trace import Trace, overlap, save
-from a2sf.report.output import Options, show
+from a2sf.report.output import TableOptions, show
 from a2sf.report.traced import PICTURES, comparable, read_traces, trace_frame, trace_pictures
 from a2sf.store.runs import TRACES
 from tests.page import embedded
@@ -67,7 +67,7 @@ def test_half_the_interval_of_a_layer(sweep: Path) -> None:
 
 
 def test_files_and_pictures(sweep: Path) -> None:
-    shown = show([sweep], Selection(), Options())
+    shown = show([sweep], Selection(), TableOptions())
     assert len(pd.read_csv(sweep / "tables" / "traces.csv")) == 8
     pictures = [f for f in shown.files if f.name.startswith("kept-tiny-piqa-0shot-0.2-doc") and f.suffix == ".svg"]
     assert len(pictures) == 3

@@ -10,7 +10,7 @@ import pytest
 from a2sf.analysis.results.gather import gather
 from a2sf.commands.archive import main_pack
 from a2sf.errors import UserError
-from a2sf.report.output import Options, show
+from a2sf.report.output import TableOptions, show
 from a2sf.store.archive import SUFFIX, pack, place_of, read_archive, unpack
 from a2sf.store.runs import TRACES, CorruptCell, is_cell, load_sweep, read_cell, write_cell
 from tests.sweep_fixture import Plan, write_sweep
@@ -54,10 +54,10 @@ def test_recorded_evictions_may_be_left_out(sweep, tmp_path):
 def test_tables_are_the_same_from_an_archive(tmp_path):
     write_sweep(tmp_path / "s")
     archive = pack(tmp_path / "s")
-    options = Options(plots=False)
+    options = TableOptions(plots=False)
     from_cells = show([tmp_path / "s"], None, options)
     tables = (tmp_path / "s" / "tables" / "tables.md").read_text()
-    from_archive = show([archive], None, Options(plots=False, out=tmp_path / "other"))
+    from_archive = show([archive], None, TableOptions(plots=False, out=tmp_path / "other"))
     assert from_archive.notes == from_cells.notes
     assert (tmp_path / "other" / "tables" / "tables.md").read_text() == tables
     assert place_of(archive) == tmp_path / "s"

@@ -16,7 +16,7 @@ from a2sf.hf.loading import ModelSpec, load_tokenizer
 from a2sf.policies.find import find_policies
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.planning import rate
-from a2sf.sweep.planning.estimate import Estimate, Measurements, _documents, _known_lengths, _tokens, estimate
+from a2sf.sweep.planning.estimate import Measurements, WorkEstimate, _documents, _known_lengths, _tokens, estimate
 from a2sf.sweep.planning.table import headline
 from a2sf.tasks import spec as tasks
 from a2sf.tasks.prompting import Prompting
@@ -139,8 +139,8 @@ def test_a_plan_says_what_was_tried_and_what_was_measured(tmp_path, monkeypatch)
     monkeypatch.setattr("a2sf.sweep.planning.estimate.seconds_per_token", lambda model: 0.5)
     group = full(4)
     monkeypatch.setattr("a2sf.sweep.planning.estimate._tokens", lambda *_: 100.0)
-    assert estimate([group], tmp_path) == [Estimate(100.0)]
-    assert estimate([group], tmp_path, trial=True) == [Estimate(100.0, 50.0, by_trial=True)]
+    assert estimate([group], tmp_path) == [WorkEstimate(100.0)]
+    assert estimate([group], tmp_path, trial=True) == [WorkEstimate(100.0, 50.0, by_trial=True)]
 
 
 def test_a_task_that_generates_costs_at_most_its_limit_of_tokens(tmp_path, monkeypatch):
@@ -150,9 +150,9 @@ def test_a_task_that_generates_costs_at_most_its_limit_of_tokens(tmp_path, monke
     needle = replace(cell, task="needle", shots=0)
     (by_default,) = estimate([[needle, needle]], tmp_path, trial=True)
     new = needle.spec.definition.config["generation_kwargs"]["max_gen_toks"]
-    assert by_default == Estimate(2 * 6 * new, 2 * 6 * new * 0.25, by_trial=True, at_most=True)
+    assert by_default == WorkEstimate(2 * 6 * new, 2 * 6 * new * 0.25, by_trial=True, at_most=True)
     asked = replace(needle, prompting=Prompting(gen_kwargs='{"max_gen_toks": 7}'))
     assert estimate([[asked]], tmp_path, trial=True)[0].tokens == 6 * 7
-    assert estimate([[needle]], tmp_path) == [Estimate()]  # where nothing is tried, nothing is said
+    assert estimate([[needle]], tmp_path) == [WorkEstimate()]  # where nothing is tried, nothing is said
     line = headline(SimpleNamespace(cells=[needle], done=(), pending=[needle]), [[needle]], [by_default], tmp_path)
     assert line.endswith("where text is generated, if all texts reach their limit of tokens")

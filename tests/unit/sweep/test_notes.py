@@ -17,7 +17,7 @@ from a2sf.errors import ConfigError, Notice
 from a2sf.hf.loading import ModelSpec, load
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policies
-from a2sf.report.output import Options, show
+from a2sf.report.output import TableOptions, show
 from a2sf.scoring.lm import PrunedLM
 from a2sf.store.notes import notes_of
 from a2sf.store.runs import write_cell
@@ -185,7 +185,7 @@ def test_warnings_of_libraries_are_collected_and_counted(computed, odd, tmp_path
     assert f"lm_eval warns: the answer of 0 is odd (In 2 cells, 6 times, {made[0].cell.name} the first.)" in notes_of(
         stored
     )
-    shown = show([tmp_path / "s"], Selection(), Options(plots=False))
+    shown = show([tmp_path / "s"], Selection(), TableOptions(plots=False))
     assert set(notes_of(stored)) <= set(shown.notes)
     report = (tmp_path / "s" / "report.html").read_text()
     assert all(text.partition("(")[0] in report for text in notes_of(stored))

@@ -19,7 +19,7 @@ from a2sf.scoring.systems import Answer, Answers, System
 from a2sf.sweep.answer_store import AnswerStore
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.planning import progress
-from a2sf.sweep.planning.estimate import Estimate
+from a2sf.sweep.planning.estimate import WorkEstimate
 from a2sf.sweep.planning.progress import Progress, shown
 from a2sf.sweep.reuse import SweepPlan
 from a2sf.sweep.runner import failure_file
@@ -42,8 +42,8 @@ def cell(task: str, ratio: float = 0.5) -> Cell:
 
 LONG, SHORT = [cell("piqa", 0.2), cell("piqa", 0.4)], [cell("copa")]
 GROUPS = [LONG, SHORT]
-BY_SECONDS = [Estimate(9000.0, 180.0), Estimate(1000.0, 20.0)]
-BY_TOKENS = [Estimate(9000.0), Estimate(1000.0)]
+BY_SECONDS = [WorkEstimate(9000.0, 180.0), WorkEstimate(1000.0, 20.0)]
+BY_TOKENS = [WorkEstimate(9000.0), WorkEstimate(1000.0)]
 
 
 class Sweep:
@@ -54,7 +54,7 @@ class Sweep:
         self.directory, self.now, self.at = directory, time.time(), dict[str, float]()
         monkeypatch.setattr(progress, "is_cell", Path.is_dir)
 
-    def progress(self, estimates: list[Estimate]) -> Progress:
+    def progress(self, estimates: list[WorkEstimate]) -> Progress:
         made = SweepPlan([c for g in GROUPS for c in g], frozenset(), [])
         return Progress(made, GROUPS, estimates, self.directory, self.at.get, lambda: self.now)
 

@@ -18,7 +18,7 @@ from a2sf.errors import ConfigError, UserError
 from a2sf.tasks import definitions
 from a2sf.tasks import spec as tasks
 from a2sf.tasks.data import json_files, sources
-from a2sf.tasks.data.rows import Rows
+from a2sf.tasks.data.document_list import DocumentList
 
 MMLU = {"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 1, "subject": "anatomy"}
 
@@ -41,7 +41,7 @@ def source(name, spec, shots=0):
 
 
 def content(name, spec, shots=0):
-    return tasks.Contents().resolve(tasks.TaskSpec(name, spec, shots)).content
+    return tasks.ContentFinder().resolve(tasks.TaskSpec(name, spec, shots)).content
 
 
 # splits
@@ -208,7 +208,7 @@ def test_only_splits_that_are_read_count(tmp_path):
 
 def test_documents_that_changed_after_they_were_identified_are_refused(tmp_path):
     write(tmp_path / "piqa.jsonl", piqa())
-    data = tasks.Contents().resolve(tasks.TaskSpec("piqa", tasks.DataSpec(dir=str(tmp_path))))
+    data = tasks.ContentFinder().resolve(tasks.TaskSpec("piqa", tasks.DataSpec(dir=str(tmp_path))))
     tasks.TaskSpec("piqa", data).build(1)
     write(tmp_path / "piqa.jsonl", piqa(5))
     with pytest.raises(UserError, match="changed after the sweep began"):
@@ -232,7 +232,7 @@ def test_documents_of_the_tasks_own_are_identified_by_what_they_are(tmp_path):
         )
     )
     ref = str(tmp_path / "mine.yaml")
-    data = tasks.Contents().resolve(tasks.TaskSpec(ref, tasks.DataSpec()))
+    data = tasks.ContentFinder().resolve(tasks.TaskSpec(ref, tasks.DataSpec()))
     assert tasks.TaskSpec(ref, data).build(1).content == data.content
     write(tmp_path / "x.jsonl", piqa(6))
     with pytest.raises(UserError, match="tasks=mine: its documents changed"):
@@ -330,7 +330,7 @@ def test_a_tasks_own_processing_sees_and_keeps_the_values(tmp_path):
 
 def test_other_methods_of_a_dataset_are_as_there_or_refused():
     rows = [{"n": i, "s": str(i)} for i in range(9)]
-    mine, theirs = Rows(rows), Dataset.from_list(rows)
+    mine, theirs = DocumentList(rows), Dataset.from_list(rows)
     for method, arguments in {
         "shuffle": {"seed": 4},
         "select": {"indices": [3, 1]},
@@ -343,7 +343,7 @@ def test_other_methods_of_a_dataset_are_as_there_or_refused():
     mine[0]["n"] = 100  # as of a dataset, what is given out is a copy
     assert mine[0]["n"] == 0
     with pytest.raises(UserError, match=r"sort of a dataset would change n of document 0 from 1 to 1\.0"):
-        Rows([{"n": 1}, {"n": 2.5}]).sort("n")
+        DocumentList([{"n": 1}, {"n": 2.5}]).sort("n")
     with pytest.raises(AttributeError):
         mine.set_format("numpy")
 
@@ -376,7 +376,7 @@ def test_documents_keep_their_identity_where_a_table_held_them_unchanged(tmp_pat
     file = tmp_path_factory.mktemp("rows") / "rows.json"
     file.write_text(json.dumps(rows) if listed else "".join(json.dumps(r) + "\n" for r in rows))
     table = load_dataset("json", data_files=str(file), split="train", cache_dir=str(file.parent / "cache"))
-    assert repr(list(table)) == repr(list(Rows(json_files.read(file))))
+    assert repr(list(table)) == repr(list(DocumentList(json_files.read(file))))
 
 
 def test_the_identity_of_documents_moves_with_what_is_read(tmp_path):

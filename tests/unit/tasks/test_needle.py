@@ -19,7 +19,7 @@ from a2sf.errors import UserError
 from a2sf.hf.loading import ModelSpec
 from a2sf.policies.find import find_policies
 from a2sf.report.needle import needle_estimates, needle_plot, needle_table
-from a2sf.report.output import Options, show
+from a2sf.report.output import TableOptions, show
 from a2sf.scoring.lm import PrunedLM
 from a2sf.store.runs import StoredCell, write_cell
 from a2sf.sweep import cell, group
@@ -266,7 +266,7 @@ def test_tables_and_report_of_a_sweep_hold_the_needles(tmp_path):
     sweep = tmp_path / "needles"
     for policy, budget, hits in (("full", None, [1] * 4), ("h2o", 0.5, [1, 0, 1, 0]), ("a2sf", 0.5, [0, 1, 0, 1])):
         write_needle(sweep, policy, budget, hits)
-    shown = show([sweep], Selection(), Options())
+    shown = show([sweep], Selection(), TableOptions())
     text = (sweep / "tables" / "tables.md").read_text()
     assert f"| Full cache | {DASH} | {DASH} | 100.0 [34.2, 100.0] | 100.0 [34.2, 100.0] |" in text
     by_depth = text[text.index("found by depth") : text.index("found by length")]

@@ -24,7 +24,7 @@ PICKING = ("shuffle", "select", "shard", "take", "skip")
 """Methods of a dataset that select or order rows and do not use their values."""
 
 
-class Rows:
+class DocumentList:
     """The documents of one split. As in a table, a field that a document does not have is None.
 
     It has the methods of `datasets.Dataset`. The few that need a table (`sort`, `to_pandas`, …) raise an error if the table
@@ -81,7 +81,7 @@ class Rows:
             return partial(self._streamed, name)
         return partial(self._picked, name) if name in PICKING else getattr(self._table(name), name)
 
-    def _streamed(self, method: str, *arguments: Any, **named: Any) -> Rows:
+    def _streamed(self, method: str, *arguments: Any, **named: Any) -> DocumentList:
         from datasets import Dataset, IterableDataset
 
         given = dict(inspect.signature(getattr(Dataset, method)).bind(self, *arguments, **named).arguments)
@@ -89,14 +89,14 @@ class Rows:
             getattr(IterableDataset, method)
         ).parameters  # without arguments about speed and caches
         stream = getattr(IterableDataset.from_generator(self._each), method)
-        return Rows(stream(**{k: v for k, v in given.items() if k in known and k != "self"}))
+        return DocumentList(stream(**{k: v for k, v in given.items() if k in known and k != "self"}))
 
     def _each(self) -> Iterator[dict[str, Any]]:
         yield from self
 
-    def _picked(self, method: str, *arguments: Any, **named: Any) -> Rows:
+    def _picked(self, method: str, *arguments: Any, **named: Any) -> DocumentList:
         numbers = getattr(self._numbers, method)(*arguments, **named)
-        return Rows(self._rows[i] for i in numbers["number"])
+        return DocumentList(self._rows[i] for i in numbers["number"])
 
     @cached_property
     def _numbers(self) -> Any:
