@@ -12,16 +12,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from a2sf.analysis.comparisons.written import text_frame
+from a2sf.analysis.comparisons.generated import text_frame
 from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.selection import Selection
 from a2sf.errors import UserError
+from a2sf.report.generated import generated_plots
 from a2sf.report.output import replace_block
+from a2sf.report.tables.generated import generated_tables
 from a2sf.report.tables.layout import build_tables
 from a2sf.report.tables.text import text_markdown
 from a2sf.report.tables.write import markdown
-from a2sf.report.tables.written import written_tables
-from a2sf.report.written import written_plots
 from a2sf.store.archive import pack
 
 PRESETS = ("generation", "generation_long")
@@ -63,9 +63,9 @@ def figures(store: Path = STORE, page: Path = PAGE, directory: Path = FIGURES) -
         grids.append(gather([archive], Selection(metric=METRICS[preset])))
     short, long = grids
     effects, texts = text_frame(short)
-    drawn = [f for files in written_plots(effects, texts, directory).values() for f in files]
+    drawn = [f for files in generated_plots(effects, texts, directory).values() for f in files]
     # six documents of a task, some of one text, are too few for differences of their texts
-    replace_block(page, text_markdown(written_tables(short, effects)) + "\n" + markdown(build_tables(long)))
+    replace_block(page, text_markdown(generated_tables(short, effects)) + "\n" + markdown(build_tables(long)))
     return [page, *drawn]
 
 

@@ -11,11 +11,11 @@ import pandas as pd
 from a2sf import atomic
 from a2sf.analysis.comparisons.against import against_frame, compare_against
 from a2sf.analysis.comparisons.fidelity import fidelity_frame
+from a2sf.analysis.comparisons.generated import text_frame
 from a2sf.analysis.comparisons.pairs import compare_pair, comparisons_frame
 from a2sf.analysis.comparisons.pooled import compare_over_models, over_models_frame
 from a2sf.analysis.comparisons.ranking import rank, ranking_frame
 from a2sf.analysis.comparisons.stopped import stopped_comparisons, stopped_frame
-from a2sf.analysis.comparisons.written import text_frame
 from a2sf.analysis.results.documents import texts_note
 from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid
@@ -24,11 +24,13 @@ from a2sf.analysis.results.selection import Selection
 from a2sf.analysis.statistics.families import Correction
 from a2sf.errors import UserError
 from a2sf.report.choices import FORMATS
+from a2sf.report.generated import generated_plots
 from a2sf.report.lengths import length_plots, length_tables, share_tables
 from a2sf.report.needle import needle_plots, needle_tables
 from a2sf.report.page.page import ReportContents, read_failures, write_report
 from a2sf.report.plots.forest import forest_plots
 from a2sf.report.plots.sweep import draw_all
+from a2sf.report.tables.generated import generated_tables
 from a2sf.report.tables.layout import build_tables
 from a2sf.report.tables.pooled import over_models_tables
 from a2sf.report.tables.summaries import (
@@ -41,9 +43,7 @@ from a2sf.report.tables.summaries import (
 from a2sf.report.tables.table import Table
 from a2sf.report.tables.text import TextTable, text_latex, text_markdown
 from a2sf.report.tables.write import csv_frame, latex, markdown
-from a2sf.report.tables.written import written_tables
 from a2sf.report.traced import read_traces, trace_frame, trace_pictures
-from a2sf.report.written import written_plots
 from a2sf.store.archive import is_archive, place_of
 from a2sf.store.notes import notes_of
 
@@ -125,7 +125,7 @@ def show(directories: Sequence[Path], selection: Selection, options: TableOption
         *fidelity_tables(grid, fidelity),
         *length_tables(grid),
         *share_tables(grid),
-        *written_tables(grid, effects),
+        *generated_tables(grid, effects),
     ]
     traced = read_traces(grid)
     traces = trace_frame(traced, options.pair)
@@ -156,7 +156,7 @@ def show(directories: Sequence[Path], selection: Selection, options: TableOption
         plots = needle_plots(grid, out / "plots") | draw_all(grid, out / "plots", options.pair)
         plots |= length_plots(grid, out / "plots", options.pair)
         plots |= forest_plots(of_pair, out / "plots", grid.percent, grid.metric)
-        plots |= trace_pictures(traced, out / "plots") | written_plots(effects, text_rows, out / "plots")
+        plots |= trace_pictures(traced, out / "plots") | generated_plots(effects, text_rows, out / "plots")
     files += [file for pictures in plots.values() for file in pictures]
     left_out = [*not_compared, *no_fidelity, *not_ranked, *not_paired, *not_pooled, *not_tested]
     of_tables = [note for table in tables for note in table.notes]

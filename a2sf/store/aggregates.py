@@ -78,13 +78,13 @@ class TaskGroup:
         return None
 
 
-def written(groups: Iterable[TaskGroup]) -> str:
+def groups_to_json(groups: Iterable[TaskGroup]) -> str:
     """Groups as JSON."""
     return json.dumps([asdict(g) for g in groups], indent=1) + "\n"
 
 
-def read(text: str) -> list[TaskGroup]:
-    """Groups from the JSON of `written`."""
+def groups_from_json(text: str) -> list[TaskGroup]:
+    """Groups from the JSON of `groups_to_json`."""
     return [
         TaskGroup(
             e["name"],

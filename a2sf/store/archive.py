@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from a2sf import atomic
 from a2sf.errors import UserError
-from a2sf.store.aggregates import TaskGroup, read
+from a2sf.store.aggregates import TaskGroup, groups_from_json
 from a2sf.store.runs import (
     CONFIG,
     DOCUMENTS,
@@ -204,7 +204,7 @@ def groups_of(path: Path) -> list[TaskGroup]:
     if not is_archive(path):
         return read_groups(path)
     stored = _Archive(path).member(GROUPS)
-    return read(stored.getvalue().decode()) if stored else []
+    return groups_from_json(stored.getvalue().decode()) if stored else []
 
 
 def unpack(path: Path, directory: Path) -> list[StoredCell]:

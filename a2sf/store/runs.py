@@ -29,7 +29,7 @@ import pandas as pd
 
 from a2sf import atomic
 from a2sf.errors import UserError
-from a2sf.store.aggregates import LM_EVAL_STDERR, OPTIONS, TaskGroup, aggregates, read, written
+from a2sf.store.aggregates import LM_EVAL_STDERR, OPTIONS, TaskGroup, aggregates, groups_from_json, groups_to_json
 from a2sf.store.names import ID_DIGITS, Named, distinct
 
 SCHEMA_VERSION = 1
@@ -362,13 +362,13 @@ def write_groups(directory: Path, groups: Sequence[TaskGroup]) -> None:
     if groups:
         known = {(g.name, tuple(m.shots for m in g.members)): g for g in [*read_groups(directory), *groups]}
         directory.mkdir(parents=True, exist_ok=True)
-        atomic.write(directory / GROUPS, written(known.values()))
+        atomic.write(directory / GROUPS, groups_to_json(known.values()))
 
 
 def read_groups(directory: Path) -> list[TaskGroup]:
     """The groups that a sweep's directory stores."""
     file = directory / GROUPS
-    return read(file.read_text(encoding="utf-8")) if file.is_file() else []
+    return groups_from_json(file.read_text(encoding="utf-8")) if file.is_file() else []
 
 
 def write_table(directory: Path, cells: Iterable[StoredCell]) -> Path:

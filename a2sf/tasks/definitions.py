@@ -108,6 +108,10 @@ class Definition:
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+_digests: dict[str, str | None] = {}
+"""Reference -> the digest of its definition when it was first checked in this process."""
+
+
 def unchanged(found: Definition) -> None:
     """Refuse a definition that changed, or whose functions changed, since this process first read it.
 
@@ -117,11 +121,8 @@ def unchanged(found: Definition) -> None:
     if found.digest() is None or found.entry.yaml_path is None:
         return
     now = found.digest(unresolved(found.entry.yaml_path) | found.settings)
-    if _first.setdefault(found.ref, now) != now:
+    if _digests.setdefault(found.ref, now) != now:
         raise UserError(f"tasks={found.name}: its definition changed after the sweep began; start it again")
-
-
-_first: dict[str, str | None] = {}
 
 
 def resolve(name: str, folder: Path | None = None) -> list[Definition]:

@@ -63,12 +63,18 @@ class WorkEstimate:
 
 @dataclass
 class _Speed:
-    tokens: float = 0.0
+    """Time measured for an amount of work: tokens, or documents whose texts were generated."""
+
+    amount: float = 0.0
     seconds: float = 0.0
 
-    def add(self, tokens: float, seconds: float) -> None:
-        self.tokens += tokens
+    def add(self, amount: float, seconds: float) -> None:
+        self.amount += amount
         self.seconds += seconds
+
+    @property
+    def seconds_each(self) -> float:
+        return self.seconds / self.amount
 
 
 @dataclass
@@ -119,15 +125,15 @@ class Measurements:
                 if len(self.lengths.get(lengths_of, ())) < n:
                     self.lengths[lengths_of] = _lengths(stored)
         if not cell.get("until") and (limit is None or n < limit):
-            self.sizes[_documents(cell["identity"])] = n
+            self.sizes[_documents_key(cell["identity"])] = n
 
     def documents_of(self, cell: Cell) -> int | None:
         """How many documents a cell will score; None: its documents are not on this machine."""
-        key = _documents(cell.identity)
+        key = _documents_key(cell.identity)
         if key not in self.sizes and cell.data.root is not None:
             with suppress(Exception):  # a task's code may raise anything; reported when the group is computed
                 self.sizes[key] = len(cell.spec.build(cell.seed).eval_docs)
-        return _documents_of(cell, self.sizes.get(key))
+        return _scored_documents(cell, self.sizes.get(key))
 
 
 def estimate(
@@ -145,30 +151,36 @@ def estimate(
     made = []
     for cells in groups:
         cell = cells[0]
-        model, task = (cell.model_name, cell.identity["dtype"]), (cell.task_name, cell.shots)
-        size = measurements.sizes.get(_documents(cell.identity))
         if cell.spec.generates:
-            speed = measurements.per_document.get((model, task))
-            texts = (_documents_of(cell, size) or 0) * (cell.prompting.samples or 1)
-            if speed is None and texts and trial:
-                made.append(_at_most(cells, texts))
-                continue
-            found = speed and texts and speed.seconds / speed.tokens * texts * len(cells)
-            made.append(WorkEstimate(seconds=found or None))
+            made.append(_of_texts(cells, measurements, trial))
             continue
+        model, task = (cell.model_name, cell.identity["dtype"]), (cell.task_name, cell.shots)
+        size = measurements.sizes.get(_documents_key(cell.identity))
         lengths, of_this_model = _known_lengths(cell, measurements)
         systems = tuple((repr(c.policy), c.budget, c.schedule) for c in cells)
         prompting = _as_text(cell.prompting.settings)
         of_model = cell.model_name if of_this_model or prompting else None
         key = (task, prompting, cell.data, cell.limit, of_model, systems)
         if key not in known:
-            known[key] = _tokens(cells, lengths, size, measurements.sizes)
+            known[key] = _tokens_to_compute(cells, lengths, size, measurements.sizes)
         tokens = known[key]
         speed = measurements.speeds.get((model, task)) or measurements.speeds.get(model)
         tried = speed is None and tokens is not None and trial
-        each = seconds_per_token(cell.model) if tried else speed and speed.seconds / speed.tokens
+        each = seconds_per_token(cell.model) if tried else speed and speed.seconds_each
         made.append(WorkEstimate(tokens, tokens * each, tried) if tokens and each else WorkEstimate(tokens))
     return made
+
+
+def _of_texts(cells: Sequence[Cell], measurements: Measurements, trial: bool) -> WorkEstimate:
+    """Of a group that generates text: from the time of earlier texts, else from a trial of this machine's speed."""
+    cell = cells[0]
+    size = measurements.sizes.get(_documents_key(cell.identity))
+    texts = (_scored_documents(cell, size) or 0) * (cell.prompting.samples or 1)
+    speed = measurements.per_document.get(((cell.model_name, cell.identity["dtype"]), (cell.task_name, cell.shots)))
+    if speed is None and texts and trial:
+        return _at_most(cells, texts)
+    seconds = speed.seconds_each * texts * len(cells) if speed else 0.0
+    return WorkEstimate(seconds=seconds or None)
 
 
 def _at_most(cells: Sequence[Cell], texts: int) -> WorkEstimate:
@@ -227,7 +239,7 @@ def _tokens_around(model: ModelSpec, prompting: Prompting, shots: int) -> tuple[
     return 0, 0
 
 
-def _tokens(
+def _tokens_to_compute(
     cells: Sequence[Cell],
     lengths: list[Lengths] | None,
     size: int | None = None,
@@ -241,7 +253,7 @@ def _tokens(
         sizes: where their number is noted if it is found here (`Measurements.sizes`).
     """
     cell = cells[0]
-    documents = _documents_of(cell, size)
+    documents = _scored_documents(cell, size)
     longer = 1.0  # average length of all documents, relative to those in `lengths`
     if lengths is None or documents is None:
         if cell.data.root is None:
@@ -249,28 +261,28 @@ def _tokens(
         with suppress(Exception):  # a task's code may raise anything; reported when the group is computed
             task = cell.spec.build(cell.seed)
             if sizes is not None:
-                sizes[_documents(cell.identity)] = len(task.eval_docs)
+                sizes[_documents_key(cell.identity)] = len(task.eval_docs)
             documents = min(documents or len(task.eval_docs), len(task.eval_docs))
             if not lengths:
                 lengths, longer = _by_characters(task, documents)
                 lengths = _with_template(cell, lengths)
     if not lengths or documents is None:
         return None
-    ordered = sorted(lengths, key=_tokens_of)
+    ordered = sorted(lengths, key=_tokens_in)
     step = max(1.0, len(ordered) / SAMPLE)
     sample = [ordered[int((i + 0.5) * step)] for i in range(min(SAMPLE, len(ordered)))]
     items = [item for c in cells for item in _items(c, sample)]
     packed = pack(items, max_tokens=PACK_TOKENS["cpu" if cell.identity["device"] == "cpu" else "cuda"])
-    per_token = sum(len(row.tokens) for row in packed) / sum(map(_tokens_of, sample))
-    return per_token * sum(map(_tokens_of, lengths)) / len(lengths) * longer * documents
+    per_token = sum(len(row.tokens) for row in packed) / sum(map(_tokens_in, sample))
+    return per_token * sum(map(_tokens_in, lengths)) / len(lengths) * longer * documents
 
 
-def _documents_of(cell: Cell, size: int | None) -> int | None:
+def _scored_documents(cell: Cell, size: int | None) -> int | None:
     """Number of a cell's documents, of a task with `size` documents; None: not known."""
     return cell.limit if size is None else min(size, cell.limit or size)
 
 
-def _documents(identity: dict[str, Any]) -> str:
+def _documents_key(identity: dict[str, Any]) -> str:
     """A key that identifies a task's documents."""
     return _as_text([identity["task"], identity["data"]])
 
@@ -279,7 +291,7 @@ def _as_text(settings: Any) -> str:
     return json.dumps(settings, sort_keys=True) if settings else ""
 
 
-def _tokens_of(document: Lengths) -> int:
+def _tokens_in(document: Lengths) -> int:
     """Tokens of a document's longest context and all its continuations."""
     return max(c for c, _ in document) + sum(n for _, n in document)
 

@@ -16,7 +16,14 @@ from a2sf.hf.loading import ModelSpec, load_tokenizer
 from a2sf.policies.find import find_policies
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.planning import rate
-from a2sf.sweep.planning.estimate import Measurements, WorkEstimate, _documents, _known_lengths, _tokens, estimate
+from a2sf.sweep.planning.estimate import (
+    Measurements,
+    WorkEstimate,
+    _documents_key,
+    _known_lengths,
+    _tokens_to_compute,
+    estimate,
+)
 from a2sf.sweep.planning.table import headline
 from a2sf.tasks import spec as tasks
 from a2sf.tasks.prompting import Prompting
@@ -52,8 +59,8 @@ def finished(cell: Cell, n: int, context: int, continuation: int = 3, model: str
 def test_a_few_long_documents_count_for_what_they_are():
     lengths = [[(10, 3), (10, 4)]] * 90 + [[(500, 3), (500, 4)]] * 10
     exact = sum(c + 2 + 3 for (c, _), _ in lengths)  # a context once, all tokens but the last of each choice
-    assert _tokens(full(100), lengths) == pytest.approx(exact, rel=0.05)
-    assert _tokens(full(50), lengths) == pytest.approx(exact / 2, rel=0.05)
+    assert _tokens_to_compute(full(100), lengths) == pytest.approx(exact, rel=0.05)
+    assert _tokens_to_compute(full(50), lengths) == pytest.approx(exact / 2, rel=0.05)
 
 
 def test_a_task_has_no_more_documents_than_a_cell_found():
@@ -63,9 +70,9 @@ def test_a_task_has_no_more_documents_than_a_cell_found():
     for limit, n in ((4, 4), (100, 6)):
         measured._add(finished(replace(cells[0], limit=limit), n, 10), {("copa", 0)})
     assert list(measured.sizes.values()) == [6]
-    assert measured.sizes.get(_documents(identity)) == 6
-    assert measured.sizes.get(_documents(identity | {"data": {"content": "others"}})) is None
-    assert _tokens(cells, lengths, 6) == _tokens(full(6), lengths) == 6 * 12
+    assert measured.sizes.get(_documents_key(identity)) == 6
+    assert measured.sizes.get(_documents_key(identity | {"data": {"content": "others"}})) is None
+    assert _tokens_to_compute(cells, lengths, 6) == _tokens_to_compute(full(6), lengths) == 6 * 12
 
 
 def test_a_template_counts_and_lengths_are_of_what_was_asked_alike():
@@ -81,7 +88,7 @@ def test_a_template_counts_and_lengths_are_of_what_was_asked_alike():
         measured = Measurements()
         for other, context in stored:
             measured._add(finished(full(12, other, shots)[0], 12, context), {("copa", shots)})
-        return (_tokens([cell], _known_lengths(cell, measured)[0], 12) or 0) / 12
+        return (_tokens_to_compute([cell], _known_lengths(cell, measured)[0], 12) or 0) / 12
 
     shared = 11 / 12 * head  # read once for twelve
     assert tokens((chat, 99)) == pytest.approx(99 + 2 - shared)
@@ -138,7 +145,7 @@ def test_a_trial_takes_a_moment_and_is_a_time():
 def test_a_plan_says_what_was_tried_and_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.setattr("a2sf.sweep.planning.estimate.seconds_per_token", lambda model: 0.5)
     group = full(4)
-    monkeypatch.setattr("a2sf.sweep.planning.estimate._tokens", lambda *_: 100.0)
+    monkeypatch.setattr("a2sf.sweep.planning.estimate._tokens_to_compute", lambda *_: 100.0)
     assert estimate([group], tmp_path) == [WorkEstimate(100.0)]
     assert estimate([group], tmp_path, trial=True) == [WorkEstimate(100.0, 50.0, by_trial=True)]
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from a2sf.analysis.comparisons.written import text_changes, text_frame
+from a2sf.analysis.comparisons.generated import text_changes, text_frame
 from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.labels import DASH
 from a2sf.analysis.results.selection import Selection
 from a2sf.analysis.statistics.loops import ends_in_loop
 from a2sf.errors import UserError
 from a2sf.report.output import TableOptions, show
-from a2sf.report.tables.written import written_tables
+from a2sf.report.tables.generated import generated_tables
 from a2sf.store.runs import StoredCell, load_sweep, write_cell
 from tests.sweep_fixture import Plan, write_sweep
 
@@ -100,7 +100,7 @@ def test_a_table_of_them(tmp_path: Path):
     assert h2o["tokens_change_low"] < 0.8 < h2o["tokens_change_high"]
     assert (h2o["first_difference"], h2o["equal"]) == (1, pytest.approx(0.2))
     assert h2o["tokens_per_second"] == pytest.approx(13 / 4)
-    (table,) = written_tables(grid, effects)
+    (table,) = generated_tables(grid, effects)
     rows = {r["Policy"]: r for r in table.frame.to_dict("records")}
     assert rows["H2O"]["Cut off (%)"] == "20.0"
     assert rows["H2O"]["Δ loop"].startswith("+20.0 [")
@@ -117,7 +117,7 @@ def test_older_results_have_fewer_columns(tmp_path: Path):
     write(tmp_path, {"full": FULL, "h2o": PRUNED}, stored=False)
     grid = gather([tmp_path / "s"], Selection())
     effects, _ = text_frame(grid)
-    (table,) = written_tables(grid, effects)
+    (table,) = generated_tables(grid, effects)
     assert {"Tokens", "Loop (%)", "Equal (%)"} <= set(table.frame)
     assert not {"Differs at", "Δ log-likelihood", "Cache (MiB)"} & set(table.frame)
 
@@ -126,7 +126,7 @@ def test_choices_have_no_texts(tmp_path: Path):
     write_sweep(tmp_path / "s", Plan(policies=("full", "h2o"), budgets=(0.2,), documents={"piqa": 5}))
     grid = gather([tmp_path / "s"], Selection())
     effects, documents = text_frame(grid)
-    assert written_tables(grid, effects) == []
+    assert generated_tables(grid, effects) == []
     assert documents.empty
     with pytest.raises(UserError, match="no generated texts"):
         text_changes(*load_sweep(tmp_path / "s"))

@@ -26,7 +26,7 @@ PAIRED = ("tokens", "thinking_tokens", "cut_off", "loop", "cache_bytes")
 """Measures of a system whose differences from the full cache are tested."""
 
 
-def written_texts(documents: pd.DataFrame) -> pd.DataFrame:
+def text_measures(documents: pd.DataFrame) -> pd.DataFrame:
     """One row per document of a task that generates: the measures of its text; NaN where something is not stored.
 
     Raises:
@@ -69,8 +69,8 @@ def text_changes(pruned: StoredCell, full: StoredCell, common: bool = False) -> 
         UserError: if the documents differ, cannot be read, or are not of a task that generates.
     """
     left, right = paired_documents(pruned, full, common)
-    frame = written_texts(left)
-    frame = frame.join(written_texts(right).drop(columns=DOCUMENT).add_suffix("_full"))
+    frame = text_measures(left)
+    frame = frame.join(text_measures(right).drop(columns=DOCUMENT).add_suffix("_full"))
     pairs = list(zip(_column(left, "tokens"), _column(right, "tokens"), strict=True))
     frame["first_difference"] = [_first_difference(a, b) if _known(a) and _known(b) else np.nan for a, b in pairs]
     texts = zip(*(_column(d, name) for name in ("generated", "thinking") for d in (left, right)), strict=True)
@@ -127,7 +127,7 @@ def _of_system(
         if stored is None or "target" not in stored.documents:
             return None
         if reference is None:
-            frame, texts = written_texts(documents_of(stored)), None
+            frame, texts = text_measures(documents_of(stored)), None
         else:
             frame, texts = text_changes(stored, reference, part.mixed)
     except UserError:

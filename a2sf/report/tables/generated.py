@@ -25,8 +25,8 @@ LEGEND = (
 )
 
 
-def written_tables(grid: Grid, effects: pd.DataFrame) -> list[TextTable]:
-    """Tables of what `a2sf.analysis.comparisons.written.text_frame` found; columns without a number are left out."""
+def generated_tables(grid: Grid, effects: pd.DataFrame) -> list[TextTable]:
+    """Tables of what `a2sf.analysis.comparisons.generated.text_frame` found; columns without a number are left out."""
     tables = []
     for model, shots, part in grid.by_model():
         mine = effects[(effects["model"] == model) & (effects["shots"] == shots)] if len(effects) else effects
