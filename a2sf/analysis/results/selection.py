@@ -53,32 +53,20 @@ def select(
     notes: list[str],
     groups: Sequence[TaskGroup],
 ) -> Grid:
+    """The selected rows of a frame as a grid: filtered, of one metric, with names that tell them apart.
+
+    Args:
+        frame: one row per cell and metric, as `gather` makes it.
+        cells: by the frame's `key`.
+        notes: for the reader; more are added.
+        groups: all groups of tasks; those of which tasks are left out are not shown.
+
+    Raises:
+        UserError: if nothing matches, or the cells should not be mixed.
+    """
     frame["model"] = _distinct_models(frame)
     groups, tasks = chosen_groups(groups, selection.tasks)
-    selection = replace(selection, tasks=tasks)
-    wanted = {
-        "model": selection.models,
-        "task": selection.tasks,
-        "shots": selection.shots,
-        "policy": selection.policies,
-        "budget": selection.budgets,
-        "factor": selection.factors,
-        "schedule": selection.schedules,
-    }
-    for column, values in wanted.items():
-        if not values:
-            continue
-        # a filter on budgets or factors keeps the rows that have none, the full cache above all
-        kept_anyway = frame["is_full"] | frame["factor"].eq(DASH) if column == "factor" else frame["is_full"]
-        kept_anyway = kept_anyway if column in ("budget", "factor", "schedule") else pd.Series(False, index=frame.index)
-        present = frame.loc[~kept_anyway, column].unique()
-        for value in values:
-            if value not in present:
-                hint = nearest(str(value), map(str, present))
-                known = ", ".join(map(str, sorted(present)))
-                raise UserError(f"There is no result with {column} {value}{hint}; there are: {known}.")
-        frame = frame[frame[column].isin(values) | kept_anyway]
-    frame, metric, missing = _one_metric(frame, selection.metric)
+    frame, metric, missing = _one_metric(_filtered(frame, replace(selection, tasks=tasks)), selection.metric)
     frame = _without_duplicates(frame)
     frame["model"] = models_with_options(frame)
     place = ["model", "shots", "task", *SYSTEM]
@@ -106,6 +94,36 @@ def select(
     if selection.strict and (note := grid.versions_note):
         raise UserError(f"{note} Compute them with one, choose among them, or leave out --strict.")
     return grid
+
+
+def _filtered(frame: pd.DataFrame, selection: Selection) -> pd.DataFrame:
+    """The rows of the selected models, tasks, shots, policies, budgets, factors and schedules.
+
+    A filter on budgets, factors or schedules keeps the rows that have none, the full cache above all.
+    """
+    wanted = {
+        "model": selection.models,
+        "task": selection.tasks,
+        "shots": selection.shots,
+        "policy": selection.policies,
+        "budget": selection.budgets,
+        "factor": selection.factors,
+        "schedule": selection.schedules,
+    }
+    for column, values in wanted.items():
+        if not values:
+            continue
+        without = frame["is_full"] & (column in ("budget", "factor", "schedule"))
+        if column == "factor":
+            without |= frame["factor"].eq(DASH)
+        present = frame.loc[~without, column].unique()
+        for value in values:
+            if value not in present:
+                hint = nearest(str(value), map(str, present))
+                known = ", ".join(map(str, sorted(present)))
+                raise UserError(f"There is no result with {column} {value}{hint}; there are: {known}.")
+        frame = frame[frame[column].isin(values) | without]
+    return frame
 
 
 def _distinct_models(frame: pd.DataFrame) -> list[str]:

@@ -102,20 +102,13 @@ def check_numbers(args: argparse.Namespace, counts: Sequence[str]) -> None:
 def calibrate(args: argparse.Namespace, console: Console) -> None:
     """Load the model, measure, choose, and write the file."""
     from a2sf import atomic
-    from a2sf.calibration.capture import check_model
     from a2sf.calibration.checkpoint import Checkpoint
     from a2sf.calibration.grid import settings
     from a2sf.calibration.run import Calibration, SearchOptions, content, rows_of
-    from a2sf.calibration.texts import passages, read_text
-    from a2sf.hf import loading
     from a2sf.store.names import safe
     from a2sf.sweep.cell import engine_versions
 
-    text = read_text(args.text)
-    spec = model_spec(args)
-    loaded = loading.load(spec)
-    check_model(loaded.model, max(args.lengths))
-    cut = passages(text, loaded.tokenizer, args.lengths, args.tokens, args.held_out, args.seed)
+    spec, loaded, text, cut = read_passages(args, args.tokens, args.held_out)
     about = {
         "model": {"path": spec.path, "weights": loaded.fingerprint, "dtype": spec.resolved_dtype},
         "text": {"source": text.source, "digest": text.digest},
@@ -157,16 +150,11 @@ def filters(args: argparse.Namespace, console: Console) -> None:
     from rich.progress import track
 
     from a2sf import atomic
-    from a2sf.calibration.capture import check_model
     from a2sf.calibration.filters import content, directions
-    from a2sf.calibration.texts import passages, read_text
-    from a2sf.hf import loading
     from a2sf.store.names import safe
 
-    text, spec = read_text(args.text), model_spec(args)
-    loaded = loading.load(spec)
-    check_model(loaded.model, max(args.lengths))
-    read = passages(text, loaded.tokenizer, args.lengths, args.tokens, args.held_out, args.seed).local
+    spec, loaded, text, cut = read_passages(args, args.tokens, args.held_out)
+    read = cut.local
     found = directions(loaded.model, track(read, "passages", console=console, transient=True))
     about = {
         "model": {"path": spec.path, "weights": loaded.fingerprint, "dtype": spec.resolved_dtype},
@@ -198,6 +186,28 @@ def add_text(parser: argparse.ArgumentParser) -> None:
         "--lengths", type=int, nargs="+", default=list(LENGTHS), help="lengths of passages in tokens, in turns"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the order in which pieces of the text are used")
+
+
+def read_passages(args: argparse.Namespace, tokens: int, held_out: int) -> tuple[Any, Any, Any, Any]:
+    """What the options of `add_model` and `add_text` name.
+
+    Args:
+        tokens, held_out: as for `a2sf.calibration.texts.passages`.
+
+    Returns:
+        The model's `ModelSpec`, the loaded model, the `PlainText`, and its `Passages`.
+
+    Raises:
+        UserError: if there is no such model or text, the model cannot be measured, or the text is too short.
+    """
+    from a2sf.calibration.capture import check_model
+    from a2sf.calibration.texts import passages, read_text
+    from a2sf.hf import loading
+
+    text, spec = read_text(args.text), model_spec(args)
+    loaded = loading.load(spec)
+    check_model(loaded.model, max(args.lengths))
+    return spec, loaded, text, passages(text, loaded.tokenizer, args.lengths, tokens, held_out, args.seed)
 
 
 def model_spec(args: argparse.Namespace) -> Any:

@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from a2sf.app.process import quiet
-from a2sf.commands.policy.calibrate import FOLDER, add_model, add_text, check_numbers, model_spec
+from a2sf.commands.policy.calibrate import FOLDER, add_model, add_text, check_numbers, read_passages
 from a2sf.errors import ConfigError
 
 
@@ -69,20 +69,16 @@ def measure(args: argparse.Namespace, policies: dict[str, Any], console: Console
 
     from a2sf import atomic
     from a2sf.calibration.by_layer import check_policies, errors_by_layer
-    from a2sf.calibration.capture import check_model
-    from a2sf.calibration.texts import passages, read_text
     from a2sf.hf import loading
     from a2sf.hf.layer_check import layers_of
     from a2sf.report.heads import errors_figure
     from a2sf.report.plots.style import save
     from a2sf.store.names import safe
 
-    source = read_text(args.text)
-    loaded = loading.load(model_spec(args))
-    check_model(loaded.model, max(args.lengths))
+    _, loaded, source, passages = read_passages(args, args.skip, args.tokens)
+    cut = passages.held_out
     kv_heads = loading.kv_heads_of(loaded.model.config)
     check_policies(list(policies.values()), args.budget, layers_of(loaded.model), kv_heads)
-    cut = passages(source, loaded.tokenizer, args.lengths, args.skip, args.tokens, args.seed).held_out
     found = errors_by_layer(
         loaded.model,
         cut,
