@@ -27,18 +27,7 @@ from a2sf.sweep.config.overrides import as_written, check_trackers
 MULTIRUN = {"-m", "--multirun"}
 INSTEAD = {"--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc"}
 """Options with which Hydra shows something instead of running."""
-VALUED = {
-    "--config-path",
-    "-cp",
-    "--config-name",
-    "-cn",
-    "--cfg",
-    "-c",
-    "--package",
-    "-p",
-    "--info",
-    "-i",
-}
+VALUED = {"--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c", "--package", "-p", "--info", "-i"}
 """Hydra's options whose value is the next argument."""
 USAGE = """\
 usage: a2sf run [key=value ...] [-m key=a,b,c ...] [+sweep=PRESET] [--config-dir DIR]

@@ -34,16 +34,7 @@ from a2sf.errors import ConfigError, UserError
 from a2sf.hf import loading
 from a2sf.hf.devices import devices_of
 from a2sf.scoring.scorer import Scorer
-from a2sf.store.runs import (
-    TRACES,
-    DiskError,
-    StoredCell,
-    finished_cells,
-    settings_of,
-    write_cell,
-    write_table,
-    writing,
-)
+from a2sf.store.runs import TRACES, DiskError, StoredCell, finished_cells, settings_of, write_cell, write_table, writing
 from a2sf.sweep import answer_store
 from a2sf.sweep.cell import ENGINE_VERSION, Cell
 from a2sf.sweep.config import folder as config_dir

@@ -105,12 +105,7 @@ def _is_mean(values: np.ndarray, of_draws: Sequence[float | None]) -> bool:
 def _entry(like: Mapping[str, Any], values: np.ndarray) -> dict[str, Any]:
     n = len(values)
     stderr = float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None
-    return {
-        "value": float(values.mean()),
-        "stderr": stderr,
-        "n": n,
-        "higher_is_better": like["higher_is_better"],
-    }
+    return {"value": float(values.mean()), "stderr": stderr, "n": n, "higher_is_better": like["higher_is_better"]}
 
 
 def _stderr_of_draws(values: np.ndarray) -> float:

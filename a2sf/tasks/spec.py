@@ -149,9 +149,7 @@ class TaskSpec:
         check_task(self.name, self.definition.config, self.shots)
         if self.shots and (given := self.lengths) and given[1]:
             raise ConfigError(
-                "shots",
-                self.shots,
-                f"prompts of {self.name} have the lengths in {given[0]}, without room for examples",
+                "shots", self.shots, f"prompts of {self.name} have the lengths in {given[0]}, without room for examples"
             )
         self.source  # noqa: B018 (it checks the data)
 

@@ -123,10 +123,7 @@ def check_headline(row: Row, grid: Grid | None, why_not: Mapping[str, str], marg
 
 
 def check_shape(
-    grid: Grid,
-    policies: Collection[str],
-    factors: tuple[float, float] = (0.1, 0.3),
-    margin: float = MARGIN,
+    grid: Grid, policies: Collection[str], factors: tuple[float, float] = (0.1, 0.3), margin: float = MARGIN
 ) -> list[Claim]:
     """The shape of the published results on whatever model was run: order, differences, place of the best factor.
 

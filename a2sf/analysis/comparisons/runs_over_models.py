@@ -30,10 +30,7 @@ def with_models(runs: Sequence[Run], models: Sequence[str]) -> list[Run]:
 
 
 def compare_runs_over_models(
-    runs: Sequence[Run],
-    metric: str | None = None,
-    by_documents: bool = False,
-    correction: Correction = HOLM,
+    runs: Sequence[Run], metric: str | None = None, by_documents: bool = False, correction: Correction = HOLM
 ) -> tuple[list[OverModels], list[str]]:
     """Each system minus the first run's, in every model that has both, on the tasks that all of these have.
 

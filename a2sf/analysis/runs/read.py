@@ -151,11 +151,7 @@ def _of_lm_eval(path: Path, files: Mapping[str, Path], cluster: str | None) -> R
             sample = json.loads(line)
             document = documents.setdefault(
                 sample["doc_id"],
-                Document(
-                    hash=sample["doc_hash"],
-                    texts=_lm_eval_texts(sample),
-                    cluster=_field(sample["doc"], cluster),
-                ),
+                Document(hash=sample["doc_hash"], texts=_lm_eval_texts(sample), cluster=_field(sample["doc"], cluster)),
             )
             end = "" if sample.get("filter", "none") == "none" else f",{sample['filter']}"
             for metric in sample.get("metrics", ()):

@@ -20,9 +20,7 @@ def add_corrections(parser: argparse._ActionsContainer, usual: str = "of a table
         usual: what the help says of the first family.
     """
     parser.add_argument(
-        "--family",
-        choices=FAMILIES,
-        help=f"tests that are corrected together: {usual}, a model, all that is shown",
+        "--family", choices=FAMILIES, help=f"tests that are corrected together: {usual}, a model, all that is shown"
     )
     parser.add_argument(
         "--correction",

@@ -164,11 +164,7 @@ def _styles(systems: Sequence[SystemResults]) -> dict[tuple[str, str], dict[str,
     styles = styles_of([Line(f"{label}\n{factor}", policy, []) for label, factor, policy in pruned])
     for label, factor, _ in pruned:
         style = styles[f"{label}\n{factor}"]
-        found[label, factor] = {
-            "colour": style.colour,
-            "symbol": SYMBOLS[style.marker],
-            "dash": DASHES[style.dash],
-        }
+        found[label, factor] = {"colour": style.colour, "symbol": SYMBOLS[style.marker], "dash": DASHES[style.dash]}
     return found
 
 

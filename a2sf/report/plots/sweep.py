@@ -180,10 +180,7 @@ def _with_half(found: Estimate) -> tuple[float, float]:
 def trade_off(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
     """The metric against tokens per second, of the time that each cell is charged with, and against the tokens retained."""
     column = score_columns(part)[-1]
-    wanted = {
-        "tokens_per_second": "tokens/s of charged time",
-        "kept_tokens": "tokens retained per KV head",
-    }
+    wanted = {"tokens_per_second": "tokens/s of charged time", "kept_tokens": "tokens retained per KV head"}
     measures = {k: v for k, v in wanted.items() if part.frame[k].notna().any()}
     lines = chosen_lines(part, pair)
     styles = styles_of(lines)

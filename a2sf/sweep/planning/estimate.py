@@ -240,10 +240,7 @@ def _tokens_around(model: ModelSpec, prompting: Prompting, shots: int) -> tuple[
 
 
 def _tokens_to_compute(
-    cells: Sequence[Cell],
-    lengths: list[Lengths] | None,
-    size: int | None = None,
-    sizes: dict[Any, int] | None = None,
+    cells: Sequence[Cell], lengths: list[Lengths] | None, size: int | None = None, sizes: dict[Any, int] | None = None
 ) -> float | None:
     """Tokens that a group will compute; None: not known.
 
