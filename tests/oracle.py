@@ -51,19 +51,23 @@ def run(
     query: np.ndarray,
     key: np.ndarray,
     value: np.ndarray,
-    budget: int,
+    budget_at: int | Callable[[int], int],
     when: str = "step",
     every: int = 1,
     then: str = "keep",
     prompt: int = 0,
 ) -> tuple[np.ndarray, list[list[int]]]:
-    """One sequence: query [H, T, D], key [K, T, D], value [K, T, V] to outputs [H, T, V] and each head's kept positions."""
+    """One sequence: query [H, T, D], key [K, T, D], value [K, T, V] to outputs [H, T, V] and each head's kept positions.
+
+    The budget is a number, or one for each position.
+    """
     H, T, D = query.shape
     K = key.shape[0]
     G = H // K
     out = np.zeros((H, T, value.shape[-1]))
     caches: list[list[Token]] = [[] for _ in range(K)]
     for t in range(T):
+        budget = budget_at if isinstance(budget_at, int) else budget_at(t)
         for head, cache in enumerate(caches):
             cache.append(Token(t, key[head, t], value[head, t]))
             got = np.zeros(len(cache))

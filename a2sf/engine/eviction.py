@@ -77,6 +77,9 @@ def _reference_rows(differentiable: bool, rows: Rows, options: Options) -> Ran:
     for t in range(T):
         n = past + t + 1  # columns that exist by now
         now = new[:, :1, t : t + 1]
+        if rows.growth is not None:
+            here_now = old.seen + (rows.length - 1).clamp(min=0, max=t)
+            retention = rows.at(here_now).per_head(K, query.dtype)
         active = (t < rows.length)[:, None, None]  # rows that have a token here
         # insert, with score 0
         cached[:, :, n - 1 : n] = active

@@ -15,7 +15,7 @@ from a2sf.engine.state import EvictionState, Options, Segments, remembered
 from a2sf.errors import ConfigError, UserError
 from a2sf.policies.arguments import policy_of, schedule_of
 from a2sf.policies.base import Policy, check_name
-from a2sf.policies.budget import Budget
+from a2sf.policies.budget import Budget, growing
 from a2sf.policies.prepared import Prepared
 from a2sf.policies.rule import Rule
 from a2sf.policies.schedule import Schedule, schedule_for
@@ -45,7 +45,8 @@ def attend(
         query: [B, H, T, D], any floating dtype.
         key: [B, K, T, D] and
         value: [B, K, T, V]; `H` is a multiple of `K` (grouped-query attention).
-        budget: `C`, int or int tensor [B], or a `Budget` of tokens; None for a policy that ignores it.
+        budget: `C`, int or int tensor [B], or a `Budget` of tokens, or of a ratio of base `seen`, which grows with the
+            tokens read, those of `state` included; None for a policy that ignores it.
         schedule: when tokens are evicted, a `Schedule` or its name; None: after every token, or after the prompt for a
             policy that knows no other.
         prompt: int or int tensor [B], tokens of each row's prompt; for the prompt schedule. It counts from the row's
@@ -78,7 +79,10 @@ def attend(
         raise ConfigError("budget", None, f"the policy {policy.name} needs a number of tokens, at least 1")
     if not policy.causal and state is not None:
         raise UserError(f"{policy.name} looks at later tokens, so it reads a whole sequence at once; give no state")
-    C = _per_row("budget", 1 if budget is None else _tokens(budget, layer, layers), B, torch.int64)
+    if isinstance(budget, Budget):
+        budget.check(layers)
+    seen = budget if isinstance(budget, Budget) and budget.grows else None
+    C = _per_row("budget", 1 if budget is None or seen is not None else _tokens(budget, layer), B, torch.int64)
     if bool((C < 1).any()):
         raise ConfigError("budget", int(C.min()), "give a whole number of tokens, at least 1")
     read = None
@@ -89,17 +93,17 @@ def attend(
         if bool((read < 1).any()):
             raise ConfigError("prompt", int(read.min()), "a prompt has at least 1 token")
     prompts = [None] * B if read is None else read.tolist()
-    if (
-        prepared is None
-        and policy.prepares
-        and read is not None
-        and (bool((read > C).any()) or schedule.then != "keep")
-    ):
+    fits = read is None or (seen is None and bool((read <= C).all()))
+    if prepared is None and policy.prepares and read is not None and (not fits or schedule.then != "keep"):
         raise ConfigError("prepared", None, f"the policy {policy.name} needs what its prepare returned for each prompt")
     ready = [None] * B if prepared is None else list(prepared)
     if len(ready) != B:
         raise ConfigError("prepared", f"{len(ready)} rows", f"give one for each of the {B} rows")
-    each = [policy.keeps(c, layer, layers, n, p) for c, n, p in zip(C.tolist(), prompts, ready, strict=True)]
+    rows = zip(C.tolist(), prompts, ready, strict=True)
+    if seen is not None and policy.uses_budget:
+        each = [growing(policy, seen, layers, schedule, n, p)[layer] for _, n, p in rows]
+    else:
+        each = [policy.keeps(c, layer, layers, n, p) for c, n, p in rows]
     segments = Segments.of_rows(BatchRetention.of(each, schedule, read), _lengths(lengths, B, T))
     return _run(query, key, value, segments, scale, state, backend, layer, layers)
 
@@ -178,13 +182,12 @@ def _run(
     return attended.output, attended.state
 
 
-def _tokens(budget: int | Tensor | Budget, layer: int, layers: int) -> int | Tensor:
+def _tokens(budget: int | Tensor | Budget, layer: int) -> int | Tensor:
     """A budget as `attend` is given it, in tokens of a layer."""
     if not isinstance(budget, Budget):
         return budget
     if budget.ratio is not None:
-        raise ConfigError("budget.ratio", budget.ratio, "attend takes a number of tokens, so give that")
-    budget.check(layers)
+        raise ConfigError("budget.ratio", budget.ratio, "attend takes a number of tokens, or a ratio of base seen")
     return budget.slots(total=0, context=0, layer=layer)
 
 

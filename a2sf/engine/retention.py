@@ -15,6 +15,7 @@ from torch import Tensor
 
 from a2sf.errors import UserError
 from a2sf.policies.base import UNLIMITED, Retention
+from a2sf.policies.budget import Growth
 from a2sf.policies.prepared import Numbers
 from a2sf.policies.rule import ACCUMULATED, Rule
 from a2sf.policies.schedule import STEP, Schedule
@@ -33,6 +34,10 @@ class BatchRetention:
         schedule: when they are evicted.
         prompt: int64 [n], tokens of each sequence's prompt; for the prompt schedule alone.
         prepared: [n, K, P], numbers that the policy prepared for the prompts' tokens; None: it has none.
+        growth: of each sequence whose budget grows with the text; the numbers above are then those of the first step at
+            which it may evict. None: none grows.
+        given_back: int64 [n], only in numbers of one step (`at`): how many tokens each KV head of a growing sequence evicts
+            after a cut that gave each a share of its own; -1 for the others.
     """
 
     budget: Tensor
@@ -43,6 +48,8 @@ class BatchRetention:
     schedule: Schedule = STEP
     prompt: Tensor | None = None
     prepared: Tensor | None = None
+    growth: tuple[Growth | None, ...] | None = None
+    given_back: Tensor | None = None
 
     @staticmethod
     def of(
@@ -51,13 +58,18 @@ class BatchRetention:
         """One sequence per retention; `prompt` is used by the prompt schedule alone.
 
         Raises:
-            UserError: if their rules differ.
+            UserError: if their rules differ, or a threshold's steps depend on a budget that grows.
         """
         rules = {r.rule for r in retentions}
         if len(rules) > 1:
             raise UserError("the policy has other rules at other budgets; give each row of a batch the same budget")
-        integers = [[r.budget, r.recent, r.sinks] for r in retentions]
-        budget, recent, sinks = torch.tensor(integers, dtype=torch.int64).view(len(integers), 3).T.contiguous()
+        growth = _some([r.growth for r in retentions])
+        if growth is not None and schedule.spare and any(r.threshold is not None for r in rules):
+            raise UserError(
+                "a policy with a threshold evicts every so many tokens from a full budget on, so its budget cannot grow; "
+                "give budget.base=total or context, or schedule=step"
+            )
+        budget, recent, sinks = _integers(retentions)
         return BatchRetention(
             budget=budget,
             recent=recent,
@@ -67,6 +79,7 @@ class BatchRetention:
             schedule=schedule,
             prompt=torch.as_tensor(prompt, dtype=torch.int64) if schedule.prompt and prompt is not None else None,
             prepared=_padded([r.prepared for r in retentions]),
+            growth=growth,
         )
 
     def retention(self) -> dict[str, Any]:
@@ -75,7 +88,11 @@ class BatchRetention:
 
     def select(self: Batch, rows: Tensor | slice) -> Batch:
         """The sequences `rows`, in that order."""
-        return self._each(lambda x: x[rows])
+        chosen = self._each(lambda x: x[rows])
+        if self.growth is None:
+            return chosen
+        places = range(len(self.growth))[rows] if isinstance(rows, slice) else _places(rows)
+        return replace(chosen, growth=_some([self.growth[i] for i in places]))
 
     def to(self: Batch, device: torch.device) -> Batch:
         """The same on `device`."""
@@ -91,8 +108,38 @@ class BatchRetention:
         none = torch.zeros_like(self.recent)
         budget = torch.full_like(self.budget, UNLIMITED)
         return replace(
-            self, budget=budget, recent=none, sinks=none, rule=rule, schedule=STEP, prompt=None, prepared=None
+            self,
+            budget=budget,
+            recent=none,
+            sinks=none,
+            rule=rule,
+            schedule=STEP,
+            prompt=None,
+            prepared=None,
+            growth=None,
         )
+
+    def at(self: Batch, positions: Tensor) -> Batch:
+        """The numbers of one step, that of the token at `positions` int64 [n] of each sequence."""
+        if self.growth is None:
+            return self
+        each = [None if g is None else g.at(p) for g, p in zip(self.growth, positions.tolist(), strict=True)]
+        rows = torch.tensor([i for i, k in enumerate(each) if k is not None])
+        now = _integers([k for k in each if k is not None])
+        changed: dict[str, Any] = {
+            name: getattr(self, name).index_put((rows.to(self.budget.device),), x.to(self.budget.device))
+            for name, x in zip(("budget", "recent", "sinks"), now, strict=True)
+        }
+        if self.across_heads:
+            grown = zip(self.growth, positions.tolist(), strict=True)
+            spare = self.schedule.spare
+            given = [-1 if g is None else g.given_back(p, spare) for g, p in grown]
+            changed["given_back"] = torch.tensor(given, device=self.budget.device)
+        return replace(self, growth=None, **changed)
+
+    def most_after(self, seen: Tensor) -> int:
+        """`most` once `seen` int64 [n] tokens of each sequence are read."""
+        return self.most if self.growth is None else self.at((seen - 1).clamp(min=0)).most
 
     def after_prompt(self: Batch) -> Batch:
         """What is retained once every prompt has been read and cut: step by step, or everything."""
@@ -109,7 +156,7 @@ class BatchRetention:
 
     @cached_property
     def most(self) -> int:
-        """The most tokens that a KV head holds between two steps, outside of a prompt."""
+        """The most tokens that a KV head holds between two steps, outside of a prompt; of a budget that grows, for now."""
         return int(self.budget.max()) + self.schedule.spare
 
     def prompts_read(self, seen: Tensor) -> bool:
@@ -141,6 +188,7 @@ class BatchRetention:
             schedule=self.schedule,
             prompt=None if self.prompt is None else self.prompt[:, None, None],
             prepared=None if self.prepared is None else self.prepared.to(dtype),
+            given_back=None if self.given_back is None else self.given_back[:, None, None],
         )
 
     # what follows is for numbers `per_head`; `now` is int64 [B, 1, 1], the position of each row's newest token
@@ -181,6 +229,8 @@ class BatchRetention:
                 every = self.schedule.spare + 1
                 since = torch.where((now + 1 - self.prompt) % every == 0, every, 0).expand_as(over)
                 later = since.where(self.prompt > self.budget, later)
+                if self.given_back is not None:
+                    later = torch.where(self.given_back < 0, later, self.given_back)
         return torch.where(now < self.prompt - 1, 0, torch.where(self.at_cut(now), over, later))
 
     def due(self, now: Tensor) -> Tensor:
@@ -198,6 +248,22 @@ class BatchRetention:
     def unprotected(self, positions: Tensor, cached: Tensor, now: Tensor) -> Tensor:
         """bool [B, K, N]: the `cached` tokens that may be evicted at time `now`."""
         return cached & (positions >= self.sinks) & (positions <= now - self.recent)
+
+
+def _integers(retentions: Sequence[Retention]) -> tuple[Tensor, ...]:
+    """Budget, recent and sinks of each, int64 [n]."""
+    numbers = [[r.budget, r.recent, r.sinks] for r in retentions]
+    return torch.tensor(numbers, dtype=torch.int64).view(len(numbers), 3).T.contiguous().unbind(0)
+
+
+def _some(growth: Sequence[Growth | None]) -> tuple[Growth | None, ...] | None:
+    """`growth`, or None if no sequence's budget grows."""
+    return tuple(growth) if any(g is not None for g in growth) else None
+
+
+def _places(rows: Tensor) -> list[int]:
+    places: list[int] = (rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows).tolist()
+    return places
 
 
 def _padded(numbers: Sequence[Numbers | None]) -> Tensor | None:

@@ -37,18 +37,21 @@ class Segments(BatchRetention):
 
     A batch of rows is one segment per row without parents. Sequences with a common beginning are a tree: the shared
     beginning is one segment, its continuations are children, and each child starts from a copy of its parent's state. A
-    parent and a child may differ in budget, recent and sinks only if the parent has not evicted yet (invariant 6), and in
-    prompt only if the parent ends within both; where the rule looks at the end of a prompt, before either looks.
+    parent and a child may differ in budget, recent and sinks if the parent has not evicted yet (invariant 6), or if the
+    budget grows with the text; and in prompt only if the parent ends within both; where the rule looks at the end of a
+    prompt, before either looks.
 
     Attributes (int64 tensors [S] on the CPU, beside those of `BatchRetention`, which are of the sequence through a segment):
         row, start, length: the tokens `[row, start : start + length]` of the packed query, key and value.
         parent: index of the segment that this one continues, -1 for none. Parents come before their children.
+        final: bool [S], whether the state at a segment's end is one of those that are returned; None: all are.
     """
 
     row: Tensor
     start: Tensor
     length: Tensor
     parent: Tensor
+    final: Tensor | None = None
 
     @staticmethod
     def of_rows(retention: BatchRetention, length: Tensor, start: Tensor | None = None) -> Segments:
@@ -235,7 +238,7 @@ class Attended:
 
     Attributes:
         output: [B, H, T, V] in the query's dtype; 0 where no segment covers a token.
-        state: final state, one row per segment; None unless asked for.
+        state: final state, one row per segment (of those in `Segments.final`); None unless asked for.
         evicted: int32 [B, K, T], the position evicted at each token's step, -1 where none was; None unless asked for.
         cuts: int64 [n, 4], the evictions of the steps that evicted several tokens: row, head, column of the step and
             position; those steps are -1 in `evicted`. None unless asked for.

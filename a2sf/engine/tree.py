@@ -103,7 +103,7 @@ def by_depth(run_rows: RunRows, call: Call, dtype: torch.dtype | None = None) ->
     evictions: list[Tensor] = []
     above: tuple[EvictionState, Tensor | None] | None = None  # ends of the depth before, and their counts where known
     here: list[Ran] = []  # of this depth
-    every: list[EvictionState] = []
+    every: list[EvictionState] = []  # that are returned
     order: list[int] = []  # the segments in them
 
     # a given state may have read any number of tokens, which tables depend on
@@ -143,8 +143,9 @@ def by_depth(run_rows: RunRows, call: Call, dtype: torch.dtype | None = None) ->
         if wanted:
             here.append(replace(ran, output=ran.output[:0]))
         if options.return_state:
-            order += level.ids
-            every.append(ran.end)
+            at = [k for k, i in enumerate(level.ids) if segments.final is None or segments.final[i]]
+            order += [level.ids[k] for k in at]
+            every += [ran.end if len(at) == len(level.ids) else ran.end.select(torch.tensor(at))] if at else []
     final = None
     if options.return_state:
         final = every[0] if len(every) == 1 else EvictionState.stack(every).select(torch.tensor(order).argsort())
@@ -232,6 +233,7 @@ def _levels(segments: Segments, T: int, device: torch.device) -> list[_Level]:
             recent=numbers[2],
             sinks=numbers[3],
             prompt=None if segments.prompt is None else numbers[4],
+            growth=None if segments.growth is None else tuple(segments.growth[i] for i in ids),
             prepared=None if segments.prepared is None else segments.prepared[pick].to(device, non_blocking=True),
             forgetting_factor=segments.forgetting_factor[pick].to(device, non_blocking=True),
             rule=segments.rule,

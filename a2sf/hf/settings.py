@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from a2sf.errors import ConfigError, PolicyError, UserError, place
+from a2sf.errors import ConfigError, UserError
 from a2sf.policies.base import Policy, Retention
-from a2sf.policies.budget import Budget
+from a2sf.policies.budget import Budget, growing, retained
 from a2sf.policies.prepared import Prepared
 from a2sf.policies.schedule import Schedule, schedule_for
 
@@ -47,6 +47,8 @@ def check_settings(
     if budget is None:
         raise ConfigError("budget", None, f"the policy {policy.name} needs budget.ratio or budget.tokens")
     budget.check(layers)
+    if budget.grows:
+        _check_growth(policy, layers, schedule_for(policy, schedule))
     tokens = budget.tokens if isinstance(budget.tokens, tuple) else (budget.tokens,)
     if budget.tokens is not None and min(tokens) < policy.min_budget:
         raise ConfigError(
@@ -54,6 +56,24 @@ def check_settings(
             budget.tokens,
             f"recent + sinks may not exceed the budget, and {policy.name} protects {policy.min_budget} tokens",
         )
+
+
+def _check_growth(policy: Policy, layers: int, schedule: Schedule) -> None:
+    """Refuse a policy whose numbers cannot follow a budget that grows with the text.
+
+    Raises:
+        ConfigError: if it ranks tokens in another way at a larger budget, or evicts below a threshold every so many tokens.
+        UserError: if it does not fit the first budget, of one token.
+    """
+    least = policy.min_budget if schedule.prompt else 1
+    for i in range(layers):
+        small, large = (retained(policy, slots, i, layers) for slots in (least, least + 256))
+        if (small.rule, small.forgetting_factor) != (large.rule, large.forgetting_factor):
+            why = f"{policy.name} has another rule or forgetting factor at another budget; give total or context"
+            raise ConfigError("budget.base", "seen", why)
+        if small.rule.threshold is not None and schedule.spare:
+            why = f"{policy.name} has a threshold, whose steps are counted from a full budget; give total or context"
+            raise ConfigError("budget.base", "seen", why)
 
 
 def check_cut(budget: Budget | None, schedule: Schedule) -> None:
@@ -87,21 +107,12 @@ def retention_of(
     Raises:
         UserError: if the policy protects more tokens than the budget holds, or its own code fails.
     """
-    prompt = context if schedule_for(policy, schedule).prompt else None
-    slots = [budget.slots(total=total, context=context, layer=i) if budget else 1 for i in range(layers)]
-    try:
-        if prepared is not None and prepared.divides:
-            slots = [sum(slots) // layers] * layers
-        return tuple(policy.keeps(c, i, layers, prompt, prepared) for i, c in enumerate(slots))
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"policy {policy.name} does not fit a budget of {min(slots)} tokens: {error}") from error
-    except Exception as error:  # the policy's own code
-        at = place(error)
-        raise PolicyError(
-            f"policy {policy.name} fails: {type(error).__name__}: {error}{f' ({at})' if at else ''}"
-        ) from error
+    schedule = schedule_for(policy, schedule)
+    prompt = context if schedule.prompt else None
+    if budget is not None and budget.grows:
+        return growing(policy, budget, layers, schedule, prompt, prepared)
+    slots = budget.layer_slots(total, context, layers, prepared) if budget else [1] * layers
+    return tuple(retained(policy, c, i, layers, prompt, prepared) for i, c in enumerate(slots))
 
 
 def contexts_of(given: int | Sequence[int] | None) -> int | list[int] | None:

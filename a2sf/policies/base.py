@@ -21,6 +21,8 @@ from a2sf.policies.rule import ACCUMULATED, Rule, Sequence, Step, TokenFn
 if TYPE_CHECKING:  # so that commands which only list policies do not load torch
     from torch import Tensor
 
+    from a2sf.policies.budget import Growth
+
 UNLIMITED = 2**31 - 1
 """A budget that no sequence reaches: nothing is evicted."""
 WHEN = ("step", "every", "prompt")
@@ -38,6 +40,8 @@ class Retention:
         forgetting_factor: what accumulated attention is multiplied by at every step, `0 <= a <= 1`.
         rule: how the other tokens are ranked.
         prepared: numbers for the prompt's tokens, which the policy prepared.
+        growth: where the budget grows with the text, the numbers of every step; those above are of the first at which
+            tokens may be evicted. None: they hold throughout.
 
     Raises:
         ValueError: if a number is out of range.
@@ -49,6 +53,11 @@ class Retention:
     forgetting_factor: float = 1.0
     rule: Rule = ACCUMULATED
     prepared: Numbers | None = None
+    growth: Growth | None = None
+
+    def after(self, tokens: int) -> Retention:
+        """What is retained once `tokens` tokens are read."""
+        return self if self.growth is None else self.growth.at(tokens - 1)
 
     def __post_init__(self) -> None:
         if self.budget < 1:

@@ -34,8 +34,8 @@ class Counts:
         layer_requests: requests times layers.
         targets: tokens that were scored or generated, also those of reused requests.
         pruned: how many of them were predicted by a token that saw a pruned cache in some layer.
-        prompts, budgets: of each request, tokens of its prompt, and slots of a layer, mean over layers that have a budget;
-            where a threshold decides, tokens cached at the end.
+        prompts, budgets: of each request, tokens of its prompt, and slots of a layer (at its end, if they grow), mean over
+            layers that have a budget; where a threshold decides, tokens cached at the end.
         shares: of each request where a threshold decides, the share of its tokens that was cached at the end.
         stayed, could_leave: summed over these, tokens that stayed though the threshold could have evicted them, and tokens
             that it could have evicted.
@@ -117,10 +117,12 @@ class Counts:
         """
         acted = [r for r, acts in zip(retention, self.acts, strict=True) if acts]
         self.prompts.append(prompt)
-        limited = [r.budget for r in retention if r.budget < UNLIMITED and r.rule.threshold is None]
+        answers = ((0, targets), *later)
+        read = max(1, prompt + sum(answers[-1]) - 1)
+        limited = [r.after(read).budget for r in retention if r.budget < UNLIMITED and r.rule.threshold is None]
         self.budgets += [fmean(limited)] if limited else []
-        full = full_cache_prefix(acted, self.schedule, cut or prompt, self.kv_heads)
-        for before, predicted in ((0, targets), *later):
+        full = full_cache_prefix(acted, self.schedule, cut or prompt, self.kv_heads, total=read)
+        for before, predicted in answers:
             self.targets += predicted
             self.pruned += pruned_scores(predicted, full, prompt + before)
 

@@ -42,6 +42,26 @@ def test_policies_that_cut_after_the_prompt(runs):
         assert logs[0] != logs[1]
 
 
+def test_budgets_that_grow_with_the_text(runs):
+    share = ["budget.base=seen", "budget.ratio=0.3"]
+    done = evaluate("-m", "policy=full,h2o,window", *share, *COPA, "sweep_name=seen", "trace=1", runs=runs)
+    assert done.returncode == 0, done.stderr
+    assert "0.3 of seen" in done.stdout
+    cells = {s.cell["policy"]: s for s in load_sweep(runs / "seen")}
+    assert cells["h2o"].path.name.rsplit("__", 1)[0] == "smollm2-135m__h2o__r0.3-seen__copa__0shot__n4"
+    assert cells["h2o"].cell["identity"]["budget"] == {"ratio": 0.3, "tokens": None, "base": "seen"}
+    logs = [[list(row) for row in c.documents["loglikelihoods"]] for c in cells.values()]
+    assert logs[0] != logs[1] != logs[2]
+    with cells["window"].open_traces() as file:  # type: ignore[union-attr]
+        (trace,) = load(file)
+    for step in range(trace.evicted_at.shape[-1]):
+        assert (trace.retained(step).sum(-1) == max(1, 3 * (step + 1) // 10)).all()
+    more = evaluate("policy=h2o", "schedule=prompt", "schedule.then=step", *share, *COPA, "sweep_name=then", runs=runs)
+    assert more.returncode == 0, more.stderr
+    text = evaluate("policy=h2o", *share, "tasks=[needle]", "limit=2", "sweep_name=text", runs=runs)
+    assert text.returncode == 0, text.stderr
+
+
 def test_a_sweep_in_which_nothing_was_pruned_says_so(runs):
     done = evaluate("policy=h2o", "schedule=prompt", "budget.tokens=60", *COPA, "sweep_name=few", runs=runs)
     assert done.returncode == 0, done.stderr

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from a2sf import Policy, Schedule
+from a2sf import Budget, Policy, Schedule, make_policy
 from a2sf.engine import kernels
 from a2sf.engine.eviction import Attended, EvictionState, Options, Segments, reference
 from a2sf.engine.invariants import schedules
@@ -29,6 +29,7 @@ from a2sf.engine.retention import BatchRetention
 from a2sf.engine.stepwise import torch_rows
 from a2sf.engine.tree import Ran, Rows
 from a2sf.errors import ConfigError, Notice, UserError
+from a2sf.hf.settings import retention_of
 from a2sf.policies.rule import Rule
 from tests.policies import Counted, instances, label
 
@@ -238,6 +239,21 @@ def test_a_tree_of_segments(attend):
     )
     args = (*tokens(5, 2, 2, 2, 10, 4, 4, torch.float32), segments, OPTIONS)
     assert_same(attend(*args), reference(*args), 1e-5)
+
+
+@pytest.mark.parametrize("schedule", [Schedule(), EVERY, Schedule("prompt", then="step")], ids=label)
+def test_a_budget_that_grows(attend, schedule):
+    stated = [
+        retention_of(make_policy("a2sf", recent_share=share, sinks=1), Budget(ratio=r, base="seen"), T, 5, 1, schedule)[
+            0
+        ]
+        for T, r, share in ((20, 0.3, 0.4), (13, 0.9, 0.0))
+    ]
+    segments = Segments.of_rows(BatchRetention.of(stated, schedule, [5, 5]), torch.tensor([20, 13]))
+    vectors = tokens(5, 2, 2, 2, 20, 4, 5, torch.float32)
+    got, ran = attend(*vectors, segments, OPTIONS, by=by_name)
+    assert ran == {"triton"}
+    assert_same(got, reference(*vectors, segments, OPTIONS), 1e-5)
 
 
 def test_a_forest_of_two_tiles_whose_ends_nobody_asks_for(attend):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -11,7 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from a2sf import Schedule, attend, make_policy
+from a2sf import Budget, Schedule, attend, make_policy
 from a2sf.engine.invariants import SCHEDULES
 from tests.oracle import Method, Token, run
 from tests.policies import Apportioned, Counted, Divided, Looked, Steady, label
@@ -154,16 +155,25 @@ CUTS = {
     "a function": (Looked(), Method(accumulated, cut=across(3, 3, "0.3", lambda x, score: score * -x.value[1]))),
 }
 CASES = [(name, schedule) for name in METHODS for schedule in SCHEDULES] + [(name, Schedule("prompt")) for name in CUTS]
+BUDGETS = st.one_of(st.integers(2, 12), st.sampled_from(["0.07", "0.2", "0.29", "0.5", "0.83", "1.0"]))
+"""A number of tokens, or a share of those seen."""
+
+
+def growing(ratio: str) -> Callable[[int], int]:
+    """`C` at the step of the token at a position."""
+    return lambda t: max(1, math.floor(Fraction(ratio) * (t + 1)))
 
 
 @pytest.mark.parametrize(("name", "schedule"), CASES, ids=label)
 @settings(max_examples=examples(6), deadline=None)
-@given(seed=st.integers(0, 10_000), budget=st.integers(2, 12), prompt=st.integers(1, T + 2))
+@given(seed=st.integers(0, 10_000), budget=BUDGETS, prompt=st.integers(1, T + 2))
 def test_the_engine_is_the_oracle(name, schedule, seed, budget, prompt):
     policy, method = (METHODS | CUTS)[name]
     g = np.random.default_rng(seed)
     q, k, v = 2 * g.normal(size=(K * G, T, D)), g.normal(size=(K, T, D)), g.normal(size=(K, T, D))
-    want, kept = run(method, q, k, v, budget, schedule.when, schedule.every, schedule.then, prompt)
+    budget_at = growing(budget) if isinstance(budget, str) else budget
+    budget = Budget(ratio=float(budget), base="seen") if isinstance(budget, str) else budget
+    want, kept = run(method, q, k, v, budget_at, schedule.when, schedule.every, schedule.then, prompt)
     tensors = [torch.from_numpy(x)[None] for x in (q, k, v)]
     for backend in ("reference", "torch"):
         out, state = attend(policy, *tensors, budget=budget, schedule=schedule, prompt=prompt, backend=backend)

@@ -7,7 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from a2sf import attend
+from a2sf import Budget, attend
+from a2sf.hf.settings import retention_of
 from a2sf.scoring.passes.full_cache_prefix import cached_tokens, full_cache_prefix, pruned_scores
 from a2sf.scoring.passes.packing import pack
 from a2sf.scoring.passes.sequences import Model, ScoredSequence, pass_of
@@ -23,6 +24,16 @@ QUERY = torch.randn(2, LONGEST, HEADS, SIZE, generator=G, dtype=torch.float64)
 KEY, VALUE = torch.randn(2, 2, LONGEST, KV_HEADS, SIZE, generator=G, dtype=torch.float64)
 
 
+GROWING = [Budget(ratio=ratio, base="seen") for ratio in (0.1, 0.3, 0.55, 0.9, 1.0)]
+BUDGETS = st.one_of(st.integers(1, 20), st.sampled_from(GROWING))
+"""A number of tokens, or a share of those seen."""
+
+
+def given_to(policy, budget):
+    """The budget as the policy can hold it."""
+    return max(budget, policy.min_budget) if isinstance(budget, int) else budget
+
+
 @st.composite
 def requests(draw):
     """Sequences that begin alike, each with a prompt and a budget."""
@@ -31,7 +42,7 @@ def requests(draw):
     for _ in range(draw(st.integers(2, 5))):
         end = draw(st.lists(st.integers(0, 1), max_size=6))
         tokens = (start[: draw(st.integers(1, len(start)))] + end)[:LONGEST]
-        made.append((tuple(tokens), draw(st.integers(1, len(tokens))), draw(st.integers(1, 20))))
+        made.append((tuple(tokens), draw(st.integers(1, len(tokens))), draw(BUDGETS)))
     return made
 
 
@@ -41,8 +52,9 @@ def vectors(tokens: list[int], positions: list[int]):
 
 
 def request(policy, schedule, tokens, prompt, budget) -> ScoredSequence:
-    cut = prompt if schedule.prompt else None
-    kept = tuple(policy.keeps(max(budget, policy.min_budget), i, LAYERS, cut) for i in range(LAYERS))
+    given = given_to(policy, budget)
+    limit = (Budget(tokens=given) if isinstance(given, int) else given) if policy.uses_budget else None
+    kept = retention_of(policy, limit, len(tokens), prompt, LAYERS, schedule)
     return ScoredSequence(tokens, (0,) * (len(tokens) + 1 - prompt), kept, schedule)
 
 
@@ -61,7 +73,7 @@ def check_packed_is_alone(asked, max_tokens):
                 alone, state = attend(
                     policy,
                     *vectors(list(tokens), list(range(len(tokens)))),
-                    budget=max(budget, policy.min_budget),
+                    budget=given_to(policy, budget),
                     schedule=schedule,
                     prompt=prompt if schedule.prompt else None,
                     layer=layer,
@@ -96,16 +108,21 @@ def test_rows_of_a_pass_may_follow_different_policies_and_schedules(asked, max_t
 
 @pytest.mark.parametrize(("policy", "schedule"), tiered(CASES), ids=label)
 @settings(max_examples=examples(2), deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(prompt=st.integers(1, 20), budget=st.integers(1, 24))
+@given(prompt=st.integers(1, 20), budget=st.one_of(st.integers(1, 24), st.sampled_from(GROWING)))
 def test_scores_are_counted_as_pruned_exactly_where_attention_was_not_whole(policy, schedule, prompt, budget):
-    budget = max(budget, policy.min_budget)
-    kept = policy.keeps(budget)
+    kept = request(policy, schedule, (0,) * LONGEST, prompt, budget).retention[0]
+    budget = given_to(policy, budget)
     qkv = vectors([0] * LONGEST, list(range(LONGEST)))
-    more = {"schedule": schedule, "prompt": prompt if schedule.prompt else None, "backend": "reference"}
+    more = {
+        "schedule": schedule,
+        "prompt": prompt if schedule.prompt else None,
+        "backend": "reference",
+        "layers": LAYERS,
+    }
     pruned, _ = attend(policy, *qkv, budget=budget, **more)
     full, _ = attend(Full(), *qkv, budget=None, backend="reference")
     differs = (pruned - full).abs().amax((0, 1, 3)) > 1e-9
-    clean = full_cache_prefix([kept], schedule, prompt, KV_HEADS)
+    clean = full_cache_prefix([kept], schedule, prompt, KV_HEADS, total=LONGEST)
     counted, found = pruned_scores(LONGEST - prompt + 1, clean, prompt), int(differs[prompt - 1 :].sum())
     if kept.rule.threshold is None:
         assert counted == found

@@ -10,7 +10,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from a2sf.engine.kernels.registry import REGISTRY, TORCH, Backend, NewCache
+from a2sf.engine.kernels.phases import by_phases, needs_every_step
+from a2sf.engine.kernels.registry import REFERENCE, REGISTRY, TORCH, Backend, NewCache
 from a2sf.engine.kernels.registry import CacheShape as CacheShape
 from a2sf.engine.kernels.registry import TokenCache as TokenCache
 from a2sf.engine.kernels.registry import knows as knows
@@ -89,6 +90,10 @@ def _attend(call: Call, backend: str) -> Attended:
         if split is not None:
             return split(lambda simpler: _attend(simpler, backend), call)
         chosen = TORCH
+    if segments.growth is not None and chosen is not REFERENCE:
+        if not needs_every_step(segments):
+            return by_phases(lambda constant: _attend(constant, backend), call)
+        chosen = REFERENCE
     try:
         done = chosen.attend(call)
     except UnsoundKernelError as error:

@@ -23,8 +23,17 @@ def why_not(segments: Segments, options: Options, state: object) -> str | None:
     rule = segments.rule
     if segments.schedule != STEP or rule.full_heads or rule.heads or rule.recording or rule.threshold is not None:
         return "it knows one number for all heads, step by step"
+    if segments.growth is not None or segments.once("budgets differ", lambda: _changes_after_evicting(segments)):
+        return "it knows one budget for a sequence"
     unscored = segments.once("retained without scores", lambda: _retained_without_scores(segments))
     return None if unscored else "scores decide what is retained"
+
+
+def _changes_after_evicting(segments: Segments) -> bool:
+    """Whether a segment continues one that evicts with another budget."""
+    parent = segments.parent.clamp(min=0)
+    differs = (segments.parent >= 0) & (segments.budget != segments.budget[parent])
+    return bool((differs & (_end(segments) > segments.budget)[parent]).any())
 
 
 def _retained_without_scores(segments: Segments) -> bool:

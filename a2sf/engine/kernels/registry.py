@@ -205,8 +205,8 @@ class Reference(BaseBackend):
         return reference(*call)
 
 
-TORCH = Torch()
-REGISTRY: tuple[Backend, ...] = (Reference(), Dense(), Numba(), Triton(), TORCH)
+TORCH, REFERENCE = Torch(), Reference()
+REGISTRY: tuple[Backend, ...] = (REFERENCE, Dense(), Numba(), Triton(), TORCH)
 """In the order in which `auto` tries them."""
 
 

@@ -65,14 +65,20 @@ def _of_equal_numbers(segments: Segments, K: int) -> list[tuple[Tensor, Segments
     rule = segments.rule
     slots = torch.tensor([head_slots(rule.heads, C) for C in segments.budget.tolist()]).view(-1, K, 3)
     same: dict[object, list[int]] = {}
+    # equal heads may get other slots at a larger budget, as shares are rounded
+    by_place = segments.growth is not None and len({head.share for head in rule.heads}) > 1
     for h, head in enumerate(rule.heads):
-        same.setdefault((head.forgetting_factor, head.mean_over_age, slots[:, h].numpy().tobytes()), []).append(h)
+        settings = (head, h if by_place else 0) if segments.growth else (head.forgetting_factor, head.mean_over_age)
+        same.setdefault((settings, slots[:, h].numpy().tobytes()), []).append(h)
     groups = []
     for at in same.values():
         budget, recent, sinks = slots[:, at[0]].clone().unbind(1)
         factor = torch.full_like(segments.forgetting_factor, rule.heads[at[0]].forgetting_factor)
         plain = replace(rule, heads=(), mean_over_age=rule.heads[at[0]].mean_over_age)
         of_heads = replace(segments, budget=budget, recent=recent, sinks=sinks, forgetting_factor=factor, rule=plain)
+        if segments.growth is not None:
+            growth = tuple(None if g is None else g.of_head(at[0]) for g in segments.growth)
+            of_heads = replace(of_heads, growth=growth)
         groups.append((torch.tensor(at), of_heads))
     return groups
 

@@ -100,7 +100,8 @@ def check_prompt_is_known(cache: PrunedCache, columns: int) -> None:
     Raises:
         UserError: if it does.
     """
-    depends = cache.schedule.prompt or (cache.budget is not None and cache.budget.ratio is not None)
+    share = cache.budget is not None and cache.budget.ratio is not None and not cache.budget.grows
+    depends = cache.schedule.prompt or share
     unknown = (cache.calls == 1 and columns > 1) or (cache.calls == 0 and columns == 1)
     if not depends or not unknown or cache.begins_turn or cache.context_tokens is not None:
         return

@@ -46,14 +46,16 @@ class PrunedCache(Cache):
     """A cache of at most `C` tokens per layer and KV head (more while a schedule says so), for one batch of sequences.
 
     Give it to `model.generate(..., cache=cache)` or to the model itself; padding (`attention_mask`) never enters it.
-    Budgets are resolved once, from the first call's tokens, and stay the same when the cache is used for the next turn.
+    Budgets are resolved once, from the first call's tokens, and stay the same when the cache is used for the next turn; a
+    ratio of base `seen` grows with every token instead.
 
     Args:
         model: the model it will be used with, or what wraps it (PEFT, torch.compile, data parallelism).
         policy: which tokens to retain; a policy's name or class stands for one with its defaults.
         budget: how many tokens to retain (None: for a policy that ignores budgets). A ratio of base `context` is a share of
             the row's prompt, of base `total` a share of the tokens that are read: the prompt and all new tokens but the
-            last. 64 stands for `Budget(tokens=64)`, 0.2 for `Budget(ratio=0.2)`.
+            last, of base `seen` a share of the tokens read so far, which needs neither length. 64 stands for
+            `Budget(tokens=64)`, 0.2 for `Budget(ratio=0.2)`.
         schedule: when tokens are evicted, a `Schedule` or its name; None: after every token, or after the prompt for a
             policy that knows no other. A row's prompt is what the first call reads of it, or its `context_tokens`, which
             may be less: then the cut comes within the first call.

@@ -96,10 +96,11 @@ class Store:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, new: NewTokens, scale: float) -> Attended:
         """Insert, attend, score and evict the call's tokens; `end_call` is to follow."""
         if new.columns == 1 and self._state is None and self._memory is not None and not self.how.trace:
-            self._held = min(self.retention.most, self._held + 1)
-            memory = self._make_room(self._held, key, value, None)
+            now = self.retention.at((new.after - 1).clamp(min=0))  # numbers of this step, where a budget grows
+            self._held = min(now.most, self._held + 1)
+            memory = self._make_room(self._held, key, value, None, now.most)
             note(memory.backend)
-            return Attended(memory.attend(query, key, value, self.retention, scale=scale, lengths=new.length))
+            return Attended(memory.attend(query, key, value, now, scale=scale, lengths=new.length))
         before = None if self._state is None and self._memory is None else self.state()
         segments = Segments.of_rows(self.retention, new.length, new.start)
         options = self.how.options(scale)
@@ -129,7 +130,8 @@ class Store:
         self._held = state.most
         if self._held > self._slots:
             self._memory = None
-        self._make_room(self._held, state.keys, state.values, more).load(state, self.retention.forgetting_factor)
+        most = self.retention.most_after(seen + (more or 0))
+        self._make_room(self._held, state.keys, state.values, more, most).load(state, self.retention.forgetting_factor)
 
     def state(self) -> EvictionState:
         """What is cached, in canonical form."""
@@ -149,19 +151,23 @@ class Store:
         elif self._memory is not None:
             self._memory.reorder(rows)
 
-    def _make_room(self, need: int, key: Tensor, value: Tensor, more: int | None) -> TokenCache:
-        """Memory with `need` slots: allocated once where the budget or `more` bounds them, else whenever they are full."""
+    def _make_room(self, need: int, key: Tensor, value: Tensor, more: int | None, most: int) -> TokenCache:
+        """Memory with `need` slots: allocated once where the budget or `more` bounds them, else whenever they are full.
+
+        Args:
+            most: slots that the budget allows, after `more` tokens where it grows.
+        """
         if self._memory is not None and need <= self._slots:
             return self._memory
         make = new_cache(self.retention, key, self.how.backend)
         assert make is not None
-        most = self.retention.most
         if more:
             self._slots = max(need, min(most, need + more))
-        elif most < UNLIMITED and self._memory is None:
+        elif most < UNLIMITED and self._memory is None and self.retention.growth is None:
             self._slots = max(need, min(most, self.how.positions))
         else:
-            self._slots = max(need, min(most, need + max(GROWTH, need // 2)))
+            room = need + max(GROWTH, need // 2)
+            self._slots = max(need, room if self.retention.growth is not None else min(most, room))
         sizes = len(self.retention.budget), len(self.heads), self.group, self._slots, key.shape[-1], value.shape[-1]
         grown = make(CacheShape(*sizes))
         if self._memory is not None:
@@ -312,7 +318,8 @@ def check_state(retention: BatchRetention, state: EvictionState) -> None:
     counts = state.counts.cpu()
     counts[:, list(rule.full_heads)] = 0
     counts = counts if rule.threshold is None else counts * 0  # any number may stay
-    budget, seen = retention.budget, state.seen.cpu()
+    seen = state.seen.cpu()
+    budget = retention.at((seen - 1).clamp(min=0)).budget
     if rule.heads:  # that of the head that may hold most
         budget = torch.tensor([max(C for C, _, _ in head_slots(rule.heads, n)) for n in budget.tolist()])
     most = budget + retention.schedule.spare

@@ -50,11 +50,13 @@ def settings(
     """What a stored cache and the one that loads it must have in common."""
     config = model.config.get_text_config()
     numbers = [[(k.budget, k.recent, k.sinks, k.forgetting_factor) for k in row] for row in retention]
+    grows = [[k.growth and k.growth.budget.ratio for k in row] for row in retention]
     return {
         "model": {name: getattr(config, name, None) for name in OF_MODEL},
         "policy": _in_words(policy),
         "schedule": schedule.name,
         "kept": torch.tensor(numbers, dtype=torch.float64),  # part of the stored format, so it has its earlier name
+        "grows": grows if any(any(row) for row in grows) else None,
     }
 
 
@@ -73,6 +75,10 @@ def check(stored: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     for name in ("model", "policy", "schedule"):
         if stored[name] != here[name]:
             raise UserError(f"the {name} of a stored cache is {stored[name]} and this cache's is {here[name]}")
+    if stored.get("grows") != here["grows"]:
+        raise UserError(
+            "the budget of a stored cache, a share of the tokens seen, is not this cache's; give the same one"
+        )
     if not torch.equal(stored["kept"], here["kept"]):
         budgets = [sorted(set(s["kept"][..., 0].long().flatten().tolist())) for s in (stored, here)]
         raise UserError(

@@ -161,5 +161,5 @@ class Row:
                 found += total
             else:
                 later = self.follow if schedule.prompt and schedule.then == "keep" else schedule.spare
-                found += min(total, k.budget + later)
+                found += min(total, k.after(total).budget + later)
         return found

@@ -248,6 +248,6 @@ class Rows:
 def lane_of(row: Row) -> Hashable:
     """Equal for rows that can be in one cache, and need about the same number of slots there."""
     retention = row.sequence.retention
-    largest = max(k.budget for k in retention)
+    largest = max(k.after(len(row.sequence.read) + row.follow).budget for k in retention)
     size = UNLIMITED if largest >= UNLIMITED else largest.bit_length()
     return row.sequence.schedule, tuple(k.rule for k in retention), size

@@ -5,17 +5,25 @@ Up to there, sequences can be computed together whatever their policies, and log
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 
 from a2sf.policies.base import UNLIMITED, Retention
+from a2sf.policies.budget import Growth
 from a2sf.policies.rule import ACCUMULATED
 from a2sf.policies.schedule import Schedule
 from a2sf.policies.slots import head_slots
 
 
 def full_cache_prefix(
-    retention: Sequence[Retention], schedule: Schedule, prompt: int, kv_heads: int | None = None
+    retention: Sequence[Retention],
+    schedule: Schedule,
+    prompt: int,
+    kv_heads: int | None = None,
+    *,
+    total: int | None = None,
 ) -> int:
     """The number of tokens that can be read before any layer evicts one; `UNLIMITED`: nothing is ever evicted.
 
@@ -25,8 +33,16 @@ def full_cache_prefix(
         retention: what each layer retains.
         prompt: tokens of the prompt, which the schedule `prompt` reads before it evicts.
         kv_heads: KV heads of a layer, for policies that leave the cache of some heads full; None: not known.
+        total: tokens of the sequence; needed where a budget grows with them, which is looked at no further.
     """
-    budgets = [min(_budgets(r)) for r in retention if kv_heads is None or len(r.rule.full_heads) < kv_heads]
+    acting = [r for r in retention if kv_heads is None or len(r.rule.full_heads) < kv_heads]
+    grown = [_first_eviction(g, schedule, total) for r in acting for g in _growths(r)]
+    fixed = [min(_budgets(r)) for r in acting if r.growth is None]
+    return min([_fixed_prefix(fixed, schedule, prompt), *grown])
+
+
+def _fixed_prefix(budgets: Sequence[int], schedule: Schedule, prompt: int) -> int:
+    """`full_cache_prefix` of layers whose budgets do not grow."""
     budget = min(budgets, default=UNLIMITED)
     if budget >= UNLIMITED:
         return UNLIMITED
@@ -37,14 +53,24 @@ def full_cache_prefix(
     return UNLIMITED if schedule.then == "keep" else budget + schedule.spare
 
 
-def shareable_prefix(retention: Sequence[Retention], schedule: Schedule, prompt: int) -> int:
+def _first_eviction(growth: Growth, schedule: Schedule, total: int | None) -> int:
+    """How many of `total` tokens are read before one is evicted, where the budget grows."""
+    if total is None:
+        raise ValueError("a budget that grows needs the number of tokens")
+    held = growth.cached(total, schedule.spare)
+    # what is evicted does not come back, so that the difference never gets smaller
+    first = bisect_left(range(total), True, key=lambda t: held[t] <= t)
+    return first if first < total else UNLIMITED
+
+
+def shareable_prefix(retention: Sequence[Retention], schedule: Schedule, prompt: int, total: int | None = None) -> int:
     """The number of tokens after which the cache state depends on these tokens alone, not on budget or prompt.
 
     Only states of the same rule and forgetting factor are compared: others accumulate other scores.
     """
     if any(r.rule.precompute is not None for r in retention):
         return 0  # scores depend on tokens to come, from the first token on
-    prefix = full_cache_prefix(retention, schedule, prompt)
+    prefix = full_cache_prefix(retention, schedule, prompt, total=total)
     if not schedule.prompt:
         return prefix
     # the prompt's last queries add to the scores, and which are the last depends on the prompt
@@ -66,6 +92,10 @@ def cached_tokens(
     retention: Retention, schedule: Schedule, total: int, prompt: int, kv_heads: int | None = None
 ) -> float:
     """Tokens that a layer has cached after `total` tokens, mean over its KV heads."""
+    if retention.growth is not None:
+        cached = fmean(g.cached(total, schedule.spare)[total - 1] for g in _growths(retention)) if total else 0
+        full = len(retention.rule.full_heads) / kv_heads if kv_heads else 0.0
+        return cached + full * (total - cached)
     if retention.rule.heads:
         each = [replace(retention, budget=C, recent=0, sinks=0, rule=ACCUMULATED) for C in _budgets(retention)]
         return sum(cached_tokens(head, schedule, total, prompt) for head in each) / len(each)
@@ -89,6 +119,11 @@ def peak_tokens(
     retention: Retention, schedule: Schedule, total: int, prompt: int, kv_heads: int | None = None
 ) -> float:
     """The most tokens that a layer has cached between two of `total` steps, mean over its KV heads."""
+    if retention.growth is not None:
+        whole = min(prompt, total) if schedule.prompt else 0
+        most = fmean(max([whole, *g.cached(total, schedule.spare)[:total]]) for g in _growths(retention))
+        full = len(retention.rule.full_heads) / kv_heads if kv_heads else 0.0
+        return most + full * (total - most)
     if retention.rule.heads:
         each = [replace(retention, budget=C, recent=0, sinks=0, rule=ACCUMULATED) for C in _budgets(retention)]
         return sum(peak_tokens(head, schedule, total, prompt) for head in each) / len(each)
@@ -99,6 +134,14 @@ def peak_tokens(
         most = max(min(prompt, total), int(end))
     full = len(retention.rule.full_heads) / kv_heads if kv_heads else 0.0
     return most + full * (total - most)
+
+
+def _growths(retention: Retention) -> list[Growth]:
+    """That of each KV head, or one for all heads where theirs are equal; none where the budget does not grow."""
+    growth, heads = retention.growth, retention.rule.heads
+    if growth is None:
+        return []
+    return [growth.of_head(h) for h in range(len(heads))] if heads else [growth]
 
 
 def _budgets(retention: Retention) -> list[int]:

@@ -66,4 +66,5 @@ def _most(retention: Retention, tokens: int, prompt: int, schedule: Schedule) ->
         or (schedule.prompt and schedule.then == "keep")
     ):
         return tokens
-    return min(tokens, max(prompt if schedule.prompt else 0, retention.budget + schedule.spare))
+    most = retention.after(tokens).budget + schedule.spare
+    return min(tokens, max(prompt if schedule.prompt else 0, most))

@@ -55,7 +55,7 @@ class ScoredSequence:
     @cached_property
     def certain(self) -> int:
         """The length of the prefix whose outputs are equal to the full cache's."""
-        clean = full_cache_prefix(self.retention, self.schedule, self.prompt)
+        clean = full_cache_prefix(self.retention, self.schedule, self.prompt, total=len(self.read))
         return UNLIMITED if clean >= UNLIMITED else clean + 1
 
     @property
@@ -73,7 +73,9 @@ class ScoredSequence:
         Args:
             dense: whether sequences whose scores decide nothing are attended in calls of their own.
         """
-        unscored = dense and all(k.budget == UNLIMITED or k.recent == k.budget for k in self.retention)
+        unscored = dense and all(
+            k.growth is None and (k.budget == UNLIMITED or k.recent == k.budget) for k in self.retention
+        )
         return unscored, self.schedule, tuple(k.rule for k in self.retention)
 
     @property
@@ -87,7 +89,8 @@ class ScoredSequence:
 
     def state(self) -> Item:
         """For packing cache states, among sequences with equal `engine_call` and `factors`."""
-        return Item(self.read, self._evolution, shareable_prefix(self.retention, self.schedule, self.prompt))
+        certain = shareable_prefix(self.retention, self.schedule, self.prompt, len(self.read))
+        return Item(self.read, self._evolution, certain)
 
     @property
     def _evolution(self) -> Hashable:

@@ -23,7 +23,8 @@ class BudgetConfig:
     Attributes:
         ratio: share of the sequence, 0 < ratio <= 1; one number, or one per layer
         tokens: number of tokens, instead of a ratio; one number, or one per layer
-        base: the length that a ratio refers to: total (context + continuation - 1) or context
+        base: the length that a ratio refers to: total (context + continuation - 1), context, or seen (the tokens read so
+            far, so that the budget grows with the text)
     """
 
     ratio: Any = None

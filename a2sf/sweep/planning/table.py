@@ -83,7 +83,8 @@ def _budget(cell: Cell) -> str | None:
     if budget is None:
         return None
     if budget.ratio is not None:
-        return "per layer" if isinstance(budget.ratio, tuple) else f"{budget.ratio:g}"
+        ratio = "per layer" if isinstance(budget.ratio, tuple) else f"{budget.ratio:g}"
+        return ratio if budget.base == "total" else f"{ratio} of {budget.base}"
     return "tokens per layer" if isinstance(budget.tokens, tuple) else f"{budget.tokens} tokens"
 
 

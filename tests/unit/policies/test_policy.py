@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from a2sf import A2SF, Budget
 from a2sf.errors import ConfigError
 from a2sf.policies.base import UNLIMITED, Retention
+from a2sf.policies.budget import Growth
 from a2sf.policies.find import find_policies
 
 POLICIES = find_policies()
@@ -38,6 +42,47 @@ def test_the_base_of_a_ratio_and_lists_of_one_per_layer():
     assert Budget(ratio=0.5, base="context").slots(total=100, context=40, layer=0) == 20
     assert Budget(tokens=7).slots(total=100, context=40, layer=3) == 7
     assert [Budget(ratio=[0.1, 0.2]).slots(total=50, context=0, layer=i) for i in range(2)] == [5, 10]
+
+
+@given(ratio=st.integers(1, 100), position=st.integers(0, 400), prompt=st.one_of(st.none(), st.integers(1, 300)))
+def test_a_budget_of_the_tokens_seen_is_that_share_at_each_position(ratio, position, prompt):
+    growth = Growth(POLICIES["h2o"](), Budget(ratio=ratio / 100, base="seen"), 0, 1, prompt)
+    C = max(1, ratio * (max(position, (prompt or 1) - 1) + 1) // 100)
+    assert growth.at(position) == Retention(budget=C, recent=C // 2)
+    assert growth.at(position // 2) == Growth(growth.policy, growth.budget, 0, 1, prompt).at(position // 2)
+    later = growth.phases(position, position + 90)
+    assert later[0] == (position, growth.at(position))
+    assert all(growth.at(p) == k != growth.at(p - 1) for p, k in later[1:])
+    changes = [p for p in range(position + 1, position + 90) if growth.at(p) != growth.at(p - 1)]
+    assert changes == [p for p, _ in later[1:]]
+
+
+@given(ratio=st.integers(1, 100), spare=st.integers(0, 5), prompt=st.one_of(st.none(), st.integers(1, 60)))
+def test_what_is_cached_of_a_growing_budget(ratio, spare, prompt):
+    """Against the schedule, spelled out."""
+    growth = Growth(POLICIES["window"](), Budget(ratio=ratio / 100, base="seen"), 0, 1, prompt)
+    held, want, given_back = 0, [], []
+    for t in range(90):
+        C, held, gone = max(1, ratio * (t + 1) // 100), held + 1, 0
+        if (prompt is None or t >= prompt) and held > C + spare:
+            gone = held - C
+        elif prompt is not None and t == prompt - 1:
+            gone = max(0, held - C)
+        held -= gone
+        want.append(held)
+        given_back.append(gone)
+    assert growth.cached(30, spare)[:30] == want[:30]
+    assert growth.cached(90, spare)[:90] == want
+    assert [growth.given_back(t, spare) for t in range(90)] == given_back
+
+
+def test_a_copy_of_a_growing_budget_is_equal_and_found_again():
+    growth = Growth(POLICIES["h2o"](), Budget(ratio=0.3, base="seen"), 1, 4)
+    growth.at(50)
+    for twin in (copy.deepcopy(growth), pickle.loads(pickle.dumps(growth))):
+        assert twin == growth
+        assert hash(twin) == hash(growth)
+        assert twin.at(70) == growth.at(70)
 
 
 @given(policy=st.sampled_from(sorted(POLICIES)), budget=st.integers(1, 500))

@@ -59,7 +59,7 @@ def sentence(*overrides: str) -> str:
         (["budget.ratio=[0.1,0.2]"], ["budget.ratio=[0.1, 0.2]", "one entry per layer, 30"]),
         (["budget.tokens=0"], ["budget.tokens=0", "at least 1"]),
         (["budget.tokens=4", "budget.ratio=0.1"], ["budget", "exactly one"]),
-        (["budget.base=everything"], ["budget.base=everything", "total, context"]),
+        (["budget.base=everything"], ["budget.base=everything", "total, context, seen"]),
         (["policy=streaming", "budget.tokens=3"], ["budget.tokens=3", "recent + sinks", "4"]),
         (["policy=streaming", "policy.sinks=-1"], ["policy.sinks=-1", "at least 0"]),
         (["policy=h2o", "policy.recent_share=1.5"], ["policy.recent_share=1.5", "from 0 to 1"]),

@@ -53,6 +53,11 @@ def attend_cpu(
     most = 1 + segments.schedule.spare
     if start is not None and options.trace:
         most = max(most, 1 + int((start - segments.budget[segments.parent < 0]).max()))
+    if (
+        options.trace and segments.final is not None
+    ):  # a layer's budget may be smaller in the next phase of a growing one
+        smaller = segments.budget[segments.parent.clamp(min=0)] - segments.budget
+        most += max([0, *smaller[segments.parent >= 0].tolist()])
     flags = rule_flags(segments.rule) | {"spare": segments.schedule.spare, "most": most}
     shape = Shape(K, H // K, D, V, plan.slots, plan.slots, plan.block, **flags)
 
@@ -65,7 +70,7 @@ def attend_cpu(
     given = as_arrays(state, segments.rule) if state is not None else NO_STATE
     final, final_state = NO_STATE, None
     if options.return_state:
-        final_state = empty_slots(segments.count, K, plan.final_slots, D, V)
+        final_state = empty_slots(plan.final, K, plan.final_slots, D, V)
         final = as_arrays(final_state)
 
     items, threads = plan.left.size * _items(shape), threads_for(plan, shape)

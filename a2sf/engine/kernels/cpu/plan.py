@@ -29,6 +29,7 @@ class KernelPlan:
         slots, block: the most slots and the largest block of any segment.
         buffers: states that a tree needs at a time.
         final_slots: the most tokens cached at the end of a segment.
+        final: how many segments' states are returned.
         rows, columns: how many the segments need.
     """
 
@@ -39,6 +40,7 @@ class KernelPlan:
     block: int
     buffers: int
     final_slots: int
+    final: int = 0
     rows: int = 0
     columns: int = 0
 
@@ -68,7 +70,9 @@ def _make_plan(segments: Segments, start: list[int] | None, return_state: bool) 
         # the block depends on the segment's own budget alone, so that a row's rounding does not depend on other rows
         need = whole(held[i] + LEAST_BLOCK if evicts else held[i])
         block[i] = min(LARGEST_BLOCK, need - held[i]) if evicts else LARGEST_BLOCK
-        slots, final_slots, most = max(slots, need), max(final_slots, held[i]), max(most, min(block[i], length[i]))
+        slots, most = max(slots, need), max(most, min(block[i], length[i]))
+        if segments.final is None or segments.final[i]:
+            final_slots = max(final_slots, held[i])
         work[i] = length[i] * (held[i] + LANES)
     # scores matter where some later eviction has a choice
     scored = [return_state] * count
@@ -78,6 +82,11 @@ def _make_plan(segments: Segments, start: list[int] | None, return_state: bool) 
             scored[parent[i]] |= scored[i]
             work[parent[i]] += work[i]
 
+    # which of the returned states is the segment's; -1: it is not returned
+    final = list(range(count)) if segments.final is None else (segments.final.long().cumsum(0) - 1).tolist()
+    if segments.final is not None:
+        final = [at if is_final else -1 for at, is_final in zip(final, segments.final.tolist(), strict=True)]
+    order: list[int] = []
     steps: list[tuple[int, ...]] = []
     tree_first, left, buffers = [0], [], 1
     origin = {root: cpu_run.EMPTY if start is None else cpu_run.GIVEN - at for at, root in enumerate(roots)}
@@ -87,19 +96,27 @@ def _make_plan(segments: Segments, start: list[int] | None, return_state: bool) 
             i, source, target = stack.pop()
             buffers = max(buffers, target + 1)
             rule = (budget[i], recent[i], sinks[i], block[i], int(scored[i] and segments.rule.scored))
-            steps.append((i, row[i], first[i], length[i], source, target, *rule))
+            order.append(i)
+            steps.append((final[i], row[i], first[i], length[i], source, target, *rule))
             if children[i]:
                 # the last child continues in its parent's state, the others in a copy of it
                 stack.append((children[i][-1], target, target))
                 stack.extend((child, target, target + 1) for child in reversed(children[i][:-1]))
         left.append(sum(step[cpu_run.LENGTH] + 1 for step in steps[tree_first[-1] :]))
         tree_first.append(len(steps))
-    order = [step[cpu_run.SEGMENT] for step in steps]
     program = Program(
         np.array(tree_first, np.int64),
         np.array(steps, np.int64).reshape(-1, 11),
         segments.forgetting_factor[order].float().numpy(),
     )
     return KernelPlan(
-        program, np.array(left, np.int64), sum(length), whole(slots), max(most, 1), buffers, final_slots, *needed
+        program,
+        np.array(left, np.int64),
+        sum(length),
+        whole(slots),
+        max(most, 1),
+        buffers,
+        final_slots,
+        sum(at >= 0 for at in final),
+        *needed,
     )

@@ -28,7 +28,7 @@ class Program(NamedTuple):
     factor: Any  # float32 [segments]
 
 
-SEGMENT, ROW, START, LENGTH, SOURCE, TARGET, BUDGET, RECENT, SINKS, BLOCK, SCORED = range(11)
+FINAL, ROW, START, LENGTH, SOURCE, TARGET, BUDGET, RECENT, SINKS, BLOCK, SCORED = range(11)
 EMPTY, GIVEN = -1, -2
 """Values of SOURCE beside the buffer to copy: start empty, or from row `GIVEN - SOURCE` of the states that were given."""
 
@@ -165,9 +165,9 @@ def _advance(program, shape, call, states, scratch, given, final, thread, item, 
         quota -= w
         rest -= w
         if done == step[LENGTH]:
-            if final.seen.size:
+            if final.seen.size and step[FINAL] >= 0:
                 for h in range(heads):
-                    _export(states, s + h * buffers, shape, final, step[SEGMENT], head + h)
+                    _export(states, s + h * buffers, shape, final, step[FINAL], head + h)
             i += 1
             done = 0
             rest -= 1
