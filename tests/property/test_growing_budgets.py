@@ -11,13 +11,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from a2sf import Budget, attend, make_policy
+from a2sf import Budget, Schedule, attend, make_policy
 from a2sf.engine import kernels
 from a2sf.engine.kernels.phases import phases_of
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Options, Segments
 from a2sf.hf.settings import retention_of
 from baselines.calibrated import Calibrated
+from baselines.h2o import H2O
 from tests.policies import cases, label, tiered
 from tests.tiers import examples
 
@@ -203,6 +204,33 @@ def test_keep_after_the_prompt_is_base_context(policy, schedule, seed, ratio, pr
     want = attend(query=tensors[0], key=tensors[1], value=tensors[2], **(arguments | {"budget": C}))
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1].positions, want[1].positions)
+
+
+class Waving(H2O):
+    """A layer's budget that is at times smaller than before."""
+
+    name, label = "waving", "Waving"
+
+    def layer_budget(self, budget, layer, layers, prompt=None):
+        return budget if budget % 3 else max(1, budget - 3)
+
+
+@pytest.mark.parametrize(
+    "schedule", [Schedule(), Schedule("every", every=3), Schedule("prompt", then="step")], ids=label
+)
+def test_a_smaller_budget_later_evicts_several_at_once(schedule):
+    retention = [retention_of(Waving(), Budget(ratio=0.6, base="seen"), T, 4, 1, schedule)[0]] * 2
+    assert retention[0].growth is not None
+    budgets = [k.budget for _, k in retention[0].growth.phases(0, T)]
+    assert sorted(budgets) != budgets
+    segments = Segments.of_rows(BatchRetention.of(retention, schedule, [4, 4]), torch.tensor([T, T - 7]))
+    tensors = vectors(1, rows=2, dtype=torch.float32)
+    options = Options(D**-0.5, return_state=True, trace=True)
+    got, want = (kernels.attend(*tensors, segments, options, backend=b) for b in ("numba", "reference"))
+    torch.testing.assert_close(got.output, want.output, atol=2e-5, rtol=0)
+    assert torch.equal(got.evicted, want.evicted)
+    assert sorted(got.cuts.tolist()) == sorted(want.cuts.tolist())
+    assert len(got.cuts)
 
 
 def test_phases_are_chains_whose_last_states_are_returned():
