@@ -117,11 +117,11 @@ def test_simlayerkv_finds_layers_that_look_at_both_ends():
     assert sorted(budgets) == [7, 7, 16]
 
 
-def scored(policy, row: int, budget: int, then: str) -> tuple[torch.Tensor, tuple[int, ...]]:
+def scored(policy, row: int, budget: Budget, then: str) -> tuple[torch.Tensor, tuple[int, ...]]:
     model, tokens = shared("llama"), IDS[row : row + 1]
     schedule = Schedule("prompt", then=then)
     ready = prepared_for(model, policy, tokens[0, :PROMPT].tolist())
-    retained = retention_of(policy, Budget(tokens=budget), TOKENS, PROMPT, 3, schedule, ready)
+    retained = retention_of(policy, budget, TOKENS, PROMPT, 3, schedule, ready)
     plan = Plan.of_rows(
         [TOKENS], [0], lambda row, layer: retained[layer], 3, schedule=schedule, prompt=lambda row: PROMPT
     )
@@ -133,7 +133,7 @@ def scored(policy, row: int, budget: int, then: str) -> tuple[torch.Tensor, tupl
 @pytest.mark.parametrize("policy", SMALL, ids=repr)
 def test_scored_and_generated_alike(policy, then):
     model, budget = shared("llama"), 8
-    want, budgets = zip(*(scored(policy, row, budget, then) for row in range(2)), strict=True)
+    want, budgets = zip(*(scored(policy, row, Budget(tokens=budget), then) for row in range(2)), strict=True)
     assert all(sum(b) == 3 * budget for b in budgets)
     assert any(len(set(b)) > 1 for b in budgets)
     schedule = Schedule("prompt", then=then)
@@ -153,6 +153,21 @@ def test_scored_and_generated_alike(policy, then):
         cache = PrunedCache(model, policy, budget, schedule=schedule, context_tokens=PROMPT)
         got = model(padded, attention_mask=mask, cache=cache).logits[:, 3:]
         assert (got - want[0]).abs().max() < 1e-3 * float(want[0].abs().max())
+
+
+@pytest.mark.parametrize("policy", SMALL, ids=repr)
+def test_a_budget_that_grows_after_the_cut_is_scored_as_it_is_decoded(policy):
+    model, budget = shared("llama"), Budget(ratio=0.34, base="seen")
+    want = [scored(policy, row, budget, "step")[0] for row in range(2)]
+    cache = PrunedCache(model, policy, budget, schedule=Schedule("prompt", then="step"), context_tokens=PROMPT)
+    with torch.inference_mode():
+        logits = [model(IDS[:, :PROMPT], cache=cache).logits]
+        for t in range(PROMPT, TOKENS):
+            logits.append(model(IDS[:, t : t + 1], cache=cache).logits)
+            held = sum(int(cache.state(i).counts[0].sum()) for i in range(3))
+            # fewer where the share of a layer grows faster than it reads
+            assert 2 * 3 * (34 * PROMPT // 100) <= held <= 2 * 3 * (34 * (t + 1) // 100)
+    assert (torch.cat(logits, 1) - torch.cat(want)).abs().max() < 1e-3 * float(want[0].abs().max())
 
 
 def test_a_first_call_that_is_refused_leaves_nothing_in_the_cache():
