@@ -255,7 +255,7 @@ def test_suites():
 def test_every_file_under_conf_policy_is_a_policy():
     for file in sorted((CONF / "policy").glob("*.yaml")):
         given = yaml.safe_load(file.read_text())
-        if needed := [key for key in ("file", "threshold") if given.get(key, "") is None]:  # of the user's own
+        if needed := [key for key in ("file", "threshold", "gates") if given.get(key, "") is None]:  # of the user's own
             with pytest.raises(ConfigError, match=rf"policy\.{needed[0]}"):
                 settings(f"policy={file.stem}")
             continue
