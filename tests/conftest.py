@@ -26,7 +26,7 @@ patient = hypothesis.settings(deadline=None, suppress_health_check=[HealthCheck.
 
 
 def pytest_configure(config):
-    os.environ[tiers.VARIABLE] = "quick" if "not full" in config.option.markexpr else "full"
+    os.environ[tiers.VARIABLE] = tiers.of(config.option.markexpr)
     hypothesis.settings.register_profile("tests", patient, max_examples=tiers.examples(patient.max_examples))
     hypothesis.settings.load_profile("tests")
 
@@ -62,6 +62,12 @@ def hub(tmp_path):
     """An empty hub on loopback. `hub.store` is to be filled; `tests.hub.build.process` or `hub.environment` reach it."""
     with Hub(Store(tmp_path / "hub")) as made:
         yield made
+
+
+@pytest.fixture
+def few_flips(monkeypatch):
+    """Fewer random sign flips behind p-values, for tests of what is made of these; 100,000 take 20 ms of each average."""
+    monkeypatch.setattr("a2sf.analysis.statistics.paired.SIGN_FLIPS", 2000)
 
 
 @pytest.fixture

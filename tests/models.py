@@ -76,6 +76,12 @@ def shared(name: str) -> PreTrainedModel:
     return small(name)
 
 
+@cache
+def shared_double(name: str) -> PreTrainedModel:
+    """The same in float64."""
+    return small(name).double()
+
+
 def random_model(kind: str, seed: int = 0, **settings: object) -> PreTrainedModel:
     torch.manual_seed(seed)
     return enlarge(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)))

@@ -1,9 +1,15 @@
-"""A folder of a user's own tasks for `include_path`: choices, generated text, made documents, nested groups."""
+"""A folder of a user's own tasks for `include_path`: choices, generated text, made documents, nested groups.
+
+And lm-eval's own entry, without what costs it seconds.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 UTILS = """
 from datasets import Dataset
@@ -75,3 +81,17 @@ def own_tasks(folder: Path) -> Path:
     for name, text in files.items():
         (folder / name).write_text(text)
     return folder
+
+
+def simple_evaluate(*arguments: Any, **more: Any) -> Any:
+    """`lm_eval.simple_evaluate` of tasks that are made, or given by a file.
+
+    Without reading the names of all of lm-eval's tasks and asking pip for all packages, which takes six seconds.
+    """
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    manager = more.pop("task_manager", None) or TaskManager(include_defaults=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+        return lm_eval.simple_evaluate(*arguments, task_manager=manager, **more)

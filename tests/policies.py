@@ -17,6 +17,7 @@ from a2sf.policies.find import find_policies
 from a2sf.policies.rule import Cut
 from baselines.by import By
 from baselines.curdkv import CurDKV
+from tests.tiers import is_left_out
 
 SMALL: dict[str, Any] = {
     "window": 3,
@@ -282,8 +283,10 @@ def cases(*, prepared: bool = False) -> list[tuple[Policy, Schedule]]:
 
 
 @cache
-def representatives() -> list[tuple[Policy, Schedule]]:
+def representatives(each: int = 2) -> list[tuple[Policy, Schedule]]:
     """One policy for each rule, with two of its schedules: the first that it knows, and the others in turn.
+
+    With `each=1` it has one of the two, in turn.
 
     Policies of one rule differ in numbers alone, so that the same code runs. Of a policy's instances it is the one whose
     settings matter in short sequences.
@@ -292,18 +295,20 @@ def representatives() -> list[tuple[Policy, Schedule]]:
     found: list[tuple[Policy, Schedule]] = []
     for i, policy in enumerate({p.keeps(9).rule: p for p in reversed(matter)}.values()):
         first, *others = schedules(policy)
-        found += [(policy, first), *([(policy, others[i % len(others)])] if others else [])]
+        two = [first, *([others[i % len(others)]] if others else [])]
+        found += [(policy, s) for s in (two if each == 2 else [two[i % len(two)]])]
     return found
 
 
-def tiered(tuples: Iterable[tuple[Any, ...]]) -> list[Any]:
+def tiered(tuples: Iterable[tuple[Any, ...]], each: int = 2) -> list[Any]:
     """What a test is parametrized with, a policy and a schedule and perhaps more, each tuple once.
 
-    `make test` takes the representatives, each with one of the further values, in turn. `make test-all` takes every policy
-    under every schedule, each with one of the further values, in turn, and a policy's other settings under one schedule;
-    what it adds is marked `full`. The rest of the matrix is marked `exhaustive` as well.
+    `make test` takes the representatives, `each` of a rule, with one of the further values, in turn. `make test-all` takes
+    every policy under every schedule, each with one of the further values, in turn, and a policy's other settings under
+    one schedule; what it adds is marked `full`. The rest of the matrix is marked `exhaustive` as well.
     """
-    quick = [(repr(p), label(s)) for p, s in representatives()]
+    # schedules alternate where a rule has one, so that two rules have the same further value: else it would go with them
+    quick = {(repr(p), label(s)): i // (3 - each) for i, (p, s) in enumerate(representatives(each))}
     further: dict[Any, list[Any]] = {}
     for policy, schedule, *more in (tuples := list(tuples)):
         further.setdefault((repr(policy), label(schedule)), []).append(more)
@@ -312,10 +317,11 @@ def tiered(tuples: Iterable[tuple[Any, ...]]) -> list[Any]:
     made = []
     for policy, schedule, *more in tuples:
         values = further[key := (repr(policy), label(schedule))]
-        in_quick = key in quick and more == values[quick.index(key) % len(values)]
+        in_quick = key in quick and more == values[quick[key] % len(values)]
         in_full = in_quick or (key in full and more == values[places[key] % len(values)])
-        marks = [] if in_quick else [pytest.mark.full] if in_full else [pytest.mark.full, pytest.mark.exhaustive]
-        made.append(pytest.param(policy, schedule, *more, marks=marks))
+        names = [] if in_quick else ["full"] if in_full else ["full", "exhaustive"]
+        if not names or not is_left_out(names[-1]):
+            made.append(pytest.param(policy, schedule, *more, marks=[getattr(pytest.mark, n) for n in names]))
     return made
 
 

@@ -1,11 +1,21 @@
-"""The two tiers: `make test` leaves out what is marked `full`, and tries fewer random examples."""
+"""The three tiers: `make test` leaves out what is marked `full`, and `make test-all` what is marked `exhaustive`."""
 
 from __future__ import annotations
 
 import os
 
 VARIABLE = "A2SF_TESTS"
-"""`quick` where tests marked `full` are left out; set by the conftest."""
+"""`quick`, `full` or `exhaustive`, by what is left out; set by the conftest."""
+
+
+def of(expression: str) -> str:
+    """The tier that pytest's `-m` asks for."""
+    return "quick" if "not full" in expression else "full" if "not exhaustive" in expression else "exhaustive"
+
+
+def is_left_out(mark: str) -> bool:
+    """Whether tests with this mark are left out, so that they need not be made: twenty thousand take seconds."""
+    return mark in {"quick": ("full", "exhaustive"), "full": ("exhaustive",)}.get(os.environ.get(VARIABLE, ""), ())
 
 
 def examples(n: int) -> int:

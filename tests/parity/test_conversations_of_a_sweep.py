@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import lm_eval
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,6 +18,7 @@ from a2sf.tasks.prompting import Prompting
 from a2sf.tasks.turns import NEXT
 from tests.hub.build import write_model
 from tests.interrupted import interrupted
+from tests.own_tasks import simple_evaluate
 from tests.small_cells import cell, runner
 
 TASK = """
@@ -103,7 +103,7 @@ def test_a_kill_loses_no_finished_conversation(model, task, tmp_path, monkeypatc
 def test_lm_evals_entry_gives_the_texts_and_scores_of_a_sweep(model, task, tmp_path):
     assert [o.status for o in runner(tmp_path, batch_size=3).run([cell(model, task)])] == ["done"]
     (stored,) = load_sweep(tmp_path / "s")
-    found = lm_eval.simple_evaluate(
+    found = simple_evaluate(
         "a2sf",
         model_args={"pretrained": model, "device": "cpu", "policy": "h2o", "budget_ratio": 0.5},
         tasks=[task],

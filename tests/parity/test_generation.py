@@ -18,14 +18,14 @@ from a2sf.hf.scope import pruning
 from a2sf.hf.settings import retention_of
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
-from tests.models import shared, small
+from tests.models import shared, shared_double
 from tests.policies import cases, label, tiered, ties
 
 # of each policy the instance whose settings matter in so few tokens
 ALL = {(p.name, label(s)): (p, s) for p, s in cases() if p.causal}.values()
 # where text is generated tokens come twice, and rounding decides between equal keys
 NOT_TIED = [(p, s) for p, s in ALL if not ties(type(p))]
-UNTIED = pytest.mark.parametrize(("policy", "schedule"), tiered(NOT_TIED), ids=label)
+UNTIED = pytest.mark.parametrize(("policy", "schedule"), tiered(NOT_TIED, each=1), ids=label)
 ARCHITECTURES = {"llama": False, "opt": False, "qwen3": True, "gemma3": True}
 """And whether they give all keys one length, so that rounding decides under a rule that only looks at that."""
 TOKENS = 24
@@ -130,7 +130,7 @@ def test_other_architectures(name):
 
 @pytest.mark.parametrize(
     ("policy", "schedule", "chunks"),
-    tiered((p, s, chunks) for p, s in ALL for chunks in ([20], [1, 5, 3, 11], [9, 8, 2])),
+    tiered(((p, s, chunks) for p, s in ALL for chunks in ([20], [1, 5, 3, 11], [9, 8, 2])), each=1),
     ids=label,
 )
 def test_a_prompt_in_one_go_or_in_chunks_then_token_by_token(policy, schedule, chunks):
@@ -154,7 +154,7 @@ def test_a_prompt_in_one_go_or_in_chunks_then_token_by_token(policy, schedule, c
 
 @pytest.mark.parametrize(
     ("policy", "schedule", "name", "budget"),
-    tiered((p, s, *more) for p, s in NOT_TIED for more in BUDGETS if fits(p, more[0])),
+    tiered(((p, s, *more) for p, s in NOT_TIED for more in BUDGETS if fits(p, more[0])), each=1),
     ids=label,
 )
 def test_left_padding_never_enters_the_cache_and_each_row_has_its_own_budget(policy, schedule, name, budget):
@@ -194,7 +194,7 @@ def test_generate_chooses_what_scoring_the_same_text_would(policy, schedule):
 def test_beams_equal_beams_that_read_everything_anew(policy, schedule):
     """Beam search that reorders the cache finds the sequences that a search without a cache finds."""
     model, ids = shared("llama"), ids_for(rows=2, length=15)
-    common = {"max_new_tokens": 10, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    common = {"max_new_tokens": 7, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
     cached = model.generate(ids, cache=PrunedCache(model, policy, BUDGET, schedule=schedule), **common)
     with pruning(model, policy, BUDGET, schedule=schedule, context_tokens=[15, 15]):
         anew = model.generate(ids, use_cache=False, **common)
@@ -206,7 +206,7 @@ def test_beams_equal_beams_that_read_everything_anew(policy, schedule):
 @UNTIED
 def test_sampling_with_a_seed_equals_sampling_that_reads_everything_anew(policy, schedule):
     model, ids = shared("qwen2"), ids_for(rows=2, length=15)
-    common = {"max_new_tokens": 10, "do_sample": True, "num_return_sequences": 3, "top_k": 5}
+    common = {"max_new_tokens": 7, "do_sample": True, "num_return_sequences": 3, "top_k": 5}
     torch.manual_seed(3)
     cached = model.generate(ids, cache=PrunedCache(model, policy, BUDGET, schedule=schedule), **common)
     torch.manual_seed(3)
@@ -227,7 +227,9 @@ def test_a_conversation_goes_on_in_the_cache_of_its_last_turn(policy, schedule):
 
 
 @pytest.mark.parametrize(
-    ("policy", "schedule", "side"), tiered((p, s, side) for p, s in ALL for side in ("left", "right")), ids=label
+    ("policy", "schedule", "side"),
+    tiered(((p, s, side) for p, s in ALL for side in ("left", "right")), each=1),
+    ids=label,
 )
 def test_plain_calls_inside_pruning_read_padded_rows_as_if_alone(policy, schedule, side):
     model, ids = shared("llama"), ids_for()
@@ -244,13 +246,13 @@ def test_plain_calls_inside_pruning_read_padded_rows_as_if_alone(policy, schedul
 
 @pytest.mark.parametrize(
     ("policy", "schedule", "backend"),
-    tiered((p, s, backend) for p, s in ALL for backend in ("float64", "reference", "numba")),
+    tiered(((p, s, backend) for p, s in ALL for backend in ("float64", "reference", "numba")), each=1),
     ids=label,
 )
 def test_backends_and_float64(policy, schedule, backend):
     model, ids = shared("llama"), ids_for()
     if backend == "float64":
-        model, backend = small("llama").double(), "auto"
+        model, backend = shared_double("llama"), "auto"
     expected, gone = one_pass(model, policy, schedule, ids, PROMPTS)
     cache = PrunedCache(model, policy, BUDGET, schedule=schedule, context_tokens=PROMPTS, backend=backend, trace=True)
     order = [1, 0, 1]

@@ -16,7 +16,7 @@ from a2sf.scoring.lm import PrunedLM
 from a2sf.scoring.passes import run as scoring
 from a2sf.scoring.requests import Requests, request_hash
 from tests.models import shared, small
-from tests.policies import cases
+from tests.policies import cases, representatives
 from tests.stand_in import StandIn
 
 pytestmark = pytest.mark.usefixtures("stand_in")
@@ -80,8 +80,9 @@ def given(answers):
     return [answers.answer(request_hash(r.args))[:2] for r in instances()]
 
 
-def test_each_has_the_numbers_it_has_alone(lm, read):
-    of = ways(30)
+@pytest.mark.parametrize("count", [10, pytest.param(30, marks=pytest.mark.full)])
+def test_each_has_the_numbers_it_has_alone(lm, read, count):
+    of = ways(count)
     answers = answers_of(lm, of)
     once, read[0] = read[0], 0
     for way, one in zip(of, answers, strict=True):
@@ -115,8 +116,11 @@ def test_what_no_budget_prunes_is_computed_once_for_all(lm, read):
     assert computed(full + others) == (once, expected * (1 + len(others)))
 
 
-def test_the_cut_after_a_prompt_leaves_its_context_to_all(lm, read):
-    of = [(p, Budget(tokens=6), s) for p, s in cases() if s.when == "prompt" and s.then == "keep" and p.min_budget < 6]
+@pytest.mark.parametrize("among", [representatives, pytest.param(cases, marks=pytest.mark.full)])
+def test_the_cut_after_a_prompt_leaves_its_context_to_all(lm, read, among):
+    cuts = [(p, s) for p, s in among() if s.when == "prompt" and s.then == "keep"]
+    of = [(p, Budget(tokens=6), s) for p, s in cuts if p.min_budget < 6 and not p.prepares]
+    assert len(of) > 5
     answers_of(lm, of)
     longest = {len(c) for c, _ in DOCUMENTS}
     contexts = sum(longest)

@@ -23,6 +23,8 @@ from tests.stand_in import StandIn
 
 GREEDY = {"do_sample": False, "eos_token_id": None}
 LAYERS = range(3)
+PASS = 32
+"""Tokens of a pass, fewer than a long request has."""
 
 pytestmark = pytest.mark.usefixtures("stand_in")
 
@@ -36,6 +38,12 @@ def parts(monkeypatch):
         monkeypatch.setattr(chunks, "LEAST", columns)
 
     return of
+
+
+@pytest.fixture
+def short_passes(monkeypatch):
+    """A row of more than `PASS` tokens is a long one."""
+    monkeypatch.setattr(scoring, "LEAST_PASS", PASS)
 
 
 @contextmanager
@@ -55,10 +63,13 @@ def gone(cache: PrunedCache, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize(
     ("policy", "schedule", "name"),
     tiered(
-        (p, s, a)
-        for a, normed in {"llama": False, "opt": False, "gemma3": True, "gpt2": False}.items()
-        for p, s in ALL
-        if fits(p, a, normed)
+        (
+            (p, s, a)
+            for a, normed in {"llama": False, "opt": False, "gemma3": True, "gpt2": False}.items()
+            for p, s in ALL
+            if fits(p, a, normed)
+        ),
+        each=1,
     ),
     ids=label,
 )
@@ -179,13 +190,13 @@ def test_a_cache_whose_part_failed_is_not_used_again(parts):
 
 
 def long_requests():
-    ids = torch.randint(3, 97, (6, 150), generator=torch.Generator().manual_seed(5))
-    ids[1:3, :95] = ids[0, :95]  # beginnings in common
-    return requests(ids, [125, 95, 94, 1, 20, 80], [150, 105, 130, 137, 60, 150])
+    ids = torch.randint(3, 97, (6, 75), generator=torch.Generator().manual_seed(5))
+    ids[1:3, :47] = ids[0, :47]  # beginnings in common
+    return requests(ids, [62, 47, 46, 1, 10, 40], [75, 52, 65, 68, 30, 75])
 
 
 def scored(lm: PrunedLM, monkeypatch, *, in_parts: bool):
-    lm.scorer.tokens_per_pass = 64
+    lm.scorer.tokens_per_pass = PASS
     monkeypatch.setattr(scoring, "saves", lambda *_: in_parts)
     with sizes(lm.model) as read:
         found = lm._loglikelihood_tokens(long_requests())
@@ -198,8 +209,9 @@ def same(got, expected) -> None:
         assert greedy == expected_greedy
 
 
+@pytest.mark.usefixtures("short_passes")
 @pytest.mark.parametrize(
-    ("policy", "schedule"), tiered((p, s) for p, s in cases() if p.causal and not ties(type(p))), ids=label
+    ("policy", "schedule"), tiered(((p, s) for p, s in cases() if p.causal and not ties(type(p))), each=1), ids=label
 )
 def test_long_requests_are_scored_in_parts(policy, schedule, monkeypatch):
     budget = Budget(ratio=0.25) if policy.uses_budget else None
@@ -207,10 +219,11 @@ def test_long_requests_are_scored_in_parts(policy, schedule, monkeypatch):
     for in_parts in (False, True):
         lm = PrunedLM(shared("llama"), policy, budget, schedule=schedule, tokenizer=StandIn())
         found[in_parts], read = scored(lm, monkeypatch, in_parts=in_parts)
-        assert (max(read) <= 64) == in_parts
+        assert (max(read) <= PASS) == in_parts
     same(found[True], found[False])
 
 
+@pytest.mark.usefixtures("short_passes")
 def test_a_row_of_several_systems_in_parts(monkeypatch):
     """Forests of states of their own, on columns of one row."""
     found = {}
@@ -221,12 +234,12 @@ def test_a_row_of_several_systems_in_parts(monkeypatch):
             for f, r, s in ((0.3, 0.3, None), (0.9, 0.3, None), (0.5, 0.7, Schedule("prompt", then="step")))
         ]
         answers = [lm.scorer.answers(s) for s in systems]
-        lm.scorer.tokens_per_pass = 64
+        lm.scorer.tokens_per_pass = PASS
         monkeypatch.setattr(scoring, "saves", lambda *_, in_parts=in_parts: in_parts)
         with sizes(lm.model) as read:
             for _ in lm.scorer.score(EncodedRequests(lm, long_requests()), answers):
                 pass
-        assert (max(read) <= 64) == in_parts
+        assert (max(read) <= PASS) == in_parts
         found[in_parts] = [a[:2] for of in answers for a in of.computed.values()]
         assert len(found[in_parts]) == 18
     same(found[True], found[False])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lm_eval
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -22,7 +21,7 @@ from a2sf.sweep.config.schema import register
 from a2sf.sweep.config.settings import read
 from a2sf.sweep.group import CellGroup
 from tests.hub.build import write_model
-from tests.own_tasks import SIZES, own_tasks
+from tests.own_tasks import SIZES, own_tasks, simple_evaluate
 
 CONF = Path(__file__).parents[2] / "conf"
 DEFAULT = (
@@ -75,7 +74,7 @@ def compute(cell, lm, directory):
 def theirs(loaded, own, tasks, *, metadata=None, **flags):
     lm = HFLM(pretrained=loaded[1].model, tokenizer=loaded[1].tokenizer, batch_size=8, **flags.pop("model", {}))
     manager = TaskManager(include_path=str(own), include_defaults=False, metadata=metadata)
-    return lm_eval.simple_evaluate(lm, tasks=tasks, task_manager=manager, bootstrap_iters=2, **flags)
+    return simple_evaluate(lm, tasks=tasks, task_manager=manager, bootstrap_iters=2, **flags)
 
 
 CHAT = {"apply_chat_template": True}

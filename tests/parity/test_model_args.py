@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 
-import lm_eval
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -21,6 +20,7 @@ from a2sf.sweep.cell import Cell
 from a2sf.sweep.prepare.models import check_prompting
 from a2sf.tasks import spec as tasks
 from tests.hub.build import write_model
+from tests.own_tasks import simple_evaluate
 
 HONOURED = {
     *("tokenizer", "max_length", "add_bos_token", "prefix_token_id", "think_end_token", "enable_thinking"),
@@ -92,7 +92,7 @@ def test_a_beginning_of_sequence_token_moves_a_score(folder, model, bundle):
     found = {}
     for kind in ("hf", "a2sf"):
         for bos in (False, True):
-            told = lm_eval.simple_evaluate(
+            told = simple_evaluate(
                 kind,
                 model_args=f"pretrained={folder},dtype=float32,device=cpu,add_bos_token={bos}",
                 tasks=[task],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import lm_eval
 import numpy as np
 import pytest
 
@@ -13,6 +12,7 @@ from a2sf.store.runs import load_sweep
 from a2sf.sweep.prepare.models import check_prompting
 from tests.hub.build import write_model
 from tests.interrupted import interrupted
+from tests.own_tasks import simple_evaluate
 from tests.small_cells import cell, runner
 
 TASK = """
@@ -57,7 +57,7 @@ def results(folder):
 
 
 def by_lm_eval(model: str, task: str, **more) -> list[list[str]]:
-    found = lm_eval.simple_evaluate(
+    found = simple_evaluate(
         "a2sf",
         model_args={"pretrained": model, "device": "cpu", "policy": "h2o", "budget_ratio": 0.5, **more},
         tasks=[task],

@@ -17,7 +17,7 @@ from a2sf.policies.find import find_policies
 from a2sf.policies.schedule import schedule_for
 from a2sf.scoring.generation import rows as continuous
 from a2sf.scoring.requests import Requests
-from tests.policies import representatives, ties
+from tests.policies import label, representatives, ties
 
 HEAD = "What is it that two texts have in common? A beginning. "
 PROMPTS = [f"{HEAD}{q}" for q in ("And then?", "One, two, three, four", "x", "So what is the end of it?")] + ["Short"]
@@ -26,16 +26,14 @@ DRAWN = {"do_sample": True, "temperature": 1.0, "top_k": 0}
 
 
 def systems(lm, every=True):
-    """Each causal policy under each schedule that it supports, at two budgets; or one policy of each rule, at one budget."""
-    chosen = {p.name for p, _ in representatives()}
+    """Each causal policy under each schedule that it supports, at two budgets; or one of each rule, at one budget."""
+    chosen = {(p.name, label(s)) for p, s in representatives(each=1)}
     for name, cls in find_policies().items():
         policy = cls()
         if not policy.causal or ties(cls):  # a text has letters that come again
             continue
-        if not every and name not in chosen:
-            continue
         for schedule in SCHEDULES if policy.evicts else SCHEDULES[:1]:
-            if schedule.when not in policy.schedules:
+            if schedule.when not in policy.schedules or not (every or (name, label(schedule)) in chosen):
                 continue
             budgets = (Budget(tokens=40), Budget(ratio=0.6, base="context"))[: 1 + every]
             for budget in budgets if policy.uses_budget else (None,):
@@ -68,11 +66,11 @@ def by_itself(lm, system, prompt, new, **settings):
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_each_system_writes_what_it_writes_by_itself(lm, every):
     lm.scorer.sequences_per_pass = 11  # so that rows come and go
-    named = list(systems(lm, every))
-    requests = requests_of(lm, GREEDY)
+    named, prompts = list(systems(lm, every)), PROMPTS if every else PROMPTS[::2]
+    requests = requests_of(lm, GREEDY, prompts)
     answers = generated(lm, requests, [s for _, s in named])
     for (name, system), one in zip(named, answers, strict=True):
-        for key, prompt in zip(requests.keys, PROMPTS, strict=True):
+        for key, prompt in zip(requests.keys, prompts, strict=True):
             found = one.computed[key]
             assert found.tokens == by_itself(lm, system, prompt, 12, **GREEDY), (name, system.schedule, prompt)
             assert found.finish == ("eos" if found.tokens[-1] == 2 else "length")

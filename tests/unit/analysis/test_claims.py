@@ -16,6 +16,8 @@ from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.grid import Grid
 from tests.sweep_fixture import NOISE, Plan, write_sweep
 
+pytestmark = pytest.mark.usefixtures("few_flips")
+
 ROOT = Path(__file__).parents[3]
 REFERENCE = ROOT / "runs" / "reference"
 HEADLINE = {

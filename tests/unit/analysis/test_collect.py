@@ -12,6 +12,7 @@ from a2sf.analysis.comparisons.fidelity import fidelity_frame
 from a2sf.analysis.comparisons.pairs import compare_pair
 from a2sf.analysis.comparisons.ranking import rank
 from a2sf.analysis.results.gather import gather, grid_of
+from a2sf.analysis.results.grid import Grid
 from a2sf.analysis.results.selection import Selection
 from a2sf.errors import UserError
 from a2sf.report.output import TableOptions, show
@@ -19,6 +20,8 @@ from a2sf.report.tables.cells import legend
 from a2sf.report.tables.layout import build_tables
 from a2sf.store.runs import StoredCell, load_sweep, results_frame, write_cell
 from tests.sweep_fixture import Plan, write_sweep
+
+pytestmark = pytest.mark.usefixtures("few_flips")
 
 SMALL = Plan(policies=("full", "h2o", "a2sf"), budgets=(0.2,), documents={"piqa": 30, "arc_easy": 20})
 
@@ -85,31 +88,40 @@ def swept(cells: list[StoredCell], directory: Path, name: str, settings: dict, d
 MORE = Plan(policies=("full", "window", "h2o", "a2sf"), budgets=(0.2, 0.5), documents={"piqa": 60, "arc_easy": 50})
 
 
+VARIED = [
+    ([({"split": s}, {"split": s, "content": s}) for s in ("test", "validation")], ["split test", "split validation"]),
+    ([({"dir": f"/data/{d}"}, {"content": d}) for d in ("clean", "noisy")], ["dir clean", "dir noisy"]),
+    ([({"dir": f"/{d}/x"}, {"content": d}) for d in ("clean", "noisy")], ["dir /clean/x", "dir /noisy/x"]),
+    ([({}, {"content": "c"}), ({"source": "bundle"}, {"content": "d"})], ["source bundle", "source hub"]),
+    ([({}, {"split": s, "content": "commit"}) for s in ("test", "validation")], ["split test", "split validation"]),
+    (
+        [({"fewshot_split": s}, {"fewshot_split": s, "content": s}) for s in ("a", "b")],
+        ["fewshot split a", "fewshot split b"],
+    ),
+]
+
+
+def varied(cells: list[StoredCell], directory: Path, several: list) -> Grid:
+    for i, (settings, documents) in enumerate(several):
+        swept(cells, directory, str(i), settings, documents)
+    return gather([directory])
+
+
+@pytest.mark.parametrize(("several", "labels"), VARIED)
+def test_what_documents_a_sweep_varies_is_named(old, tmp_path, several, labels):
+    grid = varied(old, tmp_path / "t", several)
+    assert not [n for n in grid.notes if "changed" in n]
+    assert sorted(grid.frame["variant"].unique()) == labels
+    columns = results_frame(load_sweep(tmp_path / "t"))
+    assert columns.groupby(["data_settings", "split", "fewshot_split"], dropna=False).ngroups == 2
+
+
 @pytest.mark.parametrize(
-    ("several", "labels"),
-    [
-        (
-            [({"split": s}, {"split": s, "content": s}) for s in ("test", "validation")],
-            ["split test", "split validation"],
-        ),
-        ([({"dir": f"/data/{d}"}, {"content": d}) for d in ("clean", "noisy")], ["dir clean", "dir noisy"]),
-        ([({"dir": f"/{d}/x"}, {"content": d}) for d in ("clean", "noisy")], ["dir /clean/x", "dir /noisy/x"]),
-        ([({}, {"content": "c"}), ({"source": "bundle"}, {"content": "d"})], ["source bundle", "source hub"]),
-        ([({}, {"split": s, "content": "commit"}) for s in ("test", "validation")], ["split test", "split validation"]),
-        (
-            [({"fewshot_split": s}, {"fewshot_split": s, "content": s}) for s in ("a", "b")],
-            ["fewshot split a", "fewshot split b"],
-        ),
-    ],
+    ("several", "labels"), [VARIED[0], *(pytest.param(*v, marks=pytest.mark.full) for v in VARIED[1:])]
 )
 def test_what_documents_a_sweep_varies_are_rows_of_their_own(tmp_path, several, labels):
     cells = write_sweep(tmp_path / "one", MORE)
-    for i, (settings, documents) in enumerate(several):
-        swept(cells, tmp_path / "s", str(i), settings, documents)
-    grid = gather([tmp_path / "s"])
-    assert not [n for n in grid.notes if "changed" in n]
-    assert sorted(grid.frame["variant"].unique()) == labels
-    alone = gather([tmp_path / "one"])
+    grid, alone = varied(cells, tmp_path / "s", several), gather([tmp_path / "one"])
     (table,), (single,) = build_tables(grid), build_tables(alone)
     assert len(table.rows) == 2 * len(single.rows)
     for label in labels:
@@ -130,8 +142,6 @@ def test_what_documents_a_sweep_varies_are_rows_of_their_own(tmp_path, several, 
     assert [[r.mean for r in one] for one in rankings] == [[r.mean for r in one] for one in rank(alone)[0]] * 2
     assert not notes
     assert check_shape(grid, {"h2o", "window", "a2sf"})
-    columns = results_frame(load_sweep(tmp_path / "s"))
-    assert columns.groupby(["data_settings", "split", "fewshot_split"], dropna=False).ngroups == 2
 
 
 def test_what_documents_a_sweep_varies_is_drawn(tmp_path):

@@ -22,6 +22,8 @@ from a2sf.errors import ConfigError, UserError
 from a2sf.store.archive import read_sweep
 from tests.sweep_fixture import Plan, write_sweep
 
+pytestmark = pytest.mark.usefixtures("few_flips")
+
 QUESTIONS = [f"What is {i} plus {i}?" for i in range(40)]
 
 

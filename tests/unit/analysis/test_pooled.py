@@ -28,6 +28,8 @@ from a2sf.commands import tables as tables_command
 from a2sf.errors import UserError
 from tests.sweep_fixture import Plan, write_sweep
 
+pytestmark = pytest.mark.usefixtures("few_flips")
+
 MODELS = ("large", "small", "tiny")
 
 

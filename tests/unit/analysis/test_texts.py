@@ -171,7 +171,7 @@ def with_texts(cells: list[StoredCell], directory: Path, size: int = 4, tasks: t
 
 
 @pytest.fixture
-def sweeps(tmp_path: Path) -> tuple[Path, Path]:
+def sweeps(few_flips: None, tmp_path: Path) -> tuple[Path, Path]:
     with_texts(write_sweep(tmp_path / "apart", PLAN), tmp_path / "s")
     return tmp_path / "apart", tmp_path / "s"
 

@@ -178,8 +178,11 @@ def test_a_rule_without_a_choice_is_no_rule_that_is_ignored():
 
 
 def broken(policy: Policy, which: str) -> str | None:
-    """Where the first invariant whose name begins so does not hold."""
-    return next((f.broken for f in check(policy) if f.broken and f.name.startswith(which)), None)
+    """Where the first invariant whose name begins so does not hold; the others are not tried."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [n for n in INVARIANTS if not n.startswith(which)]:
+            patch.delitem(INVARIANTS, name)
+        return next((f.broken for f in check(policy) if f.broken), None)
 
 
 ONE_OF_EACH = {cls.schedules: name for name, cls in find_policies().items()}.values()

@@ -24,6 +24,7 @@ from tests.architectures import SUPPORTED
 from tests.conftest import SMOLLM2
 from tests.hub.build import tokenizer_files, write_model
 from tests.models import LLAMA_LIKE
+from tests.own_tasks import simple_evaluate
 
 
 @pytest.fixture(scope="module")
@@ -396,8 +397,6 @@ def test_a_gguf_file_that_lacks_a_tensor_is_refused_and_not_kept(tmp_path, monke
 
 
 def test_lm_eval_loads_a_model_by_name_with_the_same_checks(checkpoint, bundle):
-    import lm_eval
-
     import a2sf.lm  # noqa: F401
     from a2sf.scoring.lm import PrunedLM
     from a2sf.tasks import spec as tasks
@@ -405,7 +404,7 @@ def test_lm_eval_loads_a_model_by_name_with_the_same_checks(checkpoint, bundle):
     folder = checkpoint("opt")
     task = tasks.TaskSpec("copa", bundle).build(0)
     # as the README has it, on a machine that may have no GPU: lm-eval's own default is cuda
-    told = lm_eval.simple_evaluate(
+    told = simple_evaluate(
         "a2sf", model_args=f"pretrained={folder}/,policy=h2o,budget_ratio=0.5", tasks=[task], limit=2, bootstrap_iters=0
     )
     assert told["results"]["copa"]["acc,none"] in (0.0, 0.5, 1.0)

@@ -27,6 +27,8 @@ from a2sf.report.tables.cells import legend
 from a2sf.report.tables.layout import build_tables
 from tests.sweep_fixture import Plan, write_sweep
 
+pytestmark = pytest.mark.usefixtures("few_flips")
+
 SIZES = {"arc_easy": 40, "piqa": 260}
 
 

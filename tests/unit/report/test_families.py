@@ -32,6 +32,8 @@ from a2sf.store.runs import write_cell
 from tests.page import embedded
 from tests.sweep_fixture import Plan, write_sweep
 
+pytestmark = pytest.mark.usefixtures("few_flips")
+
 MARGIN = 0.12
 """Wide, so that the synthetic sweep, of few documents, has systems within it."""
 

@@ -16,6 +16,8 @@ from a2sf.store.archive import pack, unpack
 from a2sf.store.runs import read_groups, write_groups, write_table
 from tests.sweep_fixture import Plan, write_sweep
 
+pytestmark = pytest.mark.usefixtures("few_flips")
+
 BOTH = (Member("arc_easy", 0), Member("piqa", 0))
 GROUPS = [
     TaskGroup("easy", (Average("acc", None, True),), BOTH),

@@ -31,6 +31,8 @@ from a2sf.report.tables.write import csv_frame, latex, markdown
 from a2sf.store.runs import load_sweep, write_table
 from tests.sweep_fixture import NOISE, Plan, write_sweep
 
+pytestmark = pytest.mark.usefixtures("few_flips")
+
 PAIR = ("a2sf", "h2o")
 POLICIES = ("full", "window", "h2o", "a2sf", "future")
 WITH_FUTURE = NOISE | {"future": 0.05}

@@ -20,6 +20,8 @@ from a2sf.store.runs import is_cell, load_sweep
 from tests.page import embedded
 from tests.sweep_fixture import Plan, write_sweep
 
+pytestmark = pytest.mark.usefixtures("few_flips")
+
 
 class Outline(HTMLParser):
     """Tables as lists of rows of texts, and every address the page would load."""

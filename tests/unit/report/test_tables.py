@@ -32,6 +32,8 @@ from a2sf.report.tables.write import csv_frame, latex, markdown
 from a2sf.store.runs import DOCUMENTS, StoredCell, load_sweep, write_cell
 from tests.sweep_fixture import Plan, write_sweep
 
+pytestmark = pytest.mark.usefixtures("few_flips")
+
 SCRIPT = Path(__file__).parents[3] / "scripts" / "tables.py"
 
 

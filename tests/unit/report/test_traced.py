@@ -19,6 +19,8 @@ from a2sf.store.runs import TRACES
 from tests.page import embedded
 from tests.sweep_fixture import Plan, write_sweep
 
+pytestmark = pytest.mark.usefixtures("few_flips")
+
 TOKENS, BUDGET = 12, 4
 
 
