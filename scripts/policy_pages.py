@@ -22,7 +22,15 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 FOLDER = "policies"
 """Of the pages, in the site."""
-PAGES = ("methods.md", "methods-tables.md", "reference-results.md", "long.md", "generation.md", "lm_eval.md", "findings.md")
+PAGES = (
+    "methods.md",
+    "methods-tables.md",
+    "reference-results.md",
+    "long.md",
+    "generation.md",
+    "lm_eval.md",
+    "findings.md",
+)
 """Pages in docs/ whose tables have results of policies."""
 INFORMATIVE = ("Documents (n)", "Chance level", "Full cache")
 """Rows that are shown with those of a policy."""
