@@ -124,7 +124,7 @@ class BatchRetention:
         if self.growth is None:
             return self
         each = [None if g is None else g.at(p) for g, p in zip(self.growth, positions.tolist(), strict=True)]
-        rows = torch.tensor([i for i, k in enumerate(each) if k is not None])
+        rows = torch.tensor([i for i, k in enumerate(each) if k is not None], dtype=torch.int64)
         now = _integers([k for k in each if k is not None])
         changed: dict[str, Any] = {
             name: getattr(self, name).index_put((rows.to(self.budget.device),), x.to(self.budget.device))

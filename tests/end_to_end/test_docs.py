@@ -90,7 +90,13 @@ def test_every_policy_has_a_page_on_the_site(hooks):
         assert ("## Deviations from the paper\n\n" in page) == documented, name
         (line,) = re.findall(r"^\$ a2sf run (?:-m )?(.*)$", page, re.MULTILINE)
         assert pages.required(cls) == re.findall(r"policy\.(\w+)=[A-Z]+\b", line), name
-        given = line.replace("full,", "").replace("FILE", "''").replace("THRESHOLD", "-2.5").split()
+        given = (
+            line.replace("full,", "")
+            .replace("FILE", "''")
+            .replace("THRESHOLD", "-2.5")
+            .replace("GATES", "random")
+            .split()
+        )
         if name != "calibrated":  # needs a file
             GlobalHydra.instance().clear()
             register()

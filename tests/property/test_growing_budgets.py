@@ -259,3 +259,13 @@ def test_forks_that_evicted_with_another_budget_are_not_masked_attention():
     assert why_not(phases_of(segments), Options(1.0), None) is not None
     constant = Segments.of_rows(BatchRetention.of([make_policy("window").keeps(3)]), torch.tensor([9]))
     assert why_not(constant, Options(1.0), None) is None
+
+
+def test_rows_whose_budgets_do_not_grow_stay_as_they_are():
+    """Beside others that do, or among themselves at one depth of a tree."""
+    fixed = retention_of(H2O(), Budget(tokens=6), 20, 10, 1)[0]
+    grown = retention_of(H2O(), Budget(ratio=0.5, base="seen"), 20, 10, 1)[0]
+    both = BatchRetention.of([fixed, grown])
+    assert both.at(torch.tensor([3, 7])).budget.tolist() == [6, 4]
+    alone = replace(both.select(slice(0, 1)), growth=(None,))
+    assert alone.at(torch.tensor([3])).budget.tolist() == [6]

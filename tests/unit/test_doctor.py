@@ -74,4 +74,4 @@ def test_a_kernel_that_another_stands_in_for(monkeypatch):
         return right(*args, **more)
 
     monkeypatch.setattr(a2sf, "evicting_attention", stands_in)
-    assert doctor._tried("cpu", "auto") == (False, "not here: The Triton kernel fails its self-check.")
+    assert doctor._tried("cpu", "auto") == (False, "not here: The Triton kernel fails its self-check")
