@@ -262,7 +262,7 @@ def instances() -> list[Policy]:
     made += [Ending(counted=True), Divided(scored=False)]
     for cls in find_policies().values():
         names = {f.name for f in fields(cls)} - (set() if issubclass(cls, By) else {"by"})
-        made += [cls(**settings(cls) | {key: x}) for key in FURTHER.keys() & names for x in FURTHER[key]]
+        made += [cls(**settings(cls) | {key: x}) for key in FURTHER if key in names for x in FURTHER[key]]
     return list({repr(p): p for p in made}.values())
 
 
