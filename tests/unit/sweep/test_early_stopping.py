@@ -13,6 +13,7 @@ import pytest
 from a2sf.analysis.results.gather import grid_of
 from a2sf.analysis.results.selection import Selection
 from a2sf.errors import ConfigError
+from a2sf.hf.loading import ModelSpec
 from a2sf.policies.budget import Budget
 from a2sf.policies.schedule import Schedule
 from a2sf.report.tables.cells import legend
@@ -23,6 +24,7 @@ from a2sf.sweep.early_stopping import Comparisons, comparisons, order_of
 from a2sf.sweep.runner import Runner, _lock_file
 from a2sf.sweep.stopping_rule import StoppingRule
 from a2sf.tracking.tracker import Tracker, TrackerSpec
+from tests.hub.build import write_model
 from tests.unit.sweep.test_sweep import cell
 
 PAIR = ("full", "window")
@@ -81,9 +83,10 @@ def test_the_order_is_one_and_random():
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "s"
+    model = ModelSpec(path=str(write_model(tmp_path_factory.mktemp("model"))), device="cpu")
     rule = StoppingRule(PAIR, half_width=35.0, metric="acc")
     cells = [cell("full"), cell("window", budget=Budget(ratio=0.1)), cell("h2o", budget=Budget(ratio=0.1))]
-    cells = [dataclasses.replace(c, limit=60, stopping_rule=rule) for c in cells]
+    cells = [dataclasses.replace(c, model=model, limit=60, stopping_rule=rule) for c in cells]
     runner = Runner(directory, Tracker(TrackerSpec(), "s", directory))
     assert [o.status for o in runner.run(cells)] == ["done"] * 3
     return runner, cells
