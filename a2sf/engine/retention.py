@@ -137,9 +137,9 @@ class BatchRetention:
             changed["given_back"] = torch.tensor(given, device=self.budget.device)
         return replace(self, growth=None, **changed)
 
-    def most_after(self, seen: Tensor) -> int:
-        """`most` once `seen` int64 [n] tokens of each sequence are read."""
-        return self.most if self.growth is None else self.at((seen - 1).clamp(min=0)).most
+    def after(self: Batch, seen: Tensor) -> Batch:
+        """The numbers of the step at which `seen` int64 [n] tokens of each sequence are read."""
+        return self if self.growth is None else self.at((seen - 1).clamp(min=0))
 
     def after_prompt(self: Batch) -> Batch:
         """What is retained once every prompt has been read and cut: step by step, or everything."""
@@ -156,8 +156,8 @@ class BatchRetention:
 
     @cached_property
     def most(self) -> int:
-        """The most tokens that a KV head holds between two steps, outside of a prompt; of a budget that grows, for now."""
-        return int(self.budget.max()) + self.schedule.spare
+        """The most tokens that a KV head holds between two steps, outside of a prompt; no bound if a budget grows."""
+        return int(self.budget.max()) + self.schedule.spare if self.growth is None else UNLIMITED
 
     def prompts_read(self, seen: Tensor) -> bool:
         """Whether no row is in its prompt any more when `seen` int64 [n] tokens of each were read."""

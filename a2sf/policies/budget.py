@@ -132,9 +132,8 @@ class Growth:
     head: int | None = None
 
     def __hash__(self) -> int:
-        return hash(
-            (self.policy.name, self.budget, self.layer, self.prompt, self.head)
-        )  # a policy's settings may be long
+        # without the policy's settings, which may be long
+        return hash((self.policy.name, self.budget, self.layer, self.prompt, self.head))
 
     @property
     def first(self) -> int:

@@ -23,7 +23,7 @@ from a2sf.scoring.generation.ends import EOS, STOP, Ends
 from a2sf.scoring.generation.row import Row
 from a2sf.scoring.generation.rows import Rows
 from a2sf.scoring.generation.sampling import Choice
-from a2sf.scoring.passes.memory import cached_tokens
+from a2sf.scoring.passes.memory import tokens_in_caches
 from a2sf.scoring.passes.sequences import ScoredSequence
 from a2sf.scoring.requests import Requests, is_conversation
 from a2sf.scoring.systems import Answer, Answers
@@ -165,7 +165,7 @@ class Texts:
             choice,
             lambda row: self._cache([row]),
             self._most,
-            cached_tokens(scorer.model),
+            tokens_in_caches(scorer.model),
             scorer.tokens_per_pass,
         )
         while waiting or rows.live:

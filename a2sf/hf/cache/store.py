@@ -96,9 +96,9 @@ class Store:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, new: NewTokens, scale: float) -> Attended:
         """Insert, attend, score and evict the call's tokens; `end_call` is to follow."""
         if new.columns == 1 and self._state is None and self._memory is not None and not self.how.trace:
-            now = self.retention.at((new.after - 1).clamp(min=0))  # numbers of this step, where a budget grows
+            now = self.retention.after(new.after)
             self._held = min(now.most, self._held + 1)
-            memory = self._make_room(self._held, key, value, None, now.most)
+            memory = self._make_room(self._held, key, value, None, self.retention.most)
             note(memory.backend)
             return Attended(memory.attend(query, key, value, now, scale=scale, lengths=new.length))
         before = None if self._state is None and self._memory is None else self.state()
@@ -130,7 +130,7 @@ class Store:
         self._held = state.most
         if self._held > self._slots:
             self._memory = None
-        most = self.retention.most_after(seen + (more or 0))
+        most = self.retention.after(seen + more).most if more else self.retention.most
         self._make_room(self._held, state.keys, state.values, more, most).load(state, self.retention.forgetting_factor)
 
     def state(self) -> EvictionState:
@@ -155,7 +155,7 @@ class Store:
         """Memory with `need` slots: allocated once where the budget or `more` bounds them, else whenever they are full.
 
         Args:
-            most: slots that the budget allows, after `more` tokens where it grows.
+            most: slots that the budget allows; where it grows, after `more` tokens, or without a bound.
         """
         if self._memory is not None and need <= self._slots:
             return self._memory
@@ -163,11 +163,10 @@ class Store:
         assert make is not None
         if more:
             self._slots = max(need, min(most, need + more))
-        elif most < UNLIMITED and self._memory is None and self.retention.growth is None:
+        elif most < UNLIMITED and self._memory is None:
             self._slots = max(need, min(most, self.how.positions))
         else:
-            room = need + max(GROWTH, need // 2)
-            self._slots = max(need, room if self.retention.growth is not None else min(most, room))
+            self._slots = max(need, min(most, need + max(GROWTH, need // 2)))
         sizes = len(self.retention.budget), len(self.heads), self.group, self._slots, key.shape[-1], value.shape[-1]
         grown = make(CacheShape(*sizes))
         if self._memory is not None:
@@ -319,7 +318,7 @@ def check_state(retention: BatchRetention, state: EvictionState) -> None:
     counts[:, list(rule.full_heads)] = 0
     counts = counts if rule.threshold is None else counts * 0  # any number may stay
     seen = state.seen.cpu()
-    budget = retention.at((seen - 1).clamp(min=0)).budget
+    budget = retention.after(seen).budget
     if rule.heads:  # that of the head that may hold most
         budget = torch.tensor([max(C for C, _, _ in head_slots(rule.heads, n)) for n in budget.tolist()])
     most = budget + retention.schedule.spare

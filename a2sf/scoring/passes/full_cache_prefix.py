@@ -92,15 +92,14 @@ def cached_tokens(
     retention: Retention, schedule: Schedule, total: int, prompt: int, kv_heads: int | None = None
 ) -> float:
     """Tokens that a layer has cached after `total` tokens, mean over its KV heads."""
+    C = retention.budget
+    cached: float
     if retention.growth is not None:
         cached = fmean(g.cached(total, schedule.spare)[total - 1] for g in _growths(retention)) if total else 0
-        full = len(retention.rule.full_heads) / kv_heads if kv_heads else 0.0
-        return cached + full * (total - cached)
-    if retention.rule.heads:
+    elif retention.rule.heads:
         each = [replace(retention, budget=C, recent=0, sinks=0, rule=ACCUMULATED) for C in _budgets(retention)]
         return sum(cached_tokens(head, schedule, total, prompt) for head in each) / len(each)
-    C = retention.budget
-    if schedule.when == "every":
+    elif schedule.when == "every":
         cached = total if total < C + schedule.every else C + (total - C) % schedule.every
     elif schedule.prompt and schedule.then == "keep":
         cached = min(prompt, C, total) + max(0, total - prompt)
@@ -111,8 +110,7 @@ def cached_tokens(
         cached = C + more % schedule.every if more > 0 else cut + total - prompt
     else:
         cached = min(C, total)
-    full = len(retention.rule.full_heads) / kv_heads if kv_heads else 0.0
-    return cached + full * (total - cached)
+    return _with_full_heads(cached, retention, total, kv_heads)
 
 
 def peak_tokens(
@@ -121,9 +119,8 @@ def peak_tokens(
     """The most tokens that a layer has cached between two of `total` steps, mean over its KV heads."""
     if retention.growth is not None:
         whole = min(prompt, total) if schedule.prompt else 0
-        most = fmean(max([whole, *g.cached(total, schedule.spare)[:total]]) for g in _growths(retention))
-        full = len(retention.rule.full_heads) / kv_heads if kv_heads else 0.0
-        return most + full * (total - most)
+        grown = fmean(max([whole, *g.cached(total, schedule.spare)[:total]]) for g in _growths(retention))
+        return _with_full_heads(grown, retention, total, kv_heads)
     if retention.rule.heads:
         each = [replace(retention, budget=C, recent=0, sinks=0, rule=ACCUMULATED) for C in _budgets(retention)]
         return sum(peak_tokens(head, schedule, total, prompt) for head in each) / len(each)
@@ -132,8 +129,13 @@ def peak_tokens(
     if schedule.prompt:
         end = cached_tokens(replace(retention, rule=ACCUMULATED), schedule, total, prompt)
         most = max(min(prompt, total), int(end))
+    return _with_full_heads(most, retention, total, kv_heads)
+
+
+def _with_full_heads(cached: float, retention: Retention, total: int, kv_heads: int | None) -> float:
+    """The mean over the KV heads of a layer, of which some retain all `total` tokens and the others `cached`."""
     full = len(retention.rule.full_heads) / kv_heads if kv_heads else 0.0
-    return most + full * (total - most)
+    return cached + full * (total - cached)
 
 
 def _growths(retention: Retention) -> list[Growth]:

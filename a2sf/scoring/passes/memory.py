@@ -107,6 +107,6 @@ def tokens_per_pass(model: PreTrainedModel) -> int:
     return min(MOST_TOKENS[kind], max(LEAST_TOKENS[kind], 1 << max(0, fit).bit_length() >> 1))
 
 
-def cached_tokens(model: PreTrainedModel) -> int:
+def tokens_in_caches(model: PreTrainedModel) -> int:
     """Tokens times layers that there is memory for in the caches of texts."""
     return int(SHARE_OF_CACHES * free_bytes(model) / Sizes.of(model.config).cached)

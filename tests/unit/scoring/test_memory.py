@@ -47,7 +47,7 @@ def test_more_memory_never_means_smaller_passes(free):
         found = []
         for bytes_ in free:
             patch.setattr(memory, "free_bytes", lambda model, bytes_=bytes_: bytes_)
-            found.append((memory.tokens_per_pass(large()), memory.cached_tokens(large())))
+            found.append((memory.tokens_per_pass(large()), memory.tokens_in_caches(large())))
     (few, few_cached), (many, many_cached) = found
     assert memory.LEAST_TOKENS["cuda"] <= few <= many <= memory.MOST_TOKENS["cuda"]
     assert few_cached <= many_cached

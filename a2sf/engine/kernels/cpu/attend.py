@@ -53,9 +53,8 @@ def attend_cpu(
     most = 1 + segments.schedule.spare
     if start is not None and options.trace:
         most = max(most, 1 + int((start - segments.budget[segments.parent < 0]).max()))
-    if (
-        options.trace and segments.final is not None
-    ):  # a layer's budget may be smaller in the next phase of a growing one
+    if options.trace and segments.final is not None:
+        # where a model's budget grows, that of a layer may be smaller in the next phase
         smaller = segments.budget[segments.parent.clamp(min=0)] - segments.budget
         most += max([0, *smaller[segments.parent >= 0].tolist()])
     flags = rule_flags(segments.rule) | {"spare": segments.schedule.spare, "most": most}

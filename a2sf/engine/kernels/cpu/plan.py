@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +59,7 @@ def _make_plan(segments: Segments, start: list[int] | None, return_state: bool) 
     budget, recent, sinks = (x.tolist() for x in (segments.budget, segments.recent, segments.sinks))
     needed = check_segments(row, first, length, parent, budget)
     count, spare = segments.count, segments.schedule.spare
+    returned = [True] * count if segments.final is None else segments.final.tolist()
     children: list[list[int]] = [[] for _ in range(count)]
     roots: list[int] = []
     held, block, work = [0] * count, [0] * count, [0] * count
@@ -71,7 +73,7 @@ def _make_plan(segments: Segments, start: list[int] | None, return_state: bool) 
         need = whole(held[i] + LEAST_BLOCK if evicts else held[i])
         block[i] = min(LARGEST_BLOCK, need - held[i]) if evicts else LARGEST_BLOCK
         slots, most = max(slots, need), max(most, min(block[i], length[i]))
-        if segments.final is None or segments.final[i]:
+        if returned[i]:
             final_slots = max(final_slots, held[i])
         work[i] = length[i] * (held[i] + LANES)
     # scores matter where some later eviction has a choice
@@ -83,9 +85,8 @@ def _make_plan(segments: Segments, start: list[int] | None, return_state: bool) 
             work[parent[i]] += work[i]
 
     # which of the returned states is the segment's; -1: it is not returned
-    final = list(range(count)) if segments.final is None else (segments.final.long().cumsum(0) - 1).tolist()
-    if segments.final is not None:
-        final = [at if is_final else -1 for at, is_final in zip(final, segments.final.tolist(), strict=True)]
+    places = itertools.count()
+    final = [next(places) if is_returned else -1 for is_returned in returned]
     order: list[int] = []
     steps: list[tuple[int, ...]] = []
     tree_first, left, buffers = [0], [], 1
@@ -117,6 +118,6 @@ def _make_plan(segments: Segments, start: list[int] | None, return_state: bool) 
         max(most, 1),
         buffers,
         final_slots,
-        sum(at >= 0 for at in final),
+        sum(returned),
         *needed,
     )
