@@ -169,6 +169,9 @@ def growing(ratio: str) -> Callable[[int], int]:
 @given(seed=st.integers(0, 10_000), budget=BUDGETS, prompt=st.integers(1, T + 2))
 def test_the_engine_is_the_oracle(name, schedule, seed, budget, prompt):
     policy, method = (METHODS | CUTS)[name]
+    if name == "keys" and isinstance(budget, str):
+        # two keys are equally like their mean, so that rounding decides which one a budget of one token retains
+        assume(growing(budget)(max(1, prompt - 1) if schedule.prompt else 1) > 1)
     g = np.random.default_rng(seed)
     q, k, v = 2 * g.normal(size=(K * G, T, D)), g.normal(size=(K, T, D)), g.normal(size=(K, T, D))
     budget_at = growing(budget) if isinstance(budget, str) else budget
