@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,17 @@ from a2sf.scoring.passes.sequences import Model, ScoredSequence
 from a2sf.scoring.requests import ROLLING, TEXT, Requests, Window
 from a2sf.scoring.systems import Answer, Answers, System
 from a2sf.scoring.texts import Texts
+
+PREPARED_AT_ONCE = 128
+"""Requests whose prompts are read beforehand, where a policy does so, before their answers are computed."""
+
+
+class _Missing(NamedTuple):
+    """A request without an answer of some systems: its place, its windows, and the places of these systems' answers."""
+
+    request: int
+    windows: list[Window]
+    systems: list[int]
 
 
 class Scorer:
@@ -98,22 +110,19 @@ class Scorer:
         if requests.kind == TEXT:
             yield from Texts(self, requests).generate(answers)
             return
-        clock = time.perf_counter()
-        before = sum(a.progress.seconds for a in answers)
-        pending = self._pending(requests, [a for a in answers if a.error is None])
-        alone = sum(a.progress.seconds for a in answers) - before  # time that single systems took to prepare prompts
-        able = {id(a): a for a in answers if a.error is None}
-        for one in able.values():
-            one.progress.seconds += (time.perf_counter() - clock - alone) / len(able)  # tokenising serves all of them
-        self._ready.clear()  # sequences hold the prepared numbers that are still needed
-        yield from self._run([p for p in pending if p.answers.error is None], requests)
+        answers = [a for a in answers if a.error is None]
+        for portion in _portions(self._missing(requests, answers), answers):
+            pending = self._pending(requests, answers, portion)
+            self._ready.clear()  # sequences hold the prepared numbers that are still needed
+            yield from self._run([p for p in pending if p.answers.error is None], requests)
 
-    def _pending(self, requests: Requests, answers: Sequence[Answers]) -> list[Pending]:
-        """The windows without an answer, as each system reads them."""
+    def _missing(self, requests: Requests, answers: Sequence[Answers]) -> list[_Missing]:
+        """The requests that some system lacks an answer to, each once, as tokens."""
+        clock = time.perf_counter()
         missing = [set(a.missing(requests.keys)) for a in answers]
         wanted = set().union(*missing)
         first = {key: i for i, key in reversed(list(enumerate(requests.keys))) if key in wanted}
-        pending: list[Pending] = []
+        found: list[_Missing] = []
         tokens = [0] * len(answers)
         for key in dict.fromkeys(k for k in requests.keys if k in wanted):
             i = first[key]
@@ -128,22 +137,35 @@ class Scorer:
                 for n in without:
                     answers[n].computed[key] = Answer(0.0, False, 0, 0)
                 continue
+            found.append(_Missing(i, windows, without))
             for n in without:
+                tokens[n] += sum(min(len(c) + len(t), self.lm.max_length + 1) - 1 for c, t in windows)
+        able = [n for n, a in enumerate(answers) if a.error is None]
+        for n in able:
+            answers[n].begin(len(missing[n]), len(set(requests.keys)), tokens[n])
+            answers[n].progress.seconds += (time.perf_counter() - clock) / len(able)  # tokenising serves all of them
+        return found
+
+    def _pending(self, requests: Requests, answers: Sequence[Answers], missing: Sequence[_Missing]) -> list[Pending]:
+        """Windows of `missing`, as each system that lacks them reads them; a system that cannot gets its `error`."""
+        pending: list[Pending] = []
+        for i, windows, without in missing:
+            for n in without:
+                one = answers[n]
+                if one.error is not None:
+                    continue
                 began = time.perf_counter()
                 try:
-                    made = [self.sequence(requests, i, w, answers[n].system) for w in windows]
+                    made = [self.sequence(requests, i, w, one.system) for w in windows]
                 except (UserError, ValueError) as error:
-                    answers[n].error = _about(requests, i, error)
+                    one.error = _about(requests, i, error)
                     continue
-                if answers[n].system.policy.prepares:
-                    answers[n].progress.seconds += time.perf_counter() - began
+                if one.system.policy.prepares:
+                    one.progress.seconds += time.perf_counter() - began
                 pending += [
-                    Pending(answers[n], s, i, which, (len(w[0]), len(w[1])))
+                    Pending(one, s, i, which, (len(w[0]), len(w[1])))
                     for which, (s, w) in enumerate(zip(made, windows, strict=True))
                 ]
-                tokens[n] += sum(len(s.read) for s in made)
-        for n, one in enumerate(answers):
-            one.begin(len(missing[n]), len(set(requests.keys)), tokens[n])
         return pending
 
     def _run(self, pending: Sequence[Pending], requests: Requests) -> Iterator[None]:
@@ -318,6 +340,21 @@ class Scorer:
         pieces = tuple(self.lm.tokenizer.decode([t]) for t in sequence.read)
         every = np.array([*sequence.read, sequence.targets[-1]])
         return Trace(document, pieces, sequence.context, at, received, lost, every)
+
+
+def _portions(missing: Sequence[_Missing], answers: Sequence[Answers]) -> Iterator[Sequence[_Missing]]:
+    """Requests that are prepared and computed together: all, or a few where policies read their prompts beforehand.
+
+    So an interruption loses what was prepared for one portion, not for all prompts.
+    """
+    prepares = any(a.system.policy.prepares for a in answers)
+    part: list[_Missing] = []
+    for one in missing:
+        if prepares and len(part) >= PREPARED_AT_ONCE and one.windows[0][0] != part[-1].windows[0][0]:
+            yield part
+            part = []
+        part.append(one)
+    yield part
 
 
 def _about(requests: Requests, i: int, error: Exception) -> Exception:

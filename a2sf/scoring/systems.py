@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from a2sf.hf.settings import retention_of
+from a2sf.hf.warned import Warned
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
 from a2sf.policies.prepared import Prepared
 from a2sf.policies.schedule import Schedule
 from a2sf.scoring.counts import Counts
-from a2sf.tasks.warned import Warned
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Answers:
         computed: answers that were computed now; it has no key of `known`.
         progress: how much is done, and the time that it took.
         ran: which implementations of the engine ran (`a2sf.engine.kernels.noting`).
-        warned: what libraries warned of while this system alone was computed.
+        warned: what libraries warned of while what this system needs was computed.
         error: why this system cannot be computed; the other systems of the group continue.
     """
 

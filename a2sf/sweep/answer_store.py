@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 
 from a2sf import atomic
+from a2sf.hf.warned import Warned
 from a2sf.scoring.systems import Answer, Answers
 from a2sf.store.names import EARLIER_DIGITS
 from a2sf.store.runs import StoredCell, as_stored, writing
@@ -105,6 +106,7 @@ class AnswerStore:
             "seconds": answers.progress.seconds,
             "share": answers.share,
             "ran": sorted(answers.ran),
+            "warned": answers.warned.notes,
             "counts": {name: getattr(answers.counts, name) for name in COUNTS},
         }
         write_in(_files(self.directory, cell)[0], json.dumps({"checksum": _checksum(body), **body}))
@@ -121,6 +123,7 @@ class AnswerStore:
             answers.computed = {key: Answer(*a) for key, a in body["answers"].items()}
             answers.progress.seconds = body["seconds"]
             answers.ran = set(body["ran"])
+            answers.warned = Warned.of(body.get("warned", ()))
             for name in COUNTS:
                 setattr(answers.counts, name, body["counts"][name])
 

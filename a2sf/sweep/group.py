@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from a2sf.engine.trace import Trace
+from a2sf.hf.warned import Warned
 from a2sf.scoring.generation.thinking import Thinking
 from a2sf.scoring.requests import Requests, by_kind
 from a2sf.scoring.scorer import Scorer
@@ -30,7 +31,7 @@ from a2sf.sweep.reuse import find_extendable
 from a2sf.tasks import shared_texts
 from a2sf.tasks.prompting import Prompting
 from a2sf.tasks.spec import provenance
-from a2sf.tasks.warned import Warned, collected
+from a2sf.tasks.warned import collected
 
 _END = object()
 DIFFER = ("policy", "budget", "schedule")

@@ -33,6 +33,7 @@ from a2sf.engine import trace as traces
 from a2sf.errors import ConfigError, UserError
 from a2sf.hf import loading
 from a2sf.hf.devices import devices_of
+from a2sf.hf.warned import Warned
 from a2sf.scoring.scorer import Scorer
 from a2sf.store.runs import TRACES, DiskError, StoredCell, finished_cells, settings_of, write_cell, write_table, writing
 from a2sf.sweep import answer_store
@@ -41,7 +42,7 @@ from a2sf.sweep.config import folder as config_dir
 from a2sf.sweep.group import CellGroup, Computed, with_notes
 from a2sf.sweep.reuse import Finished, results_of
 from a2sf.tasks.prompting import SAMPLING_SEED
-from a2sf.tasks.warned import Warned, collected
+from a2sf.tasks.warned import collected
 from a2sf.tracking.tracker import Tracker
 
 LEASE_SECONDS = 60.0

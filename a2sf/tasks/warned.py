@@ -6,23 +6,21 @@ A warning may concern a number, so only those that `NOISE` names, each with a re
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from lm_eval.utils import warning_once
 from transformers.utils import logging as of_transformers
 
 from a2sf.errors import Notice
+from a2sf.hf.warned import Warned, cause
 
 LOGGERS = ("lm_eval", "transformers", "datasets")
 """Loggers whose records of level WARNING and above are collected; other libraries compute no numbers here."""
 CATEGORIES = (RuntimeWarning, UserWarning)
 """Categories of Python's warnings: those of NumPy and scikit-learn about numbers; warnings about code have others."""
-LONGEST = 300
 NOISE = {
     "Label index was not in within range": "reported with task and document (`a2sf.scoring.doubts`)",
     "Prompts lose their beginning": "the same",
@@ -38,30 +36,10 @@ NOISE = {
 """Part of a message -> why it is not shown."""
 
 
-@dataclass
-class Warned:
-    """Different messages, and how often each occurred.
-
-    Messages that differ only in digits count as one; the first of them is shown.
-    """
-
-    _texts: dict[str, str] = field(default_factory=dict)
-    _times: dict[str, int] = field(default_factory=dict)
-
-    def add(self, source: str, message: str) -> None:
-        """Count a library's message, unless it is noise."""
-        line = next((stripped for part in message.splitlines() if (stripped := part.strip(" ,"))), "")
-        if not line or any(noise in message for noise in NOISE):
-            return
-        text = f"{source} warns: {line[:LONGEST]}"
-        key = re.sub(r"\d+", "0", text)
-        self._texts.setdefault(key, text)
-        self._times[key] = self._times.get(key, 0) + 1
-
-    @property
-    def notes(self) -> list[dict[str, Any]]:
-        """As in `result.json`: the `text`, and how many `times` it occurred."""
-        return [{"text": text, "times": self._times[key]} for key, text in self._texts.items()]
+def _count(into: Warned, source: str, message: str) -> None:
+    """Count a library's message, unless it is noise."""
+    if not any(noise in message for noise in NOISE):
+        cause(into).add(source, message)
 
 
 class _Collecting(logging.Handler):
@@ -70,12 +48,14 @@ class _Collecting(logging.Handler):
         self.into = into
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.into.add(record.name.partition(".")[0], record.getMessage())
+        _count(self.into, record.name.partition(".")[0], record.getMessage())
 
 
 @contextmanager
 def collected(into: Warned | None = None, again: bool = False) -> Iterator[Warned]:
     """Collect warnings of libraries while the block runs; of nested blocks the innermost collects.
+
+    Warnings inside `a2sf.hf.warned.caused_by` are counted there.
 
     Args:
         again: whether the block continues an earlier one, so that what libraries warn of once came already.
@@ -98,7 +78,7 @@ def collected(into: Warned | None = None, again: bool = False) -> Iterator[Warne
                 if issubclass(category, Notice):  # notices go to the screen, at once
                     shown(message, category, *where, **more)
                 else:
-                    into.add(category.__name__, str(message))
+                    _count(into, category.__name__, str(message))
 
             for category in CATEGORIES:
                 warnings.simplefilter("always", category)

@@ -18,6 +18,7 @@ from a2sf.engine.state import EvictionState, accumulation_dtype
 from a2sf.hf.attention.errors import NonFiniteError
 from a2sf.hf.attention.mixed import Mixed
 from a2sf.hf.attention.plan import Plan
+from a2sf.hf.warned import caused_by
 from a2sf.policies.rule import Rule
 
 States = dict[tuple[int, int, int], EvictionState]
@@ -58,7 +59,7 @@ class Continued(Plan):
         self._calls[layer] += 1
         self.shapes[at] = key.shape[1], query.shape[1] // key.shape[1], window
         keep = [i for i, segment in enumerate(self.of) if segment in self.later]
-        with noting() as names:
+        with noting() as names, caused_by(self.warned):
             group = query.shape[1] // key.shape[1]
             options = replace(
                 self.options(layer, scale), return_state=bool(keep) or segments.rule.threshold is not None
@@ -141,6 +142,7 @@ def parts_of(
             rotary=plan.rotary,
             projections=plan.projections,
             ran=plan.ran,
+            warned=plan.warned,
             cached=plan.cached,
             plan=plan,
             of=of,

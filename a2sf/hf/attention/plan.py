@@ -17,6 +17,7 @@ from a2sf.engine.state import EvictionState, Options, Segments
 from a2sf.engine.trace import attention_mass, steps_of
 from a2sf.hf.attention.errors import check_finite
 from a2sf.hf.attention.windows import keeps_window, within_window
+from a2sf.hf.warned import Warned, caused_by
 from a2sf.policies.base import Retention
 from a2sf.policies.rotary import Projection, Rotary
 from a2sf.policies.schedule import STEP, Schedule
@@ -43,6 +44,7 @@ class Plan:
         serves: the caller's numbers of the sequences that are read.
         ends: the segment that each of them ends with.
         ran: which implementations ran (`a2sf.engine.kernels.noting`).
+        warned: what libraries warn of in the policy's own part of the pass; None: it is not kept apart.
         cached: by layer, call of the layer's attention and segment, tokens cached at its end, mean over KV heads; where a
             rule has a threshold, so that no number says it.
     """
@@ -63,6 +65,7 @@ class Plan:
     serves: Sequence[int] = ()
     ends: Sequence[int] = ()
     ran: set[str] = field(default_factory=set)
+    warned: Warned | None = None
     reached: set[int] = field(default_factory=set)
     evicted: dict[int, Tensor] = field(default_factory=dict)
     evicted_at: dict[int, Tensor] = field(default_factory=dict)
@@ -167,7 +170,7 @@ class Plan:
         """The same for tensors that are known to be finite."""
         call = self._calls[layer]
         self._calls[layer] += 1
-        with noting() as names:
+        with noting() as names, caused_by(self.warned):
             segments, options = self.segments(layer, window), self.options(layer, scale)
             if segments.rule.threshold is not None:
                 options = replace(options, return_state=True)

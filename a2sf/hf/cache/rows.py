@@ -19,6 +19,7 @@ from a2sf.hf.cache.cache_pass import CachePass
 from a2sf.hf.cache.checks import check_length
 from a2sf.hf.cache.pruned import PrunedCache
 from a2sf.hf.cache.store import NewTokens
+from a2sf.hf.warned import Warned, caused_by
 from a2sf.policies.base import Retention
 
 
@@ -85,10 +86,14 @@ class Together:
 
     Args:
         caches: each with which of its rows are live, bool [B]; at least one row of each is.
+
+    Attributes:
+        warned: what libraries warn of in the attention of each cache.
     """
 
     def __init__(self, caches: Sequence[tuple[PrunedCache, Tensor]]) -> None:
         self.caches = caches
+        self.warned = [Warned() for _ in caches]
         self.passes = [begin_token(cache, live) for cache, live in caches]
         self.places = [None if bool(live.all()) else live.nonzero()[:, 0] for _, live in caches]
         self.sizes = [int(live.sum()) for _, live in caches]
@@ -108,10 +113,12 @@ class Together:
         """Insert, attend, score and evict in one layer, [R, H, 1, V] of R rows."""
         outputs = []
         first = 0
-        for (_, live), one, place, size in zip(self.caches, self.passes, self.places, self.sizes, strict=True):
+        of_caches = zip(self.caches, self.passes, self.places, self.sizes, self.warned, strict=True)
+        for (_, live), one, place, size, warned in of_caches:
             q, k, v = (_spread(x[first : first + size], len(live), place) for x in (query, key, value))
             try:
-                output = one.attend(layer, q, k, v, scale, window)
+                with caused_by(warned):
+                    output = one.attend(layer, q, k, v, scale, window)
             except NonFiniteError as error:  # whose rows are the cache's
                 row = {int(r): i for i, r in enumerate(live.nonzero()[:, 0])}
                 bad = sorted(first + row[r] for r in error.rows if r in row)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from a2sf.engine.state import EvictionState
-from a2sf.hf.attention import NonFiniteError, attached, running
+from a2sf.hf.attention import NonFiniteError, Plan, attached, running
 from a2sf.hf.attention.continued import Continued
 from a2sf.hf.attention.mixed import Mixed
 from a2sf.hf.attention.named import configs_of
@@ -30,13 +30,13 @@ class Reading:
         row: what was read; `row.items` are places among the prompts.
         logits: float32 [prompts, vocabulary], what follows each.
         ends: the prompts as rows that continue.
-        ran: by place, which implementations of the engine ran.
+        plans: what computed them; each serves places among the prompts.
     """
 
     row: Pack
     logits: Tensor
     ends: list[ReadRow]
-    ran: list[set[str]]
+    plans: Sequence[Plan]
 
 
 def read_prompts(
@@ -82,16 +82,13 @@ def _read(
         for which in mine:
             at = int((columns == last[which] - part.begin).nonzero())
             logits[which] = found[at].clone()
-    states, ran = _states(whole.plans, parts, prompts, about.layers)
-    return Reading(row, torch.stack(logits), [states[i] for i in row.items], [ran[i] for i in row.items])
+    states = _states(parts, prompts, about.layers)
+    return Reading(row, torch.stack(logits), [states[i] for i in row.items], whole.plans)
 
 
-def _states(
-    plans: Sequence[object], parts: Sequence[Continued], prompts: Sequence[ScoredSequence], layers: int
-) -> tuple[dict[int, ReadRow], dict[int, set[str]]]:
-    """By the place of a prompt, the row that it becomes, and which implementations ran."""
+def _states(parts: Sequence[Continued], prompts: Sequence[ScoredSequence], layers: int) -> dict[int, ReadRow]:
+    """By the place of a prompt, the row that it becomes."""
     found: dict[int, ReadRow] = {}
-    ran: dict[int, set[str]] = {}
     for part in {id(p.plan): p for p in parts}.values():
         plan = part.plan
         assert plan is not None
@@ -109,5 +106,4 @@ def _states(
             ]
             prompt = prompts[i]
             found[i] = ReadRow(len(prompt.read), prompt.prompt, prompt.retention, of_layers, shapes)
-            ran[i] = plan.ran
-    return found, ran
+    return found

@@ -25,7 +25,7 @@ from a2sf.policies.base import UNLIMITED
 from a2sf.scoring.generation.reading import Reading, read_prompts
 from a2sf.scoring.generation.row import Row
 from a2sf.scoring.generation.sampling import Choice
-from a2sf.scoring.passes.run import Pending, share
+from a2sf.scoring.passes.run import Pending, credit, share
 from a2sf.scoring.passes.sequences import Model
 
 WORTHWHILE = 4
@@ -175,8 +175,7 @@ class Rows:
             yield from read_prompts(self.model, self.about, prompts, self.tokens_per_pass) if new else ()
 
     def _account(self, reading: Reading, new: Sequence[Row], seconds: float) -> None:
-        for i, ran in zip(reading.row.items, reading.ran, strict=True):
-            new[i].answers.ran |= ran
+        credit(reading.plans, [r.answers for r in new])
         share(reading.row, [Pending(r.answers, r.sequence, r.request) for r in new], seconds)
 
     def _step(self) -> list[Row]:
@@ -217,6 +216,9 @@ class Rows:
             done = True
         finally:
             together.end(done)
+        for lane, warned in zip(lanes, together.warned, strict=True):
+            for answers in {id(row.answers): row.answers for row in lane.live}.values():
+                answers.warned.update(warned)
         return logits
 
     def _take(self, rows: Sequence[Row], logits: torch.Tensor) -> None:

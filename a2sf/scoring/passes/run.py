@@ -110,9 +110,7 @@ class Passes:
                 done = Done([(pending[i], *score, cached.get(i)) for i, score in zip(row.items, scores, strict=True)])
                 for i in row.items:
                     del left[i]
-                for plan in plans:
-                    for i in plan.serves:
-                        pending[i].answers.ran |= plan.ran
+                credit(plans, [p.answers for p in pending])
                 share(row, pending, time.perf_counter() - clock)
                 yield done
                 clock = time.perf_counter()
@@ -217,6 +215,15 @@ def by_system(places: Sequence[int], pending: Sequence[Pending]) -> list[list[in
     for i in places:
         found.setdefault(id(pending[i].answers), []).append(i)
     return list(found.values())
+
+
+def credit(plans: Sequence[Plan], answers: Sequence[Answers]) -> None:
+    """Note for each system what ran and warned in the plans that served it; `answers` are those of each sequence."""
+    for plan in plans:
+        for one in {id(answers[i]): answers[i] for i in plan.serves}.values():
+            one.ran |= plan.ran
+            if plan.warned is not None:
+                one.warned.update(plan.warned)
 
 
 def share(row: Pack, pending: Sequence[Pending], seconds: float) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from a2sf.hf.attention import Plan
 from a2sf.hf.attention.mixed import Mixed
+from a2sf.hf.warned import Warned
 from a2sf.policies.base import UNLIMITED, Retention
 from a2sf.policies.rotary import Projection, Rotary
 from a2sf.policies.schedule import STEP, Schedule
@@ -190,4 +191,5 @@ def _plan(forest: Pack, items: Sequence[int], sequences: Sequence[ScoredSequence
         projections=model.projections,
         serves=[items[which] for which in forest.items],
         ends=[path[-1] for path in forest.path],
+        warned=Warned(),
     )

@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import lm_eval
 import pytest
+import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import warning_once
 
 from a2sf.analysis.results.selection import Selection
 from a2sf.errors import ConfigError, Notice
 from a2sf.hf.loading import ModelSpec, load
+from a2sf.hf.warned import Warned
+from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policies
+from a2sf.policies.rule import Rule, Step
+from a2sf.policies.schedule import STEP, Schedule
 from a2sf.report.output import TableOptions, show
 from a2sf.scoring.lm import PrunedLM
 from a2sf.store.notes import notes_of
@@ -26,7 +33,7 @@ from a2sf.sweep.group import CellGroup
 from a2sf.tasks import spec as tasks
 from a2sf.tasks.prompting import Prompting
 from a2sf.tasks.spec import DataSpec
-from a2sf.tasks.warned import Warned, collected
+from a2sf.tasks.warned import collected
 from tests.hub.build import write_model
 
 YAML = """
@@ -86,11 +93,14 @@ def task(folder: Path, rows: list[dict], more: str = "", name: str = "odd") -> P
 def computed(folder, loaded, tmp_path):
     """Results of the full cache and of H2O on a task, computed as a group."""
 
-    def compute(file: Path, **more):
+    def compute(file: Path, *others: Policy, schedule: Schedule = STEP, **more):
         lm = PrunedLM(loaded.model, tokenizer=loaded.tokenizer, **more)
-        ways = {"full": None, "h2o": Budget(ratio=0.5)}
+        known = find_policies()
+        ways = {known["full"](): None, known["h2o"](): Budget(ratio=0.5)} | dict.fromkeys(others, Budget(ratio=0.25))
         cells = [
-            Cell("m", ModelSpec(str(folder)), find_policies()[p](), b, str(file), 0, None, 0, DataSpec()).with_content()
+            Cell(
+                "m", ModelSpec(str(folder)), p, b, str(file), 0, None, 0, DataSpec(), schedule=schedule if b else STEP
+            ).with_content()
             for p, b in ways.items()
         ]
         made = list(CellGroup(cells, lm.scorer, tmp_path / "runs" / "s").compute())
@@ -220,6 +230,44 @@ def test_collecting_leaves_everything_as_it_was(capsys):
         assert (of.level, of.handlers, of.propagate) == (level, handlers, propagate)
     assert warnings.filters == filters
     assert capsys.readouterr().err == ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Odd(Policy):
+    """Evicts the oldest token, and warns."""
+
+    name: ClassVar[str] = "warning"
+    label: ClassVar[str] = "Warning"
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        return Retention(budget=budget, rule=Rule(scored=False))
+
+    def priorities(self, step: Step) -> torch.Tensor:
+        warnings.warn("a number is odd", RuntimeWarning, stacklevel=1)
+        return step.positions.float()
+
+
+@pytest.mark.parametrize("schedule", ["step", "prompt"])
+@pytest.mark.parametrize("writes", [False, True], ids=["choices", "texts"])
+def test_a_policys_warnings_are_notes_of_its_own_cell(computed, loaded, tmp_path, schedule, writes):
+    row = {"goal": "Which one is the longest of them?", "choices": ["this and that", "that and this"], "target": "x"}
+    file = task(tmp_path, [row] * 2, name="writes")
+    if writes:
+        file.write_text(WRITES.replace("FOLDER", str(tmp_path)).replace("UNTIL", "[]"))
+    made = computed(file, Odd(), schedule=Schedule(schedule))
+    found = [[n["times"] for n in c.result.get("notes", []) if n["text"].endswith("a number is odd")] for c in made]
+    assert found[:2] == [[], []]
+    (times,) = found[2]
+    assert times >= loaded.model.config.num_hidden_layers  # once in each at least
+
+
+def test_warnings_of_an_interrupted_cell_are_stored():
+    warned = Warned()
+    for n in range(3):
+        warned.add("numpy", f"overflow in {n}")
+    again = Warned.of(json.loads(json.dumps(warned.notes)))
+    again.add("numpy", "overflow in 7")
+    assert again.notes == [{"text": "numpy warns: overflow in 0", "times": 4}]
 
 
 WRITES = """
