@@ -36,7 +36,8 @@ from a2sf.scoring.systems import Answer, Answers, System
 from a2sf.scoring.texts import Texts
 
 PREPARED_AT_ONCE = 128
-"""Requests whose prompts are read beforehand, where a policy does so, before their answers are computed."""
+"""Requests whose prompts are read beforehand, where a policy does so, before their answers are computed; and prompts whose
+prepared numbers are held for further requests."""
 
 
 class _Missing(NamedTuple):
@@ -113,7 +114,6 @@ class Scorer:
         answers = [a for a in answers if a.error is None]
         for portion in _portions(self._missing(requests, answers), answers):
             pending = self._pending(requests, answers, portion)
-            self._ready.clear()  # sequences hold the prepared numbers that are still needed
             yield from self._run([p for p in pending if p.answers.error is None], requests)
 
     def _missing(self, requests: Requests, answers: Sequence[Answers]) -> list[_Missing]:
@@ -245,6 +245,8 @@ class Scorer:
         """What a system's policy prepares for a prompt; it is read once for all requests and budgets."""
         key = system.policy, prompt
         if key not in self._ready:
+            if len(self._ready) >= PREPARED_AT_ONCE:
+                del self._ready[next(iter(self._ready))]  # the oldest
             self._ready[key] = prepared_for(self.model, system.policy, prompt)
         return self._ready[key]
 
@@ -348,13 +350,9 @@ def _portions(missing: Sequence[_Missing], answers: Sequence[Answers]) -> Iterat
     So an interruption loses what was prepared for one portion, not for all prompts.
     """
     prepares = any(a.system.policy.prepares for a in answers)
-    part: list[_Missing] = []
-    for one in missing:
-        if prepares and len(part) >= PREPARED_AT_ONCE and one.windows[0][0] != part[-1].windows[0][0]:
-            yield part
-            part = []
-        part.append(one)
-    yield part
+    size = PREPARED_AT_ONCE if prepares else max(1, len(missing))
+    for at in range(0, len(missing), size):
+        yield missing[at : at + size]
 
 
 def _about(requests: Requests, i: int, error: Exception) -> Exception:

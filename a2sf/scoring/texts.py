@@ -8,6 +8,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,7 +115,7 @@ class Texts:
                 f"max_length={settings['max_length']} leaves no room for text after a prompt of {len(prompt.tokens)} tokens"
             )
         cut = requests.cut(i, system, len(prompt.tokens), prompt.length)
-        retention = self.scorer.retention(system, prompt.tokens, cut, cut + follow - 1)
+        retention = system.retention(cut + follow - 1, cut, self.scorer.layers)
         sequence = ScoredSequence(tuple(prompt.tokens), (0,), retention, system.schedule, cut)
         draw = (requests.keys[i], self._seed) if choice.of.draws else None
         row = Row(answers, i, sequence, limit, ends, prompt.text, draw, prompt.later)
@@ -156,6 +157,23 @@ class Texts:
             backend=self.scorer.backend,
         )
 
+    def _prepare(self, row: Row) -> bool:
+        """Let the policy read the row's prompt, if it does so; whether it could. If not, that is its system's `error`."""
+        one, sequence = row.answers, row.sequence
+        if one.error is not None or not one.system.policy.prepares:
+            return one.error is None
+        clock = time.perf_counter()
+        try:
+            with collected(one.warned):
+                total = sequence.prompt + row.follow - 1
+                retention = self.scorer.retention(one.system, sequence.read, sequence.prompt, total)
+        except Exception as error:
+            one.error = error
+            return False
+        row.sequence = replace(sequence, retention=retention)
+        one.progress.seconds += time.perf_counter() - clock
+        return True
+
     def _together(self, waiting: list[Row], choice: Choice) -> Iterator[None]:
         scorer = self.scorer
         about = scorer.about(row.sequence for row in waiting)
@@ -164,6 +182,7 @@ class Texts:
             about,
             choice,
             lambda row: self._cache([row]),
+            self._prepare,
             self._most,
             tokens_in_caches(scorer.model),
             scorer.tokens_per_pass,

@@ -80,6 +80,7 @@ class Rows:
         about: the model, as passes must know it.
         choice: how tokens are chosen.
         make_cache: an empty cache for rows like the given one.
+        prepare: what is to be done before a row's prompt is read; False: the row is left out.
         most: rows at a time.
         room: numbers that the caches of all rows may hold: tokens times layers.
         tokens_per_pass: computed tokens of a pass over prompts.
@@ -95,11 +96,13 @@ class Rows:
         about: Model,
         choice: Choice,
         make_cache: Callable[[Row], PrunedCache],
+        prepare: Callable[[Row], bool],
         most: int,
         room: int,
         tokens_per_pass: int,
     ) -> None:
         self.model, self.about, self.choice, self.make_cache = model, about, choice, make_cache
+        self.prepare = prepare
         self.most, self.room, self.tokens_per_pass = most, room, tokens_per_pass
         self.alone = False
         self.culprits: list[Row] = []
@@ -118,7 +121,7 @@ class Rows:
         """
         while waiting or self.live:
             new = self._admissible(waiting)
-            finished = self._let_in(new)
+            finished = self._let_in([row for row in new if self.prepare(row)])
             del waiting[: len(new)]
             if finished:
                 yield finished  # before the next call, which may fail
