@@ -136,7 +136,7 @@ def planned_over_actual(lm: PrunedLM) -> tuple[float, float]:
 def _groups(
     lm: PrunedLM, systems: Sequence[System], of: Sequence[str], documents: int, **more: Any
 ) -> list[list[Cell]]:
-    common = {"model_name": "smollm2-135m", "model": replace(SMOLLM2, device=str(lm.device))}
+    common: dict[str, Any] = {"model_name": "smollm2-135m", "model": replace(SMOLLM2, device=str(lm.device))}
     common |= {"shots": 0, "limit": documents, "seed": 1234, "data": tasks.DataSpec(source="bundle")} | more
     return [[Cell(policy=p, budget=b, task=t, **common) for p, b in systems] for t in of]
 
