@@ -4,96 +4,52 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from a2sf.engine.functional import attend, evicting_attention
-    from a2sf.engine.state import EvictionState
-    from a2sf.hf.cache.pruned import PrunedCache
-    from a2sf.hf.scope import pruning
-    from a2sf.policies.a2sf import A2SF
-    from a2sf.policies.base import Policy, Retention
-    from a2sf.policies.budget import Budget
-    from a2sf.policies.find import make_policy
-    from a2sf.policies.rule import Rule, Step
-    from a2sf.policies.schedule import Schedule
-    from baselines.adakv import AdaKV
-    from baselines.cake import CAKE
-    from baselines.calibrated import Calibrated
-    from baselines.cam import CaM
-    from baselines.chunkkv import ChunkKV
-    from baselines.criticalkv import CriticalKV
-    from baselines.curdkv import CurDKV
-    from baselines.dms import DMS
-    from baselines.expected_attention import ExpectedAttention
-    from baselines.full import Full
-    from baselines.future import Future
-    from baselines.h2o import H2O
-    from baselines.heads import Heads
-    from baselines.key_norm import KeyNorm
-    from baselines.keydiff import KeyDiff
-    from baselines.keyformer import Keyformer
-    from baselines.kvzap import KVzap
-    from baselines.kvzip import KVzip
-    from baselines.lagkv import LagKV
-    from baselines.mean_attention import MeanAttention
-    from baselines.pyramidkv import PyramidKV
-    from baselines.qfilter import QFilter
-    from baselines.random import Random
-    from baselines.rkv import RKV
-    from baselines.roco import RoCo
-    from baselines.scissorhands import Scissorhands
-    from baselines.simlayerkv import SimLayerKV
-    from baselines.snapkv import SnapKV
-    from baselines.streaming import Streaming
-    from baselines.tova import TOVA
-    from baselines.vatp import VATP
-    from baselines.window import Window
+    from a2sf.engine.functional import attend as attend
+    from a2sf.engine.functional import evicting_attention as evicting_attention
+    from a2sf.engine.state import EvictionState as EvictionState
+    from a2sf.hf.cache.pruned import PrunedCache as PrunedCache
+    from a2sf.hf.scope import pruning as pruning
+    from a2sf.policies.a2sf import A2SF as A2SF
+    from a2sf.policies.base import Policy as Policy
+    from a2sf.policies.base import Retention as Retention
+    from a2sf.policies.budget import Budget as Budget
+    from a2sf.policies.find import make_policy as make_policy
+    from a2sf.policies.rule import Rule as Rule
+    from a2sf.policies.rule import Step as Step
+    from a2sf.policies.schedule import Schedule as Schedule
+    from baselines.adakv import AdaKV as AdaKV
+    from baselines.cake import CAKE as CAKE
+    from baselines.calibrated import Calibrated as Calibrated
+    from baselines.cam import CaM as CaM
+    from baselines.chunkkv import ChunkKV as ChunkKV
+    from baselines.criticalkv import CriticalKV as CriticalKV
+    from baselines.curdkv import CurDKV as CurDKV
+    from baselines.dms import DMS as DMS
+    from baselines.expected_attention import ExpectedAttention as ExpectedAttention
+    from baselines.full import Full as Full
+    from baselines.future import Future as Future
+    from baselines.h2o import H2O as H2O
+    from baselines.heads import Heads as Heads
+    from baselines.key_norm import KeyNorm as KeyNorm
+    from baselines.keydiff import KeyDiff as KeyDiff
+    from baselines.keyformer import Keyformer as Keyformer
+    from baselines.kvzap import KVzap as KVzap
+    from baselines.kvzip import KVzip as KVzip
+    from baselines.lagkv import LagKV as LagKV
+    from baselines.mean_attention import MeanAttention as MeanAttention
+    from baselines.pyramidkv import PyramidKV as PyramidKV
+    from baselines.qfilter import QFilter as QFilter
+    from baselines.random import Random as Random
+    from baselines.rkv import RKV as RKV
+    from baselines.roco import RoCo as RoCo
+    from baselines.scissorhands import Scissorhands as Scissorhands
+    from baselines.simlayerkv import SimLayerKV as SimLayerKV
+    from baselines.snapkv import SnapKV as SnapKV
+    from baselines.streaming import Streaming as Streaming
+    from baselines.tova import TOVA as TOVA
+    from baselines.vatp import VATP as VATP
+    from baselines.window import Window as Window
 
-__all__ = [
-    "A2SF",
-    "CAKE",
-    "DMS",
-    "H2O",
-    "RKV",
-    "TOVA",
-    "VATP",
-    "AdaKV",
-    "Budget",
-    "CaM",
-    "Calibrated",
-    "ChunkKV",
-    "CriticalKV",
-    "CurDKV",
-    "EvictionState",
-    "ExpectedAttention",
-    "Full",
-    "Future",
-    "Heads",
-    "KVzap",
-    "KVzip",
-    "KeyDiff",
-    "KeyNorm",
-    "Keyformer",
-    "LagKV",
-    "MeanAttention",
-    "Policy",
-    "PrunedCache",
-    "PyramidKV",
-    "QFilter",
-    "Random",
-    "Retention",
-    "RoCo",
-    "Rule",
-    "Schedule",
-    "Scissorhands",
-    "SimLayerKV",
-    "SnapKV",
-    "Step",
-    "Streaming",
-    "Window",
-    "attend",
-    "evicting_attention",
-    "make_policy",
-    "pruning",
-]
 __version__ = "0.2.0"
 
 _WHERE = {
@@ -143,6 +99,7 @@ _WHERE = {
     "make_policy": "a2sf.policies.find",
     "pruning": "a2sf.hf.scope",
 }
+__all__ = [*_WHERE]
 
 
 def __getattr__(name: str) -> Any:

@@ -63,7 +63,7 @@ def figures(store: Path = STORE, page: Path = PAGE, directory: Path = FIGURES) -
         grids.append(gather([archive], Selection(metric=METRICS[preset])))
     short, long = grids
     effects, texts = text_frame(short)
-    drawn = [f for files in generated_plots(effects, texts, directory).values() for f in files]
+    drawn = generated_plots(effects, texts, directory)
     # six documents of a task, some of one text, are too few for differences of their texts
     replace_block(page, text_markdown(generated_tables(short, effects)) + "\n" + markdown(build_tables(long)))
     return [page, *drawn]

@@ -6,23 +6,22 @@ import argparse
 import contextlib
 import io
 import json
-import tempfile
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import lm_eval
+
+from a2sf.bench import groups, harness
+from a2sf.bench.groups import System
 from a2sf.bench.measuring import SMOLLM2, Figures, alternately
-from a2sf.hf.loading import LoadedModel, load
+from a2sf.hf.loading import load, tokenizer_folder
 from a2sf.policies.a2sf import A2SF
 from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policy
 from a2sf.scoring.lm import PrunedLM
-from a2sf.sweep.cell import Cell
-from a2sf.sweep.group import CellGroup, Computed
+from a2sf.sweep.group import Computed
 from a2sf.tasks import spec as tasks
 from a2sf.tasks.prompting import Prompting
 
@@ -37,8 +36,6 @@ TARGETS = {
     "lm_eval_full_over_group_cell_texts": "≥ 2.5",
     "full_over_a2sf_128_cell_long_texts": "≥ 1.5",
 }
-
-System = tuple[Policy, Budget | None]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +57,8 @@ def measure(figures: Figures, options: argparse.Namespace) -> None:
     lm = PrunedLM(loaded.model, tokenizer=loaded.tokenizer)
     of_group = systems()
     run(lm, of_group[:2], documents=2)  # warm
-    theirs = lm_eval_model(loaded, options.batch_size, options.texts)
+    sizes = {b: b for b in BATCHES if b <= max(BATCHES[0], options.texts)}
+    theirs = harness.lm_eval_model(loaded, options.batch_size, sizes, evaluate)
     calls: dict[str, Callable[[], Any]] = {
         "lm_eval": partial(evaluate, theirs, options.texts),
         "full": partial(run, lm, of_group[:1], documents=options.texts),
@@ -101,28 +99,9 @@ def run(
     """Compute one group of cells for each task, without storing results."""
     found = []
     for task, shots in (of_tasks or TASKS).items():
-        data = tasks.DataSpec(source="bundle", task_args=_arguments(task))
-        cells = [
-            Cell(
-                model_name="smollm2-135m",
-                model=replace(SMOLLM2, device=str(lm.device)),
-                policy=policy,
-                budget=budget,
-                task=task,
-                shots=shots,
-                limit=documents,
-                seed=1234,
-                data=data,
-                prompting=prompting or Prompting(),
-            ).with_content()
-            for policy, budget in of_group
-        ]
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):  # progress bars
-            done = list(CellGroup(cells, lm.scorer, Path(folder) / "s").compute())
-        for computed in done:
-            if computed.error is not None:
-                raise computed.error
-        found += done
+        data = tasks.ContentFinder().resolve(_spec(task, shots))
+        about = {"shots": shots, "data": data, "prompting": prompting or Prompting()}
+        found += groups.run(lm, of_group, [task], documents=documents, **about)
     return found
 
 
@@ -131,48 +110,23 @@ def texts_of(computed: Sequence[Computed]) -> list[str]:
     return [t for c in computed if c.documents is not None for t in c.documents["generated"]]
 
 
-def lm_eval_model(loaded: LoadedModel, batch_size: int | None, documents: int) -> Any:
-    """lm-eval's own model with the given batch size, or with the fastest of a few."""
-    from lm_eval.models.huggingface import HFLM
-
-    lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size or 1)
-    if batch_size:
-        return lm
-    seconds = {}
-    for size in (b for b in BATCHES if b <= max(BATCHES[0], documents)):
-        lm.batch_size_per_gpu = size
-        started = time.perf_counter()
-        evaluate(lm, size)
-        seconds[size] = (time.perf_counter() - started) / size
-    lm.batch_size_per_gpu = min(seconds, key=seconds.__getitem__)
-    return lm
-
-
 def evaluate(lm: Any, documents: int) -> list[str]:
     """The texts that lm-eval's model generates for the same documents, in their order."""
-    import lm_eval
-
     texts = []
     for task, shots in TASKS.items():
-        data = tasks.DataSpec(source="bundle", task_args=_arguments(task))
-        spec = tasks.TaskSpec(task, replace(data, tokenizer=_tokenizer(task)), shots)
+        built = _spec(task, shots).build(1234)
         with contextlib.redirect_stderr(io.StringIO()):
-            found = lm_eval.evaluate(
-                lm, task_dict={"tasks": {task: spec.build(1234)}}, limit=documents, bootstrap_iters=0
-            )
+            found = lm_eval.evaluate(lm, task_dict={"tasks": {task: built}}, limit=documents, bootstrap_iters=0)
         samples = sorted(found["samples"][task], key=lambda s: s["doc_id"])
         texts += [s["resps"][0][0] for s in samples]
     return texts
 
 
-def _tokenizer(task: str) -> str | None:
-    from a2sf.hf.loading import tokenizer_folder
-
-    return str(tokenizer_folder(SMOLLM2)) if task in LENGTHS else None
-
-
-def _arguments(task: str) -> str:
-    return json.dumps({"lengths": LENGTHS[task]}) if task in LENGTHS else ""
+def _spec(task: str, shots: int) -> tasks.TaskSpec:
+    made = {}
+    if task in LENGTHS:
+        made = {"task_args": json.dumps({"lengths": LENGTHS[task]}), "tokenizer": str(tokenizer_folder(SMOLLM2))}
+    return tasks.TaskSpec(task, tasks.DataSpec(source="bundle", **made), shots)
 
 
 def _exactly(tokens: int) -> dict[str, Any]:

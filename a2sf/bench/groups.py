@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from a2sf.bench import harness
 from a2sf.bench.measuring import SMOLLM2, Figures, alternately
 from a2sf.hf.loading import load
 from a2sf.policies.a2sf import A2SF
@@ -81,9 +82,7 @@ def measure(figures: Figures, options: argparse.Namespace) -> None:
     ratios["plan_estimate_over_actual"], ratios["first_plan_over_actual"] = planned_over_actual(lm)
     figures.save()
 
-    from a2sf.bench import harness  # imports lm-eval's own model
-
-    theirs = harness.lm_eval_model(loaded, options.batch_size)
+    theirs = harness.with_choices(loaded, options.batch_size)
     calls = {
         "lm_eval": partial(harness.evaluate, theirs, 1),
         "group": partial(run, lm, paper(), harness.TASKS, shots=1),
@@ -95,11 +94,11 @@ def measure(figures: Figures, options: argparse.Namespace) -> None:
 
 
 def run(
-    lm: PrunedLM, systems: Sequence[System], of: Sequence[str], *, shots: int = 0, documents: int = DOCUMENTS
+    lm: PrunedLM, systems: Sequence[System], of: Sequence[str], *, documents: int = DOCUMENTS, **more: Any
 ) -> list[Computed]:
-    """Compute one group of cells for each task, without storing results."""
+    """Compute one group of cells for each task, without storing results; `more`: further fields of the cells."""
     found = []
-    for group in _groups(lm, systems, of, shots, documents):
+    for group in _groups(lm, systems, of, documents, **more):
         with tempfile.TemporaryDirectory() as folder:
             found += _computed(lm, group, Path(folder) / "s")
     return found
@@ -117,11 +116,11 @@ def planned_over_actual(lm: PrunedLM) -> tuple[float, float]:
     estimate, and without any.
     """
     full = demo()[:1]
-    groups = _groups(lm, demo(), DEMO, 0, DOCUMENTS)
+    groups = _groups(lm, demo(), DEMO, DOCUMENTS)
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "s"
         first = sum(e.seconds or 0.0 for e in estimate(groups, directory.parent, trial=True))
-        for (cell,) in _groups(lm, full, DEMO, 0, round(MEASURED_FIRST * DOCUMENTS)):
+        for (cell,) in _groups(lm, full, DEMO, round(MEASURED_FIRST * DOCUMENTS)):
             for done in _computed(lm, [cell], directory):
                 assert done.result is not None
                 assert done.documents is not None
@@ -134,10 +133,12 @@ def planned_over_actual(lm: PrunedLM) -> tuple[float, float]:
         return planned / actual, first / actual
 
 
-def _groups(lm: PrunedLM, systems: Sequence[System], of: Sequence[str], shots: int, documents: int) -> list[list[Cell]]:
-    data, model = tasks.DataSpec(source="bundle"), replace(SMOLLM2, device=str(lm.device))
-    common = {"model_name": "smollm2-135m", "model": model, "shots": shots, "limit": documents, "seed": 1234}
-    return [[Cell(policy=p, budget=b, task=t, data=data, **common) for p, b in systems] for t in of]  # type: ignore[arg-type]
+def _groups(
+    lm: PrunedLM, systems: Sequence[System], of: Sequence[str], documents: int, **more: Any
+) -> list[list[Cell]]:
+    common: dict[str, Any] = {"model_name": "smollm2-135m", "model": replace(SMOLLM2, device=str(lm.device))}
+    common |= {"shots": 0, "limit": documents, "seed": 1234, "data": tasks.DataSpec(source="bundle")} | more
+    return [[Cell(policy=p, budget=b, task=t, **common) for p, b in systems] for t in of]
 
 
 def _computed(lm: PrunedLM, group: Sequence[Cell], directory: Path) -> list[Computed]:

@@ -47,7 +47,7 @@ def measure(figures: Figures, options: argparse.Namespace) -> None:
     """Add the ratios to lm-eval. Each takes minutes, so that figures are saved after each."""
     ratios, details = figures.ratios, figures.details
     loaded = load(figures.model)
-    theirs = lm_eval_model(loaded, options.batch_size)
+    theirs = with_choices(loaded, options.batch_size)
     ours = PrunedLM(loaded.model, tokenizer=loaded.tokenizer)
     evaluate(ours, 1, documents=8)  # warm up, as theirs is
     details["lm_eval_batch_size"] = theirs.batch_size
@@ -101,19 +101,28 @@ def _with(lm: Any, setting: tuple[Policy, Budget | None], shots: int) -> Callabl
     return run
 
 
-def lm_eval_model(loaded: LoadedModel, batch_size: int | None) -> Any:
-    """lm-eval's own model with the given batch size, or with the fastest of a few."""
+def lm_eval_model(
+    loaded: LoadedModel, batch_size: int | None, trials: dict[int, int], evaluate: Callable[[Any, int], Any]
+) -> Any:
+    """lm-eval's own model with the given batch size, or with the fastest of `trials`: batch size -> documents."""
     lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size or 1)
     if batch_size:
         return lm
     seconds = {}
-    for size in (4, 8, 16, 32):
+    for size, documents in trials.items():
         lm.batch_size_per_gpu = size
         started = time.perf_counter()
-        evaluate(lm, 1, documents=8)
-        seconds[size] = time.perf_counter() - started
+        evaluate(lm, documents)
+        seconds[size] = (time.perf_counter() - started) / documents
     lm.batch_size_per_gpu = min(seconds, key=seconds.__getitem__)
     return lm
+
+
+def with_choices(loaded: LoadedModel, batch_size: int | None) -> Any:
+    """lm-eval's own model, for the tasks of this module."""
+    return lm_eval_model(
+        loaded, batch_size, dict.fromkeys((4, 8, 16, 32), 8), lambda lm, documents: evaluate(lm, 1, documents)
+    )
 
 
 def evaluate(lm: Any, shots: int, documents: int = DOCUMENTS) -> dict[str, float]:

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from a2sf.hf.attention import Plan, attached, running
 from a2sf.hf.calls.logits import logits_at
-from a2sf.hf.layer_check import layers_of
+from a2sf.hf.layer_check import unpruned
 from a2sf.hf.settings import retention_of
-from a2sf.policies.base import UNLIMITED, Policy, Retention
+from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
 
 
@@ -27,7 +27,7 @@ class HeldOut:
     def __init__(self, model: PreTrainedModel, passages: Sequence[Sequence[int]]) -> None:
         self.model, self.passages = model, passages
         self.full: list[Tensor | None] = [None] * len(passages)
-        self._unpruned = (Retention(budget=UNLIMITED),) * layers_of(model)
+        self._unpruned = unpruned(model)
 
     def change(self, policy: Policy, ratios: Sequence[float], which: int, only: int | None = None) -> float:
         """The sum of |Δ log-likelihood| over the tokens of a passage, mean over budgets.

@@ -85,5 +85,5 @@ def main(arguments: Sequence[str]) -> None:
 
             over_models_frame(pooled).to_csv(args.out / "models.csv", index=False)
             drawn = forest_plots(pooled, args.out, made.percent, ", ".join(dict.fromkeys(made.metrics.values())))
-            written += ["models.csv", *(file.name for files in drawn.values() for file in files)]
+            written += ["models.csv", *(file.name for file in drawn)]
         console.print(f"Written: {args.out}/{', '.join(written)}", markup=False, highlight=False)

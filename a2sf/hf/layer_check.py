@@ -18,7 +18,6 @@ from a2sf.compat.transformers import ATTENTION
 from a2sf.hf.attention.errors import NonFiniteError, UnsupportedModel
 from a2sf.hf.attention.function import attached, check_arguments
 from a2sf.hf.attention.plan import Plan
-from a2sf.hf.attention.windows import mixes_windows
 from a2sf.policies.base import UNLIMITED, Retention
 
 CHECK = "a2sf_check"
@@ -37,6 +36,11 @@ def layers_of(model: PreTrainedModel) -> int:
     if not isinstance(layers, int):
         raise UnsupportedModel(f"{type(model).__name__} does not say how many layers it has (num_hidden_layers)")
     return layers
+
+
+def unpruned(model: PreTrainedModel) -> tuple[Retention, ...]:
+    """What each layer retains with the full cache."""
+    return (Retention(budget=UNLIMITED),) * layers_of(model)
 
 
 def positions_of(model: PreTrainedModel) -> int:
@@ -99,13 +103,7 @@ def compare_layers(model: PreTrainedModel, ids: Tensor, call: Callable[..., Any]
     """
     own = getattr(model.config, ATTENTION)
     own = own if own in AttentionInterface() and own in AttentionMaskInterface() else "sdpa"
-    plan = Plan.of_rows(
-        [ids.shape[1]],
-        [0],
-        lambda row, layer: Retention(budget=UNLIMITED),
-        layers_of(model),
-        policy_on_sliding=not mixes_windows(model.config),
-    )
+    plan = Plan.of_one(ids.shape[1], unpruned(model), model.config)
     check = _Check(AttentionInterface()[own], AttentionMaskInterface()[own], plan, positions_of(model))
     token = _current.set(check)
     try:

@@ -16,11 +16,11 @@ from a2sf.errors import PolicyError, UserError, place
 from a2sf.hf.attention.errors import UnsupportedModel
 from a2sf.hf.attention.function import active, attached, running
 from a2sf.hf.attention.plan import Plan
-from a2sf.hf.attention.windows import global_layers, mixes_windows
+from a2sf.hf.attention.windows import global_layers
 from a2sf.hf.calls.around import bare, idle
 from a2sf.hf.devices import input_device
-from a2sf.hf.layer_check import layers_of, positions_of
-from a2sf.policies.base import UNLIMITED, Policy, Retention
+from a2sf.hf.layer_check import layers_of, positions_of, unpruned
+from a2sf.policies.base import Policy
 from a2sf.policies.prepared import LayerRead, Numbers, Prepared
 
 T = TypeVar("T")
@@ -87,14 +87,7 @@ class ModelReader:
                 f"the policy reads {len(tokens)} tokens before a cut, and the model has {most} positions; use shorter "
                 "prompts"
             )
-        plan = _Looking.of_rows(
-            [len(tokens)],
-            [0],
-            lambda row, layer: Retention(budget=UNLIMITED),
-            self.layers,
-            policy_on_sliding=not mixes_windows(self.model.config),
-        )
-        assert isinstance(plan, _Looking)
+        plan = _Looking.of_one(len(tokens), unpruned(self.model), self.model.config)
         plan.look, plan.shows_hidden = look, self.hidden_states
         ids = torch.tensor([list(tokens)], device=input_device(self.model))
         with torch.inference_mode(), idle(self.model), attached(self.model), running(plan), _noting(self.model, plan):

@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 from a2sf.hf.attention.errors import UnsupportedModel
 from a2sf.hf.attention.function import attached, running
 from a2sf.hf.attention.plan import Plan
-from a2sf.hf.attention.windows import mixes_windows, rope_switch
+from a2sf.hf.attention.windows import rope_switch
 from a2sf.hf.calls.around import bare, idle
 from a2sf.hf.devices import input_device
 from a2sf.hf.exactness import length_for, reported, tokens_of
-from a2sf.hf.layer_check import layers_of
-from a2sf.policies.base import UNLIMITED, Policy, Retention
+from a2sf.hf.layer_check import unpruned
+from a2sf.policies.base import Policy
 from a2sf.policies.rotary import Rotary
 
 TOKENS = 24
@@ -87,14 +87,7 @@ class _Recording(Plan):
 
 def _keys_of_one_token(model: PreTrainedModel) -> dict[int, Tensor]:
     tokens = length_for(model, TOKENS)
-    plan = _Recording.of_rows(
-        [tokens],
-        [0],
-        lambda row, layer: Retention(budget=UNLIMITED),
-        layers_of(model),
-        policy_on_sliding=not mixes_windows(model.config),
-    )
-    assert isinstance(plan, _Recording)
+    plan = _Recording.of_one(tokens, unpruned(model), model.config)
     ids = torch.tensor([tokens_of(model, 1, 1)[0] * tokens], device=input_device(model))
     call = bare(model)
     with torch.inference_mode(), idle(model), reported(model), attached(model), running(plan):

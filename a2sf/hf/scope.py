@@ -73,36 +73,31 @@ class _Scope:
         if cache is not None:
             self.replaced.add(cache)
         more = self.max_new_tokens if cache is not None else 0  # without one it is a plain call, of its own tokens
+        return self._cache(model, more, self.context_tokens)
+
+    def passing(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> PrunedCache | None:
+        """A cache for reading a call without a cache in parts; None where the model is only exact in one pass."""
+        _, length, context, retained = self._rows(model, shape, mask)
+        if min(context) < 1 or self.refused is not None:
+            return None
+        cache = self._cache(model, 0, context)
+        if max(length) > cache.positions:
+            return None
+        cache.keep(retained, context)
+        return cache
+
+    def _cache(
+        self, model: PreTrainedModel, new_tokens: int | None, context_tokens: int | list[int] | None
+    ) -> PrunedCache:
         return PrunedCache(
             model,
             self.policy,
             self.budget,
             schedule=self.schedule,
-            max_new_tokens=more,
-            context_tokens=self.context_tokens,
+            max_new_tokens=new_tokens,
+            context_tokens=context_tokens,
             backend=self.backend,
         )
-
-    def passing(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> PrunedCache | None:
-        """A cache for reading a call without a cache in parts; None where the model is only exact in one pass."""
-        _, length, context, retained = self._rows(model, shape, mask)
-        if min(context) < 1:
-            return None
-        if self.refused is not None:
-            return None
-        cache = PrunedCache(
-            model,
-            self.policy,
-            self.budget,
-            schedule=self.schedule,
-            max_new_tokens=0,
-            context_tokens=context,
-            backend=self.backend,
-        )
-        if max(length) > cache.positions:
-            return None
-        cache.keep(retained, context)
-        return cache
 
     def plan(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> Plan:
         start, length, context, retained = self._rows(model, shape, mask)

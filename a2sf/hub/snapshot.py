@@ -160,13 +160,14 @@ class Snapshot:
                 raise HubError(wanted.key, wanted.value or wanted.repo, f"the hub did not give {left[0]}; start again")
         return self.folder
 
-    def arrived(self) -> int:
-        """Bytes of this repository in the cache, those of unfinished files included."""
-        total = 0
-        for file in (_cache(self.wanted) / "blobs").glob("*"):
-            with suppress(OSError):  # it was finished and renamed meanwhile
-                total += file.stat().st_size
-        return total
+
+def arrived(wanted: Wanted) -> int:
+    """Bytes of a repository in the cache, those of unfinished files included."""
+    total = 0
+    for file in (_cache(wanted) / "blobs").glob("*"):
+        with suppress(OSError):  # it was finished and renamed meanwhile
+            total += file.stat().st_size
+    return total
 
 
 class _Stopped(Exception):

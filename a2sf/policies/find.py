@@ -66,18 +66,15 @@ def find_policies() -> dict[str, type[Policy]]:
 
 
 def make_policy(name: str, **settings: Any) -> Policy:
-    """The policy `name` with `settings`; other settings have their defaults.
+    """The policy `name`, or of the class `module:Class`, with `settings`; other settings have their defaults.
 
     Raises:
         ConfigError: if there is no such policy or setting, or a value is not allowed.
     """
-    policies = find_policies()
-    if name not in policies:
-        known = ", ".join(sorted(policies))
-        raise ConfigError("policy", name, f"give one of {known}{nearest(str(name), policies)}")
-    check_name(policies[name])
-    check_setting_names(policies[name], settings)
-    return policies[name](**settings)
+    cls = find_policy(name)
+    check_name(cls)
+    check_setting_names(cls, settings)
+    return cls(**settings)
 
 
 def find_policy(name: str, key: str = "policy") -> type[Policy]:

@@ -14,21 +14,21 @@ from a2sf.report.plots.style import GREY, Line, Style, panels, save, shared_lege
 from a2sf.store.names import safe
 
 
-def generated_plots(effects: pd.DataFrame, texts: pd.DataFrame, directory: Path) -> dict[str, list[Path]]:
-    """Draw one picture for each model, number of shots and task that generates; its name -> its files.
+def generated_plots(effects: pd.DataFrame, texts: pd.DataFrame, directory: Path) -> list[Path]:
+    """Draw one picture for each model, number of shots and task that generates; the PNG and SVG files written.
 
     Args:
         effects, texts: as `a2sf.analysis.comparisons.generated.text_frame` returns them.
     """
-    drawn: dict[str, list[Path]] = {}
+    files: list[Path] = []
     for place, rows in effects.groupby(["model", "shots", "task"], sort=True) if len(effects) else ():
         model, shots, task = place if isinstance(place, tuple) else (place, "", "")
         of_task = texts[(texts["model"] == model) & (texts["shots"] == shots) & (texts["task"] == task)]
         name = f"texts-{safe(str(model))}-{shots}shot-{safe(str(task))}"
         figure = generated_figure(rows, of_task)
         figure.suptitle(f"{task}, {model}, {shots}-shot (n = {int(rows['n'].max())})", fontsize=10)
-        drawn[name] = save(figure, directory / name)
-    return drawn
+        files += save(figure, directory / name)
+    return files
 
 
 def generated_figure(effects: pd.DataFrame, texts: pd.DataFrame) -> Figure:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,9 @@ from a2sf.analysis.results.documents import TEXT, documents_of, texts_of
 from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid, SystemResults
 from a2sf.analysis.results.labels import DASH
 from a2sf.analysis.statistics.intervals import Estimate, of_documents
-from a2sf.report.plots.lines import chosen_lines, draw_line, left_out
-from a2sf.report.plots.style import GREY, Line, Style, panels, save, shared_legend, styles_of
-from a2sf.report.tables.summaries import sizes_note
+from a2sf.report.plots.lines import chosen_lines, draw_line
+from a2sf.report.plots.style import GREY, Line, Style, panels, shared_legend, styles_of
 from a2sf.report.tables.text import TextTable
-from a2sf.store.names import safe
 
 GAP = 1.3
 """A length this many times the next smaller one begins a new bin, where that makes few bins."""
@@ -77,24 +74,6 @@ def share_tables(grid: Grid) -> list[TextTable]:
             title = f"Cached share: {model}, {shots}-shot (%)"
             tables.append(TextTable(title, pd.DataFrame(rows), SHARES, model=model, shots=shots))
     return tables
-
-
-def length_plots(grid: Grid, directory: Path, pair: tuple[str, str] = DEFAULT_PAIR) -> dict[str, list[Path]]:
-    """Caption -> the PNG and SVG written, for each model and number of shots whose prompts are of several lengths."""
-    written = {}
-    parts = grid.by_model()
-    for model, shots, part in parts:
-        figure = length_figure(part, pair)
-        if figure is None:
-            continue
-        where = f"{model}, {shots}-shot{part.one_schedule}"
-        left = left_out(part, pair)
-        more = f"; without {', '.join(left)} (choose with --policy)" if left else ""
-        figure.suptitle(f"{where}\n{sizes_note(part)}", x=0.01, ha="left", fontsize=9)
-        stem = "length" if len(parts) == 1 else f"length-{safe(model)}-{shots}shot"
-        caption = f"{part.metric} by the length of the prompt, documents of all tasks together, with 95 % bands{more}"
-        written[f"{caption} ({where}; {sizes_note(part).rstrip('.')})"] = save(figure, directory / stem)
-    return written
 
 
 def length_figure(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:

@@ -121,14 +121,11 @@ def needle_tables(grid: Grid) -> list[TextTable]:
     return tables
 
 
-def needle_plots(grid: Grid, directory: Path) -> dict[str, list[Path]]:
-    """Caption -> the PNG and SVG written, for each model and number of shots that has needle results."""
-    written = {}
-    parts = list(_parts(grid))
-    for i, (where, part) in enumerate(parts):
-        stem = "needle" if len(parts) == 1 else f"needle-{i}"
-        written[f"Needles found, with 95 % intervals ({where})"] = save(needle_figure(part), directory / stem)
-    return written
+def needle_plots(grid: Grid, directory: Path) -> list[Path]:
+    """The PNG and SVG files written, for each model and number of shots that has needle results."""
+    figures = [needle_figure(part) for _, part in _parts(grid)]
+    stems = ["needle"] if len(figures) == 1 else [f"needle-{i}" for i in range(len(figures))]
+    return [f for figure, stem in zip(figures, stems, strict=True) for f in save(figure, directory / stem)]
 
 
 def _written(found: Any) -> str:

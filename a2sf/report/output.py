@@ -25,7 +25,7 @@ from a2sf.analysis.statistics.families import Correction
 from a2sf.errors import UserError
 from a2sf.report.choices import FORMATS
 from a2sf.report.generated import generated_plots
-from a2sf.report.lengths import length_plots, length_tables, share_tables
+from a2sf.report.lengths import length_tables, share_tables
 from a2sf.report.needle import needle_plots, needle_tables
 from a2sf.report.page.page import ReportContents, read_failures, write_report
 from a2sf.report.plots.forest import forest_plots
@@ -151,13 +151,11 @@ def show(directories: Sequence[Path], selection: Selection, options: TableOption
             (out / "tables").mkdir(parents=True, exist_ok=True)
             atomic.write(out / "tables" / name, text)
             files.append(out / "tables" / name)
-    plots: dict[str, list[Path]] = {}
     if options.plots:
-        plots = needle_plots(grid, out / "plots") | draw_all(grid, out / "plots", options.pair)
-        plots |= length_plots(grid, out / "plots", options.pair)
-        plots |= forest_plots(of_pair, out / "plots", grid.percent, grid.metric)
-        plots |= trace_pictures(traced, out / "plots") | generated_plots(effects, text_rows, out / "plots")
-    files += [file for pictures in plots.values() for file in pictures]
+        plots = out / "plots"
+        files += [*needle_plots(grid, plots), *draw_all(grid, plots, options.pair)]
+        files += forest_plots(of_pair, plots, grid.percent, grid.metric)
+        files += [*trace_pictures(traced, plots), *generated_plots(effects, text_rows, plots)]
     left_out = [*not_compared, *no_fidelity, *not_ranked, *not_paired, *not_pooled, *not_tested]
     of_tables = [note for table in tables for note in table.notes]
     notes = list(dict.fromkeys([*left_out, *of_tables, *notes_of(grid.cells.values())]))
@@ -191,8 +189,8 @@ def pictures(directory: Path) -> dict[str, Path]:
         UserError: if nothing can be shown.
     """
     grid = gather([directory])
-    drawn = needle_plots(grid, directory / "plots") | draw_all(grid, directory / "plots")
-    return {f.stem: f for files in drawn.values() for f in files if f.suffix == ".png"}
+    drawn = [*needle_plots(grid, directory / "plots"), *draw_all(grid, directory / "plots")]
+    return {f.stem: f for f in drawn if f.suffix == ".png"}
 
 
 def publish(grid: Grid, options: TableOptions, figures: Path | None, readme: Path | None) -> list[Path]:
@@ -206,9 +204,7 @@ def publish(grid: Grid, options: TableOptions, figures: Path | None, readme: Pat
         replace_block(readme, markdown(options.tables(grid), options.stderr, options.interval))
         files.append(readme)
     if figures is not None:
-        drawn = needle_plots(grid, figures) | draw_all(grid, figures, options.pair)
-        drawn |= length_plots(grid, figures, options.pair)
-        files += [file for pictures in drawn.values() for file in pictures]
+        files += [*needle_plots(grid, figures), *draw_all(grid, figures, options.pair)]
     return files
 
 

@@ -55,14 +55,14 @@ def trace_frame(groups: Groups, pair: tuple[str, str] = DEFAULT_PAIR) -> pd.Data
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def trace_pictures(groups: Groups, directory: Path) -> dict[str, list[Path]]:
-    """Caption -> the PNG and SVG written: a document's text once per policy, shaded by what each cache retained."""
-    written: dict[str, list[Path]] = {}
+def trace_pictures(groups: Groups, directory: Path) -> list[Path]:
+    """The PNG and SVG files written: a document's text once per policy, shaded by what each cache retained."""
+    written: list[Path] = []
     for (model, shots, task, budget, schedule), by_policy in groups.items():
         several = len({s for *where, s in groups if where == [model, shots, task, budget]}) > 1
         documents = sorted({d for traces in by_policy.values() for d in traces})[:DOCUMENTS]
         for document in documents:
-            if len(written) == PICTURES:
+            if len(written) == 2 * PICTURES:
                 return written
             shown = {}
             for (_, label, factor), traces in by_policy.items():
@@ -71,13 +71,10 @@ def trace_pictures(groups: Groups, directory: Path) -> dict[str, list[Path]]:
                     shown[label if alone else f"{label} {factor}"] = traces[document]
             of = f", {schedule}" if several else ""
             stem = f"kept-{safe(model)}-{safe(task)}-{shots}shot-{(budget + of).replace(' ', '')}-doc{document}"
-            files = [directory / f"{stem}.{ending}" for ending in ("png", "svg")]
             directory.mkdir(parents=True, exist_ok=True)
-            for file in files:
-                picture(shown, file)
-            written[
-                f"Tokens retained of document {document} of {task} at budget {budget}{of} ({model}, {shots}-shot)"
-            ] = files
+            for ending in ("png", "svg"):
+                written.append(directory / f"{stem}.{ending}")
+                picture(shown, written[-1])
     return written
 
 

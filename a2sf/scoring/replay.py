@@ -13,14 +13,15 @@ from transformers import PreTrainedModel
 
 from a2sf.engine.replay import Recorded, Replay
 from a2sf.errors import ConfigError, UserError
-from a2sf.hf.attention import Plan, attached, mixes_windows, running
+from a2sf.hf.attention import Plan, attached, running
 from a2sf.hf.cache.pruned import PrunedCache
 from a2sf.hf.calls.around import cache_name_of
 from a2sf.hf.calls.logits import logits_at, logits_in_parts
 from a2sf.hf.devices import input_device
 from a2sf.hf.exactness import require_exact
+from a2sf.hf.layer_check import unpruned
 from a2sf.hf.loading.config import kv_heads_of
-from a2sf.policies.base import UNLIMITED, Policy, Retention
+from a2sf.policies.base import Policy, Retention
 from a2sf.policies.rule import Recording, Rule
 from a2sf.scoring.passes.logits import log_probabilities
 
@@ -134,7 +135,7 @@ class Replayer:
         """
         policy = RecordedPolicy(recorded=recorded)
         here = self._score(recorded, policy.retentions, recorded.evicted_at)
-        full = self._score(recorded, (Retention(budget=UNLIMITED),) * self.layers)
+        full = self._score(recorded, unpruned(self.model))
         return Replayed(
             recorded, here, full, self._generate(recorded, policy), float(recorded.cached()[..., -1].mean())
         )
@@ -144,15 +145,7 @@ class Replayer:
     ) -> tuple[float, ...]:
         """Log-likelihoods of the text's tokens in one pass; `expected`: what is to be evicted, which is checked."""
         read = recorded.read
-        plan = Plan.of_rows(
-            [len(read)],
-            [0],
-            lambda row, layer: retention[layer],
-            self.layers,
-            policy_on_sliding=not mixes_windows(self.model.config),
-            backend=self.backend,
-            trace=expected is not None,
-        )
+        plan = Plan.of_one(len(read), retention, self.model.config, backend=self.backend, trace=expected is not None)
         index = torch.arange(len(recorded.prompt) - 1, len(read), device=self.device)
         targets = torch.tensor(recorded.text, device=self.device)
         found: list[Tensor] = []

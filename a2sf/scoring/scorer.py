@@ -93,8 +93,7 @@ class Scorer:
             UnsupportedModel: if the policy sees keys before the rotary embedding or the projection after the attention, and
                 the model's is not known.
         """
-        check_settings(policy, budget, self.layers, schedule=schedule)
-        policy.check(self.layers, self.kv_heads)
+        check_settings(policy, budget, self.layers, schedule=schedule, kv_heads=self.kv_heads)
         rotary_for(self.model, policy)
         projections_for(self.model, policy)
         return System(policy, budget, schedule_for(policy, schedule))
@@ -226,6 +225,13 @@ class Scorer:
         retention = self.retention(system, tokens, cut, len(tokens) - 1)
         return ScoredSequence(tuple(tokens[:-1]), tuple(continuation), retention, system.schedule, cut)
 
+    def text_sequence(self, requests: Requests, i: int, text: Sequence[int], system: System) -> ScoredSequence:
+        """A text that follows the prompt of request `i`, as `system` reads it with the budgets of generating."""
+        prompt = requests.prompt(i)
+        cut = requests.cut(i, system, len(prompt.tokens), prompt.length)
+        retention = self.retention(system, prompt.tokens, cut, len(prompt.tokens) + max(0, prompt.new - 1))
+        return ScoredSequence((*prompt.tokens, *text[:-1]), tuple(text), retention, system.schedule, cut)
+
     def retention(self, system: System, tokens: Sequence[int], cut: int, total: int) -> tuple[Retention, ...]:
         """What each layer retains of a sequence; a policy that prepares a prompt's cut reads the prompt first.
 
@@ -302,28 +308,19 @@ class Scorer:
             if requests.kind == TEXT:
                 if not answer.thinking_tokens + answer.continuation:
                     continue
-                prompt = requests.prompt(i)
-                text = requests.after(i, answer)
-                cut = requests.cut(i, answers.system, len(prompt.tokens), prompt.length)
-                total = len(prompt.tokens) + max(0, prompt.new - 1)
-                retention = self.retention(answers.system, prompt.tokens, cut, total)
-                sequence = ScoredSequence(
-                    (*prompt.tokens, *text[:-1]), tuple(text), retention, answers.system.schedule, cut
-                )
+                sequence = self.text_sequence(requests, i, requests.after(i, answer), answers.system)
             else:
                 sequence = self.sequence(requests, i, requests.windows(i)[0], answers.system)
             made.append(self._trace(document, sequence))
         return made
 
     def _trace(self, document: int, sequence: ScoredSequence) -> Trace:
-        plan = Plan.of_rows(
-            [len(sequence.read)],
-            [0],
-            lambda row, layer: sequence.retention[layer],
-            self.layers,
+        plan = Plan.of_one(
+            len(sequence.read),
+            sequence.retention,
+            self.model.config,
             schedule=sequence.schedule,
             prompt=lambda row: sequence.prompt,
-            policy_on_sliding=not mixes_windows(self.model.config),
             backend=self.backend,
             rotary=rotary_of(self.model) if sequence.retention[0].rule.unrotated else None,
             projections=projections_of(self.model) if sequence.retention[0].rule.projected else None,

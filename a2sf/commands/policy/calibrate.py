@@ -109,10 +109,7 @@ def calibrate(args: argparse.Namespace, console: Console) -> None:
     from a2sf.sweep.cell import engine_versions
 
     spec, loaded, text, cut = read_passages(args, args.tokens, args.held_out)
-    about = {
-        "model": {"path": spec.path, "weights": loaded.fingerprint, "dtype": spec.resolved_dtype},
-        "text": {"source": text.source, "digest": text.digest},
-        "tokens": sum(map(len, cut.local)),
+    about = _measured(spec, loaded, text, cut) | {
         "held_out": sum(map(len, cut.held_out)),
         "lengths": list(args.lengths),
         "seed": args.seed,
@@ -122,8 +119,7 @@ def calibrate(args: argparse.Namespace, console: Console) -> None:
     checkpoint = Checkpoint(FOLDER / ".partial", {**about, "device": spec.resolved_device, "settings": tried})
     options = SearchOptions(tuple(args.budget), args.per, args.shares, args.top)
     name = args.name or f"{args.per}{' shares' if args.shares else ''} {'-'.join(f'{r:g}' for r in args.budget)}"
-    out = args.out or FOLDER / f"{safe(Path(args.model).stem)}-{safe(name.replace(' ', '-'))}.yaml"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = file_of(args, f"{safe(name.replace(' ', '-'))}.yaml")
 
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     with Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True) as bars:
@@ -154,21 +150,30 @@ def filters(args: argparse.Namespace, console: Console) -> None:
     from a2sf.store.names import safe
 
     spec, loaded, text, cut = read_passages(args, args.tokens, args.held_out)
-    read = cut.local
-    found = directions(loaded.model, track(read, "passages", console=console, transient=True))
-    about = {
+    found = directions(loaded.model, track(cut.local, "passages", console=console, transient=True))
+    about = _measured(spec, loaded, text, cut)
+    about |= {"seed": args.seed, "a2sf": __version__, "command": " ".join(sys.argv)}
+    out = file_of(args, "filters.json")
+    atomic.write(out, json.dumps(content(found, args.name or safe(Path(args.model).stem), about), indent=1))
+    console.print(f"Score it with: a2sf run policy=qfilter policy.file={out}", soft_wrap=True, markup=False)
+
+
+def _measured(spec: Any, loaded: Any, text: Any, cut: Any) -> dict[str, Any]:
+    """What a file says of the model and the text that it was measured on."""
+    return {
         "model": {"path": spec.path, "weights": loaded.fingerprint, "dtype": spec.resolved_dtype},
         "text": {"source": text.source, "digest": text.digest},
-        "tokens": sum(map(len, read)),
-        "seed": args.seed,
-        "a2sf": __version__,
-        "command": " ".join(sys.argv),
+        "tokens": sum(map(len, cut.local)),
     }
-    model = safe(Path(args.model).stem)
-    out = args.out or FOLDER / f"{model}-filters.json"
+
+
+def file_of(args: argparse.Namespace, end: str) -> Path:
+    """The file of `--out`, by default one in `FOLDER` that begins with the model's name; its folder is made."""
+    from a2sf.store.names import safe
+
+    out = Path(args.out or FOLDER / f"{safe(Path(args.model).stem)}-{end}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write(out, json.dumps(content(found, args.name or model, about), indent=1))
-    console.print(f"Score it with: a2sf run policy=qfilter policy.file={out}", soft_wrap=True, markup=False)
+    return out
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

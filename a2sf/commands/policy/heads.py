@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from a2sf.app.process import quiet
-from a2sf.commands.policy.calibrate import FOLDER, add_model, model_spec
+from a2sf.commands.policy.calibrate import FOLDER, add_model, file_of, model_spec
 from a2sf.errors import ConfigError
 
 LENGTHS = (100, 250, 500)
@@ -54,7 +54,6 @@ def measure(args: argparse.Namespace, console: Console) -> None:
     from a2sf.hf import loading
     from a2sf.report.heads import heads_figure
     from a2sf.report.plots.style import save
-    from a2sf.store.names import safe
 
     loaded = loading.load(model_spec(args))
     texts = retrieval.needles(loaded.tokenizer, args.documents, args.lengths, args.seed)
@@ -66,8 +65,7 @@ def measure(args: argparse.Namespace, console: Console) -> None:
     chosen = retrieval.chosen_heads(of_kv, count)
     drawn = retrieval.random_heads(layers, kv_heads, count, args.seed)
 
-    out = args.out or FOLDER / f"{safe(Path(args.model).stem)}-heads.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = file_of(args, "heads.json")
     other = out.with_name(f"{out.stem}-random{out.suffix}")
     atomic.write(out, json.dumps(sorted(chosen)))
     atomic.write(other, json.dumps(drawn))

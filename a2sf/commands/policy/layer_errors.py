@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from a2sf.app.process import quiet
-from a2sf.commands.policy.calibrate import FOLDER, add_model, add_text, check_numbers, read_passages
+from a2sf.commands.policy.calibrate import FOLDER, add_model, add_text, check_numbers, file_of, read_passages
 from a2sf.errors import ConfigError
 
 
@@ -51,7 +51,7 @@ def policy_of(text: str) -> Any:
     Raises:
         ConfigError: if there is no such policy or setting, or the text has another form.
     """
-    from a2sf.policies.find import find_policy, make_policy
+    from a2sf.policies.find import make_policy
 
     name, *given = text.split(",")
     settings = {}
@@ -60,7 +60,7 @@ def policy_of(text: str) -> Any:
         if not equals:
             raise ConfigError("POLICY", text, "give a name, and settings as key=value after commas")
         settings[key.strip()] = yaml.safe_load(value)
-    return find_policy(name)(**settings) if ":" in name else make_policy(name, **settings)
+    return make_policy(name, **settings)
 
 
 def measure(args: argparse.Namespace, policies: dict[str, Any], console: Console) -> None:
@@ -73,7 +73,6 @@ def measure(args: argparse.Namespace, policies: dict[str, Any], console: Console
     from a2sf.hf.layer_check import layers_of
     from a2sf.report.heads import errors_figure
     from a2sf.report.plots.style import save
-    from a2sf.store.names import safe
 
     _, loaded, source, passages = read_passages(args, args.skip, args.tokens)
     cut = passages.held_out
@@ -94,8 +93,7 @@ def measure(args: argparse.Namespace, policies: dict[str, Any], console: Console
             for layer in range(found.shape[-1])
         ]
     )
-    out = args.out or FOLDER / f"{safe(Path(args.model).stem)}-errors.csv"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = file_of(args, "errors.csv")
     atomic.write(out, frame.to_csv(index=False))
     table = Table("policy", *(f"{ratio:g}" for ratio in args.budget), title="Mean over layers", title_justify="left")
     for p, text in enumerate(policies):

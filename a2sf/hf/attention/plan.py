@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import EvictionState, Options, Segments
 from a2sf.engine.trace import attention_mass, steps_of
 from a2sf.hf.attention.errors import check_finite
-from a2sf.hf.attention.windows import keeps_window, within_window
+from a2sf.hf.attention.windows import keeps_window, mixes_windows, within_window
 from a2sf.hf.warned import Warned, caused_by
 from a2sf.policies.base import Retention
 from a2sf.policies.rotary import Projection, Rotary
@@ -77,7 +77,7 @@ class Plan:
     _by_layer: dict[tuple[int, int | None], Segments] = field(default_factory=dict)
 
     @classmethod
-    def of_rows(cls, lengths: Sequence[int], starts: Sequence[int], retention, layers: int, **more: Any) -> Plan:
+    def of_rows(cls, lengths: Sequence[int], starts: Sequence[int], retention, layers: int, **more: Any) -> Self:
         """A batch of padded rows: row `b` holds its tokens at `starts[b] : starts[b] + lengths[b]`."""
         return cls(
             row=range(len(lengths)),
@@ -88,6 +88,12 @@ class Plan:
             layers=layers,
             **more,
         )
+
+    @classmethod
+    def of_one(cls, tokens: int, retention: Sequence[Retention], config: Any, **more: Any) -> Self:
+        """One sequence of a model with this config; `retention`: of each layer."""
+        more["policy_on_sliding"] = not mixes_windows(config)
+        return cls.of_rows([tokens], [0], lambda row, layer: retention[layer], len(retention), **more)
 
     def segments(self, layer: int, sliding_window: int | None) -> Segments:
         """The segments of `layer`, with its retention; shared between layers that retain the same."""

@@ -19,8 +19,8 @@ from a2sf.hub import snapshot as hub
 CAUSAL_ARCHITECTURES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
-def check_config(spec: ModelSpec) -> None:
-    """Refuse, from its config alone, a model that cannot be loaded or pruned.
+def check_config(spec: ModelSpec) -> Any | None:
+    """Refuse, from its config alone, a model that cannot be loaded or pruned; returns the config, None for a GGUF file.
 
     Raises:
         ConfigError: if there is no such model, or it is not a causal decoder that AttentionInterface reaches.
@@ -30,8 +30,8 @@ def check_config(spec: ModelSpec) -> None:
             ggufs = sorted(f for f in files.sizes if f.endswith(".gguf"))
             has = f"it has {', '.join(ggufs[:9])}" if ggufs else "it has no GGUF file"
             raise files.refused or ConfigError(KEY, spec.path, f"{spec.source.repo} has no file of that name; {has}")
-    elif gguf_file(spec) is None:
-        _config(spec)
+        return None
+    return _config(spec) if gguf_file(spec) is None else None
 
 
 def _config(spec: ModelSpec) -> Any:
@@ -96,11 +96,8 @@ def _any_config(spec: ModelSpec) -> Any:
     Raises:
         ConfigError: if there is no such model.
     """
-    check_config(spec)
-    file = gguf_file(spec)
-    if file is None:
-        return _config(spec)
-    return gguf.config_of(file)
+    config, file = check_config(spec), gguf_file(spec)
+    return config if file is None else gguf.config_of(file)
 
 
 def positions_of(spec: ModelSpec) -> int | None:

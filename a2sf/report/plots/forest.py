@@ -20,12 +20,12 @@ MOST = 12
 POOLED, THESE = "#0072B2", "#D55E00"
 
 
-def forest_plots(found: Sequence[OverModels], directory: Path, percent: bool, metric: str) -> dict[str, list[Path]]:
-    """Caption -> the PNG and SVG written, one for each number of shots and two systems: a panel for each budget.
+def forest_plots(found: Sequence[OverModels], directory: Path, percent: bool, metric: str) -> list[Path]:
+    """The PNG and SVG files written, one figure for each number of shots and two systems: a panel for each budget.
 
     Without budgets (runs of any harness) it is a panel for each system, against the same one.
     """
-    written: dict[str, list[Path]] = {}
+    files: list[Path] = []
     figures: dict[tuple[object, ...], list[OverModels]] = {}
     for o in shown_tasks(found):
         figures.setdefault((o.shots, o.first if o.budget else "each", o.second), []).append(o)
@@ -36,9 +36,8 @@ def forest_plots(found: Sequence[OverModels], directory: Path, percent: bool, me
         tasks = ", ".join(dict.fromkeys("average over tasks" if o.task == AVERAGE else o.task for o in rows[:MOST]))
         below = f"{tasks}; {documents_in_words(rows[:MOST])}; intervals: 95 %"
         figure.suptitle(f"{what}\n{below}", x=0.01, ha="left", fontsize=10)
-        caption = f"Differences in each model and pooled over models, with 95 % intervals ({what})"
-        written[caption] = save(figure, directory / (f"forest-{number + 1}" if len(figures) > 1 else "forest"))
-    return written
+        files += save(figure, directory / (f"forest-{number + 1}" if len(figures) > 1 else "forest"))
+    return files
 
 
 def forest(rows: Sequence[OverModels], percent: bool, metric: str) -> Figure:

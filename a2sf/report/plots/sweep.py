@@ -22,6 +22,7 @@ from a2sf.analysis.comparisons.fidelity import MEASURES, fidelity_frame
 from a2sf.analysis.results.chance import chance_levels
 from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, Grid, SystemResults
 from a2sf.analysis.statistics.intervals import Estimate
+from a2sf.report.lengths import length_figure
 from a2sf.report.plots.lines import (
     available_columns,
     chosen_lines,
@@ -32,7 +33,7 @@ from a2sf.report.plots.lines import (
     score_columns,
     swept_factors,
 )
-from a2sf.report.plots.style import GREY, MOST, Line, Style, panels, save, shared_legend, spread, styles_of
+from a2sf.report.plots.style import GREY, Line, Style, panels, save, shared_legend, spread, styles_of
 from a2sf.report.tables.summaries import sizes_note
 from a2sf.store.names import safe
 
@@ -41,26 +42,24 @@ SHOWN = ("agreement", "gold_shift", "margin_shift")
 """Measures of closeness that are drawn."""
 
 
-def draw_all(grid: Grid, directory: Path, pair: tuple[str, str] = DEFAULT_PAIR) -> dict[str, list[Path]]:
-    """Draw everything the grid has results for; caption -> the PNG and SVG written."""
-    written: dict[str, list[Path]] = {}
+def draw_all(grid: Grid, directory: Path, pair: tuple[str, str] = DEFAULT_PAIR) -> list[Path]:
+    """Draw everything the grid has results for; the PNG and SVG files written."""
+    files: list[Path] = []
     parts = grid.by_model()
     for model, shots, part in parts:
-        for name, (caption, draw) in FIGURES.items():
+        for name, draw in FIGURES.items():
             figure = draw(part, pair)
             if figure is None:
                 continue
-            where = f"{model}, {shots}-shot"
-            where += part.one_schedule
             left = left_out(part, pair) if draw in LINES else []
             if left:
-                caption += f"; at most {MOST} lines, without {', '.join(left)} (choose with --policy)"
                 message = textwrap.fill(f"not shown: {', '.join(left)}", 100)
                 figure.legends[0].set_title(message, prop=FontProperties(size=7))
-            figure.suptitle(f"{where}\n{sizes_note(part)}", x=0.01, ha="left", fontsize=9)
+            title = f"{model}, {shots}-shot{part.one_schedule}\n{sizes_note(part)}"
+            figure.suptitle(title, x=0.01, ha="left", fontsize=9)
             stem = name if len(parts) == 1 else f"{name}-{safe(model)}-{shots}shot"
-            written[f"{caption} ({where}; {sizes_note(part).rstrip('.')})"] = save(figure, directory / stem)
-    return written
+            files += save(figure, directory / stem)
+    return files
 
 
 def by_budget(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
@@ -178,7 +177,10 @@ def _with_half(found: Estimate) -> tuple[float, float]:
 
 
 def trade_off(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
-    """The metric against tokens per second, of the time that each cell is charged with, and against the tokens retained."""
+    """The metric against tokens per second, of the time that each cell is charged with, and against the tokens retained.
+
+    Cells computed together share the time of a pass, so tokens/s is not the speed of a policy: `a2sf bench` measures that.
+    """
     column = score_columns(part)[-1]
     wanted = {"tokens_per_second": "tokens/s of charged time", "kept_tokens": "tokens retained per KV head"}
     measures = {k: v for k, v in wanted.items() if part.frame[k].notna().any()}
@@ -238,18 +240,15 @@ def fidelity(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
     return figure
 
 
-FIGURES: dict[str, tuple[str, Callable[[Grid, tuple[str, str]], Figure | None]]] = {
-    "budget": ("Accuracy against budget, with 95 % bands", by_budget),
-    "factor": ("Accuracy against forgetting factor, with 95 % bands", by_factor),
-    "heatmap": ("Forgetting factor and budget, with half the 95 % interval", heat_map),
-    "fidelity": ("Closeness to the full cache, with 95 % bands", fidelity),
-    "tradeoff": (
-        "Accuracy against charged time and retained tokens, with 95 % intervals (cells computed together share the time of "
-        "a pass, so tokens/s is not the speed of a policy: a2sf bench measures that)",
-        trade_off,
-    ),
+FIGURES: dict[str, Callable[[Grid, tuple[str, str]], Figure | None]] = {
+    "budget": by_budget,
+    "factor": by_factor,
+    "heatmap": heat_map,
+    "fidelity": fidelity,
+    "tradeoff": trade_off,
+    "length": length_figure,
 }
-"""File name -> caption and drawing function."""
+"""File name -> drawing function."""
 LINES = (by_budget, fidelity, trade_off)
 """Those that draw a line for each policy."""
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 
 from a2sf.hf.exactness import require_exact
 from a2sf.scoring.passes.run import Passes, Pending
-from a2sf.scoring.passes.sequences import ScoredSequence
 from a2sf.scoring.requests import Requests
 from a2sf.scoring.scorer import Scorer
 from a2sf.scoring.systems import Answers, System
@@ -44,14 +43,8 @@ def full_texts(
 def _pending(scorer: Scorer, requests: Requests, texts: Mapping[str, Sequence[int]], answers: Answers) -> list[Pending]:
     """What one system reads; its budgets are those with which it generates."""
     found: list[Pending] = []
-    system = answers.system
     for i, key in enumerate(requests.keys):
         text = tuple(texts.get(key, ()))
-        prompt = requests.prompt(i)
-        if not text or len(prompt.tokens) + len(text) > scorer.lm.max_length:
-            continue
-        cut = requests.cut(i, system, len(prompt.tokens), prompt.length)
-        retention = scorer.retention(system, prompt.tokens, cut, len(prompt.tokens) + max(0, prompt.new - 1))
-        sequence = ScoredSequence((*prompt.tokens, *text[:-1]), text, retention, system.schedule, cut)
-        found.append(Pending(answers, sequence, i))
+        if text and len(requests.prompt(i).tokens) + len(text) <= scorer.lm.max_length:
+            found.append(Pending(answers, scorer.text_sequence(requests, i, text, answers.system), i))
     return found

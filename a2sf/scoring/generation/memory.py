@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from a2sf.scoring.passes.full_cache_prefix import peak_tokens
+from a2sf.scoring.passes.memory import Sizes
 from a2sf.scoring.requests import TEXT, Requests
 from a2sf.scoring.scorer import Scorer
 from a2sf.scoring.systems import Answers
@@ -17,6 +18,8 @@ def cache_bytes(scorer: Scorer, requests: Sequence[Requests], answers: Answers) 
     and what a batch leaves unused are not counted.
     """
     found: dict[str, int] = {}
+    sizes = Sizes.of(scorer.model.config)
+    each = 2 * sizes.head * sizes.kv_heads * scorer.model.dtype.itemsize  # of a token in one layer
     for of_kind in requests:
         for i, key in enumerate(of_kind.keys if of_kind.kind == TEXT else ()):
             answer = answers.answer(key)
@@ -27,22 +30,9 @@ def cache_bytes(scorer: Scorer, requests: Sequence[Requests], answers: Answers) 
             new = answer.continuation if answer.tokens is None else len(of_kind.after(i, answer))
             total = len(prompt.tokens) + max(0, new - 1)
             if answer.cached is None:
-                held = sum(peak_tokens(r, system.schedule, total, cut, _heads(scorer)) for r in retention)
+                held = sum(peak_tokens(r, system.schedule, total, cut, sizes.kv_heads) for r in retention)
             else:  # a threshold decides: what was counted, with what may have waited to be evicted
                 at_end = min(total, answer.cached[0] + system.schedule.spare)
                 held = len(retention) * max(at_end, min(cut, total) if system.schedule.prompt else 0)
-            found[key] = round(held * _bytes(scorer))
+            found[key] = round(held * each)
     return found
-
-
-def _heads(scorer: Scorer) -> int:
-    """KV heads of a layer."""
-    heads: int = scorer.kv_heads or scorer.model.config.get_text_config().num_attention_heads
-    return heads
-
-
-def _bytes(scorer: Scorer) -> int:
-    """Bytes of a token's keys and values in one layer."""
-    config = scorer.model.config.get_text_config()
-    D = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * D * _heads(scorer) * scorer.model.dtype.itemsize

@@ -11,9 +11,9 @@ import numpy as np
 from a2sf.hf.attention import Plan, rope_switch
 from a2sf.hf.attention.continued import mixed_in_parts, parts_of
 from a2sf.hf.attention.mixed import Mixed
-from a2sf.hf.loading import kv_heads_of
 from a2sf.policies.base import Retention
 from a2sf.policies.schedule import Schedule
+from a2sf.scoring.passes.memory import Sizes
 from a2sf.scoring.passes.packing import Pack
 from a2sf.scoring.passes.sequences import ScoredSequence
 
@@ -44,11 +44,9 @@ def saves(row: Pack, ends: Sequence[int], sequences: Sequence[ScoredSequence], c
         return False  # an oracle needs the tokens to come, which a part does not know
     if any(len(r.read) > rope_switch(config) for r in read):
         return False  # rotary scaling depends on the longest sequence
-    text = config.get_text_config()
-    width = text.hidden_size
-    heads = getattr(text, "num_attention_heads", 1)
-    per_token = 2 * (kv_heads_of(config) or heads) * (getattr(text, "head_dim", None) or width // heads)
-    computed = 3 * width + 2 * (getattr(text, "intermediate_size", None) or 4 * width)
+    sizes = Sizes.of(config)
+    per_token = 2 * sizes.kv_heads * sizes.head
+    computed = 3 * sizes.hidden + 2 * sizes.intermediate
     largest = max(end - begin for begin, end in zip([0, *ends], ends, strict=False))
     return per_token * cached_at_most(read) < (len(row.tokens) - largest) * computed
 

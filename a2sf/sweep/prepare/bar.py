@@ -17,13 +17,19 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from a2sf.hub.refusals import Wanted
+from a2sf.hub.snapshot import arrived
+
 POLL_SECONDS = 0.5
 
 
-def download_bar(screen: Console, what: str, total: int, arrived: Callable[[], int]) -> AbstractContextManager[None]:
-    """A bar of bytes; `arrived()` gives the number so far."""
+def download_bar(screen: Console, wanted: Wanted, total: int) -> AbstractContextManager[None]:
+    """A bar of the bytes of a repository that arrive in the cache."""
+    before = arrived(wanted)
     columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()]
-    return bar(screen, [*columns, TimeRemainingColumn()], what, total, lambda: min(total, arrived()))
+    return bar(
+        screen, [*columns, TimeRemainingColumn()], wanted.repo, total, lambda: min(total, arrived(wanted) - before)
+    )
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from a2sf.errors import ConfigError, UserError
 from a2sf.hub.refusals import HubError
 from a2sf.sweep.cell import Cell, spec_with_tokenizer
 from a2sf.sweep.prepare.bar import download_bar
-from a2sf.tasks.data.documents import downloaded_bytes
 from a2sf.tasks.spec import ContentFinder, DataSpec, TaskSpec
 
 
@@ -150,11 +149,12 @@ def _some_left(cells: Sequence[Sequence[Cell]], refused: dict[str, list[str]]) -
 @contextmanager
 def _download(spec: TaskSpec, screen: Console) -> Iterator[None]:
     """Print what is downloaded and its size, and show a bar while the block runs."""
-    size, repo = spec.bytes_to_fetch(), spec.source.repo
+    size, wanted = spec.bytes_to_fetch(), spec.source.wanted
     if not size:
         yield
         return
-    screen.print(f"Fetching {repo} from the hub for {spec.name}: {decimal(size)}", highlight=False, soft_wrap=True)
-    before = downloaded_bytes(repo)
-    with download_bar(screen, repo, size, lambda: downloaded_bytes(repo) - before):
+    screen.print(
+        f"Fetching {wanted.repo} from the hub for {spec.name}: {decimal(size)}", highlight=False, soft_wrap=True
+    )
+    with download_bar(screen, wanted, size):
         yield

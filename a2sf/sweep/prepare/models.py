@@ -159,15 +159,14 @@ def check_prompting(cells: Iterable[Cell], *, hub: bool) -> None:
 
 def _download(download: Download, screen: Console) -> None:
     """Download a model's missing files; print their size, and show a bar."""
-    repository = download.snapshot
+    wanted = download.snapshot.wanted
     screen.print(
-        f"downloading {repository.wanted.repo} at commit {repository.wanted.revision[:12]}: "
+        f"downloading {wanted.repo} at commit {wanted.revision[:12]}: "
         f"{decimal(download.size)} in {len(download.names)} files",
         highlight=False,
         soft_wrap=True,
     )
-    before = repository.arrived()
-    with download_bar(screen, repository.wanted.repo, download.size, lambda: repository.arrived() - before):
+    with download_bar(screen, wanted, download.size):
         _interruptible(download.run)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -312,17 +311,3 @@ def _cannot(error: Exception, source: Source, commit: str) -> UserError:
         except Exception as answer:  # `refusal` makes one sentence of any error
             return refusal(answer, source.wanted)
     return UserError(f"tasks={source.task} cannot be loaded: {source.repo} on the hub does not provide them ({text})")
-
-
-def downloaded_bytes(repo: str) -> int:
-    """Bytes of a dataset in the hub's cache, including incomplete files."""
-    from huggingface_hub import constants
-
-    folder = Path(constants.HF_HUB_CACHE) / f"datasets--{repo.replace('/', '--')}" / "blobs"
-    total = 0
-    for path in folder.glob("*"):
-        try:
-            total += os.stat(path).st_size
-        except OSError:
-            continue
-    return total

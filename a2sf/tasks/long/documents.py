@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from a2sf.errors import ConfigError
-from a2sf.tasks.long.families import FAMILIES, Count, Question, Scene
+from a2sf.tasks.long.families import Count, Question, Scene, scene_of
 
 Row = dict[str, Any]
 SEARCHES = 12
@@ -29,7 +29,7 @@ def documents(
     """Documents of all lengths in turn, four questions about each context; equal arguments give equal documents.
 
     Args:
-        family: one of `FAMILIES`.
+        family: one of `a2sf.tasks.long.families.FAMILIES`.
         lengths: largest number of tokens of a prompt with its answer.
         answer_tokens: largest number of tokens of an answer.
         tokenizer: folder of the model's tokenizer; or `pretrained`, a model as `ModelSpec.path`.
@@ -76,7 +76,7 @@ def _rows(
     for length in lengths:
         rows = []
         for c in range(contexts):
-            scene = FAMILIES[family](f"{seed}/{family}/{length}/{c}", count)
+            scene = scene_of(family, f"{seed}/{family}/{length}/{c}", count)
             text = _text(scene, family, length, answer_tokens, room, count)
             for q in scene.written if written else scene.questions:
                 about = {"context": text, "question": q.text, "prefix": q.prefix, "length": length}

@@ -68,10 +68,8 @@ class Scene:
     written: tuple[Question, ...]
 
 
-def single(seed: str, count: Count) -> Scene:
+def single(seed: str, rng: random.Random, pool: Pool) -> Scene:
     """One fact of each kind hidden in prose, at depths all over it; the wrong choices are nowhere in the text."""
-    rng = random.Random(seed)
-    pool = Pool(rng, count)
     kinds = ("access code", "ticket number", "phone number", "account number")
     names, codes = pool.take(name, QUESTIONS), pool.take(code, QUESTIONS * CHOICES)
     facts, questions = [], []
@@ -83,10 +81,8 @@ def single(seed: str, count: Count) -> Scene:
     return Scene(_prose(seed, facts), tuple(questions), tuple(questions))
 
 
-def multikey(seed: str, count: Count) -> Scene:
+def multikey(seed: str, rng: random.Random, pool: Pool) -> Scene:
     """One of many facts of the same form; the wrong choices are other keys' values."""
-    rng = random.Random(seed)
-    pool = Pool(rng, count)
     n = QUESTIONS + OTHER_KEYS
     names, codes = pool.take(name, n), pool.take(code, n)
     depths = [_depth(rng, i, QUESTIONS) for i in range(QUESTIONS)] + [rng.random() for _ in range(OTHER_KEYS)]
@@ -99,10 +95,8 @@ def multikey(seed: str, count: Count) -> Scene:
     return Scene(_prose(seed, facts), tuple(questions), tuple(questions))
 
 
-def multivalue(seed: str, count: Count) -> Scene:
+def multivalue(seed: str, rng: random.Random, pool: Pool) -> Scene:
     """Several values of one key, far apart; in each wrong choice one of them is another key's."""
-    rng = random.Random(seed)
-    pool = Pool(rng, count)
     names, codes = pool.take(name, QUESTIONS), pool.take(code, QUESTIONS * VALUES)
     of = [codes[VALUES * i : VALUES * (i + 1)] for i in range(QUESTIONS)]
     facts, questions = [], []
@@ -116,10 +110,8 @@ def multivalue(seed: str, count: Count) -> Scene:
     return Scene(_prose(seed, facts), tuple(questions), tuple(questions))
 
 
-def multiquery(seed: str, count: Count) -> Scene:
+def multiquery(seed: str, rng: random.Random, pool: Pool) -> Scene:
     """The values of several keys at once; wrong choices hold another key's, or the right ones in the wrong order."""
-    rng = random.Random(seed)
-    pool = Pool(rng, count)
     n = QUESTIONS * QUERIES
     names, codes = pool.take(name, n), pool.take(code, n)
     facts = [(_depth(rng, i, n), f"The access code of {k} is {codes[i]}.") for i, k in enumerate(names)]
@@ -135,10 +127,8 @@ def multiquery(seed: str, count: Count) -> Scene:
     return Scene(_prose(seed, facts), tuple(questions), tuple(questions))
 
 
-def variables(seed: str, count: Count) -> Scene:
+def variables(seed: str, rng: random.Random, pool: Pool) -> Scene:
     """Chains of assignments: which names hold a value? In each wrong choice one name is of another chain."""
-    rng = random.Random(seed)
-    pool = Pool(rng, count)
     names, codes = pool.take(name, QUESTIONS * HOPS), pool.take(code, QUESTIONS)
     chains = [names[HOPS * i : HOPS * (i + 1)] for i in range(QUESTIONS)]
     facts, questions = [], []
@@ -154,10 +144,8 @@ def variables(seed: str, count: Count) -> Scene:
     return Scene(_prose(seed, facts), tuple(questions), tuple(questions))
 
 
-def common(seed: str, count: Count) -> Scene:
+def common(seed: str, rng: random.Random, pool: Pool) -> Scene:
     """A list of things, a few of them ten times as common as the others; the wrong choices are uncommon ones."""
-    rng = random.Random(seed)
-    pool = Pool(rng, count)
     words = pool.take(thing, QUESTIONS * CHOICES)
     often, seldom = words[:QUESTIONS], words[QUESTIONS:]
     rare = _Lazy(chain(seldom, islice(pool.stream(thing), PLAIN_THINGS), pool.stream(rarer_thing)))
@@ -170,10 +158,8 @@ def common(seed: str, count: Count) -> Scene:
     return Scene(write, *_most("common", rng, often, seldom))
 
 
-def frequent(seed: str, count: Count) -> Scene:
+def frequent(seed: str, rng: random.Random, pool: Pool) -> Scene:
     """Coded words whose frequencies fall with their rank; right choices have the first ranks, wrong ones later ranks."""
-    rng = random.Random(seed)
-    pool = Pool(rng, count)
     coded = pool.take(coded_word, QUESTIONS * CHOICES)
     often, seldom = coded[:QUESTIONS], coded[QUESTIONS:]
     between = islice(pool.stream(coded_word), RARE_RANK - 1 - QUESTIONS)
@@ -189,9 +175,15 @@ def frequent(seed: str, count: Count) -> Scene:
     return Scene(write, *_most("frequent", rng, often, seldom))
 
 
-FAMILIES: dict[str, Callable[[str, Count], Scene]] = {
+FAMILIES: dict[str, Callable[[str, random.Random, Pool], Scene]] = {
     f.__name__: f for f in (single, multikey, multivalue, multiquery, variables, common, frequent)
 }
+
+
+def scene_of(family: str, seed: str, count: Count) -> Scene:
+    """A scene of a family of `FAMILIES`; equal seeds give equal ones."""
+    rng = random.Random(seed)
+    return FAMILIES[family](seed, rng, Pool(rng, count))
 
 
 class _Lazy:

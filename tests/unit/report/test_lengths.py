@@ -9,7 +9,8 @@ import pytest
 
 from a2sf.analysis.results.gather import grid_of
 from a2sf.analysis.results.labels import DASH
-from a2sf.report.lengths import bins_of, length_figure, length_plots, length_tables, share_tables
+from a2sf.report.lengths import bins_of, length_figure, length_tables, share_tables
+from a2sf.report.plots.sweep import draw_all
 from a2sf.scoring.counts import quantiles
 from a2sf.store.runs import StoredCell
 from tests import sweep_fixture
@@ -71,14 +72,12 @@ def test_the_picture_has_a_panel_per_budget_and_a_point_per_heap_of_lengths(cell
     for label, line in drawn.items():
         assert line.get_xdata().tolist() == [100, 1002]
         assert line.get_ydata()[1] == (100 if label == "Full cache" else 0)
-    (written,) = length_plots(grid, tmp_path / "plots").values()
-    assert [f.name for f in written] == ["length.png", "length.svg"]
+    assert [f.name for f in draw_all(grid, tmp_path) if f.stem == "length"] == ["length.png", "length.svg"]
 
 
 def test_nothing_is_drawn_of_prompts_of_one_length(tmp_path):
     grid = grid_of(write_sweep(tmp_path / "s", Plan(policies=["full", "h2o"], budgets=[0.5], documents={"piqa": 20})))
     assert length_figure(grid) is None
-    assert length_plots(grid, tmp_path) == {}
 
 
 def test_bins_are_heaps_of_lengths_or_hold_as_many_documents():
