@@ -278,7 +278,7 @@ def small(cls: type[Policy]) -> Policy:
 
 
 def cases(*, prepared: bool = False) -> list[tuple[Policy, Schedule]]:
-    """Every policy with every schedule that it knows; those that read a prompt before they cut it if asked for."""
+    """Every policy with every schedule that it knows; with `prepared`, also those that read a prompt before they cut it."""
     return [(p, s) for p in instances() for s in schedules(p) if prepared or not p.prepares]
 
 

@@ -31,8 +31,8 @@ def steps(page: Path) -> list[tuple[str, str, str]]:
 
 
 def run(script: str | Path, *arguments: str, folder: Path) -> None:
-    told = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder / "mine")])}
-    done = started(script, *arguments, environment=told, folder=folder)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder / "mine")])}
+    done = started(script, *arguments, environment=environment, folder=folder)
     assert done.returncode == 0, f"{script} {arguments}\n{done.stdout}\n{done.stderr}"
 
 

@@ -38,9 +38,9 @@ def test_a_cell_with_nan_fails_and_the_others_go_on(smollm2, tmp_path):
     (cell,) = load_sweep(tmp_path / "runs" / "s")
     assert cell.cell["dtype"] == "float32"
     (failure,) = (tmp_path / "runs" / "s" / "failures").iterdir()
-    told = json.loads(failure.read_text())["error"]
-    assert told.startswith(
+    message = json.loads(failure.read_text())["error"]
+    assert message.startswith(
         "task piqa, documents 0, 1, 2, 3, 4 and 3 more: NaN or infinity in the logits, computed in float16"
     )
-    assert "model.dtype=bfloat16 or float32" in told
-    assert told in done.stdout + done.stderr
+    assert "model.dtype=bfloat16 or float32" in message
+    assert message in done.stdout + done.stderr

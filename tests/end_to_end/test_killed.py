@@ -99,10 +99,10 @@ def test_a_sweep_killed_at_random_moments_loses_and_repeats_little(tmp_path, gri
                 process.join()
         kills += 1
         lines = notes.read_text().splitlines()[before:] if notes.exists() else []
-        told = [json.loads(line) for line in lines]
-        fresh = [(when, name, h) for kind, when, name, *more in told if kind == "computed" for h in more[0]]
+        events = [json.loads(line) for line in lines]
+        fresh = [(when, name, h) for kind, when, name, *more in events if kind == "computed" for h in more[0]]
         assert not [(name, h) for _, name, h in fresh if h in kept.get(name, ())]  # nothing is computed again
-        for kind, _, name, *more in told:
+        for kind, _, name, *more in events:
             if kind == "kept":
                 kept.setdefault(name, set()).update(more[0])
         done = {p.name for p in (tmp_path / "runs" / "s").glob("*__*") if is_cell(p)}

@@ -155,10 +155,10 @@ def test_systems_of_a_sweep_score_as_each_does_by_itself_and_as_token_by_token()
 def test_generated_texts_are_those_of_each_alone(lm):
     lm.scorer.sequences_per_pass = 5  # so that rows come and go
     systems = [lm.scorer.system(make_policy(n), b, s) for n, b, s in SYSTEMS]
-    asked = requests_of(lm, GREEDY)
-    for system, answers in zip(systems, generated(lm, asked, systems), strict=True):
-        for i, key in enumerate(asked.keys):
-            prompt = asked.instances[i].args[0]
+    requests = requests_of(lm, GREEDY)
+    for system, answers in zip(systems, generated(lm, requests, systems), strict=True):
+        for i, key in enumerate(requests.keys):
+            prompt = requests.instances[i].args[0]
             assert answers.answer(key).tokens == by_itself(lm, system, prompt, 12, **GREEDY), (system, prompt)
 
 

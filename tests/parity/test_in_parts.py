@@ -152,10 +152,10 @@ def test_plain_calls_inside_pruning(parts, keep, cached):
 def test_what_parts_cannot_tell_is_read_at_once(parts):
     model, ids = shared("llama"), ids_for(length=30)
     parts(5)
-    for asked in ({"output_hidden_states": True}, {"labels": ids}, {"return_dict": False}):
+    for options in ({"output_hidden_states": True}, {"labels": ids}, {"return_dict": False}):
         cache = PrunedCache(model, A2SF(), BUDGET)
         with torch.no_grad(), sizes(model) as read:
-            model(ids, cache=cache, **asked)
+            model(ids, cache=cache, **options)
         assert read == [30]
     turned = small("phi3", rope_parameters={
         "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,

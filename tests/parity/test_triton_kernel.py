@@ -71,7 +71,7 @@ OWN = next(p for rule, p in RULES.items() if rule.priority_fn is not None)
 
 
 def by_name(*args) -> tuple[Attended, set[str]]:
-    """What Triton gives where it is asked for by its name, and what ran."""
+    """What Triton gives where it is requested by its name, and what ran."""
     with kernels.noting() as ran:
         return kernels.attend(*args, backend="triton"), ran
 
@@ -289,7 +289,7 @@ def test_a_row_does_not_depend_on_its_batch(attend):
     assert two.evicted[:1].equal(one.evicted)
 
 
-def test_no_state_and_no_trace_unless_asked_for(attend):
+def test_state_and_trace_only_on_request(attend):
     args = (*tokens(8, 1, 1, 1, 3, 4, 4, torch.float32), rows((2, 0, 0, 0.5, 3)), Options(scale=0.5))
     assert_same(attend(*args), reference(*args), 1e-5)
 

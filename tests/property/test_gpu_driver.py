@@ -176,7 +176,7 @@ def test_a_chunk_is_four_launches_and_nobody_waits(monkeypatch):
     chunks = launched.count("scan")
     assert chunks > 3
     assert {name: launched.count(name) for name in ("shares", "attend")} == dict.fromkeys(("shares", "attend"), chunks)
-    assert launched.count("keep") < chunks  # nobody asked for the last state
+    assert launched.count("keep") < chunks  # the last state was not requested
     assert "received" not in launched
 
 

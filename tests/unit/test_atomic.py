@@ -1,4 +1,4 @@
-"""What is written whole is on the disk, with the directory that names it, before anybody is told that it is there."""
+"""A file written completely is on the disk, with its entry in the directory, before anybody learns that it exists."""
 
 from __future__ import annotations
 

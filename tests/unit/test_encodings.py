@@ -21,9 +21,14 @@ def test_tables_in_any_encoding(encoding: str, tmp_path: Path) -> None:
     write_sweep(
         tmp_path / "s", Plan(model="café\N{MINUS SIGN}7", policies=("full", "h2o", "a2sf"), documents={"piqa": 30})
     )
-    told = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    environment = os.environ | {
+        "PYTHONIOENCODING": encoding,
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "LC_ALL": "C",
+    }
     command = [sys.executable, "-m", "a2sf.cli", "tables", str(tmp_path / "s"), "--no-plots"]
-    done = subprocess.run(command, capture_output=True, env=told, cwd=tmp_path, check=False)
+    done = subprocess.run(command, capture_output=True, env=environment, cwd=tmp_path, check=False)
     screen = done.stdout.decode(encoding)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr.decode(encoding)

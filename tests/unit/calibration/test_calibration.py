@@ -222,7 +222,7 @@ def test_the_command_writes_a_policy_and_goes_on_where_it_stopped(model, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--per", "heads"], r"--per=heads is not allowed: give one of model, layer, head \(did you mean head"),
         (["--budget", "1.0"], "--budget=1.0 is not allowed: give shares of a sequence's tokens, above 0 and below 1"),
@@ -232,8 +232,8 @@ def test_the_command_writes_a_policy_and_goes_on_where_it_stopped(model, tmp_pat
         (["--model", "no/such/model.gguf"], "model.path=no/such/model.gguf"),
     ],
 )
-def test_what_is_refused_before_anything_is_loaded(arguments, told):
-    with pytest.raises(ConfigError, match=told):
+def test_what_is_refused_before_anything_is_loaded(arguments, message):
+    with pytest.raises(ConfigError, match=message):
         calibrate.main(arguments)
 
 

@@ -109,10 +109,10 @@ STEPS = [[[9] * 6] * 2] * 2
     ],
 )
 def test_what_cannot_be_is_refused(tmp_path, content, says):
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as raised:
         of(tmp_path, content)
-    assert re.search(says, str(told.value))
-    assert "\n" not in str(told.value)
+    assert re.search(says, str(raised.value))
+    assert "\n" not in str(raised.value)
 
 
 def test_traces_of_an_earlier_version_have_no_tokens():

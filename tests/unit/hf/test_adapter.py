@@ -58,8 +58,8 @@ def make_lora(base: Path, folder: Path, **more: object) -> Path:
     """A LoRA adapter of a model, as peft saves it, that changes what the model says."""
     peft = pytest.importorskip("peft")
     made = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    asked = {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
-    made = peft.get_peft_model(made, peft.LoraConfig(**(asked | more)))
+    settings = {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    made = peft.get_peft_model(made, peft.LoraConfig(**(settings | more)))
     torch.manual_seed(0)
     for name, weight in made.named_parameters():
         if "lora_B" in name:
@@ -71,8 +71,8 @@ def make_lora(base: Path, folder: Path, **more: object) -> Path:
 def test_without_peft_it_is_refused_before_anything_slow(base, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "peft" else find(name, *a))
-    told = sentence("data=bundle", f"model.path={base}", f"model.adapter={tmp_path}")
-    assert told == (
+    message = sentence("data=bundle", f"model.path={base}", f"model.adapter={tmp_path}")
+    assert message == (
         f'model.adapter={tmp_path} is not allowed: peft, which adds it, is not installed; pip install "a2sf[adapter]".'
     )
 
@@ -132,12 +132,12 @@ def test_tables_name_it_and_a_grid_may_hold_both(base, files):
     assert [s.cells[0].model_name for s in models.distinguish(both)] == ["base", "base+lora"]
 
 
-def test_one_of_the_hub_is_pinned_and_workers_are_told(base, files, monkeypatch):
-    monkeypatch.setattr(hub, "commit_of", lambda wanted: (COMMIT, f"asked for {wanted.repo} at {wanted.revision}"))
-    asked = spec(base, adapter="org/lora@v1")
-    assert not asked.pinned
-    pinned, note = loading.pin(asked)
-    assert (pinned.adapter, note) == (f"org/lora@{COMMIT}", "asked for org/lora at v1")
+def test_one_of_the_hub_is_pinned_for_all_workers(base, files, monkeypatch):
+    monkeypatch.setattr(hub, "commit_of", lambda wanted: (COMMIT, f"pinned {wanted.repo} at {wanted.revision}"))
+    given = spec(base, adapter="org/lora@v1")
+    assert not given.pinned
+    pinned, note = loading.pin(given)
+    assert (pinned.adapter, note) == (f"org/lora@{COMMIT}", "pinned org/lora at v1")
     assert pinned.pinned
     made = cell(model=pinned)
     assert made.identity["adapter"] == {"path": "org/lora", "weights": COMMIT}

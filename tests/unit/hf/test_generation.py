@@ -230,12 +230,12 @@ def refused(why: str, **inputs: object) -> None:
     with torch.no_grad():
         if fed is not None:
             model(fed, cache=cache)
-        with pytest.raises(UserError, match=why) as told:
+        with pytest.raises(UserError, match=why) as raised:
             model(**inputs, cache=cache)
-    assert str(told.value).count("\n") == 0
+    assert str(raised.value).count("\n") == 0
 
 
-def test_misuse_is_told_in_one_sentence():
+def test_misuse_gives_one_sentence():
     gap = torch.ones_like(IDS)
     gap[0, 5] = 0
     other = PrunedCache(small("llama", seed=1), A2SF(), Budget(tokens=4))
@@ -248,7 +248,7 @@ def test_misuse_is_told_in_one_sentence():
     refused("only a padding mask", input_ids=IDS, attention_mask=gap[:, None, None])
 
 
-def test_where_a_prompt_ends_is_asked_for_where_it_is_not_known():
+def test_the_end_of_a_prompt_must_be_given_where_it_is_not_known():
     model, mask = small("llama"), torch.ones_like(IDS)
     mask[1] = 0
     for why, ids, settings, more in (
@@ -341,11 +341,11 @@ def test_a_second_turn_of_questions_of_several_lengths(long):
     mask[0, 24 : 24 + gap] = 0
     settings = {"max_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True, **GREEDY}
 
-    def turns(rows: slice, cache: object, asked: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    def turns(rows: slice, cache: object, second: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
         first = model.generate(
             IDS[rows], cache=cache, attention_mask=torch.ones_like(IDS[rows]), max_new_tokens=4, **GREEDY
         )
-        out = model.generate(torch.cat([first, asked], 1), cache=cache, attention_mask=shown, **settings)
+        out = model.generate(torch.cat([first, second], 1), cache=cache, attention_mask=shown, **settings)
         return torch.stack(out.logits, 1)
 
     def pruned(tokens: int) -> PrunedCache:
@@ -369,7 +369,7 @@ def test_a_gap_is_refused_where_nothing_was_read_and_where_steps_are_noted():
             model(IDS[:, :6], attention_mask=mask, cache=cache)
 
 
-def test_padding_of_an_earlier_call_is_remembered_or_asked_for():
+def test_padding_of_an_earlier_call_is_remembered_or_must_be_given():
     model = small("llama")
     mask = torch.ones_like(IDS)
     mask[1, :8] = 0
@@ -487,7 +487,7 @@ def test_states_before_and_after_the_prompts_cut():
             step.load([keep.state(i) for i in range(3)])  # two were kept after the cut
 
 
-def test_a_model_in_training_mode_is_told_so():
+def test_a_model_in_training_mode_is_refused():
     with pytest.raises(UnsupportedModel, match=r"model\.eval\(\)"):
         PrunedCache(small("gpt2").train(), A2SF(), Budget(tokens=4))
 

@@ -78,9 +78,9 @@ def test_another_users_lock_stops_nobody(model, shared):
 
 
 def test_a_cache_that_cannot_be_written_is_named_with_what_to_set(model, shared):
-    with another_user(), pytest.raises(UserError, match=f"{shared}/cache.*set A2SF_CACHE") as told:
+    with another_user(), pytest.raises(UserError, match=f"{shared}/cache.*set A2SF_CACHE") as raised:
         load(spec(model))
-    assert not isinstance(told.value, ConfigError)  # the model is not at fault
+    assert not isinstance(raised.value, ConfigError)  # the model is not at fault
 
 
 def test_the_cache_need_not_be_writable_for_what_is_there(model, shared):

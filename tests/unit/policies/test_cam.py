@@ -55,7 +55,7 @@ def test_values_are_those_of_the_equations(seed):
 
 
 @pytest.mark.parametrize(
-    ("by", "told"),
+    ("by", "message"),
     [
         ("cam", "policy.by=cam is not allowed: cam is built on another policy itself; give another policy"),
         ("snapkv", "under every schedule"),
@@ -65,6 +65,6 @@ def test_values_are_those_of_the_equations(seed):
         ("h3o", "did you mean"),
     ],
 )
-def test_what_cannot_be_merged_is_refused(by, told):
-    with pytest.raises(ConfigError, match=told):
+def test_what_cannot_be_merged_is_refused(by, message):
+    with pytest.raises(ConfigError, match=message):
         CaM(by=by)

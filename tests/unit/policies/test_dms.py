@@ -157,7 +157,7 @@ def counts(*requests: tuple[float, int], schedule: str = "step", prompt: int = 1
     return made
 
 
-def test_what_comes_out_is_counted_and_a_threshold_without_effect_is_told():
+def test_cached_tokens_are_counted_and_a_threshold_without_effect_is_reported():
     some = counts((6, 10), (9, 20))
     assert (some.kept_tokens, some.cache_share, max(some.shares)) == (7.5, pytest.approx(0.525), 0.6)
     assert some.lengths["budget"] == pytest.approx({"min": 6, "p25": 6.75, "median": 7.5, "p75": 8.25, "max": 9})

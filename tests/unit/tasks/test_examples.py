@@ -74,7 +74,7 @@ def test_where_lm_eval_draws_others_the_draws_are_lm_evals(shots, seed):
     examples = made(pool, scored, shots=shots, seed=seed)
     for document in scored:
         assert examples.of(document) == sampler.sample(shots)
-    within = ContextSampler(pool, rnd=seed)  # told the document, it draws one more
+    within = ContextSampler(pool, rnd=seed)  # given the document, it draws one more
     examples = made(pool, shots=shots, seed=seed, headroom=True)
     for document in pool:
         assert examples.of(document) == within.sample(shots, document)
