@@ -134,9 +134,9 @@ def test_another_sweep_reuses_the_cells_and_a_higher_limit_extends_them(sweep):
     assert extended.metrics["acc"]["n"] == 6
     fresh = evaluate("-m", *GRID, "sweep_name=more", "policy=h2o", "budget.ratio=0.2", "limit=6", runs=runs / "fresh")
     assert fresh.returncode == 0, fresh.stderr
-    (whole,) = load_sweep(runs / "fresh" / "more")
-    assert whole.metrics == extended.metrics
-    together = zip(extended.documents["loglikelihoods"], whole.documents["loglikelihoods"], strict=True)
+    (computed_anew,) = load_sweep(runs / "fresh" / "more")
+    assert computed_anew.metrics == extended.metrics
+    together = zip(extended.documents["loglikelihoods"], computed_anew.documents["loglikelihoods"], strict=True)
     for a, b in together:
         assert list(a) == pytest.approx(list(b), abs=1e-3)
 

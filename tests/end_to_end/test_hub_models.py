@@ -278,8 +278,8 @@ def test_a_path_that_names_nothing_is_one_sentence(ask, tmp_path, arguments, why
     assert re.search(why, done.err), done.err
 
 
-def test_a_broken_download_goes_on(world, ask, checkpoints):
-    """The next start keeps the files that arrived whole. (That the library goes on within a file: see the first test.)"""
+def test_a_broken_download_is_continued(world, ask, checkpoints):
+    """The next start keeps the files that are complete. (That the library continues within a file: see the first test.)"""
     hub, _ = world
     commit = hub.store.model("org/breaks").commit_folder(checkpoints["other"])
     size = (checkpoints["other"] / "model.safetensors").stat().st_size
@@ -291,7 +291,7 @@ def test_a_broken_download_goes_on(world, ask, checkpoints):
 
 
 def test_a_download_that_is_interrupted_ends_within_a_file(world, ask, checkpoints):
-    """Where the library alone would go on to its end."""
+    """Where the library alone would continue to its end."""
     hub, _ = world
     hub.store.model("org/stopped").commit_folder(checkpoints["other"])
     there, _ = ask(cases.interrupted, "org/stopped")
@@ -309,10 +309,10 @@ def test_without_the_hub_the_cache_is_used_with_a_notice(world, ask, tmp_path):
     _, commit, _ = answer.split()
     partly = hub.store.model("org/part").commit_folder(hub.store.model("org/llama").path / commit)
     ask(cases.prepare, "org/part")  # its config only
-    gone = {**hub.environment(home), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    unreachable = {**hub.environment(home), "HF_ENDPOINT": "http://127.0.0.1:9"}
     offline = {**hub.environment(home), "HF_HUB_OFFLINE": "1"}
     first, second = tmp_path / "gone", tmp_path / "offline"
-    for environment, runs, why in ((gone, first, "did not answer"), (offline, second, "HF_HUB_OFFLINE is set")):
+    for environment, runs, why in ((unreachable, first, "did not answer"), (offline, second, "HF_HUB_OFFLINE is set")):
         with process(environment) as alone:
             done = alone.submit(
                 cases.evaluate, "model.path=org/llama", "policy=full", *COPA, f"runs_dir={runs}"

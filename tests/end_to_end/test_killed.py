@@ -106,12 +106,12 @@ def test_a_sweep_killed_at_random_moments_loses_and_repeats_little(tmp_path, gri
             if kind == "kept":
                 kept.setdefault(name, set()).update(more[0])
         done = {p.name for p in (tmp_path / "runs" / "s").glob("*__*") if is_cell(p)}
-        gone = [when for when, name, h in fresh if name not in done and h not in kept.get(name, ())]
-        lost += len(gone)
-        passes = sorted(set(gone))  # by the killed process's own clock; it may have died keeping the last
+        unsaved = [when for when, name, h in fresh if name not in done and h not in kept.get(name, ())]
+        lost += len(unsaved)
+        passes = sorted(set(unsaved))  # by the killed process's own clock; it may have died keeping the last
         assert len(passes) < 2 or passes[-2] - passes[0] < CHECKPOINT
         for path in (tmp_path / "runs" / "s").glob("[!.]*__*"):  # a folder that was being written has a dot
-            read_cell(path)  # whole
+            read_cell(path)  # complete
             stamp = (path / "result.json").stat().st_mtime_ns
             assert stamps.setdefault(path.name, stamp) == stamp
         if kills > KILLS:

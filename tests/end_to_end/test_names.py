@@ -1,4 +1,4 @@
-"""Models that end alike and names that hold anything, through the real command."""
+"""Models whose paths have the same last part, and names with any character, through the real command."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def place(tmp_path_factory):
     return root
 
 
-def test_two_checkpoints_that_end_alike_are_two_models(place, tmp_path):
+def test_two_checkpoints_with_the_same_last_part_are_two_models(place, tmp_path):
     paths = f"{place}/run-a/final,{place}/run-b/final"
     arguments = [
         "-m",

@@ -70,13 +70,13 @@ def test_what_is_kept_of_the_context_does_not_depend_on_the_question():
         lm, kept, aware = lm_of(policy), [], []
         for question in QUESTIONS:
             ids = torch.tensor([lm.tok_encode(CONTEXT + question)])
-            cache, whole = cache_for(lm), PrunedCache(lm.model, policy, lm.budget, schedule=Schedule("prompt"))
+            cache, without_end = cache_for(lm), PrunedCache(lm.model, policy, lm.budget, schedule=Schedule("prompt"))
             with torch.no_grad():
                 lm.model(ids, cache=cache)
-                lm.model(ids, cache=whole)
+                lm.model(ids, cache=without_end)
             positions = cache.state(1).positions
             kept.append(positions[positions < len(CONTEXT)].tolist())
-            aware.append(whole.state(1).positions.flatten().tolist())
+            aware.append(without_end.state(1).positions.flatten().tolist())
             assert (positions[0, 0] >= len(CONTEXT)).sum() == len(question)  # none of the question went
         assert kept[0] == kept[1]
         assert len(kept[0]) == 9 * positions.shape[1]

@@ -101,6 +101,6 @@ def test_long_calls_are_read_in_parts(on, monkeypatch):
         cache = PrunedCache(model, H2O(), BUDGET)
         with torch.no_grad():
             caches.append((cache, model(ids, cache=cache).logits))
-    (whole, expected), (parts, got) = caches
+    (at_once, expected), (parts, got) = caches
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
-    assert all(whole.state(i).positions.equal(parts.state(i).positions) for i in range(3))
+    assert all(at_once.state(i).positions.equal(parts.state(i).positions) for i in range(3))

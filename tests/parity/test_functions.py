@@ -30,16 +30,16 @@ def test_one_pass_parts_and_single_tokens_agree(policy, schedule):
     budget = max(BUDGET, policy.min_budget)
     with torch.inference_mode():
         with pruning(model, policy, budget, schedule=schedule, context_tokens=PROMPT):
-            whole = model(ids, use_cache=False).logits
+            full = model(ids, use_cache=False).logits
         for bounds in ([PROMPT], [9, PROMPT], [13, PROMPT + 3]):
             cache = PrunedCache(model, policy, budget, schedule=schedule, context_tokens=PROMPT)
             ends = [*bounds, *range(bounds[-1] + 1, TOKENS + 1)]
             logits = []
             for begin, end in zip([0, *ends], ends, strict=False):
                 logits.append(model(ids[:, begin:end], **{cache_name_of(model): cache}, use_cache=True).logits)
-            close(torch.cat(logits, 1), whole)
+            close(torch.cat(logits, 1), full)
         alone = PrunedCache(model, policy, budget, schedule=schedule, context_tokens=PROMPT)
-        close(model(ids[1:], **{cache_name_of(model): alone}, use_cache=True).logits, whole[1:])
+        close(model(ids[1:], **{cache_name_of(model): alone}, use_cache=True).logits, full[1:])
         # stored and loaded in the middle of the prompt, with the rows turned
         cache = PrunedCache(model, policy, budget, schedule=schedule, context_tokens=PROMPT)
         model(ids[:, :9], **{cache_name_of(model): cache}, use_cache=True)
@@ -47,4 +47,4 @@ def test_one_pass_parts_and_single_tokens_agree(policy, schedule):
         again.load(cache.stored())
         again.batch_select_indices(torch.tensor([1, 0]))
         rest = model(ids.flip(0)[:, 9:], **{cache_name_of(model): again}, use_cache=True).logits
-        close(rest.flip(0), whole[:, 9:])
+        close(rest.flip(0), full[:, 9:])

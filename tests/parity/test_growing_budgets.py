@@ -34,13 +34,13 @@ pytestmark = pytest.mark.usefixtures("stand_in")
 )
 def test_chunks_and_single_tokens_equal_one_pass(policy, schedule, chunks):
     model, ids = shared("llama"), ids_for()
-    expected, gone = one_pass(model, policy, schedule, ids, PROMPTS, SEEN)
+    expected, evicted_at = one_pass(model, policy, schedule, ids, PROMPTS, SEEN)
     cache, at = PrunedCache(model, policy, SEEN, schedule=schedule, context_tokens=PROMPTS), 0
     with torch.no_grad():
         for size in [*chunks, *[1] * (TOKENS - sum(chunks))]:
             close(model(ids[:, at : at + size], cache=cache).logits, expected[:, at : at + size])
             at += size
-            check_kept(cache, gone, at - 1)
+            check_kept(cache, evicted_at, at - 1)
             C = max(1, math.floor(Fraction("0.35") * at))
             if policy.name in ("h2o", "window") and schedule.when == "step":
                 assert (cache.state(0).counts == C).all()
@@ -65,9 +65,9 @@ def test_rows_of_a_padded_batch_grow_by_themselves(policy, schedule, name):
         own = PrunedCache(model, policy, SEEN, schedule=schedule)
         alone = model.generate(ids[row : row + 1, :n], cache=own, **settings)
         assert together[row, 20:].tolist() == alone[0, n:].tolist()
-        expected, gone = one_pass(model, policy, schedule, alone, [n], SEEN)
+        expected, evicted_at = one_pass(model, policy, schedule, alone, [n], SEEN)
         assert torch.equal(alone[0, n:], expected[0, n - 1 : -1].argmax(-1))
-        check_kept(own, gone, n + more - 2)
+        check_kept(own, evicted_at, n + more - 2)
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
@@ -106,11 +106,11 @@ def test_memory_of_decoding_follows_the_budget(schedule):
     assert torch.equal(*texts)
 
 
-def test_a_stored_cache_goes_on_and_another_share_is_refused():
+def test_a_stored_cache_continues_and_another_share_is_refused():
     model, ids = shared("llama"), ids_for(rows=2)
-    first, whole = (PrunedCache(model, make_policy("h2o"), SEEN) for _ in range(2))
+    first, at_once = (PrunedCache(model, make_policy("h2o"), SEEN) for _ in range(2))
     with torch.no_grad():
-        expected = model(ids, cache=whole).logits
+        expected = model(ids, cache=at_once).logits
         model(ids[:, :11], cache=first)
         second = PrunedCache(model, make_policy("h2o"), SEEN)
         second.load(first.stored())

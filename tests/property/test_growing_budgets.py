@@ -95,7 +95,7 @@ def test_torch_is_the_reference_and_rows_do_not_change_each_other(policy, schedu
 def test_chunks_and_single_tokens_are_the_whole(policy, schedule, seed, ratio, prompt, cuts):
     tensors = vectors(seed)
     arguments = of(policy, schedule, ratio, prompt, layer=1)
-    whole = attend(arguments.pop("policy"), *tensors, backend="torch", **arguments)
+    at_once = attend(arguments.pop("policy"), *tensors, backend="torch", **arguments)
     for ends in (sorted({*cuts, T}), range(1, T + 1)):
         outputs, state, begin = [], None, 0
         for end in ends:
@@ -103,7 +103,7 @@ def test_chunks_and_single_tokens_are_the_whole(policy, schedule, seed, ratio, p
             output, state = attend(policy, *part, state=state, backend="torch", **arguments)
             outputs.append(output)
             begin = end
-        same((torch.cat(outputs, 2), state), whole)
+        same((torch.cat(outputs, 2), state), at_once)
 
 
 @pytest.mark.parametrize(("policy", "schedule"), tiered((p, s) for p, s in CASES if p.causal), ids=label)

@@ -36,7 +36,7 @@ def given_to(policy, budget):
 
 @st.composite
 def requests(draw):
-    """Sequences that begin alike, each with a prompt and a budget."""
+    """Sequences with a common beginning, each with a prompt and a budget."""
     start = draw(st.lists(st.integers(0, 1), min_size=9, max_size=20))
     made = []
     for _ in range(draw(st.integers(2, 5))):
@@ -84,11 +84,11 @@ def check_packed_is_alone(drawn, max_tokens):
                 torch.testing.assert_close(got, alone, atol=1e-9, rtol=0)
                 cached = (state.positions >= 0).sum(-1).double().mean()
                 kept = request(*drawn[i]).retention[layer]
-                counted = cached_tokens(kept, schedule, len(tokens), prompt, KV_HEADS)
+                expected = cached_tokens(kept, schedule, len(tokens), prompt, KV_HEADS)
                 if kept.rule.threshold is None:
-                    assert counted == pytest.approx(cached)
+                    assert expected == pytest.approx(cached)
                 else:  # tokens of a high priority stay
-                    assert counted <= cached
+                    assert expected <= cached
     assert sorted(seen) == list(range(len(drawn)))
 
 
@@ -123,8 +123,8 @@ def test_scores_are_counted_as_pruned_exactly_where_attention_was_not_whole(poli
     full, _ = attend(Full(), *qkv, budget=None, backend="reference")
     differs = (pruned - full).abs().amax((0, 1, 3)) > 1e-9
     clean = full_cache_prefix([kept], schedule, prompt, KV_HEADS, total=LONGEST)
-    counted, found = pruned_scores(LONGEST - prompt + 1, clean, prompt), int(differs[prompt - 1 :].sum())
+    expected, found = pruned_scores(LONGEST - prompt + 1, clean, prompt), int(differs[prompt - 1 :].sum())
     if kept.rule.threshold is None:
-        assert counted == found
-    else:  # counted as if every token that a threshold may evict were evicted
-        assert counted >= found
+        assert expected == found
+    else:  # the number as if every token that a threshold may evict were evicted
+        assert expected >= found

@@ -34,11 +34,11 @@ from tests.sweep_fixture import Plan, write_sweep
 OF_FOUR = Texts(np.repeat(np.arange(25), 4))
 
 
-def correlated(rng: np.random.Generator, texts: Texts, flips: float, alike: float) -> np.ndarray:
-    """Changes of -1, 0 or 1 that are 0 on average; a document takes its text's with probability `alike`."""
+def correlated(rng: np.random.Generator, texts: Texts, flips: float, shared: float) -> np.ndarray:
+    """Changes of -1, 0 or 1 that are 0 on average; a document takes its text's with probability `shared`."""
     shares = [flips / 2, flips / 2, 1 - flips]
     of_text = rng.choice([1.0, -1.0, 0.0], texts.number, p=shares)[texts.of]
-    return np.where(rng.random(len(texts.of)) < alike, of_text, rng.choice([1.0, -1.0, 0.0], len(texts.of), p=shares))
+    return np.where(rng.random(len(texts.of)) < shared, of_text, rng.choice([1.0, -1.0, 0.0], len(texts.of), p=shares))
 
 
 @pytest.mark.full
@@ -111,7 +111,7 @@ def test_texts_of_one_document_change_nothing() -> None:
 
 
 def test_documents_that_say_the_same_count_once() -> None:
-    """Each text's documents alike: error, interval and power are those of one document per text."""
+    """The documents of each text are equal: error, interval and power are those of one document per text."""
     rng = np.random.default_rng(6)
     once = rng.choice([1.0, -1.0, 0.0], 25, p=[0.3, 0.2, 0.5])
     change = once[OF_FOUR.of]

@@ -29,7 +29,7 @@ from tests.own_tasks import simple_evaluate
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """kind -> a whole checkpoint."""
+    """kind -> a complete checkpoint."""
     root = tmp_path_factory.mktemp("checkpoints")
     return {
         "llama": write_model(root / "llama"),
@@ -386,10 +386,10 @@ def test_a_grid_reads_the_sizes_of_a_gguf_file_once_and_again_when_it_changes(tm
 
 
 def test_a_gguf_file_that_lacks_a_tensor_is_refused_and_not_kept(tmp_path, monkeypatch):
-    whole = write_gguf(tmp_path / "whole.gguf")
+    complete = write_gguf(tmp_path / "whole.gguf")
     lacks = write_gguf(tmp_path / "lacks.gguf", "blk.1.ffn_up.weight")
     monkeypatch.setenv("A2SF_CACHE", str(tmp_path / "cache"))  # now: SmolLM2's tokenizer is in the usual one
-    assert load(spec(whole)).format == "gguf"
+    assert load(spec(complete)).format == "gguf"
     for _ in range(2):  # nothing was kept of the first
         assert "layers.1.mlp.up_proj" in refused(lacks)
     (tmp_path / "no.gguf").write_bytes(b"GGUF")

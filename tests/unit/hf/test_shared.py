@@ -109,7 +109,7 @@ def test_a_file_that_cannot_be_read_is_named_also_where_its_digest_is_remembered
         (folder / name).chmod(mode)
     (folder / "model.safetensors").chmod(0o600)
     with another_user(), pytest.raises(ConfigError, match=r"model.safetensors cannot be read \(Permission denied\)"):
-        prepare(spec(folder))  # it is whole, and need not be fetched again
+        prepare(spec(folder))  # it is complete, and need not be fetched again
 
 
 def test_a_folder_that_cannot_be_looked_into_is_not_empty(shared):

@@ -262,7 +262,7 @@ def test_every_file_under_conf_policy_is_a_policy():
         assert settings(f"policy={file.stem}").cells[0].policy.name == file.stem
 
 
-def test_a_group_reaches_a_worker_whole(tmp_path):
+def test_a_group_reaches_a_worker_complete(tmp_path):
     """Its first cell by overrides, the others by one key: policies, lists, schedules, what names another key and all."""
     for budget in (0.1, 0.4):
         file = {"name": f"of {budget}", "layers": [{"forgetting_factor": budget}] * 30}

@@ -78,8 +78,8 @@ def test_a_template_counts_and_lengths_are_those_of_equal_prompting():
     chat = Prompting(chat_template=True)
     tokenizer = load_tokenizer(ModelSpec(SMOLLM2))
     head, tail = chat.tokens_around(tokenizer)
-    alike, turns = chat.tokens_around(tokenizer, shots=1)
-    assert alike == head > 3
+    with_shots, turns = chat.tokens_around(tokenizer, shots=1)
+    assert with_shots == head > 3
     assert tail < turns < head + 2 * tail + 10  # the system's message comes once
 
     def tokens(*stored: tuple[Prompting | None, int], shots: int = 0, prompting: Prompting | None = chat) -> float:

@@ -104,7 +104,7 @@ def stored(directory: Path) -> dict[str, tuple[object, ...]]:
 
 
 @pytest.mark.parametrize(("kind", "passes"), [("writes", 1), ("rolls", 3)])
-def test_the_next_start_goes_on_with_what_is_missing(make, runners, batches, monkeypatch, kind, passes):
+def test_the_next_start_continues_with_what_is_missing(make, runners, batches, monkeypatch, kind, passes):
     cells = [make(kind), make(kind, policy="window")]
     undisturbed = runners("undisturbed")
     assert {o.status for o in undisturbed.run(cells)} == {"done"}
@@ -121,13 +121,13 @@ def test_the_next_start_goes_on_with_what_is_missing(make, runners, batches, mon
 
 @pytest.mark.parametrize("kind", ["writes", "rolls"])
 def test_a_larger_limit_asks_for_the_new_documents_alone(make, runners, batches, kind):
-    runner, whole = runners("few"), runners("whole")
-    assert runner.run([make(kind, limit=2)])[0].status == whole.run([make(kind)])[0].status == "done"
+    runner, complete = runners("few"), runners("whole")
+    assert runner.run([make(kind, limit=2)])[0].status == complete.run([make(kind)])[0].status == "done"
     batches.clear()
     assert runner.run([make(kind)])[0].status == "done"
     assert sum(batches) == 2
     (of_all,) = [s for s in load_sweep(runner.directory) if s.cell["limit"] == 4]
-    (expected,) = load_sweep(whole.directory)
+    (expected,) = load_sweep(complete.directory)
     assert of_all.metrics == expected.metrics
     assert of_all.result["timing"]["reused_requests"] == 2
     assert of_all.result["scored"] == expected.result["scored"]

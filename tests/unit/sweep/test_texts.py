@@ -70,10 +70,10 @@ def test_stopping_early_draws_whole_texts(runner: Runner) -> None:  # noqa: F811
     cells = [dataclasses.replace(c, data=data, limit=12, stopping_rule=rule) for c in cells]
     assert all("question" in c.tail for c in cells)
     assert [o.status for o in runner.run(cells)] == ["done"] * 2
-    whole = dataclasses.replace(cells[0], stopping_rule=None)
-    assert [o.status for o in runner.run([whole])] == ["done"]
+    unstopped = dataclasses.replace(cells[0], stopping_rule=None)
+    assert [o.status for o in runner.run([unstopped])] == ["done"]
     found = {s.path.name: s for s in load_sweep(runner.directory)}
-    every = found[whole.name].documents.set_index("doc_id")["cluster"]
+    every = found[unstopped.name].documents.set_index("doc_id")["cluster"]
     for stored in (found[c.name] for c in cells):
         (text,) = set(stored.documents["cluster"])
         assert list(stored.documents["doc_id"]) == list(every.index[every == text])

@@ -158,7 +158,7 @@ def test_layouts(tmp_path, files, splits):
     assert sum(map(len, found.values())) == (len(files) if splits else 0)
 
 
-def test_splits_that_begin_alike_are_kept_apart(tmp_path):
+def test_splits_with_a_common_beginning_are_distinguished(tmp_path):
     for split in ("validation_matched", "validation_mismatched"):
         write(tmp_path / "mnli" / f"{split}.jsonl", [{"kept": split}])
     found = sources.find_splits(tmp_path, "mnli", definitions.definition("mnli").config)

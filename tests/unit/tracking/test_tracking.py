@@ -219,7 +219,7 @@ def server(monkeypatch):
 
 
 def tracked(cells, kinds=("wandb",), **more) -> Tracker:
-    """A tracker that was given a whole sweep, as after a start of the program."""
+    """A tracker that was given a complete sweep, as after a start of the program."""
     directory = cells[0].path.parent
     tracker = Tracker(TrackerSpec(kinds=kinds), "s", directory, **more)
     for stored in cells:
@@ -233,16 +233,16 @@ def sweep(tmp_path):
     return write_sweep(tmp_path / "s", Plan(documents={"piqa": 5}, policies=("full", "h2o", "window"), budgets=(0.2,)))
 
 
-def test_a_run_that_was_deleted_goes_under_a_new_id_and_the_others_as_ever(sweep, server):
-    gone = run_id("s", sweep[1].path.name)
-    server.deleted.add(gone)
+def test_a_run_that_was_deleted_is_logged_under_a_new_id_and_the_others_under_their_own(sweep, server):
+    run = run_id("s", sweep[1].path.name)
+    server.deleted.add(run)
     assert tracked(sweep).complete
     names = [s.path.name for s in sweep]
-    expected = {run_id("s", names[0]), f"{gone}-2", run_id("s", names[2]), run_id("s", "summary")}
+    expected = {run_id("s", names[0]), f"{run}-2", run_id("s", names[2]), run_id("s", "summary")}
     assert set(server.runs) == expected
-    server.deleted.add(f"{gone}-2")
+    server.deleted.add(f"{run}-2")
     assert tracked(sweep, again=True).complete
-    assert f"{gone}-3" in server.runs
+    assert f"{run}-3" in server.runs
 
 
 def test_a_run_that_is_refused_under_any_id_costs_no_other(sweep, server):
