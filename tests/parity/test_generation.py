@@ -159,7 +159,7 @@ def test_a_prompt_in_one_go_or_in_chunks_then_token_by_token(policy, schedule, c
 )
 def test_left_padding_never_enters_the_cache_and_each_row_has_its_own_budget(policy, schedule, name, budget):
     model, ids = shared(name), ids_for(rows=3)
-    lengths, more = [12, 20, 5], 8
+    lengths, more = [12, 20, 5], 6
     mask = torch.zeros(3, 20, dtype=torch.long)
     padded = torch.zeros(3, 20, dtype=torch.long)
     for row, n in enumerate(lengths):
@@ -194,7 +194,7 @@ def test_generate_chooses_what_scoring_the_same_text_would(policy, schedule):
 def test_beams_equal_beams_that_read_everything_anew(policy, schedule):
     """Beam search that reorders the cache finds the sequences that a search without a cache finds."""
     model, ids = shared("llama"), ids_for(rows=2, length=15)
-    common = {"max_new_tokens": 7, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    common = {"max_new_tokens": 5, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
     cached = model.generate(ids, cache=PrunedCache(model, policy, BUDGET, schedule=schedule), **common)
     with pruning(model, policy, BUDGET, schedule=schedule, context_tokens=[15, 15]):
         anew = model.generate(ids, use_cache=False, **common)
@@ -206,7 +206,7 @@ def test_beams_equal_beams_that_read_everything_anew(policy, schedule):
 @UNTIED
 def test_sampling_with_a_seed_equals_sampling_that_reads_everything_anew(policy, schedule):
     model, ids = shared("qwen2"), ids_for(rows=2, length=15)
-    common = {"max_new_tokens": 7, "do_sample": True, "num_return_sequences": 3, "top_k": 5}
+    common = {"max_new_tokens": 5, "do_sample": True, "num_return_sequences": 3, "top_k": 5}
     torch.manual_seed(3)
     cached = model.generate(ids, cache=PrunedCache(model, policy, BUDGET, schedule=schedule), **common)
     torch.manual_seed(3)

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("stand_in")
 
 @pytest.mark.parametrize(
     ("policy", "schedule", "chunks"),
-    tiered((p, s, chunks) for p, s in USING for chunks in ([1] * 20, [20], [1, 5, 3, 11], [9, 8, 2])),
+    tiered(((p, s, chunks) for p, s in USING for chunks in ([1] * 20, [20], [1, 5, 3, 11], [9, 8, 2])), each=1),
     ids=label,
 )
 def test_chunks_and_single_tokens_equal_one_pass(policy, schedule, chunks):
