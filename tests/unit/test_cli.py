@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from a2sf.app import process
 from a2sf.commands import run, tables
 from a2sf.commands.policy import layer_errors
 from a2sf.commands.policy.describe import attributes, idea_and_deviations, paper
-from a2sf.errors import UserError
+from a2sf.errors import Notice, UserError
 from a2sf.policies.base import WHEN
 from a2sf.policies.find import built_in, defaults
 from a2sf.policies.renamed import notice
@@ -245,15 +246,11 @@ def test_a_launcher_that_is_not_installed(launcher):
     assert extra[1] in declared["optional-dependencies"]
 
 
-def test_of_all_warnings_ours_are_printed(capfd):
-    code = """
-import warnings
-from a2sf.app import process
-from a2sf.errors import Notice
-process.quiet()
-for text in ("A kernel is slow.", "A kernel is slow.", "Another one."):
-    warnings.warn(text, Notice)
-warnings.warn("a library's", UserWarning)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert capfd.readouterr().err.splitlines() == ["A kernel is slow.", "Another one."]
+def test_of_all_warnings_ours_are_printed(capsys):
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        process.quiet()
+        for text in ("A kernel is slow.", "A kernel is slow.", "Another one."):
+            warnings.warn(text, Notice, stacklevel=1)
+        warnings.warn("a library's", UserWarning, stacklevel=1)
+    assert capsys.readouterr().err.splitlines() == ["A kernel is slow.", "Another one."]
