@@ -233,13 +233,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     (tmp_path / "ofmine2.py").write_text(policy("Mine", "mine2", "x").replace("budget=budget,", "budget=2 * budget,"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", list(sys.path))
-    command.main(["ofmine:Mine", "share=0.25", "--trials", "2"])
+    command.main(["ofmine:Mine", "share=0.25", "--trials", "1"])
     said = capsys.readouterr().out
     assert "Mine(share=0.25)" in said
     assert said.count("holds") == len(INVARIANTS)
     assert said.count("step; every 3; prompt, then keep; prompt, then step; prompt, then every 3") == len(INVARIANTS)
     with pytest.raises(SystemExit, match="1"):
-        command.main(["ofmine2:Mine", "--trials", "2"])
+        command.main(["ofmine2:Mine", "--trials", "1"])
     assert "and states" in capsys.readouterr().out
     command.main(["future", "--trials", "1"])
     said = capsys.readouterr().out
