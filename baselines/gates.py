@@ -7,7 +7,6 @@ Facts of the format, from kvpress 0.5.5 (`KVzapModel`): a folder or repository h
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from a2sf.disk_cache import digest
 from a2sf.errors import ConfigError, first_line
 
 if TYPE_CHECKING:  # so that commands which only list policies load neither torch nor the hub's library
@@ -135,12 +135,11 @@ def find_gates(given: str, revision: str) -> Gates:
     if revision != "main":
         raise ConfigError("policy.revision", revision, f"{given} is on the disk, and has no revisions; leave it out")
     try:
-        stat = file.stat()
-        digest = _known_digest(file.resolve(), stat.st_size, stat.st_mtime_ns)
+        found = _digest(file)
         shapes = _shapes(file)
     except Exception as error:  # a file of any content; what torch says of it is long, and advises to run its code
         raise ConfigError(KEY, given, f"{file} cannot be read as named tensors ({type(error).__name__})") from error
-    return Gates(place.resolve().name, _sizes(shapes, given), str(file), digest)
+    return Gates(place.resolve().name, _sizes(shapes, given), str(file), found)
 
 
 @lru_cache
@@ -214,14 +213,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 def _digest(file: Path) -> str:
     """Sixteen hexadecimal digits of the SHA-256 of a file's content."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
-
-
-@lru_cache(maxsize=64)
-def _known_digest(file: Path, size: int, modified: int) -> str:
-    """The same, computed once until the file's size or time changes."""
-    return _digest(file)
+    return digest(file)[:16]
 
 
 @lru_cache(maxsize=2)

@@ -188,7 +188,7 @@ def expected_attention(frequencies: np.ndarray, future: int, covariance: bool, s
     def scores(seen: Seen) -> list[float]:
         first = max(sinks, seen.now - window + 1)
         weight, size = np.zeros(len(seen.cached)), seen.key.shape[-1]
-        counted = [i for i, j in enumerate(seen.cached) if j >= sinks]
+        eligible = [i for i, j in enumerate(seen.cached) if j >= sinks]
         turn = np.mean([turned(np.eye(size), seen.now + 1 + f, frequencies) for f in range(future)], 0).T
         for head in seen.query:
             plain = np.array([turned(head[t], -t, frequencies) for t in range(first, seen.now + 1)])
@@ -196,7 +196,7 @@ def expected_attention(frequencies: np.ndarray, future: int, covariance: bool, s
             logits = np.array([seen.key[j] @ mean for j in seen.cached]) * size**-0.5
             if covariance:
                 logits += np.array([seen.key[j] @ spread @ seen.key[j] for j in seen.cached]) / size / 2
-            weight[counted] += softmax(logits[counted]) / len(seen.query)
+            weight[eligible] += softmax(logits[eligible]) / len(seen.query)
         return list(weight * np.linalg.norm(seen.value[seen.cached], axis=-1))
 
     return scores

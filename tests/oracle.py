@@ -33,7 +33,7 @@ class Method:
         rank: (tokens of one head, newest position) to priorities.
         recent, sinks: of a budget.
         factor: forgetting.
-        counted, shared: as in docs/semantics.md.
+        above_uniform, shared: as in docs/semantics.md.
         cut: at the prompt's end instead of `rank`: (tokens of every head, budget) to the positions that each head keeps.
     """
 
@@ -41,7 +41,7 @@ class Method:
     recent: Callable[[int], int] = lambda budget: 0
     sinks: Callable[[int], int] = lambda budget: 0
     factor: float = 1.0
-    counted: bool = False
+    above_uniform: bool = False
     shared: bool = False
     cut: Callable[[list[list[Token]], int], list[set[int]]] | None = None
 
@@ -76,7 +76,7 @@ def run(
                 p = np.exp(logits - logits.max())
                 p /= p.sum()
                 out[h, t] = sum(x * token.value for x, token in zip(p, cache, strict=True))
-                got += (p >= 1 / len(cache)) if method.counted else p
+                got += (p >= 1 / len(cache)) if method.above_uniform else p
             for token, x in zip(cache, got, strict=True):
                 token.A = method.factor * token.A + x
                 token.N = method.factor * token.N + 1
@@ -106,6 +106,6 @@ def run(
                 for rank, token in zip(ranks[head], cache, strict=True)
                 if method.sinks(budget) <= token.position <= t - method.recent(budget)
             )
-            gone = {position for _, position in free[: cached - budget]}
-            cache[:] = [token for token in cache if token.position not in gone]
+            evicted = {position for _, position in free[: cached - budget]}
+            cache[:] = [token for token in cache if token.position not in evicted]
     return out, [[token.position for token in cache] for cache in caches]

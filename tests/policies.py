@@ -66,11 +66,11 @@ class Steady(Policy):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counted(Policy):
+class AboveUniform(Policy):
     """How often a token got at least its share of attention, lately."""
 
-    name: ClassVar[str] = "counted"
-    label: ClassVar[str] = "Counted"
+    name: ClassVar[str] = "above_uniform"
+    label: ClassVar[str] = "Above uniform"
 
     def retention(self, budget: int, layer: int) -> Retention:
         rule = Rule(count_above_uniform=True, mean_over_age=True, shared=True, weight=_one_more, bias=_first)
@@ -85,10 +85,10 @@ class Ending(Policy):
     label: ClassVar[str] = "Ending"
     schedules: ClassVar[tuple[str, ...]] = ("prompt",)
 
-    counted: bool = False
+    count_above_uniform: bool = False
 
     def retention(self, budget: int, layer: int) -> Retention:
-        rule = Rule(cut=Cut(kernel_size=3), count_above_uniform=self.counted)
+        rule = Rule(cut=Cut(kernel_size=3), count_above_uniform=self.count_above_uniform)
         return Retention(budget=budget, recent=min(5, budget), forgetting_factor=0.5, rule=rule)
 
 
@@ -206,7 +206,7 @@ class Merging(Watched):
         number = evicted.sum(-1)[..., None, None].clamp(min=1)
         values, keys = ((x * evicted[..., None]).sum(2, keepdim=True) / number for x in (step.values, step.keys))
         near = torch.exp(-step.ages[..., None].to(values.dtype) / 10)
-        # little, and bounded: else rounding errors grow from step to step, or keys become alike
+        # little, and bounded: else rounding errors grow from step to step, or keys become equal
         return step.values + near / 4 * (values - step.values), step.keys * 0.99 + keys * 0.01
 
 
@@ -237,7 +237,7 @@ class Apportioned(Ending):
         return 2
 
     def retention(self, budget: int, layer: int) -> Retention:
-        rule = Rule(cut=Cut(kernel_size=3, floor=0.2), count_above_uniform=self.counted)
+        rule = Rule(cut=Cut(kernel_size=3, floor=0.2), count_above_uniform=self.count_above_uniform)
         return Retention(budget=budget, recent=min(3, budget), rule=rule)
 
     def head_priorities(self, step: Step) -> Tensor:
@@ -245,7 +245,7 @@ class Apportioned(Ending):
         return step.attention[:, :, :, -1].sum(2) * step.values[..., 0].abs()
 
 
-OWN = (Steady, Counted, Ending, Divided, Looked, Watched, Noted, Strict, Merging, Weighed, Apportioned)
+OWN = (Steady, AboveUniform, Ending, Divided, Looked, Watched, Noted, Strict, Merging, Weighed, Apportioned)
 
 
 def _one_more(keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
@@ -259,7 +259,7 @@ def _first(keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
 def instances() -> list[Policy]:
     """Every policy with its own settings, and with small ones where it has such."""
     made = [p for cls in (*find_policies().values(), *OWN) for p in ([cls(), small(cls)] if settings(cls) else [cls()])]
-    made += [Ending(counted=True), Divided(scored=False)]
+    made += [Ending(count_above_uniform=True), Divided(scored=False)]
     for cls in find_policies().values():
         names = {f.name for f in fields(cls)} - (set() if issubclass(cls, By) else {"by"})
         made += [cls(**settings(cls) | {key: x}) for key in FURTHER if key in names for x in FURTHER[key]]
@@ -278,7 +278,7 @@ def small(cls: type[Policy]) -> Policy:
 
 
 def cases(*, prepared: bool = False) -> list[tuple[Policy, Schedule]]:
-    """Every policy with every schedule that it knows; those that read a prompt before they cut it if asked for."""
+    """Every policy with every schedule that it knows; with `prepared`, also those that read a prompt before they cut it."""
     return [(p, s) for p in instances() for s in schedules(p) if prepared or not p.prepares]
 
 

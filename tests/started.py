@@ -56,7 +56,7 @@ THEN = [
     "lm_eval.tasks",
     "transformers.models.llama.modeling_llama",
 ]
-ASKED_OF = {"huggingface_hub", "datasets", "transformers", "lm_eval", "accelerate", "wandb", "rich.console"}
+READ_THE_ENVIRONMENT = {"huggingface_hub", "datasets", "transformers", "lm_eval", "accelerate", "wandb", "rich.console"}
 """What reads the environment when it is imported, or may."""
 
 
@@ -86,17 +86,17 @@ def started(
     Raises:
         subprocess.TimeoutExpired: after `SECONDS`.
     """
-    told = {k: v for k, v in environment.items() if not k.startswith("PYTEST_")}
+    variables = {k: v for k, v in environment.items() if not k.startswith("PYTEST_")}
     with TemporaryDirectory() as directory:
         file = "a2sf" if script == "a2sf" else str(ROOT / "scripts" / script)
-        asked = Start(file, tuple(map(str, arguments)), told, str(folder), directory)
+        start = Start(file, tuple(map(str, arguments)), variables, str(folder), directory)
         root = _root(python)
-        root.send(tuple(asked))  # the root may know this module by another name
+        root.send(tuple(start))  # the root may know this module by another name
         code = root.recv()
         if code is None:
-            raise subprocess.TimeoutExpired([file, *asked.arguments], SECONDS)
+            raise subprocess.TimeoutExpired([file, *start.arguments], SECONDS)
         out, err = ((Path(directory) / name).read_text() for name in ("out", "err"))
-    return subprocess.CompletedProcess([file, *asked.arguments], code, out, err)
+    return subprocess.CompletedProcess([file, *start.arguments], code, out, err)
 
 
 @cache
@@ -104,8 +104,8 @@ def _root(python: str) -> Connection:
     ours, theirs = socket.socketpair()
     ours_too = python == sys.executable
     command = [python, *(["-m", "tests.started"] if ours_too else [__file__]), str(theirs.fileno())]
-    told = {k: v for k, v in os.environ.items() if ours_too or not k.startswith("PYTHON")}
-    process = subprocess.Popen(command, cwd=ROOT, env=told, pass_fds=[theirs.fileno()])
+    variables = {k: v for k, v in os.environ.items() if ours_too or not k.startswith("PYTHON")}
+    process = subprocess.Popen(command, cwd=ROOT, env=variables, pass_fds=[theirs.fileno()])
     theirs.close()
     connection = Connection(ours.detach())
 
@@ -117,22 +117,22 @@ def _root(python: str) -> Connection:
     return connection
 
 
-def _serve_root(asked: Connection) -> None:
+def _serve_root(parent: Connection) -> None:
     for module in FIRST:
         importlib.import_module(module)
-    assert not ASKED_OF & sys.modules.keys(), sorted(ASKED_OF & sys.modules.keys())
+    assert not READ_THE_ENVIRONMENT & sys.modules.keys(), sorted(READ_THE_ENVIRONMENT & sys.modules.keys())
     fork = get_context("fork")
     kept: dict[frozenset[tuple[str, str]], Connection] = {}
-    while (start := _next(asked)) is not None:
+    while (start := _next(parent)) is not None:
         key = frozenset((k, v) for k, v in start.environment.items() if k != "PYTHONPATH")  # which no module reads
         if key not in kept:
             here, there = fork.Pipe()
-            fork.Process(target=_serve, args=(there, start.environment, [asked, here, *kept.values()])).start()
+            fork.Process(target=_serve, args=(there, start.environment, [parent, here, *kept.values()])).start()
             there.close()
             kept[key] = here
         kept[key] = kept.pop(key)  # the newest is last
         kept[key].send(tuple(start))
-        asked.send(kept[key].recv())
+        parent.send(kept[key].recv())
         while len(kept) > KEPT:
             kept.pop(next(iter(kept))).close()
         fork.active_children()  # waits for those that have ended
@@ -140,32 +140,32 @@ def _serve_root(asked: Connection) -> None:
         connection.close()
 
 
-def _next(asked: Connection) -> Start | None:
+def _next(parent: Connection) -> Start | None:
     try:
-        return Start(*asked.recv())
+        return Start(*parent.recv())
     except EOFError:
         return None
 
 
-def _serve(asked: Connection, environment: Mapping[str, str], others: Sequence[Connection]) -> None:
+def _serve(parent: Connection, environment: Mapping[str, str], others: Sequence[Connection]) -> None:
     for connection in others:  # else they would not be seen to end
         connection.close()
     os.environ.clear()
     os.environ.update(environment)
     for module in THEN:
         importlib.import_module(module)
-    while (start := _next(asked)) is not None:
-        process = get_context("fork").Process(target=_run, args=(start, asked))
+    while (start := _next(parent)) is not None:
+        process = get_context("fork").Process(target=_run, args=(start, parent))
         process.start()
         process.join(SECONDS)
         if late := process.exitcode is None:
             process.kill()
             process.join()
-        asked.send(None if late else process.exitcode)
+        parent.send(None if late else process.exitcode)
 
 
-def _run(start: Start, asked: Connection) -> None:
-    asked.close()
+def _run(start: Start, parent: Connection) -> None:
+    parent.close()
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(Path(start.directory) / name, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, number)

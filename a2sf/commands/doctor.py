@@ -158,7 +158,7 @@ def _caches(_: list[str]) -> dict[str, Any]:
     from huggingface_hub import CacheNotFound, scan_cache_dir
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from a2sf.hf.files.cache import cache_directory
+    from a2sf.disk_cache import cache_directory
     from a2sf.hf.files.gguf import checkpoints
 
     found = {}
@@ -179,7 +179,7 @@ def _caches(_: list[str]) -> dict[str, Any]:
 def _disk(problems: list[str]) -> dict[str, Any]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from a2sf.hf.files.cache import cache_directory
+    from a2sf.disk_cache import cache_directory
 
     found = {}
     for name, place in {

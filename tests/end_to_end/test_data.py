@@ -81,11 +81,11 @@ def test_the_papers_seven_tasks_from_a_hub(hub, run, tmp_path):
             assert "\n\n" in prompt
     assert set(pd.read_csv(tmp_path / "runs" / "seven" / "results.csv")["data"].str.len()) == {40}
     assert "Fetching regisss/math_qa from the hub for mathqa: " in done.stdout
-    asked = hub.requests()
-    assert not [line for line in asked if line.startswith("CONNECT")]  # nobody else, no counter
+    requests = hub.requests()
+    assert not [line for line in requests if line.startswith("CONNECT")]  # nobody else, no counter
     for name in ("aps/super_glue", "allenai/ai2_arc"):
         # once, and once more to note it for a time without the hub
-        assert sum(f"/api/datasets/{name} " in line for line in asked) == 2
+        assert sum(f"/api/datasets/{name} " in line for line in requests) == 2
 
     again = run("-m", "policy=full,h2o", "budget.ratio=0.2", "tasks=paper", "shots=0,1", "limit=4", "sweep_name=seven")
     assert "28 cells, 28 done, 0 to run" in again.stdout
@@ -103,9 +103,9 @@ def test_a_main_branch_that_moves_between_two_starts(hub, run, tmp_path):
     stored = load_sweep(tmp_path / "runs" / "moved")
     assert [s.result["documents"]["content"] for s in stored].count(first) == 2
     assert [s.result["documents"]["content"] for s in stored].count(second) == 3
-    told = tables(tmp_path / "runs" / "moved")
-    assert numbers(told.stdout) == numbers(done.stdout) != []
-    assert "piqa: 2 cells of documents that have changed since are left out" in " ".join(told.stdout.split())
+    printed = tables(tmp_path / "runs" / "moved")
+    assert numbers(printed.stdout) == numbers(done.stdout) != []
+    assert "piqa: 2 cells of documents that have changed since are left out" in " ".join(printed.stdout.split())
     back = run(*grid, "policy=full", f"data.revision={first}")
     assert "1 cells, 1 done, 0 to run" in back.stdout
 
@@ -156,7 +156,7 @@ def test_local_data_that_change_between_two_starts(run, tmp_path):
 
 
 @pytest.mark.full
-def test_a_broken_dataset_is_told_once_and_stops_no_other(hub, run):
+def test_a_broken_dataset_is_reported_once_and_stops_no_other(hub, run):
     paper_documents(hub.store)
     hub.rules.append(Rule("winogrande/resolve/.*parquet", status=404, code="EntryNotFound"))
     done = run("-m", "policy=full,h2o,window", "tasks=[winogrande,piqa]", "limit=3", "sweep_name=broken")

@@ -27,15 +27,15 @@ def command(*arguments: str) -> list[str]:
 
 
 def evaluate(*arguments: str, runs: Path, anew: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own; started `anew` where workers are to be started, or if asked."""
-    told = {**os.environ, "COLUMNS": "150", "HF_HUB_OFFLINE": "1", **environment}
+    """The command in a process of its own; started `anew` where workers are to be started, or on request."""
+    variables = {**os.environ, "COLUMNS": "150", "HF_HUB_OFFLINE": "1", **environment}
     arguments = (*arguments, f"runs_dir={runs}")
     if not anew and not any(
         a.startswith("hydra/launcher=") for a in arguments
     ):  # which a fork would wait for at its end
-        return started("evaluate.py", *arguments, environment=told)
+        return started("evaluate.py", *arguments, environment=variables)
     return subprocess.run(
-        command(*arguments), capture_output=True, text=True, check=False, timeout=400, cwd=ROOT, env=told
+        command(*arguments), capture_output=True, text=True, check=False, timeout=400, cwd=ROOT, env=variables
     )
 
 
@@ -84,7 +84,7 @@ def test_a_sweep_ends_with_a_table_and_files(sweep):
         assert agrees == pytest.approx(cell.metrics["acc"]["value"])
         assert cell.result["documents"]["split"] == "validation"
         assert cell.result["provenance"]["versions"]["lm-eval"]
-        assert cell.result["provenance"]["backend"] == "numba"  # what ran, not what was asked for
+        assert cell.result["provenance"]["backend"] == "numba"  # what ran, not what was requested
         assert cell.result["timing"]["tokens_per_second"] > 0
     pruned = next(c for c in stored if c.cell["policy"] == "window" and c.cell["budget"]["ratio"] == 0.2)
     full = next(c for c in stored if c.cell["policy"] == "full")
@@ -106,14 +106,14 @@ def test_the_same_command_runs_nothing_again(sweep):
 
 @pytest.mark.full
 def test_wandb_gets_one_run_per_cell_and_a_summary_once(tmp_path):
-    asked = ["-m", *GRID, "sweep_name=small", "tracker=wandb"]
-    done = evaluate(*asked, runs=tmp_path, anew=True, WANDB_MODE="offline")
+    arguments = ["-m", *GRID, "sweep_name=small", "tracker=wandb"]
+    done = evaluate(*arguments, runs=tmp_path, anew=True, WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr
     assert "wandb sync" in done.stdout
     assert "W&B has" not in done.stdout
     logged = list((tmp_path / "small" / "wandb").glob("offline-run-*"))
     assert len(logged) == CELLS + 1
-    again = evaluate(*asked, runs=tmp_path)
+    again = evaluate(*arguments, runs=tmp_path)
     assert f"{CELLS} cells, {CELLS} done, 0 to run" in again.stdout
     assert "W&B has these cells already" in again.stdout
     assert list((tmp_path / "small" / "wandb").glob("offline-run-*")) == logged
@@ -134,9 +134,9 @@ def test_another_sweep_reuses_the_cells_and_a_higher_limit_extends_them(sweep):
     assert extended.metrics["acc"]["n"] == 6
     fresh = evaluate("-m", *GRID, "sweep_name=more", "policy=h2o", "budget.ratio=0.2", "limit=6", runs=runs / "fresh")
     assert fresh.returncode == 0, fresh.stderr
-    (whole,) = load_sweep(runs / "fresh" / "more")
-    assert whole.metrics == extended.metrics
-    together = zip(extended.documents["loglikelihoods"], whole.documents["loglikelihoods"], strict=True)
+    (computed_anew,) = load_sweep(runs / "fresh" / "more")
+    assert computed_anew.metrics == extended.metrics
+    together = zip(extended.documents["loglikelihoods"], computed_anew.documents["loglikelihoods"], strict=True)
     for a, b in together:
         assert list(a) == pytest.approx(list(b), abs=1e-3)
 
@@ -144,21 +144,21 @@ def test_another_sweep_reuses_the_cells_and_a_higher_limit_extends_them(sweep):
 @pytest.mark.full
 def test_what_another_sweep_computed_is_logged_too_and_a_finished_sweep_on_demand(sweep):
     runs, _ = sweep
-    asked = ["-m", "policy=full,h2o", "tasks=[copa]", "limit=4", "data=bundle", "sweep_name=tracked"]
+    arguments = ["-m", "policy=full,h2o", "tasks=[copa]", "limit=4", "data=bundle", "sweep_name=tracked"]
     boards = runs / "tracked" / "tensorboard"
 
     def logged() -> dict[str, int]:
         return {f.name: len(list(f.glob("events*"))) for f in boards.glob("*") if f.is_dir()}
 
-    assert evaluate(*asked, runs=runs).returncode == 0  # all reused, and no tracker
+    assert evaluate(*arguments, runs=runs).returncode == 0  # all reused, and no tracker
     assert logged() == {}
     names = {s.path.name for s in load_sweep(runs / "tracked")}
     assert sum("__full__" in n for n in names) == 1
-    done = evaluate(*asked, "tracker=tensorboard", runs=runs)
+    done = evaluate(*arguments, "tracker=tensorboard", runs=runs)
     assert "2 done, 0 to run" in done.stdout
     assert logged() == dict.fromkeys([*names, "summary"], 1)
     assert "tensorboard --logdir" in done.stdout
-    again = evaluate(*asked, "tracker=tensorboard", runs=runs)
+    again = evaluate(*arguments, "tracker=tensorboard", runs=runs)
     assert "TensorBoard has these cells already" in again.stdout
 
 

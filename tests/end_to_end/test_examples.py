@@ -16,8 +16,8 @@ NOTEBOOK = EXAMPLES / "from_question_to_figure.ipynb"
 
 
 def run(script: str | Path, *arguments: object, cwd: Path) -> str:
-    told = os.environ | {"MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}
-    done = started(script, *arguments, environment=told, folder=cwd)
+    environment = os.environ | {"MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}
+    done = started(script, *arguments, environment=environment, folder=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -76,10 +76,10 @@ def test_what_is_refused_is_one_sentence(world, name, revision, said):
     import re
 
     _, pool, *_ = world
-    told = pool.submit(cases.gates, name, revision, fetch=True).result()
-    assert isinstance(told, str)
-    assert re.search(said, told), told
-    assert len(told.splitlines()) == 1
+    message = pool.submit(cases.gates, name, revision, fetch=True).result()
+    assert isinstance(message, str)
+    assert re.search(said, message), message
+    assert len(message.splitlines()) == 1
 
 
 def test_a_sweep_fetches_gates_first_and_names_their_commit(world, tmp_path):

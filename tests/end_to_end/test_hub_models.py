@@ -1,4 +1,4 @@
-"""Models of the hub, over loopback: right numbers of a known commit, no needless request, each refusal told apart."""
+"""Models of the hub, over loopback: right numbers of a known commit, no needless request, a message for each refusal."""
 
 from __future__ import annotations
 
@@ -107,9 +107,9 @@ def test_a_chat_template_is_looked_for_once_the_tokenizer_is_here(ask, tmp_path)
     assert not list(tmp_path.glob("single/*__*"))
 
 
-def test_an_opt_of_pickles_is_read_and_no_service_is_asked_to_convert_it(ask, tmp_path):
-    told, requests = ask(cases.load, "facebook/opt-2.7b")
-    assert told.startswith("ok")
+def test_an_opt_of_pickles_is_read_without_a_conversion_service(ask, tmp_path):
+    answer, requests = ask(cases.load, "facebook/opt-2.7b")
+    assert answer.startswith("ok")
     wanted = r"(GET /api/models/facebook/opt-2.7b/(revision|tree)/|(HEAD|GET) /facebook/opt-2.7b/resolve/|GET /files/)"
     assert all(re.match(wanted, line) for line in requests), requests  # and no other host
     # commit, files, config, weights, two of the tokenizer
@@ -141,12 +141,12 @@ def test_a_gguf_file_of_the_hub(world, ask, tmp_path, monkeypatch):
     hub, _ = world
     file = write_gguf(tmp_path / "small.gguf")
     commit = hub.store.model("org/gguf").commit({"sub/small.gguf": file, "small.gguf": file, "README.md": "x" * 9})
-    told, _ = ask(cases.load, "org/gguf/sub/small.gguf")
-    assert told == f"ok {commit} gguf"
-    told, _ = ask(cases.load, "org/gguf")
-    assert "name one of them (small.gguf, sub/small.gguf)" in told
-    told, _ = ask(cases.load, "org/gguf/large.gguf")
-    assert "has no file of that name; it has small.gguf, sub/small.gguf" in told
+    answer, _ = ask(cases.load, "org/gguf/sub/small.gguf")
+    assert answer == f"ok {commit} gguf"
+    answer, _ = ask(cases.load, "org/gguf")
+    assert "name one of them (small.gguf, sub/small.gguf)" in answer
+    answer, _ = ask(cases.load, "org/gguf/large.gguf")
+    assert "has no file of that name; it has small.gguf, sub/small.gguf" in answer
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_a_branch_that_moves_changes_nothing_in_workers(world, moving, tmp_path)
     check_unmoved(cases.Done(ran.returncode, ran.stdout, ran.stderr), tmp_path, moving)
 
 
-def test_a_model_that_cannot_be_had_is_told_once_and_the_others_go_on(world, ask, checkpoints, tmp_path):
+def test_a_model_that_cannot_be_loaded_is_reported_once_and_the_others_run(world, ask, checkpoints, tmp_path):
     hub, _ = world
     gated = hub.store.model("org/gated")
     gated.commit_folder(checkpoints["other"])
@@ -250,11 +250,11 @@ def test_each_refusal_has_its_own_sentence(checkpoints, world, ask, rule, why, r
     name = f"org/fresh-{abs(hash(request.node.name))}"  # nothing of it is in the cache
     hub.store.model(name).commit_folder(checkpoints["other"])
     ask(cases.load, "org/llama")
-    told, _ = ask(cases.load, name, rules=[rule])
-    assert re.search(why, told), told
-    assert len(told.splitlines()) == 1
-    told, _ = ask(cases.load, name)
-    assert told.startswith("ok")  # once the fault is gone
+    answer, _ = ask(cases.load, name, rules=[rule])
+    assert re.search(why, answer), answer
+    assert len(answer.splitlines()) == 1
+    answer, _ = ask(cases.load, name)
+    assert answer.startswith("ok")  # once the fault is gone
 
 
 @pytest.mark.parametrize(
@@ -278,41 +278,41 @@ def test_a_path_that_names_nothing_is_one_sentence(ask, tmp_path, arguments, why
     assert re.search(why, done.err), done.err
 
 
-def test_a_broken_download_goes_on(world, ask, checkpoints):
-    """The next start keeps the files that arrived whole. (That the library goes on within a file: see the first test.)"""
+def test_a_broken_download_is_continued(world, ask, checkpoints):
+    """The next start keeps the files that are complete. (That the library continues within a file: see the first test.)"""
     hub, _ = world
     commit = hub.store.model("org/breaks").commit_folder(checkpoints["other"])
     size = (checkpoints["other"] / "model.safetensors").stat().st_size
-    told, _ = ask(cases.load, "org/breaks", rules=[Rule("/files/", break_after=size // 2)])
-    assert "broke" in told
-    told, requests = ask(cases.load, "org/breaks")
-    assert told.startswith(f"ok {commit}")
+    answer, _ = ask(cases.load, "org/breaks", rules=[Rule("/files/", break_after=size // 2)])
+    assert "broke" in answer
+    answer, requests = ask(cases.load, "org/breaks")
+    assert answer.startswith(f"ok {commit}")
     assert not [r for r in requests if r.startswith("GET") and "tokenizer.json" in r]
 
 
 def test_a_download_that_is_interrupted_ends_within_a_file(world, ask, checkpoints):
-    """Where the library alone would go on to its end."""
+    """Where the library alone would continue to its end."""
     hub, _ = world
     hub.store.model("org/stopped").commit_folder(checkpoints["other"])
     there, _ = ask(cases.interrupted, "org/stopped")
     assert "config.json" in there
     assert "model.safetensors" not in there
-    told, _ = ask(cases.load, "org/stopped")
-    assert told.startswith("ok")
+    answer, _ = ask(cases.load, "org/stopped")
+    assert answer.startswith("ok")
 
 
-def test_without_the_hub_the_cache_is_used_and_it_is_said(world, ask, tmp_path):
-    """The hub is gone, or must not be asked: what is cached runs; what is not, wholly or in part, is told apart."""
+def test_without_the_hub_the_cache_is_used_with_a_notice(world, ask, tmp_path):
+    """Without the hub, cached models run, and one that is missing, completely or in part, gives a message."""
     hub, pool = world
     home = Path(pool.submit(cases.home).result())
-    told, _ = ask(cases.load, "org/llama")
-    _, commit, _ = told.split()
+    answer, _ = ask(cases.load, "org/llama")
+    _, commit, _ = answer.split()
     partly = hub.store.model("org/part").commit_folder(hub.store.model("org/llama").path / commit)
     ask(cases.prepare, "org/part")  # its config only
-    gone = {**hub.environment(home), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    unreachable = {**hub.environment(home), "HF_ENDPOINT": "http://127.0.0.1:9"}
     offline = {**hub.environment(home), "HF_HUB_OFFLINE": "1"}
     first, second = tmp_path / "gone", tmp_path / "offline"
-    for environment, runs, why in ((gone, first, "did not answer"), (offline, second, "HF_HUB_OFFLINE is set")):
+    for environment, runs, why in ((unreachable, first, "did not answer"), (offline, second, "HF_HUB_OFFLINE is set")):
         with process(environment) as alone:
             done = alone.submit(
                 cases.evaluate, "model.path=org/llama", "policy=full", *COPA, f"runs_dir={runs}"
@@ -335,10 +335,10 @@ def test_without_the_hub_the_cache_is_used_and_it_is_said(world, ask, tmp_path):
     assert [c.path.name for c in load_sweep(first / "single")] == [c.path.name for c in load_sweep(second / "single")]
 
 
-def test_a_cache_that_cannot_be_written_is_told(world, tmp_path):
+def test_a_cache_that_cannot_be_written_is_reported(world, tmp_path):
     hub, _ = world
     (tmp_path / "file").touch()
     with process(hub.environment(tmp_path / "file")) as alone:
-        told = alone.submit(cases.load, "org/llama").result()
-    assert "cache folder cannot be written" in told
-    assert "HF_HOME" in told
+        answer = alone.submit(cases.load, "org/llama").result()
+    assert "cache folder cannot be written" in answer
+    assert "HF_HOME" in answer

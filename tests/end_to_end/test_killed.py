@@ -99,19 +99,19 @@ def test_a_sweep_killed_at_random_moments_loses_and_repeats_little(tmp_path, gri
                 process.join()
         kills += 1
         lines = notes.read_text().splitlines()[before:] if notes.exists() else []
-        told = [json.loads(line) for line in lines]
-        fresh = [(when, name, h) for kind, when, name, *more in told if kind == "computed" for h in more[0]]
+        events = [json.loads(line) for line in lines]
+        fresh = [(when, name, h) for kind, when, name, *more in events if kind == "computed" for h in more[0]]
         assert not [(name, h) for _, name, h in fresh if h in kept.get(name, ())]  # nothing is computed again
-        for kind, _, name, *more in told:
+        for kind, _, name, *more in events:
             if kind == "kept":
                 kept.setdefault(name, set()).update(more[0])
         done = {p.name for p in (tmp_path / "runs" / "s").glob("*__*") if is_cell(p)}
-        gone = [when for when, name, h in fresh if name not in done and h not in kept.get(name, ())]
-        lost += len(gone)
-        passes = sorted(set(gone))  # by the killed process's own clock; it may have died keeping the last
+        unsaved = [when for when, name, h in fresh if name not in done and h not in kept.get(name, ())]
+        lost += len(unsaved)
+        passes = sorted(set(unsaved))  # by the killed process's own clock; it may have died keeping the last
         assert len(passes) < 2 or passes[-2] - passes[0] < CHECKPOINT
         for path in (tmp_path / "runs" / "s").glob("[!.]*__*"):  # a folder that was being written has a dot
-            read_cell(path)  # whole
+            read_cell(path)  # complete
             stamp = (path / "result.json").stat().st_mtime_ns
             assert stamps.setdefault(path.name, stamp) == stamp
         if kills > KILLS:

@@ -1,4 +1,4 @@
-"""Models that end alike and names that hold anything, through the real command."""
+"""Models whose paths have the same last part, and names with any character, through the real command."""
 
 from __future__ import annotations
 
@@ -24,10 +24,17 @@ def place(tmp_path_factory):
     return root
 
 
-def test_two_checkpoints_that_end_alike_are_two_models(place, tmp_path):
+def test_two_checkpoints_with_the_same_last_part_are_two_models(place, tmp_path):
     paths = f"{place}/run-a/final,{place}/run-b/final"
-    asked = ["-m", f"model.path={paths}", "policy=full,h2o", "tasks=[piqa]", f"data.dir={place}/data", "sweep_name=two"]
-    done = evaluate(*asked, runs=tmp_path)
+    arguments = [
+        "-m",
+        f"model.path={paths}",
+        "policy=full,h2o",
+        "tasks=[piqa]",
+        f"data.dir={place}/data",
+        "sweep_name=two",
+    ]
+    done = evaluate(*arguments, runs=tmp_path)
     assert done.returncode == 0, done.stderr
     for model in ("run-a/final", "run-b/final"):
         assert f"{model}, 0-shot" in done.stdout
@@ -43,7 +50,7 @@ def test_two_checkpoints_that_end_alike_are_two_models(place, tmp_path):
         row = re.search(rf"{model}, 0-shot.*?H2O(.*?)\n", shown.stdout, re.DOTALL)
         assert row is not None
         assert float(row[1].split()[-1].replace("\N{MINUS SIGN}", "-")) == pytest.approx(100 * (h2o - full), abs=0.06)
-    again = evaluate(*asked, runs=tmp_path)
+    again = evaluate(*arguments, runs=tmp_path)
     assert "4 cells, 4 done, 0 to run" in again.stdout
     # alone, the first model has its short name, and its cells are known all the same
     alone = evaluate(
@@ -56,11 +63,11 @@ def test_two_checkpoints_that_end_alike_are_two_models(place, tmp_path):
 
 def test_any_name_gives_one_safe_folder_and_a_table(place, tmp_path):
     name = "my-org/step-100: [a] é $x$ " + "long " * 60
-    asked = [
+    arguments = [
         *[f"model.path={place}/run-a/final", f"model.name={name!r}", "policy=full,h2o", "tasks=[piqa]"],
         *[f"data.dir={place}/data", "sweep_name='a [sweep]: é'", "budget.ratio=0.3,[0.2,0.3,0.4]", "tracker=wandb"],
     ]
-    done = evaluate("-m", *asked, runs=tmp_path, WANDB_MODE="offline")
+    done = evaluate("-m", *arguments, runs=tmp_path, WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr
     assert "W&B failed" not in done.stdout
     assert "Traceback" not in done.stderr
@@ -69,7 +76,7 @@ def test_any_name_gives_one_safe_folder_and_a_table(place, tmp_path):
     assert len(stored) == 3
     assert all(s.path.parent == directory for s in stored)
     assert {s.cell["model"] for s in stored} == {name}
-    assert "3 cells, 3 done, 0 to run" in evaluate("-m", *asked, runs=tmp_path).stdout
+    assert "3 cells, 3 done, 0 to run" in evaluate("-m", *arguments, runs=tmp_path).stdout
     shown = tables(directory)
     assert shown.returncode == 0, shown.stderr
     assert list((directory / "plots").glob("*.png"))

@@ -123,7 +123,7 @@ def test_a_folder_may_have_the_name_of_any_key(tmp_path):
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("file", "text", "told"),
+    ("file", "text", "message"),
     [
         ("model/odd.yaml", "path: x/y\nrevision: 1.10\n", "model.revision=1.10 is not allowed: YAML reads it as 1.1"),
         ("sweep/odd.yaml", "# @package _global_\nsweep_name: 2024_11_05\n", "sweep_name=2024_11_05 is not allowed"),
@@ -135,12 +135,12 @@ def test_a_folder_may_have_the_name_of_any_key(tmp_path):
         ("schema.yaml", "a: 1\n", "schema.yaml has the name of a file that comes with a2sf"),
     ],
 )
-def test_a_file_that_would_be_read_otherwise_is_refused(tmp_path, file, text, told):
+def test_a_file_that_would_be_read_otherwise_is_refused(tmp_path, file, text, message):
     mine = write_tree(tmp_path)
     (mine / file).write_text(text)
     done = run([*COMMANDS[0], "plan_only=true"], tmp_path)
     assert done.returncode == 1
-    assert told in done.stderr
+    assert message in done.stderr
     assert str(mine / file) in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
@@ -149,10 +149,10 @@ def test_a_file_that_would_be_read_otherwise_is_refused(tmp_path, file, text, to
 @pytest.mark.parametrize("launcher", ["processes", "slurm_local"])
 def test_text_reaches_workers_as_it_was_meant(launcher, tmp_path):
     mine = write_tree(tmp_path)
-    asked = ["-m", "policy=full", "tasks=[capitals]", f"include_path={mine}/tasks", f"--config-dir={mine}"]
+    arguments = ["-m", "policy=full", "tasks=[capitals]", f"include_path={mine}/tasks", f"--config-dir={mine}"]
     texts = ["Be\tbrief.\n", 'Say "é" \\n\\']
-    asked += [f"system_instruction={','.join(map(json.dumps, texts))}", r'gen_kwargs.until=["\n","C:\\"]']
-    done = run([*asked, "sweep_name=1.10", f"hydra/launcher={launcher}"], tmp_path)
+    arguments += [f"system_instruction={','.join(map(json.dumps, texts))}", r'gen_kwargs.until=["\n","C:\\"]']
+    done = run([*arguments, "sweep_name=1.10", f"hydra/launcher={launcher}"], tmp_path)
     assert done.returncode == 0, done.stderr + done.stdout
     stored = load_sweep(tmp_path / "runs" / "1.10")
     assert sorted(s.cell["options"]["system_instruction"] for s in stored) == texts

@@ -32,8 +32,8 @@ def paper(hub, tmp_path):
 def test_the_papers_preset_runs_to_its_table(paper, tmp_path):
     environment = paper.environment(tmp_path / "hf") | {"COLUMNS": "200"}
     # one of seven budgets and two documents a cell; the rest is the preset's
-    asked = ["+sweep=paper", "budget.ratio=0.2", "limit=2", "model.device=cpu", "tracker=none"]
-    done = evaluate(*asked, runs=tmp_path / "runs", **environment)
+    arguments = ["+sweep=paper", "budget.ratio=0.2", "limit=2", "model.device=cpu", "tracker=none"]
+    done = evaluate(*arguments, runs=tmp_path / "runs", **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     stored = load_sweep(tmp_path / "runs" / "paper")
     assert len(stored) == 4 * 4 * 7 * 2
@@ -48,5 +48,5 @@ def test_the_papers_preset_runs_to_its_table(paper, tmp_path):
             assert f"{model}, {shots}-shot" in done.stdout
     read = {s.cell["model_path"]: s.result["provenance"]["weights_format"] for s in stored}
     assert read == {name: weights for name, (_, weights) in PUBLISHED.items()}
-    again = evaluate(*asked, "plan_only=true", runs=tmp_path / "runs", **environment)
+    again = evaluate(*arguments, "plan_only=true", runs=tmp_path / "runs", **environment)
     assert "224 cells, 224 done, 0 to run" in again.stdout

@@ -36,5 +36,5 @@ def test_the_map_is_true():
     top = {m[1] for m in re.finditer(r"^([a-z_0-9]+)/", tree, re.MULTILINE)}
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert top | {"docs"} == {f.partition("/")[0] for f in tracked if "/" in f and not f.startswith(".")}
-    rooms = set(re.findall(r"^(?:a2sf/)? +([a-z]+)/ ", tree, re.MULTILINE)) | {"commands"}
-    assert rooms == {f.split("/")[1] for f in tracked if f.startswith("a2sf/") and f.count("/") > 1}
+    packages = set(re.findall(r"^(?:a2sf/)? +([a-z]+)/ ", tree, re.MULTILINE)) | {"commands"}
+    assert packages == {f.split("/")[1] for f in tracked if f.startswith("a2sf/") and f.count("/") > 1}

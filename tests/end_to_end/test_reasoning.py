@@ -40,9 +40,9 @@ def names(values: Sequence[str]) -> str:
 def test_the_reasoning_preset_runs_to_its_tables(hub, tmp_path: Path):
     tasks = reasoning_documents(hub.store)
     # fewer policies and new tokens, and a budget that these exceed; the rest is the preset's
-    asked = [f"tasks={names(tasks)}", "policy=full,streaming,h2o", "gen_kwargs.max_gen_toks=20", "budget.tokens=16"]
-    asked += ["think_end_token=null"]  # which SmolLM2's tokenizer lacks
-    directory, out = ran(hub, tmp_path, "reasoning", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", *asked)
+    arguments = [f"tasks={names(tasks)}", "policy=full,streaming,h2o", "gen_kwargs.max_gen_toks=20", "budget.tokens=16"]
+    arguments += ["think_end_token=null"]  # which SmolLM2's tokenizer lacks
+    directory, out = ran(hub, tmp_path, "reasoning", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", *arguments)
     stored = load_sweep(directory)
     assert len(stored) == len(tasks) * (1 + 2 * 2), out
     assert {s.cell.get("schedule") for s in stored} == {"step", "every128"}
@@ -62,8 +62,8 @@ def test_the_reasoning_preset_runs_to_its_tables(hub, tmp_path: Path):
 def test_the_instructions_preset_runs(hub, tmp_path: Path):
     if not instruction_documents(hub.store):
         pytest.skip("the packages of lm-eval[ifeval] are not installed")
-    asked = ["gen_kwargs={max_gen_toks:8}", "budget.ratio=0.4"]
-    directory, out = ran(hub, tmp_path, "instructions", "meta-llama/Llama-3.1-8B-Instruct", *asked)
+    arguments = ["gen_kwargs={max_gen_toks:8}", "budget.ratio=0.4"]
+    directory, out = ran(hub, tmp_path, "instructions", "meta-llama/Llama-3.1-8B-Instruct", *arguments)
     assert len(load_sweep(directory)) == 8, out
 
 
@@ -71,8 +71,8 @@ def test_the_longbench2_preset_runs(hub, tmp_path: Path):
     definitions = Path(tasks_of_lm_eval).parent / "longbench2"
     bodies = [yaml.safe_load(f.read_text()) for f in definitions.glob("*.yaml") if not f.name.startswith("_")]
     longbench_documents(hub.store, [b["dataset_name"] for b in bodies])
-    asked = ["policy=full,streaming,snapkv", "budget.tokens=128"]
-    directory, out = ran(hub, tmp_path, "longbench2", "meta-llama/Llama-3.1-8B-Instruct", *asked)
+    arguments = ["policy=full,streaming,snapkv", "budget.tokens=128"]
+    directory, out = ran(hub, tmp_path, "longbench2", "meta-llama/Llama-3.1-8B-Instruct", *arguments)
     assert len(load_sweep(directory)) == 3 * len(bodies), out
     frame = pd.read_csv(directory / "results.csv")
     assert "longbench2" in set(frame["task"])

@@ -54,7 +54,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> str:
             loglikelihoods=[[]] * n,
             target=[f"<gold> {i}" for i in range(n)],
             generated=[f"the same, then {policy} <b>{i}</b>" for i in range(n)],
-            thinking=[f"we think {'alike' if i else policy}" for i in range(n)],
+            thinking=[f"we think {'the same' if i else policy}" for i in range(n)],
             thinking_tokens=3,
             tokens=[[5, 6, 7, len(policy), i] for i in range(n)],
             continuation_tokens=[[2]] * n,

@@ -115,9 +115,9 @@ def test_a_preset_of_ones_own_and_help(environment, empty):
     done = a2sf(environment, empty, "run", "sweep=ours", "plan_only=true", "--config-dir=own")
     assert done.returncode == 0, done.stderr
     assert "runs/ours: 2 cells" in done.stdout
-    told = a2sf(environment, empty, "run", "--help", "--config-dir=own").stdout
-    assert "+sweep=ours A sweep of one's own." in " ".join(told.split())
-    (offered,) = re.findall(r"mine, a2sf\*, .*theirs", " ".join(told.split()))
+    output = a2sf(environment, empty, "run", "--help", "--config-dir=own").stdout
+    assert "+sweep=ours A sweep of one's own." in " ".join(output.split())
+    (offered,) = re.findall(r"mine, a2sf\*, .*theirs", " ".join(output.split()))
     assert set(offered.replace("*", "").split(", ")) == {"mine", *built_in(), "theirs"}
 
 
@@ -135,9 +135,9 @@ def test_published_numbers_are_in_the_wheel(environment, empty):
 
 
 def test_policies_and_doctor(environment, empty):
-    told = a2sf(environment, empty, "policies", "--config-dir", str(own_folder(empty / "own"))).stdout
-    assert "theirs  Their policy" in told
-    assert "share = 0.5  share of the budget that is for the first tokens\n" in told
+    output = a2sf(environment, empty, "policies", "--config-dir", str(own_folder(empty / "own"))).stdout
+    assert "theirs  Their policy" in output
+    assert "share = 0.5  share of the budget that is for the first tokens\n" in output
     done = a2sf(environment, empty, "doctor", "--json")
     report = json.loads(done.stdout)
     assert report["problems"] == []

@@ -1,4 +1,4 @@
-"""What tests run in another process, whose libraries were told of the hub before they were imported."""
+"""What tests run in another process, where the address of the hub is set before the libraries are imported."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def prepare(path: str) -> None:
 
 
 def interrupted(path: str) -> list[str]:
-    """What is in the cache after a download that was told to stop."""
+    """What is in the cache after a download that was interrupted."""
     from a2sf.errors import UserError
     from a2sf.hf import loading
 

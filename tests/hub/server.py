@@ -94,7 +94,7 @@ class Hub:
     def environment(self, home: Path) -> dict[str, str]:
         """Variables to set before any library of the hub's is imported; `home` is its cache.
 
-        Whatever is asked of another host comes here as well, as to a proxy: it is logged as CONNECT and refused. Lines on
+        Requests to other hosts come here as well, as to a proxy: it is logged as CONNECT and refused. Lines on
         the screen are wide enough for what tests look for.
         """
         return {
@@ -165,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
                     self.rule.then()
                 if self.rule.status is not None:
                     self.extra = self.rule.headers
-                    raise Refused(self.rule.status, self.rule.code, "told to fail")
+                    raise Refused(self.rule.status, self.rule.code, "a failure by rule")
             if found := re.fullmatch(r"/files/([0-9a-f]{64})", path):
                 return self._file(self.server.hub.store.by_sha256[found[1]], {})
             if path.startswith("/api/"):
@@ -228,8 +228,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json([{"id": commit, **common}])
         self._gate(repository, commit)
         if what == "paths-info":
-            asked = parse_qs(self.body.decode()).get("paths") or json.loads(self.body or b"{}").get("paths", [])
-            return self._json([e for p in asked if (e := self._entry(repository, commit, p.strip("/")))])
+            paths = parse_qs(self.body.decode()).get("paths") or json.loads(self.body or b"{}").get("paths", [])
+            return self._json([e for p in paths if (e := self._entry(repository, commit, p.strip("/")))])
         recursive = self.query.get("recursive", ["false"])[0].lower() in ("true", "1")
         self._json(list(self._tree(repository, commit, under, recursive)))
 

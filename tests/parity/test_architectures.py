@@ -91,7 +91,7 @@ def test_a_padded_row_is_the_row(of):
 
 
 @by_name
-def test_logits_where_they_are_asked_for(of):
+def test_logits_where_they_are_requested(of):
     model, index = model_of(of), torch.tensor([2, 3, 11])
     with torch.no_grad():
         close(logits_at(model, index, input_ids=ids(), use_cache=False), model(ids(), use_cache=False).logits[:, index])
@@ -99,9 +99,9 @@ def test_logits_where_they_are_asked_for(of):
 
 @pytest.mark.parametrize("of", REFUSED, ids=lambda of: of.kind)
 def test_what_cannot_be_pruned_is_refused_with_the_reason(of):
-    with pytest.raises(UnsupportedModel, match=of.refused) as told:
+    with pytest.raises(UnsupportedModel, match=of.refused) as raised:
         check_exact(of.model())
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("of", UNDECODABLE, ids=lambda of: of.kind)

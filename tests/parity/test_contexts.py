@@ -35,8 +35,8 @@ def lm_of(policy="snapkv", schedule="context", field="text", **more) -> PrunedLM
 
 
 def scored(doc=CONTEXT) -> list[Instance]:
-    asked = [(CONTEXT + q, a) for q in QUESTIONS for a in ANSWERS]
-    return [Instance("loglikelihood", {"text": doc}, pair, i % 2, ("t", i // 2, 1)) for i, pair in enumerate(asked)]
+    pairs = [(CONTEXT + q, a) for q in QUESTIONS for a in ANSWERS]
+    return [Instance("loglikelihood", {"text": doc}, pair, i % 2, ("t", i // 2, 1)) for i, pair in enumerate(pairs)]
 
 
 def cache_for(lm: PrunedLM) -> PrunedCache:
@@ -70,13 +70,13 @@ def test_what_is_kept_of_the_context_does_not_depend_on_the_question():
         lm, kept, aware = lm_of(policy), [], []
         for question in QUESTIONS:
             ids = torch.tensor([lm.tok_encode(CONTEXT + question)])
-            cache, whole = cache_for(lm), PrunedCache(lm.model, policy, lm.budget, schedule=Schedule("prompt"))
+            cache, without_end = cache_for(lm), PrunedCache(lm.model, policy, lm.budget, schedule=Schedule("prompt"))
             with torch.no_grad():
                 lm.model(ids, cache=cache)
-                lm.model(ids, cache=whole)
+                lm.model(ids, cache=without_end)
             positions = cache.state(1).positions
             kept.append(positions[positions < len(CONTEXT)].tolist())
-            aware.append(whole.state(1).positions.flatten().tolist())
+            aware.append(without_end.state(1).positions.flatten().tolist())
             assert (positions[0, 0] >= len(CONTEXT)).sum() == len(question)  # none of the question went
         assert kept[0] == kept[1]
         assert len(kept[0]) == 9 * positions.shape[1]
@@ -86,13 +86,13 @@ def test_what_is_kept_of_the_context_does_not_depend_on_the_question():
 def test_text_is_generated_with_the_same_cut():
     lm = lm_of("a2sf", budget=Budget(ratio=0.2, base="context"))
     settings = {"until": ["\n"], "max_gen_toks": 6, "do_sample": False}
-    asked = [
+    requests = [
         Instance("generate_until", {"text": CONTEXT}, (CONTEXT + q, settings), 0, ("t", i, 1))
         for i, q in enumerate(QUESTIONS)
     ]
-    together = lm.generate_until(asked, disable_tqdm=True)
+    together = lm.generate_until(requests, disable_tqdm=True)
     assert lm.counts.pruned == lm.counts.targets
-    for request, text in zip(asked, together, strict=True):
+    for request, text in zip(requests, together, strict=True):
         cache, ids = cache_for(lm), torch.tensor([lm.tok_encode(request.args[0])])
         made = lm.model.generate(
             ids, attention_mask=torch.ones_like(ids), cache=cache, max_new_tokens=6, do_sample=False, pad_token_id=0
@@ -113,7 +113,7 @@ def test_a_token_across_the_contexts_end_is_the_questions():
             found.tokens(prompt, document)
 
 
-def test_mistakes_are_told_in_one_sentence():
+def test_a_mistake_gives_one_sentence():
     with pytest.raises(ConfigError, match=r"budget\.base=total is not allowed: schedule\.at=context cuts before"):
         lm_of("h2o", budget_ratio=0.5)
     with pytest.raises(ConfigError, match="the policy future supports only step"):

@@ -58,7 +58,7 @@ def by_itself(lm, questions, cache=None, new=NEW, **settings):
     """The answers of one conversation by transformers' `generate`, each on all of the text so far.
 
     Args:
-        cache: goes on from turn to turn; None: each turn reads everything anew, with transformers' own cache.
+        cache: kept from turn to turn; None: each turn reads everything anew, with transformers' own cache.
     """
     found, text = [], torch.empty(1, 0, dtype=torch.int64)
     for question in questions:

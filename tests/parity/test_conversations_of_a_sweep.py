@@ -85,12 +85,12 @@ def test_a_kill_loses_no_finished_conversation(model, task, tmp_path, monkeypatc
     assert 0 < sum(map(len, kept.values())) < 2 * len(DOCUMENTS)
     outcomes = runner(tmp_path, batch_size=3).run(cells)
     assert [o.status for o in outcomes] == ["done"] * 2, [o.error for o in outcomes]
-    (tmp_path / "whole").mkdir()
+    (tmp_path / "undisturbed").mkdir()
     assert {o.status for o in runner(tmp_path / "whole", batch_size=3).run(cells)} == {"done"}
-    resumed, whole = (
+    resumed, undisturbed = (
         {s.path.name: plain(s.documents) for s in load_sweep(f / "s")} for f in (tmp_path, tmp_path / "whole")
     )
-    assert resumed == whole
+    assert resumed == undisturbed
     (stored,) = [s for s in load_sweep(tmp_path / "s") if s.cell["policy"] == "h2o"]
     documents = stored.documents
     assert [len(t) for t in documents["turns"]] == [len(q) for q in DOCUMENTS]
@@ -124,9 +124,9 @@ def test_with_a_chat_template_each_question_is_a_message(model, task):
     prompt = requests.prompt(0)
     assert prompt.text == lm.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     chat += [{"role": "assistant", "content": "So."}, {"role": "user", "content": texts[1]}]
-    whole = lm.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    assert whole == f"{prompt.text}So.{prompt.later[0].text}"
-    assert lm.tok_encode(whole) == [*prompt.tokens, *lm.tok_encode("So."), *prompt.later[0].tokens]
+    conversation = lm.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert conversation == f"{prompt.text}So.{prompt.later[0].text}"
+    assert lm.tok_encode(conversation) == [*prompt.tokens, *lm.tok_encode("So."), *prompt.later[0].tokens]
     assert all(q.closes for q in prompt.later)  # with the token that ends a message
     assert [q.text.count("user") for q in prompt.later] == [1, 1]
 

@@ -154,21 +154,21 @@ def test_scores_are_kept_for_descendants_only_where_they_decide_and_the_result_i
 @pytest.mark.parametrize(
     "rule", [Rule(), Rule(mean_over_age=True), Rule(shared=True)], ids=["scores", "ranks", "shared"]
 )
-def test_evictions_are_the_same_whether_they_are_told_or_not(rule: Rule) -> None:
-    """Also among equals, where the oldest goes: the kernel looks at positions only then, or where they are told."""
+def test_evictions_are_the_same_with_and_without_a_trace(rule: Rule) -> None:
+    """Also among equals, where the oldest is evicted: the kernel reads positions only then, and for a trace."""
     q, k, v = tensors(2, 4, 2, 90, 16, 16)
     q[0] = 0
     s = replace(segments([(b, 0, 90, -1, 20, 0, 0, 0.0) for b in range(2)]), rule=rule)
-    told, silent = (
+    traced, untraced = (
         attend(q, k, v, s, Options(0.25, return_state=True, trace=trace), backend="numba") for trace in (True, False)
     )
-    assert_same(told, reference(q.double(), k.double(), v.double(), s, Options(0.25, return_state=True, trace=True)))
-    assert told.evicted is not None
-    assert told.evicted[0, 0, 20:].tolist() == list(range(70))
-    assert silent.output.equal(told.output)
-    assert silent.state is not None
-    assert told.state is not None
-    assert silent.state.positions.equal(told.state.positions)
+    assert_same(traced, reference(q.double(), k.double(), v.double(), s, Options(0.25, return_state=True, trace=True)))
+    assert traced.evicted is not None
+    assert traced.evicted[0, 0, 20:].tolist() == list(range(70))
+    assert untraced.output.equal(traced.output)
+    assert untraced.state is not None
+    assert traced.state is not None
+    assert untraced.state.positions.equal(traced.state.positions)
 
 
 def test_states_are_handed_on() -> None:
@@ -321,6 +321,6 @@ def test_compiled_code_is_kept_on_disk(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_it_runs_without_a_place_for_compiled_code(tmp_path: Path) -> None:
     no_place = "from numba.core.caching import CacheImpl; CacheImpl._locator_classes = []"
-    # that it is fast is not asked here, so LLVM need not work for it
+    # this test is not about speed, so LLVM need not work for it
     assert run_in_a_new_process(tmp_path, no_place, NUMBA_OPT="0") == "nowhere"
     assert not list(tmp_path.iterdir())

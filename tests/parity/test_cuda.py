@@ -37,7 +37,7 @@ def on():
     return model
 
 
-def asked():
+def with_shared_beginnings():
     """Requests with beginnings in common, of many lengths; a token comes once in each, so that no two rank as equals."""
     ids = ids_for(rows=9, length=60, seed=5)
     others = torch.tensor(sorted(set(range(3, 97)) - set(ids[0, :30].tolist())))
@@ -56,7 +56,7 @@ def both(on, name, policy, schedule=None):
         lm = PrunedLM(on(name, device), policy, budget, schedule=schedule, tokenizer=StandIn())
         assert lm.device.type == device
         with kernels.noting() as ran:
-            scores = [score for score, _ in lm._loglikelihood_tokens(asked())]
+            scores = [score for score, _ in lm._loglikelihood_tokens(with_shared_beginnings())]
         found.append((scores, ran))
     return found
 
@@ -81,12 +81,12 @@ def test_architectures(on, name):
 def test_generating(on, policy, schedule):
     ids, mask = ids_for(), torch.ones(2, 24, dtype=torch.long)
     mask[1, :5] = 0
-    told = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     texts, kept = [], []
     for device in ("cpu", "cuda"):
         model = on("llama", device)
         cache = PrunedCache(model, policy, BUDGET, schedule=schedule, context_tokens=PROMPTS)
-        texts.append(model.generate(ids.to(device), attention_mask=mask.to(device), cache=cache, **told).cpu())
+        texts.append(model.generate(ids.to(device), attention_mask=mask.to(device), cache=cache, **settings).cpu())
         kept.append([cache.state(layer).positions.cpu() for layer in range(3)])
     assert texts[0].equal(texts[1])
     assert all(a.equal(b) for a, b in zip(*kept, strict=True))
@@ -101,6 +101,6 @@ def test_long_calls_are_read_in_parts(on, monkeypatch):
         cache = PrunedCache(model, H2O(), BUDGET)
         with torch.no_grad():
             caches.append((cache, model(ids, cache=cache).logits))
-    (whole, expected), (parts, got) = caches
+    (at_once, expected), (parts, got) = caches
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
-    assert all(whole.state(i).positions.equal(parts.state(i).positions) for i in range(3))
+    assert all(at_once.state(i).positions.equal(parts.state(i).positions) for i in range(3))

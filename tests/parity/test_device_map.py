@@ -83,8 +83,8 @@ def test_generated_text_and_what_is_kept_are_the_same(pair):
         texts, kept = [], []
         for loaded in pair:
             cache = PrunedCache(loaded.model, policy, budget, schedule=schedule)
-            told = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-            texts.append(loaded.model.generate(ids, attention_mask=mask, cache=cache, **told))
+            settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+            texts.append(loaded.model.generate(ids, attention_mask=mask, cache=cache, **settings))
             kept.append([cache.state(layer).positions for layer in range(3)])
         assert torch.equal(*texts)
         assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
@@ -135,11 +135,11 @@ def test_a_map_that_cannot_be_is_one_sentence(content, parts, folder, tmp_path, 
     file = tmp_path / "map.json"
     if content is not None and content != "autoo":
         file.write_text(content if isinstance(content, str) else json.dumps(content))
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as raised:
         load(ModelSpec(str(folder), device_map="autoo" if content == "autoo" else str(file)))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
     for part in ["model.device_map=", *parts]:
-        assert part in str(told.value)
+        assert part in str(raised.value)
 
 
 def test_a_map_and_a_device_that_differ_are_refused(tmp_path):

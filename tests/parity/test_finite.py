@@ -71,9 +71,9 @@ def test_only_the_document_that_depends_on_it_is_blamed(policy):
     todo = ask("loglikelihood", CLEAN, before, scored, CLEAN)
     with pytest.raises(
         NonFiniteError, match=r"^task sums, document 2: NaN or infinity in the logits, .* float32"
-    ) as told:
+    ) as raised:
         lm.loglikelihood(todo)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
     assert len(lm.loglikelihood([todo[i] for i in (0, 1, 3)])) == 3
 
 

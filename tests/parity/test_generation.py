@@ -56,15 +56,15 @@ class Noted(Plan):
         out = attend(query, key, value, self.segments(layer, window), options, backend=self.backend)
         self.reached.add(layer)
         rows, heads, tokens = out.evicted.shape
-        gone = torch.full((rows, heads, tokens + 1), tokens)
-        gone.scatter_(
+        evicted_at = torch.full((rows, heads, tokens + 1), tokens)
+        evicted_at.scatter_(
             2,
             torch.where(out.evicted >= 0, out.evicted, tokens).long(),
-            torch.arange(tokens).expand(gone[..., :-1].shape),
+            torch.arange(tokens).expand(evicted_at[..., :-1].shape),
         )
         row, head, column, position = out.cuts.unbind(1)
-        gone[row, head, position] = column
-        self.went[layer] = gone[..., :tokens]
+        evicted_at[row, head, position] = column
+        self.went[layer] = evicted_at[..., :tokens]
         return out.output
 
 
@@ -95,10 +95,10 @@ def close(a: Tensor, b: Tensor) -> None:
     assert (a - b).abs().max() < 1e-4 * max(1.0, float(b.abs().max()))
 
 
-def check_kept(cache: PrunedCache, gone: list[Tensor], step: int) -> None:
+def check_kept(cache: PrunedCache, evicted_at: list[Tensor], step: int) -> None:
     """Every layer's, row's and head's kept positions after `step` are those of the one pass."""
-    at = torch.arange(gone[0].shape[-1])
-    for layer, of_layer in enumerate(gone):
+    at = torch.arange(evicted_at[0].shape[-1])
+    for layer, of_layer in enumerate(evicted_at):
         positions = cache.state(layer).positions
         kept = torch.zeros(*of_layer.shape[:2], len(at) + 1, dtype=torch.bool)
         kept.scatter_(2, positions.where(positions >= 0, len(at)), True)
@@ -112,12 +112,12 @@ def check_kept(cache: PrunedCache, gone: list[Tensor], step: int) -> None:
 )
 def test_token_by_token_equals_one_pass(policy, schedule, name):
     model, ids = shared(name), ids_for()
-    expected, gone = one_pass(model, policy, schedule, ids, PROMPTS)
+    expected, evicted_at = one_pass(model, policy, schedule, ids, PROMPTS)
     cache = PrunedCache(model, policy, BUDGET, schedule=schedule, context_tokens=PROMPTS)
     with torch.no_grad():
         for t in range(TOKENS):
             close(model(ids[:, t : t + 1], cache=cache).logits[:, 0], expected[:, t])
-            check_kept(cache, gone, t)
+            check_kept(cache, evicted_at, t)
 
 
 @pytest.mark.full
@@ -135,15 +135,15 @@ def test_other_architectures(name):
 )
 def test_a_prompt_in_one_go_or_in_chunks_then_token_by_token(policy, schedule, chunks):
     model, ids = shared("llama"), ids_for()
-    expected, gone = one_pass(model, policy, schedule, ids, PROMPTS)
+    expected, evicted_at = one_pass(model, policy, schedule, ids, PROMPTS)
     trace = len(chunks) == 3
     cache, at = PrunedCache(model, policy, BUDGET, schedule=schedule, context_tokens=PROMPTS, trace=trace), 0
     with torch.no_grad():
         for size in [*chunks, *[1] * (TOKENS - sum(chunks))]:
             close(model(ids[:, at : at + size], cache=cache).logits, expected[:, at : at + size])
             at += size
-            check_kept(cache, gone, at - 1)
-    for i, of_layer in enumerate(gone if trace else ()):
+            check_kept(cache, evicted_at, at - 1)
+    for i, of_layer in enumerate(evicted_at if trace else ()):
         noted = torch.full_like(of_layer, TOKENS)
         row, head, step = (cache.evicted(i) >= 0).nonzero(as_tuple=True)
         noted[row, head, cache.evicted(i)[row, head, step].long()] = step
@@ -159,7 +159,7 @@ def test_a_prompt_in_one_go_or_in_chunks_then_token_by_token(policy, schedule, c
 )
 def test_left_padding_never_enters_the_cache_and_each_row_has_its_own_budget(policy, schedule, name, budget):
     model, ids = shared(name), ids_for(rows=3)
-    lengths, more = [12, 20, 5], 8
+    lengths, more = [12, 20, 5], 6
     mask = torch.zeros(3, 20, dtype=torch.long)
     padded = torch.zeros(3, 20, dtype=torch.long)
     for row, n in enumerate(lengths):
@@ -185,16 +185,16 @@ def test_generate_chooses_what_scoring_the_same_text_would(policy, schedule):
     model, ids = shared("llama"), ids_for(rows=2, length=15)
     cache = PrunedCache(model, policy, BUDGET, schedule=schedule)
     text = model.generate(ids, cache=cache, max_new_tokens=12, do_sample=False, eos_token_id=None)
-    expected, gone = one_pass(model, policy, schedule, text, [15, 15])
+    expected, evicted_at = one_pass(model, policy, schedule, text, [15, 15])
     assert torch.equal(text[:, 15:], expected[:, 14:-1].argmax(-1))
-    check_kept(cache, gone, 25)  # the last token was chosen, not read
+    check_kept(cache, evicted_at, 25)  # the last token was chosen, not read
 
 
 @UNTIED
 def test_beams_equal_beams_that_read_everything_anew(policy, schedule):
     """Beam search that reorders the cache finds the sequences that a search without a cache finds."""
     model, ids = shared("llama"), ids_for(rows=2, length=15)
-    common = {"max_new_tokens": 7, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    common = {"max_new_tokens": 5, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
     cached = model.generate(ids, cache=PrunedCache(model, policy, BUDGET, schedule=schedule), **common)
     with pruning(model, policy, BUDGET, schedule=schedule, context_tokens=[15, 15]):
         anew = model.generate(ids, use_cache=False, **common)
@@ -206,7 +206,7 @@ def test_beams_equal_beams_that_read_everything_anew(policy, schedule):
 @UNTIED
 def test_sampling_with_a_seed_equals_sampling_that_reads_everything_anew(policy, schedule):
     model, ids = shared("qwen2"), ids_for(rows=2, length=15)
-    common = {"max_new_tokens": 7, "do_sample": True, "num_return_sequences": 3, "top_k": 5}
+    common = {"max_new_tokens": 5, "do_sample": True, "num_return_sequences": 3, "top_k": 5}
     torch.manual_seed(3)
     cached = model.generate(ids, cache=PrunedCache(model, policy, BUDGET, schedule=schedule), **common)
     torch.manual_seed(3)
@@ -215,15 +215,15 @@ def test_sampling_with_a_seed_equals_sampling_that_reads_everything_anew(policy,
 
 
 @UNTIED
-def test_a_conversation_goes_on_in_the_cache_of_its_last_turn(policy, schedule):
+def test_a_conversation_continues_in_the_cache_of_its_last_turn(policy, schedule):
     model, ids, more = shared("llama"), ids_for(rows=2, length=12), ids_for(rows=2, length=9, seed=1)
     cache = PrunedCache(model, policy, BUDGET, schedule=schedule)
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     first = model.generate(ids, cache=cache, **settings)
     second = model.generate(torch.cat([first, more], 1), cache=cache, **settings)
-    expected, gone = one_pass(model, policy, schedule, second, [12, 12])
+    expected, evicted_at = one_pass(model, policy, schedule, second, [12, 12])
     assert torch.equal(second[:, -6:], expected[:, -7:-1].argmax(-1))
-    check_kept(cache, gone, second.shape[1] - 2)
+    check_kept(cache, evicted_at, second.shape[1] - 2)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_backends_and_float64(policy, schedule, backend):
     model, ids = shared("llama"), ids_for()
     if backend == "float64":
         model, backend = shared_double("llama"), "auto"
-    expected, gone = one_pass(model, policy, schedule, ids, PROMPTS)
+    expected, evicted_at = one_pass(model, policy, schedule, ids, PROMPTS)
     cache = PrunedCache(model, policy, BUDGET, schedule=schedule, context_tokens=PROMPTS, backend=backend, trace=True)
     order = [1, 0, 1]
     with torch.no_grad():
@@ -263,7 +263,7 @@ def test_backends_and_float64(policy, schedule, backend):
             if t == 20:  # one row is past its prompt from the 9th token on, the other from the 14th
                 cache.load([cache.state(i) for i in range(3)])
             close(model(ids[order, t : t + 1], cache=cache).logits[:, 0], expected[order, t])
-    check_kept(cache, [g[order] for g in gone], TOKENS - 1)
+    check_kept(cache, [g[order] for g in evicted_at], TOKENS - 1)
 
 
 @pytest.mark.full
@@ -273,10 +273,10 @@ def test_smollm2(smollm2):
     ids = tokenizer("The keeper of the lighthouse counted ships that passed in night.", return_tensors="pt").input_ids
     prompt = ids.shape[1] - 3
     for policy, schedule in {p.name: (p, s) for p, s in ALL}.values():
-        expected, gone = one_pass(model, policy, schedule, ids, [prompt])
+        expected, evicted_at = one_pass(model, policy, schedule, ids, [prompt])
         cache = PrunedCache(model, policy, BUDGET, schedule=schedule)
         with torch.no_grad():
             close(model(ids[:, :prompt], cache=cache).logits, expected[:, :prompt])
             for t in range(prompt, ids.shape[1]):
                 close(model(ids[:, t : t + 1], cache=cache).logits[:, 0], expected[:, t])
-        check_kept(cache, gone, ids.shape[1] - 1)
+        check_kept(cache, evicted_at, ids.shape[1] - 1)

@@ -44,14 +44,14 @@ def lm():
 @pytest.fixture
 def read(monkeypatch):
     """How many tokens the model reads."""
-    counted, original = [0], scoring.logits_in_parts
+    tokens, original = [0], scoring.logits_in_parts
 
     def counting(*arguments, input_ids, **more):
-        counted[0] += input_ids.shape[1]
+        tokens[0] += input_ids.shape[1]
         return original(*arguments, input_ids=input_ids, **more)
 
     monkeypatch.setattr(scoring, "logits_in_parts", counting)
-    return counted
+    return tokens
 
 
 def instances():

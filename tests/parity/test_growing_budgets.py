@@ -29,18 +29,18 @@ pytestmark = pytest.mark.usefixtures("stand_in")
 
 @pytest.mark.parametrize(
     ("policy", "schedule", "chunks"),
-    tiered((p, s, chunks) for p, s in USING for chunks in ([1] * 20, [20], [1, 5, 3, 11], [9, 8, 2])),
+    tiered(((p, s, chunks) for p, s in USING for chunks in ([1] * 20, [20], [1, 5, 3, 11], [9, 8, 2])), each=1),
     ids=label,
 )
 def test_chunks_and_single_tokens_equal_one_pass(policy, schedule, chunks):
     model, ids = shared("llama"), ids_for()
-    expected, gone = one_pass(model, policy, schedule, ids, PROMPTS, SEEN)
+    expected, evicted_at = one_pass(model, policy, schedule, ids, PROMPTS, SEEN)
     cache, at = PrunedCache(model, policy, SEEN, schedule=schedule, context_tokens=PROMPTS), 0
     with torch.no_grad():
         for size in [*chunks, *[1] * (TOKENS - sum(chunks))]:
             close(model(ids[:, at : at + size], cache=cache).logits, expected[:, at : at + size])
             at += size
-            check_kept(cache, gone, at - 1)
+            check_kept(cache, evicted_at, at - 1)
             C = max(1, math.floor(Fraction("0.35") * at))
             if policy.name in ("h2o", "window") and schedule.when == "step":
                 assert (cache.state(0).counts == C).all()
@@ -48,13 +48,16 @@ def test_chunks_and_single_tokens_equal_one_pass(policy, schedule, chunks):
 
 @pytest.mark.parametrize(
     ("policy", "schedule", "name"),
-    tiered((p, s, name) for p, s in NOT_TIED if p.uses_budget for name in ("llama", "gpt2", "opt") if fits(p, name)),
+    tiered(
+        ((p, s, name) for p, s in NOT_TIED if p.uses_budget for name in ("llama", "gpt2", "opt") if fits(p, name)),
+        each=1,
+    ),
     ids=label,
 )
 def test_rows_of_a_padded_batch_grow_by_themselves(policy, schedule, name):
-    model, ids = shared(name), ids_for(rows=3)
-    lengths, more = [12, 20, 5], 8
-    mask, padded = torch.zeros(3, 20, dtype=torch.long), torch.zeros(3, 20, dtype=torch.long)
+    model, ids = shared(name), ids_for()
+    lengths, more = [5, 20], 8
+    mask, padded = torch.zeros(2, 20, dtype=torch.long), torch.zeros(2, 20, dtype=torch.long)
     for row, n in enumerate(lengths):
         mask[row, 20 - n :] = 1
         padded[row, 20 - n :] = ids[row, :n]
@@ -65,9 +68,9 @@ def test_rows_of_a_padded_batch_grow_by_themselves(policy, schedule, name):
         own = PrunedCache(model, policy, SEEN, schedule=schedule)
         alone = model.generate(ids[row : row + 1, :n], cache=own, **settings)
         assert together[row, 20:].tolist() == alone[0, n:].tolist()
-        expected, gone = one_pass(model, policy, schedule, alone, [n], SEEN)
+        expected, evicted_at = one_pass(model, policy, schedule, alone, [n], SEEN)
         assert torch.equal(alone[0, n:], expected[0, n - 1 : -1].argmax(-1))
-        check_kept(own, gone, n + more - 2)
+        check_kept(own, evicted_at, n + more - 2)
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
@@ -106,11 +109,11 @@ def test_memory_of_decoding_follows_the_budget(schedule):
     assert torch.equal(*texts)
 
 
-def test_a_stored_cache_goes_on_and_another_share_is_refused():
+def test_a_stored_cache_continues_and_another_share_is_refused():
     model, ids = shared("llama"), ids_for(rows=2)
-    first, whole = (PrunedCache(model, make_policy("h2o"), SEEN) for _ in range(2))
+    first, at_once = (PrunedCache(model, make_policy("h2o"), SEEN) for _ in range(2))
     with torch.no_grad():
-        expected = model(ids, cache=whole).logits
+        expected = model(ids, cache=at_once).logits
         model(ids[:, :11], cache=first)
         second = PrunedCache(model, make_policy("h2o"), SEEN)
         second.load(first.stored())
@@ -155,10 +158,10 @@ def test_systems_of_a_sweep_score_as_each_does_by_itself_and_as_token_by_token()
 def test_generated_texts_are_those_of_each_alone(lm):
     lm.scorer.sequences_per_pass = 5  # so that rows come and go
     systems = [lm.scorer.system(make_policy(n), b, s) for n, b, s in SYSTEMS]
-    asked = requests_of(lm, GREEDY)
-    for system, answers in zip(systems, generated(lm, asked, systems), strict=True):
-        for i, key in enumerate(asked.keys):
-            prompt = asked.instances[i].args[0]
+    requests = requests_of(lm, GREEDY)
+    for system, answers in zip(systems, generated(lm, requests, systems), strict=True):
+        for i, key in enumerate(requests.keys):
+            prompt = requests.instances[i].args[0]
             assert answers.answer(key).tokens == by_itself(lm, system, prompt, 12, **GREEDY), (system, prompt)
 
 

@@ -55,7 +55,7 @@ def sizes(model):
     handle.remove()
 
 
-def gone(cache: PrunedCache, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+def evictions(cache: PrunedCache, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     cuts = cache.cuts(layer)
     return cache.evicted(layer), cuts[torch.argsort(cuts @ torch.tensor([97**3, 97**2, 97, 1]))]
 
@@ -83,7 +83,7 @@ def test_a_call_in_parts_is_the_call_at_once(parts, policy, schedule, name):
         cache = PrunedCache(model, policy, BUDGET, schedule=schedule, context_tokens=PROMPTS, trace=True)
         with torch.no_grad(), sizes(model) as read:
             caches.append((cache, model(ids, attention_mask=mask, cache=cache).logits, list(read)))
-    (whole, expected, _), (cache, got, read) = caches
+    (at_once, expected, _), (cache, got, read) = caches
     first = 16 if schedule.prompt else 0  # the later of the two prompts' last tokens, 9 after 7 columns of padding
     assert sum(read) == 30
     assert len(read) > 3
@@ -91,8 +91,8 @@ def test_a_call_in_parts_is_the_call_at_once(parts, policy, schedule, name):
     close(got[mask.bool()], expected[mask.bool()])
     assert (cache.columns, cache.calls, cache.seen.tolist()) == (30, 1, [30, 23])
     for i in LAYERS:
-        assert torch.equal(cache.state(i).positions, whole.state(i).positions)
-        for a, b in zip(gone(cache, i), gone(whole, i), strict=True):
+        assert torch.equal(cache.state(i).positions, at_once.state(i).positions)
+        for a, b in zip(evictions(cache, i), evictions(at_once, i), strict=True):
             assert torch.equal(a, b)
 
 
@@ -152,10 +152,10 @@ def test_plain_calls_inside_pruning(parts, keep, cached):
 def test_what_parts_cannot_tell_is_read_at_once(parts):
     model, ids = shared("llama"), ids_for(length=30)
     parts(5)
-    for asked in ({"output_hidden_states": True}, {"labels": ids}, {"return_dict": False}):
+    for options in ({"output_hidden_states": True}, {"labels": ids}, {"return_dict": False}):
         cache = PrunedCache(model, A2SF(), BUDGET)
         with torch.no_grad(), sizes(model) as read:
-            model(ids, cache=cache, **asked)
+            model(ids, cache=cache, **options)
         assert read == [30]
     turned = small("phi3", rope_parameters={
         "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,

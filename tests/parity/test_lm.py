@@ -184,13 +184,13 @@ def test_a_token_that_the_model_does_not_know_is_named_before_anything_is_comput
     monkeypatch.setattr(*computes, lambda *_, **__: pytest.fail("computed"))
     texts = {"loglikelihood": lambda t: (t, " yes"), "loglikelihood_rolling": lambda t: (t,)}
     arguments = texts.get(kind, lambda t: (t, {"until": ["."], "max_gen_toks": 2}))
-    asked = [
+    requests = [
         Instance(kind, {}, arguments(text), 0, metadata=("odd", number, 1), task_name="odd", doc_id=number)
         for number, text in enumerate(["A plain text", "A text with a <note> in it"])
     ]
     for _ in range(2):
         with pytest.raises(UserError, match=r"task odd, document 1: .*'<note>' as token 49152, .*knows 49152 tokens"):
-            getattr(lm, kind)(asked)
+            getattr(lm, kind)(requests)
 
 
 def test_word_perplexity_under_pruning(tiny):
@@ -217,7 +217,7 @@ def test_known_requests_are_not_computed_again(tiny):
     assert answers.computed[requests.keys[1]].value == pytest.approx(expected[1][0], abs=1e-4)
 
 
-def test_a_typo_in_model_args_is_told_before_the_model_is_loaded(tmp_path):
+def test_a_typo_in_model_args_is_reported_before_the_model_is_loaded(tmp_path):
     with pytest.raises(ConfigError, match="did you mean policy"):
         lm_eval.simple_evaluate("a2sf", model_args=f"pretrained={tmp_path}/none,polcy=h2o", tasks=["copa"])
 

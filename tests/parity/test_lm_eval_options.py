@@ -176,8 +176,8 @@ def test_texts_are_left_out_and_nothing_else(settings, lm, tmp_path):
         bare = settings(f"tasks=[{task}]", "limit=3", "log_samples=false").cells[0].with_content()
         assert bare.name == cell.name
         result, documents = compute(bare, lm, tmp_path / "own")
-        whole, with_texts = compute(cell, lm, tmp_path / "own")
-        assert result["metrics"] == whole["metrics"]
+        complete, with_texts = compute(cell, lm, tmp_path / "own")
+        assert result["metrics"] == complete["metrics"]
         texts = {"context", "choices", "target", "generated", "tokens", "thinking"}
         numbers = [c for c in with_texts if c not in texts]
         assert documents[numbers].equals(with_texts[numbers])
@@ -185,7 +185,7 @@ def test_texts_are_left_out_and_nothing_else(settings, lm, tmp_path):
         assert "own_two" not in written
         assert "it is" not in written
         stored = write_cell(tmp_path / "runs" / "bare" / bare.name, result, documents, "")
-        (longer,) = settings(f"tasks=[{task}]", "log_samples=false").cells  # a higher limit goes on from it
+        (longer,) = settings(f"tasks=[{task}]", "log_samples=false").cells  # a higher limit continues it
         again, _ = compute(longer.with_content(), lm, tmp_path / "runs" / "longer")
         assert again["timing"]["reused_requests"] == (6 if task == "own_two" else 0)
         assert stored.result["documents"]["n"] == 3

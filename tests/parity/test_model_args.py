@@ -92,14 +92,14 @@ def test_a_beginning_of_sequence_token_moves_a_score(folder, model, bundle):
     found = {}
     for kind in ("hf", "a2sf"):
         for bos in (False, True):
-            told = simple_evaluate(
+            results = simple_evaluate(
                 kind,
                 model_args=f"pretrained={folder},dtype=float32,device=cpu,add_bos_token={bos}",
                 tasks=[task],
                 limit=3,
                 bootstrap_iters=0,
             )
-            samples = sorted(told["samples"]["copa"], key=lambda s: s["doc_id"])
+            samples = sorted(results["samples"]["copa"], key=lambda s: s["doc_id"])
             found[kind, bos] = [a[0] for s in samples for a in s["filtered_resps"]]
     assert found["a2sf", True] == pytest.approx(found["hf", True], abs=1e-3)
     assert found["a2sf", False] == pytest.approx(found["hf", False], abs=1e-3)

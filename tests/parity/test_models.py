@@ -113,9 +113,12 @@ def test_positions_that_do_not_follow_the_ids_are_found_in_every_dtype(dtype):
 def test_an_argument_the_engine_does_not_know_is_refused_by_name():
     x = torch.zeros(1, 4, 2, 8)
     layer = small("llama").model.layers[0].self_attn
-    with running(Plan.of_rows([2], [0], lambda s, i: Retention(budget=2), 0)), pytest.raises(UnsupportedModel) as told:
+    with (
+        running(Plan.of_rows([2], [0], lambda s, i: Retention(budget=2), 0)),
+        pytest.raises(UnsupportedModel) as raised,
+    ):
         pruned_attention(layer, x, x[:, :2], x[:, :2], None, position_bias=torch.zeros(1))
-    assert "position_bias" in str(told.value)
+    assert "position_bias" in str(raised.value)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -1,4 +1,4 @@
-"""A control that must not fail: a policy that is told to keep the needle finds it; one that is told to drop it does not.
+"""A control that must not fail: a policy with the order to keep the needle finds it; one with the order to drop it does not.
 
 Where an eviction drops, keeps or rotates other tokens than a policy says, the first stops finding codes that the full
 cache finds, whatever the accuracy of published methods looks like.
@@ -18,10 +18,10 @@ SINKS, SPARE = 4, 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told(Policy):
+class Listed(Policy):
     """Keeps the listed positions, then the first and the newest tokens; as data, so that the compiled kernel runs it."""
 
-    name, label = "told", "Told what to keep"
+    name, label = "listed", "Listed positions"
     keep: tuple[int, ...] = ()
 
     def listed(self, keys, values, positions):
@@ -32,10 +32,10 @@ class Told(Policy):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToldByRule(Told):
+class ListedByRule(Listed):
     """The same as a function of the step."""
 
-    name, label = "told_by_rule", "Told what to keep, by a rule"
+    name, label = "listed_by_rule", "Listed positions, by a rule"
 
     def priorities(self, step: Step) -> torch.Tensor:
         return self.listed(step.keys, step.values, step.positions)
@@ -88,21 +88,21 @@ def others(needle: Needle) -> tuple[int, ...]:
 
 
 @pytest.mark.full
-def test_a_policy_told_to_keep_the_needle_finds_it_as_often_as_the_full_cache(smollm2, needles):
+def test_a_policy_that_keeps_the_needle_finds_it_as_often_as_the_full_cache(smollm2, needles):
     full = [finds(smollm2, n) for n in needles]
     assert sum(full) >= 4  # else the control says nothing
-    half = [finds(smollm2, n, Told(keep=n.needle), n.tokens // 2) for n in needles]
+    half = [finds(smollm2, n, Listed(keep=n.needle), n.tokens // 2) for n in needles]
     assert half == full
     # everything but the first four tokens, the needle, the question and a few words before it
-    alone = [finds(smollm2, n, Told(keep=n.needle), SINKS + len(n.needle) + n.question + SPARE) for n in needles]
+    alone = [finds(smollm2, n, Listed(keep=n.needle), SINKS + len(n.needle) + n.question + SPARE) for n in needles]
     assert alone == full
     # and the other way round: everything but the needle
-    assert not any(finds(smollm2, n, Told(keep=others(n)), n.tokens - len(n.needle)) for n in needles)
+    assert not any(finds(smollm2, n, Listed(keep=others(n)), n.tokens - len(n.needle)) for n in needles)
 
 
 @pytest.mark.full
 def test_the_same_by_a_function_of_the_step(smollm2, needles):
     for n in needles[1:3]:
         assert finds(smollm2, n)
-        assert finds(smollm2, n, ToldByRule(keep=n.needle), SINKS + len(n.needle) + n.question + SPARE)
-        assert not finds(smollm2, n, ToldByRule(keep=others(n)), n.tokens - len(n.needle))
+        assert finds(smollm2, n, ListedByRule(keep=n.needle), SINKS + len(n.needle) + n.question + SPARE)
+        assert not finds(smollm2, n, ListedByRule(keep=others(n)), n.tokens - len(n.needle))

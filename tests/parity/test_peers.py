@@ -127,8 +127,8 @@ def ours(smollm2, tmp_path_factory):
 
     found: dict[str, Ran] = {}
 
-    def run(*asked: Any) -> Ran:
-        return found[key] if (key := repr(asked)) in found else found.setdefault(key, once(*asked))
+    def run(*arguments: Any) -> Ran:
+        return found[key] if (key := repr(arguments)) in found else found.setdefault(key, once(*arguments))
 
     def once(name: str, settings: dict[str, Any], text: int, budgets: list[int], schedule: str = "prompt") -> Ran:
         given = {key: gates[x] if key == "gates" else x for key, x in settings.items()}
@@ -151,8 +151,8 @@ def ours(smollm2, tmp_path_factory):
             return out
 
         prompt = (T,) if schedule == "prompt" else ()
-        told = {"prepared": ready} if prompt else {}
-        stated = [policy.keeps(C, x.number, 30, *prompt, **told) for C, x in zip(budgets, of, strict=True)]
+        given = {"prepared": ready} if prompt else {}
+        stated = [policy.keeps(C, x.number, 30, *prompt, **given) for C, x in zip(budgets, of, strict=True)]
         rows = BatchRetention.of(stated, Schedule.named(schedule), [T] * len(of))
         known = {"rotary": rotary, "projection": projections[of[0].number]}
         options = Options(scale=of[0].scale, return_state=True, layers=30, **known)
@@ -275,7 +275,7 @@ def test_the_page_tells_the_overlaps_that_are_found(ours):
 
 
 def test_kvpress_places_a_token_after_the_cut_by_the_number_of_those_retained():
-    """Told on the page, and that it does not if positions are given; and how it rounds."""
+    """The page says so, and that it does not if positions are given; and how it rounds."""
     assert SAID["next_token"] == {"prompt": 300, "without": 150, "with": 300}
     assert SAID["kept_of_300_at_0.8"] == 59
     assert SAID["versions"]["kvpress"] == "0.5.5"

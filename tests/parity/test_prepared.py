@@ -1,4 +1,4 @@
-"""Policies that read a prompt before its cut: what they find, by the model's own attention; scored and generated alike."""
+"""Policies that read a prompt before its cut: what they find, by the model's own attention, in scoring and generation."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def scored(policy, row: int, budget: Budget, then: str) -> tuple[torch.Tensor, t
 
 @pytest.mark.parametrize("then", ["keep", "step"])
 @pytest.mark.parametrize("policy", SMALL, ids=repr)
-def test_scored_and_generated_alike(policy, then):
+def test_scoring_and_generation_agree(policy, then):
     model, budget = shared("llama"), 8
     want, budgets = zip(*(scored(policy, row, Budget(tokens=budget), then) for row in range(2)), strict=True)
     assert all(sum(b) == 3 * budget for b in budgets)

@@ -128,7 +128,7 @@ def test_files_of_another_model_are_refused(tmp_path: Path):
         main([str(tmp_path / "empty")])
 
 
-def test_a_window_of_the_model_that_contradicts_the_recording_is_told():
+def test_a_window_of_the_model_that_contradicts_the_recording_is_refused():
     """Two of its layers keep their own windows, whatever the file says of them."""
     model = shared("gemma3")
     layers, heads, T = 3, 2, 20

@@ -133,7 +133,7 @@ def test_it_retains_the_same_among_many_random_tokens():
 
 
 def test_a_sweep_is_timed_with_both(monkeypatch):
-    """Each call is done by both, and a cell goes on with what the kernel gives."""
+    """Both compute each call; the cell continues with the kernel's result."""
     qkv, s = tensors(2, 30), rows_of(PLAIN, [9, 9], [30, 20])
     want, given = kernels.attend(*qkv, s, OPTIONS), []
     monkeypatch.setattr(speed.groups, "run", lambda *_, **__: given.append(kernels.attend(*qkv, s, OPTIONS)))

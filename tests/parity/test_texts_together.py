@@ -155,12 +155,12 @@ def test_tokens_are_drawn_with_the_models_probabilities(lm):
     n = 1500
     requests = requests_of(lm, settings, PROMPTS[:1], new=1, times=n)
     (answers,) = generated(lm, requests, [lm.scorer.system(find_policies()["full"](), None)])
-    counted = Counter(a.tokens[0] for a in answers.computed.values())
+    times = Counter(a.tokens[0] for a in answers.computed.values())
     with torch.no_grad():
         logits = lm.model(torch.tensor([lm.tok_encode(PROMPTS[0])])).logits[0, -1] / 0.7
     likeliest = logits.topk(5)
     expected = n * likeliest.values.softmax(-1)
-    found = torch.tensor([counted[int(t)] for t in likeliest.indices], dtype=torch.float32)
+    found = torch.tensor([times[int(t)] for t in likeliest.indices], dtype=torch.float32)
     assert found.sum() == n
     assert float(((found - expected) ** 2 / expected).sum()) < 18.5  # chi-square, 4 degrees of freedom, p = 0.001
 
@@ -237,8 +237,8 @@ def test_what_ended_with_its_first_token_is_kept_though_the_next_call_fails(lm, 
     with pytest.warns(match="texts at a time"):
         (answers,) = generated(lm, requests, [system])
     found = {k: a.tokens for k, a in answers.computed.items()}
-    whole = {k: a.tokens for k, a in expected.computed.items()}
-    assert found == whole | {requests.keys[1]: whole[requests.keys[1]][:1]}
+    all_tokens = {k: a.tokens for k, a in expected.computed.items()}
+    assert found == all_tokens | {requests.keys[1]: all_tokens[requests.keys[1]][:1]}
 
 
 def test_out_of_memory_halves_the_rows(lm, monkeypatch):

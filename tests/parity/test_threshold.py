@@ -1,4 +1,4 @@
-"""What a threshold leaves is counted: by scoring, by texts that are generated, and by a cache that reads the same tokens."""
+"""Tokens that a threshold leaves are counted: by scoring, in generation, and by a cache that reads the same tokens."""
 
 from __future__ import annotations
 

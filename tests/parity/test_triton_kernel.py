@@ -71,7 +71,7 @@ OWN = next(p for rule, p in RULES.items() if rule.priority_fn is not None)
 
 
 def by_name(*args) -> tuple[Attended, set[str]]:
-    """What Triton gives where it is asked for by its name, and what ran."""
+    """What Triton gives where it is requested by its name, and what ran."""
     with kernels.noting() as ran:
         return kernels.attend(*args, backend="triton"), ran
 
@@ -220,9 +220,9 @@ def test_chunks_equal_the_whole(attend):
         state = got.state
         outputs.append(got.output)
         traces.append(got.evicted)
-    whole = Attended(torch.cat(outputs, 2), state, torch.cat(traces, 2), want.cuts)
+    at_once = Attended(torch.cat(outputs, 2), state, torch.cat(traces, 2), want.cuts)
     assert not len(want.cuts)
-    assert_same(whole, want, 1e-5)
+    assert_same(at_once, want, 1e-5)
 
 
 def test_a_tree_of_segments(attend):
@@ -282,14 +282,14 @@ def test_a_row_does_not_depend_on_its_batch(attend):
     assert beside.output[:1].equal(alone.output)  # to the last bit
     assert beside.evicted[:1].equal(alone.evicted)
     # beside a row that begins above its budget
-    whole = reference(query, key, value, rows((UNLIMITED, 0, 0, 0.3, 9), (UNLIMITED, 0, 0, 0.3, 9)), OPTIONS).state
-    one = attend(query[:1], key[:1], value[:1], rows((12, 0, 0, 0.3, 12)), OPTIONS, whole.select(torch.tensor([0])))
-    two = attend(query, key, value, rows((12, 0, 0, 0.3, 12), (5, 0, 0, 0.3, 12)), OPTIONS, whole)
+    before = reference(query, key, value, rows((UNLIMITED, 0, 0, 0.3, 9), (UNLIMITED, 0, 0, 0.3, 9)), OPTIONS).state
+    one = attend(query[:1], key[:1], value[:1], rows((12, 0, 0, 0.3, 12)), OPTIONS, before.select(torch.tensor([0])))
+    two = attend(query, key, value, rows((12, 0, 0, 0.3, 12), (5, 0, 0, 0.3, 12)), OPTIONS, before)
     assert two.output[:1].equal(one.output)
     assert two.evicted[:1].equal(one.evicted)
 
 
-def test_no_state_and_no_trace_unless_asked_for(attend):
+def test_state_and_trace_only_on_request(attend):
     args = (*tokens(8, 1, 1, 1, 3, 4, 4, torch.float32), rows((2, 0, 0, 0.5, 3)), Options(scale=0.5))
     assert_same(attend(*args), reference(*args), 1e-5)
 
@@ -388,7 +388,7 @@ def test_float64_is_refused(monkeypatch):
         triton_kernel.attend_triton(*tokens(27, 1, 1, 1, 2, 4, 4, torch.float64), rows((2, 0, 0, 0.5, 2)), OPTIONS)
 
 
-def test_rules_go_on_from_a_state(attend):
+def test_rules_continue_from_a_state(attend):
     policy, schedule, length = Counted(), Schedule("every", every=2), [13, 8]
     query, key, value = tokens(14, 2, 2, 1, 13, 4, 5, torch.float32)
     got = want = None

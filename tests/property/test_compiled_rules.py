@@ -166,8 +166,8 @@ def test_a_share_is_the_same_in_every_backend():
     assert np.float32(priorities.SHARE) == cpu_rank.SHARE
     # equal logits: every token has its share, whatever 1 / n is in binary
     q, k, v = tensors(1, 1, 60)
-    counted = next(p for p in instances() if p.keeps(60).rule.count_above_uniform)
-    numbers = segments(counted, Schedule(), [(0, 0, 60, -1)], [60], [1])
+    above_uniform = next(p for p in instances() if p.keeps(60).rule.count_above_uniform)
+    numbers = segments(above_uniform, Schedule(), [(0, 0, 60, -1)], [60], [1])
     rule = Rule(count_above_uniform=True)
     s = replace(numbers, rule=rule, forgetting_factor=torch.ones(1, dtype=torch.float64))
     for backend in ("reference", "torch", "numba"):

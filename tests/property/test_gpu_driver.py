@@ -88,12 +88,12 @@ def test_rows_equal_the_reference(data: st.DataObject) -> None:
 
 @QUICK
 @given(st.data())
-def test_chunks_go_on_from_states(data: st.DataObject) -> None:
+def test_chunks_continue_from_states(data: st.DataObject) -> None:
     q, k, v = data.draw(inputs(rows=2))
     T, state = q.shape[2], None
-    whole = of_rule(data, rows_of([data.draw(numbers()) for _ in range(2)], [0] * 2, [T] * 2))
+    undivided = of_rule(data, rows_of([data.draw(numbers()) for _ in range(2)], [0] * 2, [T] * 2))
     for a, b in pairwise(sorted({0, T, *data.draw(st.lists(st.integers(0, T), max_size=3))})):
-        part = replace(whole, start=whole.start + a, length=whole.length * 0 + b - a)
+        part = replace(undivided, start=undivided.start + a, length=undivided.length * 0 + b - a)
         state = both(q, k, v, part, state).state
 
 
@@ -176,7 +176,7 @@ def test_a_chunk_is_four_launches_and_nobody_waits(monkeypatch):
     chunks = launched.count("scan")
     assert chunks > 3
     assert {name: launched.count(name) for name in ("shares", "attend")} == dict.fromkeys(("shares", "attend"), chunks)
-    assert launched.count("keep") < chunks  # nobody asked for the last state
+    assert launched.count("keep") < chunks  # the last state was not requested
     assert "received" not in launched
 
 
@@ -198,12 +198,12 @@ def test_tables_go_to_the_gpu_once_for_all_layers(monkeypatch, given):
     """A second layer copies nothing from the CPU; after a given state, which tables depend on, each layer copies its own."""
     copies, to = [], Tensor.to
 
-    def counted(self, *args, **how):
+    def counting(self, *args, **how):
         if "non_blocking" in how:
             copies.append(self.shape)
         return to(self, *args, **how)
 
-    monkeypatch.setattr(Tensor, "to", counted)
+    monkeypatch.setattr(Tensor, "to", counting)
     s = segments([0, 0, 1], [0, 40, 0], [40, 9, 30], [-1, 0, -1], [(9, 3, 1, 0.5), (9, 3, 1, 0.5), (60, 0, 0, 1.0)])
     layers = [[torch.randn(2, h, 49, 8) for h in (4, 2, 2)] for _ in range(2)]
     before = None

@@ -90,12 +90,17 @@ def test_torch_is_the_reference_and_rows_do_not_change_each_other(policy, schedu
 @pytest.mark.parametrize(("policy", "schedule"), tiered((p, s) for p, s in CASES if p.causal), ids=label)
 @FEW
 @given(
-    seed=st.integers(0, 999), ratio=RATIOS, prompt=st.integers(1, T), cuts=st.lists(st.integers(1, T - 1), max_size=4)
+    seed=st.integers(0, 999),
+    ratio=RATIOS,
+    prompt=st.integers(1, T),
+    layer=st.integers(0, LAYERS - 1),
+    cuts=st.lists(st.integers(1, T - 1), max_size=4),
 )
-def test_chunks_and_single_tokens_are_the_whole(policy, schedule, seed, ratio, prompt, cuts):
+def test_chunks_and_single_tokens_equal_one_call_within_the_budget(policy, schedule, seed, ratio, prompt, layer, cuts):
+    """After each single token, at most the budget of its step is cached."""
     tensors = vectors(seed)
-    arguments = of(policy, schedule, ratio, prompt, layer=1)
-    whole = attend(arguments.pop("policy"), *tensors, backend="torch", **arguments)
+    arguments = of(policy, schedule, ratio, prompt, layer=layer)
+    at_once = attend(arguments.pop("policy"), *tensors, backend="torch", **arguments)
     for ends in (sorted({*cuts, T}), range(1, T + 1)):
         outputs, state, begin = [], None, 0
         for end in ends:
@@ -103,35 +108,27 @@ def test_chunks_and_single_tokens_are_the_whole(policy, schedule, seed, ratio, p
             output, state = attend(policy, *part, state=state, backend="torch", **arguments)
             outputs.append(output)
             begin = end
-        same((torch.cat(outputs, 2), state), whole)
+            check_cached(state, end - 1, policy, schedule, ratio, prompt, layer)
+        same((torch.cat(outputs, 2), state), at_once)
 
 
-@pytest.mark.parametrize(("policy", "schedule"), tiered((p, s) for p, s in CASES if p.causal), ids=label)
-@FEW
-@given(seed=st.integers(0, 999), ratio=RATIOS, prompt=st.integers(1, T), layer=st.integers(0, LAYERS - 1))
-def test_at_most_the_budget_of_each_step_is_cached(policy, schedule, seed, ratio, prompt, layer):
-    tensors, state = vectors(seed), None
-    arguments = of(policy, schedule, ratio, prompt, layer=layer)
+def check_cached(state, t, policy, schedule, ratio, prompt, layer) -> None:
+    """What may be cached after the token at position `t`."""
     cut = prompt if schedule.prompt else None
-    for t in range(T):
-        step = [x[:, :, t : t + 1] for x in tensors]
-        _, state = attend(
-            arguments["policy"], *step, state=state, **{k: x for k, x in arguments.items() if k != "policy"}
-        )
-        if cut is not None and (t < cut - 1 or (t >= cut and schedule.then == "keep")):
-            continue
-        C = max(1, math.floor(Fraction(str(ratio)) * (t + 1)))
-        stated = policy.keeps(C, layer, LAYERS, cut)
-        spare = 0 if cut is not None and t == cut - 1 else schedule.spare
-        full = set(stated.rule.full_heads)
-        counts = [int(n) for h, n in enumerate(state.counts[0]) if h not in full]
-        # with shares of heads: in the sum over the heads
-        assert stated.rule.threshold is not None or sum(counts) <= len(counts) * (stated.budget + spare)
-        if policy.divided_budget(9, layer, LAYERS, cut) == 9 and not stated.rule.heads and not stated.rule.cut:
-            assert max(counts, default=0) <= C + spare
-        newest = range(t + 1 - stated.recent, t + 1)
-        for head in state.positions[0].tolist():
-            assert set(newest) <= set(head)
+    if cut is not None and (t < cut - 1 or (t >= cut and schedule.then == "keep")):
+        return
+    C = max(1, math.floor(Fraction(str(ratio)) * (t + 1)))
+    stated = policy.keeps(C, layer, LAYERS, cut)
+    spare = 0 if cut is not None and t == cut - 1 else schedule.spare
+    full = set(stated.rule.full_heads)
+    counts = [int(n) for h, n in enumerate(state.counts[0]) if h not in full]
+    # with shares of heads: in the sum over the heads
+    assert stated.rule.threshold is not None or sum(counts) <= len(counts) * (stated.budget + spare)
+    if policy.divided_budget(9, layer, LAYERS, cut) == 9 and not stated.rule.heads and not stated.rule.cut:
+        assert max(counts, default=0) <= C + spare
+    newest = range(t + 1 - stated.recent, t + 1)
+    for head in state.positions[0].tolist():
+        assert set(newest) <= set(head)
 
 
 @pytest.mark.parametrize(("policy", "schedule"), [(BY_HEAD, s) for p, s in CASES if p.name == "a2sf"][:6], ids=label)

@@ -132,11 +132,11 @@ def test_chunks_equal_the_whole(data: st.DataObject) -> None:
         part = check(q, k, v, s, state)
         state = part.state
         out.append(part.output[:, :, a:b])
-    whole = check(q, k, v, rows_of(rule, [0], [T]))
-    assert whole.state is not None
+    at_once = check(q, k, v, rows_of(rule, [0], [T]))
+    assert at_once.state is not None
     assert state is not None
-    assume(state.positions.equal(whole.state.positions))  # both agree with the oracle where rounding does not decide
-    assert (torch.cat(out, dim=2) - whole.output).abs().max() < TOLERANCE
+    assume(state.positions.equal(at_once.state.positions))  # both agree with the oracle where rounding does not decide
+    assert (torch.cat(out, dim=2) - at_once.output).abs().max() < TOLERANCE
 
 
 @QUICK
@@ -269,12 +269,12 @@ def test_token_by_token_equals_the_whole(data: st.DataObject) -> None:
         part = (x[:, :, t : t + n] for x in (q, k, v))
         out.append(cache.attend(*part, retention_of(rule)))
         t += n
-    whole = check(q, k, v, rows_of(rule, [0] * B, [T] * B))
+    at_once = check(q, k, v, rows_of(rule, [0] * B, [T] * B))
     state = cache.state()
-    assert whole.state is not None
-    assume(state.positions.equal(whole.state.positions))
-    assert (torch.cat(out, dim=2) - whole.output).abs().max() < TOLERANCE
-    assert (state.scores - whole.state.scores).abs().max() < TOLERANCE
+    assert at_once.state is not None
+    assume(state.positions.equal(at_once.state.positions))
+    assert (torch.cat(out, dim=2) - at_once.output).abs().max() < TOLERANCE
+    assert (state.scores - at_once.state.scores).abs().max() < TOLERANCE
 
 
 @QUICK

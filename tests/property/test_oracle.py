@@ -123,12 +123,12 @@ METHODS = {
     "key norm": (make_policy("key_norm"), Method(lambda cache, now: [-np.linalg.norm(x.key) for x in cache])),
     "keys": (make_policy("keydiff"), Method(unlike)),
     "memory": (Steady(), Method(steady)),
-    "counted": (
+    "above_uniform": (
         Counted(),
         Method(
             lambda cache, now: [(1 + abs(x.value[0])) * x.A / x.N + x.key[0] / 10 for x in cache],
             factor=0.8,
-            counted=True,
+            above_uniform=True,
             shared=True,
             recent=lambda c: c // 3,
         ),

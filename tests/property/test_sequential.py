@@ -50,7 +50,7 @@ def test_what_is_possible_is_never_out_for_certain_reasons_and_the_end_is_exact(
     assert mean.interval == pytest.approx((np.mean(differences), np.mean(differences)))
 
 
-def test_a_clear_difference_is_told_before_the_end():
+def test_a_clear_difference_is_reported_before_the_end():
     population = np.repeat([-1.0, 0.0, 1.0], [20, 780, 200])
     mean, seen = PairedMean(1000), 0
     for difference in np.random.default_rng(3).permutation(population):
@@ -95,7 +95,7 @@ def stopped_sweep(rng: np.random.Generator, tasks: list[list[np.ndarray]]) -> li
             watch.see({"x": [0.0]} | {f"y{i}": [-p[d]] for i, p in enumerate(populations)})
             if watch.decided:
                 break
-        found += [told["e"] for told in watch.report()]
+        found += [comparison["e"] for comparison in watch.report()]
     return found
 
 

@@ -1,4 +1,4 @@
-"""What is written whole is on the disk, with the directory that names it, before anybody is told that it is there."""
+"""A file written completely is on the disk, with its entry in the directory, before anybody learns that it exists."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from a2sf import atomic
-from a2sf.hf.files import cache
+from a2sf import atomic, disk_cache
 from a2sf.store import runs
 from a2sf.store.archive import pack
 from a2sf.sweep import answer_store
@@ -68,7 +67,7 @@ def test_answers_of_unfinished_cells_and_digests(disk, tmp_path, monkeypatch):
     answer_store.write_in(tmp_path / ".checkpoints" / "x.json", "{}")
     check(disk, tmp_path / ".checkpoints" / "x.json")
     (tmp_path / "weights").write_bytes(b"1")
-    cache.digest(tmp_path / "weights")
+    disk_cache.digest(tmp_path / "weights")
     (known,) = (tmp_path / "cache" / "digests").iterdir()
     check(disk, known)
 
@@ -104,16 +103,16 @@ def test_a_file_that_is_replaced_by_one_of_the_same_size_and_date_has_another_di
     monkeypatch.setenv("A2SF_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"before")
-    before, stat = cache.digest(file), file.stat()
-    assert cache.digest(file) == before
+    before, stat = disk_cache.digest(file), file.stat()
+    assert disk_cache.digest(file) == before
     # another file under its name, as `cp -p` and `mv` make it
     other = tmp_path / "other"
     other.write_bytes(b"after!")
     os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     other.replace(file)
-    moved = cache.digest(file)
+    moved = disk_cache.digest(file)
     assert moved != before
     # the same file written over, with its date put back
     file.write_bytes(b"third!")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert cache.digest(file) not in (before, moved)
+    assert disk_cache.digest(file) not in (before, moved)

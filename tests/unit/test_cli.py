@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from a2sf.app import process
 from a2sf.commands import run, tables
 from a2sf.commands.policy import layer_errors
 from a2sf.commands.policy.describe import attributes, idea_and_deviations, paper
-from a2sf.errors import UserError
+from a2sf.errors import Notice, UserError
 from a2sf.policies.base import WHEN
 from a2sf.policies.find import built_in, defaults
 from a2sf.policies.renamed import notice
@@ -70,10 +71,10 @@ def test_a_command_of_the_previous_version(monkeypatch, capsys):
 
 
 def test_every_command_has_a_main():
-    for place, told in cli.COMMANDS.values():
+    for place, summary in cli.COMMANDS.values():
         module, _, function = place.partition(":")
         assert callable(getattr(importlib.import_module(module), function or "main"))
-        assert told
+        assert summary
 
 
 def test_a_sweep_is_packed_and_unpacked(tmp_path, capsys):
@@ -134,15 +135,15 @@ def test_two_things_at_once(hydra):
 
 
 def test_every_key_and_choice_is_in_the_help():
-    told = run.help_text([shipped("conf")])
+    text = run.help_text([shipped("conf")])
     for name, group in {"": schema.Config, **schema.groups()}.items():
         about = attributes(group)
         for key in vars(group()):
             assert key in schema.RENAMED or about[key], key
             if key not in {**schema.groups(), **schema.RENAMED}:
-                assert f"\n  {name + '.' if name else ''}{key} " in told
+                assert f"\n  {name + '.' if name else ''}{key} " in text
     for choice in (*built_in(), "smollm2-135m*", "+sweep=paper_small The grid of `paper`", "slurm_local"):
-        assert choice in " ".join(told.split())
+        assert choice in " ".join(text.split())
 
 
 def test_what_the_policies_command_prints(capsys):
@@ -171,10 +172,10 @@ def test_the_docs_have_every_policy_with_its_settings_and_schedules():
         when = "all" if set(cls.schedules) == set(WHEN) else ", ".join(cls.schedules)
         assert schedules == ("those of `by`" if issubclass(cls, By) else when), name
         known = defaults(cls)
-        told = set(re.findall(r"`(\w+)`", settings))
+        listed = set(re.findall(r"`(\w+)`", settings))
         if (other := re.match(r"as `(\w+)`", settings)) is not None:
-            told = told - {other[1]} | set(defaults(built_in()[other[1]]))
-        assert told == set(known), name
+            listed = listed - {other[1]} | set(defaults(built_in()[other[1]]))
+        assert listed == set(known), name
         for setting, value in re.findall(r"`(\w+)` (\d+(?:\.\d+)?)", settings):
             assert known[setting] == float(value), (name, setting)
         assert ("not causal" in rows[name][1][1]) == (not cls.causal), name
@@ -238,22 +239,18 @@ def test_a_launcher_that_is_not_installed(launcher):
     """Hydra names the plugin's own configuration, which a user has not heard of."""
     (plugin,) = yaml.safe_load((shipped("conf/hydra/launcher") / f"{launcher}.yaml").read_text())["defaults"]
     said = f"In 'hydra/launcher/{launcher}': Could not load 'hydra/launcher/{plugin}'."
-    told = process.explain(MissingConfigException(said, missing_cfg_file=f"hydra/launcher/{plugin}", options=[]))
-    extra = re.fullmatch(rf'hydra/launcher={launcher} is not installed: pip install "a2sf\[(\w+)\]"\.', told)
+    message = process.explain(MissingConfigException(said, missing_cfg_file=f"hydra/launcher/{plugin}", options=[]))
+    extra = re.fullmatch(rf'hydra/launcher={launcher} is not installed: pip install "a2sf\[(\w+)\]"\.', message)
     declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert extra
     assert extra[1] in declared["optional-dependencies"]
 
 
-def test_of_all_warnings_ours_are_printed(capfd):
-    code = """
-import warnings
-from a2sf.app import process
-from a2sf.errors import Notice
-process.quiet()
-for text in ("A kernel is slow.", "A kernel is slow.", "Another one."):
-    warnings.warn(text, Notice)
-warnings.warn("a library's", UserWarning)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert capfd.readouterr().err.splitlines() == ["A kernel is slow.", "Another one."]
+def test_of_all_warnings_ours_are_printed(capsys):
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        process.quiet()
+        for text in ("A kernel is slow.", "A kernel is slow.", "Another one."):
+            warnings.warn(text, Notice, stacklevel=1)
+        warnings.warn("a library's", UserWarning, stacklevel=1)
+    assert capsys.readouterr().err.splitlines() == ["A kernel is slow.", "Another one."]

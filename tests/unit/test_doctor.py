@@ -61,9 +61,9 @@ def test_a_kernel_that_computes_something_else(monkeypatch):
 
     monkeypatch.setattr("a2sf.engine.functional.evicting_attention", off)
     assert doctor._tried("cpu", "reference")[0]
-    works, told = doctor._tried("cpu", "numba")
+    works, message = doctor._tried("cpu", "numba")
     assert not works
-    assert told.startswith("WRONG by 0.1")
+    assert message.startswith("WRONG by 0.1")
 
 
 def test_a_kernel_that_another_stands_in_for(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import os
 import subprocess
 import sys
@@ -10,29 +11,54 @@ from pathlib import Path
 
 import pytest
 
+from a2sf import cli
+from a2sf.commands import tables
 from a2sf.store.runs import load_sweep
 from tests.sweep_fixture import Plan, write_sweep
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1"])
-def test_tables_in_any_encoding(encoding: str, tmp_path: Path) -> None:
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
     write_sweep(
         tmp_path / "s", Plan(model="café\N{MINUS SIGN}7", policies=("full", "h2o", "a2sf"), documents={"piqa": 30})
     )
-    told = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
-    command = [sys.executable, "-m", "a2sf.cli", "tables", str(tmp_path / "s"), "--no-plots"]
-    done = subprocess.run(command, capture_output=True, env=told, cwd=tmp_path, check=False)
-    screen = done.stdout.decode(encoding)
+    return tmp_path / "s"
+
+
+def test_tables_where_the_locale_is_ascii(sweep: Path, tmp_path: Path) -> None:
+    environment = os.environ | {
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "LC_ALL": "C",
+    }
+    command = [sys.executable, "-m", "a2sf.cli", "tables", str(sweep), "--no-plots"]
+    done = subprocess.run(command, capture_output=True, env=environment, cwd=tmp_path, check=False)
+    screen = done.stdout.decode("ascii")
     assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr.decode(encoding)
-    assert ("cafe" if encoding == "ascii" else "café") + "-7, 0-shot" in screen
+    assert "Traceback" not in done.stderr.decode("ascii")
+    assert "cafe-7, 0-shot" in screen
     assert "d full" in screen
     assert "?" not in screen
     for name in ("tables/tables.md", "report.html"):
-        assert "café\N{MINUS SIGN}7, 0-shot" in (tmp_path / "s" / name).read_text(encoding="utf-8")
-    assert len(load_sweep(tmp_path / "s")) == 5
+        assert "café\N{MINUS SIGN}7, 0-shot" in (sweep / name).read_text(encoding="utf-8")
+    assert len(load_sweep(sweep)) == 5
+
+
+def test_a_screen_of_another_encoding(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = [io.TextIOWrapper(io.BytesIO(), "iso-8859-1") for _ in range(2)]
+    for name, stream in zip(("stdout", "stderr"), streams, strict=True):
+        monkeypatch.setattr(sys, name, stream)
+    cli.forgive_screen()
+    tables.main([str(sweep), "--no-plots"])
+    for stream in streams:
+        stream.flush()
+    screen, errors = (stream.buffer.getvalue().decode("iso-8859-1") for stream in streams)  # type: ignore[attr-defined]
+    assert "café-7, 0-shot" in screen
+    assert "d full" in screen
+    assert "?" not in screen + errors
 
 
 def test_no_file_of_ours_is_opened_in_the_locales_encoding() -> None:

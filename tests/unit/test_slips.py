@@ -1,4 +1,4 @@
-"""A slip on the command line is told before a model library is loaded, which takes seconds."""
+"""A slip on the command line is reported before a model library is loaded, which takes seconds."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ for line in {lines!r}:
 """
 
 
-def test_slips_are_told_at_once():
+def test_slips_are_reported_at_once():
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "500"}
     done = subprocess.run(
         [sys.executable, "-c", EACH.format(lines=list(SLIPS))],

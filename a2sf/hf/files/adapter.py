@@ -20,8 +20,8 @@ from packaging.version import Version
 from transformers import PreTrainedModel
 
 from a2sf.compat.transformers import refused
+from a2sf.disk_cache import digest
 from a2sf.errors import ConfigError, first_line
-from a2sf.hf.files.cache import digest
 from a2sf.hub import snapshot as hub
 from a2sf.hub.refusals import Wanted
 

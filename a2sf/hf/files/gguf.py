@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoTokenizer, GgufConfig
 
 from a2sf import atomic
 from a2sf.compat.transformers import refused
+from a2sf.disk_cache import cache_directory, digest, stamp
 from a2sf.errors import UserError, first_line
 from a2sf.hf.files import weights
-from a2sf.hf.files.cache import cache_directory, digest, stamp
 from a2sf.hf.files.paths import KEY
 
 

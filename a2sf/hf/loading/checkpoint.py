@@ -6,9 +6,9 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
+from a2sf.disk_cache import digest
 from a2sf.errors import ConfigError
 from a2sf.hf.files import gguf, weights
-from a2sf.hf.files.cache import digest
 from a2sf.hf.files.paths import KEY, PACKAGE
 from a2sf.hf.loading.spec import ModelSpec, pin
 from a2sf.hub import snapshot as hub

@@ -9,12 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from a2sf.disk_cache import cache_directory
 from a2sf.errors import ConfigError
 from a2sf.hf import devices
 from a2sf.hf.exactness import check_exact
 from a2sf.hf.files import adapter as adapters
 from a2sf.hf.files import weights
-from a2sf.hf.files.cache import cache_directory
 from a2sf.hf.files.paths import KEY
 from a2sf.hf.loading.checkpoint import files_of, fingerprint, folder_here, local_checkpoint, tokenizer_folder
 from a2sf.hf.loading.config import check_config

@@ -227,15 +227,15 @@ def test_the_authors_present_algorithm_is_run_beside_the_papers(
     """Without a published model: the small sweep, then the authors' cells in the same directory, then the factors."""
     from a2sf.commands import reproduce
 
-    asked = []
+    started = []
 
     def run_sweep(preset: str, overrides: list[str], download: bool = False) -> str:
-        asked.append((preset, overrides[-1]))
+        started.append((preset, overrides[-1]))
         return "no hub" if preset == "paper" else ""
 
     monkeypatch.setattr(reproduce, "run_sweep", run_sweep)
     reproduce.main(["--runs", str(tmp_path), "--reference", str(REFERENCE)])
-    assert [a for a in asked if a[0] != "paper"] == [
+    assert [a for a in started if a[0] != "paper"] == [
         ("paper_small", "sweep_name=paper_small"),
         ("paper_authors", "sweep_name=paper_small"),
         ("forgetting", "sweep_name=forgetting"),

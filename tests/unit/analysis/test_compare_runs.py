@@ -255,7 +255,7 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, arguments, message):
         compare.main(arguments)
 
 
-def test_equal_names_are_told_apart_by_where_they_are(tmp_path):
+def test_equal_names_are_distinguished_by_their_folders(tmp_path):
     runs = [Run("model", "x", {}), Run("model", "y", {}), Run("other", "z", {})]
     assert [r.label for r in with_labels(runs, None)] == ["model (x)", "model (y)", "other"]
 

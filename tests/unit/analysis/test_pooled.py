@@ -57,7 +57,7 @@ def test_heterogeneity_is_that_of_statsmodels() -> None:
     assert (found.low, found.high) == tuple(pytest.approx(x) for x in known.conf_int(use_t=True)[3])  # HKSJ
 
 
-def test_models_that_answer_alike_are_no_more_than_one() -> None:
+def test_models_with_equal_answers_are_no_more_than_one() -> None:
     change = np.random.default_rng(1).choice([1.0, -1.0, 0.0], 200, p=[0.12, 0.05, 0.83])
     keys = [str(i) for i in range(200)]
     found = pool_tasks([[Changes(change, keys)] * 3])

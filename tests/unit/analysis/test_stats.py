@@ -96,14 +96,14 @@ def test_bootstrap_t_of_symmetric_differences_is_students() -> None:
 
 def test_few_documents_that_change_show_nothing() -> None:
     """One or two of thirty: many resamplings have no spread, which counts against a difference."""
-    one, two, all_alike = np.zeros(30), np.zeros(30), np.full(6, -0.1)
+    one, two, all_equal = np.zeros(30), np.zeros(30), np.full(6, -0.1)
     one[0], two[:2] = 0.5, (0.5, 0.4)
     for changes in (one, two):
         d = paired_difference(changes, np.zeros(30))
         assert d.p > 0.1
         assert d.low <= 0 < d.value < d.high < 0.2
-    assert paired_difference(all_alike, np.zeros(6)).p == 2 / 2**6
-    single = paired_difference(all_alike[:1], np.zeros(1))
+    assert paired_difference(all_equal, np.zeros(6)).p == 2 / 2**6
+    single = paired_difference(all_equal[:1], np.zeros(1))
     assert single.p == 1.0
     assert math.isnan(single.low)
 

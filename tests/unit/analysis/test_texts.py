@@ -34,11 +34,11 @@ from tests.sweep_fixture import Plan, write_sweep
 OF_FOUR = Texts(np.repeat(np.arange(25), 4))
 
 
-def correlated(rng: np.random.Generator, texts: Texts, flips: float, alike: float) -> np.ndarray:
-    """Changes of -1, 0 or 1 that are 0 on average; a document takes its text's with probability `alike`."""
+def correlated(rng: np.random.Generator, texts: Texts, flips: float, shared: float) -> np.ndarray:
+    """Changes of -1, 0 or 1 that are 0 on average; a document takes its text's with probability `shared`."""
     shares = [flips / 2, flips / 2, 1 - flips]
     of_text = rng.choice([1.0, -1.0, 0.0], texts.number, p=shares)[texts.of]
-    return np.where(rng.random(len(texts.of)) < alike, of_text, rng.choice([1.0, -1.0, 0.0], len(texts.of), p=shares))
+    return np.where(rng.random(len(texts.of)) < shared, of_text, rng.choice([1.0, -1.0, 0.0], len(texts.of), p=shares))
 
 
 @pytest.mark.full
@@ -111,7 +111,7 @@ def test_texts_of_one_document_change_nothing() -> None:
 
 
 def test_documents_that_say_the_same_count_once() -> None:
-    """Each text's documents alike: error, interval and power are those of one document per text."""
+    """The documents of each text are equal: error, interval and power are those of one document per text."""
     rng = np.random.default_rng(6)
     once = rng.choice([1.0, -1.0, 0.0], 25, p=[0.3, 0.2, 0.5])
     change = once[OF_FOUR.of]
@@ -205,17 +205,17 @@ def test_every_paired_number_goes_through_texts(sweeps: tuple[Path, Path]) -> No
 
 
 def test_a_table_says_so_and_its_errors_are_of_texts(sweeps: tuple[Path, Path], tmp_path: Path) -> None:
-    told = "piqa: 80 documents in 20 texts"
+    sentence = "piqa: 80 documents in 20 texts"
     plain, clustered = (gather([d]) for d in sweeps)
     (table,) = build_tables(clustered)
-    assert told in legend(table)
+    assert sentence in legend(table)
     assert "arc_easy:" not in legend(table)
-    assert told not in markdown(build_tables(plain))
+    assert sentence not in markdown(build_tables(plain))
     shown = show([sweeps[1]], Selection(), TableOptions(out=tmp_path / "out", plots=False))
-    assert all(told in t.legend for t in shown.rankings)
-    assert (tmp_path / "out" / "tables" / "tables.md").read_text().count(told) >= 4
-    assert told in (tmp_path / "out" / "report.html").read_text()
-    assert told in comparison_tables(compare_pair(clustered)[0], True, legend(table))[0].legend
+    assert all(sentence in t.legend for t in shown.rankings)
+    assert (tmp_path / "out" / "tables" / "tables.md").read_text().count(sentence) >= 4
+    assert sentence in (tmp_path / "out" / "report.html").read_text()
+    assert sentence in comparison_tables(compare_pair(clustered)[0], True, legend(table))[0].legend
     errors = [g.frame.set_index(["task", "policy", "budget"])["stderr"] for g in (plain, clustered)]
     for place in errors[0].index:
         assert (errors[0][place] == errors[1][place]) == (place[0] == "arc_easy")
@@ -271,10 +271,10 @@ def test_stopping_early_sees_whole_texts_and_bounds_the_documents_mean(sizes: li
         watch = Comparisons(StoppingRule(("a", "b"), confidence=0.8), sizes, [("x", "y")])
         for i in rng.permutation(len(sizes)):
             watch.see({"x": sums[i] / 2, "y": -sums[i] / 2})
-            (told,) = watch.report()
-            if not told["low"] - 1e-9 <= truth <= told["high"] + 1e-9:
+            (comparison,) = watch.report()
+            if not comparison["low"] - 1e-9 <= truth <= comparison["high"] + 1e-9:
                 missed += 1
                 break
         else:
-            assert (told["low"], told["high"]) == (pytest.approx(truth), pytest.approx(truth))
+            assert (comparison["low"], comparison["high"]) == (pytest.approx(truth), pytest.approx(truth))
     assert missed / runs <= 0.2 + 3 * (0.2 * 0.8 / runs) ** 0.5

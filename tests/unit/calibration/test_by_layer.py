@@ -66,12 +66,12 @@ def test_what_makes_no_error_step_by_step_is_refused():
         command.policy_of("a2sf,0.4")
     with pytest.raises(ConfigError, match="did you mean h2o"):
         command.policy_of("h2")
-    for argument, told in (
+    for argument, message in (
         (["--budget", "1.2"], "--budget=1.2"),
         (["--tokens", "0"], "--tokens=0"),
         (["--skip", "0"], "--skip=0"),
     ):
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             command.main(["h2o", *argument])
 
 

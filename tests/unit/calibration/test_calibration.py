@@ -1,4 +1,4 @@
-"""Calibration: what an error is, who gets slots, that the command finishes, goes on where it stopped and writes a policy."""
+"""Calibration: what an error is, who gets slots; the command finishes, continues where it stopped and writes a policy."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def layer(seed: int, tokens: int = 20) -> Captured:
 
 
 def test_an_error_is_that_of_the_policy_after_the_projection():
-    """The oracle: each policy by itself, its output projected whole."""
+    """The oracle: each policy by itself, its output projected at once."""
     seen, projection = layer(0), torch.randn(32, 12, generator=torch.Generator().manual_seed(1))
     ratios = (0.2, 0.55)
     found = errors(seen, projection, [HeadAtRatio(head, ratio) for head in FEW for ratio in ratios])
@@ -175,7 +175,7 @@ def calibrated(model: Path, *more: str) -> None:
     calibrate.main([*arguments, "--out", "mine.yaml", *more])
 
 
-def test_the_command_writes_a_policy_and_goes_on_where_it_stopped(model, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_a_policy_and_continues_where_it_stopped(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "settings", lambda: FEW)
     monkeypatch.setattr(grid, "settings", lambda: FEW)
@@ -222,7 +222,7 @@ def test_the_command_writes_a_policy_and_goes_on_where_it_stopped(model, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--per", "heads"], r"--per=heads is not allowed: give one of model, layer, head \(did you mean head"),
         (["--budget", "1.0"], "--budget=1.0 is not allowed: give shares of a sequence's tokens, above 0 and below 1"),
@@ -232,8 +232,8 @@ def test_the_command_writes_a_policy_and_goes_on_where_it_stopped(model, tmp_pat
         (["--model", "no/such/model.gguf"], "model.path=no/such/model.gguf"),
     ],
 )
-def test_what_is_refused_before_anything_is_loaded(arguments, told):
-    with pytest.raises(ConfigError, match=told):
+def test_what_is_refused_before_anything_is_loaded(arguments, message):
+    with pytest.raises(ConfigError, match=message):
         calibrate.main(arguments)
 
 

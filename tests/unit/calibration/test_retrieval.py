@@ -27,8 +27,8 @@ def looking_at(places: list[int]) -> Captured:
     T = len(IDS)
     key = torch.eye(T)[None, None]
     query = torch.zeros(1, 2, T, T)
-    for asked, place in zip(NEEDLE.answer, places, strict=True):
-        query[0, 0, asked - 1, place] = 5.0
+    for token, place in zip(NEEDLE.answer, places, strict=True):
+        query[0, 0, token - 1, place] = 5.0
     query[0, 1] = -torch.eye(T)[torch.arange(T)]  # head 1 looks anywhere but at itself
     value = torch.zeros(1, 1, T, T)
     return Captured(0, query, key, value, 1.0, torch.zeros(1, 2, T, T))

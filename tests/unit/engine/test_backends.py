@@ -1,4 +1,4 @@
-"""What ran is noted, whatever was asked for."""
+"""What ran is noted, whatever was requested."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def test_what_ran(policy, schedule, backend, ran):
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 def test_autocast_around_it_lowers_no_precision(backend):
     q, k, v = torch.randn(1, 4, 40, 8), *torch.randn(2, 1, 2, 40, 8)
-    told = {"budget": 9, "recent": 2, "forgetting_factor": 0.5, "backend": backend}
-    want, kept = evicting_attention(q, k, v, **told)
+    options = {"budget": 9, "recent": 2, "forgetting_factor": 0.5, "backend": backend}
+    want, kept = evicting_attention(q, k, v, **options)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got, state = evicting_attention(q, k, v, **told)
+        got, state = evicting_attention(q, k, v, **options)
     assert got.equal(want)
     assert state.positions.equal(kept.positions)

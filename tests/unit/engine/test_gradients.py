@@ -46,12 +46,12 @@ def test_a_policy_that_merges_has_none():
 
 
 def test_a_gradient_goes_through_a_state():
-    whole, parts = given(), given()
-    run(A2SF(), None, *whole)[0].square().sum().backward()
+    at_once, parts = given(), given()
+    run(A2SF(), None, *at_once)[0].square().sum().backward()
     first, state = run(A2SF(), None, *(x[:, :, :5] for x in parts))
     second, _ = run(A2SF(), None, *(x[:, :, 5:] for x in parts), state=state)
     (first.square().sum() + second.square().sum()).backward()
-    for a, b in zip(whole, parts, strict=True):
+    for a, b in zip(at_once, parts, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
     later = [x[:, :, 5:].detach() for x in parts]
     with pytest.raises(ConfigError, match="only reference has gradients"):

@@ -202,7 +202,7 @@ def test_every_policy_holds_every_invariant_under_each_schedule_that_it_knows(na
 
 
 @pytest.mark.parametrize(
-    ("made", "which", "told"),
+    ("made", "which", "message"),
     [
         (TooMany(), "7", "it may hold"),
         (ByBudget(), "6", "differ in their scores"),
@@ -222,10 +222,10 @@ def test_every_policy_holds_every_invariant_under_each_schedule_that_it_knows(na
     ],
     ids=lambda x: getattr(x, "name", ""),
 )
-def test_a_broken_policy_is_told_what_it_breaks(made, which, told):
+def test_a_broken_policy_is_reported_with_what_it_breaks(made, which, message):
     found = broken(made, which)
     assert found
-    assert re.search(told, found)
+    assert re.search(message, found)
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
@@ -233,13 +233,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     (tmp_path / "ofmine2.py").write_text(policy("Mine", "mine2", "x").replace("budget=budget,", "budget=2 * budget,"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", list(sys.path))
-    command.main(["ofmine:Mine", "share=0.25", "--trials", "2"])
+    command.main(["ofmine:Mine", "share=0.25", "--trials", "1"])
     said = capsys.readouterr().out
     assert "Mine(share=0.25)" in said
     assert said.count("holds") == len(INVARIANTS)
     assert said.count("step; every 3; prompt, then keep; prompt, then step; prompt, then every 3") == len(INVARIANTS)
     with pytest.raises(SystemExit, match="1"):
-        command.main(["ofmine2:Mine", "--trials", "2"])
+        command.main(["ofmine2:Mine", "--trials", "1"])
     assert "and states" in capsys.readouterr().out
     command.main(["future", "--trials", "1"])
     said = capsys.readouterr().out
@@ -253,7 +253,7 @@ def helper(step):
 """
 
 
-def test_an_error_of_the_policys_own_code_is_told_once_and_where(tmp_path, monkeypatch, capsys):
+def test_an_error_of_the_policys_own_code_is_reported_once_with_its_line(tmp_path, monkeypatch, capsys):
     made = policy("Failing", "failing_twice", "x") + FAILING + "\n\n"
     made += "Failing.priorities = lambda self, step: helper(step)\n"
     (tmp_path / "offailing.py").write_text(made)
@@ -279,7 +279,7 @@ def test_an_error_of_the_policys_own_code_is_told_once_and_where(tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["h2o", "recent_shar=1"], r"policy.recent_shar=1 .* h2o has recent_share \(did you mean recent_share\?\)"),
         (["h2o", "recent_share=2"], "policy.recent_share=2 .* from 0 to 1"),
@@ -288,6 +288,6 @@ def test_an_error_of_the_policys_own_code_is_told_once_and_where(tmp_path, monke
         (["h2o", "--config-dir", "nowhere"], "there is no such folder"),
     ],
 )
-def test_bad_input_of_the_command(arguments, told):
-    with pytest.raises((ConfigError, UserError), match=told):
+def test_bad_input_of_the_command(arguments, message):
+    with pytest.raises((ConfigError, UserError), match=message):
         command.main(arguments)

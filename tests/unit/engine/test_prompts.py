@@ -61,14 +61,14 @@ def run(tensors: list[Tensor], segments: Segments, **options: bool) -> Attended:
     [("h2o", 0), ("a2sf", 0), ("tova", 0), ("snapkv", 20)],  # snapkv: a product and what is made of it
 )
 def test_a_layer_takes_as_many_operations_for_many_prompts_as_for_one(name, of_each, then):
-    counted = {}
+    operations_of = {}
     for several in (1, 16):
         tensors, segments = forest(name, [30 + i for i in range(several)], after=4, then=then)
         run(tensors, segments, return_state=True)  # what is made once for all layers
         with Operations() as operations:
             run(tensors, segments, return_state=True)
-        counted[several] = operations.count
-    assert counted[16] <= 1.1 * counted[1] + 2 * 15 * of_each, counted
+        operations_of[several] = operations.count
+    assert operations_of[16] <= 1.1 * operations_of[1] + 2 * 15 * of_each, operations_of
 
 
 @pytest.mark.parametrize("then", ["keep", "step"])

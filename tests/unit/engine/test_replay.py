@@ -109,10 +109,10 @@ STEPS = [[[9] * 6] * 2] * 2
     ],
 )
 def test_what_cannot_be_is_refused(tmp_path, content, says):
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as raised:
         of(tmp_path, content)
-    assert re.search(says, str(told.value))
-    assert "\n" not in str(told.value)
+    assert re.search(says, str(raised.value))
+    assert "\n" not in str(raised.value)
 
 
 def test_traces_of_an_earlier_version_have_no_tokens():
@@ -149,10 +149,10 @@ def test_the_engine_evicts_what_a_recording_says(seed, tokens, backend):
     logits = q.unflatten(1, (K, G)) @ k[:, :, None].transpose(-1, -2) * D**-0.5
     p = logits.masked_fill(~sees[None, :, None], -torch.inf).softmax(-1)
     expected = (p @ v[:, :, None]).flatten(1, 2)
-    whole = run(0, tokens)
-    torch.testing.assert_close(whole.output, expected, atol=2e-5, rtol=1e-4)
-    assert torch.equal(steps_of(whole)[0].long(), steps.clamp(max=tokens))
-    kept = [set(x[x >= 0].tolist()) for x in whole.state.positions[0]]
+    at_once = run(0, tokens)
+    torch.testing.assert_close(at_once.output, expected, atol=2e-5, rtol=1e-4)
+    assert torch.equal(steps_of(at_once)[0].long(), steps.clamp(max=tokens))
+    kept = [set(x[x >= 0].tolist()) for x in at_once.state.positions[0]]
     assert kept == [set(at[s >= tokens].tolist()) for s in steps]
     if tokens > 1:
         half = tokens // 2

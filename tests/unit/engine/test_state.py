@@ -49,10 +49,10 @@ def test_evict_leaves_the_others_in_order():
 
 
 def test_trim_is_a_view_and_contiguous_frees_the_rest():
-    whole = state([[[1, 4, -1, -1], [2, -1, -1, -1]]])
-    got = whole.trim()
+    untrimmed = state([[[1, 4, -1, -1], [2, -1, -1, -1]]])
+    got = untrimmed.trim()
     assert (got.most, got.positions.shape[-1]) == (2, 2)
-    assert got.keys.data_ptr() == whole.keys.data_ptr()
+    assert got.keys.data_ptr() == untrimmed.keys.data_ptr()
     own = got.contiguous()
     assert own.keys.untyped_storage().nbytes() == own.keys.nbytes
     assert own.nbytes == sum(x.nbytes for x in own.tensors().values())

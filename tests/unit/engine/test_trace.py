@@ -14,14 +14,14 @@ from a2sf.report.traced import picture
 
 # a budget of 2: one layer, two KV heads; the first head drops the oldest, the second always drops the newest but one
 EVICTED = np.array([[[-1, -1, 0, 1, 2], [-1, -1, 1, 2, 3]]], np.int32)
-GONE = np.array([[[2, 3, 4, 5, 5], [5, 2, 3, 4, 5]]], np.int32)  # the steps at which they went
+EVICTED_AT = np.array([[[2, 3, 4, 5, 5], [5, 2, 3, 4, 5]]], np.int32)  # the steps at which they went
 RECEIVED = np.array([[[0.5, 1.5, 1.0, 1.0, 1.0], [2.0, 0.5, 1.0, 0.5, 1.0]]], np.float32)
 LOST = np.array([[[0, 0, 0, 0.25, 0.5], [0, 0, 0, 0.75, 0]]], np.float32)
 PIECES = ("a", " bee", " sea", "\n", " e")
 
 
-def trace(gone: np.ndarray = GONE) -> Trace:
-    return Trace(3, PIECES, 4, gone, RECEIVED, LOST)
+def trace(evicted_at: np.ndarray = EVICTED_AT) -> Trace:
+    return Trace(3, PIECES, 4, evicted_at, RECEIVED, LOST)
 
 
 def test_kept_positions_at_every_step():
@@ -73,12 +73,12 @@ def test_attention_behind_an_eviction_is_that_of_the_engine(heads):
 
 
 def test_overlap_is_the_mean_jaccard_index():
-    swapped = trace(GONE[:, ::-1])
+    swapped = trace(EVICTED_AT[:, ::-1])
     # both heads, steps 0 to 4: 1, 1, then one of three positions in common
     assert overlap(trace(), swapped) == pytest.approx([(1 + 1 + 3 / 3) / 5])
     assert overlap(trace(), trace()) == pytest.approx([1.0])
     with pytest.raises(ValueError, match="same document"):
-        overlap(trace(), Trace(3, ("x", *PIECES[1:]), 4, GONE, RECEIVED, LOST))
+        overlap(trace(), Trace(3, ("x", *PIECES[1:]), 4, EVICTED_AT, RECEIVED, LOST))
 
 
 def test_a_file_gives_back_what_was_written(tmp_path):
@@ -86,12 +86,12 @@ def test_a_file_gives_back_what_was_written(tmp_path):
     save(tmp_path / "t.npz", [trace(), small])
     first, second = load(tmp_path / "t.npz")
     assert (first.document, first.pieces, first.context) == (3, PIECES, 4)
-    for name, expected in (("evicted_at", GONE), ("received", RECEIVED), ("lost", LOST)):
+    for name, expected in (("evicted_at", EVICTED_AT), ("received", RECEIVED), ("lost", LOST)):
         assert np.array_equal(getattr(first, name), expected)
     assert (second.document, second.pieces, second.evicted_at.shape) == (7, ("é", "x"), (2, 1, 2))
 
 
-@pytest.mark.parametrize("first", [{"evicted_3": EVICTED}, {"gone_3": GONE}])
+@pytest.mark.parametrize("first", [{"evicted_3": EVICTED}, {"gone_3": EVICTED_AT}])
 def test_files_of_earlier_versions_are_read(tmp_path, first):
     arrays = {
         **first,
@@ -102,14 +102,14 @@ def test_files_of_earlier_versions_are_read(tmp_path, first):
     }
     np.savez_compressed(tmp_path / "old.npz", documents=np.array([3]), **arrays)
     (old,) = load(tmp_path / "old.npz")
-    assert np.array_equal(old.evicted_at, GONE)
+    assert np.array_equal(old.evicted_at, EVICTED_AT)
 
 
-def test_earlier_names_go_on_working():
+def test_earlier_names_keep_working():
     with pytest.warns(Notice, match="retained"):
         assert np.array_equal(trace().kept(2), trace().retained(2))
     with pytest.warns(Notice, match="evicted_at"):
-        assert np.array_equal(trace().gone, GONE)
+        assert np.array_equal(trace().gone, EVICTED_AT)
 
 
 def test_several_evictions_of_one_step():
@@ -117,9 +117,9 @@ def test_several_evictions_of_one_step():
     evicted = torch.full((1, 2, 5), -1, dtype=torch.int32)
     evicted[0, 1, 3] = 2
     cuts = torch.tensor([[0, 0, 3, 0], [0, 0, 3, 2], [0, 0, 3, 1]])
-    gone = steps_of(Attended(torch.empty(0), None, evicted, cuts))
-    assert gone.tolist() == [[[3, 3, 3, 5, 5], [5, 5, 3, 5, 5]]]
-    cut = Trace(3, PIECES, 4, gone.numpy(), RECEIVED, LOST)
+    evicted_at = steps_of(Attended(torch.empty(0), None, evicted, cuts))
+    assert evicted_at.tolist() == [[[3, 3, 3, 5, 5], [5, 5, 3, 5, 5]]]
+    cut = Trace(3, PIECES, 4, evicted_at.numpy(), RECEIVED, LOST)
     assert np.flatnonzero(cut.retained(3)[0, 0]).tolist() == [3]
     assert cut.ages(0).tolist() == [3, 2, 1, 1]
     assert cut.masses(0).tolist() == [0.5, 1.5, 1.0, 1.0]

@@ -58,8 +58,8 @@ def make_lora(base: Path, folder: Path, **more: object) -> Path:
     """A LoRA adapter of a model, as peft saves it, that changes what the model says."""
     peft = pytest.importorskip("peft")
     made = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    asked = {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
-    made = peft.get_peft_model(made, peft.LoraConfig(**(asked | more)))
+    settings = {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    made = peft.get_peft_model(made, peft.LoraConfig(**(settings | more)))
     torch.manual_seed(0)
     for name, weight in made.named_parameters():
         if "lora_B" in name:
@@ -71,8 +71,8 @@ def make_lora(base: Path, folder: Path, **more: object) -> Path:
 def test_without_peft_it_is_refused_before_anything_slow(base, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "peft" else find(name, *a))
-    told = sentence("data=bundle", f"model.path={base}", f"model.adapter={tmp_path}")
-    assert told == (
+    message = sentence("data=bundle", f"model.path={base}", f"model.adapter={tmp_path}")
+    assert message == (
         f'model.adapter={tmp_path} is not allowed: peft, which adds it, is not installed; pip install "a2sf[adapter]".'
     )
 
@@ -117,11 +117,11 @@ def test_it_is_part_of_what_a_cell_is_and_nothing_is_where_there_is_none(base, f
 
 
 def test_what_was_computed_with_one_beside_the_model_is_not_reused(base, files, tmp_path):
-    whole = tmp_path / "whole"
-    shutil.copytree(base, whole)
-    assert "adapter" not in cell(model=spec(whole)).identity
-    shutil.copy(files / "adapter_config.json", whole)
-    assert cell(model=spec(whole)).identity["adapter"] is None
+    folder = tmp_path / "whole"
+    shutil.copytree(base, folder)
+    assert "adapter" not in cell(model=spec(folder)).identity
+    shutil.copy(files / "adapter_config.json", folder)
+    assert cell(model=spec(folder)).identity["adapter"] is None
 
 
 def test_tables_name_it_and_a_grid_may_hold_both(base, files):
@@ -132,12 +132,12 @@ def test_tables_name_it_and_a_grid_may_hold_both(base, files):
     assert [s.cells[0].model_name for s in models.distinguish(both)] == ["base", "base+lora"]
 
 
-def test_one_of_the_hub_is_pinned_and_workers_are_told(base, files, monkeypatch):
-    monkeypatch.setattr(hub, "commit_of", lambda wanted: (COMMIT, f"asked for {wanted.repo} at {wanted.revision}"))
-    asked = spec(base, adapter="org/lora@v1")
-    assert not asked.pinned
-    pinned, note = loading.pin(asked)
-    assert (pinned.adapter, note) == (f"org/lora@{COMMIT}", "asked for org/lora at v1")
+def test_one_of_the_hub_is_pinned_for_all_workers(base, files, monkeypatch):
+    monkeypatch.setattr(hub, "commit_of", lambda wanted: (COMMIT, f"pinned {wanted.repo} at {wanted.revision}"))
+    given = spec(base, adapter="org/lora@v1")
+    assert not given.pinned
+    pinned, note = loading.pin(given)
+    assert (pinned.adapter, note) == (f"org/lora@{COMMIT}", "pinned org/lora at v1")
     assert pinned.pinned
     made = cell(model=pinned)
     assert made.identity["adapter"] == {"path": "org/lora", "weights": COMMIT}
@@ -145,15 +145,15 @@ def test_one_of_the_hub_is_pinned_and_workers_are_told(base, files, monkeypatch)
 
 
 def test_one_that_lies_beside_a_model_is_said_and_not_looked_for(base, files, tmp_path):
-    whole = tmp_path / "whole"
-    shutil.copytree(base, whole)
-    assert loading.left_alone(spec(whole)) is None
+    folder = tmp_path / "whole"
+    shutil.copytree(base, folder)
+    assert loading.left_alone(spec(folder)) is None
     for file in files.iterdir():
-        shutil.copy(file, whole)
-    assert find_adapter_config_file(str(whole)) is not None  # which is what from_pretrained asks
-    assert find_adapter_config_file(str(whole), **adapter.NOWHERE["adapter_kwargs"]) is None
-    assert f"An adapter (LORA) lies beside the model in {whole} and is not used" in loading.left_alone(spec(whole))
-    assert loading.left_alone(spec(whole, adapter=str(files))) is None
+        shutil.copy(file, folder)
+    assert find_adapter_config_file(str(folder)) is not None  # which is what from_pretrained asks
+    assert find_adapter_config_file(str(folder), **adapter.NOWHERE["adapter_kwargs"]) is None
+    assert f"An adapter (LORA) lies beside the model in {folder} and is not used" in loading.left_alone(spec(folder))
+    assert loading.left_alone(spec(folder, adapter=str(files))) is None
 
 
 def test_with_it_the_model_says_what_peft_says(base, tmp_path):
@@ -169,13 +169,13 @@ def test_with_it_the_model_says_what_peft_says(base, tmp_path):
 def test_beside_a_model_it_changes_nothing(base, tmp_path):
     pytest.importorskip("peft")
     before = logits(load(spec(base)).model)
-    whole = tmp_path / "whole"
-    shutil.copytree(base, whole)
-    make_lora(base, whole)
-    changed = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)  # transformers adds it
+    folder = tmp_path / "whole"
+    shutil.copytree(base, folder)
+    make_lora(base, folder)
+    changed = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)  # transformers adds it
     assert (logits(changed) - before).abs().max() > 1
-    assert torch.equal(logits(load(spec(whole)).model), before)
-    assert torch.equal(logits(load(spec(whole, adapter=str(whole))).model), logits(changed))
+    assert torch.equal(logits(load(spec(folder)).model), before)
+    assert torch.equal(logits(load(spec(folder, adapter=str(folder))).model), logits(changed))
 
 
 def test_one_of_another_model_is_refused(base, tmp_path):

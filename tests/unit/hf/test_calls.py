@@ -90,7 +90,7 @@ def test_threads_use_a_model_first_at_the_same_time():
         assert together(lambda: pruned(model), lambda: scoped(model, 1)) == list(expected)  # noqa: B023
 
 
-def test_pruning_acts_on_its_own_thread_and_others_are_told():
+def test_pruning_acts_on_its_own_thread_and_warns_in_others():
     model = small("llama")
     plain = text(model)
     with pruning(model, A2SF(), BUDGET):

@@ -130,9 +130,9 @@ def test_a_mask_of_the_models_own_is_refused():
 def test_a_model_that_fails_is_refused_in_one_sentence():
     model = small("llama")
     model.model.norm.forward = lambda x: x[..., :3]
-    with pytest.raises(UnsupportedModel, match=r"fails on a few tokens \(RuntimeError: ") as told:
+    with pytest.raises(UnsupportedModel, match=r"fails on a few tokens \(RuntimeError: ") as raised:
         check_exact(model)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_cache_that_is_used_in_its_own_way_is_found_and_the_model_can_still_be_scored(monkeypatch):

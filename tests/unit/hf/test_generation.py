@@ -88,7 +88,7 @@ def test_memory_under_a_schedule_that_evicts_every_so_often():
 
 
 def test_heads_that_keep_everything_do_not_make_the_others_larger():
-    """One of six heads whole: the memory is that of one whole head and five small ones."""
+    """One of six heads retains everything: the memory is that of one full head and five small ones."""
     none, one, full = (after_prompt(p) for p in (Heads(), Heads(heads=[[1, 0]]), Full()))
     positions = one.state(1).positions[0]
     assert [int((p >= 0).sum()) for p in positions] == [610, 64]
@@ -106,7 +106,7 @@ def test_slots_that_move_between_heads_are_not_paid_for_twice(then):
     assert shared.nbytes < min(1.15, padded) * equal.nbytes
 
 
-def test_the_model_is_as_before_outside_and_other_calls_are_untouched():
+def test_the_model_is_as_before_outside_and_other_calls_are_unchanged():
     model = small("llama")
     own = model.config._attn_implementation
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_a_failed_call_leaves_the_model_usable_and_the_cache_not():
         assert model(IDS, cache=cache).logits.isfinite().all()
 
 
-def test_a_copied_cache_goes_on_by_itself():
+def test_a_copied_cache_continues_by_itself():
     model = small("llama")
     prefix = PrunedCache(model, A2SF(), Budget(tokens=6))
     with torch.no_grad():
@@ -153,10 +153,10 @@ def test_nothing_keeps_a_model_alive():
     cache = PrunedCache(model, A2SF(), Budget(tokens=6))
     with torch.no_grad():
         model(IDS, cache=cache)
-    gone = weakref.ref(model)
+    reference = weakref.ref(model)
     del model
     gc.collect()
-    assert gone() is None
+    assert reference() is None
 
 
 def test_budgets_by_tokens_and_by_shares_of_prompt_and_text():
@@ -230,12 +230,12 @@ def refused(why: str, **inputs: object) -> None:
     with torch.no_grad():
         if fed is not None:
             model(fed, cache=cache)
-        with pytest.raises(UserError, match=why) as told:
+        with pytest.raises(UserError, match=why) as raised:
             model(**inputs, cache=cache)
-    assert str(told.value).count("\n") == 0
+    assert str(raised.value).count("\n") == 0
 
 
-def test_misuse_is_told_in_one_sentence():
+def test_misuse_gives_one_sentence():
     gap = torch.ones_like(IDS)
     gap[0, 5] = 0
     other = PrunedCache(small("llama", seed=1), A2SF(), Budget(tokens=4))
@@ -248,7 +248,7 @@ def test_misuse_is_told_in_one_sentence():
     refused("only a padding mask", input_ids=IDS, attention_mask=gap[:, None, None])
 
 
-def test_where_a_prompt_ends_is_asked_for_where_it_is_not_known():
+def test_the_end_of_a_prompt_must_be_given_where_it_is_not_known():
     model, mask = small("llama"), torch.ones_like(IDS)
     mask[1] = 0
     for why, ids, settings, more in (
@@ -299,16 +299,16 @@ def test_what_generate_begins_with_is_a_prompt(settings):
     model.generate(IDS[:, :1], cache=one, max_new_tokens=4, **GREEDY)
     assert one.prompt == [1, 1]
     ones = torch.ones(2, 26, dtype=torch.int64)
-    whole, twice = PrunedCache(model, **settings), PrunedCache(model, **settings)
+    at_once, twice = PrunedCache(model, **settings), PrunedCache(model, **settings)
     first = model.generate(IDS, cache=twice, max_new_tokens=1, **GREEDY)
     text = model.generate(
         torch.cat([first, IDS[:, :5]], 1), cache=twice, attention_mask=ones, max_new_tokens=4, **GREEDY
     )
     with torch.no_grad():
-        model(IDS, cache=whole)
-    whole.context_tokens = 20
+        model(IDS, cache=at_once)
+    at_once.context_tokens = 20
     with torch.no_grad():
-        logits = model(torch.cat([first[:, -1:], IDS[:, :5]], 1), cache=whole).logits
+        logits = model(torch.cat([first[:, -1:], IDS[:, :5]], 1), cache=at_once).logits
     assert torch.equal(text[:, 26], logits[:, -1].argmax(-1))
     assert twice.prompt == [20, 20]
     # only what begins with generate is one: the parts of a chunked prefill come within it
@@ -341,11 +341,11 @@ def test_a_second_turn_of_questions_of_several_lengths(long):
     mask[0, 24 : 24 + gap] = 0
     settings = {"max_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True, **GREEDY}
 
-    def turns(rows: slice, cache: object, asked: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    def turns(rows: slice, cache: object, second: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
         first = model.generate(
             IDS[rows], cache=cache, attention_mask=torch.ones_like(IDS[rows]), max_new_tokens=4, **GREEDY
         )
-        out = model.generate(torch.cat([first, asked], 1), cache=cache, attention_mask=shown, **settings)
+        out = model.generate(torch.cat([first, second], 1), cache=cache, attention_mask=shown, **settings)
         return torch.stack(out.logits, 1)
 
     def pruned(tokens: int) -> PrunedCache:
@@ -369,7 +369,7 @@ def test_a_gap_is_refused_where_nothing_was_read_and_where_steps_are_noted():
             model(IDS[:, :6], attention_mask=mask, cache=cache)
 
 
-def test_padding_of_an_earlier_call_is_remembered_or_asked_for():
+def test_padding_of_an_earlier_call_is_remembered_or_must_be_given():
     model = small("llama")
     mask = torch.ones_like(IDS)
     mask[1, :8] = 0
@@ -470,10 +470,14 @@ def test_states_before_and_after_the_prompts_cut():
         return PrunedCache(model, A2SF(), Budget(tokens=6), context_tokens=12, **settings)
 
     with torch.no_grad():
-        keep, step, whole = cache(schedule=Schedule("prompt")), cache(schedule=Schedule("prompt", then="step")), cache()
+        keep, step, stepwise = (
+            cache(schedule=Schedule("prompt")),
+            cache(schedule=Schedule("prompt", then="step")),
+            cache(),
+        )
         model(IDS[:, :11], cache=keep)
         model(IDS[:, :13], cache=step)
-        model(IDS[:, :1], cache=whole)
+        model(IDS[:, :1], cache=stepwise)
         states = [keep.state(i) for i in range(3)]
         assert states[0].positions.shape[-1] == 11
         step.load(states)  # back in the prompt
@@ -482,12 +486,12 @@ def test_states_before_and_after_the_prompts_cut():
         torch.testing.assert_close(first, expected[:, :1])
         assert step.state(0).positions.shape[-1] == 6
         with pytest.raises(UserError, match="more tokens than this cache's budget"):
-            whole.load(states)
+            stepwise.load(states)
         with pytest.raises(UserError, match="more tokens than this cache's budget"):
             step.load([keep.state(i) for i in range(3)])  # two were kept after the cut
 
 
-def test_a_model_in_training_mode_is_told_so():
+def test_a_model_in_training_mode_is_refused():
     with pytest.raises(UnsupportedModel, match=r"model\.eval\(\)"):
         PrunedCache(small("gpt2").train(), A2SF(), Budget(tokens=4))
 
@@ -530,11 +534,11 @@ def test_a_window_of_the_models_own_may_not_be_outgrown():
 
 def test_transformers_own_chunked_prefill():
     model = small("llama")
-    whole = PrunedCache(model, A2SF(), Budget(ratio=0.3, base="context"))
+    at_once = PrunedCache(model, A2SF(), Budget(ratio=0.3, base="context"))
     chunks = PrunedCache(model, A2SF(), Budget(ratio=0.3, base="context"), context_tokens=20)
     settings = {**GREEDY, "max_new_tokens": 8}
     mask = torch.ones_like(IDS)
-    a = model.generate(IDS, attention_mask=mask, cache=whole, **settings)
+    a = model.generate(IDS, attention_mask=mask, cache=at_once, **settings)
     b = model.generate(IDS, attention_mask=mask, cache=chunks, prefill_chunk_size=7, **settings)
     assert torch.equal(a, b)
 

@@ -29,7 +29,7 @@ from tests.own_tasks import simple_evaluate
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """kind -> a whole checkpoint."""
+    """kind -> a complete checkpoint."""
     root = tmp_path_factory.mktemp("checkpoints")
     return {
         "llama": write_model(root / "llama"),
@@ -63,9 +63,9 @@ def spec(folder: Path, **more: object) -> ModelSpec:
 
 
 def refused(folder: Path) -> str:
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as raised:
         load(spec(folder))
-    text = str(told.value)
+    text = str(raised.value)
     assert text.startswith(f"model.path={folder}")
     assert len(text.splitlines()) == 1
     return text
@@ -162,8 +162,8 @@ def with_a_layer_more(weights):
     ],
 )
 def test_weights_that_are_not_the_models_are_refused_by_name(checkpoint, change, why):
-    told = refused(checkpoint(tensors=change))
-    assert re.search(why, told), told
+    message = refused(checkpoint(tensors=change))
+    assert re.search(why, message), message
 
 
 def test_a_tied_model_without_either_of_the_two_is_refused(checkpoint):
@@ -205,21 +205,21 @@ def test_a_file_that_is_not_whole_is_refused_by_name(checkpoint, kind, size):
     folder = checkpoint(kind)
     (file,) = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin")]
     file.write_bytes(file.read_bytes()[:size])
-    told = refused(folder)
-    assert "weights" in told or file.name in told
+    message = refused(folder)
+    assert "weights" in message or file.name in message
     if kind == "llama":
         with pytest.raises(ConfigError, match=file.name):
             prepare(spec(folder))  # before anything slow
 
 
-def test_a_pointer_in_place_of_the_weights_is_told(checkpoint):
+def test_a_pointer_in_place_of_the_weights_is_reported(checkpoint):
     folder = checkpoint()
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
     assert "git lfs pull" in refused(folder)
 
 
 @pytest.mark.parametrize(("kind", "name"), [("llama", "model.safetensors"), ("opt", "pytorch_model.bin")])
-def test_a_missing_shard_is_told_by_name(checkpoint, kind, name):
+def test_a_missing_shard_is_named(checkpoint, kind, name):
     folder = checkpoint(kind)
     lost = shard(folder, name)[1]
     (folder / lost).unlink()
@@ -275,19 +275,19 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(checkpoint, tmp_pat
         ({"tokenizer.json": b"{"}, "tokenizer cannot be loaded"),
     ],
 )
-def test_what_is_no_model_is_told_apart(checkpoint, change, why):
+def test_each_kind_of_file_that_is_no_model_has_its_message(checkpoint, change, why):
     folder = checkpoint()
     for name, content in change.items():
         if content is None:
             (folder / name).unlink()
         else:
             (folder / name).write_bytes(content)
-    told = refused(folder)
-    assert re.search(why, told), told
+    message = refused(folder)
+    assert re.search(why, message), message
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", "unheard_of"])
-def test_quantised_weights_without_their_library_are_told_before_they_are_read(checkpoint, method):
+def test_quantised_weights_without_their_library_are_reported_before_they_are_read(checkpoint, method):
     folder = checkpoint(quantization_config={"quant_method": method, "bits": 4, "load_in_4bit": True})
     with pytest.raises(ConfigError, match=rf"quantised \({method}\)"):
         prepare(spec(folder))
@@ -296,13 +296,13 @@ def test_quantised_weights_without_their_library_are_told_before_they_are_read(c
 @pytest.mark.parametrize(
     ("where", "why"), [("c.C", r"c\.py\) is not there"), ("org/other--c.C", r"c\.py\) is in org/other")]
 )
-def test_code_that_does_not_come_with_the_weights_is_told(checkpoint, where, why):
+def test_code_that_does_not_come_with_the_weights_is_reported(checkpoint, where, why):
     folder = checkpoint(model_type="own", auto_map={"AutoConfig": where, "AutoModelForCausalLM": where})
     with pytest.raises(ConfigError, match=why):
         load(spec(folder, trust_remote_code=True))
 
 
-def test_a_tokenizer_of_a_larger_vocabulary_is_told(checkpoint):
+def test_a_tokenizer_of_a_larger_vocabulary_is_reported(checkpoint):
     def smaller(weights):
         for key in ("model.embed_tokens.weight", "lm_head.weight"):
             weights[key] = weights[key][:50].clone()
@@ -386,10 +386,10 @@ def test_a_grid_reads_the_sizes_of_a_gguf_file_once_and_again_when_it_changes(tm
 
 
 def test_a_gguf_file_that_lacks_a_tensor_is_refused_and_not_kept(tmp_path, monkeypatch):
-    whole = write_gguf(tmp_path / "whole.gguf")
+    complete = write_gguf(tmp_path / "whole.gguf")
     lacks = write_gguf(tmp_path / "lacks.gguf", "blk.1.ffn_up.weight")
     monkeypatch.setenv("A2SF_CACHE", str(tmp_path / "cache"))  # now: SmolLM2's tokenizer is in the usual one
-    assert load(spec(whole)).format == "gguf"
+    assert load(spec(complete)).format == "gguf"
     for _ in range(2):  # nothing was kept of the first
         assert "layers.1.mlp.up_proj" in refused(lacks)
     (tmp_path / "no.gguf").write_bytes(b"GGUF")
@@ -404,10 +404,10 @@ def test_lm_eval_loads_a_model_by_name_with_the_same_checks(checkpoint, bundle):
     folder = checkpoint("opt")
     task = tasks.TaskSpec("copa", bundle).build(0)
     # as the README has it, on a machine that may have no GPU: lm-eval's own default is cuda
-    told = simple_evaluate(
+    evaluated = simple_evaluate(
         "a2sf", model_args=f"pretrained={folder}/,policy=h2o,budget_ratio=0.5", tasks=[task], limit=2, bootstrap_iters=0
     )
-    assert told["results"]["copa"]["acc,none"] in (0.0, 0.5, 1.0)
+    assert evaluated["results"]["copa"]["acc,none"] in (0.0, 0.5, 1.0)
     lm = PrunedLM(str(folder), dtype=torch.bfloat16, device="cpu", max_length=128)
     assert (lm.model.dtype, lm.max_length, lm.weights_format) == (torch.bfloat16, 128, "bin")
     assert PrunedLM(str(folder)).model.dtype == torch.float32  # as the sweeps

@@ -147,6 +147,6 @@ def test_masks_are_compared_where_no_token_is_padding():
     assert not masks.shows_the_same(blocks, **given)
     assert not masks.shows_the_same(blocks, **given, attention_mask=torch.tensor([[False, True, True, True]]))
     assert masks.shows_the_same(blocks, **given, attention_mask=torch.tensor([[True, True, False, True]]))
-    # one token that goes on: all earlier ones are seen
+    # one more token: all earlier ones are seen
     assert masks.shows_the_same(blocks, batch_size=1, q_length=1, kv_length=4, q_offset=3)
     assert not masks.shows_the_same(blocks, batch_size=1, q_length=1, kv_length=4, q_offset=1)

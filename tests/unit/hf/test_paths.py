@@ -106,10 +106,10 @@ def test_a_link_of_another_hub_is_understood_where_that_is_set(home, monkeypatch
     ],
 )
 def test_what_can_name_nothing_is_one_sentence(home, path, why):
-    with pytest.raises(ConfigError, match=why) as told:
+    with pytest.raises(ConfigError, match=why) as raised:
         ModelSpec(path)
-    assert str(told.value).startswith("model.path=")
-    assert len(str(told.value).splitlines()) == 1
+    assert str(raised.value).startswith("model.path=")
+    assert len(str(raised.value).splitlines()) == 1
 
 
 def test_a_link_and_another_revision_contradict_each_other(home):

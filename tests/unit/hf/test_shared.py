@@ -10,8 +10,9 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
+from a2sf import disk_cache
 from a2sf.errors import ConfigError, UserError
-from a2sf.hf.files import cache, gguf
+from a2sf.hf.files import gguf
 from a2sf.hf.loading import ModelSpec, fingerprint, load, prepare
 from a2sf.sweep import runner as sweep
 from a2sf.sweep.prepare import models
@@ -78,9 +79,9 @@ def test_another_users_lock_stops_nobody(model, shared):
 
 
 def test_a_cache_that_cannot_be_written_is_named_with_what_to_set(model, shared):
-    with another_user(), pytest.raises(UserError, match=f"{shared}/cache.*set A2SF_CACHE") as told:
+    with another_user(), pytest.raises(UserError, match=f"{shared}/cache.*set A2SF_CACHE") as raised:
         load(spec(model))
-    assert not isinstance(told.value, ConfigError)  # the model is not at fault
+    assert not isinstance(raised.value, ConfigError)  # the model is not at fault
 
 
 def test_the_cache_need_not_be_writable_for_what_is_there(model, shared):
@@ -91,11 +92,11 @@ def test_the_cache_need_not_be_writable_for_what_is_there(model, shared):
 
 
 def test_a_digest_that_another_user_keeps_to_himself_is_made_anew(model, shared):
-    known = cache.digest(model)
+    known = disk_cache.digest(model)
     (remembered,) = (shared / "cache" / "digests").iterdir()
     remembered.chmod(0o600)
     with another_user():
-        assert cache.digest(model) == known
+        assert disk_cache.digest(model) == known
 
 
 def test_a_file_that_cannot_be_read_is_named_also_where_its_digest_is_remembered(shared):
@@ -109,7 +110,7 @@ def test_a_file_that_cannot_be_read_is_named_also_where_its_digest_is_remembered
         (folder / name).chmod(mode)
     (folder / "model.safetensors").chmod(0o600)
     with another_user(), pytest.raises(ConfigError, match=r"model.safetensors cannot be read \(Permission denied\)"):
-        prepare(spec(folder))  # it is whole, and need not be fetched again
+        prepare(spec(folder))  # it is complete, and need not be fetched again
 
 
 def test_a_folder_that_cannot_be_looked_into_is_not_empty(shared):

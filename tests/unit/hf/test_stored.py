@@ -1,4 +1,4 @@
-"""A cache that is stored and loaded, in another process too, goes on as if it had never stopped."""
+"""A cache that is stored and loaded, in another process too, continues as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def rest(model, cache: PrunedCache) -> torch.Tensor:
         ("gemma3", (A2SF(), TOKENS), {}),
     ],
 )
-def test_it_goes_on_as_if_it_had_not_stopped(name, settings, more, tmp_path):
+def test_it_continues_as_if_it_had_not_stopped(name, settings, more, tmp_path):
     model = small(name)
     cache = filled(model, *settings, **more)
     torch.save(cache.stored(), tmp_path / "cache.pt")

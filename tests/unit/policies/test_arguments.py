@@ -127,10 +127,10 @@ def test_numbers_of_evicting_attention():
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool, torch.complex64])
 def test_tensors_that_are_not_of_a_floating_dtype(dtype):
     """The output was cut off to the query's dtype."""
-    whole = [(3 * x).to(dtype) for x in (Q, K, V)]
+    scaled = [(3 * x).to(dtype) for x in (Q, K, V)]
     with pytest.raises(ConfigError, match=r"query=torch.* give a tensor of a floating dtype"):
-        attend(A2SF(), *whole, budget=4)
+        attend(A2SF(), *scaled, budget=4)
     with pytest.raises(ConfigError, match="value=torch"):
-        evicting_attention(Q, K, whole[2], budget=4, recent=1, forgetting_factor=0.5)
+        evicting_attention(Q, K, scaled[2], budget=4, recent=1, forgetting_factor=0.5)
     with pytest.raises(ConfigError, match="key=ndarray"):
         attend(A2SF(), Q, K.numpy(), V, budget=4)

@@ -55,7 +55,7 @@ def test_a_file_is_read_at_once_and_its_content_is_what_identifies_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "told"),
+    ("file", "message"),
     [
         (None, "policy.file=None is not allowed: give a file that `a2sf calibrate` wrote"),
         ("nowhere.yaml", "policy.file=nowhere.yaml is not allowed: give a file .*No such file"),
@@ -73,8 +73,8 @@ def test_a_file_is_read_at_once_and_its_content_is_what_identifies_it(tmp_path):
         ({"name": "x", "layers": [{"heads": HEADS, "sinks": 1}]}, "layer 0 may have only share and heads"),
     ],
 )
-def test_files_that_are_refused(file, told):
-    with pytest.raises(ConfigError, match=told):
+def test_files_that_are_refused(file, message):
+    with pytest.raises(ConfigError, match=message):
         make_policy("calibrated", file=file)
 
 

@@ -26,14 +26,14 @@ def plain(q, k, v, budget: int, window: int, seed: int, layer: int):
                 for i, j in enumerate(cached):
                     A[j] += float(p[i])
             if len(cached) > budget:
-                gone = min(cached[: len(cached) - budget // 2], key=lambda j: (A[j], j))
-                after = [j for j in cached if j > gone][:window]
+                evicted = min(cached[: len(cached) - budget // 2], key=lambda j: (A[j], j))
+                after = [j for j in cached if j > evicted][:window]
                 mean = sum(A[j] for j in after) / len(after)
-                at = torch.tensor([gone + h * HEADS + layer * LAYERS])
-                if float(Draw(seed)(torch.zeros(1).double(), None, at)) <= A[gone] / mean:
+                at = torch.tensor([evicted + h * HEADS + layer * LAYERS])
+                if float(Draw(seed)(torch.zeros(1).double(), None, at)) <= A[evicted] / mean:
                     for j in after:
-                        V[j] = V[j] + V[gone] / len(after)
-                cached.remove(gone)
+                        V[j] = V[j] + V[evicted] / len(after)
+                cached.remove(evicted)
         kept.append(cached)
         values.append(torch.stack([V[j] for j in cached]))
     return out, kept, torch.stack(values)
@@ -55,7 +55,7 @@ def test_values_are_those_of_the_equations(seed):
 
 
 @pytest.mark.parametrize(
-    ("by", "told"),
+    ("by", "message"),
     [
         ("cam", "policy.by=cam is not allowed: cam is built on another policy itself; give another policy"),
         ("snapkv", "under every schedule"),
@@ -65,6 +65,6 @@ def test_values_are_those_of_the_equations(seed):
         ("h3o", "did you mean"),
     ],
 )
-def test_what_cannot_be_merged_is_refused(by, told):
-    with pytest.raises(ConfigError, match=told):
+def test_what_cannot_be_merged_is_refused(by, message):
+    with pytest.raises(ConfigError, match=message):
         CaM(by=by)

@@ -1,4 +1,4 @@
-"""Thresholds: which tokens are alive follows from keys alone, what they leave is counted, and what is refused."""
+"""Thresholds: keys alone decide which tokens stay, how many stay is counted, and what is refused."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def counts(*requests: tuple[float, int], schedule: str = "step", prompt: int = 1
     return made
 
 
-def test_what_comes_out_is_counted_and_a_threshold_without_effect_is_told():
+def test_cached_tokens_are_counted_and_a_threshold_without_effect_is_reported():
     some = counts((6, 10), (9, 20))
     assert (some.kept_tokens, some.cache_share, max(some.shares)) == (7.5, pytest.approx(0.525), 0.6)
     assert some.lengths["budget"] == pytest.approx({"min": 6, "p25": 6.75, "median": 7.5, "p75": 8.25, "max": 9})
@@ -174,12 +174,12 @@ def test_what_a_pass_counts_is_what_a_cache_holds():
     """Decoding through a bounded cache holds as many tokens as scoring the same text in one pass counts."""
     model, ids = shared("llama"), ids_for()
     policy = make_policy("dms", threshold=-2.5, window=3)
-    _, gone = one_pass(model, policy, Schedule(), ids, [1, 1])
+    _, evicted_at = one_pass(model, policy, Schedule(), ids, [1, 1])
     cache = PrunedCache(model, policy)
     with torch.no_grad():
         for t in range(ids.shape[1]):
             model(ids[:, t : t + 1], cache=cache)
-    for layer, of_layer in enumerate(gone):
+    for layer, of_layer in enumerate(evicted_at):
         held = cache.state(layer).counts
         assert torch.equal(held, (of_layer >= ids.shape[1]).sum(-1))
         assert held.max() < ids.shape[1]  # some left

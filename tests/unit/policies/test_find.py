@@ -71,7 +71,7 @@ def test_a_broken_package_stops_only_who_asks_for_it(site):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (policy("Mine", "h2o", "x"), "its name h2o is that of baselines.h2o.H2O; rename it"),
         (policy("Min", "mine", "x"), r"mine has no Mine \(did you mean Min\?\)"),
@@ -95,15 +95,17 @@ def test_a_broken_package_stops_only_who_asks_for_it(site):
     ],
     ids=range(13),
 )
-def test_what_is_no_policy(site, text, told):
+def test_what_is_no_policy(site, text, message):
     (site / "mine.py").write_text(text)
-    with pytest.raises(ConfigError, match=f"policy=mine:Mine is not allowed: .*{told}"):
+    with pytest.raises(ConfigError, match=f"policy=mine:Mine is not allowed: .*{message}"):
         find_policy("mine:Mine")
 
 
-@pytest.mark.parametrize(("name", "told"), [("mine:Mine", "there is no module mine"), ("h2p", r"did you mean h2o\?")])
-def test_what_is_not_there(name, told):
-    with pytest.raises(ConfigError, match=told):
+@pytest.mark.parametrize(
+    ("name", "message"), [("mine:Mine", "there is no module mine"), ("h2p", r"did you mean h2o\?")]
+)
+def test_what_is_not_there(name, message):
+    with pytest.raises(ConfigError, match=message):
         find_policy(name)
 
 

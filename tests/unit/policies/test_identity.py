@@ -1,4 +1,4 @@
-"""Policies as values: equal settings are equal and hash alike, and what identifies a result is spelled as it always was."""
+"""Policies as values: equal settings have equal hashes, and the identity of results is written as in earlier versions."""
 
 from __future__ import annotations
 

@@ -74,14 +74,14 @@ def test_settings_that_are_refused(settings, said):
 
 
 def test_files_that_are_refused(tmp_path):
-    whole = random_gates(*SIZES)
-    lacking = {name: x for name, x in whole.items() if name != "layers.1.bias"}
+    complete = random_gates(*SIZES)
+    lacking = {name: x for name, x in complete.items() if name != "layers.1.bias"}
     fast = {"module": [{"q_proj.weight": torch.zeros(2, 2)}]}  # the format of Fast KVzip's gates
     for name, content, said in [
         ("lacking.pt", lacking, "this has other tensors than KVzap gates"),
         ("model.pt", {"lm_head.weight": torch.zeros(2, 2)}, "this has other tensors than KVzap gates"),
         ("fast.pt", fast, "cannot be read as named tensors"),
-        ("odd.pt", whole | {"layers.2.weight": torch.zeros(3, 32)}, "this has other tensors than KVzap gates"),
+        ("odd.pt", complete | {"layers.2.weight": torch.zeros(3, 32)}, "this has other tensors than KVzap gates"),
     ]:
         torch.save(content, tmp_path / name)
         with pytest.raises(ConfigError, match=said):
@@ -97,7 +97,7 @@ def test_files_that_are_refused(tmp_path):
         assert len(str(error.value).splitlines()) == 1
     with pytest.raises(ConfigError, match=r"this folder has no model\.safetensors or pytorch_model\.bin"):
         KVzap(gates=str(tmp_path))
-    folder = write_gates(tmp_path / "gates", whole)
+    folder = write_gates(tmp_path / "gates", complete)
     with pytest.raises(ConfigError, match=r"policy\.revision=v2 is not allowed: .* has no revisions; leave it out"):
         KVzap(gates=str(folder), revision="v2")
 

@@ -117,16 +117,16 @@ def test_whole_chunks_are_retained(prompt):
     definition = definitions.chunks(5, definitions.accumulated)
     assert held(state) == retained(definition, *(x[0].numpy() for x in (q, k, v)), BUDGET, prompt=prompt)
     if prompt is not None:
-        whole = [sum(p // 5 == c for p in held(state)[0]) for c in range(10)]
-        assert sorted(whole) == [0] * 6 + [2] + [5] * 3
+        per_chunk = [sum(p // 5 == c for p in held(state)[0]) for c in range(10)]
+        assert sorted(per_chunk) == [0] * 6 + [2] + [5] * 3
         # the chunk that fits in part retains its newest tokens
-        c = whole.index(2)
+        c = per_chunk.index(2)
         assert {5 * c + 3, 5 * c + 4} <= set(held(state)[0])
 
 
 @pytest.mark.parametrize("projected", [True, False])
 def test_the_second_half_is_by_the_projected_value(projected):
-    """Of 17 slots, the window has four, the four best others go on; nine more by score times norm."""
+    """Of 17 slots, the window has four, the four best others are retained; nine more by score times norm."""
     q, k, v = tensors(9)
     weights = torch.randn(2, 2, 8, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     projection = Projection(weights) if projected else None
@@ -204,7 +204,7 @@ def test_noise_follows_from_seed_and_positions_and_is_gumbel():
 
 
 def test_noise_decides_between_equal_tokens():
-    """With a high temperature nearly all tokens look alike; with a low one it is H2O's ranking."""
+    """With a high temperature nearly all tokens get the same attention; with a low one it is H2O's ranking."""
     q, k, v = tensors(6)
     settings = {"recent_share": 0.5}
     kept = [

@@ -63,14 +63,14 @@ def test_what_is_cached_of_a_growing_budget(ratio, spare, prompt):
     growth = Growth(POLICIES["window"](), Budget(ratio=ratio / 100, base="seen"), 0, 1, prompt)
     held, want, given_back = 0, [], []
     for t in range(90):
-        C, held, gone = max(1, ratio * (t + 1) // 100), held + 1, 0
+        C, held, evicted = max(1, ratio * (t + 1) // 100), held + 1, 0
         if (prompt is None or t >= prompt) and held > C + spare:
-            gone = held - C
+            evicted = held - C
         elif prompt is not None and t == prompt - 1:
-            gone = max(0, held - C)
-        held -= gone
+            evicted = max(0, held - C)
+        held -= evicted
         want.append(held)
-        given_back.append(gone)
+        given_back.append(evicted)
     assert growth.cached(30, spare)[:30] == want[:30]
     assert growth.cached(90, spare)[:90] == want
     assert [growth.given_back(t, spare) for t in range(90)] == given_back

@@ -133,7 +133,7 @@ def test_fields_are_read_and_replaced_by_their_old_names():
 
 
 def test_a_calibrated_file_of_the_previous_version():
-    with pytest.warns(Notice, match=r"by_age in policy\.file is now called mean_over_age") as told:
+    with pytest.warns(Notice, match=r"by_age in policy\.file is now called mean_over_age") as notices:
         old = make_policy("calibrated", file={"name": "x", "layers": [{"by_age": True}, {"by_age": False}]})
-    assert len(told) == 1
+    assert len(notices) == 1
     assert old == make_policy("calibrated", file={"name": "x", "layers": [{"mean_over_age": True}, {}]})

@@ -321,7 +321,7 @@ def test_what_is_needed_is_said():
     assert out.shape == q.shape
 
 
-def test_a_state_goes_on_with_the_policy_that_made_it():
+def test_a_state_continues_with_the_policy_that_made_it():
     q, k, v = tensors()
     _, plain = attend(make_policy("h2o"), q, k, v, budget=4)
     _, remembered = attend(Steady(), q, k, v, budget=4)
@@ -369,8 +369,8 @@ def test_traces_of_steps_that_evict_several(backend):
             assert (steps.tolist(), times.tolist()) == ([11], [7])
             assert (got.evicted[0, 0] >= 0).tolist() == [False] * 12 + [True] * 8
         for head in range(2):
-            gone = {*got.evicted[0, head].tolist()} | {*got.cuts[got.cuts[:, 1] == head, 3].tolist()}
-            assert sorted({*range(20)} - gone) == [p for p in got.state.positions[0, head].tolist() if p >= 0]
+            evicted = {*got.evicted[0, head].tolist()} | {*got.cuts[got.cuts[:, 1] == head, 3].tolist()}
+            assert sorted({*range(20)} - evicted) == [p for p in got.state.positions[0, head].tolist() if p >= 0]
 
 
 def test_the_examples_of_the_docs_run():

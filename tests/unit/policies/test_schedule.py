@@ -31,7 +31,7 @@ def test_a_schedule_is_found_by_its_name():
             Schedule.named(name)
 
 
-def test_where_the_prompt_is_cut_is_told_only_where_it_is_not_the_prompts_end():
+def test_the_place_of_the_cut_is_shown_only_where_it_is_not_the_prompts_end():
     assert Schedule("prompt").settings == {"when": "prompt", "every": 1, "then": "keep"}
     assert Schedule("step", at="context").settings == Schedule("step").settings
     assert Schedule("prompt", at="context").settings == {"when": "prompt", "every": 1, "then": "keep", "at": "context"}
@@ -40,7 +40,7 @@ def test_where_the_prompt_is_cut_is_told_only_where_it_is_not_the_prompts_end():
 
 
 @pytest.mark.parametrize("name", find_policies())
-def test_none_is_what_a_policy_does_without_being_told(name):
+def test_none_is_the_schedule_of_a_policy_by_default(name):
     policy = make_policy(name)
     assert nondefault_schedule(policy, None) is None
     assert nondefault_schedule(policy, schedule_for(policy, None)) is None

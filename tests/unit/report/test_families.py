@@ -134,7 +134,7 @@ def test_within_the_margin_of_the_full_cache(grid: Grid) -> None:
         d = comparer.average(system.keys, full.keys)
         assert d is not None
         expected.append("no" if d.high < -MARGIN or d.low > MARGIN else "not shown")
-    expected = ["yes" if q < 0.05 else told for q, told in zip(holm(p), expected, strict=True)]
+    expected = ["yes" if q < 0.05 else otherwise for q, otherwise in zip(holm(p), expected, strict=True)]
     assert [r.equivalence.verdict for r in table.rows if r.equivalence] == expected
     assert set(expected) == {"yes", "no", "not shown"}
     assert table.rows[0].equivalence is None  # the full cache itself
@@ -207,9 +207,9 @@ def test_comparisons_of_stopped_groups_are_shown_together(tmp_path: Path) -> Non
         for stored in cells:
             task = stored.cell["task"]
             names = [c.path.name for c in cells if c.cell["task"] == task]
-            told = {"cells": names, "low": 0.01, "high": 0.2, "e": e if task == "piqa" else 50.0}
+            comparison = {"cells": names, "low": 0.01, "high": 0.2, "e": e if task == "piqa" else 50.0}
             result = {k: v for k, v in stored.result.items() if k not in ("checksums", "schema_version")}
-            until = {"seen": 120, "of": 120, "comparisons": [told]}
+            until = {"seen": 120, "of": 120, "comparisons": [comparison]}
             write_cell(directory / stored.path.name, result | {"until": until}, stored.documents, "policy: x\n")
         found, notes = stopped_comparisons(gather([directory]))
         assert not notes

@@ -78,11 +78,11 @@ def test_what_another_seed_is_worth(findings, tmp_path: Path) -> None:
 def test_what_was_chosen_layer_by_layer(findings, tmp_path: Path) -> None:
     files = sorted((ROOT / "runs/reference/findings/smollm2-135m").glob("*-0.2.yaml"))
     assert {f.name.removesuffix("-0.2.yaml") for f in files} == set(findings["KINDS"])
-    numbers, told = findings["_numbers"](yaml.safe_load(files[0].read_text()))
-    assert (numbers["share"].shape, told) == ((30, 3), "by head, budget 0.2")
+    numbers, described = findings["_numbers"](yaml.safe_load(files[0].read_text()))
+    assert (numbers["share"].shape, described) == ((30, 3), "by head, budget 0.2")
     for file in files:  # a share of a head is within its layer's, and all of them have the mean 1
-        numbers, told = findings["_numbers"](yaml.safe_load(file.read_text()))
-        assert numbers["share"].mean() == pytest.approx(1, abs=1e-3), told
+        numbers, described = findings["_numbers"](yaml.safe_load(file.read_text()))
+        assert numbers["share"].mean() == pytest.approx(1, abs=1e-3), described
     figure = findings["chosen_figure"](files[:2])
     labels = [axis.get_ylabel() for axis in figure.axes if axis.get_label() == "<colorbar>"]
     assert labels == [title for title, _ in findings["SETTINGS"].values()]

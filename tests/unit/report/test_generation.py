@@ -188,11 +188,11 @@ def test_time_that_is_charged_is_not_called_a_measured_speed(tmp_path: Path) -> 
 def trace(more: tuple[str, ...], document: int = 0) -> Trace:
     pieces = ("The ", "question", "? ", *more)
     n = len(pieces)
-    gone = np.full((2, 1, n), n)
-    return Trace(document, pieces, 3, gone, np.zeros((2, 1, n)), np.zeros((2, 1, n)))
+    evicted_at = np.full((2, 1, n), n)
+    return Trace(document, pieces, 3, evicted_at, np.zeros((2, 1, n)), np.zeros((2, 1, n)))
 
 
-def test_a_picture_goes_on_to_what_each_policy_wrote(tmp_path: Path) -> None:
+def test_a_picture_extends_to_what_each_policy_wrote(tmp_path: Path) -> None:
     picture({"One": trace(("yes ", "indeed")), "Two": trace(("no",))}, tmp_path / "p.svg")
     drawn = (tmp_path / "p.svg").read_text(encoding="utf-8")
     for piece in ("indeed", "no", "yes "):

@@ -100,8 +100,8 @@ def test_other_prompts_are_another_table(tmp_path):
     assert first.model == "tiny"
     assert second.model.startswith("tiny, chat_template, system_instruction Be brief. Be brief.")
     assert len(second.model) < 110
-    for table, alike in ((first, build_tables(grid_of(plain))[0]), (second, alone)):
-        assert [r.to_full for r in table.rows] == [r.to_full for r in alike.rows]
+    for table, expected in ((first, build_tables(grid_of(plain))[0]), (second, alone)):
+        assert [r.to_full for r in table.rows] == [r.to_full for r in expected.rows]
 
 
 def test_two_definitions_of_one_name_are_not_mixed(tmp_path):

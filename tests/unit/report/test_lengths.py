@@ -55,8 +55,8 @@ def test_the_table_says_how_long_prompts_were_and_what_budgets_came_to(cells):
     # an older result says nothing of budgets
     for stored in cells:
         file = stored.path / "result.json"
-        told = json.loads(file.read_text())
-        assert told.pop("lengths")["prompt"]["median"] == 550
+        result = json.loads(file.read_text())
+        assert result.pop("lengths")["prompt"]["median"] == 550
         stored.result.pop("lengths")
     (table,) = length_tables(grid_of(cells))
     assert table.frame.loc[0, "Budget 0.5"] == DASH

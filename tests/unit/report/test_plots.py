@@ -82,7 +82,7 @@ def test_a_policy_looks_the_same_whatever_else_is_drawn() -> None:
     assert style_of("unheard of") == style_of("unheard of")
 
 
-def test_lines_of_one_policy_differ_in_their_dashes_and_no_two_lines_are_alike() -> None:
+def test_lines_of_one_policy_differ_in_their_dashes_and_no_two_lines_are_equal() -> None:
     lines = [Line(f"{p} {i}", p, []) for p in (*sorted(built_in()), "mine", "yours") for i in range(4)]
     styles = styles_of(lines)
     assert len(set(styles.values())) == len(lines)

@@ -184,7 +184,7 @@ def test_what_is_published_is_held_against_step_alone(scheduled: Path) -> None:
     assert len(grid.frame) < len(gather([scheduled]).frame)
 
 
-def test_one_schedule_is_no_column_and_is_told_unless_it_is_step(scheduled: Path) -> None:
+def test_one_schedule_is_no_column_and_is_named_unless_it_is_step(scheduled: Path) -> None:
     for schedule, title in (("step", "tiny, 0-shot, acc (%)"), ("prompt", "tiny, 0-shot, acc (%), schedule prompt")):
         (table,) = build_tables(gather([scheduled], Selection(schedules=(schedule,))))
         assert table.heads == ("label", "budget", "factor")

@@ -95,14 +95,14 @@ def test_numbers_are_the_results(page: Outline, sweep: Path) -> None:
 
 def test_tells_what_was_run_and_what_failed(sweep: Path) -> None:
     text = (sweep / "report.html").read_text()
-    for told in (
+    for part in (
         "arc_easy (120), piqa (150)",
         "git.commit",
         "evaluate.py -m +sweep=test",
         "2 cells did not finish",
         "<strong>tiny-x</strong>",
     ):
-        assert told in text
+        assert part in text
     assert "RuntimeError: &lt;out&gt; of memory" in text
     assert "cannot be read" in text
 

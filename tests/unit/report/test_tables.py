@@ -147,11 +147,11 @@ def test_marks_are_the_corrected_tests(sweep: Path) -> None:
                         p = comparer.task(system.keys[column], best.keys[column]).p  # type: ignore[union-attr]
                     tested.append((entry, p))
     corrected = holm([p for _, p in tested])
-    told = [
+    marks = [
         (e.mark, "tied" if p > 0.05 else "worse") for (e, _), p in zip(tested, corrected, strict=True) if not e.best
     ]
-    assert all(marked == expected for marked, expected in told)
-    assert {expected for _, expected in told} == {"tied", "worse"}
+    assert all(marked == expected for marked, expected in marks)
+    assert {expected for _, expected in marks} == {"tied", "worse"}
 
 
 def test_paired_test_recomputed_from_the_documents(sweep: Path) -> None:
@@ -267,7 +267,7 @@ def test_screen_table_of_a_partial_grid(sweep: Path) -> None:
     assert "A2SF" in text_of([screen_table(partial[:1] + partial[-1:])])
 
 
-def test_refuses_to_mix_unless_asked(sweep: Path, tmp_path: Path) -> None:
+def test_refuses_to_mix_without_the_option(sweep: Path, tmp_path: Path) -> None:
     write_sweep(tmp_path / "short", Plan(documents={"arc_easy": 60, "piqa": 70}, extra={"limit": 70}))
     with pytest.raises(UserError, match=r"differ in limit: 70 in short/.*; all in demo/.*--allow-mixed"):
         gather([sweep, tmp_path / "short"])

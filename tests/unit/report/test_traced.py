@@ -28,9 +28,9 @@ def trace(document: int, newest: bool, end: str = " end") -> Trace:
     """Two layers, one KV head; evicts the oldest token, or always the newest but one."""
     late = [TOKENS if p < BUDGET - 1 else p + 1 for p in range(TOKENS)]
     steps = late if newest else [min(p + BUDGET, TOKENS) for p in range(TOKENS)]
-    gone = np.array([[steps]] * 2, np.int32)
-    received = np.full(gone.shape, 0.5, np.float32)
-    return Trace(document, (*(f" t{i}" for i in range(TOKENS - 1)), end), 10, gone, received, received / 5)
+    evicted_at = np.array([[steps]] * 2, np.int32)
+    received = np.full(evicted_at.shape, 0.5, np.float32)
+    return Trace(document, (*(f" t{i}" for i in range(TOKENS - 1)), end), 10, evicted_at, received, received / 5)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_means_per_layer(sweep: Path) -> None:
     assert row["lost"] == pytest.approx(0.1)
     assert row["overlap"] == pytest.approx(overlap(trace(0, True), trace(0, False))[0])
     assert (frame[frame["policy"] == "H2O"]["overlap"] == 1).all()
-    assert row["mass_half"] == pytest.approx(0)  # the documents are alike
+    assert row["mass_half"] == pytest.approx(0)  # the documents are equal
 
 
 def test_half_the_interval_of_a_layer(sweep: Path) -> None:

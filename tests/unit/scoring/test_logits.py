@@ -1,4 +1,4 @@
-"""Log-probabilities of targets, against torch's own of the whole row."""
+"""Log-probabilities of targets, against torch's own of the complete row."""
 
 from __future__ import annotations
 

@@ -94,8 +94,8 @@ def test_of_several_gpus_the_fullest_counts(gpu):
 def test_logits_that_cannot_be_computed_in_parts_are_of_every_token(monkeypatch):
     parts, _ = memory.pass_bytes(large())
     monkeypatch.setattr(memory, "is_spread", lambda model: True)
-    whole, _ = memory.pass_bytes(large())
-    assert whole - parts == 128256 * (2 + 8)
+    at_once, _ = memory.pass_bytes(large())
+    assert at_once - parts == 128256 * (2 + 8)
 
 
 @pytest.mark.parametrize(("available", "tokens"), [(64 * GB, 1024), (GB, 1024), (GB // 1000, 64), (0, 64)])

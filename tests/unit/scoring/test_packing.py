@@ -74,6 +74,6 @@ def test_the_choices_of_a_document_longer_than_a_row_share_its_context():
     assert len(row.tokens) == 104
 
 
-def test_a_row_is_about_as_long_as_asked_for():
+def test_a_row_is_about_as_long_as_requested():
     many = [Item(tuple(range(i * 100, i * 100 + 50)), 0, 99) for i in range(20)]
     assert [len(row.tokens) for row in pack(many, max_tokens=200)] == [200] * 5

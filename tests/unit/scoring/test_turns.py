@@ -1,4 +1,4 @@
-"""Questions and answers of a conversation: which tokens are read, and what is told apart."""
+"""Questions and answers of a conversation: which tokens are read, and which differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sweep packed into one file: read in place as it was, unpacked to cells that go on, and a changed byte is told."""
+"""A sweep packed into one file: equal when read in place, continued when unpacked, and a changed byte is reported."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_unpacked_cells_are_whole_and_those_that_are_there_stay(sweep, tmp_path)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_changed_byte_is_told(sweep, seed):
+def test_a_changed_byte_is_reported(sweep, seed):
     archive = pack(sweep)
     content = bytearray(archive.read_bytes())
     where = random.Random(seed).randrange(len(content))

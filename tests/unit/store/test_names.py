@@ -63,7 +63,7 @@ def test_a_cells_folder_and_run_are_safe_and_its_own(text, monkeypatch):
     assert all(len(i) <= LONGEST_NAME and re.fullmatch(r"[A-Za-z0-9._+=-]+", i.replace(",", "")) for i in ids)
 
 
-def test_models_that_end_alike_are_told_apart_by_their_paths():
+def test_models_with_the_same_last_part_are_distinguished_by_their_paths():
     a, b = Named("final", "/out/run-a/final", "1"), Named("final", "/out/run-b/final", "2")
     assert distinct([a, b]) == {a: "run-a/final", b: "run-b/final"}
     deep = Named("final", "/other/run-a/final", "3")

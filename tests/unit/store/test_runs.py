@@ -1,4 +1,4 @@
-"""Run directories: whole or not there, and what was damaged is found."""
+"""Run directories: complete or absent, and damage is found."""
 
 from __future__ import annotations
 

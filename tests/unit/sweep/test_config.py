@@ -146,10 +146,10 @@ def sentence(*overrides: str) -> str:
     ids=lambda x: " ".join(x) if isinstance(x, list) and "=" in x[0] else "",
 )
 def test_bad_input_is_one_sentence(overrides, parts):
-    told = sentence(*overrides)
-    assert "\n" not in told.strip()
+    message = sentence(*overrides)
+    assert "\n" not in message.strip()
     for part in parts:
-        assert part in told
+        assert part in message
 
 
 def test_an_unreadable_file_as_data_directory(tmp_path):
@@ -159,7 +159,7 @@ def test_an_unreadable_file_as_data_directory(tmp_path):
     assert "empty" in sentence(f"data.dir={tmp_path / 'empty'}")
 
 
-def test_what_is_asked_for_arrives():
+def test_what_is_requested_arrives():
     got = settings("policy=streaming", "policy.sinks=2", "budget.tokens=8", "tasks=[piqa,copa]", "shots=1", "limit=5")
     assert [c.task for c in got.cells] == ["piqa", "copa"]
     cell = got.cells[0]
@@ -262,13 +262,13 @@ def test_every_file_under_conf_policy_is_a_policy():
         assert settings(f"policy={file.stem}").cells[0].policy.name == file.stem
 
 
-def test_a_group_reaches_a_worker_whole(tmp_path):
+def test_a_group_reaches_a_worker_complete(tmp_path):
     """Its first cell by overrides, the others by one key: policies, lists, schedules, what names another key and all."""
     for budget in (0.1, 0.4):
         file = {"name": f"of {budget}", "layers": [{"forgetting_factor": budget}] * 30}
         (tmp_path / f"a-{budget}.yaml").write_text(yaml.safe_dump(file))
     own = f"++policy.file='{tmp_path}/a-${{budget.ratio}}.yaml'"
-    asked = [
+    overrides = [
         ["policy=h2o", "budget.ratio=0.1"],
         ["policy=a2sf", "forgetting_factor=0.05", "++policy.sinks=2", "budget.tokens=32", "schedule=every"],
         ["policy=heads", "++policy.heads=[[0,1],[2,0]]", "budget.base=context"],
@@ -278,13 +278,13 @@ def test_a_group_reaches_a_worker_whole(tmp_path):
         ["policy=calibrated", own, "budget.ratio=0.1"],
     ]
     common = ["tasks=[piqa]", "limit=3"]
-    points = [compose("config", [*common, *a]) for a in asked]
+    points = [compose("config", [*common, *a]) for a in overrides]
     expected = [c for p in points for c in read(p, model_names()).cells]
     names = [c.name for c in expected]
-    made = settings(*common, *asked[0], f"group={quote(as_group(points[1:], names))}")
+    made = settings(*common, *overrides[0], f"group={quote(as_group(points[1:], names))}")
     assert list(made.cells) == expected
     assert made.planned == set(names)
-    assert len({c.id for c in made.cells}) == len(asked)
+    assert len({c.id for c in made.cells}) == len(overrides)
     assert [c.policy.file["name"] for c in made.cells[-2:]] == ["of 0.4", "of 0.1"]
 
 

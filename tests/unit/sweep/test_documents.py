@@ -137,7 +137,7 @@ def test_two_tasks_of_one_name_are_refused(folder, tmp_path):
         documents.check([cell(folder()), cell(folder(), str(tmp_path / "x.yaml"))])
 
 
-def test_documents_that_fail_are_told_once_for_all_their_cells(folder, tmp_path):
+def test_documents_that_fail_are_reported_once_for_all_their_cells(folder, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "copa.jsonl").write_text("{")
     data = folder()

@@ -150,11 +150,11 @@ def test_a_group_is_somebody_elses_as_a_whole(stopped):
     assert not any(c.name == s.path.name for c in others for s in load_sweep(runner.directory))
 
 
-def test_a_run_of_all_documents_is_another_cell_and_goes_on_from_there(stopped):
+def test_a_run_of_all_documents_is_another_cell_and_starts_from_there(stopped):
     runner, cells = stopped
-    whole = dataclasses.replace(cells[1], stopping_rule=None, limit=20)
-    assert whole.tail != cells[1].tail
-    assert [o.status for o in runner.run([whole])] == ["done"]
+    unstopped = dataclasses.replace(cells[1], stopping_rule=None, limit=20)
+    assert unstopped.tail != cells[1].tail
+    assert [o.status for o in runner.run([unstopped])] == ["done"]
     (stored,) = [s for s in load_sweep(runner.directory) if s.cell["limit"] == 20]
     assert list(stored.documents.doc_id) == list(range(20))
     assert stored.stopped is None

@@ -1,4 +1,4 @@
-"""How many tokens a group will compute: of documents of unequal lengths, and of fewer than were asked for."""
+"""How many tokens a group will compute: of documents of unequal lengths, and of fewer than were requested."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ SIZES = {
 }
 
 
-def full(limit: int, asked: Prompting | None = None, shots: int = 0) -> list[Cell]:
+def full(limit: int, prompting: Prompting | None = None, shots: int = 0) -> list[Cell]:
     spec, data = ModelSpec(SMOLLM2, device="cpu"), tasks.DataSpec(source="bundle")
-    prompting = (asked or Prompting()).of(False, shots)
+    prompting = (prompting or Prompting()).of(False, shots)
     return [Cell("small", spec, find_policies()["full"](), None, "copa", shots, limit, 1, data, prompting=prompting)]
 
 
@@ -74,16 +74,16 @@ def test_a_task_has_no_more_documents_than_a_cell_found():
     assert _tokens_to_compute(cells, lengths, 6) == _tokens_to_compute(full(6), lengths) == 6 * 12
 
 
-def test_a_template_counts_and_lengths_are_of_what_was_asked_alike():
+def test_a_template_counts_and_lengths_are_those_of_equal_prompting():
     chat = Prompting(chat_template=True)
     tokenizer = load_tokenizer(ModelSpec(SMOLLM2))
     head, tail = chat.tokens_around(tokenizer)
-    alike, turns = chat.tokens_around(tokenizer, shots=1)
-    assert alike == head > 3
+    with_shots, turns = chat.tokens_around(tokenizer, shots=1)
+    assert with_shots == head > 3
     assert tail < turns < head + 2 * tail + 10  # the system's message comes once
 
-    def tokens(*stored: tuple[Prompting | None, int], shots: int = 0, asked: Prompting | None = chat) -> float:
-        (cell,) = full(12, asked, shots)
+    def tokens(*stored: tuple[Prompting | None, int], shots: int = 0, prompting: Prompting | None = chat) -> float:
+        (cell,) = full(12, prompting, shots)
         measured = Measurements()
         for other, context in stored:
             measured._add(finished(full(12, other, shots)[0], 12, context), {("copa", shots)})
@@ -94,9 +94,9 @@ def test_a_template_counts_and_lengths_are_of_what_was_asked_alike():
     assert tokens((None, 10), (chat, 99)) == pytest.approx(99 + 2 - shared)
     assert tokens((None, 10)) == pytest.approx(10 + head + tail + 2 - shared)
     assert tokens((None, 10), shots=1) == pytest.approx(10 + head + turns + 2 - shared)
-    assert tokens((chat, 99), (None, 10), asked=None) == 10 + 2
-    plain = tokens(asked=None)  # by characters
-    assert tokens((chat, 99), asked=None) == plain
+    assert tokens((chat, 99), (None, 10), prompting=None) == 10 + 2
+    plain = tokens(prompting=None)  # by characters
+    assert tokens((chat, 99), prompting=None) == plain
     assert tokens() == pytest.approx(plain + head + tail - shared, rel=0.1)
 
 
@@ -159,8 +159,8 @@ def test_a_task_that_generates_costs_at_most_its_limit_of_tokens(tmp_path, monke
     (by_default,) = estimate([[needle, needle]], tmp_path, trial=True)
     new = needle.spec.definition.config["generation_kwargs"]["max_gen_toks"]
     assert by_default == WorkEstimate(2 * 6 * new, 2 * 6 * new * 0.25, by_trial=True, at_most=True)
-    asked = replace(needle, prompting=Prompting(gen_kwargs='{"max_gen_toks": 7}'))
-    assert estimate([[asked]], tmp_path, trial=True)[0].tokens == 6 * 7
+    limited = replace(needle, prompting=Prompting(gen_kwargs='{"max_gen_toks": 7}'))
+    assert estimate([[limited]], tmp_path, trial=True)[0].tokens == 6 * 7
     assert estimate([[needle]], tmp_path) == [WorkEstimate()]  # where nothing is tried, nothing is said
     line = headline(SimpleNamespace(cells=[needle], done=(), pending=[needle]), [[needle]], [by_default], tmp_path)
     assert line.endswith("where text is generated, if all texts reach their limit of tokens")

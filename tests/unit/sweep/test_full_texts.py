@@ -99,9 +99,9 @@ def test_without_a_full_cache_there_are_no_columns_and_a_failure_is_a_note(runne
     ],
 )
 def test_the_peak_of_a_cache(schedule: Schedule, total: int, prompt: int, peak: int):
-    """Against the largest of what is cached after each token; before the cut a prompt is cached whole."""
+    """Against the largest of what is cached after each token; before the cut the complete prompt is cached."""
     kept = find_policies()["h2o"]().keeps(10)
     assert peak_tokens(kept, schedule, total, prompt) == peak
     after = [cached_tokens(kept, schedule, t, prompt) for t in range(1, total + 1)]
-    whole = min(total, prompt) if schedule.prompt else 0
-    assert peak == max(whole, *after)
+    before = min(total, prompt) if schedule.prompt else 0
+    assert peak == max(before, *after)

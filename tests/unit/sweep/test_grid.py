@@ -57,10 +57,10 @@ def test_a_sweep_says_where_few_scores_saw_a_pruned_cache(tmp_path):
         cell.result["scored"] = {"tokens": 100, "pruned": pruned}
     full, first, second = stored[0], stored[1], stored[3]
     assert full.cell["budget"] is None
-    told = hardly_pruned(stored)
+    notice = hardly_pruned(stored)
     second.result["scored"]["pruned"] = 20
-    assert told is not None
-    assert f"2 cells ({second.path.name} the first), only 0 %" in told
+    assert notice is not None
+    assert f"2 cells ({second.path.name} the first), only 0 %" in notice
     assert f"In {first.path.name}, only 19 %" in (hardly_pruned(stored) or "")
     first.result["scored"]["pruned"] = 20
     assert hardly_pruned(stored) is None

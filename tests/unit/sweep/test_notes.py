@@ -297,10 +297,10 @@ def test_generated_texts(computed, tmp_path):
         assert cut.startswith("writes: in 1 of 4 documents (document 3), the prompt is too long for the model's 2048")
     for cell in made:
         assert cell.result["notes"][-1]["times"] == (cell.documents["ended"] == False).sum() > 0  # noqa: E712
-    whole = tmp_path / "whole.yaml"  # every text has the last token's letters
+    ended = tmp_path / "whole.yaml"  # every text has the last token's letters
     stop = json.dumps([t[0] for t in made[0].documents["generated"]])
-    whole.write_text(own.replace("UNTIL", stop))
-    assert next(c.documents["ended"].all() for c in computed(whole))
+    ended.write_text(own.replace("UNTIL", stop))
+    assert next(c.documents["ended"].all() for c in computed(ended))
     file = tmp_path / "empty.yaml"
     file.write_text(own.replace("UNTIL", '["x", ""]'))
     for cell in computed(file):

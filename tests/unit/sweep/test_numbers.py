@@ -92,9 +92,9 @@ def test_a_tasks_metrics_are_kept_and_what_is_dropped_is_said(kind: str, tmp_pat
     (tmp_path / "own.yaml").write_text(text)
     from a2sf.tasks import spec as tasks
 
-    asked = cell(task=str(tmp_path / "own.yaml"), limit=3, data=tasks.DataSpec())
+    requested = cell(task=str(tmp_path / "own.yaml"), limit=3, data=tasks.DataSpec())
     with pytest.warns(Notice, match=r"own_numbers: its metric many is no number but list, and is not stored\."):
-        (outcome,) = runner.run([asked])
+        (outcome,) = runner.run([requested])
     assert (outcome.status, outcome.error) == ("done", None)
     (stored,) = load_sweep(runner.directory)
     assert {m: v["value"] for m, v in stored.metrics.items()} == {"small": 0.5, "whole": 3.0, "held": 0.25}

@@ -81,22 +81,22 @@ def runners(tmp_path):
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """What the model was asked for, in batches."""
-    batches: list[int] = []
+def batches(monkeypatch):
+    """How many sequences the model was given, of each batch."""
+    sizes: list[int] = []
     let_in, run = Rows._let_in, Passes.run
 
     def texts(self, new):
-        batches.append(len(new))
+        sizes.append(len(new))
         return let_in(self, new)
 
     def windows(self, pending):
-        batches.append(len(pending))
+        sizes.append(len(pending))
         return run(self, pending)
 
     monkeypatch.setattr(Rows, "_let_in", texts)
     monkeypatch.setattr(Passes, "run", windows)
-    return batches
+    return sizes
 
 
 def stored(directory: Path) -> dict[str, tuple[object, ...]]:
@@ -104,7 +104,7 @@ def stored(directory: Path) -> dict[str, tuple[object, ...]]:
 
 
 @pytest.mark.parametrize(("kind", "passes"), [("writes", 1), ("rolls", 3)])
-def test_the_next_start_goes_on_with_what_is_missing(make, runners, asked, monkeypatch, kind, passes):
+def test_the_next_start_continues_with_what_is_missing(make, runners, batches, monkeypatch, kind, passes):
     cells = [make(kind), make(kind, policy="window")]
     undisturbed = runners("undisturbed")
     assert {o.status for o in undisturbed.run(cells)} == {"done"}
@@ -112,28 +112,28 @@ def test_the_next_start_goes_on_with_what_is_missing(make, runners, asked, monke
     kept = interrupted(runner, cells, passes, monkeypatch)
     done = sum(map(len, kept.values()))
     assert done == 2 * passes  # two sequences a pass
-    asked.clear()
+    batches.clear()
     assert {o.status for o in runner.run(cells)} == {"done"}
-    assert sum(asked) == 2 * 4 - done
+    assert sum(batches) == 2 * 4 - done
     assert stored(runner.directory) == stored(undisturbed.directory)
     assert not (runner.directory / ".checkpoints").exists()
 
 
 @pytest.mark.parametrize("kind", ["writes", "rolls"])
-def test_a_larger_limit_asks_for_the_new_documents_alone(make, runners, asked, kind):
-    runner, whole = runners("few"), runners("whole")
-    assert runner.run([make(kind, limit=2)])[0].status == whole.run([make(kind)])[0].status == "done"
-    asked.clear()
+def test_a_larger_limit_asks_for_the_new_documents_alone(make, runners, batches, kind):
+    runner, complete = runners("few"), runners("whole")
+    assert runner.run([make(kind, limit=2)])[0].status == complete.run([make(kind)])[0].status == "done"
+    batches.clear()
     assert runner.run([make(kind)])[0].status == "done"
-    assert sum(asked) == 2
+    assert sum(batches) == 2
     (of_all,) = [s for s in load_sweep(runner.directory) if s.cell["limit"] == 4]
-    (expected,) = load_sweep(whole.directory)
+    (expected,) = load_sweep(complete.directory)
     assert of_all.metrics == expected.metrics
     assert of_all.result["timing"]["reused_requests"] == 2
     assert of_all.result["scored"] == expected.result["scored"]
 
 
-def test_what_is_drawn_at_random_is_kept_too(make, runners, asked, monkeypatch):
+def test_what_is_drawn_at_random_is_kept_too(make, runners, batches, monkeypatch):
     cells = [make("writes"), make("writes", policy="window")]
     file = Path(cells[0].task)
     file.write_text(file.read_text().replace("do_sample: false", "do_sample: true, temperature: 1.0"))
@@ -141,9 +141,9 @@ def test_what_is_drawn_at_random_is_kept_too(make, runners, asked, monkeypatch):
     assert {o.status for o in undisturbed.run(cells)} == {"done"}
     done = sum(map(len, interrupted(runner, cells, 1, monkeypatch).values()))
     assert 0 < done < 8
-    asked.clear()
+    batches.clear()
     assert {o.status for o in runner.run(cells)} == {"done"}
-    assert sum(asked) == 8 - done
+    assert sum(batches) == 8 - done
     assert stored(runner.directory) == stored(undisturbed.directory)
 
 

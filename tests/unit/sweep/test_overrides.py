@@ -41,11 +41,11 @@ def test_any_text_can_be_quoted(text):
 def test_a_value_with_grammar_in_it_is_shown_quoted(value):
     with pytest.raises(OverrideParseException) as raised:
         read(f"model.path={value}")
-    told = explain_override(raised.value)
-    assert told is not None
-    assert told.startswith(f"model.path={value} cannot be read")
-    assert quoted("model.path", value) in told
-    assert "\n" not in told
+    message = explain_override(raised.value)
+    assert message is not None
+    assert message.startswith(f"model.path={value} cannot be read")
+    assert quoted("model.path", value) in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_other_slips(override, says):
     assert says in str(explain_override(raised.value))
 
 
-def test_one_tracker_twice_is_told():
+def test_one_tracker_twice_is_reported():
     check_trackers("tracker=[wandb,tensorboard]")
     check_trackers("tracker=wandb,wandb")  # a grid's
     with pytest.raises(ConfigError, match=r"tracker=\[wandb, wandb\] is not allowed: it names wandb twice"):

@@ -80,7 +80,7 @@ def test_before_anything_is_done_the_rest_is_what_the_plan_says(sweep):
 
 
 def test_the_time_left_follows_from_the_work_of_a_group_in_flight(sweep):
-    """By the count of cells nothing would be known before the first ends, and three cells would seem alike."""
+    """By the number of cells nothing would be known before the first ends, and three cells would seem equal."""
     p = sweep.progress(BY_TOKENS)
     sweep.now += 90
     sweep.at |= {c.name: 0.5 for c in LONG}

@@ -139,14 +139,14 @@ def test_a_checkpoint_of_an_earlier_version_is_read_and_removed(runner, monkeypa
     marked = next(iter(body["answers"]))
     file.unlink()
     file.with_name(f"{one.tail.removesuffix(one.id)}{one.id[:DIGITS]}.json").write_text(json.dumps(body))
-    asked: list[int] = []
+    passes: list[int] = []
     from a2sf.scoring.passes import run as scoring
 
     read = scoring.logits_in_parts
-    monkeypatch.setattr(scoring, "logits_in_parts", lambda *a, **k: (asked.append(1), read(*a, **k))[1])
+    monkeypatch.setattr(scoring, "logits_in_parts", lambda *a, **k: (passes.append(1), read(*a, **k))[1])
     assert run(runner, one).status == "done"
     assert marked in kept[one.tail]
-    assert len(asked) < 2  # of two passes one was kept
+    assert len(passes) < 2  # of two passes one was kept
     assert not (runner.directory / answer_store.FOLDER).exists()
 
 

@@ -277,16 +277,16 @@ def test_a_damaged_checkpoint_counts_for_nothing(runner, monkeypatch):
 
 
 def test_the_sum_over_a_sweep_is_what_was_computed(runner, monkeypatch):
-    read, counted = scoring.logits_in_parts, []
+    read, tokens = scoring.logits_in_parts, []
 
     def counting(*arguments, input_ids, **more):
-        counted.append(input_ids.shape[1])
+        tokens.append(input_ids.shape[1])
         return read(*arguments, input_ids=input_ids, **more)
 
     monkeypatch.setattr(scoring, "logits_in_parts", counting)
     assert {o.status for o in runner.run([cell("full"), cell("h2o"), cell("a2sf")])} == {"done"}
     timings = [s.result["timing"] for s in load_sweep(runner.directory)]
-    assert sum(t["computed_tokens"] for t in timings) == pytest.approx(sum(counted))
+    assert sum(t["computed_tokens"] for t in timings) == pytest.approx(sum(tokens))
     assert all(0.3 < t["shared"] <= 1 for t in timings)
 
 

@@ -23,13 +23,13 @@ def test_a_result_says_which_documents_share_a_text(runner: Runner) -> None:  # 
     runner.run(cells)
     before = {s.path.name: s for s in load_sweep(runner.directory)}
     assert not any("cluster" in s.documents or "cluster" in s.result["documents"] for s in before.values())
-    asked = [dataclasses.replace(c, data=tasks.DataSpec(source="bundle", cluster="question")) for c in cells]
-    assert [c.name for c in asked] == [
+    requested = [dataclasses.replace(c, data=tasks.DataSpec(source="bundle", cluster="question")) for c in cells]
+    assert [c.name for c in requested] == [
         c.name for c in cells
     ]  # which documents share a text is no part of what a cell is
-    planned = reuse.plan([c.with_content() for c in asked], runner.directory)
-    (told,) = record_texts(planned.cells, planned.done, runner.directory)
-    assert "2 finished cells" in told
+    planned = reuse.plan([c.with_content() for c in requested], runner.directory)
+    (message,) = record_texts(planned.cells, planned.done, runner.directory)
+    assert "2 finished cells" in message
     for stored in load_sweep(runner.directory):
         old = before[stored.path.name]
         assert stored.result["documents"] == old.result["documents"] | {"cluster": "question", "clusters": 2}
@@ -38,7 +38,7 @@ def test_a_result_says_which_documents_share_a_text(runner: Runner) -> None:  # 
         assert stored.documents["cluster"].nunique() == 2
     noted = load_sweep(runner.directory)[0].documents
     assert record_texts(planned.cells, planned.done, runner.directory) == []
-    again = [dataclasses.replace(c, limit=6) for c in asked]
+    again = [dataclasses.replace(c, limit=6) for c in requested]
     assert [o.status for o in runner.run(again)] == ["done"] * 2
     computed = next(s for s in load_sweep(runner.directory) if s.path.name == again[0].name)
     assert computed.documents["cluster"].tolist() == noted["cluster"].tolist()[:6]
@@ -46,17 +46,17 @@ def test_a_result_says_which_documents_share_a_text(runner: Runner) -> None:  # 
 
 
 def test_a_field_that_no_document_has_is_refused(runner: Runner) -> None:  # noqa: F811
-    asked = cell(data=tasks.DataSpec(source="bundle", cluster="premis")).with_content()
+    requested = cell(data=tasks.DataSpec(source="bundle", cluster="premis")).with_content()
     with pytest.raises(
         ConfigError, match=r"data.cluster=premis is not allowed: .*copa have the fields .*did you mean premise"
     ):
-        record_texts([asked], [], runner.directory)
+        record_texts([requested], [], runner.directory)
     other = cell(data=tasks.DataSpec(source="bundle", cluster="premis"), task="piqa").with_content()
     with pytest.raises(ConfigError, match=r"data\.cluster"):
-        record_texts([asked, other], [], runner.directory)
+        record_texts([requested, other], [], runner.directory)
     mixed = [
         dataclasses.replace(c, data=tasks.DataSpec(source="bundle", cluster="premise")).with_content()
-        for c in (asked, other)
+        for c in (requested, other)
     ]
     assert record_texts(mixed, [], runner.directory) == [
         "data.cluster=premise: the documents of piqa have no such field; each counts as a text."
@@ -70,10 +70,10 @@ def test_stopping_early_draws_whole_texts(runner: Runner) -> None:  # noqa: F811
     cells = [dataclasses.replace(c, data=data, limit=12, stopping_rule=rule) for c in cells]
     assert all("question" in c.tail for c in cells)
     assert [o.status for o in runner.run(cells)] == ["done"] * 2
-    whole = dataclasses.replace(cells[0], stopping_rule=None)
-    assert [o.status for o in runner.run([whole])] == ["done"]
+    unstopped = dataclasses.replace(cells[0], stopping_rule=None)
+    assert [o.status for o in runner.run([unstopped])] == ["done"]
     found = {s.path.name: s for s in load_sweep(runner.directory)}
-    every = found[whole.name].documents.set_index("doc_id")["cluster"]
+    every = found[unstopped.name].documents.set_index("doc_id")["cluster"]
     for stored in (found[c.name] for c in cells):
         (text,) = set(stored.documents["cluster"])
         assert list(stored.documents["doc_id"]) == list(every.index[every == text])

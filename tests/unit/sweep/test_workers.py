@@ -46,7 +46,7 @@ def test_what_a_device_is_to_a_job(launcher, device, becomes, gpus, monkeypatch)
     assert chosen_device(launcher, device, gpus=gpus, monkeypatch=monkeypatch) == becomes
 
 
-def test_jobs_without_a_gpu_are_told_before_they_start(monkeypatch):
+def test_jobs_without_a_gpu_are_reported_before_they_start(monkeypatch):
     assert chosen_device(RAY, "auto", gpus=0, monkeypatch=monkeypatch) == "cpu"
     with pytest.raises(
         ConfigError, match=r"hydra\.launcher\.ray\.remote\.num_gpus=null .*give 1, or model\.device=cpu"

@@ -166,9 +166,9 @@ def test_one_task_twice_in_a_group_is_two(folder):
 @pytest.mark.parametrize("text", ["task: [1", "hello: 1", "group: g\ntask: []", "task: [a, b]", "just text", ""])
 def test_a_broken_yaml_is_one_sentence(tmp_path, text):
     (tmp_path / "x.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=r"x\.yaml") as told:
+    with pytest.raises(ConfigError, match=r"x\.yaml") as raised:
         resolve(str(tmp_path / "x.yaml"))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_member_that_is_not_there_is_named(tmp_path):

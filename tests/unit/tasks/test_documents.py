@@ -97,7 +97,7 @@ def test_a_split_that_the_data_lacks_is_named(tmp_path):
         tasks.TaskSpec("mmlu_anatomy", tasks.DataSpec(dir=str(tmp_path), split="tset")).check()
 
 
-def test_the_splits_of_every_definition_can_be_told(index_sample):
+def test_the_splits_of_every_definition_are_known(index_sample):
     """Whatever a definition says of its splits, 0 shots read the scored one alone, and shots one more or written ones."""
     kinds, refused = set(), {}
     for ref in index_sample:
@@ -158,7 +158,7 @@ def test_layouts(tmp_path, files, splits):
     assert sum(map(len, found.values())) == (len(files) if splits else 0)
 
 
-def test_splits_that_begin_alike_are_kept_apart(tmp_path):
+def test_splits_with_a_common_beginning_are_distinguished(tmp_path):
     for split in ("validation_matched", "validation_mismatched"):
         write(tmp_path / "mnli" / f"{split}.jsonl", [{"kept": split}])
     found = sources.find_splits(tmp_path, "mnli", definitions.definition("mnli").config)
@@ -242,16 +242,16 @@ def test_documents_of_the_tasks_own_are_identified_by_what_they_are(tmp_path):
 
 def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path):
     (tmp_path / "piqa.jsonl").write_text('{"goal": 1')
-    with pytest.raises(UserError, match=r"piqa\.jsonl cannot be read as json") as told:
+    with pytest.raises(UserError, match=r"piqa\.jsonl cannot be read as json") as raised:
         tasks.TaskSpec("piqa", tasks.DataSpec(dir=str(tmp_path))).build(1)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_documents_without_the_fields_of_the_task_are_one_sentence(tmp_path):
     write(tmp_path / "arc_easy.jsonl", [{"other": 1}])
-    with pytest.raises(UserError, match="tasks=arc_easy: its documents cannot be used") as told:
+    with pytest.raises(UserError, match="tasks=arc_easy: its documents cannot be used") as raised:
         tasks.TaskSpec("arc_easy", tasks.DataSpec(dir=str(tmp_path))).build(1)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
 # value for value
@@ -394,7 +394,7 @@ def test_the_identity_of_documents_moves_with_what_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ('{"a": 1}\n{"a": 2', "in line 2"),
         ('{"a": 1, "a": 2}', "the field a twice"),
@@ -403,9 +403,9 @@ def test_the_identity_of_documents_moves_with_what_is_read(tmp_path):
         ("\n\n", "holds no document"),
     ],
 )
-def test_json_that_cannot_be_read_is_one_sentence(tmp_path, text, told):
+def test_json_that_cannot_be_read_is_one_sentence(tmp_path, text, message):
     (tmp_path / "piqa.jsonl").write_text(text)
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=message) as error:
         tasks.TaskSpec("piqa", tasks.DataSpec(dir=str(tmp_path))).build(1)
     assert "piqa.jsonl" in str(error.value)
     assert "\n" not in str(error.value)
@@ -425,9 +425,9 @@ def test_a_file_that_is_not_read_is_named(tmp_path, there, unread):
     """And no other split is scored in its place."""
     for file in (*there, unread):
         write(tmp_path / file, piqa())
-    with pytest.raises(ConfigError, match=r"such a file is not read.*; give Arrow, Parquet, JSONL or JSON") as told:
+    with pytest.raises(ConfigError, match=r"such a file is not read.*; give Arrow, Parquet, JSONL or JSON") as raised:
         source("piqa", tasks.DataSpec(dir=str(tmp_path)))
-    assert unread in str(told.value)
+    assert unread in str(raised.value)
 
 
 def test_a_file_that_is_not_read_may_lie_beside_the_one_that_is(tmp_path):

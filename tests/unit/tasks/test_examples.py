@@ -58,8 +58,8 @@ def test_no_document_is_among_its_examples(answers, shots, seed, headroom, kind)
 @settings(max_examples=50, deadline=None)
 def test_neither_order_nor_number_of_documents_matters(order, shots, headroom):
     pool = rows(12)
-    whole = made(pool, shots=shots, headroom=headroom)
-    expected = [whole.of(d) for d in pool]
+    everything = made(pool, shots=shots, headroom=headroom)
+    expected = [everything.of(d) for d in pool]
     other = made(pool, shots=shots, headroom=headroom)
     assert {i: other.of(pool[i]) for i in order} == dict(enumerate(expected))
     alone = made(pool, shots=shots, headroom=headroom)
@@ -74,7 +74,7 @@ def test_where_lm_eval_draws_others_the_draws_are_lm_evals(shots, seed):
     examples = made(pool, scored, shots=shots, seed=seed)
     for document in scored:
         assert examples.of(document) == sampler.sample(shots)
-    within = ContextSampler(pool, rnd=seed)  # told the document, it draws one more
+    within = ContextSampler(pool, rnd=seed)  # given the document, it draws one more
     examples = made(pool, shots=shots, seed=seed, headroom=True)
     for document in pool:
         assert examples.of(document) == within.sample(shots, document)
@@ -142,12 +142,12 @@ def test_real_documents(bundle, name, shots, split):
 
 
 def test_a_higher_limit_and_ranks_draw_the_same(bundle):
-    whole = prompts(tasks.TaskSpec("copa", bundle, 3).build(SEED))
+    everything = prompts(tasks.TaskSpec("copa", bundle, 3).build(SEED))
     few = prompts(tasks.TaskSpec("copa", bundle, 3).build(SEED), limit=10)
-    assert few == {i: whole[i] for i in range(10)}
+    assert few == {i: everything[i] for i in range(10)}
     for rank in range(3):
         part = prompts(tasks.TaskSpec("copa", bundle, 3).build(SEED), rank=rank, world_size=3)
-        assert part == {i: whole[i] for i in range(rank, 100, 3)}
+        assert part == {i: everything[i] for i in range(rank, 100, 3)}
 
 
 def test_the_examples_are_lm_evals_but_for_own_documents(bundle):

@@ -1,4 +1,4 @@
-"""The long-context tasks: as long as asked, answerable, the same every time, and several questions for one text."""
+"""The long-context tasks: as long as requested, answerable, the same every time, and several questions for one text."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def test_the_suites_are_the_families():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prompt_and_answer_have_the_length_that_was_asked_for(made, count, family):
+def test_prompt_and_answer_have_the_requested_length(made, count, family):
     for twin in (made[f"long_{family}"], made[f"long_{family}_generate"]):
         documents = list(twin.eval_docs)
-        assert [d["length"] for d in documents[:4]] == LENGTHS * 2  # a limit takes all lengths alike
+        assert [d["length"] for d in documents[:4]] == LENGTHS * 2  # a limit takes the same number of each length
         for d in documents:
             prompt = twin.doc_to_text(d)
             most = max(count(f"{prompt} {c}") for c in d["choices"])

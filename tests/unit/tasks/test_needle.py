@@ -70,7 +70,7 @@ def test_a_conversation_asks_for_each_code_of_its_text_once():
         found = sorted(context.index(v) / len(context) for v in values)
         assert all(abs(at - (i + 0.5) / 3) < 0.15 for i, at in enumerate(found))
     in_order = [[d["context"].index(v) for v in d["values"]] for d in first]
-    assert any(sorted(places) != places for places in in_order)  # asked in any order
+    assert any(sorted(places) != places for places in in_order)  # questions are in any order
 
 
 def test_a_conversations_score_is_the_share_of_right_answers():
@@ -104,7 +104,7 @@ TEXTS = [
 ]
 
 
-def asked(until: list[str], most: int = 4) -> list[Instance]:
+def requests(until: list[str], most: int = 4) -> list[Instance]:
     settings = {"until": until, "max_gen_toks": most, "do_sample": False}
     return [Instance("generate_until", {}, (t, settings), 0, ("x", i, 1)) for i, t in enumerate(TEXTS)]
 
@@ -115,12 +115,12 @@ def test_a_batch_does_not_change_the_text_and_stop_sequences_end_it(smollm2, lm)
         if ties(policy):  # the texts have words that come again
             continue
         lm.use(policy(), Budget(ratio=0.5) if policy.uses_budget else None)
-        together = lm.generate_until(asked(["\n"]), disable_tqdm=True)
+        together = lm.generate_until(requests(["\n"]), disable_tqdm=True)
         assert lm.counts.layer_requests == 3 * lm.scorer.layers
         lm.scorer.sequences_per_pass = 1
-        assert lm.generate_until(asked(["\n"]), disable_tqdm=True) == together
+        assert lm.generate_until(requests(["\n"]), disable_tqdm=True) == together
         lm.scorer.sequences_per_pass = None
-    words = lm.generate_until(asked([" "]), disable_tqdm=True)
+    words = lm.generate_until(requests([" "]), disable_tqdm=True)
     assert all(" " not in w for w in words)
 
 
@@ -129,14 +129,14 @@ def test_a_full_cache_generates_what_hflm_does(smollm2, lm):
 
     theirs = HFLM(pretrained=smollm2.model, tokenizer=smollm2.tokenizer, batch_size=3)
     lm.use(find_policies()["full"](), None)
-    assert lm.generate_until(asked(["\n"]), disable_tqdm=True) == theirs.generate_until(
-        asked(["\n"]), disable_tqdm=True
+    assert lm.generate_until(requests(["\n"]), disable_tqdm=True) == theirs.generate_until(
+        requests(["\n"]), disable_tqdm=True
     )
 
 
-def test_no_room_for_a_prompt_is_told_in_one_sentence(lm):
+def test_no_room_for_a_prompt_gives_one_sentence(lm):
     with pytest.raises(UserError, match=r"up to 8192 tokens, which leaves no room .* 8192 positions"):
-        lm.generate_until(asked(["\n"], most=8192), disable_tqdm=True)
+        lm.generate_until(requests(["\n"], most=8192), disable_tqdm=True)
 
 
 def test_a_cell_of_the_task_and_its_traces(lm, tmp_path, monkeypatch):

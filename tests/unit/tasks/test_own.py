@@ -66,11 +66,11 @@ def settings(*overrides):
     ids=lambda x: " ".join(x)[:50] if isinstance(x, list) else "",
 )
 def test_what_is_not_allowed_is_one_sentence(overrides, parts):
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as raised:
         settings(*overrides)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
     for part in parts:
-        assert part in str(told.value)
+        assert part in str(raised.value)
 
 
 def test_an_argument_for_all_goes_to_those_that_know_it():
@@ -110,11 +110,11 @@ def test_a_folder_that_cannot_be_used_is_one_sentence(tmp_path, files, parts):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as raised:
         settings(f"include_path={tmp_path}")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
     for part in ["include_path=", *parts]:
-        assert part in str(told.value)
+        assert part in str(raised.value)
 
 
 def test_a_name_of_ones_own_wins_and_that_is_said(tmp_path):
@@ -151,7 +151,7 @@ def test_a_task_of_ones_own_that_a_group_of_lm_evals_changes(tmp_path):
         settings("tasks=[openllm]", f"include_path={folder}")
 
 
-def test_a_definition_that_changes_after_it_was_asked_for(tmp_path):
+def test_a_definition_that_changes_after_the_sweep_began(tmp_path):
     folder = own_tasks(tmp_path / "own")
     (cell,) = settings("tasks=[own_one]", f"include_path={folder}").cells
     before = tasks.TaskSpec(cell.task, cell.data).build(1)
@@ -185,7 +185,7 @@ class Tokenizer:
 
 
 @pytest.mark.parametrize(
-    ("asked", "tokenizer", "why"),
+    ("prompting", "tokenizer", "why"),
     [
         (Prompting(True), Tokenizer(None), "chat_template=true .*has no chat template"),
         (Prompting("rag"), Tokenizer("…"), "chat_template=rag .*one template without a name; give true"),
@@ -203,9 +203,9 @@ class Tokenizer:
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_a_template_that_is_not_there(asked, tokenizer, why):
+def test_a_template_that_is_not_there(prompting, tokenizer, why):
     with pytest.raises(ConfigError, match=why):
-        asked.check(tokenizer, "the model")
+        prompting.check(tokenizer, "the model")
     Prompting().check(tokenizer, "the model")
     Prompting(True, "Be brief.").check(Tokenizer({"default": ""}), "the model")
 

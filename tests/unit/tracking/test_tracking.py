@@ -81,8 +81,10 @@ def test_wandb_has_a_run_for_each_cell_with_the_columns_that_people_filter_by(ce
     assert len({run["run_id"] for run in runs}) == len(cells) + 1  # the cell that was logged twice is one run
     for stored in cells:
         run, pruned = found[stored.path.name], stored.cell["budget"] is not None
-        told = {k: run["config"][k] for k in ("model", "policy", "budget_ratio", "task", "shots", "schedule", "limit")}
-        assert told == {
+        columns = {
+            k: run["config"][k] for k in ("model", "policy", "budget_ratio", "task", "shots", "schedule", "limit")
+        }
+        assert columns == {
             "model": "tiny",
             "policy": stored.cell["policy"],
             "budget_ratio": stored.cell["budget"]["ratio"] if pruned else 1.0,
@@ -103,13 +105,13 @@ def test_wandb_has_a_run_for_each_cell_with_the_columns_that_people_filter_by(ce
 
 def test_wandb_has_the_sweep_as_one_table_with_its_plots(cells, logged):
     (place,) = (r for r in logged.glob("wandb/offline-run-*") if "summary" in r.name)
-    told = read_wandb(place)["summary"]
-    table = json.loads((place / "files" / told["results"]["path"]).read_text())
+    summary = read_wandb(place)["summary"]
+    table = json.loads((place / "files" / summary["results"]["path"]).read_text())
     frame = pd.DataFrame(table["data"], columns=table["columns"])
     assert len(frame) == len(results_frame(cells))
     assert set(frame.loc[frame["baseline"] == "yes", "policy"]) == {"full"}
     assert {"model", "policy", "budget_ratio", "schedule", "forgetting_factor", "task", "shots"} <= set(frame)
-    drawn = {name for name, value in told.items() if isinstance(value, dict) and value.get("_type") == "image-file"}
+    drawn = {name for name, value in summary.items() if isinstance(value, dict) and value.get("_type") == "image-file"}
     assert drawn == {f.stem for f in (cells[0].path.parent / "plots").glob("*.png")} != set()
 
 
@@ -174,7 +176,7 @@ def test_one_tracker_that_fails_leaves_the_other_alone(cells, tmp_path, monkeypa
     assert {f.name for f in (tmp_path / "boards" / "s").iterdir() if f.is_dir()} == {cells[0].path.name, "summary"}
 
 
-def test_a_tracker_that_is_not_installed_is_told_at_once(monkeypatch):
+def test_a_tracker_that_is_not_installed_is_reported_at_once(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r'tensorboard is not installed; pip install "a2sf\[tensorboard\]"'):
         TrackerSpec(kinds=("tensorboard",))
@@ -192,12 +194,12 @@ class Server:
         self.deleted: set[str] = set()
         self.runs: dict[str, list[dict]] = {}
         self.down = False
-        self.asked = 0
+        self.requests = 0
 
     def init(self, *, id, name, **_):
         import wandb
 
-        self.asked += 1
+        self.requests += 1
         if self.down:
             raise wandb.errors.CommError("Run initialization has timed out after 30.0 sec")
         if id in self.deleted:
@@ -217,7 +219,7 @@ def server(monkeypatch):
 
 
 def tracked(cells, kinds=("wandb",), **more) -> Tracker:
-    """A tracker that was given a whole sweep, as after a start of the program."""
+    """A tracker that was given a complete sweep, as after a start of the program."""
     directory = cells[0].path.parent
     tracker = Tracker(TrackerSpec(kinds=kinds), "s", directory, **more)
     for stored in cells:
@@ -231,16 +233,16 @@ def sweep(tmp_path):
     return write_sweep(tmp_path / "s", Plan(documents={"piqa": 5}, policies=("full", "h2o", "window"), budgets=(0.2,)))
 
 
-def test_a_run_that_was_deleted_goes_under_a_new_id_and_the_others_as_ever(sweep, server):
-    gone = run_id("s", sweep[1].path.name)
-    server.deleted.add(gone)
+def test_a_run_that_was_deleted_is_logged_under_a_new_id_and_the_others_under_their_own(sweep, server):
+    run = run_id("s", sweep[1].path.name)
+    server.deleted.add(run)
     assert tracked(sweep).complete
     names = [s.path.name for s in sweep]
-    expected = {run_id("s", names[0]), f"{gone}-2", run_id("s", names[2]), run_id("s", "summary")}
+    expected = {run_id("s", names[0]), f"{run}-2", run_id("s", names[2]), run_id("s", "summary")}
     assert set(server.runs) == expected
-    server.deleted.add(f"{gone}-2")
+    server.deleted.add(f"{run}-2")
     assert tracked(sweep, again=True).complete
-    assert f"{gone}-3" in server.runs
+    assert f"{run}-3" in server.runs
 
 
 def test_a_run_that_is_refused_under_any_id_costs_no_other(sweep, server):
@@ -256,11 +258,11 @@ def test_a_run_that_is_refused_under_any_id_costs_no_other(sweep, server):
     assert all(len(r) == 1 for r in server.runs.values())
 
 
-def test_a_server_that_does_not_answer_is_not_asked_for_every_cell(sweep, server):
+def test_a_server_that_does_not_answer_is_not_called_for_every_cell(sweep, server):
     server.down = True
     tracker = tracked(sweep)
     assert "timed out" in tracker.failed["W&B"]
-    assert server.asked == 2
+    assert server.requests == 2
     server.down = False
     assert tracked(sweep).logged == 3
 
@@ -297,9 +299,9 @@ def test_the_command_logs_a_finished_sweep(sweep, server, tmp_path, capsys):
     assert "3 cells, 3 logged now" in capsys.readouterr().out
     assert len(server.runs) == 4
     track.main([directory, "tracker=wandb"])
-    told = capsys.readouterr().out
-    assert "3 cells, 0 logged now" in told
-    assert "--again" in told
+    output = capsys.readouterr().out
+    assert "3 cells, 0 logged now" in output
+    assert "--again" in output
     track.main([directory, "tracker=team", "--config-dir", str(tmp_path / "own")])
     assert "3 logged now" in capsys.readouterr().out
     track.main([directory, "tracker=[wandb,tensorboard]", f"tracker.directory={tmp_path}/boards"])
@@ -307,11 +309,11 @@ def test_the_command_logs_a_finished_sweep(sweep, server, tmp_path, capsys):
     server.down = True
     with pytest.raises(SystemExit):
         track.main([directory, "tracker=wandb", "--again"])
-    for wrong, told in (
+    for wrong, message in (
         ([directory], "needs a tracker"),
         (["tracker=wandb"], "needs the directory"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             track.main(wrong)
     with pytest.raises(UserError, match="is not a directory"):
         track.main([str(tmp_path / "none"), "tracker=wandb"])
