@@ -74,24 +74,25 @@ def check(policy: Policy, seeds: int = SEEDS) -> Iterator[Finding]:
     layers = layers_of(policy)
     for name, invariant in INVARIANTS.items():
         for schedule in schedules(policy):
-            yield _find(name, invariant, lambda seed, s=schedule: case(policy, s, seed, layers), schedule, seeds)  # type: ignore[misc]
+            findings = (_find(name, invariant, policy, schedule, seed, layers) for seed in range(seeds))
+            yield next((found for found in findings if found is not None), Finding(name, schedule))
 
 
 def _find(
-    name: str, invariant: Callable[[Case], None], made: Callable[[int], Case], schedule: Schedule, seeds: int
-) -> Finding:
-    for seed in range(seeds):
-        try:
-            invariant(made(seed))
-        except Excepted as why:
-            return Finding(name, schedule, excepted=str(why))
-        except Broken as error:
-            return Finding(name, schedule, f"{error} (trial {seed})")
-        except Exception as error:  # the user's own code
-            raised, at = f"{type(error).__name__}: {error}", "" if isinstance(error, PolicyError) else place(error)
-            raised = f"{raised} ({at})" if at else raised
-            return Finding(name, schedule, f"it raised {raised} (trial {seed})", raised=raised)
-    return Finding(name, schedule)
+    name: str, invariant: Callable[[Case], None], policy: Policy, schedule: Schedule, seed: int, layers: int
+) -> Finding | None:
+    """What one random case shows; None: the invariant holds."""
+    try:
+        invariant(case(policy, schedule, seed, layers))
+    except Excepted as why:
+        return Finding(name, schedule, excepted=str(why))
+    except Broken as error:
+        return Finding(name, schedule, f"{error} (trial {seed})")
+    except Exception as error:  # the user's own code
+        raised, at = f"{type(error).__name__}: {error}", "" if isinstance(error, PolicyError) else place(error)
+        raised = f"{raised} ({at})" if at else raised
+        return Finding(name, schedule, f"it raised {raised} (trial {seed})", raised=raised)
+    return None
 
 
 def schedules(policy: Policy) -> list[Schedule]:
@@ -165,12 +166,8 @@ def rows(c: Case) -> None:
     for row, n in enumerate(c.lengths.tolist()):
         alone = single.run(*(x[row : row + 1, :, :n] for x in single.tensors), rows=[row])
         where = f"a row of {n} tokens"
-        _equal(
-            alone.output[0],
-            ran.output[row, :, :n],
-            f"{where} has other outputs alone than in a padded batch",
-            tolerance,
-        )
+        said = f"{where} has other outputs alone than in a padded batch"
+        _equal(alone.output[0], ran.output[row, :, :n], said, tolerance)
         if alone.retained[0] != ran.retained[row]:
             raise Broken(f"{where} retains other tokens in a padded batch")
         if bool(ran.output[row, :, n:].any()):
