@@ -178,7 +178,7 @@ def evict(launches: Launches, group: Group, N: int, most: int, options: Options)
         scanned = launches.scan(table[i], slots, shares, n, planned.several)
         launches.attend(table[i], slots, scanned.died, n)
         if options.trace:
-            evictions.append(_trace(group, table[i], slots, scanned, batch))
+            evictions.append(_trace(table[i], slots, scanned, batch.limits))
         if i + 1 < count or options.return_state:
             slots = launches.keep(table[i], slots, scanned, planned.left[i])
 
@@ -192,11 +192,11 @@ def evict(launches: Launches, group: Group, N: int, most: int, options: Options)
     return group.ran(batch.output, state, ends, evictions)
 
 
-def _trace(group: Group, table: Tensor, slots: Slots, scanned: Scanned, batch: Batch) -> Tensor:
+def _trace(table: Tensor, slots: Slots, scanned: Scanned, limits: Tensor) -> Tensor:
     """A chunk's evictions as `Ran` has them; waits for the GPU."""
     row, head, column = ((scanned.died >= 0) & (scanned.died != NEVER)).nonzero(as_tuple=True)
     member, done, held, _ = (x[row] for x in table.long().unbind(1))
-    came = batch.limits[member, 0] + done + column - held
+    came = limits[member, 0] + done + column - held
     position = torch.where(column < held, slots.positions[row, head, column], came)
     return torch.stack([member, head, done + scanned.died[row, head, column], position], 1)
 
