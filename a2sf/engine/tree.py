@@ -111,7 +111,10 @@ def by_depth(run_rows: RunRows, call: Call, dtype: torch.dtype | None = None) ->
     for number, level in enumerate(levels):
         if number and level.depth > levels[number - 1].depth:
             above, here = _together(here), []
-        packed = [x[level.row_at, :, level.column_at].transpose(1, 2).to(dtype) for x in (query, key, value)]
+        packed: dict[str, Any] = {
+            name: x[level.row_at, :, level.column_at].transpose(1, 2).to(dtype)
+            for name, x in (("query", query), ("key", key), ("value", value))
+        }
         counts: Tensor | None = None
         if above is not None:
             assert level.parents is not None
@@ -120,12 +123,10 @@ def by_depth(run_rows: RunRows, call: Call, dtype: torch.dtype | None = None) ->
         elif state is not None:
             start = state if level.parents is None else state.select(level.parents)
         else:
-            start = EvictionState.empty(packed[1], packed[2], segments.rule, H // key.shape[1])
+            start = EvictionState.empty(packed["key"], packed["value"], segments.rule, H // key.shape[1])
             counts = torch.zeros(len(level.ids), key.shape[1], dtype=torch.int64)
-        tensors = dict(zip(("query", "key", "value"), packed, strict=True))
-        rows = Rows(
-            **level.numbers, **tensors, state=start, counts=counts, tables=level.tables if state is None else None
-        )
+        tables = level.tables if state is None else None
+        rows = Rows(**level.numbers, **packed, state=start, counts=counts, tables=tables)
         wanted = options.return_state or level.depth < levels[-1].depth
         ran = run_rows(rows, replace(options, return_state=wanted))
         output[level.of_row, :, level.of_column] = ran.output.transpose(1, 2)[level.at, level.step].to(query.dtype)
