@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from a2sf.engine.invariants.cases import KV_HEADS, ROWS, TOKENS, Case, case, layers_of
-from a2sf.engine.invariants.opposite import chooses, lenient, opposite
+from a2sf.engine.invariants.opposite import chooses, lenient, opposite, slots_of
 from a2sf.engine.state import EvictionState
 from a2sf.errors import PolicyError, UserError, place
 from a2sf.policies.base import UNLIMITED, Policy, Retention
 from a2sf.policies.schedule import Schedule
-from a2sf.policies.slots import head_slots
 
 SEEDS = 8
 MOST_CHOICE = 64
@@ -247,10 +246,7 @@ def _retained_by_row(c: Case, row: int, tokens: int, heads: list[list[int]]) -> 
     if c.policy.uses_budget and numbers.budget > allowed:
         stated = "no limit" if numbers.budget == UNLIMITED else f"{numbers.budget} tokens"
         raise Broken(f"it may hold {allowed} tokens and states {stated}")
-    slots_of_heads = head_slots(numbers.rule.heads, numbers.budget) if numbers.rule.heads else ()
-    C = numbers.budget
-    for head, positions in enumerate(heads):
-        C, recent, sinks = slots_of_heads[head] if slots_of_heads else (numbers.budget, numbers.recent, numbers.sinks)
+    for head, (positions, (C, recent, sinks)) in enumerate(zip(heads, slots_of(numbers, KV_HEADS), strict=True)):
         protected = {*range(min(sinks, tokens)), *range(max(0, tokens - recent), tokens)}
         if positions != sorted(set(positions)):
             raise Broken(f"the retained positions {positions} are not unique and in order")
@@ -263,7 +259,8 @@ def _retained_by_row(c: Case, row: int, tokens: int, heads: list[list[int]]) -> 
             high = tokens
         if not schedule.prompt and not low <= len(positions) <= high:
             raise Broken(f"{len(positions)} of {tokens} tokens are cached at a budget of {C}")
-    if schedule.prompt and not slots_of_heads:
+    if schedule.prompt and not numbers.rule.heads:
+        C = numbers.budget
         most = tokens if tokens < prompt else min(C, prompt) + tokens - prompt
         each = most
         if schedule.then != "keep" and tokens >= prompt and most > C:

@@ -73,11 +73,16 @@ def _with_rule(policy: Policy, changed: Callable[[Rule], Rule]) -> Policy:
     return other
 
 
+def slots_of(stated: Retention, kv_heads: int) -> tuple[tuple[int, int, int], ...]:
+    """Budget, recent and sinks of each head."""
+    if stated.rule.heads:
+        return head_slots(stated.rule.heads, stated.budget)
+    return ((stated.budget, stated.recent, stated.sinks),) * kv_heads
+
+
 def chooses(stated: Retention, kv_heads: int, tokens: int) -> bool:
     """Whether a layer that reads `tokens` tokens ever evicts one of several, so that its rule decides which."""
-    rule = stated.rule
-    same = ((stated.budget, stated.recent, stated.sinks),) * kv_heads
-    slots = head_slots(rule.heads, stated.budget) if rule.heads else same
+    rule, slots = stated.rule, slots_of(stated, kv_heads)
     ranks = rule.priority_fn is not None or rule.scored or rule.bias is not None
     if rule.threshold is not None:
         return ranks and any(max(r + s, C) < tokens for C, r, s in slots)
