@@ -333,6 +333,9 @@ def test_a_state_goes_on_with_the_policy_that_made_it():
         attend(make_policy("tova"), q, k, v, budget=4, state=plain)
     with pytest.raises(ValueError, match="is not one of 2 rows"):
         attend(make_policy("h2o"), *(x.expand(2, -1, -1, -1) for x in (q, k, v)), budget=4, state=plain)
+    for backend in ("torch", "numba"):
+        with pytest.raises(ValueError, match="keys of 2"):
+            attend(make_policy("h2o"), q[..., :2], k[..., :2], v, budget=4, state=plain, backend=backend)
 
 
 def test_memory_travels_with_its_tokens():
