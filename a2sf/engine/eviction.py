@@ -28,14 +28,7 @@ def reference(
 ) -> Attended:
     """The recursion, one token at a time over all rows and heads: slow and readable; the kernels are tested against it.
 
-    Gradients flow through the attention; the choice of the retained tokens has none.
-
-    Args:
-        query: [B, H, T, D].
-        key: [B, K, T, D] and
-        value: [B, K, T, V], any floating dtype and strides.
-        segments: what to attend (see `Segments`).
-        state: the state the parentless segments start from, one row for each in their order; None: empty caches.
+    Gradients flow through the attention; the choice of the retained tokens has none. Arguments as in `Call`.
     """
     differentiable = wants_gradient(query, key, value, state)
     if differentiable and segments.rule.merge_fn is not None:

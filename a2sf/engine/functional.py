@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from a2sf.engine import kernels
+from a2sf.engine.checks import check_state, check_tensors
 from a2sf.engine.eviction import wants_gradient
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import EvictionState, Options, Segments, remembered
@@ -70,7 +71,7 @@ def attend(
     policy = policy_of(policy)
     check_name(type(policy))
     schedule = schedule_for(policy, schedule_of(schedule))
-    _check_shapes(query, key, value)
+    _check_tokens(query, key, value)
     B, T = query.shape[0], query.shape[2]
     if not isinstance(layer, numbers.Integral) or not 0 <= layer < layers:
         raise ConfigError("layer", layer, f"give a number from 0 to {layers - 1}, the model has {layers} layers")
@@ -128,17 +129,11 @@ def evicting_attention(
     differ from row to row; a row's result never depends on the other rows.
 
     Args:
-        query: [B, H, T, D], any floating dtype.
-        key: [B, K, T, D] and
-        value: [B, K, T, V]; `H` is a multiple of `K` (grouped-query attention: the query heads of a group share one cache).
+        query, key, value, scale, lengths, state, backend: as in `attend`.
         budget: int, or int tensor [B]: tokens that a KV head holds, `C` of docs/semantics.md.
         recent: int, or int tensor [B]: newest tokens that are protected, `r`.
         sinks: int, or int tensor [B]: first tokens that are protected, `s`.
         forgetting_factor: float, or float tensor [B], in [0, 1].
-        scale: factor on the logits; default `D ** -0.5`.
-        lengths: int tensor [B], the rows' own lengths if they are right-padded; output past a row's length is 0.
-        state: continue from here; None: empty caches.
-        backend: `auto`, or the name of one of `a2sf.engine.kernels.BACKENDS`; only `reference` has gradients.
 
     Returns:
         output [B, H, T, V] in the query's dtype, and the state after each row's last token.
@@ -146,7 +141,7 @@ def evicting_attention(
     Raises:
         ValueError: if shapes do not fit, or a number is out of range.
     """
-    _check_shapes(query, key, value)
+    _check_tokens(query, key, value)
     B, T = query.shape[0], query.shape[2]
     integers = {"budget": budget, "recent": recent, "sinks": sinks}
     C, r, s = (_per_row(n, x, B, torch.int64) for n, x in integers.items())
@@ -172,7 +167,7 @@ def _run(
     layers: int = 1,
 ) -> tuple[Tensor, EvictionState]:
     if state is not None:
-        _check_state(state, query, key, segments.rule)
+        _check_state(state, query, key, value, segments.rule)
     if backend != "reference" and wants_gradient(query, key, value, state):
         raise ConfigError("backend", backend, "only reference has gradients; give it, or call under torch.no_grad()")
     factor = query.shape[-1] ** -0.5 if scale is None else scale
@@ -214,11 +209,7 @@ def _lengths(lengths: Tensor | None, rows: int, tokens: int) -> Tensor:
     return length
 
 
-def _check_state(state: EvictionState, query: Tensor, key: Tensor, rule: Rule) -> None:
-    if state.seen.shape[0] != query.shape[0]:
-        raise ValueError(f"the state holds {state.seen.shape[0]} rows, the query {query.shape[0]}")
-    if state.positions.shape[1] != key.shape[1]:
-        raise ValueError(f"the state holds {state.positions.shape[1]} KV heads, the key {key.shape[1]}")
+def _check_state(state: EvictionState, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> None:
     if (None if state.memory is None else state.memory.shape[-1]) != remembered(rule):
         raise ValueError(
             "the state was made by another policy: what it remembers per token differs; continue with the same one"
@@ -227,18 +218,12 @@ def _check_state(state: EvictionState, query: Tensor, key: Tensor, rule: Rule) -
         raise ValueError(
             "the state was made by another policy: of how many tokens it has the queries differs; continue with the same one"
         )
-    if rule.shared and not bool((state.positions == state.positions[:, :1]).all()):
-        raise ValueError("the policy retains one set of tokens per layer, and the state's heads hold different ones")
+    check_state(state, len(query), key.shape[1], key.shape[-1], value.shape[-1], rule)
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+def _check_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise ConfigError(name, kind, "give a tensor of a floating dtype, such as float32")
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if not (query.ndim == key.ndim == value.ndim == 4):
-        raise ValueError(f"query, key and value must have 4 dimensions [batch, heads, tokens, size]: {shapes}")
-    fits = key.shape[:3] == value.shape[:3] and key.shape[0] == query.shape[0] and key.shape[2:] == query.shape[2:]
-    if not fits or key.shape[1] == 0 or query.shape[1] % key.shape[1] != 0:
-        raise ValueError(f"shapes do not fit, or the query heads are not a multiple of the KV heads: {shapes}")
+    check_tensors(query, key, value)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from a2sf import atomic
-from a2sf.engine.trace import Trace
+from a2sf.engine.trace import Trace, cached_tokens
 from a2sf.errors import ConfigError, UserError, first_line
 
 FORMAT, VERSION = "kv-replay", 1
@@ -49,9 +49,7 @@ class Recorded:
 
     def cached(self) -> np.ndarray:
         """int64 [L, K, T]: the tokens cached after each step."""
-        T = self.evicted_at.shape[-1]
-        evictions = np.apply_along_axis(np.bincount, -1, self.evicted_at, minlength=T + 1)[..., :T]
-        return np.arange(1, T + 1) - evictions.cumsum(-1)
+        return cached_tokens(self.evicted_at)
 
 
 @dataclass(frozen=True, eq=False)

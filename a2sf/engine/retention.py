@@ -84,7 +84,7 @@ class BatchRetention:
 
     def retention(self) -> dict[str, Any]:
         """The fields of this class by name, for a subclass that has more."""
-        return {name: getattr(self, name) for name in _FIELDS}
+        return {f.name: getattr(self, f.name) for f in fields(BatchRetention)}
 
     def select(self: Batch, rows: Tensor | slice) -> Batch:
         """The sequences `rows`, in that order."""
@@ -106,18 +106,8 @@ class BatchRetention:
     def unlimited(self: Batch, rule: Rule) -> Batch:
         """The same sequences with nothing evicted; `rule` says which scores are computed."""
         none = torch.zeros_like(self.recent)
-        budget = torch.full_like(self.budget, UNLIMITED)
-        return replace(
-            self,
-            budget=budget,
-            recent=none,
-            sinks=none,
-            rule=rule,
-            schedule=STEP,
-            prompt=None,
-            prepared=None,
-            growth=None,
-        )
+        numbers = {"budget": torch.full_like(self.budget, UNLIMITED), "recent": none, "sinks": none}
+        return replace(self, **numbers, rule=rule, schedule=STEP, prompt=None, prepared=None, growth=None)
 
     def at(self: Batch, positions: Tensor) -> Batch:
         """The numbers of one step, that of the token at `positions` int64 [n] of each sequence."""
@@ -176,29 +166,20 @@ class BatchRetention:
 
     def per_head(self, heads: int, dtype: torch.dtype) -> BatchRetention:
         """The same numbers to compute with columns: [n, 1, 1], the budget [n, K, 1] and the factor in `dtype`."""
-        budget, recent, sinks = (x[:, None, None] for x in (self.budget, self.recent, self.sinks))
-        budget = budget.repeat(1, heads, 1)
+        prepared = None if self.prepared is None else self.prepared.to(dtype)
+        plain = BatchRetention(**self.retention() | {"growth": None, "prepared": None})
+        columns = plain._each(lambda x: x[:, None, None])
+        budget = columns.budget.repeat(1, heads, 1)
         budget[:, list(self.rule.full_heads)] = UNLIMITED
-        return BatchRetention(
-            budget=budget,
-            recent=recent,
-            sinks=sinks,
-            forgetting_factor=self.forgetting_factor.to(dtype)[:, None, None],
-            rule=self.rule,
-            schedule=self.schedule,
-            prompt=None if self.prompt is None else self.prompt[:, None, None],
-            prepared=None if self.prepared is None else self.prepared.to(dtype),
-            given_back=None if self.given_back is None else self.given_back[:, None, None],
-        )
+        factor = columns.forgetting_factor.to(dtype)
+        return replace(columns, budget=budget, forgetting_factor=factor, prepared=prepared)
 
     # what follows is for numbers `per_head`; `now` is int64 [B, 1, 1], the position of each row's newest token
 
     def scores_now(self, now: Tensor) -> Tensor:
         """bool [B, 1, 1]: whether the attention at time `now` adds to the scores."""
-        if self.rule.cut is None or not self.rule.scored:
-            return torch.full_like(now, self.rule.scored, dtype=torch.bool)
-        if self.prompt is None:
-            return torch.zeros_like(now, dtype=torch.bool)
+        if self.rule.cut is None or not self.rule.scored or self.prompt is None:
+            return torch.full_like(now, self.rule.scored and self.rule.cut is None, dtype=torch.bool)
         return (now >= self.prompt - self.recent) & (now < self.prompt)
 
     def at_cut(self, now: Tensor) -> Tensor:
@@ -276,6 +257,3 @@ def _padded(numbers: Sequence[Numbers | None]) -> Tensor | None:
         if one is not None:
             row[:, : one.of.shape[1]] = one.of
     return made
-
-
-_FIELDS = tuple(f.name for f in fields(BatchRetention))

@@ -7,7 +7,7 @@ whose queries a rule sees.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -68,6 +68,17 @@ class Segments(BatchRetention):
     @property
     def count(self) -> int:
         return self.row.shape[0]
+
+    def ends(self, seen: Iterable[int] = ()) -> list[int]:
+        """The position after each segment's last token.
+
+        Args:
+            seen: tokens read before each segment without a parent; none: 0.
+        """
+        before, ends = iter(seen), list[int]()
+        for length, parent in zip(self.length.tolist(), self.parent.tolist(), strict=True):
+            ends.append(length + (ends[parent] if parent >= 0 else next(before, 0)))
+        return ends
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """What `make` gives, made once for all layers of a pass, which share their segments."""
@@ -154,22 +165,14 @@ class EvictionState:
             slots, some_empty = max(1, most), least < max(1, most)
         order = self.positions.where(filled, LATE).argsort(dim=-1)[:, :, :slots]
         positions = self.positions.gather(2, order)
-        wide = order[..., None]
 
         def ordered(x: Tensor) -> Tensor:
-            taken = x.gather(2, wide.expand(-1, -1, -1, x.shape[-1]))
-            return taken.masked_fill_(positions[..., None] < 0, 0) if some_empty else taken
+            like = (..., *[None] * (x.ndim - 3))
+            taken = x.gather(2, order[like].expand(*order.shape, *x.shape[3:]))
+            return taken.masked_fill_(positions[like] < 0, 0) if some_empty else taken
 
-        scores = self.scores.gather(2, order)
-        return EvictionState(
-            positions=positions,
-            scores=scores.masked_fill_(positions < 0, 0) if some_empty else scores,
-            keys=ordered(self.keys),
-            values=ordered(self.values),
-            seen=self.seen,
-            memory=None if self.memory is None else ordered(self.memory),
-            queries=self.queries,
-        )
+        numbers = {name: ordered(x) for name, x in self._slots().items() if name != "positions"}
+        return replace(self, positions=positions, **numbers)
 
     def evict(self, out: Tensor) -> EvictionState:
         """The state without the slots that are True in `out` [B, K, N]."""

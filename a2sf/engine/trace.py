@@ -157,6 +157,13 @@ def attention_mass(query: Tensor, key: Tensor, evicted_at: Tensor, scale: float)
     return received, lost
 
 
+def cached_tokens(evicted_at: np.ndarray) -> np.ndarray:
+    """int64 [L, K, T]: the tokens cached after each step; `evicted_at` as in `Trace`."""
+    T = evicted_at.shape[-1]
+    evictions = np.apply_along_axis(np.bincount, -1, evicted_at, minlength=T + 1)[..., :T]
+    return np.arange(1, T + 1) - evictions.cumsum(-1)
+
+
 def overlap(a: Trace, b: Trace) -> np.ndarray:
     """How similar two policies' caches were: float [L], the Jaccard index of what they retain, mean over steps and KV heads.
 
@@ -165,14 +172,7 @@ def overlap(a: Trace, b: Trace) -> np.ndarray:
     """
     if a.evicted_at.shape != b.evicted_at.shape or a.pieces != b.pieces:
         raise ValueError("only traces of the same document and model can be compared")
-    T = a.evicted_at.shape[-1]
-
-    def counts(evicted_at: np.ndarray) -> np.ndarray:
-        """Cached tokens after each step."""
-        evictions = np.apply_along_axis(np.bincount, -1, evicted_at, minlength=T + 1)[..., :T]
-        return np.arange(1, T + 1) - evictions.cumsum(-1)
-
-    both, either = (counts(f(a.evicted_at, b.evicted_at)) for f in (np.minimum, np.maximum))
+    both, either = (cached_tokens(f(a.evicted_at, b.evicted_at)) for f in (np.minimum, np.maximum))
     return (both / either).mean(axis=(1, 2))
 
 

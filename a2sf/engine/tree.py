@@ -111,7 +111,10 @@ def by_depth(run_rows: RunRows, call: Call, dtype: torch.dtype | None = None) ->
     for number, level in enumerate(levels):
         if number and level.depth > levels[number - 1].depth:
             above, here = _together(here), []
-        packed = [x[level.row_at, :, level.column_at].transpose(1, 2).to(dtype) for x in (query, key, value)]
+        packed: dict[str, Any] = {
+            name: x[level.row_at, :, level.column_at].transpose(1, 2).to(dtype)
+            for name, x in (("query", query), ("key", key), ("value", value))
+        }
         counts: Tensor | None = None
         if above is not None:
             assert level.parents is not None
@@ -120,20 +123,10 @@ def by_depth(run_rows: RunRows, call: Call, dtype: torch.dtype | None = None) ->
         elif state is not None:
             start = state if level.parents is None else state.select(level.parents)
         else:
-            start = EvictionState.empty(packed[1], packed[2], segments.rule, H // key.shape[1])
+            start = EvictionState.empty(packed["key"], packed["value"], segments.rule, H // key.shape[1])
             counts = torch.zeros(len(level.ids), key.shape[1], dtype=torch.int64)
-        rows = Rows(
-            **level.retention.retention(),
-            query=packed[0],
-            key=packed[1],
-            value=packed[2],
-            length=level.length,
-            lengths=level.lengths,
-            budgets=level.budgets,
-            state=start,
-            counts=counts,
-            tables=level.tables if state is None else None,
-        )
+        tables = level.tables if state is None else None
+        rows = Rows(**level.numbers, **packed, state=start, counts=counts, tables=tables)
         wanted = options.return_state or level.depth < levels[-1].depth
         ran = run_rows(rows, replace(options, return_state=wanted))
         output[level.of_row, :, level.of_column] = ran.output.transpose(1, 2)[level.at, level.step].to(query.dtype)
@@ -182,8 +175,7 @@ class _Level:
             row in a given state; None: all of that state.
         row_at, column_at: int64 [S', T'], where its tokens are in the packed input; anything in the padding.
         of_row, of_column, at, step: int64 [n], the same for tokens that are no padding, and their places in the rows.
-        retention, length: what it retains, and its tokens, int64 [S'].
-        lengths, budgets: the same numbers as lists.
+        numbers: what `Rows` says of it in numbers: what it retains, and its tokens.
         tables: what backends make for these rows (`Rows.once`).
     """
 
@@ -196,10 +188,7 @@ class _Level:
     of_column: Tensor
     at: Tensor
     step: Tensor
-    retention: BatchRetention
-    length: Tensor
-    lengths: list[int]
-    budgets: list[int]
+    numbers: dict[str, Any]
     tables: dict[Hashable, Any] = field(default_factory=dict)
 
 
@@ -208,7 +197,6 @@ def _levels(segments: Segments, T: int, device: torch.device) -> list[_Level]:
 
     Few tensors go to a GPU, where each costs as much as a launch, and none is waited for.
     """
-    prompt = torch.zeros_like(segments.length) if segments.prompt is None else segments.prompt
     place: dict[int, int] = {}  # of a segment at its depth
     levels: list[_Level] = []
     lengths = segments.length.tolist()
@@ -217,29 +205,22 @@ def _levels(segments: Segments, T: int, device: torch.device) -> list[_Level]:
         (depth, ids) for depth, all_ids in enumerate(_depths(segments.parent)) for ids in _batches(all_ids, lengths)
     ]
     for depth, ids in batches:
-        pick = torch.tensor(ids)
-        length = segments.length[pick]
-        offset = torch.arange(max(1, int(length.max())))
-        real = offset < length[:, None]  # [S', T']
-        row = segments.row[pick][:, None].expand_as(real)
-        column = (segments.start[pick][:, None] + offset).clamp(max=T - 1)
+        own = segments.select(torch.tensor(ids))
+        offset = torch.arange(max(1, int(own.length.max())))
+        real = offset < own.length[:, None]  # [S', T']
+        row = own.row[:, None].expand_as(real)
+        column = (own.start[:, None] + offset).clamp(max=T - 1)
         row_at, column_at = torch.stack([row, column]).to(device, non_blocking=True)
         of_real = torch.stack([row[real], column[real], *real.nonzero().unbind(1)])
         of_row, of_column, at, step = of_real.to(device, non_blocking=True)
-        of_rows = (segments.length, segments.budget, segments.recent, segments.sinks, prompt)
-        numbers = torch.stack([x[pick] for x in of_rows]).to(device, non_blocking=True)
-        retention = BatchRetention(
-            budget=numbers[1],
-            recent=numbers[2],
-            sinks=numbers[3],
-            prompt=None if segments.prompt is None else numbers[4],
-            growth=None if segments.growth is None else tuple(segments.growth[i] for i in ids),
-            prepared=None if segments.prepared is None else segments.prepared[pick].to(device, non_blocking=True),
-            forgetting_factor=segments.forgetting_factor[pick].to(device, non_blocking=True),
-            rule=segments.rule,
-            schedule=segments.schedule,
-        )
-        rows = [roots[i] for i in ids] if not depth else [place[p] for p in segments.parent[pick].tolist()]
+        integers = {"budget": own.budget, "recent": own.recent, "sinks": own.sinks, "length": own.length}
+        integers |= {} if own.prompt is None else {"prompt": own.prompt}
+        numbers = own.retention() | {"lengths": own.length.tolist(), "budgets": own.budget.tolist()}
+        numbers |= zip(integers, torch.stack(list(integers.values())).to(device, non_blocking=True), strict=True)
+        numbers["forgetting_factor"] = own.forgetting_factor.to(device, non_blocking=True)
+        if own.prepared is not None:
+            numbers["prepared"] = own.prepared.to(device, non_blocking=True)
+        rows = [roots[i] for i in ids] if not depth else [place[p] for p in own.parent.tolist()]
         levels.append(
             _Level(
                 depth=depth,
@@ -251,10 +232,7 @@ def _levels(segments: Segments, T: int, device: torch.device) -> list[_Level]:
                 of_column=of_column,
                 at=at,
                 step=step,
-                retention=retention,
-                length=numbers[0],
-                lengths=length.tolist(),
-                budgets=segments.budget[pick].tolist(),
+                numbers=numbers,
             )
         )
         before = sum(len(level.ids) for level in levels[:-1] if level.depth == depth)

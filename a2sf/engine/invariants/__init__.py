@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from a2sf.engine.invariants.cases import KV_HEADS, ROWS, TOKENS, Case, case, layers_of
-from a2sf.engine.invariants.opposite import chooses, lenient, opposite
+from a2sf.engine.invariants.opposite import chooses, lenient, opposite, slots_of
 from a2sf.engine.state import EvictionState
 from a2sf.errors import PolicyError, UserError, place
 from a2sf.policies.base import UNLIMITED, Policy, Retention
 from a2sf.policies.schedule import Schedule
-from a2sf.policies.slots import head_slots
 
 SEEDS = 8
 MOST_CHOICE = 64
@@ -74,24 +73,25 @@ def check(policy: Policy, seeds: int = SEEDS) -> Iterator[Finding]:
     layers = layers_of(policy)
     for name, invariant in INVARIANTS.items():
         for schedule in schedules(policy):
-            yield _find(name, invariant, lambda seed, s=schedule: case(policy, s, seed, layers), schedule, seeds)  # type: ignore[misc]
+            findings = (_find(name, invariant, policy, schedule, seed, layers) for seed in range(seeds))
+            yield next((found for found in findings if found is not None), Finding(name, schedule))
 
 
 def _find(
-    name: str, invariant: Callable[[Case], None], made: Callable[[int], Case], schedule: Schedule, seeds: int
-) -> Finding:
-    for seed in range(seeds):
-        try:
-            invariant(made(seed))
-        except Excepted as why:
-            return Finding(name, schedule, excepted=str(why))
-        except Broken as error:
-            return Finding(name, schedule, f"{error} (trial {seed})")
-        except Exception as error:  # the user's own code
-            raised, at = f"{type(error).__name__}: {error}", "" if isinstance(error, PolicyError) else place(error)
-            raised = f"{raised} ({at})" if at else raised
-            return Finding(name, schedule, f"it raised {raised} (trial {seed})", raised=raised)
-    return Finding(name, schedule)
+    name: str, invariant: Callable[[Case], None], policy: Policy, schedule: Schedule, seed: int, layers: int
+) -> Finding | None:
+    """What one random case shows; None: the invariant holds."""
+    try:
+        invariant(case(policy, schedule, seed, layers))
+    except Excepted as why:
+        return Finding(name, schedule, excepted=str(why))
+    except Broken as error:
+        return Finding(name, schedule, f"{error} (trial {seed})")
+    except Exception as error:  # the user's own code
+        raised, at = f"{type(error).__name__}: {error}", "" if isinstance(error, PolicyError) else place(error)
+        raised = f"{raised} ({at})" if at else raised
+        return Finding(name, schedule, f"it raised {raised} (trial {seed})", raised=raised)
+    return None
 
 
 def schedules(policy: Policy) -> list[Schedule]:
@@ -165,12 +165,8 @@ def rows(c: Case) -> None:
     for row, n in enumerate(c.lengths.tolist()):
         alone = single.run(*(x[row : row + 1, :, :n] for x in single.tensors), rows=[row])
         where = f"a row of {n} tokens"
-        _equal(
-            alone.output[0],
-            ran.output[row, :, :n],
-            f"{where} has other outputs alone than in a padded batch",
-            tolerance,
-        )
+        said = f"{where} has other outputs alone than in a padded batch"
+        _equal(alone.output[0], ran.output[row, :, :n], said, tolerance)
         if alone.retained[0] != ran.retained[row]:
             raise Broken(f"{where} retains other tokens in a padded batch")
         if bool(ran.output[row, :, n:].any()):
@@ -250,10 +246,7 @@ def _retained_by_row(c: Case, row: int, tokens: int, heads: list[list[int]]) -> 
     if c.policy.uses_budget and numbers.budget > allowed:
         stated = "no limit" if numbers.budget == UNLIMITED else f"{numbers.budget} tokens"
         raise Broken(f"it may hold {allowed} tokens and states {stated}")
-    slots_of_heads = head_slots(numbers.rule.heads, numbers.budget) if numbers.rule.heads else ()
-    C = numbers.budget
-    for head, positions in enumerate(heads):
-        C, recent, sinks = slots_of_heads[head] if slots_of_heads else (numbers.budget, numbers.recent, numbers.sinks)
+    for head, (positions, (C, recent, sinks)) in enumerate(zip(heads, slots_of(numbers, KV_HEADS), strict=True)):
         protected = {*range(min(sinks, tokens)), *range(max(0, tokens - recent), tokens)}
         if positions != sorted(set(positions)):
             raise Broken(f"the retained positions {positions} are not unique and in order")
@@ -266,7 +259,8 @@ def _retained_by_row(c: Case, row: int, tokens: int, heads: list[list[int]]) -> 
             high = tokens
         if not schedule.prompt and not low <= len(positions) <= high:
             raise Broken(f"{len(positions)} of {tokens} tokens are cached at a budget of {C}")
-    if schedule.prompt and not slots_of_heads:
+    if schedule.prompt and not numbers.rule.heads:
+        C = numbers.budget
         most = tokens if tokens < prompt else min(C, prompt) + tokens - prompt
         each = most
         if schedule.then != "keep" and tokens >= prompt and most > C:

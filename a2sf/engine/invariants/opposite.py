@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -51,37 +52,37 @@ def opposite(policy: Policy) -> tuple[Policy, list[bool]]:
         varied.append(True)  # attention does
         return replace(rule, weight=_minus_one if rule.weight is None else _Negative(rule.weight), bias=bias)
 
-    def keeps(*numbers: Any, **named: Any) -> Retention:
-        stated = policy.keeps(*numbers, **named)
-        return replace(stated, rule=negated(stated.rule))
-
-    other = copy.copy(policy)
-    vars(other)["keeps"] = keeps
-    return other, varied
+    return _with_rule(policy, negated), varied
 
 
 def lenient(policy: Policy) -> Policy:
     """The policy with a threshold that every priority reaches, if it has one."""
+    least = -sys.float_info.max
+    return _with_rule(policy, lambda rule: rule if rule.threshold is None else replace(rule, threshold=least))
+
+
+def _with_rule(policy: Policy, changed: Callable[[Rule], Rule]) -> Policy:
+    """The policy with another rule."""
 
     def keeps(*numbers: Any, **named: Any) -> Retention:
         stated = policy.keeps(*numbers, **named)
-        if stated.rule.threshold is None:
-            return stated
-        return replace(stated, rule=replace(stated.rule, threshold=-sys.float_info.max))
+        return replace(stated, rule=changed(stated.rule))
 
     other = copy.copy(policy)
     vars(other)["keeps"] = keeps
     return other
 
 
+def slots_of(stated: Retention, kv_heads: int) -> tuple[tuple[int, int, int], ...]:
+    """Budget, recent and sinks of each head."""
+    if stated.rule.heads:
+        return head_slots(stated.rule.heads, stated.budget)
+    return ((stated.budget, stated.recent, stated.sinks),) * kv_heads
+
+
 def chooses(stated: Retention, kv_heads: int, tokens: int) -> bool:
     """Whether a layer that reads `tokens` tokens ever evicts one of several, so that its rule decides which."""
-    rule = stated.rule
-    slots = (
-        head_slots(rule.heads, stated.budget)
-        if rule.heads
-        else ((stated.budget, stated.recent, stated.sinks),) * kv_heads
-    )
+    rule, slots = stated.rule, slots_of(stated, kv_heads)
     ranks = rule.priority_fn is not None or rule.scored or rule.bias is not None
     if rule.threshold is not None:
         return ranks and any(max(r + s, C) < tokens for C, r, s in slots)

@@ -33,14 +33,14 @@ def _changes_after_evicting(segments: Segments) -> bool:
     """Whether a segment continues one that evicts with another budget."""
     parent = segments.parent.clamp(min=0)
     differs = (segments.parent >= 0) & (segments.budget != segments.budget[parent])
-    return bool((differs & (_end(segments) > segments.budget)[parent]).any())
+    return bool((differs & (torch.tensor(segments.ends()) > segments.budget)[parent]).any())
 
 
 def _retained_without_scores(segments: Segments) -> bool:
     """Whether each segment retains all of its tokens, or the newest."""
     newest = (segments.recent == segments.budget) & (segments.sinks == 0)
     newest &= segments.rule.merge_fn is None
-    return bool(((_end(segments) <= segments.budget) | newest).all())
+    return bool(((torch.tensor(segments.ends()) <= segments.budget) | newest).all())
 
 
 def attend_dense(query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: Options) -> Attended:
@@ -48,7 +48,7 @@ def attend_dense(query: Tensor, key: Tensor, value: Tensor, segments: Segments, 
     B, H, T, _ = query.shape
     dtype, device = accumulation_dtype(query.dtype), query.device
     output = query.new_zeros(B, T, H, value.shape[-1]).transpose(1, 2)
-    end = _end(segments)
+    end = torch.tensor(segments.ends())
     for tree in _trees(segments.parent):
         # for every token of the tree: the segment it is in, where it is packed, and how many tokens its path has before
         length = segments.length[tree]
@@ -69,14 +69,6 @@ def attend_dense(query: Tensor, key: Tensor, value: Tensor, segments: Segments, 
             )
             output[row][:, token[here]] = out[0].to(query.dtype)
     return Attended(output)
-
-
-def _end(segments: Segments) -> Tensor:
-    """Tokens on the path from the root through each segment."""
-    end: list[int] = []
-    for length, parent in zip(segments.length.tolist(), segments.parent.tolist(), strict=True):
-        end.append(length + (end[parent] if parent >= 0 else 0))
-    return torch.tensor(end, dtype=torch.int64)
 
 
 def _trees(parent: Tensor) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""The implementations of the recursion: `Backend` is what each of them offers, `REGISTRY` has them all.
+"""The implementations of the recursion: `Backend` is what they have in common, `REGISTRY` has them all.
 
 A new kernel is a class here and its place in `REGISTRY`. numba and Triton take a second to load, so that their modules are
 imported when they are first used.
@@ -7,7 +7,7 @@ imported when they are first used.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,9 +15,12 @@ from torch import Tensor
 from a2sf.engine.eviction import reference
 from a2sf.engine.kernels.dense import attend_dense, why_not
 from a2sf.engine.retention import BatchRetention
-from a2sf.engine.state import Attended, Call, EvictionState
+from a2sf.engine.state import Attended, Call
 from a2sf.engine.stepwise import attend_torch
 from a2sf.policies.rule import Rule
+
+if TYPE_CHECKING:
+    from a2sf.engine.kernels.cpu import SlotCache
 
 
 class CacheShape(NamedTuple):
@@ -31,49 +34,13 @@ class CacheShape(NamedTuple):
     V: int
 
 
-class TokenCache(Protocol):
-    """Caches of a batch of rows in memory allocated once, for reading token by token.
-
-    Attributes:
-        backend: the name of the implementation.
-    """
-
-    backend: str
-
-    @property
-    def nbytes(self) -> int: ...
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        retention: BatchRetention,
-        *,
-        scale: float | None = None,
-        lengths: Tensor | None = None,
-    ) -> Tensor:
-        """Read the next tokens of every row; the output [B, H, T, V]."""
-        ...
-
-    def state(self) -> EvictionState:
-        """What is cached."""
-        ...
-
-    def load(self, state: EvictionState, forgetting_factor: Tensor | float = 1.0) -> None:
-        """Take over a state of as many rows."""
-        ...
-
-    def reorder(self, rows: Tensor) -> None:
-        """Keep `rows` in that order."""
-        ...
-
-
+TokenCache: TypeAlias = "SlotCache"
+"""Caches of a batch of rows for reading token by token; those of another kernel would have the same methods."""
 NewCache: TypeAlias = Callable[[CacheShape], TokenCache]
 
 
-class Backend(Protocol):
-    """One implementation of the recursion.
+class Backend:
+    """One implementation of the recursion: any call on any device, unless a method says otherwise.
 
     Attributes:
         name: how it is asked for, and what results say ran.
@@ -83,45 +50,28 @@ class Backend(Protocol):
     """
 
     name: str
-    selectable: bool
-    automatic: bool
-    compiled: bool
-
-    def serves(self, query: Tensor) -> str | None:
-        """Why it cannot compute with tensors of such a dtype on such a device; None: it can."""
-        ...
-
-    def supports(self, call: Call) -> str | None:
-        """Why it cannot run a call whose tensors it `serves`; None: it can."""
-        ...
-
-    def attend(self, call: Call) -> Attended:
-        """Run a call that it supports."""
-        ...
-
-    def new_cache(self, retention: BatchRetention, like: Tensor) -> NewCache | None:
-        """What makes a cache for keys like `like`; None where states are handed from call to call instead."""
-        ...
-
-
-class BaseBackend:
-    """What most implementations have in common."""
-
     selectable: bool = True
     automatic: bool = True
     compiled: bool = False
 
     def serves(self, query: Tensor) -> str | None:
+        """Why it cannot compute with tensors of such a dtype on such a device; None: it can."""
         return None
 
     def supports(self, call: Call) -> str | None:
+        """Why it cannot run a call whose tensors it `serves`; None: it can."""
         return None
+
+    def attend(self, call: Call) -> Attended:
+        """Run a call that it supports."""
+        raise NotImplementedError
 
     def new_cache(self, retention: BatchRetention, like: Tensor) -> NewCache | None:
+        """What makes a cache for keys like `like`; None where states are handed from call to call instead."""
         return None
 
 
-class Dense(BaseBackend):
+class Dense(Backend):
     """Masked attention in plain torch, where scores do not matter."""
 
     name, selectable = "dense", False
@@ -136,7 +86,7 @@ class Dense(BaseBackend):
         return attend_dense(call.query, call.key, call.value, call.segments, call.options)
 
 
-class Numba(BaseBackend):
+class Numba(Backend):
     """The compiled kernel of the CPU."""
 
     name, compiled = "numba", True
@@ -164,7 +114,7 @@ class Numba(BaseBackend):
         return lambda shape: SlotCache(*shape, retention.rule, retention.schedule.spare)
 
 
-class Triton(BaseBackend):
+class Triton(Backend):
     """The compiled kernel of GPUs."""
 
     name, compiled = "triton", True
@@ -187,7 +137,7 @@ class Triton(BaseBackend):
         return attend_triton(*call)
 
 
-class Torch(BaseBackend):
+class Torch(Backend):
     """Plain torch, token by token over all rows and heads."""
 
     name = "torch"
@@ -196,7 +146,7 @@ class Torch(BaseBackend):
         return attend_torch(*call)
 
 
-class Reference(BaseBackend):
+class Reference(Backend):
     """The readable implementation that the others are checked against."""
 
     name, automatic = "reference", False

@@ -7,7 +7,7 @@ import torch
 
 from a2sf import make_policy
 from a2sf.engine import kernels
-from a2sf.engine.kernels.registry import REGISTRY, TORCH, BaseBackend
+from a2sf.engine.kernels.registry import REGISTRY, TORCH, Backend
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Attended, Call, Options, Segments
 from a2sf.errors import ConfigError
@@ -16,7 +16,7 @@ from a2sf.policies.schedule import Schedule
 B, H, K, T, D = 2, 4, 2, 12, 8
 
 
-class Mine(BaseBackend):
+class Mine(Backend):
     """Computes with torch what is in float32 and evicted step by step."""
 
     name, compiled = "mine", True
@@ -33,9 +33,6 @@ class Mine(BaseBackend):
     def attend(self, call) -> Attended:
         self.calls.append(call)
         return TORCH.attend(call)
-
-    def new_cache(self, retention, like):
-        return None
 
 
 @pytest.fixture

@@ -331,8 +331,11 @@ def test_a_state_continues_with_the_policy_that_made_it():
             attend(policy, q, k, v, budget=4, state=state)
     with pytest.raises(ValueError, match="one set of tokens per layer"):
         attend(make_policy("tova"), q, k, v, budget=4, state=plain)
-    with pytest.raises(ValueError, match="1 rows, the query 2"):
+    with pytest.raises(ValueError, match="is not one of 2 rows"):
         attend(make_policy("h2o"), *(x.expand(2, -1, -1, -1) for x in (q, k, v)), budget=4, state=plain)
+    for backend in ("torch", "numba"):
+        with pytest.raises(ValueError, match="keys of 2"):
+            attend(make_policy("h2o"), q[..., :2], k[..., :2], v, budget=4, state=plain, backend=backend)
 
 
 def test_memory_travels_with_its_tokens():

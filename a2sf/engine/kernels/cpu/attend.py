@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from a2sf.engine.checks import check_state, check_tensors
 from a2sf.engine.kernels.cpu import run as cpu_run
-from a2sf.engine.kernels.cpu.bounds import check_state, check_tensors
 from a2sf.engine.kernels.cpu.memory import (
     NO_STATE,
     NO_TRACE,
@@ -25,8 +25,7 @@ from a2sf.engine.kernels.cpu.memory import (
     rule_flags,
 )
 from a2sf.engine.kernels.cpu.plan import KernelPlan, make_plan
-from a2sf.engine.kernels.cpu.run import Given
-from a2sf.engine.kernels.cpu.state import Call, Scratch, Shape, Store
+from a2sf.engine.kernels.cpu.state import Call, Given, Scratch, Shape, Store
 from a2sf.engine.kernels.cpu.threads import in_threads
 from a2sf.engine.state import Attended, EvictionState, Options, Segments
 from a2sf.engine.tree import traced
@@ -123,11 +122,9 @@ def _positions(segments: Segments, state: EvictionState | None, rows: int, token
     """int64 [B, 1, T], the position of every packed token; None where the rule does not need it."""
     if segments.rule.weight is None and segments.rule.bias is None:
         return None
-    at, end = torch.zeros(rows, 1, tokens, dtype=torch.int64), [0] * segments.count
-    seen = iter(() if state is None else state.seen.tolist())
-    columns = (segments.row, segments.start, segments.length, segments.parent)
-    for i, (row, start, length, parent) in enumerate(zip(*(x.tolist() for x in columns), strict=True)):
-        first = end[parent] if parent >= 0 else next(seen, 0)
-        end[i] = first + length
-        at[row, 0, start : start + length] = torch.arange(first, end[i])
+    at = torch.zeros(rows, 1, tokens, dtype=torch.int64)
+    ends = segments.ends(() if state is None else state.seen.tolist())
+    places = (x.tolist() for x in (segments.row, segments.start, segments.length))
+    for row, start, length, end in zip(*places, ends, strict=True):
+        at[row, 0, start : start + length] = torch.arange(end - length, end)
     return at

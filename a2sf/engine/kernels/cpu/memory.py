@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from a2sf.engine.kernels.cpu.bounds import per_token
-from a2sf.engine.kernels.cpu.run import Given
+from a2sf.engine.checks import per_token
 from a2sf.engine.kernels.cpu.simd import LANES, TILE_ROWS
-from a2sf.engine.kernels.cpu.state import Call, Scratch, Shape, Store
+from a2sf.engine.kernels.cpu.state import Call, Given, Scratch, Shape, Store, whole
 from a2sf.engine.state import EvictionState
 from a2sf.policies.rule import ACCUMULATED, Rule
 
@@ -56,11 +55,6 @@ def make_scratch(threads: int, shape: Shape) -> Scratch:
 def _memory(n: int, dtype: torch.dtype = torch.float32) -> np.ndarray:
     """`n` numbers, not set, from the start of a cache line: vectors that lie across two lines cost twice."""
     return torch.empty(n, dtype=dtype).numpy()
-
-
-def whole(n: int) -> int:
-    """`n` rounded up to whole vectors."""
-    return -(-n // LANES) * LANES
 
 
 def rule_flags(rule: Rule) -> dict[str, int]:

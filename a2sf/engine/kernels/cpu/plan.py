@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from a2sf.engine.checks import check_segments
 from a2sf.engine.kernels.cpu import run as cpu_run
-from a2sf.engine.kernels.cpu.bounds import check_segments
-from a2sf.engine.kernels.cpu.memory import whole
 from a2sf.engine.kernels.cpu.run import Program
 from a2sf.engine.kernels.cpu.simd import LANES
+from a2sf.engine.kernels.cpu.state import whole
 from a2sf.engine.state import Segments
 
 LEAST_BLOCK, LARGEST_BLOCK = 4, 32

@@ -7,6 +7,7 @@ from a2sf.engine.kernels.cpu.simd import (
     LANES,
     add,
     after,
+    as_ints,
     at_least,
     at_most_unsigned,
     bits,
@@ -16,7 +17,6 @@ from a2sf.engine.kernels.cpu.simd import (
     fma,
     in_order,
     load,
-    load_bits,
     multiply,
     not_less,
     ones,
@@ -106,7 +106,7 @@ def _free(states, at, oldest, newest):
 @leaf
 def _with_rank(states, at, ranks, ranks_at, rank, oldest, newest):
     """Which of them have rank `rank`."""
-    return both(_free(states, at, oldest, newest), equal(load_bits(ranks, ranks_at), rank))
+    return both(_free(states, at, oldest, newest), equal(as_ints(load(ranks, ranks_at)), rank))
 
 
 @leaf
@@ -138,7 +138,7 @@ def _evict(states, s, shape, ranks, ranks_at, oldest, newest, traced):
     at, end, none = s * shape.slots, states.counters[s, USED] * LANES, spread_int(LARGEST_INT)
     least, j = none, 0
     while j < end:
-        rank = where_int(_free(states, at + j, oldest, newest), load_bits(ranks, ranks_at + j), none)
+        rank = where_int(_free(states, at + j, oldest, newest), as_ints(load(ranks, ranks_at + j)), none)
         least, j = smaller_int(rank, least), after(j)
     least = spread_int(smallest_int(least))
     found, j = 0, 0

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from a2sf.compat import numba
-from a2sf.compat.numba import cached, inner
+from a2sf.compat.numba import cached, inner, leaf
 from a2sf.engine.kernels.cpu.simd import LANES, give, load, store, take
 from a2sf.engine.kernels.cpu.state import COUNT, SEEN, TAINTED, USED, add_panel, padded
 from a2sf.engine.kernels.cpu.step import block, block_together
@@ -33,41 +33,32 @@ EMPTY, GIVEN = -1, -2
 """Values of SOURCE beside the buffer to copy: start empty, or from row `GIVEN - SOURCE` of the states that were given."""
 
 
-class Given(NamedTuple):
-    """States in the canonical form: given to start from, or to be filled; all empty arrays if there are none."""
-
-    positions: Any  # int64 [S, K, N]
-    scores: Any  # float32 [S, K, N]
-    keys: Any  # float32 [S, K, N, D]
-    values: Any  # float32 [S, K, N, V]
-    seen: Any  # int64 [S]
-    weights: Any  # float32 [S, K, N], as are the biases; empty where they are not used
-    biases: Any
-
-
 @inner
 def _begin(states, s):
     states.counters[s, COUNT] = states.counters[s, USED] = states.counters[s, SEEN] = states.counters[s, TAINTED] = 0
+
+
+@leaf
+def _copy_within(array, source, target, n):
+    for i in range(0, n, LANES):
+        store(array, target + i, load(array, source + i))
 
 
 @inner
 def _copy(states, source, target, shape):
     n, width = states.counters[source, USED] * LANES, padded(shape.V)
     a, b = source * shape.slots, target * shape.slots
-    for i in range(0, n * shape.D, LANES):
-        store(states.keys, b * shape.D + i, load(states.keys, a * shape.D + i))
-    c, d = source * shape.room * width, target * shape.room * width
-    for i in range(0, min(n, shape.room) * width, LANES):
-        store(states.values, d + i, load(states.values, c + i))
-    for i in range(0, n, LANES):
-        store(states.scores, b + i, load(states.scores, a + i))
-        if shape.mean_over_age:
-            store(states.terms, b + i, load(states.terms, a + i))
-        if shape.weighted:
-            store(states.weights, b + i, load(states.weights, a + i))
-        if shape.biased:
-            store(states.biases, b + i, load(states.biases, a + i))
-        store(states.positions, b + i, load(states.positions, a + i))
+    _copy_within(states.keys, a * shape.D, b * shape.D, n * shape.D)
+    row = shape.room * width
+    _copy_within(states.values, source * row, target * row, min(n, shape.room) * width)
+    _copy_within(states.positions, a, b, n)
+    _copy_within(states.scores, a, b, n)
+    if shape.mean_over_age:
+        _copy_within(states.terms, a, b, n)
+    if shape.weighted:
+        _copy_within(states.weights, a, b, n)
+    if shape.biased:
+        _copy_within(states.biases, a, b, n)
     for column in range(states.counters.shape[1]):
         states.counters[target, column] = states.counters[source, column]
 

@@ -50,9 +50,9 @@ def _operation(result: Any, emit: Callable[..., Any]) -> Any:
     return intrinsic((unary, binary, ternary)[emit.__code__.co_argcount - 2])
 
 
-def _call(builder: Any, name: str, result: Any, *values: Any) -> Any:
+def _call(builder: Any, name: str, result: Any, *values: Any, **options: Any) -> Any:
     kind = ir.FunctionType(result, [v.type for v in values])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values, **options)
 
 
 def _spread(builder: Any, x: Any) -> Any:
@@ -126,6 +126,8 @@ equal = _operation(mask, lambda b, x, y: b.icmp_signed("==", x, y))
 both = _operation(mask, lambda b, x, y: b.and_(x, y))
 where = _operation(floats, lambda b, m, x, y: b.select(m, x, y))
 where_int = _operation(ints, lambda b, m, x, y: b.select(m, x, y))
+as_ints = _operation(ints, lambda b, x: b.bitcast(x, _INTS))
+"""The bits of each lane as an integer."""
 in_order = _operation(ints, _in_order)
 """Integers in the order of any floats; 0 and -0 are one, NaN without a sign is the largest."""
 not_less = _operation(mask, lambda b, x, y: b.fcmp_ordered(">=", x, y))
@@ -137,12 +139,8 @@ lowest_bit = _operation(types.int64, lambda b, x: _call(b, "llvm.cttz.i64", _LON
 total = _operation(
     types.float32,
     # reassociable, so that it is a tree of additions and not a chain
-    lambda b, x: b.call(
-        cgutils.get_or_insert_function(
-            b.module, ir.FunctionType(_FLOAT, [_FLOAT, _FLOATS]), f"llvm.vector.reduce.fadd.v{LANES}f32"
-        ),
-        [ir.Constant(_FLOAT, -0.0), x],
-        fastmath=("reassoc",),
+    lambda b, x: _call(
+        b, f"llvm.vector.reduce.fadd.v{LANES}f32", _FLOAT, ir.Constant(_FLOAT, -0.0), x, fastmath=("reassoc",)
     ),
 )
 largest = _operation(types.float32, _largest)
@@ -176,23 +174,12 @@ def _store_to(builder: Any, pointer: Any, x: Any) -> None:
 @intrinsic
 def load(typingctx: Any, array: Any, at: Any) -> Any:
     """array[at : at + 16]."""
-    lanes = ints if array.dtype == types.int32 else floats
+    lanes, vector = (ints, _INTS) if array.dtype == types.int32 else (floats, _FLOATS)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = _address(context, builder, signature.args[0], args[0], args[1])
-        return _load_from(builder, pointer, _INTS if lanes is ints else _FLOATS)
+        return _load_from(builder, _address(context, builder, signature.args[0], args[0], args[1]), vector)
 
     return lanes(array, types.intp), codegen
-
-
-@intrinsic
-def load_bits(typingctx: Any, array: Any, at: Any) -> Any:
-    """The bits of array[at : at + 16] as integers."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _load_from(builder, _address(context, builder, signature.args[0], args[0], args[1]), _INTS)
-
-    return ints(array, types.intp), codegen
 
 
 def _store(hidden: bool) -> Any:
@@ -278,10 +265,8 @@ def prefetch(typingctx: Any, array: Any, at: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = _address(context, builder, signature.args[0], args[0], args[1])
-        pointer = builder.bitcast(pointer, ir.IntType(8).as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, _INT, _INT, _INT])
-        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(fetch, [pointer, ir.Constant(_INT, 0), ir.Constant(_INT, 3), ir.Constant(_INT, 1)])
+        how = (ir.Constant(_INT, x) for x in (0, 3, 1))  # to read, in the first-level cache, as data
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), builder.bitcast(pointer, ir.IntType(8).as_pointer()), *how)
         return context.get_dummy_value()
 
     return types.void(array, types.intp), codegen
@@ -315,14 +300,13 @@ def _tile(vectors: int, height: int = TILE_ROWS) -> Any:
             def index(at: Any, step: Any, times: int) -> Any:
                 return builder.add(at, builder.mul(step, ir.Constant(step.type, times)))
 
+            def address_of_c(r: int, j: int) -> Any:
+                return _address(
+                    context, builder, kinds[8], c, index(index(c_at, c_row, r), ir.Constant(_LONG, LANES), j)
+                )
+
             rows, columns = range(height), range(vectors)
-            c_to = [
-                [
-                    _address(context, builder, kinds[8], c, index(index(c_at, c_row, r), ir.Constant(_LONG, LANES), j))
-                    for j in columns
-                ]
-                for r in rows
-            ]
+            c_to = [[address_of_c(r, j) for j in columns] for r in rows]
             a_from = [_address(context, builder, kinds[0], a, index(a_at, a_row, r)) for r in rows]
             b_from = [_address(context, builder, kinds[3], b, index(b_at, b_vector, j)) for j in columns]
             zero = _constant(0.0)
@@ -367,29 +351,25 @@ tile1, tile2, tile3, tile4 = (_tile(vectors) for vectors in (1, 2, 3, 4))
 high1, high2 = (_tile(vectors, 2 * TILE_ROWS) for vectors in (1, 2))
 
 
-def _atomic(emit: Callable[..., Any]) -> Any:
-    @intrinsic
-    def operation(typingctx: Any, array: Any, at: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return emit(builder, _address(context, builder, signature.args[0], args[0], args[1]))
+@intrinsic
+def take(typingctx: Any, array: Any, at: Any) -> Any:
+    """Set array[at], an int64, from 0 to 1; false if it was not 0."""
 
-        return types.boolean(array, types.intp), codegen
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _address(context, builder, signature.args[0], args[0], args[1])
+        zero, one = ir.Constant(_LONG, 0), ir.Constant(_LONG, 1)
+        return builder.extract_value(builder.cmpxchg(pointer, zero, one, "acq_rel", "monotonic"), 1)
 
-    return operation
-
-
-def _emit_take(builder: Any, pointer: Any) -> Any:
-    one = pointer.type.pointee(1)
-    swapped = builder.cmpxchg(pointer, pointer.type.pointee(0), one, "acq_rel", "monotonic")
-    return builder.extract_value(swapped, 1)
+    return types.boolean(array, types.intp), codegen
 
 
-def _emit_give(builder: Any, pointer: Any) -> Any:
-    builder.store_atomic(pointer.type.pointee(0), pointer, "release", 8)
-    return ir.Constant(ir.IntType(1), 1)
+@intrinsic
+def give(typingctx: Any, array: Any, at: Any) -> Any:
+    """Set array[at], an int64, to 0, after all writes so far."""
 
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _address(context, builder, signature.args[0], args[0], args[1])
+        builder.store_atomic(ir.Constant(_LONG, 0), pointer, "release", 8)
+        return context.get_dummy_value()
 
-take = _atomic(_emit_take)
-"""(int64 array, i): set array[i] from 0 to 1; false if it was not 0."""
-give = _atomic(_emit_give)
-"""(int64 array, i): set array[i] to 0, after all writes so far."""
+    return types.void(array, types.intp), codegen

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from a2sf.engine.checks import check_fits, check_lengths, check_state
 from a2sf.engine.kernels.cpu import run as cpu_run
 from a2sf.engine.kernels.cpu.attend import Work, run_plan, threads_for
-from a2sf.engine.kernels.cpu.bounds import check_fits, check_lengths, check_state
 from a2sf.engine.kernels.cpu.memory import (
     NO_CALL,
     NO_TRACE,
@@ -20,11 +20,10 @@ from a2sf.engine.kernels.cpu.memory import (
     make_call,
     make_scratch,
     rule_flags,
-    whole,
 )
 from a2sf.engine.kernels.cpu.plan import LARGEST_BLOCK, KernelPlan
 from a2sf.engine.kernels.cpu.run import Program
-from a2sf.engine.kernels.cpu.state import COUNT, SEEN, Shape
+from a2sf.engine.kernels.cpu.state import COUNT, SEEN, Shape, whole
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import EvictionState
 from a2sf.policies.rule import ACCUMULATED, Rule
@@ -46,15 +45,7 @@ class SlotCache:
     backend = "numba"
 
     def __init__(
-        self,
-        rows: int,
-        heads: int,
-        group: int,
-        slots: int,
-        D: int,
-        V: int,
-        rule: Rule = ACCUMULATED,
-        spare: int = 0,
+        self, rows: int, heads: int, group: int, slots: int, D: int, V: int, rule: Rule = ACCUMULATED, spare: int = 0
     ) -> None:
         self.rule = rule
         room = slots + 1 if slots >= 128 else whole(slots + 1)  # of few slots, some more do not matter
@@ -98,7 +89,7 @@ class SlotCache:
             ValueError: if a row needs more slots than there are.
         """
         shape, B, T, D = self._shape, self.rows, query.shape[2], query.shape[3]
-        check_fits(query, key, value, B, shape)
+        check_fits(query, key, value, B, shape.heads, shape.group, shape.D, shape.V)
         room = shape.room
         length = np.broadcast_to(T if lengths is None else lengths.numpy(), B)
         budget, recent, sinks = (x.numpy() for x in (retention.budget, retention.recent, retention.sinks))
@@ -163,10 +154,8 @@ class SlotCache:
         # a quota, so that every item has states of its own; large enough to run it in one go
         quota = int(left.max(initial=1))
         threads, shape = threads_for(plan, shape), shape._replace(block=block)
-        if self._scratch_of != (
-            threads,
-            block,
-        ):  # reused, because a step of one token takes less time than allocating it
+        # reused, because a step of one token takes less time than allocating it
+        if self._scratch_of != (threads, block):
             self._scratch, self._scratch_of = make_scratch(threads, shape), (threads, block)
             work = work._replace(scratch=self._scratch)
         run_plan(plan, threads, quota, shape, work)

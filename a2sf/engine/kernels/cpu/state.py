@@ -77,9 +77,25 @@ class Call(NamedTuple):
     scale: Any  # float32, times log2(e)
 
 
-@leaf
-def padded(n):
+class Given(NamedTuple):
+    """States in the canonical form: given to start from, or to be filled; all empty arrays if there are none."""
+
+    positions: Any  # int64 [S, K, N]
+    scores: Any  # float32 [S, K, N]
+    keys: Any  # float32 [S, K, N, D]
+    values: Any  # float32 [S, K, N, V]
+    seen: Any  # int64 [S]
+    weights: Any  # float32 [S, K, N], as are the biases; empty where they are not used
+    biases: Any
+
+
+def whole(n):
+    """`n` rounded up to whole vectors."""
     return (n + LANES - 1) // LANES * LANES
+
+
+padded = leaf(whole)
+"""The same, compiled."""
 
 
 @inner

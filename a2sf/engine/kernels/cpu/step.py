@@ -293,7 +293,7 @@ def _logits(states, s, shape, call, scratch, part, head, row, start, w):
 
 
 @leaf
-def _weigh(states, s, shape, call, scratch, part, head, row, token, i, factor, scored):
+def _weigh(states, s, shape, scratch, part, i, factor, scored):
     """Normalise the weights of the block's token `i`, and score it."""
     G, row_size, now = shape.group, shape.slots + LANES, states.counters[s, SEEN] + i
     rows = (shape.block * G + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
@@ -340,7 +340,7 @@ def block(states, s, shape, call, scratch, thread, head, row, start, limit, budg
     panels = states.counters[s, USED]
     for i in range(w):
         _prefetch(shape, call, row, head, start + w + i)
-        _weigh(states, s, shape, call, scratch, thread, head, row, start + i, i, factor, scored)
+        _weigh(states, s, shape, scratch, thread, i, factor, scored)
         newest = states.counters[s, SEEN] + i - recent
         evict(states, s, shape, call, scratch, thread, row, head, start + i, budget, sinks, newest)
     _attend(states, s, shape, call, scratch, thread, head, row, start, w, panels)
@@ -366,7 +366,7 @@ def block_together(
     for i in range(w):
         for h in range(shape.heads):
             _prefetch(shape, call, row, h, start + w + i)
-            _weigh(states, s + h * step, shape, call, scratch, part + h, h, row, start + i, i, factor, scored)
+            _weigh(states, s + h * step, shape, scratch, part + h, i, factor, scored)
         newest = states.counters[s, SEEN] + i - recent
         evict_together(states, s, step, shape, call, scratch, thread, row, start + i, budget, sinks, newest)
     for h in range(shape.heads):

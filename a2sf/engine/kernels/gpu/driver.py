@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from a2sf.engine.kernels.gpu import plan
 from a2sf.engine.kernels.gpu.jit import NEVER
-from a2sf.engine.kernels.gpu.launch import Batch, Scanned, Slots
+from a2sf.engine.kernels.gpu.launch import Batch, Launches, Scanned, Slots
 from a2sf.engine.state import EvictionState, Made, Options
 from a2sf.engine.tree import Ran, Rows
 from a2sf.policies.ranking import terms
@@ -22,18 +22,6 @@ FAR = 2**29
 """More than any number of tokens, and small enough to be added to a position."""
 LONG = 1024
 """Tokens from which a prompt whose scores are not needed is read by SDPA, alone; shorter ones are one launch together."""
-
-
-class Steps(Protocol):
-    """The launches that a chunk needs (`launch.Launches`)."""
-
-    def shares(self, table: Tensor, slots: Slots, n: int, N: int) -> Tensor: ...
-    def scan(self, table: Tensor, slots: Slots, shares: Tensor, n: int, several: bool) -> Scanned: ...
-    def attend(self, table: Tensor, slots: Slots, died: Tensor, n: int, sums: Tensor | None = None) -> None: ...
-    def keep(self, table: Tensor, slots: Slots, scanned: Scanned, S: int) -> Slots: ...
-    def received(
-        self, table: Tensor, slots: Slots, died: Tensor, sums: Tensor, powers: Tensor, scores: Tensor
-    ) -> None: ...
 
 
 def batch_of(rows: Rows, scale: float) -> Batch:
@@ -178,21 +166,21 @@ def _planned(group: Group, N: int, most: int, spare: int) -> Planned:
     return Planned(group.table(chunks), ends, tokens, left, several)
 
 
-def evict(steps: Steps, batch: Batch, group: Group, N: int, most: int, options: Options) -> Ran:
+def evict(launches: Launches, group: Group, N: int, most: int, options: Options) -> Ran:
     """Rows that evict, in chunks of `N` columns and at most `most` tokens; of the output only the batch's is filled."""
-    rows = group.rows
+    rows, batch = group.rows, launches.batch
     planned = group.once(f"chunks of {N} and {most}", lambda: _planned(group, N, most, batch.spare))
     table, ends, count = planned.table, planned.ends, len(planned.tokens)
 
     slots, evictions = group.slots(N, numbers=True), []
     for i, n in enumerate(planned.tokens):
-        shares = steps.shares(table[i], slots, n, N) if batch.rule.scored else batch.factor
-        scanned = steps.scan(table[i], slots, shares, n, planned.several)
-        steps.attend(table[i], slots, scanned.died, n)
+        shares = launches.shares(table[i], slots, n, N) if batch.rule.scored else batch.factor
+        scanned = launches.scan(table[i], slots, shares, n, planned.several)
+        launches.attend(table[i], slots, scanned.died, n)
         if options.trace:
-            evictions.append(_trace(group, table[i], slots, scanned, batch))
+            evictions.append(_trace(table[i], slots, scanned, batch.limits))
         if i + 1 < count or options.return_state:
-            slots = steps.keep(table[i], slots, scanned, planned.left[i])
+            slots = launches.keep(table[i], slots, scanned, planned.left[i])
 
     state = None
     if options.return_state:
@@ -204,18 +192,18 @@ def evict(steps: Steps, batch: Batch, group: Group, N: int, most: int, options: 
     return group.ran(batch.output, state, ends, evictions)
 
 
-def _trace(group: Group, table: Tensor, slots: Slots, scanned: Scanned, batch: Batch) -> Tensor:
+def _trace(table: Tensor, slots: Slots, scanned: Scanned, limits: Tensor) -> Tensor:
     """A chunk's evictions as `Ran` has them; waits for the GPU."""
     row, head, column = ((scanned.died >= 0) & (scanned.died != NEVER)).nonzero(as_tuple=True)
     member, done, held, _ = (x[row] for x in table.long().unbind(1))
-    came = batch.limits[member, 0] + done + column - held
+    came = limits[member, 0] + done + column - held
     position = torch.where(column < held, slots.positions[row, head, column], came)
     return torch.stack([member, head, done + scanned.died[row, head, column], position], 1)
 
 
-def read(steps: Steps, batch: Batch, group: Group, options: Options, *, alone: bool) -> Ran:
+def read(launches: Launches, group: Group, options: Options, *, alone: bool) -> Ran:
     """Rows that evict nothing. `alone`: each by SDPA, without scores, from empty caches; else all in one launch."""
-    rows, T = group.rows, batch.key.shape[1]
+    rows, batch, T = group.rows, launches.batch, launches.batch.key.shape[1]
     slots = group.slots(max(map(max, group.held)), numbers=False)
     (B, K, S), device, scores = slots.positions.shape, batch.key.device, None
     if alone:
@@ -228,7 +216,7 @@ def read(steps: Steps, batch: Batch, group: Group, options: Options, *, alone: b
         inside = torch.arange(S, device=device) < table[:, 2, None]
         died = torch.where((slots.positions < 0) & inside[:, None], -1, NEVER).int()
         sums = torch.empty(B, K, batch.query.shape[3], T, device=device) if scored else None
-        steps.attend(table, slots, died, T, sums)
+        launches.attend(table, slots, died, T, sums)
         if sums is not None:
             powers = rows.once(
                 "powers",
@@ -236,7 +224,7 @@ def read(steps: Steps, batch: Batch, group: Group, options: Options, *, alone: b
             )
             scores = torch.zeros(B, K, S + T, device=device)
             scores[:, :, :S] = group.state.scores[:, :, :S]
-            steps.received(table, slots, died, sums, powers, scores)
+            launches.received(table, slots, died, sums, powers, scores)
     ends = [[h + n for h in held] for held, n in zip(group.held, group.lengths, strict=True)]
     state = _read_state(group, slots, scores, max(1, *map(max, ends))) if options.return_state else None
     return group.ran(batch.output, state, ends, [])

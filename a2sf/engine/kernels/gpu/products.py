@@ -40,7 +40,7 @@ def _columns(new, slots, c, held, tokens, K, SIZE: tl.constexpr, PADDED: tl.cons
 
 
 @jit("K")
-def _queries(query, row, first, K, head, tokens, i, t, G: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr):
+def _queries(query, first, K, head, tokens, i, t, G: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr):
     """Queries of tokens `t` and query heads `i` of a KV head, [t, PADDED_D], and which are there."""
     d, real = tl.arange(0, PADDED_D), (i < G) & (t < tokens)
     at = query + ((first + t).to(tl.int64) * K + head) * G * D + i * D
@@ -65,7 +65,7 @@ def shares(
     if block < tokens:
         i, t = tl.arange(0, PADDED_G * TOKENS) // TOKENS, block + tl.arange(0, PADDED_G * TOKENS) % TOKENS
         first = row * T + done
-        q, real = _queries(query, row, first, K, head, tokens, i, t, G, D, PADDED_D)
+        q, real = _queries(query, first, K, head, tokens, i, t, G, D, PADDED_D)
         new = key + (first.to(tl.int64) * K + head) * D
         slots = slot_keys + (b * K + head).to(tl.int64) * S * D
         last = held + tl.minimum(block + TOKENS, tokens)  # columns that one of these tokens sees
@@ -169,7 +169,7 @@ def attend(
     if block < tokens:
         i, t = tl.arange(0, PADDED_G * TOKENS) // TOKENS, block + tl.arange(0, PADDED_G * TOKENS) % TOKENS
         first = row * T + done
-        q, real = _queries(query, row, first, K, head, tokens, i, t, G, D, PADDED_D)
+        q, real = _queries(query, first, K, head, tokens, i, t, G, D, PADDED_D)
         new_keys, new_values = key + (first.to(tl.int64) * K + head) * D, value + (first.to(tl.int64) * K + head) * V
         slots = (b * K + head).to(tl.int64) * S
         old_keys, old_values, ends = slot_keys + slots * D, slot_values + slots * V, died + (b * K + head) * W
@@ -220,7 +220,7 @@ def received(
         added = tl.zeros([PADDED_G * TOKENS, COLUMNS], tl.float32)
         for block in range(tl.maximum(0, begin - held) // TOKENS * TOKENS, tokens, TOKENS):
             i, t = tl.arange(0, PADDED_G * TOKENS) // TOKENS, block + tl.arange(0, PADDED_G * TOKENS) % TOKENS
-            q, real = _queries(query, row, first, K, head, tokens, i, t, G, D, PADDED_D)
+            q, real = _queries(query, first, K, head, tokens, i, t, G, D, PADDED_D)
             logit = _dot(q, tl.trans(k), tl.zeros([PADDED_G * TOKENS, COLUMNS], tl.float32), COMPILED) * scale
             sum_ = tl.load(sums + ((b * K + head).to(tl.int64) * G + i) * n + t, mask=real, other=0.0)
             seen = ((c - held)[None, :] <= t[:, None]) & (t[:, None] <= end[None, :]) & (c < held + tokens)[None, :]

@@ -51,14 +51,7 @@ def too_wide(call: Call) -> str | None:
     """Why a call's rows hold too many tokens; None where they do not."""
     segments, held = call.segments, 0 if call.state is None else call.state.positions.shape[-1]
     group = call.query.shape[1] // (1 if segments.rule.shared else call.key.shape[1])
-    return segments.once(("too wide", held, group), lambda: _too_wide(segments, held, group))
-
-
-def _too_wide(segments: Segments, held: int, group: int) -> str | None:
-    total: list[int] = []  # tokens of each segment's path
-    for length, parent in zip(segments.length.tolist(), segments.parent.tolist(), strict=True):
-        total.append(length + (total[parent] if parent >= 0 else 0))
-    return plan.too_wide(segments, held, total, group)
+    return segments.once(("too wide", held, group), lambda: plan.too_wide(segments, held, segments.ends(), group))
 
 
 @torch.no_grad()
@@ -110,33 +103,22 @@ def _columns(rows: Rows, row: int, held: list[int]) -> int:
 
 def run(rows: Rows, options: Options, groups: list[int], held: list[list[int]], most: int | None = None) -> Ran:
     """Run each group. `groups`: each row's columns, `held`: its heads' tokens, `most`: tokens of a chunk."""
-    batch = driver.batch_of(rows, options.scale)
-    steps, heads = Launches(batch), rows.query.shape[1]
+    launches, heads = Launches(driver.batch_of(rows, options.scale)), rows.query.shape[1]
     done: list[tuple[list[int], Ran]] = []
     for N in sorted(set(groups)):
         members = [row for row, its in enumerate(groups) if its == N]
-        for part in _parts(rows, members, N, heads) if N != READ else _prompts(rows, members, held, options):
-            group = driver.Group.of(rows, part, held)
-            if N == READ:
-                done.append(
-                    (part, driver.read(steps, batch, group, options, alone=_alone(rows, part[0], held, options)))
-                )
-            else:
-                tokens = most or plan.most_tokens(N, heads)
-                done.append((part, driver.evict(steps, batch, group, N, tokens, options)))
-    return _together(batch.output.flatten(2, 3).transpose(1, 2), done, options)
-
-
-def _alone(rows: Rows, row: int, held: list[list[int]], options: Options) -> bool:
-    """Whether a row that evicts nothing is read by SDPA: a long one, from its beginning, whose scores nobody asks for."""
-    scored = options.return_state and rows.rule.scored
-    return not scored and rows.lengths[row] >= driver.LONG and max(held[row]) == 0
-
-
-def _prompts(rows: Rows, members: list[int], held: list[list[int]], options: Options) -> list[list[int]]:
-    """Rows that evict nothing: those that are read alone, and the others."""
-    alone = [i for i in members if _alone(rows, i, held, options)]
-    return [part for part in (alone, [i for i in members if i not in alone]) if part]
+        if N != READ:
+            for part in _parts(rows, members, N, heads):
+                group = driver.Group.of(rows, part, held)
+                done.append((part, driver.evict(launches, group, N, most or plan.most_tokens(N, heads), options)))
+            continue
+        # by SDPA: long rows, from their beginning, whose scores nobody asks for
+        scored = options.return_state and rows.rule.scored
+        long = [i for i in members if not scored and rows.lengths[i] >= driver.LONG and max(held[i]) == 0]
+        for part, alone in ((long, True), ([i for i in members if i not in long], False)):
+            if part:
+                done.append((part, driver.read(launches, driver.Group.of(rows, part, held), options, alone=alone)))
+    return _together(launches.batch.output.flatten(2, 3).transpose(1, 2), done, options)
 
 
 def _parts(rows: Rows, members: list[int], N: int, heads: int) -> list[list[int]]:

@@ -97,8 +97,7 @@ def _on(rows: Rows, device: torch.device | str, dtype: torch.dtype) -> Rows:
     """`rows` with tensors, keys and values in `dtype`; scores are never less than float32."""
 
     def moved(of: Any) -> dict[str, Any]:
-        tensors = {name: x for name, x in vars(of).items() if isinstance(x, Tensor)}
-        return {n: x.to(device, _dtype(n, x, dtype)) for n, x in tensors.items()}
+        return {n: x.to(device, _dtype(n, x, dtype)) for n, x in vars(of).items() if isinstance(x, Tensor)}
 
     return replace(rows, **moved(rows), state=replace(rows.state, **moved(rows.state)))
 

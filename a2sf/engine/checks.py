@@ -1,4 +1,4 @@
-"""Checks of the arguments of the CPU kernel, which itself reads and writes memory unchecked.
+"""Checks of a call's tensors, states and segments; the kernel of the CPU reads and writes memory unchecked.
 
 They look at sizes and at numbers per row or segment, once per call, and never at single tokens.
 """
@@ -10,28 +10,35 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from a2sf.engine.kernels.cpu.state import Shape
 from a2sf.engine.state import EvictionState
 from a2sf.policies.rule import Rule
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise `ValueError` unless they are [B, H, T, D], [B, K, T, D] and [B, K, T, V], `H` a multiple of `K`."""
-    (B, H, T, D), (K, V) = query.shape, (key.shape[1], value.shape[-1])
-    if key.shape != (B, K, T, D) or value.shape != (B, K, T, V) or not K or H % K:
-        shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-        raise ValueError(f"the shapes of {shapes} do not fit together")
-
-
-def check_fits(query: Tensor, key: Tensor, value: Tensor, rows: int, shape: Shape) -> None:
-    """Raise `ValueError` unless they are tokens of `rows` rows with the heads and sizes of `shape`."""
-    check_tensors(query, key, value)
-    heads = shape.heads, shape.heads * shape.group
-    if (len(query), key.shape[1], query.shape[1], *key.shape[3:], *value.shape[3:]) != (rows, *heads, shape.D, shape.V):
+    fits = query.ndim == key.ndim == value.ndim == 4 and key.shape[:3] == value.shape[:3]
+    fits = fits and len(key) == len(query) and key.shape[2:] == query.shape[2:]
+    if not fits or not key.shape[1] or query.shape[1] % key.shape[1]:
         shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}"
         raise ValueError(
-            f"{shapes} are not of this cache: {rows} rows, {shape.heads} KV heads for {shape.group} query heads each, keys "
-            f"of {shape.D} and values of {shape.V}"
+            f"{shapes} do not fit together as [B, H, T, D], [B, K, T, D] and [B, K, T, V], H a multiple of K"
+        )
+
+
+def check_fits(query: Tensor, key: Tensor, value: Tensor, rows: int, heads: int, group: int, D: int, V: int) -> None:
+    """Raise `ValueError` unless they are tokens of a cache with such sizes, `group` query heads for each KV head."""
+    check_tensors(query, key, value)
+    if (len(query), key.shape[1], query.shape[1], *key.shape[3:], *value.shape[3:]) != (
+        rows,
+        heads,
+        heads * group,
+        D,
+        V,
+    ):
+        shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}"
+        raise ValueError(
+            f"{shapes} are not of this cache: {rows} rows, {heads} KV heads for {group} query heads each, keys of {D} and "
+            f"values of {V}"
         )
 
 
@@ -66,7 +73,7 @@ def check_segments(
 
 
 def check_state(state: EvictionState, rows: int, heads: int, D: int, V: int, rule: Rule) -> None:
-    """Raise `ValueError` unless a state has `rows` rows and `heads` KV heads of such sizes, and fits `rule`."""
+    """Raise `ValueError` unless a state has such sizes, and the same tokens in all heads where the rule shares them."""
     N = state.positions.shape[-1]
     shapes = [tuple(x.shape) for x in (state.positions, state.scores, state.keys, state.values, state.seen)]
     if shapes != [(rows, heads, N), (rows, heads, N), (rows, heads, N, D), (rows, heads, N, V), (rows,)]:
@@ -74,7 +81,7 @@ def check_state(state: EvictionState, rows: int, heads: int, D: int, V: int, rul
             f"a state of shapes {shapes} is not one of {rows} rows, {heads} KV heads, keys of {D} and values of {V}"
         )
     if rule.shared and not bool((state.positions == state.positions[:, :1]).all()):
-        raise ValueError("the rule shares one set of tokens per layer, and the state's heads hold different ones")
+        raise ValueError("the policy retains one set of tokens per layer, and the state's heads hold different ones")
 
 
 def check_lengths(length: np.ndarray, budget: np.ndarray, tokens: int) -> None:
