@@ -381,7 +381,7 @@ def test_a_model_that_cannot_be_loaded_is_tried_once(runner, monkeypatch):
     assert len(tried) == 1
 
 
-def test_a_failure_with_weights_that_are_gone_does_not_stay(runner, smollm2, monkeypatch):
+def test_a_failure_with_missing_weights_is_not_remembered(runner, smollm2, monkeypatch):
     """A branch moves: the cell has another name, and the failure of the old one is nobody's any more."""
     of_commit = {
         c: cell(model=ModelSpec("owner/name", device="cpu", revision=c)) for c in ("a" * 40, "b" * 40, "c" * 40)
@@ -406,7 +406,7 @@ def test_nothing_is_served_across_another_engine_version(runner, monkeypatch):
     assert len(plan([cell()], runner.directory).pending) == 1
 
 
-def test_the_plan_tells_tokens_and_time_from_what_was_measured(runner):
+def test_the_plan_estimates_tokens_and_time_from_measurements(runner):
     runs = runner.directory.parent
     cells = [cell(name, limit=8) for name in ("h2o", "window")]
     (before,) = estimate([cells], runs)
