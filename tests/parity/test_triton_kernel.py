@@ -31,7 +31,7 @@ from a2sf.engine.tree import Ran, Rows
 from a2sf.errors import ConfigError, Notice, UserError
 from a2sf.hf.settings import retention_of
 from a2sf.policies.rule import Rule
-from tests.policies import Counted, instances, label
+from tests.policies import AboveUniform, instances, label
 
 VECTORS = sorted((Path(__file__).parents[1] / "vectors").glob("*.npz"))
 UNLIMITED = 2**31 - 1
@@ -62,7 +62,7 @@ PARTS = {
 }
 IN_PARTS = [
     (p, s)
-    for p in (BY_SCORES, Counted(), *PARTS.values())
+    for p in (BY_SCORES, AboveUniform(), *PARTS.values())
     for s in schedules(p)
     if s.prompt or "prompt" not in p.schedules
 ]
@@ -306,7 +306,7 @@ def test_rules(attend, policy):
     assert_same(attend(*args), reference(*args), 1e-5)
 
 
-@pytest.mark.parametrize("policy", [BY_SCORES, Counted()], ids=label)
+@pytest.mark.parametrize("policy", [BY_SCORES, AboveUniform()], ids=label)
 def test_several_at_once(attend, policy):
     s = of_policy(policy, Schedule("every", every=3), [3, 5], [14, 12])
     args = (*tokens(12, 2, 2, 2, 14, 4, 5, torch.float32), s, OPTIONS)
@@ -389,7 +389,7 @@ def test_float64_is_refused(monkeypatch):
 
 
 def test_rules_continue_from_a_state(attend):
-    policy, schedule, length = Counted(), Schedule("every", every=2), [13, 8]
+    policy, schedule, length = AboveUniform(), Schedule("every", every=2), [13, 8]
     query, key, value = tokens(14, 2, 2, 1, 13, 4, 5, torch.float32)
     got = want = None
     for begin, end in ((0, 6), (6, 7), (7, 13)):
@@ -427,7 +427,9 @@ def proved(*args) -> Attended:
     return found
 
 
-@pytest.mark.parametrize(("policy", "schedule"), [*((p, Schedule()) for p in KNOWN), (Counted(), EVERY)], ids=label)
+@pytest.mark.parametrize(
+    ("policy", "schedule"), [*((p, Schedule()) for p in KNOWN), (AboveUniform(), EVERY)], ids=label
+)
 def test_a_sound_kernel_passes_its_self_check(attend, policy, schedule):
     args = (*tokens(18, 1, 2, 2, 6, 4, 5, torch.float32), of_policy(policy, schedule, [4], [6]), OPTIONS)
     assert_same(attend(*args, by=proved), reference(*args), 1e-5)
