@@ -133,7 +133,7 @@ def test_other_architectures(name):
     tiered(((p, s, chunks) for p, s in ALL for chunks in ([20], [1, 5, 3, 11], [9, 8, 2])), each=1),
     ids=label,
 )
-def test_a_prompt_in_one_go_or_in_chunks_then_token_by_token(policy, schedule, chunks):
+def test_a_prompt_at_once_or_in_chunks_then_token_by_token(policy, schedule, chunks):
     model, ids = shared("llama"), ids_for()
     expected, evicted_at = one_pass(model, policy, schedule, ids, PROMPTS)
     trace = len(chunks) == 3
@@ -191,7 +191,7 @@ def test_generate_chooses_what_scoring_the_same_text_would(policy, schedule):
 
 
 @UNTIED
-def test_beams_equal_beams_that_read_everything_anew(policy, schedule):
+def test_beams_with_a_cache_equal_beams_without(policy, schedule):
     """Beam search that reorders the cache finds the sequences that a search without a cache finds."""
     model, ids = shared("llama"), ids_for(rows=2, length=15)
     common = {"max_new_tokens": 5, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
@@ -204,7 +204,7 @@ def test_beams_equal_beams_that_read_everything_anew(policy, schedule):
 
 
 @UNTIED
-def test_sampling_with_a_seed_equals_sampling_that_reads_everything_anew(policy, schedule):
+def test_sampling_with_a_cache_equals_sampling_without(policy, schedule):
     model, ids = shared("qwen2"), ids_for(rows=2, length=15)
     common = {"max_new_tokens": 5, "do_sample": True, "num_return_sequences": 3, "top_k": 5}
     torch.manual_seed(3)

@@ -164,7 +164,7 @@ def test_the_order_and_company_of_requests_do_not_matter(tiny):
     assert [a for a, _ in some] == pytest.approx([a for a, _ in forward[3:5]], abs=1e-4)
 
 
-def test_too_long_a_context_loses_its_beginning_and_too_long_a_continuation_is_refused(tiny):
+def test_a_context_that_is_too_long_loses_its_beginning_and_such_a_continuation_is_refused(tiny):
     lm = tiny("full", max_length=32)
     ids = torch.randint(3, 97, (1, 60), generator=torch.Generator().manual_seed(7))[0].tolist()
     (long,) = lm._loglikelihood_tokens([(None, ids[:50], ids[50:])])

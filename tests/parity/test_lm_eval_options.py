@@ -165,7 +165,7 @@ def test_groups_score_as_lm_evals(settings, loaded, own, lm, tmp_path):
     assert notes == ["The group own_group has no score in rows that lack some of its 3 tasks; missing are own_three."]
 
 
-def test_a_tag_of_ones_own_and_what_hides(settings, own):
+def test_a_tag_of_ones_own_stands_for_its_tasks(settings, own):
     assert [c.task_name for c in settings("tasks=[own_tag]").cells] == sorted(SIZES)
     assert settings("tasks=[own_tag]").groups == ()
 

@@ -15,7 +15,7 @@ import torch
 from a2sf.engine.kernels.gpu import launch, products
 from a2sf.engine.kernels.gpu.scan import scan
 from a2sf.policies.rule import Rule
-from tests.policies import Counted
+from tests.policies import AboveUniform
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 triton = pytest.importorskip("triton", reason="Triton is not installed (extra gpu)")
@@ -112,7 +112,7 @@ def test_the_scan_of_a2sf_and_h2o(compiled, arch, sizes):
 
 
 NAMES = ("shares", "attend", "received", "keep")
-RULES = {"every part of a rule": Counted().keeps(9).rule, "keys alone": Rule(scored=False, bias=lambda k, v, p: p)}
+RULES = {"every part of a rule": AboveUniform().keeps(9).rule, "keys alone": Rule(scored=False, bias=lambda k, v, p: p)}
 
 
 @pytest.mark.parametrize(("rule", "G"), [*((name, 4) for name in RULES), ("h2o", 16)])

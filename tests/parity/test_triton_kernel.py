@@ -31,7 +31,7 @@ from a2sf.engine.tree import Ran, Rows
 from a2sf.errors import ConfigError, Notice, UserError
 from a2sf.hf.settings import retention_of
 from a2sf.policies.rule import Rule
-from tests.policies import Counted, instances, label
+from tests.policies import AboveUniform, instances, label
 
 VECTORS = sorted((Path(__file__).parents[1] / "vectors").glob("*.npz"))
 UNLIMITED = 2**31 - 1
@@ -62,7 +62,7 @@ PARTS = {
 }
 IN_PARTS = [
     (p, s)
-    for p in (BY_SCORES, Counted(), *PARTS.values())
+    for p in (BY_SCORES, AboveUniform(), *PARTS.values())
     for s in schedules(p)
     if s.prompt or "prompt" not in p.schedules
 ]
@@ -193,14 +193,14 @@ def test_many_query_heads(attend, G):
 
 
 @pytest.mark.parametrize("factor", [0.0, 1.0])
-def test_of_equal_scores_the_oldest_goes(attend, factor):
+def test_of_equal_scores_the_oldest_is_evicted(attend, factor):
     query, key, value = tokens(3, 2, 1, 2, 10, 4, 4, torch.float32)
     args = (torch.zeros_like(query), key, value, rows((4, 0, 0, factor, 10), (4, 1, 1, factor, 10)), OPTIONS)
     assert_same(attend(*args), reference(*args), 1e-5)
 
 
 @pytest.mark.parametrize("budget", [4, 66], ids=["one tile", "three tiles"])
-def test_of_all_equal_scores_the_oldest_goes(attend, budget):
+def test_of_all_equal_scores_the_oldest_is_evicted(attend, budget):
     # vacated slots are refilled, so that age and place in the buffer part ways; nothing is left to rounding
     T = budget + 6
     query, key, value = tokens(10, 1, 1, 2, T, 4, 4, torch.float32)
@@ -256,7 +256,7 @@ def test_a_budget_that_grows(attend, schedule):
     assert_same(got, reference(*vectors, segments, OPTIONS), 1e-5)
 
 
-def test_a_forest_of_two_tiles_whose_ends_nobody_asks_for(attend):
+def test_a_forest_of_two_tiles_without_end_states(attend):
     segments = replace(
         rows((20, 0, 0, 0.5, 18), (20, 0, 0, 0.5, 9), (4, 0, 0, 0.5, 7), (70, 0, 0, 0.5, 30), (70, 1, 0, 0.5, 5)),
         row=torch.tensor([0, 0, 0, 1, 1]),
@@ -306,7 +306,7 @@ def test_rules(attend, policy):
     assert_same(attend(*args), reference(*args), 1e-5)
 
 
-@pytest.mark.parametrize("policy", [BY_SCORES, Counted()], ids=label)
+@pytest.mark.parametrize("policy", [BY_SCORES, AboveUniform()], ids=label)
 def test_several_at_once(attend, policy):
     s = of_policy(policy, Schedule("every", every=3), [3, 5], [14, 12])
     args = (*tokens(12, 2, 2, 2, 14, 4, 5, torch.float32), s, OPTIONS)
@@ -333,7 +333,7 @@ def test_what_is_not_a_number_goes_last_and_the_protected_stay(attend, schedule)
     assert got.evicted.equal(want.evicted)
 
 
-def test_sums_that_underflow_are_taken_anew(attend):
+def test_sums_that_underflow_are_computed_again(attend):
     query, key, value = tokens(23, 1, 1, 2, 14, 4, 4, torch.float32)
     query, key[0, 0, 3] = query.abs(), 400.0  # token 3 has all attention, and the window lets it go
     args = (query, key, value, rows((5, 5, 0, 0.5, 14)), OPTIONS)
@@ -389,7 +389,7 @@ def test_float64_is_refused(monkeypatch):
 
 
 def test_rules_continue_from_a_state(attend):
-    policy, schedule, length = Counted(), Schedule("every", every=2), [13, 8]
+    policy, schedule, length = AboveUniform(), Schedule("every", every=2), [13, 8]
     query, key, value = tokens(14, 2, 2, 1, 13, 4, 5, torch.float32)
     got = want = None
     for begin, end in ((0, 6), (6, 7), (7, 13)):
@@ -427,7 +427,9 @@ def proved(*args) -> Attended:
     return found
 
 
-@pytest.mark.parametrize(("policy", "schedule"), [*((p, Schedule()) for p in KNOWN), (Counted(), EVERY)], ids=label)
+@pytest.mark.parametrize(
+    ("policy", "schedule"), [*((p, Schedule()) for p in KNOWN), (AboveUniform(), EVERY)], ids=label
+)
 def test_a_sound_kernel_passes_its_self_check(attend, policy, schedule):
     args = (*tokens(18, 1, 2, 2, 6, 4, 5, torch.float32), of_policy(policy, schedule, [4], [6]), OPTIONS)
     assert_same(attend(*args, by=proved), reference(*args), 1e-5)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from a2sf import Budget, Schedule, attend, make_policy
 from a2sf.engine.invariants import SCHEDULES
 from tests.oracle import Method, Token, run
-from tests.policies import Apportioned, Counted, Divided, Looked, Steady, label
+from tests.policies import AboveUniform, Apportioned, Divided, Looked, Steady, label
 from tests.tiers import examples
 
 T, K, G, D = 22, 2, 2, 6
@@ -124,7 +124,7 @@ METHODS = {
     "keys": (make_policy("keydiff"), Method(unlike)),
     "memory": (Steady(), Method(steady)),
     "above_uniform": (
-        Counted(),
+        AboveUniform(),
         Method(
             lambda cache, now: [(1 + abs(x.value[0])) * x.A / x.N + x.key[0] / 10 for x in cache],
             factor=0.8,

@@ -109,7 +109,7 @@ def test_rows_of_a_pass_may_follow_different_policies_and_schedules(drawn, max_t
 @pytest.mark.parametrize(("policy", "schedule"), tiered(CASES), ids=label)
 @settings(max_examples=examples(2), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(prompt=st.integers(1, 20), budget=st.one_of(st.integers(1, 24), st.sampled_from(GROWING)))
-def test_scores_are_counted_as_pruned_exactly_where_attention_was_not_whole(policy, schedule, prompt, budget):
+def test_scores_are_counted_as_pruned_exactly_where_attention_was_not_full(policy, schedule, prompt, budget):
     kept = request(policy, schedule, (0,) * LONGEST, prompt, budget).retention[0]
     budget = given_to(policy, budget)
     qkv = vectors([0] * LONGEST, list(range(LONGEST)))

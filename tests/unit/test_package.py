@@ -73,7 +73,7 @@ def test_names_of_before_rooms():
     assert importlib.import_module("a2sf.lm").PrunedLM.__name__ == "PrunedLM"
 
 
-def test_a_published_file_is_the_package_s_where_there_is_none_here(tmp_path, monkeypatch):
+def test_a_published_file_comes_from_the_package_where_there_is_none_here(tmp_path, monkeypatch):
     name = "runs/reference/findings/heads/retrieval.json"
     assert found(name) == Path(name)  # a clone's own
     monkeypatch.chdir(tmp_path)

@@ -14,20 +14,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from a2sf.engine.kernels import BACKENDS
 from a2sf.errors import ConfigError, UserError, nearest
-from a2sf.hf.loading import ModelSpec, sizes_of
+from a2sf.hf.loading import ModelSpec
 from a2sf.hf.settings import check_cut
-from a2sf.policies import find
-from a2sf.policies.a2sf import check_factors
-from a2sf.policies.base import Policy
-from a2sf.policies.budget import Budget
 from a2sf.policies.renamed import notice
 from a2sf.policies.schedule import Schedule, nondefault_schedule
 from a2sf.scoring.lm import check_batch_size
 from a2sf.store.aggregates import Average, Member, TaskGroup
 from a2sf.sweep.cell import Cell
-from a2sf.sweep.config.grid import USED_KEYS, unused
 from a2sf.sweep.config.keys import check_keys, explain
 from a2sf.sweep.config.schema import Config, EarlyStoppingConfig, renamed
+from a2sf.sweep.config.system import budget_of, check_layers, policy_of, schedule_of
 from a2sf.sweep.planning.power import PowerSettings
 from a2sf.sweep.stopping_rule import StoppingRule
 from a2sf.tasks.arguments import arguments_of
@@ -36,7 +32,6 @@ from a2sf.tasks.prompting import Prompting, packed, plain_mapping
 from a2sf.tasks.spec import DataSpec, TaskSpec, expand_suite, include
 from a2sf.tracking.tracker import TrackerSpec
 
-DEFAULT_RATIO = 0.2
 MAX_SHOTS = 1000
 LONGEST_SWEEP_NAME = 200
 
@@ -103,9 +98,9 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
         return _of_group(composed, model_names or {})
     config = _typed(composed)
     model, name = _model(config, model_names or {}, here)
-    policy = _policy(config)
-    budget = _budget(config, policy)
-    schedule = nondefault_schedule(policy, _schedule(config))
+    policy = policy_of(config)
+    budget = budget_of(config, policy)
+    schedule = nondefault_schedule(policy, schedule_of(config))
     if model.pinned:  # else `prepare.models.pin_all` checks it
         check_layers(model, policy, budget)
     _check_values(config)
@@ -306,63 +301,6 @@ def _typed(composed: DictConfig) -> Config:
         raise UserError(explain(error)) from error
 
 
-def _policy(config: Config) -> Policy:
-    node = dict(config.policy or {})
-    if "_target_" not in node:
-        raise ConfigError("policy", config.policy, "give the name of a file under conf/policy/")
-    cls = find.load(str(node.pop("_target_")), "policy._target_")
-    fields = [f.name for f in dataclasses.fields(cls)]
-    if config.forgetting_factor is not None:
-        check_factors(config.forgetting_factor)  # even if the policy ignores it
-        if "forgetting_factor" in fields:
-            node["forgetting_factor"] = config.forgetting_factor
-    find.check_setting_names(cls, node)
-    try:
-        made: Policy = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), node))  # type: ignore[assignment]
-        for key, value in node.items():
-            if isinstance(getattr(made, key), str) and not isinstance(value, str):  # 1.1 may have been typed as 1.10
-                allowed = f"it is text; write it in quotes, policy.{key}='\"…\"' on the command line"
-                raise ConfigError(f"policy.{key}", value, allowed)
-        return made
-    except OmegaConfBaseException as error:
-        if isinstance(error.__cause__, ConfigError):
-            raise error.__cause__ from None
-        raise UserError(explain(error, "policy.")) from error
-
-
-def _budget(config: Config, policy: Policy) -> Budget | None:
-    given = dataclasses.asdict(config.budget)
-    if given["ratio"] is None and given["tokens"] is None:
-        given["ratio"] = DEFAULT_RATIO
-    budget = Budget(**given)  # checked even if the policy ignores it
-    tokens = budget.tokens if isinstance(budget.tokens, tuple) else (budget.tokens,)
-    for slots in tokens:
-        if slots is not None and policy.uses_budget and slots < policy.min_budget:
-            raise ConfigError(
-                "budget.tokens",
-                slots,
-                f"recent + sinks may not exceed the budget, and {policy.name} protects {policy.min_budget} tokens",
-            )
-    return budget if policy.uses_budget else None
-
-
-def _schedule(config: Config) -> Schedule | None:
-    given = {k: v for k, v in dataclasses.asdict(config.schedule).items() if v is not None}
-    if "when" not in given:
-        for key, value in given.items():
-            raise unused(key, value)
-        return None
-    Schedule(**given)  # checks also the keys that are not used
-    used = ("when", *USED_KEYS.get(given["when"], ()))
-    if given["when"] == "prompt" and given.get("then") == "every":
-        if "every" not in given:
-            raise ConfigError(
-                "schedule.every", None, "schedule.then=every needs the number of tokens between two evictions"
-            )
-        used = (*used, "every")
-    return Schedule(**{k: v for k, v in given.items() if k in used})
-
-
 def _stopping_rule(config: Config, generating: Sequence[str]) -> StoppingRule | None:
     given, default = (dataclasses.asdict(c) for c in (config.early_stopping, EarlyStoppingConfig()))
     given |= {k: v for k, v in _of_previous_version(config.until).items() if given[k] == default[k]}
@@ -394,19 +332,3 @@ def _of_previous_version(until: object) -> dict[str, Any]:
         if key not in known:
             raise ConfigError(f"until.{key}", given[key], f"early_stopping has {', '.join(known)}{nearest(key, known)}")
     return given
-
-
-def check_layers(model: ModelSpec, policy: Policy, budget: Budget | None) -> None:
-    """Refuse lists with a number per layer or head, and gates, that are for a model of other sizes.
-
-    Raises:
-        ConfigError: naming both numbers; or if the model's config cannot be read.
-    """
-    lists = [*vars(policy).values(), budget and budget.ratio, budget and budget.tokens]
-    if policy.hidden_states or any(isinstance(x, tuple) and x for x in lists):
-        layers, kv_heads, hidden = sizes_of(model)
-        policy.check(layers, kv_heads)
-        if hidden is not None:
-            policy.check_hidden(hidden)
-        if budget:
-            budget.check(layers)

@@ -18,7 +18,8 @@ from a2sf.hub.refusals import NotOnHub, Unreachable
 from a2sf.scoring.generation.thinking import Thinking
 from a2sf.store.names import Named, distinct
 from a2sf.sweep.cell import Cell
-from a2sf.sweep.config.settings import Settings, check_layers
+from a2sf.sweep.config.settings import Settings
+from a2sf.sweep.config.system import check_layers
 from a2sf.sweep.prepare.bar import download_bar
 
 

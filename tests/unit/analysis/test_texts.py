@@ -85,7 +85,7 @@ def test_few_texts_by_hand() -> None:
     assert (d.gained, d.lost, d.n, d.value) == (5, 2, 8, pytest.approx(3 / 8))
 
 
-def test_more_texts_than_can_be_gone_through_have_the_same_distribution() -> None:
+def test_more_texts_than_can_be_enumerated_have_the_same_distribution() -> None:
     sums = np.random.default_rng(3).choice([-3.0, -1.0, 1.0, 3.0], 40)
     texts = Texts(np.repeat(np.arange(40), 4))
     change = np.concatenate([[np.sign(s)] * int(abs(s)) + [0.0] * (4 - int(abs(s))) for s in sums])

@@ -209,7 +209,7 @@ def test_settings_that_do_not_fit(settings, why):
             pass
 
 
-def test_what_plainly_stands_for_a_policy_a_budget_and_a_schedule():
+def test_names_and_numbers_for_a_policy_a_budget_and_a_schedule():
     model = small("llama")
     want = PrunedCache(model, A2SF(), Budget(ratio=0.3), schedule=Schedule("prompt"), max_new_tokens=6)
     plain = PrunedCache(model, "a2sf", 0.3, schedule="prompt", max_new_tokens=6)

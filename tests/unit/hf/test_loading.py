@@ -191,7 +191,7 @@ def test_two_different_matrices_are_not_tied_by_a_config_that_says_so(checkpoint
     assert not torch.equal(lm.model.model.embed_tokens.weight, head)
 
 
-def test_a_parameter_that_the_class_says_may_be_missing_is_refused_nevertheless(checkpoint, monkeypatch):
+def test_a_missing_parameter_is_refused_even_if_the_class_allows_it(checkpoint, monkeypatch):
     """Modelling code that comes with weights often lists its head so, which would be random."""
     from transformers import LlamaForCausalLM
 
@@ -451,7 +451,7 @@ def test_a_model_that_reads_images_too_is_loaded_and_reads_text(kind, tmp_path):
     assert "lack 1 of the parameters" in refused(tmp_path)
 
 
-def test_a_tokenizer_that_is_here_is_read_and_none_is_fetched_or_converted(sources, tmp_path, monkeypatch):
+def test_a_local_tokenizer_is_read_without_download_or_conversion(sources, tmp_path, monkeypatch):
     commit = "0" * 40
     local = spec(sources["llama"])
     assert tokenizer_here(local).encode("a") == load_tokenizer(local).encode("a")

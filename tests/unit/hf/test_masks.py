@@ -95,7 +95,7 @@ def test_with_a_cache_positions_do_not_shape_the_mask():
         ({"attention_mask": {"full_attention": torch.ones(2, 1, 20, 20)}}, "only a padding mask"),
     ],
 )
-def test_arguments_that_ask_for_something_else(given, why):
+def test_arguments_that_pruning_cannot_follow_are_refused(given, why):
     model = small("llama")
     with torch.no_grad():
         with pytest.raises(UnsupportedModel, match=why):

@@ -67,7 +67,7 @@ def test_what_one_user_converted_another_user_loads(model, shared):
     assert not list((shared / "cache").rglob("*.tmp"))
 
 
-def test_another_users_lock_stops_nobody(model, shared):
+def test_another_users_lock_does_not_stop_a_sweep(model, shared):
     folder = gguf.checkpoint_of(model)
     folder.parent.mkdir(parents=True)
     folder.parent.chmod(0o777)
@@ -91,7 +91,7 @@ def test_the_cache_need_not_be_writable_for_what_is_there(model, shared):
         load(spec(model))
 
 
-def test_a_digest_that_another_user_keeps_to_himself_is_made_anew(model, shared):
+def test_a_digest_that_another_user_does_not_share_is_computed_again(model, shared):
     known = disk_cache.digest(model)
     (remembered,) = (shared / "cache" / "digests").iterdir()
     remembered.chmod(0o600)

@@ -87,7 +87,7 @@ def test_schedules():
             schedule_of(given)
 
 
-def test_attend_takes_what_plainly_stands_for_the_objects():
+def test_attend_accepts_names_and_numbers_for_the_objects():
     want = attend(A2SF(), Q, K, V, budget=3, schedule=Schedule("every", every=2))
     for policy in ("a2sf", A2SF):
         for budget in (3, Budget(tokens=3), torch.tensor([3]), np.int32(3)):

@@ -267,7 +267,7 @@ def test_a_policy_whose_heads_differ_cannot_be_ranked_otherwise():
         attend(policy, *tensors(0), budget=BUDGET)
 
 
-def test_a_policy_by_another_has_its_schedules_and_its_identity():
+def test_a_policy_that_uses_another_has_its_schedules_and_identity():
     policy = make_policy("chunkkv", by={"name": "h2o", "recent_share": 0.25})
     assert policy.schedules == make_policy("h2o").schedules
     assert make_policy("chunkkv").schedules == ("prompt",)

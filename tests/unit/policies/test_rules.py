@@ -282,7 +282,7 @@ def test_own_rules_that_misbehave(rule, memory, said, backend, inference):
         attend(own(rule, memory), *tensors(), budget=4, backend=backend)
 
 
-def test_nan_where_nothing_is_cached_is_nobodys_fault():
+def test_nan_where_nothing_is_cached_is_no_error():
     def some(self, step: Step):
         return step.scores / step.cached  # 0 / 0
 

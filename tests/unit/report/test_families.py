@@ -70,7 +70,7 @@ def test_each_family_is_corrected_together(grid: Grid, family: str, sizes: list[
 
 
 def test_captions_say_which_family_how_many_tests_and_which_method(grid: Grid) -> None:
-    """Counted anew from the tables: what was tested against the best of its budget."""
+    """Counted again from the tables: what was tested against the best of its budget."""
     for family, where in (("table", "of this table"), ("model", "of this model"), ("sweep", "of all tables")):
         made = build_tables(grid, correction=Correction(family))
         counts = {id(t): sum(e.test is not None for r in t.rows for e in r.entries.values()) for t in made}

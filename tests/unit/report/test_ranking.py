@@ -94,7 +94,7 @@ def test_the_ranking_recomputed_from_the_documents(sweep: Path) -> None:
         assert (row.p_control and row.p_control.p) == expected.get((key, ("h2o", DASH)))
 
 
-def test_what_looks_ahead_has_no_rank_no_bold_and_no_test(sweep: Path) -> None:
+def test_a_policy_that_is_not_causal_has_no_rank_no_bold_and_no_test(sweep: Path) -> None:
     grid = gather([sweep])
     future = next(r for r in only(grid) if r.policy == "future")
     assert (future.rank, future.to_best, future.to_control, future.causal) == (None, None, None, False)
@@ -177,7 +177,7 @@ def test_schedules_are_rows_of_their_own_and_compared_within(scheduled: Path) ->
     assert titles[3] == "Ranking: tiny, 0-shot, acc (%), schedule prompt"
 
 
-def test_what_is_published_is_held_against_step_alone(scheduled: Path) -> None:
+def test_published_figures_are_compared_with_step_alone(scheduled: Path) -> None:
     grid = _grid([scheduled], [])
     assert grid is not None
     assert set(grid.frame["schedule"]) == {"step", DASH}

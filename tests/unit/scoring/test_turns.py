@@ -74,7 +74,7 @@ def test_a_row_reads_the_next_question_when_an_answer_has_ended():
     assert (row.tokens, row.before, row.done, row.unread, row.read, row.finish) == ([], [], [], [], 0, None)
 
 
-def test_thinking_begins_anew_in_each_turn():
+def test_thinking_begins_again_in_each_turn():
     row = row_of(6, (Question("<think>", (1,)), Question("b", (6,))), end="</think>")
     drive(row, [1, 5, 5, 5, 5, 5, 5, 8, 2, 5, 8, 6, 8])
     turns = [*row.done, (row.tokens, row.finish)]

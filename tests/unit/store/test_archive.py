@@ -64,7 +64,7 @@ def test_tables_are_the_same_from_an_archive(tmp_path):
     assert len(gather([archive]).cells) == len(gather([tmp_path / "s"]).cells)
 
 
-def test_unpacked_cells_are_whole_and_those_that_are_there_stay(sweep, tmp_path):
+def test_unpacked_cells_are_complete_and_existing_ones_stay(sweep, tmp_path):
     archive = pack(sweep)
     there = load_sweep(sweep)[0]
     unpack(archive, tmp_path / "again")

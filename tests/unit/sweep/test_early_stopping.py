@@ -141,7 +141,7 @@ def test_a_cell_whose_comparison_was_not_decided_does_not_stop_where_others_did(
     shutil.rmtree(stored.path)
 
 
-def test_a_group_is_somebody_elses_as_a_whole(stopped):
+def test_another_process_computes_a_group_completely_or_not_at_all(stopped):
     """All its cells decide together when it stops, so that two processes may not divide them."""
     runner, cells = stopped
     others = [dataclasses.replace(c, limit=50) for c in cells]

@@ -26,7 +26,7 @@ def test_a_setting_goes_to_the_policies_that_have_it():
     assert route(grid, target) == routed
 
 
-def test_a_setting_that_no_policy_has_stays_to_be_refused():
+def test_a_setting_that_no_policy_has_is_still_refused():
     grid = [[f"policy={p}", "policy.recnt=1"] for p in ("a2sf", "h2o")]
     assert route(grid, target) == [["policy=a2sf", "++policy.recnt=1"], ["policy=h2o", "++policy.recnt=1"]]
 

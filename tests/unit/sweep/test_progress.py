@@ -68,7 +68,7 @@ def sweep(tmp_path, monkeypatch):
     return Sweep(tmp_path / "s", monkeypatch)
 
 
-def test_before_anything_is_done_the_rest_is_what_the_plan_says(sweep):
+def test_at_the_start_the_remaining_time_is_that_of_the_plan(sweep):
     known, unknown = sweep.progress(BY_SECONDS), sweep.progress(BY_TOKENS)
     sweep.now += 30  # the model is loaded
     for p in (known, unknown):

@@ -5,17 +5,15 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import multiprocessing
 import os
 import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import namedtuple
-from pathlib import Path
 
-import filelock
 import pandas as pd
 import pytest
 import torch
@@ -221,23 +219,26 @@ def test_a_tracker_that_cannot_be_reached_costs_no_result(tmp_path, smollm2, mon
     assert "cannot reach the server" in tracker.note
 
 
-def hold(lock: str, ready: str) -> None:
-    with filelock.SoftFileLease(lock, lease_duration=sweep.LEASE_SECONDS):
-        Path(ready).touch()
-        time.sleep(600)
+HOLD = """
+import pathlib, sys, time, filelock
+lock, ready, seconds = sys.argv[1:]
+with filelock.SoftFileLease(lock, lease_duration=float(seconds)):
+    pathlib.Path(ready).touch()
+    time.sleep(600)
+"""
 
 
 def test_a_cell_that_another_process_computes_is_busy_until_that_process_is_dead(runner, tmp_path):
     ready = tmp_path / "ready"
     lock = sweep._lock_file(runner.directory, cell())
     lock.parent.mkdir(parents=True)
-    owner = multiprocessing.get_context("spawn").Process(target=hold, args=(str(lock), str(ready)))
-    owner.start()
+    owner = subprocess.Popen([sys.executable, "-c", HOLD, lock, ready, str(sweep.LEASE_SECONDS)])
     while not ready.exists():
+        assert owner.poll() is None
         time.sleep(0.05)
     assert run(runner, cell()).status == "busy"
-    os.kill(owner.pid, signal.SIGKILL)
-    owner.join()
+    owner.kill()
+    owner.wait()
     started = time.monotonic()
     while (outcome := run(runner, cell())).status == "busy":
         assert time.monotonic() - started < 2 * sweep.LEASE_SECONDS
@@ -380,7 +381,7 @@ def test_a_model_that_cannot_be_loaded_is_tried_once(runner, monkeypatch):
     assert len(tried) == 1
 
 
-def test_a_failure_with_weights_that_are_gone_does_not_stay(runner, smollm2, monkeypatch):
+def test_a_failure_with_missing_weights_is_not_remembered(runner, smollm2, monkeypatch):
     """A branch moves: the cell has another name, and the failure of the old one is nobody's any more."""
     of_commit = {
         c: cell(model=ModelSpec("owner/name", device="cpu", revision=c)) for c in ("a" * 40, "b" * 40, "c" * 40)
@@ -405,7 +406,7 @@ def test_nothing_is_served_across_another_engine_version(runner, monkeypatch):
     assert len(plan([cell()], runner.directory).pending) == 1
 
 
-def test_the_plan_tells_tokens_and_time_from_what_was_measured(runner):
+def test_the_plan_estimates_tokens_and_time_from_measurements(runner):
     runs = runner.directory.parent
     cells = [cell(name, limit=8) for name in ("h2o", "window")]
     (before,) = estimate([cells], runs)

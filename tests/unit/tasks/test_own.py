@@ -73,7 +73,7 @@ def test_what_is_not_allowed_is_one_sentence(overrides, parts):
         assert part in str(raised.value)
 
 
-def test_an_argument_for_all_goes_to_those_that_know_it():
+def test_an_argument_for_all_tasks_reaches_those_that_use_it():
     needle, copa = settings("tasks=[needle,copa]", "task_args.lengths=[20]", "task_args.needle.depths=[50]").cells
     assert needle.options == {"task_args": {"depths": [50], "lengths": [20]}}
     assert (copa.options, copa.data.task_args) == ({}, "")

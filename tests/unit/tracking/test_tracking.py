@@ -267,7 +267,7 @@ def test_a_server_that_does_not_answer_is_not_called_for_every_cell(sweep, serve
     assert tracked(sweep).logged == 3
 
 
-def test_every_cell_is_logged_once_over_restarts_and_anew_when_it_was_computed_anew(sweep, server):
+def test_every_cell_is_logged_once_over_restarts_and_again_when_it_was_computed_again(sweep, server):
     for expected in (3, 0):
         tracker = tracked(sweep)
         assert tracker.logged == expected
