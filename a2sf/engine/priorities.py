@@ -290,7 +290,7 @@ def smallest_of_all_heads(retention: BatchRetention, priority: Tensor, step: Ste
     by = priority
     if rule.division_fn is not None:
         excess = retention.excess(step.cached.sum(-1, keepdim=True), step.now).where(retention.at_cut(step.now), 0)
-        dividing = replace(retention, rule=replace(rule, priority_fn=rule.division_fn, memory=0))
+        dividing = replace(retention, rule=replace(rule, priority_fn=rule.division_fn, memory=0, memory_fn=None))
         by, _ = of_function(dividing, replace(step, memory=step.memory[..., :0]), free, excess)
     K, N = free.shape[1:]
     count, evictable = step.cached.sum(-1), free.sum(-1)  # [B, K]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -281,9 +282,9 @@ def _after_cut(
         retention: what they are cut to, `per_head` on the states' device.
         probabilities: [B, K, G, N], the attention of each prompt's last token, for a rule that is a function.
     """
-    assert retention.prompt is not None
     if retention.rule.memory_fn is not None:  # what it stores is known
         retention = replace(retention, rule=replace(retention.rule, memory_fn=None))
+    assert retention.prompt is not None
     rule, cached, now = retention.rule, state.positions >= 0, retention.prompt - 1
     free = retention.unprotected(state.positions, cached, now)
     excess = retention.excess(cached.sum(-1, keepdim=True), now)
@@ -301,7 +302,7 @@ def _after_cut(
         out = smallest_of_all_heads(retention, priority, step, free)
     else:
         out = leaving(rule, priority, state.positions, free, excess)
-    seen_later = {"memory": state.memory, "queries": state.queries}
+    seen_later: dict[str, Any] = {"memory": state.memory, "queries": state.queries}
     if retention.schedule.then == "keep":
         seen_later = {name: None if x is None else torch.zeros_like(x) for name, x in seen_later.items()}
     keys, values = (state.keys, state.values) if rule.merge_fn is None else merged(retention, step, out)

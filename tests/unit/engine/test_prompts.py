@@ -13,7 +13,8 @@ from a2sf import Schedule, make_policy
 from a2sf.engine.kernels import attend
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Attended, Options, Segments
-from a2sf.policies.rule import AttentionRows
+from a2sf.policies.base import Retention
+from a2sf.policies.rule import AttentionRows, Cut, Rule
 
 KV_HEADS, GROUP, SIZE, BUDGET = 2, 2, 16, 8
 
@@ -186,3 +187,30 @@ def test_a_prompt_read_whole_stores_and_retains_what_one_read_token_by_token_doe
         assert not states["torch"][1].memory.any()
         assert calls["numba"] == 3 + 1 + 1
         assert calls["torch"] == 80 + 2  # none after the prompts, and two cuts of one row beside others
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "numba"])
+def test_stored_numbers_rank_tokens_where_other_priorities_divide_the_slots(backend):
+    tokens, generator = 30, torch.Generator().manual_seed(3)
+    query, key, value = (
+        torch.randn(1, heads, tokens, SIZE, generator=generator) for heads in (KV_HEADS * GROUP, KV_HEADS, KV_HEADS)
+    )
+    rule = Rule(
+        cut=Cut(floor=0.0),
+        memory=1,
+        memory_fn=lambda rows: rows.memory + rows.probabilities.sum((2, 3))[..., None],
+        priority_fn=lambda step: step.memory[..., 0],
+        division_fn=lambda step: step.keys.norm(dim=-1),
+    )
+    retention = BatchRetention.of([Retention(budget=BUDGET, rule=rule)], Schedule("prompt"), [tokens])
+    segments = Segments.of_rows(retention, torch.tensor([tokens]))
+    options = Options(SIZE**-0.5, return_state=True)
+    state = attend(query, key, value, segments, options, backend=backend).state
+    logits = query.unflatten(1, (KV_HEADS, GROUP)) @ key[:, :, None].transpose(-1, -2) * SIZE**-0.5
+    later = torch.ones(tokens, tokens).triu(1).bool()
+    attention = logits.masked_fill(later, -torch.inf).softmax(-1).sum((2, 3))[0]
+    longest = key[0].norm(dim=-1).flatten().topk(KV_HEADS * BUDGET).indices // tokens
+    for head, ranks in enumerate(attention):
+        slots = int((longest == head).sum())
+        kept = [p for p in state.positions[0, head].tolist() if p >= 0]
+        assert kept == sorted(ranks.topk(slots).indices.tolist())
