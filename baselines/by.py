@@ -94,6 +94,8 @@ class By(Built):
         inner, functions = self.inner, dict[str, Any]()
         if type(inner).priorities is not Policy.priorities:
             functions |= {"priority_fn": inner.priorities, "memory": inner.memory}
+        if type(inner).remember is not Policy.remember:
+            functions["memory_fn"] = inner.remember
         if type(inner).head_priorities is not Policy.head_priorities:
             functions["division_fn"] = inner.head_priorities
         if functions:

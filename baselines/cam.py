@@ -85,6 +85,9 @@ class CaM(Built):
             step.values.gather(2, order.gather(2, evicted_first)[..., None].expand(-1, -1, -1, V)) / parts[..., None]
         )
         share = share * merges[..., None]
-        at = order.gather(2, retained_first.gather(2, into.flatten(2)))[..., None].expand(-1, -1, -1, V)
-        added = (share[..., None, :] * real[..., None]).flatten(2, 3)
-        return step.values.scatter_add(2, at, added)
+        # as a product: which retained tokens get a part of which evicted ones, [B, K, retained, evicted]
+        retained_first = retained_first[..., : int(number.max())]
+        place = torch.arange(retained_first.shape[-1], device=order.device)[:, None]
+        gets = (place >= before[:, :, None]) & (place < (before + real.sum(-1))[:, :, None])
+        at = order.gather(2, retained_first)[..., None].expand(-1, -1, -1, V)
+        return step.values.scatter_add(2, at, gets.to(share.dtype) @ share)

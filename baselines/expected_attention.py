@@ -12,6 +12,7 @@ model (a2sf.attend) no rotary embedding is known, and `R` is the identity.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -86,7 +87,13 @@ def _turned_back(rotary: Rotary, keys: Tensor, now: Tensor, future: int) -> Tens
     The average of rotations by evenly spaced angles is a rotation by the middle angle, shortened by the mean cosine of the
     distances from it.
     """
-    distance = torch.arange(future, device=keys.device) - (future - 1) / 2
-    ones = torch.ones(future, keys.shape[-1], dtype=keys.dtype, device=keys.device)
-    shorter = rotary.rotate(ones, distance).mean(0) / rotary.rotate(ones[:1], distance[:1] * 0)[0]
+    shorter = _shorter(rotary, future, keys.shape[-1], keys.dtype, keys.device)
     return rotary.rotate(keys * shorter, -(now + 1 + (future - 1) / 2))
+
+
+@lru_cache(maxsize=64)  # the same at every step
+def _shorter(rotary: Rotary, future: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[D], the mean cosine of the distances from the middle."""
+    distance = torch.arange(future, device=device) - (future - 1) / 2
+    ones = torch.ones(future, size, dtype=dtype, device=device)
+    return rotary.rotate(ones, distance).mean(0) / rotary.rotate(ones[:1], distance[:1] * 0)[0]

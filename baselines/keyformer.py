@@ -10,6 +10,7 @@ head); `tau` is constant (the paper raises it from 1 to 2 while it generates a k
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -17,10 +18,12 @@ from torch import Tensor
 
 from a2sf.errors import ConfigError
 from a2sf.policies.base import Policy, Retention, check_share, check_tokens, share_of
-from a2sf.policies.rule import Rule, Step
+from a2sf.policies.rule import AttentionRows, Rule, Step
 from baselines.random import Draw
 
 NO_SCORES = Rule(scored=False)
+BLOCK, STORED = 64, 512
+"""Noise of the first `STORED` tokens of prompts is stored, for as many queries at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +53,36 @@ class Keyformer(Policy):
     def retention(self, budget: int, layer: int) -> Retention:
         return Retention(budget=budget, recent=share_of(budget, self.recent_share), rule=NO_SCORES)
 
-    def priorities(self, step: Step) -> tuple[Tensor, Tensor]:
-        logits = (step.probabilities.log() + self.noise(step)) / self.tau  # log p is x, but for a constant
-        noisy = logits.masked_fill(~step.cached[:, :, None], -torch.inf).softmax(-1)
-        score = step.memory[..., 0] + noisy.sum(2)
-        return score, score[..., None]
+    def remember(self, rows: AttentionRows) -> Tensor:
+        logits = (rows.probabilities.log() + self.noise(rows)) / self.tau  # log p is x, but for a constant
+        return rows.memory + logits.softmax(-1).sum((2, 3))[..., None]
 
-    def noise(self, step: Step) -> Tensor:
-        """Gumbel noise [B, K, G, N]."""
-        K, G = step.probabilities.shape[1:3]
-        head = torch.arange(K * G, device=step.now.device).view(K, G, 1)
-        drawn = step.positions[:, :, None] + step.now[..., None] * 0x632BE5AB + head * 0x1B873593
-        uniform = Draw(self.seed)(step.probabilities, step.probabilities, drawn).clamp(min=2**-25)
-        return -(-uniform.log()).log()
+    def priorities(self, step: Step) -> Tensor:
+        return step.memory[..., 0]
+
+    def noise(self, rows: AttentionRows) -> Tensor:
+        """Gumbel noise [B, K, G, Q, N]."""
+        like = rows.probabilities
+        B, K, G, Q, N = like.shape
+        if B == 1 and 1 < Q <= BLOCK and N <= STORED:
+            first = int(rows.now[0, 0, 0])
+            from_first_on = bool((rows.positions == torch.arange(N, device=like.device)).all())
+            if from_first_on and first % BLOCK == 0 and first + Q == N:
+                return _noise_of_block(self.seed, K, G, first, like.dtype, like.device)[..., :Q, :N]
+        return _noise(self.seed, rows.positions, rows.now, K, G, like)
+
+
+def _noise(seed: int, positions: Tensor, now: Tensor, K: int, G: int, like: Tensor) -> Tensor:
+    """Gumbel noise [B, K, G, Q, N] like `like`, for keys at `positions` [B, K, N] and queries at `now` [B, 1, Q]."""
+    head = torch.arange(K * G, device=now.device).view(K, G, 1, 1)
+    drawn = positions[:, :, None, None] + now[:, :, None, :, None] * 0x632BE5AB + head * 0x1B873593
+    uniform = Draw(seed)(like, like, drawn).clamp(min=2**-25)
+    return -(-uniform.log()).log()
+
+
+@lru_cache(maxsize=16)
+def _noise_of_block(seed: int, K: int, G: int, first: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Noise for the queries of `BLOCK` tokens from `first` on: the same in all layers and all prompts."""
+    now = torch.arange(first, first + BLOCK, device=device)[None, None]
+    keys = torch.arange(first + BLOCK, device=device).expand(1, K, -1)
+    return _noise(seed, keys, now, K, G, torch.empty(0, dtype=dtype, device=device))

@@ -54,7 +54,7 @@ class LagKV(Policy):
         scored = inside & ((piece + 2) * self.lag + self.sinks <= step.now + 1)
         # one more piece, for the sinks and for columns without a token
         piece = piece.where(inside, int(piece.max()) + 1 if piece.numel() else 0).clamp(min=0)
-        score = _spread(step.keys, piece, inside) + _spread(step.values, piece, inside)
+        score = _spread(step.keys, step.values, piece, inside)
         return (1 - (_rank(score, piece, step.positions) + 1) / self.lag).where(scored, 1)
 
 
@@ -66,15 +66,17 @@ def _of_pieces(numbers: Tensor, piece: Tensor, how: str) -> Tensor:
     return made.scatter_reduce_(2, at, numbers, how)
 
 
-def _spread(x: Tensor, piece: Tensor, inside: Tensor) -> Tensor:
-    """The standard deviation over channels, scaled by the next piece, as a softmax over the tokens of the piece."""
+def _spread(keys: Tensor, values: Tensor, piece: Tensor, inside: Tensor) -> Tensor:
+    """The standard deviation over channels, scaled by the next piece, as a softmax over the piece: keys' plus values'."""
+    x = torch.cat([keys, values], -1)
     next_piece = (piece + 1)[..., None].expand_as(x)
     low = _of_pieces(x.where(inside[..., None], torch.inf), piece, "amin").gather(2, next_piece)
     high = _of_pieces(x.where(inside[..., None], -torch.inf), piece, "amax").gather(2, next_piece)
     scaled = ((x - low) / (high - low)).where(high > low, 0)  # 0 where the next piece has less than two tokens left
-    spread = scaled.std(-1)
-    spread = (spread - _of_pieces(spread, piece, "amax").gather(2, piece)).exp()
-    return spread / _of_pieces(spread, piece, "sum").gather(2, piece)
+    spread = torch.stack([part.std(-1) for part in scaled.split([keys.shape[-1], values.shape[-1]], -1)], -1)
+    same = piece[..., None].expand_as(spread)
+    spread = (spread - _of_pieces(spread, piece, "amax").gather(2, same)).exp()
+    return (spread / _of_pieces(spread, piece, "sum").gather(2, same)).sum(-1)
 
 
 def _rank(score: Tensor, piece: Tensor, positions: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from a2sf.policies.base import Policy, Retention, check_share, check_tokens, share_of
-from a2sf.policies.rule import Step
+from a2sf.policies.rule import AttentionRows, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,11 @@ class RoCo(Policy):
     def retention(self, budget: int, layer: int) -> Retention:
         return Retention(budget=budget, recent=min(self.recent, share_of(budget, self.varying)))
 
-    def priorities(self, step: Step) -> tuple[Tensor, Tensor]:
-        group = step.probabilities.shape[2]
-        squares = step.memory[..., 0] + step.probabilities.mean(2) ** 2
+    def remember(self, rows: AttentionRows) -> Tensor:
+        return rows.memory + (rows.probabilities.mean(2) ** 2).sum(2)[..., None]
+
+    def priorities(self, step: Step) -> Tensor:
+        group, squares = step.probabilities.shape[2], step.memory[..., 0]
         times = (step.ages + 1).clamp(min=1)
         mean = step.scores / group / times
         # of the newest tokens none is evicted, so that they take their places among the varying ones
@@ -54,4 +56,4 @@ class RoCo(Policy):
         newest = step.ages < places.clamp(max=self.recent)
         variance = (squares / times - mean**2).masked_fill(~step.cached, -torch.inf).masked_fill(newest, torch.inf)
         rank = variance.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        return mean.masked_fill(rank < places, torch.inf), squares[..., None]
+        return mean.masked_fill(rank < places, torch.inf)

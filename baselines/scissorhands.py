@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from a2sf.policies.base import Policy, Retention, check_tokens
-from a2sf.policies.rule import Rule, Step
+from a2sf.policies.rule import AttentionRows, Rule, Step
 
 BITS = 24
 """How many steps one number remembers, one bit each: what float32 holds exactly."""
@@ -43,18 +43,24 @@ class Scissorhands(Policy):
 
     def retention(self, budget: int, layer: int) -> Retention:
         # a token's memory: its record, and which of the last steps are in it
-        rule = Rule(scored=False, priority_fn=self.record, memory=1 + -(-self.window // BITS))
+        memory = 1 + -(-self.window // BITS)
+        rule = Rule(scored=False, priority_fn=self.record, memory=memory, memory_fn=self.remember)
         return Retention(budget=budget, recent=min(self.recent, budget), rule=rule)
 
-    def record(self, step: Step) -> tuple[Tensor, Tensor]:
-        """Minus the number of steps with less than average attention, and the memory of these steps."""
-        cached = step.cached.sum(-1, keepdim=True)
-        low = (step.probabilities.mean(2) * cached < AVERAGE).to(step.scores.dtype)
-        at = step.now % self.window  # this step takes the place of the one that leaves the window
+    def record(self, step: Step) -> Tensor:
+        """Minus the number of steps with less than average attention."""
+        return -step.memory[..., 0]
+
+    def remember(self, rows: AttentionRows) -> Tensor:
+        """The record, and the steps in it; all numbers are whole and exact."""
+        seen = rows.seen[:, :, -self.window :]  # of more rows, all but the last leave the window again
+        attention = rows.probabilities[:, :, :, -self.window :].mean(2)
+        low = seen & (attention * seen.sum(-1, keepdim=True) < AVERAGE)
+        low = low.transpose(2, 3).to(rows.memory.dtype)  # [B, K, N, Q]
+        at = rows.now[..., None, -self.window :] % self.window  # each step takes the place of the one that leaves
         bit = 2.0 ** (at % BITS).to(low.dtype)
-        place = (1 + at // BITS)[..., None].expand(*low.shape, 1)
-        held = step.memory.gather(-1, place)[..., 0]
-        change = low - (held / bit).floor() % 2
-        memory = step.memory.scatter(-1, place, (held + change * bit)[..., None])
-        memory[..., 0] += change
-        return -memory[..., 0], memory
+        place = (1 + at // BITS).expand(low.shape)
+        change = low - (rows.memory.gather(-1, place) / bit).floor() % 2
+        memory = rows.memory.scatter_add(-1, place, change * bit)
+        memory[..., 0] += change.sum(-1)
+        return memory

@@ -135,7 +135,7 @@ def _reference_rows(differentiable: bool, rows: Rows, options: Options) -> Ran:
             keys=all_keys,
             values=all_values,
             seen=old.seen + rows.length,
-            memory=None if remembered(rule) is None else memory,
+            memory=None if remembered(rule) is None else rows.kept(memory),
             queries=rows.kept(last_queries(rule, old.queries, grouped.detach(), rows.length)),
         ).compact()
     return Ran(output, end, torch.cat(evictions) if evictions else None)

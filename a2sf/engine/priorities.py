@@ -17,7 +17,7 @@ from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import LATE, Options
 from a2sf.errors import PolicyError, UserError, definition, first_line, place
 from a2sf.policies.ranking import data_priorities
-from a2sf.policies.rule import Rule, Step
+from a2sf.policies.rule import AttentionRows, Rule, Step
 
 SHARE = 1 - 1e-5
 """`p * n` from which a token counts as above uniform attention: 1, but for the rounding of equal shares."""
@@ -66,7 +66,7 @@ def of_function(retention: BatchRetention, step: Step, free: Tensor, excess: Ten
     """
     rule, memory = retention.rule, step.memory
     priority = torch.zeros_like(step.scores)
-    wanted = (excess > 0).any(1)[:, 0] | bool(rule.memory)
+    wanted = ((excess > 0).any(1, keepdim=True) | retention.remembers(step.now))[:, 0, 0]
     if not bool(wanted.any()):
         return priority, memory
     many = retention.evicts_many(excess, step.now)[:, 0, 0]
@@ -76,9 +76,9 @@ def of_function(retention: BatchRetention, step: Step, free: Tensor, excess: Ten
     others = (~many).nonzero()[:, 0]
     if bool(wanted[others].any()):
         priority[others], memory[others] = _called(rule, picked(step, others), free[others])
-    for row in (many & wanted).nonzero()[:, 0]:
-        one, order = in_order(picked(step, row[None]))
-        ranks, stored = _called(rule, one, free[row[None]].gather(2, order))
+    for row in (many & wanted).nonzero()[:, 0].tolist():
+        one, order = in_order(picked(step, slice(row, row + 1)))
+        ranks, stored = _called(rule, one, free[row : row + 1].gather(2, order))
         priority[row].scatter_(1, order[0], ranks[0])
         memory[row].scatter_(1, order[0, :, :, None].expand_as(stored[0]), stored[0])
     return priority, memory
@@ -101,9 +101,9 @@ def merged(retention: BatchRetention, step: Step, out: Tensor) -> tuple[Tensor, 
         stays = (step.cached & ~out)[rows][..., None]
         new = _merged(retention.rule.merge_fn, picked(step, rows), out[rows])
         keys[rows], values[rows] = (x.where(stays, old[rows]) for x, old in zip(new, (keys, values), strict=True))
-    for row in (wanted & many).nonzero()[:, 0]:
-        one, order = in_order(picked(step, row[None]))
-        evicted = out[row[None]].gather(2, order)
+    for row in (wanted & many).nonzero()[:, 0].tolist():
+        one, order = in_order(picked(step, slice(row, row + 1)))
+        evicted = out[row : row + 1].gather(2, order)
         stays = (one.cached & ~evicted)[..., None]
         new = _merged(retention.rule.merge_fn, one, evicted)
         for x, old, was in zip(new, (keys, values), (one.keys, one.values), strict=True):
@@ -130,8 +130,8 @@ def about(retention: BatchRetention, options: Options, positions: Tensor) -> dic
     return known | {"budget": retention.budget, "prompt": retention.prompt}
 
 
-def picked(step: Step, rows: Tensor) -> Step:
-    """The rows `rows` [B'] of a step."""
+def picked(step: Step, rows: Tensor | slice) -> Step:
+    """The rows `rows` [B'] of a step; views for a slice."""
     of_rows: dict[str, Any] = {name: x[rows] for name, x in _tensors(step).items()}
     return replace(step, **of_rows)
 
@@ -139,21 +139,32 @@ def picked(step: Step, rows: Tensor) -> Step:
 def in_order(step: Step) -> tuple[Step, Tensor]:
     """A step of one row, its cached tokens in the order of their positions, and the columns that they were, [1, K, n]."""
     n = max(1, int(step.cached.sum(-1).max()))
-    order = step.positions.where(step.cached, LATE).argsort(-1)[..., :n]
-    wide, queries = order[..., None], step.queries
+    positions = step.positions.where(step.cached, LATE)
+    sorted_already = bool((positions[..., 1:] >= positions[..., :-1]).all())  # as in any state
+    order = torch.arange(n, device=positions.device).expand(*positions.shape[:2], n)
+    if not sorted_already:
+        order = positions.argsort(-1)[..., :n]
+    queries = step.queries
     if queries is not None:
         read = min(queries.shape[3], int(step.now) + 1)
         queries = queries[:, :, :, queries.shape[3] - read :]
-    of_columns = {name: getattr(step, name) for name in ("keys", "values", "memory")}
-    columns = {name: x.gather(2, wide.expand(*order.shape, x.shape[-1])) for name, x in of_columns.items()}
-    single = ("positions", "cached", "scores", *(() if step.prepared is None else ("prepared",)))
-    columns |= {name: getattr(step, name).gather(2, order) for name in single}
-    group = step.probabilities.shape[2]
-    probabilities = step.probabilities.gather(3, order[:, :, None].expand(-1, -1, group, -1))
+    names = ("keys", "values", "memory", "positions", "cached", "scores", "prepared")
+    columns = {name: x for name in names if (x := getattr(step, name)) is not None}
+    if sorted_already:
+        columns = {name: x[:, :, :n].contiguous() for name, x in columns.items()}
+        probabilities = step.probabilities[..., :n].contiguous()
+    else:
+        columns = {name: _of_columns(x, order) for name, x in columns.items()}
+        probabilities = _of_columns(step.probabilities.transpose(2, 3), order).transpose(2, 3).contiguous()
     return replace(step, probabilities=probabilities, queries=queries, **columns), order
 
 
-def _tensors(step: Step) -> dict[str, Tensor]:
+def _of_columns(x: Tensor, order: Tensor) -> Tensor:
+    """The columns `order` [B, K, n] of `x` [B, K, N] or [B, K, N, ...]."""
+    return x.gather(2, order if x.ndim == 3 else order[..., None].expand(*order.shape, x.shape[-1]))
+
+
+def _tensors(step: Step | AttentionRows) -> dict[str, Tensor]:
     return {f.name: x for f in fields(step) if isinstance(x := getattr(step, f.name), Tensor)}
 
 
@@ -182,12 +193,14 @@ def calling(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _called(rule: Rule, step: Step, free: Tensor) -> tuple[Tensor, Tensor]:
-    """Priorities and memory of all rows of a step by a rule's `priority_fn`.
+    """Priorities and memory of all rows of a step by a rule's `memory_fn`, if it has one, and its `priority_fn`.
 
     Raises:
         PolicyError: if it fails, returns another shape or NaN, or changes a tensor of the step.
     """
     assert rule.priority_fn is not None
+    if rule.memory_fn is not None:
+        step = replace(step, memory=remembered_after(rule, rows_of(step)))
     given = _unchanged(rule.priority_fn, replace(step, evictable=free))
     priority, memory = given if isinstance(given, tuple) else (given, step.memory)
     cached = step.cached[..., None]
@@ -198,7 +211,24 @@ def _called(rule: Rule, step: Step, free: Tensor) -> tuple[Tensor, Tensor]:
     return shared(rule, priority), memory.where(cached, 0)
 
 
-def _unchanged(function: Callable[..., Any], step: Step, *more: Tensor) -> Any:
+def rows_of(step: Step) -> AttentionRows:
+    """The attention of a step's newest token."""
+    return AttentionRows(step.probabilities[:, :, :, None], step.positions, step.now, step.memory)
+
+
+def remembered_after(rule: Rule, rows: AttentionRows) -> Tensor:
+    """The memory [B, K, N, M] after `rows` by a rule's `memory_fn`, 0 where no token is cached.
+
+    Raises:
+        PolicyError: as `_called`.
+    """
+    assert rule.memory_fn is not None
+    cached = (rows.positions >= 0)[..., None]
+    given = _unchanged(rule.memory_fn, rows)
+    return _checked(rule.memory_fn, "memory", given, rows.memory, cached).where(cached, 0)
+
+
+def _unchanged(function: Callable[..., Any], step: Step | AttentionRows, *more: Tensor) -> Any:
     """What a policy's own function returns for a step, which it must not change.
 
     Raises:
@@ -260,7 +290,7 @@ def smallest_of_all_heads(retention: BatchRetention, priority: Tensor, step: Ste
     by = priority
     if rule.division_fn is not None:
         excess = retention.excess(step.cached.sum(-1, keepdim=True), step.now).where(retention.at_cut(step.now), 0)
-        dividing = replace(retention, rule=replace(rule, priority_fn=rule.division_fn, memory=0))
+        dividing = replace(retention, rule=replace(rule, priority_fn=rule.division_fn, memory=0, memory_fn=None))
         by, _ = of_function(dividing, replace(step, memory=step.memory[..., :0]), free, excess)
     K, N = free.shape[1:]
     count, evictable = step.cached.sum(-1), free.sum(-1)  # [B, K]

@@ -140,9 +140,7 @@ class BatchRetention:
             seen = self.prompt if rule.calls or rule.threshold is not None else None
             return replace(self, rule=replace(rule, cut=None, scored=scored), schedule=self.schedule.after, prompt=seen)
         # nothing is evicted, so that no priority is needed
-        return self.unlimited(
-            rule if rule.memory else Rule(scored=scored, count_above_uniform=rule.count_above_uniform)
-        )
+        return self.unlimited(Rule(scored=scored, count_above_uniform=rule.count_above_uniform))
 
     @cached_property
     def most(self) -> int:
@@ -155,7 +153,7 @@ class BatchRetention:
 
     def looked(self, seen: Tensor) -> Tensor:
         """bool [n]: of which sequences the rule's function is not called again when `seen` [n] tokens were read."""
-        if not self.schedule.prompt or self.schedule.then != "keep" or self.rule.memory or self.prompt is None:
+        if not self.schedule.prompt or self.schedule.then != "keep" or self.prompt is None:
             return torch.zeros_like(seen, dtype=torch.bool)
         return seen >= self.prompt
 
@@ -187,6 +185,12 @@ class BatchRetention:
         if self.prompt is None or not self.schedule.prompt:
             return torch.zeros_like(now, dtype=torch.bool)
         return now == self.prompt - 1
+
+    def remembers(self, now: Tensor) -> Tensor:
+        """bool [B, 1, 1]: whether the rule's function is called at time `now` for what it stores for each token."""
+        if not self.rule.memory:
+            return torch.zeros_like(now, dtype=torch.bool)
+        return ~self.looked(now)
 
     def evicts_many(self, excess: Tensor, now: Tensor) -> Tensor:
         """bool [B, 1, 1]: whether a row's step is one at which the schedule evicts many tokens at once."""

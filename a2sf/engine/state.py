@@ -96,7 +96,8 @@ class EvictionState:
         values: [B, K, N, V], finite (0, in states made here) where a slot is empty; all three in the engine's accumulation
             dtype (float32, or float64 for float64 inputs).
         seen: int64 [B], tokens read so far, which is the next token's position.
-        memory: [B, K, N, M], what a policy's own function remembers per token; None where it remembers nothing.
+        memory: [B, K, N, M], what a policy's own function remembers per token; None where it remembers nothing. 0 after a
+            prompt's cut that nothing follows.
         queries: [B, K, G, W, D], the queries of the last tokens that were read, the newest last, and 0 before the first;
             None where the rule does not ask for them. 0 after a prompt's cut that nothing follows.
     """
@@ -186,7 +187,7 @@ class EvictionState:
         """
         missing = {}
         if self.memory is None and remembered(rule) is not None:
-            missing["memory"] = self.keys[..., :0]
+            missing["memory"] = self.keys.new_zeros(*self.positions.shape, rule.memory)
         if self.queries is None and rule.queries:
             (B, K), D = self.positions.shape[:2], self.keys.shape[-1]
             missing["queries"] = self.keys.new_zeros(B, K, group, rule.queries, D)

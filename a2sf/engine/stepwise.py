@@ -157,7 +157,9 @@ class _Slots:
         if self.rule.recording is not None:
             return self._remove(t, self.rule.recording.evicted(step), held)
         positions, now, most = step.positions, step.now, int(excess.max())
-        looks = self.rule.memory > 0 or (self.rule.cut is not None and bool(retention.at_cut(now).any()))
+        looks = bool(retention.remembers(now).any()) or (
+            self.rule.cut is not None and bool(retention.at_cut(now).any())
+        )
         if most == 0 and not looks:
             return
         free = retention.unprotected(positions, step.cached, now)
@@ -215,7 +217,7 @@ class _Slots:
             keys=self.held["keys"],
             values=self.held["values"],
             seen=self.rows.state.seen + self.rows.length,
-            memory=None if remembered(self.rule) is None else self.held["memory"],
+            memory=None if remembered(self.rule) is None else self.rows.kept(self.held["memory"]),
             queries=self.rows.kept(last_queries(self.rule, self.rows.state.queries, self.grouped, self.rows.length)),
         ).compact()
 

@@ -50,11 +50,11 @@ class Rows(BatchRetention):
         counts = None if self.counts is None else self.counts[rows.to(self.counts.device)]
         return replace(self, **changed, state=self.state.select(rows), counts=counts, tables=None)
 
-    def kept(self, queries: Tensor | None) -> Tensor | None:
-        """The last queries [B, K, G, W, D] that the end states have: 0 in rows whose rule looks at no later ones."""
-        if queries is None:
+    def kept(self, x: Tensor | None) -> Tensor | None:
+        """The last queries [B, K, G, W, D] or memory [B, K, N, M] of the end states: 0 where no function sees it again."""
+        if x is None:
             return None
-        return queries.masked_fill(self.looked(self.state.seen + self.length)[:, None, None, None, None], 0)
+        return x.masked_fill(self.looked(self.state.seen + self.length).view(-1, *[1] * (x.ndim - 1)), 0)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from a2sf.errors import ConfigError
 from a2sf.policies.prepared import Numbers, Prepared, Reader
 from a2sf.policies.renamed import rename_methods
-from a2sf.policies.rule import ACCUMULATED, Rule, Sequence, Step, TokenFn
+from a2sf.policies.rule import ACCUMULATED, AttentionRows, Rule, Sequence, Step, TokenFn
 
 if TYPE_CHECKING:  # so that commands which only list policies do not load torch
     from torch import Tensor
@@ -137,6 +137,14 @@ class Policy(ABC):
         """
         raise NotImplementedError
 
+    def remember(self, rows: AttentionRows) -> Tensor:
+        """For a method with `memory` that follows from attention alone: the memory [B, K, N, memory] after these rows.
+
+        `priorities` then sees it in its step and returns priorities alone. A prompt that is read whole calls this for many
+        tokens at once, and a step for one; the result must be the same in whatever parts the rows come.
+        """
+        raise NotImplementedError
+
     def at_entry(self, layer: int) -> TokenFn | None:
         """Priorities of layer `layer` as a function of each token alone, if they are fixed when it is cached; else None."""
         rule = self.retention(UNLIMITED, layer).rule
@@ -216,6 +224,8 @@ class Policy(ABC):
         if type(self).priorities is not Policy.priorities:
             precompute = None if self.causal else self.precompute
             functions = {"priority_fn": self.priorities, "memory": self.memory, "precompute": precompute}
+        if type(self).remember is not Policy.remember:
+            functions["memory_fn"] = self.remember
         if type(self).merge is not Policy.merge:
             if retention.rule.shared:
                 why = "it merges values head by head, and its rule retains the same tokens in all heads of a layer"

@@ -45,7 +45,8 @@ class Step:
         cached: bool [B, K, N], whether the column holds a token.
         now: int64 [B, 1, 1], the position of the newest token.
         scores: [B, K, N], accumulated attention `A`, this step included.
-        memory: [B, K, N, M], the numbers that the policy stores for each token; 0 for the newest token.
+        memory: [B, K, N, M], the numbers that the policy stores for each token, this step included if it has a method
+            `remember`; else those before this step, 0 for the newest token.
         queries: [B, K, G, W, D], the queries of the last `W` tokens, the newest last, if the policy asks for them
             (`queries = W`); else None. Where fewer tokens were read there are fewer, or the first ones are 0 (see
             `query_positions`).
@@ -121,6 +122,29 @@ class Step:
 
 
 @dataclass(frozen=True)
+class AttentionRows:
+    """The attention of Q tokens that follow each other: of one token at a step, of many where a prompt is read in parts.
+
+    Attributes:
+        probabilities: [B, K, G, Q, N], the attention of each query head; 0 for later tokens, and where no token is cached.
+        positions: int64 [B, K, N], of the cached tokens, -1 where no token is cached.
+        now: int64 [B, 1, Q], the positions of the Q tokens.
+        memory: [B, K, N, M], the numbers stored for each cached token before; 0 for those of the Q tokens.
+    """
+
+    probabilities: Tensor
+    positions: Tensor
+    now: Tensor
+    memory: Tensor
+
+    @property
+    def seen(self) -> Tensor:
+        """bool [B, K, Q, N], which columns hold a token that each of the Q tokens attends to."""
+        positions = self.positions[:, :, None]
+        return (positions >= 0) & (positions <= self.now[..., None])
+
+
+@dataclass(frozen=True)
 class Sequence:
     """All tokens of a sequence, which an oracle (a policy that is not causal) sees before the first step.
 
@@ -144,6 +168,7 @@ POOLINGS = ("mean", "max")
 TokenFn: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 """`(keys [..., D], values [..., V], positions [...]) -> [...]`: one number for each token, computed when it is cached."""
 MergeFn: TypeAlias = "Callable[[Step, Tensor], Tensor | tuple[Tensor, Tensor]]"
+MemoryFn: TypeAlias = "Callable[[AttentionRows], Tensor]"
 PriorityFn: TypeAlias = "Callable[[Step], Tensor | tuple[Tensor, Tensor]]"
 """From a step to priorities [B, K, N], or to priorities and new memory [B, K, N, M]."""
 
@@ -253,6 +278,8 @@ class Rule:
         priority_fn: a function that computes the priorities; then `weight`, `bias` and `mean_over_age` are not used. At a
             cut, the `scores` in its `Step` are the averaged ones.
         memory: how many numbers `priority_fn` stores for each token, `M`.
+        memory_fn: from rows of attention to the memory after them, [B, K, N, M]. It is called before `priority_fn`, which
+            then sees the new memory and returns priorities alone. Where there is none, `priority_fn` returns the memory.
         precompute: only for an oracle: from all tokens (`Sequence`) to numbers for each token, [B, K, T, M].
         recording: what is evicted at each step, whatever the budget; then nothing is ranked.
         queries: of how many last tokens the functions see the queries, `W`.
@@ -270,7 +297,8 @@ class Rule:
         ValueError: if fields contradict each other: `full_heads` with `shared` or with a cut's `floor`; `shared` with a
             cut's `floor`; `heads` with `shared`, `full_heads`, `mean_over_age`, `cut` or a function; `shared` with
             `merge_fn`; `division_fn` without a cut's `floor`; `recording` with anything that
-            ranks; `threshold` with `heads`, `full_heads` or a cut's `floor`, or one that is no finite number.
+            ranks; `memory_fn` without `memory` or `priority_fn`, or with `precompute`; `threshold` with `heads`,
+            `full_heads` or a cut's floor, or one that is no finite number.
     """
 
     scored: bool = True
@@ -284,6 +312,7 @@ class Rule:
     heads: tuple[Head, ...] = ()
     priority_fn: PriorityFn | None = None
     memory: int = 0
+    memory_fn: MemoryFn | None = None
     precompute: Callable[[Sequence], Tensor] | None = None
     recording: Recording | None = None
     queries: int = 0
@@ -310,6 +339,8 @@ class Rule:
             raise ValueError("division_fn needs a cut with a floor")
         if self.threshold is not None and (self.heads or self.full_heads or divided or not isfinite(self.threshold)):
             raise ValueError("threshold is a finite number, not combined with heads, full_heads or a cut's floor")
+        if self.memory_fn is not None and (not self.memory or self.priority_fn is None or self.precompute is not None):
+            raise ValueError("memory_fn needs memory and priority_fn, and cannot be combined with precompute")
         if self.shared and self.merge_fn is not None:
             raise ValueError("shared cannot be combined with merge_fn, which merges the values of each head by itself")
         if self.recording is not None and replace(self, recording=None) != Rule(scored=False):

@@ -3,7 +3,8 @@
 Numbers that follow from the segments alone are made on the CPU, once for all layers. States of many segments are one
 `EvictionState`, so that a layer has as many operations for many segments as for one. The exception is a rule that looks at
 the end of a prompt, or is a function: a library's product has other last bits in another shape or batch, so that each
-segment's attention is a product of its own.
+segment's attention is a product of its own. A rule that stores numbers for each token gets them from the rows of attention,
+some at a time.
 """
 
 from __future__ import annotations
@@ -11,18 +12,32 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from a2sf.engine.kernels.prompt_parts import Split
-from a2sf.engine.priorities import about, leaving, mass, merged, of_function, of_rule, pooled, smallest_of_all_heads
+from a2sf.engine.priorities import (
+    about,
+    leaving,
+    mass,
+    merged,
+    of_function,
+    of_rule,
+    pooled,
+    remembered_after,
+    smallest_of_all_heads,
+)
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import LATE, Attended, Call, EvictionState, Options, Segments, accumulation_dtype
 from a2sf.engine.tree import traced
-from a2sf.policies.rule import Step
+from a2sf.policies.rule import AttentionRows, Step
 
 Run = Callable[[Call], Attended]
+
+ROWS = 64
+"""Rows of a prompt's attention that are computed at a time for a rule's memory."""
 
 
 def by_prompt(run: Run, call: Call) -> Attended:
@@ -121,12 +136,12 @@ class _Prompts:
         nodes = self.split.nodes
         if self.state is None and all(i not in self.ends.place and nodes[i].up < 0 for i in roots):
             return None
-        begin = self.ends.of([self._newest(i) for i in roots])
-        return begin if part.rule.calls else begin.plain()
+        return self.ends.of([self._newest(i) for i in roots])
 
     def _read(self, part: Segments, begin: EvictionState | None, keep: bool) -> EvictionState | None:
         """Read `part` from the states `begin`; the states at its end, if they are to be kept."""
         options = replace(self.options, return_state=keep)
+        begin = begin if begin is None or part.rule.calls else begin.plain()
         ran = self.run(self.call._replace(segments=part, options=options, state=begin))
         self.ran.append(replace(ran, state=None))
         return ran.state
@@ -140,6 +155,8 @@ class _Prompts:
         if rule.queries:
             end = replace(end, queries=self._last_queries())
         end = end.for_rule(rule, self.group)
+        if rule.memory:
+            end = replace(end, memory=self._remembered(end, None if begin is None else begin.memory))
         if rule.cut is not None and rule.scored:
             end = replace(end, scores=self._observed(end, None if begin is None else begin.scores))
         self.ends.put(split.reading, end)
@@ -195,6 +212,35 @@ class _Prompts:
             scores[at, :, :n] = scores[at, :, :n] * look.power + (added * look.forgotten).sum(0)
         return scores
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _remembered(self, end: EvictionState, before: Tensor | None) -> Tensor:
+        """The rule's memory [S, K, N, M] at the end of the prompts' tokens; arguments as in `_observed`."""
+        assert self.split.first is not None
+        memory = end.keys.new_zeros(*end.positions.shape, self.rule.memory)
+        parent = self.split.first.parent.tolist()
+        if before is not None:
+            roots, n = [at for at, up in enumerate(parent) if up < 0], min(before.shape[2], memory.shape[2])
+            memory[roots, :, :n] = before[:, :, :n].to(memory.dtype)
+        for at, (up, length) in enumerate(zip(parent, self._lengths, strict=True)):
+            if up >= 0:
+                memory[at] = memory[up]
+            node = self.split.nodes[self.split.reading[at]]
+            for first in range(0, node.before, ROWS):
+                last = min(first + ROWS, node.before)
+                n = length - node.before + last  # columns of the tokens that are read by then
+                query = self.call.query[node.row, :, node.begin + first : node.begin + last]
+                query = query.to(memory.dtype).reshape(self.heads, -1, query.shape[-1])
+                positions = end.positions[at : at + 1, :, :n]
+                now = torch.arange(node.first + first, node.first + last, device=positions.device)
+                hidden = (positions < 0)[:, :, None, None] | (positions[:, :, None, None] > now[:, None])
+                keys = end.keys[at, :, :n].contiguous()
+                logits = (query @ keys.transpose(-1, -2)).unflatten(1, (self.group, -1)) * self.options.scale
+                p = logits[None].masked_fill_(hidden, -torch.inf).softmax(-1)  # [1, K, G, Q, n]
+                rows = AttentionRows(p, positions, now[None, None], memory[at : at + 1, :, :n])
+                memory[at, :, :n] = remembered_after(self.rule, rows)[0]
+        return memory
+
     def _probabilities(self, end: EvictionState, slots: int) -> Tensor:
         """[B, K, G, `slots`], the attention of the last token of each prompt that ends; `end` as in `_observed`."""
         each = []
@@ -236,11 +282,13 @@ def _after_cut(
         retention: what they are cut to, `per_head` on the states' device.
         probabilities: [B, K, G, N], the attention of each prompt's last token, for a rule that is a function.
     """
+    if retention.rule.memory_fn is not None:  # what it stores is known
+        retention = replace(retention, rule=replace(retention.rule, memory_fn=None))
     assert retention.prompt is not None
     rule, cached, now = retention.rule, state.positions >= 0, retention.prompt - 1
     free = retention.unprotected(state.positions, cached, now)
     excess = retention.excess(cached.sum(-1, keepdim=True), now)
-    memory = state.keys[..., :0]
+    memory = state.keys[..., :0] if state.memory is None else state.memory
     shown = state.positions, cached, now, state.scores, memory, state.queries
     step = Step(probabilities, state.keys, state.values, *shown, **about(retention, options, state.positions))
     if rule.cut is not None:
@@ -254,8 +302,8 @@ def _after_cut(
         out = smallest_of_all_heads(retention, priority, step, free)
     else:
         out = leaving(rule, priority, state.positions, free, excess)
-    kept = state.queries
-    if kept is not None and retention.schedule.then == "keep":
-        kept = torch.zeros_like(kept)
+    seen_later: dict[str, Any] = {"memory": state.memory, "queries": state.queries}
+    if retention.schedule.then == "keep":
+        seen_later = {name: None if x is None else torch.zeros_like(x) for name, x in seen_later.items()}
     keys, values = (state.keys, state.values) if rule.merge_fn is None else merged(retention, step, out)
-    return replace(state, scores=step.scores, queries=kept, keys=keys, values=values).evict(out), out
+    return replace(state, scores=step.scores, keys=keys, values=values, **seen_later).evict(out), out

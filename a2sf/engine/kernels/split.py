@@ -27,7 +27,7 @@ def splits(segments: Segments) -> Callable[[Run, Call], Attended] | None:
         return None
     if rule.full_heads and not rule.calls:
         return by_heads
-    if rule.precompute is not None or (rule.priority_fn is not None and rule.memory):
+    if rule.precompute is not None or (rule.memory and rule.memory_fn is None):
         return None  # its function is called at every step
     # where the cut gave every head a share of its own, each later step depends on the prompt
     return by_prompt if schedule.prompt and not (segments.across_heads and schedule.then != "keep") else None

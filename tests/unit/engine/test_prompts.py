@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,8 @@ from a2sf import Schedule, make_policy
 from a2sf.engine.kernels import attend
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Attended, Options, Segments
+from a2sf.policies.base import Retention
+from a2sf.policies.rule import AttentionRows, Cut, Rule
 
 KV_HEADS, GROUP, SIZE, BUDGET = 2, 2, 16, 8
 
@@ -72,7 +76,7 @@ def test_a_layer_takes_as_many_operations_for_many_prompts_as_for_one(name, of_e
 
 
 @pytest.mark.parametrize("then", ["keep", "step"])
-@pytest.mark.parametrize("name", ["h2o", "vatp", "snapkv", "pyramidkv", "keydiff"])
+@pytest.mark.parametrize("name", ["h2o", "vatp", "snapkv", "pyramidkv", "keydiff", "keyformer", "roco"])
 @pytest.mark.parametrize("after", [0, 5])
 def test_a_sequence_has_the_same_numbers_whatever_is_read_beside_it(name, then, after):
     lengths = [30, 17, 41, 30]
@@ -107,3 +111,106 @@ def test_nothing_waits_for_numbers_of_the_segments_twice(monkeypatch):
     run(tensors, segments)
     assert list(split.tables.values()) == list(made.values())
     assert all(split.tables[key] is value for key, value in made.items())
+
+
+STORING = [
+    ("keyformer", {}),
+    ("roco", {"recent": 2}),
+    ("scissorhands", {"window": 50}),
+    ("scissorhands", {"window": 400}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), STORING)
+@pytest.mark.parametrize("parts", ["of one token", "of all", "uneven"])
+def test_what_is_stored_for_each_token_does_not_depend_on_the_parts_of_the_rows(name, settings, parts):
+    """One method serves a step and many rows of a prompt at once."""
+    tokens, seen = 130, 7  # as many were cached before
+    generator = torch.Generator().manual_seed(1)
+    positions = torch.arange(tokens + seen).expand(1, KV_HEADS, -1)
+    logits = 2 * torch.randn(1, KV_HEADS, GROUP, tokens, tokens + seen, generator=generator, dtype=torch.float64)
+    now = torch.arange(seen, tokens + seen)
+    p = logits.masked_fill(positions[:, :, None, None] > now[:, None], -torch.inf).softmax(-1)
+    rule = make_policy(name, **settings).keeps(BUDGET).rule
+
+    def stored(ends: list[int]) -> Tensor:
+        memory = torch.zeros(1, KV_HEADS, tokens + seen, rule.memory, dtype=torch.float64)
+        for begin, end in zip([0, *ends], ends, strict=False):
+            n = end + seen  # tokens that are cached by then
+            rows = AttentionRows(
+                p[:, :, :, begin:end, :n], positions[..., :n], now[None, None, begin:end], memory[:, :, :n]
+            )
+            memory[:, :, :n] = rule.memory_fn(rows)
+        return memory
+
+    steps = stored(list(range(1, tokens + 1)))
+    ends = {"of one token": [*range(1, 60), tokens], "of all": [tokens], "uneven": [3, 67, 68, 129, tokens]}[parts]
+    torch.testing.assert_close(stored(ends), steps, rtol=1e-12, atol=0)
+    assert (steps[..., 0] != steps[..., :1, 0]).any()
+
+
+@pytest.mark.parametrize(("name", "settings"), STORING)
+@pytest.mark.parametrize("then", ["keep", "step", "every"])
+def test_a_prompt_read_whole_stores_and_retains_what_one_read_token_by_token_does(name, settings, then):
+    """In a batch, in two calls that end within prompts, and with a prompt longer than the rows that are computed at once."""
+    schedule = Schedule("prompt", then=then, **({"every": 3} if then == "every" else {}))
+    generator = torch.Generator().manual_seed(2)
+    total, prompts = 90, torch.tensor([80, 60, 1])
+    query, key, value = (
+        torch.randn(3, heads, total, SIZE, generator=generator) for heads in (KV_HEADS * GROUP, KV_HEADS, KV_HEADS)
+    )
+    policy, called = make_policy(name, **settings), 0
+    rule = policy.keeps(BUDGET).rule
+
+    def remember(rows: AttentionRows) -> Tensor:
+        nonlocal called
+        called += 1
+        return rule.memory_fn(rows)
+
+    counting = replace(rule, memory_fn=remember)
+    stated = [replace(policy.keeps(BUDGET), rule=counting)] * 3
+    retention = BatchRetention.of(stated, schedule, prompts)
+    calls, states = {}, {}
+    for backend in ("numba", "torch"):
+        called, state, states[backend] = 0, None, []
+        for begin, end in ((0, 70), (70, total)):
+            segments = Segments.of_rows(retention, torch.full((3,), end - begin), torch.full((3,), begin))
+            options = Options(SIZE**-0.5, return_state=True)
+            state = attend(query, key, value, segments, options, state, backend=backend).state
+            states[backend].append(state)
+        calls[backend] = called
+    for whole, stepwise in zip(states["numba"], states["torch"], strict=True):
+        assert torch.equal(whole.positions, stepwise.positions)
+        torch.testing.assert_close(whole.memory, stepwise.memory, rtol=2e-5, atol=1e-6)
+    assert states["torch"][0].memory[0].any()  # in the middle of its prompt
+    if then == "keep":
+        assert not states["torch"][1].memory.any()
+        assert calls["numba"] == 3 + 1 + 1
+        assert calls["torch"] == 80 + 2  # none after the prompts, and two cuts of one row beside others
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "numba"])
+def test_stored_numbers_rank_tokens_where_other_priorities_divide_the_slots(backend):
+    tokens, generator = 30, torch.Generator().manual_seed(3)
+    query, key, value = (
+        torch.randn(1, heads, tokens, SIZE, generator=generator) for heads in (KV_HEADS * GROUP, KV_HEADS, KV_HEADS)
+    )
+    rule = Rule(
+        cut=Cut(floor=0.0),
+        memory=1,
+        memory_fn=lambda rows: rows.memory + rows.probabilities.sum((2, 3))[..., None],
+        priority_fn=lambda step: step.memory[..., 0],
+        division_fn=lambda step: step.keys.norm(dim=-1),
+    )
+    retention = BatchRetention.of([Retention(budget=BUDGET, rule=rule)], Schedule("prompt"), [tokens])
+    segments = Segments.of_rows(retention, torch.tensor([tokens]))
+    options = Options(SIZE**-0.5, return_state=True)
+    state = attend(query, key, value, segments, options, backend=backend).state
+    logits = query.unflatten(1, (KV_HEADS, GROUP)) @ key[:, :, None].transpose(-1, -2) * SIZE**-0.5
+    later = torch.ones(tokens, tokens).triu(1).bool()
+    attention = logits.masked_fill(later, -torch.inf).softmax(-1).sum((2, 3))[0]
+    longest = key[0].norm(dim=-1).flatten().topk(KV_HEADS * BUDGET).indices // tokens
+    for head, ranks in enumerate(attention):
+        slots = int((longest == head).sum())
+        kept = [p for p in state.positions[0, head].tolist() if p >= 0]
+        assert kept == sorted(ranks.topk(slots).indices.tolist())

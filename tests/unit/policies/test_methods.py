@@ -17,7 +17,7 @@ from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Options, Segments
 from a2sf.errors import ConfigError
 from a2sf.policies.rotary import Projection, Rotary
-from a2sf.policies.rule import Cut, Step
+from a2sf.policies.rule import AttentionRows, Cut, Step
 from tests import definitions
 from tests.definitions import retained
 
@@ -191,8 +191,8 @@ def test_noise_follows_from_seed_and_positions_and_is_gumbel():
     p = torch.full((1, 2, 2, 400), 1 / 400, dtype=torch.float64)
 
     def noise(seed: int, now: int) -> torch.Tensor:
-        step = Step(p, p, p, positions, positions >= 0, torch.tensor([[[now]]]), p[:, :, 0], p)
-        return make_policy("keyformer", seed=seed).noise(step)
+        rows = AttentionRows(p[:, :, :, None], positions, torch.tensor([[[now]]]), p[:, :, 0, :, None])
+        return make_policy("keyformer", seed=seed).noise(rows)[:, :, :, 0]
 
     made = torch.stack([noise(0, now) for now in range(400, 450)])
     assert abs(float(made.mean()) - 0.5772) < 0.01
