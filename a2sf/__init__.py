@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from a2sf.policies.base import Retention as Retention
     from a2sf.policies.budget import Budget as Budget
     from a2sf.policies.find import make_policy as make_policy
+    from a2sf.policies.rule import AttentionRows as AttentionRows
     from a2sf.policies.rule import Rule as Rule
     from a2sf.policies.rule import Step as Step
     from a2sf.policies.schedule import Schedule as Schedule
@@ -55,6 +56,7 @@ __version__ = "0.2.0"
 _WHERE = {
     "A2SF": "a2sf.policies.a2sf",
     "AdaKV": "baselines.adakv",
+    "AttentionRows": "a2sf.policies.rule",
     "Budget": "a2sf.policies.budget",
     "CAKE": "baselines.cake",
     "CaM": "baselines.cam",
