@@ -20,12 +20,8 @@ from a2sf.analysis.claims.verdicts import MARGIN, Claim
 from a2sf.analysis.statistics.choices import share_of
 from a2sf.shipped import shipped
 
-PRESET = "paper"
-"""The preset of the published models; its sweep has that name."""
-SMALL_SWEEPS = {"paper_small": "paper_small", "paper_authors": "paper_small", "forgetting": "forgetting"}
-"""Presets of the small model -> the sweep. The authors' present algorithm adds rows without verdicts."""
-REFERENCE_SWEEPS = {"paper_small": "smollm2-135m.a2sf.zip", "forgetting": "smollm2-135m-forgetting.a2sf.zip"}
-"""Our archives of the sweeps over budgets and over forgetting factors, in that order."""
+REFERENCE_SWEEPS = ("smollm2-135m.a2sf.zip", "smollm2-135m-forgetting.a2sf.zip")
+"""Archives of our sweeps over budgets and over forgetting factors."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -35,7 +31,24 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--no-run", action="store_true", help="compare existing results; run nothing")
     parser.add_argument("--download", action="store_true", help="download models that are not on this machine")
+    parser.add_argument("--preset", default="paper", help="sweep preset of the published models")
+    parser.add_argument(
+        "--small-preset", default="paper_small", help="sweep preset if none of those models is on this machine"
+    )
+    parser.add_argument(
+        "--factor-preset",
+        default="forgetting",
+        help="sweep preset over forgetting factors, which runs in the same case",
+    )
+    parser.add_argument(
+        "--authors-preset",
+        default="paper_authors",
+        help="sweep preset of the authors' present repository: more rows in the small preset's sweep, without verdicts",
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="directory of the sweeps")
+    parser.add_argument(
+        "--small", type=Path, help="the small model's sweep (default: the small preset's, then runs/reference)"
+    )
     parser.add_argument(
         "--reference", type=Path, default=shipped("runs/reference"), help="directory of published numbers"
     )
@@ -53,13 +66,23 @@ def main(arguments: Sequence[str]) -> None:
     models = list(published_figures(args.reference)["model"].unique())
     why_not = dict.fromkeys(models, "nothing was run, as requested, and there is no such cell")
     if not args.no_run:
-        reasons = {m: run_sweep(PRESET, [f"model={m}", f"sweep_name={PRESET}"], args.download) for m in models}
+        reasons = {
+            m: run_sweep(args.preset, [f"model={m}", f"sweep_name={args.preset}"], args.download) for m in models
+        }
         why_not = {m: why for m, why in reasons.items() if why}
-        for preset, sweep in SMALL_SWEEPS.items() if all(reasons.values()) else ():
+        small_sweeps = {
+            args.small_preset: args.small_preset,
+            args.authors_preset: args.small_preset,
+            args.factor_preset: args.factor_preset,
+        }
+        for preset, sweep in small_sweeps.items() if all(reasons.values()) else ():
             if why := run_sweep(preset, [f"sweep_name={sweep}"]):
                 console.print(f"The sweep {preset} did not finish: {why}", markup=False)
-    small, factors = ((args.runs / sweep, args.reference / archive) for sweep, archive in REFERENCE_SWEEPS.items())
-    findings = compare(Places(args.reference, args.runs / PRESET, small, factors), why_not, margin=args.margin / 100)
+    small = (args.small,) if args.small else (args.runs / args.small_preset, args.reference / REFERENCE_SWEEPS[0])
+    factors = (args.runs / args.factor_preset, args.reference / REFERENCE_SWEEPS[1])
+    findings = compare(
+        Places(args.reference, args.runs / args.preset, small, factors), why_not, margin=args.margin / 100
+    )
 
     show(console, "Headline claims", findings.headlines)
     show(console, "Over several models", findings.over_models)
