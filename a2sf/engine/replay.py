@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from a2sf import atomic
-from a2sf.engine.trace import Trace, cached_tokens
+from a2sf.engine.trace import Trace, cached_by_step
 from a2sf.errors import ConfigError, UserError, first_line
 
 FORMAT, VERSION = "kv-replay", 1
@@ -49,7 +49,7 @@ class Recorded:
 
     def cached(self) -> np.ndarray:
         """int64 [L, K, T]: the tokens cached after each step."""
-        return cached_tokens(self.evicted_at)
+        return cached_by_step(self.evicted_at)
 
 
 @dataclass(frozen=True, eq=False)

@@ -157,7 +157,7 @@ def attention_mass(query: Tensor, key: Tensor, evicted_at: Tensor, scale: float)
     return received, lost
 
 
-def cached_tokens(evicted_at: np.ndarray) -> np.ndarray:
+def cached_by_step(evicted_at: np.ndarray) -> np.ndarray:
     """int64 [L, K, T]: the tokens cached after each step; `evicted_at` as in `Trace`."""
     T = evicted_at.shape[-1]
     evictions = np.apply_along_axis(np.bincount, -1, evicted_at, minlength=T + 1)[..., :T]
@@ -172,7 +172,7 @@ def overlap(a: Trace, b: Trace) -> np.ndarray:
     """
     if a.evicted_at.shape != b.evicted_at.shape or a.pieces != b.pieces:
         raise ValueError("only traces of the same document and model can be compared")
-    both, either = (cached_tokens(f(a.evicted_at, b.evicted_at)) for f in (np.minimum, np.maximum))
+    both, either = (cached_by_step(f(a.evicted_at, b.evicted_at)) for f in (np.minimum, np.maximum))
     return (both / either).mean(axis=(1, 2))
 
 

@@ -1,4 +1,4 @@
-"""Warnings of libraries, counted, and which part of a forward pass they belong to."""
+"""Warnings of libraries: counted, and to which system of a shared forward pass they belong."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Warned:
 
     @classmethod
     def of(cls, notes: Iterable[dict[str, Any]]) -> Warned:
-        """What `notes` has."""
+        """The warnings that `notes` lists, in the form of `result.json`."""
         made = cls()
         for note in notes:
             made._count(note["text"], note["times"])
@@ -57,9 +57,12 @@ _cause: ContextVar[Warned | None] = ContextVar("cause", default=None)
 
 @contextmanager
 def caused_by(warned: Warned | None) -> Iterator[None]:
-    """What warns inside belongs to `warned` alone, unless it is None: one policy in a forward pass that several share.
+    """Warnings inside the block are counted in `warned` only: those of one policy in a forward pass that several share.
 
-    Nothing is collected without `a2sf.tasks.warned.collected` around it.
+    Args:
+        warned: None changes nothing.
+
+    Without `a2sf.tasks.warned.collected` around it nothing is counted, and warnings are shown as usual.
     """
     token = _cause.set(_cause.get() if warned is None else warned)
     try:
@@ -69,6 +72,6 @@ def caused_by(warned: Warned | None) -> Iterator[None]:
 
 
 def cause(otherwise: Warned) -> Warned:
-    """Where a warning that comes now is counted."""
+    """What counts a warning that is raised now: the argument of the innermost `caused_by`, else `otherwise`."""
     found = _cause.get()
     return otherwise if found is None else found

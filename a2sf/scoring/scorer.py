@@ -23,6 +23,7 @@ from a2sf.hf.projection import projections_for, projections_of
 from a2sf.hf.reader import prepared_for
 from a2sf.hf.rotary import rotary_for, rotary_of
 from a2sf.hf.settings import check_settings
+from a2sf.hf.warned import caused_by
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
 from a2sf.policies.prepared import Prepared
@@ -155,7 +156,8 @@ class Scorer:
                     continue
                 began = time.perf_counter()
                 try:
-                    made = [self.sequence(requests, i, w, one.system) for w in windows]
+                    with caused_by(one.warned):
+                        made = [self.sequence(requests, i, w, one.system) for w in windows]
                 except (UserError, ValueError) as error:
                     one.error = _about(requests, i, error)
                     continue

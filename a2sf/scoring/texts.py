@@ -19,6 +19,7 @@ from a2sf.hf.attention import NonFiniteError, rope_switch
 from a2sf.hf.cache.checks import check_length
 from a2sf.hf.cache.decoding import prove_decoding
 from a2sf.hf.cache.pruned import PrunedCache
+from a2sf.hf.warned import caused_by
 from a2sf.scoring.generation.calls import by_generate
 from a2sf.scoring.generation.ends import EOS, STOP, Ends
 from a2sf.scoring.generation.row import Row
@@ -158,13 +159,13 @@ class Texts:
         )
 
     def _prepare(self, row: Row) -> bool:
-        """Let the policy read the row's prompt, if it does so; whether it could. If not, that is its system's `error`."""
+        """Let a policy that prepares prompts read the row's prompt. False: it failed, which is its system's `error`."""
         one, sequence = row.answers, row.sequence
         if one.error is not None or not one.system.policy.prepares:
             return one.error is None
         clock = time.perf_counter()
         try:
-            with collected(one.warned):
+            with caused_by(one.warned):
                 total = sequence.prompt + row.follow - 1
                 retention = self.scorer.retention(one.system, sequence.read, sequence.prompt, total)
         except Exception as error:

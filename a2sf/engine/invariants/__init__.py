@@ -167,8 +167,8 @@ def rows(c: Case) -> None:
     for row, n in enumerate(c.lengths.tolist()):
         alone = single.run(*(x[row : row + 1, :, :n] for x in single.tensors), rows=[row])
         where = f"a row of {n} tokens"
-        said = f"{where} has other outputs alone than in a padded batch"
-        _equal(alone.output[0], ran.output[row, :, :n], said, tolerance)
+        message = f"{where} has other outputs alone than in a padded batch"
+        _equal(alone.output[0], ran.output[row, :, :n], message, tolerance)
         if alone.retained[0] != ran.retained[row]:
             raise Broken(f"{where} retains other tokens in a padded batch")
         if bool(ran.output[row, :, n:].any()):

@@ -184,6 +184,15 @@ class _Prompts:
             ends = [end + held[n.root] for end, n in zip(ends, self.split.nodes, strict=True)]
         return [ends[i] for i in self.split.reading]
 
+    def _inherited(self, numbers: Tensor, before: Tensor | None) -> Tensor:
+        """`numbers` [S, K, N, ...], in parentless segments those of `before` [S', K, N', ...]; None: these start empty."""
+        assert self.split.first is not None
+        if before is not None:
+            roots = [at for at, up in enumerate(self.split.first.parent.tolist()) if up < 0]
+            n = min(before.shape[2], numbers.shape[2])
+            numbers[roots, :, :n] = before[:, :, :n].to(numbers.dtype)
+        return numbers
+
     def _observed(self, end: EvictionState, before: Tensor | None) -> Tensor:
         """Scores [S, K, N] with the attention of the prompts' last queries, as far as they are in each segment.
 
@@ -192,11 +201,8 @@ class _Prompts:
             before: [S', K, N'], the scores that parentless segments start with; None: they start empty.
         """
         assert self.split.first is not None
-        query, scores = self.call.query, torch.zeros_like(end.scores)
+        query, scores = self.call.query, self._inherited(torch.zeros_like(end.scores), before)
         parent = self.split.first.parent.tolist()
-        if before is not None:
-            roots, n = [at for at, up in enumerate(parent) if up < 0], min(before.shape[-1], scores.shape[-1])
-            scores[roots, :, :n] = before[..., :n].to(scores.dtype)
         positions = end.positions.where(end.positions >= 0, LATE)
         looks = self.split.looks(self.segments, scores.dtype, scores.device)
         for at, (look, up, n) in enumerate(zip(looks, parent, self._lengths, strict=True)):
@@ -217,11 +223,8 @@ class _Prompts:
     def _remembered(self, end: EvictionState, before: Tensor | None) -> Tensor:
         """The rule's memory [S, K, N, M] at the end of the prompts' tokens; arguments as in `_observed`."""
         assert self.split.first is not None
-        memory = end.keys.new_zeros(*end.positions.shape, self.rule.memory)
+        memory = self._inherited(end.keys.new_zeros(*end.positions.shape, self.rule.memory), before)
         parent = self.split.first.parent.tolist()
-        if before is not None:
-            roots, n = [at for at, up in enumerate(parent) if up < 0], min(before.shape[2], memory.shape[2])
-            memory[roots, :, :n] = before[:, :, :n].to(memory.dtype)
         for at, (up, length) in enumerate(zip(parent, self._lengths, strict=True)):
             if up >= 0:
                 memory[at] = memory[up]
@@ -282,7 +285,7 @@ def _after_cut(
         retention: what they are cut to, `per_head` on the states' device.
         probabilities: [B, K, G, N], the attention of each prompt's last token, for a rule that is a function.
     """
-    if retention.rule.memory_fn is not None:  # what it stores is known
+    if retention.rule.memory_fn is not None:  # `state.memory` is what it returned for the last row
         retention = replace(retention, rule=replace(retention.rule, memory_fn=None))
     assert retention.prompt is not None
     rule, cached, now = retention.rule, state.positions >= 0, retention.prompt - 1

@@ -80,7 +80,7 @@ class Rows:
         about: the model, as passes must know it.
         choice: how tokens are chosen.
         make_cache: an empty cache for rows like the given one.
-        prepare: what is to be done before a row's prompt is read; False: the row is left out.
+        prepare: called with each row before its prompt is read; a row for which it returns False is left out.
         most: rows at a time.
         room: numbers that the caches of all rows may hold: tokens times layers.
         tokens_per_pass: computed tokens of a pass over prompts.

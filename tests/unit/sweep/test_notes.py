@@ -22,6 +22,7 @@ from a2sf.hf.warned import Warned
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policies
+from a2sf.policies.prepared import Prepared, Reader
 from a2sf.policies.rule import Rule, Step
 from a2sf.policies.schedule import STEP, Schedule
 from a2sf.report.output import TableOptions, show
@@ -34,6 +35,7 @@ from a2sf.tasks import spec as tasks
 from a2sf.tasks.prompting import Prompting
 from a2sf.tasks.spec import DataSpec
 from a2sf.tasks.warned import collected
+from baselines.kvzip import KVzip
 from tests.hub.build import write_model
 
 YAML = """
@@ -259,6 +261,29 @@ def test_a_policys_warnings_are_notes_of_its_own_cell(computed, loaded, tmp_path
     assert found[:2] == [[], []]
     (times,) = found[2]
     assert times >= loaded.model.config.num_hidden_layers  # once in each at least
+
+
+@dataclass(frozen=True, kw_only=True)
+class OddReader(KVzip):
+    """KVzip, but it warns while it reads a prompt."""
+
+    name: ClassVar[str] = "odd_reader"
+    label: ClassVar[str] = "Odd reader"
+
+    def prepare(self, model: Reader, tokens: list[int]) -> Prepared:
+        warnings.warn("a prompt is odd", RuntimeWarning, stacklevel=1)
+        return super().prepare(model, tokens)
+
+
+@pytest.mark.parametrize("writes", [False, True], ids=["choices", "texts"])
+def test_warnings_while_a_prompt_is_prepared_are_notes_of_that_policys_cell(computed, tmp_path, writes):
+    row = {"goal": "Which one is the longest of them?", "choices": ["this and that", "that and this"], "target": "x"}
+    file = task(tmp_path, [row, row | {"goal": "And which of them is the shortest?"}], name="writes")
+    if writes:
+        file.write_text(WRITES.replace("FOLDER", str(tmp_path)).replace("UNTIL", "[]"))
+    made = computed(file, OddReader(sinks=1), schedule=Schedule("prompt"))
+    found = [[n["times"] for n in c.result.get("notes", []) if n["text"].endswith("a prompt is odd")] for c in made]
+    assert found == [[], [], [2]]
 
 
 def test_warnings_of_an_interrupted_cell_are_stored():
