@@ -30,11 +30,11 @@ ALLOWED = "give a folder or file of KVzap gates, a hub id (owner/name), or rando
 CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
 SUFFIXES = (".safetensors", ".pt", ".bin")
 SIZES = ("n_modules", "output_dim", "input_dim", "hidden_dim")
-"""The entries of config.json, in the order of `Sizes`."""
+"""The entries of config.json, in the order of `GateSizes`."""
 
 
 @dataclass(frozen=True)
-class Sizes:
+class GateSizes:
     """Of gates: layers and key/value heads of the model, numbers of its hidden states, and of the gate's own inner layer.
 
     `inner` is None for linear gates.
@@ -68,7 +68,7 @@ class Gates:
     """
 
     name: str
-    sizes: Sizes
+    sizes: GateSizes
     file: str
     digest: str = ""
     snapshot: Snapshot | None = None
@@ -164,10 +164,10 @@ def _on_hub(repo: str, revision: str) -> Gates:
         raise ConfigError(KEY, repo, f"its {CONFIG} is not that of KVzap gates ({first_line(error)})") from error
     if not all(isinstance(n, int) and n > 0 for n in (sizes if sizes[3] is not None else sizes[:3])):
         raise ConfigError(KEY, repo, f"its {CONFIG} does not state {', '.join(SIZES)} as whole numbers")
-    return Gates(repo, Sizes(*sizes), file, snapshot=found)
+    return Gates(repo, GateSizes(*sizes), file, snapshot=found)
 
 
-def _sizes(shapes: Mapping[str, tuple[int, ...]], given: str) -> Sizes:
+def _sizes(shapes: Mapping[str, tuple[int, ...]], given: str) -> GateSizes:
     """What gates with tensors of these shapes are for.
 
     Raises:
@@ -177,10 +177,10 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], given: str) -> Sizes:
     with suppress(KeyError, ValueError):
         if "layers.0.weight" in shapes:
             heads, hidden = shapes["layers.0.weight"]
-            found = Sizes(layers, heads, hidden)
+            found = GateSizes(layers, heads, hidden)
         else:
             (inner, hidden), (heads, _) = shapes["layers.0.0.weight"], shapes["layers.0.2.weight"]
-            found = Sizes(layers, heads, hidden, inner)
+            found = GateSizes(layers, heads, hidden, inner)
         if found.shapes == shapes:
             return found
     form = "layers.N.weight and .bias of one shape, or layers.N.0 and layers.N.2"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from a2sf.engine.kernels.gpu.jit import NEVER
-from a2sf.engine.kernels.gpu.launch import Batch, Scanned, Slots
+from a2sf.engine.kernels.gpu.launch import Batch, ChunkSlots, Scanned
 from a2sf.engine.priorities import SHARE
 
 
@@ -16,14 +16,14 @@ class PlainSteps:
     def __init__(self, batch: Batch) -> None:
         self.batch, self.launched = batch, []
 
-    def shares(self, table: Tensor, slots: Slots, n: int, N: int) -> Tensor:
+    def shares(self, table: Tensor, slots: ChunkSlots, n: int, N: int) -> Tensor:
         self.launched.append("shares")
         logits = self._logits(table, slots, n, N)
         came = self._born(table, N)[:, None, None, None] <= torch.arange(n)[:, None]
         logits = logits.masked_fill(~came, -torch.inf)
         return torch.exp2(logits - logits.amax(-1, keepdim=True) + 100).masked_fill(~came, 0)
 
-    def scan(self, table: Tensor, slots: Slots, shares: Tensor, n: int, several: bool) -> Scanned:
+    def scan(self, table: Tensor, slots: ChunkSlots, shares: Tensor, n: int, several: bool) -> Scanned:
         self.launched.append("scan")
         b, N = self.batch, slots.positions.shape[-1]
         B, K = slots.positions.shape[:2]
@@ -75,7 +75,7 @@ class PlainSteps:
         numbers = torch.stack([A, age, m, bias], 2).gather(3, at[:, :, None].expand(B, K, 4, N)).float()
         return Scanned(positions.int(), numbers, at, left, died.int())
 
-    def attend(self, table: Tensor, slots: Slots, died: Tensor, n: int, sums: Tensor | None = None) -> None:
+    def attend(self, table: Tensor, slots: ChunkSlots, died: Tensor, n: int, sums: Tensor | None = None) -> None:
         self.launched.append("attend")
         p, seen, total = self._attention(table, slots, died, n)
         row, done, _, tokens = (x.tolist() for x in table.unbind(1))
@@ -87,7 +87,7 @@ class PlainSteps:
         if sums is not None:
             sums.copy_(total)
 
-    def keep(self, table: Tensor, slots: Slots, scanned: Scanned, S: int) -> Slots:
+    def keep(self, table: Tensor, slots: ChunkSlots, scanned: Scanned, S: int) -> ChunkSlots:
         self.launched.append("keep")
         filled = torch.arange(S) < scanned.left[..., None]
         found = []
@@ -95,9 +95,11 @@ class PlainSteps:
             columns = self._columns(new, old, table, scanned.kept.shape[-1])
             at = scanned.kept[:, :, :S, None].long().expand(-1, -1, -1, old.shape[-1])
             found.append(columns.gather(2, at).where(filled[..., None], 0))
-        return Slots(scanned.positions, scanned.numbers, *found)
+        return ChunkSlots(scanned.positions, scanned.numbers, *found)
 
-    def received(self, table: Tensor, slots: Slots, died: Tensor, sums: Tensor, powers: Tensor, scores: Tensor) -> None:
+    def received(
+        self, table: Tensor, slots: ChunkSlots, died: Tensor, sums: Tensor, powers: Tensor, scores: Tensor
+    ) -> None:
         self.launched.append("received")
         n, S = self.batch.key.shape[1], slots.keys.shape[2]
         row, _, held, tokens = table.long().unbind(1)
@@ -126,7 +128,7 @@ class PlainSteps:
             out[i, :, h : h + t] = new[r, d : d + t].transpose(0, 1)
         return out
 
-    def _logits(self, table: Tensor, slots: Slots, n: int, N: int) -> Tensor:
+    def _logits(self, table: Tensor, slots: ChunkSlots, n: int, N: int) -> Tensor:
         """[B, K, G, n, N], in powers of 2."""
         row, done = table.long().unbind(1)[:2]
         token = (done[:, None] + torch.arange(n)).clamp(max=self.batch.query.shape[1] - 1)
@@ -134,12 +136,12 @@ class PlainSteps:
         keys = self._columns(self.batch.key, slots.keys, table, N).double()
         return query @ keys[:, :, None].transpose(-1, -2) * self.batch.scale
 
-    def _careful(self, table: Tensor, slots: Slots, t: int, alive: Tensor) -> Tensor:
+    def _careful(self, table: Tensor, slots: ChunkSlots, t: int, alive: Tensor) -> Tensor:
         logits = self._logits(table, slots, t + 1, alive.shape[-1])[:, :, :, t]
         logits = logits.masked_fill(~alive[:, :, None], -torch.inf)
         return torch.exp2(logits - logits.amax(-1, keepdim=True)).masked_fill(~alive[:, :, None], 0)
 
-    def _attention(self, table: Tensor, slots: Slots, died: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _attention(self, table: Tensor, slots: ChunkSlots, died: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
         """Attention [B, K, G, n, columns], which columns each token sees, and log2 of the sums."""
         N = int(table[:, 2:].sum(1).max())
         end = torch.full((*died.shape[:2], N), NEVER, dtype=torch.int64)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from a2sf.app.check import Points
-from a2sf.app.plan import Planned
+from a2sf.app.plan import PlannedSweep
 from a2sf.app.process import screen
 from a2sf.app.runners import runner_of, underway
 from a2sf.errors import UserError
@@ -23,7 +23,7 @@ Launch = Callable[[list[list[str]]], list[Any]]
 """Runs one job per list of overrides; each job's return value is a list of `Outcome`, one per cell of a group."""
 
 
-def compute(planned: Planned, launch: Launch | None) -> None:
+def compute(planned: PlannedSweep, launch: Launch | None) -> None:
     """Compute every cell that is not done, and show the progress.
 
     Args:
@@ -42,7 +42,7 @@ def compute(planned: Planned, launch: Launch | None) -> None:
         _run([c for c in todo if c.model not in planned.broken], planned, launch)
 
 
-def _run(todo: list[Cell], planned: Planned, launch: Launch | None) -> None:
+def _run(todo: list[Cell], planned: PlannedSweep, launch: Launch | None) -> None:
     points = zip(planned.checked.settings, planned.checked.points, strict=True)
     of = {c.name: (settings, point) for settings, point in points for c in settings.cells}
 

@@ -11,7 +11,7 @@ import pandas as pd
 from rich.markup import escape
 
 from a2sf.app.check import Checked
-from a2sf.app.plan import Planned
+from a2sf.app.plan import PlannedSweep
 from a2sf.app.process import screen
 from a2sf.app.runners import runner_of
 from a2sf.report.tables.screen import screen_table
@@ -20,7 +20,7 @@ from a2sf.store.runs import StoredCell, table_of
 from a2sf.sweep.runner import finish, hardly_pruned
 
 
-def report(planned: Planned) -> None:
+def report(planned: PlannedSweep) -> None:
     """Write `results.csv`, show it as a table, log it; exit with 1 if a cell failed or could not be run."""
     checked, directory = planned.checked, planned.checked.directory
     stored, failures = finish(directory, planned.plan.cells)

@@ -21,7 +21,7 @@ from a2sf.sweep.reuse import SweepPlan, plan
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedSweep:
     """A sweep that can start.
 
     Attributes:
@@ -38,7 +38,7 @@ class Planned:
     broken: dict[ModelSpec, UserError] = dataclasses.field(default_factory=dict)
 
 
-def make_plan(checked: Checked, computes_here: bool) -> Planned:
+def make_plan(checked: Checked, computes_here: bool) -> PlannedSweep:
     """Plan a sweep and print the plan.
 
     Args:
@@ -56,10 +56,10 @@ def make_plan(checked: Checked, computes_here: bool) -> Planned:
         screen.print(plan_table(groups, estimates))
         if (power := power_of(made.cells, measurements, checked.settings[0].power)) is not None:
             screen.print(power)
-    return Planned(checked, made, groups, estimates)
+    return PlannedSweep(checked, made, groups, estimates)
 
 
-def fetch(planned: Planned) -> Planned:
+def fetch(planned: PlannedSweep) -> PlannedSweep:
     """Download what the plan needs; return the plan without the cells whose documents are not available.
 
     Raises:

@@ -1,6 +1,6 @@
 """lm-eval's private code that reads task files, groups and tags. Tried with lm-eval 0.4.13.
 
-Groups and tags are read by lm-eval itself (`Reader`), but a member becomes a `Leaf` instead of a task with its documents.
+lm-eval itself reads groups and tags (`TaskReader`), but a member becomes a `Leaf` instead of a task with its documents.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from a2sf.errors import ConfigError, nearest
 
-__all__ = ["Entry", "Group", "Kind", "Leaf", "Reader", "accepts_config", "import_function", "load_yaml"]
+__all__ = ["Entry", "Group", "Kind", "Leaf", "TaskReader", "accepts_config", "import_function", "load_yaml"]
 
 TASKS_DIRECTORY = Path(_tasks).parent
 INSIDE = "::"
@@ -83,7 +83,7 @@ class Leaf:
         return f"{self.number}"  # unique, because lm-eval's group stores one member per name
 
 
-class Reader(TaskFactory):
+class TaskReader(TaskFactory):
     """lm-eval's factory, which here returns a `Leaf` instead of loading a task.
 
     Args:
@@ -143,7 +143,7 @@ class Reader(TaskFactory):
 
 
 def leaves(built: Any) -> Iterator[Leaf]:
-    """The members of a group and of the groups inside it, of a tag, or a single task, as `Reader` built them."""
+    """The members of a group and of the groups inside it, of a tag, or a single task, as `TaskReader` built them."""
     if isinstance(built, Leaf):
         yield built
         return

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from a2sf.engine.priorities import about, leaving, mass, merged, of_function, of_rule, pooled, smallest_of_all_heads
 from a2sf.engine.state import Attended as Attended
-from a2sf.engine.state import Call, joined_queries, last_queries, remembered
+from a2sf.engine.state import AttentionCall, joined_queries, last_queries, remembered
 from a2sf.engine.state import EvictionState as EvictionState
 from a2sf.engine.state import Options as Options
 from a2sf.engine.state import Segments as Segments
 from a2sf.engine.state import accumulation_dtype as accumulation_dtype
-from a2sf.engine.tree import Ran, Rows, by_depth
+from a2sf.engine.tree import PaddedRows, RowResults, by_depth
 from a2sf.errors import UserError
 from a2sf.policies.rule import Sequence, Step
 
@@ -28,12 +28,12 @@ def reference(
 ) -> Attended:
     """The recursion, one token at a time over all rows and heads: slow and readable; the kernels are tested against it.
 
-    Gradients flow through the attention; the choice of the retained tokens has none. Arguments as in `Call`.
+    Gradients flow through the attention; the choice of the retained tokens has none. Arguments as in `AttentionCall`.
     """
     differentiable = wants_gradient(query, key, value, state)
     if differentiable and segments.rule.merge_fn is not None:
         raise UserError("a policy that merges what it evicts has no gradient; call it under torch.no_grad()")
-    call = Call(query, key, value, segments, options, state)
+    call = AttentionCall(query, key, value, segments, options, state)
     return by_depth(partial(_reference_rows, differentiable), call)
 
 
@@ -45,7 +45,7 @@ def wants_gradient(query: Tensor, key: Tensor, value: Tensor, state: EvictionSta
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _reference_rows(differentiable: bool, rows: Rows, options: Options) -> Ran:
+def _reference_rows(differentiable: bool, rows: PaddedRows, options: Options) -> RowResults:
     query, device, rule, old = rows.query, rows.query.device, rows.rule, rows.state
     B, H, T, D = query.shape
     K, past = rows.key.shape[1], old.positions.shape[-1]
@@ -138,10 +138,10 @@ def _reference_rows(differentiable: bool, rows: Rows, options: Options) -> Ran:
             memory=None if remembered(rule) is None else rows.kept(memory),
             queries=rows.kept(last_queries(rule, old.queries, grouped.detach(), rows.length)),
         ).compact()
-    return Ran(output, end, torch.cat(evictions) if evictions else None)
+    return RowResults(output, end, torch.cat(evictions) if evictions else None)
 
 
-def _memory(rows: Rows, grouped: Tensor, scale: float) -> Tensor:
+def _memory(rows: PaddedRows, grouped: Tensor, scale: float) -> Tensor:
     """The rule's memory of the given state's tokens and, at the start, of the new ones, [B, K, past + T, M]."""
     (B, K, T, _), old = rows.key.shape, rows.state
     if rows.rule.precompute is not None:

@@ -275,7 +275,7 @@ class Options:
     projection: Projection | None = None
 
 
-class Call(NamedTuple):
+class AttentionCall(NamedTuple):
     """One call of the attention: what every backend takes, in the order of its arguments.
 
     Attributes:

@@ -15,7 +15,7 @@ from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import (
     LATE,
     Attended,
-    Call,
+    AttentionCall,
     EvictionState,
     Options,
     Segments,
@@ -23,7 +23,7 @@ from a2sf.engine.state import (
     last_queries,
     remembered,
 )
-from a2sf.engine.tree import Ran, Rows, by_depth
+from a2sf.engine.tree import PaddedRows, RowResults, by_depth
 from a2sf.policies.base import UNLIMITED
 from a2sf.policies.rule import Sequence, Step
 
@@ -32,12 +32,12 @@ def attend_torch(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: Options, state: EvictionState | None = None
 ) -> Attended:
     """The recursion; arguments and result as in `a2sf.engine.eviction.reference`."""
-    return by_depth(torch_rows, Call(query, key, value, segments, options, state))
+    return by_depth(torch_rows, AttentionCall(query, key, value, segments, options, state))
 
 
 @torch.inference_mode(False)  # tensors made here count their changes, which shows whether a rule changes them
 @torch.no_grad()
-def torch_rows(rows: Rows, options: Options) -> Ran:
+def torch_rows(rows: PaddedRows, options: Options) -> RowResults:
     """Groups of rows that need as many slots, longest first within each."""
     slots = _slots(rows)
     output = rows.query.new_zeros(*rows.query.shape[:3], rows.value.shape[-1])
@@ -52,10 +52,10 @@ def torch_rows(rows: Rows, options: Options) -> Ran:
         if ran.evictions is not None:
             evictions.append(torch.cat([pick[ran.evictions[:, :1]], ran.evictions[:, 1:]], 1))
     back = torch.cat(order).argsort()
-    return Ran(output, EvictionState.stack(states).select(back), torch.cat(evictions) if evictions else None)
+    return RowResults(output, EvictionState.stack(states).select(back), torch.cat(evictions) if evictions else None)
 
 
-def _slots(rows: Rows) -> Tensor:
+def _slots(rows: PaddedRows) -> Tensor:
     """int64 [B]: how many slots each row needs, rounded up to few different numbers."""
     held = rows.state.counts.amax(-1)
     # a head whose share of a layer's slots is above the budget gives back only what has come since the cut
@@ -74,7 +74,7 @@ def _slots(rows: Rows) -> Tensor:
 class _Slots:
     """A group of rows, longest first, with `n` slots for each of their heads."""
 
-    def __init__(self, rows: Rows, n: int, options: Options) -> None:
+    def __init__(self, rows: PaddedRows, n: int, options: Options) -> None:
         self.rows, self.rule, self.options = rows, rows.rule, options
         B, H, T, D = rows.query.shape
         K, old = rows.key.shape[1], rows.state
@@ -108,7 +108,7 @@ class _Slots:
         self.positions = slots(old.positions, fill=-1)
         self.evictions: list[Tensor] = []
 
-    def run(self) -> Ran:
+    def run(self) -> RowResults:
         """All tokens of all rows."""
         rows, (B, H, T, _) = self.rows, self.rows.query.shape
         output = rows.query.new_zeros(B, H, T, rows.value.shape[-1])
@@ -119,7 +119,7 @@ class _Slots:
                 active -= 1
             output[:active, :, t] = self._step(t, active)
         none = torch.empty(0, 4, dtype=torch.int64, device=rows.query.device)
-        return Ran(output, self._state(), torch.cat([none, *self.evictions]) if self.options.trace else None)
+        return RowResults(output, self._state(), torch.cat([none, *self.evictions]) if self.options.trace else None)
 
     def _step(self, t: int, active: int) -> Tensor:
         """Token `t` of the first `active` rows: insert, attend, score, evict; its output [active, H, V]."""

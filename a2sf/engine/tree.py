@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from a2sf.engine.retention import BatchRetention
-from a2sf.engine.state import Attended, Call, EvictionState, Made, Options, Segments, accumulation_dtype, once
+from a2sf.engine.state import Attended, AttentionCall, EvictionState, Made, Options, Segments, accumulation_dtype, once
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows(BatchRetention):
+class PaddedRows(BatchRetention):
     """Right-padded rows for one batched run of the recursion: what `by_depth` hands to a backend.
 
     Attributes (beside those of `BatchRetention`, here on the query's device):
@@ -40,7 +40,7 @@ class Rows(BatchRetention):
         """What `make` gives, made once for all layers of a pass: it depends on no query, key, value or score."""
         return make() if self.tables is None else once(self.tables, key, make)
 
-    def pick(self, rows: Tensor) -> Rows:
+    def pick(self, rows: Tensor) -> PaddedRows:
         """The rows `rows` [B'] without the padding that they do not need."""
         T = max(1, int(self.length[rows].max()))
         changed: dict[str, Any] = {name: getattr(self, name)[rows, :, :T] for name in ("query", "key", "value")}
@@ -58,8 +58,8 @@ class Rows(BatchRetention):
 
 
 @dataclass(frozen=True)
-class Ran:
-    """What a backend gives for `Rows`.
+class RowResults:
+    """What a backend gives for `PaddedRows`.
 
     Attributes:
         output: [B, H, T, V].
@@ -80,7 +80,7 @@ class Ran:
         return self.state
 
 
-RunRows = Callable[[Rows, Options], Ran]
+RunRows = Callable[[PaddedRows, Options], RowResults]
 
 PADDED = 0.1
 """Of the columns of one depth's rows, the share that may be padding without a second batch."""
@@ -88,7 +88,7 @@ WORTHWHILE = 4096
 """Columns of padding that a further batch must save: fewer cost less than its operations."""
 
 
-def by_depth(run_rows: RunRows, call: Call, dtype: torch.dtype | None = None) -> Attended:
+def by_depth(run_rows: RunRows, call: AttentionCall, dtype: torch.dtype | None = None) -> Attended:
     """Run a backend that knows batches of rows on a tree of segments: all segments of one depth at once.
 
     Where short rows would be padded to the length of much longer ones, a depth is several batches of rows.
@@ -102,7 +102,7 @@ def by_depth(run_rows: RunRows, call: Call, dtype: torch.dtype | None = None) ->
     output = query.new_zeros(B, T, H, V).transpose(1, 2)
     evictions: list[Tensor] = []
     above: tuple[EvictionState, Tensor | None] | None = None  # ends of the depth before, and their counts where known
-    here: list[Ran] = []  # of this depth
+    here: list[RowResults] = []  # of this depth
     every: list[EvictionState] = []  # that are returned
     order: list[int] = []  # the segments in them
 
@@ -126,7 +126,7 @@ def by_depth(run_rows: RunRows, call: Call, dtype: torch.dtype | None = None) ->
             start = EvictionState.empty(packed["key"], packed["value"], segments.rule, H // key.shape[1])
             counts = torch.zeros(len(level.ids), key.shape[1], dtype=torch.int64)
         tables = level.tables if state is None else None
-        rows = Rows(**level.numbers, **packed, state=start, counts=counts, tables=tables)
+        rows = PaddedRows(**level.numbers, **packed, state=start, counts=counts, tables=tables)
         wanted = options.return_state or level.depth < levels[-1].depth
         ran = run_rows(rows, replace(options, return_state=wanted))
         output[level.of_row, :, level.of_column] = ran.output.transpose(1, 2)[level.at, level.step].to(query.dtype)
@@ -147,7 +147,7 @@ def by_depth(run_rows: RunRows, call: Call, dtype: torch.dtype | None = None) ->
     return Attended(output, final, *traced(evictions, (B, key.shape[1], T), device))
 
 
-def _together(ran: list[Ran]) -> tuple[EvictionState, Tensor | None]:
+def _together(ran: list[RowResults]) -> tuple[EvictionState, Tensor | None]:
     """End states of several batches as one, and their counts where they are known."""
     counts = [x.counts for x in ran if x.counts is not None]
     return EvictionState.stack([x.end for x in ran]), torch.cat(counts) if len(counts) == len(ran) else None
@@ -175,8 +175,8 @@ class _Level:
             row in a given state; None: all of that state.
         row_at, column_at: int64 [S', T'], where its tokens are in the packed input; anything in the padding.
         of_row, of_column, at, step: int64 [n], the same for tokens that are no padding, and their places in the rows.
-        numbers: what `Rows` says of it in numbers: what it retains, and its tokens.
-        tables: what backends make for these rows (`Rows.once`).
+        numbers: what `PaddedRows` says of it in numbers: what it retains, and its tokens.
+        tables: what backends make for these rows (`PaddedRows.once`).
     """
 
     depth: int

@@ -20,7 +20,7 @@ from a2sf.compat.lm_eval import (
     Group,
     Kind,
     Leaf,
-    Reader,
+    TaskReader,
     index,
     kind_of,
     leaves,
@@ -68,11 +68,11 @@ class Definition:
     @property
     def config(self) -> dict[str, Any]:
         """lm-eval's configuration with functions as strings (nothing is imported)."""
-        return Reader().config(self.entry) | self.settings
+        return TaskReader().config(self.entry) | self.settings
 
     def resolved(self) -> dict[str, Any]:
         """The configuration with its functions imported, to build the task."""
-        return Reader(live).config(self.entry) | live(self.settings)
+        return TaskReader(live).config(self.entry) | live(self.settings)
 
     @property
     def arguments(self) -> frozenset[str]:
@@ -237,7 +237,7 @@ class Aggregate:
 def _build(name: str, entry: Entry, mine: dict[str, Entry]) -> Any:
     known = {**index(), **mine} if entry.kind in (Kind.GROUP, Kind.TAG) else {}
     try:
-        return Reader().build(entry, registry=known)
+        return TaskReader().build(entry, registry=known)
     except (ValueError, TypeError, KeyError, OSError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -256,7 +256,7 @@ def _named(requested: str, members: list[Leaf]) -> dict[int, Definition]:
         home = str(Path(requested).expanduser().resolve())
         label = str(_find(requested, None)[1].name)  # type: ignore[union-attr]
     for leaf in members:
-        base = Reader().config(leaf.entry)
+        base = TaskReader().config(leaf.entry)
         settings = {k: v for k, v in leaf.overrides.items() if k not in NOT_SETTINGS and base.get(k) != v}
         shots = leaf.overrides.get("num_fewshot")
         name = ref = leaf.entry.name

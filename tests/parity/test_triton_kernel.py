@@ -27,7 +27,7 @@ from a2sf.engine.kernels.gpu import plan
 from a2sf.engine.kernels.gpu import run as triton_kernel
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.stepwise import torch_rows
-from a2sf.engine.tree import Ran, Rows
+from a2sf.engine.tree import PaddedRows, RowResults
 from a2sf.errors import ConfigError, Notice, UserError
 from a2sf.hf.settings import retention_of
 from a2sf.policies.rule import Rule
@@ -440,23 +440,23 @@ def rounded(x: Tensor) -> Tensor:
     return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
-def newest_first(rows: Rows, options: Options, *compiled, **how) -> Ran:
+def newest_first(rows: PaddedRows, options: Options, *compiled, **how) -> RowResults:
     return torch_rows(replace(rows, rule=replace(rows.rule, bias=lambda k, v, positions: -9.0 * positions)), options)
 
 
-def forgetful(rows: Rows, options: Options, *compiled, **how) -> Ran:
+def forgetful(rows: PaddedRows, options: Options, *compiled, **how) -> RowResults:
     ran = torch_rows(rows, options)
     return replace(ran, state=replace(ran.state, scores=torch.zeros_like(ran.state.scores)))
 
 
-def one_tile(rows: Rows, options: Options, columns: list[int], *compiled, **how) -> Ran:
+def one_tile(rows: PaddedRows, options: Options, columns: list[int], *compiled, **how) -> RowResults:
     """As if only the first columns were looked at."""
     held = rows.state.positions < columns[0] // 4
     positions = torch.where(held, rows.state.positions, -1)
     return torch_rows(replace(rows, state=replace(rows.state, positions=positions)), options)
 
 
-def underflowing(rows: Rows, options: Options, *compiled, **how) -> Ran:
+def underflowing(rows: PaddedRows, options: Options, *compiled, **how) -> RowResults:
     """As if sums were never taken anew."""
     ran = torch_rows(rows, options)
     output = ran.output.clone()
@@ -464,7 +464,7 @@ def underflowing(rows: Rows, options: Options, *compiled, **how) -> Ran:
     return replace(ran, output=output)
 
 
-def does_not_compile(rows: Rows, options: Options, *compiled, **how) -> Ran:
+def does_not_compile(rows: PaddedRows, options: Options, *compiled, **how) -> RowResults:
     raise RuntimeError("out of resource: shared memory\nwith details")
 
 

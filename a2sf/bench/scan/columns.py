@@ -11,8 +11,8 @@ from torch import Tensor
 from a2sf.bench.scan.scan import NEVER, keep, scan, subtract_largest, whole
 from a2sf.engine.kernels.cpu.threads import in_threads
 from a2sf.engine.retention import BatchRetention
-from a2sf.engine.state import Attended, Call, EvictionState, Options, Segments, accumulation_dtype
-from a2sf.engine.tree import Ran, Rows, by_depth
+from a2sf.engine.state import Attended, AttentionCall, EvictionState, Options, Segments, accumulation_dtype
+from a2sf.engine.tree import PaddedRows, RowResults, by_depth
 from a2sf.policies.ranking import terms
 
 TOGETHER = 64
@@ -117,7 +117,7 @@ def attend_in_chunks(
     rows = torch.arange(len(query))
     alone = segments.row.equal(rows) and bool((segments.parent < 0).all()) and not segments.start.any()
     if not alone or options.trace:
-        return by_depth(_run_rows, Call(query, key, value, segments, options, state))
+        return by_depth(_run_rows, AttentionCall(query, key, value, segments, options, state))
     # rows as they are, without packing
     dtype = accumulation_dtype(query.dtype)
     q, k, v = (x.to(dtype) for x in (query, key, value))
@@ -128,13 +128,13 @@ def attend_in_chunks(
     return Attended(output, ran.state)
 
 
-def _run_rows(rows: Rows, options: Options) -> Ran:
+def _run_rows(rows: PaddedRows, options: Options) -> RowResults:
     return _run(rows, (rows.query, rows.key, rows.value), rows.length, rows.state, options)
 
 
 def _run(
     rows: BatchRetention, tokens: tuple[Tensor, Tensor, Tensor], length: Tensor, state: EvictionState, options: Options
-) -> Ran:
+) -> RowResults:
     """Rows of `tokens` (query, key, value), of which the first `length` [B] are read."""
     T, S = tokens[0].shape[2], state.positions.shape[-1]
     n = min(T, TOGETHER, max(16, 2 * rows.most))
@@ -142,4 +142,4 @@ def _run(
     parts = zip(*(x.split(n, dim=2) for x in tokens), strict=True)
     outputs = [columns.read(q, k, v, length - i * n) for i, (q, k, v) in enumerate(parts)]
     end = columns.state() if options.return_state or options.trace else None
-    return Ran(torch.cat(outputs, 2), end, torch.cat([torch.empty(0, 4, dtype=torch.int64), *columns.evictions]))
+    return RowResults(torch.cat(outputs, 2), end, torch.cat([torch.empty(0, 4, dtype=torch.int64), *columns.evictions]))

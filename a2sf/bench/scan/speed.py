@@ -21,7 +21,7 @@ from a2sf.bench.measuring import Figures, alternately
 from a2sf.engine.kernels import attend
 from a2sf.engine.kernels.registry import Numba
 from a2sf.engine.retention import BatchRetention
-from a2sf.engine.state import Attended, Call, EvictionState, Options
+from a2sf.engine.state import Attended, AttentionCall, EvictionState, Options
 from a2sf.hf.loading import load
 from a2sf.policies.a2sf import A2SF
 from a2sf.scoring.lm import PrunedLM
@@ -101,7 +101,7 @@ def in_a_sweep(lm: PrunedLM, documents: int) -> dict[str, float]:
     spent = {"kernel": 0.0, "scan": 0.0, "comparing": 0.0, "tokens": 0.0, "other": 0.0}
     by_kernel, turn = Numba.attend, [False]
 
-    def both(self: Numba, call: Call) -> Attended:
+    def both(self: Numba, call: AttentionCall) -> Attended:
         calls: dict[str, Callable[[], Attended]] = {
             "kernel": functools.partial(by_kernel, self, call),
             "scan": functools.partial(attend_in_chunks, *call),

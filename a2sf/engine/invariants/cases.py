@@ -55,13 +55,13 @@ class Case:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.query, self.key, self.value
 
-    def run(self, *tensors: Tensor, rows: Sequence[int] | Tensor | None = None, **more: Any) -> Ran:
+    def run(self, *tensors: Tensor, rows: Sequence[int] | Tensor | None = None, **more: Any) -> CaseResult:
         """Attend `tensors`, all by default, with the numbers of the case's `rows`."""
         numbers: dict[str, Any] = {"schedule": self.schedule, "layer": self.layer, "layers": self.layers}
         at = torch.arange(ROWS) if rows is None else torch.as_tensor(rows)
         numbers |= {"budget": self.budget[at], "prompt": self.prompt[at]} | more
         numbers["prepared"] = [self.prepared[row] for row in at.tolist()]
-        return Ran(*attend(self.policy, *(tensors or self.tensors), **numbers))
+        return CaseResult(*attend(self.policy, *(tensors or self.tensors), **numbers))
 
     def stated(self, row: int) -> Retention:
         """What the policy states for that row."""
@@ -70,7 +70,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Ran:
+class CaseResult:
     """Output [B, HEADS, T, SIZE] and the state at the end."""
 
     output: Tensor

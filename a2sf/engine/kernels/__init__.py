@@ -17,7 +17,7 @@ from a2sf.engine.kernels.registry import TokenCache as TokenCache
 from a2sf.engine.kernels.registry import knows as knows
 from a2sf.engine.kernels.split import splits
 from a2sf.engine.retention import BatchRetention
-from a2sf.engine.state import Attended, Call, EvictionState, Options, Segments
+from a2sf.engine.state import Attended, AttentionCall, EvictionState, Options, Segments
 from a2sf.errors import ConfigError, Notice, UnsoundKernelError, UserError, nearest
 
 BACKENDS = tuple(b.name for b in REGISTRY if b.selectable)
@@ -60,17 +60,17 @@ def attend(
     *,
     backend: str = "auto",
 ) -> Attended:
-    """Attend `segments` with the best backend for the device, or a named one; arguments as in `Call`.
+    """Attend `segments` with the best backend for the device, or a named one; arguments as in `AttentionCall`.
 
     Raises:
         ConfigError: if `backend` is unknown or cannot serve such tensors.
         UserError: if the policy looks at later tokens and does not see whole sequences.
     """
     check_backend(backend)
-    return _attend(Call(query, key, value, segments, options, state), backend)
+    return _attend(AttentionCall(query, key, value, segments, options, state), backend)
 
 
-def _attend(call: Call, backend: str) -> Attended:
+def _attend(call: AttentionCall, backend: str) -> Attended:
     segments, device = call.segments, call.query.device.type
     if segments.rule.precompute is not None and (call.state is not None or bool((segments.parent >= 0).any())):
         raise UserError("a policy that looks at later tokens needs each sequence as one segment, from its first token")
@@ -112,7 +112,7 @@ def new_cache(retention: BatchRetention, like: Tensor, backend: str = "auto") ->
     return next((made for b in able if (made := b.new_cache(retention, like)) is not None), None)
 
 
-def _choose(call: Call) -> Backend:
+def _choose(call: AttentionCall) -> Backend:
     for backend in REGISTRY:
         fits = backend.automatic and backend.serves(call.query) is None
         if fits and (backend.compiled or backend.supports(call) is None):

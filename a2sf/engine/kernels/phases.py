@@ -10,11 +10,11 @@ from dataclasses import replace
 
 import torch
 
-from a2sf.engine.state import Attended, Call, Segments
+from a2sf.engine.state import Attended, AttentionCall, Segments
 from a2sf.policies.base import Retention
 
 
-def by_phases(run: Callable[[Call], Attended], call: Call) -> Attended:
+def by_phases(run: Callable[[AttentionCall], Attended], call: AttentionCall) -> Attended:
     """Segments whose budgets grow, as segments whose budgets do not."""
     segments = call.segments
     seen = () if call.state is None else tuple(call.state.seen.tolist())

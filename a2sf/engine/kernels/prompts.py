@@ -30,17 +30,17 @@ from a2sf.engine.priorities import (
     smallest_of_all_heads,
 )
 from a2sf.engine.retention import BatchRetention
-from a2sf.engine.state import LATE, Attended, Call, EvictionState, Options, Segments, accumulation_dtype
+from a2sf.engine.state import LATE, Attended, AttentionCall, EvictionState, Options, Segments, accumulation_dtype
 from a2sf.engine.tree import traced
 from a2sf.policies.rule import AttentionRows, Step
 
-Run = Callable[[Call], Attended]
+Run = Callable[[AttentionCall], Attended]
 
 ROWS = 64
 """Rows of a prompt's attention that are computed at a time for a rule's memory."""
 
 
-def by_prompt(run: Run, call: Call) -> Attended:
+def by_prompt(run: Run, call: AttentionCall) -> Attended:
     """Prompts with full attention, their cuts, and the tokens after them."""
     return _Prompts(run, call).attended()
 
@@ -81,7 +81,7 @@ class _Prompts:
     There, a parentless segment that is number `n` of these starts from the state `-1 - n`.
     """
 
-    def __init__(self, run: Run, call: Call) -> None:
+    def __init__(self, run: Run, call: AttentionCall) -> None:
         self.run, self.call = run, call
         self.segments, self.options, self.state = call.segments, call.options, call.state
         self.rule, self.heads = call.segments.rule, call.key.shape[1]

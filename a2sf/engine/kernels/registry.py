@@ -15,7 +15,7 @@ from torch import Tensor
 from a2sf.engine.eviction import reference
 from a2sf.engine.kernels.dense import attend_dense, why_not
 from a2sf.engine.retention import BatchRetention
-from a2sf.engine.state import Attended, Call
+from a2sf.engine.state import Attended, AttentionCall
 from a2sf.engine.stepwise import attend_torch
 from a2sf.policies.rule import Rule
 
@@ -58,11 +58,11 @@ class Backend:
         """Why it cannot compute with tensors of such a dtype on such a device; None: it can."""
         return None
 
-    def supports(self, call: Call) -> str | None:
+    def supports(self, call: AttentionCall) -> str | None:
         """Why it cannot run a call whose tensors it `serves`; None: it can."""
         return None
 
-    def attend(self, call: Call) -> Attended:
+    def attend(self, call: AttentionCall) -> Attended:
         """Run a call that it supports."""
         raise NotImplementedError
 
@@ -79,10 +79,10 @@ class Dense(Backend):
     def serves(self, query: Tensor) -> str | None:
         return "the compiled kernel is faster on a CPU" if query.device.type == "cpu" else None
 
-    def supports(self, call: Call) -> str | None:
+    def supports(self, call: AttentionCall) -> str | None:
         return why_not(call.segments, call.options, call.state)
 
-    def attend(self, call: Call) -> Attended:
+    def attend(self, call: AttentionCall) -> Attended:
         return attend_dense(call.query, call.key, call.value, call.segments, call.options)
 
 
@@ -98,10 +98,10 @@ class Numba(Backend):
             return f"numba serves tensors on the CPU, and these are {_kind(query)}; give auto"
         return None
 
-    def supports(self, call: Call) -> str | None:
+    def supports(self, call: AttentionCall) -> str | None:
         return _token_by_token(call.segments)
 
-    def attend(self, call: Call) -> Attended:
+    def attend(self, call: AttentionCall) -> Attended:
         from a2sf.engine.kernels.cpu import attend_cpu
 
         return attend_cpu(*call)
@@ -126,12 +126,12 @@ class Triton(Backend):
 
         return unavailable(query.device)
 
-    def supports(self, call: Call) -> str | None:
+    def supports(self, call: AttentionCall) -> str | None:
         from a2sf.engine.kernels.gpu.run import too_wide
 
         return _token_by_token(call.segments) or too_wide(call)
 
-    def attend(self, call: Call) -> Attended:
+    def attend(self, call: AttentionCall) -> Attended:
         from a2sf.engine.kernels.gpu.run import attend_triton
 
         return attend_triton(*call)
@@ -142,7 +142,7 @@ class Torch(Backend):
 
     name = "torch"
 
-    def attend(self, call: Call) -> Attended:
+    def attend(self, call: AttentionCall) -> Attended:
         return attend_torch(*call)
 
 
@@ -151,7 +151,7 @@ class Reference(Backend):
 
     name, automatic = "reference", False
 
-    def attend(self, call: Call) -> Attended:
+    def attend(self, call: AttentionCall) -> Attended:
         return reference(*call)
 
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from a2sf.engine.kernels.prompts import Run, by_prompt
-from a2sf.engine.state import Attended, Call, EvictionState, Segments
+from a2sf.engine.state import Attended, AttentionCall, EvictionState, Segments
 from a2sf.errors import ConfigError
 from a2sf.policies.rule import ACCUMULATED
 from a2sf.policies.slots import head_slots
 
 
-def splits(segments: Segments) -> Callable[[Run, Call], Attended] | None:
+def splits(segments: Segments) -> Callable[[Run, AttentionCall], Attended] | None:
     """How a call is split into simpler ones; None where it cannot be."""
     rule, schedule = segments.rule, segments.schedule
     if rule.heads:
@@ -33,7 +33,7 @@ def splits(segments: Segments) -> Callable[[Run, Call], Attended] | None:
     return by_prompt if schedule.prompt and not (segments.across_heads and schedule.then != "keep") else None
 
 
-def by_heads(run: Run, call: Call) -> Attended:
+def by_heads(run: Run, call: AttentionCall) -> Attended:
     """The heads that retain everything, and the others by the rest of their rule."""
     segments, K = call.segments, call.key.shape[1]
     return _together(run, segments.once(("full heads", K), lambda: _full_and_others(segments, K)), call)
@@ -48,7 +48,7 @@ def _full_and_others(segments: Segments, K: int) -> list[tuple[Tensor, Segments]
     return [(heads.nonzero()[:, 0], part) for heads, part in ((full, everything), (~full, others)) if heads.any()]
 
 
-def by_numbers(run: Run, call: Call) -> Attended:
+def by_numbers(run: Run, call: AttentionCall) -> Attended:
     """Heads with numbers of their own (`Rule.heads`), those that have the same ones together.
 
     Raises:
@@ -83,7 +83,7 @@ def _of_equal_numbers(segments: Segments, K: int) -> list[tuple[Tensor, Segments
     return groups
 
 
-def _together(run: Run, groups: list[tuple[Tensor, Segments]], call: Call) -> Attended:
+def _together(run: Run, groups: list[tuple[Tensor, Segments]], call: AttentionCall) -> Attended:
     """Groups of key/value heads, int64 [n] each with its segments, as one layer; every head is in one group."""
     query, key, value, _, options, state = call
     size = query.shape[1] // key.shape[1]
@@ -91,7 +91,7 @@ def _together(run: Run, groups: list[tuple[Tensor, Segments]], call: Call) -> At
     for kv, segments in groups:
         q = (kv[:, None] * size + torch.arange(size)).flatten()
         before = None if state is None else state.heads(kv)
-        done.append((kv, q, run(Call(query[:, q], key[:, kv], value[:, kv], segments, options, before))))
+        done.append((kv, q, run(AttentionCall(query[:, q], key[:, kv], value[:, kv], segments, options, before))))
     kv_back, q_back = torch.cat([kv for kv, _, _ in done]).argsort(), torch.cat([q for _, q, _ in done]).argsort()
     ran = [attended for _, _, attended in done]
     output = torch.cat([a.output for a in ran], 1)[:, q_back]

@@ -19,7 +19,7 @@ ALLOWED = "give a hub id (owner/name), a directory, a .gguf file, owner/name/fil
 
 
 @dataclass(frozen=True)
-class Source:
+class ResolvedPath:
     """What a path names.
 
     Attributes:
@@ -36,7 +36,7 @@ class Source:
     file: str = ""
 
 
-def understand(path: str, revision: str = "main") -> Source:
+def understand(path: str, revision: str = "main") -> ResolvedPath:
     """The source that a path and revision name; what is on the disk comes before what is on the hub.
 
     Raises:
@@ -46,22 +46,22 @@ def understand(path: str, revision: str = "main") -> Source:
     if not text:
         raise ConfigError(KEY, "''", ALLOWED)
     if text.startswith(PACKAGE):
-        return Source("package", text)
+        return ResolvedPath("package", text)
     if "://" in text or _host(text):
         return _from_url(text, revision)
     here = os.path.expanduser(text)
     if os.path.isdir(here):
-        return Source("directory", os.path.abspath(here))
+        return ResolvedPath("directory", os.path.abspath(here))
     if os.path.isfile(here):
         if not _is_gguf(here):
             raise ConfigError(KEY, path, "it is a file; give the directory that holds it, or a .gguf file")
-        return Source("file", os.path.abspath(here))
+        return ResolvedPath("file", os.path.abspath(here))
     if here.startswith((os.sep, f".{os.sep}", f"..{os.sep}", "~")) or here in (".", ".."):
         raise ConfigError(KEY, path, f"there is no such {'file' if _is_gguf(here) else 'directory'}{_beside(here)}")
     return _on_hub(text.strip("/"), revision, path)
 
 
-def _on_hub(text: str, revision: str, path: str) -> Source:
+def _on_hub(text: str, revision: str, path: str) -> ResolvedPath:
     owner, _, rest = text.partition("/")
     name, _, file = rest.partition("/")
     if _is_gguf(text) and not file:
@@ -76,10 +76,10 @@ def _on_hub(text: str, revision: str, path: str) -> Source:
     except HFValidationError:
         why = f"there is no such directory{_beside(text)}, and the hub has no such names; {ALLOWED}"
         raise ConfigError(KEY, path, why) from None
-    return Source("hub", f"{repo}/{file}" if file else repo, revision, repo, file)
+    return ResolvedPath("hub", f"{repo}/{file}" if file else repo, revision, repo, file)
 
 
-def _from_url(text: str, revision: str) -> Source:
+def _from_url(text: str, revision: str) -> ResolvedPath:
     try:
         found = parse_hf_uri(text, endpoint=constants.ENDPOINT)
     except HfUriError:

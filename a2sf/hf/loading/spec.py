@@ -10,7 +10,7 @@ import torch
 from a2sf.errors import ConfigError
 from a2sf.hf import devices
 from a2sf.hf.files import adapter as adapters
-from a2sf.hf.files.paths import Source, understand
+from a2sf.hf.files.paths import ResolvedPath, understand
 from a2sf.hub import snapshot as hub
 from a2sf.hub.refusals import Wanted
 
@@ -47,7 +47,7 @@ class ModelSpec:
     device_map: str | None = None
     add_bos_token: bool | None = None
     adapter: str | None = None
-    source: Source = field(init=False, compare=False, repr=False)
+    source: ResolvedPath = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         source = understand(self.path, self.revision)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from a2sf.scoring.passes.full_cache_prefix import peak_tokens
-from a2sf.scoring.passes.memory import Sizes
+from a2sf.scoring.passes.memory import ModelSizes
 from a2sf.scoring.requests import TEXT, Requests
 from a2sf.scoring.scorer import Scorer
 from a2sf.scoring.systems import Answers
@@ -18,7 +18,7 @@ def cache_bytes(scorer: Scorer, requests: Sequence[Requests], answers: Answers) 
     and what a batch leaves unused are not counted.
     """
     found: dict[str, int] = {}
-    sizes = Sizes.of(scorer.model.config)
+    sizes = ModelSizes.of(scorer.model.config)
     each = 2 * sizes.head * sizes.kv_heads * scorer.model.dtype.itemsize  # of a token in one layer
     for of_kind in requests:
         for i, key in enumerate(of_kind.keys if of_kind.kind == TEXT else ()):

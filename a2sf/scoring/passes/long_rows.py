@@ -13,7 +13,7 @@ from a2sf.hf.attention.continued import mixed_in_parts, parts_of
 from a2sf.hf.attention.mixed import Mixed
 from a2sf.policies.base import Retention
 from a2sf.policies.schedule import Schedule
-from a2sf.scoring.passes.memory import Sizes
+from a2sf.scoring.passes.memory import ModelSizes
 from a2sf.scoring.passes.packing import Pack
 from a2sf.scoring.passes.sequences import ScoredSequence
 
@@ -44,7 +44,7 @@ def saves(row: Pack, ends: Sequence[int], sequences: Sequence[ScoredSequence], c
         return False  # an oracle needs the tokens to come, which a part does not know
     if any(len(r.read) > rope_switch(config) for r in read):
         return False  # rotary scaling depends on the longest sequence
-    sizes = Sizes.of(config)
+    sizes = ModelSizes.of(config)
     per_token = 2 * sizes.kv_heads * sizes.head
     computed = 3 * sizes.hidden + 2 * sizes.intermediate
     largest = max(end - begin for begin, end in zip([0, *ends], ends, strict=False))

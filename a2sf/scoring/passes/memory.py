@@ -34,7 +34,7 @@ WIDE = 4
 """Bytes of a number in the engine, which computes in float32."""
 
 
-class Sizes(NamedTuple):
+class ModelSizes(NamedTuple):
     """Of a model: width of the layers, of their feed-forward part, query heads, KV heads, and the size of a head."""
 
     hidden: int
@@ -44,13 +44,15 @@ class Sizes(NamedTuple):
     head: int
 
     @staticmethod
-    def of(config: Any) -> Sizes:
+    def of(config: Any) -> ModelSizes:
         """As far as a configuration states them; the usual proportions elsewhere."""
         text = config.get_text_config()
         hidden = _stated(text, "hidden_size", 4096)
         heads = _stated(text, "num_attention_heads", 1)
         head = _stated(text, "head_dim", max(1, hidden // heads))
-        return Sizes(hidden, _stated(text, "intermediate_size", 4 * hidden), heads, kv_heads_of(config) or heads, head)
+        return ModelSizes(
+            hidden, _stated(text, "intermediate_size", 4 * hidden), heads, kv_heads_of(config) or heads, head
+        )
 
     @property
     def cached(self) -> int:
@@ -84,7 +86,7 @@ def _free_of_gpu(device: torch.device) -> int:
 def pass_bytes(model: PreTrainedModel) -> tuple[int, int]:
     """Bytes that a pass takes: for each token, and besides. What the layers compute is freed layer by layer."""
     config, size = model.config, max(2, model.dtype.itemsize)  # quantized weights are not what is computed with
-    sizes, text = Sizes.of(config), config.get_text_config()
+    sizes, text = ModelSizes.of(config), config.get_text_config()
     # the layer's input, its normalized input, the attention's output and the sum; gate, up and their product
     layer = (4 * sizes.hidden + 3 * sizes.intermediate * _stated(text, "num_experts_per_tok", 1)) * size
     # queries, keys, values and the output, as the model has them and packed twice by the engine
@@ -109,4 +111,4 @@ def tokens_per_pass(model: PreTrainedModel) -> int:
 
 def tokens_in_caches(model: PreTrainedModel) -> int:
     """Tokens times layers that there is memory for in the caches of texts."""
-    return int(SHARE_OF_CACHES * free_bytes(model) / Sizes.of(model.config).cached)
+    return int(SHARE_OF_CACHES * free_bytes(model) / ModelSizes.of(model.config).cached)

@@ -9,7 +9,7 @@ from a2sf import make_policy
 from a2sf.engine import kernels
 from a2sf.engine.kernels.registry import REGISTRY, TORCH, Backend
 from a2sf.engine.retention import BatchRetention
-from a2sf.engine.state import Attended, Call, Options, Segments
+from a2sf.engine.state import Attended, AttentionCall, Options, Segments
 from a2sf.errors import ConfigError
 from a2sf.policies.schedule import Schedule
 
@@ -22,7 +22,7 @@ class Mine(Backend):
     name, compiled = "mine", True
 
     def __init__(self) -> None:
-        self.calls: list[Call] = []
+        self.calls: list[AttentionCall] = []
 
     def serves(self, query):
         return None if query.dtype == torch.float32 else f"it is for float32, and these are {query.dtype}"

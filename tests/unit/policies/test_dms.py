@@ -12,7 +12,7 @@ from a2sf import PrunedCache, attend, make_policy
 from a2sf.engine.kernels import attend as attend_segments
 from a2sf.engine.kernels.registry import REGISTRY
 from a2sf.engine.retention import BatchRetention
-from a2sf.engine.state import Call, Options, Segments
+from a2sf.engine.state import AttentionCall, Options, Segments
 from a2sf.errors import ConfigError
 from a2sf.policies.base import Retention
 from a2sf.policies.rule import Cut, Head, Recording, Rule
@@ -89,7 +89,7 @@ def test_a_budget_with_a_threshold_evicts_no_token_that_reaches_it():
 def test_compiled_kernels_refuse_a_threshold_and_say_why():
     query, key, value = (x.float() for x in tensors(0))
     segments = Segments.of_rows(BatchRetention.of([make_policy("dms").keeps(4)] * B), torch.full((B,), T))
-    call = Call(query, key, value, segments, Options(1.0))
+    call = AttentionCall(query, key, value, segments, Options(1.0))
     reasons = {b.name: b.supports(call) for b in REGISTRY if b.name in ("numba", "dense")}
     assert "threshold" in reasons["numba"]
     assert reasons["dense"] is not None

@@ -123,6 +123,6 @@ def test_a_threshold_needs_no_budget():
 def test_sizes_are_those_of_the_config(tensors):
     config = config_of(tensors)
     found = files._sizes({name: tuple(x.shape) for name, x in tensors.items()}, "gates")
-    assert files.Sizes(*(config[key] for key in files.SIZES)) == found
+    assert files.GateSizes(*(config[key] for key in files.SIZES)) == found
     assert found.shapes.keys() == tensors.keys()
     json.dumps(config)

@@ -113,13 +113,13 @@ def test_a_cpu_with_little_memory_reads_less_at_a_time(monkeypatch):
 
 def test_a_configuration_of_other_names_has_sizes_too():
     text = SimpleNamespace(num_attention_heads=[4, 8], intermediate_size=[64, None, 128])
-    assert memory.Sizes.of(SimpleNamespace(get_text_config=lambda: text)) == (4096, 128, 8, 8, 512)
+    assert memory.ModelSizes.of(SimpleNamespace(get_text_config=lambda: text)) == (4096, 128, 8, 8, 512)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_architecture_has_sizes(name):
     model = small(name)
-    sizes = memory.Sizes.of(model.config)
+    sizes = memory.ModelSizes.of(model.config)
     assert all(isinstance(n, int) and n > 0 for n in sizes)
     assert all(n > 0 for n in memory.pass_bytes(model))
     assert memory.tokens_per_pass(model) == 1024

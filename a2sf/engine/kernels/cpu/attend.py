@@ -25,7 +25,7 @@ from a2sf.engine.kernels.cpu.memory import (
     rule_flags,
 )
 from a2sf.engine.kernels.cpu.plan import KernelPlan, make_plan
-from a2sf.engine.kernels.cpu.state import Call, Given, Scratch, Shape, Store
+from a2sf.engine.kernels.cpu.state import FlatStates, Given, KernelCall, Scratch, Shape
 from a2sf.engine.kernels.cpu.threads import in_threads
 from a2sf.engine.state import Attended, EvictionState, Options, Segments
 from a2sf.engine.tree import traced
@@ -90,8 +90,8 @@ def attend_cpu(
 class Work(NamedTuple):
     """What the compiled functions read and write beside the plan."""
 
-    call: Call
-    states: Store
+    call: KernelCall
+    states: FlatStates
     scratch: Scratch
     given: Given = NO_STATE
     final: Given = NO_STATE

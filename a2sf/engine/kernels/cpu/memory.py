@@ -10,7 +10,7 @@ from torch import Tensor
 
 from a2sf.engine.checks import per_token
 from a2sf.engine.kernels.cpu.simd import LANES, TILE_ROWS
-from a2sf.engine.kernels.cpu.state import Call, Given, Scratch, Shape, Store, whole
+from a2sf.engine.kernels.cpu.state import FlatStates, Given, KernelCall, Scratch, Shape, whole
 from a2sf.engine.state import EvictionState
 from a2sf.policies.rule import ACCUMULATED, Rule
 
@@ -18,13 +18,13 @@ LINE = 8
 """int64 numbers per cache line: two threads that write to one line wait for each other, token by token."""
 
 
-def allocate(states: int, shape: Shape) -> Store:
+def allocate(states: int, shape: Shape) -> FlatStates:
     """Memory for `states` states, empty."""
     n = states * shape.slots
     terms, weights, biases = (_memory(n if used else 0) for used in (shape.mean_over_age, shape.weighted, shape.biased))
     counters = _memory(states * LINE, torch.int64).reshape(states, LINE)
     counters[:] = 0
-    return Store(
+    return FlatStates(
         keys=_memory(n * shape.D),
         values=_memory(states * shape.room * whole(shape.V)),
         scores=_memory(n),
@@ -85,14 +85,14 @@ def make_call(
     scale: float,
     rule: Rule = ACCUMULATED,
     positions: Tensor | None = None,
-) -> Call:
+) -> KernelCall:
     """`output` is float32 [B, T, H, V], `evicted` int32 [B, K, T, most] or empty, both contiguous; `positions` [B, 1, T]."""
     (q, q_strides), (k, k_strides), (v, v_strides) = (_flat(x) for x in (query, key, value))
     strides = np.array((q_strides, k_strides, v_strides), np.int64)
     scale_2 = np.float32(scale * math.log2(math.e))
     fixed = (_NO_NUMBERS,) * 2 if positions is None else _fixed(rule, key, value, positions.expand(*key.shape[:3]))
     weight, bias = (x.reshape(-1).numpy() for x in fixed)
-    return Call(
+    return KernelCall(
         q, k, v, strides, output.view(-1).numpy(), evicted.view(-1).numpy(), weight, bias, query.shape[2], scale_2
     )
 

@@ -25,13 +25,13 @@ class Shape(NamedTuple):
     spare: int = 0  # tokens that may be cached beyond the budget before some are evicted
     most: int = 1  # evictions of a step, at most: what a trace has room for
     count_above_uniform: int = 0  # a query adds 1 where its attention is at least 1 / n, instead of the attention
-    mean_over_age: int = 0  # priorities are divided by the number of terms, `Store.terms`
-    weighted: int = 0  # and multiplied by `Store.weights`
-    biased: int = 0  # and added to `Store.biases`
+    mean_over_age: int = 0  # priorities are divided by the number of terms, `FlatStates.terms`
+    weighted: int = 0  # and multiplied by `FlatStates.weights`
+    biased: int = 0  # and added to `FlatStates.biases`
     shared: int = 0  # all heads of a layer retain the same tokens
 
 
-class Store(NamedTuple):
+class FlatStates(NamedTuple):
     """States, flat. An empty slot has position -1."""
 
     keys: Any  # float32 [states, slots / 16, D, 16]
@@ -45,8 +45,8 @@ class Store(NamedTuple):
 
 
 COUNT, USED, SEEN, TAINTED = range(4)
-"""Columns of `Store.counters`: cached tokens, panels touched since the state was empty, tokens read, and 1 once a key or
-value was not finite."""
+"""Columns of `FlatStates.counters`: cached tokens, panels touched since the state was empty, tokens read, and 1 once a key
+or value was not finite."""
 
 
 class Scratch(NamedTuple):
@@ -62,7 +62,7 @@ class Scratch(NamedTuple):
     sums: Any  # float32 [threads, slots + 16], priorities summed over heads
 
 
-class Call(NamedTuple):
+class KernelCall(NamedTuple):
     """Flat inputs and outputs of one call; strides are (row, head, token), the last dimension is contiguous."""
 
     query: Any

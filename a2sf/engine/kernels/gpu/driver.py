@@ -12,9 +12,9 @@ from torch import Tensor
 
 from a2sf.engine.kernels.gpu import plan
 from a2sf.engine.kernels.gpu.jit import NEVER
-from a2sf.engine.kernels.gpu.launch import Batch, Launches, Scanned, Slots
+from a2sf.engine.kernels.gpu.launch import Batch, ChunkSlots, Launches, Scanned
 from a2sf.engine.state import EvictionState, Made, Options
-from a2sf.engine.tree import Ran, Rows
+from a2sf.engine.tree import PaddedRows, RowResults
 from a2sf.policies.ranking import terms
 
 LOG2_E = 1.4426950408889634
@@ -24,7 +24,7 @@ LONG = 1024
 """Tokens from which a prompt whose scores are not needed is read by SDPA, alone; shorter ones are one launch together."""
 
 
-def batch_of(rows: Rows, scale: float) -> Batch:
+def batch_of(rows: PaddedRows, scale: float) -> Batch:
     """What launches for `rows` read. `by_depth` packs time before heads, so that the transposes copy nothing."""
     (B, H, T, D), (K, V) = rows.query.shape, (rows.key.shape[1], rows.value.shape[-1])
     query, key, value = (x.transpose(1, 2).contiguous() for x in (rows.query, rows.key, rows.value))
@@ -47,13 +47,13 @@ def batch_of(rows: Rows, scale: float) -> Batch:
     )
 
 
-def _limits(rows: Rows) -> tuple[Tensor, Tensor]:
+def _limits(rows: PaddedRows) -> tuple[Tensor, Tensor]:
     """`limits` and `factor` of a `Batch`."""
     limits = torch.stack([rows.state.seen, rows.budget, rows.recent, rows.sinks], 1).clamp(max=FAR).int()
     return limits, rows.forgetting_factor.float()
 
 
-def _fixed(rows: Rows, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+def _fixed(rows: PaddedRows, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
     """`m` and `b` of tokens, float32 [..., 2, tokens]; 0 where the rule has one of them only."""
     shown = keys.float(), values.float(), positions
     none = torch.zeros(positions.shape, device=keys.device)
@@ -71,13 +71,13 @@ class Group:
         state: their states.
     """
 
-    rows: Rows
+    rows: PaddedRows
     members: list[int]
     held: list[list[int]]
     state: EvictionState
 
     @staticmethod
-    def of(rows: Rows, members: list[int], held: list[list[int]]) -> Group:
+    def of(rows: PaddedRows, members: list[int], held: list[list[int]]) -> Group:
         all_rows = members == list(range(len(rows.lengths)))
         state = rows.state if all_rows else rows.state.select(torch.tensor(members))
         return Group(rows, members, [held[i] for i in members], state)
@@ -107,7 +107,7 @@ class Group:
         ]
         return torch.tensor(numbers, dtype=torch.int32).to(self.rows.key.device, non_blocking=True)
 
-    def slots(self, N: int, numbers: bool) -> Slots:
+    def slots(self, N: int, numbers: bool) -> ChunkSlots:
         """The state as slots, with room for `N` columns; `numbers`: with those that the rule ranks by."""
         state, S, rule = self.state, max(map(max, self.held)), self.rows.rule
         B, K = state.positions.shape[:2]
@@ -126,14 +126,16 @@ class Group:
                     found[:, :, 1, :S] = terms(factor, seen - 1 - held).float()
                 if rule.weight is not None or rule.bias is not None:
                     found[:, :, 2:, :S] = _fixed(self.rows, keys, values, held)
-        return Slots(positions, found, keys, values)
+        return ChunkSlots(positions, found, keys, values)
 
-    def ran(self, output: Tensor, state: EvictionState | None, held: list[list[int]], evictions: list[Tensor]) -> Ran:
+    def ran(
+        self, output: Tensor, state: EvictionState | None, held: list[list[int]], evictions: list[Tensor]
+    ) -> RowResults:
         none = torch.empty(0, 4, dtype=torch.int64, device=output.device)
-        return Ran(output, state, torch.cat([none, *evictions]), torch.tensor(held))
+        return RowResults(output, state, torch.cat([none, *evictions]), torch.tensor(held))
 
 
-class Planned(NamedTuple):
+class ChunkPlan(NamedTuple):
     """The chunks of a group of rows.
 
     Attributes:
@@ -150,7 +152,7 @@ class Planned(NamedTuple):
     several: bool
 
 
-def _planned(group: Group, N: int, most: int, spare: int) -> Planned:
+def _planned(group: Group, N: int, most: int, spare: int) -> ChunkPlan:
     budgets = [group.rows.budgets[i] for i in group.members]
     planned = [
         plan.chunks(held, length, budget, spare, N, most)
@@ -163,10 +165,10 @@ def _planned(group: Group, N: int, most: int, spare: int) -> Planned:
     chunks = [of_row + [rest] * (count + 1 - len(of_row)) for (of_row, _), rest in zip(planned, idle, strict=True)]
     tokens = [max(of_row[i].tokens for of_row in chunks) for i in range(count)]
     left = [max(of_row[i + 1].held for of_row in chunks) for i in range(count)]
-    return Planned(group.table(chunks), ends, tokens, left, several)
+    return ChunkPlan(group.table(chunks), ends, tokens, left, several)
 
 
-def evict(launches: Launches, group: Group, N: int, most: int, options: Options) -> Ran:
+def evict(launches: Launches, group: Group, N: int, most: int, options: Options) -> RowResults:
     """Rows that evict, in chunks of `N` columns and at most `most` tokens; of the output only the batch's is filled."""
     rows, batch = group.rows, launches.batch
     planned = group.once(f"chunks of {N} and {most}", lambda: _planned(group, N, most, batch.spare))
@@ -192,8 +194,8 @@ def evict(launches: Launches, group: Group, N: int, most: int, options: Options)
     return group.ran(batch.output, state, ends, evictions)
 
 
-def _trace(table: Tensor, slots: Slots, scanned: Scanned, limits: Tensor) -> Tensor:
-    """A chunk's evictions as `Ran` has them; waits for the GPU."""
+def _trace(table: Tensor, slots: ChunkSlots, scanned: Scanned, limits: Tensor) -> Tensor:
+    """A chunk's evictions as `RowResults` has them; waits for the GPU."""
     row, head, column = ((scanned.died >= 0) & (scanned.died != NEVER)).nonzero(as_tuple=True)
     member, done, held, _ = (x[row] for x in table.long().unbind(1))
     came = limits[member, 0] + done + column - held
@@ -201,7 +203,7 @@ def _trace(table: Tensor, slots: Slots, scanned: Scanned, limits: Tensor) -> Ten
     return torch.stack([member, head, done + scanned.died[row, head, column], position], 1)
 
 
-def read(launches: Launches, group: Group, options: Options, *, alone: bool) -> Ran:
+def read(launches: Launches, group: Group, options: Options, *, alone: bool) -> RowResults:
     """Rows that evict nothing. `alone`: each by SDPA, without scores, from empty caches; else all in one launch."""
     rows, batch, T = group.rows, launches.batch, launches.batch.key.shape[1]
     slots = group.slots(max(map(max, group.held)), numbers=False)
@@ -240,7 +242,7 @@ def _sdpa(batch: Batch, group: Group, scale: float) -> None:
         batch.output[row, :n] = out[0].transpose(0, 1).unflatten(1, (K, G))
 
 
-def _read_state(group: Group, slots: Slots, scores: Tensor | None, most: int) -> EvictionState:
+def _read_state(group: Group, slots: ChunkSlots, scores: Tensor | None, most: int) -> EvictionState:
     """Slots, then the new tokens; `scores` [B, K, S + T]."""
     rows, index, T = group.rows, group.index, group.rows.key.shape[2]
     seen, length = rows.state.seen[index], rows.length[index]

@@ -45,7 +45,7 @@ class Batch(NamedTuple):
         return {"K": self.key.shape[2], "G": self.query.shape[3], "D": self.key.shape[-1], "V": self.value.shape[-1]}
 
 
-class Slots(NamedTuple):
+class ChunkSlots(NamedTuple):
     """What rows hold between two chunks; empty slots come last in each head.
 
     Attributes:
@@ -134,7 +134,7 @@ class Launches:
         sizes = self.batch.sizes | self.sizes | {"COMPILED": self.compiled}
         return {n: x for n, x in sizes.items() if n not in but} | self.options
 
-    def shares(self, table: Tensor, slots: Slots, n: int, N: int) -> Tensor:
+    def shares(self, table: Tensor, slots: ChunkSlots, n: int, N: int) -> Tensor:
         """Shares of attention of the next `n` tokens to the `N` columns of each row of `table`, [B, K, G, n, N]."""
         b, K, G = self.batch, self.batch.sizes["K"], self.batch.sizes["G"]
         out = torch.empty(len(table), K, G, n, N, device=table.device)
@@ -145,7 +145,7 @@ class Launches:
         )
         return out
 
-    def scan(self, table: Tensor, slots: Slots, shares: Tensor, n: int, several: bool) -> Scanned:
+    def scan(self, table: Tensor, slots: ChunkSlots, shares: Tensor, n: int, several: bool) -> Scanned:
         """Which columns go, and what is left."""
         b, (K, G, D, _), N = self.batch, self.batch.sizes.values(), slots.positions.shape[-1]
         constants = scan_constants(b.rule, K, G, D, N, several)
@@ -159,7 +159,7 @@ class Launches:
         )  # fmt: skip
         return Scanned(positions, numbers, kept, left, died)
 
-    def attend(self, table: Tensor, slots: Slots, died: Tensor, n: int, sums: Tensor | None = None) -> None:
+    def attend(self, table: Tensor, slots: ChunkSlots, died: Tensor, n: int, sums: Tensor | None = None) -> None:
         """Fill the output, and `sums` [B, K, G, n], of the next `n` tokens."""
         b, K = self.batch, self.batch.sizes["K"]
         grid = (len(table) * K, triton.cdiv(n, self.sizes["TOKENS"]))
@@ -169,7 +169,7 @@ class Launches:
             b.scale, T, S=S, W=died.shape[-1], n=n, SUMS=sums is not None, **self._product(),
         )  # fmt: skip
 
-    def keep(self, table: Tensor, slots: Slots, scanned: Scanned, S: int) -> Slots:
+    def keep(self, table: Tensor, slots: ChunkSlots, scanned: Scanned, S: int) -> ChunkSlots:
         """The columns that are left as slots, of which there are `S`."""
         b, K = self.batch, self.batch.sizes["K"]
         keys, values = (x.new_empty(len(table), K, S, x.shape[-1]) for x in (slots.keys, slots.values))
@@ -178,9 +178,11 @@ class Launches:
             b.key, b.value, slots.keys, slots.values, table, scanned.kept, scanned.left, keys, values, b.key.shape[1],
             S=slots.keys.shape[2], S_AFTER=S, N=scanned.kept.shape[-1], **of,
         )  # fmt: skip
-        return Slots(scanned.positions, scanned.numbers, keys, values)
+        return ChunkSlots(scanned.positions, scanned.numbers, keys, values)
 
-    def received(self, table: Tensor, slots: Slots, died: Tensor, sums: Tensor, powers: Tensor, scores: Tensor) -> None:
+    def received(
+        self, table: Tensor, slots: ChunkSlots, died: Tensor, sums: Tensor, powers: Tensor, scores: Tensor
+    ) -> None:
         """Update `scores` [B, K, S + T] by all tokens of rows that evict nothing; `powers` [rows, T + 1] of the factor."""
         b, K, n = self.batch, self.batch.sizes["K"], self.batch.key.shape[1]
         of = self._product("V", "PADDED_V")

@@ -23,8 +23,8 @@ from a2sf.engine.kernels.gpu import driver, plan
 from a2sf.engine.kernels.gpu.jit import triton
 from a2sf.engine.kernels.gpu.launch import Launches, interpreted, scan_constants
 from a2sf.engine.kernels.gpu.self_check import find_fault
-from a2sf.engine.state import Attended, Call, EvictionState, Options, Segments
-from a2sf.engine.tree import Ran, Rows, by_depth
+from a2sf.engine.state import Attended, AttentionCall, EvictionState, Options, Segments
+from a2sf.engine.tree import PaddedRows, RowResults, by_depth
 from a2sf.errors import ConfigError, UnsoundKernelError, first_line
 
 READ = 0
@@ -47,7 +47,7 @@ def unavailable(device: torch.device) -> str | None:
     return f"it needs Triton (extra gpu) and a CUDA device, and {have}"
 
 
-def too_wide(call: Call) -> str | None:
+def too_wide(call: AttentionCall) -> str | None:
     """Why a call's rows hold too many tokens; None where they do not."""
     segments, held = call.segments, 0 if call.state is None else call.state.positions.shape[-1]
     group = call.query.shape[1] // (1 if segments.rule.shared else call.key.shape[1])
@@ -71,7 +71,7 @@ def attend_triton(
     # half precision is read as it is, but beside a state, whose keys are float32 and may come from elsewhere
     half = query.dtype in (torch.float16, torch.bfloat16) and query.dtype == key.dtype == value.dtype and state is None
     with torch.cuda.device(query.device) if query.is_cuda else nullcontext():  # Triton launches on the current device
-        call = Call(query, key, value, segments, options, state)
+        call = AttentionCall(query, key, value, segments, options, state)
         found = by_depth(triton_rows, call, query.dtype if half else torch.float32)
     if found.state is None:
         return found
@@ -80,7 +80,7 @@ def attend_triton(
     return replace(found, state=end.contiguous())
 
 
-def triton_rows(rows: Rows, options: Options) -> Ran:
+def triton_rows(rows: PaddedRows, options: Options) -> RowResults:
     """Rows in groups of equal numbers of columns; those that evict nothing are a group too."""
     counts = (rows.state.counts if rows.counts is None else rows.counts).tolist()  # waits for a given state only
     held = tuple(map(tuple, counts))
@@ -91,7 +91,7 @@ def triton_rows(rows: Rows, options: Options) -> Ran:
     return run(rows, options, groups, counts)
 
 
-def _columns(rows: Rows, row: int, held: list[int]) -> int:
+def _columns(rows: PaddedRows, row: int, held: list[int]) -> int:
     """The columns of a row's chunks; `READ` if it evicts nothing. They set the order of sums: the batch has no say."""
     numbers = max(held), rows.lengths[row], rows.budgets[row], rows.schedule.spare
     if not plan.evicts(*numbers):
@@ -101,10 +101,12 @@ def _columns(rows: Rows, row: int, held: list[int]) -> int:
     return N
 
 
-def run(rows: Rows, options: Options, groups: list[int], held: list[list[int]], most: int | None = None) -> Ran:
+def run(
+    rows: PaddedRows, options: Options, groups: list[int], held: list[list[int]], most: int | None = None
+) -> RowResults:
     """Run each group. `groups`: each row's columns, `held`: its heads' tokens, `most`: tokens of a chunk."""
     launches, heads = Launches(driver.batch_of(rows, options.scale)), rows.query.shape[1]
-    done: list[tuple[list[int], Ran]] = []
+    done: list[tuple[list[int], RowResults]] = []
     for N in sorted(set(groups)):
         members = [row for row, its in enumerate(groups) if its == N]
         if N != READ:
@@ -121,7 +123,7 @@ def run(rows: Rows, options: Options, groups: list[int], held: list[list[int]], 
     return _together(launches.batch.output.flatten(2, 3).transpose(1, 2), done, options)
 
 
-def _parts(rows: Rows, members: list[int], N: int, heads: int) -> list[list[int]]:
+def _parts(rows: PaddedRows, members: list[int], N: int, heads: int) -> list[list[int]]:
     """Rows that evict, in launches: as many in one as the scratch of their shares allows."""
     members = sorted(members, key=lambda i: -rows.lengths[i])  # rows of similar length together
     tokens = min(plan.most_tokens(N, heads), N, rows.lengths[members[0]])
@@ -129,7 +131,7 @@ def _parts(rows: Rows, members: list[int], N: int, heads: int) -> list[list[int]
     return [members[i : i + size] for i in range(0, len(members), size)]
 
 
-def _together(output: Tensor, done: list[tuple[list[int], Ran]], options: Options) -> Ran:
+def _together(output: Tensor, done: list[tuple[list[int], RowResults]], options: Options) -> RowResults:
     """What groups gave, in the order of the rows."""
     order = torch.tensor([row for part, _ in done for row in part]).argsort()
     counts = torch.cat([ran.counts for _, ran in done if ran.counts is not None])[order]
@@ -138,10 +140,10 @@ def _together(output: Tensor, done: list[tuple[list[int], Ran]], options: Option
         state = EvictionState.stack([ran.end for _, ran in done])
         state = state if len(done) == 1 and order.equal(torch.arange(len(order))) else state.select(order)
     evictions = [ran.evictions for _, ran in done if ran.evictions is not None]
-    return Ran(output, state, torch.cat(evictions) if options.trace else None, counts)
+    return RowResults(output, state, torch.cat(evictions) if options.trace else None, counts)
 
 
-def check_compiled(rows: Rows, N: int, held: list[list[int]]) -> None:
+def check_compiled(rows: PaddedRows, N: int, held: list[list[int]]) -> None:
     """Check what is compiled for `rows` once per process: compilers have been wrong, and wrong scores look like scores.
 
     Raises:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from a2sf.engine.state import EvictionState, Options
 from a2sf.engine.stepwise import torch_rows
-from a2sf.engine.tree import Ran, Rows
+from a2sf.engine.tree import PaddedRows, RowResults
 from a2sf.policies.base import UNLIMITED
 from a2sf.policies.schedule import STEP, Schedule
 
@@ -25,7 +25,7 @@ HUGE = 400.0
 """A key's entries that take all attention, so that what is left underflows once its token is gone."""
 
 
-def find_fault(run: Callable[..., Ran], rows: Rows, *, several: bool, columns: int) -> str | None:
+def find_fault(run: Callable[..., RowResults], rows: PaddedRows, *, several: bool, columns: int) -> str | None:
     """What is wrong with `run` for calls like `rows`; None: nothing was found.
 
     Args:
@@ -51,7 +51,7 @@ def find_fault(run: Callable[..., Ran], rows: Rows, *, several: bool, columns: i
     return None
 
 
-def _small_case(rows: Rows, schedule: Schedule, columns: int) -> Rows:
+def _small_case(rows: PaddedRows, schedule: Schedule, columns: int) -> PaddedRows:
     """Three rows that continue a state: one with many tokens cached, one with few, one whose sums underflow."""
     random = torch.Generator().manual_seed(0)
     K, held = rows.key.shape[1], max(2, columns // 2 - 7) if columns else 73
@@ -74,7 +74,7 @@ def _small_case(rows: Rows, schedule: Schedule, columns: int) -> Rows:
     query = tensor(rows.query, TOKENS)
     query[2] = query[2].abs()
     budgets, lengths = [held + 3, 5, 2] if columns else [UNLIMITED] * 3, [TOKENS, TOKENS - 2, TOKENS - 5]
-    case = Rows(
+    case = PaddedRows(
         query=query,
         key=tensor(rows.key, TOKENS),
         value=tensor(rows.value, TOKENS),
@@ -93,7 +93,7 @@ def _small_case(rows: Rows, schedule: Schedule, columns: int) -> Rows:
     return _on(case, rows.query.device, rows.query.dtype)
 
 
-def _on(rows: Rows, device: torch.device | str, dtype: torch.dtype) -> Rows:
+def _on(rows: PaddedRows, device: torch.device | str, dtype: torch.dtype) -> PaddedRows:
     """`rows` with tensors, keys and values in `dtype`; scores are never less than float32."""
 
     def moved(of: Any) -> dict[str, Any]:
@@ -108,9 +108,9 @@ def _dtype(name: str, x: Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if name == "scores" else dtype
 
 
-def _retained(ran: Ran) -> list[Any]:
+def _retained(ran: RowResults) -> list[Any]:
     return [[[p for p in head if p >= 0] for head in row] for row in ran.end.positions.tolist()]
 
 
-def _evicted(ran: Ran) -> list[Any]:
+def _evicted(ran: RowResults) -> list[Any]:
     return [] if ran.evictions is None else sorted(ran.evictions.tolist())
