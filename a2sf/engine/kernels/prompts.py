@@ -58,14 +58,14 @@ class _Ends:
         used = {batch for batch, _ in self.place.values()}
         self.batches = [x if at in used else None for at, x in enumerate([*self.batches, state])]
 
-    def of(self, ids: Sequence[int]) -> EvictionState:
-        """A row for each of `ids`."""
+    def of(self, ids: Sequence[int], form: Callable[[EvictionState], EvictionState]) -> EvictionState:
+        """A row for each of `ids`; `form` gives states the tensors that all of them have in the result."""
         parts: list[EvictionState] = []
         order: list[int] = []
         for number, batch in enumerate(self.batches):
             rows = {at: self.place[i][1] for at, i in enumerate(ids) if self.place[i][0] == number}
             if rows and batch is not None:
-                parts.append(_rows(batch, list(rows.values())))
+                parts.append(_rows(form(batch), list(rows.values())))
                 order += rows
         return _rows(EvictionState.stack(parts), torch.tensor(order).argsort().tolist())
 
@@ -89,7 +89,7 @@ class _Prompts:
         self.split = Split.of(call.segments, call.state)
         self.ends = _Ends()
         if call.state is not None:
-            self.ends.put([-1 - n for n in range(len(call.state.seen))], call.state.for_rule(self.rule, self.group))
+            self.ends.put([-1 - n for n in range(len(call.state.seen))], call.state)
         self.ran: list[Attended] = []
         self.evictions: list[Tensor] = []
 
@@ -98,10 +98,11 @@ class _Prompts:
         if split.first is not None:
             self._read_prompts(split.first)
         if split.second is not None:
-            begin = self._begin(split.second, split.later)
+            form = self._of_the_rule if split.second.rule.calls else EvictionState.plain
+            begin = self._begin(split.second, split.later, form)
             end = self._read(split.second, begin, keep=self.options.return_state)
             if end is not None:
-                self.ends.put(split.later, end.for_rule(self.rule, self.group))
+                self.ends.put(split.later, end)
 
         query, key, value = self.call[:3]
         output = self.ran[0].output if self.ran else query.new_zeros(*query.shape[:3], value.shape[-1])
@@ -109,7 +110,7 @@ class _Prompts:
             output.add_(more.output)  # each is 0 where the other has tokens
         final = None
         if self.options.return_state:
-            final = self.ends.of([self._newest(i) for i in range(len(split.nodes))]).trim()
+            final = self.ends.of([self._newest(i) for i in range(len(split.nodes))], self._of_the_rule).trim()
         if not self.options.trace:
             return Attended(output, final)
         evicted, cuts = traced(self.evictions, (key.shape[0], key.shape[1], key.shape[2]), key.device)
@@ -130,13 +131,15 @@ class _Prompts:
             self.ends.put([start], EvictionState.empty(key, value, self.rule, self.group))
         return start
 
-    def _begin(self, part: Segments, ids: Sequence[int]) -> EvictionState | None:
+    def _begin(
+        self, part: Segments, ids: Sequence[int], form: Callable[[EvictionState], EvictionState]
+    ) -> EvictionState | None:
         """The states that the segments `ids` start from, of which `part` is what is read next; None: empty ones."""
         roots = [i for i, up in zip(ids, part.parent.tolist(), strict=True) if up < 0]
         nodes = self.split.nodes
         if self.state is None and all(i not in self.ends.place and nodes[i].up < 0 for i in roots):
             return None
-        return self.ends.of([self._newest(i) for i in roots])
+        return self.ends.of([self._newest(i) for i in roots], form)
 
     def _read(self, part: Segments, begin: EvictionState | None, keep: bool) -> EvictionState | None:
         """Read `part` from the states `begin`; the states at its end, if they are to be kept."""
@@ -149,7 +152,7 @@ class _Prompts:
     def _read_prompts(self, part: Segments) -> None:
         """Read the prompts' tokens, and cut the prompts that end."""
         split, rule = self.split, self.rule
-        begin = self._begin(part, split.reading)
+        begin = self._begin(part, split.reading, self._of_the_rule)
         end = self._read(part, begin, keep=True)
         assert end is not None
         if rule.queries:
@@ -159,15 +162,27 @@ class _Prompts:
             end = replace(end, memory=self._remembered(end, None if begin is None else begin.memory))
         if rule.cut is not None and rule.scored:
             end = replace(end, scores=self._observed(end, None if begin is None else begin.scores))
-        self.ends.put(split.reading, end)
+        if len(split.ending) < len(split.reading):
+            self.ends.put(split.reading, end)
         if split.ending:
             self.ends.put([split.reading[at] for at in split.ending], self._cut(end))
 
+    def _of_the_rule(self, state: EvictionState) -> EvictionState:
+        """The same state with as many queries as the rule has, of 0 before the first."""
+        missing = 0 if state.queries is None else self.rule.queries - state.queries.shape[3]
+        if missing and state.queries is not None:
+            state = replace(state, queries=torch.nn.functional.pad(state.queries, (0, 0, missing, 0)))
+        return state.for_rule(self.rule, self.group)
+
     def _last_queries(self) -> Tensor:
-        """[S, K, G, W, D]: the queries that the rule sees after the prompt's tokens in each segment."""
+        """[S, K, G, W, D]: the queries that the rule sees after the prompt's tokens in each segment.
+
+        W is that of the rule, or less where all prompts are shorter: most of a wide window would be zeros.
+        """
         query, state = self.call.query, self.state
         dtype = accumulation_dtype(query.dtype)
-        row, column, given, place = self.split.newest(self.rule.queries, query.device)
+        W = self.rule.queries if state is not None else min(self.rule.queries, max(1, *self._lengths))
+        row, column, given, place = self.split.newest(W, query.device)
         found = query[row, :, column].to(dtype).unflatten(2, (self.heads, -1)).permute(0, 2, 3, 1, 4)
         before = torch.zeros((), dtype=dtype, device=query.device)
         if state is not None and state.queries is not None:
@@ -307,6 +322,6 @@ def _after_cut(
         out = leaving(rule, priority, state.positions, free, excess)
     seen_later: dict[str, Any] = {"memory": state.memory, "queries": state.queries}
     if retention.schedule.then == "keep":
-        seen_later = {name: None if x is None else torch.zeros_like(x) for name, x in seen_later.items()}
+        seen_later = dict.fromkeys(seen_later)
     keys, values = (state.keys, state.values) if rule.merge_fn is None else merged(retention, step, out)
     return replace(state, scores=step.scores, keys=keys, values=values, **seen_later).evict(out), out
