@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from a2sf.policies.budget import Budget as Budget
     from a2sf.policies.find import make_policy as make_policy
     from a2sf.policies.rule import AttentionRows as AttentionRows
+    from a2sf.policies.rule import Cut as Cut
+    from a2sf.policies.rule import Head as Head
     from a2sf.policies.rule import Rule as Rule
     from a2sf.policies.rule import Step as Step
     from a2sf.policies.schedule import Schedule as Schedule
@@ -64,12 +66,14 @@ _WHERE = {
     "ChunkKV": "baselines.chunkkv",
     "CriticalKV": "baselines.criticalkv",
     "CurDKV": "baselines.curdkv",
+    "Cut": "a2sf.policies.rule",
     "DMS": "baselines.dms",
     "EvictionState": "a2sf.engine.state",
     "ExpectedAttention": "baselines.expected_attention",
     "Full": "baselines.full",
     "Future": "baselines.future",
     "H2O": "baselines.h2o",
+    "Head": "a2sf.policies.rule",
     "Heads": "baselines.heads",
     "KVzap": "baselines.kvzap",
     "KVzip": "baselines.kvzip",

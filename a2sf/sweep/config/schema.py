@@ -21,7 +21,7 @@ class BudgetConfig:
     """`budget`: how many tokens a layer may retain (`a2sf.policies.budget.Budget`).
 
     Attributes:
-        ratio: share of the sequence, 0 < ratio <= 1; one number, or one per layer
+        ratio: share of the sequence, 0 < ratio <= 1; one number, or one per layer; 0.2 if neither it nor tokens is given
         tokens: number of tokens, instead of a ratio; one number, or one per layer
         base: the length that a ratio refers to: total (context + continuation - 1), context, or seen (the tokens read so
             far, so that the budget grows with the text)
@@ -162,7 +162,7 @@ class Config:
         schedule: a file in schedule/
         budget: how many tokens a layer may retain
         forgetting_factor: for policies that have one; one number in [0, 1], or one per layer; null: the policy's default
-        tasks: demo, paper, long, or a list such as [piqa,copa] of lm-eval's tasks and groups
+        tasks: demo, paper, long, long_generate, or a list such as [piqa,copa] of lm-eval's tasks and groups
         shots: few-shot examples before each document; null: 0, or the number that a group gives for its tasks. A document
             is never one of its own examples
         limit: documents of each task, the first ones; null: all
