@@ -71,8 +71,9 @@ def keys_page() -> str:
 
 <!-- written by scripts/docs_hooks.py from a2sf/sweep/config/schema.py; do not edit -->
 Every key can be set (`key=value`) and swept (`-m key=a,b,c`). Unknown keys and values that are not allowed are refused
-before anything is loaded. `a2sf run --help` prints the same, with the files that each group has: `model` (default `smollm2-135m`),
-`policy` (`a2sf`), `data` (`hub`), `schedule` (none) and `tracker` (none) are set to the name of a file in `conf/`.
+before anything is loaded. `a2sf run --help` prints the same, with the files that each group has: `model`
+(default `smollm2-135m`), `policy` (`a2sf`), `data` (`hub`), `schedule` (none) and `tracker` (none) are set to the
+name of a file in `conf/`.
 
 | key | default | meaning |
 |---|---|---|
