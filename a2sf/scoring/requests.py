@@ -17,7 +17,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from a2sf.errors import ConfigError, UserError
 from a2sf.scoring.contexts import Contexts
 from a2sf.scoring.generation.thinking import Thinking
-from a2sf.scoring.generation.turns import Question, in_order, places
+from a2sf.scoring.generation.turns import TurnQuestion, in_order, places
 from a2sf.scoring.systems import Answer, System
 from a2sf.tasks.prompting import check_stops, draws
 from a2sf.tasks.turns import answers_in, most_turns, questions_of
@@ -52,7 +52,7 @@ class Prompt(NamedTuple):
     length: int
     answer: int
     text: str
-    later: tuple[Question, ...] = ()
+    later: tuple[TurnQuestion, ...] = ()
 
 
 class Requests:
@@ -176,14 +176,14 @@ class Requests:
             self._prompts[i] = Prompt(tokens[-(positions - new) :], new, len(tokens), answer, first, later)
         return self._prompts[i]
 
-    def _question(self, text: str, number: int) -> Question:
+    def _question(self, text: str, number: int) -> TurnQuestion:
         """A later question of a conversation, tokenised by itself."""
         tokens = tuple(int(t) for t in self.lm.tok_encode(text, add_special_tokens=False))
         if not tokens:
             raise UserError(f"question {number} of a conversation has no token; change the document")
         self._check_tokens(tokens)
         special = {*(getattr(self.lm.tokenizer, "all_special_ids", None) or ()), self.lm.eot_token_id}
-        return Question(text, tokens, tokens[0] in special)
+        return TurnQuestion(text, tokens, tokens[0] in special)
 
     def after(self, i: int, answer: Answer) -> list[int]:
         """All tokens that followed a prompt: those that were generated, in a conversation with later questions."""

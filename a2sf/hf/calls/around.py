@@ -27,7 +27,7 @@ from a2sf.hf.attention.errors import UnsupportedModel
 from a2sf.hf.attention.function import Pass, attached, check_reached, following
 from a2sf.hf.attention.masks import CACHE_NAMES, arguments, check_call
 from a2sf.hf.attention.named import Configs, configs_of, named
-from a2sf.hf.calls.chunks import Call, columns, joined, splits
+from a2sf.hf.calls.chunks import ModelCall, columns, joined, splits
 from a2sf.hf.calls.logits import check_output
 from a2sf.hf.calls.tokens import check_positions, tokens_of
 
@@ -153,7 +153,7 @@ class Around:
             try:
                 cache.incoming = tokens if cache.seen is None else None
                 ends = cache.parts(model, shape, mask) if parts else []
-                call = Call(lambda **part: self._once(model, own, part, cache, scope, shaping), named, shape[1])
+                call = ModelCall(lambda **part: self._once(model, own, part, cache, scope, shaping), named, shape[1])
                 before = call.read(ends)
                 output = call.last(ends)
             except BaseException:

@@ -56,7 +56,7 @@ def splits(model: PreTrainedModel, named: dict[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
-class Call:
+class ModelCall:
     """A model's call of `total` columns that `splits`: `run` reads some of the columns, `named` are its arguments."""
 
     run: Callable[..., Any]

@@ -12,7 +12,7 @@ from torch import Tensor
 from a2sf.policies.base import UNLIMITED
 from a2sf.scoring.generation.ends import EOS, LENGTH, STOP, Ends
 from a2sf.scoring.generation.sampling import generator_for
-from a2sf.scoring.generation.turns import Question
+from a2sf.scoring.generation.turns import TurnQuestion
 from a2sf.scoring.passes.sequences import ScoredSequence
 from a2sf.scoring.systems import Answers
 
@@ -49,7 +49,7 @@ class Row:
     ends: Ends
     prompt: str
     draw: tuple[str, int] | None = None
-    later: Sequence[Question] = ()
+    later: Sequence[TurnQuestion] = ()
     tokens: list[int] = field(default_factory=list)
     finish: str | None = None
     before: list[int] = field(default_factory=list)
@@ -116,7 +116,7 @@ class Row:
         if self.finish is not None and len(self.done) < len(self.later):
             self._ask(self.later[len(self.done)])
 
-    def _ask(self, question: Question) -> None:
+    def _ask(self, question: TurnQuestion) -> None:
         """Go on to the next turn."""
         assert self.finish is not None
         self.done.append((self.tokens, self.finish))

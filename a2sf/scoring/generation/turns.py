@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Question:
+class TurnQuestion:
     """A question that is read after an answer.
 
     Attributes:
@@ -29,7 +29,7 @@ class Question:
         return self.tokens[1:] if written else self.tokens
 
 
-def in_order(tokens: Sequence[int], lengths: Sequence[int], later: Sequence[Question]) -> list[int]:
+def in_order(tokens: Sequence[int], lengths: Sequence[int], later: Sequence[TurnQuestion]) -> list[int]:
     """All tokens that follow a first question, as they were read: answers, and between them questions.
 
     Args:
@@ -45,7 +45,7 @@ def in_order(tokens: Sequence[int], lengths: Sequence[int], later: Sequence[Ques
     return found
 
 
-def places(tokens: Sequence[int], lengths: Sequence[int], later: Sequence[Question]) -> list[int]:
+def places(tokens: Sequence[int], lengths: Sequence[int], later: Sequence[TurnQuestion]) -> list[int]:
     """How many of the tokens that follow a first question come before each answer; arguments as of `in_order`."""
     found, read, at = [0], lengths[0], lengths[0]
     for question, length in zip(later, lengths[1:], strict=True):

@@ -12,7 +12,7 @@ from a2sf.policies.base import UNLIMITED, Retention
 from a2sf.policies.schedule import STEP
 from a2sf.scoring.generation.ends import Ends
 from a2sf.scoring.generation.row import Row
-from a2sf.scoring.generation.turns import Question, in_order, places
+from a2sf.scoring.generation.turns import TurnQuestion, in_order, places
 from a2sf.scoring.passes.sequences import ScoredSequence
 from a2sf.tasks.turns import NEXT, TurnAnswers, answers_in, as_chat, check_task, joined, questions_of, with_turns
 from tests.unit.scoring.test_thinking import Model, thinking
@@ -26,14 +26,14 @@ GOOD = {
 
 
 def test_a_question_does_not_repeat_the_token_that_the_model_ended_with():
-    question = Question("…", (7, 1, 2), closes=True)
+    question = TurnQuestion("…", (7, 1, 2), closes=True)
     assert question.after([5, 7]) == (1, 2)
     assert question.after([5, 6]) == (7, 1, 2)  # cut off at the limit: the template ends the answer
-    assert Question("…", (7, 1, 2)).after([5, 7]) == (7, 1, 2)  # an ordinary token
+    assert TurnQuestion("…", (7, 1, 2)).after([5, 7]) == (7, 1, 2)  # an ordinary token
 
 
 def test_tokens_are_put_in_the_order_in_which_they_were_read():
-    later = [Question("a", (7, 1), closes=True), Question("b", (8,))]
+    later = [TurnQuestion("a", (7, 1), closes=True), TurnQuestion("b", (8,))]
     tokens, lengths = [5, 7, 6, 6, 6, 9], [2, 3, 1]
     assert in_order(tokens, lengths, later) == [5, 7, 1, 6, 6, 6, 8, 9]
     assert places(tokens, lengths, later) == [0, 3, 7]
@@ -62,7 +62,7 @@ def drive(row, tokens):
 
 
 def test_a_row_reads_the_next_question_when_an_answer_has_ended():
-    row = row_of(later=(Question("b", (6, 6)), Question("a", (5,))))
+    row = row_of(later=(TurnQuestion("b", (6, 6)), TurnQuestion("a", (5,))))
     assert row.follow == 3 * 3 + 3
     # ended by the limit, by the end of a text, by a stop sequence
     read = drive(row, [5, 6, 5, 6, 0, 8])
@@ -75,7 +75,7 @@ def test_a_row_reads_the_next_question_when_an_answer_has_ended():
 
 
 def test_thinking_begins_again_in_each_turn():
-    row = row_of(6, (Question("<think>", (1,)), Question("b", (6,))), end="</think>")
+    row = row_of(6, (TurnQuestion("<think>", (1,)), TurnQuestion("b", (6,))), end="</think>")
     drive(row, [1, 5, 5, 5, 5, 5, 5, 8, 2, 5, 8, 6, 8])
     turns = [*row.done, (row.tokens, row.finish)]
     # cut off in its thinking; thinks because the question says so, past a stop sequence; does not think
