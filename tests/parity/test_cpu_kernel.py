@@ -18,6 +18,7 @@ from a2sf.engine.eviction import Attended, EvictionState, Options, Segments, ref
 from a2sf.engine.functional import evicting_attention
 from a2sf.engine.kernels import attend, dense
 from a2sf.engine.kernels.cpu import SlotCache
+from a2sf.engine.kernels.cpu import run as cpu_run
 from a2sf.engine.retention import BatchRetention
 from a2sf.errors import ConfigError
 from a2sf.policies.base import UNLIMITED, Retention
@@ -324,3 +325,9 @@ def test_it_runs_without_a_place_for_compiled_code(tmp_path: Path) -> None:
     # this test is not about speed, so LLVM need not work for it
     assert run_in_a_new_process(tmp_path, no_place, NUMBA_OPT="0") == "nowhere"
     assert not list(tmp_path.iterdir())
+
+
+def test_versions_of_the_source_share_no_file_of_compiled_code() -> None:
+    """numba fails on a file that names types which another version of the package had."""
+    one, other = (cpu_run._make_run(digest)._cache._impl.filename_base for digest in (1, 2))
+    assert one != other

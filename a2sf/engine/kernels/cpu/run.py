@@ -166,7 +166,6 @@ def _advance(program, shape, call, states, scratch, given, final, thread, item, 
 
 
 def _make_run(sources: int) -> Any:
-    # numba looks only at this file and at the function's own variables to tell whether code on disk is out of date
     def run(thread, quota, buffers, program, shape, call, states, scratch, given, final, at, left, busy):
         """Run work items until none is left that another thread is not running.
 
@@ -174,7 +173,7 @@ def _make_run(sources: int) -> Any:
         item is put back after that many tokens, and the one with most left to do is taken next, so that two threads
         share three equal heads evenly; each item has states of its own.
         """
-        first, _ = 0, sources
+        first = 0
         while True:
             item = -1
             for i in range(first, busy.size):
@@ -195,6 +194,9 @@ def _make_run(sources: int) -> Any:
                 if quota:
                     give(busy, item)
 
+    # numba looks only at this file to tell whether code on disk is out of date, and cannot read what names types that are
+    # gone; so the files of each version have a name of their own
+    run.__qualname__ = f"run_{sources:08x}"
     return cached(run)
 
 
