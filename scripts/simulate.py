@@ -23,9 +23,16 @@ from scipy import stats
 from a2sf import atomic
 from a2sf.analysis.statistics import paired
 from a2sf.analysis.statistics.equivalence import average_within_margin, within_margin
-from a2sf.analysis.statistics.families import benjamini_hochberg
+from a2sf.analysis.statistics.families import benjamini_hochberg, e_bh
 from a2sf.analysis.statistics.intervals import averaged, of_documents
-from a2sf.analysis.statistics.paired import average_difference, holm, mcnemar_p, paired_difference
+from a2sf.analysis.statistics.paired import (
+    average_difference,
+    bootstrap_means,
+    holm,
+    interval,
+    mcnemar_p,
+    paired_difference,
+)
 from a2sf.analysis.statistics.pooled import Changes, pool_tasks
 from a2sf.analysis.statistics.texts import Texts
 from a2sf.sweep.sequential import PairedMean
@@ -65,7 +72,7 @@ class Row:
 
 def rows(rounds: int = ROUNDS) -> Iterator[Row]:
     """All lines of the table."""
-    for make in (single_scores, differences, averages, equivalence, families, early_stopping, over_models):
+    for make in (single_scores, differences, averages, closeness, equivalence, families, early_stopping, over_models):
         yield from make(rounds)
 
 
@@ -139,6 +146,28 @@ def averages(rounds: int) -> Iterator[Row]:
     what = "difference of an average of another metric: bootstrap-t"
     yield Row(what, "3 tasks of 30 documents, skewed", hits / few, false / few, few)
 
+    rng = np.random.default_rng(13)
+    hits = false = 0
+    for _ in range(few):
+        found = average_difference([_flips_at_budgets(100, 0.15)(rng, 0.04) for _ in range(3)])
+        hits += found.low <= 0.04 <= found.high
+        false += average_difference([_flips_at_budgets(100, 0.15)(rng, 0.0) for _ in range(3)]).p <= 0.05
+    what = "difference of a mean over budgets (ranking): bootstrap-t"
+    yield Row(what, "3 tasks of 100 documents, 3 budgets, 15 % flips", hits / few, false / few, few)
+
+
+def closeness(rounds: int) -> Iterator[Row]:
+    """Means of measures of closeness: percentiles of the bootstrap."""
+    few = max(1, rounds // 4)
+    for n in (30, 100, 400):
+        rng, hits = np.random.default_rng(14), 0
+        for _ in range(few):
+            low, high = interval(bootstrap_means(_skewed_change(n)(rng, 0.1)))
+            hits += low <= 0.1 <= high
+        yield Row(
+            "closeness to the full cache: percentiles of the bootstrap", f"{n} documents, skewed", hits / few, None, few
+        )
+
 
 def equivalence(rounds: int) -> Iterator[Row]:
     """One-sided tests at 5 % where the true difference is the margin."""
@@ -170,6 +199,15 @@ def equivalence(rounds: int) -> Iterator[Row]:
         false += average_within_margin(changes, [Texts.independent(100)] * 6, 0.03).p_not_better <= 0.05
     case = "6 tasks of 100 documents, 15 % flips, margin 3"
     yield Row("within a margin, an average: Tango's variances (one-sided)", case, None, false / rounds, rounds)
+    kinds = (("normal", _normal_change), ("skewed", _skewed_change), ("skewed to the other side", _mirrored_change))
+    for n in (30, 100):
+        for name, make in kinds:
+            rng, false = np.random.default_rng(15), 0
+            for _ in range(rounds):
+                change = make(n)(rng, 0.2)
+                false += within_margin(change, 0 * change, 0.2).p_not_better <= 0.05
+            what = "within a margin, another metric: t, bootstrap-t (one-sided)"
+            yield Row(what, f"{n} documents, {name}", None, false / rounds, rounds)
 
 
 def families(rounds: int) -> Iterator[Row]:
@@ -205,6 +243,25 @@ def early_stopping(rounds: int) -> Iterator[Row]:
                 break
     yield Row("early stopping: wrong at any document", "200 documents, 20 % flips", 1 - wrong / few, None, few)
 
+    rng, share = np.random.default_rng(16), 0.0
+    none, some = (np.repeat([1.0, -1.0, 0.0], counts) for counts in ((10, 10, 80), (30, 2, 68)))
+    for _ in range(few):
+        e_values = [_stopped(rng.permutation(of)) for of in (none, none, none, some)]
+        found = np.array(e_bh(e_values))
+        share += found[:3].sum() / max(1, found.sum())
+    case = "4 tasks of 100 documents, 1 real difference"
+    yield Row("share of false findings over tasks: e-BH", case, None, share / few, few)
+
+
+def _stopped(values: np.ndarray) -> float:
+    """The e-value of a comparison that stops when its interval excludes zero."""
+    watch = PairedMean(len(values))
+    for value in values:
+        watch.see([float(value)])
+        if watch.interval[0] > 0 or watch.interval[1] < 0:
+            break
+    return watch.e_value
+
 
 def over_models(rounds: int) -> Iterator[Row]:
     """Half of what makes a document flip is the same in all models."""
@@ -220,16 +277,30 @@ def over_models(rounds: int) -> Iterator[Row]:
         yield Row("difference over models like these", case, hits / few, false / few, few)
         if spread:
             yield Row("difference over these models", case, these / few, None, few)
+    for k, spread in ((3, 0.05), (5, 0.05)):
+        rng, few, hits = np.random.default_rng(17), max(1, rounds // 4), 0
+        for _ in range(few):
+            *changes, another = _in_models(rng, k + 1, 0.04, spread)[0]
+            found = pool_tasks([changes])
+            hits += found.next_low <= another.values.mean() <= found.next_high
+        case = f"{k} models, 100 documents, spread of models {100 * spread:g}"
+        yield Row("what another model shows on these documents", case, hits / few, None, few)
 
 
 def _pooled(rng: np.random.Generator, k: int, mean: float, spread: float):
+    changes, mean_here = _in_models(rng, k, mean, spread)
+    return pool_tasks([changes]), mean_here
+
+
+def _in_models(rng: np.random.Generator, k: int, mean: float, spread: float) -> tuple[list[Changes], float]:
+    """The changes in k models, and the mean of their true differences."""
     n, flips = 100, 0.3
     true = np.clip(mean + spread * rng.standard_normal(k), -0.25, 0.25)
     latent = math.sqrt(0.5) * rng.standard_normal(n) + math.sqrt(0.5) * rng.standard_normal((k, n))
     up, down = (stats.norm.isf((flips + sign * true) / 2)[:, None] for sign in (1, -1))
     change = (latent > up).astype(float) - (latent < -down)
     keys = [str(i) for i in range(n)]
-    return pool_tasks([[Changes(c, keys) for c in change]]), float(true.mean())
+    return [Changes(c, keys) for c in change], float(true.mean())
 
 
 def _covered(
@@ -321,6 +392,21 @@ def _normal_in_texts(texts: int, each: int) -> Callable[[np.random.Generator, fl
 
 def _skewed_change(n: int) -> Callable[[np.random.Generator, float], np.ndarray]:
     return lambda rng, d: d + 0.5 * (rng.exponential(1.0, n) - 1)
+
+
+def _mirrored_change(n: int) -> Callable[[np.random.Generator, float], np.ndarray]:
+    return lambda rng, d: d - 0.5 * (rng.exponential(1.0, n) - 1)
+
+
+def _flips_at_budgets(n: int, flips: float) -> Callable[[np.random.Generator, float], np.ndarray]:
+    """Each document's mean over three budgets, at each of which it changes as at the first with a probability of 70 %."""
+
+    def draw(rng: np.random.Generator, d: float) -> np.ndarray:
+        first = _flips(n, flips)(rng, d)
+        others = [np.where(rng.random(n) < TOGETHER, first, _flips(n, flips)(rng, d)) for _ in range(2)]
+        return np.mean([first, *others], axis=0)
+
+    return draw
 
 
 def _rare_change(n: int) -> Callable[[np.random.Generator, float], np.ndarray]:

@@ -138,7 +138,7 @@ def power_of(cells: Sequence[Cell], measurements: Measurements, settings: PowerS
         notes.append(f"Documents share texts, so that larger differences than shown are needed: {', '.join(shared)}.")
     if not rows:
         return Group(*map(escape, notes)) if notes and settings.given else None
-    return Group(TITLE, _table(rows, tests, settings), escape(" ".join([_legend(rows, settings), *notes])))
+    return Group(TITLE, _table(rows, tests, settings), escape(" ".join([_legend(rows, tests, settings), *notes])))
 
 
 def _table(rows: Sequence[TaskPower], tests: int, settings: PowerSettings) -> Table:
@@ -160,12 +160,14 @@ def _table(rows: Sequence[TaskPower], tests: int, settings: PowerSettings) -> Ta
     return table
 
 
-def _legend(rows: Sequence[TaskPower], settings: PowerSettings) -> str:
+def _legend(rows: Sequence[TaskPower], tests: int, settings: PowerSettings) -> str:
     source = "plan.flips" if settings.flips is not None else "from earlier results"
     text = f"Flips: documents on which two systems differ ({source})."
     if not all(r.known for r in rows):
         text = f"Flips: documents on which two systems differ (* not known, assumed; plan.flips={USUAL_FLIPS})."
-    return text if settings.detect is not None else f"{text} plan.detect=2.0 adds the documents that 2 points need."
+    if settings.detect is None:
+        return f"{text} plan.detect=2.0 adds the documents that 2 points need."
+    return f"{text} Documents for {settings.detect:g} points: with 80 % power{' at the corrected level' * (tests > 1)}."
 
 
 def _points(share: float | None) -> str:

@@ -39,14 +39,14 @@ def main(arguments: Sequence[str]) -> None:
         "--average", choices=AVERAGES, default="tasks", help="what counts equally in an average over tasks"
     )
     add_corrections(parser)
-    parser.add_argument("--out", type=Path, help="directory for compare.md, .tex and .csv")
+    parser.add_argument("--out", type=Path, help="directory for compare.md, .tex, .csv, .html and plots")
     args = parser.parse_args(arguments)
 
     from a2sf.analysis.comparisons.pooled import over_models_frame
     from a2sf.analysis.comparisons.runs import compare_runs, with_labels
     from a2sf.analysis.comparisons.runs_over_models import compare_runs_over_models, with_models
     from a2sf.analysis.results.labels import MINUS
-    from a2sf.analysis.runs.read import read_runs
+    from a2sf.analysis.runs.read import cluster_notes, read_runs
     from a2sf.analysis.statistics.families import Correction
     from a2sf.errors import UserError
     from a2sf.report.tables.pooled import over_models_tables
@@ -63,7 +63,9 @@ def main(arguments: Sequence[str]) -> None:
     runs = with_labels(runs, args.labels.split(",") if args.labels else None, distinct=args.models is None)
     if args.models is not None:
         runs = with_models(runs, args.models.split(","))
+    clusters = [] if args.cluster is None else cluster_notes(runs, args.cluster)
     made = compare_runs(runs, args.metric, margin, by_documents, correction)
+    made.notes += clusters
     pooled, not_pooled = compare_runs_over_models(runs, args.metric, by_documents, correction)
     table = comparison_table(made)
     of_models = over_models_tables(pooled, made.percent, title=f"each run {MINUS} {runs[0].system}", head="Run")
@@ -74,16 +76,24 @@ def main(arguments: Sequence[str]) -> None:
     for shown in [*text_screen(of_models), *not_pooled]:
         console.print(shown, markup=False, highlight=False)
     if args.out is not None:
+        from a2sf.report.page.runs import write_comparison
+        from a2sf.report.plots.runs import difference_plots
+
         args.out.mkdir(parents=True, exist_ok=True)
-        notes = "".join(f"\n{note}\n" for note in [*made.notes, *not_pooled])
-        (args.out / "compare.md").write_text(text_markdown([table, *of_models]) + notes, encoding="utf-8")
-        (args.out / "compare.tex").write_text(text_latex([table, *of_models]), encoding="utf-8")
+        tables, notes = [table, *of_models], [*made.notes, *not_pooled]
+        below = "".join(f"\n{note}\n" for note in notes)
+        (args.out / "compare.md").write_text(text_markdown(tables) + below, encoding="utf-8")
+        (args.out / "compare.tex").write_text(text_latex(tables), encoding="utf-8")
         frame_of(made).to_csv(args.out / "compare.csv", index=False)
         written = ["compare.md", "compare.tex", "compare.csv"]
+        drawn = difference_plots(made, args.out)
         if pooled:
             from a2sf.report.plots.forest import forest_plots
 
             over_models_frame(pooled).to_csv(args.out / "models.csv", index=False)
-            drawn = forest_plots(pooled, args.out, made.percent, ", ".join(dict.fromkeys(made.metrics.values())))
-            written += ["models.csv", *(file.name for file in drawn)]
+            drawn += forest_plots(pooled, args.out, made.percent, ", ".join(dict.fromkeys(made.metrics.values())))
+            written.append("models.csv")
+        pictures = [file for file in drawn if file.suffix == ".svg"]
+        page = write_comparison(args.out / "compare.html", runs, tables, notes, pictures)
+        written += [page.name, *(file.name for file in drawn)]
         console.print(f"Written: {args.out}/{', '.join(written)}", markup=False, highlight=False)

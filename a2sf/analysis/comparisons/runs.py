@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from a2sf.analysis.comparisons.pairs import joined
+from a2sf.analysis.results.documents import texts_sentence
 from a2sf.analysis.results.grid import AVERAGE, BY_DOCUMENTS
 from a2sf.analysis.runs.run import Document, Run, TaskRun, means, pair, variance_of_drawn_difference, variance_of_draws
 from a2sf.analysis.statistics.equivalence import Within, average_within_margin, verdict, within_margin
@@ -94,14 +95,15 @@ def compare_runs(
         UserError: if nothing can be compared.
     """
     reference, *others = runs
-    made = ComparedRuns(reference.label, correction=correction)
-    binary = True
+    made = ComparedRuns(reference.label, correction=correction, notes=[note for run in runs for note in run.notes])
+    shares: dict[str, bool] = {}
+    shared: dict[str, Texts] = {}
     for run in others:
         changes, texts, levels = [], [], []
         for a, b in _tasks(reference, run, made):
             try:
-                names = metric_of(a, metric), metric_of(b, metric)
-                row, change, of_texts, right = _compared(a, b, names, run.label, margin, made)
+                names = metrics_of(a, b, metric)
+                row, change, of_texts, share = _compared(a, b, names, run.label, margin, made)
             except UserError as error:
                 made.notes.append(f"{run.label}: {error}")
                 continue
@@ -110,7 +112,10 @@ def compare_runs(
             changes.append(change)
             texts.append(of_texts)
             levels.append((row.reference, row.value))
-            binary = binary and right
+            shares[a.task] = shares.get(a.task, True) and share
+            shared |= {a.task: of_texts} if of_texts.shared else {}
+        if len(changes) > 1 and not one_unit(shares, made.notes):
+            continue
         if len(changes) > 1:
             sizes = [len(c) for c in changes] if by_documents else None
             first, value = (float(np.average(x, weights=sizes)) for x in zip(*levels, strict=True))
@@ -121,11 +126,29 @@ def compare_runs(
             made.rows.append(RunComparison(AVERAGE, run.label, first, value, difference, within, model=run.model))
     if not made.rows:
         raise UserError(" ".join(["Nothing can be compared.", *made.notes]))
-    made.percent = binary
+    made.percent = all(shares.values())
+    if shared:
+        made.notes.append(texts_sentence({task: (len(t.of), t.number) for task, t in shared.items()}))
     if by_documents and any(r.task == AVERAGE for r in made.rows):
         made.notes.append(BY_DOCUMENTS)
     made.rows = _corrected(made.rows, correction)
     return made
+
+
+def one_unit(shares: Mapping[str, bool], notes: list[str]) -> bool:
+    """Whether the metrics of tasks can be averaged: all are shares (from 0 to 1), or none is; else a note says so.
+
+    Args:
+        shares: task -> whether its metric is a share.
+    """
+    if len(set(shares.values())) < 2:
+        return True
+    note = (
+        f"No average over tasks: the metric is a share in {', '.join(t for t, s in shares.items() if s)}, and not in "
+    )
+    note += f"{', '.join(t for t, s in shares.items() if not s)}."
+    notes += [] if note in notes else [note]
+    return False
 
 
 def _tasks(a: Run, b: Run, made: ComparedRuns) -> list[tuple[TaskRun, TaskRun]]:
@@ -142,25 +165,43 @@ def _tasks(a: Run, b: Run, made: ComparedRuns) -> list[tuple[TaskRun, TaskRun]]:
     return [(a.tasks[t], b.tasks[t]) for t in common]
 
 
-def metric_of(run: TaskRun, requested: str | None) -> str:
-    """The metric of a task that is compared: the requested one, else the usual one.
+def metrics_of(a: TaskRun, b: TaskRun, requested: str | None) -> tuple[str, str]:
+    """The metric of a task that is compared, in each of two runs.
+
+    It is the requested one, else a usual one that both have, else the only one that both have, else the usual one of each.
 
     Raises:
-        UserError: if it is not there, or none is usual.
+        UserError: if a document lacks it, or none is usual.
     """
-    if requested is not None:
-        if requested not in run.metrics:
+    both = [m for m in a.counted if m in b.counted]
+    name = requested or _usual(both) or (both[0] if len(both) == 1 else None)
+    names = (_metric_of(a), _metric_of(b)) if name is None else (name, name)
+    for run, metric in zip((a, b), names, strict=True):
+        some, n = run.counted[metric], len(run.documents)
+        if some == 0 or n == 0:
             known = ", ".join(run.metrics) or "none"
+            near = nearest(metric, run.metrics)
+            raise UserError(f"{run.task} has no metric {metric} for each document; it has {known}{near}.")
+        if some < n:
             raise UserError(
-                f"{run.task} has no metric {requested} for each document; it has {known}{nearest(requested, run.metrics)}."
+                f"{run.task}: {metric} is a number in {some} of {n} documents only; correct this, or choose another metric "
+                "with --metric."
             )
-        return requested
-    found = [m for m in USUAL if m in run.metrics] or [m for m in run.metrics if m.partition(",")[0] in USUAL]
-    if found:
-        return found[0]
-    if len(run.metrics) == 1:
-        return run.metrics[0]
-    raise UserError(f"{run.task} has the metrics {', '.join(run.metrics) or 'none'}; choose one with --metric.")
+    return names
+
+
+def _metric_of(run: TaskRun) -> str:
+    known = [*run.counted]
+    if not known:
+        raise UserError(f"{run.task} has {len(run.documents)} documents, and none has a metric that is a number.")
+    if (name := _usual(known) or (known[0] if len(known) == 1 else None)) is None:
+        raise UserError(f"{run.task} has the metrics {', '.join(known)}; choose one with --metric.")
+    return name
+
+
+def _usual(metrics: Sequence[str]) -> str | None:
+    """The first usual metric, also where a filter follows its name."""
+    return next(iter([m for m in USUAL if m in metrics] or [m for m in metrics if m.partition(",")[0] in USUAL]), None)
 
 
 def _compared(
@@ -188,7 +229,7 @@ def _compared(
         draws=_share(draws, second),
         draws_of_difference=_share(of_difference, second - first),
     )
-    return row, second - first, texts, bool(((first >= 0) & (first <= 1) & (second >= 0) & (second <= 1)).all())
+    return row, second - first, texts, is_share(first, second)
 
 
 def _share(draws: float | None, values: np.ndarray) -> float | None:
@@ -199,10 +240,23 @@ def _share(draws: float | None, values: np.ndarray) -> float | None:
 
 def texts_of_runs(first: Sequence[Document], second: Sequence[Document]) -> Texts:
     """Which documents share a text (or another cluster), as either run says."""
-    for documents in (first, second):
-        if all(d.cluster is not None for d in documents):
-            return Texts.keyed([str(d.cluster) for d in documents])
-    return Texts.independent(len(first))
+    return Texts.keyed(keys) if (keys := clusters_of(first, second)) else Texts.independent(len(first))
+
+
+def clusters_of(first: Sequence[Document], second: Sequence[Document]) -> list[str] | None:
+    """What each of some paired documents shares with others, as the run says that knows it of more; None: nothing is known.
+
+    A document of which it is not known shares nothing.
+    """
+    known = max(first, second, key=lambda documents: sum(d.cluster is not None for d in documents))
+    if all(d.cluster is None for d in known):
+        return None
+    return [f"of {d.cluster}" if d.cluster is not None else f"alone {d.key}" for d in known]
+
+
+def is_share(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether all values of two runs are from 0 to 1."""
+    return bool(((first >= 0) & (first <= 1) & (second >= 0) & (second <= 1)).all())
 
 
 def _corrected(rows: Sequence[RunComparison], correction: Correction) -> list[RunComparison]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from a2sf.analysis.comparisons.pairs import joined
 from a2sf.analysis.comparisons.pooled import OverModels, corrected, pool_over_tasks
-from a2sf.analysis.comparisons.runs import metric_of, texts_of_runs
+from a2sf.analysis.comparisons.runs import clusters_of, is_share, metrics_of, one_unit
 from a2sf.analysis.results.grid import AVERAGE
-from a2sf.analysis.runs.run import Document, Run, TaskRun, means, pair
+from a2sf.analysis.runs.run import Run, TaskRun, means, pair
 from a2sf.analysis.statistics.families import HOLM, Correction
 from a2sf.analysis.statistics.paired import Difference, average_difference, paired_difference
 from a2sf.analysis.statistics.pooled import Changes
@@ -56,50 +56,65 @@ def compare_runs_over_models(
         if len(pairs) < 2:
             continue
         try:
-            rows += _rows(system, reference, pairs, metric, by_documents)
+            rows += _rows(system, reference, pairs, metric, by_documents, notes)
         except UserError as error:
             notes.append(f"{system} is not pooled over models: {error}")
     return corrected(rows, correction), notes
 
 
 def _rows(
-    system: str, reference: str, pairs: dict[str, tuple[Run, Run]], metric: str | None, by_documents: bool
+    system: str,
+    reference: str,
+    pairs: dict[str, tuple[Run, Run]],
+    metric: str | None,
+    by_documents: bool,
+    notes: list[str],
 ) -> list[OverModels]:
     tasks = [t for t in next(iter(pairs.values()))[0].tasks if all(t in r.tasks for two in pairs.values() for r in two)]
     if not tasks:
         raise UserError("no task is in all runs.")
     found = {m: [_compared(a.tasks[t], b.tasks[t], metric) for t in tasks] for m, (a, b) in pairs.items()}
+    shares = {t: all(of_model[i].share for of_model in found.values()) for i, t in enumerate(tasks)}
+    averaged = len(tasks) > 1 and one_unit(shares, notes)
     rows = []
-    for i, task in enumerate([*tasks, *([AVERAGE] if len(tasks) > 1 else [])]):
+    for i, task in enumerate([*tasks, *([AVERAGE] if averaged else [])]):
         if task == AVERAGE:
             differences = {m: _average(of_model, by_documents) for m, of_model in found.items()}
-            pooled = pool_over_tasks([[c for c, *_ in of_model] for of_model in found.values()], by_documents)
+            pooled = pool_over_tasks([[c.changes for c in of_model] for of_model in found.values()], by_documents)
         else:
-            differences = {m: of_model[i][2] for m, of_model in found.items()}
-            pooled = pool_over_tasks([[of_model[i][0]] for of_model in found.values()])
+            differences = {m: of_model[i].difference for m, of_model in found.items()}
+            pooled = pool_over_tasks([[of_model[i].changes] for of_model in found.values()])
         if pooled is None:
             raise UserError(f"{task} has a single document or text, so that no error is known.")
         rows.append(OverModels(None, task, "", "", system, reference, "", differences, pooled))
     return rows
 
 
-def _compared(a: TaskRun, b: TaskRun, metric: str | None) -> tuple[Changes, Texts, Difference]:
-    matched = pair(a, b)
-    first, second = means(matched.first, metric_of(a, metric)), means(matched.second, metric_of(b, metric))
-    texts = texts_of_runs(matched.first, matched.second)
-    if texts.shared:
-        clusters = next(ds for ds in (matched.first, matched.second) if all(d.cluster is not None for d in ds))
-        keys = [str(d.cluster) for d in clusters]
-    else:
-        keys = [_key(d) for d in matched.first]
-    return Changes(second - first, keys), texts, paired_difference(second, first, texts)
+@dataclass(frozen=True)
+class _Compared:
+    """Two runs of one model on a task.
+
+    Attributes:
+        share: whether the metric is a share, from 0 to 1.
+    """
+
+    changes: Changes
+    texts: Texts
+    difference: Difference
+    share: bool
 
 
-def _average(of_model: Sequence[tuple[Changes, Texts, Difference]], by_documents: bool) -> Difference:
-    changes, texts = [c.values for c, *_ in of_model], [t for _, t, _ in of_model]
+def _compared(a: TaskRun, b: TaskRun, metric: str | None) -> _Compared:
+    matched, names = pair(a, b), metrics_of(a, b, metric)
+    first, second = means(matched.first, names[0]), means(matched.second, names[1])
+    keys = clusters_of(matched.first, matched.second)
+    texts = Texts.keyed(keys) if keys else Texts.independent(len(first))
+    if keys is None or not texts.shared:
+        keys = [d.key for d in matched.first]
+    difference = paired_difference(second, first, texts)
+    return _Compared(Changes(second - first, keys), texts, difference, is_share(first, second))
+
+
+def _average(of_model: Sequence[_Compared], by_documents: bool) -> Difference:
+    changes, texts = [c.changes.values for c in of_model], [c.texts for c in of_model]
     return average_difference(*(joined(changes, texts) if by_documents else (changes, texts)))
-
-
-def _key(document: Document) -> str:
-    """What identifies a document in the runs of all models."""
-    return document.hash or document.id or " ".join(sorted(document.texts))

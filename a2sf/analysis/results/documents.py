@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
@@ -93,8 +93,11 @@ def shared_texts(cells: Iterable[StoredCell]) -> dict[str, tuple[int, int]]:
 def texts_note(cells: Iterable[StoredCell]) -> str:
     """The note under a table whose documents share texts; "" where none do."""
     shared = shared_texts(cells)
-    if not shared:
-        return ""
+    return texts_sentence(shared) if shared else ""
+
+
+def texts_sentence(shared: Mapping[str, tuple[int, int]]) -> str:
+    """The same sentence, of a task's number of documents and of texts."""
     tasks_of: dict[tuple[int, int], list[str]] = {}
     for task, counts in shared.items():
         tasks_of.setdefault(counts, []).append(task)

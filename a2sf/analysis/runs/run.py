@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,6 +35,11 @@ class Document:
     cluster: str | None = None
     values: dict[str, list[float]] = field(default_factory=dict)
 
+    @property
+    def key(self) -> str:
+        """What identifies it in the runs of all models."""
+        return self.hash or self.id or " ".join(sorted(self.texts))
+
 
 @dataclass(frozen=True)
 class TaskRun:
@@ -45,8 +51,12 @@ class TaskRun:
     @property
     def metrics(self) -> list[str]:
         """Metrics that every document has, in their first order."""
-        counted = Counter(m for d in self.documents for m, v in d.values.items() if v)
-        return [m for m, n in counted.items() if n == len(self.documents)]
+        return [m for m, n in self.counted.items() if n == len(self.documents)]
+
+    @property
+    def counted(self) -> Counter[str]:
+        """Metric -> how many documents have a number of it."""
+        return Counter(m for d in self.documents for m, v in d.values.items() if v)
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class Run:
         tasks: by name.
         model: None where it is not known.
         system: what was run with the model (policy, budget, …), the same in every model.
+        notes: what is to be said of how it was read, one sentence each.
     """
 
     label: str
@@ -66,6 +77,7 @@ class Run:
     tasks: Mapping[str, TaskRun]
     model: str | None = None
     system: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,10 +107,22 @@ def texts_to_match(values: Iterable[Any]) -> frozenset[str]:
     return frozenset(t for t in made if len(t) >= LEAST_TEXT)
 
 
+def number_of(value: Any) -> float | None:
+    """A value of a metric; None if it is not a number, or NaN."""
+    return float(value) if isinstance(value, bool | int | float) and value == value else None
+
+
+def field_of(document: Any, name: str | None) -> str | None:
+    """The field of a document that dependent documents share, as a key; None if it has none."""
+    found = document.get(name) if name is not None and isinstance(document, Mapping) else None
+    return None if found is None else json.dumps(found, sort_keys=True, default=str)
+
+
 def pair(a: TaskRun, b: TaskRun) -> Paired:
     """Match the documents of a task in two runs: by hash if both have one, else by sample id, else by a common text.
 
-    A key that several documents of a run have is matched in the order in which they come.
+    A key that several documents of a run have is matched in the order in which they come. Sample ids are often just numbers,
+    so they count only if the documents with equal ids have a text in common.
 
     Raises:
         UserError: if no document has a partner.
@@ -106,12 +130,19 @@ def pair(a: TaskRun, b: TaskRun) -> Paired:
     for by, key in (("doc_hash", "hash"), ("sample id", "id")):
         if all(getattr(d, key) is not None for d in (*a.documents, *b.documents)):
             found = _matched(a, b, [getattr(d, key) for d in a.documents], [getattr(d, key) for d in b.documents])
-            if found:
+            if found and (key == "hash" or _same_questions(a, b, found)):
                 return _paired(a, b, found, by)
     found = _by_text(a, b)
     if not found:
         raise UserError(f"{a.task}: no document of one run is in the other, by hash, sample id or text.")
     return _paired(a, b, found, "text")
+
+
+def _same_questions(a: TaskRun, b: TaskRun, found: Sequence[tuple[int, int]]) -> bool:
+    """Whether matched documents have a text in common; where none has a text, whether the tasks have one name."""
+    texts = [(a.documents[i].texts, b.documents[j].texts) for i, j in found]
+    known = [bool(one & other) for one, other in texts if one and other]
+    return all(known) if known else a.task == b.task
 
 
 def _matched(a: TaskRun, b: TaskRun, keys_a: list[str], keys_b: list[str]) -> list[tuple[int, int]]:

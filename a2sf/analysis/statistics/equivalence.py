@@ -14,7 +14,7 @@ import numpy as np
 from scipy import special
 
 from a2sf.analysis.statistics.families import ALPHA
-from a2sf.analysis.statistics.paired import Difference, is_binary, standard_error
+from a2sf.analysis.statistics.paired import NO_SPREAD, Difference, is_binary, one_sided_p, standard_error
 from a2sf.analysis.statistics.texts import Texts
 
 
@@ -59,7 +59,7 @@ def within_margin(first: np.ndarray, second: np.ndarray, margin: float, texts: T
 
     If documents are right or wrong, and independent: Tango's score test (1998, Statistics in Medicine 17, 891), which keeps
     its level if few answers differ. Else Student's t of the paired difference, with cluster-robust errors if documents share
-    texts.
+    texts; if they do not, the bootstrap-t as well, and the larger of both p-values counts.
 
     Args:
         first, second: the metric of each document, [n].
@@ -89,6 +89,10 @@ def average_within_margin(changes: Sequence[np.ndarray], texts: Sequence[Texts],
     error = max(error, _least_error(changes, texts, margin))
     free = sum(t.number for t in texts) - len(texts)
     worse, better = (float(special.stdtr(free, (sign * value - margin) / error)) for sign in (-1, 1))
+    if not any(t.shared for t in texts) and error > NO_SPREAD * abs(value):
+        # skewed differences: the larger of both p-values keeps the level
+        worse = max(worse, one_sided_p(changes, value + margin, error))
+        better = max(better, one_sided_p([-c for c in changes], margin - value, error))
     return Within(margin, worse, better)
 
 

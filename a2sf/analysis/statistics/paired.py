@@ -16,9 +16,9 @@ import numpy as np
 from scipy import optimize, special
 
 # scipy.stats and statsmodels, which take a second to import, are imported where they are used: a sweep's table needs neither
+from a2sf.analysis.statistics.power import POWER, smallest_average
 from a2sf.analysis.statistics.texts import CONFIDENCE, Texts, Z, tail_of
 
-POWER = 0.8
 RESAMPLES = 2000
 """Bootstrap resamples behind an interval."""
 SIGN_FLIPS = 100_000
@@ -123,16 +123,17 @@ def average_difference(changes: Sequence[np.ndarray], texts: Sequence[Texts] | N
     changes = [np.asarray(c, float) for c in changes]
     texts = [Texts.independent(len(c)) for c in changes] if texts is None else texts
     binary = all(is_binary(abs(c)) for c in changes)
-    gained = lost = None
+    gained = lost = detectable = None
     if binary:
         gained, lost = (int(sum((sign * c > 0).sum() for c in changes)) for sign in (1, -1))
+        detectable = _detectable_average(changes, texts)
     if binary or any(t.shared for t in texts):
         low, high = _bootstrap_interval(changes, texts)
         p = _sign_flip_p(changes, texts)
     else:
         low, high, p = _bootstrap_t(changes)
     value = float(np.mean([c.mean() for c in changes]))
-    return Difference(sum(map(len, changes)), value, low, high, p, gained, lost)
+    return Difference(sum(map(len, changes)), value, low, high, p, gained, lost, detectable)
 
 
 def mcnemar_p(gained: int, lost: int) -> float:
@@ -179,6 +180,15 @@ def detectable_difference(n: float, discordance: float, critical: float = Z) -> 
         return n * delta**2 - (critical * math.sqrt(flips) + z_power * math.sqrt(flips - delta**2)) ** 2
 
     return float(optimize.brentq(surplus, 1e-9, 1.0)) if surplus(1.0) > 0 else 1.0
+
+
+def _detectable_average(changes: Sequence[np.ndarray], texts: Sequence[Texts]) -> float:
+    """The smallest difference of the average that these documents show, given how many answers flipped; 1 if none does."""
+    documents = [len(c) * t.effective_share(c) for c, t in zip(changes, texts, strict=True)]
+    free = sum(t.number for t in texts) - len(texts)
+    shared = any(t.shared for t in texts)
+    level = 2 * float(special.ndtr(special.stdtrit(free, 0.5 - CONFIDENCE / 2))) if shared and free else 1 - CONFIDENCE
+    return smallest_average(documents, [float(abs(c).mean()) for c in changes], level) or 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -241,6 +251,25 @@ def _bootstrap_t(changes: Sequence[np.ndarray]) -> tuple[float, float, float]:
     if not error > NO_SPREAD * abs(value):  # all documents of a task changed equally: only the signs can be tested
         exact = len(changes) == 1 and value
         return value, value, 2.0 ** (1 - len(changes[0])) if exact else _sign_flip_p(changes, texts)
+    means, deviations = _resampled_t(changes, error)
+    drawn = abs(means) / deviations
+    drawn[np.isnan(drawn)] = math.inf  # a resampling without spread counts as at least as extreme
+    measured = abs(value) / error
+    p = float((1 + (drawn >= measured).sum()) / (1 + RESAMPLES))
+    far, critical = (float(np.quantile(drawn, q, method="higher")) for q in (1 - FAR, CONFIDENCE))
+    if p < FAR and math.isfinite(far):  # few resamplings are as far out: Student's t, scaled to agree at 1 %
+        free = _degrees(parts, changes)
+        p = 2 * float(special.stdtr(free, float(special.stdtrit(free, FAR / 2)) * measured / far))
+    if math.isinf(critical):  # at most two documents differ from the rest
+        return *interval(means * error + value, tail_of(texts, expanded=True)), p
+    return value - critical * error, value + critical * error, p
+
+
+def _resampled_t(changes: Sequence[np.ndarray], error: float) -> tuple[np.ndarray, np.ndarray]:
+    """[RESAMPLES] each: distances of the resamplings' means from the mean of all documents, over `error`, and their errors.
+
+    The error of a resampling without spread is NaN.
+    """
     means, variances = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
     for task, change in enumerate(changes):
         off = (change - change.mean()) / error / len(changes)
@@ -248,19 +277,45 @@ def _bootstrap_t(changes: Sequence[np.ndarray]) -> tuple[float, float, float]:
         mean = weights @ off.astype(np.float32)
         means += mean
         variances += (weights @ (off**2).astype(np.float32) - mean**2) / (len(change) - 1)
-    known = variances > NO_SPREAD
-    drawn = np.full(RESAMPLES, math.inf)  # a resampling without spread counts as at least as extreme
-    drawn[known] = abs(means[known]) / np.sqrt(variances[known])
-    measured = abs(value) / error
+    return means, np.sqrt(np.where(variances > NO_SPREAD, variances, math.nan))
+
+
+def _degrees(parts: Sequence[float], changes: Sequence[np.ndarray]) -> float:
+    """Welch and Satterthwaite's degrees of freedom; for one task n - 1.
+
+    Args:
+        parts: of each task, its part of the squared error.
+    """
+    return sum(parts) ** 2 / sum(v**2 / (len(c) - 1) for v, c in zip(parts, changes, strict=True))
+
+
+def one_sided_p(changes: Sequence[np.ndarray], distance: float, error: float) -> float:
+    """How likely it is that the mean over tasks of independent documents lies so far above its true value: bootstrap-t.
+
+    Differences may be skewed, so that a large mean is likelier than Student's t says.
+
+    Args:
+        changes: for each task, one value per document, at least two.
+        distance: of the mean from its assumed true value; above 0 if it is larger.
+        error: standard error that the distance is divided by, above 0.
+
+    Returns:
+        0 where all documents of each task are equal, so that resampling says nothing.
+    """
+    parts = [float(c.var(ddof=1)) / len(c) / len(changes) ** 2 for c in changes]
+    own = math.sqrt(sum(parts))
+    if not own > 0:
+        return 0.0
+    means, deviations = _resampled_t(changes, own)
+    drawn = means / deviations
+    drawn[np.isnan(drawn)] = math.inf
+    measured = distance / error
     p = float((1 + (drawn >= measured).sum()) / (1 + RESAMPLES))
-    far, critical = (float(np.quantile(drawn, q, method="higher")) for q in (1 - FAR, CONFIDENCE))
+    far = float(np.quantile(drawn, 1 - FAR, method="higher"))
     if p < FAR and math.isfinite(far):  # few resamplings are as far out: Student's t, scaled to agree at 1 %
-        # Welch and Satterthwaite's degrees of freedom; for one task n - 1
-        free = sum(parts) ** 2 / sum(v**2 / (len(c) - 1) for v, c in zip(parts, changes, strict=True))
-        p = 2 * float(special.stdtr(free, float(special.stdtrit(free, FAR / 2)) * measured / far))
-    if math.isinf(critical):  # at most two documents differ from the rest
-        return *interval(means * error + value, tail_of(texts, expanded=True)), p
-    return value - critical * error, value + critical * error, p
+        free = _degrees(parts, changes)
+        p = float(special.stdtr(free, float(special.stdtrit(free, FAR)) * measured / far))
+    return p
 
 
 def _sign_flip_p(changes: Sequence[np.ndarray], texts: Sequence[Texts]) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -113,7 +113,16 @@ def pool_tasks(tasks: Sequence[Sequence[Changes]]) -> Pooled:
         values += weight * np.array([m.values.mean() for m in models])
         covariance += weight**2 * covariance_of(models)
     free = sum(min(m.texts.number for m in models) - 1 for models in tasks)
-    return pool(values, covariance, free)
+    pooled = pool(values, covariance, free)
+    right_or_wrong = all(np.isin(m.values, (-1.0, 0.0, 1.0)).all() for models in tasks for m in models)
+    return _within_one(pooled) if right_or_wrong else pooled
+
+
+def _within_one(pooled: Pooled) -> Pooled:
+    """The same with intervals inside of what a difference of shares can be."""
+    ends = ("here_low", "here_high", "low", "high", "next_low", "next_high")
+    known = {end: value for end in ends if (value := getattr(pooled, end)) is not None}
+    return replace(pooled, **{end: min(1.0, max(-1.0, value)) for end, value in known.items()})
 
 
 def covariance_of(models: Sequence[Changes]) -> np.ndarray:

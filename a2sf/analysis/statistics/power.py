@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy import optimize, special
 
-from a2sf.analysis.statistics.paired import POWER
-
+POWER = 0.8
 MOST_DOCUMENTS = 10**8
 """Beyond so many documents a number is not given."""
 UNLIKELY = 1e-12
@@ -85,7 +84,7 @@ def documents_needed(difference: float, flips: float, level: float = 0.05) -> in
     return high
 
 
-def smallest_average(documents: Sequence[int], flips: Sequence[float], level: float = 0.05) -> float | None:
+def smallest_average(documents: Sequence[float], flips: Sequence[float], level: float = 0.05) -> float | None:
     """The smallest difference of the unweighted average over tasks that is found with 80 % power; None: none is.
 
     By the normal distribution (Connor's formula, 1987, for the mean over tasks), with the same difference in each task.

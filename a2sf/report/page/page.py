@@ -31,7 +31,7 @@ from a2sf.store.runs import finished_cells, is_cell, settings_of
 
 HERE = Path(__file__).parent
 SCORES = ("value", "low", "high", "stderr", "lm_eval_stderr")
-SCRIPTS = ("charts.js", "documents.js", "report.js")
+SCRIPTS = ("tables.js", "charts.js", "documents.js", "report.js")
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 
 import pandas as pd
+from rich.cells import cell_len
+from rich.console import Group
 from rich.table import Table as Grid
 from rich.text import Text
 
 from a2sf.analysis.comparisons.runs import ComparedRuns
 from a2sf.analysis.results.labels import DASH
 from a2sf.analysis.statistics.families import how_of_all
-from a2sf.report.tables.cells import interval, number
+from a2sf.report.tables.cells import interval, margin_text, number
 from a2sf.report.tables.summaries import p_text
 from a2sf.report.tables.text import TextTable
 
@@ -22,13 +24,16 @@ LEGEND = (
     "Detectable: the smallest difference that these documents show with 80 % power."
 )
 MARGIN = (
-    " Within {margin} points: whether the difference is shown to be smaller than the margin, either way (two one-sided "
+    " Within {margin}: whether the difference is shown to be smaller than the margin, either way (two one-sided "
     "paired tests, α = 0.05, {how}): yes, not shown, or no (shown to be larger)."
 )
 DRAWS = (
     " Draws: share of the squared standard error of the run's mean, and of the difference, that comes from drawing answers "
     "at random; the rest comes from the choice of documents."
 )
+
+WIDEST = 13
+"""Characters that a column of a block on the screen has at least, if its texts need them."""
 
 
 def comparison_table(made: ComparedRuns) -> TextTable:
@@ -42,7 +47,7 @@ def comparison_table(made: ComparedRuns) -> TextTable:
             "Task": r.task,
             "Run": r.run,
             "n": str(d.n),
-            made.reference: number(r.reference, percent),
+            _reference(made.reference): number(r.reference, percent),
             "Value": number(r.value, percent),
             "Difference": number(d.value, percent, signed=True),
             "95 % interval": interval(d.low, d.high, percent),
@@ -52,7 +57,7 @@ def comparison_table(made: ComparedRuns) -> TextTable:
             "Detectable": number(d.detectable, percent),
         }
         if margins:
-            row[_within(min(margins), percent)] = r.verdict
+            row[f"Within {margin_text(min(margins), percent)}"] = r.verdict
         if any(x.draws is not None for x in made.rows):
             row["Draws"] = _percent(r.draws)
             row["Draws of difference"] = _percent(r.draws_of_difference)
@@ -60,7 +65,7 @@ def comparison_table(made: ComparedRuns) -> TextTable:
     legend = LEGEND.format(reference=made.reference, how=how_of_all([r.adjusted for r in made.rows if r.adjusted]))
     if margins:
         how = how_of_all([r.equivalent for r in made.rows if r.equivalent])
-        legend += MARGIN.format(margin=f"{100 * min(margins):g}", how=how)
+        legend += MARGIN.format(margin=margin_text(min(margins), percent), how=how)
     if any(r.draws is not None for r in made.rows):
         legend += DRAWS
     metric = ", ".join(dict.fromkeys(made.metrics.values()))
@@ -68,16 +73,17 @@ def comparison_table(made: ComparedRuns) -> TextTable:
     return TextTable(title, pd.DataFrame(rows), legend, words=("Task", "Run", "95 % interval"))
 
 
+def _reference(label: str) -> str:
+    """Heading of the first run's column, which no other column has."""
+    return f"{label} (first run)" if label in ("Task", "Run", "n", "Value", "Difference", "Gained", "Lost") else label
+
+
 def _percent(share: float | None) -> str:
     return DASH if share is None else f"{100 * share:.0f} %"
 
 
-def _within(margin: float, percent: bool) -> str:
-    return f"Within {100 * margin if percent else margin:g}"
-
-
-def screen_of(table: TextTable) -> Grid:
-    """The same for a terminal of 80 columns: a block for each run, and short headings."""
+def screen_of(table: TextTable) -> Group:
+    """The same for a terminal of 80 columns: a block for each run below its name, and short headings."""
     frame, reference = table.frame, table.frame.columns[3]
     head = str(next(c for c in frame if str(c).startswith("p (")))
     columns = {
@@ -92,14 +98,22 @@ def screen_of(table: TextTable) -> Grid:
         "detec-\ntable": frame["Detectable"],
     }
     columns |= {head.replace(" ", "\n"): frame[head] for head in frame.columns[11:]}
-    grid = Grid(title=table.title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="bold")
-    for head in columns:
-        grid.add_column(head, justify="left" if head == "Task" else "right", overflow="fold")
-    for run in dict.fromkeys(frame["Run"]):
-        grid.add_row(Text(str(run), style="bold", no_wrap=True, overflow="ellipsis"))
-        for row in pd.DataFrame(columns)[frame["Run"] == run].to_numpy().tolist():
+    shown = pd.DataFrame(columns)
+    widths = [max(cell_len(line) for text in (h, *map(str, shown[h])) for line in text.split("\n")) for h in columns]
+
+    def block(rows: list[list[str]], heading: bool = False) -> Grid:
+        grid = Grid(box=None, padding=(0, 1, 0, 0), header_style="bold", show_header=heading)
+        for head, width in zip(columns, widths, strict=True):
+            justify = "left" if head == "Task" else "right"
+            grid.add_column(head, justify=justify, overflow="fold", min_width=min(width, WIDEST))
+        for row in rows:
             grid.add_row(*map(str, row))
-    return grid
+        return grid
+
+    parts: list[Grid | Text] = [Text(table.title, style="italic"), block([], heading=True)]
+    for run in dict.fromkeys(frame["Run"]):
+        parts += [Text(str(run), style="bold"), block(shown[frame["Run"] == run].to_numpy().tolist())]
+    return Group(*parts)
 
 
 def frame_of(made: ComparedRuns) -> pd.DataFrame:

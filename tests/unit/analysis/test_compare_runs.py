@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from a2sf.analysis.statistics.paired import holm, mcnemar_p
 from a2sf.analysis.statistics.texts import Texts
 from a2sf.commands import compare
 from a2sf.errors import ConfigError, UserError
+from a2sf.report.tables.runs import comparison_table
 from a2sf.store.archive import read_sweep
 from tests.sweep_fixture import Plan, write_sweep
 
@@ -203,7 +206,38 @@ def test_the_command_writes_tables(tmp_path, capsys):
     assert max(map(len, said.splitlines()[:8])) <= 80
     assert "| sums | pruned | 40 |" in (tmp_path / "out" / "compare.md").read_text()
     assert r"\toprule" in (tmp_path / "out" / "compare.tex").read_text()
-    assert len((tmp_path / "out" / "compare.csv").read_text().splitlines()) == 4
+    frame = pd.read_csv(tmp_path / "out" / "compare.csv")
+    assert len(frame) == 3
+    assert frame["detectable"].between(0.05, 0.5).all()  # also of the average
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "<title>Runs against full</title>" in page
+    assert page.count("<svg") == 1  # the differences with their intervals
+    assert page.count("Holm-corrected over the 3 tests of this table") == 2
+    assert "<dt>pruned</dt>" in page
+    assert (tmp_path / "out" / "differences.png").is_file()
+
+
+def test_no_model_and_no_torch_are_imported(tmp_path):
+    for name, seed in (("full", 1), ("pruned", 2), ("full2", 3), ("pruned2", 4)):
+        lm_eval_file(tmp_path / name, answers(0.7, seed))
+    names = ["full", "pruned", "full2", "pruned2"]
+    code = (
+        "import sys; from a2sf.commands import compare; "
+        f"compare.main({[*names, '--labels', 'a,b,a,b', '--models', 'x,x,y,y', '--margin', '5', '--out', 'out']}); "
+        "print('loaded', sorted({'torch', 'transformers', 'lm_eval', 'datasets'} & set(sys.modules)))"
+    )
+    made = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert made.stdout.splitlines()[-1] == "loaded []"
+    assert (tmp_path / "out" / "forest.svg").is_file()
+
+
+def test_a_run_may_be_called_as_a_column(tmp_path):
+    for name in ("Value", "b"):
+        lm_eval_file(tmp_path / name, answers(0.7, len(name)))
+    made = compare_runs([run for name in ("Value", "b") for run in read_runs(tmp_path / name)])
+    frame = comparison_table(made).frame
+    assert frame["Value (first run)"][0] == f"{100 * answers(0.7, 5).mean():.1f}"
+    assert frame["Value"][0] == f"{100 * answers(0.7, 1).mean():.1f}"
 
 
 def test_the_family_and_the_method_of_correction_are_chosen_and_said(tmp_path, monkeypatch, capsys):

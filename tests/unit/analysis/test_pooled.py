@@ -234,3 +234,12 @@ def test_a_published_mean_over_models(sweeps: list[Path]) -> None:
     (not_run,) = check_over_models(None, published=figures)
     assert not_run.verdict is Verdict.NOT_RUN
     assert not_run.published == claim.published
+
+
+def test_intervals_of_shares_end_where_a_difference_of_shares_does():
+    keys = [str(i) for i in range(40)]
+    up, down = np.repeat([1.0, 0.0], 20), np.repeat([0.0, -1.0], 20)
+    found = pool_tasks([[Changes(up, keys), Changes(down, keys)]])
+    assert (found.low, found.high) == (-1.0, 1.0)  # Student's t of one degree of freedom is 12.7
+    numbers = pool_tasks([[Changes(3 * up, keys), Changes(3 * down, keys)]])
+    assert numbers.high > 1

@@ -51,9 +51,10 @@ def test_intervals_cover_and_tests_keep_their_level_but_for_what_the_page_says(s
     for (what, case), (coverage, level) in simulated.items():
         if coverage:
             # "more than 97 %" is said of few models and of early stopping, and of few flips
-            assert float(coverage.split()[0]) >= 92.0, (what, case)
-        if level and "average of another metric" not in what:  # the page gives its level
-            assert float(level.split()[0]) <= 6.5, (what, case)
+            skewed = "closeness" in what and case.startswith("30 ")  # the page gives its coverage
+            assert float(coverage.split()[0]) >= (91.0 if skewed else 92.0), (what, case)
+        if level:  # "another metric": the page says that skewed ones reject in up to 7 %
+            assert float(level.split()[0]) <= (7.0 if "another metric" in what else 6.5), (what, case)
 
 
 def test_simulations_are_the_same_every_time(simulated):

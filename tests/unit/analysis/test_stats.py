@@ -22,6 +22,7 @@ from a2sf.analysis.statistics.paired import (
     paired_difference,
     standard_error,
 )
+from a2sf.analysis.statistics.texts import Texts
 
 
 def answers(gained: int, lost: int, both: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
@@ -197,6 +198,32 @@ def test_detectable_difference_has_its_power() -> None:
     kinds, counts = np.unique(drawn[:, :2], axis=0, return_counts=True)
     power = np.average([mcnemar_p(int(g), int(l)) <= 0.05 for g, l in kinds], weights=counts)
     assert power == pytest.approx(0.8, abs=0.04)
+
+
+def test_detectable_difference_of_an_average_has_its_power() -> None:
+    """Of tasks with other numbers of documents and flips; of one task it is nearly that of the task."""
+    rng = np.random.default_rng(0)
+    sizes, flips = (160, 80), (0.1, 0.3)
+    exact = [
+        np.array([1.0] * round(n * f / 2) + [-1.0] * round(n * f / 2) + [0.0] * round(n * (1 - f)))
+        for n, f in zip(sizes, flips, strict=True)
+    ]
+    delta = average_difference(exact).detectable
+    assert delta is not None
+
+    def found() -> bool:
+        p = [[(f + delta) / 2, (f - delta) / 2, 1 - f] for f in flips]
+        return (
+            average_difference([rng.choice([1.0, -1.0, 0.0], n, p=q) for n, q in zip(sizes, p, strict=True)]).p <= 0.05
+        )
+
+    assert np.mean([found() for _ in range(400)]) == pytest.approx(0.8, abs=0.06)
+    one = average_difference(exact[:1]).detectable
+    assert one == pytest.approx(detectable_difference(160, 0.1), rel=0.01)
+    in_texts = average_difference(exact, [Texts(np.arange(len(c)) // 4) for c in exact]).detectable
+    assert in_texts is not None
+    assert in_texts > 1.5 * delta  # flips of one kind are next to each other
+    assert average_difference([np.array([0.3, -0.1, 0.0])]).detectable is None
 
 
 def test_detectable_difference_shrinks_with_documents_and_grows_with_flips() -> None:

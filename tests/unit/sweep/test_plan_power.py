@@ -74,6 +74,7 @@ def test_the_users_flips_count_before_those_of_results():
 
 def test_a_plan_shows_what_its_documents_detect():
     text = shown(of("full", "h2o", "a2sf", "snapkv", limit=60), PowerSettings(detect=5.0))
+    assert "Documents for 5 points: with 80 % power at the corrected level." in " ".join(text.split())
     row = next(line.split() for line in text.splitlines() if line.strip().startswith("copa"))
     needed = documents_needed(0.05, 0.15, 0.05 / 4)
     assert row == [
