@@ -208,6 +208,10 @@ def _compared(
     a: TaskRun, b: TaskRun, names: tuple[str, str], label: str, margin: float | None, made: ComparedRuns
 ) -> tuple[RunComparison, np.ndarray, Texts, bool]:
     found = pair(a, b)
+    for name in sorted(a.settings.keys() & b.settings.keys()):
+        first, second = a.settings[name], b.settings[name]
+        if first != second:
+            made.notes.append(f"{label}, {a.task}: different {name}: {first} in {made.reference}, {second} in {label}.")
     if found.only_first or found.only_second:
         made.notes.append(
             f"{label}, {a.task}: {len(found.first)} documents are compared, matched by {found.by}; without a partner are "

@@ -42,7 +42,19 @@ def run_of_samples(path: Path, cluster: str | None = None) -> Run:
 
 
 def _run(label: str, source: Path, files: Mapping[str, Path], cluster: str | None, notes: tuple[str, ...] = ()) -> Run:
-    return Run(label, str(source), {t: TaskRun(t, _documents(f, cluster)) for t, f in files.items()}, notes=notes)
+    tasks = {t: TaskRun(t, _documents(f, cluster), _settings(t, f)) for t, f in files.items()}
+    return Run(label, str(source), tasks, notes=notes)
+
+
+def _settings(task: str, samples: Path) -> dict[str, Any]:
+    """Shots and version of a task, from the results that lm-eval writes beside its samples, if they are there."""
+    match = SAMPLES.fullmatch(samples.name)
+    file = samples.with_name(f"results_{match['time']}.json") if match else samples
+    if match is None or not file.exists():
+        return {}
+    results = json.loads(file.read_text(encoding="utf-8"))
+    known = {"shots": results.get("n-shot", {}).get(task), "task version": results.get("versions", {}).get(task)}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def _documents(file: Path, cluster: str | None) -> tuple[Document, ...]:

@@ -109,7 +109,7 @@ def _of_ours(cells: Sequence[StoredCell], path: Path) -> list[Run]:
         Run(
             label,
             str(path),
-            {t: TaskRun(t, tuple(_our_documents(c))) for t, c in tasks.items()},
+            {t: TaskRun(t, tuple(_our_documents(c)), _our_settings(c)) for t, c in tasks.items()},
             model=names[label][1],
             system=names[label][0],
         )
@@ -119,6 +119,12 @@ def _of_ours(cells: Sequence[StoredCell], path: Path) -> list[Run]:
 
 def _setting(stored: StoredCell, name: str) -> Any:
     return schedule_of(stored.cell) or "step" if name == "schedule" else stored.cell.get(name)
+
+
+def _our_settings(stored: StoredCell) -> dict[str, Any]:
+    version = stored.cell.get("identity", {}).get("task_version")
+    known = {"shots": stored.cell.get("shots"), "task version": version}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def _our_documents(stored: StoredCell) -> Iterator[Document]:

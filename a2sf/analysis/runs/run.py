@@ -43,10 +43,15 @@ class Document:
 
 @dataclass(frozen=True)
 class TaskRun:
-    """The documents of one task in one run."""
+    """The documents of one task in one run.
+
+    Attributes:
+        settings: of the task, by what they are called in a sentence (shots, task version); without what is not known.
+    """
 
     task: str
     documents: tuple[Document, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def metrics(self) -> list[str]:

@@ -104,8 +104,9 @@ def screen_of(table: TextTable) -> Group:
     def block(rows: list[list[str]], heading: bool = False) -> Grid:
         grid = Grid(box=None, padding=(0, 1, 0, 0), header_style="bold", show_header=heading)
         for head, width in zip(columns, widths, strict=True):
-            justify = "left" if head == "Task" else "right"
-            grid.add_column(head, justify=justify, overflow="fold", min_width=min(width, WIDEST))
+            grid.add_column(
+                head, justify="left" if head == "Task" else "right", overflow="fold", min_width=min(width, WIDEST)
+            )
         for row in rows:
             grid.add_row(*map(str, row))
         return grid

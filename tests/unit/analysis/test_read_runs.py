@@ -235,3 +235,16 @@ def test_the_screen_shows_the_whole_name_of_each_run(tmp_path, capsys):
     said = capsys.readouterr().out
     assert names[1] in said.splitlines()
     assert names[2] in said.splitlines()
+
+
+def test_runs_with_different_shots_or_task_versions_are_named(tmp_path):
+    """lm-eval's results file beside the samples says them."""
+    runs = []
+    for shots, version in ((0, 1.0), (5, 2.0)):
+        file = lm_eval_file(tmp_path / f"shots{shots}", answers(0.8, 1))
+        results = {"n-shot": {"sums": shots}, "versions": {"sums": version}}
+        file.with_name(file.name.replace("samples_sums", "results").removesuffix("l")).write_text(json.dumps(results))
+        runs += read_runs(file.parent)
+    notes = compare_runs(runs).notes
+    assert "shots5, sums: different shots: 0 in shots0, 5 in shots5." in notes
+    assert "shots5, sums: different task version: 1.0 in shots0, 2.0 in shots5." in notes
