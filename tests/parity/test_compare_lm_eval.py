@@ -66,6 +66,7 @@ def test_two_runs_of_lm_eval_with_a_real_model(tmp_path_factory):
 def test_two_runs_of_lm_eval_with_different_limits(theirs):
     *_, places = theirs
     runs = [run for limit in (4, 6) for run in read_runs(places[limit])]
+    assert all(run.tasks["own_two"].settings["shots"] == 0 for run in runs)  # from its results file
     (row,) = compare_runs(runs).rows
     assert row.difference.n == 4  # which both have
     assert row.difference.value == 0.0
