@@ -3,9 +3,9 @@
 Paper: Qin et al., 2025 (arXiv 2503.12491). With the attention `A` of the last `window` queries to the tokens before
 them, `H = - sum A log A` and `V = sum Var(A over the queries)`, a layer's slots are in proportion to `H^(1/tau1)
 V^(1/tau2)`; each layer retains its window and the tokens with the largest `mean(A) + gamma Var(A)`, averaged over
-`kernel` neighbours. Deviations: the prompt is read once more beforehand for the layers' shares, instead of a cut in
-cascades (with the same result); scores are means over the group; if the schedule continues step by step, tokens are
-ranked by the last queries then, without their neighbours.
+`kernel` neighbours. Deviations: all layers are cut once the prompt was read, instead of in cascades (with the same result);
+scores are means over the group; if the schedule continues step by step, tokens are ranked by the last queries then, without
+their neighbours.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from a2sf.errors import ConfigError
 from a2sf.policies.base import Policy, Retention, check_tokens
-from a2sf.policies.prepared import LayerRead, Prepared, Reader
+from a2sf.policies.prepared import LayerRead, Prepared
 from a2sf.policies.rule import Rule, Step
 
 
@@ -61,17 +61,17 @@ class CAKE(Policy):
     def retention(self, budget: int, layer: int) -> Retention:
         return Retention(budget=budget, recent=min(self.window, budget), rule=Rule(scored=False))
 
-    def prepare(self, model: Reader, tokens: list[int]) -> Prepared:
-        def share(read: LayerRead) -> float:
-            first = max(0, len(tokens) - self.window)
-            if first == 0:
-                return 0.0  # no token before the window: nothing to prefer a layer for
-            attention = read.attention(first)[..., :first].double()  # what the window pays to the tokens before it
-            entropy = -(attention * attention.clamp(min=1e-10).log()).sum()
-            variance = attention.var(2).sum() if attention.shape[2] > 1 else attention.sum() * 0
-            return float(entropy ** (1 / self.tau1) * variance ** (1 / self.tau2))
+    def look(self, read: LayerRead) -> float:
+        first = max(0, read.key.shape[1] - self.window)
+        if first == 0:
+            return 0.0  # no token before the window: nothing to prefer a layer for
+        attention = read.attention(first)[..., :first].double()  # what the window pays to the tokens before it
+        entropy = -(attention * attention.clamp(min=1e-10).log()).sum()
+        variance = attention.var(2).sum() if attention.shape[2] > 1 else attention.sum() * 0
+        return float(entropy ** (1 / self.tau1) * variance ** (1 / self.tau2))
 
-        return Prepared(shares=tuple(model.read(tokens, share)), least=self.window)
+    def conclude(self, found: list[float]) -> Prepared:
+        return Prepared(shares=tuple(found), least=self.window)
 
     def priorities(self, step: Step) -> Tensor:
         attention = step.attention

@@ -5,9 +5,8 @@ logarithm of a score for each token and key/value head from what the layer's att
 times the length of the projected value over that of the query's hidden state (KVzip+). Tokens below a threshold are
 evicted, except the newest `window` (128 in the paper). Gates belong to one model; on the hub they are `nvidia/KVzap-mlp-
 NAME` and `nvidia/KVzap-linear-NAME`. Deviations: without a `threshold`, the best tokens of the whole model are retained, as
-a threshold of the prompt's own would retain them; scores are computed in float32; the prompt is read once more beforehand,
-while the authors compute scores in the same pass; tokens after the prompt get no score and are retained. The published
-gates were never run with this code, only random gates of the same format.
+a threshold of the prompt's own would retain them; scores are computed in float32; tokens after the prompt get no score and
+are retained. The published gates were never run with this code, only random gates of the same format.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from a2sf.errors import ConfigError
 from a2sf.policies.base import Policy, Retention, check_tokens
-from a2sf.policies.prepared import LayerRead, Numbers, Prepared, Reader
+from a2sf.policies.prepared import LayerRead, Numbers, Prepared
 from a2sf.policies.rule import Cut, Rule, Step
 from baselines.gates import ALLOWED, KEY, Gates, find_gates
 
@@ -108,12 +107,7 @@ class KVzap(Policy):
         rule = Rule(scored=False, cut=None if self.equal_slots else Cut(floor=0.0))
         return Retention(budget=budget, recent=min(self.window, budget), rule=rule)
 
-    def prepare(self, model: Reader, tokens: list[int]) -> Prepared:
-        numbers = tuple(map(Numbers, model.read(tokens, self.scores)))
-        divides = self.threshold is None and not self.equal_slots
-        return Prepared(numbers, by_numbers=divides, least=max(1, self.window), recent=self.window)
-
-    def scores(self, read: LayerRead) -> Tensor:
+    def look(self, read: LayerRead) -> Tensor:
         """The scores [K, T] of a layer's tokens, in the dtype of its keys."""
         assert read.hidden is not None
         hidden = read.hidden.to(read.key)
@@ -123,6 +117,10 @@ class KVzap(Policy):
             return weight.to(hidden) @ hidden.T * hidden.shape[-1] ** -0.5
         self.check_hidden(hidden.shape[-1])
         return self.found.scores(read.layer, hidden)
+
+    def conclude(self, found: list[Tensor]) -> Prepared:
+        divides = self.threshold is None and not self.equal_slots
+        return Prepared(tuple(map(Numbers, found)), by_numbers=divides, least=max(1, self.window), recent=self.window)
 
     def priorities(self, step: Step) -> Tensor:
         assert step.prepared is not None, "no scores were prepared for the prompt"

@@ -3,8 +3,7 @@
 Paper: Zhang et al., 2024 (arXiv 2410.13846). A layer is lazy if the last query pays at least `threshold` of its attention,
 mean over heads, to the first `sinks` and the newest `recent` tokens. A lazy layer retains these alone. Deviations: the sum
 of slots is that of equal budgets, so that the other layers retain all tokens only if the slots suffice; else the first and
-the newest. The prompt is read once more beforehand, since a layer's slots depend on all layers. The paper's `recent` is
-1024, for contexts of many thousand tokens.
+the newest. The paper's `recent` is 1024, for contexts of many thousand tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from a2sf.policies.base import check_share, check_tokens
-from a2sf.policies.prepared import LayerRead, Prepared, Reader
+from a2sf.policies.prepared import LayerRead, Prepared
 from baselines.streaming import Streaming
 
 
@@ -39,10 +38,12 @@ class SimLayerKV(Streaming):
         check_tokens("policy.recent", self.recent, least=1)
         check_share("policy.threshold", self.threshold)
 
-    def prepare(self, model: Reader, tokens: list[int]) -> Prepared:
-        def busy(read: LayerRead) -> float:
-            paid = read.attention(len(tokens) - 1).mean((0, 1, 2))
-            others = paid[self.sinks : max(self.sinks, len(tokens) - self.recent)].sum()
-            return float(1 - others < self.threshold)
+    def look(self, read: LayerRead) -> float:
+        """1 for a layer that attends to other tokens too, and 0 for a lazy one."""
+        tokens = read.key.shape[1]
+        paid = read.attention(tokens - 1).mean((0, 1, 2))
+        others = paid[self.sinks : max(self.sinks, tokens - self.recent)].sum()
+        return float(1 - others < self.threshold)
 
-        return Prepared(shares=tuple(model.read(tokens, busy)), least=self.sinks + self.recent)
+    def conclude(self, found: list[float]) -> Prepared:
+        return Prepared(shares=tuple(found), least=self.sinks + self.recent)

@@ -38,10 +38,10 @@ def _as_data(policy: Policy) -> bool:
 
 
 TARGETS = {f"{n}_step_cell_over_a2sf": "≤ 1.5" for n, p in measurable().items() if _as_data(p) and n != "a2sf"} | {
-    # a second reading of the prompt is part of what kvzip is
+    # a second reading of the prompt is part of what a policy is that does not only look at it
     f"{n}_prompt_cell_over_full": "≤ 1.25"
     for n, p in measurable().items()
-    if "prompt" in p.schedules and not p.prepares
+    if "prompt" in p.schedules and (p.looks or not p.prepares)
 }
 
 

@@ -14,7 +14,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from a2sf.errors import ConfigError
-from a2sf.policies.prepared import Numbers, Prepared, Reader
+from a2sf.policies.prepared import LayerRead, Numbers, Prepared, Reader
 from a2sf.policies.renamed import rename_methods
 from a2sf.policies.rule import ACCUMULATED, AttentionRows, Rule, Sequence, Step, TokenFn
 
@@ -97,7 +97,7 @@ class Policy(ABC):
     projected: ClassVar[bool] = False
     """True if `priorities` uses the projection after the attention (`Step.projection`)."""
     hidden_states: ClassVar[bool] = False
-    """True if `prepare` uses the input of each layer's attention (`LayerRead.hidden`)."""
+    """True if `look` or `prepare` uses the input of each layer's attention (`LayerRead.hidden`)."""
     version: ClassVar[int] = 1
     """Raised when a change of the policy moves its numbers: results of an earlier version are not reused."""
 
@@ -167,17 +167,39 @@ class Policy(ABC):
         """
         raise NotImplementedError
 
-    def prepare(self, model: Reader, tokens: list[int]) -> Prepared:
-        """For a method that reads a prompt before it is cut: numbers for its tokens, or shares of the layers.
+    def look(self, read: LayerRead) -> Any:
+        """For a method whose cut of a prompt depends on what the model computes for it: what it notes of a layer.
 
-        It is called for each prompt that is cut, and may read it, and more, with the full cache (`model.read`).
+        It is called for each layer with the whole prompt, which is read with the full cache until its cut.
         """
         raise NotImplementedError
 
+    def conclude(self, found: list[Any]) -> Prepared:
+        """What follows from `look`, by layer: numbers for the prompt's tokens, or shares of the layers."""
+        raise NotImplementedError
+
+    def prepare(self, model: Reader, tokens: list[int]) -> Prepared:
+        """For a method that needs more than to look at a prompt: it may read the prompt, and more (`model.read`).
+
+        It is called for each prompt that is cut.
+        """
+        return self.conclude(model.read(tokens, self.look))
+
     @property
     def prepares(self) -> bool:
-        """Whether it reads a prompt before it is cut."""
-        return type(self).prepare is not Policy.prepare
+        """Whether it sees what the model computes for a prompt before it is cut."""
+        return type(self).prepare is not Policy.prepare or type(self).look is not Policy.look
+
+    @property
+    def looks(self) -> bool:
+        """Whether it prepares a prompt by `look` alone, so that the pass that reads the prompt for the result suffices.
+
+        False if the prompt's last queries count in the scores: which are the last may depend on what it finds.
+        """
+        if type(self).prepare is not Policy.prepare or type(self).look is Policy.look:
+            return False
+        rule = self.retention(UNLIMITED, 0).rule
+        return rule.cut is None or not rule.scored
 
     def precompute(self, sequence: Sequence) -> Tensor:
         """Only for an oracle: numbers [B, K, T, M] for each token, computed from all tokens before the first step."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -65,7 +65,7 @@ class Numbers:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What `Policy.prepare` returns for one prompt.
+    """What `Policy.conclude` or `Policy.prepare` returns for one prompt.
 
     Attributes:
         numbers: for each layer; None: none. `priorities` sees them as `Step.prepared`.
@@ -82,6 +82,7 @@ class Prepared:
     least: int = 1
     recent: int = 0
     acts: tuple[bool, ...] | None = None
+    _known: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def divides(self) -> bool:
@@ -90,6 +91,11 @@ class Prepared:
 
     def budgets(self, total: int, prompt: int) -> tuple[int, ...]:
         """The budget of each layer, with sum `total`; none is more than the prompt's tokens while another has fewer."""
+        if (total, prompt) not in self._known:  # each layer asks
+            self._known[total, prompt] = self._divided(total, prompt)
+        return self._known[total, prompt]
+
+    def _divided(self, total: int, prompt: int) -> tuple[int, ...]:
         if self.acts is not None and not all(self.acts):
             on = [i for i, acts in enumerate(self.acts) if acts]
             only = replace(

@@ -14,7 +14,16 @@ from lm_eval.models.huggingface import HFLM
 from a2sf.engine.kernels import check_backend
 from a2sf.engine.trace import Trace
 from a2sf.errors import ConfigError, UserError
-from a2sf.hf.attention import NonFiniteError, Plan, UnsupportedModel, attached, global_layers, mixes_windows, running
+from a2sf.hf.attention import (
+    NonFiniteError,
+    Plan,
+    UnsupportedModel,
+    attached,
+    global_layers,
+    mixes_windows,
+    rope_switch,
+    running,
+)
 from a2sf.hf.calls.logits import logits_at
 from a2sf.hf.devices import input_device
 from a2sf.hf.exactness import require_exact
@@ -29,7 +38,7 @@ from a2sf.policies.budget import Budget
 from a2sf.policies.prepared import Prepared
 from a2sf.policies.schedule import Schedule, schedule_for
 from a2sf.scoring.counts import Counts
-from a2sf.scoring.passes.memory import tokens_per_pass
+from a2sf.scoring.passes.memory import tokens_in_caches, tokens_per_pass
 from a2sf.scoring.passes.run import Passes, Pending
 from a2sf.scoring.passes.sequences import Model, ScoredSequence
 from a2sf.scoring.requests import ROLLING, TEXT, Requests, Window
@@ -80,6 +89,7 @@ class Scorer:
         self.tokens_per_pass = self.most_tokens
         self.layers: int = self.model.config.get_text_config().num_hidden_layers
         self.kv_heads = kv_heads_of(self.model.config)
+        self._room = tokens_in_caches(self.model) // self.layers
         self._ready: dict[tuple[Policy, tuple[int, ...]], Prepared] = {}
 
     def system(self, policy: Policy, budget: Budget | None, schedule: Schedule | None = None) -> System:
@@ -112,9 +122,20 @@ class Scorer:
             yield from Texts(self, requests).generate(answers)
             return
         answers = [a for a in answers if a.error is None]
-        for portion in _portions(self._missing(requests, answers), answers):
+        for portion in self._portions(self._missing(requests, answers), answers):
             pending = self._pending(requests, answers, portion)
             yield from self._run([p for p in pending if p.answers.error is None], requests)
+
+    def _portions(self, missing: Sequence[_Missing], answers: Sequence[Answers]) -> Iterator[Sequence[_Missing]]:
+        """Requests that are prepared and computed together: all, or a few where prompts are read beforehand.
+
+        So an interruption loses what was prepared for one portion, not for all prompts.
+        """
+        longest = max((len(c) + len(t) for m in missing for c, t in m.windows), default=0)
+        beforehand = any(self._beforehand(a.system.policy, longest) for a in answers)
+        size = PREPARED_AT_ONCE if beforehand else max(1, len(missing))
+        for at in range(0, len(missing), size):
+            yield missing[at : at + size]
 
     def _missing(self, requests: Requests, answers: Sequence[Answers]) -> list[_Missing]:
         """The requests that some system lacks an answer to, each once, as tokens."""
@@ -224,8 +245,27 @@ class Scorer:
         # as HFLM: too long a context loses its beginning, and the last token is only predicted
         tokens = (context + continuation)[-(self.lm.max_length + 1) :]
         cut = requests.cut(i, system, len(tokens) - len(continuation), len(context))
-        retention = self.retention(system, tokens, cut, len(tokens) - 1)
-        return ScoredSequence(tuple(tokens[:-1]), tuple(continuation), retention, system.schedule, cut)
+        read = len(tokens) - 1
+        retention = system.retention(read, cut, self.layers)
+        undecided = system if _cuts_by_prompt(system, retention, cut, read) else None
+        made = ScoredSequence(tuple(tokens[:-1]), tuple(continuation), retention, system.schedule, cut, undecided)
+        return self._decided(made) if self._beforehand(system.policy, read) else made
+
+    def _decided(self, sequence: ScoredSequence) -> ScoredSequence:
+        """A sequence for whose policy its prompt was read, if that is needed."""
+        system = sequence.undecided
+        if system is None:
+            return sequence
+        return sequence.decided(self._prepared(system, sequence.read[: sequence.prompt]))
+
+    def _beforehand(self, policy: Policy, tokens: int) -> bool:
+        """Whether a prompt is read for the policy before the pass that computes an answer of so many tokens.
+
+        Else the policy looks at that pass, which takes more memory, and no other length of text for the rotary embedding.
+        """
+        if not policy.prepares:
+            return False
+        return not policy.looks or tokens > min(rope_switch(self.model.config), self._room)
 
     def text_sequence(self, requests: Requests, i: int, text: Sequence[int], system: System) -> ScoredSequence:
         """A text that follows the prompt of request `i`, as `system` reads it with the budgets of generating."""
@@ -243,9 +283,7 @@ class Scorer:
             total: how many tokens of the sequence are read.
         """
         retention = system.retention(total, cut, self.layers)
-        # where tokens are evicted after the cut too, a prompt that fits is ranked later
-        least = cut if system.schedule.then == "keep" else total
-        if not system.policy.prepares or all(k.budget >= least for k in retention):
+        if not _cuts_by_prompt(system, retention, cut, total):
             return retention
         return system.retention(total, cut, self.layers, self._prepared(system, tuple(tokens[:cut])))
 
@@ -312,7 +350,7 @@ class Scorer:
                     continue
                 sequence = self.text_sequence(requests, i, requests.after(i, answer), answers.system)
             else:
-                sequence = self.sequence(requests, i, requests.windows(i)[0], answers.system)
+                sequence = self._decided(self.sequence(requests, i, requests.windows(i)[0], answers.system))
             made.append(self._trace(document, sequence))
         return made
 
@@ -343,15 +381,11 @@ class Scorer:
         return Trace(document, pieces, sequence.context, at, received, lost, every)
 
 
-def _portions(missing: Sequence[_Missing], answers: Sequence[Answers]) -> Iterator[Sequence[_Missing]]:
-    """Requests that are prepared and computed together: all, or a few where policies read their prompts beforehand.
-
-    So an interruption loses what was prepared for one portion, not for all prompts.
-    """
-    prepares = any(a.system.policy.prepares for a in answers)
-    size = PREPARED_AT_ONCE if prepares else max(1, len(missing))
-    for at in range(0, len(missing), size):
-        yield missing[at : at + size]
+def _cuts_by_prompt(system: System, retention: Sequence[Retention], cut: int, total: int) -> bool:
+    """Whether what is retained of `total` tokens depends on what the policy finds in the `cut` first ones."""
+    # where tokens are evicted after the cut too, a prompt that fits is ranked later
+    least = cut if system.schedule.then == "keep" else total
+    return system.policy.prepares and any(k.budget < least for k in retention)
 
 
 def _about(requests: Requests, i: int, error: Exception) -> Exception:

@@ -74,7 +74,7 @@ def shareable_prefix(retention: Sequence[Retention], schedule: Schedule, prompt:
     if not schedule.prompt:
         return prefix
     # the prompt's last queries add to the scores, and which are the last depends on the prompt
-    looking = max((r.recent for r in retention if r.rule.cut is not None), default=0)
+    looking = max((r.recent for r in retention if r.rule.cut is not None and r.rule.scored), default=0)
     return max(0, min(prefix, prompt - looking))
 
 

@@ -15,7 +15,7 @@ from a2sf.policies.base import Retention
 from a2sf.policies.schedule import Schedule
 from a2sf.scoring.passes.memory import ModelSizes
 from a2sf.scoring.passes.packing import Pack
-from a2sf.scoring.passes.sequences import ScoredSequence
+from a2sf.scoring.passes.sequences import ScoredSequence, Sequences
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ def in_parts(reading: Plan | Mixed, ends: Sequence[int], keep: bool = False) -> 
         yield Part(begin, end, part)
 
 
-def saves(row: Pack, ends: Sequence[int], sequences: Sequence[ScoredSequence], config: Any) -> bool:
+def saves(row: Pack, ends: Sequence[int], sequences: Sequences, config: Any) -> bool:
     """Whether reading a row in parts that end at `ends` takes less memory than at once, by a rough count of numbers."""
     read = [sequences[i] for i in row.items]
-    if any(k.rule.precompute is not None for r in read for k in r.retention):
+    if any(r.foresees for r in read):
         return False  # an oracle needs the tokens to come, which a part does not know
     if any(len(r.read) > rope_switch(config) for r in read):
         return False  # rotary scaling depends on the longest sequence

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -95,6 +95,25 @@ def pack(items: Sequence[Item], *, max_tokens: int, max_items: int | None = None
             count += 1
     if count:
         yield build(items, row)
+
+
+def in_order(row: Pack, groups: Sequence[Sequence[int]]) -> tuple[Pack, list[int]]:
+    """The same row with the segments of a group's sequences (indices into `items`) before those of the next, the rest last.
+
+    Groups share no segment. Also returned: the column at which each group ends.
+    """
+    group_of = {s: n for n, group in enumerate(groups) for which in group for s in row.path[which]}
+    order = sorted(range(len(row.start)), key=lambda segment: group_of.get(segment, len(groups)))
+    start, tokens, positions = list(row.start), list[int](), list[int]()
+    ends = [0] * len(groups)
+    for segment in order:
+        columns = slice(row.start[segment], row.start[segment] + row.length[segment])
+        start[segment] = len(tokens)
+        tokens += row.tokens[columns]
+        positions += row.positions[columns]
+        if segment in group_of:
+            ends[group_of[segment]] = len(tokens)
+    return replace(row, start=start, tokens=tokens, positions=positions), ends
 
 
 def numbered(items: Sequence[Item]) -> list[Item]:

@@ -11,17 +11,22 @@ from functools import cached_property
 import torch
 from transformers import PreTrainedModel
 
-from a2sf.hf.attention import NonFiniteError, Plan, attached, rope_switch, running
+from a2sf.hf.attention import NonFiniteError, Plan, attached, rope_switch
+from a2sf.hf.attention.looking import looked_at
 from a2sf.hf.attention.mixed import Mixed
 from a2sf.hf.attention.named import Configs, configs_of
 from a2sf.hf.calls.chunks import bounds
 from a2sf.hf.calls.logits import logits_in_parts
 from a2sf.scoring.passes.logits import log_probabilities
 from a2sf.scoring.passes.long_rows import Part, in_parts, saves
+from a2sf.scoring.passes.looks import LookingRow
+from a2sf.scoring.passes.memory import tokens_in_caches
 from a2sf.scoring.passes.packing import Pack, pack
 from a2sf.scoring.passes.sequences import Model, ScoredSequence, pass_of
 from a2sf.scoring.systems import Answers
 
+TOGETHER = 4
+"""Passes over prompts that policies look at before what follows the prompts is read; caches are held until then."""
 LEAST_PASS = 64
 """Tokens per pass below which each sequence is read by itself, and fails by itself where memory does not suffice."""
 
@@ -82,9 +87,11 @@ class Passes:
         before, clock = self.tokens_per_pass, time.perf_counter()
         crowded = False
         while left:
-            for row in self._rows(list(left), sequences):
+            for packs in self._rows(list(left), sequences):
+                read = LookingRow.of(packs, sequences, self.about.device)
+                items = read.items
                 try:
-                    scores, plans = self._score(row, sequences)
+                    scores, plans = self._score(read)
                 except NonFiniteError as error:  # whose rows are places in `pending`
                     yield _failed(pending, error, error.rows)
                     break
@@ -94,12 +101,12 @@ class Passes:
                         self.tokens_per_pass //= 2
                     else:
                         crowded = True
-                        yield _failed(pending, error, row.items)
+                        yield _failed(pending, error, items)
                     break
                 except Exception as error:  # perhaps of one system alone: a policy on a sliding window, a backend
-                    of_system = by_system(row.items, pending)
+                    of_system = by_system(items, pending)
                     if len(of_system) == 1:
-                        yield _failed(pending, error, row.items)
+                        yield _failed(pending, error, items)
                     for places in of_system if len(of_system) > 1 else ():
                         yield from self.run([pending[i] for i in places])
                         for i in places:
@@ -107,56 +114,83 @@ class Passes:
                     clock = time.perf_counter()
                     break
                 cached = {i: n for plan in plans for i, n in plan.cached_by().items()}
-                done = Done([(pending[i], *score, cached.get(i)) for i, score in zip(row.items, scores, strict=True)])
-                for i in row.items:
+                done = Done([(pending[i], *scores[i], cached.get(i)) for i in items])
+                for i in items:
                     del left[i]
                 credit(plans, [p.answers for p in pending])
-                share(row, pending, time.perf_counter() - clock)
+                for at in read.every:
+                    for answers in {id(pending[i].answers): pending[i].answers for i in at.serves}.values():
+                        answers.warned.update(at.warned)
+                seconds, tokens = time.perf_counter() - clock, sum(len(row.tokens) for row in packs)
+                for row in packs:
+                    share(row, pending, seconds * len(row.tokens) / tokens)
                 yield done
                 clock = time.perf_counter()
             left = {i: None for i in left if pending[i].answers.error is None}
         if crowded:
             self.tokens_per_pass = before  # what comes next may be smaller
 
-    def _rows(self, left: list[int], sequences: Sequence[ScoredSequence]) -> Iterator[Pack]:
-        """Sequences in rows; a row never mixes those that the model's rotary scaling treats differently."""
+    def _rows(self, left: list[int], sequences: Sequence[ScoredSequence]) -> Iterator[list[Pack]]:
+        """Sequences in rows; a row never mixes those that the model's rotary scaling treats differently.
+
+        Nor does it mix those whose prompts are looked at, so that it is read in parts, with those that are read at once.
+        Rows whose prompts are looked at are several of a pass's size: what follows their prompts is read together.
+        """
         limit = rope_switch(self.model.config)
         most = 1 if self.tokens_per_pass < LEAST_PASS else self.sequences_per_pass
-        groups: dict[bool, list[int]] = {}
+        looking = any(sequences[i].undecided is not None for i in left)
+        room = tokens_in_caches(self.model) // self.about.layers if looking else self.tokens_per_pass
+        groups: dict[tuple[bool, bool], list[int]] = {}
         for i in left:
-            groups.setdefault(len(sequences[i].read) > limit, []).append(i)
+            one = sequences[i]
+            groups.setdefault((len(one.read) > limit, looking and one.foresees), []).append(i)
         for group in groups.values():
             items = [sequences[i].item() for i in group]
-            for row in pack(items, max_tokens=self.tokens_per_pass, max_items=most):
+            together: list[Pack] = []
+            for row in pack(items, max_tokens=min(room, self.tokens_per_pass), max_items=most):
                 row.items = [group[i] for i in row.items]
                 row.owner = [group[i] for i in row.owner]
-                yield row
+                together.append(row)
+                size = sum(len(r.tokens) for r in together)
+                alone = most is not None or all(sequences[i].undecided is None for i in row.items)
+                if alone or size + self.tokens_per_pass > min(room, TOGETHER * self.tokens_per_pass):
+                    yield together
+                    together = []
+            if together:
+                yield together
 
-    def _score(self, row: Pack, sequences: Sequence[ScoredSequence]) -> tuple[list[tuple[float, bool]], Sequence[Plan]]:
-        """(log-likelihood, is greedy) of each sequence of a row, and what computed them.
+    def _score(self, read: LookingRow) -> tuple[dict[int, tuple[float, bool]], Sequence[Plan]]:
+        """(log-likelihood, is greedy) of each sequence of a row, by number, and what computed them.
 
         Raises:
-            NonFiniteError: if one depends on NaN or infinity; its `rows` are the places of these in `sequences`. A logit of
-                -infinity counts only if it is a target's: no probability is 0, so it is an overflow. Other logits may be
-                -infinity, as models mark entries of the vocabulary that no token uses.
+            NonFiniteError: if one depends on NaN or infinity; its `rows` are the numbers of these. A logit of -infinity
+                counts only if it is a target's: no probability is 0, so it is an overflow. Other logits may be -infinity,
+                as models mark entries of the vocabulary that no token uses.
         """
-        device = self.about.device
+        device, row = self.about.device, read.row
         # positions of the row that some request scores, each once
-        scored = [row.last(which, len(sequences[i].targets)) for which, i in enumerate(row.items)]
+        targets_of = [read.sequences[i].targets for i in row.items]
+        scored = [row.last(which, len(targets)) for which, targets in enumerate(targets_of)]
         index, where = torch.cat([torch.from_numpy(s) for s in scored]).unique(return_inverse=True)
-        targets = torch.tensor([t for i in row.items for t in sequences[i].targets])
+        targets = torch.tensor([t for of_one in targets_of for t in of_one])
         chosen, greedy = torch.zeros(len(targets)), torch.zeros(len(targets), dtype=torch.bool)
         dtype = self.model.dtype
         try:
-            reading = pass_of(row, sequences, self.about)
-            for part in self._parts(row, reading, sequences):
+            reading = pass_of(row, read.sequences, self.about)
+            looked = [[at.look for at in of_part] for of_part in read.looked]
+            for number, part in enumerate(self._parts(read, reading)):
                 # which of the targets, and of the columns, are this part's
                 mine = ((index >= part.begin) & (index < part.end))[where].nonzero()[:, 0]
                 needed, at = index[where[mine]].unique(return_inverse=True)
                 columns = (
                     needed - part.begin if len(needed) else torch.tensor([0])
                 )  # a model needs one position at least
-                with attached(self.model, configs=self._configs), torch.inference_mode(), running(part.reading):
+                looks = looked[number] if number < len(looked) else []
+                with (
+                    attached(self.model, configs=self._configs),
+                    torch.inference_mode(),
+                    looked_at(self.model, part.reading, looks),
+                ):
                     before = 0
                     for (logits,) in logits_in_parts(
                         self.model,
@@ -172,26 +206,32 @@ class Passes:
                         chosen[those], greedy[those] = (x.cpu() for x in log_probabilities(logits, *asks))
                         before += len(logits)
                         del logits
+                if looks:
+                    read.decide(number, self.model)
         except NonFiniteError as error:  # whose rows are segments
             bad = set(error.rows)
             through = [i for i, path in zip(row.items, row.path, strict=True) if bad.intersection(path)]
-            raise NonFiniteError(error.where, error.dtype, through) from error
-        sizes = [len(sequences[i].targets) for i in row.items]
+            blamed = sorted({served for i in through for served in read.serving(i)})
+            raise NonFiniteError(error.where, error.dtype, blamed) from error
+        sizes = [len(of_one) for of_one in targets_of]
         if not bool(torch.isfinite(chosen).all()):
             pieces = zip(row.items, torch.isfinite(chosen).split(sizes), strict=True)
             raise NonFiniteError("the logits", dtype, sorted(i for i, finite in pieces if not finite.all()))
-        scores = [
-            (float(c.double().sum()), bool(g.all()))
-            for c, g in zip(chosen.split(sizes), greedy.split(sizes), strict=True)
-        ]
+        scores = {
+            i: (float(c.double().sum()), bool(g.all()))
+            for i, c, g in zip(row.items, chosen.split(sizes), greedy.split(sizes), strict=True)
+        }
         return scores, reading.plans
 
-    def _parts(self, row: Pack, reading: Plan | Mixed, sequences: Sequence[ScoredSequence]) -> Iterator[Part]:
-        """The passes that read a row: one, or for a long row several that hold less together than at once."""
-        size = len(row.tokens)
+    def _parts(self, read: LookingRow, reading: Plan | Mixed) -> Iterator[Part]:
+        """The passes that read a row: one, or for a long row several that hold less together than at once.
+
+        Prompts that are looked at are parts of their own, the first ones.
+        """
+        size, first = len(read.row.tokens), read.ends[-1] if read.ends else 0
         # one that hangs over a little, as rows of short requests do, is read at once
-        ends = bounds(size, max(LEAST_PASS, self.tokens_per_pass))
-        if len(ends) > 1 and saves(row, ends, sequences, self.model.config):
+        ends = [*read.ends, *(first + end for end in bounds(size - first, max(LEAST_PASS, self.tokens_per_pass)))]
+        if read.ends or (len(ends) > 1 and saves(read.row, ends, read.sequences, self.model.config)):
             return in_parts(reading, ends)
         return iter([Part(0, size, reading)])
 

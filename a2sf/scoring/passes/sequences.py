@@ -8,7 +8,7 @@ on the columns of that row.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,10 +19,12 @@ from a2sf.hf.attention import Plan
 from a2sf.hf.attention.mixed import Mixed
 from a2sf.hf.warned import Warned
 from a2sf.policies.base import UNLIMITED, Retention
+from a2sf.policies.prepared import Prepared
 from a2sf.policies.rotary import Projection, Rotary
 from a2sf.policies.schedule import STEP, Schedule
 from a2sf.scoring.passes.full_cache_prefix import full_cache_prefix, shareable_prefix
 from a2sf.scoring.passes.packing import Item, Pack, build, numbered
+from a2sf.scoring.systems import System
 
 FULL_CACHE = Retention(budget=UNLIMITED)
 
@@ -35,6 +37,8 @@ class ScoredSequence:
         retention: what each layer retains.
         schedule: when tokens are evicted.
         before_cut: tokens before the cut of the prompt schedule; None: all of the context.
+        undecided: whose policy looks at the prompt before it says what is retained; until then `retention` is as if all
+            layers were equal. None: `retention` holds.
     """
 
     read: tuple[int, ...]
@@ -42,6 +46,7 @@ class ScoredSequence:
     retention: tuple[Retention, ...]
     schedule: Schedule
     before_cut: int | None = None
+    undecided: System | None = None
 
     @property
     def context(self) -> int:
@@ -56,6 +61,8 @@ class ScoredSequence:
     @cached_property
     def certain(self) -> int:
         """The length of the prefix whose outputs are equal to the full cache's."""
+        if self.undecided is not None:
+            return self.prompt
         clean = full_cache_prefix(self.retention, self.schedule, self.prompt, total=len(self.read))
         return UNLIMITED if clean >= UNLIMITED else clean + 1
 
@@ -66,7 +73,28 @@ class ScoredSequence:
         counted = any(k.rule.threshold is not None for k in self.retention)
         if self.certain < len(self.read) + counted:
             return self
-        return replace(self, retention=(FULL_CACHE,) * len(self.retention), schedule=STEP)
+        return replace(self, retention=(FULL_CACHE,) * len(self.retention), schedule=STEP, undecided=None)
+
+    @property
+    def looked_at(self) -> ScoredSequence:
+        """The prompt of an undecided sequence, which is not cut, in the engine call of that sequence."""
+        n = self.prompt + 1  # so that it never ends
+        most = max(n, *(k.budget for k in self.retention))
+        whole = tuple(
+            replace(k, budget=most, recent=most if k.recent == k.budget else k.recent, growth=None)
+            for k in self.retention
+        )
+        return ScoredSequence(self.read[: self.prompt], (), whole, self.schedule, n)
+
+    def decided(self, prepared: Prepared) -> ScoredSequence:
+        """The same with what is retained, once its policy knows the prompt.
+
+        Raises:
+            UserError: as `System.retention`.
+        """
+        assert self.undecided is not None
+        retention = self.undecided.retention(len(self.read), self.prompt, len(self.retention), prepared)
+        return replace(self, retention=retention, undecided=None)
 
     def engine_call(self, dense: bool) -> Hashable:
         """Equal for sequences that the engine can attend in one call.
@@ -86,18 +114,27 @@ class ScoredSequence:
 
     def item(self) -> Item:
         """For packing the tokens that the model reads."""
-        return Item(self.read, (self.schedule, self._evolution), self.certain)
+        return Item(self.read, (self.schedule, self._evolution), self._shared(self.certain))
 
     def state(self) -> Item:
         """For packing cache states, among sequences with equal `engine_call` and `factors`."""
         certain = shareable_prefix(self.retention, self.schedule, self.prompt, len(self.read))
-        return Item(self.read, self._evolution, certain)
+        return Item(self.read, self._evolution, self._shared(certain))
+
+    def _shared(self, certain: int) -> int:
+        """At most so many first tokens are read with others: the prompt's last, at which it is cut, when it is decided."""
+        return certain if self.undecided is None else min(certain, self.prompt - 1)
+
+    @property
+    def foresees(self) -> bool:
+        """Whether its policy is an oracle, which needs the tokens to come."""
+        return any(k.rule.precompute is not None for k in self.retention)
 
     @property
     def _evolution(self) -> Hashable:
         """What determines how a cache evolves while given tokens are read; for an oracle also the tokens to come."""
-        foresees = any(k.rule.precompute is not None for k in self.retention)
-        return self.retention, self.prompt if self.schedule.prompt else None, self.read if foresees else None
+        prompt = self.prompt if self.schedule.prompt else None
+        return self.retention, prompt, self.read if self.foresees else None, self.undecided
 
 
 @dataclass(frozen=True)
@@ -118,8 +155,17 @@ class Model:
     projections: Sequence[Projection] | None = None
 
 
-def pass_of(row: Pack, sequences: Sequence[ScoredSequence], model: Model) -> Plan | Mixed:
-    """The pass that reads a row; `row.items` are places in `sequences`, each of which is its `simplest`."""
+Sequences = Sequence[ScoredSequence] | Mapping[int, ScoredSequence]
+"""By the numbers that a row names them by."""
+
+
+def pass_of(row: Pack, sequences: Sequences, model: Model) -> Plan | Mixed:
+    """The pass that reads a row.
+
+    Args:
+        sequences: those of `row.items`, each of which is its `simplest`. What they retain is asked for when a layer reads
+            them, so that undecided ones may be replaced by decided ones between two parts of the pass.
+    """
     calls: dict[Hashable, list[int]] = {}
     for which, i in enumerate(row.items):
         calls.setdefault(sequences[i].engine_call(model.device.type != "cpu"), []).append(which)
@@ -149,7 +195,7 @@ def pass_of(row: Pack, sequences: Sequence[ScoredSequence], model: Model) -> Pla
     )
 
 
-def _states(row: Pack, places: list[int], sequences: Sequence[ScoredSequence]) -> Pack:
+def _states(row: Pack, places: list[int], sequences: Sequences) -> Pack:
     """The forest of states of some sequences of a row, given and named by their places in `row.items`."""
     trees: dict[Hashable, list[int]] = {}
     for which in places:
@@ -174,17 +220,19 @@ def _firsts(forest: Pack) -> list[int]:
     return [forest.positions[start] for start in forest.start]
 
 
-def _plan(forest: Pack, items: Sequence[int], sequences: Sequence[ScoredSequence], model: Model) -> Plan:
-    planned = [sequences[i] for i in items]
+def _plan(forest: Pack, items: Sequence[int], sequences: Sequences, model: Model) -> Plan:
+    def through(segment: int) -> ScoredSequence:
+        return sequences[items[forest.owner[segment]]]
+
     return Plan(
         row=[0] * len(forest.start),
         start=forest.start,
         length=forest.length,
         parent=forest.parent,
-        retention=lambda segment, layer: planned[forest.owner[segment]].retention[layer],
+        retention=lambda segment, layer: through(segment).retention[layer],
         layers=model.layers,
-        schedule=planned[forest.owner[0]].schedule,
-        prompt=lambda segment: planned[forest.owner[segment]].prompt,
+        schedule=through(0).schedule,
+        prompt=lambda segment: through(segment).prompt,
         policy_on_sliding=model.policy_on_sliding,
         backend=model.backend,
         rotary=model.rotary,

@@ -126,3 +126,4 @@ def test_every_policy_is_measured_under_its_schedules(tmp_path, monkeypatch):
     assert all(b is not None and b.base == ("context" if s.prompt else "total") for p, b, s in cells if p.evicts)
     assert "kvzip_prompt_cell_over_full" in figures.ratios  # measured without a target: it reads each prompt twice
     assert "kvzip_prompt_cell_over_full" not in policies.TARGETS
+    assert {f"{p}_prompt_cell_over_full" for p in ("kvzap", "cake", "simlayerkv")} <= set(policies.TARGETS)

@@ -22,7 +22,7 @@ from a2sf.hf.warned import Warned
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policies
-from a2sf.policies.prepared import Prepared, Reader
+from a2sf.policies.prepared import LayerRead, Prepared, Reader
 from a2sf.policies.rule import Rule, Step
 from a2sf.policies.schedule import STEP, Schedule
 from a2sf.report.output import TableOptions, show
@@ -36,6 +36,7 @@ from a2sf.tasks.prompting import Prompting
 from a2sf.tasks.spec import DataSpec
 from a2sf.tasks.warned import collected
 from baselines.kvzip import KVzip
+from baselines.simlayerkv import SimLayerKV
 from tests.hub.build import write_model
 
 YAML = """
@@ -275,13 +276,27 @@ class OddReader(KVzip):
         return super().prepare(model, tokens)
 
 
+@dataclass(frozen=True, kw_only=True)
+class OddLook(SimLayerKV):
+    """SimLayerKV, but it warns while it looks at the first layer."""
+
+    name: ClassVar[str] = "odd_look"
+    label: ClassVar[str] = "Odd look"
+
+    def look(self, read: LayerRead) -> float:
+        if read.layer == 0:
+            warnings.warn("a prompt is odd", RuntimeWarning, stacklevel=1)
+        return super().look(read)
+
+
+@pytest.mark.parametrize("policy", [OddReader(sinks=1), OddLook(sinks=1, recent=2)], ids=["reads", "looks"])
 @pytest.mark.parametrize("writes", [False, True], ids=["choices", "texts"])
-def test_warnings_while_a_prompt_is_prepared_are_notes_of_that_policys_cell(computed, tmp_path, writes):
+def test_warnings_while_a_prompt_is_prepared_are_notes_of_that_policys_cell(computed, tmp_path, writes, policy):
     row = {"goal": "Which one is the longest of them?", "choices": ["this and that", "that and this"], "target": "x"}
     file = task(tmp_path, [row, row | {"goal": "And which of them is the shortest?"}], name="writes")
     if writes:
         file.write_text(WRITES.replace("FOLDER", str(tmp_path)).replace("UNTIL", "[]"))
-    made = computed(file, OddReader(sinks=1), schedule=Schedule("prompt"))
+    made = computed(file, policy, schedule=Schedule("prompt"))
     found = [[n["times"] for n in c.result.get("notes", []) if n["text"].endswith("a prompt is odd")] for c in made]
     assert found == [[], [], [2]]
 
