@@ -31,6 +31,13 @@ def parser() -> argparse.ArgumentParser:
     choose.add_argument("--task", nargs="+", default=[], dest="tasks", help="tasks and groups")
     choose.add_argument("--shots", nargs="+", default=[], type=int)
     choose.add_argument(
+        "--limit",
+        nargs="+",
+        default=[],
+        dest="limits",
+        help="numbers of documents, or all (default: a sweep's largest)",
+    )
+    choose.add_argument(
         "--allow-mixed",
         action="store_true",
         help="show runs together that differ in limit, seed, dtype, split or version",
@@ -86,7 +93,7 @@ def main(arguments: Sequence[str]) -> None:
     from a2sf.report.output import TableOptions, publish, show
     from a2sf.report.tables.screen import screen, text_screen
 
-    names = ("models", "policies", "budgets", "factors", "schedules", "tasks", "shots")
+    names = ("models", "policies", "budgets", "factors", "schedules", "tasks", "shots", "limits")
     selection = Selection(
         metric=args.metric,
         mixed=args.allow_mixed,
