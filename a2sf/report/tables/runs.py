@@ -11,7 +11,7 @@ from rich.text import Text
 from a2sf.analysis.comparisons.runs import ComparedRuns
 from a2sf.analysis.results.labels import DASH
 from a2sf.analysis.statistics.families import how_of_all
-from a2sf.report.tables.cells import interval, number
+from a2sf.report.tables.cells import interval, margin_text, number
 from a2sf.report.tables.summaries import p_text
 from a2sf.report.tables.text import TextTable
 
@@ -22,7 +22,7 @@ LEGEND = (
     "Detectable: the smallest difference that these documents show with 80 % power."
 )
 MARGIN = (
-    " Within {margin} points: whether the difference is shown to be smaller than the margin, either way (two one-sided "
+    " Within {margin}: whether the difference is shown to be smaller than the margin, either way (two one-sided "
     "paired tests, α = 0.05, {how}): yes, not shown, or no (shown to be larger)."
 )
 DRAWS = (
@@ -60,7 +60,7 @@ def comparison_table(made: ComparedRuns) -> TextTable:
     legend = LEGEND.format(reference=made.reference, how=how_of_all([r.adjusted for r in made.rows if r.adjusted]))
     if margins:
         how = how_of_all([r.equivalent for r in made.rows if r.equivalent])
-        legend += MARGIN.format(margin=f"{100 * min(margins):g}", how=how)
+        legend += MARGIN.format(margin=margin_text(min(margins), percent), how=how)
     if any(r.draws is not None for r in made.rows):
         legend += DRAWS
     metric = ", ".join(dict.fromkeys(made.metrics.values()))

@@ -475,3 +475,11 @@ def test_a_smaller_limit_stays_where_the_larger_one_lacks_a_system(tmp_path: Pat
     grid = gather([tmp_path / "part"])
     assert sorted(grid.frame["n"]) == [40, 40, 80]
     assert any("rows of their own" in n and n.endswith("; --limit chooses.") for n in grid.notes)
+
+
+def test_a_missing_policy_of_the_pair_is_noted_only_where_the_pair_was_given(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "s", Plan(policies=("full", "h2o"), budgets=(0.2,), documents={"piqa": 20}))
+    quiet = TableOptions(plots=False, report=False)
+    missing = "There is no result of the policy a2sf"
+    assert not any(missing in note for note in show([tmp_path / "s"], Selection(), quiet).notes)
+    assert any(missing in note for note in show([tmp_path / "s"], Selection(), replace(quiet, pair_given=True)).notes)
