@@ -45,6 +45,11 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
+def counted(n: int, noun: str) -> str:
+    """A number with its noun in the singular or plural: `1 cell`, `1,200 cells`."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, as part of a sentence; the error's class if there is no message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

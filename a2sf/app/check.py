@@ -65,7 +65,7 @@ def check(points: Points, computes_here: bool) -> Checked:
     """
     check_schedules([composed for _, composed in points])
     settings = [read(composed, model_names(), here=computes_here) for _, composed in points]
-    refuse_unused(settings)
+    refuse_unused(settings, {o.partition("=")[0].lstrip("+") for overrides, _ in points for o in overrides})
     _check_one_sweep(settings)
     for rule in dict.fromkeys(c.stopping_rule for s in settings for c in s.cells if c.stopping_rule):
         rule.check([c.policy.name for s in settings for c in s.cells if c.stopping_rule == rule])
@@ -75,6 +75,7 @@ def check(points: Points, computes_here: bool) -> Checked:
     settings = models.distinguish(models.pin_all(settings, model_names(), screen))
     resolved = documents.resolve_content([s.cells for s in settings], planned_only=settings[0].plan_only)
     settings = [dataclasses.replace(s, cells=cells) for s, cells in zip(settings, resolved.cells, strict=True)]
+    _check_each_cell_once(settings)
     includes = dict.fromkeys(s.include for s in settings if s.include)
     hidden = dict.fromkeys(note for include in includes for note in tasks.hidden(*include))
     return Checked(points, settings, resolved.refused | unreadable, [*hidden, *resolved.notes])
@@ -90,3 +91,28 @@ def _check_one_sweep(settings: Sequence[Settings]) -> None:
             "sweep_name, runs_dir and tracker name where a sweep's results go, so they cannot be swept; several trackers "
             "are a list, tracker=[wandb,tensorboard]"
         )
+
+
+def _check_each_cell_once(settings: Sequence[Settings]) -> None:
+    """Refuse several values of a key that does not identify a cell: one of them would be computed, and the others dropped.
+
+    Raises:
+        UserError: naming the key and its values.
+    """
+    found: dict[str, dict[str, object]] = {}
+    for s in settings:
+        of_point: dict[str, object] = {"trace": s.trace, "full_texts": s.full_texts, "checkpoint": s.checkpoint}
+        of_point |= {"batch_size": "auto" if s.batch_size is None else s.batch_size}
+        for c in s.cells:
+            given: dict[str, object] = {
+                "model.name": c.model_name,
+                "backend": c.backend,
+                "log_samples": c.log_samples,
+                **of_point,
+            }
+            first = found.setdefault(c.tail, given)
+            for key in (k for k in given if given[k] != first[k]):
+                raise UserError(
+                    f"{key} is not part of what identifies a cell, so {key}={first[key]} and {key}={given[key]} would be "
+                    f"one cell ({c.name}); give one value, or run each with a runs_dir of its own"
+                )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
@@ -9,7 +10,7 @@ from omegaconf import DictConfig
 
 from a2sf.app import process
 from a2sf.app.folders import adopt, model_names
-from a2sf.errors import UserError
+from a2sf.errors import ConfigError, UserError
 from a2sf.starting import set_environment
 
 if TYPE_CHECKING:
@@ -43,9 +44,26 @@ def run_grid(points: Points, launch: Launch | None, *, computes_here: bool = Tru
     planned = make_plan(checked, computes_here)
     if checked.settings[0].plan_only:
         return
+    check_folder(checked.settings[0].runs_dir, checked.directory)
+    process.saves_in(checked.directory)
     fetched = fetch(planned)
     compute(fetched, launch)
     report(fetched)
+
+
+def check_folder(runs_dir: str, directory: Path) -> None:
+    """Refuse a folder in which results could not be stored.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    from a2sf.store.runs import DiskError
+    from a2sf.sweep.runner import check_disk
+
+    try:
+        check_disk(directory)
+    except DiskError as error:
+        raise ConfigError("runs_dir", runs_dir, str(error)) from error
 
 
 def run_single(composed: DictConfig) -> None:
@@ -55,7 +73,7 @@ def run_single(composed: DictConfig) -> None:
     """
     try:
         adopt(HydraConfig.get())
-        run_grid([([], composed)], None)
+        run_grid([(list(HydraConfig.get().overrides.task), composed)], None)
     except UserError as error:  # Hydra would print a line of its own before it
         process.fail(str(error))
 

@@ -14,9 +14,11 @@ from a2sf.app.check import Checked
 from a2sf.app.plan import PlannedSweep
 from a2sf.app.process import screen
 from a2sf.app.runners import runner_of
+from a2sf.errors import counted
 from a2sf.report.tables.screen import screen_table
 from a2sf.store.notes import notes_of
 from a2sf.store.runs import StoredCell, table_of
+from a2sf.sweep.prepare.documents import by_reason
 from a2sf.sweep.runner import finish, hardly_pruned
 
 
@@ -32,7 +34,7 @@ def report(planned: PlannedSweep) -> None:
         _track(stored, checked)
     if failures:
         _show_failures(failures, len(planned.plan.cells))
-    for why, names in checked.refused.items():
+    for why, names in by_reason(checked.refused).items():
         several = f"{len(names)} cells were" if len(names) > 1 else "1 cell was"
         screen.print(f"[bold red]{several} not run[/bold red]: {escape(why)}", highlight=False, soft_wrap=True)
     if stored:
@@ -47,7 +49,7 @@ def _written(directory: Path, cells: int) -> str:
     of_cell = pd.read_csv(file, usecols=["cell"])["cell"]
     total = of_cell.nunique()
     ours = "" if total == cells else f", {cells} of them of this command"
-    return f"{len(of_cell)} results (one per metric) of {total} cells in {file}{ours}"
+    return f"{counted(len(of_cell), 'result')} (one per metric) of {counted(total, 'cell')} in {file}{ours}"
 
 
 def _track(stored: Sequence[StoredCell], checked: Checked) -> None:
@@ -68,7 +70,7 @@ def _pictures(directory: Path) -> dict[str, Path]:
 
 def _show_failures(failures: Sequence[Mapping[str, Any]], cells: int) -> None:
     """Print each error once, since a model that cannot be loaded fails all its cells."""
-    screen.print(f"[bold red]{len(failures)} of {cells} cells failed[/bold red]; the same command retries")
+    screen.print(f"[bold red]{len(failures)} of {counted(cells, 'cell')} failed[/bold red]; the same command retries")
     names_of: dict[str, list[str]] = {}
     for failure in failures:
         names_of.setdefault(failure["error"], []).append(failure["cell"]["name"])

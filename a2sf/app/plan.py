@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from a2sf.app.check import Checked
 from a2sf.app.power import power_of
 from a2sf.app.process import screen
-from a2sf.errors import UserError
+from a2sf.errors import UserError, counted
 from a2sf.hf.loading import ModelSpec
-from a2sf.store.runs import write_groups
+from a2sf.store.runs import StoredCell, write_groups
 from a2sf.sweep.cell import Cell
+from a2sf.sweep.config.settings import Settings
+from a2sf.sweep.full_texts import COLUMNS
 from a2sf.sweep.group import grouped
 from a2sf.sweep.planning.estimate import WorkEstimate, estimate, measurements_for
 from a2sf.sweep.planning.table import headline, plan_table
@@ -45,7 +47,7 @@ def make_plan(checked: Checked, computes_here: bool) -> PlannedSweep:
         computes_here: whether this machine computes the cells, so that a trial of its speed gives an estimate.
     """
     made = plan(checked.cells, checked.directory)
-    for note in [*checked.notes, *made.notes]:
+    for note in [*checked.notes, *made.notes, *without_effect(made, checked.settings)]:
         screen.print(note, highlight=False, soft_wrap=True)
     groups = grouped(made.pending)
     runs = checked.directory.parent
@@ -75,3 +77,33 @@ def fetch(planned: PlannedSweep) -> PlannedSweep:
     for note in texts.record_texts(cells, made.done, checked.directory):
         screen.print(note, highlight=False, soft_wrap=True)
     return dataclasses.replace(planned, plan=dataclasses.replace(made, cells=cells), broken=broken)
+
+
+def without_effect(made: SweepPlan, settings: Sequence[Settings]) -> list[str]:
+    """A sentence for each key that would change how a finished cell is computed or stored, but not which cell it is."""
+    keys: dict[str, list[str]] = {}
+    for s in settings:
+        for cell in s.cells:
+            stored = made.stored.get(cell.name)
+            if stored is None or stored.stopped:
+                continue
+            if s.trace and cell.policy.evicts and stored.open_traces() is None:
+                keys.setdefault(f"trace={s.trace}", []).append(cell.name)
+            if stored.cell["model"] != cell.model_name:
+                keys.setdefault(f"model.name={cell.model_name}", []).append(cell.name)
+            if s.full_texts and cell.spec.generates and COLUMNS[0] not in stored.documents:
+                keys.setdefault("full_texts=true", []).append(cell.name)
+            if cell.policy.evicts and not _ran_in(stored, cell.backend):
+                keys.setdefault(f"backend={cell.backend}", []).append(cell.name)
+    return [
+        f"{key} has no effect on {counted(len(set(names)), 'finished cell')} ({names[0]}{', …' * (len(set(names)) > 1)}), "
+        "because it is not part of what identifies a cell; to compute them with it, give another runs_dir."
+        for key, names in keys.items()
+    ]
+
+
+def _ran_in(stored: StoredCell, backend: str) -> bool:
+    """Whether a backend computed a result, as far as that is stored, or would leave it to torch."""
+    ran = set(str((stored.result.get("provenance") or {}).get("backend") or "none").split("+"))
+    left_to_torch = backend in ("numba", "triton") and ran <= {"torch", "dense"}
+    return ran == {"none"} or backend in ("auto", *ran) or left_to_torch

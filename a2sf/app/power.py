@@ -38,6 +38,7 @@ class TaskPower:
         documents: that are scored, of all tasks for the average.
         flips: share on which two systems differ; None: of an average.
         known: whether earlier results, or the user, say how many flip.
+        one: whether `flips` is a single document, because fewer were expected.
         alone, corrected: smallest difference with one test, and with the correction for all; None: none is found.
         needed: documents for the wanted difference at the corrected level, of each task for the average; None: none is
             wanted, or too many.
@@ -50,6 +51,7 @@ class TaskPower:
     alone: float | None
     corrected: float | None
     needed: int | None = None
+    one: bool = False
 
 
 def number_of_tests(cells: Sequence[Cell]) -> int:
@@ -89,13 +91,13 @@ def power_rows(
         share = settings.flips or found.share
         if share is None:
             continue
-        share = max(share, 1 / n)
+        one, share = share < 1 / n, max(share, 1 / n)
         effective = max(1, round(found.effective * n))
         known = settings.flips is not None or task in earlier
         needed = None if wanted is None else documents_needed(wanted, share, level)
         needed = None if needed is None else round(needed / found.effective)
         alone, corrected = (smallest_difference(effective, share, a) for a in (ALPHA, level))
-        rows.append(TaskPower(task, n, share, known, alone, corrected, needed))
+        rows.append(TaskPower(task, n, share, known, alone, corrected, needed, one))
         independent.append(effective)
         shares.append(share)
     if len(rows) > 1:
@@ -150,7 +152,7 @@ def _table(rows: Sequence[TaskPower], tests: int, settings: PowerSettings) -> Ta
     for head in heads:
         table.add_column(head, justify="right")
     for r in rows:
-        share = DASH if r.flips is None else f"{100 * r.flips:.1f} %{'' if r.known else '*'}"
+        share = DASH if r.flips is None else f"{100 * r.flips:.1f} %{'†' if r.one else '' if r.known else '*'}"
         texts = [r.name, f"{r.documents:,}", share, _points(r.alone)]
         texts += [_points(r.corrected)] if tests > 1 else []
         if settings.detect is not None:
@@ -161,10 +163,15 @@ def _table(rows: Sequence[TaskPower], tests: int, settings: PowerSettings) -> Ta
 
 
 def _legend(rows: Sequence[TaskPower], tests: int, settings: PowerSettings) -> str:
-    source = "plan.flips" if settings.flips is not None else "from earlier results"
-    text = f"Flips: documents on which two systems differ ({source})."
-    if not all(r.known for r in rows):
-        text = f"Flips: documents on which two systems differ (* not known, assumed; plan.flips={USUAL_FLIPS})."
+    shares = [r for r in rows if r.flips is not None]
+    how = []
+    if any(r.known and not r.one for r in shares):
+        how.append("plan.flips" if settings.flips is not None else "from earlier results")
+    if any(not r.known and not r.one for r in shares):
+        how.append(f"* not known, assumed; plan.flips={USUAL_FLIPS}")
+    if any(r.one for r in shares):
+        how.append("† one document, of so few")
+    text = f"Flips: documents on which two systems differ ({'; '.join(how)})."
     if settings.detect is None:
         return f"{text} plan.detect=2.0 adds the documents that 2 points need."
     return f"{text} Documents for {settings.detect:g} points: with 80 % power{' at the corrected level' * (tests > 1)}."

@@ -8,15 +8,18 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from a2sf.errors import Notice, UserError, nearest
+from a2sf.policies.find import installed
 from a2sf.shipped import shipped
 from a2sf.starting import importing, set_environment
 
@@ -28,7 +31,7 @@ def guard(main: Callable[[], Any]) -> None:
     set_environment()
     show_notices()
     # not by SIGINT, which a process that a script started in the background ignores
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
     except UserError as error:
@@ -38,8 +41,7 @@ def guard(main: Callable[[], Any]) -> None:
     except ValueError as error:
         if not str(error).startswith("Config group override"):  # policy=3, for which Hydra raises a ValueError
             raise
-        groups = [a for a in sys.argv[1:] if (shipped("conf") / a.partition("=")[0].lstrip("+")).is_dir() and "=" in a]
-        fail(f"{' '.join(groups) or ' '.join(sys.argv[1:])} is not allowed: a config group is set to one of its names.")
+        fail(_unnamed(sys.argv[1:]))
     except BrokenPipeError:  # the reader of our output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would report it again at exit
         sys.exit(141)
@@ -47,15 +49,59 @@ def guard(main: Callable[[], Any]) -> None:
         if error.filename is None:
             raise
         fail(f"{error.filename} cannot be read or written ({error.strerror}).")
-    except KeyboardInterrupt:
-        screen.print("Interrupted. All finished work is saved; the same command resumes from there.")
-        sys.exit(130)
+    except KeyboardInterrupt as interrupt:
+        _say(f"Interrupted.{_what_is_saved()}")
+        sys.exit(143 if isinstance(interrupt, Terminated) else 130)
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end by SIGTERM."""
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
+_saves_in: list[Path] = []
+
+
+def saves_in(directory: Path) -> None:
+    """From now on the command stores finished work in `directory`, and the same command resumes from it."""
+    _saves_in[:] = [directory]
+
+
+def _what_is_saved() -> str:
+    """The end of a message, for a command that has begun to store its work; "" for others."""
+    if not _saves_in:
+        return ""
+    if not _saves_in[0].is_dir():
+        return f" {_saves_in[0]} no longer exists, so its results are not saved."
+    return f" All finished work is saved in {_saves_in[0]}; the same command resumes from there."
+
+
+def _unnamed(arguments: Sequence[str]) -> str:
+    """One sentence for a group that is set to something that is no name, such as a number."""
+    for argument in arguments:
+        group, equals, value = argument.lstrip("+").partition("=")
+        if not (equals and (shipped("conf") / group).is_dir()):
+            continue
+        for one in value.split(","):
+            if isinstance(yaml.safe_load(one), int | float | bool):
+                names = {f.stem for f in (shipped("conf") / group).glob("*.yaml")}
+                if group == "policy":
+                    names |= set(installed())
+                return f"{group}={one} is not allowed: give one of {', '.join(sorted(names))}."
+    return f"{' '.join(arguments)} is not allowed: a config group is set to one of its names."
 
 
 def fail(sentence: str) -> None:
     """Print a sentence on standard error and exit with code 1."""
-    Console(stderr=True).print(sentence, highlight=False, markup=False, soft_wrap=True)
+    _say(sentence if sentence.endswith((".", "!", "?", ":")) else f"{sentence}.")
     sys.exit(1)
+
+
+def _say(sentence: str) -> None:
+    Console(stderr=True).print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 def explain(error: Exception) -> str:

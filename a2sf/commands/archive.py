@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from a2sf.commands.arguments import Parser
+from a2sf.errors import counted
+
 
 def main_pack(arguments: Sequence[str]) -> None:
     """Write an archive of a sweep."""
-    parser = argparse.ArgumentParser(
-        "a2sf pack", description="One archive of a sweep's results, which `a2sf tables` reads."
-    )
+    parser = Parser("a2sf pack", description="One archive of a sweep's results, which `a2sf tables` reads.")
     parser.add_argument("run", type=Path, help="a sweep's directory, such as runs/demo")
     parser.add_argument("archive", type=Path, nargs="?", help="the file (default: next to the directory)")
     parser.add_argument("--no-traces", action="store_true", help="leave out recorded evictions, which may be large")
@@ -26,9 +26,7 @@ def main_pack(arguments: Sequence[str]) -> None:
 
 def main_unpack(arguments: Sequence[str]) -> None:
     """Write an archive's cells to a sweep's directory."""
-    parser = argparse.ArgumentParser(
-        "a2sf unpack", description="The cells of an archive, so that `a2sf run` can resume the sweep."
-    )
+    parser = Parser("a2sf unpack", description="The cells of an archive, so that `a2sf run` can resume the sweep.")
     parser.add_argument("archive", type=Path)
     parser.add_argument("run", type=Path, nargs="?", help="a sweep's directory (default: next to the archive)")
     args = parser.parse_args(arguments)
@@ -38,7 +36,7 @@ def main_unpack(arguments: Sequence[str]) -> None:
     if not is_archive(args.archive):
         parser.error(f"{args.archive} is no archive that `a2sf pack` wrote")
     written = unpack(args.archive, directory)
-    _print(f"{len(written)} cells written to {directory}; cells that existed there were not changed")
+    _print(f"{counted(len(written), 'cell')} written to {directory}; cells that existed there were not changed")
 
 
 def _print(text: str) -> None:

@@ -28,6 +28,7 @@ from rich.table import Table
 from a2sf.bench import decode, generation, groups, harness, kernels, policies, process, prompt
 from a2sf.bench.measuring import SMOLLM2, Figures
 from a2sf.bench.scan import speed
+from a2sf.commands.arguments import Parser
 
 PARTS: dict[str, Any] = {
     "kernel": kernels,
@@ -52,9 +53,7 @@ ALONE: dict[str, Callable[[argparse.Namespace], float]] = {
 
 def main(arguments: Sequence[str]) -> None:
     """Measure the parts that `arguments` select, store every figure at once, and print the table."""
-    parser = argparse.ArgumentParser(
-        prog="a2sf bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="a2sf bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=PARTS, help="measure one part; earlier figures of other parts are kept")
     parser.add_argument("--repeats", type=int, default=3, help="how often each call is timed; the median counts")
     parser.add_argument("--out", type=Path, help="default: runs/bench/bench.json, on a GPU bench-cuda.json beside it")

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from a2sf.analysis.statistics.choices import add_corrections, share_of
+from a2sf.commands.arguments import Parser
 from a2sf.report.choices import AVERAGES
 
 EPILOG = """\
@@ -23,7 +24,7 @@ The first run is what the others are compared with.
 
 def main(arguments: Sequence[str]) -> None:
     """Read, compare, show and write."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="a2sf compare",
         description="Paired statistics of finished runs.",
         epilog=EPILOG,
@@ -57,6 +58,9 @@ def main(arguments: Sequence[str]) -> None:
     margin = share_of(args.margin)
     correction = Correction(args.family or "table", args.correction)
     by_documents = args.average == "documents"
+    for path in args.runs:
+        if sum(other.resolve() == path.resolve() for other in args.runs) > 1:
+            raise UserError(f"{path} is given twice; give each run once.")
     runs = [run for path in args.runs for run in read_runs(path, args.cluster)]
     if len(runs) < 2:
         raise UserError(f"{args.runs[0]} is one run ({runs[0].label}); give another one to compare it with.")

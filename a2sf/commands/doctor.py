@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import netrc
@@ -24,6 +23,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 import a2sf
+from a2sf.commands.arguments import Parser
 from a2sf.errors import Notice, UserError, first_line
 from a2sf.policies.find import find_policy, installed
 
@@ -38,7 +38,7 @@ GIB = 2**30
 
 def main(arguments: Sequence[str]) -> None:
     """Print the report; exit with 1 if there is a problem that concerns every run."""
-    parser = argparse.ArgumentParser(prog="a2sf doctor", description="The information for a bug report.")
+    parser = Parser(prog="a2sf doctor", description="The information for a bug report.")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(arguments)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import keyword
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
+from a2sf.commands.arguments import Parser
 from a2sf.errors import UserError
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         UserError: if the name cannot be used, or a file is already there.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "a2sf new",
         description="Write the files of a new policy, task or sweep, with a test, into a folder for --config-dir.",
     )

@@ -18,6 +18,7 @@ from rich.table import Table
 from a2sf.analysis.claims.reproduce import Places, compare, counts, published_figures, run_sweep, write_claims
 from a2sf.analysis.claims.verdicts import MARGIN, Claim
 from a2sf.analysis.statistics.choices import share_of
+from a2sf.commands.arguments import Parser
 from a2sf.shipped import shipped
 
 REFERENCE_SWEEPS = ("smollm2-135m.a2sf.zip", "smollm2-135m-forgetting.a2sf.zip")
@@ -26,9 +27,7 @@ REFERENCE_SWEEPS = ("smollm2-135m.a2sf.zip", "smollm2-135m-forgetting.a2sf.zip")
 
 def main(arguments: Sequence[str]) -> None:
     """Run, compare, show and write."""
-    parser = argparse.ArgumentParser(
-        prog="a2sf reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="a2sf reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-run", action="store_true", help="compare existing results; run nothing")
     parser.add_argument("--download", action="store_true", help="download models that are not on this machine")
     parser.add_argument("--preset", default="paper", help="sweep preset of the published models")

@@ -17,7 +17,8 @@ from omegaconf import DictConfig
 
 from a2sf.app import grid
 from a2sf.commands.policy.describe import attributes
-from a2sf.errors import UserError
+from a2sf.compat.hydra import options
+from a2sf.errors import UserError, nearest
 from a2sf.shipped import shipped
 from a2sf.sweep.config import folder as config_dir
 from a2sf.sweep.config import schema
@@ -72,6 +73,7 @@ def main(arguments: Sequence[str]) -> None:
         config_dir.check(folder)
     for argument in given:
         check_trackers(argument)
+        _check_option(argument)
     given = [a if a.startswith("-") else as_written(a) for a in given]
     given = [f"+{a}" if a.startswith("sweep=") else addable(a) for a in given]
     other = INSTEAD & {a.partition("=")[0] for a in given}
@@ -82,6 +84,17 @@ def main(arguments: Sequence[str]) -> None:
     sys.argv[1:] = _overrides_last(given)
     schema.register()
     evaluate()
+
+
+def _check_option(argument: str) -> None:
+    """Refuse an option that Hydra does not have; as in Hydra, its beginning is enough.
+
+    Raises:
+        UserError: naming it.
+    """
+    name = argument.partition("=")[0]
+    if name.startswith("--") and not any(o.startswith(name) for o in options()):
+        raise UserError(f"a2sf run has no option {name}{nearest(name, options())}; see a2sf run --help.")
 
 
 def _overrides_last(arguments: Sequence[str]) -> list[str]:

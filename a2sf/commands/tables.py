@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +9,13 @@ from pathlib import Path
 from rich.console import Console
 
 from a2sf.analysis.statistics.choices import add_corrections, share_of
+from a2sf.commands.arguments import Parser
 from a2sf.report.choices import AVERAGES, FORMATS, PIVOTS
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = argparse.ArgumentParser(prog="a2sf tables", description="Tables, plots and the report of sweeps.")
+    p = Parser(prog="a2sf tables", description="Tables, plots and the report of sweeps.")
     p.add_argument("runs", nargs="+", type=Path, help="sweep directories under runs/, or archives of a2sf pack")
     choose = p.add_argument_group("what to show (several values after one option; all by default)")
     choose.add_argument("--metric", help="metric's name as in lm-eval (default: acc)")
@@ -30,6 +30,13 @@ def parser() -> argparse.ArgumentParser:
     )
     choose.add_argument("--task", nargs="+", default=[], dest="tasks", help="tasks and groups")
     choose.add_argument("--shots", nargs="+", default=[], type=int)
+    choose.add_argument(
+        "--limit",
+        nargs="+",
+        default=[],
+        dest="limits",
+        help="numbers of documents, or all (default: a sweep's largest)",
+    )
     choose.add_argument(
         "--allow-mixed",
         action="store_true",
@@ -86,7 +93,7 @@ def main(arguments: Sequence[str]) -> None:
     from a2sf.report.output import TableOptions, publish, show
     from a2sf.report.tables.screen import screen, text_screen
 
-    names = ("models", "policies", "budgets", "factors", "schedules", "tasks", "shots")
+    names = ("models", "policies", "budgets", "factors", "schedules", "tasks", "shots", "limits")
     selection = Selection(
         metric=args.metric,
         mixed=args.allow_mixed,
@@ -97,6 +104,7 @@ def main(arguments: Sequence[str]) -> None:
     options = TableOptions(
         pivot=args.pivot,
         pair=tuple(args.pair or DEFAULT_PAIR),
+        pair_given=args.pair is not None,
         against=tuple(args.against),
         stderr=args.stderr,
         interval=args.interval,

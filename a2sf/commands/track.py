@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
-from a2sf.errors import UserError
+from a2sf.commands.arguments import Parser
+from a2sf.errors import UserError, counted
 from a2sf.report.output import pictures
 from a2sf.shipped import shipped
 from a2sf.store.runs import load_sweep, read_groups, table_of
@@ -19,9 +19,9 @@ from a2sf.sweep.config.overrides import check_trackers
 from a2sf.tracking.tracker import Tracker, TrackerSpec
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="a2sf track",
         description="Log the finished cells of sweeps, and a summary, to trackers, unless they were logged before.",
     )
@@ -76,7 +76,7 @@ def _track(directory: Path, spec: TrackerSpec, again: bool) -> bool:
     for stored in cells:
         tracker.log_cell(stored)
     tracker.log_summary(table_of(cells, read_groups(directory)), lambda: pictures(directory))
-    summary = f"{directory}: {len(cells)} cells, {tracker.logged} logged now"
+    summary = f"{directory}: {counted(len(cells), 'cell')}, {tracker.logged} logged now"
     for line in (summary, *(tracker.note or "").splitlines()):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return tracker.complete

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_visitor import HydraErrorListener
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.grammar.gen.OverrideLexer import CommonTokenStream, InputStream, OverrideLexer
@@ -27,6 +28,11 @@ def __getattr__(name: str) -> Any:
     if name in _PLUGINS:
         return getattr(importlib.import_module(_PLUGINS[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def options() -> list[str]:
+    """The options of Hydra's command line."""
+    return [o for action in get_args_parser()._actions for o in action.option_strings]
 
 
 def syntax_tree(override: str) -> Any:

@@ -199,4 +199,6 @@ def _what_there_is(wanted: Wanted) -> str:
     cached = cached_repositories(wanted.kind)
     more = f" and {len(cached) - CACHED_SHOWN} more" if len(cached) > CACHED_SHOWN else ""
     held = f", take what is cached ({', '.join(cached[:CACHED_SHOWN])}{more})" if cached else ""
+    if wanted.kind == "dataset":
+        return f"{held}, or give data=bundle for tasks that the data wheel holds, which needs no network"
     return f"{held}, or for a first look {FIRST_LOOK}, which need no network"

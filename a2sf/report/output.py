@@ -57,6 +57,7 @@ class TableOptions:
     Attributes:
         pivot: what goes across, one of `a2sf.report.choices.PIVOTS`.
         pair: policies whose difference is shown, first minus second.
+        pair_given: whether the user chose them, so that a note says if one is missing.
         against: policies that every other is compared with at the same budget.
         stderr, interval: add standard errors, 95 % intervals to the numbers of Markdown, LaTeX and screen.
         margin: in the metric's unit, within which systems are tested to be of the full cache; None: they are not.
@@ -69,6 +70,7 @@ class TableOptions:
 
     pivot: str = "task"
     pair: tuple[str, str] = field(default=DEFAULT_PAIR)
+    pair_given: bool = False
     against: tuple[str, ...] = ()
     stderr: bool = False
     interval: bool = False
@@ -107,6 +109,8 @@ def show(directories: Sequence[Path], selection: Selection, options: TableOption
     grid = gather(directories, selection)
     tables = options.tables(grid)
     comparisons, not_compared = compare_pair(grid, options.pair, options.corrected())
+    if not options.pair_given and options.pair[0] not in set(grid.frame["policy"]):
+        not_compared = []
     fidelity, no_fidelity = fidelity_frame(grid)
     ranked, not_ranked = rank(grid, options.pair, options.corrected(), options.margin)
     against, not_paired = compare_against(grid, options.against, options.corrected("model"))

@@ -34,6 +34,8 @@ from a2sf.store.names import ID_DIGITS, Named, distinct
 
 SCHEMA_VERSION = 1
 RESULT, DOCUMENTS, CONFIG, TABLE = "result.json", "documents.parquet", "config.yaml", "results.csv"
+REPLACED = ".old"
+"""Ending of a directory whose cell is being replaced."""
 TRACES, GROUPS = "traces.npz", "groups.json"
 COMPUTED_WITH = ("torch", "transformers")
 """Libraries whose versions can change a number but are not part of a cell's identity."""
@@ -149,17 +151,7 @@ def write_cell(
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with atomic.placed(path) as temporary:
-            temporary.mkdir()
-            with (temporary / DOCUMENTS).open("wb") as stream:  # pyarrow reads a path in the locale's encoding
-                documents.to_parquet(stream, index=False)
-            (temporary / CONFIG).write_text(config, encoding="utf-8")
-            for name, content in (more or {}).items():
-                (temporary / name).write_bytes(content)
-            checksums = {name: _sha256(temporary / name) for name in (DOCUMENTS, CONFIG, *(more or ()))}
-            body = {"schema_version": SCHEMA_VERSION, **result, "checksums": checksums}
-            body["checksums"][RESULT] = _digest(body)
-            text = json.dumps(body, indent=2, sort_keys=True, allow_nan=False) + "\n"
-            (temporary / RESULT).write_text(text, encoding="utf-8")
+            _write_files(temporary, result, documents, config, more or {})
     except OSError:
         if not (path / RESULT).exists():  # else another process finished the same cell first
             raise
@@ -172,17 +164,49 @@ def write_cell(
 def rewrite_cell(
     path: Path, result: dict[str, Any], documents: pd.DataFrame, config: str, more: Mapping[str, bytes]
 ) -> StoredCell:
-    """Replace a finished cell by one with more entries; arguments and errors as `write_cell`."""
-    previous = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.old")
-    path.rename(previous)
+    """Replace a finished cell by one with more entries; arguments and errors as `write_cell`.
+
+    The new files are complete before the old ones are renamed. If the process is killed just after that, `recover_cells`
+    undoes it.
+    """
+    previous = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{REPLACED}")
     try:
-        stored = write_cell(path, result, documents, config, more)
+        with atomic.placed(path) as temporary:
+            _write_files(temporary, result, documents, config, more)
+            path.rename(previous)
     except BaseException:
-        if not path.exists():
+        if previous.exists() and not path.exists():
             previous.rename(path)
         raise
     shutil.rmtree(previous)
-    return stored
+    return read_cell(path)
+
+
+def recover_cells(directory: Path) -> None:
+    """Give cells their names back that a killed process had renamed to replace them (`rewrite_cell`)."""
+    for previous in sorted(directory.glob(f".*{REPLACED}")):
+        path = directory / previous.name.removeprefix(".").removesuffix(REPLACED).rpartition(".")[0]
+        if path.exists():
+            shutil.rmtree(previous)
+        else:
+            atomic.rename(previous, path)
+
+
+def _write_files(
+    directory: Path, result: dict[str, Any], documents: pd.DataFrame, config: str, more: Mapping[str, bytes]
+) -> None:
+    """Make a cell's directory with its files, `result.json` last."""
+    directory.mkdir()
+    with (directory / DOCUMENTS).open("wb") as stream:  # pyarrow reads a path in the locale's encoding
+        documents.to_parquet(stream, index=False)
+    (directory / CONFIG).write_text(config, encoding="utf-8")
+    for name, content in more.items():
+        (directory / name).write_bytes(content)
+    checksums = {name: _sha256(directory / name) for name in (DOCUMENTS, CONFIG, *more)}
+    body = {"schema_version": SCHEMA_VERSION, **result, "checksums": checksums}
+    body["checksums"][RESULT] = _digest(body)
+    text = json.dumps(body, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    (directory / RESULT).write_text(text, encoding="utf-8")
 
 
 def link_cell(source: Path, path: Path) -> None:

@@ -8,12 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from a2sf.store.names import EARLIER_DIGITS
-from a2sf.store.runs import CorruptCell, StoredCell, as_stored, is_cell, link_cell, read_cell, set_aside, tail_of
+from a2sf.store.runs import (
+    CorruptCell,
+    StoredCell,
+    as_stored,
+    is_cell,
+    link_cell,
+    read_cell,
+    recover_cells,
+    set_aside,
+    tail_of,
+)
 from a2sf.sweep.cell import Cell
 
 
@@ -93,11 +103,13 @@ class SweepPlan:
         cells: all of them, finished or not.
         done: names of the cells that have a result.
         notes: what the user should know (corrupt results, or results of other cells).
+        stored: the results of the cells that are done, by their names.
     """
 
     cells: list[Cell]
     done: frozenset[str]
     notes: list[str]
+    stored: dict[str, StoredCell] = field(default_factory=dict)
 
     @property
     def pending(self) -> list[Cell]:
@@ -106,42 +118,44 @@ class SweepPlan:
 
 def plan(cells: Iterable[Cell], directory: Path) -> SweepPlan:
     """Find equal cells, and results of this sweep or another one; another sweep's results are linked into `directory`."""
+    recover_cells(directory)
     unique = {c.name: c for c in {c.tail: c for c in cells}.values()}
     finished = Finished(sorted(directory.parent.glob("*/*__*")), unique.values())
-    done: set[str] = set()
+    stored: dict[str, StoredCell] = {}
     notes: list[str] = []
     for name, cell in unique.items():
         named = finished.named(cell)
         here = [p for p in named if p.parent == directory]
         elsewhere = [p for p in named if p.parent != directory]
-        if _has_result(cell, here, notes):
-            done.add(name)
+        if (own := _own_result(cell, here, notes)) is not None:
+            stored[name] = own
         elif (found := _first_result(cell, elsewhere, notes)) is not None:
-            link_cell(found, directory / name)
-            done.add(name)
-    return SweepPlan(list(unique.values()), frozenset(done), notes)
+            link_cell(found.path, directory / name)
+            stored[name] = found
+    return SweepPlan(list(unique.values()), frozenset(stored), notes, stored)
 
 
-def _has_result(cell: Cell, paths: Iterable[Path], notes: list[str]) -> bool:
-    """Whether one of the sweep's directories holds the cell's result; a corrupt or wrong result is moved away."""
+def _own_result(cell: Cell, paths: Iterable[Path], notes: list[str]) -> StoredCell | None:
+    """The cell's result in the sweep's directories; a corrupt or wrong result is moved away."""
     for path in paths:
         try:
-            stored = read_cell(path).cell
+            stored = read_cell(path)
         except CorruptCell as error:
             notes.append(f"{error}; moved to {set_aside(path).name}, it will be computed again.")
             continue
-        if not (different := differing(stored, cell)):
-            return True
+        if not (different := differing(stored.cell, cell)):
+            return stored
         where = "" if path.name != cell.name else f", moved to {set_aside(path, 'other').name}"
         notes.append(_not_reused(path, different, where))
-    return False
+    return None
 
 
-def _first_result(cell: Cell, paths: Iterable[Path], notes: list[str]) -> Path | None:
+def _first_result(cell: Cell, paths: Iterable[Path], notes: list[str]) -> StoredCell | None:
     for path in paths:
         with suppress(CorruptCell):
-            if not (different := differing(read_cell(path).cell, cell)):
-                return path
+            stored = read_cell(path)
+            if not (different := differing(stored.cell, cell)):
+                return stored
             notes.append(_not_reused(path, different))
     return None
 

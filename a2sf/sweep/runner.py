@@ -287,9 +287,10 @@ def hardly_pruned(stored: Iterable[StoredCell]) -> str | None:
     if not few:
         return None
     least = min(few, key=few.__getitem__)
-    which = f"{len(few)} cells ({least} the first)" if len(few) > 1 else least
+    share, saw = f"{100 * few[least]:.0f} %", "of the scored tokens saw a pruned cache"
+    which = f"In {len(few)} cells, less than {100 * FEW:.0f} % {saw} (the least in {least}: {share})"
     return (
-        f"In {which}, only {100 * few[least]:.0f} % of the scored tokens saw a pruned cache. Tokens before the first "
+        f"{which if len(few) > 1 else f'In {least}, only {share} {saw}'}. Tokens before the first "
         "eviction have the full cache's scores under every policy; a smaller budget or another schedule prunes more."
     )
 

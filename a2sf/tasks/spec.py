@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from jinja2 import UndefinedError
+
 from a2sf.errors import ConfigError, UserError, first_line
 from a2sf.hub.refusals import Unreachable, chain
 from a2sf.tasks import definitions, user_folder
@@ -330,4 +332,13 @@ def _why(error: Exception, source: Source, data: DataSpec) -> str:
     inner = list(chain(error))[-1]
     if isinstance(error, ImportError):
         return f"its code needs a library that is not installed ({first_line(inner)})"
+    if isinstance(inner, UndefinedError) and source.kind != "task":
+        has = ", ".join(_fields(source, data)) or "none"
+        return f"its documents cannot be used from {data.label} ({inner}; the fields of the first document: {has})"
     return f"its documents cannot be used from {data.label} ({type(inner).__name__}: {first_line(inner)})"
+
+
+def _fields(source: Source, data: DataSpec) -> list[str]:
+    """The names of the fields of the first document."""
+    splits = documents.read(source, data.content)
+    return next((list(document) for split in splits.values() for document in split), [])

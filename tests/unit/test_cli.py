@@ -16,11 +16,11 @@ import yaml
 from hydra.errors import MissingConfigException
 
 from a2sf import cli
-from a2sf.app import process
-from a2sf.commands import run, tables
+from a2sf.app import grid, process
+from a2sf.commands import compare, run, tables
 from a2sf.commands.policy import layer_errors
 from a2sf.commands.policy.describe import attributes, idea_and_deviations, paper
-from a2sf.errors import Notice, UserError
+from a2sf.errors import ConfigError, Notice, UserError
 from a2sf.policies.base import WHEN
 from a2sf.policies.find import built_in, defaults
 from a2sf.policies.renamed import notice
@@ -254,3 +254,40 @@ def test_of_all_warnings_ours_are_printed(capsys):
             warnings.warn(text, Notice, stacklevel=1)
         warnings.warn("a library's", UserWarning, stacklevel=1)
     assert capsys.readouterr().err.splitlines() == ["A kernel is slow.", "Another one."]
+
+
+def interrupted(monkeypatch, capsys, kind, saves=None):
+    """What a command says, and its exit code, when it is interrupted."""
+    monkeypatch.setattr(process, "_saves_in", [])
+    monkeypatch.setattr(process.signal, "signal", lambda *_: None)
+
+    def command() -> None:
+        if saves is not None:
+            process.saves_in(saves)
+        raise kind
+
+    with pytest.raises(SystemExit) as end:
+        process.guard(command)
+    out, said = capsys.readouterr()
+    assert out == ""
+    return said.strip(), end.value.code
+
+
+def test_only_a_command_that_saves_its_work_says_so_when_it_is_interrupted(monkeypatch, capsys, tmp_path):
+    assert interrupted(monkeypatch, capsys, KeyboardInterrupt) == ("Interrupted.", 130)
+    said, code = interrupted(monkeypatch, capsys, process.Terminated, tmp_path)
+    assert said == f"Interrupted. All finished work is saved in {tmp_path}; the same command resumes from there."
+    assert code == 143
+    said, _ = interrupted(monkeypatch, capsys, process.Terminated, tmp_path / "removed")
+    assert said == f"Interrupted. {tmp_path / 'removed'} no longer exists, so its results are not saved."
+
+
+def test_a_folder_of_results_that_cannot_be_made_names_its_key(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"runs_dir=.*file is not allowed: .*cannot be written \(.*\)"):
+        grid.check_folder(str(tmp_path / "file"), tmp_path / "file" / "single")
+
+
+def test_a_run_is_not_compared_with_itself(tmp_path):
+    with pytest.raises(UserError, match="is given twice; give each run once"):
+        compare.main([str(tmp_path), str(tmp_path / "." / "")])

@@ -26,7 +26,15 @@ SLIPS = {
     "run budget.ration=1": "budget.ration is not a key of the configuration (did you mean budget.ratio",
     "run policy=h3o": "(did you mean h2o?)",
     "run policy=h2o policy.heavy=3": "policy.heavy=3 is not allowed: h2o has recent_share",
-    "run limit=some": "limit has a value that is not allowed",
+    "run limit=some": "limit=some is not allowed: give a whole number, or null.",
+    "run plan_only=maybe": "plan_only=maybe is not allowed: give true or false.",
+    "run -m limit=0.5,1": "limit=0.5 is not allowed: give a whole number, or null.",
+    "run -m policy=h2o,,": "there is an empty value beside a comma",
+    "run policy=h2o,a2sf": "policy=h2o,a2sf is several values: give -m to run each value",
+    "run limit=1,2": "limit=1,2 is several values: give -m to run each value",
+    "run policy=3 data=bundle": "policy=3 is not allowed: give one of a2sf, ",
+    "tables --margin abc": "argument --margin: invalid float value: 'abc'; see a2sf tables --help.",
+    "run --foo": "a2sf run has no option --foo",
     "run limit": "limit is not an override",
     "run +sweep=dmo": "(did you mean demo?)",
     "run tracker=[wandb,x]": "tracker=x is not allowed",
@@ -64,6 +72,7 @@ def test_slips_are_reported_at_once():
     answers = [eval(line) for line in done.stdout.splitlines()]
     for line, said, loaded in answers:
         assert SLIPS[line] in " ".join(said.split()), line
+        assert "usage:" not in said, line
         assert "Traceback" not in said
         assert not loaded, f"{line} loads {loaded}"
     assert [line for line, _, _ in answers] == list(SLIPS)

@@ -14,6 +14,7 @@ import pandas as pd
 
 from a2sf.analysis.results.grid import STEP, Grid
 from a2sf.analysis.results.labels import DASH, budget_label, factor_label, first_number, settings_label
+from a2sf.analysis.results.limits import drop_smaller
 from a2sf.analysis.results.selection import Selection, select
 from a2sf.analysis.results.variants import MUST_AGREE, drop_outdated, rest_of_identity
 from a2sf.errors import UserError
@@ -34,6 +35,7 @@ def gather(directories: Sequence[Path], selection: Selection | None = None) -> G
     Raises:
         UserError: if a directory is missing or empty, nothing matches, or the cells should not be mixed.
     """
+    selection = selection or Selection()
     frames: list[pd.DataFrame] = []
     cells: dict[str, StoredCell] = {}
     notes: list[str] = []
@@ -47,10 +49,12 @@ def gather(directories: Sequence[Path], selection: Selection | None = None) -> G
             continue
         groups += groups_of(directory)
         stored = drop_outdated(list(read_sweep(directory)), notes)
+        if not (selection.limits or selection.mixed):
+            stored = drop_smaller(stored, notes)
         frame = _from_cells(stored, name_of(directory))
         frames.append(frame)
         cells |= {f"{name_of(directory)}/{name_of(c.path)}": c for c in stored}
-    return select(pd.concat(frames, ignore_index=True), cells, selection or Selection(), notes, groups)
+    return select(pd.concat(frames, ignore_index=True), cells, selection, notes, groups)
 
 
 def grid_of(cells: Sequence[StoredCell], selection: Selection | None = None, groups: Sequence[TaskGroup] = ()) -> Grid:

@@ -11,6 +11,7 @@ import pandas as pd
 from a2sf.analysis.results.errors import add_group_intervals, add_intervals
 from a2sf.analysis.results.grid import SYSTEM, Grid
 from a2sf.analysis.results.labels import DASH, name_settings, shorten_names
+from a2sf.analysis.results.limits import limit_label
 from a2sf.analysis.results.variants import label_variants
 from a2sf.errors import UserError, nearest
 from a2sf.store.aggregates import OPTIONS, TaskGroup, aggregates
@@ -28,6 +29,7 @@ class Selection:
 
     Attributes:
         metric: the metric's name as in lm-eval; None takes `acc` where a task has it.
+        limits: numbers of documents, or `all`; empty: of each sweep the largest, if it has every system of a smaller one.
         mixed: show cells side by side although they differ in a `MUST_AGREE` key.
         strict: refuse cells that were computed with different versions of a library.
         by_documents: averages over tasks count each document once, and not each task.
@@ -41,6 +43,7 @@ class Selection:
     schedules: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     shots: tuple[int, ...] = ()
+    limits: tuple[str, ...] = ()
     mixed: bool = False
     strict: bool = False
     by_documents: bool = False
@@ -97,7 +100,7 @@ def select(
 
 
 def _filtered(frame: pd.DataFrame, selection: Selection) -> pd.DataFrame:
-    """The rows of the selected models, tasks, shots, policies, budgets, factors and schedules.
+    """The rows of the selected models, tasks, shots, limits, policies, budgets, factors and schedules.
 
     A filter on budgets, factors or schedules keeps the rows that have none, the full cache above all.
     """
@@ -105,6 +108,7 @@ def _filtered(frame: pd.DataFrame, selection: Selection) -> pd.DataFrame:
         "model": selection.models,
         "task": selection.tasks,
         "shots": selection.shots,
+        "limit": selection.limits,
         "policy": selection.policies,
         "budget": selection.budgets,
         "factor": selection.factors,
@@ -116,13 +120,14 @@ def _filtered(frame: pd.DataFrame, selection: Selection) -> pd.DataFrame:
         without = frame["is_full"] & (column in ("budget", "factor", "schedule"))
         if column == "factor":
             without |= frame["factor"].eq(DASH)
-        present = frame.loc[~without, column].unique()
+        shown = frame["limit"].map(limit_label) if column == "limit" else frame[column]
+        present = shown[~without].unique()
         for value in values:
             if value not in present:
                 hint = nearest(str(value), map(str, present))
                 known = ", ".join(map(str, sorted(present)))
                 raise UserError(f"There is no result with {column} {value}{hint}; there are: {known}.")
-        frame = frame[frame[column].isin(values) | without]
+        frame = frame[shown.isin(values) | without]
     return frame
 
 

@@ -40,9 +40,9 @@ def drop_outdated(cells: list[StoredCell], notes: list[str]) -> list[StoredCell]
     """Leave out what a sweep computed on documents that have changed since, as the sweep's own table does."""
     newest: dict[tuple[Any, ...], tuple[str, str]] = {}
     for stored in cells:
-        key, finished = _place(stored), str(stored.result["timing"].get("finished"))
+        key, finished = place_of(stored), str(stored.result["timing"].get("finished"))
         newest[key] = max(newest.get(key, ("", "")), (finished, _documents_of(stored)))
-    left = [c for c in cells if _documents_of(c) != newest[_place(c)][1]]
+    left = [c for c in cells if _documents_of(c) != newest[place_of(c)][1]]
     for task in sorted({c.cell["task"] for c in left}):
         old = [c for c in left if c.cell["task"] == task]
         notes.append(
@@ -52,7 +52,7 @@ def drop_outdated(cells: list[StoredCell], notes: list[str]) -> list[StoredCell]
     return [c for c in cells if c not in left]
 
 
-def _place(stored: StoredCell) -> tuple[Any, ...]:
+def place_of(stored: StoredCell) -> tuple[Any, ...]:
     """Equal for cells of the same requested documents."""
     cell, documents = stored.cell, stored.result["documents"]
     requested = json.dumps(cell.get("data") or {}, sort_keys=True)
@@ -83,13 +83,14 @@ def label_variants(frame: pd.DataFrame, mixed: bool, place: Sequence[str], notes
         for rows in differing:
             described = "; ".join(f"{value} in {_some(frame.loc[part.index])}" for value, part in rows.groupby(rows))
             swept = key in SWEPT and (rows.groupby(frame.loc[rows.index, "source"]).nunique() > 1).all()
+            hint = "; --limit chooses" if key == "limit" else ""
             if not mixed and not swept:
                 raise UserError(
                     f"These results differ in {key}: {described}; choose the runs or filters so that they agree, "
                     "or say --allow-mixed."
                 )
             notes.append(
-                f"These results differ in {key} and are rows of their own: {described}."
+                f"These results differ in {key} and are rows of their own: {described}{hint}."
                 if swept
                 else f"Mixed on request: {key} is {described}."
             )

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from a2sf import __version__
 from a2sf.app.process import quiet
+from a2sf.commands.arguments import Parser
 from a2sf.errors import ConfigError, Notice, nearest
 from a2sf.shipped import shipped
 
@@ -34,9 +35,7 @@ FOLDER = Path("runs/calibrated")
 
 def main(arguments: Sequence[str]) -> None:
     """Calibrate, show the candidates, and write the file."""
-    parser = argparse.ArgumentParser(
-        prog="a2sf calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="a2sf calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model(parser)
     parser.add_argument(
         "--budget",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from itertools import groupby
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from a2sf.commands.arguments import Parser
 from a2sf.errors import ConfigError, UserError
 from a2sf.policies.base import Policy
 from a2sf.policies.find import check_setting_names, find_policy
@@ -21,9 +21,7 @@ COLOURS = {"broken": "red", "except": "yellow", "holds": "green"}
 
 def main(arguments: Sequence[str]) -> None:
     """Print under which schedules each invariant holds; exit with 1 if one is broken."""
-    parser = argparse.ArgumentParser(
-        prog="a2sf check", description="Test the invariants of a policy on random tensors."
-    )
+    parser = Parser(prog="a2sf check", description="Test the invariants of a policy on random tensors.")
     parser.add_argument("policy", help="a policy's name, or your class as module:Class")
     parser.add_argument("settings", nargs="*", metavar="setting=value", help="settings that differ from the defaults")
     parser.add_argument("--config-dir", type=Path, help="your folder; the current folder is searched, too")

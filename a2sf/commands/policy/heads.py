@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from a2sf.app.process import quiet
+from a2sf.commands.arguments import Parser
 from a2sf.commands.policy.calibrate import FOLDER, add_model, file_of, model_spec
 from a2sf.errors import ConfigError
 
@@ -26,9 +27,7 @@ LENGTHS = (100, 250, 500)
 
 def main(arguments: Sequence[str]) -> None:
     """Measure, choose, and write the heads."""
-    parser = argparse.ArgumentParser(
-        prog="a2sf heads", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="a2sf heads", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model(parser)
     parser.add_argument("--count", type=int, help="how many key/value heads to choose (default: a tenth)")
     parser.add_argument("--documents", type=int, default=30, help="how many texts are read")

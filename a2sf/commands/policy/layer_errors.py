@@ -18,15 +18,14 @@ from rich.progress import track
 from rich.table import Table
 
 from a2sf.app.process import quiet
+from a2sf.commands.arguments import Parser
 from a2sf.commands.policy.calibrate import FOLDER, add_model, add_text, check_numbers, file_of, read_passages
 from a2sf.errors import ConfigError
 
 
 def main(arguments: Sequence[str]) -> None:
     """Measure, show and write the errors."""
-    parser = argparse.ArgumentParser(
-        prog="a2sf layer-errors", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="a2sf layer-errors", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("policies", nargs="+", metavar="POLICY")
     add_model(parser)
     parser.add_argument("--budget", type=float, nargs="+", default=[0.2], metavar="RATIO")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
+from a2sf.commands.arguments import Parser
 from a2sf.commands.policy.check import look_in
 from a2sf.commands.policy.describe import attributes, paper, policy_summary
 from a2sf.errors import UserError
@@ -20,7 +20,7 @@ from a2sf.policies.find import built_in, defaults, find_policy, installed, load
 
 def main(arguments: Sequence[str]) -> None:
     """Print every policy, or everything about some of them; exit with 1 if one cannot be loaded."""
-    parser = argparse.ArgumentParser(prog="a2sf policies", description="The available policies.")
+    parser = Parser(prog="a2sf policies", description="The available policies.")
     parser.add_argument("names", nargs="*", help="print everything about these: names, or module:Class")
     parser.add_argument("--config-dir", type=Path, help="your folder, with policy/*.yaml")
     args = parser.parse_args(arguments)

@@ -116,8 +116,8 @@ def legend(table: Table) -> str:
         sentences.append(f"{meaning} ({how}).")
     equivalences = [r.equivalence.test for r in table.rows if r.equivalence and r.equivalence.test]
     if table.margin is not None and equivalences:
-        score = "average" if len(table.columns) > 1 else table.columns[0]
-        sentences.append(within_legend(table.margin, table.percent, f"the {score}", equivalences[0]))
+        score = "the average" if len(table.columns) > 1 else f"the score of {table.columns[0]}"
+        sentences.append(within_legend(table.margin, table.percent, score, equivalences[0]))
     if any(not row.causal for row in table.rows):
         sentences.append(f"{ORACLE}: never bold, and not tested against others.")
     if table.stopped:

@@ -26,6 +26,9 @@ KEY = re.compile(r"^([+~]*)([\w.]+)")
 
 NUMBERS = (OverrideLexer.INT, OverrideLexer.FLOAT)
 NOT_TEXT = (*NUMBERS, OverrideLexer.BOOL)
+ONE_NAME = ("model", "policy", "schedule", "data")
+"""Groups of which one file is chosen, so that a list is not allowed."""
+EMPTY = re.compile(r"(^|[,\[])\s*,|,\s*($|\])")
 UNCHANGED = {"choice", "shuffle"}
 """Functions of the grammar that do not change their arguments."""
 
@@ -99,6 +102,10 @@ def explain_override(error: HydraException) -> str | None:
     ambiguous = re.search(r"Ambiguous value for argument '(.*)'", str(error))
     if isinstance(error, ConfigCompositionException) and ambiguous:
         key, value = _parts(ambiguous[1])
+        each = f"-m to run each value: a2sf run -m {shlex.quote(f'{key}={value}')}"
+        if not schema.may_be_list(key) or key in ONE_NAME:
+            text = f"{quoted(key, value)} for one value with a comma in it, or " if schema.holds_text(key) else ""
+            return f"{key}={value} is several values: give {text}{each}."
         return (
             f"{key}={value} has three possible meanings: give {shlex.quote(f'{key}=[{value}]')} for a list, "
             f"{quoted(key, value)} for one value with a comma in it, or -m to run each value."
@@ -137,6 +144,8 @@ def _unreadable(override: str) -> str:
     key, value = _parts(override)
     if not key or "=" not in override:
         return f"{override} is not an override: give key=value, such as limit=100."
+    if EMPTY.search(value) and not re.search("['\"]", value):
+        return f"{override} cannot be read: there is an empty value beside a comma; leave the comma out."
     if re.search(r"[\s,][\w.]+=", value):
         return f"{override} cannot be read: give each key=value as a separate argument, with a space between them."
     if value[:1] in ("[", "{") and value.count(value[0]) != value.count("]" if value[0] == "[" else "}"):

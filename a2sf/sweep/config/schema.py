@@ -12,6 +12,9 @@ from typing import Any
 
 NAMES = {"names": True}
 """Marks keys whose value is a name or a list of names, or true, false or null."""
+SWITCH = {"switch": True}
+"""Marks keys whose value is true or false, or null where that is the default. They are not typed as bool, because OmegaConf
+would read any number as true."""
 RENAMED = {"until": "early_stopping", "until.verdict": "early_stopping.significant"}
 """Keys of the previous version, and what they are called now; a group's name stands for all its keys."""
 
@@ -72,9 +75,9 @@ class ModelConfig:
     dtype: str = "auto"
     device: str = "auto"
     revision: str = "main"
-    trust_remote_code: bool = False
+    trust_remote_code: Any = field(default=False, metadata=SWITCH)
     device_map: str | None = None
-    add_bos_token: bool | None = None
+    add_bos_token: Any = field(default=None, metadata=SWITCH)
     adapter: str | None = None
 
 
@@ -116,7 +119,7 @@ class EarlyStoppingConfig:
 
     pair: Any = field(default=None, metadata=NAMES)
     half_width: Any = None
-    significant: bool = False
+    significant: Any = field(default=False, metadata=SWITCH)
     confidence: float = 0.95
     metric: str = "acc"
 
@@ -210,14 +213,14 @@ class Config:
     limit: int | None = None
     chat_template: Any = field(default=False, metadata=NAMES)
     system_instruction: str | None = None
-    fewshot_as_multiturn: bool | None = None
+    fewshot_as_multiturn: Any = field(default=None, metadata=SWITCH)
     gen_kwargs: Any = None
     samples: int | None = None
-    enable_thinking: bool | None = None
+    enable_thinking: Any = field(default=None, metadata=SWITCH)
     think_end_token: str | None = None
     task_args: Any = None
     include_path: str | None = None
-    log_samples: bool = True
+    log_samples: Any = field(default=True, metadata=SWITCH)
     data: DataConfig = field(default_factory=DataConfig)
     batch_size: Any = "auto"
     seed: int = 1234
@@ -225,10 +228,10 @@ class Config:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     sweep_name: str = "single"
     runs_dir: str = "runs"
-    plan_only: bool = False
+    plan_only: Any = field(default=False, metadata=SWITCH)
     plan: PlanConfig = field(default_factory=PlanConfig)
     trace: int = 0
-    full_texts: bool = False
+    full_texts: Any = field(default=False, metadata=SWITCH)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     until: Any = None  # in files; the command line's is renamed when it is read
     checkpoint: float = 60.0
@@ -264,6 +267,23 @@ def holds_names(key: str) -> bool:
     """Whether a key's value is text, unless it is true, false or null."""
     found = _field(key)
     return found is not None and "names" in found.metadata
+
+
+def switches(cls: type) -> dict[str, bool]:
+    """The keys of a configuration, or of a group of its keys, that are true or false -> whether they may be null."""
+    return {f.name: f.default is None for f in dataclasses.fields(cls) if "switch" in f.metadata}
+
+
+def may_be_null(key: str) -> bool:
+    """Whether a key's value may be null."""
+    found = _field(key)
+    return found is not None and "None" in str(found.type)
+
+
+def may_be_list(key: str) -> bool:
+    """Whether a key's value may be a list."""
+    found = _field(key)
+    return found is not None and str(found.type) == "Any" and "switch" not in found.metadata
 
 
 def _field(key: str) -> dataclasses.Field[Any] | None:

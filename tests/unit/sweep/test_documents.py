@@ -162,3 +162,17 @@ def test_any_name_reaches_a_worker(name):
     assert (parsed["shots"], parsed["data.content"], parsed["policy"]) == (3, "c0ffee", "full")
     assert len(overrides) == len(parsed)  # each key once
     assert json.loads(parsed["group"]) == {"others": [], "planned": ["its name"]}
+
+
+def test_tasks_that_are_refused_for_one_reason_are_one_sentence():
+    refused = {
+        "tasks=piqa cannot be loaded: no network.": ["a", "b"],
+        "tasks=boolq cannot be loaded: it is private.": ["c"],
+        "tasks=copa cannot be loaded: no network.": ["d"],
+        "its files changed.": ["e"],
+    }
+    assert documents.by_reason(refused) == {
+        "tasks=piqa,copa cannot be loaded: no network.": ["a", "b", "d"],
+        "tasks=boolq cannot be loaded: it is private.": ["c"],
+        "its files changed.": ["e"],
+    }

@@ -60,7 +60,8 @@ def test_a_sweep_says_where_few_scores_saw_a_pruned_cache(tmp_path):
     notice = hardly_pruned(stored)
     second.result["scored"]["pruned"] = 20
     assert notice is not None
-    assert f"2 cells ({second.path.name} the first), only 0 %" in notice
+    assert notice.startswith("In 2 cells, less than 20 % of the scored tokens saw a pruned cache")
+    assert f"(the least in {second.path.name}: 0 %)." in notice
     assert f"In {first.path.name}, only 19 %" in (hardly_pruned(stored) or "")
     first.result["scored"]["pruned"] = 20
     assert hardly_pruned(stored) is None

@@ -100,3 +100,11 @@ def test_nothing_is_shown_where_nothing_is_compared():
 def test_a_large_wanted_difference_flips_as_many_documents_as_it_needs(detect: float):
     rows = power_rows({"copa": 50}, {}, PowerSettings(detect=detect), level=0.05)
     assert rows[0].needed == documents_needed(detect / 100, 0.15)
+
+
+def test_a_share_of_one_document_is_marked_as_such():
+    rows = power_rows({"copa": 5, "piqa": 100}, {"piqa": Flips(0.001)}, PowerSettings(), level=0.05)
+    assert [(r.flips, r.one) for r in rows] == [(0.2, True), (0.01, True), (None, False)]
+    text = shown(of("full", "h2o", limit=5))
+    assert "20.0 %†" in text
+    assert "two systems differ († one document, of so few)" in " ".join(text.split())

@@ -63,3 +63,9 @@ def test_the_headline_counts_and_estimates():
         "[bold]runs/\\[x][/bold]: 3 cells, 1 done, 2 to run, about 12,000 tokens to compute for 1 of them, about 10 min at "
         "the speed measured here; for 1 of them there is no measurement to estimate from"
     )
+
+
+def test_one_cell_is_not_cells():
+    one = cell("h2o")
+    line = headline(SweepPlan([one], frozenset(), []), [[one]], [WorkEstimate(None, None)], Path("runs/s"))
+    assert "1 cell, 0 done, 1 to run" in line

@@ -9,13 +9,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from a2sf.app.plan import without_effect
 from a2sf.errors import UserError
 from a2sf.policies.budget import Budget
 from a2sf.store.archive import pack, unpack
 from a2sf.store.runs import StoredCell, load_sweep, write_cell
 from a2sf.sweep import answer_store
 from a2sf.sweep.cell import Cell
-from a2sf.sweep.reuse import find_extendable, plan
+from a2sf.sweep.config.settings import Settings
+from a2sf.sweep.reuse import SweepPlan, find_extendable, plan
 from a2sf.sweep.runner import Runner, finish
 from a2sf.tracking.tracker import Tracker, TrackerSpec
 from tests.interrupted import interrupted
@@ -160,3 +162,28 @@ def test_an_archive_of_earlier_names_adds_no_cell_twice(tmp_path):
     store(tmp_path / "t" / short(one), other)
     with pytest.raises(UserError, match="is not the archive's cell of that name"):
         unpack(archive, tmp_path / "t")
+
+
+def test_a_cell_that_a_killed_process_was_replacing_is_found_again(tmp_path):
+    one = cell("h2o")
+    path = store(tmp_path / "s" / one.name, one).path
+    path.rename(path.with_name(f".{path.name}.1-abcdef01.old"))
+    assert plan([one], tmp_path / "s").pending == []
+
+
+def test_a_key_that_has_no_effect_on_a_finished_cell_is_named(tmp_path):
+    one = cell("h2o")
+    stored = store(tmp_path / "s" / one.name, one)
+    stored.result["provenance"] = {"backend": "numba"}
+    asked = dataclasses.replace(one, model_name="My", backend="reference")
+    made = SweepPlan([asked], frozenset([asked.name]), [], {asked.name: stored})
+
+    def of(cell: Cell, trace: int) -> Settings:
+        return Settings((cell,), TrackerSpec(), None, "s", str(tmp_path), False, trace, 60.0)
+
+    notes = without_effect(made, [of(asked, 2)])
+    keys = [note.partition(" has no effect on 1 finished cell (")[0] for note in notes]
+    assert keys == ["trace=2", "model.name=My", "backend=reference"]
+    assert all(note.endswith("give another runs_dir.") for note in notes)
+    same = SweepPlan([one], frozenset([one.name]), [], {one.name: stored})
+    assert without_effect(same, [of(one, 0)]) == []

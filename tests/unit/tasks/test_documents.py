@@ -436,3 +436,12 @@ def test_a_file_that_is_not_read_may_lie_beside_the_one_that_is(tmp_path):
     assert source("piqa", tasks.DataSpec(dir=str(tmp_path))).scored == "validation"
     with pytest.raises(ConfigError, match=r"train\.csv is not allowed"):
         source("piqa", tasks.DataSpec(dir=str(tmp_path), fewshot_split="train"), shots=1)
+
+
+@pytest.mark.parametrize(
+    ("file", "fields"), [('[{"question": "q", "label": 0}]', "question, label"), ('["a", "b"]', "text")]
+)
+def test_fields_that_documents_lack_are_named_with_those_they_have(tmp_path, file, fields):
+    (tmp_path / "piqa.json").write_text(file)
+    with pytest.raises(UserError, match=rf"'\w+' is undefined; the fields of the first document: {fields}\)"):
+        tasks.TaskSpec("piqa", tasks.DataSpec(dir=str(tmp_path))).build(0)
