@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from a2sf.engine.kernels import CacheShape, TokenCache, attend, new_cache, note
-from a2sf.engine.retention import BatchRetention
+from a2sf.engine.retention import BatchRetention, full_heads_of
 from a2sf.engine.state import Attended, EvictionState, Options, Segments, remembered
 from a2sf.errors import UserError
 from a2sf.policies.base import UNLIMITED
@@ -258,9 +258,10 @@ class Slots:
     def _arrange(self, groups: list[Tensor]) -> None:
         """Make empty stores, one for each group of heads; heads that retain everything have stores of their own."""
         rule = self.retention.rule
-        full_heads = () if rule.calls else rule.full_heads  # a policy's own function may look at all heads
+        # a policy's own function may look at all heads
+        full_heads = [] if rule.calls else full_heads_of(rule, self.heads)
         full = torch.zeros(self.heads, dtype=torch.bool)
-        full[list(full_heads)] = True
+        full[full_heads] = True
         everything, others = self.retention.unlimited(ACCUMULATED), self.retention
         others = replace(others, rule=replace(rule, full_heads=())) if full_heads else others
         self._stores, self._cut = [], False
