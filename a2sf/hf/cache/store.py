@@ -93,6 +93,13 @@ class Store:
         memory = self._memory.nbytes if self._memory is not None else 0
         return memory + (0 if self._state is None else self._state.nbytes)
 
+    @property
+    def cached_nbytes(self) -> int:
+        if self._state is None and self._memory is None:
+            return 0
+        state = self.state()
+        return int(state.counts.sum()) * sum(x.shape[-1] * x.itemsize for x in (state.keys, state.values))
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, new: NewTokens, scale: float) -> Attended:
         """Insert, attend, score and evict the call's tokens; `end_call` is to follow."""
         if new.columns == 1 and self._state is None and self._memory is not None and not self.how.trace:
@@ -195,6 +202,10 @@ class Slots:
     @property
     def nbytes(self) -> int:
         return sum(s.nbytes for s in self._stores)
+
+    @property
+    def cached_nbytes(self) -> int:
+        return sum(s.cached_nbytes for s in self._stores)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, new: NewTokens, scale: float, more: int | None
