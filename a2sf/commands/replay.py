@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
-from rich.table import Table
 
 from a2sf.analysis.results.labels import DASH
 from a2sf.app.process import quiet
 from a2sf.commands.policy.calibrate import add_model, model_spec
 from a2sf.errors import ConfigError, UserError
+from a2sf.report.tables.screen import Blocks
 
 if TYPE_CHECKING:
     from a2sf.engine.replay import Replay
@@ -38,6 +38,8 @@ COLUMNS = {
     "deviation": "deviation",
     "first_difference": "differs at",
 }
+LEADING = 2
+"""Columns that say which text a row is of."""
 LEGEND = (
     "prompt, text: tokens; retained: tokens cached at the end, mean over layers and KV heads. log-lik.: log-likelihood of "
     "the text per token (nats), with the recorded positions and with the full cache; deviation: largest difference of a "
@@ -79,8 +81,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     done, decode = _computed(args, given, console)
     frame = frame_of(done)
-    console.print(_table(frame))
-    console.print(LEGEND, markup=False)
+    console.print(table_of(frame))
     if args.out is not None:
         frame["generated"] = [decode(list(r.generated)) for r in done]
         frame.to_csv(args.out, index=False)
@@ -124,7 +125,7 @@ def _computed(args: argparse.Namespace, given: Replay, console: Console) -> tupl
     check_backend(args.backend)
     requested = args.model
     if requested is None and given.model is None:
-        raise ConfigError("--model", None, "the file names no model; give one")
+        raise UserError("the file names no model; give one with --model")
     args.model = requested or given.model
     spec = model_spec(args)
     if given.model is not None and not {_short(requested or given.model), _short(spec.path)} & {_short(given.model)}:
@@ -162,19 +163,19 @@ def frame_of(done: Sequence[Replayed]) -> pd.DataFrame:
     return frame.astype({"deviation": "float64", "first_difference": "Int64"})
 
 
-def _table(frame: pd.DataFrame) -> Table:
-    table = Table(title=f"{len(frame)} texts with recorded positions", title_justify="left", box=box.SIMPLE)
-    for name, head in COLUMNS.items():
-        table.add_column(head, justify="left" if name == "task" else "right", no_wrap=name != "task")
+def table_of(frame: pd.DataFrame) -> Blocks:
+    """The same for a screen of any width."""
+    rows = []
     decimals = {"retained": 1, "loglikelihood": 4, "full": 4, "deviation": 6}
     for row in frame.to_dict("records"):
         cells = [row[name] for name in COLUMNS]
         texts = [
-            DASH if pd.isna(x) else f"{x:.{decimals[name]}f}" if name in decimals else str(x)
+            DASH if pd.isna(x) else f"{x:.{decimals[name]}f}" if name in decimals else escape(str(x))
             for name, x in zip(COLUMNS, cells, strict=True)
         ]
-        table.add_row(*texts)
-    return table
+        rows.append(texts)
+    title = f"{len(frame)} texts with recorded positions"
+    return Blocks(title, tuple(COLUMNS.values()), LEADING, rows, escape(LEGEND))
 
 
 def _judge(args: argparse.Namespace, done: Sequence[Replayed]) -> None:

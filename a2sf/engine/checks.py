@@ -42,16 +42,6 @@ def check_fits(query: Tensor, key: Tensor, value: Tensor, rows: int, heads: int,
         )
 
 
-def per_token(x: Tensor, key: Tensor) -> Tensor:
-    """What a rule's `weight` or `bias` gives, [B, K, T]; raise `ValueError` if it is not a number per token of `key`."""
-    try:
-        return x.expand(key.shape[:3])
-    except RuntimeError as error:
-        raise ValueError(
-            f"a rule's weight or bias has shape {tuple(x.shape)} and must have {tuple(key.shape[:3])}, one number per token"
-        ) from error
-
-
 def check_segments(
     row: Sequence[int], first: Sequence[int], length: Sequence[int], parent: Sequence[int], budget: Sequence[int]
 ) -> tuple[int, int]:

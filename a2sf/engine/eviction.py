@@ -11,7 +11,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from a2sf.engine.priorities import about, leaving, mass, merged, of_function, of_rule, pooled, smallest_of_all_heads
+from a2sf.engine.priorities import (
+    about,
+    leaving,
+    mass,
+    merged,
+    of_function,
+    of_rule,
+    pooled,
+    smallest_of_all_heads,
+    token_numbers,
+)
 from a2sf.engine.state import Attended as Attended
 from a2sf.engine.state import AttentionCall, joined_queries, last_queries, remembered
 from a2sf.engine.state import EvictionState as EvictionState
@@ -62,8 +72,8 @@ def _reference_rows(differentiable: bool, rows: PaddedRows, options: Options) ->
     score = torch.cat([old.scores.to(query.dtype), query.new_zeros(B, K, T)], dim=2)
     memory = _memory(rows, grouped.detach(), options.scale)
     queries = joined_queries(rule, old.queries, grouped.detach()) if rule.queries else None
-    fixed = all_keys.detach(), all_values.detach(), position
-    weight, bias = (None if f is None else f(*fixed) for f in (rule.weight, rule.bias))
+    real = torch.cat([old.positions, rows.positions], dim=2)  # -1 for padding
+    weight, bias = token_numbers(rule, all_keys.detach(), all_values.detach(), real)
 
     output = query.new_zeros(B, H, T, rows.value.shape[-1])
     evictions = []
@@ -124,8 +134,7 @@ def _reference_rows(differentiable: bool, rows: PaddedRows, options: Options) ->
                     torch.cat([x.where(stays, before[:, :, :n]), before[:, :, n:]], 2)
                     for x, before in zip(changed, (all_keys, all_values), strict=True)
                 )
-            fixed = all_keys.detach(), all_values.detach(), position
-            weight, bias = (None if f is None else f(*fixed) for f in (rule.weight, rule.bias))
+            weight, bias = token_numbers(rule, all_keys.detach(), all_values.detach(), real)
         row, head, column = out.nonzero(as_tuple=True)
         evictions.append(torch.stack([row, head, torch.full_like(row, t), position[row, head, column]], 1))
     with torch.set_grad_enabled(differentiable):

@@ -17,7 +17,7 @@ from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import LATE, Options
 from a2sf.errors import PolicyError, UserError, definition, first_line, place
 from a2sf.policies.ranking import data_priorities
-from a2sf.policies.rule import AttentionRows, Rule, Step
+from a2sf.policies.rule import AttentionRows, Rule, Step, TokenFn
 
 SHARE = 1 - 1e-5
 """`p * n` from which a token counts as above uniform attention: 1, but for the rounding of equal shares."""
@@ -109,6 +109,36 @@ def merged(retention: BatchRetention, step: Step, out: Tensor) -> tuple[Tensor, 
         for x, old, was in zip(new, (keys, values), (one.keys, one.values), strict=True):
             old[row].scatter_(1, order[0, :, :, None].expand_as(was[0]), x.where(stays, was)[0])
     return keys, values
+
+
+def token_numbers(rule: Rule, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """`m` and `b` of a rule for tokens, each [B, K, N]; None where the rule has none.
+
+    Args:
+        keys: [B, K, N, D].
+        values: [B, K, N, V].
+        positions: int64 [B, K, N], negative where a column holds no token: what the rule says of it does not count.
+
+    Raises:
+        PolicyError: if one of its functions fails, returns no number for each token, or NaN for one.
+    """
+    shown = keys, values, positions
+    return _of_tokens("weights", rule.weight, *shown), _of_tokens("biases", rule.bias, *shown)
+
+
+def _of_tokens(what: str, function: TokenFn | None, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor | None:
+    if function is None:
+        return None
+    given: Any = calling(function, keys, values, positions)
+    try:
+        numbers: Tensor = given.expand(positions.shape)
+    except (AttributeError, RuntimeError) as error:
+        name, where = described(function)
+        got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        need = f"{tuple(positions.shape)} is needed, one number per token"
+        raise PolicyError(f"{name} returns {what} of shape {got}, and {need}{where}") from error
+    _refuse_nan(function, what, numbers, positions >= 0)
+    return numbers
 
 
 def _merged(function: Callable[..., Any], step: Step, evicted: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,10 +287,14 @@ def _checked(function: Callable[..., Any], what: str, given: Any, like: Tensor, 
         raise PolicyError(
             f"{name} returns {what} of shape {got}, and {tuple(like.shape)} is needed, as the step's tensors{where}"
         )
+    _refuse_nan(function, what, given, used)
+    return given.to(like.dtype)
+
+
+def _refuse_nan(function: Callable[..., Any], what: str, given: Tensor, used: Tensor) -> None:
     if bool((given.isnan() & used).any()):
         name, where = described(function)
         raise PolicyError(f"{name} returns NaN among its {what} of cached tokens; give each of them a number{where}")
-    return given.to(like.dtype)
 
 
 def smallest(priority: Tensor, positions: Tensor, free: Tensor, n: Tensor) -> Tensor:

@@ -22,6 +22,10 @@ FORMAT, VERSION = "kv-replay", 1
 KEYS = ("format", "version", "model", "weights", "layers", "kv_heads", "system", "documents")
 DOCUMENT_KEYS = ("task", "document", "prompt", "text", "cuts", "evicted_at", "loglikelihoods")
 CUT_KEYS = ("step", "layer", "head", "kept")
+ROUNDING = 1e-3
+"""By how much another engine's log-likelihood may be above 0."""
+LONGEST = 40
+"""Characters of a value that a message shows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,11 +156,15 @@ def _document(at: str, place: int, given: Any, layers: int, kv_heads: int) -> Re
         evicted_at = _of_steps(f"{at}.evicted_at", given["evicted_at"], (layers, kv_heads, T))
     logs = given.get("loglikelihoods")
     if logs is not None:
-        numbers = isinstance(logs, list) and all(isinstance(x, int | float) and np.isfinite(x) for x in logs)
-        if not numbers or len(logs) != len(text):
+        if not isinstance(logs, list) or len(logs) != len(text):
+            given_as = f"{len(logs)} numbers" if isinstance(logs, list) else _shortened(logs)
             raise ConfigError(
-                f"{at}.loglikelihoods", "this list", f"give a finite number for each of the text's {len(text)} tokens"
+                f"{at}.loglikelihoods", given_as, f"give a number for each of the text's {len(text)} tokens"
             )
+        for i, x in enumerate(logs):
+            if not isinstance(x, int | float) or isinstance(x, bool) or not np.isfinite(x) or x > ROUNDING:
+                why = "give the logarithm of a probability, a finite number of at most 0"
+                raise ConfigError(f"{at}.loglikelihoods[{i}]", _shortened(x), why)
         logs = tuple(map(float, logs))
     document = given.get("document", place)
     return Recorded(str(given.get("task") or ""), _whole(f"{at}.document", document, 0), prompt, text, evicted_at, logs)
@@ -246,7 +254,15 @@ def _cut(at: str, evicted_at: np.ndarray, step: int, kept: np.ndarray) -> None:
 
 def _known(at: str, given: dict[str, Any], keys: Sequence[str]) -> None:
     if unknown := [k for k in given if k not in keys]:
-        raise ConfigError(f"{at}{unknown[0]}", "a value", f"the keys are {', '.join(keys)}")
+        raise ConfigError(
+            f"{at}{unknown[0]}", _shortened(given[unknown[0]]), f"there are only the keys {', '.join(keys)}"
+        )
+
+
+def _shortened(value: Any) -> str:
+    """A value for a message, of which a long one has its beginning."""
+    text = str(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 def _whole(key: str, value: Any, least: int, most: int | None = None, why: str = "") -> int:

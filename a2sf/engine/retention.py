@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from a2sf.errors import UserError
+from a2sf.errors import ConfigError, UserError
 from a2sf.policies.base import UNLIMITED, Retention
 from a2sf.policies.budget import Growth
 from a2sf.policies.prepared import Numbers
@@ -62,7 +62,10 @@ class BatchRetention:
         """
         rules = {r.rule for r in retentions}
         if len(rules) > 1:
-            raise UserError("the policy has other rules at other budgets; give each row of a batch the same budget")
+            raise UserError(
+                "the policy has other rules at other budgets, or its `retention` makes a new function at each call; give "
+                "each row of a batch the same budget, or define the function outside of `retention`"
+            )
         growth = _some([r.growth for r in retentions])
         if growth is not None and schedule.spare and any(r.threshold is not None for r in rules):
             raise UserError(
@@ -168,7 +171,7 @@ class BatchRetention:
         plain = BatchRetention(**self.retention() | {"growth": None, "prepared": None})
         columns = plain._each(lambda x: x[:, None, None])
         budget = columns.budget.repeat(1, heads, 1)
-        budget[:, list(self.rule.full_heads)] = UNLIMITED
+        budget[:, full_heads_of(self.rule, heads)] = UNLIMITED
         factor = columns.forgetting_factor.to(dtype)
         return replace(columns, budget=budget, forgetting_factor=factor, prepared=prepared)
 
@@ -233,6 +236,17 @@ class BatchRetention:
     def unprotected(self, positions: Tensor, cached: Tensor, now: Tensor) -> Tensor:
         """bool [B, K, N]: the `cached` tokens that may be evicted at time `now`."""
         return cached & (positions >= self.sinks) & (positions <= now - self.recent)
+
+
+def full_heads_of(rule: Rule, heads: int) -> list[int]:
+    """The key/value heads of a layer that evict nothing, of `heads` that it has.
+
+    Raises:
+        ConfigError: if the layer does not have one of them.
+    """
+    if (last := max(rule.full_heads, default=0)) >= heads:
+        raise ConfigError("full_heads", last, f"the layer has {heads} key/value heads, which are counted from 0")
+    return list(rule.full_heads)
 
 
 def _integers(retentions: Sequence[Retention]) -> tuple[Tensor, ...]:

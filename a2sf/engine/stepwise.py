@@ -10,7 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from a2sf.engine.priorities import about, leaving, mass, merged, of_function, of_rule, pooled, smallest_of_all_heads
+from a2sf.engine.priorities import (
+    about,
+    leaving,
+    mass,
+    merged,
+    of_function,
+    of_rule,
+    pooled,
+    smallest_of_all_heads,
+    token_numbers,
+)
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import (
     LATE,
@@ -94,11 +104,11 @@ class _Slots:
         # new tokens' entries, and slots of the same, by name
         self.entering = {"keys": rows.key, "values": rows.value}
         self.held = {"keys": slots(old.keys), "values": slots(old.values), "scores": slots(old.scores)}
-        for name, fixed in (("weight", self.rule.weight), ("bias", self.rule.bias)):
-            if fixed is not None:
-                new = (old.seen[:, None] + torch.arange(T, device=rows.key.device))[:, None].expand(B, K, T)
-                self.entering[name] = fixed(rows.key, rows.value, new)
-                self.held[name] = slots(fixed(old.keys, old.values, old.positions))
+        new = token_numbers(self.rule, rows.key, rows.value, rows.positions)
+        held = token_numbers(self.rule, old.keys, old.values, old.positions)
+        for name, entering, before in zip(("weight", "bias"), new, held, strict=True):
+            if entering is not None and before is not None:
+                self.entering[name], self.held[name] = entering, slots(before)
         memory = rows.query.new_zeros(B, K, past, self.rule.memory) if old.memory is None else old.memory
         if self.rule.precompute is not None:
             sequence = Sequence(self.grouped, rows.key, rows.value, rows.length, options.scale)
@@ -184,9 +194,10 @@ class _Slots:
             out = torch.where(retention.at_cut(now), smallest_of_all_heads(retention, priority, step, free), out)
         if self.rule.merge_fn is not None and bool(out.any()):
             held["keys"][:], held["values"][:] = merged(retention, step, out)
-            for name, fixed in (("weight", self.rule.weight), ("bias", self.rule.bias)):
-                if fixed is not None:
-                    held[name].copy_(fixed(held["keys"], held["values"], positions))
+            numbers = token_numbers(self.rule, held["keys"], held["values"], positions)
+            for name, x in zip(("weight", "bias"), numbers, strict=True):
+                if x is not None:
+                    held[name].copy_(x)
         self._remove(t, out, held)
 
     def _remove(self, t: int, out: Tensor, held: dict[str, Tensor]) -> None:

@@ -36,6 +36,13 @@ class PaddedRows(BatchRetention):
     counts: Tensor | None = None
     tables: dict[Hashable, Any] | None = None
 
+    @property
+    def positions(self) -> Tensor:
+        """int64 [B, K, T], the position of each new token; -1 where a row is padded."""
+        tokens = torch.arange(self.key.shape[2], device=self.key.device)
+        at = (self.state.seen[:, None] + tokens).where(tokens < self.length[:, None], -1)
+        return at[:, None].expand(self.key.shape[:3])
+
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """What `make` gives, made once for all layers of a pass: it depends on no query, key, value or score."""
         return make() if self.tables is None else once(self.tables, key, make)

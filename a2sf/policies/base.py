@@ -11,12 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, asdict, dataclass, fields, replace
 from decimal import Decimal
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from a2sf.errors import ConfigError
+from a2sf.errors import ConfigError, PolicyError, definition
 from a2sf.policies.prepared import LayerRead, Numbers, Prepared, Reader
 from a2sf.policies.renamed import rename_methods
 from a2sf.policies.rule import ACCUMULATED, AttentionRows, Rule, Sequence, Step, TokenFn
+from a2sf.policies.whole import set_whole, whole
 
 if TYPE_CHECKING:  # so that commands which only list policies do not load torch
     from torch import Tensor
@@ -44,7 +46,7 @@ class Retention:
             tokens may be evicted. None: they hold throughout.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if a number is out of range, or a number of tokens is not whole.
     """
 
     budget: int
@@ -60,6 +62,7 @@ class Retention:
         return self if self.growth is None else self.growth.at(tokens - 1)
 
     def __post_init__(self) -> None:
+        set_whole(self, "budget", "recent", "sinks")
         if self.budget < 1:
             raise ValueError(f"budget must be at least 1 token, got {self.budget}")
         if self.recent < 0 or self.sinks < 0 or self.recent + self.sinks > self.budget:
@@ -238,8 +241,12 @@ class Policy(ABC):
 
         Raises:
             ConfigError: if it merges values and its rule retains the same tokens in all heads.
+            PolicyError: if it states a larger budget than it is given, or its layers' budgets have a larger sum.
         """
-        retention = self.retention(self.divided_budget(budget, layer, layers, prompt, prepared), layer)
+        slots = self.divided_budget(budget, layer, layers, prompt, prepared)
+        retention = self.retention(slots, layer)
+        if self.uses_budget and retention.rule.threshold is None:
+            _check_held(self, budget, slots, retention, layers, prompt)
         if prepared is not None and prepared.numbers is not None:
             retention = replace(retention, prepared=prepared.numbers[layer])
         functions: dict[str, Any] = {}
@@ -280,6 +287,29 @@ class Policy(ABC):
     def stored_settings(self) -> dict[str, Any]:
         """The settings as results store them and cells are identified by them. A renamed setting has its first name here."""
         return asdict(self)
+
+
+def _check_held(policy: Policy, budget: int, slots: int, retention: Retention, layers: int, prompt: int | None) -> None:
+    """Raise `PolicyError` if a layer states more than its `slots`, or the layers' budgets have too large a sum."""
+    if retention.budget > slots:
+        stated = "no limit" if retention.budget == UNLIMITED else f"{retention.budget} tokens"
+        raise _too_many(policy, "retention", f"it may hold {slots} tokens in a layer and states {stated}")
+    if type(policy).layer_budget is not Policy.layer_budget and (total := _sum(policy, budget, layers, prompt)):
+        stated = f"{layers} layers that may hold {budget} tokens each hold {total} in all"
+        raise _too_many(policy, "layer_budget", f"{stated}, and at most {layers * budget} are allowed")
+
+
+@lru_cache(maxsize=4096)
+def _sum(policy: Policy, budget: int, layers: int, prompt: int | None) -> int:
+    """The slots that a policy gives all its layers; 0 if these are not more than it has."""
+    known = () if prompt is None else (prompt,)
+    total = sum(whole("layer_budget", policy.layer_budget(budget, i, layers, *known)) for i in range(layers))
+    return total if total > layers * budget else 0
+
+
+def _too_many(policy: Policy, method: str, why: str) -> PolicyError:
+    where = definition(getattr(type(policy), method))
+    return PolicyError(f"policy {policy.name}: {why}{f' ({where})' if where else ''}")
 
 
 def _hashable(value: object) -> object:

@@ -99,13 +99,11 @@ def retained(
         return policy.keeps(slots, layer, layers, prompt, prepared)
     except UserError:
         raise
-    except ValueError as error:
-        raise UserError(f"policy {policy.name} does not fit a budget of {slots} tokens: {error}") from error
     except Exception as error:  # the policy's own code
-        at = place(error)
-        raise PolicyError(
-            f"policy {policy.name} fails: {type(error).__name__}: {error}{f' ({at})' if at else ''}"
-        ) from error
+        at = f" ({where})" if (where := place(error)) else ""
+        if isinstance(error, ValueError):
+            raise UserError(f"policy {policy.name} does not fit a budget of {slots} tokens: {error}{at}") from error
+        raise PolicyError(f"policy {policy.name} fails: {type(error).__name__}: {error}{at}") from error
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, TypeAlias
 
 from a2sf.policies.renamed import renamed_fields
+from a2sf.policies.whole import set_whole, whole
 
 if TYPE_CHECKING:  # so that commands which only list policies do not load torch
     from torch import Tensor
@@ -198,6 +199,7 @@ class Cut:
     pooling: str = "mean"
 
     def __post_init__(self) -> None:
+        set_whole(self, "kernel_size")
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be an odd number of neighbours, at least 1, got {self.kernel_size}")
         if self.floor is not None and not 0.0 <= self.floor <= 1.0:
@@ -217,6 +219,9 @@ class Head:
         recent_share: share of the head's budget for the newest tokens, rounded down.
         sinks: how many of the first tokens are never evicted; they come before the newest ones.
         mean_over_age: as in `Rule`.
+
+    Raises:
+        ValueError: if `sinks` is not whole.
     """
 
     share: float = 1.0
@@ -224,6 +229,9 @@ class Head:
     recent_share: float = 0.0
     sinks: int = 0
     mean_over_age: bool = False
+
+    def __post_init__(self) -> None:
+        set_whole(self, "sinks")
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,7 +306,8 @@ class Rule:
             cut's `floor`; `heads` with `shared`, `full_heads`, `mean_over_age`, `cut` or a function; `shared` with
             `merge_fn`; `division_fn` without a cut's `floor`; `recording` with anything that
             ranks; `memory_fn` without `memory` or `priority_fn`, or with `precompute`; `threshold` with `heads`,
-            `full_heads` or a cut's floor, or one that is no finite number.
+            `full_heads` or a cut's floor, or one that is no finite number; a number that is not whole; a head of
+            `full_heads` that is negative or comes twice.
     """
 
     scored: bool = True
@@ -328,6 +337,12 @@ class Rule:
         return any(f is not None for f in (self.priority_fn, self.merge_fn, self.division_fn))
 
     def __post_init__(self) -> None:
+        set_whole(self, "memory", "queries")
+        object.__setattr__(self, "full_heads", tuple(whole("a head of full_heads", h) for h in self.full_heads))
+        if min(self.full_heads, default=0) < 0:
+            raise ValueError(f"full_heads counts key/value heads from 0, got {min(self.full_heads)}")
+        if len(set(self.full_heads)) < len(self.full_heads):
+            raise ValueError(f"full_heads has a key/value head twice, {self.full_heads}")
         divided = self.cut is not None and self.cut.floor is not None
         if self.full_heads and (self.shared or divided):
             raise ValueError("full_heads cannot be combined with shared or with a cut's floor")

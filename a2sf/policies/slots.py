@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from functools import lru_cache
 
-from a2sf.policies.base import UNLIMITED, share_of
+from a2sf.policies.base import UNLIMITED, Retention, share_of
 from a2sf.policies.rule import Head
 
 
@@ -44,3 +44,10 @@ def head_slots(heads: tuple[Head, ...], budget: int) -> tuple[tuple[int, int, in
         sinks = min(head.sinks, C)
         found.append((C, min(share_of(C, head.recent_share), C - sinks), sinks))
     return tuple(found)
+
+
+def leaves_choice(stated: Retention) -> bool:
+    """Whether some head has a slot that is neither for the newest nor for the first tokens: the rule ranks for it."""
+    whole_layer = ((stated.budget, stated.recent, stated.sinks),)
+    heads = head_slots(stated.rule.heads, stated.budget) if stated.rule.heads else whole_layer
+    return any(recent + sinks < C for C, recent, sinks in heads)

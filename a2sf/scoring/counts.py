@@ -11,6 +11,7 @@ import numpy as np
 
 from a2sf.policies.base import UNLIMITED, Retention
 from a2sf.policies.schedule import Schedule
+from a2sf.policies.slots import leaves_choice
 from a2sf.scoring.passes.full_cache_prefix import cached_tokens, full_cache_prefix, pruned_scores
 
 
@@ -37,6 +38,8 @@ class Counts:
         prompts, budgets: of each request, tokens of its prompt, and slots of a layer (at its end, if they grow), mean over
             layers that have a budget; where a threshold decides, tokens cached at the end.
         shares: of each request where a threshold decides, the share of its tokens that was cached at the end.
+        unranked, with_sinks: requests of which tokens were evicted and every slot is for the newest or the first tokens, so
+            that no ranking decides; and how many of them have slots for the first.
         stayed, could_leave: summed over these, tokens that stayed though the threshold could have evicted them, and tokens
             that it could have evicted.
     """
@@ -58,6 +61,8 @@ class Counts:
     prompts: list[int] = field(default_factory=list)
     budgets: list[float] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
+    unranked: int = 0
+    with_sinks: int = 0
     stayed: float = 0.0
     could_leave: float = 0.0
 
@@ -121,10 +126,29 @@ class Counts:
         read = max(1, prompt + sum(answers[-1]) - 1)
         limited = [r.after(read).budget for r in retention if r.budget < UNLIMITED and r.rule.threshold is None]
         self.budgets += [fmean(limited)] if limited else []
+        self._count_unranked(acted, (cut or prompt) if self.schedule.prompt and self.schedule.then == "keep" else read)
         full = full_cache_prefix(acted, self.schedule, cut or prompt, self.kv_heads, total=read)
         for before, predicted in answers:
             self.targets += predicted
             self.pruned += pruned_scores(predicted, full, prompt + before)
+
+    def _count_unranked(self, acted: Sequence[Retention], tokens: int) -> None:
+        """Count a request of which tokens are evicted after `tokens` at the latest, if no layer has a choice among them."""
+        evicting = [k for r in acted if (k := r.after(tokens)).budget < tokens and k.rule.threshold is None]
+        if evicting and not any(map(leaves_choice, evicting)):
+            self.unranked += 1
+            self.with_sinks += any(k.sinks > 0 or any(h.sinks for h in k.rule.heads) for k in evicting)
+
+    @property
+    def unranked_note(self) -> str | None:
+        """What is to be said of a budget that leaves a policy no choice; None: it had one in every request."""
+        if not self.unranked:
+            return None
+        retained = "only the first and the newest tokens are" if self.with_sinks else "only the newest tokens are"
+        return (
+            f"in {self.unranked} of {len(self.prompts)} requests the budget is not larger than the number of protected "
+            f"tokens, so that nothing is ranked: {retained} retained"
+        )
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float] | None:

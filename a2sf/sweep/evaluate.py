@@ -14,6 +14,8 @@ from typing import Any
 import pandas as pd
 
 from a2sf.errors import Notice
+from a2sf.policies.base import UNLIMITED
+from a2sf.policies.slots import leaves_choice
 from a2sf.scoring.counts import Counts
 from a2sf.scoring.doubts import doubts, not_numbers
 from a2sf.scoring.generation.memory import cache_bytes
@@ -93,7 +95,7 @@ def evaluate(
         "documents": {"n": len({s["doc_id"] for s in samples}), **where},
         "notes": [
             *doubts(task, samples, requests, answers),
-            *_of_threshold(cell, counts),
+            *_of_policy(cell, counts),
             *not_numbers(cell.task_name, evaluated["results"][cell.task_name]),
             *warned.notes,
         ],
@@ -116,11 +118,13 @@ def evaluate(
     return result, documents if cell.log_samples else _without_texts(documents)
 
 
-def _of_threshold(cell: Cell, counts: Counts) -> list[dict[str, Any]]:
-    """A note on a threshold that makes no difference between the tokens of a task."""
-    if counts.doubt is None:
-        return []
-    return [{"text": f"{cell.task_name}: {cell.policy.label} ({_settings(cell)}): {counts.doubt}."}]
+def _of_policy(cell: Cell, counts: Counts) -> list[dict[str, Any]]:
+    """Notes on a threshold that makes no difference between the tokens of a task, and on a budget that leaves no choice."""
+    unranked = counts.unranked_note
+    if unranked and not leaves_choice(cell.policy.retention(UNLIMITED, 0)):
+        unranked = None  # a window has no choice at any budget, which is no news
+    found = [counts.doubt, unranked]
+    return [{"text": f"{cell.task_name}: {cell.policy.label} ({_settings(cell)}): {text}."} for text in found if text]
 
 
 def _settings(cell: Cell) -> str:

@@ -116,13 +116,14 @@ def test_files_of_another_model_are_refused(tmp_path: Path):
         main([str(file), "--model", "smollm2-135m"])
     write(file, recorded())
     for arguments, says in (
-        ([], "--model=None is not allowed: the file names no model"),
         (["--model", "smollm2-135m", "--tolerance", "-1"], "--tolerance=-1.0 is not allowed"),
         (["--model", "smollm2-135m", "--backend", "fast"], "backend=fast is not allowed"),
         (["--export", "x.json"], "is a replay file already"),
     ):
         with pytest.raises(ConfigError, match=says):
             main([str(file), *arguments])
+    with pytest.raises(UserError, match="the file names no model; give one with --model"):
+        main([str(file)])
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="is no folder of a cell"):
         main([str(tmp_path / "empty")])

@@ -21,7 +21,7 @@ from a2sf.engine.invariants.cases import KV_HEADS, ROWS, TOKENS, Case, case, lay
 from a2sf.engine.invariants.opposite import chooses, lenient, opposite, slots_of
 from a2sf.engine.state import EvictionState
 from a2sf.errors import PolicyError, UserError, place
-from a2sf.policies.base import UNLIMITED, Policy, Retention
+from a2sf.policies.base import Policy, Retention
 from a2sf.policies.schedule import Schedule
 
 SEEDS = 8
@@ -242,12 +242,8 @@ def retained(c: Case) -> None:
 
 
 def _retained_by_row(c: Case, row: int, tokens: int, heads: list[list[int]]) -> None:
-    numbers, given = c.stated(row), int(c.budget[row])
+    numbers = c.stated(row)
     schedule, prompt = c.schedule, int(c.prompt[row])
-    allowed = c.policy.layer_budget(given, c.layer, c.layers, *((prompt,) if schedule.prompt else ()))
-    if c.policy.uses_budget and numbers.budget > allowed:
-        stated = "no limit" if numbers.budget == UNLIMITED else f"{numbers.budget} tokens"
-        raise Broken(f"it may hold {allowed} tokens and states {stated}")
     for head, (positions, (C, recent, sinks)) in enumerate(zip(heads, slots_of(numbers, KV_HEADS), strict=True)):
         protected = {*range(min(sinks, tokens)), *range(max(0, tokens - recent), tokens)}
         if positions != sorted(set(positions)):

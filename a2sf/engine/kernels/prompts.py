@@ -28,6 +28,7 @@ from a2sf.engine.priorities import (
     pooled,
     remembered_after,
     smallest_of_all_heads,
+    token_numbers,
 )
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import LATE, Attended, AttentionCall, EvictionState, Options, Segments, accumulation_dtype
@@ -314,7 +315,7 @@ def _after_cut(
     if rule.priority_fn is not None:
         priority, _ = of_function(retention, step, free, excess)
     else:
-        fixed = (None if f is None else f(state.keys, state.values, state.positions) for f in (rule.weight, rule.bias))
+        fixed = token_numbers(rule, state.keys, state.values, state.positions)
         priority = of_rule(retention, step, *fixed)
     if retention.across_heads:
         out = smallest_of_all_heads(retention, priority, step, free)

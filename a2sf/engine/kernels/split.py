@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from a2sf.engine.kernels.prompts import Run, by_prompt
+from a2sf.engine.retention import full_heads_of
 from a2sf.engine.state import Attended, AttentionCall, EvictionState, Segments
 from a2sf.errors import ConfigError
 from a2sf.policies.rule import ACCUMULATED
@@ -42,7 +43,7 @@ def by_heads(run: Run, call: AttentionCall) -> Attended:
 def _full_and_others(segments: Segments, K: int) -> list[tuple[Tensor, Segments]]:
     """Of `K` heads those that retain everything, and the others, with their segments."""
     full = torch.zeros(K, dtype=torch.bool)
-    full[list(segments.rule.full_heads)] = True
+    full[full_heads_of(segments.rule, K)] = True
     everything = segments.unlimited(ACCUMULATED)
     others = replace(segments, rule=replace(segments.rule, full_heads=()))
     return [(heads.nonzero()[:, 0], part) for heads, part in ((full, everything), (~full, others)) if heads.any()]

@@ -76,6 +76,7 @@ def check_call(
             )
     seen = torch.zeros(shape[0], dtype=torch.int64) if cache.seen is None else cache.seen
     after = seen + length
+    check_new_tokens(cache, seen, after, shape[1])
     check_length(cache, after, torch.where(seen > 0, seen, after), prompt=cache.calls == 0)
     return start, length, order
 
@@ -115,6 +116,31 @@ def check_prompt_is_known(cache: PrunedCache, columns: int) -> None:
         f"{reason}, so it is not known where the prompt ends, which is needed {needed}; give its length as "
         "context_tokens=..." + ("" if cache.schedule.prompt else ", or a budget of tokens")
     )
+
+
+def check_new_tokens(cache: PrunedCache, seen: Tensor, after: Tensor, columns: int) -> None:
+    """Refuse a generated token beyond `max_new_tokens`, where budgets are a share of the prompt and of these.
+
+    The next turn of a conversation is no part of that text: `generate` was given the cache again, or several tokens come.
+
+    Args:
+        seen: int64 [B], tokens of each row before this call.
+        after: int64 [B], and after it.
+
+    Raises:
+        ConfigError: if it is one.
+    """
+    share = cache.budget is not None and cache.budget.ratio is not None and cache.budget.base == "total"
+    if not share or not cache.max_new_tokens or not cache.calls or columns > 1 or cache.later_turn:
+        return
+    most = torch.tensor(cache.prompt) + cache.max_new_tokens - 1  # the last token is never read
+    if bool(((seen <= most) & (after > most)).any()):
+        raise ConfigError(
+            "max_new_tokens",
+            cache.max_new_tokens,
+            "the budget is a share of the prompt and so many new tokens, and more are generated; give PrunedCache the "
+            "max_new_tokens of generate",
+        )
 
 
 def check_length(cache: PrunedCache, after: Tensor, earliest: Tensor, prompt: bool) -> None:

@@ -19,6 +19,7 @@ class _FullCache(PrunedCache):
         self.schedule = STEP
 
     def resolve_budgets(self, start: Tensor, length: Tensor) -> None:
+        self.max_new_tokens = None  # it has no budget that would be a share of these
         self.keep([(Retention(budget=UNLIMITED),) * len(self.layers) for _ in length], length.tolist())
 
 

@@ -43,6 +43,10 @@ class PrunedLayer(CacheLayerMixin):
         return sum(s.nbytes for s in self._slots)
 
     @property
+    def cached_nbytes(self) -> int:
+        return sum(s.cached_nbytes for s in self._slots)
+
+    @property
     def shape(self) -> dict[str, Any]:
         """What `restore` needs: the KV heads of each attention, the query heads of each of those, the layer's window."""
         heads, group = ([getattr(s, name) for s in self._slots] for name in ("heads", "group"))

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from a2sf.engine.kernels import check_backend
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import EvictionState
-from a2sf.errors import UserError
+from a2sf.errors import ConfigError, UserError
 from a2sf.hf.attention.errors import UnsupportedModel
 from a2sf.hf.attention.windows import keeps_window, mixes_windows, rope_switch, within_window
 from a2sf.hf.cache.budgets import resolve_budgets
@@ -59,7 +59,7 @@ class PrunedCache(Cache):
         schedule: when tokens are evicted, a `Schedule` or its name; None: after every token, or after the prompt for a
             policy that knows no other. A row's prompt is what the first call reads of it, or its `context_tokens`, which
             may be less: then the cut comes within the first call.
-        max_new_tokens: as given to `generate`; needed for a ratio of base `total`.
+        max_new_tokens: as given to `generate`; needed for a ratio of base `total`, with which no more may be generated.
         context_tokens: the prompt's length, or each prompt's; needed when the prompt is read in chunks, for a ratio and
             for the prompt schedule.
         backend: which implementation runs, `auto` or a name in `a2sf.engine.kernels.BACKENDS`.
@@ -151,6 +151,7 @@ class PrunedCache(Cache):
         self.attentions: list[int] = []  # how many times each layer calls its attention in a pass
         self.failed = False  # whether a call stopped midway
         self._given = self.begins_turn = False  # whether generate was given this cache, and no call came since it began
+        self.later_turn = False  # whether generate was given it again, after the first calls
         self._left = 0  # columns still to be read of a call that is read in parts
 
     def __bool__(self) -> bool:
@@ -164,18 +165,32 @@ class PrunedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the layers' keys, values, scores and positions take."""
+        """Bytes of memory reserved for the layers' keys, values, scores and positions, with room for tokens to come."""
         return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def cached_nbytes(self) -> int:
+        """Bytes of the keys and values of the tokens that are cached now, all rows together, as they are stored."""
+        return sum(layer.cached_nbytes for layer in self.layers)
 
     def state(self, layer: int) -> EvictionState:
         """A copy of `layer`'s cache; its `positions` [B, K, slots] are the retained positions, which do not count padding.
 
         Raises:
+            ConfigError: if there is no such layer.
             UserError: if nothing has been read yet.
         """
-        if not self.layers[layer].is_initialized:
+        of = self._layer(layer)
+        if not of.is_initialized:
             raise UserError("this cache has read nothing yet; call the model with it first")
-        return self.layers[layer].state()
+        return of.state()
+
+    def _layer(self, layer: int) -> PrunedLayer:
+        try:
+            return self.layers[layer]
+        except IndexError as error:
+            last = len(self.layers) - 1
+            raise ConfigError("layer", layer, f"the model has the layers 0 to {last}") from error
 
     def stored(self) -> dict[str, Any]:
         """All that is cached, as tensors on the CPU and plain numbers, for `torch.save` and `load`.
@@ -201,19 +216,21 @@ class PrunedCache(Cache):
         It is -1 where a step evicted none, or several (`cuts`), as schedules other than `step` do.
 
         Raises:
+            ConfigError: if there is no such layer.
             UserError: if the cache records no trace, or has read nothing yet.
         """
         self._check_traced()
-        return self.layers[layer].evicted()
+        return self._layer(layer).evicted()
 
     def cuts(self, layer: int) -> Tensor:
         """int64 [n, 4]: row, head, token fed and position of each eviction at a step that evicted several; needs `trace`.
 
         Raises:
+            ConfigError: if there is no such layer.
             UserError: if the cache records no trace, or has read nothing yet.
         """
         self._check_traced()
-        return self.layers[layer].cuts()
+        return self._layer(layer).cuts()
 
     def _check_traced(self) -> None:
         if not self.trace or not self.calls:
@@ -309,6 +326,7 @@ class PrunedCache(Cache):
     @_is_user_defined.setter
     def _is_user_defined(self, value: bool) -> None:
         self._given = self.begins_turn = value
+        self.later_turn |= value and self.calls > 0
 
     def begin(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> CachePass:
         """Start a call of `model` on `shape` = (B, T) new tokens; `mask` [B, columns] is 0 where a token is padding.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from a2sf.engine.kernels import CacheShape, TokenCache, attend, new_cache, note
-from a2sf.engine.retention import BatchRetention
+from a2sf.engine.retention import BatchRetention, full_heads_of
 from a2sf.engine.state import Attended, EvictionState, Options, Segments, remembered
 from a2sf.errors import UserError
 from a2sf.policies.base import UNLIMITED
@@ -92,6 +92,13 @@ class Store:
     def nbytes(self) -> int:
         memory = self._memory.nbytes if self._memory is not None else 0
         return memory + (0 if self._state is None else self._state.nbytes)
+
+    @property
+    def cached_nbytes(self) -> int:
+        if self._state is None and self._memory is None:
+            return 0
+        state = self.state()
+        return int(state.counts.sum()) * sum(x.shape[-1] * x.itemsize for x in (state.keys, state.values))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, new: NewTokens, scale: float) -> Attended:
         """Insert, attend, score and evict the call's tokens; `end_call` is to follow."""
@@ -196,6 +203,10 @@ class Slots:
     def nbytes(self) -> int:
         return sum(s.nbytes for s in self._stores)
 
+    @property
+    def cached_nbytes(self) -> int:
+        return sum(s.cached_nbytes for s in self._stores)
+
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, new: NewTokens, scale: float, more: int | None
     ) -> Tensor:
@@ -258,9 +269,10 @@ class Slots:
     def _arrange(self, groups: list[Tensor]) -> None:
         """Make empty stores, one for each group of heads; heads that retain everything have stores of their own."""
         rule = self.retention.rule
-        full_heads = () if rule.calls else rule.full_heads  # a policy's own function may look at all heads
+        # a policy's own function may look at all heads
+        full_heads = [] if rule.calls else full_heads_of(rule, self.heads)
         full = torch.zeros(self.heads, dtype=torch.bool)
-        full[list(full_heads)] = True
+        full[full_heads] = True
         everything, others = self.retention.unlimited(ACCUMULATED), self.retention
         others = replace(others, rule=replace(rule, full_heads=())) if full_heads else others
         self._stores, self._cut = [], False

@@ -123,6 +123,7 @@ def stored_of(cache: PrunedCache) -> dict[str, Any]:
         "seen": cache.seen.clone(),
         "columns": cache.columns,
         "calls": cache.calls,
+        "later_turn": cache.later_turn,
         "attentions": list(cache.attentions),
         "layers": layers,
     }
@@ -161,6 +162,7 @@ def _restore(cache: PrunedCache, stored: Mapping[str, Any]) -> None:
     cache.reset()
     cache.retention, cache.prompt, cache.seen = retention, list(stored["prompt"]), stored["seen"].clone()
     cache.columns, cache.calls, cache.attentions = stored["columns"], stored["calls"], list(stored["attentions"])
+    cache.later_turn = stored.get("later_turn", True)  # earlier versions did not store it
     for i, (layer, one) in enumerate(zip(cache.layers, stored["layers"], strict=True)):
         state = EvictionState(**{name: x.to(model.device) for name, x in one["state"].items()})
         layer.restore(cache.batch_retention(i, one["window"]), one, state)

@@ -289,6 +289,44 @@ class OddLook(SimLayerKV):
         return super().look(read)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recent(Policy):
+    """Half of the budget, but at most 32 tokens, is for the newest tokens; where `first`, some for the first ones."""
+
+    name: ClassVar[str] = "recent_of_ones_own"
+    label: ClassVar[str] = "Recent"
+
+    newest: int = 32
+    first: int = 0
+
+    def retention(self, budget: int, layer: int) -> Retention:
+        sinks = min(self.first, budget)
+        return Retention(budget=budget, sinks=sinks, recent=min(self.newest, budget - sinks))
+
+
+@pytest.mark.parametrize("schedule", ["step", "prompt"])
+def test_a_budget_that_leaves_no_choice_is_a_note(computed, tmp_path, schedule):
+    """A policy retains what a window does where protected tokens fill the budget, as those of a window always do."""
+    known = find_policies()
+    rows = [{"goal": "Which one is the longest of them? " * n} for n in (1, 2, 24)]
+    plain = [Recent(), Recent(newest=0), Recent(first=2), known["window"](), known["streaming"]()]
+    of_cut = [known["snapkv"](), known["pyramidkv"](), known["chunkkv"](by="snapkv")] if schedule == "prompt" else []
+    made = computed(task(tmp_path, rows), *plain, *of_cut, schedule=Schedule(schedule))
+    found = texts(made)[2:]
+    assert [c.error for c in made] == [None] * len(made)
+    prompts = made[2].result["lengths"]["prompt"]
+    assert prompts["median"] * 0.25 < 32 < prompts["max"] * 0.25  # two documents of three, two choices each
+    said = (
+        "in 4 of 6 requests the budget is not larger than the number of protected tokens, so that nothing is ranked: "
+    )
+    newest, both = (f"{said}only the {what} tokens are retained." for what in ("newest", "first and the newest"))
+    want = [[f"odd: Recent (recent_of_ones_own): {newest}"], [], [f"odd: Recent (recent_of_ones_own): {both}"], [], []]
+    by = [f"odd: {name} (window 32): {newest}" for name in ("SnapKV", "PyramidKV")]
+    assert found[:5] == want
+    assert found[5:7] == [[x] for x in by][: len(of_cut)]
+    assert [text.partition(": in ")[2] for of_cell in found[7:] for text in of_cell] == [newest[3:]][: len(of_cut)]
+
+
 @pytest.mark.parametrize("policy", [OddReader(sinks=1), OddLook(sinks=1, recent=2)], ids=["reads", "looks"])
 @pytest.mark.parametrize("writes", [False, True], ids=["choices", "texts"])
 def test_warnings_while_a_prompt_is_prepared_are_notes_of_that_policys_cell(computed, tmp_path, writes, policy):

@@ -119,10 +119,10 @@ def run_plan(plan: KernelPlan, threads: int, quota: int, shape: Shape, work: Wor
 
 
 def _positions(segments: Segments, state: EvictionState | None, rows: int, tokens: int) -> Tensor | None:
-    """int64 [B, 1, T], the position of every packed token; None where the rule does not need it."""
+    """int64 [B, 1, T], the position of every packed token, -1 for padding; None where the rule does not need it."""
     if segments.rule.weight is None and segments.rule.bias is None:
         return None
-    at = torch.zeros(rows, 1, tokens, dtype=torch.int64)
+    at = torch.full((rows, 1, tokens), -1)
     ends = segments.ends(() if state is None else state.seen.tolist())
     places = (x.tolist() for x in (segments.row, segments.start, segments.length))
     for row, start, length, end in zip(*places, ends, strict=True):

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from a2sf.engine.checks import per_token
 from a2sf.engine.kernels.cpu.simd import LANES, TILE_ROWS
 from a2sf.engine.kernels.cpu.state import FlatStates, Given, KernelCall, Scratch, Shape, whole
+from a2sf.engine.priorities import token_numbers
 from a2sf.engine.state import EvictionState
 from a2sf.policies.rule import ACCUMULATED, Rule
 
@@ -71,9 +71,8 @@ def rule_flags(rule: Rule) -> dict[str, int]:
 def _fixed(rule: Rule, key: Tensor, value: Tensor, positions: Tensor) -> list[Tensor]:
     """`m` and `b` of tokens, float32; empty where the rule has none."""
     key, value = key.detach().float(), value.detach().float()
-    fs = (rule.weight, rule.bias)
-    made = (_NO_NUMBERS if f is None else per_token(f(key, value, positions), key) for f in fs)
-    return [x.float().contiguous() for x in made]
+    made = token_numbers(rule, key, value, positions)
+    return [(_NO_NUMBERS if x is None else x).float().contiguous() for x in made]
 
 
 def make_call(

@@ -101,8 +101,10 @@ class SlotCache:
             raise ValueError(f"a row needs {need.max()} slots and the cache has {room}")
         block = np.minimum(np.where(after > limit, room - limit, T), self._shape.block)
         output = torch.zeros(B, T, query.shape[1], value.shape[-1])
-        fixed = self.rule.weight is not None or self.rule.bias is not None
-        positions = self.seen[:, None, None] + torch.arange(T) if fixed else None
+        positions = None
+        if self.rule.weight is not None or self.rule.bias is not None:
+            tokens, lengths = torch.arange(T), torch.from_numpy(length.copy())[:, None, None]
+            positions = (self.seen[:, None, None] + tokens).where(tokens < lengths, -1)  # -1 for padding
         scale = D**-0.5 if scale is None else scale
         call = make_call(query, key, value, output, NO_TRACE, scale, self.rule, positions)
         numbers = (budget, recent, sinks, block)

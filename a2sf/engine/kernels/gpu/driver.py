@@ -1,4 +1,7 @@
-"""Rows chunk by chunk on a GPU: what is launched in which order, in plain torch. Only a trace waits for the GPU."""
+"""Rows chunk by chunk on a GPU: what is launched in which order, in plain torch.
+
+Only a trace waits for the GPU, and a rule with numbers of its own for each token, which are checked.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from torch import Tensor
 from a2sf.engine.kernels.gpu import plan
 from a2sf.engine.kernels.gpu.jit import NEVER
 from a2sf.engine.kernels.gpu.launch import Batch, ChunkSlots, Launches, Scanned
+from a2sf.engine.priorities import token_numbers
 from a2sf.engine.state import EvictionState, Made, Options
 from a2sf.engine.tree import PaddedRows, RowResults
 from a2sf.policies.ranking import terms
@@ -31,8 +35,7 @@ def batch_of(rows: PaddedRows, scale: float) -> Batch:
     limits, factor = rows.once("limits", lambda: _limits(rows))
     fixed = factor
     if rows.rule.weight is not None or rows.rule.bias is not None:
-        positions = (rows.state.seen[:, None] + torch.arange(T, device=key.device))[:, None].expand(B, K, T)
-        fixed = _fixed(rows, rows.key, rows.value, positions)
+        fixed = _fixed(rows, rows.key, rows.value, rows.positions)
     return Batch(
         query=query.view(B, T, K, H // K, D),
         key=key,
@@ -55,9 +58,9 @@ def _limits(rows: PaddedRows) -> tuple[Tensor, Tensor]:
 
 def _fixed(rows: PaddedRows, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
     """`m` and `b` of tokens, float32 [..., 2, tokens]; 0 where the rule has one of them only."""
-    shown = keys.float(), values.float(), positions
     none = torch.zeros(positions.shape, device=keys.device)
-    return torch.stack([none if f is None else f(*shown).float() for f in (rows.rule.weight, rows.rule.bias)], 2)
+    made = token_numbers(rows.rule, keys.float(), values.float(), positions)
+    return torch.stack([none if x is None else x.float() for x in made], 2)
 
 
 @dataclass(frozen=True)
