@@ -19,6 +19,7 @@ from rich.progress import track
 
 from a2sf.analysis.results.labels import DASH
 from a2sf.app.process import quiet
+from a2sf.commands.arguments import Parser
 from a2sf.commands.policy.calibrate import add_model, model_spec
 from a2sf.errors import ConfigError, UserError
 from a2sf.report.tables.screen import Blocks
@@ -49,9 +50,7 @@ LEGEND = (
 
 def main(arguments: Sequence[str]) -> None:
     """Read, compute, show and write."""
-    parser = argparse.ArgumentParser(
-        prog="a2sf replay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="a2sf replay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="a replay file, or the folder of a cell with traces")
     add_model(parser)
     parser.set_defaults(model=None)
@@ -104,7 +103,9 @@ def _of_cell(folder: Path) -> Replay:
     cell = read_cell(folder)
     file = cell.open_traces()
     if file is None:
-        raise UserError(f"{folder} has no traces; run the cell with trace=N, which records its first N documents")
+        raise UserError(
+            f"{folder} has no traces; run the cell with trace=N in another runs_dir, which records N documents"
+        )
     about = cell.cell
     with file:
         return of_traces(

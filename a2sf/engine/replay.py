@@ -81,7 +81,7 @@ def of_traces(traces: Sequence[Trace], *, task: str, model: str, weights: str | 
         UserError: if there is none, or the traces are of a version that did not store tokens.
     """
     if not traces:
-        raise UserError("there is no trace; run the cell with trace=N, which records its first N documents")
+        raise UserError("there is no trace; run the cell with trace=N in another runs_dir, which records N documents")
     documents = []
     for t in traces:
         if t.tokens is None:

@@ -18,7 +18,7 @@ from a2sf.errors import ConfigError, PolicyError, definition
 from a2sf.policies.prepared import LayerRead, Numbers, Prepared, Reader
 from a2sf.policies.renamed import rename_methods
 from a2sf.policies.rule import ACCUMULATED, AttentionRows, Rule, Sequence, Step, TokenFn
-from a2sf.policies.whole import set_whole, whole
+from a2sf.whole import set_whole, whole
 
 if TYPE_CHECKING:  # so that commands which only list policies do not load torch
     from torch import Tensor

@@ -20,7 +20,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, TypeAlias
 
 from a2sf.policies.renamed import renamed_fields
-from a2sf.policies.whole import set_whole, whole
+from a2sf.whole import set_whole, whole
 
 if TYPE_CHECKING:  # so that commands which only list policies do not load torch
     from torch import Tensor
