@@ -34,7 +34,7 @@ from a2sf.analysis.statistics.paired import (
     paired_difference,
 )
 from a2sf.analysis.statistics.pooled import Changes, pool_tasks
-from a2sf.analysis.statistics.texts import Texts
+from a2sf.analysis.statistics.texts import TextClusters
 from a2sf.sweep.sequential import PairedMean
 
 PAGE = Path(__file__).parents[1] / "docs" / "statistics.md"
@@ -83,14 +83,16 @@ def single_scores(rounds: int) -> Iterator[Row]:
     for texts, each in ((20, 4), (50, 4)):
         draw = _right_in_texts(texts, each, 0.7)
         what = "score, shared texts: Wilson, effective n"
-        yield _covered(what, f"{texts} texts of {each}, 70 % right", draw, 0.7, rounds, Texts.keyed(_of(texts, each)))
+        yield _covered(
+            what, f"{texts} texts of {each}, 70 % right", draw, 0.7, rounds, TextClusters.keyed(_of(texts, each))
+        )
     for n in (30, 100):
         draw = _skewed(n)
         yield _covered("score of another metric: Student's t", f"{n} documents, skewed", draw, 0.25, rounds)
     hits = 0
     rng = np.random.default_rng(1)
     for _ in range(rounds):
-        parts = [of_documents(_right(30, p)(rng), Texts.independent(30)) for p in (0.6, 0.75, 0.9)]
+        parts = [of_documents(_right(30, p)(rng), TextClusters.independent(30)) for p in (0.6, 0.75, 0.9)]
         found = averaged(parts)
         hits += found.low <= 0.75 <= found.high
     yield Row("average of scores: MOVER", "3 tasks of 30 documents, 60 to 90 % right", hits / rounds, None, rounds)
@@ -100,19 +102,19 @@ def differences(rounds: int) -> Iterator[Row]:
     what = "difference on a task: Bonett and Price, exact McNemar"
     for n, flips, d in ((30, 0.3, 0.1), (100, 0.1, 0.04), (100, 0.3, 0.1), (400, 0.15, 0.03)):
         case = f"{n} documents, {100 * flips:.0f} % flips, difference {100 * d:g}"
-        yield _tested(what, case, lambda n=n, f=flips: _flips(n, f), d, rounds, Texts.independent(n))
+        yield _tested(what, case, lambda n=n, f=flips: _flips(n, f), d, rounds, TextClusters.independent(n))
     for texts, each in ((20, 4), (50, 4)):
         what = "the same, shared texts: effective n, flips of whole texts"
         case = f"{texts} texts of {each}, 30 % flips, difference 10"
-        keyed = Texts.keyed(_of(texts, each))
+        keyed = TextClusters.keyed(_of(texts, each))
         yield _tested(what, case, lambda t=texts, e=each: _flips_in_texts(t, e, 0.3), 0.1, rounds, keyed)
     what = "difference of another metric: bootstrap-t"
     kinds = (("normal", _normal_change), ("skewed", _skewed_change), ("skewed, 20 % change", _rare_change))
     for n in (30, 100, 400):
         for name, make in kinds:
             case = f"{n} documents, {name}"
-            yield _tested(what, case, lambda n=n, m=make: m(n), 0.1, rounds, Texts.independent(n), binary=False)
-    case, keyed = "20 texts of 4, normal", Texts.keyed(_of(20, 4))
+            yield _tested(what, case, lambda n=n, m=make: m(n), 0.1, rounds, TextClusters.independent(n), binary=False)
+    case, keyed = "20 texts of 4, normal", TextClusters.keyed(_of(20, 4))
     what = "the same, shared texts: bootstrap and flips of whole texts"
     few = max(1, rounds // 4)  # each text differs from all others, so that flips take long
     yield _tested(what, case, lambda: _normal_in_texts(20, 4), 0.1, few, keyed, binary=False)
@@ -130,7 +132,7 @@ def averages(rounds: int) -> Iterator[Row]:
             false += average_difference([_flips(n, flips)(rng, 0.0) for _ in range(tasks)]).p <= 0.05
         case = f"{tasks} tasks of {n} documents, {100 * flips:.0f} % flips"
         yield Row(what, case, hits / few, false / few, few)
-    rng, keyed = np.random.default_rng(3), [Texts.keyed(_of(20, 4))] * 2
+    rng, keyed = np.random.default_rng(3), [TextClusters.keyed(_of(20, 4))] * 2
     hits, false, few = 0, 0, max(1, rounds // 4)
     for _ in range(few):
         found = average_difference([_flips_in_texts(20, 4, 0.3)(rng, 0.1) for _ in range(2)], keyed)
@@ -179,7 +181,7 @@ def equivalence(rounds: int) -> Iterator[Row]:
             false += within_margin(change.clip(0, 1), (-change).clip(0, 1), margin).p_not_better <= 0.05
         case = f"{n} documents, {100 * flips:.0f} % flips, margin {100 * margin:g}"
         yield Row("within a margin, a task: Tango (one-sided)", case, None, false / rounds, rounds)
-    keyed = Texts.keyed(_of(50, 4))
+    keyed = TextClusters.keyed(_of(50, 4))
     rng = np.random.default_rng(5)
     false = 0
     for _ in range(rounds):
@@ -196,7 +198,7 @@ def equivalence(rounds: int) -> Iterator[Row]:
     false = 0
     for _ in range(rounds):
         changes = [_flips(100, 0.15)(rng, 0.03) for _ in range(6)]
-        false += average_within_margin(changes, [Texts.independent(100)] * 6, 0.03).p_not_better <= 0.05
+        false += average_within_margin(changes, [TextClusters.independent(100)] * 6, 0.03).p_not_better <= 0.05
     case = "6 tasks of 100 documents, 15 % flips, margin 3"
     yield Row("within a margin, an average: Tango's variances (one-sided)", case, None, false / rounds, rounds)
     kinds = (("normal", _normal_change), ("skewed", _skewed_change), ("skewed to the other side", _mirrored_change))
@@ -309,13 +311,13 @@ def _covered(
     draw: Callable[[np.random.Generator], np.ndarray],
     truth: float,
     rounds: int,
-    texts: Texts | None = None,
+    texts: TextClusters | None = None,
 ) -> Row:
     rng = np.random.default_rng(10)
     hits = 0
     for _ in range(rounds):
         values = draw(rng)
-        found = of_documents(values, texts or Texts.independent(len(values)))
+        found = of_documents(values, texts or TextClusters.independent(len(values)))
         hits += found.low <= truth <= found.high
     return Row(what, case, hits / rounds, None, rounds)
 
@@ -326,7 +328,7 @@ def _tested(
     make: Callable[[], Callable[[np.random.Generator, float], np.ndarray]],
     difference: float,
     rounds: int,
-    texts: Texts,
+    texts: TextClusters,
     binary: bool = True,
 ) -> Row:
     """Coverage where the true difference is `difference`, and level where there is none."""

@@ -22,7 +22,7 @@ from a2sf.analysis.statistics.intervals import of_documents
 from a2sf.analysis.statistics.paired import Difference
 from a2sf.analysis.statistics.pooled import pool
 from a2sf.analysis.statistics.power import documents_needed, mcnemar_power, smallest_average, smallest_difference
-from a2sf.analysis.statistics.texts import Texts
+from a2sf.analysis.statistics.texts import TextClusters
 from a2sf.report.tables.summaries import p_text
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +57,7 @@ def example(grid: Grid) -> str:
 
 def _score(grid: Grid, full: SystemResults) -> str:
     values = grid.cells[full.keys[TASK]].documents["metric/acc"].to_numpy(float)
-    one = of_documents(values, Texts.independent(len(values)))
+    one = of_documents(values, TextClusters.independent(len(values)))
     return (
         f"**One score.** On {TASK}, {int(values.sum())} of {len(values)} documents are right with the full cache: "
         f"{100 * one.value:.1f} %, and the interval is {100 * one.low:.1f} to {100 * one.high:.1f} % (Wilson)."

@@ -43,7 +43,7 @@ from a2sf.scoring.passes.run import Passes, Pending
 from a2sf.scoring.passes.sequences import Model, ScoredSequence
 from a2sf.scoring.requests import ROLLING, TEXT, Requests, Window
 from a2sf.scoring.systems import Answer, Answers, System
-from a2sf.scoring.texts import Texts
+from a2sf.scoring.texts import TextGenerator
 
 PREPARED_AT_ONCE = 128
 """Requests whose prompts are read beforehand, where a policy does so, before their answers are computed; and prompts whose
@@ -119,7 +119,7 @@ class Scorer:
         If one system fails, that is its `error`, and the others continue.
         """
         if requests.kind == TEXT:
-            yield from Texts(self, requests).generate(answers)
+            yield from TextGenerator(self, requests).generate(answers)
             return
         answers = [a for a in answers if a.error is None]
         for portion in self._portions(self._missing(requests, answers), answers):

@@ -15,7 +15,7 @@ from a2sf.engine.invariants import SCHEDULES
 from a2sf.errors import ConfigError, UserError
 from a2sf.hf.loading import ModelSpec, load
 from a2sf.policies.find import find_policies
-from a2sf.scoring.generation.rows import Rows
+from a2sf.scoring.generation.rows import RowGenerator
 from a2sf.scoring.lm import PrunedLM
 from a2sf.scoring.requests import Requests
 from a2sf.scoring.systems import Answer
@@ -180,7 +180,7 @@ def test_a_token_that_the_model_does_not_know_is_named_before_anything_is_comput
     loaded = load(ModelSpec(str(write_model(tmp_path / "model"))))
     loaded.tokenizer.add_tokens(["<note>"])
     lm = PrunedLM(loaded.model, A2SF(), Budget(ratio=0.5), tokenizer=loaded.tokenizer)
-    computes = (Rows, "_let_in") if kind == "generate_until" else (type(loaded.model), "forward")
+    computes = (RowGenerator, "_let_in") if kind == "generate_until" else (type(loaded.model), "forward")
     monkeypatch.setattr(*computes, lambda *_, **__: pytest.fail("computed"))
     texts = {"loglikelihood": lambda t: (t, " yes"), "loglikelihood_rolling": lambda t: (t,)}
     arguments = texts.get(kind, lambda t: (t, {"until": ["."], "max_gen_toks": 2}))

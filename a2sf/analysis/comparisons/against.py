@@ -14,7 +14,7 @@ from a2sf.analysis.comparisons.pairs import Comparer
 from a2sf.analysis.results.grid import Grid, SystemResults
 from a2sf.analysis.statistics.families import Adjusted, Correction
 from a2sf.analysis.statistics.paired import Difference, bootstrap_means, interval
-from a2sf.analysis.statistics.texts import Texts, tail_of
+from a2sf.analysis.statistics.texts import TextClusters, tail_of
 from a2sf.errors import UserError, nearest
 
 OF_MODEL = Correction("model")
@@ -112,7 +112,7 @@ class _Closeness:
 
     def __init__(self, part: Grid, notes: list[str]) -> None:
         self.part, self.notes = part, notes
-        self.known: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray, list[Texts]] | None] = {}
+        self.known: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray, list[TextClusters]] | None] = {}
 
     def ratios(self, first: SystemResults, second: SystemResults, full: SystemResults) -> dict[str, Ratio]:
         """Paired: both systems' means are of the same resampled documents."""
@@ -123,7 +123,9 @@ class _Closeness:
         spread = one[1] / other[1]  # [resamples, measures]
         return {m: Ratio(float(values[i]), *interval(spread[:, i], tail_of(one[2]))) for i, m in enumerate(RATIOS)}
 
-    def _means(self, system: SystemResults, full: SystemResults) -> tuple[np.ndarray, np.ndarray, list[Texts]] | None:
+    def _means(
+        self, system: SystemResults, full: SystemResults
+    ) -> tuple[np.ndarray, np.ndarray, list[TextClusters]] | None:
         key = tuple(system.keys[t] for t in self.part.tasks)
         if key not in self.known:
             self.known[key] = self._measured(system, full)
@@ -131,7 +133,7 @@ class _Closeness:
 
     def _measured(
         self, system: SystemResults, full: SystemResults
-    ) -> tuple[np.ndarray, np.ndarray, list[Texts]] | None:
+    ) -> tuple[np.ndarray, np.ndarray, list[TextClusters]] | None:
         values, means, texts = [], [], []
         for index, task in enumerate(self.part.tasks):
             cells = [self.part.cells.get(s.keys[task]) for s in (system, full)]

@@ -21,7 +21,7 @@ from statsmodels.stats.proportion import proportion_confint
 from a2sf.analysis.results.documents import paired_documents, texts_of
 from a2sf.analysis.results.grid import AVERAGE, Grid, SystemResults
 from a2sf.analysis.statistics.paired import bootstrap_means, interval
-from a2sf.analysis.statistics.texts import Texts, tail_of
+from a2sf.analysis.statistics.texts import TextClusters, tail_of
 from a2sf.errors import UserError
 from a2sf.store.runs import StoredCell
 
@@ -34,7 +34,7 @@ MEASURES = {
 }
 
 
-def changes(pruned: StoredCell, full: StoredCell, common: bool = False) -> tuple[pd.DataFrame, Texts]:
+def changes(pruned: StoredCell, full: StoredCell, common: bool = False) -> tuple[pd.DataFrame, TextClusters]:
     """One row per document of what two cells share, one column per measure; NaN where a document has no gold answer.
 
     Returns:

@@ -18,7 +18,7 @@ from a2sf.analysis.results.documents import DOCUMENT, documents_of, paired_docum
 from a2sf.analysis.results.grid import Grid, SystemResults
 from a2sf.analysis.statistics.loops import ends_in_loop
 from a2sf.analysis.statistics.paired import paired_difference
-from a2sf.analysis.statistics.texts import Texts
+from a2sf.analysis.statistics.texts import TextClusters
 from a2sf.errors import UserError
 from a2sf.store.runs import StoredCell
 
@@ -59,7 +59,7 @@ def _measures(row: Mapping[Any, Any]) -> dict[str, float]:
     }
 
 
-def text_changes(pruned: StoredCell, full: StoredCell, common: bool = False) -> tuple[pd.DataFrame, Texts]:
+def text_changes(pruned: StoredCell, full: StoredCell, common: bool = False) -> tuple[pd.DataFrame, TextClusters]:
     """One row per document of what two cells share: the measures of both texts (`<measure>_full`), and how they differ.
 
     Returns:
@@ -146,12 +146,12 @@ def _of_system(
     return row, frame
 
 
-def _difference(name: str, first: pd.Series, second: pd.Series, texts: Texts) -> dict[str, float]:
+def _difference(name: str, first: pd.Series, second: pd.Series, texts: TextClusters) -> dict[str, float]:
     """The mean difference of the documents that have both numbers, with its interval."""
     both = (first.notna() & second.notna()).to_numpy()
     if not both.any():
         return dict.fromkeys((name, f"{name}_low", f"{name}_high"), np.nan)
-    d = paired_difference(first[both].to_numpy(), second[both].to_numpy(), Texts.keyed(texts.of[both]))
+    d = paired_difference(first[both].to_numpy(), second[both].to_numpy(), TextClusters.keyed(texts.of[both]))
     return {name: d.value, f"{name}_low": d.low, f"{name}_high": d.high}
 
 

@@ -14,7 +14,7 @@ from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, Grid, SystemResult
 from a2sf.analysis.statistics.equivalence import Within, average_within_margin
 from a2sf.analysis.statistics.families import HOLM, Adjusted, Correction
 from a2sf.analysis.statistics.paired import Difference, average_difference, paired_difference
-from a2sf.analysis.statistics.texts import Texts
+from a2sf.analysis.statistics.texts import TextClusters
 from a2sf.errors import UserError
 from a2sf.store.runs import StoredCell
 
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 def paired_values(
     a: StoredCell, b: StoredCell, metric: str, common: bool = False
-) -> tuple[np.ndarray, np.ndarray, Texts]:
+) -> tuple[np.ndarray, np.ndarray, TextClusters]:
     """Per-document values of a metric in two cells, in the same order, and which of these documents share a text.
 
     Raises:
@@ -37,9 +37,9 @@ def paired_values(
     return left[column].to_numpy(float), right[column].to_numpy(float), texts_of(left, right)
 
 
-def joined(changes: Sequence[np.ndarray], texts: Sequence[Texts]) -> tuple[list[np.ndarray], list[Texts]]:
+def joined(changes: Sequence[np.ndarray], texts: Sequence[TextClusters]) -> tuple[list[np.ndarray], list[TextClusters]]:
     """The documents of several tasks as those of one, so that each document counts the same."""
-    return [np.concatenate(changes)], [Texts.joined(texts)]
+    return [np.concatenate(changes)], [TextClusters.joined(texts)]
 
 
 @dataclass
@@ -93,7 +93,7 @@ class Comparer:
 
     def _over_budgets(
         self, a: Sequence[Mapping[str, str]], b: Sequence[Mapping[str, str]]
-    ) -> tuple[list[np.ndarray], list[Texts]]:
+    ) -> tuple[list[np.ndarray], list[TextClusters]]:
         """As `_changes`, each document's mean over the budgets."""
         tasks = sorted(a[0])
         found = [self._changes(x, y, tasks) for x, y in zip(a, b, strict=True)]
@@ -105,18 +105,20 @@ class Comparer:
         means = [np.mean(changes, axis=0) for changes in zip(*(c for c, _ in found), strict=True)]
         return self._weighted(means, found[0][1])
 
-    def _weighted(self, changes: list[np.ndarray], texts: list[Texts]) -> tuple[list[np.ndarray], list[Texts]]:
+    def _weighted(
+        self, changes: list[np.ndarray], texts: list[TextClusters]
+    ) -> tuple[list[np.ndarray], list[TextClusters]]:
         """The changes of tasks as they count in an average: as one task where the grid counts documents."""
         return joined(changes, texts) if self.grid.by_documents else (changes, texts)
 
     def _changes(
         self, a: Mapping[str, str], b: Mapping[str, str], tasks: Sequence[str]
-    ) -> tuple[list[np.ndarray], list[Texts]]:
+    ) -> tuple[list[np.ndarray], list[TextClusters]]:
         """For each task, the first system's values minus the second's, and which of the documents share a text."""
         found = [self._values(a[t], b[t]) for t in tasks]
         return [x - y for x, y, _ in found], [texts for *_, texts in found]
 
-    def _values(self, a: str, b: str) -> tuple[np.ndarray, np.ndarray, Texts]:
+    def _values(self, a: str, b: str) -> tuple[np.ndarray, np.ndarray, TextClusters]:
         cells = self.grid.cells
         return paired_values(cells[a], cells[b], self.grid.metric, common=self.grid.mixed)
 

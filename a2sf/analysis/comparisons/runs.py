@@ -15,7 +15,7 @@ from a2sf.analysis.runs.run import Document, Run, TaskRun, means, pair, variance
 from a2sf.analysis.statistics.equivalence import Within, average_within_margin, verdict, within_margin
 from a2sf.analysis.statistics.families import HOLM, Adjusted, Correction
 from a2sf.analysis.statistics.paired import Difference, average_difference, paired_difference
-from a2sf.analysis.statistics.texts import Texts
+from a2sf.analysis.statistics.texts import TextClusters
 from a2sf.errors import UserError, nearest
 
 USUAL = ("acc", "exact_match", "choice", "match", "pass@1")
@@ -97,7 +97,7 @@ def compare_runs(
     reference, *others = runs
     made = ComparedRuns(reference.label, correction=correction, notes=[note for run in runs for note in run.notes])
     shares: dict[str, bool] = {}
-    shared: dict[str, Texts] = {}
+    shared: dict[str, TextClusters] = {}
     for run in others:
         changes, texts, levels = [], [], []
         for a, b in _tasks(reference, run, made):
@@ -206,7 +206,7 @@ def _usual(metrics: Sequence[str]) -> str | None:
 
 def _compared(
     a: TaskRun, b: TaskRun, names: tuple[str, str], label: str, margin: float | None, made: ComparedRuns
-) -> tuple[RunComparison, np.ndarray, Texts, bool]:
+) -> tuple[RunComparison, np.ndarray, TextClusters, bool]:
     found = pair(a, b)
     for name in sorted(a.settings.keys() & b.settings.keys()):
         first, second = a.settings[name], b.settings[name]
@@ -242,9 +242,9 @@ def _share(draws: float | None, values: np.ndarray) -> float | None:
     return None if draws is None or not spread > 0 else min(1.0, draws / spread)
 
 
-def texts_of_runs(first: Sequence[Document], second: Sequence[Document]) -> Texts:
+def texts_of_runs(first: Sequence[Document], second: Sequence[Document]) -> TextClusters:
     """Which documents share a text (or another cluster), as either run says."""
-    return Texts.keyed(keys) if (keys := clusters_of(first, second)) else Texts.independent(len(first))
+    return TextClusters.keyed(keys) if (keys := clusters_of(first, second)) else TextClusters.independent(len(first))
 
 
 def clusters_of(first: Sequence[Document], second: Sequence[Document]) -> list[str] | None:

@@ -13,7 +13,7 @@ from a2sf.analysis.runs.run import Run, TaskRun, means, pair
 from a2sf.analysis.statistics.families import HOLM, Correction
 from a2sf.analysis.statistics.paired import Difference, average_difference, paired_difference
 from a2sf.analysis.statistics.pooled import Changes
-from a2sf.analysis.statistics.texts import Texts
+from a2sf.analysis.statistics.texts import TextClusters
 from a2sf.errors import UserError
 
 
@@ -99,7 +99,7 @@ class _Compared:
     """
 
     changes: Changes
-    texts: Texts
+    texts: TextClusters
     difference: Difference
     share: bool
 
@@ -108,7 +108,7 @@ def _compared(a: TaskRun, b: TaskRun, metric: str | None) -> _Compared:
     matched, names = pair(a, b), metrics_of(a, b, metric)
     first, second = means(matched.first, names[0]), means(matched.second, names[1])
     keys = clusters_of(matched.first, matched.second)
-    texts = Texts.keyed(keys) if keys else Texts.independent(len(first))
+    texts = TextClusters.keyed(keys) if keys else TextClusters.independent(len(first))
     if keys is None or not texts.shared:
         keys = [d.key for d in matched.first]
     difference = paired_difference(second, first, texts)

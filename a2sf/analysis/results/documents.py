@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
-from a2sf.analysis.statistics.texts import Texts
+from a2sf.analysis.statistics.texts import TextClusters
 from a2sf.errors import UserError
 from a2sf.store.runs import StoredCell
 
@@ -58,15 +58,15 @@ def paired_documents(a: StoredCell, b: StoredCell, common: bool = False) -> tupl
     return both.merge(left, on=DOCUMENT), both.merge(right, on=DOCUMENT)
 
 
-def texts_of(*documents: pd.DataFrame) -> Texts:
+def texts_of(*documents: pd.DataFrame) -> TextClusters:
     """Which documents share a text, from the first of some equal lists of documents that has the column.
 
     Raises:
         UserError: if two of them have different texts, from two values of `data.cluster`.
     """
-    known = [Texts.keyed(d[TEXT].to_numpy()) for d in documents if TEXT in d and d[TEXT].notna().all()]
+    known = [TextClusters.keyed(d[TEXT].to_numpy()) for d in documents if TEXT in d and d[TEXT].notna().all()]
     if not known:
-        return Texts.independent(len(documents[0]))
+        return TextClusters.independent(len(documents[0]))
     for other in known[1:]:
         # the same partition has as many parts as its product with the other
         pairs = pd.DataFrame({"a": known[0].of, "b": other.of}).drop_duplicates()

@@ -13,7 +13,7 @@ import numpy as np
 
 from a2sf.analysis.results.documents import documents_of, texts_of
 from a2sf.analysis.statistics.paired import is_binary
-from a2sf.analysis.statistics.texts import Texts
+from a2sf.analysis.statistics.texts import TextClusters
 from a2sf.errors import UserError
 from a2sf.store.runs import StoredCell
 
@@ -58,7 +58,7 @@ def flips_of(cells: Iterable[StoredCell]) -> dict[str, Flips]:
     return found
 
 
-def _same_documents(cells: Sequence[StoredCell]) -> Iterable[tuple[np.ndarray, Texts]]:
+def _same_documents(cells: Sequence[StoredCell]) -> Iterable[tuple[np.ndarray, TextClusters]]:
     """Right or wrong of the systems with the same model, shots, documents and budget, [systems, n]."""
     parts: dict[str, list[StoredCell]] = {}
     for stored in cells:
@@ -92,7 +92,7 @@ def _right(stored: StoredCell) -> np.ndarray | None:
     return None
 
 
-def _measured(answers: np.ndarray, texts: Texts) -> Flips | None:
+def _measured(answers: np.ndarray, texts: TextClusters) -> Flips | None:
     systems, n = answers.shape
     pairs = systems * (systems - 1) // 2
     right = answers.sum(axis=0)

@@ -15,7 +15,7 @@ from scipy import special
 
 from a2sf.analysis.statistics.families import ALPHA
 from a2sf.analysis.statistics.paired import NO_SPREAD, Difference, is_binary, one_sided_p, standard_error
-from a2sf.analysis.statistics.texts import Texts
+from a2sf.analysis.statistics.texts import TextClusters
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def verdict(p_equivalent: float, difference: Difference, margin: float) -> str:
     return "no" if difference.high < -margin or difference.low > margin else "not shown"
 
 
-def within_margin(first: np.ndarray, second: np.ndarray, margin: float, texts: Texts | None = None) -> Within:
+def within_margin(first: np.ndarray, second: np.ndarray, margin: float, texts: TextClusters | None = None) -> Within:
     """Two one-sided tests of a paired difference, first minus second, against a margin.
 
     If documents are right or wrong, and independent: Tango's score test (1998, Statistics in Medicine 17, 891), which keeps
@@ -66,10 +66,10 @@ def within_margin(first: np.ndarray, second: np.ndarray, margin: float, texts: T
         margin: above 0, in the metric's unit.
     """
     change = np.asarray(first, float) - np.asarray(second, float)
-    return average_within_margin([change], [texts or Texts.independent(len(change))], margin)
+    return average_within_margin([change], [texts or TextClusters.independent(len(change))], margin)
 
 
-def average_within_margin(changes: Sequence[np.ndarray], texts: Sequence[Texts], margin: float) -> Within:
+def average_within_margin(changes: Sequence[np.ndarray], texts: Sequence[TextClusters], margin: float) -> Within:
     """The same for the unweighted average over tasks: the variances of the tasks' means are added.
 
     Args:
@@ -96,7 +96,7 @@ def average_within_margin(changes: Sequence[np.ndarray], texts: Sequence[Texts],
     return Within(margin, worse, better)
 
 
-def _least_error(changes: Sequence[np.ndarray], texts: Sequence[Texts], margin: float) -> float:
+def _least_error(changes: Sequence[np.ndarray], texts: Sequence[TextClusters], margin: float) -> float:
     """The smallest standard error that a mean of `margin` can have if documents change by a certain step or not at all.
 
     Few changed documents suggest an error that is too small: even if the true mean is the margin, few may have changed.

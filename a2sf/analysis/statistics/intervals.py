@@ -13,7 +13,7 @@ import numpy as np
 from scipy import special
 
 from a2sf.analysis.statistics.paired import is_binary, standard_error
-from a2sf.analysis.statistics.texts import CONFIDENCE, Texts, Z
+from a2sf.analysis.statistics.texts import CONFIDENCE, TextClusters, Z
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def of_mean(value: float, stderr: float, n: int) -> Estimate:
     return Estimate(value, stderr, value - critical * stderr, value + critical * stderr)
 
 
-def of_documents(values: np.ndarray, texts: Texts) -> Estimate:
+def of_documents(values: np.ndarray, texts: TextClusters) -> Estimate:
     """Of the mean of `values`, [n]: cluster-robust where documents share texts."""
     value, stderr = float(values.mean()), standard_error(values, texts)
     if is_binary(values):

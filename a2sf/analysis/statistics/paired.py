@@ -1,6 +1,7 @@
 """Statistics of paired results: the same documents, answered by two systems. Plain arrays in, estimates out.
 
-Documents that share a text are not independent: where `Texts` says that they do, whole texts are resampled and permuted.
+Documents that share a text are not independent: where `TextClusters` says that they do, whole texts are resampled and
+permuted.
 What each number means and why it was chosen is explained in docs/statistics.md; the coverage of the intervals and the false
 positives of the tests are checked by simulation in tests/unit/analysis/test_stats.py and test_texts.py.
 """
@@ -17,7 +18,7 @@ from scipy import optimize, special
 
 # scipy.stats and statsmodels, which take a second to import, are imported where they are used: a sweep's table needs neither
 from a2sf.analysis.statistics.power import POWER, smallest_average
-from a2sf.analysis.statistics.texts import CONFIDENCE, Texts, Z, tail_of
+from a2sf.analysis.statistics.texts import CONFIDENCE, TextClusters, Z, tail_of
 
 RESAMPLES = 2000
 """Bootstrap resamples behind an interval."""
@@ -60,7 +61,7 @@ def is_binary(values: np.ndarray) -> bool:
     return bool(np.isin(values, (0.0, 1.0)).all())
 
 
-def standard_error(values: np.ndarray, texts: Texts | None = None) -> float:
+def standard_error(values: np.ndarray, texts: TextClusters | None = None) -> float:
     """Standard error of the mean, with n - 1, as lm-eval gives it (NaN for one document, or one text).
 
     Args:
@@ -73,7 +74,7 @@ def standard_error(values: np.ndarray, texts: Texts | None = None) -> float:
     return float(stats.sem(values)) if len(values) > 1 else math.nan
 
 
-def paired_difference(first: np.ndarray, second: np.ndarray, texts: Texts | None = None) -> Difference:
+def paired_difference(first: np.ndarray, second: np.ndarray, texts: TextClusters | None = None) -> Difference:
     """Compare two systems on one task.
 
     Where documents are right or wrong: exact McNemar test and Bonett and Price's interval; elsewhere the symmetric
@@ -86,7 +87,7 @@ def paired_difference(first: np.ndarray, second: np.ndarray, texts: Texts | None
     """
     first, second = np.asarray(first, float), np.asarray(second, float)
     change = first - second
-    texts = texts or Texts.independent(len(change))
+    texts = texts or TextClusters.independent(len(change))
     if not (is_binary(first) and is_binary(second)):
         if texts.shared:
             low, high = _bootstrap_interval([change], [texts])
@@ -109,7 +110,7 @@ def paired_difference(first: np.ndarray, second: np.ndarray, texts: Texts | None
     )
 
 
-def average_difference(changes: Sequence[np.ndarray], texts: Sequence[Texts] | None = None) -> Difference:
+def average_difference(changes: Sequence[np.ndarray], texts: Sequence[TextClusters] | None = None) -> Difference:
     """Compare two systems on the unweighted average of several tasks.
 
     The interval is a paired bootstrap, documents (whole texts where some share one) resampled within each task. Where every
@@ -121,7 +122,7 @@ def average_difference(changes: Sequence[np.ndarray], texts: Sequence[Texts] | N
         texts: for each task, which documents share a text; None: none do.
     """
     changes = [np.asarray(c, float) for c in changes]
-    texts = [Texts.independent(len(c)) for c in changes] if texts is None else texts
+    texts = [TextClusters.independent(len(c)) for c in changes] if texts is None else texts
     binary = all(is_binary(abs(c)) for c in changes)
     gained = lost = detectable = None
     if binary:
@@ -182,7 +183,7 @@ def detectable_difference(n: float, discordance: float, critical: float = Z) -> 
     return float(optimize.brentq(surplus, 1e-9, 1.0)) if surplus(1.0) > 0 else 1.0
 
 
-def _detectable_average(changes: Sequence[np.ndarray], texts: Sequence[Texts]) -> float:
+def _detectable_average(changes: Sequence[np.ndarray], texts: Sequence[TextClusters]) -> float:
     """The smallest difference of the average that these documents show, given how many answers flipped; 1 if none does."""
     documents = [len(c) * t.effective_share(c) for c, t in zip(changes, texts, strict=True)]
     free = sum(t.number for t in texts) - len(texts)
@@ -200,7 +201,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in multipletests(p_values, method="holm")[1]]
 
 
-def bootstrap_means(values: np.ndarray, task: int = 0, texts: Texts | None = None) -> np.ndarray:
+def bootstrap_means(values: np.ndarray, task: int = 0, texts: TextClusters | None = None) -> np.ndarray:
     """Means of `RESAMPLES` resamplings of the rows of `values`, [n] or [n, columns]; the first axis becomes RESAMPLES.
 
     The same n (or number of texts) and task draw the same documents (texts) every time, so systems compared in different
@@ -229,7 +230,7 @@ def interval(means: np.ndarray, tail: float = 0.5 - CONFIDENCE / 2) -> tuple[flo
     return float(low), float(high)
 
 
-def _bootstrap_interval(changes: Sequence[np.ndarray], texts: Sequence[Texts]) -> tuple[float, float]:
+def _bootstrap_interval(changes: Sequence[np.ndarray], texts: Sequence[TextClusters]) -> tuple[float, float]:
     """95 % interval of the mean over tasks: percentiles of the bootstrap."""
     means = np.mean([bootstrap_means(c, i, t) for i, (c, t) in enumerate(zip(changes, texts, strict=True))], axis=0)
     return interval(means, tail_of(texts))
@@ -247,7 +248,7 @@ def _bootstrap_t(changes: Sequence[np.ndarray]) -> tuple[float, float, float]:
         return math.nan, math.nan, 1.0
     parts = [float(c.var(ddof=1)) / len(c) / len(changes) ** 2 for c in changes]  # of the squared error
     error = math.sqrt(sum(parts))
-    texts = [Texts.independent(len(c)) for c in changes]
+    texts = [TextClusters.independent(len(c)) for c in changes]
     if not error > NO_SPREAD * abs(value):  # all documents of a task changed equally: only the signs can be tested
         exact = len(changes) == 1 and value
         return value, value, 2.0 ** (1 - len(changes[0])) if exact else _sign_flip_p(changes, texts)
@@ -318,7 +319,7 @@ def one_sided_p(changes: Sequence[np.ndarray], distance: float, error: float) ->
     return p
 
 
-def _sign_flip_p(changes: Sequence[np.ndarray], texts: Sequence[Texts]) -> float:
+def _sign_flip_p(changes: Sequence[np.ndarray], texts: Sequence[TextClusters]) -> float:
     """Two-sided p-value when each text's documents are as likely to have changed, all together, the other way.
 
     Exact where documents share texts and at most `MOST_EXACT` texts changed, else from random flips.

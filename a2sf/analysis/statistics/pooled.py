@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, special
 
-from a2sf.analysis.statistics.texts import Texts
+from a2sf.analysis.statistics.texts import TextClusters
 
 FEWEST = 3
 """Models from which on there is a prediction interval."""
@@ -44,8 +44,8 @@ class Changes:
         return cls(np.concatenate([t.values for t in tasks]), keys)
 
     @cached_property
-    def texts(self) -> Texts:
-        return Texts.keyed(self.keys)
+    def texts(self) -> TextClusters:
+        return TextClusters.keyed(self.keys)
 
     @cached_property
     def sums(self) -> pd.Series:

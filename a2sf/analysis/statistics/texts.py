@@ -20,7 +20,7 @@ Z = float(special.ndtri(0.5 + CONFIDENCE / 2))
 
 
 @dataclass(frozen=True, eq=False)
-class Texts:
+class TextClusters:
     """The texts of one task's documents.
 
     Attributes:
@@ -30,17 +30,17 @@ class Texts:
     of: np.ndarray
 
     @classmethod
-    def independent(cls, n: int) -> Texts:
+    def independent(cls, n: int) -> TextClusters:
         """Documents of which no two share a text."""
         return cls(np.arange(n))
 
     @classmethod
-    def keyed(cls, keys: Sequence[Any] | np.ndarray) -> Texts:
+    def keyed(cls, keys: Sequence[Any] | np.ndarray) -> TextClusters:
         """Documents that share a text where their keys are equal."""
         return cls(np.unique(np.asarray(keys, dtype=str), return_inverse=True)[1])
 
     @classmethod
-    def joined(cls, several: Sequence[Texts]) -> Texts:
+    def joined(cls, several: Sequence[TextClusters]) -> TextClusters:
         """Documents of several tasks one after the other; no text is of two tasks."""
         starts = np.cumsum([0, *(t.number for t in several)])
         return cls(np.concatenate([t.of + start for t, start in zip(several, starts, strict=False)]))
@@ -96,7 +96,7 @@ class Texts:
         )
 
 
-def tail_of(several: Sequence[Texts], expanded: bool = False) -> float:
+def tail_of(several: Sequence[TextClusters], expanded: bool = False) -> float:
     """The probability on either side of a 95 % percentile interval of bootstrap means over several tasks.
 
     Where documents share texts, of which there may be few, percentiles are too narrow, and are moved out as far as Student's

@@ -73,7 +73,7 @@ class Lane:
             self.join([])
 
 
-class Rows:
+class RowGenerator:
     """Generates texts.
 
     Args:

@@ -18,7 +18,7 @@ from a2sf.analysis.runs.read import read_runs
 from a2sf.analysis.runs.run import Document, Run, TaskRun, pair, variance_of_drawn_difference, variance_of_draws
 from a2sf.analysis.statistics.equivalence import average_within_margin, tango_score, within_margin
 from a2sf.analysis.statistics.paired import holm, mcnemar_p
-from a2sf.analysis.statistics.texts import Texts
+from a2sf.analysis.statistics.texts import TextClusters
 from a2sf.commands import compare
 from a2sf.errors import ConfigError, UserError
 from a2sf.report.tables.runs import comparison_table
@@ -311,15 +311,15 @@ def test_few_documents_show_nothing_and_many_show_equivalence():
 def test_documents_of_a_single_text_show_nothing():
     """Their error is not known, however many there are."""
     values = np.linspace(0, 1, 50)
-    one = Texts(np.zeros(50, int))
+    one = TextClusters(np.zeros(50, int))
     assert within_margin(values, values + 0.01, 0.1, one).p_equivalent == 1.0
     assert average_within_margin([values - values[::-1]], [one], 0.5).p_equivalent == 1.0
 
 
 def test_equal_answers_to_few_documents_are_no_proof():
     few, many = ([np.zeros(n)] * 2 for n in (5, 500))
-    assert average_within_margin(few, [Texts.independent(5)] * 2, 0.01).p_equivalent > 0.05
-    assert average_within_margin(many, [Texts.independent(500)] * 2, 0.01).p_equivalent < 0.01
+    assert average_within_margin(few, [TextClusters.independent(5)] * 2, 0.01).p_equivalent > 0.05
+    assert average_within_margin(many, [TextClusters.independent(500)] * 2, 0.01).p_equivalent < 0.01
 
 
 def drawn(rng, n, difference, flips, clusters=None):
@@ -337,7 +337,7 @@ def drawn(rng, n, difference, flips, clusters=None):
 def test_the_level_of_equivalence_is_kept_at_the_margin(n, flips, clusters):
     """A true difference of exactly the margin is called smaller in at most 5 % of samples (and some simulation error)."""
     rng = np.random.default_rng(3)
-    texts = None if clusters is None else Texts(np.repeat(np.arange(clusters), n // clusters))
+    texts = None if clusters is None else TextClusters(np.repeat(np.arange(clusters), n // clusters))
     wrong = [within_margin(*drawn(rng, n, -0.1, flips, clusters), 0.1, texts).p_not_worse < 0.05 for _ in range(2000)]
     assert np.mean(wrong) < 0.065
 
@@ -361,7 +361,7 @@ def test_the_power_of_equivalence_is_not_nothing():
 def test_the_level_of_an_average_is_kept_if_few_answers_flip(tasks, n, margin, flips, size):
     """`size` documents share a text and flip together. The error of few flips alone would be too small."""
     rng = np.random.default_rng(7)
-    texts = [Texts(np.repeat(np.arange(n // size), size))] * tasks
+    texts = [TextClusters(np.repeat(np.arange(n // size), size))] * tasks
     p = [(flips - margin) / 2, (flips + margin) / 2, 1 - flips]
 
     def shown() -> bool:

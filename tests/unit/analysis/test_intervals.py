@@ -12,7 +12,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from a2sf.analysis.results.gather import gather
 from a2sf.analysis.statistics.intervals import averaged, of_documents, of_mean, of_share, right_or_wrong
-from a2sf.analysis.statistics.texts import Texts
+from a2sf.analysis.statistics.texts import TextClusters
 from tests.sweep_fixture import Plan, write_sweep
 
 
@@ -26,13 +26,13 @@ def test_a_share_has_wilsons_interval(n, data):
         assert found.stderr == pytest.approx(stats.sem(values))
     else:
         assert found.stderr == pytest.approx((found.high - found.low) / 2 / 1.959964, rel=1e-5)
-    assert vars(of_documents(values, Texts.independent(n))) == pytest.approx(vars(found))
+    assert vars(of_documents(values, TextClusters.independent(n))) == pytest.approx(vars(found))
 
 
 def test_other_numbers_have_students_t():
     values = np.random.default_rng(0).normal(3, 2, 25)
     expected = stats.t.interval(0.95, 24, values.mean(), stats.sem(values))
-    for found in (of_documents(values, Texts.independent(25)), of_mean(values.mean(), stats.sem(values), 25)):
+    for found in (of_documents(values, TextClusters.independent(25)), of_mean(values.mean(), stats.sem(values), 25)):
         assert (found.low, found.high) == pytest.approx(expected)
     assert np.isnan(of_mean(1.0, 0.1, 1).low)
 
@@ -46,7 +46,7 @@ def test_mean_and_error_tell_whether_documents_are_right_or_wrong(values, other)
 
 
 def test_one_text_bounds_nothing():
-    found = of_documents(np.array([1.0, 0.0, 1.0]), Texts(np.zeros(3, int)))
+    found = of_documents(np.array([1.0, 0.0, 1.0]), TextClusters(np.zeros(3, int)))
     assert (found.low, found.high) == (0.0, 1.0)
     assert np.isnan(found.stderr)
 
@@ -68,7 +68,7 @@ def coverage(draw, truth: float, rounds: int = 2000) -> float:
 @pytest.mark.parametrize(("n", "p"), [(30, 0.5), (100, 0.9), (200, 0.3)])
 def test_coverage_of_documents(n, p):
     rng = np.random.default_rng(n)
-    draw = lambda: of_documents((rng.random(n) < p).astype(float), Texts.independent(n))  # noqa: E731
+    draw = lambda: of_documents((rng.random(n) < p).astype(float), TextClusters.independent(n))  # noqa: E731
     assert 0.93 <= coverage(draw, p) <= 0.975
 
 
@@ -81,7 +81,7 @@ def test_coverage_of_documents_that_share_texts(texts, binary):
         level = rng.random(texts)[of]
         values = (rng.random(len(of)) < 0.85).astype(float)
         right = np.where(level < 0.6, values * 0 + 1, 1 - values) if binary else level + 0.1 * values
-        return of_documents(right, Texts(of) if known else Texts.independent(len(of)))
+        return of_documents(right, TextClusters(of) if known else TextClusters.independent(len(of)))
 
     truth = 0.6 + 0.4 * 0.15 if binary else 0.5 + 0.1 * 0.85
     assert 0.92 <= coverage(lambda: draw(True), truth) <= 0.985
@@ -91,7 +91,7 @@ def test_coverage_of_documents_that_share_texts(texts, binary):
 def test_coverage_of_an_average_over_tasks():
     rng, p = np.random.default_rng(9), (0.05, 0.5, 0.95)
     draw = lambda: averaged(  # noqa: E731
-        [of_documents((rng.random(40) < x).astype(float), Texts.independent(40)) for x in p]
+        [of_documents((rng.random(40) < x).astype(float), TextClusters.independent(40)) for x in p]
     )
     assert 0.93 <= coverage(draw, 0.5) <= 0.98
 

@@ -22,7 +22,7 @@ from a2sf.analysis.results.grid import AVERAGE
 from a2sf.analysis.results.labels import MINUS
 from a2sf.analysis.runs.read import read_runs
 from a2sf.analysis.statistics.pooled import SMALLEST, Changes, covariance_of, pool, pool_tasks
-from a2sf.analysis.statistics.texts import Texts
+from a2sf.analysis.statistics.texts import TextClusters
 from a2sf.commands import compare as compare_command
 from a2sf.commands import tables as tables_command
 from a2sf.errors import UserError
@@ -82,7 +82,7 @@ def test_documents_that_share_texts_count_as_texts() -> None:
     change = np.repeat(rng.normal(size=20), 4)
     keys = [str(i // 4) for i in range(80)]
     of_texts = Changes(change, keys)
-    assert of_texts.variance == pytest.approx(Texts.keyed(keys).standard_error(change) ** 2)
+    assert of_texts.variance == pytest.approx(TextClusters.keyed(keys).standard_error(change) ** 2)
     assert of_texts.variance > 3 * Changes(change, [str(i) for i in range(80)]).variance
 
 

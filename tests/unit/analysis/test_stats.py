@@ -22,7 +22,7 @@ from a2sf.analysis.statistics.paired import (
     paired_difference,
     standard_error,
 )
-from a2sf.analysis.statistics.texts import Texts
+from a2sf.analysis.statistics.texts import TextClusters
 
 
 def answers(gained: int, lost: int, both: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
@@ -220,7 +220,7 @@ def test_detectable_difference_of_an_average_has_its_power() -> None:
     assert np.mean([found() for _ in range(400)]) == pytest.approx(0.8, abs=0.06)
     one = average_difference(exact[:1]).detectable
     assert one == pytest.approx(detectable_difference(160, 0.1), rel=0.01)
-    in_texts = average_difference(exact, [Texts(np.arange(len(c)) // 4) for c in exact]).detectable
+    in_texts = average_difference(exact, [TextClusters(np.arange(len(c)) // 4) for c in exact]).detectable
     assert in_texts is not None
     assert in_texts > 1.5 * delta  # flips of one kind are next to each other
     assert average_difference([np.array([0.3, -0.1, 0.0])]).detectable is None

@@ -19,7 +19,7 @@ from a2sf.analysis.results.gather import gather
 from a2sf.analysis.results.selection import Selection
 from a2sf.analysis.statistics import paired
 from a2sf.analysis.statistics.paired import average_difference, bootstrap_means, paired_difference, standard_error
-from a2sf.analysis.statistics.texts import Texts, tail_of
+from a2sf.analysis.statistics.texts import TextClusters, tail_of
 from a2sf.errors import UserError
 from a2sf.report.output import TableOptions, show
 from a2sf.report.tables.cells import legend
@@ -31,10 +31,10 @@ from a2sf.sweep.early_stopping import Comparisons
 from a2sf.sweep.stopping_rule import StoppingRule
 from tests.sweep_fixture import Plan, write_sweep
 
-OF_FOUR = Texts(np.repeat(np.arange(25), 4))
+OF_FOUR = TextClusters(np.repeat(np.arange(25), 4))
 
 
-def correlated(rng: np.random.Generator, texts: Texts, flips: float, shared: float) -> np.ndarray:
+def correlated(rng: np.random.Generator, texts: TextClusters, flips: float, shared: float) -> np.ndarray:
     """Changes of -1, 0 or 1 that are 0 on average; a document takes its text's with probability `shared`."""
     shares = [flips / 2, flips / 2, 1 - flips]
     of_text = rng.choice([1.0, -1.0, 0.0], texts.number, p=shares)[texts.of]
@@ -43,9 +43,9 @@ def correlated(rng: np.random.Generator, texts: Texts, flips: float, shared: flo
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "texts", [Texts(np.repeat(np.arange(40), 5)), Texts(np.repeat(np.arange(30), range(1, 31)) % 29)]
+    "texts", [TextClusters(np.repeat(np.arange(40), 5)), TextClusters(np.repeat(np.arange(30), range(1, 31)) % 29)]
 )
-def test_level_and_coverage_with_correlated_documents(texts: Texts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_level_and_coverage_with_correlated_documents(texts: TextClusters, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paired, "SIGN_FLIPS", 4000)  # p-values near 0.05 within 0.004
     rng = np.random.default_rng(11)
     rounds, wrong, covered, unclustered = 250, 0, 0, 0
@@ -66,7 +66,7 @@ def test_level_and_coverage_of_an_average_over_tasks(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(paired, "SIGN_FLIPS", 4000)  # p-values near 0.05 within 0.004
     rng = np.random.default_rng(12)
     rounds, wrong, covered = 250, 0, 0
-    texts = [Texts(np.repeat(np.arange(k), 4)) for k in (15, 25)]
+    texts = [TextClusters(np.repeat(np.arange(k), 4)) for k in (15, 25)]
     for _ in range(rounds):
         d = average_difference([correlated(rng, t, 0.3, 0.7) for t in texts], texts)
         wrong += d.p <= 0.05
@@ -77,7 +77,7 @@ def test_level_and_coverage_of_an_average_over_tasks(monkeypatch: pytest.MonkeyP
 
 def test_few_texts_by_hand() -> None:
     """Sums of texts 3, 1, -1 and 0: of the 8 signs of the first three, those with an absolute sum of at least 3."""
-    texts = Texts(np.array([0, 0, 0, 1, 1, 2, 3, 3]))
+    texts = TextClusters(np.array([0, 0, 0, 1, 1, 2, 3, 3]))
     change = np.array([1, 1, 1, 1, 0, -1, 1, -1], float)
     sums = [abs(3 * a + b + c) >= 3 for a, b, c in product((1, -1), repeat=3)]
     d = paired_difference(np.maximum(change, 0), np.maximum(-change, 0), texts)
@@ -87,7 +87,7 @@ def test_few_texts_by_hand() -> None:
 
 def test_more_texts_than_can_be_enumerated_have_the_same_distribution() -> None:
     sums = np.random.default_rng(3).choice([-3.0, -1.0, 1.0, 3.0], 40)
-    texts = Texts(np.repeat(np.arange(40), 4))
+    texts = TextClusters(np.repeat(np.arange(40), 4))
     change = np.concatenate([[np.sign(s)] * int(abs(s)) + [0.0] * (4 - int(abs(s))) for s in sums])
     distribution = np.ones(1)  # of the sum of random signs, by convolution
     for s in abs(sums).astype(int):
@@ -102,7 +102,7 @@ def test_more_texts_than_can_be_enumerated_have_the_same_distribution() -> None:
 def test_texts_of_one_document_change_nothing() -> None:
     rng = np.random.default_rng(5)
     first, second = rng.integers(0, 2, (2, 80)).astype(float)
-    apart = Texts.keyed([f"t{i}" for i in range(80)])
+    apart = TextClusters.keyed([f"t{i}" for i in range(80)])
     assert not apart.shared
     assert paired_difference(first, second, apart) == paired_difference(first, second)
     assert average_difference([first - second], [apart]) == average_difference([first - second])
@@ -127,7 +127,7 @@ def test_documents_that_say_the_same_count_once() -> None:
 
 
 def test_one_text_tells_nothing() -> None:
-    one = Texts(np.zeros(6, int))
+    one = TextClusters(np.zeros(6, int))
     d = paired_difference(np.ones(6), np.zeros(6), one)
     assert (d.p, d.low, d.high, d.detectable) == (1.0, -1.0, 1.0, 1.0)
     of_shares = paired_difference(np.full(6, 0.5), np.zeros(6), one)
@@ -142,7 +142,7 @@ def test_one_text_tells_nothing() -> None:
 )
 def test_a_percentile_that_no_resampling_reaches_is_no_interval(texts, known):
     """It would be the range of the texts' means: with two texts that is no 95 % interval."""
-    of = [Texts.keyed([i // 3 for i in range(3 * n)]) for n in texts]
+    of = [TextClusters.keyed([i // 3 for i in range(3 * n)]) for n in texts]
     assert math.isnan(tail_of(of)) != known
     rng = np.random.default_rng(0)
     changes = [rng.normal(size=3 * n) for n in texts]
@@ -152,7 +152,7 @@ def test_a_percentile_that_no_resampling_reaches_is_no_interval(texts, known):
 
 
 def test_texts_of_different_tasks_are_different_texts() -> None:
-    joined = Texts.joined([Texts(np.array([0, 0, 1])), Texts(np.array([0, 1, 1]))])
+    joined = TextClusters.joined([TextClusters(np.array([0, 0, 1])), TextClusters(np.array([0, 1, 1]))])
     assert joined.of.tolist() == [0, 0, 1, 2, 3, 3]
 
 
@@ -264,7 +264,7 @@ def test_a_partition_is_the_same_whatever_its_keys() -> None:
 @pytest.mark.parametrize("sizes", [[4] * 20, [1, 7, 2, 4] * 5])
 def test_stopping_early_sees_whole_texts_and_bounds_the_documents_mean(sizes: list[int]) -> None:
     rng = np.random.default_rng(1)
-    sums = [correlated(rng, Texts(np.zeros(n, int)), 0.4, 0.9) for n in sizes]
+    sums = [correlated(rng, TextClusters(np.zeros(n, int)), 0.4, 0.9) for n in sizes]
     truth = np.concatenate(sums).mean()
     missed, runs = 0, 60
     for _ in range(runs):

@@ -20,7 +20,7 @@ from a2sf.analysis.results.selection import Selection
 from a2sf.analysis.runs.read import read_runs
 from a2sf.analysis.statistics.intervals import of_documents
 from a2sf.analysis.statistics.paired import paired_difference
-from a2sf.analysis.statistics.texts import Texts
+from a2sf.analysis.statistics.texts import TextClusters
 from a2sf.commands import tables as tables_command
 from a2sf.report.plots.lines import estimated
 from a2sf.report.tables.cells import legend
@@ -56,7 +56,7 @@ def test_the_average_of_a_table_is_over_all_documents(grid: Grid) -> None:
     entry = next(r for r in table.rows if r.label == "H2O" and r.budget == "0.2").entries[AVERAGE]
     values = right(grid, "h2o")
     assert (entry.value, entry.n) == (pytest.approx(values.mean()), 300)
-    alone = of_documents(values, Texts.independent(300))
+    alone = of_documents(values, TextClusters.independent(300))
     assert entry.stderr == pytest.approx(alone.stderr, rel=0.05)  # of stratified documents
     assert BY_DOCUMENTS in legend(table)
     assert BY_DOCUMENTS not in legend(build_tables(replace(grid, by_documents=False))[0])

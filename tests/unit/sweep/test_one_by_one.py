@@ -10,7 +10,7 @@ import pytest
 from a2sf.hf.loading import ModelSpec
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policies
-from a2sf.scoring.generation.rows import Rows
+from a2sf.scoring.generation.rows import RowGenerator
 from a2sf.scoring.passes.run import Passes
 from a2sf.store.runs import load_sweep
 from a2sf.sweep.cell import Cell
@@ -84,7 +84,7 @@ def runners(tmp_path):
 def batches(monkeypatch):
     """How many sequences the model was given, of each batch."""
     sizes: list[int] = []
-    let_in, run = Rows._let_in, Passes.run
+    let_in, run = RowGenerator._let_in, Passes.run
 
     def texts(self, new):
         sizes.append(len(new))
@@ -94,7 +94,7 @@ def batches(monkeypatch):
         sizes.append(len(pending))
         return run(self, pending)
 
-    monkeypatch.setattr(Rows, "_let_in", texts)
+    monkeypatch.setattr(RowGenerator, "_let_in", texts)
     monkeypatch.setattr(Passes, "run", windows)
     return sizes
 
