@@ -91,8 +91,8 @@ def test_prompts_are_read_once_for_all_systems(lm):
 
 def test_finished_rows_make_room_at_once(lm, monkeypatch):
     lm.scorer.sequences_per_pass = 4
-    sizes, step = [], continuous.Rows._step
-    monkeypatch.setattr(continuous.Rows, "_step", lambda self: (sizes.append(len(self.live)), step(self))[1])
+    sizes, step = [], continuous.RowGenerator._step
+    monkeypatch.setattr(continuous.RowGenerator, "_step", lambda self: (sizes.append(len(self.live)), step(self))[1])
     limits = [2, 9, 3, 9, 2, 9, 9, 2]
     made = [
         Instance("generate_until", {}, (p, {"until": [], "max_gen_toks": 9, "do_sample": False}), 0, ("t", i, 1))
@@ -177,7 +177,7 @@ def test_an_error_of_one_system_leaves_the_others_their_texts(lm, monkeypatch):
     of = [lm.scorer.system(policies[n](), Budget(tokens=30)) for n in ("h2o", "window", "streaming")]
     requests = requests_of(lm, GREEDY)
     expected = [{k: a.tokens for k, a in one.computed.items()} for one in generated(lm, requests, of)]
-    step, calls = continuous.Rows._logits, []
+    step, calls = continuous.RowGenerator._logits, []
 
     def broken(self, lanes, rows):
         logits = step(self, lanes, rows).clone()
@@ -188,7 +188,7 @@ def test_an_error_of_one_system_leaves_the_others_their_texts(lm, monkeypatch):
                     logits[i, 5] = float("nan")
         return logits
 
-    monkeypatch.setattr(continuous.Rows, "_logits", broken)
+    monkeypatch.setattr(continuous.RowGenerator, "_logits", broken)
     answers = [lm.scorer.answers(s) for s in of]
     list(lm.scorer.score(requests, answers))
     assert isinstance(answers[1].error, NonFiniteError)
@@ -201,14 +201,14 @@ def test_an_error_of_one_system_leaves_the_others_their_texts(lm, monkeypatch):
 def test_an_error_of_any_kind_is_the_systems_in_which_it_comes_again(lm, monkeypatch):
     policies = find_policies()
     of = [lm.scorer.system(policies[n](), Budget(tokens=30)) for n in ("h2o", "window")]
-    step = continuous.Rows._logits
+    step = continuous.RowGenerator._logits
 
     def broken(self, lanes, rows):
         if any(r.answers.system.policy.name == "h2o" for r in rows):
             raise RuntimeError("something is wrong with h2o")
         return step(self, lanes, rows)
 
-    monkeypatch.setattr(continuous.Rows, "_logits", broken)
+    monkeypatch.setattr(continuous.RowGenerator, "_logits", broken)
     answers = [lm.scorer.answers(s) for s in of]
     list(lm.scorer.score(requests_of(lm, GREEDY), answers))
     assert str(answers[0].error) == "something is wrong with h2o"
@@ -220,7 +220,7 @@ def test_what_ended_with_its_first_token_is_kept_though_the_next_call_fails(lm, 
     system = lm.scorer.system(find_policies()["h2o"](), Budget(tokens=30))
     requests = requests_of(lm, GREEDY)
     (expected,) = generated(lm, requests, [system])
-    take, step, failed = continuous.Row.take, continuous.Rows._logits, []
+    take, step, failed = continuous.Row.take, continuous.RowGenerator._logits, []
 
     def ends_one(self, token):
         self.limit = 1 if self.request == 1 else 12
@@ -233,7 +233,7 @@ def test_what_ended_with_its_first_token_is_kept_though_the_next_call_fails(lm, 
         return step(self, lanes, rows)
 
     monkeypatch.setattr(continuous.Row, "take", ends_one)
-    monkeypatch.setattr(continuous.Rows, "_logits", broken_once)
+    monkeypatch.setattr(continuous.RowGenerator, "_logits", broken_once)
     with pytest.warns(match="texts at a time"):
         (answers,) = generated(lm, requests, [system])
     found = {k: a.tokens for k, a in answers.computed.items()}
@@ -245,7 +245,7 @@ def test_out_of_memory_halves_the_rows(lm, monkeypatch):
     system = lm.scorer.system(find_policies()["h2o"](), Budget(tokens=30))
     requests = requests_of(lm, GREEDY)
     (expected,) = generated(lm, requests, [system])
-    step, sizes = continuous.Rows._logits, []
+    step, sizes = continuous.RowGenerator._logits, []
 
     def crowded(self, lanes, rows):
         sizes.append(len(rows))
@@ -253,7 +253,7 @@ def test_out_of_memory_halves_the_rows(lm, monkeypatch):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return step(self, lanes, rows)
 
-    monkeypatch.setattr(continuous.Rows, "_logits", crowded)
+    monkeypatch.setattr(continuous.RowGenerator, "_logits", crowded)
     lm.scorer.sequences_per_pass = 5
     with pytest.warns(match="continues with 2 texts at a time"):
         (answers,) = generated(lm, requests, [system])

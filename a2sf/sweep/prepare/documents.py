@@ -151,15 +151,15 @@ def _some_left(cells: Sequence[Sequence[Cell]], refused: dict[str, list[str]]) -
 
 def by_reason(refused: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """The same with one sentence for all tasks that are refused for the same reason."""
-    tasks: dict[str, list[str]] = {}
+    alike: dict[str, list[str]] = {}  # the sentences of each reason
     for why in refused:
         task, cannot, reason = why.partition(CANNOT)
-        tasks.setdefault(cannot + reason or why, []).append(task.removeprefix("tasks="))
+        alike.setdefault(cannot + reason if cannot and task.startswith("tasks=") else why, []).append(why)
     made: dict[str, list[str]] = {}
-    for reason, names in tasks.items():
-        sentence = f"tasks={','.join(names)}{reason}" if reason.startswith(CANNOT) else reason
-        given = [reason] if sentence == reason else [f"tasks={n}{reason}" for n in names]
-        made[sentence] = [cell for why in given for cell in refused[why]]
+    for reason, sentences in alike.items():
+        names = [why.removesuffix(reason).removeprefix("tasks=") for why in sentences]
+        sentence = sentences[0] if len(sentences) == 1 else f"tasks={','.join(names)}{reason}"
+        made[sentence] = [cell for why in sentences for cell in refused[why]]
     return made
 
 

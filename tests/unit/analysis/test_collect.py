@@ -169,12 +169,14 @@ def test_whatever_else_a_sweep_varies_is_a_row_of_its_own(old, tmp_path, values,
     assert len(build_tables(grid)[0].rows) == 2 * len(build_tables(grid_of(old))[0].rows)
 
 
-def test_cells_of_more_and_of_fewer_documents_share_an_id_and_are_both_shown(old, tmp_path):
+def test_cells_of_more_and_of_fewer_documents_share_an_id_and_both_can_be_shown(old, tmp_path):
     for stored in old:
         result = {k: copy.deepcopy(v) for k, v in stored.result.items() if k not in ("checksums", "schema_version")}
         result["cell"]["limit"] = 10
         write_cell(tmp_path / "s" / f"{stored.path.name}__n10", result, stored.documents, "policy: x\n")
-    assert set(gather([tmp_path / "s"]).frame["variant"]) == {"limit 10", "limit all"}
+    assert set(gather([tmp_path / "s"]).frame["variant"]) == {""}  # those of the largest limit
+    both = gather([tmp_path / "s"], Selection(mixed=True))
+    assert set(both.frame["variant"]) == {"limit 10", "limit all"}
 
 
 def test_one_task_that_varies_gives_every_task_its_row(old, tmp_path):

@@ -268,8 +268,8 @@ def test_the_family_and_the_method_of_correction_are_chosen_and_said(tmp_path, m
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "nowhere"], "nowhere does not exist; give a cell or sweep"),
-        (["empty", "empty"], "empty holds no results with documents"),
+        (["nowhere", "a"], "nowhere does not exist; give a cell or sweep"),
+        (["empty", "a"], "empty holds no results with documents"),
         (["a"], "a is one run"),
         (["a", "b", "--metric", "akk"], "sums has no metric akk for each document; it has acc"),
         (["a", "b", "--margin", "0"], "--margin=0.0 is not allowed: give a number of points above 0"),
