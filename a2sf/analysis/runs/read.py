@@ -90,7 +90,8 @@ def _of_ours(cells: Sequence[StoredCell], path: Path) -> list[Run]:
         factor = cell.get("forgetting_factor")
         if factor is not None:
             parts.append(f"a={factor_label('/'.join(map(str, factor)) if isinstance(factor, list) else factor)}")
-        parts += [f"{_setting(stored, n)}{'-shot' if n == 'shots' else ''}" for n in varied]
+        named = [n for n in varied if n != "schedule" or cell["policy"] != "full"]  # which evicts nothing
+        parts += [f"{_setting(stored, n)}{'-shot' if n == 'shots' else ''}" for n in named]
         system, model = " ".join(parts), str(cell["model"])
         label = f"{system} {model}" if several else system
         names[label] = system, model

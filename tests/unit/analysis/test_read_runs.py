@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from a2sf.errors import ConfigError, UserError
 from tests.unit.analysis.test_compare_runs import QUESTIONS, answers, inspect_log, lm_eval_file
 
 pytestmark = pytest.mark.usefixtures("few_flips")
+ROOT = Path(__file__).parents[3]
 RIVERS = [f"Name the river number {i}." for i in range(40)]
 
 
@@ -248,3 +250,9 @@ def test_runs_with_different_shots_or_task_versions_are_named(tmp_path):
     notes = compare_runs(runs).notes
     assert "shots5, sums: different shots: 0 in shots0, 5 in shots5." in notes
     assert "shots5, sums: different task version: 1.0 in shots0, 2.0 in shots5." in notes
+
+
+def test_the_full_cache_has_no_schedule_in_its_name():
+    runs = read_runs(ROOT / "runs/reference/findings/heldout_methods.a2sf.zip")
+    assert runs[0].label == "Full cache"
+    assert "H2O 0.2 of context prompt" in [run.label for run in runs]

@@ -125,7 +125,9 @@ def test_states_of_another_shape():
 
 def test_a_rule_that_gives_too_few_numbers():
     short = replace(segments(), rule=Rule(weight=lambda key, value, positions: key[:, :, :3].norm(dim=-1)))
-    with pytest.raises(ValueError, match=r"weights of shape \(2, 2, 3\), and \(2, 2, 6\) is needed, one number per token"):
+    with pytest.raises(
+        ValueError, match=r"weights of shape \(2, 2, 3\), and \(2, 2, 6\) is needed, one number per token"
+    ):
         attend_cpu(Q, KEY, VALUE, short, OPTIONS)
     ones = replace(segments(), rule=Rule(weight=lambda key, value, positions: torch.ones(())))
     plain = attend_cpu(Q, KEY, VALUE, segments(), OPTIONS).output
