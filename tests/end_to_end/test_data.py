@@ -107,7 +107,7 @@ def test_a_main_branch_that_moves_between_two_starts(hub, run, tmp_path):
     assert numbers(printed.stdout) == numbers(done.stdout) != []
     assert "piqa: 2 cells of documents that have changed since are left out" in " ".join(printed.stdout.split())
     back = run(*grid, "policy=full", f"data.revision={first}")
-    assert "1 cells, 1 done, 0 to run" in back.stdout
+    assert "1 cell, 1 done, 0 to run" in back.stdout
 
 
 @pytest.mark.full

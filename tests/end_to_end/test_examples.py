@@ -48,7 +48,7 @@ def test_own_policy_and_its_yaml(tmp_path):
         "limit=2",
     ]
     said = run("a2sf", "run", *plan, "--config-dir", EXAMPLES, cwd=tmp_path)
-    assert "1 cells, 0 done, 1 to run" in said
+    assert "1 cell, 0 done, 1 to run" in said
     assert "first_and_last" in said
 
 

@@ -58,4 +58,4 @@ def test_slurm_is_configured_without_slurm(tmp_path):
         "-m", "policy=full", "tasks=[copa]", "data=bundle", "hydra/launcher=slurm", "plan_only=true", runs=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    assert "1 cells, 0 done, 1 to run" in done.stdout
+    assert "1 cell, 0 done, 1 to run" in done.stdout

@@ -108,10 +108,10 @@ def test_a_folder_may_have_the_name_of_any_key(tmp_path):
     }
     given |= {"forgetting_factor": "0.5", "checkpoint": "9", "system_instruction": "1.10", "plan_only": "true"}
     overrides = [f"{k}={v}" for k, v in given.items()]
-    for grid in ([], ["-m", "policy=full,first_and_last"]):
+    for grid in ([], ["-m", "policy=first_and_last,a2sf"]):
         done = run([*grid, *overrides, "--config-dir=mine"], tmp_path)
         assert done.returncode == 0, done.stderr
-        assert f"2024_11_05: {2 if grid else 1} cells" in done.stdout
+        assert f"2024_11_05: {'2 cells' if grid else '1 cell'}, " in done.stdout
     shown = run(["--cfg", "job", *overrides, "--config-dir=mine"], tmp_path).stdout
     made = yaml.safe_load(shown)
     assert {k: made[k] for k in ("sweep_name", "system_instruction", "task_args")} == {
