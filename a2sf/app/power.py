@@ -170,7 +170,7 @@ def _legend(rows: Sequence[TaskPower], tests: int, settings: PowerSettings) -> s
     if any(not r.known and not r.one for r in shares):
         how.append(f"* not known, assumed; plan.flips={USUAL_FLIPS}")
     if any(r.one for r in shares):
-        how.append("† one document, of so few")
+        how.append("† one document, the least there can be")
     text = f"Flips: documents on which two systems differ ({'; '.join(how)})."
     if settings.detect is None:
         return f"{text} plan.detect=2.0 adds the documents that 2 points need."

@@ -19,7 +19,6 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from a2sf.errors import Notice, UserError, nearest
-from a2sf.policies.find import installed
 from a2sf.shipped import shipped
 from a2sf.starting import importing, set_environment
 
@@ -41,7 +40,7 @@ def guard(main: Callable[[], Any]) -> None:
     except ValueError as error:
         if not str(error).startswith("Config group override"):  # policy=3, for which Hydra raises a ValueError
             raise
-        fail(_unnamed(sys.argv[1:]))
+        fail(_not_a_name(sys.argv[1:]))
     except BrokenPipeError:  # the reader of our output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would report it again at exit
         sys.exit(141)
@@ -79,8 +78,10 @@ def _what_is_saved() -> str:
     return f" All finished work is saved in {_saves_in[0]}; the same command resumes from there."
 
 
-def _unnamed(arguments: Sequence[str]) -> str:
+def _not_a_name(arguments: Sequence[str]) -> str:
     """One sentence for a group that is set to something that is no name, such as a number."""
+    from a2sf.policies.find import installed
+
     for argument in arguments:
         group, equals, value = argument.lstrip("+").partition("=")
         if not (equals and (shipped("conf") / group).is_dir()):

@@ -18,7 +18,7 @@ from a2sf.errors import ConfigError, PolicyError, definition
 from a2sf.policies.prepared import LayerRead, Numbers, Prepared, Reader
 from a2sf.policies.renamed import rename_methods
 from a2sf.policies.rule import ACCUMULATED, AttentionRows, Rule, Sequence, Step, TokenFn
-from a2sf.whole import set_whole, whole
+from a2sf.whole_numbers import set_whole_numbers, whole_number
 
 if TYPE_CHECKING:  # so that commands which only list policies do not load torch
     from torch import Tensor
@@ -62,7 +62,7 @@ class Retention:
         return self if self.growth is None else self.growth.at(tokens - 1)
 
     def __post_init__(self) -> None:
-        set_whole(self, "budget", "recent", "sinks")
+        set_whole_numbers(self, "budget", "recent", "sinks")
         if self.budget < 1:
             raise ValueError(f"budget must be at least 1 token, got {self.budget}")
         if self.recent < 0 or self.sinks < 0 or self.recent + self.sinks > self.budget:
@@ -303,7 +303,7 @@ def _check_held(policy: Policy, budget: int, slots: int, retention: Retention, l
 def _sum(policy: Policy, budget: int, layers: int, prompt: int | None) -> int:
     """The slots that a policy gives all its layers; 0 if these are not more than it has."""
     known = () if prompt is None else (prompt,)
-    total = sum(whole("layer_budget", policy.layer_budget(budget, i, layers, *known)) for i in range(layers))
+    total = sum(whole_number("layer_budget", policy.layer_budget(budget, i, layers, *known)) for i in range(layers))
     return total if total > layers * budget else 0
 
 

@@ -91,7 +91,7 @@ class Prepared:
 
     def budgets(self, total: int, prompt: int) -> tuple[int, ...]:
         """The budget of each layer, with sum `total`; none is more than the prompt's tokens while another has fewer."""
-        if (total, prompt) not in self._known:  # each layer asks
+        if (total, prompt) not in self._known:  # each layer needs them
             self._known[total, prompt] = self._divided(total, prompt)
         return self._known[total, prompt]
 

@@ -20,7 +20,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, TypeAlias
 
 from a2sf.policies.renamed import renamed_fields
-from a2sf.whole import set_whole, whole
+from a2sf.whole_numbers import set_whole_numbers, whole_number
 
 if TYPE_CHECKING:  # so that commands which only list policies do not load torch
     from torch import Tensor
@@ -199,7 +199,7 @@ class Cut:
     pooling: str = "mean"
 
     def __post_init__(self) -> None:
-        set_whole(self, "kernel_size")
+        set_whole_numbers(self, "kernel_size")
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be an odd number of neighbours, at least 1, got {self.kernel_size}")
         if self.floor is not None and not 0.0 <= self.floor <= 1.0:
@@ -231,7 +231,7 @@ class Head:
     mean_over_age: bool = False
 
     def __post_init__(self) -> None:
-        set_whole(self, "sinks")
+        set_whole_numbers(self, "sinks")
 
 
 @dataclass(frozen=True, eq=False)
@@ -337,8 +337,8 @@ class Rule:
         return any(f is not None for f in (self.priority_fn, self.merge_fn, self.division_fn))
 
     def __post_init__(self) -> None:
-        set_whole(self, "memory", "queries")
-        object.__setattr__(self, "full_heads", tuple(whole("a head of full_heads", h) for h in self.full_heads))
+        set_whole_numbers(self, "memory", "queries")
+        object.__setattr__(self, "full_heads", tuple(whole_number("a head of full_heads", h) for h in self.full_heads))
         if min(self.full_heads, default=0) < 0:
             raise ValueError(f"full_heads counts key/value heads from 0, got {min(self.full_heads)}")
         if len(set(self.full_heads)) < len(self.full_heads):

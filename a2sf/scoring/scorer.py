@@ -190,13 +190,17 @@ class Scorer:
                 ]
         return pending
 
+    def passes(self, pending: Sequence[Pending]) -> Passes:
+        """What computes these windows."""
+        about = self.about(p.sequence for p in pending)
+        return Passes(self.model, about, self.tokens_per_pass, self.sequences_per_pass, self._room)
+
     def _run(self, pending: Sequence[Pending], requests: Requests) -> Iterator[None]:
         """Compute windows; a request has its answer once all its windows have theirs."""
         if not pending:
             return
         require_exact(self.model)
-        about = self.about(p.sequence for p in pending)
-        passes = Passes(self.model, about, self.tokens_per_pass, self.sequences_per_pass)
+        passes = self.passes(pending)
         windows = Counter((id(p.answers), p.request) for p in pending)
         values: dict[tuple[int, int], dict[int, tuple[float, float | None]]] = {}
         try:

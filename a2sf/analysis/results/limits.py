@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from a2sf.analysis.results.variants import place_of
+from a2sf.errors import counted
 from a2sf.store.runs import StoredCell, id_of
 
 
@@ -40,7 +41,7 @@ def drop_smaller(cells: Sequence[StoredCell], notes: list[str]) -> list[StoredCe
         old = [c for c in left if _size(c) == size]
         label, tasks = limit_label(old[0].cell["limit"]), ", ".join(sorted({c.cell["task"] for c in old}))
         notes.append(
-            f"{tasks}: {len(old)} cell{'s' * (len(old) > 1)} with limit={label} "
+            f"{tasks}: {counted(len(old), 'cell')} with limit={label} "
             f"{'are' if len(old) > 1 else 'is'} left out, because a larger limit has all their documents; "
             f"--limit {label} shows them."
         )

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from a2sf.analysis.results.labels import DASH, LONGEST_SETTING
-from a2sf.errors import UserError
+from a2sf.errors import UserError, counted
 from a2sf.store.runs import StoredCell
 
 MUST_AGREE = ("split", "fewshot_split", "seed", "dtype", "limit", "stopped", "task_version", "definition", "data")
@@ -46,7 +46,7 @@ def drop_outdated(cells: list[StoredCell], notes: list[str]) -> list[StoredCell]
     for task in sorted({c.cell["task"] for c in left}):
         old = [c for c in left if c.cell["task"] == task]
         notes.append(
-            f"{task}: {len(old)} cell{'s' * (len(old) > 1)} of documents that have changed since are left out "
+            f"{task}: {counted(len(old), 'cell')} of documents that have changed since are left out "
             f"({old[0].path.name}{', …' * (len(old) > 1)})."
         )
     return [c for c in cells if c not in left]

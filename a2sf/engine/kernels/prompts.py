@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -170,9 +169,10 @@ class _Prompts:
 
     def _of_the_rule(self, state: EvictionState) -> EvictionState:
         """The same state with as many queries as the rule has, of 0 before the first."""
-        missing = 0 if state.queries is None else self.rule.queries - state.queries.shape[3]
-        if missing and state.queries is not None:
-            state = replace(state, queries=torch.nn.functional.pad(state.queries, (0, 0, missing, 0)))
+        queries = state.queries
+        if queries is not None and queries.shape[3] < self.rule.queries:
+            missing = self.rule.queries - queries.shape[3]
+            state = replace(state, queries=torch.nn.functional.pad(queries, (0, 0, missing, 0)))
         return state.for_rule(self.rule, self.group)
 
     def _last_queries(self) -> Tensor:
@@ -321,8 +321,6 @@ def _after_cut(
         out = smallest_of_all_heads(retention, priority, step, free)
     else:
         out = leaving(rule, priority, state.positions, free, excess)
-    seen_later: dict[str, Any] = {"memory": state.memory, "queries": state.queries}
-    if retention.schedule.then == "keep":
-        seen_later = dict.fromkeys(seen_later)
     keys, values = (state.keys, state.values) if rule.merge_fn is None else merged(retention, step, out)
-    return replace(state, scores=step.scores, keys=keys, values=values, **seen_later).evict(out), out
+    after = state.plain() if retention.schedule.then == "keep" else state
+    return replace(after, scores=step.scores, keys=keys, values=values).evict(out), out

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from a2sf import atomic
@@ -22,6 +21,7 @@ from a2sf.analysis.results.labels import DASH
 from a2sf.analysis.results.variants import MUST_AGREE
 from a2sf.report.page.data import chart_data
 from a2sf.report.page.documents import browsable
+from a2sf.report.page.template import HERE, table_cell, template, text_view
 from a2sf.report.tables.cells import differences_of, header, interval, legend, number, reference_rows, sign_of
 from a2sf.report.tables.summaries import p_text
 from a2sf.report.tables.table import Table
@@ -29,7 +29,6 @@ from a2sf.report.tables.text import TextTable
 from a2sf.report.traced import Groups
 from a2sf.store.runs import finished_cells, is_cell, settings_of
 
-HERE = Path(__file__).parent
 SCORES = ("value", "low", "high", "stderr", "lm_eval_stderr")
 SCRIPTS = ("tables.js", "charts.js", "documents.js", "report.js")
 
@@ -63,19 +62,16 @@ class ReportContents:
 def write_report(target: Path, contents: ReportContents) -> Path:
     """Render the report; the file is written completely or not at all."""
     grid = contents.grid
-    environment = Environment(
-        loader=PackageLoader("a2sf.report", "page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     frames = contents.fidelity, contents.traces, contents.texts
     charts, systems = chart_data(grid, contents.comparisons, *frames, contents.pair)
     documents = browsable(systems, contents.groups)
-    html = environment.get_template("report.html.j2").render(
+    html = template("report.html.j2").render(
         title=", ".join(sorted(grid.frame["source"].unique())),
         plan=_plan(grid),
         provenance=_provenance(grid),
         tables=[_view(table) for table in contents.tables],
         verdict=_verdict(contents.comparisons),
-        text_tables=[_text_view(table) for table in contents.text_tables],
+        text_tables=[text_view(table) for table in contents.text_tables],
         failures=contents.failures,
         cells=_cells(grid),
         notes=list(dict.fromkeys([*grid.notes, *contents.notes])),
@@ -174,51 +170,32 @@ def _verdict(comparisons: Sequence[Comparison]) -> str:
     )
 
 
-def _cell(text: str, kind: str = "", value: float | None = None, title: str = "", sign: str = "") -> dict[str, Any]:
-    """A cell for the template: its text and sign, its class, the value that it is sorted by, and its tooltip."""
-    return {"text": text, "kind": kind, "value": value, "title": title, "sign": sign}
-
-
 def _view(table: Table) -> dict[str, Any]:
     """An accuracy table for the template."""
     words = len(table.heads)
     rows: list[dict[str, Any]] = [
-        {"reference": True, "cells": [_cell(text, "word" if i < words else "") for i, text in enumerate(row)]}
+        {"reference": True, "cells": [table_cell(text, "word" if i < words else "") for i, text in enumerate(row)]}
         for row in reference_rows(table)
     ]
     for line in table.rows:
-        cells = [_cell(getattr(line, head), "word") for head in table.heads]
+        cells = [table_cell(getattr(line, head), "word") for head in table.heads]
         for column in table.columns:
             entry = line.entries.get(column)
             if entry is None:
-                cells.append(_cell(DASH))
+                cells.append(table_cell(DASH))
                 continue
             text = number(entry.value, table.percent)
             title = f"{text} {interval(entry.low, entry.high, table.percent, signed=False)}, n = {entry.n}"
             title += f", standard error {number(entry.stderr, table.percent)}"
             if entry.test is not None:
                 title += f"; p against the best {p_text(entry.test.p)} ({entry.test.correction.label})"
-            cells.append(_cell(text, "best" if entry.best else "", entry.value, title, sign_of(table, entry)))
+            cells.append(table_cell(text, "best" if entry.best else "", entry.value, title, sign_of(table, entry)))
         values = {table.to_full: line.to_full, table.to_control: line.to_control}
-        cells += [_cell(of(line), value=values.get(head)) for head, of in differences_of(table).items()]
+        cells += [table_cell(of(line), value=values.get(head)) for head, of in differences_of(table).items()]
         rows.append({"reference": False, "cells": cells})
     heads = [(head, i < words) for i, head in enumerate(header(table))]
     place = {"model": table.model, "shots": table.shots, "title": table.title}
     return place | {"header": heads, "rows": rows, "legend": legend(table), "notes": table.notes}
-
-
-def _text_view(table: TextTable) -> dict[str, Any]:
-    """A table of texts for the template."""
-    heads = [(str(head), head in table.words) for head in table.frame]
-    rows = [
-        {
-            "reference": False,
-            "cells": [_cell(str(v), "word" if w else "") for v, (_, w) in zip(row, heads, strict=True)],
-        }
-        for row in table.frame.to_numpy().tolist()
-    ]
-    place = {"model": table.model, "shots": "" if table.shots is None else table.shots, "title": table.title}
-    return place | {"header": heads, "rows": rows, "legend": table.legend, "notes": ()}
 
 
 def _cells(grid: Grid) -> dict[str, Any]:
@@ -239,7 +216,7 @@ def _cells(grid: Grid) -> dict[str, Any]:
         digits = 4 if column in SCORES else 1
         frame[column] = [DASH if pd.isna(v) else f"{v:.{digits}f}" for v in frame[column]]
     frame = frame.astype(str).rename(columns=lambda c: c.replace("_", " "))
-    return _text_view(TextTable("", frame, "", ("source", "cell")))
+    return text_view(TextTable("", frame, "", ("source", "cell")))
 
 
 def _list(values: pd.Series) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from a2sf.hf.exactness import require_exact
-from a2sf.scoring.passes.run import Passes, Pending
+from a2sf.scoring.passes.run import Pending
 from a2sf.scoring.requests import Requests
 from a2sf.scoring.scorer import Scorer
 from a2sf.scoring.systems import Answers, System
@@ -31,10 +31,8 @@ def full_texts(
     require_exact(scorer.model)
     answers = [scorer.answers(system) for system in systems]
     pending = [p for one in answers for p in _pending(scorer, requests, texts, one)]
-    about = scorer.about(p.sequence for p in pending)
-    passes = Passes(scorer.model, about, scorer.tokens_per_pass, scorer.sequences_per_pass)
     found: dict[int, Found] = {id(one): {} for one in answers}
-    for done in passes.run(pending):
+    for done in scorer.passes(pending).run(pending):
         for p, value, *_ in done.scores:
             found[id(p.answers)][requests.keys[p.request]] = value, len(p.sequence.targets)
     return [one.error or found[id(one)] for one in answers]

@@ -87,7 +87,7 @@ class LookingRow:
 
     @property
     def items(self) -> list[int]:
-        """The numbers of the sequences that are asked for."""
+        """The numbers of the sequences that are scored; the others are prompts that are looked at."""
         return [i for i in self.row.items if i >= 0]
 
     @property

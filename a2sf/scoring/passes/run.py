@@ -20,7 +20,6 @@ from a2sf.hf.calls.logits import logits_in_parts
 from a2sf.scoring.passes.logits import log_probabilities
 from a2sf.scoring.passes.long_rows import Part, in_parts, saves
 from a2sf.scoring.passes.looks import LookingRow
-from a2sf.scoring.passes.memory import tokens_in_caches
 from a2sf.scoring.passes.packing import Pack, pack
 from a2sf.scoring.passes.sequences import Model, ScoredSequence, pass_of
 from a2sf.scoring.systems import Answers
@@ -69,12 +68,14 @@ class Passes:
     Attributes:
         tokens_per_pass: computed tokens of a pass; halved when memory runs out.
         sequences_per_pass: None: no limit.
+        room: tokens for whose states there is memory in all layers.
     """
 
     model: PreTrainedModel
     about: Model
     tokens_per_pass: int
-    sequences_per_pass: int | None = None
+    sequences_per_pass: int | None
+    room: int
 
     @cached_property
     def _configs(self) -> Configs:
@@ -139,7 +140,7 @@ class Passes:
         limit = rope_switch(self.model.config)
         most = 1 if self.tokens_per_pass < LEAST_PASS else self.sequences_per_pass
         looking = any(sequences[i].undecided is not None for i in left)
-        room = tokens_in_caches(self.model) // self.about.layers if looking else self.tokens_per_pass
+        room = self.room if looking else self.tokens_per_pass
         groups: dict[tuple[bool, bool], list[int]] = {}
         for i in left:
             one = sequences[i]

@@ -163,7 +163,7 @@ def pass_of(row: Pack, sequences: Sequences, model: Model) -> Plan | Mixed:
     """The pass that reads a row.
 
     Args:
-        sequences: those of `row.items`, each of which is its `simplest`. What they retain is asked for when a layer reads
+        sequences: those of `row.items`, each of which is its `simplest`. What they retain is looked up when a layer reads
             them, so that undecided ones may be replaced by decided ones between two parts of the pass.
     """
     calls: dict[Hashable, list[int]] = {}

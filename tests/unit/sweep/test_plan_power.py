@@ -107,4 +107,4 @@ def test_a_share_of_one_document_is_marked_as_such():
     assert [(r.flips, r.one) for r in rows] == [(0.2, True), (0.01, True), (None, False)]
     text = shown(of("full", "h2o", limit=5))
     assert "20.0 %†" in text
-    assert "two systems differ († one document, of so few)" in " ".join(text.split())
+    assert "two systems differ († one document, the least there can be)" in " ".join(text.split())

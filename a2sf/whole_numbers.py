@@ -6,7 +6,7 @@ import operator
 from typing import Any
 
 
-def whole(name: str, value: Any) -> int:
+def whole_number(name: str, value: Any) -> int:
     """`value` as an int, where it is a whole number of any type (of numpy, or a tensor of one element).
 
     Raises:
@@ -20,13 +20,13 @@ def whole(name: str, value: Any) -> int:
         raise ValueError(f"{name} must be a whole number, got {value}; round it, with int() or //") from error
 
 
-def set_whole(of: object, *names: str) -> None:
+def set_whole_numbers(of: object, *names: str) -> None:
     """Make these fields of a frozen dataclass ints.
 
     Raises:
-        ValueError: as `whole`.
+        ValueError: as `whole_number`.
     """
     for name in names:
         value = getattr(of, name)
         if type(value) is not int:
-            object.__setattr__(of, name, whole(name, value))
+            object.__setattr__(of, name, whole_number(name, value))
