@@ -12,8 +12,8 @@ from a2sf.hf.loading import ModelSpec
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policies
 from a2sf.policies.schedule import Schedule
-from a2sf.scoring.generation import full_text
 from a2sf.scoring.passes.full_cache_prefix import cached_tokens, peak_tokens
+from a2sf.scoring.passes.run import Passes
 from a2sf.store.runs import load_sweep
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.runner import Runner
@@ -104,7 +104,7 @@ def test_without_a_full_cache_there_are_no_columns_and_a_failure_is_a_note(runne
             p.answers.error = RuntimeError("no memory")
         yield from ()
 
-    monkeypatch.setattr(full_text.Passes, "run", failing)
+    monkeypatch.setattr(Passes, "run", failing)
     cells = [cell(limit=1), cell("h2o", limit=1)]
     assert [o.status for o in runner.run(cells)] == ["done"] * 2
     stored = by_policy(runner.directory)["h2o"]
