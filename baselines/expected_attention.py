@@ -11,12 +11,13 @@ model (a2sf.attend) no rotary embedding is known, and `R` is the identity.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from a2sf.errors import ConfigError
 from a2sf.policies.base import Policy, Retention, check_tokens
@@ -24,6 +25,8 @@ from a2sf.policies.rotary import Rotary
 from a2sf.policies.rule import Rule, Step
 
 NO_SCORES = Rule(scored=False)
+BLOCK = 64
+"""Queries whose sums are computed at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,20 +68,44 @@ class ExpectedAttention(Policy):
         return Retention(budget=budget, sinks=min(self.sinks, budget), rule=NO_SCORES)
 
     def priorities(self, step: Step) -> Tensor:
-        counted = (step.query_positions >= self.sinks).to(step.keys.dtype)[..., None]  # [B, 1, 1, W, 1]
-        total = counted.sum(-2).clamp(min=1)
-        queries = step.unrotated_queries * counted
-        mean = queries.sum(-2) / total  # [B, K, G, D]
+        mean, covariance = self._moments(step)
         keys = step.keys if step.rotary is None else _turned_back(step.rotary, step.keys, step.now, self.future)
         logits = mean @ keys.transpose(-1, -2) * step.scale  # [B, K, G, N]
-        if self.covariance:
-            apart = (queries - mean[..., None, :]) * counted
-            covariance = apart.transpose(-1, -2) @ apart / total[..., None]  # [B, K, G, D, D]
+        if covariance is not None:
             spread = ((keys[:, :, None] @ covariance) * keys[:, :, None]).sum(-1)
             logits = logits + spread * step.scale**2 / 2
         hidden = ~step.cached | (step.positions < self.sinks)
         expected = logits.masked_fill(hidden[:, :, None], -torch.inf).softmax(-1).mean(2)
         return expected.nan_to_num(0) * step.values.norm(dim=-1)
+
+    def _moments(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        """The mean [B, K, G, D] and covariance [B, K, G, D, D] of the unrotated queries after the sinks."""
+        assert step.queries is not None
+        # as many blocks as the longest row has read: the first queries of a wide window are 0
+        n = -(-min(self.window, int(step.now.max()) + 1) // BLOCK) * BLOCK
+        given = step.queries[..., -n:, :]
+        step = replace(step, queries=pad(given, (0, 0, n - given.shape[-2], 0)))
+        # the first block may begin before the window
+        inside = torch.arange(n, device=step.now.device) >= n - self.window
+        counted = ((step.query_positions >= self.sinks) & inside).to(step.keys.dtype)[..., None]  # [B, 1, 1, W, 1]
+        total = counted.sum(-2).clamp(min=1)
+        queries = step.unrotated_queries * counted
+        mean = _newest_first(queries.unflatten(-2, (-1, BLOCK)).sum(-2)) / total
+        if not self.covariance:
+            return mean, None
+        apart = ((queries - mean[..., None, :]) * counted).unflatten(-2, (-1, BLOCK))
+        return mean, _newest_first(apart.transpose(-1, -2) @ apart, last=2) / total[..., None]
+
+
+def _newest_first(blocks: Tensor, last: int = 1) -> Tensor:
+    """The sum over blocks, the dimension before the `last` ones: one by one from the newest.
+
+    So blocks of 0 before the first query, which a row has where others of its batch are longer, change no last bit.
+    """
+    total, *earlier = reversed(blocks.unbind(-1 - last))
+    for block in earlier:
+        total = total + block
+    return total
 
 
 def _turned_back(rotary: Rotary, keys: Tensor, now: Tensor, future: int) -> Tensor:

@@ -13,6 +13,7 @@ from a2sf import Schedule, attend, make_policy
 from a2sf.calibration.capture import Captured
 from a2sf.calibration.filters import Queries, content
 from a2sf.engine import kernels
+from a2sf.engine.priorities import picked
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Options, Segments
 from a2sf.errors import ConfigError
@@ -76,6 +77,30 @@ def test_expected_attention_is_that_of_queries_at_the_next_positions(covariance,
     step = Step(none, k, v, positions, positions >= 0, torch.tensor([[[T - 1]]]), none, none)
     step = replace(step, queries=queries[:, :, :, -30:], rotary=rotary, scale=8**-0.5)
     np.testing.assert_allclose(policy.priorities(step)[0, 1].numpy()[2:], definition(seen)[2:], rtol=1e-5)
+
+
+@pytest.mark.parametrize("covariance", [True, False])
+def test_expected_attention_of_a_row_is_the_same_in_any_batch_and_width_of_the_window(covariance):
+    """The queries before a row's first are 0: as many as other rows need, none if the row is alone at a cut."""
+    W, N = 300, 9
+    g = torch.Generator().manual_seed(1)
+    now = torch.tensor([5, 63, 64, 250])[:, None, None]
+    queries = torch.randn(4, 2, 3, W, 8, generator=g)
+    for row, last in enumerate(now.flatten().tolist()):
+        queries[row, :, :, : W - 1 - last] = 0
+    k, v = torch.randn(2, 4, 2, N, 8, generator=g)
+    positions = torch.arange(N).expand(4, 2, N)
+    none = torch.zeros(4, 2, N)
+    rotary = Rotary(torch.tensor([1.0, 0.3, 0.1, 0.03]), 1.0)
+    step = Step(none, k, v, positions, positions <= now, now, none, none, queries=queries, scale=8**-0.5, rotary=rotary)
+    policy = make_policy("expected_attention", covariance=covariance, window=W)
+    together = policy.priorities(step)
+    for row, last in enumerate(now.flatten().tolist()):
+        alone = picked(step, slice(row, row + 1))
+        assert torch.equal(policy.priorities(alone)[0], together[row])
+        assert torch.equal(
+            policy.priorities(replace(alone, queries=alone.queries[..., W - 1 - last :, :]))[0], together[row]
+        )
 
 
 def test_directions_are_those_of_the_queries(tmp_path):
