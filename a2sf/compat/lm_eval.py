@@ -6,7 +6,9 @@ lm-eval itself reads groups and tags (`TaskReader`), but a member becomes a `Lea
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -32,6 +34,25 @@ INSIDE = "::"
 _MAKES_DOCUMENTS = ("dataset_path", "custom_dataset", "class", "include")
 
 Config = dict[str, Any]
+_OF_A_GIVEN_MODEL = (
+    "`pretrained` model kwarg is not of type `str`",
+    "Passed an already-initialized model through `pretrained`",
+)
+
+
+@contextmanager
+def quiet_about_given_models() -> Iterator[None]:
+    """HFLM made with a model, without its two warnings: that other arguments may be ignored, and of a single process."""
+
+    def shown(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(_OF_A_GIVEN_MODEL)
+
+    logger = logging.getLogger("lm_eval.models.huggingface")
+    logger.addFilter(shown)
+    try:
+        yield
+    finally:
+        logger.removeFilter(shown)
 
 
 @cache

@@ -12,6 +12,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
+from a2sf.compat.lm_eval import quiet_about_given_models
 from a2sf.engine.kernels import check_backend
 from a2sf.engine.trace import Trace
 from a2sf.errors import ConfigError
@@ -101,7 +102,8 @@ class PrunedLM(HFLM):
             kwargs.setdefault("tokenizer", loaded.tokenizer)
         else:
             kwargs = check_given(pretrained, kwargs)
-        super().__init__(pretrained=pretrained, batch_size=1, **kwargs)
+        with quiet_about_given_models():  # every other argument is honoured or refused
+            super().__init__(pretrained=pretrained, batch_size=1, **kwargs)
         check_tokens(self, kwargs)
         if self.backend != "causal":
             raise UnsupportedModel("only decoder models have a cache to prune, and this one is an encoder-decoder")

@@ -217,6 +217,15 @@ def test_known_requests_are_not_computed_again(tiny):
     assert answers.computed[requests.keys[1]].value == pytest.approx(expected[1][0], abs=1e-4)
 
 
+def test_a_given_model_needs_no_warning(tiny, caplog):
+    """lm-eval's two are of arguments that may be ignored, which are honoured or refused here, and of a single process."""
+    with caplog.at_level("INFO", logger="lm_eval.models.huggingface"):
+        tiny("h2o", budget_tokens=8)
+        assert not caplog.messages
+        HFLM(pretrained=shared("llama"), tokenizer=StandIn())
+    assert len(caplog.messages) == 2
+
+
 def test_a_typo_in_model_args_is_reported_before_the_model_is_loaded(tmp_path):
     with pytest.raises(ConfigError, match="did you mean policy"):
         lm_eval.simple_evaluate("a2sf", model_args=f"pretrained={tmp_path}/none,polcy=h2o", tasks=["copa"])
