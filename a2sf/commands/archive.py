@@ -33,6 +33,8 @@ def main_unpack(arguments: Sequence[str]) -> None:
     from a2sf.store.archive import is_archive, place_of, unpack
 
     directory = args.run or place_of(args.archive)
+    if not args.archive.exists():
+        parser.error(f"there is no file {args.archive}")
     if not is_archive(args.archive):
         parser.error(f"{args.archive} is no archive that `a2sf pack` wrote")
     written = unpack(args.archive, directory)

@@ -86,8 +86,11 @@ def test_a_sweep_is_packed_and_unpacked(tmp_path, capsys):
         cli.main(["pack", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit):
         cli.main(["unpack", str(tmp_path / "s")])
+    with pytest.raises(SystemExit):
+        cli.main(["unpack", str(tmp_path / "none.a2sf.zip")])
     said = capsys.readouterr().err
     assert "nowhere is not a directory" in said
+    assert "there is no file" in said
     assert "is no archive that `a2sf pack` wrote" in said
 
 
