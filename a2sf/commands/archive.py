@@ -27,7 +27,7 @@ def main_pack(arguments: Sequence[str]) -> None:
 def main_unpack(arguments: Sequence[str]) -> None:
     """Write an archive's cells to a sweep's directory."""
     parser = Parser("a2sf unpack", description="The cells of an archive, so that `a2sf run` can resume the sweep.")
-    parser.add_argument("archive", type=Path)
+    parser.add_argument("archive", type=Path, help="a file that a2sf pack wrote")
     parser.add_argument("run", type=Path, nargs="?", help="a sweep's directory (default: next to the archive)")
     args = parser.parse_args(arguments)
     from a2sf.store.archive import is_archive, place_of, unpack

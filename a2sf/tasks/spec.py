@@ -9,14 +9,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, TemplateError, UndefinedError
-from jinja2.meta import find_undeclared_variables
+from jinja2 import UndefinedError
 
 from a2sf.errors import ConfigError, UserError, first_line
 from a2sf.hub.refusals import Unreachable, chain
@@ -26,6 +24,7 @@ from a2sf.tasks.data.documents import Commit
 from a2sf.tasks.data.sources import DataSpec, Source, locate
 from a2sf.tasks.definitions import SUITES, Definition
 from a2sf.tasks.examples import TaskMixin, seeded
+from a2sf.tasks.templates import fields_used
 from a2sf.tasks.turns import check_task
 from a2sf.tasks.warned import silent
 
@@ -34,7 +33,6 @@ LENGTHS = ("lengths", "max_seq_lengths")
 PACKAGED = ("json", "csv", "parquet", "arrow", "text")
 """What `dataset_path` holds if a task names files, not a data set of the hub."""
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
-TEMPLATES = ("doc_to_text", "doc_to_choice", "doc_to_target")
 OUTPUT_TYPES = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
 
 
@@ -348,7 +346,7 @@ def _why(error: Exception, found: Definition, source: Source, data: DataSpec) ->
     first = next((document for split in splits.values() for document in split), None)
     if first is not None:
         detail = str(inner) if isinstance(inner, UndefinedError) else detail
-        lacks = sorted(_template_fields(config) - set(first))
+        lacks = sorted(fields_used(config) - set(first))
         if lacks or isinstance(inner, UndefinedError):
             detail = f"its templates use {', '.join(lacks)}" if lacks else detail
             detail += f"; the fields of the first document: {', '.join(first) or 'none'}"
@@ -363,15 +361,3 @@ def _splits(found: Definition, source: Source, data: DataSpec) -> dict[str, Any]
         return documents.local_json(found.config, found.name) or {}
     except Exception:  # they could not be read, which is the error that is being explained
         return {}
-
-
-def _template_fields(config: dict[str, Any]) -> set[str]:
-    """The names that the task's templates use; empty if a function of the task changes its documents."""
-    if config.get("process_docs") is not None:
-        return set()
-    names: set[str] = set()
-    for key in TEMPLATES:
-        with suppress(TemplateError):
-            given = config.get(key)
-            names |= find_undeclared_variables(Environment().parse(given)) if isinstance(given, str) else set()
-    return names

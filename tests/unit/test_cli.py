@@ -94,6 +94,16 @@ def test_a_sweep_is_packed_and_unpacked(tmp_path, capsys):
     assert "is no archive that `a2sf pack` wrote" in said
 
 
+def test_the_help_says_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["calibrate", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for part in ("layer or head (default: layer)", "(default: 4096)", "(default: 48 96 192 384)", "(default: 0)"):
+        assert part in said
+    assert "False" not in said
+    assert "None" not in said
+
+
 def test_a_preset_is_a_grid(hydra):
     assert hydra("+sweep=demo") == ["--multirun", "+sweep=demo"]
     assert hydra("sweep=demo") == ["--multirun", "+sweep=demo"]
