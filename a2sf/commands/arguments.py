@@ -13,7 +13,12 @@ class Parser(argparse.ArgumentParser):
         """The help, with the default of each option that has one."""
         for action in self._actions:
             text, default = action.help or "", action.default
-            if not action.option_strings or "(default" in text or isinstance(default, bool) or default in (None, ""):
+            if (
+                not action.option_strings
+                or "(default" in text
+                or isinstance(default, bool)
+                or default in (None, "", (), [])
+            ):
                 continue
             if default != argparse.SUPPRESS:
                 shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)

@@ -101,6 +101,7 @@ def test_the_help_says_the_defaults(capsys):
     for part in ("layer or head (default: layer)", "(default: 4096)", "(default: 48 96 192 384)", "(default: 0)"):
         assert part in said
     assert "False" not in said
+    assert "(default: )" not in said
     assert "None" not in said
 
 
