@@ -25,6 +25,7 @@ from a2sf.policies.base import WHEN
 from a2sf.policies.find import built_in, defaults
 from a2sf.policies.renamed import notice
 from a2sf.shipped import shipped
+from a2sf.store.archive import read_sweep
 from a2sf.store.runs import load_sweep
 from a2sf.sweep.config import folder as config_dir
 from a2sf.sweep.config import schema
@@ -82,6 +83,7 @@ def test_a_sweep_is_packed_and_unpacked(tmp_path, capsys):
     cli.main(["pack", str(tmp_path / "s")])
     cli.main(["unpack", str(tmp_path / "s.a2sf.zip"), str(tmp_path / "again")])
     assert len(load_sweep(tmp_path / "again")) == len(load_sweep(tmp_path / "s"))
+    assert len(read_sweep(str(tmp_path / "s"))) == len(read_sweep(str(tmp_path / "s.a2sf.zip"))) > 0
     with pytest.raises(SystemExit):
         cli.main(["pack", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit):
