@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from a2sf.app.folders import model_names
 from a2sf.app.process import screen
 from a2sf.app.runners import directory_of
-from a2sf.errors import UserError
+from a2sf.errors import UserError, counted
 from a2sf.store.aggregates import TaskGroup
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.config.grid import check_schedules
@@ -78,7 +78,23 @@ def check(points: Points, computes_here: bool) -> Checked:
     _check_each_cell_once(settings)
     includes = dict.fromkeys(s.include for s in settings if s.include)
     hidden = dict.fromkeys(note for include in includes for note in tasks.hidden(*include))
-    return Checked(points, settings, resolved.refused | unreadable, [*hidden, *resolved.notes])
+    examples = examples_left_out([s for s, (_, c) in zip(settings, points, strict=True) if c.shots is None])
+    return Checked(points, settings, resolved.refused | unreadable, [*hidden, *examples, *resolved.notes])
+
+
+def examples_left_out(settings: Sequence[Settings]) -> list[str]:
+    """A note for each task whose definition has few-shot examples, which lm-eval gives and these `settings` do not.
+
+    Args:
+        settings: those without a value of `shots`.
+    """
+    given = {c.spec.name: c.spec.definition.config.get("num_fewshot") for s in settings for c in s.cells if not c.shots}
+    return [
+        f"{task}: lm-eval gives {counted(shots, 'few-shot example')}, as the task's file says; this sweep gives none. "
+        f"shots={shots} gives them, shots=0 is this without the note."
+        for task, shots in given.items()
+        if isinstance(shots, int) and shots > 0
+    ]
 
 
 def _check_one_sweep(settings: Sequence[Settings]) -> None:

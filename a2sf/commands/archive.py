@@ -27,12 +27,14 @@ def main_pack(arguments: Sequence[str]) -> None:
 def main_unpack(arguments: Sequence[str]) -> None:
     """Write an archive's cells to a sweep's directory."""
     parser = Parser("a2sf unpack", description="The cells of an archive, so that `a2sf run` can resume the sweep.")
-    parser.add_argument("archive", type=Path)
+    parser.add_argument("archive", type=Path, help="a file that a2sf pack wrote")
     parser.add_argument("run", type=Path, nargs="?", help="a sweep's directory (default: next to the archive)")
     args = parser.parse_args(arguments)
     from a2sf.store.archive import is_archive, place_of, unpack
 
     directory = args.run or place_of(args.archive)
+    if not args.archive.exists():
+        parser.error(f"there is no file {args.archive}")
     if not is_archive(args.archive):
         parser.error(f"{args.archive} is no archive that `a2sf pack` wrote")
     written = unpack(args.archive, directory)

@@ -172,8 +172,11 @@ def _no_way(error: BaseException, wanted: Wanted) -> _Found:
     name = type(error).__name__
     of_http = type(error).__module__.partition(".")[0] in HTTP_LIBRARIES
     part = "holds only a part of" if wanted.repo in cached_repositories(wanted.kind) else "does not hold"
+    lacks = f"{part} {wanted.repo}" + (
+        ", nor is there a folder of that name" if (wanted.key, wanted.kind) == ("model.path", "model") else ""
+    )
     if constants.is_offline_mode() and isinstance(error, OFFLINE):
-        why = f"HF_HUB_OFFLINE is set, and the hub's cache {part} {wanted.repo}; unset it to download"
+        why = f"HF_HUB_OFFLINE is set, and the hub's cache {lacks}; unset it to download"
         return Unreachable, why + _what_there_is(wanted)
     if of_http and name == "ProxyError":
         return Unreachable, f"the proxy on the way to {host} refuses ({first_line(error)}); check HTTPS_PROXY"
@@ -182,10 +185,7 @@ def _no_way(error: BaseException, wanted: Wanted) -> _Found:
         why = f"the line to {host} broke ({first_line(error)}); start again, complete files are not downloaded again"
         return Unreachable, why
     if of_http or isinstance(error, ConnectionError | TimeoutError):
-        why = (
-            f"{host} cannot be reached ({name}: {first_line(error)}), and the hub's cache {part} {wanted.repo}; "
-            "check the network"
-        )
+        why = f"{host} cannot be reached ({name}: {first_line(error)}), and the hub's cache {lacks}; check the network"
         return Unreachable, why + _what_there_is(wanted)
     return None
 

@@ -29,7 +29,7 @@ class Budget:
         tokens: `C` itself, at least 1.
         base: what `ratio` is a share of. `total`: all tokens that the model reads for the request (context +
             continuation - 1), as in the paper. `context`: the tokens of the context. `seen`: the tokens read so far, so
-            that `C` grows with the text (`Growth`).
+            that `C` grows with the text (`Growth`). It is `total` if `tokens` is given.
 
     Raises:
         ConfigError: if a value is not allowed.
@@ -48,6 +48,8 @@ class Budget:
                 f"{{ratio: {self.ratio}, tokens: {self.tokens}}}",
                 "give exactly one of budget.ratio (0 < ratio <= 1) and budget.tokens (at least 1)",
             )
+        if self.tokens is not None:  # a number has no base, so that equal budgets are one cell
+            object.__setattr__(self, "base", "total")
         object.__setattr__(self, "ratio", _each("budget.ratio", self.ratio, _check_ratio))
         object.__setattr__(self, "tokens", _each("budget.tokens", self.tokens, _check_tokens))
 

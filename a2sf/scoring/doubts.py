@@ -16,6 +16,7 @@ from lm_eval.api.task import ConfigurableTask
 from a2sf.scoring.generation.ends import LENGTH, THINKING
 from a2sf.scoring.requests import ROLLING, Requests, request_hash
 from a2sf.scoring.systems import Answers
+from a2sf.tasks.templates import null_fields
 
 NAMED = 3
 """Documents that a note names at most."""
@@ -29,6 +30,8 @@ JOINED = (
     "the tokens of prompt and continuation together do not begin with the prompt's own; what is scored is the part that "
     "lm-eval scores, not the whole continuation"
 )
+NULL = "{fields} is null, which the prompt shows as None"
+NULL_TARGET = "{fields} is null, so that the right answer is None"
 CUT = (
     "the prompt is too long for the model's {positions} positions, and its beginning was not read (up to {cut} tokens)"
 )
@@ -91,6 +94,8 @@ def _of_answers(task: Any, sample: dict[str, Any]) -> Iterator[str]:
     if not isinstance(task, ConfigurableTask) or callable(task.config.process_results):
         return
     document, target = sample["doc"], sample["target"]
+    if missing := null_fields([task.config.doc_to_text], document):
+        yield NULL.format(fields=", ".join(missing))
     if task.OUTPUT_TYPE == "multiple_choice":
         choices = task.doc_to_choice(document)
         right = task.doc_to_text(document) if task.multiple_input else target
@@ -105,6 +110,8 @@ def _of_answers(task: Any, sample: dict[str, Any]) -> Iterator[str]:
         if task.config.doc_to_choice is not None:
             if _place(target, task.doc_to_choice(document)) is None:
                 yield NO_ANSWER
+        elif missing := null_fields([task.config.doc_to_target], document):
+            yield NULL_TARGET.format(fields=", ".join(missing))
         elif target is None or (isinstance(target, str | list) and not target):
             yield NO_TARGET
 

@@ -186,12 +186,13 @@ def read_archive(path: Path) -> list[ArchivedCell]:
     ]
 
 
-def read_sweep(path: Path) -> Sequence[StoredCell]:
+def read_sweep(path: Path | str) -> Sequence[StoredCell]:
     """The finished cells of a sweep's directory or of an archive.
 
     Raises:
         UserError: as `load_sweep` and `read_archive`.
     """
+    path = Path(path)
     return read_archive(path) if is_archive(path) else load_sweep(path)
 
 

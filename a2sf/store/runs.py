@@ -284,7 +284,9 @@ def load_sweep(directory: Path) -> list[StoredCell]:
         CorruptCell: if a cell is damaged.
     """
     if not directory.is_dir():
-        raise UserError(f"{directory} is not a directory; give a sweep's directory under runs/")
+        raise UserError(
+            f"{directory} is not a directory; give a sweep's directory under runs/, or an archive of a2sf pack"
+        )
     cells = finished_cells(directory)
     if not cells:
         raise UserError(f"{directory} holds no finished cell; run `a2sf run` with that sweep first")

@@ -200,7 +200,8 @@ def _read(name: str, folder: Path | None) -> tuple[str, Any]:
         if name.endswith(YAML) or "/" in name:
             raise ConfigError("tasks", name, "there is no such file; give the path of a task's YAML, or lm-eval's name")
         known = [*SUITES, *mine, *index()]
-        raise ConfigError("tasks", name, f"there is no such suite or lm-eval task{nearest(name, known)}")
+        where = "a task of your own needs include_path=, its folder" if folder is None else f"nor a task in {folder}"
+        raise ConfigError("tasks", name, f"there is no such suite or lm-eval task{nearest(name, known)}; {where}")
     return requested, _build(name, entry, mine)
 
 

@@ -101,11 +101,11 @@ class Examples:
         Raises:
             ConfigError: with both numbers.
         """
-        self._enough(len(self.pool))
         if len(self.pool) <= CHECKED_POOL and self.shots > len(self.pool) // 2:
             for document in documents:
                 as_example = self.printed(document)
                 self._enough(sum(1 for _ in self._others(document, as_example, range(len(self.pool)), len(self.pool))))
+        self._enough(len(self.pool))
 
     def _enough(self, others: int) -> None:
         if others < self.shots:

@@ -24,11 +24,15 @@ from a2sf.tasks.data.documents import Commit
 from a2sf.tasks.data.sources import DataSpec, Source, locate
 from a2sf.tasks.definitions import SUITES, Definition
 from a2sf.tasks.examples import TaskMixin, seeded
+from a2sf.tasks.templates import fields_used
 from a2sf.tasks.turns import check_task
 from a2sf.tasks.warned import silent
 
 LENGTHS = ("lengths", "max_seq_lengths")
 """Names of the argument for the lengths of prompts: in the tasks here, and in lm-eval's RULER."""
+PACKAGED = ("json", "csv", "parquet", "arrow", "text")
+"""What `dataset_path` holds if a task names files, not a data set of the hub."""
+SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 OUTPUT_TYPES = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
 
 
@@ -197,7 +201,7 @@ class TaskSpec:
         except UserError:
             raise
         except Exception as error:  # a task's code may raise anything
-            raise UserError(f"tasks={found.name}: {_why(error, source, data)}") from error
+            raise UserError(f"tasks={found.name}: {_why(error, found, source, data)}") from error
         if task.get_config("output_type") not in OUTPUT_TYPES:
             raise ConfigError(
                 "tasks", found.name, f"it needs {task.get_config('output_type')}, which is not available under pruning"
@@ -327,18 +331,33 @@ def _content(task: Any) -> str:
     return documents.content_of_documents(task.eval_docs, task.examples().pool if task.shots else ())
 
 
-def _why(error: Exception, source: Source, data: DataSpec) -> str:
+def _why(error: Exception, found: Definition, source: Source, data: DataSpec) -> str:
     """The reason why lm-eval could not make the task, as the end of a sentence."""
     inner = list(chain(error))[-1]
     if isinstance(error, ImportError):
         return f"its code needs a library that is not installed ({first_line(inner)})"
-    if isinstance(inner, UndefinedError) and source.kind != "task":
-        has = ", ".join(_fields(source, data)) or "none"
-        return f"its documents cannot be used from {data.label} ({inner}; the fields of the first document: {has})"
-    return f"its documents cannot be used from {data.label} ({type(inner).__name__}: {first_line(inner)})"
+    config, splits = found.config, _splits(found, source, data)
+    place = "its files" if config.get("dataset_path") in PACKAGED and source.kind == "task" else data.label
+    missing = str(inner.args[0]) if isinstance(inner, KeyError) and inner.args else None
+    if missing is not None and missing in (data.split, data.fewshot_split, *(config.get(k) for k in SPLITS)):
+        has = f"; there are {', '.join(splits)}" if splits else ""
+        return f"its documents cannot be used from {place}: they have no split {missing}{has}"
+    detail = f"{type(inner).__name__}: {first_line(inner)}"
+    first = next((document for split in splits.values() for document in split), None)
+    if first is not None:
+        detail = str(inner) if isinstance(inner, UndefinedError) else detail
+        lacks = sorted(fields_used(config) - set(first))
+        if lacks or isinstance(inner, UndefinedError):
+            detail = f"its templates use {', '.join(lacks)}" if lacks else detail
+            detail += f"; the fields of the first document: {', '.join(first) or 'none'}"
+    return f"its documents cannot be used from {place} ({detail})"
 
 
-def _fields(source: Source, data: DataSpec) -> list[str]:
-    """The names of the fields of the first document."""
-    splits = documents.read(source, data.content)
-    return next((list(document) for split in splits.values() for document in split), [])
+def _splits(found: Definition, source: Source, data: DataSpec) -> dict[str, Any]:
+    """The documents by split, where they lie on the disk as files that are quickly read; else empty."""
+    if source.kind != "task":
+        return dict(documents.read(source, data.content))
+    try:
+        return documents.local_json(found.config, found.name) or {}
+    except Exception:  # they could not be read, which is the error that is being explained
+        return {}

@@ -325,7 +325,11 @@ def test_without_the_hub_the_cache_is_used_with_a_notice(world, ask, tmp_path):
             assert partly not in part
             none = alone.submit(cases.evaluate, "model.path=org/never", *COPA, f"runs_dir={runs}").result()
             assert none.code == 1
-            for says in ("does not hold org/never", "take what is cached", "model=smollm2-135m data=bundle"):
+            for says in (
+                "not hold org/never, nor is there a folder",
+                "take what is cached",
+                "model=smollm2-135m data=bundle",
+            ):
                 assert says in none.err
             plan = alone.submit(
                 cases.evaluate, "model.path=org/never", "plan_only=true", *COPA, f"runs_dir={runs}"

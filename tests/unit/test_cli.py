@@ -25,6 +25,7 @@ from a2sf.policies.base import WHEN
 from a2sf.policies.find import built_in, defaults
 from a2sf.policies.renamed import notice
 from a2sf.shipped import shipped
+from a2sf.store.archive import read_sweep
 from a2sf.store.runs import load_sweep
 from a2sf.sweep.config import folder as config_dir
 from a2sf.sweep.config import schema
@@ -82,13 +83,28 @@ def test_a_sweep_is_packed_and_unpacked(tmp_path, capsys):
     cli.main(["pack", str(tmp_path / "s")])
     cli.main(["unpack", str(tmp_path / "s.a2sf.zip"), str(tmp_path / "again")])
     assert len(load_sweep(tmp_path / "again")) == len(load_sweep(tmp_path / "s"))
+    assert len(read_sweep(str(tmp_path / "s"))) == len(read_sweep(str(tmp_path / "s.a2sf.zip"))) > 0
     with pytest.raises(SystemExit):
         cli.main(["pack", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit):
         cli.main(["unpack", str(tmp_path / "s")])
+    with pytest.raises(SystemExit):
+        cli.main(["unpack", str(tmp_path / "none.a2sf.zip")])
     said = capsys.readouterr().err
     assert "nowhere is not a directory" in said
+    assert "there is no file" in said
     assert "is no archive that `a2sf pack` wrote" in said
+
+
+def test_the_help_says_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["calibrate", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for part in ("layer or head (default: layer)", "(default: 4096)", "(default: 48 96 192 384)", "(default: 0)"):
+        assert part in said
+    assert "False" not in said
+    assert "(default: )" not in said
+    assert "None" not in said
 
 
 def test_a_preset_is_a_grid(hydra):

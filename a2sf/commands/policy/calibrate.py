@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
         metavar="RATIO",
         help="one or several; one file is written for all",
     )
-    parser.add_argument("--per", default="layer", help="settings for each layer, head, or one for the model [layer]")
+    parser.add_argument("--per", default="layer", help="where settings may differ: model (nowhere), layer or head")
     parser.add_argument(
         "--shares", action="store_true", help="budgets may differ by layer (and by head, with --per head)"
     )

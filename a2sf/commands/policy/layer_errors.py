@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = Parser(prog="a2sf layer-errors", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("policies", nargs="+", metavar="POLICY")
     add_model(parser)
-    parser.add_argument("--budget", type=float, nargs="+", default=[0.2], metavar="RATIO")
+    parser.add_argument("--budget", type=float, nargs="+", default=[0.2], metavar="RATIO", help="one or several")
     add_text(parser)
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of text")
     parser.add_argument(

@@ -81,12 +81,9 @@ class Blocks:
     ends: tuple[int, ...] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        blocks = self.columns(options.max_width)
-        for block in blocks:
-            title = escape(self.title) if block is blocks[0] else None
-            out = RichTable(
-                title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
-            )
+        yield Text(self.title, style="table.title")  # a title of the table would be broken at the width of a narrow one
+        for block in self.columns(options.max_width):
+            out = RichTable(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
             for i in block:
                 out.add_column(escape(self.heads[i]), justify="left" if i < self.lead else "right", overflow="fold")
                 out.columns[-1].max_width = self._width(i)

@@ -41,6 +41,7 @@ def test_a_ratio_is_exact_in_decimal(ratio, total):
 def test_the_base_of_a_ratio_and_lists_of_one_per_layer():
     assert Budget(ratio=0.5, base="context").slots(total=100, context=40, layer=0) == 20
     assert Budget(tokens=7).slots(total=100, context=40, layer=3) == 7
+    assert Budget(tokens=7, base="context") == Budget(tokens=7)  # one cell, because a number has no base
     assert [Budget(ratio=[0.1, 0.2]).slots(total=50, context=0, layer=i) for i in range(2)] == [5, 10]
 
 

@@ -440,6 +440,12 @@ def test_a_block_has_no_row_that_says_nothing_of_its_columns() -> None:
     assert (said.count("Documents (n)"), said.count("Full cache")) == (1, 2)
 
 
+def test_the_title_of_a_narrow_table_is_one_line() -> None:
+    console = Console(width=60, file=io.StringIO())
+    console.print(Blocks("smollm2-135m, 0-shot, acc (%)", ("Policy", "copa"), 1, [["H2O", "33.3"]], ""))
+    assert console.file.getvalue().startswith("smollm2-135m, 0-shot, acc (%)\n")  # type: ignore[attr-defined]
+
+
 def extended(directory: Path, policies: tuple[str, ...]) -> None:
     """A sweep with limit 80 of the documents, and `policies` once more with limit 40."""
     plan = Plan(policies=("full", "h2o"), budgets=(0.2,), documents={"piqa": 80}, extra={"limit": 80})

@@ -10,7 +10,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from a2sf.app.check import _check_each_cell_once
+from a2sf.app.check import _check_each_cell_once, examples_left_out
 from a2sf.app.folders import model_names
 from a2sf.app.process import explain
 from a2sf.errors import ConfigError, Notice, UserError
@@ -354,3 +354,9 @@ def test_early_stopping_under_its_name_of_the_previous_version():
     }
     assert "early_stopping has pair" in sentence("until={par: [a2sf,h2o]}")
     assert "give its keys under early_stopping" in sentence("until=3")
+
+
+def test_examples_of_a_tasks_file_that_are_left_out_are_said():
+    (said,) = examples_left_out([settings("tasks=[gsm8k,piqa]")])
+    assert said.startswith("gsm8k: lm-eval gives 5 few-shot examples")
+    assert examples_left_out([settings("tasks=[gsm8k]", "shots=3"), settings("tasks=[copa]")]) == []

@@ -133,9 +133,10 @@ NONE = "the right answer is none of the choices"
         ([{"label": -2 + 1}] * 5, f"odd: in 5 of 5 documents (documents 0, 1, 2, …), {NONE}"),
         ([{}, {"choices": ["", "x"]}], "odd: in 1 of 2 documents (document 1), a choice is empty"),
         ([{}, {"choices": ["x", "x"]}], "odd: in 1 of 2 documents (document 1), a choice before the right one has the same"),
+        ([{}, {"goal": None}], "odd: in 1 of 2 documents (document 1), goal is null, which the prompt shows as None"),
         ([{"goal": "so " * 3000}, {}], "odd: in 1 of 2 documents (document 0), the prompt is too long for the model's 2048"),
     ],
-    ids=["outside", "text", "all", "empty", "twice", "long"],
+    ids=["outside", "text", "all", "empty", "twice", "null", "long"],
 )  # fmt: skip
 def test_documents_that_cannot_be_right_are_counted_and_named(computed, tmp_path, rows, said):
     for of_cell in texts(computed(task(tmp_path, rows))):

@@ -443,5 +443,38 @@ def test_a_file_that_is_not_read_may_lie_beside_the_one_that_is(tmp_path):
 )
 def test_fields_that_documents_lack_are_named_with_those_they_have(tmp_path, file, fields):
     (tmp_path / "piqa.json").write_text(file)
-    with pytest.raises(UserError, match=rf"'\w+' is undefined; the fields of the first document: {fields}\)"):
+    with pytest.raises(UserError, match=rf"its templates use [a-z12, ]+; the fields of the first document: {fields}\)"):
         tasks.TaskSpec("piqa", tasks.DataSpec(dir=str(tmp_path))).build(0)
+
+
+def test_a_field_that_is_missing_in_a_list_of_choices_is_named(tmp_path):
+    """Without it, the choices are no list, and lm-eval's error is about a syntax tree."""
+    (tmp_path / "piqa.json").write_text('[{"goal": "g", "sol1": "a", "label": 0}]')
+    with pytest.raises(
+        UserError, match=r"its templates use sol2; the fields of the first document: goal, sol1, label\)"
+    ):
+        tasks.TaskSpec("piqa", tasks.DataSpec(dir=str(tmp_path))).build(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"doc_to_text": "{{nation}}"}, r"its templates use nation; .*: goal, sol1, sol2, label\)"),
+        ({"test_split": "valid"}, "they have no split valid; there are test"),
+    ],
+)
+def test_a_task_that_names_files_says_what_they_have(tmp_path, change, why):
+    write(tmp_path / "mine.jsonl", piqa())
+    task = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "mine.jsonl")}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{goal}}",
+        "doc_to_choice": "{{[sol1, sol2]}}",
+        "doc_to_target": "label",
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps(task | change))
+    with pytest.raises(UserError, match=rf"its documents cannot be used from its files.*{why}"):
+        tasks.TaskSpec(str(tmp_path / "mine.yaml"), tasks.DataSpec()).build(0)

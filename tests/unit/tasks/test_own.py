@@ -117,6 +117,14 @@ def test_a_folder_that_cannot_be_used_is_one_sentence(tmp_path, files, parts):
         assert part in str(raised.value)
 
 
+def test_a_task_that_is_not_found_says_where_own_tasks_are_looked_for(tmp_path):
+    (tmp_path / "mine.yaml").write_text("task: mine\n")
+    with pytest.raises(ConfigError, match=r"tasks=minee .*own needs include_path="):
+        settings("tasks=[minee]")
+    with pytest.raises(ConfigError, match=r"tasks=minee .*did you mean mine.*nor a task in"):
+        settings("tasks=[minee]", f"include_path={tmp_path}")
+
+
 def test_a_name_of_ones_own_wins_and_that_is_said(tmp_path):
     folder = own_tasks(tmp_path / "own")
     text = (folder / "own_one.yaml").read_text()
