@@ -238,9 +238,12 @@ def growing(
     Raises:
         UserError: as `retained`.
     """
-    # equal arguments share their numbers; what was prepared has a prompt's tensors, which are not held on to
-    make = _made if prepared is not None else _shared
-    stated = tuple((g, g.at(0)) for g in make(policy, budget, layers, prompt, prepared))
+    # rows of one policy share their numbers; what was prepared has a prompt's tensors, which are not held on to
+    if prepared is None:
+        made = _shared(id(policy), policy, budget, layers, prompt)
+    else:
+        made = _made(policy, budget, layers, prompt, prepared)
+    stated = tuple((g, g.at(0)) for g in made)
     if schedule.prompt and schedule.then == "keep":  # the cut is all that evicts
         return tuple(first for _, first in stated)
     return tuple(replace(first, growth=g) for g, first in stated)
@@ -252,7 +255,12 @@ def _made(
     return tuple(Growth(policy, budget, i, layers, prompt, prepared) for i in range(layers))
 
 
-_shared = lru_cache(maxsize=1024)(_made)
+@lru_cache(maxsize=1024)
+def _shared(
+    of: int, policy: Policy, budget: Budget, layers: int, prompt: int | None
+) -> tuple[Growth, ...]:
+    """As `_made`; `of` is the policy's id, because the rules of an equal policy are functions of another object."""
+    return _made(policy, budget, layers, prompt, None)
 
 
 def _each(key: str, value: Any, check: Any) -> Any:
