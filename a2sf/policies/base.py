@@ -249,6 +249,14 @@ class Policy(ABC):
             _check_held(self, budget, slots, retention, layers, prompt)
         if prepared is not None and prepared.numbers is not None:
             retention = replace(retention, prepared=prepared.numbers[layer])
+        return self.completed(retention)
+
+    def completed(self, retention: Retention) -> Retention:
+        """`retention` with the policy's `priorities`, `merge` and other functions in its rule, if it has them.
+
+        Raises:
+            ConfigError: if it merges values and its rule retains the same tokens in all heads.
+        """
         functions: dict[str, Any] = {}
         if type(self).priorities is not Policy.priorities:
             precompute = None if self.causal else self.precompute

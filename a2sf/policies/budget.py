@@ -256,9 +256,7 @@ def _made(
 
 
 @lru_cache(maxsize=1024)
-def _shared(
-    of: int, policy: Policy, budget: Budget, layers: int, prompt: int | None
-) -> tuple[Growth, ...]:
+def _shared(of: int, policy: Policy, budget: Budget, layers: int, prompt: int | None) -> tuple[Growth, ...]:
     """As `_made`; `of` is the policy's id, because the rules of an equal policy are functions of another object."""
     return _made(policy, budget, layers, prompt, None)
 
