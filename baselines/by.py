@@ -11,6 +11,7 @@ from typing import Any
 from a2sf.errors import ConfigError
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.find import check_setting_names, find_policy, source_digest
+from a2sf.policies.prepared import Prepared
 from a2sf.policies.ranking import Ranking
 from a2sf.policies.rule import PriorityFn
 
@@ -67,6 +68,17 @@ class Built(Policy):
     @property
     def min_budget(self) -> int:
         return self.inner.min_budget
+
+    def divided_budget(
+        self,
+        budget: int,
+        layer: int,
+        layers: int,
+        prompt: int | None = None,
+        prepared: Prepared | None = None,
+        acts: tuple[bool, ...] | None = None,
+    ) -> int:
+        return self.inner.divided_budget(budget, layer, layers, prompt, None, acts)
 
     def layer_budget(self, budget: int, layer: int, layers: int, prompt: int | None = None) -> int:
         known = () if prompt is None else (prompt,)
