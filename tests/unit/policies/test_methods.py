@@ -13,9 +13,10 @@ from a2sf import Policy, PrunedCache, Retention, Rule, Schedule, attend, make_po
 from a2sf.calibration.capture import Captured
 from a2sf.calibration.filters import Queries, content
 from a2sf.engine import kernels
+from a2sf.engine.priorities import calling
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Options, Segments
-from a2sf.errors import ConfigError
+from a2sf.errors import ConfigError, PolicyError
 from a2sf.policies.rotary import Projection, Rotary
 from a2sf.policies.rule import AttentionRows, Cut, Step
 from tests import definitions
@@ -301,6 +302,12 @@ def test_a_policy_under_another_sees_what_it_asks_for_and_has_its_budget(name):
     assert {n for i in range(3) for n in cache.state(i).counts[0].tolist()} == {6}
     with pytest.raises(ConfigError, match=r"policy.by=below_zero is not allowed: below_zero has no budget"):
         make_policy(name, by=f"{__name__}:BelowZero")
+
+
+def test_an_error_in_an_object_that_is_called_names_its_class():
+    step = Step(*(torch.zeros(1, 1, 4) for _ in range(8)))
+    with pytest.raises(PolicyError, match=r"^InTwoParts fails: AssertionError"):
+        calling(make_policy("criticalkv", by="h2o").retention(2, 0).rule.priority_fn, step)
 
 
 def test_of_equal_priorities_criticalkv_evicts_the_oldest_whatever_the_order_of_columns():
