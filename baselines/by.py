@@ -11,6 +11,7 @@ from typing import Any
 from a2sf.errors import ConfigError
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.find import check_setting_names, find_policy, source_digest
+from a2sf.policies.prepared import Prepared
 from a2sf.policies.ranking import Ranking
 from a2sf.policies.rule import PriorityFn
 
@@ -30,8 +31,9 @@ class Built(Policy):
     def __post_init__(self) -> None:
         if isinstance(self.by, Mapping):
             object.__setattr__(self, "by", dict(self.by))
-        for name in ("schedules", "unrotated"):
-            object.__setattr__(self, name, getattr(self.inner, name))
+        object.__setattr__(self, "schedules", self.inner.schedules)
+        for name in ("unrotated", "projected"):
+            object.__setattr__(self, name, getattr(self, name) or getattr(self.inner, name))
 
     @cached_property
     def inner(self) -> Policy:
@@ -50,7 +52,7 @@ class Built(Policy):
             "sees later tokens": not cls.causal,
             "evicts nothing": not cls.evicts,
             "merges what it evicts": cls.merge is not Policy.merge,
-            "reads a prompt before it is cut": cls.prepare is not Policy.prepare,
+            "reads a prompt before it is cut": cls.prepare is not Policy.prepare or cls.look is not Policy.look,
         }
         for reason, refused in why.items():
             if refused:
@@ -58,9 +60,25 @@ class Built(Policy):
         check_setting_names(cls, settings, "policy.by")
         return cls(**settings)
 
+    def check_budget(self) -> None:
+        """Raise `ConfigError` if the other policy has no budget, but a threshold."""
+        if not self.inner.uses_budget:
+            raise ConfigError("policy.by", self.inner.name, f"{self.inner.name} has no budget; give another policy")
+
     @property
     def min_budget(self) -> int:
         return self.inner.min_budget
+
+    def divided_budget(
+        self,
+        budget: int,
+        layer: int,
+        layers: int,
+        prompt: int | None = None,
+        prepared: Prepared | None = None,
+        acts: tuple[bool, ...] | None = None,
+    ) -> int:
+        return self.inner.divided_budget(budget, layer, layers, prompt, None, acts)
 
     def layer_budget(self, budget: int, layer: int, layers: int, prompt: int | None = None) -> int:
         known = () if prompt is None else (prompt,)
@@ -79,6 +97,10 @@ class Built(Policy):
 @dataclass(frozen=True, kw_only=True)
 class By(Built):
     """A policy whose tokens are ranked by another policy, and then otherwise. Sinks and recent tokens are the other's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_budget()
 
     @abstractmethod
     def changed(self, ranking: Ranking) -> PriorityFn:

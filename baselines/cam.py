@@ -9,7 +9,7 @@ one, here every schedule is possible. The draw depends only on seed, layer, head
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -46,6 +46,7 @@ class CaM(Built):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_budget()
         check_tokens("policy.window", self.window, least=1)
         check_tokens("policy.seed", self.seed)
         allowed = "give a policy that ranks tokens by accumulated attention under every schedule"
@@ -57,9 +58,11 @@ class CaM(Built):
             raise ConfigError(
                 "policy.by", self.by, "it retains the same tokens in all heads, and values are merged by head"
             )
+        if rule.heads:
+            raise ConfigError("policy.by", inner.name, "its key/value heads differ in a layer; give another policy")
 
     def retention(self, budget: int, layer: int) -> Retention:
-        return replace(self.inner.keeps(budget, layer), budget=budget)
+        return self.inner.completed(self.inner.retention(budget, layer))
 
     def merge(self, step: Step, evicted: Tensor) -> Tensor:
         K = step.positions.shape[1]

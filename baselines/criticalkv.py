@@ -45,8 +45,9 @@ class InTwoParts:
         share = Fraction(str(self.first))
         protected = (step.cached & ~step.evictable).sum(-1, keepdim=True)
         places = step.budget * share.numerator // share.denominator - protected
-        best = priority.masked_fill(~step.evictable, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-        rank = best.argsort(dim=-1)
+        newest = step.positions.argsort(dim=-1, descending=True)  # ties: the oldest is evicted first
+        ranked = priority.masked_fill(~step.evictable, -torch.inf).gather(-1, newest)
+        rank = newest.gather(-1, ranked.argsort(dim=-1, descending=True, stable=True)).argsort(dim=-1)
         norms = step.values.abs().sum(-1) if step.projection is None else step.projection.lengths(step.values)
         return ((priority + self.epsilon) * norms).masked_fill(rank < places, torch.inf), memory
 

@@ -202,7 +202,8 @@ def described(function: Callable[..., Any]) -> tuple[str, str]:
     """A policy's function in an error message: its name, and where it is, at the end of a sentence."""
     function = getattr(function, "of", function)  # the opposite of a rule is one too
     where = definition(function)
-    return getattr(function, "__qualname__", repr(function)), f" ({where})" if where else ""
+    # an object that is called has the name of its class
+    return getattr(function, "__qualname__", type(function).__qualname__), f" ({where})" if where else ""
 
 
 def calling(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -1,21 +1,38 @@
-"""The projection after the attention of each layer of a model: for policies that weigh values by what it makes of them."""
+"""The projection after the attention of each layer of a model: for policies that weigh values by what it makes of them.
+
+A short computation shows that it is the right one: its input are the outputs of the layer's heads, one after the other, and
+its output is that of its weights. A model with a gate or a norm between the two, or with other weights, is refused.
+"""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from a2sf.hf.attention import UnsupportedModel
-from a2sf.hf.layer_check import layers_of
-from a2sf.hf.loading.config import kv_heads_of
+from a2sf.hf.attention.function import attached, running
+from a2sf.hf.attention.plan import Plan
+from a2sf.hf.calls.around import bare, idle
+from a2sf.hf.devices import input_device
+from a2sf.hf.exactness import length_for, reported, tokens_of
+from a2sf.hf.layer_check import layers_of, unpruned
 from a2sf.policies.base import Policy
 from a2sf.policies.rotary import Projection
 
 PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 """Names of the projection after the attention in transformers' models."""
+TOKENS = 4
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+"""How much what the weights give may differ from what the model computes, relative to its size; elsewhere `LOOSE`."""
+LOOSE = 0.03
 
 _found: weakref.WeakKeyDictionary[PreTrainedModel, tuple[Projection, ...]] = weakref.WeakKeyDictionary()
 
@@ -36,12 +53,9 @@ def projections_of(model: PreTrainedModel) -> tuple[Projection, ...]:
         UnsupportedModel: if the projection of a layer is not found.
     """
     if model not in _found:
-        config = model.config.get_text_config()
-        heads = config.num_attention_heads
-        kv_heads = kv_heads_of(model.config) or heads
-        weights = projections(model)
+        seen = _found_in(model)
         _found[model] = tuple(
-            Projection(weights[i].unflatten(0, (kv_heads, heads // kv_heads, -1))) for i in range(len(weights))
+            Projection(at.weight.unflatten(0, (at.kv_heads, at.heads // at.kv_heads, -1))) for at in seen
         )
     return _found[model]
 
@@ -54,22 +68,110 @@ def projections(model: PreTrainedModel) -> dict[int, Tensor]:
     Raises:
         UnsupportedModel: if the projection of a layer is not found.
     """
-    found: dict[int, Tensor] = {}
+    return {number: at.weight for number, at in enumerate(_found_in(model))}
+
+
+@dataclass
+class _Layer:
+    """The projection of one layer, and what a short pass showed of it.
+
+    Attributes:
+        module: the projection.
+        heads, kv_heads: query and key/value heads of the layer.
+        attended: [T, H * V], the heads' outputs; None before the pass.
+        given, made: its input and output of the same tokens, [T, H * V] and [T, hidden].
+        times: how many times the layer computed an attention.
+    """
+
+    module: nn.Module
+    heads: int = 0
+    kv_heads: int = 0
+    attended: Tensor | None = None
+    given: Tensor | None = None
+    made: Tensor | None = None
+    times: int = 0
+
+    @property
+    def weight(self) -> Tensor:
+        """float32 [H * V, hidden]."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return (weight if isinstance(self.module, Conv1D) else weight.T).detach().float()
+
+    @property
+    def known(self) -> bool:
+        """Whether it maps the outputs of the heads, by its weights."""
+        if self.times != 1 or self.attended is None or self.given is None or self.made is None:
+            return False
+        if self.attended.shape != self.given.shape or self.weight.shape[0] != self.given.shape[1]:
+            return False
+        bias = self.module.bias
+        by_weights = self.given.float() @ self.weight.to(self.given.device)
+        by_weights = by_weights + bias.detach().float() if isinstance(bias, Tensor) else by_weights
+        return _near(self.attended.to(self.given.device), self.given) and _near(by_weights, self.made)
+
+
+def _near(x: Tensor, like: Tensor) -> bool:
+    error = (x.float() - like.float()).square().mean().sqrt()
+    return bool(error <= TOLERANCE.get(like.dtype, LOOSE) * like.float().square().mean().sqrt())
+
+
+@dataclass
+class _Recording(Plan):
+    """A pass that notes the output of each layer's attention in `seen`."""
+
+    seen: dict[int, _Layer] = field(default_factory=dict)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        output = super().attend(layer, query, key, value, scale, window)
+        at = self.seen[layer]
+        at.heads, at.kv_heads, at.times = query.shape[1], key.shape[1], at.times + 1
+        at.attended = output[0].transpose(0, 1).flatten(1)
+        return output
+
+
+def _found_in(model: PreTrainedModel) -> list[_Layer]:
+    """The projection of each layer, by the layers' numbers.
+
+    Raises:
+        UnsupportedModel: if that of a layer is not found, or does something else.
+    """
+    seen: dict[int, _Layer] = {}
     for module in model.modules():
         number = getattr(module, "layer_idx", None)
         named = [getattr(module, name, None) for name in PROJECTIONS]
-        weights = [_weight(m) for m in named if isinstance(m, nn.Linear | Conv1D)]
-        if isinstance(number, int) and weights and "attention" in type(module).__name__.lower():
-            found[number] = weights[0].detach().float()
-    if sorted(found) != list(range(layers_of(model))):
+        linear = [m for m in named if isinstance(m, nn.Linear | Conv1D)]
+        if isinstance(number, int) and linear and "attention" in type(module).__name__.lower():
+            seen[number] = _Layer(linear[0])
+    if sorted(seen) != list(range(layers_of(model))):
         raise UnsupportedModel(
             f"{type(model).__name__} does not have an output projection named {', '.join(PROJECTIONS)} in each layer, "
             "so that nothing after the projection can be measured"
         )
-    return found
+    tokens = length_for(model, TOKENS)
+    plan = _Recording.of_one(tokens, unpruned(model), model.config, seen=seen)
+    ids = torch.tensor([tokens_of(model, 1, tokens)[0]], device=input_device(model))
+    with torch.inference_mode(), idle(model), reported(model), attached(model), running(plan), _noting(seen):
+        bare(model)(ids, use_cache=False)
+    for number, at in sorted(seen.items()):
+        if not at.known:
+            raise UnsupportedModel(
+                f"what follows the attention of layer {number} of {type(model).__name__} is not only a projection of its "
+                "heads by plain weights, so that nothing after the projection can be measured"
+            )
+    return [seen[number] for number in sorted(seen)]
 
 
-def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight if isinstance(module, Conv1D) else weight.T
+@contextmanager
+def _noting(seen: dict[int, _Layer]) -> Iterator[None]:
+    """Note the inputs and outputs of the projections."""
+
+    def note(at: _Layer, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        at.given, at.made = (x.flatten(0, -2) for x in (args[0], output))
+
+    hooks = [at.module.register_forward_hook(partial(note, at)) for at in seen.values()]
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()

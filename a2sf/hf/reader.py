@@ -114,4 +114,4 @@ def _checked(found: Any, model: PreTrainedModel, policy: Policy, method: str) ->
                 f"policy {policy.name} prepares {name} for {len(given)} layers, and the model has {layers}"
             )
     numbers = found.numbers and tuple(Numbers(n.of.detach().cpu()) for n in found.numbers)
-    return replace(found, numbers=numbers, acts=tuple(global_layers(model.config)))
+    return replace(found, numbers=numbers, acts=global_layers(model.config))

@@ -16,7 +16,7 @@ from a2sf.errors import UserError
 from a2sf.hf.attention.errors import UnsupportedModel
 from a2sf.hf.attention.function import attached
 from a2sf.hf.attention.plan import Plan
-from a2sf.hf.attention.windows import mixes_windows
+from a2sf.hf.attention.windows import global_layers, mixes_windows
 from a2sf.hf.cache.decoding import prove_decoding
 from a2sf.hf.cache.pruned import PrunedCache
 from a2sf.hf.calls.around import decoder_of, scoped, surround
@@ -119,7 +119,7 @@ class _Scope:
     ) -> tuple[list[int], list[int], list[int], list[tuple[Retention, ...]]]:
         """For each row of a call without a cache: first column, tokens, prompt tokens, and what each layer retains."""
         start, length = (x.tolist() for x in new_tokens(shape, 0, mask))
-        layers = model.config.get_text_config().num_hidden_layers
+        acts = global_layers(model.config)
         if self.policy.prepares:
             raise UserError(
                 f"the policy {self.policy.name} reads a prompt before it is cut, which a call without a cache does not do; "
@@ -132,7 +132,9 @@ class _Scope:
             )
         context = length if self.context_tokens is None else contexts_for(len(length), self.context_tokens)
         numbers = zip(length, context, strict=True)
-        retained = [retention_of(self.policy, self.budget, n, c, layers, self.schedule) for n, c in numbers]
+        retained = [
+            retention_of(self.policy, self.budget, n, c, len(acts), self.schedule, acts=acts) for n, c in numbers
+        ]
         return start, length, context, retained
 
 

@@ -98,11 +98,13 @@ def retention_of(
     layers: int,
     schedule: Schedule | None = None,
     prepared: Prepared | None = None,
+    acts: tuple[bool, ...] | None = None,
 ) -> tuple[Retention, ...]:
     """What each layer retains of a sequence of `total` tokens whose prompt has `context`; `schedule` as in `check_settings`.
 
     Args:
         prepared: what `policy.prepare` returned for the prompt.
+        acts: on which layers the policy acts (`global_layers`); None: on all.
 
     Raises:
         UserError: if the policy protects more tokens than the budget holds, or its own code fails.
@@ -110,9 +112,9 @@ def retention_of(
     schedule = schedule_for(policy, schedule)
     prompt = context if schedule.prompt else None
     if budget is not None and budget.grows:
-        return growing(policy, budget, layers, schedule, prompt, prepared)
+        return growing(policy, budget, layers, schedule, prompt, prepared, acts)
     slots = budget.layer_slots(total, context, layers, prepared) if budget else [1] * layers
-    return tuple(retained(policy, c, i, layers, prompt, prepared) for i, c in enumerate(slots))
+    return tuple(retained(policy, c, i, layers, prompt, prepared, acts) for i, c in enumerate(slots))
 
 
 def contexts_of(given: int | Sequence[int] | None) -> int | list[int] | None:

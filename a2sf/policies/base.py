@@ -213,18 +213,33 @@ class Policy(ABC):
 
         Args:
             budget: tokens for each KV head, mean over layers.
-            layer: index of the layer, from 0.
-            layers: number of layers.
+            layer: index of the layer, from 0, among those that the policy acts on: in a model that mixes full attention with
+                sliding windows, the layers with full attention.
+            layers: number of these layers.
             prompt: length of the prompt in tokens, under the prompt schedule; else None.
         """
         return budget
 
     def divided_budget(
-        self, budget: int, layer: int, layers: int, prompt: int | None = None, prepared: Prepared | None = None
+        self,
+        budget: int,
+        layer: int,
+        layers: int,
+        prompt: int | None = None,
+        prepared: Prepared | None = None,
+        acts: tuple[bool, ...] | None = None,
     ) -> int:
-        """The budget of a layer: `layer_budget`, or what was prepared for the prompt."""
+        """The budget of layer `layer` of all `layers`: `layer_budget`, or what was prepared for the prompt.
+
+        Args:
+            acts: on which layers the policy acts; None: on all. The others have `budget`, which has no effect.
+        """
         if prepared is not None and prepared.divides and prompt is not None:
             return prepared.budgets(budget * layers, prompt)[layer]
+        if acts is not None:
+            if not acts[layer]:
+                return budget
+            layer, layers = sum(acts[:layer]), sum(acts)
         return self.layer_budget(budget, layer, layers, *(() if prompt is None else (prompt,)))
 
     def keeps(
@@ -234,21 +249,29 @@ class Policy(ABC):
         layers: int = 1,
         prompt: int | None = None,
         prepared: Prepared | None = None,
+        acts: tuple[bool, ...] | None = None,
     ) -> Retention:
         """The complete retention of a layer, which the engine executes: `retention` at the layer's own budget, and the
-        policy's `priorities` and `merge` in its rule, if it has them. The arguments are those of `layer_budget`, and what
-        `prepare` returned for the sequence's prompt.
+        policy's `priorities` and `merge` in its rule, if it has them. The arguments are those of `divided_budget`.
 
         Raises:
             ConfigError: if it merges values and its rule retains the same tokens in all heads.
             PolicyError: if it states a larger budget than it is given, or its layers' budgets have a larger sum.
         """
-        slots = self.divided_budget(budget, layer, layers, prompt, prepared)
+        slots = self.divided_budget(budget, layer, layers, prompt, prepared, acts)
         retention = self.retention(slots, layer)
         if self.uses_budget and retention.rule.threshold is None:
-            _check_held(self, budget, slots, retention, layers, prompt)
+            _check_held(self, budget, slots, retention, layers if acts is None else sum(acts), prompt)
         if prepared is not None and prepared.numbers is not None:
             retention = replace(retention, prepared=prepared.numbers[layer])
+        return self.completed(retention)
+
+    def completed(self, retention: Retention) -> Retention:
+        """`retention` with the policy's `priorities`, `merge` and other functions in its rule, if it has them.
+
+        Raises:
+            ConfigError: if it merges values and its rule retains the same tokens in all heads.
+        """
         functions: dict[str, Any] = {}
         if type(self).priorities is not Policy.priorities:
             precompute = None if self.causal else self.precompute

@@ -90,7 +90,13 @@ class Budget:
 
 
 def retained(
-    policy: Policy, slots: int, layer: int, layers: int, prompt: int | None = None, prepared: Prepared | None = None
+    policy: Policy,
+    slots: int,
+    layer: int,
+    layers: int,
+    prompt: int | None = None,
+    prepared: Prepared | None = None,
+    acts: tuple[bool, ...] | None = None,
 ) -> Retention:
     """What a layer retains with a budget of `slots`; the other arguments as for `Policy.keeps`.
 
@@ -98,7 +104,7 @@ def retained(
         UserError: if the policy protects more tokens than the budget holds, or its own code fails.
     """
     try:
-        return policy.keeps(slots, layer, layers, prompt, prepared)
+        return policy.keeps(slots, layer, layers, prompt, prepared, acts)
     except UserError:
         raise
     except Exception as error:  # the policy's own code
@@ -116,7 +122,7 @@ class Growth:
     rarely (at a ratio of 0.2, every fifth token), and are computed once.
 
     Attributes:
-        policy, layer, layers, prepared: the arguments of `Policy.keeps`.
+        policy, layer, layers, prepared, acts: the arguments of `Policy.keeps`.
         budget: a ratio of base `seen`.
         prompt: tokens of the prompt, under the prompt schedule: nothing is evicted before its last token, whose numbers hold
             until then. None: under the other schedules.
@@ -130,6 +136,7 @@ class Growth:
     prompt: int | None = None
     prepared: Prepared | None = None
     head: int | None = None
+    acts: tuple[bool, ...] | None = None
 
     def __hash__(self) -> int:
         # without the policy's settings, which may be long
@@ -213,7 +220,7 @@ class Growth:
         return self.budget.slots(total=tokens, context=0, layer=self.layer)
 
     def _numbers(self, slots: int) -> Retention:
-        made = retained(self.policy, slots, self.layer, self.layers, self.prompt, self.prepared)
+        made = retained(self.policy, slots, self.layer, self.layers, self.prompt, self.prepared, self.acts)
         if self.head is None:
             return made
         one = made.rule.heads[self.head]
@@ -230,31 +237,46 @@ def growing(
     schedule: Schedule,
     prompt: int | None = None,
     prepared: Prepared | None = None,
+    acts: tuple[bool, ...] | None = None,
 ) -> tuple[Retention, ...]:
     """What each layer retains with a budget of base `seen`; under the schedule `prompt` that keeps, of a number.
 
     Args:
         prompt: tokens of the prompt, under the prompt schedule.
         prepared: what `policy.prepare` returned for it.
+        acts: as for `Policy.keeps`.
 
     Raises:
         UserError: as `retained`.
     """
-    # equal arguments share their numbers; what was prepared has a prompt's tensors, which are not held on to
-    make = _made if prepared is not None else _shared
-    stated = tuple((g, g.at(0)) for g in make(policy, budget, layers, prompt, prepared))
+    # rows of one policy share their numbers; what was prepared has a prompt's tensors, which are not held on to
+    if prepared is None:
+        made = _shared(id(policy), policy, budget, layers, prompt, acts)
+    else:
+        made = _made(policy, budget, layers, prompt, prepared, acts)
+    stated = tuple((g, g.at(0)) for g in made)
     if schedule.prompt and schedule.then == "keep":  # the cut is all that evicts
         return tuple(first for _, first in stated)
     return tuple(replace(first, growth=g) for g, first in stated)
 
 
 def _made(
-    policy: Policy, budget: Budget, layers: int, prompt: int | None, prepared: Prepared | None
+    policy: Policy,
+    budget: Budget,
+    layers: int,
+    prompt: int | None,
+    prepared: Prepared | None,
+    acts: tuple[bool, ...] | None,
 ) -> tuple[Growth, ...]:
-    return tuple(Growth(policy, budget, i, layers, prompt, prepared) for i in range(layers))
+    return tuple(Growth(policy, budget, i, layers, prompt, prepared, acts=acts) for i in range(layers))
 
 
-_shared = lru_cache(maxsize=1024)(_made)
+@lru_cache(maxsize=1024)
+def _shared(
+    of: int, policy: Policy, budget: Budget, layers: int, prompt: int | None, acts: tuple[bool, ...] | None
+) -> tuple[Growth, ...]:
+    """As `_made`; `of` is the policy's id, because the rules of an equal policy are functions of another object."""
+    return _made(policy, budget, layers, prompt, None, acts)
 
 
 def _each(key: str, value: Any, check: Any) -> Any:

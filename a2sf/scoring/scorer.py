@@ -107,7 +107,7 @@ class Scorer:
         check_settings(policy, budget, self.layers, schedule=schedule, kv_heads=self.kv_heads)
         rotary_for(self.model, policy)
         projections_for(self.model, policy)
-        return System(policy, budget, schedule_for(policy, schedule))
+        return System(policy, budget, schedule_for(policy, schedule), global_layers(self.model.config))
 
     def answers(self, system: System) -> Answers:
         """An empty `Answers` for a system, which `score` fills."""

@@ -22,11 +22,13 @@ class System:
     Attributes:
         budget: None for a policy that ignores budgets.
         schedule: when tokens are evicted.
+        acts: on which of the model's layers the policy acts; None: on all.
     """
 
     policy: Policy
     budget: Budget | None
     schedule: Schedule
+    acts: tuple[bool, ...] | None = None
 
     def retention(
         self, total: int, context: int, layers: int, prepared: Prepared | None = None
@@ -39,7 +41,7 @@ class System:
         Raises:
             UserError: if the policy protects more tokens than the budget holds.
         """
-        return retention_of(self.policy, self.budget, total, context, layers, self.schedule, prepared)
+        return retention_of(self.policy, self.budget, total, context, layers, self.schedule, prepared, self.acts)
 
 
 class Answer(NamedTuple):

@@ -35,12 +35,12 @@ def mixes_windows(config: Any) -> bool:
     return len(set(getattr(config.get_text_config(), "layer_types", None) or ())) > 1
 
 
-def global_layers(config: Any) -> list[bool]:
+def global_layers(config: Any) -> tuple[bool, ...]:
     """Of each layer, whether a policy acts on it: where windows are mixed, those without one."""
     text = config.get_text_config()
     if not mixes_windows(config):
-        return [True] * text.num_hidden_layers
-    return [kind == "full_attention" for kind in text.layer_types]
+        return (True,) * text.num_hidden_layers
+    return tuple(kind == "full_attention" for kind in text.layer_types)
 
 
 def rope_switch(config: Any) -> float:

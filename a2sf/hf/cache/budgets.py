@@ -52,7 +52,7 @@ def retention_of_prompts(
     layers, more = len(cache.layers), max(0, (cache.max_new_tokens or 0) - 1)  # the last token is never read
     ready = [None] * len(context) if prepared is None else prepared
     return [
-        retention_of(cache.policy, cache.budget, n + more, n, layers, cache.schedule, p)
+        retention_of(cache.policy, cache.budget, n + more, n, layers, cache.schedule, p, cache.acts)
         for n, p in zip(context, ready, strict=True)
     ]
 

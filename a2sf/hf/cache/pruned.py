@@ -23,7 +23,7 @@ from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import EvictionState
 from a2sf.errors import ConfigError, UserError
 from a2sf.hf.attention.errors import UnsupportedModel
-from a2sf.hf.attention.windows import keeps_window, mixes_windows, rope_switch, within_window
+from a2sf.hf.attention.windows import global_layers, keeps_window, mixes_windows, rope_switch, within_window
 from a2sf.hf.cache.budgets import resolve_budgets
 from a2sf.hf.cache.cache_pass import CachePass
 from a2sf.hf.cache.checks import check_call, check_lengths_are_given, new_tokens
@@ -109,7 +109,7 @@ class PrunedCache(Cache):
         self.layers: list[PrunedLayer]  # type: ignore[assignment]
         self.trace = trace
         self.max_new_tokens, self.context_tokens = max_new_tokens, contexts
-        self.policy_on_sliding = not mixes_windows(model.config)
+        self.policy_on_sliding, self.acts = not mixes_windows(model.config), global_layers(model.config)
         self.positions = positions
         self.rope_switch = rope_switch(model.config)
         self.model_ref = ModelRef(model)

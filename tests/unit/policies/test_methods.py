@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 
-from a2sf import Schedule, attend, make_policy
+from a2sf import Policy, PrunedCache, Retention, Rule, Schedule, attend, make_policy
 from a2sf.calibration.capture import Captured
 from a2sf.calibration.filters import Queries, content
 from a2sf.engine import kernels
-from a2sf.engine.priorities import picked
+from a2sf.engine.priorities import calling, picked
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Options, Segments
-from a2sf.errors import ConfigError
+from a2sf.errors import ConfigError, PolicyError
 from a2sf.policies.rotary import Projection, Rotary
 from a2sf.policies.rule import AttentionRows, Cut, Step
 from tests import definitions
 from tests.definitions import retained
+from tests.models import shared
 
 T, BUDGET = 61, 17
 CASES = [
@@ -271,6 +272,8 @@ def test_noise_decides_between_equal_tokens():
         ("criticalkv", {"epsilon": -1}, "policy.epsilon=-1 is not allowed: give a number, at least 0"),
         ("criticalkv", {"by": "cam"}, "policy.by=cam is not allowed: cam is built on another policy itself"),
         ("chunkkv", {"by": "kvzip"}, "policy.by=kvzip is not allowed: kvzip reads a prompt before it is cut"),
+        ("chunkkv", {"by": "cake"}, "policy.by=cake is not allowed: cake reads a prompt before it is cut"),
+        ("criticalkv", {"by": "simlayerkv"}, "policy.by=simlayerkv is not allowed: simlayerkv reads a prompt before"),
         ("chunkkv", {"by": "chunkkv"}, "policy.by=chunkkv is not allowed: chunkkv is built on another policy itself"),
         ("chunkkv", {"by": "future"}, "policy.by=future is not allowed: future sees later tokens"),
         ("chunkkv", {"by": "full"}, "policy.by=full is not allowed: full evicts nothing"),
@@ -290,6 +293,62 @@ def test_a_policy_whose_heads_differ_cannot_be_ranked_otherwise():
     policy = make_policy("chunkkv", by={"name": "heads", "heads": [[0, 1]]})
     with pytest.raises(ConfigError, match=r"policy.by=heads is not allowed: its key/value heads differ"):
         attend(policy, *tensors(0), budget=BUDGET)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sees(Policy):
+    """Fails where it does not see what it asks for."""
+
+    name, label, unrotated, projected = "sees", "Sees", True, True
+
+    def retention(self, budget, layer):
+        return Retention(budget=budget // 2, recent=1)
+
+    def priorities(self, step):
+        assert step.rotary is not None
+        return step.scores * step.projection.lengths(step.values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BelowZero(Policy):
+    name, label, uses_budget = "below_zero", "Below zero", False
+
+    def retention(self, budget, layer):
+        return Retention(budget=4, recent=4, rule=Rule(threshold=0.5))
+
+
+@pytest.mark.parametrize("name", ["chunkkv", "criticalkv", "cam"])
+def test_a_policy_under_another_sees_what_it_asks_for_and_has_its_budget(name):
+    model = shared("llama")
+    cache = PrunedCache(model, make_policy(name, by=f"{__name__}:Sees"), 12)
+    with torch.no_grad():
+        model(torch.arange(3, 33)[None], cache=cache)
+    assert {n for i in range(3) for n in cache.state(i).counts[0].tolist()} == {6}
+    with pytest.raises(ConfigError, match=r"policy.by=below_zero is not allowed: below_zero has no budget"):
+        make_policy(name, by=f"{__name__}:BelowZero")
+
+
+def test_an_error_in_an_object_that_is_called_names_its_class():
+    step = Step(*(torch.zeros(1, 1, 4) for _ in range(8)))
+    with pytest.raises(PolicyError, match=r"^InTwoParts fails: AssertionError"):
+        calling(make_policy("criticalkv", by="h2o").retention(2, 0).rule.priority_fn, step)
+
+
+def test_of_equal_priorities_criticalkv_evicts_the_oldest_whatever_the_order_of_columns():
+    step = Step(
+        probabilities=torch.ones(1, 1, 1, 4),
+        keys=torch.ones(1, 1, 4, 2),
+        values=torch.ones(1, 1, 4, 2),
+        positions=torch.tensor([[[2, 0, 3, 1]]]),
+        cached=torch.ones(1, 1, 4, dtype=torch.bool),
+        now=torch.tensor([[[3]]]),
+        scores=torch.ones(1, 1, 4),
+        memory=torch.ones(1, 1, 4, 0),
+        budget=torch.tensor([[[2]]]),
+        evictable=torch.ones(1, 1, 4, dtype=torch.bool),
+    )
+    priority, _ = make_policy("criticalkv", by="h2o").retention(2, 0).rule.priority_fn(step)
+    assert priority.isinf().tolist() == [[[False, False, True, False]]]
 
 
 def test_a_policy_that_uses_another_has_its_schedules_and_identity():

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from a2sf import A2SF, Budget
+from a2sf import A2SF, Budget, Schedule
+from a2sf.engine.retention import BatchRetention
 from a2sf.errors import ConfigError
 from a2sf.policies.base import UNLIMITED, Retention
-from a2sf.policies.budget import Growth
+from a2sf.policies.budget import Growth, growing
 from a2sf.policies.find import find_policies
 
 POLICIES = find_policies()
@@ -84,6 +85,14 @@ def test_a_copy_of_a_growing_budget_is_equal_and_found_again():
         assert twin == growth
         assert hash(twin) == hash(growth)
         assert twin.at(70) == growth.at(70)
+
+
+@pytest.mark.parametrize("name", ["roco", "criticalkv"])
+def test_rows_of_growing_budgets_have_one_rule_whatever_equal_policies_did_before(name):
+    budget, schedule = Budget(ratio=0.3, base="seen"), Schedule("prompt", then="step")
+    growing(POLICIES[name](), budget, 2, schedule, 41)
+    policy = POLICIES[name]()
+    BatchRetention.of([growing(policy, budget, 2, schedule, prompt)[0] for prompt in (41, 42)], schedule, [41, 42])
 
 
 @given(policy=st.sampled_from(sorted(POLICIES)), budget=st.integers(1, 500))
