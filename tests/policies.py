@@ -331,9 +331,9 @@ def tiered(tuples: Iterable[tuple[Any, ...]], each: int = 2) -> list[Any]:
     """What a test is parametrized with, a policy and a schedule and perhaps more, each tuple once.
 
     `make test` takes the representatives, `each` of a rule, with one of the further values, in turn; with `each=0` as few
-    as have every feature of a rule and every schedule (`covering`). `make test-all` takes every policy under every schedule,
-    each with one of the further values, in turn, and a policy's other settings under one schedule; what it adds is marked
-    `full`. The rest of the matrix is marked `exhaustive` as well.
+    as have every feature of a rule and every schedule (`covering`). `make test-all` takes every policy under every schedule
+    (with `each=0` under one, in turn), each with one of the further values, in turn, and a policy's other settings under one
+    schedule; what it adds is marked `full`. The rest of the matrix is marked `exhaustive` as well.
     """
     tuples = list(tuples)
     if each:
@@ -344,7 +344,7 @@ def tiered(tuples: Iterable[tuple[Any, ...]], each: int = 2) -> list[Any]:
     further: dict[Any, list[Any]] = {}
     for policy, schedule, *more in tuples:
         further.setdefault((repr(policy), label(schedule)), []).append(more)
-    full = _one_schedule_for_other_settings(tuples)
+    full = _one_schedule_for_other_settings(tuples, all_others=not each)
     places = {key: i for i, key in enumerate(further)}
     made = []
     for policy, schedule, *more in tuples:
@@ -357,8 +357,11 @@ def tiered(tuples: Iterable[tuple[Any, ...]], each: int = 2) -> list[Any]:
     return made
 
 
-def _one_schedule_for_other_settings(tuples: Iterable[tuple[Any, ...]]) -> set[tuple[str, str]]:
-    """Policy and schedule of the tuples: a policy's small settings under each schedule, its others under one, in turn."""
+def _one_schedule_for_other_settings(tuples: Iterable[tuple[Any, ...]], all_others: bool) -> set[tuple[str, str]]:
+    """Policy and schedule of the tuples: a policy's small settings under each schedule, its others under one, in turn.
+
+    With `all_others`, its small settings are no exception.
+    """
     schedules_of: dict[str, list[str]] = {}
     of_name: dict[str, list[str]] = {}
     chosen: dict[str, str] = {}
@@ -374,7 +377,7 @@ def _one_schedule_for_other_settings(tuples: Iterable[tuple[Any, ...]]) -> set[t
     for turn, (name, instances_) in enumerate(of_name.items()):
         for i, instance in enumerate(instances_):
             known = schedules_of[instance]
-            every = instance == chosen.get(name, instances_[-1])
+            every = instance == chosen.get(name, instances_[-1]) and not all_others
             found |= {(instance, s) for s in (known if every else [known[(turn + i) % len(known)]])}
     return found
 

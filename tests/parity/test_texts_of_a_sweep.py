@@ -36,7 +36,7 @@ DRAWN = ", do_sample: true, temperature: 1.0"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return str(write_model(tmp_path_factory.mktemp("model") / "llama"))
+    return str(write_model(tmp_path_factory.mktemp("model") / "llama", tokens=1000))
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from tests.tiers import examples
 T, K, H, D, LAYERS = 30, 2, 4, 6, 3
 CASES = [(p, s) for p, s in cases() if p.uses_budget]
 EVERY = pytest.mark.parametrize(("policy", "schedule"), tiered(CASES, each=1), ids=label)
-FEW = settings(max_examples=examples(6), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+FEW = settings(max_examples=examples(4), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 RATIOS = st.sampled_from([0.03, 0.2, 0.29, 0.5, 0.75, 0.9, 1.0])
 BY_HEAD = Calibrated(
     file={
