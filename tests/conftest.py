@@ -33,7 +33,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    """What is there by now stays: else a search for garbage, which statsmodels makes for each correction, takes 0.5 s."""
+    """What is there by now stays: searches for garbage, which grow with it, leave it out."""
     gc.collect()
     gc.freeze()
 

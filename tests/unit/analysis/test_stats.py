@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
 
 from a2sf.analysis.statistics import paired
 from a2sf.analysis.statistics.paired import (
@@ -186,6 +187,13 @@ def test_average_has_few_false_positives(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03]) == [pytest.approx(p) for p in (0.03, 0.06, 0.06)]
     assert holm([]) == []
+
+
+def test_holm_is_statsmodels_to_the_bit() -> None:
+    rng = np.random.default_rng(8)
+    for n in range(1, 40):
+        p = rng.choice([*rng.random(n) ** 4, 0.03, 1.0], n)  # some are equal
+        assert holm(p) == multipletests(p, method="holm")[1].tolist()
 
 
 def test_detectable_difference_has_its_power() -> None:
