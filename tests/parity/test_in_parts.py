@@ -69,7 +69,7 @@ def evictions(cache: PrunedCache, layer: int) -> tuple[torch.Tensor, torch.Tenso
             for p, s in ALL
             if fits(p, a, normed)
         ),
-        each=1,
+        each=0,
     ),
     ids=label,
 )
@@ -211,7 +211,7 @@ def same(got, expected) -> None:
 
 @pytest.mark.usefixtures("short_passes")
 @pytest.mark.parametrize(
-    ("policy", "schedule"), tiered(((p, s) for p, s in cases() if p.causal and not ties(type(p))), each=1), ids=label
+    ("policy", "schedule"), tiered(((p, s) for p, s in cases() if p.causal and not ties(type(p))), each=0), ids=label
 )
 def test_long_requests_are_scored_in_parts(policy, schedule, monkeypatch):
     budget = Budget(ratio=0.25) if policy.uses_budget else None

@@ -35,7 +35,7 @@ def task_of(name: str, bundle, shots: int):
     return tasks.TaskSpec(name, bundle, shots).build(1234)
 
 
-def evaluate(lm, task: str, bundle, *, shots: int = 0, limit: int = 4):
+def evaluate(lm, task: str, bundle, *, shots: int = 0, limit: int = 2):
     built = task_of(task, bundle, shots)
     got = lm_eval.evaluate(lm, task_dict={"tasks": {task: built}}, limit=limit, bootstrap_iters=0)
     return got["results"][task]["acc,none"], [a[0] for s in got["samples"][task] for a in s["filtered_resps"]]
@@ -98,13 +98,13 @@ def test_a_log_likelihood_is_the_sum_over_the_pruned_model(tiny, policy, schedul
     lm = tiny(policy, budget=Budget(ratio=0.25) if policy.uses_budget else None, schedule=schedule)
     g = torch.Generator().manual_seed(5)
     # no token twice in a text: rounding would decide between two of equal priority
-    every = [3 + torch.randperm(94, generator=g) for _ in range(9)]
+    every = [3 + torch.randperm(94, generator=g) for _ in range(6)]
     first = every[0][:18]
-    for row in (3, 4, 5):  # beginnings in common
+    for row in (2, 3):  # beginnings in common
         every[row] = torch.cat([first, every[row][~torch.isin(every[row], first)]])
     ids = torch.stack(every)[:, :36]
-    ids[6] = ids[0]
-    todo = requests(ids, [18, 12, 5, 18, 18, 19, 24, 8, 1], [24, 36, 9, 22, 29, 20, 25, 30, 2])
+    ids[4] = ids[0]
+    todo = requests(ids, [18, 12, 18, 19, 24, 1], [24, 36, 27, 20, 25, 2])
     got = lm._loglikelihood_tokens(todo)
     slow = tiny(policy, budget=lm.budget, schedule=schedule, backend="reference", batch_size=1)
     for (_, context, continuation), (score, greedy) in zip(todo, got, strict=True):

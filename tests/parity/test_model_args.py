@@ -34,7 +34,7 @@ REQUESTS = [("The capital of France is", " Paris"), ("", "A sentence by itself."
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model"))
+    return write_model(tmp_path_factory.mktemp("model"), tokens=1000)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_what_is_not_done_here_is_refused(folder, model, key):
         ({"dtype": "bfloat16"}, "dtype=bfloat16 is not allowed: the model is loaded already, with float32"),
         ({"device": "meta"}, "device=meta is not allowed: the model is loaded already, with cpu"),
         ({"add_bos_tokn": True}, r"add_bos_tokn=True is not allowed: .*did you mean add_bos_token"),
-        ({"prefix_token_id": 49152}, "prefix_token_id=49152 is not allowed: give the number of a token, 0 to 49151"),
+        ({"prefix_token_id": 1000}, "prefix_token_id=1000 is not allowed: give the number of a token, 0 to 999"),
         ({"prefix_token_id": "x"}, "prefix_token_id=x is not allowed"),
     ],
 )

@@ -127,13 +127,17 @@ def ours(smollm2, tmp_path_factory):
 
     found: dict[str, Ran] = {}
 
+    @cache
+    def prepared(policy: Policy, text: int) -> Prepared | None:
+        return prepared_for(smollm2.model, policy, PEERS[f"text{text}"].tolist()) if policy.prepares else None
+
     def run(*arguments: Any) -> Ran:
         return found[key] if (key := repr(arguments)) in found else found.setdefault(key, once(*arguments))
 
     def once(name: str, settings: dict[str, Any], text: int, budgets: list[int], schedule: str = "prompt") -> Ran:
         given = {key: gates[x] if key == "gates" else x for key, x in settings.items()}
         of, policy = layers(text), make_policy(name, **given)
-        ready = prepared_for(smollm2.model, policy, PEERS[f"text{text}"].tolist()) if policy.prepares else None
+        ready = prepared(policy, text)
         if policy.projected:  # each layer has its own projection
             each = [attended(policy, [x], [C], schedule, ready) for x, C in zip(of, budgets, strict=True)]
             evictions = [tuple(map(torch.cat, zip(*(x.evictions[0] for x in each), strict=True)))]

@@ -36,7 +36,7 @@ DRAWN = ", do_sample: true, temperature: 1.0"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return str(write_model(tmp_path_factory.mktemp("model") / "llama"))
+    return str(write_model(tmp_path_factory.mktemp("model") / "llama", tokens=1000))
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_group_with_four_answers_survives_interruptions(model, task, tmp_path,
     (tmp_path / "whole").mkdir()
     assert {o.status for o in runner(tmp_path / "whole").run(cells)} == {"done"}
     kept: dict[str, set[str]] = {}
-    for passes in (1, 2, 1, 3):
+    for passes in (2, 3):
         for name, answers in interrupted(runner(tmp_path), cells, passes, monkeypatch).items():
             assert kept.get(name, set()) <= answers.keys()  # no finished answer is lost
             kept[name] = set(answers)

@@ -17,7 +17,7 @@ from a2sf.policies.find import find_policies
 from a2sf.policies.schedule import schedule_for
 from a2sf.scoring.generation import rows as continuous
 from a2sf.scoring.requests import Requests
-from tests.policies import label, representatives, ties
+from tests.policies import covering, ties
 
 HEAD = "What is it that two texts have in common? A beginning. "
 PROMPTS = [f"{HEAD}{q}" for q in ("And then?", "One, two, three, four", "x", "So what is the end of it?")] + ["Short"]
@@ -26,19 +26,15 @@ DRAWN = {"do_sample": True, "temperature": 1.0, "top_k": 0}
 
 
 def systems(lm, every=True):
-    """Each causal policy under each schedule that it supports, at two budgets; or one of each rule, at one budget."""
-    chosen = {(p.name, label(s)) for p, s in representatives(each=1)}
-    for name, cls in find_policies().items():
-        policy = cls()
-        if not policy.causal or ties(cls):  # a text has letters that come again
-            continue
-        for schedule in SCHEDULES if policy.evicts else SCHEDULES[:1]:
-            if schedule.when not in policy.schedules or not (every or (name, label(schedule)) in chosen):
-                continue
-            budgets = (Budget(tokens=40), Budget(ratio=0.6, base="context"))[: 1 + every]
-            for budget in budgets if policy.uses_budget else (None,):
-                if budget is None or budget.tokens is None or policy.min_budget <= 40:
-                    yield name, lm.scorer.system(policy, budget, schedule)
+    """Each causal policy under each schedule that it supports, at two budgets; or a few that cover all, at one budget."""
+    policies = [cls() for cls in find_policies().values() if not ties(cls)]  # a text has letters that come again
+    able = [(p, s) for p in policies if p.causal for s in (SCHEDULES if p.evicts else SCHEDULES[:1])]
+    able = [(p, s) for p, s in able if s.when in p.schedules]
+    for policy, schedule in able if every else covering(able):
+        budgets = (Budget(tokens=40), Budget(ratio=0.6, base="context"))[: 1 + every]
+        for budget in budgets if policy.uses_budget else (None,):
+            if budget is None or budget.tokens is None or policy.min_budget <= 40:
+                yield policy.name, lm.scorer.system(policy, budget, schedule)
 
 
 def requests_of(lm, settings, prompts=PROMPTS, new=12, times=1):

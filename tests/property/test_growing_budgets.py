@@ -24,8 +24,8 @@ from tests.tiers import examples
 
 T, K, H, D, LAYERS = 30, 2, 4, 6, 3
 CASES = [(p, s) for p, s in cases() if p.uses_budget]
-EVERY = pytest.mark.parametrize(("policy", "schedule"), tiered(CASES), ids=label)
-FEW = settings(max_examples=examples(6), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+EVERY = pytest.mark.parametrize(("policy", "schedule"), tiered(CASES, each=1), ids=label)
+FEW = settings(max_examples=examples(4), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 RATIOS = st.sampled_from([0.03, 0.2, 0.29, 0.5, 0.75, 0.9, 1.0])
 BY_HEAD = Calibrated(
     file={
@@ -87,7 +87,7 @@ def test_torch_is_the_reference_and_rows_do_not_change_each_other(policy, schedu
         same((output[[row], :, :n], state.select(torch.tensor([row]))), alone)
 
 
-@pytest.mark.parametrize(("policy", "schedule"), tiered((p, s) for p, s in CASES if p.causal), ids=label)
+@pytest.mark.parametrize(("policy", "schedule"), tiered(((p, s) for p, s in CASES if p.causal), each=1), ids=label)
 @FEW
 @given(
     seed=st.integers(0, 999),

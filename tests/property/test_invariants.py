@@ -6,6 +6,8 @@ the numbers of the recursion.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,17 +17,31 @@ from a2sf import A2SF, EvictionState, attend, evicting_attention, make_policy
 from a2sf.engine.invariants import INVARIANTS, Excepted
 from a2sf.engine.invariants.cases import case
 from tests.policies import cases, instances, label, tiered
-from tests.tiers import examples
+from tests.tiers import examples, is_left_out
 
-PER_CASE = pytest.mark.parametrize(("policy", "schedule"), tiered(cases(prepared=True)), ids=label)
 SOME = settings(max_examples=examples(3), deadline=None)
 T, K = 24, 2
 seeds = st.integers(0, 10_000)
 budgets = st.integers(1, 12)
 
 
-@pytest.mark.parametrize("name", INVARIANTS)
-@PER_CASE
+def each_invariant() -> list[Any]:
+    """Every invariant with the cases of each tier; in `make test` under one of a rule's schedules, in turn."""
+    made, of_rule = tiered(cases(prepared=True)), {}
+    for case_ in made:
+        if not case_.marks:
+            of_rule.setdefault(repr(case_.values[0]), []).append(case_)
+    found = []
+    for turn, name in enumerate(INVARIANTS):
+        quick = {id(each[(turn + i) % len(each)]) for i, each in enumerate(of_rule.values())}
+        for case_ in made:
+            marks = case_.marks or (() if id(case_) in quick else [pytest.mark.full])
+            if not (marks and is_left_out("full")):
+                found.append(pytest.param(*case_.values, name, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("policy", "schedule", "name"), each_invariant(), ids=label)
 @SOME
 @given(seed=seeds)
 def test_every_policy_holds_every_invariant(policy, schedule, name, seed):

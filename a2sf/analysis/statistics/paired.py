@@ -193,12 +193,15 @@ def _detectable_average(changes: Sequence[np.ndarray], texts: Sequence[TextClust
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm-corrected p-values, in the given order."""
-    if not len(p_values):
-        return []
-    from statsmodels.stats.multitest import multipletests
+    """Holm-corrected p-values, in the given order.
 
-    return [float(p) for p in multipletests(p_values, method="holm")[1]]
+    Those of statsmodels' `multipletests`, which collects Python's garbage in every call: 0.3 s beside a loaded model.
+    """
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p)
+    corrected = np.empty_like(p)
+    corrected[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
+    return corrected.tolist()
 
 
 def bootstrap_means(values: np.ndarray, task: int = 0, texts: TextClusters | None = None) -> np.ndarray:

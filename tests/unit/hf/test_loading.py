@@ -32,9 +32,9 @@ def sources(tmp_path_factory):
     """kind -> a complete checkpoint."""
     root = tmp_path_factory.mktemp("checkpoints")
     return {
-        "llama": write_model(root / "llama"),
-        "tied": write_model(root / "tied", tie_word_embeddings=True),
-        "opt": write_model(root / "opt", "opt", weights="bin"),
+        "llama": write_model(root / "llama", tokens=1000),
+        "tied": write_model(root / "tied", tokens=1000, tie_word_embeddings=True),
+        "opt": write_model(root / "opt", "opt", tokens=1000, weights="bin"),
     }
 
 

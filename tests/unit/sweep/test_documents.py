@@ -45,8 +45,8 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def runner(tmp_path, smollm2, monkeypatch):
-    monkeypatch.setattr(sweep.loading, "load", lambda spec: smollm2)
+def runner(tmp_path, little, monkeypatch):
+    monkeypatch.setattr(sweep.loading, "load", lambda spec: little)
     return Runner(tmp_path / "runs" / "s", Tracker(TrackerSpec(), "s", tmp_path / "runs" / "s"))
 
 

@@ -83,7 +83,7 @@ def test_the_order_is_one_and_random():
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "s"
-    model = ModelSpec(path=str(write_model(tmp_path_factory.mktemp("model"))), device="cpu")
+    model = ModelSpec(path=str(write_model(tmp_path_factory.mktemp("model"), tokens=1000)), device="cpu")
     rule = StoppingRule(PAIR, half_width=35.0, metric="acc")
     cells = [cell("full"), cell("window", budget=Budget(ratio=0.1)), cell("h2o", budget=Budget(ratio=0.1))]
     cells = [dataclasses.replace(c, model=model, limit=60, stopping_rule=rule) for c in cells]

@@ -26,7 +26,7 @@ from tests.unit.sweep.test_sweep import cell as cell_of
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A small random model: 3 layers, 2 key/value heads of 8 numbers."""
-    return ModelSpec(str(write_model(tmp_path_factory.mktemp("model") / "llama")), device="cpu")
+    return ModelSpec(str(write_model(tmp_path_factory.mktemp("model") / "llama", tokens=1000)), device="cpu")
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ QUESTIONS = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A small random model."""
-    return ModelSpec(str(write_model(tmp_path_factory.mktemp("model") / "llama")), device="cpu")
+    return ModelSpec(str(write_model(tmp_path_factory.mktemp("model") / "llama", tokens=1000)), device="cpu")
 
 
 @pytest.fixture
