@@ -370,9 +370,10 @@ def test_generated_texts(computed, tmp_path):
     own = WRITES.replace("FOLDER", str(tmp_path))
     file.write_text(own.replace("UNTIL", '["\\n"]'))
     made = computed(file)
-    for none, cut, limit in texts(made):
+    for none, null, cut, limit in texts(made):
+        assert null.startswith("writes: in 1 of 4 documents (document 2), target is null")
         assert limit.startswith("writes: texts were ended by the limit of their tokens")
-        assert none.startswith("writes: in 2 of 4 documents (documents 1, 2), there is no right answer")
+        assert none.startswith("writes: in 1 of 4 documents (document 1), there is no right answer")
         assert cut.startswith("writes: in 1 of 4 documents (document 3), the prompt is too long for the model's 2048")
     for cell in made:
         assert cell.result["notes"][-1]["times"] == (cell.documents["ended"] == False).sum() > 0  # noqa: E712
