@@ -11,7 +11,6 @@ from typing import Any
 from a2sf.errors import ConfigError
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.find import check_setting_names, find_policy, source_digest
-from a2sf.policies.prepared import Prepared
 from a2sf.policies.ranking import Ranking
 from a2sf.policies.rule import PriorityFn
 
@@ -69,16 +68,8 @@ class Built(Policy):
     def min_budget(self) -> int:
         return self.inner.min_budget
 
-    def divided_budget(
-        self,
-        budget: int,
-        layer: int,
-        layers: int,
-        prompt: int | None = None,
-        prepared: Prepared | None = None,
-        acts: tuple[bool, ...] | None = None,
-    ) -> int:
-        return self.inner.divided_budget(budget, layer, layers, prompt, None, acts)
+    def acting_budget(self, budget: int, layer: int, acts: tuple[bool, ...], prompt: int | None) -> int:
+        return self.inner.acting_budget(budget, layer, acts, prompt)
 
     def layer_budget(self, budget: int, layer: int, layers: int, prompt: int | None = None) -> int:
         known = () if prompt is None else (prompt,)

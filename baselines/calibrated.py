@@ -20,7 +20,6 @@ import yaml
 
 from a2sf.errors import ConfigError
 from a2sf.policies.base import Policy, Retention
-from a2sf.policies.prepared import Prepared
 from a2sf.policies.renamed import notice
 from a2sf.policies.rule import Head, Rule
 from a2sf.policies.slots import apportion, head_slots
@@ -72,26 +71,14 @@ class Calibrated(Policy):
                 )
                 raise ConfigError(KEY, self.file["name"], message)
 
-    def divided_budget(
-        self,
-        budget: int,
-        layer: int,
-        layers: int,
-        prompt: int | None = None,
-        prepared: Prepared | None = None,
-        acts: tuple[bool, ...] | None = None,
-    ) -> int:
-        if acts is None or all(acts) or len(self.layers) != layers:
-            return self.layer_budget(budget, layer, layers, prompt)
-        if not acts[layer]:
+    def acting_budget(self, budget: int, layer: int, acts: tuple[bool, ...], prompt: int | None) -> int:
+        if len(self.layers) != len(acts):
             return budget
         shares = tuple(x.share for x, on in zip(self.layers, acts, strict=True) if on)
-        return _of_shares(budget, sum(acts[:layer]), shares)
+        return budget if len(set(shares)) == 1 else apportion(budget * len(shares), shares)[sum(acts[:layer])]
 
     def layer_budget(self, budget: int, layer: int, layers: int, prompt: int | None = None) -> int:
-        if len(self.layers) != layers:
-            return budget
-        return _of_shares(budget, layer, tuple(x.share for x in self.layers))
+        return self.acting_budget(budget, layer, (True,) * layers, prompt)
 
     def retention(self, budget: int, layer: int) -> Retention:
         heads = self.layers[layer].heads if self.layers else (DEFAULT,)
@@ -112,11 +99,6 @@ class Calibrated(Policy):
 
     def __repr__(self) -> str:
         return f"Calibrated(file={self.stored_settings()['file']!r})"  # as in stored caches of the previous version
-
-
-def _of_shares(budget: int, layer: int, shares: tuple[float, ...]) -> int:
-    """The budget of one layer of several with these shares, where their mean is `budget`."""
-    return budget if len(set(shares)) == 1 else apportion(budget * len(shares), shares)[layer]
 
 
 @dataclass(frozen=True)

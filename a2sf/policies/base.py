@@ -236,11 +236,12 @@ class Policy(ABC):
         """
         if prepared is not None and prepared.divides and prompt is not None:
             return prepared.budgets(budget * layers, prompt)[layer]
-        if acts is not None:
-            if not acts[layer]:
-                return budget
-            layer, layers = sum(acts[:layer]), sum(acts)
-        return self.layer_budget(budget, layer, layers, *(() if prompt is None else (prompt,)))
+        acts = acts or (True,) * layers
+        return self.acting_budget(budget, layer, acts, prompt) if acts[layer] else budget
+
+    def acting_budget(self, budget: int, layer: int, acts: tuple[bool, ...], prompt: int | None) -> int:
+        """`layer_budget` of layer `layer` of all, counted among those that the policy acts on (True in `acts`)."""
+        return self.layer_budget(budget, sum(acts[:layer]), sum(acts), *(() if prompt is None else (prompt,)))
 
     def keeps(
         self,
