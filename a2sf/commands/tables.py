@@ -18,7 +18,9 @@ def parser() -> Parser:
     p = Parser(prog="a2sf tables", description="Tables, plots and the report of sweeps.")
     p.add_argument("runs", nargs="+", type=Path, help="sweep directories under runs/, or archives of a2sf pack")
     choose = p.add_argument_group("what to show (several values after one option; all by default)")
-    choose.add_argument("--metric", help="metric's name as in lm-eval (default: acc)")
+    choose.add_argument(
+        "--metric", help="metric's name as in lm-eval (default: acc, and for tasks without it their own)"
+    )
     choose.add_argument("--model", nargs="+", default=[], dest="models")
     choose.add_argument("--policy", nargs="+", default=[], dest="policies")
     choose.add_argument(

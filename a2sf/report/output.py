@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from a2sf.analysis.comparisons.pooled import compare_over_models, over_models_fr
 from a2sf.analysis.comparisons.ranking import rank, ranking_frame
 from a2sf.analysis.comparisons.stopped import stopped_comparisons, stopped_frame
 from a2sf.analysis.results.documents import texts_note
-from a2sf.analysis.results.gather import gather
+from a2sf.analysis.results.gather import gather_metrics
 from a2sf.analysis.results.grid import DEFAULT_PAIR, Grid
 from a2sf.analysis.results.labels import MINUS
 from a2sf.analysis.results.selection import Selection
@@ -103,10 +104,42 @@ class Shown:
 def show(directories: Sequence[Path], selection: Selection, options: TableOptions) -> Shown:
     """Tables, comparisons, closeness, plots and report of one or more sweeps.
 
+    If the selection names no metric, tasks that do not have the first one's are shown by their own metrics; their files are
+    in folders of a metric's name, and their report is `report-METRIC.html`.
+
     Raises:
         UserError: if nothing can be shown.
     """
-    grid = gather(directories, selection)
+    grids = list(gather_metrics(directories, selection))
+    others = [f"{', '.join(g.tasks)} ({g.metric}, {_report(g.metric)})" for g in grids[1:]]
+    notes = [f"Shown by other metrics, in tables and a report of their own: {'; '.join(others)}."] if others else []
+    first, *more = (_show(directories, g, options, notes * (not i), i > 0) for i, g in enumerate(grids))
+    for shown in more:
+        first.tables.extend(shown.tables)
+        first.rankings.extend(shown.rankings)
+        first.files.extend(shown.files)
+        first.notes.extend(note for note in shown.notes if note not in first.notes)
+    return first
+
+
+def _report(metric: str) -> str:
+    """The file name of the report of tasks that do not have the first metric."""
+    return f"report-{_file_name(metric)}.html"
+
+
+def _file_name(metric: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", metric)
+
+
+def _show(
+    directories: Sequence[Path], grid: Grid, options: TableOptions, others: Sequence[str], further: bool
+) -> Shown:
+    """What `show` says, of one metric.
+
+    Args:
+        others: a note on what else is shown.
+        further: whether it is not the first metric.
+    """
     tables = options.tables(grid)
     comparisons, not_compared = compare_pair(grid, options.pair, options.corrected())
     if not options.pair_given and options.pair[0] not in set(grid.frame["policy"]):
@@ -135,6 +168,7 @@ def show(directories: Sequence[Path], selection: Selection, options: TableOption
     traces = trace_frame(traced, options.pair)
     first = directories[0]
     out = options.out or (place_of(first) if is_archive(first) else first)
+    folder = _file_name(grid.metric) if further else ""
     written = {
         "tables.md": markdown(tables, options.stderr, options.interval) + "\n" + text_markdown(text_tables),
         "tables.tex": latex(tables, options.stderr, options.interval) + "\n" + text_latex(text_tables),
@@ -152,17 +186,17 @@ def show(directories: Sequence[Path], selection: Selection, options: TableOption
     files = []
     for name, text in written.items():
         if text and name.rsplit(".", 1)[1] in options.formats:
-            (out / "tables").mkdir(parents=True, exist_ok=True)
-            atomic.write(out / "tables" / name, text)
-            files.append(out / "tables" / name)
+            (out / "tables" / folder).mkdir(parents=True, exist_ok=True)
+            atomic.write(out / "tables" / folder / name, text)
+            files.append(out / "tables" / folder / name)
     if options.plots:
-        plots = out / "plots"
+        plots = out / "plots" / folder
         files += [*needle_plots(grid, plots), *draw_all(grid, plots, options.pair)]
         files += forest_plots(of_pair, plots, grid.percent, grid.metric)
         files += [*trace_pictures(traced, plots), *generated_plots(effects, text_rows, plots)]
     left_out = [*not_compared, *no_fidelity, *not_ranked, *not_paired, *not_pooled, *not_tested]
     of_tables = [note for table in tables for note in table.notes]
-    notes = list(dict.fromkeys([*left_out, *of_tables, *notes_of(grid.cells.values())]))
+    notes = list(dict.fromkeys([*others, *left_out, *of_tables, *notes_of(grid.cells.values())]))
     if options.report:
         contents = ReportContents(
             grid=grid,
@@ -177,7 +211,7 @@ def show(directories: Sequence[Path], selection: Selection, options: TableOption
             notes=notes,
             pair=options.pair,
         )
-        files.append(write_report(out / "report.html", contents))
+        files.append(write_report(out / (_report(grid.metric) if further else "report.html"), contents))
     return Shown(tables, rankings, files, list(dict.fromkeys([*grid.notes, *notes])))
 
 
@@ -192,9 +226,12 @@ def pictures(directory: Path) -> dict[str, Path]:
     Raises:
         UserError: if nothing can be shown.
     """
-    grid = gather([directory])
-    drawn = [*needle_plots(grid, directory / "plots"), *draw_all(grid, directory / "plots")]
-    return {f.stem: f for f in drawn if f.suffix == ".png"}
+    found: dict[str, Path] = {}
+    for i, grid in enumerate(gather_metrics([directory])):
+        plots = directory / "plots" / (_file_name(grid.metric) if i else "")
+        drawn = [*needle_plots(grid, plots), *draw_all(grid, plots)]
+        found |= {f"{grid.metric}-{f.stem}" if i else f.stem: f for f in drawn if f.suffix == ".png"}
+    return found
 
 
 def publish(grid: Grid, options: TableOptions, figures: Path | None, readme: Path | None) -> list[Path]:

@@ -5,7 +5,7 @@ Directories of cells give everything; a directory with only a `results.csv` give
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,16 @@ OPTIONAL_COLUMNS = [
 
 
 def gather(directories: Sequence[Path], selection: Selection | None = None) -> Grid:
-    """Read sweeps and keep what is selected.
+    """Read sweeps and keep what is selected, of one metric.
 
     Raises:
         UserError: if a directory is missing or empty, nothing matches, or the cells should not be mixed.
     """
+    return next(gather_metrics(directories, selection))
+
+
+def gather_metrics(directories: Sequence[Path], selection: Selection | None = None) -> Iterator[Grid]:
+    """As `gather`; if no metric is selected, a further grid for the tasks that have others, until each task is in one."""
     selection = selection or Selection()
     frames: list[pd.DataFrame] = []
     cells: dict[str, StoredCell] = {}
@@ -54,16 +59,23 @@ def gather(directories: Sequence[Path], selection: Selection | None = None) -> G
         frame = _from_cells(stored, name_of(directory))
         frames.append(frame)
         cells |= {f"{name_of(directory)}/{name_of(c.path)}": c for c in stored}
-    return select(pd.concat(frames, ignore_index=True), cells, selection, notes, groups)
+    yield from select(pd.concat(frames, ignore_index=True), cells, selection, notes, groups)
 
 
-def grid_of(cells: Sequence[StoredCell], selection: Selection | None = None, groups: Sequence[TaskGroup] = ()) -> Grid:
-    """The same for cells already read."""
+def grid_of(cells: Sequence[StoredCell], selection: Selection | None = None) -> Grid:
+    """As `gather`, for cells already read."""
+    return next(grids_of(cells, selection))
+
+
+def grids_of(
+    cells: Sequence[StoredCell], selection: Selection | None = None, groups: Sequence[TaskGroup] = ()
+) -> Iterator[Grid]:
+    """As `gather_metrics`, for cells already read."""
     if not cells:
         raise UserError("There is no finished cell to show.")
     keyed = {f"{name_of(c.path.parent)}/{name_of(c.path)}": c for c in cells}
     frame = _from_cells(list(cells), None)
-    return select(frame, keyed, selection or Selection(), [], groups)
+    yield from select(frame, keyed, selection or Selection(), [], groups)
 
 
 def _from_cells(cells: Sequence[StoredCell], source: str | None) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -28,7 +28,7 @@ class Selection:
     """Which results to show; an empty tuple shows all of a kind.
 
     Attributes:
-        metric: the metric's name as in lm-eval; None takes `acc` where a task has it.
+        metric: the metric's name as in lm-eval; None takes `acc` where a task has it, else the first by name.
         limits: numbers of documents, or `all`; empty: of each sweep the largest, if it has every system of a smaller one.
         mixed: show cells side by side although they differ in a `MUST_AGREE` key.
         strict: refuse cells that were computed with different versions of a library.
@@ -55,13 +55,15 @@ def select(
     selection: Selection,
     notes: list[str],
     groups: Sequence[TaskGroup],
-) -> Grid:
-    """The selected rows of a frame as a grid: filtered, of one metric, with names that tell them apart.
+) -> Iterator[Grid]:
+    """The selected rows of a frame as grids: filtered, of one metric, with names that tell them apart.
+
+    If the selection names no metric, tasks that do not have that of the first grid are in further ones.
 
     Args:
         frame: one row per cell and metric, as `gather` makes it.
         cells: by the frame's `key`.
-        notes: for the reader; more are added.
+        notes: for the reader; those of a grid are added to it.
         groups: all groups of tasks; those of which tasks are left out are not shown.
 
     Raises:
@@ -69,7 +71,24 @@ def select(
     """
     frame["model"] = _distinct_models(frame)
     groups, tasks = chosen_groups(groups, selection.tasks)
-    frame, metric, missing = _one_metric(_filtered(frame, replace(selection, tasks=tasks)), selection.metric)
+    frame = _filtered(frame, replace(selection, tasks=tasks))
+    while True:
+        chosen, metric, others = _one_metric(frame, selection.metric)
+        without = _left_out(frame, metric, others) if selection.metric else []
+        yield _grid(chosen, cells, metric, selection, [*notes, *without], groups)
+        if selection.metric or not others:
+            return
+        frame = frame[frame["task"].isin(others)]
+
+
+def _grid(
+    frame: pd.DataFrame,
+    cells: dict[str, StoredCell],
+    metric: str,
+    selection: Selection,
+    notes: list[str],
+    groups: Sequence[TaskGroup],
+) -> Grid:
     frame = _without_duplicates(frame)
     frame["model"] = models_with_options(frame)
     place = ["model", "shots", "task", *SYSTEM]
@@ -80,15 +99,14 @@ def select(
     scores, incomplete = aggregates(frame, groups, ["model", *SYSTEM])
     if len(scores):
         for name in sorted(scores.loc[scores["shots"].isna(), "task"].unique()):
-            missing.append(f"The tasks of the group {name} have different shots, so its score is in {TABLE} alone.")
+            notes.append(f"The tasks of the group {name} have different shots, so its score is in {TABLE} alone.")
         scores = scores[scores["shots"].notna()].copy()
         add_group_intervals(scores, frame, groups, metric)
-    messages = (*notes, *missing, *incomplete)
     grid = Grid(
         frame.reset_index(drop=True),
         used,
         metric,
-        messages,
+        (*notes, *incomplete),
         selection.mixed,
         tuple(groups),
         scores,
@@ -141,17 +159,20 @@ def _distinct_models(frame: pd.DataFrame) -> list[str]:
 
 
 def _one_metric(frame: pd.DataFrame, metric: str | None) -> tuple[pd.DataFrame, str, list[str]]:
+    """The rows of one metric, its name, and the tasks that do not have it."""
     present = sorted(frame["metric"].unique())
     if metric is None:
         metric = DEFAULT_METRIC if DEFAULT_METRIC in present else present[0]
     elif metric not in present:
         raise UserError(f"No task has the metric {metric}{nearest(metric, present)}; there are: {', '.join(present)}.")
-    chosen = frame[frame["metric"] == metric].copy()
-    notes = []
-    for task in sorted(set(frame["task"]) - set(chosen["task"])):
-        has = ", ".join(sorted(frame.loc[frame["task"] == task, "metric"].unique()))
-        notes.append(f"The task {task} has no metric {metric} (it has {has}), so it is left out.")
-    return chosen, metric, notes
+    chosen = frame[frame["metric"] == metric]
+    return chosen, metric, sorted(set(frame["task"]) - set(chosen["task"]))
+
+
+def _left_out(frame: pd.DataFrame, metric: str, tasks: Sequence[str]) -> list[str]:
+    """A note for each task that does not have the metric."""
+    has = {task: ", ".join(sorted(frame.loc[frame["task"] == task, "metric"].unique())) for task in tasks}
+    return [f"The task {t} has no metric {metric} (it has {has[t]}), so it is left out." for t in tasks]
 
 
 def _without_duplicates(frame: pd.DataFrame) -> pd.DataFrame:

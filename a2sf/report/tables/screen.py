@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from a2sf.analysis.results.gather import grid_of
+from a2sf.analysis.results.gather import grids_of
 from a2sf.analysis.results.selection import Selection
 from a2sf.report.tables.cells import Markup, header, legend, reference_rows, texts
 from a2sf.report.tables.layout import build_tables
@@ -34,9 +34,9 @@ def screen_table(cells: Sequence[StoredCell], groups: Sequence[TaskGroup] = ()) 
     """The tables that end a sweep, for the screen: no tests, partial grids allowed (a missing cell is a dash)."""
     if not cells:
         return Group()
-    grid = grid_of(cells, Selection(mixed=True), groups)
-    notes = [escape(note) for note in grid.notes if groups]
-    return Group(*screen(build_tables(grid, tested=False)), *notes)
+    grids = list(grids_of(cells, Selection(mixed=True), groups))
+    notes = dict.fromkeys(escape(note) for grid in grids for note in grid.notes if groups)
+    return Group(*(table for grid in grids for table in screen(build_tables(grid, tested=False))), *notes)
 
 
 def screen(tables: Sequence[Table], stderr: bool = False, interval: bool = False) -> list[Blocks]:
