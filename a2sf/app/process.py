@@ -122,7 +122,9 @@ def explain(error: Exception) -> str:
         # Hydra does not list the options of tracker=[a,b]
         options = sorted(error.options or [f.stem for f in (shipped("conf") / group).glob("*.yaml") if group])
         if options:
-            return f"{group}={value} is not allowed: give one of {', '.join(options)}{nearest(value, options)}."
+            own = f"; a {group} of your own needs a file {group}/NAME.yaml in --config-dir" if ":" in value else ""
+            own += " (`a2sf new policy NAME` writes one)" if own and group == "policy" else ""
+            return f"{group}={value} is not allowed: give one of {', '.join(options)}{nearest(value, options)}{own}."
     cause: BaseException = error
     while cause.__cause__ is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__

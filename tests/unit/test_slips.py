@@ -41,6 +41,7 @@ SLIPS = {
     "run -m polcy=h2o policy=full,vatp": "polcy is not a key of the configuration",
     "run -m +polcy=h2o policy=full,vatp": "polcy is not a key of the configuration",
     "run -m policy=full,h3o": "(did you mean h2o?)",
+    "run -m policy=full,mine:Own": "; a policy of your own needs a file policy/NAME.yaml in --config-dir (`a2sf new ",
 }
 EACH = """
 import contextlib, io, sys
