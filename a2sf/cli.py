@@ -112,6 +112,8 @@ def _run(name: str, arguments: list[str]) -> None:
 
         run.complete(arguments, list(COMMANDS))
     elif name in COMMANDS:
+        if (here := os.getcwd()) not in sys.path:
+            sys.path.append(here)  # a user's modules, as mine:MyPolicy; at the end, so that none hides a library's
         sys.argv = [f"a2sf {name}", *arguments]  # Hydra reads it, and results store it as their command
         module, _, function = COMMANDS[name][0].partition(":")
         getattr(importlib.import_module(module), function or "main")(arguments)

@@ -62,6 +62,16 @@ def test_what_a_command_reads(monkeypatch):
     assert sys.argv == ["a2sf tables", "runs/x", "--stderr"]
 
 
+def test_every_command_finds_modules_of_the_current_folder(monkeypatch, tmp_path):
+    """The installed script has its own folder in `sys.path`, and not the current one."""
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(Path.cwd()))])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tables, "main", lambda _: print(importlib.import_module("found_here").here))
+    (tmp_path / "found_here.py").write_text("here = 1\n")
+    cli.main(["tables"])
+    assert sys.path[-1] == str(tmp_path)
+
+
 def test_a_command_of_the_previous_version(monkeypatch, capsys):
     monkeypatch.setattr(layer_errors, "main", lambda arguments: print(arguments, sys.argv[0]))
     notice.cache_clear()

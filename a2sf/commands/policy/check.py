@@ -61,14 +61,15 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def look_in(folder: Path | None) -> None:
-    """Make the modules in `folder` and in the current folder importable.
+    """Make the modules in `folder` importable, as those in the current folder are.
 
     Raises:
         UserError: if there is no such folder.
     """
     if folder is not None and not folder.is_dir():
         raise UserError(f"--config-dir {folder} is not allowed: there is no such folder.")
-    sys.path += [str(f.absolute()) for f in (folder, Path.cwd()) if f is not None and str(f.absolute()) not in sys.path]
+    if folder is not None and (place := str(folder.absolute())) not in sys.path:
+        sys.path.append(place)
 
 
 def made(cls: type[Policy], settings: Sequence[str]) -> Policy:
