@@ -218,6 +218,12 @@ class TaskSpec:
         task.content = data.content
         return task
 
+    @property
+    def here(self) -> bool:
+        """Whether the documents can be read without the hub, once `data.content` is known."""
+        source = self.source
+        return source.kind != "hub" or documents.cached_folder(source, self.data.content or "") is not None
+
     def bytes_to_fetch(self) -> int:
         """Bytes of the documents that must be downloaded from the hub.
 
