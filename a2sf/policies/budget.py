@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from a2sf.errors import ConfigError, PolicyError, UserError, place
+from a2sf.policies.base import UNLIMITED
 from a2sf.policies.slots import head_slots
 
 if TYPE_CHECKING:
@@ -299,4 +300,6 @@ def _check_ratio(key: str, value: Any) -> float:
 def _check_tokens(key: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(key, value, "give a whole number of tokens, at least 1, or a list of one per layer")
+    if value > UNLIMITED:
+        raise ConfigError(key, value, f"give at most {UNLIMITED:,} tokens, which no text has")
     return value
