@@ -15,7 +15,7 @@ from a2sf.hf.loading import ModelSpec, head_size_of, sizes_of
 from a2sf.policies import find
 from a2sf.policies.a2sf import check_factors
 from a2sf.policies.base import Policy
-from a2sf.policies.budget import Budget
+from a2sf.policies.budget import Budget, check_list
 from a2sf.policies.schedule import Schedule
 from a2sf.sweep.config.grid import USED_KEYS, unused
 from a2sf.sweep.config.keys import explain
@@ -136,3 +136,4 @@ def check_layers(model: ModelSpec, policy: Policy, budget: Budget | None) -> Non
             policy.check_head_size(size)
         if budget:
             budget.check(layers)
+            check_list(policy, budget, layers)
