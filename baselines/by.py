@@ -78,6 +78,9 @@ class Built(Policy):
     def check(self, layers: int, kv_heads: int | None = None) -> None:
         self.inner.check(layers, kv_heads)
 
+    def check_head_size(self, size: int) -> None:
+        self.inner.check_head_size(size)
+
     def stored_settings(self) -> dict[str, Any]:
         by: dict[str, Any] = {"name": self.inner.name, **self.inner.stored_settings(), "version": self.inner.version}
         if source := source_digest(type(self.inner)):

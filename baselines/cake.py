@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from a2sf.errors import ConfigError
-from a2sf.policies.base import Policy, Retention, check_tokens
+from a2sf.policies.base import MOST_QUERIES, Policy, Retention, check_tokens
 from a2sf.policies.prepared import LayerRead, Prepared
 from a2sf.policies.rule import Rule, Step
 
@@ -45,7 +45,7 @@ class CAKE(Policy):
     tau2: float = 1.0
 
     def __post_init__(self) -> None:
-        check_tokens("policy.window", self.window, least=2)
+        check_tokens("policy.window", self.window, least=2, most=MOST_QUERIES)
         check_tokens("policy.kernel", self.kernel, least=1)
         if self.kernel % 2 == 0:
             raise ConfigError("policy.kernel", self.kernel, "give an odd number of neighbours, at least 1")

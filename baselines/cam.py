@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from a2sf.errors import ConfigError
-from a2sf.policies.base import Policy, Retention, check_tokens
+from a2sf.policies.base import Policy, Retention, check_seed, check_tokens
 from a2sf.policies.rule import Step
 from baselines.by import Built
 from baselines.random import Draw
@@ -48,7 +48,7 @@ class CaM(Built):
         super().__post_init__()
         self.check_budget()
         check_tokens("policy.window", self.window, least=1)
-        check_tokens("policy.seed", self.seed)
+        check_seed("policy.seed", self.seed)
         allowed = "give a policy that ranks tokens by accumulated attention under every schedule"
         inner = self.inner
         rule = inner.keeps(max(64, inner.min_budget)).rule

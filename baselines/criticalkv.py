@@ -40,7 +40,9 @@ class InTwoParts:
         assert step.evictable is not None
         if bool(((priority < 0) & step.evictable).any()):
             raise ConfigError(
-                "policy.by", self.by, "its priorities may be negative; give a policy that ranks by attention"
+                "policy.by",
+                self.by,
+                "its priorities may be negative; give a policy that ranks by attention, such as snapkv or h2o",
             )
         share = Fraction(str(self.first))
         protected = (step.cached & ~step.evictable).sum(-1, keepdim=True)
@@ -66,6 +68,7 @@ class CriticalKV(By):
     label: ClassVar[str] = "CriticalKV"
     schedules: ClassVar[tuple[str, ...]] = ("prompt",)  # of the default `by`
     projected: ClassVar[bool] = True
+    tried: ClassVar[bool] = True  # priorities may not be negative
 
     first: float = 0.5
     epsilon: float = 0.0

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from a2sf.errors import ConfigError
-from a2sf.policies.base import Policy, Retention, check_tokens
+from a2sf.policies.base import MOST_QUERIES, Policy, Retention, check_tokens
 from a2sf.policies.rotary import Rotary
 from a2sf.policies.rule import Rule, Step
 
@@ -50,9 +50,9 @@ class ExpectedAttention(Policy):
     window: int = 512
 
     def __post_init__(self) -> None:
-        check_tokens("policy.future", self.future, least=1)
+        check_tokens("policy.future", self.future, least=1, most=MOST_QUERIES)
         check_tokens("policy.sinks", self.sinks)
-        check_tokens("policy.window", self.window, least=1)
+        check_tokens("policy.window", self.window, least=1, most=MOST_QUERIES)
         if not isinstance(self.covariance, bool):
             raise ConfigError("policy.covariance", self.covariance, "give true or false")
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from a2sf.errors import ConfigError
-from a2sf.policies.base import Policy, Retention, check_share, check_tokens, share_of
+from a2sf.policies.base import Policy, Retention, check_seed, check_share, share_of
 from a2sf.policies.rule import AttentionRows, Rule, Step
 from baselines.random import Draw
 
@@ -48,7 +48,7 @@ class Keyformer(Policy):
         if not isinstance(self.tau, int | float) or isinstance(self.tau, bool) or not 0 < self.tau < float("inf"):
             raise ConfigError("policy.tau", self.tau, "give a number above 0")
         check_share("policy.recent_share", self.recent_share)
-        check_tokens("policy.seed", self.seed)
+        check_seed("policy.seed", self.seed)
 
     def retention(self, budget: int, layer: int) -> Retention:
         return Retention(budget=budget, recent=share_of(budget, self.recent_share), rule=NO_SCORES)

@@ -69,6 +69,10 @@ class QFilter(Policy):
             message = f"it is of a model of {L} layers of {K} key/value heads, and this one has {layers} of {kv_heads}"
             raise ConfigError(KEY, self.file["name"], message)
 
+    def check_head_size(self, size: int) -> None:
+        if self.file and size != (of := self.file["shape"][-1]):
+            raise ConfigError(KEY, self.file["name"], f"it is of heads of {of} numbers, and this model's have {size}")
+
     def retention(self, budget: int, layer: int) -> Retention:
         return Retention(budget=budget, rule=NO_SCORES)
 
@@ -82,9 +86,7 @@ class QFilter(Policy):
         """`k · u` of keys [B, K, N, D], with the directions of the file."""
         assert self.directions is not None
         direction = self.directions[layer].to(keys)[None]
-        if direction.shape[-1] != keys.shape[-1]:
-            sizes = f"it is of heads of {direction.shape[-1]} numbers, and this model's have {keys.shape[-1]}"
-            raise ConfigError(KEY, self.file["name"], sizes)
+        self.check_head_size(keys.shape[-1])
         return (keys * direction[:, :, None]).sum(-1)
 
     def at_entry(self, layer: int) -> TokenFn | None:

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from a2sf.policies.base import Policy, Retention, check_tokens
+from a2sf.policies.base import Policy, Retention, check_seed
 from a2sf.policies.rule import Rule
 
 BITS = 2**32 - 1
@@ -45,7 +45,7 @@ class Random(Policy):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_tokens("policy.seed", self.seed)
+        check_seed("policy.seed", self.seed)
 
     def retention(self, budget: int, layer: int) -> Retention:
         return Retention(budget=budget, rule=Rule(bias=Draw(self.seed), scored=False))

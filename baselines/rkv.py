@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d, normalize
 
-from a2sf.policies.base import Policy, Retention, check_share, check_tokens
+from a2sf.policies.base import MOST_QUERIES, Policy, Retention, check_share, check_tokens
 from a2sf.policies.rule import Rule, Step
 
 NO_SCORES = Rule(scored=False)
@@ -43,7 +43,7 @@ class RKV(Policy):
     mix: float = 0.1
 
     def __post_init__(self) -> None:
-        check_tokens("policy.window", self.window, least=1)
+        check_tokens("policy.window", self.window, least=1, most=MOST_QUERIES)
         check_share("policy.mix", self.mix)
 
     @property

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from a2sf.policies.base import Policy, Retention, check_tokens
+from a2sf.policies.base import MOST_QUERIES, Policy, Retention, check_tokens
 from a2sf.policies.rule import AttentionRows, Rule, Step
 
 BITS = 24
@@ -38,7 +38,7 @@ class Scissorhands(Policy):
     recent: int = 10
 
     def __post_init__(self) -> None:
-        check_tokens("policy.window", self.window, least=1)
+        check_tokens("policy.window", self.window, least=1, most=MOST_QUERIES)
         check_tokens("policy.recent", self.recent)
 
     def retention(self, budget: int, layer: int) -> Retention:

@@ -17,7 +17,7 @@ from a2sf.store.aggregates import TaskGroup
 from a2sf.sweep.cell import Cell
 from a2sf.sweep.config.grid import check_schedules
 from a2sf.sweep.config.settings import Settings, read, refuse_unused
-from a2sf.sweep.prepare import documents, models
+from a2sf.sweep.prepare import documents, models, texts
 from a2sf.tasks import spec as tasks
 
 Points = Sequence[tuple[list[str], DictConfig]]
@@ -76,6 +76,7 @@ def check(points: Points, computes_here: bool) -> Checked:
     resolved = documents.resolve_content([s.cells for s in settings], planned_only=settings[0].plan_only)
     settings = [dataclasses.replace(s, cells=cells) for s, cells in zip(settings, resolved.cells, strict=True)]
     _check_each_cell_once(settings)
+    texts.check_field([c for s in settings for c in s.cells])
     includes = dict.fromkeys(s.include for s in settings if s.include)
     hidden = dict.fromkeys(note for include in includes for note in tasks.hidden(*include))
     examples = examples_left_out([s for s, (_, c) in zip(settings, points, strict=True) if c.shots is None])

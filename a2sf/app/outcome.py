@@ -16,7 +16,7 @@ from a2sf.app.process import screen
 from a2sf.app.runners import runner_of
 from a2sf.errors import counted
 from a2sf.report.tables.screen import screen_table
-from a2sf.store.notes import notes_of
+from a2sf.store.notes import notes_of, rounding_note
 from a2sf.store.runs import StoredCell, table_of
 from a2sf.sweep.prepare.documents import by_reason
 from a2sf.sweep.runner import finish, hardly_pruned
@@ -29,7 +29,7 @@ def report(planned: PlannedSweep) -> None:
     if stored:
         screen.print(screen_table(stored, checked.aggregates))
         screen.print(_written(directory, len(stored)), highlight=False, soft_wrap=True)
-        for note in filter(None, [hardly_pruned(stored), *notes_of(stored)]):
+        for note in filter(None, [hardly_pruned(stored), *notes_of(stored), rounding_note(stored)]):
             screen.print(note, highlight=False, markup=False, soft_wrap=True)
         _track(stored, checked)
     if failures:

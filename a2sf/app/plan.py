@@ -17,7 +17,7 @@ from a2sf.sweep.config.settings import Settings
 from a2sf.sweep.full_texts import COLUMNS
 from a2sf.sweep.group import grouped
 from a2sf.sweep.planning.estimate import WorkEstimate, estimate, measurements_for
-from a2sf.sweep.planning.table import headline, plan_table
+from a2sf.sweep.planning.table import headline, plan_table, schedules_note
 from a2sf.sweep.prepare import documents, models, texts
 from a2sf.sweep.reuse import SweepPlan, plan
 
@@ -56,6 +56,8 @@ def make_plan(checked: Checked, computes_here: bool) -> PlannedSweep:
     screen.print(headline(made, groups, estimates, checked.directory), highlight=False, soft_wrap=True)
     if groups:
         screen.print(plan_table(groups, estimates))
+        if (schedules := schedules_note(groups)) is not None:
+            screen.print(schedules, highlight=False, soft_wrap=True)
         if (power := power_of(made.cells, measurements, checked.settings[0].power)) is not None:
             screen.print(power)
     return PlannedSweep(checked, made, groups, estimates)

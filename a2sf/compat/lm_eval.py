@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval.api.group import Group
+from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY as DEFAULT_METRICS
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks import __file__ as _tasks
 from lm_eval.tasks._factory import TaskFactory
@@ -26,12 +27,41 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from a2sf.errors import ConfigError, nearest
 
-__all__ = ["Entry", "Group", "Kind", "Leaf", "TaskReader", "accepts_config", "import_function", "load_yaml"]
+__all__ = [
+    "DEFAULT_METRICS",
+    "Entry",
+    "Group",
+    "Kind",
+    "Leaf",
+    "TaskReader",
+    "accepts_config",
+    "import_function",
+    "load_yaml",
+]
 
 TASKS_DIRECTORY = Path(_tasks).parent
 INSIDE = "::"
 """Separates a group and its member in the name of a member that is defined only in the group."""
 _MAKES_DOCUMENTS = ("dataset_path", "custom_dataset", "class", "include")
+
+METRICS = {
+    "multiple_choice": (
+        "acc",
+        "acc_norm",
+        "acc_bytes",
+        "acc_mutual_info",
+        "exact_match",
+        "f1",
+        "mcc",
+        "brier_score",
+        "likelihood",
+    ),
+    "loglikelihood": ("perplexity", "acc"),
+    "loglikelihood_rolling": ("word_perplexity", "byte_perplexity", "bits_per_byte"),
+}
+"""The metrics that `ConfigurableTask.process_results` computes without a function of the task; it drops others."""
+OF_EACH_DOCUMENT = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")
+"""Those that are numbers from 0 to 1 of each document."""
 
 Config = dict[str, Any]
 _OF_A_GIVEN_MODEL = (

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from a2sf.errors import ConfigError, UserError
 from a2sf.policies.base import Policy, Retention
-from a2sf.policies.budget import Budget, growing, retained
+from a2sf.policies.budget import Budget, check_list, growing, retained
 from a2sf.policies.prepared import Prepared
 from a2sf.policies.schedule import Schedule, schedule_for
 
@@ -47,6 +47,7 @@ def check_settings(
     if budget is None:
         raise ConfigError("budget", None, f"the policy {policy.name} needs budget.ratio or budget.tokens")
     budget.check(layers)
+    check_list(policy, budget, layers)
     if budget.grows:
         _check_growth(policy, layers, schedule_for(policy, schedule))
     tokens = budget.tokens if isinstance(budget.tokens, tuple) else (budget.tokens,)

@@ -6,6 +6,7 @@ An error is recognised by its type, its status and its causes, never by its firs
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,19 @@ def refusal(error: BaseException, wanted: Wanted) -> ConfigError:
                     return HubError(wanted.revision_key, wanted.revision, why)
                 return kind(wanted.key, value, why)
     return HubError(wanted.key, value, f"{type(error).__name__}: {first_line(error)}")
+
+
+def unfetched(error: BaseException) -> str | None:
+    """What a library could not fetch and why, as the beginning of a sentence; None for an error that is not about that."""
+    for cause in chain(error):
+        module, name = type(cause).__module__.partition(".")[0], type(cause).__name__
+        of_hub = module in {*HTTP_LIBRARIES, "huggingface_hub"} or name == "DatasetNotFoundError"
+        named = re.search(r"'([\w.-]+/[\w.-]+)'", str(cause))
+        if of_hub or (named and isinstance(cause, ConnectionError | TimeoutError)):
+            what = f"{named[1]} cannot be fetched" if named else "a file cannot be fetched"
+            offline = "HF_HUB_OFFLINE is set, and it is not in the cache"
+            return f"{what} from the hub ({offline if constants.is_offline_mode() else first_line(cause)})"
+    return None
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:

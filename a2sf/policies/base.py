@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # so that commands which only list policies do not load torch
 
 UNLIMITED = 2**31 - 1
 """A budget that no sequence reaches: nothing is evicted."""
+MOST_QUERIES = 2**16
+"""The largest window of a policy that stores the queries in it, or numbers for each step, so that memory suffices."""
 WHEN = ("step", "every", "prompt")
 """The schedules (`a2sf.policies.schedule`)."""
 
@@ -101,6 +103,8 @@ class Policy(ABC):
     """True if `priorities` uses the projection after the attention (`Step.projection`)."""
     hidden_states: ClassVar[bool] = False
     """True if `look` or `prepare` uses the input of each layer's attention (`LayerRead.hidden`)."""
+    tried: ClassVar[bool] = False
+    """True if only its ranking shows whether its settings can serve, so that a sweep first tries it on invented tokens."""
     version: ClassVar[int] = 1
     """Raised when a change of the policy moves its numbers: results of an earlier version are not reused."""
 
@@ -271,7 +275,7 @@ class Policy(ABC):
         """`retention` with the policy's `priorities`, `merge` and other functions in its rule, if it has them.
 
         Raises:
-            ConfigError: if it merges values and its rule retains the same tokens in all heads.
+            ConfigError: if it merges values and its rule retains the same tokens in all heads, or sees too many queries.
         """
         functions: dict[str, Any] = {}
         if type(self).priorities is not Policy.priorities:
@@ -293,6 +297,9 @@ class Policy(ABC):
             "unrotated": self.unrotated or retention.rule.unrotated,
             "projected": self.projected or retention.rule.projected,
         }
+        if seen["queries"] > MOST_QUERIES:
+            why = f"it looks at the queries of {seen['queries']:,} last tokens, and at most {MOST_QUERIES:,} are stored"
+            raise ConfigError("policy", self.name, why)
         return replace(retention, rule=replace(retention.rule, **functions, **seen))
 
     def check(self, layers: int, kv_heads: int | None = None) -> None:  # noqa: B027 (most have nothing to check)
@@ -300,6 +307,9 @@ class Policy(ABC):
 
     def check_hidden(self, size: int) -> None:  # noqa: B027
         """Raise `ConfigError` if a setting does not fit a model whose hidden states have `size` numbers."""
+
+    def check_head_size(self, size: int) -> None:  # noqa: B027
+        """Raise `ConfigError` if a setting does not fit a model whose heads have keys of `size` numbers."""
 
     def fetch(self) -> None:  # noqa: B027
         """Fetch what the policy needs from the hub. A sweep calls it once, before its first cell.
@@ -371,10 +381,18 @@ def check_share(key: str, value: object) -> None:
         raise ConfigError(key, value, "give a number from 0 to 1")
 
 
-def check_tokens(key: str, value: object, least: int = 0) -> None:
-    """Raise `ConfigError` unless `value` is a whole number of at least `least` tokens."""
+def check_tokens(key: str, value: object, least: int = 0, most: int = UNLIMITED) -> None:
+    """Raise `ConfigError` unless `value` is a whole number of `least` to `most` tokens."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(key, value, f"give a whole number of tokens, at least {least}")
+    if value > most:
+        raise ConfigError(key, value, f"give a whole number of tokens, at most {most:,}")
+
+
+def check_seed(key: str, value: object) -> None:
+    """Raise `ConfigError` unless `value` is a whole number from 0 on."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ConfigError(key, value, "give a whole number, at least 0")
 
 
 def share_of(budget: int, share: float) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from a2sf.errors import ConfigError, PolicyError, UserError, place
+from a2sf.policies.base import UNLIMITED
 from a2sf.policies.slots import head_slots
 
 if TYPE_CHECKING:
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from a2sf.policies.schedule import Schedule
 
 BASES = ("total", "context", "seen")
+MANY = 1024
+"""Tokens of a budget at which a policy's division among layers shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +91,26 @@ class Budget:
         """`slots` of each layer; their mean for all, where the policy's `prepared` says how slots are divided."""
         slots = [self.slots(total=total, context=context, layer=i) for i in range(layers)]
         return [sum(slots) // layers] * layers if prepared is not None and prepared.divides else slots
+
+
+def check_list(policy: Policy, budget: Budget, layers: int) -> None:
+    """Refuse budgets that differ between layers under a policy that divides the slots of the model among its layers.
+
+    Its budget of a layer follows from the mean over all, so that the layers together would hold another number of slots.
+
+    Raises:
+        ConfigError: naming the policy.
+    """
+    key = "ratio" if budget.tokens is None else "tokens"
+    given, many = getattr(budget, key), policy.min_budget + MANY
+    if not isinstance(given, tuple) or len(set(given)) == 1:
+        return
+    divides = False
+    with suppress(Exception):  # the policy's own code; its error is reported where it is used
+        divides = any(policy.acting_budget(many, i, (True,) * layers, None) != many for i in range(layers))
+    if divides:
+        why = f"{policy.name} divides the slots of the model among its layers itself; give one number"
+        raise ConfigError(f"budget.{key}", list(given), why)
 
 
 def retained(
@@ -299,4 +323,6 @@ def _check_ratio(key: str, value: Any) -> float:
 def _check_tokens(key: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(key, value, "give a whole number of tokens, at least 1, or a list of one per layer")
+    if value > UNLIMITED:
+        raise ConfigError(key, value, f"give at most {UNLIMITED:,} tokens, which no text has")
     return value

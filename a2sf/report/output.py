@@ -46,7 +46,7 @@ from a2sf.report.tables.text import TextTable, text_latex, text_markdown
 from a2sf.report.tables.write import csv_frame, latex, markdown
 from a2sf.report.traced import read_traces, trace_frame, trace_pictures
 from a2sf.store.archive import is_archive, place_of
-from a2sf.store.notes import notes_of
+from a2sf.store.notes import notes_of, rounding_note
 
 README_BEGIN, README_END = "<!-- table:begin -->", "<!-- table:end -->"
 
@@ -196,7 +196,8 @@ def _show(
         files += [*trace_pictures(traced, plots), *generated_plots(effects, text_rows, plots)]
     left_out = [*not_compared, *no_fidelity, *not_ranked, *not_paired, *not_pooled, *not_tested]
     of_tables = [note for table in tables for note in table.notes]
-    notes = list(dict.fromkeys([*others, *left_out, *of_tables, *notes_of(grid.cells.values())]))
+    rounding = filter(None, [rounding_note(grid.cells.values())])
+    notes = list(dict.fromkeys([*others, *left_out, *of_tables, *notes_of(grid.cells.values()), *rounding]))
     if options.report:
         contents = ReportContents(
             grid=grid,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from a2sf.errors import ConfigError, UserError
+from a2sf.errors import UserError
 from a2sf.policies.schedule import schedule_for
 from a2sf.scoring.requests import request_hash
 from a2sf.scoring.systems import Answers
@@ -26,7 +26,7 @@ from a2sf.sweep.cell import Cell
 from a2sf.sweep.sequential import PairedMean
 from a2sf.sweep.stopping_rule import StoppingRule
 from a2sf.tasks import shared_texts
-from a2sf.tasks.numbers import number_of
+from a2sf.tasks.checks import check_stopping, of_each
 
 DIFFER = ("policy", "policy_settings", "policy_source", "policy_version", "cut", "budget", "schedule")
 """Parts of their identity in which the cells of a group differ."""
@@ -158,13 +158,8 @@ class EarlyStopping:
         if any(a is None for a in answers):
             return None
         metrics = self.task.process_results(instances[0].doc, [a[:2] for a in answers if a is not None])
-        found = {m: number for m, v in metrics.items() if (number := number_of(v)) is not None and 0 <= number <= 1}
-        if self.rule.metric not in found:
-            raise ConfigError(
-                "early_stopping.metric",
-                self.rule.metric,
-                f"{self.task.config.task} has {', '.join(found)} of each document",
-            )
+        found = of_each(metrics)
+        check_stopping(self.task.config.task, self.rule.metric, found)
         return found[self.rule.metric]
 
     def _write(self) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from lm_eval.api.samplers import ContextSampler, FirstNSampler
 
 from a2sf.errors import ConfigError, UserError, first_line
+from a2sf.tasks.checks import missing_label
 from a2sf.tasks.numbers import index_of
 from a2sf.tasks.prompting import Prompting
 
@@ -246,7 +247,7 @@ class TaskMixin:
             return dict(super().process_results(doc, results))  # type: ignore[misc]
         except Exception as error:  # any code of the task
             name, shown = self.config.task, f"{_text(doc):.{SHOWN}}"  # type: ignore[attr-defined]
-            why = f"{type(error).__name__}: {first_line(error)}"
+            why = f"{type(error).__name__}: {first_line(error)}{missing_label(self, doc)}"
             raise UserError(f"tasks={name}: its metrics fail at a document ({why}): {shown}") from error
 
     def _printed(self, document: Document) -> tuple[str, str] | None:

@@ -18,7 +18,7 @@ from jinja2 import UndefinedError
 
 from a2sf.errors import ConfigError, UserError, first_line
 from a2sf.hub.refusals import Unreachable, chain
-from a2sf.tasks import definitions, user_folder
+from a2sf.tasks import checks, definitions, user_folder
 from a2sf.tasks.data import documents
 from a2sf.tasks.data.documents import Commit
 from a2sf.tasks.data.sources import DataSpec, Source, locate
@@ -143,7 +143,7 @@ class TaskSpec:
         """Refuse a task that cannot be run with these settings. Nothing is downloaded or loaded.
 
         Raises:
-            ConfigError: if its documents are not there, or it needs another kind of output.
+            ConfigError: if its documents are not there, it needs another kind of output, or has a metric that is none.
         """
         kind = self.definition.config.get("output_type", "")
         if kind and kind not in OUTPUT_TYPES:
@@ -153,6 +153,7 @@ class TaskSpec:
                 f"it needs {kind}, which is not available under pruning; give a log-likelihood or generation task",
             )
         check_task(self.name, self.definition.config, self.shots)
+        checks.check_metrics(self.name, self.definition.config)
         if self.shots and (given := self.lengths) and given[1]:
             raise ConfigError(
                 "shots", self.shots, f"prompts of {self.name} have the lengths in {given[0]}, without room for examples"
@@ -197,11 +198,12 @@ class TaskSpec:
         try:
             with silent(), seeded():
                 task = _task(found, source, data, self.shots, seed)
-            definitions.unchanged(found)
+                definitions.unchanged(found)
+                checks.check_made(task)
         except UserError:
             raise
         except Exception as error:  # a task's code may raise anything
-            raise UserError(f"tasks={found.name}: {_why(error, found, source, data)}") from error
+            raise _why(error, found, source, data) from error
         if task.get_config("output_type") not in OUTPUT_TYPES:
             raise ConfigError(
                 "tasks", found.name, f"it needs {task.get_config('output_type')}, which is not available under pruning"
@@ -215,6 +217,12 @@ class TaskSpec:
             raise UserError(f"tasks={found.name}: its documents changed after the sweep began; start it again")
         task.content = data.content
         return task
+
+    @property
+    def here(self) -> bool:
+        """Whether the documents can be read without the hub, once `data.content` is known."""
+        source = self.source
+        return source.kind != "hub" or documents.cached_folder(source, self.data.content or "") is not None
 
     def bytes_to_fetch(self) -> int:
         """Bytes of the documents that must be downloaded from the hub.
@@ -270,6 +278,7 @@ def _task(found: Definition, source: Source, data: DataSpec, shots: int, seed: i
     from a2sf.compat.lm_eval import accepts_config
 
     config = found.resolved()
+    checks.check_registered(found.name, config)
     for key in ("tag", "group", "task_list", "group_alias", "task_alias"):
         config.pop(key, None)
     config |= {"task": found.name, "num_fewshot": shots}
@@ -331,26 +340,30 @@ def _content(task: Any) -> str:
     return documents.content_of_documents(task.eval_docs, task.examples().pool if task.shots else ())
 
 
-def _why(error: Exception, found: Definition, source: Source, data: DataSpec) -> str:
-    """The reason why lm-eval could not make the task, as the end of a sentence."""
+def _why(error: Exception, found: Definition, source: Source, data: DataSpec) -> UserError:
+    """The reason why lm-eval could not make the task."""
     inner = list(chain(error))[-1]
     if isinstance(error, ImportError):
-        return f"its code needs a library that is not installed ({first_line(inner)})"
+        return UserError(f"tasks={found.name}: its code needs a library that is not installed ({first_line(inner)})")
     config, splits = found.config, _splits(found, source, data)
     place = "its files" if config.get("dataset_path") in PACKAGED and source.kind == "task" else data.label
     missing = str(inner.args[0]) if isinstance(inner, KeyError) and inner.args else None
     if missing is not None and missing in (data.split, data.fewshot_split, *(config.get(k) for k in SPLITS)):
         has = f"; there are {', '.join(splits)}" if splits else ""
-        return f"its documents cannot be used from {place}: they have no split {missing}{has}"
+        return UserError(
+            f"tasks={found.name}: its documents cannot be used from {place}: they have no split {missing}{has}"
+        )
     detail = f"{type(inner).__name__}: {first_line(inner)}"
     first = next((document for split in splits.values() for document in split), None)
     if first is not None:
+        if config.get("process_docs") is None and (mistake := checks.choices_without_field(config, first)) is not None:
+            return mistake
         detail = str(inner) if isinstance(inner, UndefinedError) else detail
         lacks = sorted(fields_used(config) - set(first))
         if lacks or isinstance(inner, UndefinedError):
             detail = f"its templates use {', '.join(lacks)}" if lacks else detail
             detail += f"; the fields of the first document: {', '.join(first) or 'none'}"
-    return f"its documents cannot be used from {place} ({detail})"
+    return UserError(f"tasks={found.name}: its documents cannot be used from {place} ({detail})")
 
 
 def _splits(found: Definition, source: Source, data: DataSpec) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import tomllib
 import warnings
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 from hydra.errors import MissingConfigException
@@ -18,6 +19,7 @@ from hydra.errors import MissingConfigException
 from a2sf import cli
 from a2sf.app import grid, process
 from a2sf.commands import compare, run, tables
+from a2sf.commands import lm_eval as lm_eval_command
 from a2sf.commands.policy import layer_errors
 from a2sf.commands.policy.describe import attributes, idea_and_deviations, paper
 from a2sf.errors import ConfigError, Notice, UserError
@@ -317,3 +319,18 @@ def test_a_folder_of_results_that_cannot_be_made_names_its_key(tmp_path):
 def test_a_run_is_not_compared_with_itself(tmp_path):
     with pytest.raises(UserError, match="is given twice; give each run once"):
         compare.main([str(tmp_path), str(tmp_path / "." / "")])
+
+
+def test_what_lm_eval_cannot_fetch_is_one_sentence(monkeypatch):
+    """By the real error of datasets without a network; other errors pass."""
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: datasets.load_dataset("nobody/nothing"))
+    monkeypatch.setattr("sys.argv", list(sys.argv))
+    with pytest.raises(UserError, match=r"nobody/nothing cannot be fetched .*HF_HUB_OFFLINE is set.*--include_path"):
+        lm_eval_command.main(["--tasks", "piqa"])
+
+    def wrong() -> None:
+        raise KeyError("tasks")
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", wrong)
+    with pytest.raises(KeyError):
+        lm_eval_command.main([])

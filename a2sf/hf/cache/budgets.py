@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from a2sf.errors import UserError
+from a2sf.errors import ConfigError, UserError
 from a2sf.hf.reader import prepared_for
 from a2sf.hf.settings import contexts_for, retention_of
 from a2sf.policies.base import Retention
@@ -25,12 +25,14 @@ def resolve_budgets(cache: PrunedCache, start: Tensor, length: Tensor) -> tuple[
         length: int64 [B], tokens of each row in that call.
 
     Raises:
-        UserError: if a prompt has no token and the schedule cuts after it; if the policy reads prompts and this call does
+        UserError: if a prompt has no token and the schedule cuts after it; if the budget is a share of all tokens and the
+            first call has more than `context_tokens`; if the policy reads prompts and this call does
             not have all of them, as tokens; if the policy protects more tokens than the budget holds.
     """
     context = length.tolist()
     if cache.context_tokens is not None:
         context = contexts_for(len(length), cache.context_tokens)
+        _check_total(cache, context, length.tolist())
     if cache.schedule.prompt and min(context, default=1) < 1:
         raise UserError(f"row {context.index(0)} of the batch has no token in its prompt; give each at least one")
     retention = retention_of_prompts(cache, context)
@@ -39,6 +41,19 @@ def resolve_budgets(cache: PrunedCache, start: Tensor, length: Tensor) -> tuple[
     if cache.policy.prepares and not (fits and cache.schedule.then == "keep"):
         retention = retention_of_prompts(cache, context, _prepared(cache, context, start.tolist(), length.tolist()))
     return retention, context
+
+
+def _check_total(cache: PrunedCache, context: list[int], length: list[int]) -> None:
+    """Refuse a first call that is longer than the prompts that a share of all tokens would be computed from.
+
+    Raises:
+        ConfigError: naming both lengths.
+    """
+    share = cache.budget is not None and cache.budget.ratio is not None and cache.budget.base == "total"
+    for row, (given, read) in enumerate(zip(context, length, strict=True)):
+        if share and read > given:
+            why = f"the budget is a share of all tokens, and the first call has {read} in row {row}; give at least as many"
+            raise ConfigError("context_tokens", given, f"{why}, or a budget of tokens or of base context")
 
 
 def retention_of_prompts(

@@ -90,6 +90,22 @@ def sizes_of(spec: ModelSpec) -> tuple[int, int | None, int | None]:
     return int(text.num_hidden_layers), kv_heads_of(config), getattr(text, "hidden_size", None)
 
 
+def head_size_of(spec: ModelSpec) -> int | None:
+    """How many numbers a head's key has, from the model's config alone; None where heads differ, or it does not say.
+
+    Raises:
+        ConfigError: if there is no such model.
+    """
+    text = _any_config(spec).get_text_config()
+    stated = {k: v for k, v in vars(text).items() if k.endswith("head_dim") and v is not None}
+    if set(stated) - {"head_dim"}:  # such as those of a part of the key, or of some layers
+        return None
+    heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
+    derived = hidden // heads if isinstance(heads, int) and isinstance(hidden, int) else None
+    size = stated.get("head_dim", derived)
+    return size if isinstance(size, int) else None
+
+
 def _any_config(spec: ModelSpec) -> Any:
     """The model's config, whatever its files are.
 

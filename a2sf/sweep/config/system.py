@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from a2sf.engine.functional import attend
 from a2sf.errors import ConfigError, UserError
-from a2sf.hf.loading import ModelSpec, sizes_of
+from a2sf.hf.loading import ModelSpec, head_size_of, sizes_of
 from a2sf.policies import find
 from a2sf.policies.a2sf import check_factors
 from a2sf.policies.base import Policy
-from a2sf.policies.budget import Budget
+from a2sf.policies.budget import Budget, check_list
 from a2sf.policies.schedule import Schedule
 from a2sf.sweep.config.grid import USED_KEYS, unused
 from a2sf.sweep.config.keys import explain
 from a2sf.sweep.config.schema import Config
 
 DEFAULT_RATIO = 0.2
+HEADS, TOKENS = 2, 24
+"""Of the invented tokens on which a policy is tried."""
 
 
 def policy_of(config: Config) -> Policy:
@@ -43,11 +48,33 @@ def policy_of(config: Config) -> Policy:
             if isinstance(getattr(made, key), str) and not isinstance(value, str):  # 1.1 may have been typed as 1.10
                 allowed = f"it is text; write it in quotes, policy.{key}='\"…\"' on the command line"
                 raise ConfigError(f"policy.{key}", value, allowed)
+        try_out(made)
         return made
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
         raise UserError(explain(error, "policy.")) from error
+
+
+def try_out(policy: Policy) -> None:
+    """Refuse settings of which only the ranking shows that they cannot serve, by some invented tokens.
+
+    Raises:
+        ConfigError: for a setting of the policy.
+    """
+    if not policy.tried:
+        return
+    tokens = torch.randn(1, HEADS, TOKENS, 2 * HEADS, generator=torch.Generator().manual_seed(0))
+    schedule = Schedule(policy.schedules[0])
+    budget = max(TOKENS // 2, policy.min_budget)
+    prompt = TOKENS if schedule.prompt else None
+    try:
+        attend(policy, tokens, tokens, tokens, budget=budget, schedule=schedule, prompt=prompt, backend="reference")
+    except ConfigError as error:
+        if error.key == "policy.by":
+            raise
+    except Exception:  # invented tokens may not suit it; an error is reported when the cell is computed
+        return
 
 
 def budget_of(config: Config, policy: Policy) -> Budget | None:
@@ -94,16 +121,19 @@ def schedule_of(config: Config) -> Schedule | None:
 
 
 def check_layers(model: ModelSpec, policy: Policy, budget: Budget | None) -> None:
-    """Refuse lists with a number per layer or head, and gates, that are for a model of other sizes.
+    """Refuse lists with a number per layer or head, gates and files that are for a model of other sizes.
 
     Raises:
         ConfigError: naming both numbers; or if the model's config cannot be read.
     """
     lists = [*vars(policy).values(), budget and budget.ratio, budget and budget.tokens]
-    if policy.hidden_states or any(isinstance(x, tuple) and x for x in lists):
+    if policy.hidden_states or any(isinstance(x, tuple | Mapping) and x for x in lists):
         layers, kv_heads, hidden = sizes_of(model)
         policy.check(layers, kv_heads)
         if hidden is not None:
             policy.check_hidden(hidden)
+        if type(policy).check_head_size is not Policy.check_head_size and (size := head_size_of(model)) is not None:
+            policy.check_head_size(size)
         if budget:
             budget.check(layers)
+            check_list(policy, budget, layers)

@@ -39,6 +39,7 @@ def headline(made: SweepPlan, groups: Groups, estimates: Sequence[WorkEstimate],
         by_trial = sum(n for n, e in known if e.by_trial)
         how = "by a short trial of this machine's speed" if by_trial else "at the speed measured here"
         line += f", about {duration(seconds_of(estimates))} {'partly ' if 0 < by_trial < with_time else ''}{how}"
+        line += ", without the start and the loading of models"
         without = len(pending) - with_time
         line += f"; for {without} of them there is no measurement to estimate from" if without else ""
         line += "; where text is generated, if all texts reach their limit of tokens" if any_at_most else ""
@@ -64,6 +65,20 @@ def plan_table(groups: Groups, estimates: Sequence[WorkEstimate]) -> Table:
         row = [model, "\n".join(policies), _listed(map(_budget, cells)), "\n".join(tasks)]
         table.add_row(*map(escape, row), str(len(cells)), _time([e for _, e in of_model]))
     return table
+
+
+def schedules_note(groups: Groups) -> str | None:
+    """A sentence where not all policies evict at the same times, such as once after the prompt, by default or by choice."""
+    of_policy: dict[str, list[str]] = {}
+    for cell in (c for g in groups for c in g if c.policy.evicts):
+        names, name = of_policy.setdefault(cell.policy.name, []), schedule_for(cell.policy, cell.schedule).name
+        names += [name] * (name not in names)
+    policies: dict[str, list[str]] = {}
+    for policy, names in of_policy.items():
+        policies.setdefault(" and ".join(sorted(names)), []).append(policy)
+    if len(policies) < 2:
+        return None
+    return f"Schedules differ: {'; '.join(f'{names} ({_listed(of)})' for names, of in policies.items())}."
 
 
 def seconds_of(estimates: Iterable[WorkEstimate]) -> float:

@@ -18,6 +18,7 @@ from a2sf.errors import ConfigError, UserError
 from a2sf.hub.refusals import HubError
 from a2sf.sweep.cell import Cell, spec_with_tokenizer
 from a2sf.sweep.prepare.bar import download_bar
+from a2sf.tasks import checks
 from a2sf.tasks.spec import ContentFinder, DataSpec, TaskSpec
 
 CANNOT = " cannot be loaded: "
@@ -46,6 +47,7 @@ def check(cells: Iterable[Cell]) -> None:
         ConfigError: for the first task that cannot be run with these settings, or two different tasks of one name.
     """
     named: dict[str, TaskSpec] = {}
+    cells = list(cells)
     for spec in sorted({c.spec for c in cells}, key=str):
         spec.check()
         other = named.setdefault(spec.name, spec)
@@ -53,6 +55,10 @@ def check(cells: Iterable[Cell]) -> None:
             raise ConfigError(
                 "tasks", spec.ref, f"it is called {spec.name}, as {other.ref} is; give it another `task:` in its file"
             )
+    for cell in cells:
+        known = checks.stopping_metrics(cell.spec.definition.config)
+        if cell.stopping_rule is not None and known is not None:
+            checks.check_stopping(cell.task_name, cell.stopping_rule.metric, known)
 
 
 def resolve_content(groups: Sequence[Sequence[Cell]], planned_only: bool = False) -> Resolved:
@@ -122,7 +128,7 @@ def fetch(cells: Sequence[Cell], pending: Sequence[Cell], refused: dict[str, lis
             continue
         try:
             with _download(spec, screen):
-                spec.build(seed)
+                _check_documents(spec.build(seed), [c for c in pending if c.spec == spec])
         except UserError as error:
             if _is_mistake(error):
                 raise
@@ -137,6 +143,18 @@ def fetch(cells: Sequence[Cell], pending: Sequence[Cell], refused: dict[str, lis
             available.append(cell)
     _some_left([tuple(available)], refused)
     return available
+
+
+def _check_documents(task: Any, cells: Sequence[Cell]) -> None:
+    """Refuse documents that the cells of a task cannot be scored on.
+
+    Raises:
+        UserError: naming the field that is missing, or the metric.
+    """
+    limits = [c.limit for c in cells]
+    checks.check_labels(task, None if None in limits else max(n for n in limits if n is not None))
+    for metric in dict.fromkeys(c.stopping_rule.metric for c in cells if c.stopping_rule is not None):
+        checks.check_stopping_metric(task, metric)
 
 
 def _is_mistake(error: UserError) -> bool:

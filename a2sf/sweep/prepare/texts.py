@@ -13,6 +13,17 @@ from a2sf.tasks import shared_texts
 from a2sf.tasks.spec import provenance
 
 
+def check_field(cells: Sequence[Cell]) -> None:
+    """Refuse a field in `data.cluster` that no task has, if the documents of all tasks are on this machine.
+
+    Raises:
+        ConfigError: with the fields of a task's documents.
+    """
+    specs = {(c.spec, c.seed) for c in cells if c.data.cluster}
+    if all(spec.here for spec, _ in specs):
+        record_texts(cells, (), Path())
+
+
 def record_texts(cells: Sequence[Cell], done: Collection[str], directory: Path) -> list[str]:
     """Check the field that `data.cluster` names, and add each document's text to finished cells that do not have it.
 

@@ -269,6 +269,7 @@ def test_an_error_of_the_policys_own_code_is_reported_once_with_its_line(tmp_pat
         in said
     )
     assert said.count("the same error") > 5
+    assert said.count("the same error") == len(re.findall("^  broken ", said, re.MULTILINE)) - 1
     # numbers that do not fit, in a run's own words
     with pytest.raises(ValueError, match=r"policy greedy does not fit a budget of 2 tokens"):
         retention_of(Greedy(), Budget(tokens=2), 9, 9, 1)
@@ -276,6 +277,17 @@ def test_an_error_of_the_policys_own_code_is_reported_once_with_its_line(tmp_pat
         PolicyError, match=r"policy numberless fails: ZeroDivisionError: .*test_invariants_command.py, line"
     ):
         retention_of(Numberless(), Budget(tokens=2), 9, 9, 1)
+
+
+def test_an_error_with_other_numbers_is_the_same_error(tmp_path, monkeypatch, capsys):
+    """The shapes in the message are those of each random case."""
+    made = policy("Short", "too_short", "x") + "\n\nShort.priorities = lambda self, step: step.scores[..., :3]\n"
+    (tmp_path / "ofshort.py").write_text(made)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    with pytest.raises(SystemExit, match="1"):
+        command.main(["ofshort:Short", "--trials", "2"])
+    assert capsys.readouterr().out.count("returns priorities of shape") == 1
 
 
 @pytest.mark.parametrize(

@@ -259,6 +259,13 @@ def test_noise_decides_between_equal_tokens():
         ("roco", {"varying": 1.5}, "policy.varying=1.5"),
         ("roco", {"recent": -1}, "policy.recent=-1"),
         ("rkv", {"window": 0}, "policy.window=0"),
+        ("rkv", {"window": 10**9}, "policy.window=1000000000 is not allowed: .*at most 65,536"),
+        ("expected_attention", {"window": 10**9}, "policy.window=1000000000 .*at most 65,536"),
+        ("expected_attention", {"future": 10**20}, "policy.future=.*at most 65,536"),
+        ("cake", {"window": 10**9}, "policy.window=1000000000"),
+        ("scissorhands", {"window": 10**9}, "policy.window=1000000000"),
+        ("dms", {"window": 10**20}, "policy.window=1.* is not allowed: .*at most 2,147,483,647"),
+        ("roco", {"recent": 10**20}, "policy.recent=1.*at most 2,147,483,647"),
         ("rkv", {"mix": -0.1}, "policy.mix=-0.1"),
         ("expected_attention", {"future": 0}, "policy.future=0"),
         ("expected_attention", {"sinks": -1}, "policy.sinks=-1"),
@@ -361,3 +368,22 @@ def test_a_policy_that_uses_another_has_its_schedules_and_identity():
     assert make_policy("chunkkv", by="pyramidkv").layer_budget(64, 0, 4) > 64
     with pytest.raises(ValueError, match="pooling must be one of mean, max"):
         Cut(pooling="median")
+
+
+@pytest.mark.parametrize(("name", "setting"), [("dms", "window"), ("snapkv", "window"), ("curdkv", "window")])
+def test_a_window_longer_than_the_text_is_the_text(name, setting):
+    q, k, v = tensors(8)
+    ends = []
+    for window in (T, 2**31 - 1):
+        policy = make_policy(name, **{setting: window})
+        budget = BUDGET if policy.uses_budget else None
+        more = {"schedule": "prompt", "prompt": T} if "step" not in policy.schedules else {}
+        ends.append(attend(policy, q, k, v, budget=budget, **more)[1])
+    assert torch.equal(ends[0].positions, ends[1].positions)
+
+
+def test_a_policy_of_ones_own_that_sees_too_many_queries_is_refused():
+    policy = make_policy("rkv")
+    object.__setattr__(policy, "window", 10**9)
+    with pytest.raises(ConfigError, match="queries of 1,000,000,000 last tokens, and at most 65,536 are stored"):
+        policy.keeps(BUDGET)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from a2sf import A2SF, Budget, Schedule
 from a2sf.engine.retention import BatchRetention
 from a2sf.errors import ConfigError
+from a2sf.hf.settings import check_settings
 from a2sf.policies.base import UNLIMITED, Retention
-from a2sf.policies.budget import Growth, growing
+from a2sf.policies.budget import Growth, check_list, growing
 from a2sf.policies.find import find_policies
 
 POLICIES = find_policies()
@@ -132,3 +133,21 @@ def test_ratio_and_tokens_exclude_each_other():
     for given_ in ({}, {"ratio": 0.2, "tokens": 5}):
         with pytest.raises(ConfigError, match="exactly one"):
             Budget(**given_)
+
+
+@pytest.mark.parametrize("policy", ["pyramidkv", "h2o", "cake"])
+def test_a_list_of_budgets_is_refused_where_the_policy_divides_them_itself(policy):
+    """pyramidkv takes each number for the mean over the layers: of 600 and 100 tokens, two layers would hold over 1,000."""
+    made = POLICIES[policy]()
+    listed, equal = Budget(tokens=[600, 100]), Budget(tokens=[300, 300])
+    check_list(made, equal, 2)
+    check_list(made, Budget(ratio=0.2), 2)
+    if policy != "pyramidkv":
+        check_list(made, listed, 2)
+        return
+    assert sum(made.layer_budget(n, i, 2) for i, n in enumerate((600, 100))) > 1000
+    for check in (lambda: check_list(made, listed, 2), lambda: check_settings(made, listed, 2)):
+        with pytest.raises(
+            ConfigError, match=r"budget.tokens=\[600, 100\] is not allowed: pyramidkv divides the slots"
+        ):
+            check()

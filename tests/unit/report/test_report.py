@@ -184,3 +184,13 @@ def test_the_report_opens_in_the_browser(sweep: Path, tmp_path: Path, monkeypatc
     assert opened == [(tmp_path / "report.html").as_uri()]
     with pytest.raises(SystemExit):
         tables.main([str(sweep), "--open", "--no-report"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_note_tells_of_rounding_in_bfloat16(tmp_path: Path, dtype: str, few_flips: None) -> None:
+    plan = Plan(policies=("full", "h2o"), budgets=(0.2,), documents={"piqa": 20}, extra={"dtype": dtype})
+    write_sweep(tmp_path / "s", plan)
+    shown = show([tmp_path / "s"], Selection(), TableOptions(plots=False))
+    found = [note for note in shown.notes if note.startswith("In bfloat16, a difference of about a point")]
+    assert len(found) == (dtype == "bfloat16")
+    assert (tmp_path / "s" / "report.html").read_text().count("a difference of about a point") == len(found)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -13,6 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from a2sf.app.check import _check_each_cell_once, examples_left_out
 from a2sf.app.folders import model_names
 from a2sf.app.process import explain
+from a2sf.calibration.filters import content
 from a2sf.errors import ConfigError, Notice, UserError
 from a2sf.policies.renamed import notice
 from a2sf.sweep.config.overrides import quote
@@ -48,6 +51,17 @@ def sentence(*overrides: str) -> str:
     raise AssertionError(f"{overrides} was accepted")
 
 
+def test_a_file_for_heads_of_another_size_is_refused(tmp_path):
+    """By the model's config alone, also for a policy that another one is built on."""
+    file = tmp_path / "filters.json"
+    file.write_text(json.dumps(content(torch.ones(30, 3, 32), "mine", {"tokens": 130})))
+    for overrides in ([f"policy.file={file}"], ["policy=chunkkv", f"policy.by={{name: qfilter, file: {file}}}"]):
+        said = sentence("policy=qfilter", *overrides)
+        assert said == "policy.file=mine is not allowed: it is of heads of 32 numbers, and this model's have 64."
+    file.write_text(json.dumps(content(torch.ones(30, 3, 64), "mine", {"tokens": 130})))
+    settings("policy=qfilter", f"policy.file={file}")
+
+
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
@@ -59,6 +73,9 @@ def sentence(*overrides: str) -> str:
         (["budget.ratio=2", "policy=full"], ["budget.ratio=2"]),
         (["budget.ratio=[0.1,0.2]"], ["budget.ratio=[0.1, 0.2]", "one entry per layer, 30"]),
         (["budget.tokens=0"], ["budget.tokens=0", "at least 1"]),
+        (["budget.tokens=100000000000000000000", "policy=h2o"], ["budget.tokens=1000", "at most 2,147,483,647"]),
+        (["policy=criticalkv", "policy.by=key_norm"], ["policy.by=key_norm", "may be negative", "such as snapkv"]),
+        (["policy=criticalkv", "policy.by={name: rkv}"], ["policy.by=rkv", "may be negative"]),
         (["budget.tokens=4", "budget.ratio=0.1"], ["budget", "exactly one"]),
         (["budget.base=everything"], ["budget.base=everything", "total, context, seen"]),
         (["policy=streaming", "budget.tokens=3"], ["budget.tokens=3", "recent + sinks", "4"]),

@@ -12,7 +12,7 @@ from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policy
 from a2sf.policies.schedule import Schedule
 from a2sf.sweep.planning.estimate import WorkEstimate
-from a2sf.sweep.planning.table import headline, plan_table
+from a2sf.sweep.planning.table import headline, plan_table, schedules_note
 from a2sf.sweep.reuse import SweepPlan
 from tests.unit.sweep.test_sweep import cell
 
@@ -61,8 +61,19 @@ def test_the_headline_counts_and_estimates():
     line = headline(made, groups, [WorkEstimate(12345.0, 600.0), WorkEstimate()], Path("runs/[x]"))
     assert line == (
         "[bold]runs/\\[x][/bold]: 3 cells, 1 done, 2 to run, about 12,000 tokens to compute for 1 of them, about 10 min at "
-        "the speed measured here; for 1 of them there is no measurement to estimate from"
+        "the speed measured here, without the start and the loading of models; for 1 of them there is no measurement to "
+        "estimate from"
     )
+
+
+def test_policies_that_evict_at_other_times_are_named():
+    """snapkv cuts once after the prompt, h2o evicts at every step; the full cache never does."""
+    cells = [cell(p) for p in ("full", "h2o", "snapkv", "a2sf")]
+    assert schedules_note([cells[:1], cells[1:]]) == "Schedules differ: step (h2o, a2sf); prompt (snapkv)."
+    prompt = [cell(p, schedule=Schedule("prompt")) for p in ("h2o", "a2sf")]
+    assert schedules_note([[cells[0], cells[2], *prompt]]) is None
+    assert schedules_note([[cells[1], prompt[0]]]) is None  # of one policy: the table says it
+    assert schedules_note([[*cells, *prompt]]) == "Schedules differ: prompt and step (h2o, a2sf); prompt (snapkv)."
 
 
 def test_one_cell_is_not_cells():

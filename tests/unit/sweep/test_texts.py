@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
+from a2sf.app.check import check
 from a2sf.errors import ConfigError
 from a2sf.policies.budget import Budget
 from a2sf.store.runs import load_sweep
 from a2sf.sweep import reuse
-from a2sf.sweep.prepare.texts import record_texts
+from a2sf.sweep.config.schema import register
+from a2sf.sweep.prepare.texts import check_field, record_texts
 from a2sf.sweep.runner import Runner
 from a2sf.sweep.stopping_rule import StoppingRule
 from a2sf.tasks import spec as tasks
 from tests.unit.sweep.test_sweep import cell, runner  # noqa: F401
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_a_result_says_which_documents_share_a_text(runner: Runner) -> None:  # noqa: F811
@@ -61,6 +68,19 @@ def test_a_field_that_no_document_has_is_refused(runner: Runner) -> None:  # noq
     assert record_texts(mixed, [], runner.directory) == [
         "data.cluster=premise: the documents of piqa have no such field; each counts as a text."
     ]
+
+
+def test_a_field_that_no_document_has_is_refused_before_the_plan(tmp_path):
+    """Where the documents are on this machine; else they are read after it."""
+    GlobalHydra.instance().clear()
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        overrides = ["tasks=[copa]", "data=bundle", "++data.cluster=premis", "policy=full", f"runs_dir={tmp_path}"]
+        points = [(overrides, compose("config", overrides))]
+        with pytest.raises(ConfigError, match=r"data.cluster=premis is not allowed"):
+            check(points, computes_here=True)
+    elsewhere = cell(data=tasks.DataSpec(cluster="premis", content="a" * 40))
+    check_field([elsewhere])  # not downloaded: nothing is known
 
 
 def test_stopping_early_draws_whole_texts(runner: Runner) -> None:  # noqa: F811
