@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from a2sf.errors import Notice
+from a2sf.errors import Notice, UserError, first_line
 from a2sf.policies.base import UNLIMITED
 from a2sf.policies.slots import leaves_choice
 from a2sf.scoring.counts import Counts
@@ -52,20 +52,11 @@ def evaluate(
     Returns:
         The body of `result.json` (without provenance), and the per-document table. `notes` is there even if it is empty.
     """
-    import lm_eval
-
     where = provenance(task)
     started, clock = datetime.now(UTC), time.perf_counter()
     with collected() as warned:
         evaluations = [
-            lm_eval.evaluate(
-                RecordedLM(answers, draw),
-                task_dict={"tasks": {cell.task_name: task}},
-                limit=cell.limit if chosen is None else None,
-                samples=None if chosen is None else {cell.task_name: chosen},
-                bootstrap_iters=BOOTSTRAP,
-            )
-            for draw in range(cell.prompting.samples or 1)
+            _evaluated(cell, task, RecordedLM(answers, n), chosen) for n in range(cell.prompting.samples or 1)
         ]
     evaluated = evaluations[0]
     for of_kind in requests:
@@ -116,6 +107,33 @@ def evaluate(
         },
     }
     return result, documents if cell.log_samples else _without_texts(documents)
+
+
+def _evaluated(cell: Cell, task: Any, lm: RecordedLM, chosen: list[int] | None) -> dict[str, Any]:
+    """What `lm_eval.evaluate` gives for recorded answers; `chosen` as in `evaluate`.
+
+    Raises:
+        UserError: if the metrics of the task cannot be computed from them.
+    """
+    import lm_eval
+
+    try:
+        evaluated: dict[str, Any] = lm_eval.evaluate(
+            lm,
+            task_dict={"tasks": {cell.task_name: task}},
+            limit=cell.limit if chosen is None else None,
+            samples=None if chosen is None else {cell.task_name: chosen},
+            bootstrap_iters=BOOTSTRAP,
+        )
+    except UserError:
+        raise
+    except Exception as error:  # any code of lm-eval's, or the task's, metrics
+        names = ", ".join(dict.fromkeys(str(m) for m in task.aggregation()))
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(
+            f"tasks={cell.task_name}: its metrics ({names}) fail at the answers of all documents ({why})"
+        ) from error
+    return evaluated
 
 
 def _of_policy(cell: Cell, counts: Counts) -> list[dict[str, Any]]:

@@ -211,6 +211,15 @@ def test_a_document_at_which_metrics_fail_is_shown(computed, tmp_path):
         assert "Which of them?" in str(cell.error)
 
 
+def test_metrics_that_fail_at_all_answers_are_named(computed, tmp_path):
+    """lm-eval's Brier score needs as many choices in each document."""
+    more = "metric_list: [{metric: acc}, {metric: brier_score}]"
+    for cell in computed(task(tmp_path, [{}, {"choices": ["this one", "that one", "both"]}], more)):
+        assert str(cell.error).startswith(
+            "tasks=odd: its metrics (acc, brier_score) fail at the answers of all documents"
+        )
+
+
 def test_collecting_leaves_everything_as_it_was(capsys):
     log, before = logging.getLogger("transformers"), {}
     for name in ("lm_eval", "transformers", "datasets"):
