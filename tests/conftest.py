@@ -85,7 +85,7 @@ def bundle():
 
 @pytest.fixture
 def hub(tmp_path):
-    """An empty hub on loopback. `hub.store` is to be filled; `tests.hub.build.process` or `hub.environment` reach it."""
+    """An empty hub on loopback. `hub.store` is to be filled; a process with `hub.environment` reaches it."""
     with Hub(Store(tmp_path / "hub")) as made:
         yield made
 
