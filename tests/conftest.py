@@ -12,7 +12,6 @@ os.environ["A2SF_FILL_EMPTY"] = "1"  # of child processes too: what is read befo
 
 import hypothesis
 import pytest
-import torch
 from hypothesis import HealthCheck
 from hypothesis.database import InMemoryExampleDatabase
 
@@ -98,4 +97,6 @@ def few_flips(monkeypatch):
 
 @pytest.fixture
 def generator():
+    import torch  # not by the process that only hands out tests
+
     return torch.Generator().manual_seed(0)
