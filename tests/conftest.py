@@ -12,7 +12,6 @@ os.environ["A2SF_FILL_EMPTY"] = "1"  # of child processes too: what is read befo
 
 import hypothesis
 import pytest
-import torch
 from hypothesis import HealthCheck
 from hypothesis.database import InMemoryExampleDatabase
 
@@ -85,7 +84,7 @@ def bundle():
 
 @pytest.fixture
 def hub(tmp_path):
-    """An empty hub on loopback. `hub.store` is to be filled; `tests.hub.build.process` or `hub.environment` reach it."""
+    """An empty hub on loopback. `hub.store` is to be filled; a process with `hub.environment` reaches it."""
     with Hub(Store(tmp_path / "hub")) as made:
         yield made
 
@@ -98,4 +97,6 @@ def few_flips(monkeypatch):
 
 @pytest.fixture
 def generator():
+    import torch  # not by the process that only hands out tests
+
     return torch.Generator().manual_seed(0)

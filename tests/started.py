@@ -1,4 +1,4 @@
-"""The command and scripts in processes of their own, whose imports are behind them.
+"""The command, scripts and functions in processes of their own, whose imports are behind them.
 
 A start of the command imports for seconds what the last start imported. Here it is a fork of a process that has imported
 it already, under the very environment that the start is to have; the script is run as `python X.py ...` runs it, with
@@ -15,20 +15,22 @@ from __future__ import annotations
 import atexit
 import importlib
 import os
+import pickle
 import runpy
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 400
+CALL = "a function"
 KEPT = 2
 """Environments at a time."""
 
@@ -62,12 +64,13 @@ READ_THE_ENVIRONMENT = {"huggingface_hub", "datasets", "transformers", "lm_eval"
 
 class Start(NamedTuple):
     script: str
+    """A file, `a2sf`, or `CALL`."""
     arguments: tuple[str, ...]
     environment: dict[str, str]
     folder: str
     """Where it runs."""
     directory: str
-    """Where its output goes, the files `out` and `err`."""
+    """Where its output goes, the files `out` and `err`; for `CALL` also what is called, and what it gives."""
 
 
 def started(
@@ -86,17 +89,29 @@ def started(
     Raises:
         subprocess.TimeoutExpired: after `SECONDS`.
     """
-    variables = {k: v for k, v in environment.items() if not k.startswith("PYTEST_")}
     with TemporaryDirectory() as directory:
         file = "a2sf" if script == "a2sf" else str(ROOT / "scripts" / script)
-        start = Start(file, tuple(map(str, arguments)), variables, str(folder), directory)
-        root = _root(python)
-        root.send(tuple(start))  # the root may know this module by another name
-        code = root.recv()
-        if code is None:
-            raise subprocess.TimeoutExpired([file, *start.arguments], SECONDS)
-        out, err = ((Path(directory) / name).read_text() for name in ("out", "err"))
-    return subprocess.CompletedProcess([file, *start.arguments], code, out, err)
+        return _ran(Start(file, tuple(map(str, arguments)), dict(environment), str(folder), directory), python)
+
+
+def called(function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str], **more: Any) -> Any:
+    """What a function gives in such a process. The function must be importable; all travels by pickle."""
+    with TemporaryDirectory() as directory:
+        (Path(directory) / "call").write_bytes(pickle.dumps((function, arguments, more)))
+        done = _ran(Start(CALL, (), dict(environment), str(ROOT), directory), sys.executable)
+        assert done.returncode == 0, done.stderr
+        return pickle.loads((Path(directory) / "given").read_bytes())
+
+
+def _ran(start: Start, python: str) -> subprocess.CompletedProcess[str]:
+    variables = {k: v for k, v in start.environment.items() if not k.startswith("PYTEST_")}
+    root = _root(python)
+    root.send(tuple(start._replace(environment=variables)))  # the root may know this module by another name
+    code = root.recv()
+    if code is None:
+        raise subprocess.TimeoutExpired([start.script, *start.arguments], SECONDS)
+    out, err = ((Path(start.directory) / name).read_text() for name in ("out", "err"))
+    return subprocess.CompletedProcess([start.script, *start.arguments], code, out, err)
 
 
 @cache
@@ -181,7 +196,10 @@ def _run(start: Start, parent: Connection) -> None:
     added = [p for p in start.environment.get("PYTHONPATH", "").split(os.pathsep) if p and p not in sys.path]
     sys.path[:1] = [str(own), *added]
     try:
-        if start.script == "a2sf":
+        if start.script == CALL:
+            function, arguments, more = pickle.loads((Path(start.directory) / "call").read_bytes())
+            (Path(start.directory) / "given").write_bytes(pickle.dumps(function(*arguments, **more)))
+        elif start.script == "a2sf":
             runpy.run_module("a2sf.cli", run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(start.script, run_name="__main__")

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,6 @@ def quiet_about_given_models() -> Iterator[None]:
         logger.removeFilter(shown)
 
 
-@cache
 def index() -> dict[str, Entry]:
     """lm-eval's tasks, groups and tags by name; reading them takes seconds."""
     return TaskManager().task_index

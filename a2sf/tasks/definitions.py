@@ -21,7 +21,6 @@ from a2sf.compat.lm_eval import (
     Kind,
     Leaf,
     TaskReader,
-    index,
     kind_of,
     leaves,
     unresolved,
@@ -29,6 +28,7 @@ from a2sf.compat.lm_eval import (
 from a2sf.errors import ConfigError, UserError, nearest
 from a2sf.tasks import user_folder
 from a2sf.tasks.functions import function_file, known_arguments, live
+from a2sf.tasks.index import index
 
 LONG = tuple(
     f"long_{family}" for family in ("single", "multikey", "multivalue", "multiquery", "variables", "common", "frequent")

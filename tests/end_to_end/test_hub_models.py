@@ -13,9 +13,10 @@ import pytest
 
 from a2sf.store.runs import load_sweep
 from tests.hub import cases
-from tests.hub.build import SMOLLM2, process, write_model
+from tests.hub.build import SMOLLM2, write_model
 from tests.hub.server import Hub, Rule
 from tests.hub.store import Store
+from tests.started import called
 
 pytestmark = pytest.mark.full
 
@@ -27,35 +28,32 @@ def checkpoints(tmp_path_factory):
     """Small models: llama, another llama of the same shape, and an OPT as a pickle."""
     root = tmp_path_factory.mktemp("checkpoints")
     return {
-        "llama": write_model(root / "llama"),
-        "other": write_model(root / "other", seed=1),
-        "opt": write_model(root / "opt", "opt", weights="bin"),
+        "llama": write_model(root / "llama", tokens=1000),
+        "other": write_model(root / "other", tokens=1000, seed=1),
+        "opt": write_model(root / "opt", "opt", tokens=1000, weights="bin"),
     }
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, checkpoints):
-    """A hub, and a process with an empty cache that knows of it."""
+    """A hub, and the environment of a process with an empty cache that knows of it."""
     root = tmp_path_factory.mktemp("hub")
-    with (
-        Hub(Store(root / "store")) as hub,
-        process({**hub.environment(root / "home"), "HF_HUB_ETAG_TIMEOUT": "3"}) as pool,
-    ):
+    with Hub(Store(root / "store")) as hub:
         hub.store.model("org/llama").commit_folder(checkpoints["llama"])
         hub.store.model("facebook/opt-2.7b").commit_folder(checkpoints["opt"])
-        yield hub, pool
+        yield hub, {**os.environ, **hub.environment(root / "home"), "HF_HUB_ETAG_TIMEOUT": "3"}
 
 
 @pytest.fixture
 def ask(world):
-    """Calls a function of `cases` in the process, and gives what it gave and the requests that it made."""
-    hub, pool = world
+    """Calls a function of `cases` in such a process, and gives what it gave and the requests that it made."""
+    hub, environment = world
     hub.rules = []
 
     def call(function, *arguments, rules=(), **more):
         hub.rules = list(rules)
         hub.requests()
-        given = pool.submit(function, *arguments, **more).result()
+        given = called(function, *arguments, environment=environment, **more)
         return given, hub.requests()
 
     return call
@@ -249,7 +247,6 @@ def test_each_refusal_has_its_own_sentence(checkpoints, world, ask, rule, why, r
     hub, _ = world
     name = f"org/fresh-{abs(hash(request.node.name))}"  # nothing of it is in the cache
     hub.store.model(name).commit_folder(checkpoints["other"])
-    ask(cases.load, "org/llama")
     answer, _ = ask(cases.load, name, rules=[rule])
     assert re.search(why, answer), answer
     assert len(answer.splitlines()) == 1
@@ -303,46 +300,43 @@ def test_a_download_that_is_interrupted_ends_within_a_file(world, ask, checkpoin
 
 def test_without_the_hub_the_cache_is_used_with_a_notice(world, ask, tmp_path):
     """Without the hub, cached models run, and one that is missing, completely or in part, gives a message."""
-    hub, pool = world
-    home = Path(pool.submit(cases.home).result())
+    hub, environment = world
     answer, _ = ask(cases.load, "org/llama")
     _, commit, _ = answer.split()
     partly = hub.store.model("org/part").commit_folder(hub.store.model("org/llama").path / commit)
     ask(cases.prepare, "org/part")  # its config only
-    unreachable = {**hub.environment(home), "HF_ENDPOINT": "http://127.0.0.1:9"}
-    offline = {**hub.environment(home), "HF_HUB_OFFLINE": "1"}
+    unreachable = {**environment, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    offline = {**environment, "HF_HUB_OFFLINE": "1"}
     first, second = tmp_path / "gone", tmp_path / "offline"
     for environment, runs, why in ((unreachable, first, "did not answer"), (offline, second, "HF_HUB_OFFLINE is set")):
-        with process(environment) as alone:
-            done = alone.submit(
-                cases.evaluate, "model.path=org/llama", "policy=full", *COPA, f"runs_dir={runs}"
-            ).result()
-            assert done.code == 0, done.err
-            assert why in done.out
-            assert f"what the cache has is used, commit {commit[:12]}" in done.out
-            part = alone.submit(cases.load, "org/part").result()
-            assert "holds only a part of org/part" in part
-            assert partly not in part
-            none = alone.submit(cases.evaluate, "model.path=org/never", *COPA, f"runs_dir={runs}").result()
-            assert none.code == 1
-            for says in (
-                "not hold org/never, nor is there a folder",
-                "take what is cached",
-                "model=smollm2-135m data=bundle",
-            ):
-                assert says in none.err
-            plan = alone.submit(
-                cases.evaluate, "model.path=org/never", "plan_only=true", *COPA, f"runs_dir={runs}"
-            ).result()
-            assert plan.code == 0, plan.err
-            assert "provisional" in plan.out
+
+        def run(*arguments: str) -> cases.Done:
+            return called(cases.evaluate, *arguments, *COPA, f"runs_dir={runs}", environment=environment)  # noqa: B023
+
+        done = run("model.path=org/llama", "policy=full")
+        assert done.code == 0, done.err
+        assert why in done.out
+        assert f"what the cache has is used, commit {commit[:12]}" in done.out
+        part = called(cases.load, "org/part", environment=environment)
+        assert "holds only a part of org/part" in part
+        assert partly not in part
+        none = run("model.path=org/never")
+        assert none.code == 1
+        for text in (
+            "not hold org/never, nor is there a folder",
+            "take what is cached",
+            "model=smollm2-135m data=bundle",
+        ):
+            assert text in none.err
+        plan = run("model.path=org/never", "plan_only=true")
+        assert plan.code == 0, plan.err
+        assert "provisional" in plan.out
     assert [c.path.name for c in load_sweep(first / "single")] == [c.path.name for c in load_sweep(second / "single")]
 
 
 def test_a_cache_that_cannot_be_written_is_reported(world, tmp_path):
     hub, _ = world
     (tmp_path / "file").touch()
-    with process(hub.environment(tmp_path / "file")) as alone:
-        answer = alone.submit(cases.load, "org/llama").result()
+    answer = called(cases.load, "org/llama", environment={**os.environ, **hub.environment(tmp_path / "file")})
     assert "cache folder cannot be written" in answer
     assert "HF_HOME" in answer

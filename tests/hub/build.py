@@ -1,14 +1,10 @@
-"""Small things for a store: random models with the SmolLM2 tokenizer, datasets from rows; and a process to ask from."""
+"""Small things for a store: random models with the SmolLM2 tokenizer, and datasets from rows."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from multiprocessing import get_context
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,23 +72,3 @@ def parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
     stream = io.BytesIO()
     pd.DataFrame(list(rows)).to_parquet(stream, index=False)
     return stream.getvalue()
-
-
-@contextmanager
-def process(environment: Mapping[str, str]) -> Iterator[ProcessPoolExecutor]:
-    """Another process whose libraries see `environment` when they are imported: `pool.submit(function, ...).result()`.
-
-    The function must be importable; its arguments and what it gives or raises travel by pickle.
-    """
-    before = dict(os.environ)
-    os.environ.update(environment)
-    pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-    try:
-        pool.submit(os.getpid).result()  # starts it
-        os.environ.clear()
-        os.environ.update(before)
-        yield pool
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        pool.shutdown()

@@ -20,7 +20,7 @@ class Done(NamedTuple):
 
 
 def evaluate(*arguments: str) -> Done:
-    """`python scripts/evaluate.py ...` in this process, which has its imports behind it after the first time."""
+    """`python scripts/evaluate.py ...` in this process, whose imports are behind it."""
     out, err = io.StringIO(), io.StringIO()
     if str(SCRIPTS) not in sys.path:
         sys.path.insert(0, str(SCRIPTS))
@@ -69,13 +69,6 @@ def interrupted(path: str) -> list[str]:
     with suppress(UserError):
         download.run(stop)
     return [f.name for f in download.snapshot.folder.iterdir()]
-
-
-def home() -> str:
-    """Where this process keeps what comes from the hub."""
-    from huggingface_hub import constants
-
-    return constants.HF_HOME
 
 
 def gates(name: str, revision: str = "main", fetch: bool = False) -> dict[str, Any] | str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from a2sf.compat import numba
 from a2sf.engine.eviction import Attended, EvictionState, Options, Segments, reference
 from a2sf.engine.functional import evicting_attention
 from a2sf.engine.kernels import attend, dense
@@ -295,36 +295,29 @@ def test_dense_attention_equals_the_reference_where_it_serves(budget: int, recen
     assert dense.why_not(tree(12, 8, 4), options, None) is not None  # sinks: not a band
 
 
-def run_in_a_new_process(cache: Path, before: str = "", **environment: str) -> str:
-    """ "0", "1", ...: how much was loaded from the cache; "nowhere" if there is none."""
-    program = f"""
-{before}
+@pytest.mark.full
+def test_compiled_code_is_kept_on_disk() -> None:
+    """What this process has compiled, or an earlier one, another process loads."""
+    program = """
 import torch
 from a2sf import evicting_attention
 from a2sf.engine.kernels.cpu import run as cpu_run
 x = torch.randn(1, 1, 8, 8)
 _, state = evicting_attention(x, x, x, budget=4, recent=0, forgetting_factor=0.5)
 assert state.positions.shape[-1] == 4
-print(sum(cpu_run.run.stats.cache_hits.values()) if cpu_run.run.stats.cache_path else "nowhere")
+print(sum(cpu_run.run.stats.cache_hits.values()))
 """
-    env = os.environ | {"NUMBA_CACHE_DIR": str(cache)} | environment
-    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    exec(program, {})
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr
 
 
-@pytest.mark.full
-def test_compiled_code_is_kept_on_disk(tmp_path: Path) -> None:
-    assert run_in_a_new_process(tmp_path) == "0"
-    assert run_in_a_new_process(tmp_path) == "1"
-
-
-@pytest.mark.full
-def test_it_runs_without_a_place_for_compiled_code(tmp_path: Path) -> None:
-    no_place = "from numba.core.caching import CacheImpl; CacheImpl._locator_classes = []"
-    # this test is not about speed, so LLVM need not work for it
-    assert run_in_a_new_process(tmp_path, no_place, NUMBA_OPT="0") == "nowhere"
-    assert not list(tmp_path.iterdir())
+def test_it_runs_without_a_place_for_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+    compiled = numba.cached(lambda x: x + 1)
+    assert compiled(1) == 2
+    assert compiled.stats.cache_path is None
+    assert cpu_run._make_run(1).stats.cache_path is None
 
 
 def test_versions_of_the_source_share_no_file_of_compiled_code() -> None:

@@ -130,7 +130,7 @@ def test_other_architectures(name):
 
 @pytest.mark.parametrize(
     ("policy", "schedule", "chunks"),
-    tiered(((p, s, chunks) for p, s in ALL for chunks in ([20], [1, 5, 3, 11], [9, 8, 2])), each=1),
+    tiered(((p, s, chunks) for p, s in ALL for chunks in ([20], [1, 5, 3, 11], [9, 8, 2])), each=1, turn=1),
     ids=label,
 )
 def test_a_prompt_at_once_or_in_chunks_then_token_by_token(policy, schedule, chunks):
@@ -154,7 +154,7 @@ def test_a_prompt_at_once_or_in_chunks_then_token_by_token(policy, schedule, chu
 
 @pytest.mark.parametrize(
     ("policy", "schedule", "name", "budget"),
-    tiered(((p, s, *more) for p, s in NOT_TIED for more in BUDGETS if fits(p, more[0])), each=0),
+    tiered(((p, s, *more) for p, s in NOT_TIED for more in BUDGETS if fits(p, more[0])), each=0, turn=3),
     ids=label,
 )
 def test_left_padding_never_enters_the_cache_and_each_row_has_its_own_budget(policy, schedule, name, budget):
@@ -246,7 +246,7 @@ def test_plain_calls_inside_pruning_read_padded_rows_as_if_alone(policy, schedul
 
 @pytest.mark.parametrize(
     ("policy", "schedule", "backend"),
-    tiered(((p, s, backend) for p, s in ALL for backend in ("float64", "reference", "numba")), each=0),
+    tiered(((p, s, backend) for p, s in ALL for backend in ("float64", "reference", "numba")), each=0, turn=2),
     ids=label,
 )
 def test_backends_and_float64(policy, schedule, backend):

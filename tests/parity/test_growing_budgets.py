@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("stand_in")
 
 @pytest.mark.parametrize(
     ("policy", "schedule", "chunks"),
-    tiered(((p, s, chunks) for p, s in USING for chunks in ([1] * 20, [20], [1, 5, 3, 11], [9, 8, 2])), each=0),
+    tiered(((p, s, chunks) for p, s in USING for chunks in ([1] * 20, [20], [1, 5, 3, 11], [9, 8, 2])), each=0, turn=2),
     ids=label,
 )
 def test_chunks_and_single_tokens_equal_one_pass(policy, schedule, chunks):
@@ -52,6 +52,7 @@ def test_chunks_and_single_tokens_equal_one_pass(policy, schedule, chunks):
     tiered(
         ((p, s, name) for p, s in NOT_TIED if p.uses_budget for name in ("llama", "gpt2", "opt") if fits(p, name)),
         each=0,
+        turn=3,
     ),
     ids=label,
 )
@@ -167,7 +168,7 @@ def test_generated_texts_are_those_of_each_alone(lm):
 
 
 def test_what_cannot_grow_is_refused_before_anything_is_read():
-    from tests.policies import Steady
+    from tests.own_policies import Steady
 
     class Changing(Steady):
         name, label = "changing", "Changing"

@@ -70,6 +70,7 @@ def evictions(cache: PrunedCache, layer: int) -> tuple[torch.Tensor, torch.Tenso
             if fits(p, a, normed)
         ),
         each=0,
+        turn=4,
     ),
     ids=label,
 )
@@ -211,7 +212,9 @@ def same(got, expected) -> None:
 
 @pytest.mark.usefixtures("short_passes")
 @pytest.mark.parametrize(
-    ("policy", "schedule"), tiered(((p, s) for p, s in cases() if p.causal and not ties(type(p))), each=0), ids=label
+    ("policy", "schedule"),
+    tiered(((p, s) for p, s in cases() if p.causal and not ties(type(p))), each=0, turn=1),
+    ids=label,
 )
 def test_long_requests_are_scored_in_parts(policy, schedule, monkeypatch):
     budget = Budget(ratio=0.25) if policy.uses_budget else None

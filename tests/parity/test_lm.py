@@ -23,7 +23,7 @@ from a2sf.tasks import spec as tasks
 from tests.hub.build import write_model
 from tests.models import shared
 from tests.own_tasks import simple_evaluate
-from tests.policies import cases, label, tiered
+from tests.policies import cases, features, label, tier, tiered
 from tests.stand_in import StandIn
 
 POLICIES = [cls() for cls in find_policies().values()]
@@ -58,11 +58,13 @@ def test_full_cache_is_hflm(smollm2, lm, bundle, task, shots):
 
 
 ONE_OF_EACH = {p.schedules: p.name for p in POLICIES}.values()
+OF_A_RULE = {frozenset(features(p)): p.name for p in POLICIES}.values()
+"""One policy for each set of features of a rule."""
 
 
 @pytest.mark.parametrize(
     "policy",
-    [pytest.param(p, marks=[] if p.name in ONE_OF_EACH else pytest.mark.full) for p in POLICIES],
+    [pytest.param(p, marks=tier(p.name in ONE_OF_EACH, p.name in OF_A_RULE)) for p in POLICIES],
     ids=lambda p: p.name,
 )
 def test_sharing_beginnings_is_exact(smollm2, lm, bundle, policy):

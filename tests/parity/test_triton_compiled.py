@@ -15,7 +15,7 @@ import torch
 from a2sf.engine.kernels.gpu import launch, products
 from a2sf.engine.kernels.gpu.scan import scan
 from a2sf.policies.rule import Rule
-from tests.policies import AboveUniform
+from tests.own_policies import AboveUniform
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 triton = pytest.importorskip("triton", reason="Triton is not installed (extra gpu)")

@@ -31,7 +31,8 @@ from a2sf.engine.tree import PaddedRows, RowResults
 from a2sf.errors import ConfigError, Notice, UserError
 from a2sf.hf.settings import retention_of
 from a2sf.policies.rule import Rule
-from tests.policies import AboveUniform, instances, label
+from tests.own_policies import AboveUniform
+from tests.policies import instances, label
 
 VECTORS = sorted((Path(__file__).parents[1] / "vectors").glob("*.npz"))
 UNLIMITED = 2**31 - 1

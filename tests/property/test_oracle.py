@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from a2sf import Budget, Schedule, attend, make_policy
 from a2sf.engine.invariants import SCHEDULES
 from tests.oracle import Method, Token, run
-from tests.policies import AboveUniform, Apportioned, Divided, Looked, Steady, label
+from tests.own_policies import AboveUniform, Apportioned, Divided, Looked, Steady
+from tests.policies import label
 from tests.tiers import examples
 
 T, K, G, D = 22, 2, 2, 6

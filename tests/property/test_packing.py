@@ -92,7 +92,7 @@ def check_packed_is_alone(drawn, max_tokens):
     assert sorted(seen) == list(range(len(drawn)))
 
 
-@pytest.mark.parametrize(("policy", "schedule"), tiered(CASES, each=1), ids=label)
+@pytest.mark.parametrize(("policy", "schedule"), tiered(CASES, each=1, turn=2), ids=label)
 @settings(max_examples=examples(4), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(drawn=requests(), max_tokens=st.sampled_from([20, 1000]))
 def test_packed_is_alone(policy, schedule, drawn, max_tokens):

@@ -21,7 +21,8 @@ from a2sf.errors import ConfigError, PolicyError, UserError
 from a2sf.hf.settings import retention_of
 from a2sf.policies.find import find_policies
 from tests.outside import policy
-from tests.policies import Divided, Looked, label
+from tests.own_policies import Divided, Looked
+from tests.policies import label
 
 
 @dataclass(frozen=True, kw_only=True)

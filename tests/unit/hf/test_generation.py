@@ -24,7 +24,7 @@ from baselines.snapkv import SnapKV
 from baselines.streaming import Streaming
 from baselines.tova import TOVA
 from tests.models import COMMON, random_model, small
-from tests.policies import Steady
+from tests.own_policies import Steady
 
 IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(0))
 GREEDY = {"do_sample": False, "eos_token_id": None}

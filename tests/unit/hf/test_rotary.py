@@ -15,7 +15,7 @@ from a2sf.hf.rotary import rotary_of
 from a2sf.policies.rotary import Rotary
 from tests.architectures import SUPPORTED
 from tests.models import CONFIGS, shared
-from tests.policies import Watched
+from tests.own_policies import Watched
 
 POSITIONAL = {"gpt2", "opt"}
 """Small models with absolute positions instead."""

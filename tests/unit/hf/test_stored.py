@@ -17,7 +17,7 @@ from baselines.full import Full
 from baselines.heads import Heads
 from baselines.tova import TOVA
 from tests.models import small
-from tests.policies import Steady
+from tests.own_policies import Steady
 
 IDS = torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones(2, 20, dtype=torch.int64)

@@ -19,7 +19,7 @@ from a2sf.policies.base import check_name
 from a2sf.policies.find import find_policies
 from a2sf.policies.rule import Cut
 from a2sf.policies.schedule import schedule_for
-from tests.policies import Steady
+from tests.own_policies import Steady
 
 
 def tensors(tokens: int = 12):

@@ -14,6 +14,7 @@ from datasets import Dataset, load_dataset
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
+from a2sf.compat.lm_eval import TaskReader
 from a2sf.errors import ConfigError, UserError
 from a2sf.tasks import definitions
 from a2sf.tasks import spec as tasks
@@ -126,10 +127,15 @@ def test_the_splits_of_every_definition_are_known(index_sample):
 @pytest.fixture(scope="module")
 def index_sample():
     """Every 40th definition of lm-eval's, and those of a kind that few have."""
-    index = definitions.index()
-    names = [n for n, e in index.items() if e.kind.name in ("TASK", "PY_TASK")]
-    rare = [n for n in names if any(k in (index[n].cfg or {}) for k in ("custom_dataset", "class"))]
-    return [*names[::40], *rare]
+    entries = {n: e for n, e in definitions.index().items() if e.kind.name in ("TASK", "PY_TASK")}
+    files = (p for p in definitions.TASKS_DIRECTORY.rglob("*") if p.suffix in ("", ".yaml") and p.is_file())
+    folders = {
+        p.parent for p in files if "custom_dataset:" in p.read_text(encoding="utf-8", errors="ignore")
+    }  # also those of templates
+    near = [n for n, e in entries.items() if e.kind.name == "PY_TASK" or e.yaml_path.parent in folders]
+    rare = [n for n in near if {"custom_dataset", "class"} & set(TaskReader().config(entries[n]))]
+    assert len(rare) > 60
+    return [*list(entries)[::40], *rare]
 
 
 # where files are found
