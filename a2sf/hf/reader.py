@@ -20,7 +20,7 @@ from a2sf.hf.calls.around import bare, idle
 from a2sf.hf.devices import input_device
 from a2sf.hf.layer_check import layers_of, positions_of, unpruned
 from a2sf.hf.warned import Warned, caused_by
-from a2sf.policies.base import Policy
+from a2sf.policies.base import Policy, Retention
 from a2sf.policies.prepared import LayerRead, Numbers, Prepared
 
 T = TypeVar("T")
@@ -73,8 +73,8 @@ def prepared_for(model: PreTrainedModel, policy: Policy, tokens: Sequence[int]) 
     return _checked(found, model, policy, "prepare")
 
 
-def look_of(policy: Policy, columns: Tensor | slice, warned: Warned) -> Look:
-    """The look of `policy` at a prompt in a pass that reads it, for `concluded`; `warned` counts what it warns of."""
+def look_of(policy: Policy, columns: Tensor | slice, warned: Warned | None = None) -> Look:
+    """The look of `policy` at a prompt in a pass that reads it, for `concluded`; `warned`, if given, counts its warnings."""
 
     def of(read: LayerRead) -> Any:
         with _own_code(policy, "look"), caused_by(warned):
@@ -83,11 +83,35 @@ def look_of(policy: Policy, columns: Tensor | slice, warned: Warned) -> Look:
     return Look(of, columns, policy.hidden_states)
 
 
-def concluded(model: PreTrainedModel, policy: Policy, look: Look, warned: Warned) -> Prepared:
+def concluded(model: PreTrainedModel, policy: Policy, look: Look, warned: Warned | None = None) -> Prepared:
     """What `policy` prepares for the prompt that its `look` saw in all layers; errors as `prepared_for`."""
     with _own_code(policy, "conclude"), caused_by(warned):
         found = policy.conclude(found_by(look, layers_of(model)))
     return _checked(found, model, policy, "conclude")
+
+
+def uncut(retention: Sequence[Retention], tokens: int) -> tuple[Retention, ...]:
+    """`retention` of each layer, while a prompt of `tokens` tokens is looked at: by the same rules, and nothing is evicted.
+
+    With a prompt of a token more, so that it never ends.
+    """
+    most = max(tokens + 1, *(k.budget for k in retention))
+    return tuple(
+        replace(k, budget=most, recent=most if k.recent == k.budget else k.recent, growth=None) for k in retention
+    )
+
+
+def check_rules(policy: Policy, before: Sequence[Retention], after: Sequence[Retention]) -> None:
+    """Refuse a policy that ranks tokens by another rule now than the one which its prompt was read with.
+
+    Raises:
+        PolicyError: if it does.
+    """
+    if any((k.rule, k.forgetting_factor) != (n.rule, n.forgetting_factor) for k, n in zip(before, after, strict=True)):
+        raise PolicyError(
+            f"policy {policy.name} looks at a prompt while it is read, and has another rule or forgetting factor at "
+            "another budget; define prepare instead of look"
+        )
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from a2sf.hf.calls.logits import logits_at
 from a2sf.hf.devices import input_device
 from a2sf.hf.exactness import require_exact
 from a2sf.hf.loading import kv_heads_of
+from a2sf.hf.memory import tokens_in_caches, tokens_per_pass
 from a2sf.hf.projection import projections_for, projections_of
 from a2sf.hf.reader import prepared_for
 from a2sf.hf.rotary import rotary_for, rotary_of
@@ -38,7 +39,6 @@ from a2sf.policies.budget import Budget
 from a2sf.policies.prepared import Prepared
 from a2sf.policies.schedule import Schedule, schedule_for
 from a2sf.scoring.counts import Counts
-from a2sf.scoring.passes.memory import tokens_in_caches, tokens_per_pass
 from a2sf.scoring.passes.run import Passes, Pending
 from a2sf.scoring.passes.sequences import Model, ScoredSequence
 from a2sf.scoring.requests import ROLLING, TEXT, Requests, Window
@@ -132,7 +132,7 @@ class Scorer:
         So an interruption loses what was prepared for one portion, not for all prompts.
         """
         longest = max((len(c) + len(t) for m in missing for c, t in m.windows), default=0)
-        beforehand = any(self._beforehand(a.system.policy, longest) for a in answers)
+        beforehand = any(self.beforehand(a.system.policy, longest) for a in answers)
         size = PREPARED_AT_ONCE if beforehand else max(1, len(missing))
         for at in range(0, len(missing), size):
             yield missing[at : at + size]
@@ -251,18 +251,18 @@ class Scorer:
         cut = requests.cut(i, system, len(tokens) - len(continuation), len(context))
         read = len(tokens) - 1
         retention = system.retention(read, cut, self.layers)
-        undecided = system if _cuts_by_prompt(system, retention, cut, read) else None
+        undecided = system if system.cuts_by_prompt(retention, cut, read) else None
         made = ScoredSequence(tuple(tokens[:-1]), tuple(continuation), retention, system.schedule, cut, undecided)
-        return self._decided(made) if self._beforehand(system.policy, read) else made
+        return self.decided(made) if self.beforehand(system.policy, read) else made
 
-    def _decided(self, sequence: ScoredSequence) -> ScoredSequence:
+    def decided(self, sequence: ScoredSequence) -> ScoredSequence:
         """A sequence for whose policy its prompt was read, if that is needed."""
         system = sequence.undecided
         if system is None:
             return sequence
         return sequence.decided(self._prepared(system, sequence.read[: sequence.prompt]))
 
-    def _beforehand(self, policy: Policy, tokens: int) -> bool:
+    def beforehand(self, policy: Policy, tokens: int) -> bool:
         """Whether a prompt is read for the policy before the pass that computes an answer of so many tokens.
 
         Else the policy looks at that pass, which takes more memory, and no other length of text for the rotary embedding.
@@ -287,7 +287,7 @@ class Scorer:
             total: how many tokens of the sequence are read.
         """
         retention = system.retention(total, cut, self.layers)
-        if not _cuts_by_prompt(system, retention, cut, total):
+        if not system.cuts_by_prompt(retention, cut, total):
             return retention
         return system.retention(total, cut, self.layers, self._prepared(system, tuple(tokens[:cut])))
 
@@ -354,7 +354,7 @@ class Scorer:
                     continue
                 sequence = self.text_sequence(requests, i, requests.after(i, answer), answers.system)
             else:
-                sequence = self._decided(self.sequence(requests, i, requests.windows(i)[0], answers.system))
+                sequence = self.decided(self.sequence(requests, i, requests.windows(i)[0], answers.system))
             made.append(self._trace(document, sequence))
         return made
 
@@ -383,13 +383,6 @@ class Scorer:
         pieces = tuple(self.lm.tokenizer.decode([t]) for t in sequence.read)
         every = np.array([*sequence.read, sequence.targets[-1]])
         return Trace(document, pieces, sequence.context, at, received, lost, every)
-
-
-def _cuts_by_prompt(system: System, retention: Sequence[Retention], cut: int, total: int) -> bool:
-    """Whether what is retained of `total` tokens depends on what the policy finds in the `cut` first ones."""
-    # where tokens are evicted after the cut too, a prompt that fits is ranked later
-    least = cut if system.schedule.then == "keep" else total
-    return system.policy.prepares and any(k.budget < least for k in retention)
 
 
 def _about(requests: Requests, i: int, error: Exception) -> Exception:

@@ -43,6 +43,16 @@ class System:
         """
         return retention_of(self.policy, self.budget, total, context, layers, self.schedule, prepared, self.acts)
 
+    def cuts_by_prompt(self, retention: Sequence[Retention], cut: int, total: int) -> bool:
+        """Whether what is retained of `total` tokens depends on what the policy finds in the `cut` first ones.
+
+        Args:
+            retention: what each layer retains if the policy finds nothing.
+        """
+        # where tokens are evicted after the cut too, a prompt that fits is ranked later
+        least = cut if self.schedule.then == "keep" else total
+        return self.policy.prepares and any(k.budget < least for k in retention)
+
 
 class Answer(NamedTuple):
     """The answer of a model to one request.

@@ -8,7 +8,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,13 +18,13 @@ from a2sf.hf.attention import NonFiniteError, rope_switch
 from a2sf.hf.cache.checks import check_length
 from a2sf.hf.cache.decoding import prove_decoding
 from a2sf.hf.cache.pruned import PrunedCache
+from a2sf.hf.memory import tokens_in_caches
 from a2sf.hf.warned import caused_by
 from a2sf.scoring.generation.calls import by_generate
 from a2sf.scoring.generation.ends import EOS, STOP, Ends
 from a2sf.scoring.generation.row import Row
 from a2sf.scoring.generation.rows import RowGenerator
 from a2sf.scoring.generation.sampling import Choice
-from a2sf.scoring.passes.memory import tokens_in_caches
 from a2sf.scoring.passes.sequences import ScoredSequence
 from a2sf.scoring.requests import Requests, is_conversation
 from a2sf.scoring.systems import Answer, Answers
@@ -116,8 +115,11 @@ class TextGenerator:
                 f"max_length={settings['max_length']} leaves no room for text after a prompt of {len(prompt.tokens)} tokens"
             )
         cut = requests.cut(i, system, len(prompt.tokens), prompt.length)
-        retention = system.retention(cut + follow - 1, cut, self.scorer.layers)
-        sequence = ScoredSequence(tuple(prompt.tokens), (0,), retention, system.schedule, cut)
+        total = len(prompt.tokens) + follow - 1  # the last token is never read
+        retention = system.retention(total, cut, self.scorer.layers)
+        undecided = system if system.cuts_by_prompt(retention, cut, total) else None
+        read = tuple(prompt.tokens)
+        sequence = ScoredSequence(read, (0,), retention, system.schedule, cut, undecided, follow - 1)
         draw = (requests.keys[i], self._seed) if choice.of.draws else None
         row = Row(answers, i, sequence, limit, ends, prompt.text, draw, prompt.later)
         if (known := (id(answers), row.follow)) not in self._checked:
@@ -159,19 +161,22 @@ class TextGenerator:
         )
 
     def _prepare(self, row: Row) -> bool:
-        """Let a policy that prepares prompts read the row's prompt. False: it failed, which is its system's `error`."""
+        """Read the row's prompt for its policy, where that is needed before it is read for the text (`Scorer.beforehand`).
+
+        False: it failed, which is its system's `error`.
+        """
         one, sequence = row.answers, row.sequence
-        if one.error is not None or not one.system.policy.prepares:
-            return one.error is None
+        if one.error is not None:
+            return False
+        if sequence.undecided is None or not self.scorer.beforehand(one.system.policy, len(sequence.read)):
+            return True
         clock = time.perf_counter()
         try:
             with caused_by(one.warned):
-                total = sequence.prompt + row.follow - 1
-                retention = self.scorer.retention(one.system, sequence.read, sequence.prompt, total)
+                row.sequence = self.scorer.decided(sequence)
         except Exception as error:
             one.error = error
             return False
-        row.sequence = replace(sequence, retention=retention)
         one.progress.seconds += time.perf_counter() - clock
         return True
 

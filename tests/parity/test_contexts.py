@@ -101,6 +101,21 @@ def test_text_is_generated_with_the_same_cut():
         assert StandIn().decode(made[0, ids.shape[1] :].tolist()) == text
 
 
+def test_the_question_counts_where_it_is_decided_whether_a_policy_sees_the_context():
+    """The context fits with its new tokens, and the question between them makes one leave."""
+    schedule = Schedule("prompt", then="step", at="context")
+    lm = lm_of("kvzap", schedule=schedule, budget_tokens=len(CONTEXT) + 6)
+    settings = {"until": [], "max_gen_toks": 6, "do_sample": False}
+    request = Instance("generate_until", {"text": CONTEXT}, (CONTEXT + QUESTIONS[0], settings), 0, ("t", 0, 1))
+    (text,) = lm.generate_until([request], disable_tqdm=True)
+    cache, ids = cache_for(lm), torch.tensor([lm.tok_encode(request.args[0])])
+    made = lm.model.generate(
+        ids, attention_mask=torch.ones_like(ids), cache=cache, max_new_tokens=6, do_sample=False, pad_token_id=0
+    )
+    assert int(cache.state(0).counts.max()) <= len(CONTEXT) + 6 < int(cache.seen[0])
+    assert StandIn().decode(made[0, ids.shape[1] :].tolist()) == text
+
+
 def test_a_token_across_the_contexts_end_is_the_questions():
     def pairs(text: str) -> list[str]:
         return [text[i : i + 2] for i in range(0, len(text), 2)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ import pytest
 
 from a2sf.errors import PolicyError
 from a2sf.hf.attention.errors import NonFiniteError
+from a2sf.hf.warned import Warned
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policies
@@ -22,6 +24,7 @@ from a2sf.scoring.lm import PrunedLM
 from a2sf.scoring.passes import looks, run
 from a2sf.scoring.requests import EncodedRequests
 from a2sf.scoring.scorer import Scorer
+from a2sf.tasks.warned import collected
 from baselines.cake import CAKE
 from baselines.kvzap import KVzap
 from baselines.simlayerkv import SimLayerKV
@@ -238,6 +241,25 @@ def test_an_error_of_a_policy_is_its_own(lm, wrong, message):
     with pytest.raises(PolicyError, match=message):
         raise odd.error
     assert values(cake) == pytest.approx(values(computed(lm, systems[1:])[0]), abs=1e-4)
+
+
+class Unsure(CAKE):
+    """Warns when it ranks tokens."""
+
+    name = "unsure"
+
+    def priorities(self, step):
+        warnings.warn("the policy is not sure", RuntimeWarning, stacklevel=1)
+        return super().priorities(step)
+
+
+def test_what_warns_in_a_pass_is_noted_of_the_system_that_it_serves(lm):
+    """What is looked at has a negative number, which counts no system from the end."""
+    systems = [system(Unsure(window=3, kernel=3)), (find_policies()["a2sf"](), Budget(tokens=6), STEP)]
+    with collected(Warned()):
+        unsure, other = computed(lm, systems)
+    assert [n["text"] for n in unsure.warned.notes] == ["RuntimeWarning warns: the policy is not sure"]
+    assert not other.warned.notes
 
 
 def test_numbers_that_are_not_finite_are_those_of_their_requests(lm):

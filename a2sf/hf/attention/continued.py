@@ -100,7 +100,8 @@ def parts_of(
 
     Args:
         columns: int64, where in the row each of the plan's tokens is; along a sequence they ascend.
-        keep: whether the states in which the plan's sequences end stay in the parts' `states`.
+        keep: whether the states in which the plan's sequences end stay in the parts' `states`; not those of sequences with
+            a negative number, which are only looked at.
     """
     found: list[tuple[Continued, np.ndarray]] = []
     done = [0] * len(plan.start)  # tokens of each segment that earlier parts read
@@ -151,7 +152,7 @@ def parts_of(
             shapes=shapes,
         )
         found.append((part, np.concatenate(tokens)))
-    later = frozenset(plan.ends if keep else ())
+    later = frozenset(end for i, end in zip(plan.serves, plan.ends, strict=True) if keep and i >= 0)
     for part, _ in reversed(found):
         part.later = later
         later |= {i for i in part.begin if i >= 0}

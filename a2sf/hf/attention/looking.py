@@ -99,11 +99,20 @@ def looked_at(model: PreTrainedModel, reading: Pass, looks: Sequence[Look]) -> I
             yield
         return
     seen = Looking(reading, looks, reading.layers)
+    with hidden_noted(model, seen.hidden, seen, looks), running(seen):
+        yield
+
+
+@contextmanager
+def hidden_noted(
+    model: PreTrainedModel, hidden: dict[int, Tensor], reading: Pass, looks: Sequence[Look]
+) -> Iterator[None]:
+    """In the pass `reading`, note in `hidden` the input of each layer's attention, if one of `looks` is to see it."""
 
     def note(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-        hidden = given.get("hidden_states", args[0] if args else None)
-        if active.get() is seen and isinstance(hidden, Tensor):  # another thread may call the model too
-            seen.hidden[module.layer_idx] = hidden  # type: ignore[index]
+        found = given.get("hidden_states", args[0] if args else None)
+        if active.get() is reading and isinstance(found, Tensor):  # another thread may call the model too
+            hidden[module.layer_idx] = found  # type: ignore[index]
 
     attentions = [
         m
@@ -112,8 +121,7 @@ def looked_at(model: PreTrainedModel, reading: Pass, looks: Sequence[Look]) -> I
     ]
     hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in attentions]
     try:
-        with running(seen):
-            yield
+        yield
     finally:
         for hook in hooks:
             hook.remove()

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from a2sf.errors import ConfigError, UserError
-from a2sf.hf.reader import prepared_for
+from a2sf.hf.memory import tokens_in_caches
+from a2sf.hf.reader import prepared_for, uncut
 from a2sf.hf.settings import contexts_for, retention_of
 from a2sf.policies.base import Retention
 from a2sf.policies.prepared import Prepared
@@ -17,8 +18,12 @@ if TYPE_CHECKING:
     from a2sf.hf.cache.pruned import PrunedCache
 
 
-def resolve_budgets(cache: PrunedCache, start: Tensor, length: Tensor) -> tuple[list[tuple[Retention, ...]], list[int]]:
-    """What each layer retains of each row, and how many tokens the row's prompt has.
+def resolve_budgets(
+    cache: PrunedCache, start: Tensor, length: Tensor
+) -> tuple[list[tuple[Retention, ...]], list[int], bool]:
+    """What each layer retains of each row, how many tokens the row's prompt has, and whether the policy looks at this call.
+
+    Where it does, nothing is retained yet but all of the prompts (`LookingPass`).
 
     Args:
         start: int64 [B], the column of the first call in which each row begins.
@@ -38,9 +43,23 @@ def resolve_budgets(cache: PrunedCache, start: Tensor, length: Tensor) -> tuple[
     retention = retention_of_prompts(cache, context)
     fits = all(k.budget >= n for row, n in zip(retention, context, strict=True) for k in row)
     # where tokens are evicted after the cut too, a prompt that fits is ranked later
-    if cache.policy.prepares and not (fits and cache.schedule.then == "keep"):
-        retention = retention_of_prompts(cache, context, _prepared(cache, context, start.tolist(), length.tolist()))
-    return retention, context
+    if not cache.policy.prepares or (fits and cache.schedule.then == "keep"):
+        return retention, context, False
+    if _looks(cache, context, length.tolist()):
+        return [uncut(k, n) for k, n in zip(retention, context, strict=True)], [n + 1 for n in context], True
+    ready = _prepared(cache, context, start.tolist(), length.tolist())
+    return retention_of_prompts(cache, context, ready), context, False
+
+
+def _looks(cache: PrunedCache, context: list[int], length: list[int]) -> bool:
+    """Whether the policy can look at the call that reads the prompts: all of them, and nothing else.
+
+    All layers then hold the prompts until the end of the call. Else the prompts are read for the policy first.
+    """
+    model = cache.model_ref()
+    if model is None or cache.trace or context != length or not cache.policy.looks:
+        return False
+    return sum(context) * len(cache.layers) <= tokens_in_caches(model)
 
 
 def _check_total(cache: PrunedCache, context: list[int], length: list[int]) -> None:

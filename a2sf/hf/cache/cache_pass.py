@@ -43,12 +43,24 @@ class CachePass:
         elif window is not None:
             self.cache.rows(layer, window)  # refuses a sequence that has outgrown the window
         which = self.attentions[layer]
-        output = store.attend(query, key, value, self.new, scale, self.cache.more, which)
+        output = self.read(store, layer, query, key, value, scale, which)
         if self.new.columns == 1:
             # NaN and infinity end up in the output, but not those of a key that only gets no attention
             check_finite(layer, tokens, key=key, output=output)
         self.attentions[layer] += 1
         return output if order is None else _in_order(output, order.argsort(1))
+
+    def begin(self) -> None:
+        """Begin the call."""
+
+    def read(
+        self, store: PrunedLayer, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, which: int
+    ) -> Tensor:
+        """Let a layer read the call's tokens, [B, H, T, V]; `which` as for `PrunedLayer.attend`."""
+        return store.attend(query, key, value, self.new, scale, self.cache.more, which)
+
+    def finish(self, completed: bool) -> None:
+        """End the call, which all layers have read if it is `completed`."""
 
 
 def _in_order(x: Tensor, order: Tensor) -> Tensor:

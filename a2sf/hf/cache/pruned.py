@@ -28,6 +28,7 @@ from a2sf.hf.cache.budgets import resolve_budgets
 from a2sf.hf.cache.cache_pass import CachePass
 from a2sf.hf.cache.checks import check_call, check_lengths_are_given, new_tokens
 from a2sf.hf.cache.layer import PrunedLayer
+from a2sf.hf.cache.looking_pass import LookingPass
 from a2sf.hf.cache.store import How, NewTokens
 from a2sf.hf.cache.stored import ModelRef, load_into, stored_of
 from a2sf.hf.calls.around import decoder_of, following_copy, surround
@@ -147,6 +148,7 @@ class PrunedCache(Cache):
         self.prompt: list[int] = []  # tokens of each row's prompt
         self.calls = 0
         self.incoming: Tensor | None = None  # the first call's tokens, set before it, for a policy that prepares
+        self.looking = False  # whether the policy looks at the first call, which is the prompts, before they are cut
         self._pass: CachePass | None = None
         self.attentions: list[int] = []  # how many times each layer calls its attention in a pass
         self.failed = False  # whether a call stopped midway
@@ -294,9 +296,8 @@ class PrunedCache(Cache):
             return [shape[1]]
         start, length, order = self._admit(model, shape, mask)
         assert self.seen is not None
-        switches = (
-            int((self.seen + length).max()) > self.rope_switch
-        )  # the length at the end decides how all keys are rotated
+        # the length at the end decides how all keys are rotated
+        switches = int((self.seen + length).max()) > self.rope_switch
         if switches or (order is not None and self.schedule.prompt):
             return [shape[1]]
         first = 0
@@ -338,7 +339,9 @@ class PrunedCache(Cache):
         assert self.seen is not None
         after = self.seen + length
         self._left = max(0, self._left - shape[1])
-        self._pass = CachePass(self, NewTokens(start, length, self.seen, after, shape[1], order), len(self.layers))
+        new = NewTokens(start, length, self.seen, after, shape[1], order)
+        self._pass = (LookingPass if self.looking else CachePass)(self, new, len(self.layers))
+        self._pass.begin()
         return self._pass
 
     def end(self, completed: bool) -> None:
@@ -349,6 +352,8 @@ class PrunedCache(Cache):
             self.failed, self._left = True, 0
         if done is None:
             return
+        self.failed, self.looking = True, False
+        done.finish(completed)
         attentions = [done.attentions[i] for i in range(done.layers)]
         self.attentions = self.attentions or attentions
         self.failed = not completed or attentions != self.attentions
@@ -395,4 +400,5 @@ class PrunedCache(Cache):
 
     def resolve_budgets(self, start: Tensor, length: Tensor) -> None:
         """Set what each layer retains from the first call's tokens: `length` [B] of each row, from column `start` [B]."""
-        self.keep(*resolve_budgets(self, start, length))
+        retention, prompt, self.looking = resolve_budgets(self, start, length)
+        self.keep(retention, prompt)

@@ -39,10 +39,12 @@ class BoundedCache(Protocol):
     Attributes:
         seen: int64 [B], each row's tokens so far, None before the first.
         incoming: the first call's tokens or embeddings, set before the call begins.
+        failed: whether a call stopped midway, so that the next one is refused.
     """
 
     seen: Tensor | None
     incoming: Tensor | None
+    failed: bool
 
     def parts(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> list[int]:
         """The columns at which the parts of such a call end; a call that does not fit is refused."""
@@ -174,7 +176,9 @@ class Around:
         tokens, mask, given = tokens_of(named), named.get("attention_mask"), named.get("position_ids")
         shape = tokens.shape[0], tokens.shape[1]
         past = torch.zeros(shape[0], dtype=torch.int64) if cache is None or cache.seen is None else cache.seen
-        if mask is None and given is not None and len(set(past.tolist())) > 1:
+        # of one token the positions are not fetched from a GPU, but where rows differ
+        several = shape[1] > 1 or len(set(past.tolist())) > 1
+        if mask is None and given is not None and several and cache is not None and not cache.failed:
             check_positions(given, past, shape)
         current: Pass
         if cache is not None:

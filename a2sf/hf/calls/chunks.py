@@ -1,7 +1,8 @@
 """A long call through a bounded cache, read in parts: later tokens need nothing of earlier ones but the cache.
 
 Only one part's activations are in memory at a time, and each layer's cache. A prompt that is cut at its end is read at once
-up to there: then one layer after the other holds all of it for a short time; in parts every layer would hold it.
+up to there: then one layer after the other holds all of it for a short time (every layer, if the policy looks at all of them
+before the cut); in parts every layer would hold it.
 """
 
 from __future__ import annotations

@@ -16,11 +16,19 @@ def tokens_of(named: dict[str, Any]) -> Tensor:
 
 
 def check_positions(given: Tensor, past: Tensor, shape: tuple[int, int]) -> None:
-    """Refuse positions that count earlier padding, as transformers makes them without a mask.
+    """Refuse positions that count earlier padding, as transformers makes them without a mask, or that were read before.
 
     Raises:
         UserError: if they do.
     """
+    if len(set(past.tolist())) == 1:
+        first, read = int(given[..., 0].min()), int(past[0])
+        if given.ndim == 2 and first < read:
+            raise UserError(
+                f"position_ids begin at {first} and this cache has read {read} tokens; give generate a text that begins "
+                "with all of them and goes on, without use_cache=False, or a new cache"
+            )
+        return
     expected = past[:, None] + torch.arange(shape[1])
     if given.shape[-1] == shape[1] and given.shape[0] in (1, len(expected)) and (given.cpu() != expected).any():
         raise UserError("earlier tokens of this batch were padding; give attention_mask, which says where it was")

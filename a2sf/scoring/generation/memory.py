@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from a2sf.hf.memory import ModelSizes
 from a2sf.scoring.passes.full_cache_prefix import peak_tokens
-from a2sf.scoring.passes.memory import ModelSizes
 from a2sf.scoring.requests import TEXT, Requests
 from a2sf.scoring.scorer import Scorer
 from a2sf.scoring.systems import Answers

@@ -1,8 +1,8 @@
-"""Prompts are read once for all systems: packed as scored sequences are, and with the states in which they end."""
+"""Prompts are read once for all systems: in rows as scored sequences are, and with the states in which they end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,67 +10,76 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from a2sf.engine.state import EvictionState
-from a2sf.hf.attention import NonFiniteError, Plan, attached, running
+from a2sf.hf.attention import NonFiniteError, Plan, attached
 from a2sf.hf.attention.continued import Continued
+from a2sf.hf.attention.looking import looked_at
 from a2sf.hf.attention.mixed import Mixed
 from a2sf.hf.attention.named import configs_of
 from a2sf.hf.cache.rows import ReadRow
-from a2sf.hf.calls.chunks import bounds
 from a2sf.hf.calls.logits import logits_in_parts
-from a2sf.scoring.passes.long_rows import in_parts, saves
-from a2sf.scoring.passes.packing import Pack, pack
+from a2sf.scoring.passes.looks import LookingRow, rows_of
+from a2sf.scoring.passes.packing import Pack
 from a2sf.scoring.passes.sequences import Model, ScoredSequence, pass_of
 
 
 @dataclass
 class Reading:
-    """One pass over prompts.
+    """Passes over prompts that were read together.
 
     Attributes:
-        row: what was read; `row.items` are places among the prompts.
-        logits: float32 [prompts, vocabulary], what follows each.
+        row: what was read; `row.sequences` says what is retained of each prompt, by its place among the prompts.
+        packs: the rows of it without what policies looked at.
+        logits: float32 [prompts, vocabulary], what follows each of `row.items`.
         ends: the prompts as rows that continue.
         plans: what computed them; each serves places among the prompts.
     """
 
-    row: Pack
+    row: LookingRow
+    packs: Sequence[Pack]
     logits: Tensor
     ends: list[ReadRow]
     plans: Sequence[Plan]
 
 
 def read_prompts(
-    model: PreTrainedModel, about: Model, prompts: Sequence[ScoredSequence], tokens_per_pass: int
+    model: PreTrainedModel, about: Model, prompts: Sequence[ScoredSequence], tokens_per_pass: int, room: int
 ) -> Iterator[Reading]:
     """Read prompts in passes of about `tokens_per_pass` computed tokens; the longest come first.
 
+    Args:
+        room: tokens for whose states there is memory in all layers, where policies look at prompts before they are cut.
+
     Raises:
         NonFiniteError: if logits depend on NaN or infinity; its `rows` are places among the prompts.
+        PolicyError: as `LookingRow.decide`.
     """
-    for row in pack([p.item() for p in prompts], max_tokens=tokens_per_pass):
+    for packs in rows_of(range(len(prompts)), prompts, model, tokens_per_pass, room):
+        read = LookingRow.of(packs, prompts, about.device)
         try:
-            yield _read(model, about, row, prompts, tokens_per_pass)
+            yield _read(model, about, read, packs, tokens_per_pass)
         except NonFiniteError as error:  # whose rows are segments
-            bad = set(error.rows)
-            through = [i for i, path in zip(row.items, row.path, strict=True) if bad.intersection(path)]
-            raise NonFiniteError(error.where, error.dtype, through) from error
+            raise NonFiniteError(error.where, error.dtype, read.blamed(error.rows)) from error
 
 
 def _read(
-    model: PreTrainedModel, about: Model, row: Pack, prompts: Sequence[ScoredSequence], tokens_per_pass: int
+    model: PreTrainedModel, about: Model, read: LookingRow, packs: Sequence[Pack], tokens_per_pass: int
 ) -> Reading:
-    whole, size = pass_of(row, prompts, about), len(row.tokens)
-    ends = bounds(size, tokens_per_pass)
-    if len(ends) > 1 and not saves(row, ends, prompts, model.config):
-        ends = [size]
-    last = torch.tensor([int(row.last(which, 1)[0]) for which in range(len(row.items))])
+    row, whole = read.row, pass_of(read.row, read.sequences, about)
+    prompts = [which for which, i in enumerate(row.items) if i >= 0]
+    last = torch.tensor([int(row.last(which, 1)[0]) for which in prompts])
     logits: list[Tensor] = [torch.empty(0)] * len(last)
     parts: list[Continued] = []
-    for part in in_parts(whole, ends, keep=True):
+    looked = [[at.look for at in of_part] for of_part in read.looked]
+    for number, part in enumerate(read.parts(whole, tokens_per_pass, model, keep=True)):
         parts += part.reading.plans if isinstance(part.reading, Mixed) else [part.reading]  # type: ignore[arg-type, list-item]
         mine = ((last >= part.begin) & (last < part.end)).nonzero()[:, 0].tolist()
         columns = last[mine].sub(part.begin).unique() if mine else torch.tensor([0])  # a model needs one at least
-        with attached(model, configs=configs_of(model)), torch.inference_mode(), running(part.reading):
+        looks = looked[number] if number < len(looked) else []
+        with (
+            attached(model, configs=configs_of(model)),
+            torch.inference_mode(),
+            looked_at(model, part.reading, looks),
+        ):
             made = logits_in_parts(
                 model,
                 columns.to(about.device),
@@ -82,11 +91,13 @@ def _read(
         for which in mine:
             at = int((columns == last[which] - part.begin).nonzero())
             logits[which] = found[at].clone()
-    states = _states(parts, prompts, about.layers)
-    return Reading(row, torch.stack(logits), [states[i] for i in row.items], whole.plans)
+        if looks:
+            read.decide(number, model)
+    states = _states(parts, read.sequences, about.layers)
+    return Reading(read, packs, torch.stack(logits), [states[i] for i in read.items], whole.plans)
 
 
-def _states(parts: Sequence[Continued], prompts: Sequence[ScoredSequence], layers: int) -> dict[int, ReadRow]:
+def _states(parts: Sequence[Continued], sequences: Mapping[int, ScoredSequence], layers: int) -> dict[int, ReadRow]:
     """By the place of a prompt, the row that it becomes."""
     found: dict[int, ReadRow] = {}
     for part in {id(p.plan): p for p in parts}.values():
@@ -100,10 +111,12 @@ def _states(parts: Sequence[Continued], prompts: Sequence[ScoredSequence], layer
                 {"heads": [k for k, _, _ in of_calls], "group": [g for _, g, _ in of_calls], "window": of_calls[0][2]}
             )
         for i, segment in zip(plan.serves, plan.ends, strict=True):
+            if i < 0:
+                continue
             of_layers = [
                 EvictionState.join_heads([part.states[layer, call, segment] for call in range(n)])
                 for layer, n in enumerate(calls)
             ]
-            prompt = prompts[i]
+            prompt = sequences[i]
             found[i] = ReadRow(len(prompt.read), prompt.prompt, prompt.retention, of_layers, shapes)
     return found

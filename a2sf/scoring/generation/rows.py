@@ -156,6 +156,8 @@ class RowGenerator:
         clock = time.perf_counter()
         for reading in self._readings(new):
             rows = [new[i] for i in reading.row.items]
+            for row, i in zip(rows, reading.row.items, strict=True):
+                row.sequence = reading.row.sequences[i]  # decided now, where its policy looked at the prompt
             with self._blaming(rows):
                 self._take(rows, reading.logits)
             for row, end in zip(rows, reading.ends, strict=True):
@@ -175,11 +177,18 @@ class RowGenerator:
     def _readings(self, new: Sequence[Row]) -> Iterator[Reading]:
         prompts = [r.sequence for r in new]
         with self._blaming(new):
-            yield from read_prompts(self.model, self.about, prompts, self.tokens_per_pass) if new else ()
+            if new:
+                room = max(1, (self.room - sum(r.held for r in self.live)) // self.about.layers)
+                yield from read_prompts(self.model, self.about, prompts, self.tokens_per_pass, room)
 
     def _account(self, reading: Reading, new: Sequence[Row], seconds: float) -> None:
-        credit(reading.plans, [r.answers for r in new])
-        share(reading.row, [Pending(r.answers, r.sequence, r.request) for r in new], seconds)
+        answers = [r.answers for r in new]
+        credit(reading.plans, answers)
+        reading.row.note_warned(answers)
+        pending = [Pending(r.answers, r.sequence, r.request) for r in new]
+        tokens = sum(len(row.tokens) for row in reading.packs)
+        for row in reading.packs:
+            share(row, pending, seconds * len(row.tokens) / tokens)
 
     def _step(self) -> list[Row]:
         """Read the last token of each row, and add the next one; returns the rows that it ended."""

@@ -11,9 +11,9 @@ import numpy as np
 from a2sf.hf.attention import Plan, rope_switch
 from a2sf.hf.attention.continued import mixed_in_parts, parts_of
 from a2sf.hf.attention.mixed import Mixed
+from a2sf.hf.memory import ModelSizes
 from a2sf.policies.base import Retention
 from a2sf.policies.schedule import Schedule
-from a2sf.scoring.passes.memory import ModelSizes
 from a2sf.scoring.passes.packing import Pack
 from a2sf.scoring.passes.sequences import ScoredSequence, Sequences
 

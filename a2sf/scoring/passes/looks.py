@@ -7,20 +7,26 @@ its last token again, at which it is cut.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 
-from a2sf.errors import PolicyError
+from a2sf.hf.attention import Plan, rope_switch
 from a2sf.hf.attention.looking import Look
-from a2sf.hf.reader import concluded, look_of
+from a2sf.hf.attention.mixed import Mixed
+from a2sf.hf.calls.chunks import bounds
+from a2sf.hf.reader import check_rules, concluded, look_of
 from a2sf.hf.warned import Warned
 from a2sf.policies.base import Policy
-from a2sf.policies.rule import Rule
-from a2sf.scoring.passes.packing import Pack, build, in_order, numbered
+from a2sf.scoring.passes.long_rows import Part, in_parts, saves
+from a2sf.scoring.passes.packing import Pack, build, in_order, numbered, pack
 from a2sf.scoring.passes.sequences import ScoredSequence
+from a2sf.scoring.systems import Answers
+
+TOGETHER = 4
+"""Passes over prompts that policies look at before what follows the prompts is read; caches are held until then."""
 
 
 @dataclass
@@ -99,33 +105,95 @@ class LookingRow:
         """Decide what is retained, once the prompts of a part were read.
 
         Raises:
-            PolicyError: as `concluded`; or if a policy ranks tokens by another rule now, which its prompt was not read with.
+            PolicyError: as `concluded` and `check_rules`.
             UserError: as `System.retention`.
         """
         for at in self.looked[part]:
             prepared = concluded(model, at.policy, at.look, at.warned)
             for i in at.serves:
                 before, after = self.sequences[i], self.sequences[i].decided(prepared)
-                if _ranking(before) != _ranking(after):
-                    raise PolicyError(
-                        f"policy {at.policy.name} looks at a prompt while it is read, and has another rule or forgetting "
-                        "factor at another budget; define prepare instead of look"
-                    )
+                check_rules(at.policy, before.retention, after.retention)
                 self.sequences[i] = after
+
+    def parts(
+        self, reading: Plan | Mixed, tokens_per_pass: int, model: PreTrainedModel, keep: bool = False
+    ) -> Iterator[Part]:
+        """The passes that read the row: one, or for a long row several that hold less together than at once.
+
+        Prompts that are looked at are parts of their own, the first ones.
+
+        Args:
+            keep: whether the states in which the sequences end are kept, so that a row that is read at once is a part, too.
+        """
+        size, first = len(self.row.tokens), self.ends[-1] if self.ends else 0
+        # one that hangs over a little, as rows of short requests do, is read at once
+        ends = [*self.ends, *(first + end for end in bounds(size - first, tokens_per_pass))]
+        if self.ends or (len(ends) > 1 and saves(self.row, ends, self.sequences, model.config)):
+            return in_parts(reading, ends, keep)
+        return in_parts(reading, [size], keep) if keep else iter([Part(0, size, reading)])
+
+    def note_warned(self, answers: Sequence[Answers]) -> None:
+        """Note for each system what its policy warned of; `answers` are those of each sequence, by number."""
+        for at in self.every:
+            for one in {id(answers[i]): answers[i] for i in at.serves}.values():
+                one.warned.update(at.warned)
 
     def serving(self, number: int) -> list[int]:
         """The sequences that the one with this number stands for."""
         return [number] if number >= 0 else self.every[-1 - number].serves
+
+    def blamed(self, segments: Sequence[int]) -> list[int]:
+        """The sequences that run through some segments of the row, or whose prompt does where it is looked at."""
+        bad = set(segments)
+        through = [i for i, path in zip(self.row.items, self.row.path, strict=True) if bad.intersection(path)]
+        return sorted({served for i in through for served in self.serving(i)})
+
+
+def rows_of(
+    places: Sequence[int],
+    sequences: Sequence[ScoredSequence],
+    model: PreTrainedModel,
+    tokens_per_pass: int,
+    room: int,
+    most: int | None = None,
+) -> Iterator[list[Pack]]:
+    """Some of `sequences`, by their places, in rows.
+
+    A row never mixes sequences that the model's rotary scaling treats differently. Nor does it mix those whose prompts are
+    looked at, so that it is read in parts, with those that are read at once. Rows whose prompts are looked at are several of
+    a pass's size: what follows their prompts is read together.
+
+    Args:
+        room: tokens for whose states there is memory in all layers.
+        most: sequences of a row; None: no limit.
+    """
+    limit = rope_switch(model.config)
+    looking = any(sequences[i].undecided is not None for i in places)
+    room = room if looking else tokens_per_pass
+    groups: dict[tuple[bool, bool], list[int]] = {}
+    for i in places:
+        one = sequences[i]
+        groups.setdefault((len(one.read) > limit, looking and one.foresees), []).append(i)
+    for group in groups.values():
+        items = [sequences[i].item() for i in group]
+        together: list[Pack] = []
+        for row in pack(items, max_tokens=min(room, tokens_per_pass), max_items=most):
+            row.items = [group[i] for i in row.items]
+            row.owner = [group[i] for i in row.owner]
+            together.append(row)
+            size = sum(len(r.tokens) for r in together)
+            alone = most is not None or all(sequences[i].undecided is None for i in row.items)
+            if alone or size + tokens_per_pass > min(room, TOGETHER * tokens_per_pass):
+                yield together
+                together = []
+        if together:
+            yield together
 
 
 def _slice_of(columns: torch.Tensor, device: torch.device) -> torch.Tensor | slice:
     """Columns [T] as a slice where they follow each other, so that nothing is copied."""
     first, last = int(columns[0]), int(columns[-1])
     return slice(first, last + 1) if last - first + 1 == len(columns) else columns.to(device)
-
-
-def _ranking(sequence: ScoredSequence) -> list[tuple[Rule, float]]:
-    return [(k.rule, k.forgetting_factor) for k in sequence.retention]
 
 
 def _built(sequences: dict[int, ScoredSequence], root: dict[int, Hashable]) -> Pack:

@@ -11,21 +11,16 @@ from functools import cached_property
 import torch
 from transformers import PreTrainedModel
 
-from a2sf.hf.attention import NonFiniteError, Plan, attached, rope_switch
+from a2sf.hf.attention import NonFiniteError, Plan, attached
 from a2sf.hf.attention.looking import looked_at
-from a2sf.hf.attention.mixed import Mixed
 from a2sf.hf.attention.named import Configs, configs_of
-from a2sf.hf.calls.chunks import bounds
 from a2sf.hf.calls.logits import logits_in_parts
 from a2sf.scoring.passes.logits import log_probabilities
-from a2sf.scoring.passes.long_rows import Part, in_parts, saves
-from a2sf.scoring.passes.looks import LookingRow
-from a2sf.scoring.passes.packing import Pack, pack
+from a2sf.scoring.passes.looks import LookingRow, rows_of
+from a2sf.scoring.passes.packing import Pack
 from a2sf.scoring.passes.sequences import Model, ScoredSequence, pass_of
 from a2sf.scoring.systems import Answers
 
-TOGETHER = 4
-"""Passes over prompts that policies look at before what follows the prompts is read; caches are held until then."""
 LEAST_PASS = 64
 """Tokens per pass below which each sequence is read by itself, and fails by itself where memory does not suffice."""
 
@@ -88,7 +83,8 @@ class Passes:
         before, clock = self.tokens_per_pass, time.perf_counter()
         crowded = False
         while left:
-            for packs in self._rows(list(left), sequences):
+            most = 1 if self.tokens_per_pass < LEAST_PASS else self.sequences_per_pass
+            for packs in rows_of(list(left), sequences, self.model, self.tokens_per_pass, self.room, most):
                 read = LookingRow.of(packs, sequences, self.about.device)
                 items = read.items
                 try:
@@ -119,9 +115,7 @@ class Passes:
                 for i in items:
                     del left[i]
                 credit(plans, [p.answers for p in pending])
-                for at in read.every:
-                    for answers in {id(pending[i].answers): pending[i].answers for i in at.serves}.values():
-                        answers.warned.update(at.warned)
+                read.note_warned([p.answers for p in pending])
                 seconds, tokens = time.perf_counter() - clock, sum(len(row.tokens) for row in packs)
                 for row in packs:
                     share(row, pending, seconds * len(row.tokens) / tokens)
@@ -130,35 +124,6 @@ class Passes:
             left = {i: None for i in left if pending[i].answers.error is None}
         if crowded:
             self.tokens_per_pass = before  # what comes next may be smaller
-
-    def _rows(self, left: list[int], sequences: Sequence[ScoredSequence]) -> Iterator[list[Pack]]:
-        """Sequences in rows; a row never mixes those that the model's rotary scaling treats differently.
-
-        Nor does it mix those whose prompts are looked at, so that it is read in parts, with those that are read at once.
-        Rows whose prompts are looked at are several of a pass's size: what follows their prompts is read together.
-        """
-        limit = rope_switch(self.model.config)
-        most = 1 if self.tokens_per_pass < LEAST_PASS else self.sequences_per_pass
-        looking = any(sequences[i].undecided is not None for i in left)
-        room = self.room if looking else self.tokens_per_pass
-        groups: dict[tuple[bool, bool], list[int]] = {}
-        for i in left:
-            one = sequences[i]
-            groups.setdefault((len(one.read) > limit, looking and one.foresees), []).append(i)
-        for group in groups.values():
-            items = [sequences[i].item() for i in group]
-            together: list[Pack] = []
-            for row in pack(items, max_tokens=min(room, self.tokens_per_pass), max_items=most):
-                row.items = [group[i] for i in row.items]
-                row.owner = [group[i] for i in row.owner]
-                together.append(row)
-                size = sum(len(r.tokens) for r in together)
-                alone = most is not None or all(sequences[i].undecided is None for i in row.items)
-                if alone or size + self.tokens_per_pass > min(room, TOGETHER * self.tokens_per_pass):
-                    yield together
-                    together = []
-            if together:
-                yield together
 
     def _score(self, read: LookingRow) -> tuple[dict[int, tuple[float, bool]], Sequence[Plan]]:
         """(log-likelihood, is greedy) of each sequence of a row, by number, and what computed them.
@@ -179,7 +144,8 @@ class Passes:
         try:
             reading = pass_of(row, read.sequences, self.about)
             looked = [[at.look for at in of_part] for of_part in read.looked]
-            for number, part in enumerate(self._parts(read, reading)):
+            tokens = max(LEAST_PASS, self.tokens_per_pass)
+            for number, part in enumerate(read.parts(reading, tokens, self.model)):
                 # which of the targets, and of the columns, are this part's
                 mine = ((index >= part.begin) & (index < part.end))[where].nonzero()[:, 0]
                 needed, at = index[where[mine]].unique(return_inverse=True)
@@ -210,10 +176,7 @@ class Passes:
                 if looks:
                     read.decide(number, self.model)
         except NonFiniteError as error:  # whose rows are segments
-            bad = set(error.rows)
-            through = [i for i, path in zip(row.items, row.path, strict=True) if bad.intersection(path)]
-            blamed = sorted({served for i in through for served in read.serving(i)})
-            raise NonFiniteError(error.where, error.dtype, blamed) from error
+            raise NonFiniteError(error.where, error.dtype, read.blamed(error.rows)) from error
         sizes = [len(of_one) for of_one in targets_of]
         if not bool(torch.isfinite(chosen).all()):
             pieces = zip(row.items, torch.isfinite(chosen).split(sizes), strict=True)
@@ -223,18 +186,6 @@ class Passes:
             for i, c, g in zip(row.items, chosen.split(sizes), greedy.split(sizes), strict=True)
         }
         return scores, reading.plans
-
-    def _parts(self, read: LookingRow, reading: Plan | Mixed) -> Iterator[Part]:
-        """The passes that read a row: one, or for a long row several that hold less together than at once.
-
-        Prompts that are looked at are parts of their own, the first ones.
-        """
-        size, first = len(read.row.tokens), read.ends[-1] if read.ends else 0
-        # one that hangs over a little, as rows of short requests do, is read at once
-        ends = [*read.ends, *(first + end for end in bounds(size - first, max(LEAST_PASS, self.tokens_per_pass)))]
-        if read.ends or (len(ends) > 1 and saves(read.row, ends, read.sequences, self.model.config)):
-            return in_parts(reading, ends)
-        return iter([Part(0, size, reading)])
 
 
 def _failed(pending: Sequence[Pending], error: Exception, places: Sequence[int]) -> Done:
@@ -261,7 +212,8 @@ def by_system(places: Sequence[int], pending: Sequence[Pending]) -> list[list[in
 def credit(plans: Sequence[Plan], answers: Sequence[Answers]) -> None:
     """Note for each system what ran and warned in the plans that served it; `answers` are those of each sequence."""
     for plan in plans:
-        for one in {id(answers[i]): answers[i] for i in plan.serves}.values():
+        # what is looked at has a negative number, and is in a call of the sequences that it serves
+        for one in {id(answers[i]): answers[i] for i in plan.serves if i >= 0}.values():
             one.ran |= plan.ran
             if plan.warned is not None:
                 one.warned.update(plan.warned)

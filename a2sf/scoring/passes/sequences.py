@@ -17,6 +17,7 @@ import torch
 
 from a2sf.hf.attention import Plan
 from a2sf.hf.attention.mixed import Mixed
+from a2sf.hf.reader import uncut
 from a2sf.hf.warned import Warned
 from a2sf.policies.base import UNLIMITED, Retention
 from a2sf.policies.prepared import Prepared
@@ -39,6 +40,7 @@ class ScoredSequence:
         before_cut: tokens before the cut of the prompt schedule; None: all of the context.
         undecided: whose policy looks at the prompt before it says what is retained; until then `retention` is as if all
             layers were equal. None: `retention` holds.
+        later: how many tokens may be read after these, of a text that is generated.
     """
 
     read: tuple[int, ...]
@@ -47,6 +49,7 @@ class ScoredSequence:
     schedule: Schedule
     before_cut: int | None = None
     undecided: System | None = None
+    later: int = 0
 
     @property
     def context(self) -> int:
@@ -78,13 +81,8 @@ class ScoredSequence:
     @property
     def looked_at(self) -> ScoredSequence:
         """The prompt of an undecided sequence, which is not cut, in the engine call of that sequence."""
-        n = self.prompt + 1  # so that it never ends
-        most = max(n, *(k.budget for k in self.retention))
-        whole = tuple(
-            replace(k, budget=most, recent=most if k.recent == k.budget else k.recent, growth=None)
-            for k in self.retention
-        )
-        return ScoredSequence(self.read[: self.prompt], (), whole, self.schedule, n)
+        read = self.read[: self.prompt]
+        return ScoredSequence(read, (), uncut(self.retention, len(read)), self.schedule, len(read) + 1)
 
     def decided(self, prepared: Prepared) -> ScoredSequence:
         """The same with what is retained, once its policy knows the prompt.
@@ -93,7 +91,8 @@ class ScoredSequence:
             UserError: as `System.retention`.
         """
         assert self.undecided is not None
-        retention = self.undecided.retention(len(self.read), self.prompt, len(self.retention), prepared)
+        total = len(self.read) + self.later
+        retention = self.undecided.retention(total, self.prompt, len(self.retention), prepared)
         return replace(self, retention=retention, undecided=None)
 
     def engine_call(self, dense: bool) -> Hashable:

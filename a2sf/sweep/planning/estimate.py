@@ -20,9 +20,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from a2sf.errors import UserError
 from a2sf.hf.loading import ModelSpec, tokenizer_here
+from a2sf.hf.memory import PACK_TOKENS
 from a2sf.hf.settings import retention_of
 from a2sf.policies.schedule import schedule_for
-from a2sf.scoring.passes.memory import PACK_TOKENS
 from a2sf.scoring.passes.packing import Item, pack
 from a2sf.scoring.passes.sequences import ScoredSequence
 from a2sf.scoring.texts import MOST_ROWS

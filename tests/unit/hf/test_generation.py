@@ -33,9 +33,9 @@ GREEDY = {"do_sample": False, "eos_token_id": None}
 def test_memory_is_allocated_once_and_bounded_by_the_budget():
     model = small("llama", max_position_embeddings=2048)
     cache = PrunedCache(model, A2SF(), Budget(tokens=200))
-    model.generate(IDS, cache=cache, max_new_tokens=2, **GREEDY)
+    text = model.generate(IDS, cache=cache, max_new_tokens=2, **GREEDY)
     before = cache.nbytes
-    model.generate(IDS, cache=cache, max_new_tokens=300, **GREEDY)
+    model.generate(torch.cat([text, IDS], 1), cache=cache, max_new_tokens=300, **GREEDY)
     assert cache.nbytes == before
     assert max(int((cache.state(i).positions >= 0).sum(-1).max()) for i in range(3)) == 200
 
@@ -268,6 +268,22 @@ def test_the_end_of_a_prompt_must_be_given_where_it_is_not_known():
             model(IDS, use_cache=False)
         with pytest.raises(UserError, match="does not show where its prompt ends"):
             model.generate(IDS, max_new_tokens=3, use_cache=False)
+
+
+def test_tokens_that_were_read_are_refused_a_second_time():
+    """A text that is no longer than what the cache has read, and the whole text again at each token."""
+    model = small("llama")
+    cache = PrunedCache(model, A2SF(), 6)
+    text = model.generate(IDS, cache=cache, max_new_tokens=6, **GREEDY)
+    for given in (IDS, text[:, :-3], text[:, :-1]):
+        with pytest.raises(UserError, match="this cache has read 25 tokens; give generate a text that begins with all"):
+            model.generate(given, cache=cache, max_new_tokens=3, **GREEDY)
+    assert cache.seen.tolist() == [25, 25]
+    model.generate(torch.cat([text, IDS], 1), cache=cache, max_new_tokens=3, **GREEDY)
+    with pytest.raises(
+        UserError, match=r"position_ids begin at 0 and this cache has read 20 tokens; .* use_cache=False"
+    ):
+        model.generate(IDS, cache=PrunedCache(model, A2SF(), 6), use_cache=False, max_new_tokens=3, **GREEDY)
 
 
 def test_a_refused_call_leaves_nothing_behind():

@@ -115,3 +115,25 @@ def test_a_copy_of_model_and_cache_is_a_cache_of_the_copied_model():
     model = small("llama")
     twin, cache = copy.deepcopy((model, filled(model, A2SF(), TOKENS)))
     torch.testing.assert_close(rest(twin, cache), rest(model, filled(model, A2SF(), TOKENS)))
+
+
+@pytest.mark.parametrize("rows", [[1, 0], [1, 1, 0]], ids=str)
+def test_rows_are_moved_before_a_cut_that_is_still_to_come(rows):
+    """As beams are: each keeps the length of its own prompt, also where the cache is stored before the cut."""
+    model, prompts, order = small("llama"), [10, 15], torch.tensor(rows)
+    settings = SnapKV(window=3, kernel=3), Budget(ratio=0.5, base="context")
+    moved = PrunedCache(model, *settings, schedule="prompt", context_tokens=prompts)
+    want = PrunedCache(model, *settings, schedule="prompt", context_tokens=[prompts[i] for i in rows])
+    with torch.no_grad():
+        model(IDS[:, :6], cache=moved)
+        model(IDS[order, :6], cache=want)
+        moved.batch_select_indices(order)
+        assert moved.prompt == want.prompt == [prompts[i] for i in rows]
+        loaded = PrunedCache(model, *settings, schedule="prompt", context_tokens=[prompts[i] for i in rows])
+        loaded.load(moved.stored())
+        logits = [model(IDS[order, 6:], cache=c).logits for c in (want, moved, loaded)]
+    for cache, made in zip((moved, loaded), logits[1:], strict=True):
+        torch.testing.assert_close(made, logits[0], atol=1e-5, rtol=1e-5)
+        assert [k.budget for row in cache.retention for k in row] == [prompts[i] // 2 for i in rows for _ in range(3)]
+        for i in range(3):
+            assert torch.equal(cache.state(i).positions, want.state(i).positions)

@@ -20,11 +20,11 @@ import torch
 
 from a2sf.engine.trace import load
 from a2sf.errors import UserError
+from a2sf.hf import memory
 from a2sf.hf.loading import ModelSpec, fingerprint
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policies
 from a2sf.report.page.page import read_failures
-from a2sf.scoring.passes import memory
 from a2sf.scoring.passes import run as scoring
 from a2sf.store.runs import is_cell, load_sweep, tail_of
 from a2sf.sweep import group

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from a2sf.scoring.passes import memory
+from a2sf.hf import memory
 from tests.models import CONFIGS, shared, small
 
 GB = 2**30
