@@ -12,7 +12,7 @@ from a2sf.errors import UserError
 from a2sf.hf.calls import chunks
 from a2sf.hf.scope import pruning
 from a2sf.scoring.lm import PrunedLM
-from a2sf.scoring.passes import run as scoring
+from a2sf.scoring.passes import looks, run
 from a2sf.scoring.requests import EncodedRequests
 from baselines.h2o import H2O
 from tests.models import shared, small
@@ -43,7 +43,7 @@ def parts(monkeypatch):
 @pytest.fixture
 def short_passes(monkeypatch):
     """A row of more than `PASS` tokens is a long one."""
-    monkeypatch.setattr(scoring, "LEAST_PASS", PASS)
+    monkeypatch.setattr(run, "LEAST_PASS", PASS)
 
 
 @contextmanager
@@ -198,7 +198,7 @@ def long_requests():
 
 def scored(lm: PrunedLM, monkeypatch, *, in_parts: bool):
     lm.scorer.tokens_per_pass = PASS
-    monkeypatch.setattr(scoring, "saves", lambda *_: in_parts)
+    monkeypatch.setattr(looks, "saves", lambda *_: in_parts)
     with sizes(lm.model) as read:
         found = lm._loglikelihood_tokens(long_requests())
     return found, read
@@ -238,7 +238,7 @@ def test_a_row_of_several_systems_in_parts(monkeypatch):
         ]
         answers = [lm.scorer.answers(s) for s in systems]
         lm.scorer.tokens_per_pass = PASS
-        monkeypatch.setattr(scoring, "saves", lambda *_, in_parts=in_parts: in_parts)
+        monkeypatch.setattr(looks, "saves", lambda *_, in_parts=in_parts: in_parts)
         with sizes(lm.model) as read:
             for _ in lm.scorer.score(EncodedRequests(lm, long_requests()), answers):
                 pass

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from a2sf.errors import ConfigError, UserError
+from a2sf.errors import UserError
 from a2sf.hf.memory import tokens_in_caches
 from a2sf.hf.reader import prepared_for, uncut
 from a2sf.hf.settings import contexts_for, retention_of
@@ -30,25 +30,24 @@ def resolve_budgets(
         length: int64 [B], tokens of each row in that call.
 
     Raises:
-        UserError: if a prompt has no token and the schedule cuts after it; if the budget is a share of all tokens and the
-            first call has more than `context_tokens`; if the policy reads prompts and this call does
+        UserError: if a prompt has no token and the schedule cuts after it; if the policy reads prompts and this call does
             not have all of them, as tokens; if the policy protects more tokens than the budget holds.
     """
     context = length.tolist()
     if cache.context_tokens is not None:
         context = contexts_for(len(length), cache.context_tokens)
-        _check_total(cache, context, length.tolist())
     if cache.schedule.prompt and min(context, default=1) < 1:
         raise UserError(f"row {context.index(0)} of the batch has no token in its prompt; give each at least one")
-    retention = retention_of_prompts(cache, context)
+    read = length.tolist()
+    retention = retention_of_prompts(cache, context, read)
     fits = all(k.budget >= n for row, n in zip(retention, context, strict=True) for k in row)
     # where tokens are evicted after the cut too, a prompt that fits is ranked later
     if not cache.policy.prepares or (fits and cache.schedule.then == "keep"):
         return retention, context, False
-    if _looks(cache, context, length.tolist()):
+    if _looks(cache, context, read):
         return [uncut(k, n) for k, n in zip(retention, context, strict=True)], [n + 1 for n in context], True
-    ready = _prepared(cache, context, start.tolist(), length.tolist())
-    return retention_of_prompts(cache, context, ready), context, False
+    ready = _prepared(cache, context, start.tolist(), read)
+    return retention_of_prompts(cache, context, read, ready), context, False
 
 
 def _looks(cache: PrunedCache, context: list[int], length: list[int]) -> bool:
@@ -62,23 +61,14 @@ def _looks(cache: PrunedCache, context: list[int], length: list[int]) -> bool:
     return sum(context) * len(cache.layers) <= tokens_in_caches(model)
 
 
-def _check_total(cache: PrunedCache, context: list[int], length: list[int]) -> None:
-    """Refuse a first call that is longer than the prompts that a share of all tokens would be computed from.
-
-    Raises:
-        ConfigError: naming both lengths.
-    """
-    share = cache.budget is not None and cache.budget.ratio is not None and cache.budget.base == "total"
-    for row, (given, read) in enumerate(zip(context, length, strict=True)):
-        if share and read > given:
-            why = f"the budget is a share of all tokens, and the first call has {read} in row {row}; give at least as many"
-            raise ConfigError("context_tokens", given, f"{why}, or a budget of tokens or of base context")
-
-
 def retention_of_prompts(
-    cache: PrunedCache, context: list[int], prepared: Sequence[Prepared] | None = None
+    cache: PrunedCache, context: list[int], read: list[int], prepared: Sequence[Prepared] | None = None
 ) -> list[tuple[Retention, ...]]:
-    """What each layer retains of rows whose prompts have `context` tokens; `prepared` is of each of these prompts.
+    """What each layer retains of rows whose prompts have `context` tokens.
+
+    Args:
+        read: how many tokens of each row the first call has, which may be more: then at least so many are read in all.
+        prepared: of each of these prompts.
 
     Raises:
         UserError: if the policy protects more tokens than the budget holds.
@@ -86,8 +76,8 @@ def retention_of_prompts(
     layers, more = len(cache.layers), max(0, (cache.max_new_tokens or 0) - 1)  # the last token is never read
     ready = [None] * len(context) if prepared is None else prepared
     return [
-        retention_of(cache.policy, cache.budget, n + more, n, layers, cache.schedule, p, cache.acts)
-        for n, p in zip(context, ready, strict=True)
+        retention_of(cache.policy, cache.budget, max(n + more, m), n, layers, cache.schedule, p, cache.acts)
+        for n, m, p in zip(context, read, ready, strict=True)
     ]
 
 

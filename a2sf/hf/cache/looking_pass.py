@@ -91,7 +91,7 @@ class LookingPass(CachePass):
         with torch.no_grad():
             prompts = self.new.length.tolist()
             ready = [concluded(model, cache.policy, look) for look in self.looks]
-            retention = retention_of_prompts(cache, prompts, ready)
+            retention = retention_of_prompts(cache, prompts, prompts, ready)
             for before, after in zip(cache.retention, retention, strict=True):
                 check_rules(cache.policy, before, after)
             cache.keep(retention, prompts)

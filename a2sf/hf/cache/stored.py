@@ -157,7 +157,7 @@ def _restore(cache: PrunedCache, stored: Mapping[str, Any]) -> None:
     model = cache.model_ref()
     if model is None or cache.trace:
         raise UserError("a cache that records a trace, or whose model no longer exists, cannot load a stored one")
-    retention = retention_of_prompts(cache, stored["prompt"])
+    retention = retention_of_prompts(cache, stored["prompt"], stored["prompt"])
     check(stored, settings(model, cache.policy, cache.schedule, retention))
     cache.reset()
     cache.retention, cache.prompt, cache.seen = retention, list(stored["prompt"]), stored["seen"].clone()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -233,7 +232,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     (tmp_path / "ofmine.py").write_text(policy("Mine", "mine", "My policy"))
     (tmp_path / "ofmine2.py").write_text(policy("Mine", "mine2", "x").replace("budget=budget,", "budget=2 * budget,"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.syspath_prepend(tmp_path)
     command.main(["ofmine:Mine", "share=0.25", "--trials", "1"])
     said = capsys.readouterr().out
     assert "Mine(share=0.25)" in said
@@ -260,7 +259,7 @@ def test_an_error_of_the_policys_own_code_is_reported_once_with_its_line(tmp_pat
     (tmp_path / "offailing.py").write_text(made)
     line = made.splitlines().index("    return step.scores.no_such_method()") + 1
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(SystemExit, match="1"):
         command.main(["offailing:Failing", "--trials", "1"])
     said = capsys.readouterr().out
@@ -285,7 +284,7 @@ def test_an_error_with_other_numbers_is_the_same_error(tmp_path, monkeypatch, ca
     made = policy("Short", "too_short", "x") + "\n\nShort.priorities = lambda self, step: step.scores[..., :3]\n"
     (tmp_path / "ofshort.py").write_text(made)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(SystemExit, match="1"):
         command.main(["ofshort:Short", "--trials", "2"])
     assert capsys.readouterr().out.count("returns priorities of shape") == 1
