@@ -26,7 +26,7 @@ def log_probabilities(logits: Tensor, where: Tensor, targets: Tensor) -> tuple[T
     rows = ROWS.get(logits.device.type, MANY)
     for start in range(0, len(logits), rows):
         part = logits[start : start + rows].float().log_softmax(-1)
-        # the largest logit is close to the normalizer, so that their difference is exact to rounding
+        # the largest logit is close to the normalizer, so that only the last bit of their difference is rounded
         normalizer[start : start + rows] = largest[start : start + rows] - part.amax(-1)
     chosen = logits[where, targets].float()
     greedy = chosen == largest[where]
