@@ -190,6 +190,29 @@ def test_a_prompt_read_whole_stores_and_retains_what_one_read_token_by_token_doe
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "numba"])
+@pytest.mark.parametrize(("name", "settings"), [*STORING, ("rkv", {})])
+def test_a_cut_that_nothing_follows_leaves_neither_memory_nor_queries(backend, name, settings):
+    """Where the prompt is all that is read, no later call of the rule could see them."""
+    generator, tokens = torch.Generator().manual_seed(3), 24
+    query, key, value = (
+        torch.randn(1, heads, tokens, SIZE, generator=generator) for heads in (KV_HEADS * GROUP, KV_HEADS, KV_HEADS)
+    )
+    policy = make_policy(name, **settings)
+    states = []
+    for prompt in (tokens, tokens + 1):
+        retention = BatchRetention.of([policy.keeps(BUDGET)], Schedule("prompt"), torch.tensor([prompt]))
+        segments = Segments.of_rows(retention, torch.tensor([tokens]))
+        options = Options(SIZE**-0.5, return_state=True)
+        states.append(attend(query, key, value, segments, options, backend=backend).state)
+    after, before = states
+    stored = [n for n in ("memory", "queries") if (x := getattr(before, n)) is not None and x.numel()]
+    assert stored
+    for kind in stored:
+        assert getattr(before, kind).any()
+        assert not getattr(after, kind).any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "numba"])
 def test_stored_numbers_rank_tokens_where_other_priorities_divide_the_slots(backend):
     tokens, generator = 30, torch.Generator().manual_seed(3)
     query, key, value = (
