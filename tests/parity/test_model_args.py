@@ -149,7 +149,7 @@ def test_what_a_loaded_model_is_not_is_refused(folder, model, given, why):
         PrunedLM(model, tokenizer=load_tokenizer(ModelSpec(str(folder))), **given)
 
 
-def test_of_a_loaded_model_what_it_is_may_be_said(folder, model):
+def test_of_a_loaded_model_what_it_is_may_be_stated(folder, model):
     tokenizer = load_tokenizer(ModelSpec(str(folder)))
     lm = PrunedLM(
         model, tokenizer=tokenizer, dtype=torch.float32, device="cpu", truncation=None, softmax_dtype="float32"

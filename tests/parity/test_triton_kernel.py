@@ -506,7 +506,7 @@ def test_a_kernel_that_was_compiled_wrong_is_found_out(wrong, monkeypatch):
     assert ran == {"torch"}
 
 
-def test_what_it_needs_is_said(monkeypatch):
+def test_what_it_needs_is_reported(monkeypatch):
     args = (*tokens(9, 1, 1, 1, 2, 4, 4, torch.float32), rows((2, 0, 0, 0.5, 2)), OPTIONS)
     ours = [name for name in sys.modules if name.startswith("a2sf.engine.kernels.gpu")]
     for name in ours:

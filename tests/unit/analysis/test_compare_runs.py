@@ -240,7 +240,7 @@ def test_a_run_may_be_called_as_a_column(tmp_path):
     assert frame["Value"][0] == f"{100 * answers(0.7, 1).mean():.1f}"
 
 
-def test_the_family_and_the_method_of_correction_are_chosen_and_said(tmp_path, monkeypatch, capsys):
+def test_the_family_and_the_method_of_correction_are_chosen_and_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = ["full", "a", "b", "full2", "a2", "b2"]
     for seed, name in enumerate(names):

@@ -89,7 +89,7 @@ def test_a_directory_with_a_log_of_each_task_is_one_run(tmp_path):
     assert [r.label for r in read_runs(tmp_path / "one")] == ["one"]
 
 
-def test_samples_without_a_score_and_unfinished_logs_are_said(tmp_path):
+def test_samples_without_a_score_and_unfinished_logs_are_reported(tmp_path):
     log = inspect_log(tmp_path / "a.eval", answers(0.8, 1))
     with zipfile.ZipFile(log) as archive:
         members = {n: json.loads(archive.read(n)) for n in archive.namelist()}
@@ -196,7 +196,7 @@ def test_shares_and_other_numbers_are_not_averaged(tmp_path):
     assert "average" not in (tmp_path / "out" / "models.csv").read_text()
 
 
-def test_a_field_that_no_document_has_is_refused_and_one_of_some_is_said(tmp_path, capsys):
+def test_a_field_that_no_document_has_is_refused_and_one_of_some_is_reported(tmp_path, capsys):
     def change(i, sample):
         if i < 20:
             sample["doc"]["passage"] = f"passage {i // 4}"

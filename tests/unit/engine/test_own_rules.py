@@ -96,7 +96,7 @@ def test_numbers_of_another_shape_are_refused(backend):
         attend(own(Rule(weight=lambda k, v, p: v[:, :, 0, 0])), *tensors(), budget=4, backend=backend)
 
 
-def test_a_function_that_is_made_at_each_call_is_said():
+def test_a_function_that_is_made_at_each_call_is_reported():
     class Made(Policy):
         name, label = "function_made_anew", "Function made anew"
 

@@ -144,7 +144,7 @@ def test_one_of_the_hub_is_pinned_for_all_workers(base, files, monkeypatch):
     assert f'model.adapter="org/lora@{COMMIT}"' in overrides_of_job([([], None)], [made])  # type: ignore[list-item]
 
 
-def test_one_that_lies_beside_a_model_is_said_and_not_looked_for(base, files, tmp_path):
+def test_one_that_lies_beside_a_model_is_reported_and_not_looked_for(base, files, tmp_path):
     folder = tmp_path / "whole"
     shutil.copytree(base, folder)
     assert loading.left_alone(spec(folder)) is None

@@ -302,7 +302,7 @@ def test_own_policies_need_a_name_that_is_free():
         check_name(cls)
 
 
-def test_what_is_needed_is_said():
+def test_what_is_needed_is_reported():
     q, k, v = tensors()
     policy = make_policy("h2o")
     with pytest.raises(ConfigError, match="budget=None is not allowed: the policy h2o needs"):

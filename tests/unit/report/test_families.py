@@ -189,7 +189,7 @@ def test_a_margin_that_is_none(sweep: Path) -> None:
     assert "Within" not in markdown(build_tables(no_full, margin=MARGIN))
 
 
-def test_comparisons_with_named_policies_are_of_the_model_unless_it_is_said(grid: Grid) -> None:
+def test_comparisons_with_named_policies_are_of_the_model_unless_stated(grid: Grid) -> None:
     found, _ = compare_against(grid, ["h2o"])
     assert {a.adjusted.family for a in found if a.adjusted} == {"model"}
     found, _ = compare_against(grid, ["h2o"], Correction("sweep"))

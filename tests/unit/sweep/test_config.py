@@ -373,7 +373,7 @@ def test_early_stopping_under_its_name_of_the_previous_version():
     assert "give its keys under early_stopping" in sentence("until=3")
 
 
-def test_examples_of_a_tasks_file_that_are_left_out_are_said():
+def test_examples_of_a_tasks_file_that_are_left_out_are_reported():
     (said,) = examples_left_out([settings("tasks=[gsm8k,piqa]")])
     assert said.startswith("gsm8k: lm-eval gives 5 few-shot examples")
     assert examples_left_out([settings("tasks=[gsm8k]", "shots=3"), settings("tasks=[copa]")]) == []

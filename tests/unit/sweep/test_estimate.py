@@ -129,7 +129,7 @@ def test_a_model_that_never_ran_here_is_tried_for_a_moment(tmp_path, monkeypatch
     rate.seconds_per_row.cache_clear()
 
 
-def test_nothing_is_said_of_a_model_that_is_not_here_or_whose_tokens_meet_some_matrices(tmp_path):
+def test_nothing_is_reported_of_a_model_that_is_not_here_or_whose_tokens_meet_some_matrices(tmp_path):
     assert rate.seconds_per_token(ModelSpec(path="owner/nowhere", revision="a" * 40, device="cpu")) is None
     experts = MixtralConfig(**SIZES, num_local_experts=4)
     assert not rate.matrices(experts)

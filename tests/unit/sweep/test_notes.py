@@ -144,7 +144,7 @@ def test_documents_that_cannot_be_right_are_counted_and_named(computed, tmp_path
         assert note.startswith(said)
 
 
-def test_a_token_across_the_end_of_the_prompt_is_lm_evals_and_said(computed, loaded, tmp_path):
+def test_a_token_across_the_end_of_the_prompt_is_lm_evals_and_reported(computed, loaded, tmp_path):
     rows = [{"goal": "An examp", "choices": ["le is here", "le of it"]}, {}]
     file = task(tmp_path, rows, 'target_delimiter: ""')
     full, h2o = computed(file)
@@ -158,7 +158,7 @@ def test_a_token_across_the_end_of_the_prompt_is_lm_evals_and_said(computed, loa
 
 
 @pytest.mark.parametrize(("goal", "choice"), [("An examp", "le"), ("", ""), ("Which", "")])
-def test_where_nothing_is_left_to_score_task_and_document_are_said(computed, tmp_path, goal, choice):
+def test_where_nothing_is_left_to_score_task_and_document_are_reported(computed, tmp_path, goal, choice):
     made = computed(task(tmp_path, [{}, {"goal": goal, "choices": [choice, "x"]}], 'target_delimiter: ""'))
     for cell in made:
         assert "task odd, document 1: a request has no token of continuation of its own" in str(cell.error)

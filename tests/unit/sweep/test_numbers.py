@@ -83,7 +83,7 @@ def test_what_is_no_number() -> None:
 
 
 @pytest.mark.parametrize("kind", ["multiple_choice", "generate_until"])
-def test_a_tasks_metrics_are_kept_and_what_is_dropped_is_said(kind: str, tmp_path: Path, runner: Runner) -> None:  # noqa: F811
+def test_a_tasks_metrics_are_kept_and_what_is_dropped_is_reported(kind: str, tmp_path: Path, runner: Runner) -> None:  # noqa: F811
     (tmp_path / "numbered.py").write_text(CODE)
     choices = kind == "multiple_choice"
     text = TASK.format(

@@ -125,7 +125,7 @@ def test_a_task_that_is_not_found_says_where_own_tasks_are_looked_for(tmp_path):
         settings("tasks=[minee]", f"include_path={tmp_path}")
 
 
-def test_a_name_of_ones_own_wins_and_that_is_said(tmp_path):
+def test_a_name_of_ones_own_wins_and_that_is_reported(tmp_path):
     folder = own_tasks(tmp_path / "own")
     text = (folder / "own_one.yaml").read_text()
     (folder / "copa.yaml").write_text(text.replace("task: own_one", "task: copa"))
