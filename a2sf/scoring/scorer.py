@@ -34,7 +34,7 @@ from a2sf.hf.reader import prepared_for
 from a2sf.hf.rotary import rotary_for, rotary_of
 from a2sf.hf.settings import check_settings
 from a2sf.hf.warned import caused_by
-from a2sf.policies.base import Policy, Retention
+from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
 from a2sf.policies.prepared import Prepared
 from a2sf.policies.schedule import Schedule, schedule_for
@@ -249,11 +249,8 @@ class Scorer:
         # as HFLM: too long a context loses its beginning, and the last token is only predicted
         tokens = (context + continuation)[-(self.lm.max_length + 1) :]
         cut = requests.cut(i, system, len(tokens) - len(continuation), len(context))
-        read = len(tokens) - 1
-        retention = system.retention(read, cut, self.layers)
-        undecided = system if system.cuts_by_prompt(retention, cut, read) else None
-        made = ScoredSequence(tuple(tokens[:-1]), tuple(continuation), retention, system.schedule, cut, undecided)
-        return self.decided(made) if self.beforehand(system.policy, read) else made
+        made = ScoredSequence.of(system, self.layers, tuple(tokens[:-1]), tuple(continuation), cut)
+        return self.decided(made) if self.beforehand(system.policy, len(made.read)) else made
 
     def decided(self, sequence: ScoredSequence) -> ScoredSequence:
         """A sequence for whose policy its prompt was read, if that is needed."""
@@ -275,21 +272,8 @@ class Scorer:
         """A text that follows the prompt of request `i`, as `system` reads it with the budgets of generating."""
         prompt = requests.prompt(i)
         cut = requests.cut(i, system, len(prompt.tokens), prompt.length)
-        retention = self.retention(system, prompt.tokens, cut, len(prompt.tokens) + max(0, prompt.new - 1))
-        return ScoredSequence((*prompt.tokens, *text[:-1]), tuple(text), retention, system.schedule, cut)
-
-    def retention(self, system: System, tokens: Sequence[int], cut: int, total: int) -> tuple[Retention, ...]:
-        """What each layer retains of a sequence; a policy that prepares a prompt's cut reads the prompt first.
-
-        Args:
-            tokens: that begin with the prompt's.
-            cut: how many tokens come before the cut.
-            total: how many tokens of the sequence are read.
-        """
-        retention = system.retention(total, cut, self.layers)
-        if not system.cuts_by_prompt(retention, cut, total):
-            return retention
-        return system.retention(total, cut, self.layers, self._prepared(system, tuple(tokens[:cut])))
+        read, total = (*prompt.tokens, *text[:-1]), len(prompt.tokens) + max(0, prompt.new - 1)
+        return self.decided(ScoredSequence.of(system, self.layers, read, tuple(text), cut, total - len(read)))
 
     def _prepared(self, system: System, prompt: tuple[int, ...]) -> Prepared:
         """What a system's policy prepares for a prompt; it is read once for all requests and budgets."""

@@ -115,11 +115,8 @@ class TextGenerator:
                 f"max_length={settings['max_length']} leaves no room for text after a prompt of {len(prompt.tokens)} tokens"
             )
         cut = requests.cut(i, system, len(prompt.tokens), prompt.length)
-        total = len(prompt.tokens) + follow - 1  # the last token is never read
-        retention = system.retention(total, cut, self.scorer.layers)
-        undecided = system if system.cuts_by_prompt(retention, cut, total) else None
-        read = tuple(prompt.tokens)
-        sequence = ScoredSequence(read, (0,), retention, system.schedule, cut, undecided, follow - 1)
+        # the last token is never read
+        sequence = ScoredSequence.of(system, self.scorer.layers, tuple(prompt.tokens), (0,), cut, follow - 1)
         draw = (requests.keys[i], self._seed) if choice.of.draws else None
         row = Row(answers, i, sequence, limit, ends, prompt.text, draw, prompt.later)
         if (known := (id(answers), row.follow)) not in self._checked:

@@ -25,7 +25,7 @@ from a2sf.policies.base import UNLIMITED
 from a2sf.scoring.generation.reading import Reading, read_prompts
 from a2sf.scoring.generation.row import Row
 from a2sf.scoring.generation.sampling import Choice
-from a2sf.scoring.passes.run import Pending, credit, share
+from a2sf.scoring.passes.run import Pending, account
 from a2sf.scoring.passes.sequences import Model
 
 WORTHWHILE = 4
@@ -182,13 +182,8 @@ class RowGenerator:
                 yield from read_prompts(self.model, self.about, prompts, self.tokens_per_pass, room)
 
     def _account(self, reading: Reading, new: Sequence[Row], seconds: float) -> None:
-        answers = [r.answers for r in new]
-        credit(reading.plans, answers)
-        reading.row.note_warned(answers)
         pending = [Pending(r.answers, r.sequence, r.request) for r in new]
-        tokens = sum(len(row.tokens) for row in reading.packs)
-        for row in reading.packs:
-            share(row, pending, seconds * len(row.tokens) / tokens)
+        account(reading.row, reading.packs, reading.plans, pending, seconds)
 
     def _step(self) -> list[Row]:
         """Read the last token of each row, and add the next one; returns the rows that it ended."""

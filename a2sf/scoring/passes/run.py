@@ -114,11 +114,7 @@ class Passes:
                 done = Done([(pending[i], *scores[i], cached.get(i)) for i in items])
                 for i in items:
                     del left[i]
-                credit(plans, [p.answers for p in pending])
-                read.note_warned([p.answers for p in pending])
-                seconds, tokens = time.perf_counter() - clock, sum(len(row.tokens) for row in packs)
-                for row in packs:
-                    share(row, pending, seconds * len(row.tokens) / tokens)
+                account(read, packs, plans, pending, time.perf_counter() - clock)
                 yield done
                 clock = time.perf_counter()
             left = {i: None for i in left if pending[i].answers.error is None}
@@ -207,6 +203,23 @@ def by_system(places: Sequence[int], pending: Sequence[Pending]) -> list[list[in
     for i in places:
         found.setdefault(id(pending[i].answers), []).append(i)
     return list(found.values())
+
+
+def account(
+    read: LookingRow, packs: Sequence[Pack], plans: Sequence[Plan], pending: Sequence[Pending], seconds: float
+) -> None:
+    """Note for each system what ran and warned when rows were read together, and divide their tokens and the time.
+
+    Args:
+        packs: these rows, without what policies looked at.
+        plans: what computed them.
+    """
+    answers = [p.answers for p in pending]
+    credit(plans, answers)
+    read.note_warned(answers)
+    tokens = sum(len(row.tokens) for row in packs)
+    for row in packs:
+        share(row, pending, seconds * len(row.tokens) / tokens)
 
 
 def credit(plans: Sequence[Plan], answers: Sequence[Answers]) -> None:

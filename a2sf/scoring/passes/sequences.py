@@ -51,6 +51,20 @@ class ScoredSequence:
     undecided: System | None = None
     later: int = 0
 
+    @staticmethod
+    def of(
+        system: System, layers: int, read: tuple[int, ...], targets: tuple[int, ...], cut: int, later: int = 0
+    ) -> ScoredSequence:
+        """A sequence as `system` reads it in a model of so many layers; `cut` is `before_cut`.
+
+        Raises:
+            UserError: as `System.retention`.
+        """
+        total = len(read) + later
+        retention = system.retention(total, cut, layers)
+        undecided = system if system.cuts_by_prompt(retention, cut, total) else None
+        return ScoredSequence(read, targets, retention, system.schedule, cut, undecided, later)
+
     @property
     def context(self) -> int:
         """Tokens of the context; the last of them predicts the first target."""
