@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -110,36 +110,32 @@ def show(directories: Sequence[Path], selection: Selection, options: TableOption
     Raises:
         UserError: if nothing can be shown.
     """
-    grids = list(gather_metrics(directories, selection))
-    others = [f"{', '.join(g.tasks)} ({g.metric}, {_report(g.metric)})" for g in grids[1:]]
-    notes = [f"Shown by other metrics, in tables and a report of their own: {'; '.join(others)}."] if others else []
-    first, *more = (_show(directories, g, options, notes * (not i), i > 0) for i, g in enumerate(grids))
-    for shown in more:
-        first.tables.extend(shown.tables)
-        first.rankings.extend(shown.rankings)
-        first.files.extend(shown.files)
-        first.notes.extend(note for note in shown.notes if note not in first.notes)
-    return first
+    first, *further = _in_folders(gather_metrics(directories, selection))
+    if further:
+        others = [f"{', '.join(grid.tasks)} ({grid.metric}, {_report(folder)})" for folder, grid in further]
+        note = f"Shown by other metrics, in tables and a report of their own: {'; '.join(others)}."
+        first = "", replace(first[1], notes=(*first[1].notes, note))
+    each = [_show(directories, grid, options, folder) for folder, grid in (first, *further)]
+    return Shown(
+        [table for shown in each for table in shown.tables],
+        [ranking for shown in each for ranking in shown.rankings],
+        [file for shown in each for file in shown.files],
+        list(dict.fromkeys(note for shown in each for note in shown.notes)),
+    )
 
 
-def _report(metric: str) -> str:
-    """The file name of the report of tasks that do not have the first metric."""
-    return f"report-{_file_name(metric)}.html"
+def _in_folders(grids: Iterable[Grid]) -> list[tuple[str, Grid]]:
+    """Each grid with the folder of its tables and plots: none for the first, and a metric's name for the others."""
+    return [(re.sub(r"[^\w.-]+", "-", grid.metric) if i else "", grid) for i, grid in enumerate(grids)]
 
 
-def _file_name(metric: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", metric)
+def _report(folder: str) -> str:
+    """The file name of the report whose tables are in `folder`."""
+    return f"report-{folder}.html" if folder else "report.html"
 
 
-def _show(
-    directories: Sequence[Path], grid: Grid, options: TableOptions, others: Sequence[str], further: bool
-) -> Shown:
-    """What `show` says, of one metric.
-
-    Args:
-        others: a note on what else is shown.
-        further: whether it is not the first metric.
-    """
+def _show(directories: Sequence[Path], grid: Grid, options: TableOptions, folder: str) -> Shown:
+    """What `show` gives, of one metric; `folder` as in `_in_folders`."""
     tables = options.tables(grid)
     comparisons, not_compared = compare_pair(grid, options.pair, options.corrected())
     if not options.pair_given and options.pair[0] not in set(grid.frame["policy"]):
@@ -168,7 +164,6 @@ def _show(
     traces = trace_frame(traced, options.pair)
     first = directories[0]
     out = options.out or (place_of(first) if is_archive(first) else first)
-    folder = _file_name(grid.metric) if further else ""
     written = {
         "tables.md": markdown(tables, options.stderr, options.interval) + "\n" + text_markdown(text_tables),
         "tables.tex": latex(tables, options.stderr, options.interval) + "\n" + text_latex(text_tables),
@@ -197,7 +192,7 @@ def _show(
     left_out = [*not_compared, *no_fidelity, *not_ranked, *not_paired, *not_pooled, *not_tested]
     of_tables = [note for table in tables for note in table.notes]
     rounding = filter(None, [rounding_note(grid.cells.values())])
-    notes = list(dict.fromkeys([*others, *left_out, *of_tables, *notes_of(grid.cells.values()), *rounding]))
+    notes = list(dict.fromkeys([*left_out, *of_tables, *notes_of(grid.cells.values()), *rounding]))
     if options.report:
         contents = ReportContents(
             grid=grid,
@@ -212,7 +207,7 @@ def _show(
             notes=notes,
             pair=options.pair,
         )
-        files.append(write_report(out / (_report(grid.metric) if further else "report.html"), contents))
+        files.append(write_report(out / _report(folder), contents))
     return Shown(tables, rankings, files, list(dict.fromkeys([*grid.notes, *notes])))
 
 
@@ -228,10 +223,9 @@ def pictures(directory: Path) -> dict[str, Path]:
         UserError: if nothing can be shown.
     """
     found: dict[str, Path] = {}
-    for i, grid in enumerate(gather_metrics([directory])):
-        plots = directory / "plots" / (_file_name(grid.metric) if i else "")
-        drawn = [*needle_plots(grid, plots), *draw_all(grid, plots)]
-        found |= {f"{grid.metric}-{f.stem}" if i else f.stem: f for f in drawn if f.suffix == ".png"}
+    for folder, grid in _in_folders(gather_metrics([directory])):
+        drawn = [*needle_plots(grid, directory / "plots" / folder), *draw_all(grid, directory / "plots" / folder)]
+        found |= {f"{grid.metric}-{f.stem}" if folder else f.stem: f for f in drawn if f.suffix == ".png"}
     return found
 
 
