@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, TypeGuard
 
 from lm_eval.api.registry import aggregation_registry, filter_registry, metric_registry
 
@@ -35,13 +35,18 @@ def check_metrics(name: str, config: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: naming the first one.
     """
-    kind = config.get("output_type")
-    if config.get("process_results") or config.get("class") or kind not in METRICS:
-        return  # a function of the task computes them, whatever their names are
+    if not _computed_by_lm_eval(config):
+        return
+    kind = config["output_type"]
     for metric in named_metrics(config):
         if metric not in METRICS[kind]:
             allowed = f"{name} is a task of {kind}, of which lm-eval computes {', '.join(METRICS[kind])}"
             raise ConfigError("metric_list", metric, allowed + nearest(str(metric), METRICS[kind]))
+
+
+def _computed_by_lm_eval(config: Mapping[str, Any]) -> bool:
+    """Whether lm-eval computes the metrics, and no function of the task, whose metrics may have any name."""
+    return not (config.get("process_results") or config.get("class")) and config.get("output_type") in METRICS
 
 
 def check_registered(name: str, config: Mapping[str, Any]) -> None:
@@ -101,7 +106,7 @@ def _check_fields(task: Any, templates: Any) -> None:
     """
     for key, what in CONSTANT.items():
         word = getattr(templates, key)
-        if not isinstance(word, str) or not WORD.fullmatch(word) or word in task.features:
+        if not _is_no_field(word, task.features):
             continue
         if key == "doc_to_target" and (callable(task.config.process_results) or word in _choices(task)):
             continue  # the target is not read, or is a right answer
@@ -112,10 +117,15 @@ def _check_fields(task: Any, templates: Any) -> None:
         raise ConfigError(key, word, allowed)
 
 
+def _is_no_field(template: Any, fields: Collection[str]) -> TypeGuard[str]:
+    """Whether a template is the name of a field, and the documents have no such field."""
+    return isinstance(template, str) and WORD.fullmatch(template) is not None and template not in fields
+
+
 def choices_without_field(config: Mapping[str, Any], fields: Iterable[str]) -> ConfigError | None:
     """The error if `doc_to_choice` is a word that is no field of the documents, at which lm-eval fails; else None."""
     word, fields = config.get("doc_to_choice"), list(fields)
-    if not isinstance(word, str) or not WORD.fullmatch(word) or word in fields:
+    if not _is_no_field(word, fields):
         return None
     has = f"the documents of {config.get('task')} have no such field; they have {', '.join(fields)}"
     return ConfigError("doc_to_choice", word, has + nearest(word, fields))
@@ -166,7 +176,7 @@ def of_each(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def stopping_metrics(config: Mapping[str, Any]) -> list[str] | None:
     """The metrics by which a task can stop early, as far as its file shows; None: its code decides."""
-    if config.get("process_results") or config.get("class") or config.get("output_type") not in METRICS:
+    if not _computed_by_lm_eval(config):
         return None
     return [m for m in named_metrics(config) if m in OF_EACH_DOCUMENT]
 

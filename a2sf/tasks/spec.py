@@ -203,7 +203,7 @@ class TaskSpec:
         except UserError:
             raise
         except Exception as error:  # a task's code may raise anything
-            raise _why(error, found, source, data) from error
+            raise UserError(f"tasks={found.name}: {_why(error, found, source, data)}") from error
         if task.get_config("output_type") not in OUTPUT_TYPES:
             raise ConfigError(
                 "tasks", found.name, f"it needs {task.get_config('output_type')}, which is not available under pruning"
@@ -340,30 +340,32 @@ def _content(task: Any) -> str:
     return documents.content_of_documents(task.eval_docs, task.examples().pool if task.shots else ())
 
 
-def _why(error: Exception, found: Definition, source: Source, data: DataSpec) -> UserError:
-    """The reason why lm-eval could not make the task."""
+def _why(error: Exception, found: Definition, source: Source, data: DataSpec) -> str:
+    """The reason why lm-eval could not make the task, as the end of a sentence.
+
+    Raises:
+        ConfigError: if `doc_to_choice` names no field of the documents.
+    """
     inner = list(chain(error))[-1]
     if isinstance(error, ImportError):
-        return UserError(f"tasks={found.name}: its code needs a library that is not installed ({first_line(inner)})")
+        return f"its code needs a library that is not installed ({first_line(inner)})"
     config, splits = found.config, _splits(found, source, data)
     place = "its files" if config.get("dataset_path") in PACKAGED and source.kind == "task" else data.label
     missing = str(inner.args[0]) if isinstance(inner, KeyError) and inner.args else None
     if missing is not None and missing in (data.split, data.fewshot_split, *(config.get(k) for k in SPLITS)):
         has = f"; there are {', '.join(splits)}" if splits else ""
-        return UserError(
-            f"tasks={found.name}: its documents cannot be used from {place}: they have no split {missing}{has}"
-        )
+        return f"its documents cannot be used from {place}: they have no split {missing}{has}"
     detail = f"{type(inner).__name__}: {first_line(inner)}"
     first = next((document for split in splits.values() for document in split), None)
     if first is not None:
         if config.get("process_docs") is None and (mistake := checks.choices_without_field(config, first)) is not None:
-            return mistake
+            raise mistake from error
         detail = str(inner) if isinstance(inner, UndefinedError) else detail
         lacks = sorted(fields_used(config) - set(first))
         if lacks or isinstance(inner, UndefinedError):
             detail = f"its templates use {', '.join(lacks)}" if lacks else detail
             detail += f"; the fields of the first document: {', '.join(first) or 'none'}"
-    return UserError(f"tasks={found.name}: its documents cannot be used from {place} ({detail})")
+    return f"its documents cannot be used from {place} ({detail})"
 
 
 def _splits(found: Definition, source: Source, data: DataSpec) -> dict[str, Any]:

@@ -56,8 +56,10 @@ def check(cells: Iterable[Cell]) -> None:
                 "tasks", spec.ref, f"it is called {spec.name}, as {other.ref} is; give it another `task:` in its file"
             )
     for cell in cells:
-        known = checks.stopping_metrics(cell.spec.definition.config)
-        if cell.stopping_rule is not None and known is not None:
+        if (
+            cell.stopping_rule is not None
+            and (known := checks.stopping_metrics(cell.spec.definition.config)) is not None
+        ):
             checks.check_stopping(cell.task_name, cell.stopping_rule.metric, known)
 
 
