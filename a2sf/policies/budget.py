@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 BASES = ("total", "context", "seen")
 MANY = 1024
-"""Tokens of a budget at which a policy's division among layers shows."""
+"""Tokens of a budget with which it is tried whether a policy divides slots among layers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from a2sf.store.runs import StoredCell
 
 HALF = ("bfloat16", "float16")
-"""The types of numbers in which rounding moves log-likelihoods so that answers change."""
+"""The dtypes in which rounding can change an answer."""
 
 
 def notes_of(cells: Iterable[StoredCell]) -> list[str]:

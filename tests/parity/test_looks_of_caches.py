@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -13,15 +12,12 @@ import torch
 from a2sf import PrunedCache
 from a2sf.errors import PolicyError, UserError
 from a2sf.hf.cache import budgets
-from a2sf.policies.base import Policy, Retention
+from a2sf.policies.base import Policy
 from a2sf.policies.budget import Budget
-from a2sf.policies.prepared import LayerRead, Prepared
-from a2sf.policies.rule import Rule
 from a2sf.policies.schedule import Schedule
 from baselines.cake import CAKE
-from baselines.simlayerkv import SimLayerKV
 from tests.models import shared
-from tests.parity.test_looks import LOOKING, bias_at
+from tests.parity.test_looks import LOOKING, Odd
 
 IDS = torch.randint(3, 90, (3, 26), generator=torch.Generator().manual_seed(0))
 COLUMNS, LENGTHS = torch.arange(26), torch.tensor([26, 19, 1])
@@ -162,23 +158,6 @@ def test_a_budget_that_grows_after_the_cut():
     with beforehand():
         close(got, read_on(model, other, None))
     check_same(one, other)
-
-
-class Odd(SimLayerKV):
-    """More slots for later layers, and something wrong."""
-
-    name = "odd"
-    wrong: ClassVar[str] = ""
-
-    def look(self, read: LayerRead) -> float:
-        return float("x") if self.wrong == "look" else 1.0 + read.layer
-
-    def conclude(self, found: list[float]) -> Any:
-        return found if self.wrong == "type" else Prepared(shares=tuple(found))
-
-    def retention(self, budget: int, layer: int) -> Retention:
-        made = super().retention(budget, layer)
-        return replace(made, rule=Rule(bias=bias_at(budget))) if self.wrong == "rule" else made
 
 
 @pytest.mark.parametrize(

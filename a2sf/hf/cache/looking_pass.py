@@ -29,6 +29,7 @@ class HeldPrompts(NamedTuple):
         state: of the tokens before.
         shape: as `PrunedLayer.shape`.
         last: query, key and value of the last tokens, [B, heads, 1, D] each.
+        scale: what query · key is multiplied by.
     """
 
     state: EvictionState
@@ -39,7 +40,13 @@ class HeldPrompts(NamedTuple):
 
 @dataclass
 class LookingPass(CachePass):
-    """Such a call."""
+    """The call that reads the prompts.
+
+    Attributes:
+        looks: how the policy looks at each row's prompt.
+        hidden: the input of a layer's attention, by layer, until the policy has seen it; empty if it does not use it.
+        held: what each layer holds until the end of the call.
+    """
 
     looks: list[Look] = field(default_factory=list)
     hidden: dict[int, Tensor] = field(default_factory=dict)
@@ -47,7 +54,7 @@ class LookingPass(CachePass):
     _hooks: ExitStack = field(default_factory=ExitStack)
 
     def begin(self) -> None:
-        """Begin to look."""
+        """Prepare to look at each row's prompt in every layer."""
         policy, starts, lengths = self.cache.policy, self.new.start.tolist(), self.new.length.tolist()
         self.looks = [look_of(policy, slice(s, s + n)) for s, n in zip(starts, lengths, strict=True)]
         model = self.cache.model_ref()
