@@ -14,6 +14,8 @@ from a2sf.policies.find import check_setting_names, find_policy, source_digest
 from a2sf.policies.ranking import Ranking
 from a2sf.policies.rule import PriorityFn
 
+OWN_VERSION = 2
+"""Raised when a change moves the numbers of a policy from outside this package that is given as `by`."""
 ALLOWED = "give the name of a policy, or a mapping of its name and settings, such as {name: h2o, recent_share: 0.25}"
 
 
@@ -84,7 +86,7 @@ class Built(Policy):
     def stored_settings(self) -> dict[str, Any]:
         by: dict[str, Any] = {"name": self.inner.name, **self.inner.stored_settings(), "version": self.inner.version}
         if source := source_digest(type(self.inner)):
-            by["source"] = source
+            by |= {"source": source, "own": OWN_VERSION}
         return super().stored_settings() | {"by": by}
 
 

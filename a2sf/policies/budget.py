@@ -102,15 +102,18 @@ def check_list(policy: Policy, budget: Budget, layers: int) -> None:
         ConfigError: naming the policy.
     """
     key = "ratio" if budget.tokens is None else "tokens"
-    given, many = getattr(budget, key), policy.min_budget + MANY
-    if not isinstance(given, tuple) or len(set(given)) == 1:
-        return
-    divides = False
-    with suppress(Exception):  # the policy's own code; its error is reported where it is used
-        divides = any(policy.acting_budget(many, i, (True,) * layers, None) != many for i in range(layers))
-    if divides:
+    given = getattr(budget, key)
+    if isinstance(given, tuple) and len(set(given)) > 1 and divides_slots(policy, layers):
         why = f"{policy.name} divides the slots of the model among its layers itself; give one number"
         raise ConfigError(f"budget.{key}", list(given), why)
+
+
+def divides_slots(policy: Policy, layers: int) -> bool:
+    """Whether a policy's settings divide the slots of a model among its layers unequally."""
+    many = policy.min_budget + MANY
+    with suppress(Exception):  # the policy's own code; its error is reported where it is used
+        return any(policy.acting_budget(many, i, (True,) * layers, None) != many for i in range(layers))
+    return False
 
 
 def retained(

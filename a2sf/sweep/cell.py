@@ -11,9 +11,9 @@ from importlib.metadata import version
 from typing import Any
 
 from a2sf.errors import ConfigError
-from a2sf.hf.loading import ModelSpec, adapter_of, fingerprint, load_tokenizer, positions_of, tokenizer_folder
+from a2sf.hf.loading import ModelSpec, acts_of, adapter_of, fingerprint, load_tokenizer, positions_of, tokenizer_folder
 from a2sf.policies.base import Policy
-from a2sf.policies.budget import Budget
+from a2sf.policies.budget import Budget, divides_slots
 from a2sf.policies.find import source_digest
 from a2sf.policies.schedule import Schedule, schedule_for
 from a2sf.store.names import ID_DIGITS, safe
@@ -32,6 +32,10 @@ GPU_VERSION = 4
 """The same for what concerns only cells that are computed on a GPU."""
 CUT_VERSION = 2
 """The same for policies from outside this package whose cut after the prompt uses more than attention, or divides slots."""
+CONTEXT_VERSION = 2
+"""The same for texts under a cut of the context that further evictions follow, if the policy looks at the context."""
+LAYERS_VERSION = 2
+"""The same for policies that divide slots among layers, in models that mix full attention with sliding windows."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,23 @@ class Cell:
             **({"generation": GENERATION_VERSION} if self.spec.generates else {}),
             **({"drawn_with": self.seed} if self.spec.generates and self._draws else {}),
             **({"fewshot": FEWSHOT_VERSION} if self.shots else {}),
+            **self._versions_of_few,
         }
+
+    @property
+    def _versions_of_few(self) -> dict[str, int]:
+        """Versions of what moved the numbers of few kinds of cells, so that the results of all others are reused."""
+        versions: dict[str, int] = {}
+        schedule = self.schedule
+        evicts_again = schedule is not None and schedule.before_question and schedule.then != "keep"
+        if evicts_again and self.policy.prepares and self.spec.generates:
+            versions["context"] = CONTEXT_VERSION
+        own = type(self.policy)
+        if own.layer_budget is not Policy.layer_budget or own.acting_budget is not Policy.acting_budget:
+            acts = acts_of(self.model)
+            if not all(acts) and divides_slots(self.policy, len(acts)):
+                versions["layers"] = LAYERS_VERSION
+        return versions
 
     @property
     def _draws(self) -> bool:

@@ -8,6 +8,7 @@ loads. A GGUF file is dequantized once into a plain checkpoint under the cache d
 from a2sf.hf.loading.checkpoint import fingerprint as fingerprint
 from a2sf.hf.loading.checkpoint import local_checkpoint as local_checkpoint
 from a2sf.hf.loading.checkpoint import tokenizer_folder as tokenizer_folder
+from a2sf.hf.loading.config import acts_of as acts_of
 from a2sf.hf.loading.config import config_here as config_here
 from a2sf.hf.loading.config import head_size_of as head_size_of
 from a2sf.hf.loading.config import kv_heads_of as kv_heads_of

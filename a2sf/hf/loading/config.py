@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from a2sf.compat.transformers import check_quantizer, refused
 from a2sf.errors import ConfigError, first_line
+from a2sf.hf.attention.windows import global_layers
 from a2sf.hf.files import gguf, weights
 from a2sf.hf.files.paths import KEY
 from a2sf.hf.loading.checkpoint import files_of, folder_here, gguf_file
@@ -88,6 +89,15 @@ def sizes_of(spec: ModelSpec) -> tuple[int, int | None, int | None]:
     config = _any_config(spec)
     text = config.get_text_config()
     return int(text.num_hidden_layers), kv_heads_of(config), getattr(text, "hidden_size", None)
+
+
+def acts_of(spec: ModelSpec) -> tuple[bool, ...]:
+    """Of each layer of the model, whether a policy acts on it (`global_layers`), from its config alone.
+
+    Raises:
+        ConfigError: if there is no such model.
+    """
+    return global_layers(_any_config(spec))
 
 
 def head_size_of(spec: ModelSpec) -> int | None:
