@@ -129,8 +129,8 @@ def _in_folders(grids: Iterable[Grid]) -> list[tuple[str, Grid]]:
     found: dict[str, Grid] = {}
     for grid in grids:
         name = re.sub(r"[^\w.-]+", "-", grid.metric) if found else ""
-        if name in found:  # the same metric, of tasks in which lower values are better, or higher ones
-            name += "-higher" if grid.higher_is_better else "-lower"
+        if name in found:  # the same metric of tasks in which it has another meaning
+            name += "-lower" if not grid.higher_is_better else "-share" if grid.percent else "-number"
         found[name] = grid
     return list(found.items())
 

@@ -125,11 +125,28 @@ def test_tasks_in_which_a_lower_value_is_better_have_tables_of_their_own(tmp_pat
         changed(tmp_path / "s", task, {"points": {"higher_is_better": higher}})
     grids = list(gather_metrics([tmp_path / "s"], Selection(metric="points")))
     assert [(g.tasks, g.higher_is_better) for g in grids] == [(["errors"], False), (["sums", "words"], True)]
-    assert grids[0].notes == ("sums, words: a higher points is better, so it has tables of its own.",)
+    assert grids[0].notes == (
+        "sums, words: a higher points is better, other than in errors, so it has tables of its own.",
+    )
     main([str(tmp_path / "s"), "--metric", "points", "--out", str(tmp_path / "o")])
     frames = [pd.read_csv(tmp_path / "o/tables" / folder / "tables.csv") for folder in ("", "points")]
     assert ["errors" in f for f in frames] == [True, False]
     assert ["sums" in f for f in frames] == [False, True]
+
+
+def test_shares_and_other_numbers_have_tables_of_their_own(tmp_path: Path) -> None:
+    """As `f1` of lm-eval's tasks, which is from 0 to 1 in some and from 0 to 100 in others."""
+    write_sweep(tmp_path, Plan(documents={"boolq": 50, "squad": 40, "words": 30}))
+    for task, scale in (("boolq", 1), ("squad", 100), ("words", 1)):
+        changed(tmp_path, task, {"f1": {"higher_is_better": True}}, lambda x, scale=scale: scale * float(x.mean()))
+    first, second = gather_metrics([tmp_path], Selection(metric="f1"))
+    assert [(g.tasks, g.percent) for g in (first, second)] == [(["boolq", "words"], True), (["squad"], False)]
+    assert first.notes == (
+        "squad: f1 is more than 1 in some results, other than in boolq, words, so it has tables of its own.",
+    )
+    screen = text_of([screen_table(load_sweep(tmp_path))])
+    assert "acc (%)" in screen
+    assert len(list(gather_metrics([tmp_path]))) == 1  # of acc, which all have
 
 
 def test_documents_of_a_score_that_is_not_their_mean_are_not_paired(tmp_path: Path) -> None:
