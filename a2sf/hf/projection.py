@@ -23,6 +23,7 @@ from a2sf.hf.attention.plan import Plan
 from a2sf.hf.calls.around import bare, idle
 from a2sf.hf.devices import input_device
 from a2sf.hf.exactness import length_for, reported, tokens_of
+from a2sf.hf.found import Part
 from a2sf.hf.layer_check import layers_of, unpruned
 from a2sf.policies.base import Policy
 from a2sf.policies.rotary import Projection
@@ -34,7 +35,9 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """How much what the weights give may differ from what the model computes, relative to its size; elsewhere `LOOSE`."""
 LOOSE = 0.03
 
-_found: weakref.WeakKeyDictionary[PreTrainedModel, tuple[Projection, ...]] = weakref.WeakKeyDictionary()
+_found: weakref.WeakKeyDictionary[PreTrainedModel, tuple[list[Part], tuple[Projection, ...]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def projections_for(model: PreTrainedModel, policy: Policy) -> tuple[Projection, ...] | None:
@@ -47,17 +50,20 @@ def projections_for(model: PreTrainedModel, policy: Policy) -> tuple[Projection,
 
 
 def projections_of(model: PreTrainedModel) -> tuple[Projection, ...]:
-    """The output projection of each layer; it is looked for once per model.
+    """The output projection of each layer; it is looked for once per model, and again where the model was changed.
+
+    The weights are the model's own, not a copy, so that they are right also while it is trained.
 
     Raises:
         UnsupportedModel: if the projection of a layer is not found.
     """
-    if model not in _found:
+    known = _found.get(model)
+    if known is None or any(part.changed for part in known[0]):
         seen = _found_in(model)
-        _found[model] = tuple(
-            Projection(at.weight.unflatten(0, (at.kv_heads, at.heads // at.kv_heads, -1))) for at in seen
-        )
-    return _found[model]
+        heads = ((at.kv_heads, at.heads // at.kv_heads, -1) for at in seen)
+        given = tuple(Projection(at.own.unflatten(0, n)) for at, n in zip(seen, heads, strict=True))
+        known = _found[model] = [Part(at.parent, at.name, "weight") for at in seen], given
+    return known[1]
 
 
 def projections(model: PreTrainedModel) -> dict[int, Tensor]:
@@ -76,14 +82,16 @@ class _Layer:
     """The projection of one layer, and what a short pass showed of it.
 
     Attributes:
-        module: the projection.
+        parent: the layer's attention.
+        name: the name of the projection in it.
         heads, kv_heads: query and key/value heads of the layer.
         attended: [T, H * V], the heads' outputs; None before the pass.
         given, made: its input and output of the same tokens, [T, H * V] and [T, hidden].
         times: how many times the layer computed an attention.
     """
 
-    module: nn.Module
+    parent: nn.Module
+    name: str
     heads: int = 0
     kv_heads: int = 0
     attended: Tensor | None = None
@@ -92,11 +100,21 @@ class _Layer:
     times: int = 0
 
     @property
-    def weight(self) -> Tensor:
-        """float32 [H * V, hidden]."""
+    def module(self) -> nn.Module:
+        """The projection."""
+        return getattr(self.parent, self.name)
+
+    @property
+    def own(self) -> Tensor:
+        """The model's own weights, [H * V, hidden]."""
         weight = self.module.weight
         assert isinstance(weight, Tensor)
-        return (weight if isinstance(self.module, Conv1D) else weight.T).detach().float()
+        return (weight if isinstance(self.module, Conv1D) else weight.T).detach()
+
+    @property
+    def weight(self) -> Tensor:
+        """float32 [H * V, hidden]."""
+        return self.own.float()
 
     @property
     def known(self) -> bool:
@@ -139,10 +157,9 @@ def _found_in(model: PreTrainedModel) -> list[_Layer]:
     seen: dict[int, _Layer] = {}
     for module in model.modules():
         number = getattr(module, "layer_idx", None)
-        named = [getattr(module, name, None) for name in PROJECTIONS]
-        linear = [m for m in named if isinstance(m, nn.Linear | Conv1D)]
+        linear = [name for name in PROJECTIONS if isinstance(getattr(module, name, None), nn.Linear | Conv1D)]
         if isinstance(number, int) and linear and "attention" in type(module).__name__.lower():
-            seen[number] = _Layer(linear[0])
+            seen[number] = _Layer(module, linear[0])
     if sorted(seen) != list(range(layers_of(model))):
         raise UnsupportedModel(
             f"{type(model).__name__} does not have an output projection named {', '.join(PROJECTIONS)} in each layer, "

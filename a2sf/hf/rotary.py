@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from a2sf.hf.attention.errors import UnsupportedModel
@@ -22,6 +22,7 @@ from a2sf.hf.attention.windows import rope_switch
 from a2sf.hf.calls.around import bare, idle
 from a2sf.hf.devices import input_device
 from a2sf.hf.exactness import length_for, reported, tokens_of
+from a2sf.hf.found import Part
 from a2sf.hf.layer_check import unpruned
 from a2sf.policies.base import Policy
 from a2sf.policies.rotary import Rotary
@@ -31,7 +32,9 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """How much unrotated keys may differ, relative to their size; elsewhere `LOOSE`."""
 LOOSE = 0.03
 
-_found: weakref.WeakKeyDictionary[PreTrainedModel, tuple[Rotary | None, ...]] = weakref.WeakKeyDictionary()
+_found: weakref.WeakKeyDictionary[PreTrainedModel, tuple[list[Part], tuple[Rotary | None, ...]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def rotary_for(model: PreTrainedModel, policy: Policy) -> tuple[Rotary | None, ...] | None:
@@ -44,14 +47,17 @@ def rotary_for(model: PreTrainedModel, policy: Policy) -> tuple[Rotary | None, .
 
 
 def rotary_of(model: PreTrainedModel) -> tuple[Rotary | None, ...]:
-    """The rotary embedding of each layer; None for a layer without one. It is looked for once per model.
+    """The rotary embedding of each layer; None for a layer without one. It is looked for once per model, and again
+    where the model has other frequencies now (as one that is cast to another dtype).
 
     Raises:
         UnsupportedModel: if it is not known, or changes with the length of the text.
     """
-    if model not in _found:
-        _found[model] = _find(model)
-    return _found[model]
+    known = _found.get(model)
+    if known is None or any(part.changed for part in known[0]):
+        given = _find(model)
+        known = _found[model] = [Part(module, "", name) for module, name in _frequencies(model)], given
+    return known[1]
 
 
 def _find(model: PreTrainedModel) -> tuple[Rotary | None, ...]:
@@ -97,12 +103,18 @@ def _keys_of_one_token(model: PreTrainedModel) -> dict[int, Tensor]:
 
 def _candidates(model: PreTrainedModel) -> Iterator[Rotary]:
     """The rotary embeddings that modules of the model hold, with both ways to pair numbers."""
+    for module, name in _frequencies(model):
+        scaling = getattr(module, name.removesuffix("inv_freq") + "attention_scaling", 1.0)
+        for interleaved in (False, True):
+            yield Rotary(module.get_buffer(name).float(), float(scaling), interleaved)
+
+
+def _frequencies(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str]]:
+    """The modules that hold frequencies, and the names of the buffers in which they do."""
     for module in model.modules():
-        for name, frequencies in module.named_buffers(recurse=False):
+        for name, _ in module.named_buffers(recurse=False):
             if name.endswith("inv_freq") and "original" not in name:
-                scaling = getattr(module, name.removesuffix("inv_freq") + "attention_scaling", 1.0)
-                for interleaved in (False, True):
-                    yield Rotary(frequencies.float(), float(scaling), interleaved)
+                yield module, name
 
 
 def _constant(keys: Tensor, rotary: Rotary | None) -> bool:

@@ -21,6 +21,7 @@ from typing import Any
 
 from a2sf.errors import ConfigError, UserError, nearest
 from a2sf.policies.base import Policy, check_name
+from a2sf.policies.code_files import imported_files
 
 PACKAGES = ("a2sf.policies", "baselines")
 GROUP = "a2sf.policies"
@@ -192,12 +193,14 @@ def source_digest(cls: type[Policy]) -> str | None:
     """Sixteen hexadecimal digits that identify the code of a policy from outside; None for a policy of this package, which
     has a version instead.
 
-    A hash of the files that define the class and the policies it inherits from. Other modules that they import do not count.
+    A hash of the files that define the class and the policies it inherits from, and of the user's files that these import.
     """
     modules = {c.__module__ for c in cls.__mro__ if issubclass(c, Policy)}
     outside = sorted(m for m in modules if not _ours(m))
-    files = [getattr(sys.modules[m], "__file__", None) for m in outside]
-    texts = [Path(f).read_bytes() for f in files if f]
+    files = {m: Path(f) for m in outside if (f := getattr(sys.modules[m], "__file__", None))}
+    imported = {i for m, f in files.items() for i in imported_files(f, m.partition(".")[0])}
+    imported -= {f.resolve() for f in files.values()}
+    texts = [f.read_bytes() for f in [*files.values(), *sorted(imported)]]
     return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16] if texts else None
 
 

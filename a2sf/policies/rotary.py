@@ -60,7 +60,7 @@ class Projection:
     """The projection after the attention of one layer.
 
     Attributes:
-        weights: float32 [K, G, V, hidden], the part of each query head.
+        weights: [K, G, V, hidden], the part of each query head, in the model's dtype.
     """
 
     weights: Tensor
@@ -70,7 +70,7 @@ class Projection:
         import torch
 
         heads = []
-        for k, group in enumerate(self.weights.to(values)):  # head by head: the projected values are large
-            each = [(values[:, k] @ weights).abs().sum(-1) for weights in group]
+        for k, group in enumerate(self.weights):  # head by head: the projected values are large
+            each = [(values[:, k] @ weights).abs().sum(-1) for weights in group.to(values)]
             heads.append(sum(each[1:], each[0]) / len(each))
         return torch.stack(heads, 1)

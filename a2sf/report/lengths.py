@@ -139,9 +139,10 @@ def _by_length(part: Grid, s: SystemResults) -> pd.DataFrame:
     for task in s.keys:
         column = f"metric/{part.metric}"
         stored = part.cells.get(s.keys[task])
-        if stored is not None and column in stored.documents and "context_tokens" in stored.documents:
-            found = pd.DataFrame({"tokens": _prompts(part, s, task), "value": stored.documents[column]})
-            found[TEXT] = [f"{task} {t}" for t in texts_of(documents_of(stored)).of]
+        documents = pd.DataFrame() if stored is None else documents_of(stored)
+        if column in documents and "context_tokens" in documents:
+            found = pd.DataFrame({"tokens": _prompts(part, s, task), "value": documents[column]})
+            found[TEXT] = [f"{task} {t}" for t in texts_of(documents).of]
             frames.append(found[found["tokens"] > 0].dropna())
     filled = [f for f in frames if len(f)]
     return pd.concat(filled, ignore_index=True) if filled else frames[0]

@@ -126,7 +126,13 @@ def show(directories: Sequence[Path], selection: Selection, options: TableOption
 
 def _in_folders(grids: Iterable[Grid]) -> list[tuple[str, Grid]]:
     """Each grid with the folder of its tables and plots: none for the first, and a metric's name for the others."""
-    return [(re.sub(r"[^\w.-]+", "-", grid.metric) if i else "", grid) for i, grid in enumerate(grids)]
+    found: dict[str, Grid] = {}
+    for grid in grids:
+        name = re.sub(r"[^\w.-]+", "-", grid.metric) if found else ""
+        if name in found:  # the same metric of tasks in which it has another meaning
+            name += "-lower" if not grid.higher_is_better else "-share" if grid.percent else "-number"
+        found[name] = grid
+    return list(found.items())
 
 
 def _report(folder: str) -> str:

@@ -26,6 +26,7 @@ from a2sf.compat.lm_eval import (
     unresolved,
 )
 from a2sf.errors import ConfigError, UserError, nearest
+from a2sf.policies.code_files import imported_files
 from a2sf.tasks import user_folder
 from a2sf.tasks.functions import function_file, known_arguments, live
 from a2sf.tasks.index import index
@@ -84,7 +85,9 @@ class Definition:
         return self.entry.yaml_path.parent if self.entry.yaml_path else None
 
     def digest(self, config: dict[str, Any] | None = None) -> str | None:
-        """A hash of the definition and its functions' files; None for those of lm-eval, which lm-eval's version identifies.
+        """A hash of the definition, its functions' files and the user's files that these import.
+
+        None for those of lm-eval, which lm-eval's version identifies.
 
         Args:
             config: the configuration to hash, instead of the one that was read first.
@@ -93,6 +96,7 @@ class Definition:
         if not self.settings and self.ref == self.name and (of_lm_eval or self.folder in OWN_TASKS):
             return None
         parts: list[Any] = []
+        imported: set[Path] = set()
 
         def plain(value: Any) -> Any:
             if isinstance(value, dict):
@@ -101,10 +105,12 @@ class Definition:
                 return [plain(v) for v in value]
             if isinstance(value, str) and (file := function_file(value)) is not None:
                 parts.append(hashlib.sha256(file.read_bytes()).hexdigest())
+                imported.update(imported_files(file))
                 return f"{file.name}:{value.rpartition('.')[2]}"
             return value
 
         parts.append(plain(self.config if config is None else config))
+        parts += sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in imported)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

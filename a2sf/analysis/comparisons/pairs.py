@@ -27,11 +27,15 @@ def paired_values(
     """Per-document values of a metric in two cells, in the same order, and which of these documents share a text.
 
     Raises:
-        UserError: as `paired_documents`, and if the metric has no per-document values.
+        UserError: as `paired_documents`, and if the metric has no per-document values, or is not their mean.
     """
     left, right = paired_documents(a, b, common)
     column = f"metric/{metric}"
     for cell, documents in ((a, left), (b, right)):
+        if column not in documents and column in cell.documents:
+            raise UserError(
+                f"{metric} of {cell.cell['task']} is not the mean of a number for each document, so it cannot be paired."
+            )
         if column not in documents or documents[column].isna().any():
             raise UserError(f"{cell.path.name} has no value of {metric} for each document, so it cannot be paired.")
     return left[column].to_numpy(float), right[column].to_numpy(float), texts_of(left, right)

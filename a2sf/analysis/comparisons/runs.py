@@ -193,7 +193,10 @@ def metrics_of(a: TaskRun, b: TaskRun, requested: str | None) -> tuple[str, str]
 def _metric_of(run: TaskRun) -> str:
     known = [*run.counted]
     if not known:
-        raise UserError(f"{run.task} has {len(run.documents)} documents, and none has a metric that is a number.")
+        raise UserError(
+            f"{run.task} has {len(run.documents)} documents, and none has a metric that is a number and of which the score "
+            "is the mean."
+        )
     if (name := _usual(known) or (known[0] if len(known) == 1 else None)) is None:
         raise UserError(f"{run.task} has the metrics {', '.join(known)}; choose one with --metric.")
     return name

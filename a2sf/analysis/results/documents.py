@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -27,14 +29,25 @@ def may_share(stored: StoredCell) -> bool:
 def documents_of(stored: StoredCell) -> pd.DataFrame:
     """One row per document, with the column `TEXT` where it is known which of them share a text.
 
+    Without numbers of which a metric's score is not the mean: those of a perplexity are log-likelihoods.
+
     Raises:
         UserError: if the per-document file cannot be read.
     """
     documents = stored.documents
+    scores = {f"metric/{name}": m.get("value") for name, m in stored.metrics.items()}
+    parts = [c for c, score in scores.items() if c in documents and not is_mean(documents[c].dropna(), score)]
+    documents = documents.drop(columns=parts) if parts else documents
     if TEXT in documents or not str(stored.cell["task"]).startswith(LONG) or "context" not in documents:
         return documents
     parted = documents["context"].str.rpartition(QUESTION)
     return documents.assign(**{TEXT: parted[0]}) if (parted[1] == QUESTION).all() else documents
+
+
+def is_mean(values: Any, score: float | None) -> bool:
+    """Whether a score is the mean of some documents' numbers, or nothing says that it is not."""
+    known = [float(v) for v in values]
+    return score is None or not known or math.isclose(math.fsum(known) / len(known), score, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def paired_documents(a: StoredCell, b: StoredCell, common: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from a2sf.analysis.results.directions import LOWER, direction
 from a2sf.analysis.results.grid import STEP, Grid
 from a2sf.analysis.results.labels import DASH, budget_label, factor_label, first_number, settings_label
 from a2sf.analysis.results.limits import drop_smaller
@@ -94,10 +95,7 @@ def _from_cells(cells: Sequence[StoredCell], source: str | None) -> pd.DataFrame
             "cache_share": timing.get("cache_share"),
             "cache_share_max": timing.get("cache_share_max"),
         }
-        more += [
-            common | {"metric": name, "higher_is_better": m.get("higher_is_better", True)}
-            for name, m in stored.metrics.items()
-        ]
+        more += [common | {"metric": name, **direction(name, m)} for name, m in stored.metrics.items()]
     extra = pd.DataFrame(more, columns=None if more else ["source", "cell", "metric"])
     return _tidy(frame.merge(extra, on=["cell", "metric"], how="left", validate="1:1"))
 
@@ -118,7 +116,7 @@ def _from_csv(directory: Path) -> pd.DataFrame:
         frame = frame[frame[MEMBERS].isna()].copy()
     frame["budget_ratio"] = [_number_or_text(v) for v in frame["budget_ratio"]]
     frame["label"], frame["source"] = frame["policy"], name_of(directory)
-    frame["higher_is_better"] = ~frame["metric"].str.contains("perplexity|bits_per_byte|loss")
+    frame["higher_is_better"] = ~frame["metric"].str.contains(LOWER)
     return _tidy(frame)
 
 
@@ -141,6 +139,8 @@ def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
     frame[LM_EVAL_STDERR] = pd.to_numeric(frame[LM_EVAL_STDERR], errors="coerce")
     frame["key"] = frame["source"] + "/" + frame["cell"].fillna("").astype(str)
     frame["variant"] = ""
+    if "direction_known" not in frame:
+        frame["direction_known"] = True
     frame["data_settings"] = frame["data_settings"].fillna("{}").astype(str).replace("", "{}")
     frame["rest"] = frame["rest"].fillna("{}")
     return frame

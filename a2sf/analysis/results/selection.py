@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
+from a2sf.analysis.results.directions import of_one_kind
 from a2sf.analysis.results.errors import add_group_intervals, add_intervals
 from a2sf.analysis.results.grid import SYSTEM, Grid
 from a2sf.analysis.results.labels import DASH, name_settings, shorten_names
@@ -58,7 +59,8 @@ def select(
 ) -> Iterator[Grid]:
     """The selected rows of a frame as grids: filtered, of one metric, with names that tell them apart.
 
-    If the selection names no metric, tasks that do not have that of the first grid are in further ones.
+    If the selection names no metric, tasks that do not have that of the first grid are in further ones; and those in which
+    its values have another meaning (`of_one_kind`).
 
     Args:
         frame: one row per cell and metric, as `gather` makes it.
@@ -75,7 +77,9 @@ def select(
     while True:
         chosen, metric, others = _one_metric(frame, selection.metric)
         without = _left_out(frame, metric, others) if selection.metric else []
-        yield _grid(chosen, cells, metric, selection, [*notes, *without], groups)
+        said = [*notes, *without]
+        for rows in of_one_kind(chosen, metric, said):
+            yield _grid(rows, cells, metric, selection, list(said), groups)
         if selection.metric or not others:
             return
         frame = frame[frame["task"].isin(others)]

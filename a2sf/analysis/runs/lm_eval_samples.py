@@ -8,12 +8,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from a2sf.analysis.results.documents import is_mean
 from a2sf.analysis.runs.run import Document, Run, TaskRun, field_of, number_of, texts_to_match
 
 SAMPLES = re.compile(r"samples_(?P<task>.+)_(?P<time>\d{4}-\d{2}-\d{2}T[\d.:-]+)\.jsonl")
 """lm-eval's file of one task's documents (`--log_samples --output_path`)."""
 NOT_METRICS = ("doc_id",)
 """Numbers of a sample that are no metrics, where it does not name its metrics (older versions of lm-eval)."""
+
+PARTS = ("perplexity",)
+"""Metrics of lm-eval with a number for each document of which the score is not the mean."""
 
 
 def runs_of_directory(path: Path, cluster: str | None = None) -> list[Run]:
@@ -42,17 +46,47 @@ def run_of_samples(path: Path, cluster: str | None = None) -> Run:
 
 
 def _run(label: str, source: Path, files: Mapping[str, Path], cluster: str | None, notes: tuple[str, ...] = ()) -> Run:
-    tasks = {t: TaskRun(t, _documents(f, cluster), _settings(t, f)) for t, f in files.items()}
+    tasks = {}
+    for task, file in files.items():
+        results = _results(file)
+        documents = _documents(file, cluster)
+        _drop_parts(documents, results.get("results", {}).get(task, {}))
+        tasks[task] = TaskRun(task, documents, _settings(task, results))
     return Run(label, str(source), tasks, notes=notes)
 
 
-def _settings(task: str, samples: Path) -> dict[str, Any]:
-    """Shots and version of a task, from the results that lm-eval writes beside its samples, if they are there."""
+def _results(samples: Path) -> dict[str, Any]:
+    """The results that lm-eval writes beside its samples, if they are there."""
     match = SAMPLES.fullmatch(samples.name)
     file = samples.with_name(f"results_{match['time']}.json") if match else samples
     if match is None or not file.exists():
         return {}
-    results = json.loads(file.read_text(encoding="utf-8"))
+    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return results
+
+
+def _drop_parts(documents: Iterable[Document], scores: Mapping[str, Any]) -> None:
+    """Leave out numbers of which a task's score is not the mean, as of perplexity, whose numbers are log-likelihoods.
+
+    Args:
+        scores: by metric and filter, as lm-eval's results have them; empty if they are not there.
+    """
+    documents = list(documents)
+    for metric in {m for d in documents for m in d.values}:
+        values = [v for d in documents for v in d.values.get(metric, ())]
+        name, _, filtered = metric.partition(",")
+        score = (
+            number_of(scores.get(f"{name},{filtered or 'none'}"))
+            if all(metric in d.values for d in documents)
+            else None
+        )
+        if name in PARTS or not is_mean(values, score):
+            for document in documents:
+                document.values.pop(metric, None)
+
+
+def _settings(task: str, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Shots and version of a task, from lm-eval's results."""
     known = {"shots": results.get("n-shot", {}).get(task), "task version": results.get("versions", {}).get(task)}
     return {name: value for name, value in known.items() if value is not None}
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from a2sf.analysis.results.documents import documents_of
 from a2sf.analysis.results.labels import budget_label, factor_label
 from a2sf.analysis.runs.inspect_logs import runs_of_logs
 from a2sf.analysis.runs.lm_eval_samples import run_of_samples, runs_of_directory
@@ -129,7 +130,7 @@ def _our_settings(stored: StoredCell) -> dict[str, Any]:
 
 
 def _our_documents(stored: StoredCell) -> Iterator[Document]:
-    frame = stored.documents
+    frame = documents_of(stored)
     metrics = [c for c in map(str, frame) if c.startswith("metric/")]
     for row in frame.to_dict("records"):
         yield Document(

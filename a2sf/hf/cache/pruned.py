@@ -101,13 +101,10 @@ class PrunedCache(Cache):
         check_lengths_are_given(self.budget, self.schedule, max_new_tokens, contexts)
         self.check_model(model)
         positions = getattr(config, "max_position_embeddings", None) or 2**31
-        layers, rotary = config.num_hidden_layers, rotary_for(model, policy)
-        weights = projections_for(model, policy)
-        embeddings, parts = rotary or [None] * layers, weights or [None] * layers
-        known = enumerate(zip(embeddings, parts, strict=True))
-        how = (How(positions, backend, trace, i, layers, *each) for i, each in known)
-        super().__init__(layers=[PrunedLayer(each) for each in how])
+        layers = config.num_hidden_layers
+        super().__init__(layers=[PrunedLayer(How(positions, backend, trace, i, layers)) for i in range(layers)])
         self.layers: list[PrunedLayer]  # type: ignore[assignment]
+        self._follow(model)
         self.trace = trace
         self.max_new_tokens, self.context_tokens = max_new_tokens, contexts
         self.policy_on_sliding, self.acts = not mixes_windows(model.config), global_layers(model.config)
@@ -126,6 +123,17 @@ class PrunedCache(Cache):
 
         prove_decoding(model, self.policy, self.budget)
         surround(model)
+
+    def _follow(self, model: PreTrainedModel) -> None:
+        """Take over what the policy sees of `model`'s weights, as they are now.
+
+        Raises:
+            UnsupportedModel: if that is not known.
+        """
+        rotary, projections = rotary_for(model, self.policy), projections_for(model, self.policy)
+        for i, layer in enumerate(self.layers):
+            layer.how.rotary = None if rotary is None else rotary[i]
+            layer.how.projection = None if projections is None else projections[i]
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> PrunedCache:
         """A cache for the same model; if the model is copied together with its cache, for the copy."""
@@ -313,6 +321,7 @@ class PrunedCache(Cache):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Check a call as a whole, and resolve the budgets at the first; returns where each row's new tokens are."""
         start, length, order = check_call(self, model, shape, mask)
+        self._follow(model)
         if self.seen is None:
             if not self.retention:  # else `keep` set it
                 self.resolve_budgets(start, length)  # last, so that a call that is refused leaves nothing behind

@@ -43,9 +43,9 @@ class NewTokens:
     order: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class How:
-    """How a layer's attention is computed.
+    """How a layer's attention is computed; `PrunedCache` sets what is the model's, `rotary` and `projection`, in each call.
 
     Attributes:
         positions: the longest sequence that the model can read.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from a2sf.analysis.results.documents import DOCUMENT
+from a2sf.analysis.results.documents import DOCUMENT, documents_of
 from a2sf.analysis.results.grid import Grid, SystemResults
 from a2sf.engine.trace import Trace
 from a2sf.errors import UserError
@@ -102,7 +102,7 @@ def _short_enough(
 def _columns(grid: Grid, key: str) -> dict[str, list[Any]] | None:
     """A cell's documents; None where they cannot be read, which the notes of the tables say."""
     try:
-        documents: pd.DataFrame = grid.cells[key].documents
+        documents = documents_of(grid.cells[key])
     except (KeyError, UserError):
         return None
     of_grid = (f"metric/{grid.metric}", _extraction(grid.metric))

@@ -187,7 +187,7 @@ def test_shares_and_other_numbers_are_not_averaged(tmp_path):
     rng = np.random.default_rng(0)
     for name in ("a", "b", "c", "d"):
         lm_eval_file(tmp_path / name, answers(0.7, ord(name)))
-        lm_eval_file(tmp_path / name, 5 + rng.random(40), task="texts", metric="perplexity")
+        lm_eval_file(tmp_path / name, 5 + rng.random(40), task="texts", metric="rouge")
     made = compare_runs([run for name in "ab" for run in read_runs(tmp_path / name)])
     assert [r.task for r in made.rows] == ["sums", "texts"]
     assert made.notes == ["No average over tasks: the metric is a share in sums, and not in texts."]
@@ -250,6 +250,24 @@ def test_runs_with_different_shots_or_task_versions_are_named(tmp_path):
     notes = compare_runs(runs).notes
     assert "shots5, sums: different shots: 0 in shots0, 5 in shots5." in notes
     assert "shots5, sums: different task version: 1.0 in shots0, 2.0 in shots5." in notes
+
+
+@pytest.mark.parametrize(("metric", "score"), [("perplexity", None), ("middle", 1.0)])
+def test_numbers_of_which_a_score_is_not_the_mean_are_not_compared(tmp_path, metric, score):
+    """lm-eval logs log-likelihoods of a perplexity; of other scores its results file says that they are not the mean."""
+    runs = []
+    for name, share in (("a", 0.8), ("b", 0.6)):
+        lm_eval_file(tmp_path / name, answers(share, 1), metric=metric)
+        file = lm_eval_file(tmp_path / name, answers(share, 1))
+        if score is not None:
+            results = {"results": {"sums": {f"{metric},none": score, "acc,none": float(np.mean(answers(share, 1)))}}}
+            file.with_name(file.name.replace("samples_sums", "results").removesuffix("l")).write_text(
+                json.dumps(results)
+            )
+        runs += read_runs(tmp_path / name)
+    assert compare_runs(runs).metrics == {"sums": "acc"}
+    with pytest.raises(UserError, match=f"sums has no metric {metric} for each document; it has acc"):
+        compare_runs(runs, metric=metric)
 
 
 def test_the_full_cache_has_no_schedule_in_its_name():

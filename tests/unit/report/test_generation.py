@@ -129,6 +129,7 @@ def test_documents_are_scored_by_the_metric_that_is_shown(tmp_path: Path) -> Non
         result = {k: v for k, v in stored.result.items() if k not in ("checksums", "schema_version")}
         norm = np.arange(40) % (2 if stored.cell["policy"] == "h2o" else 5) > 0
         documents = stored.documents.assign(**{"metric/acc_norm": norm.astype(float)})
+        result["metrics"]["acc_norm"]["value"] = float(norm.mean())
         write_cell(tmp_path / "s" / stored.path.name, result, documents, "policy: x\n")
     for metric in ("acc", "acc_norm"):
         out = tmp_path / metric

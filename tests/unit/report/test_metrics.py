@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from a2sf.analysis.comparisons.pairs import compare_pair
+from a2sf.analysis.comparisons.runs import compare_runs
 from a2sf.analysis.results.gather import gather, gather_metrics
+from a2sf.analysis.results.grid import Grid
 from a2sf.analysis.results.selection import Selection
+from a2sf.analysis.runs.read import read_runs
 from a2sf.commands.tables import main
+from a2sf.errors import UserError
+from a2sf.report.lengths import length_points
 from a2sf.report.output import pictures
+from a2sf.report.tables.layout import build_tables
 from a2sf.report.tables.screen import screen_table
 from a2sf.store.runs import DOCUMENTS, load_sweep, write_cell
 from tests.sweep_fixture import Plan, write_sweep
@@ -72,3 +80,85 @@ def test_the_screen_and_the_trackers_show_both(sweep: Path) -> None:
     assert "arc_easy" in text
     assert "sums" in text
     assert {"budget-tiny-0shot", "exact_match-budget-tiny-0shot"} <= set(pictures(sweep))
+
+
+def changed(directory: Path, task: str, metrics: dict[str, dict[str, object]], score: object = None) -> None:
+    """Cells of a task with `acc` under other names: entries of each metric; `score` makes its value of the documents'."""
+    for stored in load_sweep(directory):
+        if stored.cell["task"] == task:
+            documents = pd.read_parquet(stored.path / DOCUMENTS)
+            for name, more in metrics.items():
+                documents[f"metric/{name}"] = documents["metric/acc"]
+                more = {"value": score(documents["metric/acc"])} | more if callable(score) else more
+                stored.metrics[name] = stored.metrics["acc"] | more
+            shutil.rmtree(stored.path)
+            write_cell(stored.path, stored.result, documents, "")
+
+
+def best_of(grid: Grid) -> tuple[float, set[float]]:
+    """The best pruned value of the first budget, and the values that have the mark."""
+    (table,) = build_tables(grid, tested=False)
+    entries = [r.entries[grid.tasks[0]] for r in table.rows if r.budget == "0.2"]
+    return max(e.value for e in entries), {e.value for e in entries if e.best}
+
+
+def test_a_metric_of_which_nothing_says_that_higher_is_better(tmp_path: Path) -> None:
+    """As lm-eval stores those of a task's own code without `higher_is_better`."""
+    write_sweep(tmp_path, Plan(documents={"sums": 50}))
+    changed(tmp_path, "sums", {"points": {"higher_is_better": None}, "my_loss": {"higher_is_better": None}})
+    grid = gather([tmp_path], Selection(metric="points"))
+    most, marked = best_of(grid)
+    assert marked == {most}
+    assert grid.notes == (
+        "sums: nothing says whether a higher or a lower points is better; higher is taken as better (higher_is_better in "
+        "the metric_list of the task's file says it).",
+    )
+    other = gather([tmp_path], Selection(metric="my_loss"))
+    assert not other.higher_is_better
+    assert "lower is taken as better" in other.notes[0]
+    assert gather([tmp_path], Selection(metric="acc")).notes == ()
+
+
+def test_tasks_in_which_a_lower_value_is_better_have_tables_of_their_own(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "s", Plan(documents={"errors": 50, "sums": 40, "words": 30}))
+    for task, higher in (("errors", False), ("sums", True), ("words", True)):
+        changed(tmp_path / "s", task, {"points": {"higher_is_better": higher}})
+    grids = list(gather_metrics([tmp_path / "s"], Selection(metric="points")))
+    assert [(g.tasks, g.higher_is_better) for g in grids] == [(["errors"], False), (["sums", "words"], True)]
+    assert grids[0].notes == (
+        "sums, words: a higher points is better, other than in errors, so it has tables of its own.",
+    )
+    main([str(tmp_path / "s"), "--metric", "points", "--out", str(tmp_path / "o")])
+    frames = [pd.read_csv(tmp_path / "o/tables" / folder / "tables.csv") for folder in ("", "points")]
+    assert ["errors" in f for f in frames] == [True, False]
+    assert ["sums" in f for f in frames] == [False, True]
+
+
+def test_shares_and_other_numbers_have_tables_of_their_own(tmp_path: Path) -> None:
+    """As `f1` of lm-eval's tasks, which is from 0 to 1 in some and from 0 to 100 in others."""
+    write_sweep(tmp_path, Plan(documents={"boolq": 50, "squad": 40, "words": 30}))
+    for task, scale in (("boolq", 1), ("squad", 100), ("words", 1)):
+        changed(tmp_path, task, {"f1": {"higher_is_better": True}}, lambda x, scale=scale: scale * float(x.mean()))
+    first, second = gather_metrics([tmp_path], Selection(metric="f1"))
+    assert [(g.tasks, g.percent) for g in (first, second)] == [(["boolq", "words"], True), (["squad"], False)]
+    assert first.notes == (
+        "squad: f1 is more than 1 in some results, other than in boolq, words, so it has tables of its own.",
+    )
+    screen = text_of([screen_table(load_sweep(tmp_path))])
+    assert "acc (%)" in screen
+    assert len(list(gather_metrics([tmp_path]))) == 1  # of acc, which all have
+
+
+def test_documents_of_a_score_that_is_not_their_mean_are_not_paired(tmp_path: Path) -> None:
+    """A perplexity's documents have log-likelihoods: their differences are not its own."""
+    write_sweep(tmp_path / "s", Plan(documents={"sums": 50}))
+    changed(tmp_path / "s", "sums", {"perplexity": {"higher_is_better": False}}, lambda x: math.exp(-x.mean()))
+    grid = gather([tmp_path / "s"], Selection(metric="perplexity"))
+    (table,) = build_tables(grid, margin=0.01)
+    assert all(r.equivalence is None for r in table.rows)
+    comparisons, notes = compare_pair(grid)
+    assert comparisons == []
+    assert notes == ["perplexity of sums is not the mean of a number for each document, so it cannot be paired."]
+    assert [*map(len, length_points(grid, grid.systems()))] == [0] * len(grid.systems())
+    with pytest.raises(UserError, match="sums has no metric perplexity for each document; it has acc, acc_norm"):
+        compare_runs(read_runs(tmp_path / "s"), metric="perplexity")

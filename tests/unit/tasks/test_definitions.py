@@ -158,6 +158,17 @@ def test_a_users_own_yaml(folder, monkeypatch):
     assert mine.digest() != before
 
 
+def test_a_task_is_another_one_when_a_file_that_its_functions_import_changes(folder, monkeypatch):
+    monkeypatch.syspath_prepend(folder)
+    (folder / "utils.py").write_text("from words_of_mine import END\n\ndef text(doc):\n    return doc['goal'] + END\n")
+    (mine,) = resolve(str(folder / "mine.yaml"))
+    alone = mine.digest()
+    (folder / "words_of_mine.py").write_text("END = '?'\n")
+    before = mine.digest()
+    (folder / "words_of_mine.py").write_text("END = '!'\n")
+    assert len({alone, before, mine.digest()}) == 3
+
+
 def test_one_task_twice_in_a_group_is_two(folder):
     found = resolve(str(folder / "ours.yaml"))
     assert [(d.name, d.shots) for d in found] == [
