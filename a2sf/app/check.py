@@ -76,6 +76,7 @@ def check(points: Points, computes_here: bool) -> Checked:
     resolved = documents.resolve_content([s.cells for s in settings], planned_only=settings[0].plan_only)
     settings = [dataclasses.replace(s, cells=cells) for s, cells in zip(settings, resolved.cells, strict=True)]
     _check_each_cell_once(settings)
+    documents.check_stopping(c for s in settings for c in s.cells)
     texts.check_field([c for s in settings for c in s.cells])
     includes = dict.fromkeys(s.include for s in settings if s.include)
     hidden = dict.fromkeys(note for include in includes for note in tasks.hidden(*include))
