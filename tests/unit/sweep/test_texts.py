@@ -71,6 +71,18 @@ def test_a_field_that_no_document_has_is_refused(runner: Runner) -> None:  # noq
     ]
 
 
+def test_a_task_is_made_once_for_its_fields(runner: Runner, monkeypatch) -> None:  # noqa: F811
+    """At the check; again only for finished cells that do not have their texts."""
+    requested = cell(limit=4, data=tasks.DataSpec(source="bundle", cluster="question")).with_content()
+    made, build = [], tasks.TaskSpec.build
+    monkeypatch.setattr(tasks.TaskSpec, "build", lambda spec, seed: made.append(spec) or build(spec, seed))
+    known = check_field([requested])
+    assert record_texts([requested], [], runner.directory, known) == []
+    assert len(made) == 1
+    assert record_texts([requested], [], runner.directory) == []
+    assert len(made) == 2
+
+
 def test_a_field_that_no_document_has_is_refused_before_the_plan(tmp_path):
     """Where the documents are on this machine; else they are read after it."""
     GlobalHydra.instance().clear()
