@@ -146,6 +146,7 @@ class PrunedCache(Cache):
         self.seen: Tensor | None = None  # int64 [B], tokens of each row that were no padding
         self.retention: list[tuple[Retention, ...]] = []  # what each layer retains, per row
         self.prompt: list[int] = []  # tokens of each row's prompt
+        self.first: list[int] = []  # tokens of each row in the first call
         self.calls = 0
         self.incoming: Tensor | None = None  # the first call's tokens, set before it, for a policy that prepares
         self.looking = False  # whether the policy looks at the first call, which is the prompts, before they are cut
@@ -275,6 +276,7 @@ class PrunedCache(Cache):
         self.seen = self.seen[rows]
         self.retention = [self.retention[i] for i in rows.tolist()]
         self.prompt = [self.prompt[i] for i in rows.tolist()]
+        self.first = [self.first[i] for i in rows.tolist()] if self.first else []
         for layer in self.layers:
             layer.batch_select_indices(rows)
 
@@ -316,7 +318,7 @@ class PrunedCache(Cache):
         if self.seen is None:
             if not self.retention:  # else `keep` set it
                 self.resolve_budgets(start, length)  # last, so that a call that is refused leaves nothing behind
-            self.seen = torch.zeros(shape[0], dtype=torch.int64)
+            self.seen, self.first = torch.zeros(shape[0], dtype=torch.int64), length.tolist()
         return start, length, order
 
     @property

@@ -120,6 +120,7 @@ def stored_of(cache: PrunedCache) -> dict[str, Any]:
         "format": FORMAT,
         **settings(model, cache.policy, cache.schedule, cache.retention),
         "prompt": list(cache.prompt),
+        "first": list(cache.first),
         "seen": cache.seen.clone(),
         "columns": cache.columns,
         "calls": cache.calls,
@@ -157,10 +158,12 @@ def _restore(cache: PrunedCache, stored: Mapping[str, Any]) -> None:
     model = cache.model_ref()
     if model is None or cache.trace:
         raise UserError("a cache that records a trace, or whose model no longer exists, cannot load a stored one")
-    retention = retention_of_prompts(cache, stored["prompt"], stored["prompt"])
+    first = stored.get("first") or stored["prompt"]  # earlier versions did not store it
+    retention = retention_of_prompts(cache, stored["prompt"], first)
     check(stored, settings(model, cache.policy, cache.schedule, retention))
     cache.reset()
-    cache.retention, cache.prompt, cache.seen = retention, list(stored["prompt"]), stored["seen"].clone()
+    cache.retention, cache.prompt, cache.first = retention, list(stored["prompt"]), list(first)
+    cache.seen = stored["seen"].clone()
     cache.columns, cache.calls, cache.attentions = stored["columns"], stored["calls"], list(stored["attentions"])
     cache.later_turn = stored.get("later_turn", True)  # earlier versions did not store it
     for i, (layer, one) in enumerate(zip(cache.layers, stored["layers"], strict=True)):
