@@ -31,8 +31,10 @@ from a2sf.hf.cache.layer import PrunedLayer
 from a2sf.hf.cache.looking_pass import LookingPass
 from a2sf.hf.cache.store import How, NewTokens
 from a2sf.hf.cache.stored import ModelRef, load_into, stored_of
+from a2sf.hf.calls.again import compare_again
 from a2sf.hf.calls.around import decoder_of, following_copy, surround
 from a2sf.hf.calls.chunks import bounds, columns
+from a2sf.hf.calls.read_tokens import ReadTokens
 from a2sf.hf.loading.config import kv_heads_of
 from a2sf.hf.projection import projections_for
 from a2sf.hf.rotary import rotary_for
@@ -126,6 +128,7 @@ class PrunedCache(Cache):
 
         prove_decoding(model, self.policy, self.budget)
         surround(model)
+        compare_again(model)
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> PrunedCache:
         """A cache for the same model; if the model is copied together with its cache, for the copy."""
@@ -147,6 +150,7 @@ class PrunedCache(Cache):
         self.retention: list[tuple[Retention, ...]] = []  # what each layer retains, per row
         self.prompt: list[int] = []  # tokens of each row's prompt
         self.first: list[int] = []  # tokens of each row in the first call
+        self.text = ReadTokens()
         self.calls = 0
         self.incoming: Tensor | None = None  # the first call's tokens, set before it, for a policy that prepares
         self.looking = False  # whether the policy looks at the first call, which is the prompts, before they are cut
@@ -277,6 +281,7 @@ class PrunedCache(Cache):
         self.retention = [self.retention[i] for i in rows.tolist()]
         self.prompt = [self.prompt[i] for i in rows.tolist()]
         self.first = [self.first[i] for i in rows.tolist()] if self.first else []
+        self.text.select(rows)
         for layer in self.layers:
             layer.batch_select_indices(rows)
 
@@ -345,6 +350,15 @@ class PrunedCache(Cache):
         self._pass = (LookingPass if self.looking else CachePass)(self, new, len(self.layers))
         self._pass.begin()
         return self._pass
+
+    def check_again(self, given: Tensor, mask: Tensor | None) -> None:
+        """Refuse a text `given` [B, columns or more] to `generate` that does not begin with what was read, as far as known.
+
+        Raises:
+            UserError: naming the first token that is another one.
+        """
+        if given.shape[0] == self.batch_size:
+            self.text.check(given, mask, self.columns)
 
     def end(self, completed: bool) -> None:
         """Finish the call that `begin` started; a cache whose call failed is not used again."""
