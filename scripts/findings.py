@@ -34,7 +34,7 @@ from a2sf.analysis.results.selection import Selection
 from a2sf.errors import UserError
 from a2sf.report.heads import errors_figure
 from a2sf.report.output import replace_block
-from a2sf.report.plots.style import COLOURS, MARKERS, Line, Style, save
+from a2sf.report.plots.style import MARKERS, OKABE_ITO, Line, Style, save
 from a2sf.report.tables.summaries import against_tables, fidelity_tables
 from a2sf.report.tables.text import TextTable, text_markdown
 
@@ -142,7 +142,7 @@ def closeness_figure(sweep: Path) -> Figure:
         drawn = {name: of for name, of in groups.items() if name in DRAWN} or groups
         lines = [Line(name, of[0].policy, of) for name, of in drawn.items()]
         # most are one policy: colours of their own
-        looks = itertools.product(("-", "--"), zip(COLOURS, MARKERS, strict=False))
+        looks = itertools.product(("-", "--"), zip(OKABE_ITO, MARKERS, strict=False))
         styles = {line.label: Style(*look, dash) for line, (dash, look) in zip(lines, looks, strict=False)}
         for line in lines:
             style, x = styles[line.label], [s.budget_order for s in line.systems]

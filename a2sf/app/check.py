@@ -32,12 +32,14 @@ class Checked:
         settings: of each point, with the cells whose model and documents are identified.
         refused: why cells cannot be computed -> their names.
         notes: what the user should know, one sentence each.
+        fields: of the tasks whose documents were read for `data.cluster`.
     """
 
     points: Points
     settings: list[Settings]
     refused: dict[str, list[str]]
     notes: list[str]
+    fields: texts.Known = dataclasses.field(default_factory=dict)
 
     @property
     def cells(self) -> list[Cell]:
@@ -76,11 +78,12 @@ def check(points: Points, computes_here: bool) -> Checked:
     resolved = documents.resolve_content([s.cells for s in settings], planned_only=settings[0].plan_only)
     settings = [dataclasses.replace(s, cells=cells) for s, cells in zip(settings, resolved.cells, strict=True)]
     _check_each_cell_once(settings)
-    texts.check_field([c for s in settings for c in s.cells])
+    documents.check_stopping(c for s in settings for c in s.cells)
+    fields = texts.check_field([c for s in settings for c in s.cells])
     includes = dict.fromkeys(s.include for s in settings if s.include)
     hidden = dict.fromkeys(note for include in includes for note in tasks.hidden(*include))
     examples = examples_left_out([s for s, (_, c) in zip(settings, points, strict=True) if c.shots is None])
-    return Checked(points, settings, resolved.refused | unreadable, [*hidden, *examples, *resolved.notes])
+    return Checked(points, settings, resolved.refused | unreadable, [*hidden, *examples, *resolved.notes], fields)
 
 
 def examples_left_out(settings: Sequence[Settings]) -> list[str]:

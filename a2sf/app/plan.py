@@ -76,7 +76,7 @@ def fetch(planned: PlannedSweep) -> PlannedSweep:
     broken = models.fetch([c.model for c in made.pending], screen)
     models.check_prompting((c for c in made.pending if c.model not in broken), hub=True)
     cells = documents.fetch(made.cells, made.pending, checked.refused, screen)
-    for note in texts.record_texts(cells, made.done, checked.directory):
+    for note in texts.record_texts(cells, made.done, checked.directory, checked.fields):
         screen.print(note, highlight=False, soft_wrap=True)
     return dataclasses.replace(planned, plan=dataclasses.replace(made, cells=cells), broken=broken)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,31 +15,35 @@ from a2sf.report.plots.style import GREY, Line, Style, panels, save, shared_lege
 from a2sf.store.names import safe
 
 
-def generated_plots(effects: pd.DataFrame, texts: pd.DataFrame, directory: Path) -> list[Path]:
+def generated_plots(
+    effects: pd.DataFrame, texts: pd.DataFrame, directory: Path, policies: Sequence[str] = ()
+) -> list[Path]:
     """Draw one picture for each model, number of shots and task that generates; the PNG and SVG files written.
 
     Args:
         effects, texts: as `a2sf.analysis.comparisons.generated.text_frame` returns them.
+        policies: those of the report.
     """
+    policies = [*policies, *effects.loc[effects["budget"] != DASH, "policy"]] if len(effects) else []
     files: list[Path] = []
     for place, rows in effects.groupby(["model", "shots", "task"], sort=True) if len(effects) else ():
         model, shots, task = place if isinstance(place, tuple) else (place, "", "")
         of_task = texts[(texts["model"] == model) & (texts["shots"] == shots) & (texts["task"] == task)]
         name = f"texts-{safe(str(model))}-{shots}shot-{safe(str(task))}"
-        figure = generated_figure(rows, of_task)
+        figure = generated_figure(rows, of_task, policies)
         figure.suptitle(f"{task}, {model}, {shots}-shot (n = {int(rows['n'].max())})", fontsize=10)
         files += save(figure, directory / name)
     return files
 
 
-def generated_figure(effects: pd.DataFrame, texts: pd.DataFrame) -> Figure:
+def generated_figure(effects: pd.DataFrame, texts: pd.DataFrame, policies: Sequence[str] = ()) -> Figure:
     """Of one task: lengths of the texts at each budget, and the change of the full cache's texts' log-likelihood."""
     pruned = effects[effects["budget"] != DASH]
     budgets = list(dict.fromkeys(pruned["budget"]))
     shifts = "full_text_shift" in pruned and bool(pruned["full_text_shift"].notna().any())
     number = max(1, len(budgets)) + shifts
     figure, axes = panels(number, (3.4, 3.1), (0, 0), columns=number)
-    styles = _styles(pruned)
+    styles = _styles(pruned, policies)
     for axis, budget in zip(axes, budgets or [DASH], strict=False):
         for key, rows in texts.groupby(["label", "factor", "budget"], sort=False):
             label, factor, of = map(str, key if isinstance(key, tuple) else (key, DASH, DASH))
@@ -57,9 +62,10 @@ def _name(label: str, factor: str) -> str:
     return label if factor == DASH else f"{label} {factor}"
 
 
-def _styles(pruned: pd.DataFrame) -> dict[str, Style]:
+def _styles(pruned: pd.DataFrame, policies: Sequence[str]) -> dict[str, Style]:
     seen = pruned.drop_duplicates(["label", "factor"])
-    return styles_of([Line(_name(r.label, r.factor), r.policy, []) for r in seen.itertuples()])  # type: ignore[arg-type]
+    lines = [Line(_name(str(r.label), str(r.factor)), str(r.policy), []) for r in seen.itertuples()]
+    return styles_of(lines, policies)
 
 
 def _steps(axis: Axes, tokens: pd.Series, label: str, style: Style | None) -> None:

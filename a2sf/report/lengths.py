@@ -87,7 +87,7 @@ def length_figure(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | 
     most = max((len(_points(v, edges)) for v in values.values()), default=0) if len(edges) >= 3 else 0
     if most < 2 or not budgets:  # no length to compare with another
         return None
-    styles = styles_of(lines) | {line.label: Style(GREY, "*", ":") for line in full}
+    styles = styles_of(lines, part.policies) | {line.label: Style(GREY, "*", ":") for line in full}
     figure, axes = panels(len(budgets), (3.1, 2.7), (0, 0.8), least=4.2, sharey=True)
     for axis, budget in zip(axes, budgets, strict=True):
         for line in (*full, *lines):

@@ -194,7 +194,7 @@ def _show(directories: Sequence[Path], grid: Grid, options: TableOptions, folder
         plots = out / "plots" / folder
         files += [*needle_plots(grid, plots), *draw_all(grid, plots, options.pair)]
         files += forest_plots(of_pair, plots, grid.percent, grid.metric)
-        files += [*trace_pictures(traced, plots), *generated_plots(effects, text_rows, plots)]
+        files += [*trace_pictures(traced, plots), *generated_plots(effects, text_rows, plots, grid.policies)]
     left_out = [*not_compared, *no_fidelity, *not_ranked, *not_paired, *not_pooled, *not_tested]
     of_tables = [note for table in tables for note in table.notes]
     rounding = filter(None, [rounding_note(grid.cells.values())])

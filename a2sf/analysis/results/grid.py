@@ -86,6 +86,7 @@ class Grid:
         groups: groups of tasks that were requested.
         scores: one row per group and system that has all of its tasks.
         by_documents: whether averages over tasks count each document once, and not each task.
+        whole: the policies of the results that this grid is a part of; None: it is all of them.
     """
 
     frame: pd.DataFrame
@@ -96,6 +97,12 @@ class Grid:
     groups: tuple[TaskGroup, ...] = ()
     scores: pd.DataFrame = field(default_factory=pd.DataFrame)
     by_documents: bool = False
+    whole: tuple[str, ...] | None = None
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """The pruned policies of all models and numbers of shots, in a part of a grid, too."""
+        return self.whole or tuple(sorted(self.frame.loc[~self.frame["is_full"], "policy"].unique()))
 
     @property
     def tasks(self) -> list[str]:
@@ -181,10 +188,11 @@ class Grid:
         def scores(model: str, shots: int) -> pd.DataFrame:
             return self.scores[(self.scores["model"] == model) & (self.scores["shots"] == shots)]
 
+        part = replace(self, whole=self.policies)
         groups = self.frame.groupby(["model", "shots"], sort=True)
         places = [(str(key[0]), int(str(key[1])), rows) for key, rows in groups]
         return [
-            (m, n, replace(self, frame=rows, scores=scores(m, n) if len(self.scores) else self.scores))
+            (m, n, replace(part, frame=rows, scores=scores(m, n) if len(self.scores) else self.scores))
             for m, n, rows in places
         ]
 

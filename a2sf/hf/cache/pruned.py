@@ -31,8 +31,10 @@ from a2sf.hf.cache.layer import PrunedLayer
 from a2sf.hf.cache.looking_pass import LookingPass
 from a2sf.hf.cache.store import How, NewTokens
 from a2sf.hf.cache.stored import ModelRef, load_into, stored_of
+from a2sf.hf.calls.again import compare_again
 from a2sf.hf.calls.around import decoder_of, following_copy, surround
 from a2sf.hf.calls.chunks import bounds, columns
+from a2sf.hf.calls.read_tokens import ReadTokens
 from a2sf.hf.loading.config import kv_heads_of
 from a2sf.hf.projection import projections_for
 from a2sf.hf.rotary import rotary_for
@@ -123,6 +125,7 @@ class PrunedCache(Cache):
 
         prove_decoding(model, self.policy, self.budget)
         surround(model)
+        compare_again(model)
 
     def _follow(self, model: PreTrainedModel) -> None:
         """Take over what the policy sees of `model`'s weights, as they are now.
@@ -154,6 +157,8 @@ class PrunedCache(Cache):
         self.seen: Tensor | None = None  # int64 [B], tokens of each row that were no padding
         self.retention: list[tuple[Retention, ...]] = []  # what each layer retains, per row
         self.prompt: list[int] = []  # tokens of each row's prompt
+        self.first: list[int] = []  # tokens of each row in the first call
+        self.text = ReadTokens()
         self.calls = 0
         self.incoming: Tensor | None = None  # the first call's tokens, set before it, for a policy that prepares
         self.looking = False  # whether the policy looks at the first call, which is the prompts, before they are cut
@@ -283,6 +288,8 @@ class PrunedCache(Cache):
         self.seen = self.seen[rows]
         self.retention = [self.retention[i] for i in rows.tolist()]
         self.prompt = [self.prompt[i] for i in rows.tolist()]
+        self.first = [self.first[i] for i in rows.tolist()] if self.first else []
+        self.text.select(rows)
         for layer in self.layers:
             layer.batch_select_indices(rows)
 
@@ -325,7 +332,7 @@ class PrunedCache(Cache):
         if self.seen is None:
             if not self.retention:  # else `keep` set it
                 self.resolve_budgets(start, length)  # last, so that a call that is refused leaves nothing behind
-            self.seen = torch.zeros(shape[0], dtype=torch.int64)
+            self.seen, self.first = torch.zeros(shape[0], dtype=torch.int64), length.tolist()
         return start, length, order
 
     @property
@@ -352,6 +359,15 @@ class PrunedCache(Cache):
         self._pass = (LookingPass if self.looking else CachePass)(self, new, len(self.layers))
         self._pass.begin()
         return self._pass
+
+    def check_again(self, given: Tensor, mask: Tensor | None) -> None:
+        """Refuse a text `given` [B, columns or more] to `generate` that does not begin with what was read, as far as known.
+
+        Raises:
+            UserError: naming the first token that is another one.
+        """
+        if given.shape[0] == self.batch_size:
+            self.text.check(given, mask, self.columns)
 
     def end(self, completed: bool) -> None:
         """Finish the call that `begin` started; a cache whose call failed is not used again."""

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from a2sf.engine.state import EvictionState
 from a2sf.errors import UserError
 from a2sf.hf.cache.budgets import retention_of_prompts
+from a2sf.hf.calls.read_tokens import ReadTokens
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.schedule import Schedule
 
@@ -120,8 +121,10 @@ def stored_of(cache: PrunedCache) -> dict[str, Any]:
         "format": FORMAT,
         **settings(model, cache.policy, cache.schedule, cache.retention),
         "prompt": list(cache.prompt),
+        "first": list(cache.first),
         "seen": cache.seen.clone(),
         "columns": cache.columns,
+        "text": cache.text.ids(len(cache.seen), cache.columns),
         "calls": cache.calls,
         "later_turn": cache.later_turn,
         "attentions": list(cache.attentions),
@@ -148,7 +151,7 @@ def load_into(cache: PrunedCache, states: Mapping[str, Any] | Sequence[EvictionS
         layer.check(state)
     for layer, state in zip(cache.layers, states, strict=True):
         layer.load(state)
-    cache.seen = states[0].seen.cpu().clone()
+    cache.seen, cache.text = states[0].seen.cpu().clone(), ReadTokens()
     cache.columns = int(cache.seen.max())
 
 
@@ -157,10 +160,12 @@ def _restore(cache: PrunedCache, stored: Mapping[str, Any]) -> None:
     model = cache.model_ref()
     if model is None or cache.trace:
         raise UserError("a cache that records a trace, or whose model no longer exists, cannot load a stored one")
-    retention = retention_of_prompts(cache, stored["prompt"], stored["prompt"])
+    first = stored.get("first") or stored["prompt"]  # earlier versions did not store it
+    retention = retention_of_prompts(cache, stored["prompt"], first)
     check(stored, settings(model, cache.policy, cache.schedule, retention))
     cache.reset()
-    cache.retention, cache.prompt, cache.seen = retention, list(stored["prompt"]), stored["seen"].clone()
+    cache.retention, cache.prompt, cache.first = retention, list(stored["prompt"]), list(first)
+    cache.seen, cache.text = stored["seen"].clone(), ReadTokens(stored.get("text"))
     cache.columns, cache.calls, cache.attentions = stored["columns"], stored["calls"], list(stored["attentions"])
     cache.later_turn = stored.get("later_turn", True)  # earlier versions did not store it
     for i, (layer, one) in enumerate(zip(cache.layers, stored["layers"], strict=True)):

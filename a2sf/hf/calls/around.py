@@ -29,6 +29,7 @@ from a2sf.hf.attention.masks import CACHE_NAMES, arguments, check_call
 from a2sf.hf.attention.named import Configs, configs_of, named
 from a2sf.hf.calls.chunks import ModelCall, columns, joined, splits
 from a2sf.hf.calls.logits import check_output
+from a2sf.hf.calls.read_tokens import ReadTokens
 from a2sf.hf.calls.tokens import check_positions, tokens_of
 
 
@@ -40,11 +41,13 @@ class BoundedCache(Protocol):
         seen: int64 [B], each row's tokens so far, None before the first.
         incoming: the first call's tokens or embeddings, set before the call begins.
         failed: whether a call stopped midway, so that the next one is refused.
+        text: the tokens that were read.
     """
 
     seen: Tensor | None
     incoming: Tensor | None
     failed: bool
+    text: ReadTokens
 
     def parts(self, model: PreTrainedModel, shape: tuple[int, int], mask: Tensor | None) -> list[int]:
         """The columns at which the parts of such a call end; a call that does not fit is refused."""
@@ -203,6 +206,7 @@ class Around:
             arguments.set(before)
         if cache is not None:
             cache.end(completed=True)
+            cache.text.add(tokens)
         _check_reached(model, current)
         last = isinstance(named.get("logits_to_keep", 0), int)  # the logits are those of the last columns
         check_output(output, mask[:, -shape[1] :].bool() if mask is not None and last else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,7 @@ def chart_data(
         chance = chance_levels(part)
         chosen = {(line.systems[0].label, line.systems[0].factor) for line in chosen_lines(part, pair)}
         parts.append({"model": model, "shots": shots, "columns": columns, "chance": chance})
-        styles = _styles(part.systems(pair))
+        styles = _styles(part, chosen)
         points = length_points(part, part.systems(pair))
         for s, by_length in zip(part.systems(pair), points, strict=True):
             if by_length:
@@ -157,11 +157,13 @@ def _written(texts: pd.DataFrame, places: Sequence[Place]) -> list[dict[str, Any
     return found
 
 
-def _styles(systems: Sequence[SystemResults]) -> dict[tuple[str, str], dict[str, str]]:
-    """Label and factor -> colour, symbol and dash, the same as in the files of plots."""
+def _styles(part: Grid, chosen: Collection[tuple[str, str]]) -> dict[tuple[str, str], dict[str, str]]:
+    """Label and factor -> colour, symbol and dash: of those `chosen` for the files of plots, the same as there."""
+    systems = part.systems()
     found: dict[tuple[str, str], dict[str, str]] = {(s.label, s.factor): FULL for s in systems if s.is_full}
     pruned = list(dict.fromkeys((s.label, s.factor, s.policy) for s in systems if not s.is_full))
-    styles = styles_of([Line(f"{label}\n{factor}", policy, []) for label, factor, policy in pruned])
+    pruned.sort(key=lambda s: s[:2] not in chosen)
+    styles = styles_of([Line(f"{label}\n{factor}", policy, []) for label, factor, policy in pruned], part.policies)
     for label, factor, _ in pruned:
         style = styles[f"{label}\n{factor}"]
         found[label, factor] = {"colour": style.colour, "symbol": SYMBOLS[style.marker], "dash": DASHES[style.dash]}

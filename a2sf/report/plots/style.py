@@ -1,12 +1,14 @@
 """How plots look: a colour, marker and dash for each policy, and the files that are written.
 
-Colour-blind readers can distinguish the colours; markers and dashes distinguish lines in grey print.
+Colour-blind readers can distinguish the colours; markers and dashes distinguish lines in grey print, and what has the
+colour of another.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -20,11 +22,14 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from a2sf.analysis.results.grid import SystemResults
+from a2sf.analysis.results.grid import DEFAULT_PAIR, SystemResults
 from a2sf.policies.find import built_in
 
 # Okabe and Ito, 2008, "Color universal design"; black is the full cache's, the pale yellow is left out
-COLOURS = ("#D55E00", "#000000", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00")
+OKABE_ITO = ("#D55E00", "#000000", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00")
+# Paul Tol's schemes (muted, light, dark, medium contrast, rainbow), each the one that differs most from those before it
+TOL = ("#332288", "#90C987", "#FFAABB", "#994F88", "#117733", "#663333", "#999933", "#88CCEE", "#004488", "#44BB99")
+COLOURS = (*OKABE_ITO, *TOL, "#4EB265", "#CAACCB", "#EE8866")
 MARKERS = "osD^vPX<>ph"
 Dash: TypeAlias = str | tuple[int, tuple[float, ...]]
 """A line style of matplotlib: a name, or an offset and the lengths of strokes and gaps."""
@@ -62,27 +67,63 @@ class Line:
 
 @dataclass(frozen=True)
 class Style:
-    """How a policy is drawn, everywhere; its second line in a picture differs in `dash`."""
+    """How a policy is drawn in a report; its second line in a picture differs in `dash`."""
 
     colour: str
     marker: str
     dash: Dash
 
 
-def style_of(policy: str) -> Style:
-    """The same policy gets the same style in every picture, whatever else is in it."""
+def own_style(policy: str) -> Style:
+    """How a policy is drawn whose colour no other of the report has; its marker and dash are always these."""
     order = sorted(built_in())
     index = order.index(policy) if policy in order else len(order) + zlib.crc32(policy.encode())
-    # 7 colours and 11 markers make 77 pairs; what has the colour of another has another dash, too
-    colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-    return Style(colour, marker, DASHES[index // len(COLOURS) % len(DASHES)])
+    colour, marker = OKABE_ITO[index % len(OKABE_ITO)], MARKERS[index % len(MARKERS)]
+    return Style(colour, marker, DASHES[index // len(OKABE_ITO) % len(DASHES)])
 
 
-def styles_of(lines: Sequence[Line]) -> dict[str, Style]:
-    """Label -> style, all different: lines of one policy share its colour and marker, and differ in dashes."""
+def policy_styles(policies: Iterable[str]) -> dict[str, Style]:
+    """The style of each policy of a report, all different, the same for the same policies.
+
+    Each has a colour of its own as long as there are enough: that of `own_style`, or the next that is free. Policies beyond
+    these share one with a policy of another marker, and of another dash where possible. The usual pair chooses first, and
+    its colours are shared last.
+    """
+    order = sorted(set(policies), key=lambda p: (p not in DEFAULT_PAIR, p))
+    found: dict[str, Style] = {}
+    for policy in order:
+        own = own_style(policy)
+        if all(own.colour != s.colour for s in found.values()):
+            found[policy] = own
+    for policy in order:
+        if policy not in found:
+            found[policy] = _free_style(own_style(policy), found)
+    return found
+
+
+def _free_style(own: Style, found: dict[str, Style]) -> Style:
+    """`own` in the colour that fewest have, and with the next marker where another has both."""
+    taken = list(found.values())
+    uses = Counter(s.colour for s in taken)
+    marked, dashed = {(s.colour, s.marker) for s in taken}, {(s.colour, s.dash) for s in taken}
+    of_pair = {found[p].colour for p in DEFAULT_PAIR if p in found}
+    colours = sorted(COLOURS, key=lambda c: (uses[c], (c, own.dash) in dashed, c in of_pair))
+    start = MARKERS.index(own.marker)
+    free = ((c, m) for m in MARKERS[start:] + MARKERS[:start] for c in colours if (c, m) not in marked)
+    colour, marker = next(free, (colours[0], own.marker))
+    return replace(own, colour=colour, marker=marker)
+
+
+def styles_of(lines: Sequence[Line], policies: Iterable[str] = ()) -> dict[str, Style]:
+    """Label -> style, all different: lines of one policy share its colour and marker, and differ in dashes.
+
+    Args:
+        policies: those of the report, in whose other plots a policy looks the same.
+    """
+    of_policy = policy_styles([*policies, *(line.policy for line in lines)])
     styles: dict[str, Style] = {}
     for line in lines:
-        style = style_of(line.policy)
+        style = of_policy[line.policy]
         start = DASHES.index(style.dash)
         turned = [replace(style, dash=DASHES[(start + i) % len(DASHES)]) for i in range(len(DASHES))]
         turned += [replace(t, marker=m) for m in MARKERS for t in turned]

@@ -68,7 +68,7 @@ def by_budget(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None
     if not lines:
         return None
     figure, axes = _panels(len(columns))
-    styles = styles_of(lines)
+    styles = styles_of(lines, part.policies)
     ticks = _ticks(part.systems())
     for axis, column in zip(axes, columns, strict=True):
         _level(axis, part, column)
@@ -95,7 +95,7 @@ def by_factor(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None
     figure, axes = _panels(len(budgets), sharey=True)
     controls = [s for s in part.systems() if s.policy == pair[1]]
     lines = [Line(s.label, s.policy, [s]) for s in (*swept, *controls)]
-    styles = styles_of(list({line.label: line for line in lines}.values()))
+    styles = styles_of(list({line.label: line for line in lines}.values()), part.policies)
     for axis, budget in zip(axes, budgets, strict=True):
         _level(axis, part, column)
         for label in dict.fromkeys(s.label for s in swept):
@@ -185,7 +185,7 @@ def trade_off(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None
     wanted = {"tokens_per_second": "tokens/s of charged time", "kept_tokens": "tokens retained per KV head"}
     measures = {k: v for k, v in wanted.items() if part.frame[k].notna().any()}
     lines = chosen_lines(part, pair)
-    styles = styles_of(lines)
+    styles = styles_of(lines, part.policies)
     full = [s for s in part.systems() if s.is_full and column in available_columns(s, part)]
     if not lines or not measures:
         return None
@@ -215,7 +215,7 @@ def fidelity(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
     column = AVERAGE if (frame["task"] == AVERAGE).any() else str(frame["task"].iloc[0])
     ticks = _ticks(part.systems())
     lines = chosen_lines(part, pair)
-    styles = styles_of(lines)
+    styles = styles_of(lines, part.policies)
     figure, axes = _panels(len(SHOWN), width=3.4)
     for axis, measure in zip(axes, SHOWN, strict=True):
         label = MEASURES[measure]

@@ -63,6 +63,26 @@ def check(cells: Iterable[Cell]) -> None:
             checks.check_stopping(cell.task_name, cell.stopping_rule.metric, known)
 
 
+def check_stopping(cells: Iterable[Cell]) -> None:
+    """Refuse early stopping by a metric that a task's own code does not give, if its documents are on this machine.
+
+    Raises:
+        ConfigError: with the metrics of its first document.
+    """
+    metrics: dict[tuple[TaskSpec, int], dict[str, None]] = {}
+    for cell in cells:
+        if cell.stopping_rule is not None and checks.stopping_metrics(cell.spec.definition.config) is None:
+            metrics.setdefault((cell.spec, cell.seed), {})[cell.stopping_rule.metric] = None
+    for (spec, seed), of_spec in metrics.items():
+        if spec.here:
+            try:
+                task = spec.build(seed)
+            except UserError:
+                continue  # `fetch` reports it
+            for metric in of_spec:
+                checks.check_stopping_metric(task, metric)
+
+
 def resolve_content(groups: Sequence[Sequence[Cell]], planned_only: bool = False) -> Resolved:
     """Find what identifies each task's documents, once for all cells.
 

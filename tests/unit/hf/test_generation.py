@@ -285,6 +285,53 @@ def test_tokens_that_were_read_are_refused_a_second_time():
         model.generate(IDS, cache=PrunedCache(model, A2SF(), 6), use_cache=False, max_new_tokens=3, **GREEDY)
 
 
+@pytest.mark.parametrize("way", ["itself", "copied", "stored", "moved"])
+def test_a_conversation_that_is_given_again_begins_with_what_was_read(way):
+    """Another text of the right length is none of this cache's; padding has no token of its own."""
+    model = small("llama")
+    mask = torch.ones(2, 20, dtype=torch.int64)
+    mask[1, :4] = 0
+    cache = PrunedCache(model, A2SF(), 6)
+    first = model.generate(IDS, cache=cache, attention_mask=mask, max_new_tokens=6, **GREEDY)
+    if way == "copied":
+        model, cache = copy.deepcopy((model, cache))
+    elif way == "stored":
+        stored, cache = cache.stored(), PrunedCache(model, A2SF(), 6)
+        cache.load(stored)
+    elif way == "moved":
+        rows = torch.tensor([1, 0])
+        cache.batch_select_indices(rows)
+        first, mask = first[rows], mask[rows]
+    text = torch.cat([first, IDS[:, :3]], 1)
+    shown = torch.cat([mask, torch.ones(2, 9, dtype=torch.int64)], 1)
+    padded = int(mask.sum(1).argmin())
+    for row, column in ((0, 4), (1, 24)):  # one of the prompt, and one that was generated
+        other = text.clone()
+        other[row, column] -= 1
+        why = f"the 25 tokens that this cache has read: token {column} of row {row} is {other[row, column]} and was"
+        with pytest.raises(UserError, match=why):
+            model.generate(other, cache=cache, attention_mask=shown, max_new_tokens=3, **GREEDY)
+    assert cache.seen.tolist() == (mask.sum(1) + 5).tolist()
+    text[padded, 0] -= 1
+    again = model.generate(text, cache=cache, attention_mask=shown, max_new_tokens=3, **GREEDY)
+    assert again.shape == (2, 32)
+    assert cache.seen.tolist() == (mask.sum(1) + 11).tolist()
+
+
+def test_new_tokens_alone_and_embeddings_are_compared_with_nothing():
+    model = small("llama")
+    cache = PrunedCache(model, A2SF(), 6)
+    with torch.no_grad():
+        model(inputs_embeds=model.get_input_embeddings()(IDS), cache=cache)
+    other = torch.cat([IDS.flip(1), IDS[:, :3]], 1)
+    model.generate(other, cache=cache, max_new_tokens=3, **GREEDY)
+    cache = PrunedCache(model, A2SF(), 6)
+    model.generate(IDS, cache=cache, max_new_tokens=3, **GREEDY)
+    shown = torch.ones(2, 22 + 23, dtype=torch.int64)
+    model.generate(other, cache=cache, attention_mask=shown, max_new_tokens=3, **GREEDY)
+    assert cache.seen.tolist() == [47, 47]
+
+
 def test_a_refused_call_leaves_nothing_behind():
     model = small("llama", max_position_embeddings=64)
     cache = PrunedCache(model, A2SF(), Budget(ratio=0.5, base="context"))

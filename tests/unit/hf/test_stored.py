@@ -48,6 +48,7 @@ def rest(model, cache: PrunedCache) -> torch.Tensor:
         ("llama", (SnapKV(), TOKENS), {}),
         ("llama", (H2O(), TOKENS), {"schedule": Schedule("every", every=3)}),
         ("llama", (A2SF(), TOKENS), {"schedule": "prompt", "context_tokens": 22}),
+        ("llama", (A2SF(), Budget(ratio=0.4)), {"context_tokens": [9, 8], "max_new_tokens": 5}),
         ("llama", (AdaKV(window=2), TOKENS), {}),
         ("llama", (TOVA(), TOKENS), {}),
         ("llama", (Steady(), TOKENS), {}),
@@ -63,6 +64,7 @@ def test_it_continues_as_if_it_had_not_stopped(name, settings, more, tmp_path):
     fresh = PrunedCache(model, *settings, **more)
     fresh.load(torch.load(tmp_path / "cache.pt", weights_only=True))
     assert (fresh.columns, fresh.prompt, fresh.seen.tolist()) == (cache.columns, cache.prompt, [20, 13])
+    assert fresh.retention == cache.retention
     torch.testing.assert_close(rest(model, fresh), rest(model, cache))
     for i in range(3):
         assert torch.equal(fresh.state(i).positions, cache.state(i).positions)
@@ -86,6 +88,16 @@ def test_another_process(tmp_path):
     torch.save(cache.stored(), file)
     subprocess.run([sys.executable, "-c", OTHER, str(file)], check=True)
     torch.testing.assert_close(torch.load(file), rest(model, cache))
+
+
+def test_rows_that_were_moved_keep_the_tokens_of_their_first_call():
+    model, settings = small("llama"), (A2SF(), Budget(ratio=0.4))
+    cache = filled(model, *settings, context_tokens=[9, 8], max_new_tokens=5)
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    fresh = PrunedCache(model, *settings, max_new_tokens=5)
+    fresh.load(cache.stored())
+    assert fresh.stored()["first"] == [13, 20]
+    assert fresh.retention == cache.retention
 
 
 def test_what_does_not_fit_is_refused():

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib import pyplot as plt
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from a2sf.analysis.results.gather import gather
@@ -14,7 +16,7 @@ from a2sf.analysis.results.grid import Grid
 from a2sf.analysis.results.selection import Selection
 from a2sf.policies.find import built_in
 from a2sf.report.plots.lines import chosen_lines, estimated, left_out, lines_of
-from a2sf.report.plots.style import MOST, Line, style_of, styles_of
+from a2sf.report.plots.style import COLOURS, MOST, Line, own_style, policy_styles, styles_of
 from a2sf.report.plots.sweep import FIGURES, by_budget, by_factor, draw_all, fidelity, heat_map, trade_off
 from tests.sweep_fixture import NOISE, Plan, write_sweep
 
@@ -76,19 +78,61 @@ def test_heat_map_holds_every_average(grid: Grid) -> None:
     assert written in [t.get_text() for t in figure.axes[0].texts]
 
 
-def test_a_policy_looks_the_same_whatever_else_is_drawn() -> None:
-    assert len({style_of(p) for p in built_in()}) == len(built_in())
-    assert len({(style_of(p).colour, style_of(p).dash) for p in built_in()}) == len(built_in())
-    assert style_of("unheard of") == style_of("unheard of")
+def test_policies_of_a_report_differ_and_each_has_a_colour_as_long_as_there_are_enough() -> None:
+    policies = sorted(set(built_in()) - {"full"})
+    styles = policy_styles(policies)
+    assert styles == policy_styles(reversed(policies))
+    assert {s.colour for s in styles.values()} == set(COLOURS)
+    for some in (policies, [f"mine:Policy{i}" for i in range(60)]):
+        looks = policy_styles(some).values()
+        assert len({(s.colour, s.marker) for s in looks}) == len(some)
+    assert len({(s.colour, s.dash) for s in styles.values()}) == len(policies)
+    for first in range(len(policies) - len(COLOURS) + 1):
+        few = policy_styles(policies[first : first + len(COLOURS)]).values()
+        assert len({s.colour for s in few}) == len(COLOURS)
+    assert policy_styles(["snapkv"])["snapkv"] == own_style("snapkv")
+    assert policy_styles(["snapkv", "pyramidkv"])["snapkv"].colour != own_style("pyramidkv").colour
+    for pair in PAIR:  # whose colours are others', too
+        assert styles[pair] == own_style(pair)
+        assert [p for p, s in styles.items() if s.colour == styles[pair].colour] == [pair]
+
+
+def test_colours_are_told_apart_by_colour_blind_readers() -> None:
+    """Distances in CIELAB, with the red-blind's and green-blind's colours by Machado et al. (2009)."""
+    red_blind = [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    green_blind = [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    to_xyz = np.array([[0.4339, 0.3762, 0.1899], [0.2126, 0.7152, 0.0722], [0.0177, 0.1095, 0.8729]])  # over white's
+    rgb = np.array([to_rgb(c) for c in COLOURS])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    for seen in (np.eye(3), np.array(red_blind), np.array(green_blind)):
+        x, y, z = np.cbrt(to_xyz @ (seen @ linear.T).clip(0, 1))
+        lab = np.array([116 * y, 500 * (x - y), 200 * (y - z)])
+        distance = np.sqrt(((lab[:, :, None] - lab[:, None]) ** 2).sum(0)) + 1000 * np.eye(len(COLOURS))
+        assert distance.min() > 9
+
+
+def test_a_policy_looks_the_same_in_all_plots_of_a_report(tmp_path: Path) -> None:
+    """The 0-shot plots have SnapKV without PyramidKV, whose colour it would have by itself."""
+    policies = ("full", "snapkv", "pyramidkv")
+    write_sweep(tmp_path / "s", Plan(shots=(0, 1), policies=policies, noise=dict.fromkeys(policies, 1.0)))
+    both = gather([tmp_path / "s"])
+    frame = both.frame[(both.frame.shots != 0) | (both.frame.policy != "pyramidkv")]
+    figures = [by_budget(part) for _, _, part in replace(both, frame=frame).by_model()]
+    drawn = [[n for n in f.axes[0].lines if n.get_label() in policies] for f in figures if f is not None]
+    looks = [{n.get_label(): (n.get_color(), n.get_marker(), n.get_linestyle()) for n in lines} for lines in drawn]
+    assert [len(look) for look in looks] == [1, 2]
+    assert looks[0]["snapkv"] == looks[1]["snapkv"]
+    assert looks[1]["snapkv"][0] != looks[1]["pyramidkv"][0]
 
 
 def test_lines_of_one_policy_differ_in_their_dashes_and_no_two_lines_are_equal() -> None:
-    lines = [Line(f"{p} {i}", p, []) for p in (*sorted(built_in()), "mine", "yours") for i in range(4)]
+    policies = [*sorted(built_in()), "mine", "yours"]
+    lines = [Line(f"{p} {i}", p, []) for p in policies for i in range(4)]
     styles = styles_of(lines)
     assert len(set(styles.values())) == len(lines)
-    for policy in sorted(built_in()):
+    for policy, style in policy_styles(policies).items():
         first, *others = [styles[f"{policy} {i}"] for i in range(4)]
-        assert first == style_of(policy)
+        assert first == style
         assert {(s.colour, s.marker) for s in others} == {(first.colour, first.marker)}
 
 

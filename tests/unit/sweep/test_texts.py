@@ -20,6 +20,7 @@ from a2sf.sweep.runner import Runner
 from a2sf.sweep.stopping_rule import StoppingRule
 from a2sf.tasks import spec as tasks
 from tests.unit.sweep.test_sweep import cell, runner  # noqa: F401
+from tests.unit.tasks.test_checks import how, own
 
 ROOT = Path(__file__).parents[3]
 
@@ -70,6 +71,18 @@ def test_a_field_that_no_document_has_is_refused(runner: Runner) -> None:  # noq
     ]
 
 
+def test_a_task_is_made_once_for_its_fields(runner: Runner, monkeypatch) -> None:  # noqa: F811
+    """At the check; again only for finished cells that do not have their texts."""
+    requested = cell(limit=4, data=tasks.DataSpec(source="bundle", cluster="question")).with_content()
+    made, build = [], tasks.TaskSpec.build
+    monkeypatch.setattr(tasks.TaskSpec, "build", lambda spec, seed: made.append(spec) or build(spec, seed))
+    known = check_field([requested])
+    assert record_texts([requested], [], runner.directory, known) == []
+    assert len(made) == 1
+    assert record_texts([requested], [], runner.directory) == []
+    assert len(made) == 2
+
+
 def test_a_field_that_no_document_has_is_refused_before_the_plan(tmp_path):
     """Where the documents are on this machine; else they are read after it."""
     GlobalHydra.instance().clear()
@@ -81,6 +94,20 @@ def test_a_field_that_no_document_has_is_refused_before_the_plan(tmp_path):
             check(points, computes_here=True)
     elsewhere = cell(data=tasks.DataSpec(cluster="premis", content="a" * 40))
     check_field([elsewhere])  # not downloaded: nothing is known
+
+
+def test_stopping_by_a_metric_that_no_document_has_is_refused_before_the_plan(tmp_path):
+    """Also where it is a function of the task that makes the metrics."""
+    spec = own(tmp_path, process_results="!function code.results", metric_list=how("right"))
+    GlobalHydra.instance().clear()
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        stop = ["early_stopping.pair=[full,window]", "early_stopping.metric=many", "early_stopping.half_width=5"]
+        shared = [f"tasks=[{spec.ref}]", *stop, f"runs_dir={tmp_path}"]
+        of_each = [[f"policy={p}", *shared] for p in ("full", "window")]
+        points = [(overrides, compose("config", overrides)) for overrides in of_each]
+        with pytest.raises(ConfigError, match=r"early_stopping.metric=many .* odd has right of each document"):
+            check(points, computes_here=True)
 
 
 def test_stopping_early_draws_whole_texts(runner: Runner) -> None:  # noqa: F811

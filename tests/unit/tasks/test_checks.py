@@ -153,7 +153,10 @@ def test_stopping_by_a_metric_of_a_function_is_refused_with_the_documents(tmp_pa
         dataclasses.replace(made, stopping_rule=StoppingRule(("full", "window"), metric=m)) for m in ("right", metric)
     )
     documents.check([one, other])
+    documents.check_stopping([one])
     assert documents.fetch([one], [one], {}, Console(quiet=True)) == [one]
+    with pytest.raises(ConfigError, match=rf"early_stopping.metric={metric} .* odd has right of each document"):
+        documents.check_stopping([one, other])  # before the plan, as they are here
     with pytest.raises(ConfigError, match=rf"early_stopping.metric={metric} .* odd has right of each document"):
         documents.fetch([other], [other], {}, Console(quiet=True))
 
