@@ -103,5 +103,20 @@ def budget_label(is_full: bool, ratio: Any, tokens: Any, base: Any) -> tuple[str
     return text if base in ("total", None) or pd.isna(base) else f"{text} of {base}", first_number(ratio)
 
 
+BUDGET_KINDS = {
+    "tokens": "tokens",
+    "total": "share of the sequence",
+    "context": "share of the context",
+    "seen": "share of the tokens read so far",
+}
+"""What a budget counts in, as an axis says it."""
+
+
+def budget_kind(label: str) -> tuple[str, str]:
+    """The number of a budget that `budget_label` wrote, and its kind, a key of `BUDGET_KINDS`."""
+    number, _, base = label.partition(" of ")
+    return (label.removesuffix(" tokens"), "tokens") if label.endswith(" tokens") else (number, base or "total")
+
+
 def first_number(value: Any) -> float:
     return float(str(value).split("/")[0])

@@ -1,7 +1,7 @@
 "use strict";
 // Charts: panels for each model and number of shots, drawn by plotly.
 const X = {
-  budget: { title: "budget (share of the sequence)" }, kept_tokens: { title: "tokens retained per KV head" },
+  kept_tokens: { title: "tokens retained per KV head" },
   tokens_per_second: { title: "tokens/s of the charged time" }, factor: { title: "forgetting factor" },
 };
 
@@ -118,7 +118,7 @@ function factorOf(s) {
 
 function drawLines(place, part, systems, y, x) {
   const percent = y === "score" || y === "difference" ? data.percent : y === "close:agreement";
-  const columns = part.columns.filter(t => t === average || passes("task", t)).sort((a, b) => (b === average) - (a === average)), several = data.systems.some(s => s.budget.endsWith("tokens"));
+  const columns = part.columns.filter(t => t === average || passes("task", t)).sort((a, b) => (b === average) - (a === average)), several = data.budget_axis.categories;
   for (const task of columns) {
     const traces = [], shapes = [], groups = new Map(), xs = [];
     for (const s of systems.filter(s => !s.full)) {
@@ -150,7 +150,7 @@ function drawLines(place, part, systems, y, x) {
     const n = systems.map(s => s.scores[task]?.[3]).find(v => v !== undefined);
     const chance = part.chance[task] === undefined ? "" : `, chance ${written(part.chance[task], data.percent)}`;
     const ticks = x === "budget" && !several ? { tickvals: [...new Set(xs)] } : several && x === "budget" ? { type: "category" } : {};
-    panel(place, `${task === average ? `average of ${part.columns.length - 1} tasks` : task} (n = ${n ?? DASH}${y === "score" ? chance : ""})`, traces, { shapes, xaxis: { title: { text: several && x === "budget" ? "budget" : X[x].title }, ...ticks } });
+    panel(place, `${task === average ? `average of ${part.columns.length - 1} tasks` : task} (n = ${n ?? DASH}${y === "score" ? chance : ""})`, traces, { shapes, xaxis: { title: { text: x === "budget" ? data.budget_axis.title : X[x].title }, ...ticks } });
   }
 }
 

@@ -13,7 +13,7 @@ from a2sf.analysis.comparisons.fidelity import MEASURES
 from a2sf.analysis.comparisons.pairs import Comparison
 from a2sf.analysis.results.chance import chance_levels
 from a2sf.analysis.results.grid import AVERAGE, Grid, SystemResults
-from a2sf.analysis.results.labels import DASH
+from a2sf.analysis.results.labels import BUDGET_KINDS, DASH, budget_kind
 from a2sf.analysis.statistics.intervals import Estimate
 from a2sf.errors import UserError
 from a2sf.report.lengths import length_points
@@ -96,6 +96,7 @@ def chart_data(
     data = {
         "metric": grid.metric,
         "percent": grid.percent,
+        "budget_axis": _budget_axis(systems),
         "corrected": comparisons[0].adjusted.correction.label if comparisons and comparisons[0].adjusted else "",
         "higher": grid.higher_is_better,
         "pair": f"{comparisons[0].first} \N{MINUS SIGN} {comparisons[0].second}" if comparisons else None,
@@ -108,6 +109,13 @@ def chart_data(
         "layers": [{k: _rounded(v) for k, v in row.items()} for row in traces.to_dict("records")],
     }
     return data, places
+
+
+def _budget_axis(systems: list[dict[str, Any]]) -> dict[str, Any]:
+    """The title of the axis of budgets, and whether these are places side by side: tokens, or budgets of several kinds."""
+    kinds = {budget_kind(s["budget"])[1] for s in systems if not s["full"]}
+    title = f"budget ({BUDGET_KINDS[min(kinds)]})" if len(kinds) == 1 else "budget"
+    return {"title": title, "categories": len(kinds) > 1 or "tokens" in kinds}
 
 
 def _system(part: Grid, s: SystemResults) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from matplotlib.font_manager import FontProperties
 from a2sf.analysis.comparisons.fidelity import MEASURES, fidelity_frame
 from a2sf.analysis.results.chance import chance_levels
 from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, Grid, SystemResults
+from a2sf.analysis.results.labels import BUDGET_KINDS, budget_kind
 from a2sf.analysis.statistics.intervals import Estimate
 from a2sf.report.lengths import length_figure
 from a2sf.report.plots.lines import (
@@ -254,22 +255,19 @@ LINES = (by_budget, fidelity, trade_off)
 
 
 def _ticks(systems: list[SystemResults]) -> dict[str, float]:
-    """Budget -> place on the axis: its ratio or its tokens; evenly spaced where both occur."""
+    """Budget -> place on the axis: its ratio or its tokens; evenly spaced where budgets of several kinds occur."""
     orders = {s.budget: s.budget_order for s in systems if not s.is_full}
-    ratios = [order <= 1.0 for order in orders.values()]
-    if all(ratios):
-        return orders
-    return (
-        {b: order - 1 for b, order in orders.items()}
-        if not any(ratios)
-        else {b: float(i) for i, b in enumerate(orders)}
-    )
+    kinds = {budget_kind(b)[1] for b in orders}
+    if len(kinds) > 1:
+        return {b: float(i) for i, b in enumerate(sorted(orders, key=lambda b: (budget_kind(b)[1], orders[b])))}
+    return {b: order - 1 for b, order in orders.items()} if kinds == {"tokens"} else orders
 
 
 def _budget_axis(axis: Axes, ticks: dict[str, float]) -> None:
-    axis.set_xticks(list(ticks.values()), [b.removesuffix(" tokens") for b in ticks])
-    in_tokens = all(b.endswith(" tokens") for b in ticks)
-    axis.set_xlabel("budget (tokens)" if in_tokens else "budget (share of the sequence)")
+    found = [budget_kind(b) for b in ticks]
+    of_one_kind = len({kind for _, kind in found}) == 1
+    axis.set_xticks(list(ticks.values()), [number for number, _ in found] if of_one_kind else list(ticks))
+    axis.set_xlabel(f"budget ({BUDGET_KINDS[found[0][1]]})" if of_one_kind else "budget")
 
 
 def _level(axis: Axes, part: Grid, column: str) -> None:

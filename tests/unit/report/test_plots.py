@@ -193,6 +193,24 @@ def test_one_budget_and_one_factor(grid: Grid) -> None:
     assert [a.get_title() for a in figure.axes] == ["piqa"]
 
 
+@pytest.mark.parametrize(
+    ("bases", "ticks", "title"),
+    [
+        ((" of context", " of context"), ["0.2", "0.5"], "budget (share of the context)"),
+        (("", " of context"), ["0.2", "0.2 of context", "0.5", "0.5 of context"], "budget"),
+    ],
+)
+def test_the_budget_axis_says_of_what_a_budget_is_a_share(grid: Grid, bases: tuple, ticks: list, title: str) -> None:
+    rows = zip(grid.frame["budget"], grid.frame["policy"], grid.frame["is_full"], strict=True)
+    budgets = [b if full else f"{b}{bases[policy == 'h2o']}" for b, policy, full in rows]
+    figure = by_budget(replace(grid, frame=grid.frame.assign(budget=budgets)))
+    assert figure is not None
+    axis = figure.axes[0]
+    assert axis.get_xlabel() == title
+    assert sorted(t.get_text() for t in axis.get_xticklabels()) == ticks
+    assert len(set(axis.get_xticks())) == len(ticks)  # no two budgets at one place
+
+
 def gather_again(grid: Grid, selection: Selection) -> Grid:
     directory = next(iter(grid.cells.values())).path.parent
     return gather([directory], selection)
