@@ -10,8 +10,8 @@ read together. The columns are the tokens that are cached before them, then the 
 4. `keep` moves the columns that are left to the front, in their order.
 
 The products are torch's (`columns.py`). `a2sf bench --only scan` measures all of it against the kernel of the CPU, which is
-faster and therefore runs instead (docs/speed.md). This does less than the kernel: numbers that are not finite spoil other
-tokens, and the last bits of a row depend on the other rows of its batch.
+faster and therefore runs instead (docs/speed-details.md). This does less than the kernel: numbers that are not finite spoil
+other tokens, and the last bits of a row depend on the other rows of its batch.
 
 Shapes: B rows, K KV heads, G query heads of each, n tokens that are read together, W columns.
 """

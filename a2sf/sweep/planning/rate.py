@@ -19,7 +19,7 @@ TOKENS = 256
 SECONDS = 0.1
 """Time spent on each size of matrix, after one product to warm up."""
 OVERHEAD = 1.35
-"""Time of a forward pass divided by that of its matrix products (docs/speed.md, measured on a CPU)."""
+"""Time of a forward pass divided by that of its matrix products (docs/speed-details.md, measured on a CPU)."""
 
 
 def seconds_per_token(model: ModelSpec) -> float | None:
