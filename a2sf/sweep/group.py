@@ -60,7 +60,7 @@ class Computed:
     """What became of a cell: a result with its documents, or an error.
 
     Attributes:
-        ran: which implementations of the engine ran (`a2sf.engine.kernels.noting`).
+        ran: which implementations of the engine ran (`a2sf.engine.kernels.backends_run`).
         traces: what was evicted from the first documents.
     """
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from a2sf.engine.kernels import attend, noting
+from a2sf.engine.kernels import attend, backends_run
 from a2sf.engine.state import EvictionState, accumulation_dtype
 from a2sf.hf.attention.errors import NonFiniteError
 from a2sf.hf.attention.mixed import Mixed
@@ -59,7 +59,7 @@ class Continued(Plan):
         self._calls[layer] += 1
         self.shapes[at] = key.shape[1], query.shape[1] // key.shape[1], window
         keep = [i for i, segment in enumerate(self.of) if segment in self.later]
-        with noting() as names, caused_by(self.warned):
+        with backends_run() as names, caused_by(self.warned):
             group = query.shape[1] // key.shape[1]
             options = replace(
                 self.options(layer, scale), return_state=bool(keep) or segments.rule.threshold is not None

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from a2sf.engine.kernels import attend, noting
+from a2sf.engine.kernels import attend, backends_run
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import EvictionState, Options, Segments
 from a2sf.engine.trace import attention_mass, steps_of
@@ -43,7 +43,7 @@ class Plan:
             behind it, in `received` and `lost` (`trace.attention_mass`).
         serves: the caller's numbers of the sequences that are read.
         ends: the segment that each of them ends with.
-        ran: which implementations ran (`a2sf.engine.kernels.noting`).
+        ran: which implementations ran (`a2sf.engine.kernels.backends_run`).
         warned: what libraries warn of in the policy's own part of the pass; None: it is not kept apart.
         cached: by layer, call of the layer's attention and segment, tokens cached at its end, mean over KV heads; where a
             rule has a threshold, so that no number says it.
@@ -176,7 +176,7 @@ class Plan:
         """The same for tensors that are known to be finite."""
         call = self._calls[layer]
         self._calls[layer] += 1
-        with noting() as names, caused_by(self.warned):
+        with backends_run() as names, caused_by(self.warned):
             segments, options = self.segments(layer, window), self.options(layer, scale)
             if segments.rule.threshold is not None:
                 options = replace(options, return_state=True)

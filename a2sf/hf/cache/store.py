@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from a2sf.engine.kernels import CacheShape, TokenCache, attend, new_cache, note
+from a2sf.engine.kernels import CacheShape, TokenCache, attend, new_cache, note_backend
 from a2sf.engine.retention import BatchRetention, full_heads_of
-from a2sf.engine.state import Attended, EvictionState, Options, Segments, remembered
+from a2sf.engine.state import Attended, EvictionState, Options, Segments, remembered, rounded_slots
 from a2sf.errors import UserError
 from a2sf.policies.base import UNLIMITED
 from a2sf.policies.rotary import Projection, Rotary
@@ -106,7 +106,7 @@ class Store:
             now = self.retention.after(new.after)
             self._held = min(now.most, self._held + 1)
             memory = self._make_room(self._held, key, value, None, self.retention.most)
-            note(memory.backend)
+            note_backend(memory.backend)
             return Attended(memory.attend(query, key, value, now, scale=scale, lengths=new.length))
         before = None if self._state is None and self._memory is None else self.state()
         segments = Segments.of_rows(self.retention, new.length, new.start)
@@ -287,7 +287,7 @@ class Slots:
     def _end_call(self, seen: Tensor, more: int | None) -> None:
         if self.retention.across_heads and not self._cut and self.retention.prompts_read(seen):
             state = self._stores[0].state()
-            sizes = _rounded(state.counts.amax(0).cpu())
+            sizes = rounded_slots(state.counts.amax(0).cpu())
             if len(sizes.unique()) > 1:
                 self._arrange([(sizes == n).nonzero()[:, 0] for n in sizes.unique()])
                 for store in self._stores:
@@ -306,12 +306,6 @@ class Slots:
             cuts.append(torch.stack([row, store.heads[head], column + self._columns, position], 1))
         self._evicted.append(torch.cat(evicted, 1)[:, self._back])
         self._cuts.append(torch.cat(cuts))
-
-
-def _rounded(slots: Tensor) -> Tensor:
-    """Numbers of slots, rounded up to few different numbers: to multiples of 16, or by an eighth at most."""
-    unit = 2 ** (slots.clamp(min=1).double().log2().floor().long() - 3).clamp(min=4)
-    return (slots + unit - 1) // unit * unit
 
 
 def check_state(retention: BatchRetention, state: EvictionState) -> None:

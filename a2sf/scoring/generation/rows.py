@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from a2sf.engine.kernels import noting
+from a2sf.engine.kernels import backends_run
 from a2sf.hf.attention import NonFiniteError, attached, running
 from a2sf.hf.attention.named import configs_of
 from a2sf.hf.cache.pruned import PrunedCache
@@ -192,7 +192,7 @@ class RowGenerator:
         if not rows:
             return []
         clock = time.perf_counter()
-        with noting() as ran, self._blaming(rows):
+        with backends_run() as ran, self._blaming(rows):
             logits = self._logits(lanes, rows)
             for row in rows:
                 row.advance()
