@@ -126,9 +126,10 @@ class Plan:
         stated = self.retention(segment, layer)
         if window is None:
             return stated
-        return within_window(stated, window, layer, self._end(segment), self.policy_on_sliding)
+        return within_window(stated, window, layer, self._tokens_through(segment), self.policy_on_sliding)
 
-    def _end(self, segment: int) -> int:
+    def _tokens_through(self, segment: int) -> int:
+        """Tokens from the beginning of a sequence to the end of one of its segments."""
         tokens = 0
         while segment >= 0:
             tokens += self.length[segment]
@@ -141,9 +142,10 @@ class Plan:
             return
         assert state is not None
         for i, n in enumerate(state.counts.double().mean(1).tolist()):
-            self.cached[layer, call, self._named(i)] = n
+            self.cached[layer, call, self._plan_segment(i)] = n
 
-    def _named(self, segment: int) -> int:
+    def _plan_segment(self, segment: int) -> int:
+        """The number of a segment in the whole plan, of which this may be a part."""
         return segment
 
     def cached_by(self) -> dict[int, float]:
@@ -168,12 +170,12 @@ class Plan:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """Attention of one layer, [B, H, T, V]."""
         check_finite(layer, (self.row, self.start, self.length), query=query, key=key, value=value)
-        return self.checked(layer, query, key, value, scale, window)
+        return self.attend_finite(layer, query, key, value, scale, window)
 
-    def checked(
+    def attend_finite(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
     ) -> Tensor:
-        """The same for tensors that are known to be finite."""
+        """`attend` without its check that the tensors are finite."""
         call = self._calls[layer]
         self._calls[layer] += 1
         with backends_run() as names, caused_by(self.warned):

@@ -24,12 +24,12 @@ from a2sf.engine.state import EvictionState
 from a2sf.errors import ConfigError, UserError
 from a2sf.hf.attention.errors import UnsupportedModel
 from a2sf.hf.attention.windows import global_layers, keeps_window, mixes_windows, rope_switch, within_window
+from a2sf.hf.cache.attention_cache import LayerSettings, NewTokens
 from a2sf.hf.cache.budgets import resolve_budgets
 from a2sf.hf.cache.cache_pass import CachePass
 from a2sf.hf.cache.checks import check_call, check_lengths_are_given, new_tokens
 from a2sf.hf.cache.layer import PrunedLayer
 from a2sf.hf.cache.looking_pass import LookingPass
-from a2sf.hf.cache.store import How, NewTokens
 from a2sf.hf.cache.stored import ModelRef, load_into, stored_of
 from a2sf.hf.calls.around import decoder_of, following_copy, surround
 from a2sf.hf.calls.chunks import bounds, columns
@@ -88,25 +88,19 @@ class PrunedCache(Cache):
         max_new_tokens, contexts = new_tokens_of(max_new_tokens), contexts_of(context_tokens)
         check_backend(backend)
         config = model.config.get_text_config()
-        check_settings(
-            policy,
-            budget,
-            config.num_hidden_layers,
-            schedule=schedule,
-            kv_heads=kv_heads_of(model.config),
-            generating=True,
-        )
+        layers, kv_heads = config.num_hidden_layers, kv_heads_of(model.config)
+        check_settings(policy, budget, layers, schedule=schedule, kv_heads=kv_heads, generating=True)
         self.policy, self.budget = policy, budget if policy.uses_budget else None
         self.schedule = schedule_for(policy, schedule)
         check_lengths_are_given(self.budget, self.schedule, max_new_tokens, contexts)
         self.check_model(model)
         positions = getattr(config, "max_position_embeddings", None) or 2**31
-        layers, rotary = config.num_hidden_layers, rotary_for(model, policy)
-        weights = projections_for(model, policy)
-        embeddings, parts = rotary or [None] * layers, weights or [None] * layers
-        known = enumerate(zip(embeddings, parts, strict=True))
-        how = (How(positions, backend, trace, i, layers, *each) for i, each in known)
-        super().__init__(layers=[PrunedLayer(each) for each in how])
+        rotary = rotary_for(model, policy) or [None] * layers
+        projections = projections_for(model, policy) or [None] * layers
+        settings = (
+            LayerSettings(positions, backend, trace, i, layers, rotary[i], projections[i]) for i in range(layers)
+        )
+        super().__init__(layers=[PrunedLayer(each) for each in settings])
         self.layers: list[PrunedLayer]  # type: ignore[assignment]
         self.trace = trace
         self.max_new_tokens, self.context_tokens = max_new_tokens, contexts
