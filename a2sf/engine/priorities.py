@@ -231,7 +231,8 @@ def _call_priority_fn(rule: Rule, step: Step, free: Tensor) -> tuple[Tensor, Ten
     """
     assert rule.priority_fn is not None
     if rule.memory_fn is not None:
-        step = replace(step, memory=memory_after(rule, rows_of(step)))
+        newest = AttentionRows(step.probabilities[:, :, :, None], step.positions, step.now, step.memory)
+        step = replace(step, memory=memory_after(rule, newest))
     given = _unchanged(rule.priority_fn, replace(step, evictable=free))
     priority, memory = given if isinstance(given, tuple) else (given, step.memory)
     cached = step.cached[..., None]
@@ -240,11 +241,6 @@ def _call_priority_fn(rule: Rule, step: Step, free: Tensor) -> tuple[Tensor, Ten
         return averaged_over_heads(rule, priority), memory
     memory = _checked(rule.priority_fn, "memory", memory, step.memory, cached)
     return averaged_over_heads(rule, priority), memory.where(cached, 0)
-
-
-def rows_of(step: Step) -> AttentionRows:
-    """The attention of a step's newest token."""
-    return AttentionRows(step.probabilities[:, :, :, None], step.positions, step.now, step.memory)
 
 
 def memory_after(rule: Rule, rows: AttentionRows) -> Tensor:

@@ -94,7 +94,8 @@ class BatchRetention:
         chosen = self._map(lambda x: x[rows])
         if self.growth is None:
             return chosen
-        places = range(len(self.growth))[rows] if isinstance(rows, slice) else _indices(rows)
+        # a mask, a slice or indices
+        places = torch.arange(len(self.growth))[rows.cpu() if isinstance(rows, Tensor) else rows].tolist()
         return replace(chosen, growth=_if_any_grows([self.growth[i] for i in places]))
 
     def to(self: Batch, device: torch.device) -> Batch:
@@ -258,11 +259,6 @@ def _integers(retentions: Sequence[Retention]) -> tuple[Tensor, ...]:
 def _if_any_grows(growth: Sequence[Growth | None]) -> tuple[Growth | None, ...] | None:
     """`growth`, or None if no sequence's budget grows."""
     return tuple(growth) if any(g is not None for g in growth) else None
-
-
-def _indices(rows: Tensor) -> list[int]:
-    places: list[int] = (rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows).tolist()
-    return places
 
 
 def _padded(numbers: Sequence[Numbers | None]) -> Tensor | None:

@@ -202,8 +202,9 @@ class _RowGroup:
     def _remove(self, t: int, out: Tensor, held: dict[str, Tensor]) -> None:
         """Evict the slots `out` [active, K, N] at step `t`."""
         positions = self.positions[: len(out)]
-        self._note(t, out, positions)
-        where = out.nonzero(as_tuple=True)
+        where = row, head, slot = out.nonzero(as_tuple=True)
+        if self.options.trace:
+            self.evictions.append(torch.stack([row, head, torch.full_like(row, t), positions[row, head, slot]], 1))
         positions[where] = -1
         for x in held.values():
             x[where] = 0  # free slots are 0
@@ -213,11 +214,6 @@ class _RowGroup:
         if active < len(self.retention.forgetting_factor):
             self.retention = self.retention.select(slice(0, active))
         return self.retention
-
-    def _note(self, t: int, out: Tensor, positions: Tensor) -> None:
-        if self.options.trace:
-            row, head, column = out.nonzero(as_tuple=True)
-            self.evictions.append(torch.stack([row, head, torch.full_like(row, t), positions[row, head, column]], 1))
 
     def _state(self) -> EvictionState:
         """The slots as a state."""

@@ -161,11 +161,7 @@ class PromptSplit:
 
 
 def _nodes(segments: Segments, seen: Sequence[int]) -> list[Node]:
-    """The node of each segment.
-
-    Args:
-        seen: tokens read before each segment without a parent; none: 0.
-    """
+    """The node of each segment; `seen`: tokens read before each segment without a parent, 0 if not given."""
     assert segments.prompt is not None
     left = iter(seen)
     nodes: list[Node] = []
