@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: the command line after the program's name; that of the process by default.
     """
-    forgive_screen()
+    replace_unencodable()
     name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     if name == "lm-eval":
         os.environ.setdefault("TQDM_DISABLE", "")  # lm-eval shows its progress bars
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     process.guard(lambda: _run(name, rest))
 
 
-PLAIN = {
+ASCII_FOR = {
     **dict.fromkeys("\N{MINUS SIGN}\N{EN DASH}\N{EM DASH}", "-"),
     "…": "...",
     "†": "+",
@@ -80,18 +80,18 @@ PLAIN = {
     "±": "+-",
     "\N{MULTIPLICATION SIGN}": "x",
 }
-"""Replacements for characters that a screen's encoding does not have; above all a minus must not become a question mark."""
+"""What is printed for characters that a screen's encoding does not have; a minus must not become a question mark."""
 
 
-def forgive_screen() -> None:
-    """Let both streams replace characters that their encoding does not have, so that printing a result cannot fail."""
+def replace_unencodable() -> None:
+    """Make standard output and error print other characters for those that their encoding does not have (`ASCII_FOR`)."""
 
     def replaced(error: UnicodeError) -> tuple[str, int]:
         if not isinstance(error, UnicodeEncodeError):
             raise error
         text = error.object[error.start : error.end]
         plain = (
-            PLAIN.get(c) or unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode() or "?" for c in text
+            ASCII_FOR.get(c) or unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode() or "?" for c in text
         )
         return "".join(plain), error.end
 

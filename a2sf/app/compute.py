@@ -29,39 +29,41 @@ def compute(planned: PlannedSweep, launch: Launch | None) -> None:
     Args:
         launch: how to run jobs; None: in this process, one after the other.
     """
-    checked, made = planned.checked, planned.plan
-    if not made.pending:
+    checked, plan = planned.checked, planned.plan
+    if not plan.pending:
         return
-    progress = Progress(made, planned.groups, planned.estimates, checked.directory, underway)
-    for cell in (c for c in made.pending if c.model in planned.broken):
+    progress = Progress(plan, planned.groups, planned.estimates, checked.directory, underway)
+    for cell in (c for c in plan.pending if c.model in planned.broken):
         runner_of(checked.settings[0]).fail(cell, planned.broken[cell.model])
     # one model after the other, so that each is loaded once; of a model the longest groups first
     size = {c.name: e.tokens or 0 for g, e in zip(planned.groups, planned.estimates, strict=True) for c in g}
-    todo = sorted(made.pending, key=lambda c: (c.model_name, -size[c.name], c.task, c.shots))
+    todo = sorted(plan.pending, key=lambda c: (c.model_name, -size[c.name], c.task, c.shots))
     with shown(screen, progress):
         _run([c for c in todo if c.model not in planned.broken], planned, launch)
 
 
 def _run(todo: list[Cell], planned: PlannedSweep, launch: Launch | None) -> None:
-    points = zip(planned.checked.settings, planned.checked.points, strict=True)
-    of = {c.name: (settings, point) for settings, point in points for c in settings.cells}
+    """Compute cells, those of a group together, until each is done, failed, or stored by another process."""
+    checked = planned.checked
+    settings = {c.name: s for s in checked.settings for c in s.cells}
+    points = {c.name: point for s, point in zip(checked.settings, checked.points, strict=True) for c in s.cells}
 
     def computed_with(cell: Cell) -> tuple[Any, ...]:
-        settings = of[cell.name][0]
-        return settings.batch_size, settings.trace, settings.checkpoint, settings.full_texts
+        s = settings[cell.name]
+        return s.batch_size, s.trace, s.checkpoint, s.full_texts
 
     while todo:
         groups = grouped(todo, computed_with)
         if launch is None:
-            outcomes = [o for g in groups for o in runner_of(of[g[0].name][0]).run(g)]
+            outcomes = [o for g in groups for o in runner_of(settings[g[0].name]).run(g)]
         else:
-            jobs = [overrides_of_job([of[c.name][1] for c in g], g) for g in groups]
+            jobs = [overrides_of_job([points[c.name] for c in g], g) for g in groups]
             outcomes = [o for done in launch(jobs) for o in done.return_value]
         named = {o.name for o in outcomes}
         for cell in [c for c in todo if c.name not in named]:
             # a worker reads all files itself; it found a cell of another name
             why = "its task's definition, or its policy's file or code, changed after the sweep began; start it again"
-            runner_of(of[cell.name][0]).fail(cell, UserError(why))
+            runner_of(settings[cell.name]).fail(cell, UserError(why))
         busy = {o.name for o in outcomes if o.status == "busy"}
         todo = [c for c in todo if c.name in busy]
         if todo:  # another process computes these: wait for its results, or compute them if it ends without

@@ -21,9 +21,9 @@ from transformers import DynamicCache, PreTrainedModel
 from a2sf.bench.measuring import SMOLLM2, Figures, alone, tiny
 from a2sf.engine.eviction import EvictionState
 from a2sf.engine.retention import BatchRetention
+from a2sf.hf.cache.attention_cache import LayerSettings, NewTokens
 from a2sf.hf.cache.layer import PrunedLayer
 from a2sf.hf.cache.pruned import PrunedCache
-from a2sf.hf.cache.store import How, NewTokens
 from a2sf.hf.loading import load
 from a2sf.policies.a2sf import A2SF
 from a2sf.policies.base import Retention
@@ -172,7 +172,7 @@ def _prefill(tokens: int = 8192, ratio: float = 0.1, repeats: int = 3) -> float:
 
 def _read(q: Tensor, k: Tensor, v: Tensor, budget: int) -> None:
     none, all_ = torch.zeros(1, dtype=torch.int64), torch.tensor([q.shape[2]])
-    layer = PrunedLayer(How(POSITIONS, "auto", trace=False))
+    layer = PrunedLayer(LayerSettings(POSITIONS, "auto", trace=False))
     layer.retention = BatchRetention.of([Retention(budget=budget, forgetting_factor=0.1)])
     layer.attend(q, k, v, NewTokens(none, all_, none, all_, q.shape[2]), q.shape[-1] ** -0.5, None)
 

@@ -26,9 +26,9 @@ from a2sf.sweep.config.grid import addable
 from a2sf.sweep.config.overrides import as_written, check_trackers
 
 MULTIRUN = {"-m", "--multirun"}
-INSTEAD = {"--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc"}
-"""Options with which Hydra shows something instead of running."""
-VALUED = {"--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c", "--package", "-p", "--info", "-i"}
+SHOWS_ONLY = {"--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc"}
+"""Options with which Hydra shows something and runs nothing."""
+TAKES_VALUE = {"--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c", "--package", "-p", "--info", "-i"}
 """Hydra's options whose value is the next argument."""
 USAGE = """\
 usage: a2sf run [key=value ...] [-m key=a,b,c ...] [+sweep=PRESET] [--config-dir DIR]
@@ -50,7 +50,7 @@ Example: a2sf run -m policy=full,h2o,a2sf budget.ratio=0.2,0.4 tasks=[piqa] data
 
 
 @hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="config")
-def evaluate(composed: DictConfig) -> object:
+def hydra_main(composed: DictConfig) -> object:
     """Hydra's entry, which reads `sys.argv`: a single configuration, or a job for one group of a grid."""
     if HydraConfig.get().mode != RunMode.RUN:
         return grid.run_job(composed)
@@ -76,14 +76,14 @@ def main(arguments: Sequence[str]) -> None:
         _check_option(argument)
     given = [a if a.startswith("-") else as_written(a) for a in given]
     given = [f"+{a}" if a.startswith("sweep=") else addable(a) for a in given]
-    other = INSTEAD & {a.partition("=")[0] for a in given}
+    other = SHOWS_ONLY & {a.partition("=")[0] for a in given}
     if other and MULTIRUN & set(given):
         raise UserError(f"{other.pop()} shows one configuration and runs nothing, so it cannot go with -m.")
     if any(a.startswith("+sweep=") for a in given) and not (other | (MULTIRUN & set(given))):
         given.append("--multirun")  # a preset is a grid
     sys.argv[1:] = _overrides_last(given)
     schema.register()
-    evaluate()
+    hydra_main()
 
 
 def _check_option(argument: str) -> None:
@@ -100,7 +100,7 @@ def _check_option(argument: str) -> None:
 def _overrides_last(arguments: Sequence[str]) -> list[str]:
     """Options first: Hydra's parser needs all overrides in one sequence, but people write options between them."""
     last = [
-        after not in VALUED and not argument.startswith("-")
+        after not in TAKES_VALUE and not argument.startswith("-")
         for after, argument in zip(["", *arguments], arguments, strict=False)
     ]
     return [a for place in (False, True) for a, is_last in zip(arguments, last, strict=True) if is_last == place]
@@ -126,7 +126,7 @@ def complete(arguments: Sequence[str], commands: Sequence[str]) -> None:
         os.environ["COMP_LINE"] = f"{program} {rest}"
     sys.argv[:] = ["a2sf", "-sc", f"{action}={shell}"]
     schema.register()
-    evaluate()
+    hydra_main()
 
 
 def help_text(folders: Sequence[Path]) -> str:

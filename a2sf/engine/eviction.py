@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from a2sf.engine.priorities import (
-    about,
-    leaving,
-    mass,
+    added_scores,
+    function_priorities,
     merged,
-    of_function,
-    of_rule,
-    pooled,
-    smallest_of_all_heads,
+    pooled_scores,
+    rule_priorities,
+    step_fields,
+    to_evict,
+    to_evict_across_heads,
     token_numbers,
 )
 from a2sf.engine.state import Attended as Attended
@@ -97,33 +97,33 @@ def _reference_rows(differentiable: bool, rows: PaddedRows, options: Options) ->
         p, keys, values = p.detach(), keys.detach(), values.detach()
         # score
         count = here.sum(-1, keepdim=True)
-        fresh = retention.forgetting_factor * score[:, :, :n] + mass(rule, p, count)
+        fresh = retention.forgetting_factor * score[:, :, :n] + added_scores(rule, p, count)
         score[:, :, :n] = torch.where(active & here & retention.scores_now(now), fresh, score[:, :, :n])
         # rank
         positions = position[:, :, :n].where(here, -1)
         shown = score[:, :, :n].where(here, 0), memory[:, :, :n].where(here[..., None], 0)
         window = None if queries is None else queries[:, :, :, t + 1 : t + 1 + rule.queries]
-        step = Step(p, keys, values, positions, here, now, *shown, window, **about(retention, options, positions))
+        step = Step(p, keys, values, positions, here, now, *shown, window, **step_fields(retention, options, positions))
         excess = torch.where(active, retention.excess(count, now), 0)
         free = retention.unprotected(positions, here, now) & active
         if rule.cut is not None:
-            pooled_score = pooled(retention, step, free)
+            pooled_score = pooled_scores(retention, step, free)
             score[:, :, :n] = torch.where(active & retention.at_cut(now), pooled_score, step.scores)
             step = replace(step, scores=score[:, :, :n].clone())
         if rule.priority_fn is not None:
-            priority, remembered_now = of_function(retention, step, free, excess)
+            priority, remembered_now = function_priorities(retention, step, free, excess)
             memory[:, :, :n] = torch.where(active[..., None], remembered_now, memory[:, :, :n])
         else:
-            priority = of_rule(
+            priority = rule_priorities(
                 retention, step, None if weight is None else weight[:, :, :n], None if bias is None else bias[:, :, :n]
             )
         # evict the smallest priorities among the unprotected, ties: the oldest first
-        out = leaving(rule, priority, positions, free, excess)
+        out = to_evict(rule, priority, positions, free, excess)
         if rule.recording is not None:
             out = rule.recording.evicted(step) & active
         if retention.across_heads:
             out = torch.where(
-                active & retention.at_cut(now), smallest_of_all_heads(retention, priority, step, free), out
+                active & retention.at_cut(now), to_evict_across_heads(retention, priority, step, free), out
             )
         cached[:, :, :n] &= ~out
         if rule.merge_fn is not None and bool(out.any()):
@@ -144,8 +144,8 @@ def _reference_rows(differentiable: bool, rows: PaddedRows, options: Options) ->
             keys=all_keys,
             values=all_values,
             seen=old.seen + rows.length,
-            memory=None if remembered(rule) is None else rows.kept(memory),
-            queries=rows.kept(last_queries(rule, old.queries, grouped.detach(), rows.length)),
+            memory=None if remembered(rule) is None else rows.blank_if_finished(memory),
+            queries=rows.blank_if_finished(last_queries(rule, old.queries, grouped.detach(), rows.length)),
         ).compact()
     return RowResults(output, end, torch.cat(evictions) if evictions else None)
 

@@ -23,7 +23,7 @@ SHARE = 1 - 1e-5
 """`p * n` from which a token counts as above uniform attention: 1, but for the rounding of equal shares."""
 
 
-def mass(rule: Rule, probabilities: Tensor, count: Tensor) -> Tensor:
+def added_scores(rule: Rule, probabilities: Tensor, count: Tensor) -> Tensor:
     """What a step adds to `A`, [B, K, N]: the sum of `phi(p)` over the group [B, K, G, N], with `count` cached tokens."""
     if not rule.count_above_uniform:
         return probabilities.sum(2)
@@ -31,18 +31,18 @@ def mass(rule: Rule, probabilities: Tensor, count: Tensor) -> Tensor:
     return (probabilities * count[..., None] >= SHARE).to(probabilities.dtype).sum(2)
 
 
-def of_rule(retention: BatchRetention, step: Step, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def rule_priorities(retention: BatchRetention, step: Step, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """`b + m * A / N` of every column, [B, K, N]; `weight` and `bias` are `m` and `b`."""
     rule = retention.rule
-    return shared(rule, data_priorities(rule, step, retention.forgetting_factor, weight, bias))
+    return averaged_over_heads(rule, data_priorities(rule, step, retention.forgetting_factor, weight, bias))
 
 
-def shared(rule: Rule, priority: Tensor) -> Tensor:
+def averaged_over_heads(rule: Rule, priority: Tensor) -> Tensor:
     """The same priorities for all KV heads of a row, where the rule shares one set of tokens."""
     return priority.mean(1, keepdim=True).expand_as(priority) if rule.shared else priority
 
 
-def pooled(retention: BatchRetention, step: Step, free: Tensor) -> Tensor:
+def pooled_scores(retention: BatchRetention, step: Step, free: Tensor) -> Tensor:
     """Scores at the prompt's cut, [B, K, N]: the mean or maximum of neighbours for `free` tokens, the others unchanged."""
     cut = retention.rule.cut
     assert cut is not None
@@ -53,7 +53,7 @@ def pooled(retention: BatchRetention, step: Step, free: Tensor) -> Tensor:
     return torch.empty_like(taken).scatter_(2, order, taken).where(free, step.scores)
 
 
-def of_function(retention: BatchRetention, step: Step, free: Tensor, excess: Tensor) -> tuple[Tensor, Tensor]:
+def function_priorities(retention: BatchRetention, step: Step, free: Tensor, excess: Tensor) -> tuple[Tensor, Tensor]:
     """Priorities [B, K, N] and memory [B, K, N, M] by a rule's `priority_fn`, which is called where it has an effect.
 
     Where many tokens are evicted at once, it sees one row alone, and of it the cached tokens in their order.
@@ -62,23 +62,23 @@ def of_function(retention: BatchRetention, step: Step, free: Tensor, excess: Ten
         excess: int64 [B, K, 1], how many tokens of each head are evicted.
 
     Raises:
-        PolicyError: as `_called`.
+        PolicyError: as `_call_priority_fn`.
     """
     rule, memory = retention.rule, step.memory
     priority = torch.zeros_like(step.scores)
-    wanted = ((excess > 0).any(1, keepdim=True) | retention.remembers(step.now))[:, 0, 0]
+    wanted = ((excess > 0).any(1, keepdim=True) | retention.updates_memory(step.now))[:, 0, 0]
     if not bool(wanted.any()):
         return priority, memory
     many = retention.evicts_many(excess, step.now)[:, 0, 0]
     if not bool(many.any()):
-        return _called(rule, step, free)
+        return _call_priority_fn(rule, step, free)
     memory = memory.clone()
     others = (~many).nonzero()[:, 0]
     if bool(wanted[others].any()):
-        priority[others], memory[others] = _called(rule, picked(step, others), free[others])
+        priority[others], memory[others] = _call_priority_fn(rule, step_of_rows(step, others), free[others])
     for row in (many & wanted).nonzero()[:, 0].tolist():
-        one, order = in_order(picked(step, slice(row, row + 1)))
-        ranks, stored = _called(rule, one, free[row : row + 1].gather(2, order))
+        one, order = step_by_position(step_of_rows(step, slice(row, row + 1)))
+        ranks, stored = _call_priority_fn(rule, one, free[row : row + 1].gather(2, order))
         priority[row].scatter_(1, order[0], ranks[0])
         memory[row].scatter_(1, order[0, :, :, None].expand_as(stored[0]), stored[0])
     return priority, memory
@@ -87,7 +87,7 @@ def of_function(retention: BatchRetention, step: Step, free: Tensor, excess: Ten
 def merged(retention: BatchRetention, step: Step, out: Tensor) -> tuple[Tensor, Tensor]:
     """Keys [B, K, N, D] and values [B, K, N, V] once the tokens `out` bool [B, K, N] are merged by a rule's `merge_fn`.
 
-    It is called as in `of_function`; tokens that are evicted, and rows that evict none, are unchanged.
+    It is called as in `function_priorities`; tokens that are evicted, and rows that evict none, are unchanged.
 
     Raises:
         PolicyError: if the function fails, returns another shape or NaN, or changes a tensor of the step.
@@ -99,13 +99,13 @@ def merged(retention: BatchRetention, step: Step, out: Tensor) -> tuple[Tensor, 
     rows = (wanted & ~many).nonzero()[:, 0]
     if len(rows):
         stays = (step.cached & ~out)[rows][..., None]
-        new = _merged(retention.rule.merge_fn, picked(step, rows), out[rows])
+        new = _call_merge_fn(retention.rule.merge_fn, step_of_rows(step, rows), out[rows])
         keys[rows], values[rows] = (x.where(stays, old[rows]) for x, old in zip(new, (keys, values), strict=True))
     for row in (wanted & many).nonzero()[:, 0].tolist():
-        one, order = in_order(picked(step, slice(row, row + 1)))
+        one, order = step_by_position(step_of_rows(step, slice(row, row + 1)))
         evicted = out[row : row + 1].gather(2, order)
         stays = (one.cached & ~evicted)[..., None]
-        new = _merged(retention.rule.merge_fn, one, evicted)
+        new = _call_merge_fn(retention.rule.merge_fn, one, evicted)
         for x, old, was in zip(new, (keys, values), (one.keys, one.values), strict=True):
             old[row].scatter_(1, order[0, :, :, None].expand_as(was[0]), x.where(stays, was)[0])
     return keys, values
@@ -129,11 +129,11 @@ def token_numbers(rule: Rule, keys: Tensor, values: Tensor, positions: Tensor) -
 def _of_tokens(what: str, function: TokenFn | None, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor | None:
     if function is None:
         return None
-    given: Any = calling(function, keys, values, positions)
+    given: Any = call_policy(function, keys, values, positions)
     try:
         numbers: Tensor = given.expand(positions.shape)
     except (AttributeError, RuntimeError) as error:
-        name, where = described(function)
+        name, where = name_and_place(function)
         got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
         need = f"{tuple(positions.shape)} is needed, one number per token"
         raise PolicyError(f"{name} returns {what} of shape {got}, and {need}{where}") from error
@@ -141,7 +141,7 @@ def _of_tokens(what: str, function: TokenFn | None, keys: Tensor, values: Tensor
     return numbers
 
 
-def _merged(function: Callable[..., Any], step: Step, evicted: Tensor) -> tuple[Tensor, Tensor]:
+def _call_merge_fn(function: Callable[..., Any], step: Step, evicted: Tensor) -> tuple[Tensor, Tensor]:
     given = _unchanged(function, step, evicted)
     values, keys = given if isinstance(given, tuple) else (given, step.keys)
     used = (step.cached & ~evicted)[..., None]
@@ -149,8 +149,8 @@ def _merged(function: Callable[..., Any], step: Step, evicted: Tensor) -> tuple[
     return _checked(function, "keys", keys, step.keys, used), values
 
 
-def about(retention: BatchRetention, options: Options, positions: Tensor) -> dict[str, Any]:
-    """What a `Step` says of the layer, of the rows and of what was prepared, by name; `retention` is `per_head`."""
+def step_fields(retention: BatchRetention, options: Options, positions: Tensor) -> dict[str, Any]:
+    """The fields of a `Step` that follow from the layer, the retention and the tokens at `positions` [B, K, N], by name."""
     known: dict[str, Any] = {
         name: getattr(options, name) for name in ("layer", "layers", "scale", "rotary", "projection")
     }
@@ -160,14 +160,14 @@ def about(retention: BatchRetention, options: Options, positions: Tensor) -> dic
     return known | {"budget": retention.budget, "prompt": retention.prompt}
 
 
-def picked(step: Step, rows: Tensor | slice) -> Step:
+def step_of_rows(step: Step, rows: Tensor | slice) -> Step:
     """The rows `rows` [B'] of a step; views for a slice."""
     of_rows: dict[str, Any] = {name: x[rows] for name, x in _tensors(step).items()}
     return replace(step, **of_rows)
 
 
-def in_order(step: Step) -> tuple[Step, Tensor]:
-    """A step of one row, its cached tokens in the order of their positions, and the columns that they were, [1, K, n]."""
+def step_by_position(step: Step) -> tuple[Step, Tensor]:
+    """A step of one row with its cached tokens sorted by position, and the columns [1, K, n] that they had in `step`."""
     n = max(1, int(step.cached.sum(-1).max()))
     positions = step.positions.where(step.cached, LATE)
     sorted_already = bool((positions[..., 1:] >= positions[..., :-1]).all())  # as in any state
@@ -198,15 +198,15 @@ def _tensors(step: Step | AttentionRows) -> dict[str, Tensor]:
     return {f.name: x for f in fields(step) if isinstance(x := getattr(step, f.name), Tensor)}
 
 
-def described(function: Callable[..., Any]) -> tuple[str, str]:
-    """A policy's function in an error message: its name, and where it is, at the end of a sentence."""
+def name_and_place(function: Callable[..., Any]) -> tuple[str, str]:
+    """The name of a policy's function, and " (file:line)" where it is defined ("" if unknown), for an error message."""
     function = getattr(function, "of", function)  # the opposite of a rule is one too
     where = definition(function)
     # an object that is called has the name of its class
     return getattr(function, "__qualname__", type(function).__qualname__), f" ({where})" if where else ""
 
 
-def calling(function: Callable[..., Any], *arguments: Any) -> Any:
+def call_policy(function: Callable[..., Any], *arguments: Any) -> Any:
     """What a policy's own function returns.
 
     Raises:
@@ -219,11 +219,11 @@ def calling(function: Callable[..., Any], *arguments: Any) -> Any:
     except Exception as error:
         at = place(error)
         raise PolicyError(
-            f"{described(function)[0]} fails: {type(error).__name__}: {first_line(error)}{f' ({at})' if at else ''}"
+            f"{name_and_place(function)[0]} fails: {type(error).__name__}: {first_line(error)}{f' ({at})' if at else ''}"
         ) from error
 
 
-def _called(rule: Rule, step: Step, free: Tensor) -> tuple[Tensor, Tensor]:
+def _call_priority_fn(rule: Rule, step: Step, free: Tensor) -> tuple[Tensor, Tensor]:
     """Priorities and memory of all rows of a step by a rule's `memory_fn`, if it has one, and its `priority_fn`.
 
     Raises:
@@ -231,27 +231,23 @@ def _called(rule: Rule, step: Step, free: Tensor) -> tuple[Tensor, Tensor]:
     """
     assert rule.priority_fn is not None
     if rule.memory_fn is not None:
-        step = replace(step, memory=remembered_after(rule, rows_of(step)))
+        newest = AttentionRows(step.probabilities[:, :, :, None], step.positions, step.now, step.memory)
+        step = replace(step, memory=memory_after(rule, newest))
     given = _unchanged(rule.priority_fn, replace(step, evictable=free))
     priority, memory = given if isinstance(given, tuple) else (given, step.memory)
     cached = step.cached[..., None]
     priority = _checked(rule.priority_fn, "priorities", priority, step.scores, free)
     if memory is step.memory:
-        return shared(rule, priority), memory
+        return averaged_over_heads(rule, priority), memory
     memory = _checked(rule.priority_fn, "memory", memory, step.memory, cached)
-    return shared(rule, priority), memory.where(cached, 0)
+    return averaged_over_heads(rule, priority), memory.where(cached, 0)
 
 
-def rows_of(step: Step) -> AttentionRows:
-    """The attention of a step's newest token."""
-    return AttentionRows(step.probabilities[:, :, :, None], step.positions, step.now, step.memory)
-
-
-def remembered_after(rule: Rule, rows: AttentionRows) -> Tensor:
+def memory_after(rule: Rule, rows: AttentionRows) -> Tensor:
     """The memory [B, K, N, M] after `rows` by a rule's `memory_fn`, 0 where no token is cached.
 
     Raises:
-        PolicyError: as `_called`.
+        PolicyError: as `_call_priority_fn`.
     """
     assert rule.memory_fn is not None
     cached = (rows.positions >= 0)[..., None]
@@ -260,16 +256,16 @@ def remembered_after(rule: Rule, rows: AttentionRows) -> Tensor:
 
 
 def _unchanged(function: Callable[..., Any], step: Step | AttentionRows, *more: Tensor) -> Any:
-    """What a policy's own function returns for a step, which it must not change.
+    """What a policy's own function returns for a step; it may not write into the step's tensors.
 
     Raises:
         PolicyError: if it fails, or changes a tensor of the step.
     """
     shown = {n: x for n, x in _tensors(step).items() if not x.is_inference()}
     before = {n: x._version for n, x in shown.items()}
-    given = calling(function, step, *more)
+    given = call_policy(function, step, *more)
     if changed := [n for n, x in shown.items() if x._version != before[n]]:
-        name, where = described(function)
+        name, where = name_and_place(function)
         raise PolicyError(
             f"{name} changes the step's {', '.join(changed)} in place, and must not; work on a copy{where}"
         )
@@ -277,14 +273,18 @@ def _unchanged(function: Callable[..., Any], step: Step | AttentionRows, *more: 
 
 
 def _checked(function: Callable[..., Any], what: str, given: Any, like: Tensor, used: Tensor) -> Tensor:
-    """What a policy's own function returned, in the dtype of `like`; `used` bool says which of it is used.
+    """What a policy's own function returned (`what`), in the dtype of `like`.
+
+    Args:
+        like: the tensor of the step whose shape it must have.
+        used: bool, broadcast to that shape; NaN is allowed where it is False.
 
     Raises:
         PolicyError: if it has another shape than `like`, or NaN where it is used.
     """
     got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
     if got != tuple(like.shape):
-        name, where = described(function)
+        name, where = name_and_place(function)
         raise PolicyError(
             f"{name} returns {what} of shape {got}, and {tuple(like.shape)} is needed, as the step's tensors{where}"
         )
@@ -294,7 +294,7 @@ def _checked(function: Callable[..., Any], what: str, given: Any, like: Tensor, 
 
 def _refuse_nan(function: Callable[..., Any], what: str, given: Tensor, used: Tensor) -> None:
     if bool((given.isnan() & used).any()):
-        name, where = described(function)
+        name, where = name_and_place(function)
         raise PolicyError(f"{name} returns NaN among its {what} of cached tokens; give each of them a number{where}")
 
 
@@ -307,13 +307,13 @@ def smallest(priority: Tensor, positions: Tensor, free: Tensor, n: Tensor) -> Te
     return torch.zeros_like(free).scatter_(-1, order, chosen.expand_as(order)) & free
 
 
-def leaving(rule: Rule, priority: Tensor, positions: Tensor, free: Tensor, excess: Tensor) -> Tensor:
+def to_evict(rule: Rule, priority: Tensor, positions: Tensor, free: Tensor, excess: Tensor) -> Tensor:
     """bool [B, K, N]: the `free` tokens that are evicted, `excess` [B, K, 1] of each head or fewer with a threshold."""
     out = smallest(priority, positions, free, excess)
     return out if rule.threshold is None else out & (priority < rule.threshold)
 
 
-def smallest_of_all_heads(retention: BatchRetention, priority: Tensor, step: Step, free: Tensor) -> Tensor:
+def to_evict_across_heads(retention: BatchRetention, priority: Tensor, step: Step, free: Tensor) -> Tensor:
     """bool [B, K, N]: the `free` tokens that are evicted at a cut which divides a layer's slots among its heads.
 
     A head retains as many of its best tokens as a mix of two shares says: how many of the layer's best tokens are its own,
@@ -326,7 +326,7 @@ def smallest_of_all_heads(retention: BatchRetention, priority: Tensor, step: Ste
     if rule.division_fn is not None:
         excess = retention.excess(step.cached.sum(-1, keepdim=True), step.now).where(retention.at_cut(step.now), 0)
         dividing = replace(retention, rule=replace(rule, priority_fn=rule.division_fn, memory=0, memory_fn=None))
-        by, _ = of_function(dividing, replace(step, memory=step.memory[..., :0]), free, excess)
+        by, _ = function_priorities(dividing, replace(step, memory=step.memory[..., :0]), free, excess)
     K, N = free.shape[1:]
     count, evictable = step.cached.sum(-1), free.sum(-1)  # [B, K]
     equal = (torch.minimum(count, retention.budget[..., 0]) - (count - evictable)).clamp(min=0)

@@ -66,7 +66,7 @@ class BatchRetention:
                 "the policy has other rules at other budgets, or its `retention` makes a new function at each call; give "
                 "each row of a batch the same budget, or define the function outside of `retention`"
             )
-        growth = _some([r.growth for r in retentions])
+        growth = _if_any_grows([r.growth for r in retentions])
         if growth is not None and schedule.spare and any(r.threshold is not None for r in rules):
             raise UserError(
                 "a policy with a threshold evicts every so many tokens from a full budget on, so its budget cannot grow; "
@@ -86,22 +86,23 @@ class BatchRetention:
         )
 
     def retention(self) -> dict[str, Any]:
-        """The fields of this class by name, for a subclass that has more."""
+        """The fields of `BatchRetention` alone by name, as arguments for its constructor or a subclass's."""
         return {f.name: getattr(self, f.name) for f in fields(BatchRetention)}
 
     def select(self: Batch, rows: Tensor | slice) -> Batch:
         """The sequences `rows`, in that order."""
-        chosen = self._each(lambda x: x[rows])
+        chosen = self._map(lambda x: x[rows])
         if self.growth is None:
             return chosen
-        places = range(len(self.growth))[rows] if isinstance(rows, slice) else _places(rows)
-        return replace(chosen, growth=_some([self.growth[i] for i in places]))
+        # a mask, a slice or indices
+        places = torch.arange(len(self.growth))[rows.cpu() if isinstance(rows, Tensor) else rows].tolist()
+        return replace(chosen, growth=_if_any_grows([self.growth[i] for i in places]))
 
     def to(self: Batch, device: torch.device) -> Batch:
         """The same on `device`."""
-        return self._each(lambda x: x.to(device))
+        return self._map(lambda x: x.to(device))
 
-    def _each(self: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    def _map(self: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
         tensors = ((f.name, x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor))
         changed: dict[str, Any] = {name: change(x) for name, x in tensors}
         return replace(self, **changed)
@@ -154,8 +155,8 @@ class BatchRetention:
         """Whether no row is in its prompt any more when `seen` int64 [n] tokens of each were read."""
         return not self.schedule.prompt or self.prompt is None or bool((seen.cpu() >= self.prompt).all())
 
-    def looked(self, seen: Tensor) -> Tensor:
-        """bool [n]: of which sequences the rule's function is not called again when `seen` [n] tokens were read."""
+    def rule_finished(self, seen: Tensor) -> Tensor:
+        """bool [n]: of which sequences nothing is evicted after `seen` [n] tokens, so that no function is called."""
         if not self.schedule.prompt or self.schedule.then != "keep" or self.prompt is None:
             return torch.zeros_like(seen, dtype=torch.bool)
         return seen >= self.prompt
@@ -169,7 +170,7 @@ class BatchRetention:
         """The same numbers to compute with columns: [n, 1, 1], the budget [n, K, 1] and the factor in `dtype`."""
         prepared = None if self.prepared is None else self.prepared.to(dtype)
         plain = BatchRetention(**self.retention() | {"growth": None, "prepared": None})
-        columns = plain._each(lambda x: x[:, None, None])
+        columns = plain._map(lambda x: x[:, None, None])
         budget = columns.budget.repeat(1, heads, 1)
         budget[:, full_heads_of(self.rule, heads)] = UNLIMITED
         factor = columns.forgetting_factor.to(dtype)
@@ -189,11 +190,11 @@ class BatchRetention:
             return torch.zeros_like(now, dtype=torch.bool)
         return now == self.prompt - 1
 
-    def remembers(self, now: Tensor) -> Tensor:
-        """bool [B, 1, 1]: whether the rule's function is called at time `now` for what it stores for each token."""
+    def updates_memory(self, now: Tensor) -> Tensor:
+        """bool [B, 1, 1]: whether the rule's function is called for its memory at time `now`, even without an eviction."""
         if not self.rule.memory:
             return torch.zeros_like(now, dtype=torch.bool)
-        return ~self.looked(now)
+        return ~self.rule_finished(now)
 
     def evicts_many(self, excess: Tensor, now: Tensor) -> Tensor:
         """bool [B, 1, 1]: whether a row's step is one at which the schedule evicts many tokens at once."""
@@ -255,18 +256,13 @@ def _integers(retentions: Sequence[Retention]) -> tuple[Tensor, ...]:
     return torch.tensor(numbers, dtype=torch.int64).view(len(numbers), 3).T.contiguous().unbind(0)
 
 
-def _some(growth: Sequence[Growth | None]) -> tuple[Growth | None, ...] | None:
+def _if_any_grows(growth: Sequence[Growth | None]) -> tuple[Growth | None, ...] | None:
     """`growth`, or None if no sequence's budget grows."""
     return tuple(growth) if any(g is not None for g in growth) else None
 
 
-def _places(rows: Tensor) -> list[int]:
-    places: list[int] = (rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows).tolist()
-    return places
-
-
 def _padded(numbers: Sequence[Numbers | None]) -> Tensor | None:
-    """The numbers of each sequence, [n, K, P], 0 where there are none; None if no sequence has some."""
+    """The prepared numbers of each sequence, [n, K, P], padded with 0; None if no sequence has any."""
     known = [n.of for n in numbers if n is not None]
     if not known:
         return None

@@ -295,6 +295,12 @@ class AttentionCall(NamedTuple):
     state: EvictionState | None = None
 
 
+def rounded_slots(slots: Tensor) -> Tensor:
+    """Numbers of slots, int64, rounded up to few different ones: to multiples of 16, or by at most an eighth."""
+    unit = 2 ** (slots.clamp(min=1).double().log2().floor().long() - 3).clamp(min=4)
+    return (slots + unit - 1) // unit * unit
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays, everything else is computed in float32 (invariant 8)."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from a2sf.engine.priorities import (
-    about,
-    leaving,
-    mass,
+    added_scores,
+    function_priorities,
     merged,
-    of_function,
-    of_rule,
-    pooled,
-    smallest_of_all_heads,
+    pooled_scores,
+    rule_priorities,
+    step_fields,
+    to_evict,
+    to_evict_across_heads,
     token_numbers,
 )
 from a2sf.engine.retention import BatchRetention
@@ -32,6 +32,7 @@ from a2sf.engine.state import (
     joined_queries,
     last_queries,
     remembered,
+    rounded_slots,
 )
 from a2sf.engine.tree import PaddedRows, RowResults, by_depth
 from a2sf.policies.base import UNLIMITED
@@ -48,14 +49,14 @@ def attend_torch(
 @torch.inference_mode(False)  # tensors made here count their changes, which shows whether a rule changes them
 @torch.no_grad()
 def torch_rows(rows: PaddedRows, options: Options) -> RowResults:
-    """Groups of rows that need as many slots, longest first within each."""
-    slots = _slots(rows)
+    """Run the recursion on right-padded rows: those that need as many slots together, the longest first."""
+    slots = _slots_needed(rows)
     output = rows.query.new_zeros(*rows.query.shape[:3], rows.value.shape[-1])
     order, states, evictions = [], [], []
     for n in slots.unique().tolist():
         pick = (slots == n).nonzero()[:, 0]
         pick = pick[rows.length[pick].argsort(descending=True, stable=True)]
-        ran = _Slots(rows.pick(pick), n, options).run()
+        ran = _RowGroup(rows.pick(pick), n, options).run()
         output[pick, :, : ran.output.shape[2]] = ran.output
         order.append(pick)
         states.append(ran.end)
@@ -65,8 +66,8 @@ def torch_rows(rows: PaddedRows, options: Options) -> RowResults:
     return RowResults(output, EvictionState.stack(states).select(back), torch.cat(evictions) if evictions else None)
 
 
-def _slots(rows: PaddedRows) -> Tensor:
-    """int64 [B]: how many slots each row needs, rounded up to few different numbers."""
+def _slots_needed(rows: PaddedRows) -> Tensor:
+    """int64 [B]: how many slots each row needs, as `rounded_slots`."""
     held = rows.state.counts.amax(-1)
     # a head whose share of a layer's slots is above the budget gives back only what has come since the cut
     beyond = held + 1 + (rows.schedule.spare if rows.across_heads else 0)
@@ -76,12 +77,10 @@ def _slots(rows: PaddedRows) -> Tensor:
     if rows.schedule.prompt and rows.prompt is not None:
         unbounded = (rows.state.seen < rows.prompt) | (rows.schedule.then == "keep")
         most = most.masked_fill(unbounded, UNLIMITED)
-    need = torch.minimum(held + rows.length, most).clamp(min=1)
-    unit = 2 ** (need.double().log2().floor().long() - 3).clamp(min=4)
-    return (need + unit - 1) // unit * unit
+    return rounded_slots(torch.minimum(held + rows.length, most).clamp(min=1))
 
 
-class _Slots:
+class _RowGroup:
     """A group of rows, longest first, with `n` slots for each of their heads."""
 
     def __init__(self, rows: PaddedRows, n: int, options: Options) -> None:
@@ -94,7 +93,7 @@ class _Slots:
         self.grouped = rows.query.reshape(B, K, H // K, T, D)
         self.queries = joined_queries(self.rule, old.queries, self.grouped) if self.rule.queries else None
 
-        def slots(x: Tensor, fill: float = 0) -> Tensor:
+        def buffer(x: Tensor, fill: float = 0) -> Tensor:
             """A buffer of `n` slots that begins with the state's `x` [B, K, past, ...]."""
             held = x[:, :, :n]
             made = torch.full((B, K, n, *x.shape[3:]), fill, dtype=x.dtype, device=x.device)
@@ -103,19 +102,19 @@ class _Slots:
 
         # new tokens' entries, and slots of the same, by name
         self.entering = {"keys": rows.key, "values": rows.value}
-        self.held = {"keys": slots(old.keys), "values": slots(old.values), "scores": slots(old.scores)}
+        self.held = {"keys": buffer(old.keys), "values": buffer(old.values), "scores": buffer(old.scores)}
         new = token_numbers(self.rule, rows.key, rows.value, rows.positions)
         held = token_numbers(self.rule, old.keys, old.values, old.positions)
         for name, entering, before in zip(("weight", "bias"), new, held, strict=True):
             if entering is not None and before is not None:
-                self.entering[name], self.held[name] = entering, slots(before)
+                self.entering[name], self.held[name] = entering, buffer(before)
         memory = rows.query.new_zeros(B, K, past, self.rule.memory) if old.memory is None else old.memory
         if self.rule.precompute is not None:
             sequence = Sequence(self.grouped, rows.key, rows.value, rows.length, options.scale)
             self.entering["memory"] = self.rule.precompute(sequence)
             memory = self.entering["memory"][:, :, :0]
-        self.held["memory"] = slots(memory)
-        self.positions = slots(old.positions, fill=-1)
+        self.held["memory"] = buffer(memory)
+        self.positions = buffer(old.positions, fill=-1)
         self.evictions: list[Tensor] = []
 
     def run(self) -> RowResults:
@@ -155,11 +154,11 @@ class _Slots:
         count = cached.sum(-1, keepdim=True)
         scores = held["scores"]
         if self.rule.scored:
-            fresh = scores * retention.forgetting_factor + mass(self.rule, p, count)
+            fresh = scores * retention.forgetting_factor + added_scores(self.rule, p, count)
             scores.copy_(fresh if self.rule.cut is None else torch.where(retention.scores_now(now), fresh, scores))
         window = None if self.queries is None else self.queries[:active, :, :, t + 1 : t + 1 + self.rule.queries]
         shown = positions, cached, now, scores, held["memory"], window
-        step = Step(p, held["keys"], held["values"], *shown, **about(retention, self.options, positions))
+        step = Step(p, held["keys"], held["values"], *shown, **step_fields(retention, self.options, positions))
         self._evict(t, retention, step, held, retention.excess(count, now))
         return out
 
@@ -167,19 +166,19 @@ class _Slots:
         if self.rule.recording is not None:
             return self._remove(t, self.rule.recording.evicted(step), held)
         positions, now, most = step.positions, step.now, int(excess.max())
-        looks = bool(retention.remembers(now).any()) or (
+        looks = bool(retention.updates_memory(now).any()) or (
             self.rule.cut is not None and bool(retention.at_cut(now).any())
         )
         if most == 0 and not looks:
             return
         free = retention.unprotected(positions, step.cached, now)
         if self.rule.cut is not None:
-            held["scores"].copy_(torch.where(retention.at_cut(now), pooled(retention, step, free), step.scores))
+            held["scores"].copy_(torch.where(retention.at_cut(now), pooled_scores(retention, step, free), step.scores))
         if self.rule.priority_fn is not None:
-            priority, memory = of_function(retention, step, free, excess)
+            priority, memory = function_priorities(retention, step, free, excess)
             held["memory"].copy_(memory)
         else:
-            priority = of_rule(retention, step, held.get("weight"), held.get("bias"))
+            priority = rule_priorities(retention, step, held.get("weight"), held.get("bias"))
         if most == 0:
             return
         if most == 1 and self.rule.threshold is None:
@@ -189,9 +188,9 @@ class _Slots:
             position, slot = torch.where(least, positions, LATE).min(-1, keepdim=True)
             out = torch.zeros_like(free).scatter_(2, slot, (excess > 0) & (position < LATE))
         else:
-            out = leaving(self.rule, priority, positions, free, excess)
+            out = to_evict(self.rule, priority, positions, free, excess)
         if retention.across_heads:
-            out = torch.where(retention.at_cut(now), smallest_of_all_heads(retention, priority, step, free), out)
+            out = torch.where(retention.at_cut(now), to_evict_across_heads(retention, priority, step, free), out)
         if self.rule.merge_fn is not None and bool(out.any()):
             held["keys"][:], held["values"][:] = merged(retention, step, out)
             numbers = token_numbers(self.rule, held["keys"], held["values"], positions)
@@ -203,8 +202,9 @@ class _Slots:
     def _remove(self, t: int, out: Tensor, held: dict[str, Tensor]) -> None:
         """Evict the slots `out` [active, K, N] at step `t`."""
         positions = self.positions[: len(out)]
-        self._note(t, out, positions)
-        where = out.nonzero(as_tuple=True)
+        where = row, head, slot = out.nonzero(as_tuple=True)
+        if self.options.trace:
+            self.evictions.append(torch.stack([row, head, torch.full_like(row, t), positions[row, head, slot]], 1))
         positions[where] = -1
         for x in held.values():
             x[where] = 0  # free slots are 0
@@ -215,11 +215,6 @@ class _Slots:
             self.retention = self.retention.select(slice(0, active))
         return self.retention
 
-    def _note(self, t: int, out: Tensor, positions: Tensor) -> None:
-        if self.options.trace:
-            row, head, column = out.nonzero(as_tuple=True)
-            self.evictions.append(torch.stack([row, head, torch.full_like(row, t), positions[row, head, column]], 1))
-
     def _state(self) -> EvictionState:
         """The slots as a state."""
         return EvictionState(
@@ -228,8 +223,10 @@ class _Slots:
             keys=self.held["keys"],
             values=self.held["values"],
             seen=self.rows.state.seen + self.rows.length,
-            memory=None if remembered(self.rule) is None else self.rows.kept(self.held["memory"]),
-            queries=self.rows.kept(last_queries(self.rule, self.rows.state.queries, self.grouped, self.rows.length)),
+            memory=None if remembered(self.rule) is None else self.rows.blank_if_finished(self.held["memory"]),
+            queries=self.rows.blank_if_finished(
+                last_queries(self.rule, self.rows.state.queries, self.grouped, self.rows.length)
+            ),
         ).compact()
 
 

@@ -57,11 +57,11 @@ class PaddedRows(BatchRetention):
         counts = None if self.counts is None else self.counts[rows.to(self.counts.device)]
         return replace(self, **changed, state=self.state.select(rows), counts=counts, tables=None)
 
-    def kept(self, x: Tensor | None) -> Tensor | None:
-        """The last queries [B, K, G, W, D] or memory [B, K, N, M] of the end states: 0 where no function sees it again."""
+    def blank_if_finished(self, x: Tensor | None) -> Tensor | None:
+        """Queries [B, K, G, W, D] or memory [B, K, N, M] of the end states, 0 in rows whose rule is `rule_finished`."""
         if x is None:
             return None
-        return x.masked_fill(self.looked(self.state.seen + self.length).view(-1, *[1] * (x.ndim - 1)), 0)
+        return x.masked_fill(self.rule_finished(self.state.seen + self.length).view(-1, *[1] * (x.ndim - 1)), 0)
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,14 @@ def by_depth(run_rows: RunRows, call: AttentionCall, dtype: torch.dtype | None =
     evictions: list[Tensor] = []
     above: tuple[EvictionState, Tensor | None] | None = None  # ends of the depth before, and their counts where known
     here: list[RowResults] = []  # of this depth
-    every: list[EvictionState] = []  # that are returned
+    returned: list[EvictionState] = []  # that are returned
     order: list[int] = []  # the segments in them
 
     # a given state may have read any number of tokens, which tables depend on
     levels = segments.once(("levels", T, device), lambda: _levels(segments, T, device))
     for number, level in enumerate(levels):
         if number and level.depth > levels[number - 1].depth:
-            above, here = _together(here), []
+            above, here = _stacked(here), []
         packed: dict[str, Any] = {
             name: x[level.row_at, :, level.column_at].transpose(1, 2).to(dtype)
             for name, x in (("query", query), ("key", key), ("value", value))
@@ -145,16 +145,18 @@ def by_depth(run_rows: RunRows, call: AttentionCall, dtype: torch.dtype | None =
         if options.return_state:
             at = [k for k, i in enumerate(level.ids) if segments.final is None or segments.final[i]]
             order += [level.ids[k] for k in at]
-            every += [ran.end if len(at) == len(level.ids) else ran.end.select(torch.tensor(at))] if at else []
+            returned += [ran.end if len(at) == len(level.ids) else ran.end.select(torch.tensor(at))] if at else []
     final = None
     if options.return_state:
-        final = every[0] if len(every) == 1 else EvictionState.stack(every).select(torch.tensor(order).argsort())
+        final = (
+            returned[0] if len(returned) == 1 else EvictionState.stack(returned).select(torch.tensor(order).argsort())
+        )
     if not options.trace:
         return Attended(output, final)
     return Attended(output, final, *traced(evictions, (B, key.shape[1], T), device))
 
 
-def _together(ran: list[RowResults]) -> tuple[EvictionState, Tensor | None]:
+def _stacked(ran: list[RowResults]) -> tuple[EvictionState, Tensor | None]:
     """End states of several batches as one, and their counts where they are known."""
     counts = [x.counts for x in ran if x.counts is not None]
     return EvictionState.stack([x.end for x in ran]), torch.cat(counts) if len(counts) == len(ran) else None
@@ -162,13 +164,13 @@ def _together(ran: list[RowResults]) -> tuple[EvictionState, Tensor | None]:
 
 def traced(evictions: list[Tensor], shape: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Evictions [n, 4] as `Attended` has them: those of steps with one eviction, [B, K, T], and the others, [m, 4]."""
-    every = torch.cat([torch.empty(0, 4, dtype=torch.int64, device=device), *evictions])
+    returned = torch.cat([torch.empty(0, 4, dtype=torch.int64, device=device), *evictions])
     evicted = torch.full(shape, -1, dtype=torch.int32, device=device)
-    step = (every[:, 0] * shape[1] + every[:, 1]) * shape[2] + every[:, 2]
+    step = (returned[:, 0] * shape[1] + returned[:, 1]) * shape[2] + returned[:, 2]
     _, of_step, times = step.unique(return_inverse=True, return_counts=True)
     single = times[of_step] == 1
-    evicted.view(-1)[step[single]] = every[single, 3].int()
-    return evicted, every[~single]
+    evicted.view(-1)[step[single]] = returned[single, 3].int()
+    return evicted, returned[~single]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from a2sf.errors import PolicyError, UserError, place
 from a2sf.hf.attention.function import attached
-from a2sf.hf.attention.looking import Look, found_by, looked_at
+from a2sf.hf.attention.looking import Look, running_with_looks
 from a2sf.hf.attention.plan import Plan
 from a2sf.hf.attention.windows import global_layers
 from a2sf.hf.calls.around import bare, idle
@@ -56,10 +56,15 @@ class ModelReader:
         plan = Plan.of_one(len(tokens), unpruned(self.model), self.model.config)
         sees = Look(look, hidden_states=self.hidden_states)
         ids = torch.tensor([list(tokens)], device=input_device(self.model))
-        with torch.inference_mode(), idle(self.model), attached(self.model), looked_at(self.model, plan, [sees]):
+        with (
+            torch.inference_mode(),
+            idle(self.model),
+            attached(self.model),
+            running_with_looks(self.model, plan, [sees]),
+        ):
             # without the head: logits of all tokens would take more memory than all layers
             bare(self.model)(ids, use_cache=False, logits_to_keep=1)
-        return found_by(sees, self.layers)
+        return sees.results(self.layers)
 
 
 def prepared_for(model: PreTrainedModel, policy: Policy, tokens: Sequence[int]) -> Prepared:
@@ -86,7 +91,7 @@ def look_of(policy: Policy, columns: Tensor | slice, warned: Warned | None = Non
 def concluded(model: PreTrainedModel, policy: Policy, look: Look, warned: Warned | None = None) -> Prepared:
     """What `policy` prepares for the prompt that its `look` saw in all layers; errors as `prepared_for`."""
     with _own_code(policy, "conclude"), caused_by(warned):
-        found = policy.conclude(found_by(look, layers_of(model)))
+        found = policy.conclude(look.results(layers_of(model)))
     return _checked(found, model, policy, "conclude")
 
 

@@ -186,14 +186,7 @@ def pruning(
     except UnsupportedModel as error:
         refused = error.with_traceback(None)  # calls without a cache are exact
     surround(decoder)
-    scope = _Scope(
-        policy,
-        budget if policy.uses_budget else None,
-        schedule,
-        max_new_tokens,
-        contexts,
-        backend,
-        refused,
-    )
+    budget = budget if policy.uses_budget else None
+    scope = _Scope(policy, budget, schedule, max_new_tokens, contexts, backend, refused)
     with attached(decoder), scoped(decoder, scope):
         yield model

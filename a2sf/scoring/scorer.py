@@ -40,7 +40,7 @@ from a2sf.policies.prepared import Prepared
 from a2sf.policies.schedule import Schedule, schedule_for
 from a2sf.scoring.counts import Counts
 from a2sf.scoring.passes.run import Passes, Pending
-from a2sf.scoring.passes.sequences import Model, ScoredSequence
+from a2sf.scoring.passes.sequences import PassSettings, ScoredSequence
 from a2sf.scoring.requests import ROLLING, TEXT, Requests, Window
 from a2sf.scoring.systems import Answer, Answers, System
 from a2sf.scoring.texts import TextGenerator
@@ -89,8 +89,8 @@ class Scorer:
         self.tokens_per_pass = self.most_tokens
         self.layers: int = self.model.config.get_text_config().num_hidden_layers
         self.kv_heads = kv_heads_of(self.model.config)
-        self._room = tokens_in_caches(self.model) // self.layers
-        self._ready: dict[tuple[Policy, tuple[int, ...]], Prepared] = {}
+        self._cache_tokens = tokens_in_caches(self.model) // self.layers
+        self._prepared_prompts: dict[tuple[Policy, tuple[int, ...]], Prepared] = {}
 
     def system(self, policy: Policy, budget: Budget | None, schedule: Schedule | None = None) -> System:
         """A system: a way of pruning this model's cache.
@@ -132,7 +132,7 @@ class Scorer:
         So an interruption loses what was prepared for one portion, not for all prompts.
         """
         longest = max((len(c) + len(t) for m in missing for c, t in m.windows), default=0)
-        beforehand = any(self.beforehand(a.system.policy, longest) for a in answers)
+        beforehand = any(self.reads_prompt_first(a.system.policy, longest) for a in answers)
         size = PREPARED_AT_ONCE if beforehand else max(1, len(missing))
         for at in range(0, len(missing), size):
             yield missing[at : at + size]
@@ -152,7 +152,7 @@ class Scorer:
                 windows = requests.windows(i)
             except (UserError, ValueError) as error:
                 for n in without:
-                    answers[n].error = _about(requests, i, error)
+                    answers[n].error = _naming_documents(requests, i, error)
                 continue
             if not windows:  # an empty text, whose log-likelihood is 0
                 for n in without:
@@ -180,7 +180,7 @@ class Scorer:
                     with caused_by(one.warned):
                         made = [self.sequence(requests, i, w, one.system) for w in windows]
                 except (UserError, ValueError) as error:
-                    one.error = _about(requests, i, error)
+                    one.error = _naming_documents(requests, i, error)
                     continue
                 if one.system.policy.prepares:
                     one.progress.seconds += time.perf_counter() - began
@@ -191,9 +191,9 @@ class Scorer:
         return pending
 
     def passes(self, pending: Sequence[Pending]) -> Passes:
-        """What computes these windows."""
-        about = self.about(p.sequence for p in pending)
-        return Passes(self.model, about, self.tokens_per_pass, self.sequences_per_pass, self._room)
+        """The passes that compute these windows."""
+        settings = self.pass_settings(p.sequence for p in pending)
+        return Passes(self.model, settings, self.tokens_per_pass, self.sequences_per_pass, self._cache_tokens)
 
     def _run(self, pending: Sequence[Pending], requests: Requests) -> Iterator[None]:
         """Compute windows; a request has its answer once all its windows have theirs."""
@@ -208,7 +208,7 @@ class Scorer:
                 for p, value, greedy, cached in done.scores:
                     place = (id(p.answers), p.request)
                     found = values.setdefault(place, {})
-                    found[p.window] = value, self._counted(p.sequence, cached)
+                    found[p.window] = value, self._cached_at_end(p.sequence, cached)
                     p.answers.progress.read += len(p.sequence.read)
                     if len(found) < windows[place]:
                         continue
@@ -228,8 +228,8 @@ class Scorer:
             self.tokens_per_pass = passes.tokens_per_pass
 
     @staticmethod
-    def _counted(sequence: ScoredSequence, cached: float | None) -> float | None:
-        """The tokens cached at the end, where a threshold decides it: all, if it was read with the full cache."""
+    def _cached_at_end(sequence: ScoredSequence, cached: float | None) -> float | None:
+        """Tokens cached at the end, where a threshold decides it: `cached`, or all if it was read with the full cache."""
         if all(k.rule.threshold is None for k in sequence.retention):
             return None
         return float(len(sequence.read)) if cached is None else cached
@@ -250,23 +250,24 @@ class Scorer:
         tokens = (context + continuation)[-(self.lm.max_length + 1) :]
         cut = requests.cut(i, system, len(tokens) - len(continuation), len(context))
         made = ScoredSequence.of(system, self.layers, tuple(tokens[:-1]), tuple(continuation), cut)
-        return self.decided(made) if self.beforehand(system.policy, len(made.read)) else made
+        return self.decided(made) if self.reads_prompt_first(system.policy, len(made.read)) else made
 
     def decided(self, sequence: ScoredSequence) -> ScoredSequence:
-        """A sequence for whose policy its prompt was read, if that is needed."""
+        """The sequence with its final retention: its prompt is read for its policy if that is not known yet."""
         system = sequence.undecided
         if system is None:
             return sequence
         return sequence.decided(self._prepared(system, sequence.read[: sequence.prompt]))
 
-    def beforehand(self, policy: Policy, tokens: int) -> bool:
-        """Whether a prompt is read for the policy before the pass that computes an answer of so many tokens.
+    def reads_prompt_first(self, policy: Policy, tokens: int) -> bool:
+        """Whether a policy's prompts are read in a pass of their own, before the pass of `tokens` tokens that scores them.
 
-        Else the policy looks at that pass, which takes more memory, and no other length of text for the rotary embedding.
+        Else the policy looks at that pass, which needs the policy's method `look`, memory for the caches of all layers, and
+        the same rotary embedding for the prompt as for the whole.
         """
         if not policy.prepares:
             return False
-        return not policy.looks or tokens > min(rope_switch(self.model.config), self._room)
+        return not policy.looks or tokens > min(rope_switch(self.model.config), self._cache_tokens)
 
     def text_sequence(self, requests: Requests, i: int, text: Sequence[int], system: System) -> ScoredSequence:
         """A text that follows the prompt of request `i`, as `system` reads it with the budgets of generating."""
@@ -278,18 +279,20 @@ class Scorer:
     def _prepared(self, system: System, prompt: tuple[int, ...]) -> Prepared:
         """What a system's policy prepares for a prompt; it is read once for all requests and budgets."""
         key = system.policy, prompt
-        if key not in self._ready:
-            if len(self._ready) >= PREPARED_AT_ONCE:
-                del self._ready[next(iter(self._ready))]  # the oldest
-            self._ready[key] = prepared_for(self.model, system.policy, prompt)
-        return self._ready[key]
+        if key not in self._prepared_prompts:
+            if len(self._prepared_prompts) >= PREPARED_AT_ONCE:
+                del self._prepared_prompts[next(iter(self._prepared_prompts))]  # the oldest
+            self._prepared_prompts[key] = prepared_for(self.model, system.policy, prompt)
+        return self._prepared_prompts[key]
 
-    def about(self, sequences: Iterable[ScoredSequence]) -> Model:
-        """What passes need to know of the model to read some sequences, and what their policies need."""
+    def pass_settings(self, sequences: Iterable[ScoredSequence]) -> PassSettings:
+        """What a pass must know of the model, with the rotary embeddings and projections if a policy needs them."""
         rules = {s.retention[0].rule for s in sequences if s.retention}
         rotary = rotary_of(self.model) if any(r.unrotated for r in rules) else None
         weights = projections_of(self.model) if any(r.projected for r in rules) else None
-        return Model(self.layers, not mixes_windows(self.model.config), self.backend, self.device, rotary, weights)
+        return PassSettings(
+            self.layers, not mixes_windows(self.model.config), self.backend, self.device, rotary, weights
+        )
 
     def count(self, requests: Requests, answers: Answers) -> None:
         """Add what the requests took to read and to cache to `answers.counts`; each has an answer."""
@@ -369,7 +372,7 @@ class Scorer:
         return Trace(document, pieces, sequence.context, at, received, lost, every)
 
 
-def _about(requests: Requests, i: int, error: Exception) -> Exception:
-    """The same error with task and document in its message."""
+def _naming_documents(requests: Requests, i: int, error: Exception) -> Exception:
+    """The same error with the task and document of request `i` in its message; a `ConfigError` as it is."""
     subject = requests.subject([i])
     return type(error)(f"{subject}: {error}") if subject and not isinstance(error, ConfigError) else error

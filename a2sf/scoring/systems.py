@@ -128,7 +128,7 @@ class Answers:
         known: answers of an earlier result, by a request's key (`Requests.keys`).
         computed: answers that were computed now; it has no key of `known`.
         progress: how much is done, and the time that it took.
-        ran: which implementations of the engine ran (`a2sf.engine.kernels.noting`).
+        ran: which implementations of the engine ran (`a2sf.engine.kernels.backends_run`).
         warned: what libraries warned of while what this system needs was computed.
         error: why this system cannot be computed; the other systems of the group continue.
     """

@@ -50,7 +50,7 @@ class TextGenerator:
     def __init__(self, scorer: Scorer, requests: Requests) -> None:
         self.scorer, self.lm, self.requests = scorer, scorer.lm, requests
         self._settings: dict[str, tuple[dict[str, Any], Choice, Ends]] = {}
-        self._checked: dict[tuple[int, int], PrunedCache] = {}  # of a system and a limit, to check lengths with
+        self._empty_caches: dict[tuple[int, int], PrunedCache] = {}  # of a system and a limit, to check lengths with
 
     def generate(self, answers: Sequence[Answers]) -> Iterator[None]:
         """Generate the texts that systems lack; yields whenever some are finished.
@@ -75,7 +75,7 @@ class TextGenerator:
             # the longest prompts first, as lm-eval has them; all systems' texts of a document follow each other
             rows.sort(key=lambda r: (-len(r.sequence.read), r.request))
             choice = self._settings[name][1]
-            yield from self._together(rows, choice) if choice.of.plain else self._one_by_one(name, rows)
+            yield from self._generate_rows(rows, choice) if choice.plain else self._generate_batches(name, rows)
 
     def _missing(self, answers: Answers) -> list[tuple[str, Row]]:
         """The texts that a system lacks, each with the name of its settings."""
@@ -99,11 +99,12 @@ class TextGenerator:
         return found
 
     def _row(self, answers: Answers, i: int) -> tuple[str, Row]:
+        """Request `i` as a system's row, with the name of its settings; checks that the text fits the model."""
         requests, system = self.requests, answers.system
         prompt, given = requests.prompt(i), requests.instances[i].args[1]
         name = json.dumps(given, sort_keys=True, default=str)
         if name not in self._settings:
-            self._settings[name] = self._understood(given)
+            self._settings[name] = self._parsed(given)
         settings, choice, ends = self._settings[name]
         follow = settings.get("max_length", len(prompt.tokens) + prompt.new) - len(prompt.tokens)
         limit = follow
@@ -117,20 +118,20 @@ class TextGenerator:
         cut = requests.cut(i, system, len(prompt.tokens), prompt.length)
         # the last token is never read
         sequence = ScoredSequence.of(system, self.scorer.layers, tuple(prompt.tokens), (0,), cut, follow - 1)
-        draw = (requests.keys[i], self._seed) if choice.of.draws else None
+        draw = (requests.keys[i], self._seed) if choice.draws else None
         row = Row(answers, i, sequence, limit, ends, prompt.text, draw, prompt.later)
-        if (known := (id(answers), row.follow)) not in self._checked:
-            self._checked[known] = self._cache([row])
+        if (known := (id(answers), row.follow)) not in self._empty_caches:
+            self._empty_caches[known] = self._cache([row])
         length = torch.tensor([len(prompt.tokens)])
-        check_length(self._checked[known], length, length, prompt=True)
+        check_length(self._empty_caches[known], length, length, prompt=True)
         return name, row
 
     @property
     def _seed(self) -> int:
         return torch.initial_seed() if self.scorer.seed is None else self.scorer.seed
 
-    def _understood(self, given: dict[str, Any]) -> tuple[dict[str, Any], Choice, Ends]:
-        """lm-eval's settings of generation: those of transformers, how tokens are chosen, and what ends a text."""
+    def _parsed(self, given: dict[str, Any]) -> tuple[dict[str, Any], Choice, Ends]:
+        """What lm-eval's settings of a request mean: settings for `generate`, how tokens are chosen, what ends a text."""
         lm, model = self.lm, self.scorer.model
         given = {k: v for k, v in given.items() if k != KEY}
         settings = dict(normalize_gen_kwargs(copy.deepcopy(given), lm.max_gen_toks))
@@ -141,7 +142,7 @@ class TextGenerator:
         if not of_model["do_sample"] and not of_model.get("temperature"):
             of_model.pop("temperature", None)  # as lm-eval: 0 stands for greedy search
         choice = Choice(model, of_model)
-        return settings, choice, Ends(lm, stop, choice.of.eos | {lm.eot_token_id}, self.requests.thinking)
+        return settings, choice, Ends(lm, stop, choice.eos | {lm.eot_token_id}, self.requests.thinking)
 
     def _cache(self, rows: Sequence[Row]) -> PrunedCache:
         """An empty cache for rows of one system, or of systems with one rule and schedule."""
@@ -158,14 +159,14 @@ class TextGenerator:
         )
 
     def _prepare(self, row: Row) -> bool:
-        """Read the row's prompt for its policy, where that is needed before it is read for the text (`Scorer.beforehand`).
+        """Read the row's prompt for its policy if that comes first (`Scorer.reads_prompt_first`).
 
         False: it failed, which is its system's `error`.
         """
         one, sequence = row.answers, row.sequence
         if one.error is not None:
             return False
-        if sequence.undecided is None or not self.scorer.beforehand(one.system.policy, len(sequence.read)):
+        if sequence.undecided is None or not self.scorer.reads_prompt_first(one.system.policy, len(sequence.read)):
             return True
         clock = time.perf_counter()
         try:
@@ -177,19 +178,12 @@ class TextGenerator:
         one.progress.seconds += time.perf_counter() - clock
         return True
 
-    def _together(self, waiting: list[Row], choice: Choice) -> Iterator[None]:
+    def _generate_rows(self, waiting: list[Row], choice: Choice) -> Iterator[None]:
+        """Generate texts token by token, rows of all systems together (`RowGenerator`); yields when some are finished."""
         scorer = self.scorer
-        about = scorer.about(row.sequence for row in waiting)
-        rows = RowGenerator(
-            scorer.model,
-            about,
-            choice,
-            lambda row: self._cache([row]),
-            self._prepare,
-            self._most,
-            tokens_in_caches(scorer.model),
-            scorer.tokens_per_pass,
-        )
+        settings = scorer.pass_settings(row.sequence for row in waiting)
+        limits = self._max_rows, tokens_in_caches(scorer.model), scorer.tokens_per_pass
+        rows = RowGenerator(scorer.model, settings, choice, self._cache, self._prepare, *limits)
         while waiting or rows.live:
             try:
                 for finished in rows.run(waiting):
@@ -208,7 +202,7 @@ class TextGenerator:
                     row.restart()
 
     def _failed(self, rows: RowGenerator, begun: Sequence[Row], error: Exception) -> None:
-        """Decide what an error is about; if it may be of any system, each is generated by itself from now on."""
+        """Set an error on the systems it is about; else generate fewer rows at a time, or one system after the other."""
         systems = {id(r.answers): r.answers for r in begun[: rows.most]}
         if isinstance(error, NonFiniteError):
             for one in {id(r.answers): r.answers for r in rows.culprits}.values():
@@ -224,8 +218,8 @@ class TextGenerator:
         else:
             begun[0].answers.error = error
 
-    def _one_by_one(self, name: str, rows: Sequence[Row]) -> Iterator[None]:
-        """The same by transformers' `generate`, system after system."""
+    def _generate_batches(self, name: str, rows: Sequence[Row]) -> Iterator[None]:
+        """Generate texts with transformers' `generate`, system after system (`by_generate`)."""
         settings, choice, _ = self._settings[name]
         for one in {id(r.answers): r.answers for r in rows}.values():
             mine = [r for r in rows if r.answers is one]
@@ -234,7 +228,7 @@ class TextGenerator:
                 one.error = ConfigError("policy", one.system.policy.name, f"{why}; give other gen_kwargs")
                 continue
             of_model = {k: v for k, v in settings.items() if k != "max_length"}
-            if choice.of.draws_at_all:
+            if choice.draws_at_all:
                 torch.manual_seed(self._seed)
             clock = time.perf_counter()
             try:
@@ -273,7 +267,7 @@ class TextGenerator:
             )
 
     @property
-    def _most(self) -> int:
+    def _max_rows(self) -> int:
         return self.scorer.sequences_per_pass or MOST_ROWS["cpu" if self.scorer.device.type == "cpu" else "cuda"]
 
 
@@ -286,7 +280,7 @@ def _check_conversation(settings: dict[str, Any], choice: Choice) -> None:
     if "max_length" in settings:
         why = "it counts the prompt, and a conversation has several; give max_gen_toks, the most tokens of one answer"
         raise ConfigError("generation_kwargs.max_length", settings["max_length"], why)
-    if not choice.of.plain:
+    if not choice.plain:
         given = ", ".join(sorted(settings))
         why = (
             "a conversation is generated token by token; leave out beams, and what else needs more than the next logits"

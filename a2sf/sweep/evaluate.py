@@ -56,7 +56,7 @@ def evaluate(
     started, clock = datetime.now(UTC), time.perf_counter()
     with collected() as warned:
         evaluations = [
-            _evaluated(cell, task, RecordedLM(answers, n), chosen) for n in range(cell.prompting.samples or 1)
+            _lm_eval_results(cell, task, RecordedLM(answers, n), chosen) for n in range(cell.prompting.samples or 1)
         ]
     evaluated = evaluations[0]
     for of_kind in requests:
@@ -68,7 +68,7 @@ def evaluate(
         documents, metrics = of_draws(
             documents,
             [_documents(one, task, answers) for one in of_each],
-            [_found(one) for one in of_each],
+            [_extracted_by_document(one) for one in of_each],
             [_metrics(e, cell.task_name) for e in evaluations],
         )
     if task.OUTPUT_TYPE == "generate_until":
@@ -86,7 +86,7 @@ def evaluate(
         "documents": {"n": len({s["doc_id"] for s in samples}), **where},
         "notes": [
             *doubts(task, samples, requests, answers),
-            *_of_policy(cell, counts),
+            *_policy_notes(cell, counts),
             *not_numbers(cell.task_name, evaluated["results"][cell.task_name]),
             *warned.notes,
         ],
@@ -109,7 +109,7 @@ def evaluate(
     return result, documents if cell.log_samples else _without_texts(documents)
 
 
-def _evaluated(cell: Cell, task: Any, lm: RecordedLM, chosen: list[int] | None) -> dict[str, Any]:
+def _lm_eval_results(cell: Cell, task: Any, lm: RecordedLM, chosen: list[int] | None) -> dict[str, Any]:
     """What `lm_eval.evaluate` gives for recorded answers; `chosen` as in `evaluate`.
 
     Raises:
@@ -136,16 +136,21 @@ def _evaluated(cell: Cell, task: Any, lm: RecordedLM, chosen: list[int] | None) 
     return evaluated
 
 
-def _of_policy(cell: Cell, counts: Counts) -> list[dict[str, Any]]:
+def _policy_notes(cell: Cell, counts: Counts) -> list[dict[str, Any]]:
     """Notes on a threshold that makes no difference between the tokens of a task, and on a budget that leaves no choice."""
     unranked = counts.unranked_note
     if unranked and not leaves_choice(cell.policy.retention(UNLIMITED, 0)):
         unranked = None  # a window has no choice at any budget, which is no news
     found = [counts.doubt, unranked]
-    return [{"text": f"{cell.task_name}: {cell.policy.label} ({_settings(cell)}): {text}."} for text in found if text]
+    return [
+        {"text": f"{cell.task_name}: {cell.policy.label} ({_threshold_settings(cell)}): {text}."}
+        for text in found
+        if text
+    ]
 
 
-def _settings(cell: Cell) -> str:
+def _threshold_settings(cell: Cell) -> str:
+    """The policy's threshold and window, for a note; its name if it has neither."""
     found = cell.policy.stored_settings()
     return ", ".join(f"{name} {found[name]}" for name in ("threshold", "window") if name in found) or cell.policy.name
 
@@ -178,61 +183,60 @@ def _number(value: Any) -> float | None:
     return number if number is not None and math.isfinite(number) else None
 
 
-def _found(samples: Iterable[dict[str, Any]]) -> dict[str, dict[int, str]]:
-    """For each filter and document, what the filter extracted from the answer."""
+def _extracted_by_document(samples: Iterable[dict[str, Any]]) -> dict[str, dict[int, str]]:
+    """By filter and document: what the filter took from the text as its answer."""
     found: dict[str, dict[int, str]] = {}
     for sample in samples:
-        found.setdefault(sample["filter"], {})[sample["doc_id"]] = _of_filter(sample)
+        found.setdefault(sample["filter"], {})[sample["doc_id"]] = _extracted(sample)
     return found
 
 
-def _documents(samples: list[dict[str, Any]], task: Any, recorded: Answers, draws: int = 1) -> pd.DataFrame:
-    """A row per document.
+def _documents(samples: list[dict[str, Any]], task: Any, answers: Answers, draws: int = 1) -> pd.DataFrame:
+    """A row per document, from lm-eval's samples.
 
     Args:
         draws: of a task that generates text, how many answers there are of each document.
     """
-    rows = []
-    for sample in samples:
-        if task.OUTPUT_TYPE == "generate_until":
-            rows.append(_generated(sample, recorded, draws))
-            continue
-        answers = [a if isinstance(a, tuple | list) else (a, False) for (a,) in sample["resps"]]
-        arguments = [tuple(a) for a in sample["arguments"]]
-        given = [_answer(recorded, a) for a in arguments]
-        columns: dict[str, list[Any]] = {
-            "request_hashes": [request_hash(a) for a in arguments],
-            "loglikelihoods": [float(a[0]) for a in answers],
-            "is_greedy": [bool(a[1]) for a in answers],
-            "context_tokens": [a.context for a in given],
-            "continuation_tokens": [a.continuation for a in given],
-            **({"cached_tokens": [a.cached for a in given]} if any(a.cached for a in given) else {}),
-        }
-        # a metric may request more than the choices (acc_mutual_info: each without its context)
-        n = min(len(arguments), _number_of_choices(sample, task))
-        likelihoods, choices = columns["loglikelihoods"][:n], [a[-1] for a in arguments[:n]]
-        rows.append(
-            {
-                "doc_id": sample["doc_id"],
-                "doc_hash": sample["doc_hash"],
-                "prompt_hash": sample["prompt_hash"],
-                "context": arguments[0][0] if len(arguments[0]) > 1 else "",
-                "choices": choices,
-                "gold": _gold(sample, task) if n > 1 else -1,
-                "prediction": max(range(n), key=likelihoods.__getitem__) if n > 1 else -1,
-                **{column: values[:n] for column, values in columns.items()},
-                **({f"more/{c}": values[n:] for c, values in columns.items()} if n < len(arguments) else {}),
-                **{f"metric/{m}": v for m, v in _numbers(sample, sample["metrics"]).items()},
-            }
-        )
     if task.OUTPUT_TYPE == "generate_until":
+        rows = [_text_row(sample, answers, draws) for sample in samples]
         # each filter gives a sample, with its metrics: one row per document holds them all
         return pd.DataFrame(rows).groupby("doc_id", as_index=False).first()
+    rows = [_scored_row(sample, task, answers) for sample in samples]
     return pd.DataFrame(rows).drop_duplicates("doc_id").sort_values("doc_id", ignore_index=True)
 
 
-def _answer(recorded: Answers, arguments: tuple[Any, ...]) -> Answer:
-    found = recorded.answer(request_hash(arguments))
+def _scored_row(sample: dict[str, Any], task: Any, answers: Answers) -> dict[str, Any]:
+    """A row of a task that is scored by log-likelihoods: those of each choice, and which is right."""
+    scored = [a if isinstance(a, tuple | list) else (a, False) for (a,) in sample["resps"]]
+    arguments = [tuple(a) for a in sample["arguments"]]
+    given = [_answer(answers, a) for a in arguments]
+    columns: dict[str, list[Any]] = {
+        "request_hashes": [request_hash(a) for a in arguments],
+        "loglikelihoods": [float(a[0]) for a in scored],
+        "is_greedy": [bool(a[1]) for a in scored],
+        "context_tokens": [a.context for a in given],
+        "continuation_tokens": [a.continuation for a in given],
+        **({"cached_tokens": [a.cached for a in given]} if any(a.cached for a in given) else {}),
+    }
+    # a metric may request more than the choices (acc_mutual_info: each without its context)
+    n = min(len(arguments), _number_of_choices(sample, task))
+    likelihoods = columns["loglikelihoods"][:n]
+    return {
+        "doc_id": sample["doc_id"],
+        "doc_hash": sample["doc_hash"],
+        "prompt_hash": sample["prompt_hash"],
+        "context": arguments[0][0] if len(arguments[0]) > 1 else "",
+        "choices": [a[-1] for a in arguments[:n]],
+        "gold": _gold(sample, task) if n > 1 else -1,
+        "prediction": max(range(n), key=likelihoods.__getitem__) if n > 1 else -1,
+        **{column: values[:n] for column, values in columns.items()},
+        **({f"more/{c}": values[n:] for c, values in columns.items()} if n < len(arguments) else {}),
+        **{f"metric/{m}": v for m, v in _numbers(sample, sample["metrics"]).items()},
+    }
+
+
+def _answer(answers: Answers, arguments: tuple[Any, ...]) -> Answer:
+    found = answers.answer(request_hash(arguments))
     assert found is not None
     return found
 
@@ -247,11 +251,11 @@ def _without_texts(documents: pd.DataFrame) -> pd.DataFrame:
     return stored.assign(**{k: v for k, v in empty.items() if k in stored})
 
 
-def _generated(sample: dict[str, Any], recorded: Answers, draws: int) -> dict[str, Any]:
+def _text_row(sample: dict[str, Any], answers: Answers, draws: int) -> dict[str, Any]:
     """A row of a generation task: no choices, but the text, its target, and the numbers that describe the document."""
     arguments = tuple(sample["arguments"][0])
     keys = keys_of_draws(arguments, max(draws, len(sample["resps"][0])))
-    drawn = [a for key in keys if (a := recorded.answer(key)) is not None]
+    drawn = [a for key in keys if (a := answers.answer(key)) is not None]
     answer = drawn[0]
     end = "" if sample["filter"] == "none" else f",{sample['filter']}"
     return {
@@ -276,7 +280,7 @@ def _generated(sample: dict[str, Any], recorded: Answers, draws: int) -> dict[st
             else {}
         ),
         **_turns(drawn),
-        **({f"extracted{end}": _of_filter(sample)} if end else {}),
+        **({f"extracted{end}": _extracted(sample)} if end else {}),
         **{f"doc/{k}": v for k, v in _numbers(sample["doc"], sample["doc"]).items()},
         **{f"metric/{m}{end}": v for m, v in _numbers(sample, sample["metrics"]).items()},
     }
@@ -289,7 +293,7 @@ def _turns(drawn: Sequence[Answer]) -> dict[str, Any]:
     return {"turns": drawn[0].turns} | ({"draws/turns": [a.turns for a in drawn]} if len(drawn) > 1 else {})
 
 
-def _of_filter(sample: dict[str, Any]) -> str:
+def _extracted(sample: dict[str, Any]) -> str:
     """What a filter of the task took from the text as its answer; of several texts from the first."""
     found = sample["filtered_resps"][0]
     while isinstance(found, list | tuple) and found and not isinstance(found, TurnAnswers):
@@ -311,7 +315,7 @@ TEXTS = ("generated", "tokens", "thinking")
 
 
 def _numbers(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
-    """Those of some values that are numbers."""
+    """The values under `names` that are numbers."""
     found = {name: number_of(values.get(name)) for name in names}
     return {name: number for name, number in found.items() if number is not None}
 

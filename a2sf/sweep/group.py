@@ -38,7 +38,7 @@ DIFFER = ("policy", "budget", "schedule")
 """Fields in which the cells of a group differ."""
 
 
-def key_of(cell: Cell) -> Hashable:
+def group_key(cell: Cell) -> Hashable:
     """Equal for cells that are computed together."""
     return tuple(getattr(cell, f.name) for f in dataclasses.fields(cell) if f.name not in DIFFER)
 
@@ -51,7 +51,7 @@ def grouped(cells: Iterable[Cell], more: Callable[[Cell], Hashable] = lambda cel
     """
     groups: dict[Hashable, list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((key_of(cell), more(cell)), []).append(cell)
+        groups.setdefault((group_key(cell), more(cell)), []).append(cell)
     return list(groups.values())
 
 
@@ -60,7 +60,7 @@ class Computed:
     """What became of a cell: a result with its documents, or an error.
 
     Attributes:
-        ran: which implementations of the engine ran (`a2sf.engine.kernels.noting`).
+        ran: which implementations of the engine ran (`a2sf.engine.kernels.backends_run`).
         traces: what was evicted from the first documents.
     """
 
@@ -95,7 +95,7 @@ class CellGroup:
     """Computes a group of cells.
 
     Args:
-        cells: equal in `key_of`.
+        cells: equal in `group_key`.
         scorer: of their model.
         directory: of the sweep, where unfinished cells keep their answers.
         checkpoint_seconds: after so much time the answers so far are written there.
@@ -204,7 +204,8 @@ class CellGroup:
                 store.save_due()
                 if self._stopping is not None:
                     continue
-                for name in self._finished(given.requests):  # at once, so that a failure of another cell loses nothing
+                # at once, so that a failure of another cell loses nothing
+                for name in self._ready_to_evaluate(given.requests, store):
                     yield from self._evaluate(self._unfinished.pop(name), given, store)
         except DiskError:
             raise
@@ -216,7 +217,7 @@ class CellGroup:
     def _evaluate_remaining(self, given: GroupRequests, store: AnswerStore) -> Iterator[Computed]:
         """Evaluate the cells that have no result yet, where the group stopped early on the documents that decided."""
         given = self._decisive(given)
-        self._finished(given.requests)  # reads the full cache's texts under the systems that remain
+        self._ready_to_evaluate(given.requests, store)  # for the texts that it reads under the systems that remain
         for cell in self._unfinished.values():
             yield from self._evaluate(cell, given, store)
 
@@ -250,10 +251,9 @@ class CellGroup:
                         break
                 yield
 
-    def _finished(self, requests: Sequence[Requests]) -> list[str]:
-        """Names of the cells that can be evaluated."""
-        assert self._store is not None
-        finished = self._store.finished
+    def _ready_to_evaluate(self, requests: Sequence[Requests], store: AnswerStore) -> list[str]:
+        """Names of the cells that can be evaluated; with `full_texts` their systems read the full cache's texts first."""
+        finished = store.finished
         if self._texts is None or not finished:
             return finished
         with collected(self._warned, again=True):

@@ -46,9 +46,9 @@ from a2sf.tasks.warned import collected
 from a2sf.tracking.tracker import Tracker
 
 LEASE_SECONDS = 60.0
-FEW = 0.2
+FEW_PRUNED = 0.2
 """Share of the scored tokens that saw a pruned cache; below it a sweep prints a notice."""
-SPACE_NEEDED = 20 * 2**20
+FREE_BYTES_NEEDED = 20 * 2**20
 VERSIONS = ("torch", "transformers", "lm-eval", "datasets", "numba", "hydra-core", "pandas")
 
 
@@ -107,7 +107,7 @@ class Runner:
         A cell that raises is recorded under `failures/` and does not stop the others.
 
         Args:
-            cells: equal in `group.key_of`.
+            cells: equal in `group.group_key`.
             planned: names of the planned cells; a cell that has another name, because a file was changed since, is left
                 out. None: all are computed.
 
@@ -126,28 +126,36 @@ class Runner:
         with ExitStack() as leases:
             held: dict[str, Any] = {}
             for cell in todo:
-                file = _lock_file(self.directory, cell)
-                lock = filelock.SoftFileLease(file, lease_duration=LEASE_SECONDS, timeout=0)
-                try:
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    leases.enter_context(lock)
-                except filelock.Timeout:
-                    if cell.stopping_rule is not None:  # all cells of a group decide together when it stops
-                        return [*outcomes, *(Outcome(c.name, "busy") for c in todo)]
-                    outcomes.append(Outcome(cell.name, "busy"))
-                except OSError as error:  # another user's folder
-                    raise DiskError(f"{file} cannot be written ({error.strerror or error})") from error
+                if (lease := self._lease(cell, leases)) is not None:
+                    held[cell.name] = lease
+                elif cell.stopping_rule is not None:  # all cells of a group decide together when it stops
+                    return [*outcomes, *(Outcome(c.name, "busy") for c in todo)]
                 else:
-                    held[cell.name] = lock
-            locked = [c for c in todo if c.name in held]
-            finished = Finished(self.directory.iterdir() if locked else (), locked)
-            stored = {c.name for c in locked if finished.has(c)}
+                    outcomes.append(Outcome(cell.name, "busy"))
+            leased = [c for c in todo if c.name in held]
+            finished = Finished(self.directory.iterdir() if leased else (), leased)
+            stored = {c.name for c in leased if finished.has(c)}
             outcomes += [Outcome(name, "stored") for name in stored]
-            mine = [c for c in locked if c.name not in stored]
-            for computed in self._computed(mine):
-                outcomes.append(self._keep(computed))
+            mine = [c for c in leased if c.name not in stored]
+            for computed in self._compute(mine):
+                outcomes.append(self._store(computed))
                 held[computed.cell.name].release()  # others need not wait for the rest of the group
         return outcomes
+
+    def _lease(self, cell: Cell, leases: ExitStack) -> filelock.SoftFileLease | None:
+        """The lease of a cell until `leases` closes; None: another process computes the cell.
+
+        Raises:
+            DiskError: if its file cannot be written.
+        """
+        file = _lock_file(self.directory, cell)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            return leases.enter_context(filelock.SoftFileLease(file, lease_duration=LEASE_SECONDS, timeout=0))
+        except filelock.Timeout:
+            return None
+        except OSError as error:  # another user's folder
+            raise DiskError(f"{file} cannot be written ({error.strerror or error})") from error
 
     @property
     def underway(self) -> dict[str, float]:
@@ -155,7 +163,7 @@ class Runner:
         group = self._group  # which the thread that computes may take away
         return group.shares() if group else {}
 
-    def _computed(self, cells: Sequence[Cell]) -> Iterator[Computed]:
+    def _compute(self, cells: Sequence[Cell]) -> Iterator[Computed]:
         if not cells:
             return
         try:
@@ -169,8 +177,8 @@ class Runner:
         finally:
             self._group = None
 
-    def _keep(self, computed: Computed) -> Outcome:
-        """Write a result, or record a failure."""
+    def _store(self, computed: Computed) -> Outcome:
+        """Write what was computed of a cell, and log it; or record its failure."""
         cell, path = computed.cell, self.directory / computed.cell.name
         if computed.error is not None:
             return self.fail(cell, computed.error)
@@ -258,12 +266,14 @@ def check_disk(directory: Path) -> None:
         probe.write_bytes(b"x")
         probe.unlink()
         free = shutil.disk_usage(directory).free
-    if free < SPACE_NEEDED:
-        raise DiskError(f"the disk of {directory} is full ({free >> 20} MiB free, {SPACE_NEEDED >> 20} MiB needed)")
+    if free < FREE_BYTES_NEEDED:
+        raise DiskError(
+            f"the disk of {directory} is full ({free >> 20} MiB free, {FREE_BYTES_NEEDED >> 20} MiB needed)"
+        )
 
 
 def finish(directory: Path, cells: Sequence[Cell]) -> tuple[list[StoredCell], list[dict[str, Any]]]:
-    """Write `results.csv` from every finished cell of the sweep; the finished cells of `cells`, and its failures."""
+    """Write `results.csv` from all results of a sweep; returns those of `cells`, and the records of `cells` that failed."""
     everything = finished_cells(directory)
     if everything:
         write_table(directory, everything)
@@ -283,12 +293,12 @@ def finish(directory: Path, cells: Sequence[Cell]) -> tuple[list[StoredCell], li
 def hardly_pruned(stored: Iterable[StoredCell]) -> str | None:
     """One sentence about cells with a budget in which few scored tokens saw a pruned cache; None if there are none."""
     shares = {s.path.name: s.pruned_share for s in stored if s.cell["budget"] is not None}
-    few = {name: share for name, share in shares.items() if share is not None and share < FEW}
+    few = {name: share for name, share in shares.items() if share is not None and share < FEW_PRUNED}
     if not few:
         return None
     least = min(few, key=few.__getitem__)
     share, saw = f"{100 * few[least]:.0f} %", "of the scored tokens saw a pruned cache"
-    which = f"In {len(few)} cells, less than {100 * FEW:.0f} % {saw} (the least in {least}: {share})"
+    which = f"In {len(few)} cells, less than {100 * FEW_PRUNED:.0f} % {saw} (the least in {least}: {share})"
     return (
         f"{which if len(few) > 1 else f'In {least}, only {share} {saw}'}. Tokens before the first "
         "eviction have the full cache's scores under every policy; a smaller budget or another schedule prunes more."

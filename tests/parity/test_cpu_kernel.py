@@ -284,15 +284,15 @@ def test_backends_say_what_they_cannot_serve() -> None:
 def test_dense_attention_equals_the_reference_where_it_serves(budget: int, recent: int) -> None:
     q, k, v = tensors(2, 6, 3, 145, 32, 40)
     s, options = tree(budget, recent), Options(32**-0.5)
-    assert (dense.why_not(s, options, None) is None) == (budget != 60)  # the longest path has 100 tokens
+    assert (dense.unsupported(s, options, None) is None) == (budget != 60)  # the longest path has 100 tokens
     if budget != 60:
         want = reference(q.double(), k.double(), v.double(), s, options)
         assert_same(dense.attend_dense(q, k, v, s, options), want)
         half = [x.bfloat16() for x in (q, k, v)]
         assert dense.attend_dense(*half, s, options).output.dtype == torch.bfloat16
-    assert dense.why_not(s, Options(1.0, return_state=True), None) is not None
-    assert dense.why_not(s, Options(1.0, trace=True), None) is not None
-    assert dense.why_not(tree(12, 8, 4), options, None) is not None  # sinks: not a band
+    assert dense.unsupported(s, Options(1.0, return_state=True), None) is not None
+    assert dense.unsupported(s, Options(1.0, trace=True), None) is not None
+    assert dense.unsupported(tree(12, 8, 4), options, None) is not None  # sinks: not a band
 
 
 @pytest.mark.full

@@ -13,6 +13,7 @@ from a2sf.hf.attention import NonFiniteError
 from a2sf.policies.find import find_policies
 from a2sf.policies.schedule import Schedule
 from a2sf.scoring.lm import PrunedLM
+from a2sf.scoring.passes import looks
 from a2sf.scoring.passes import run as scoring
 from a2sf.scoring.requests import Requests, request_hash
 from tests.models import shared, small
@@ -44,13 +45,13 @@ def lm():
 @pytest.fixture
 def read(monkeypatch):
     """How many tokens the model reads."""
-    tokens, original = [0], scoring.logits_in_parts
+    tokens, original = [0], looks.logits_in_parts
 
     def counting(*arguments, input_ids, **more):
         tokens[0] += input_ids.shape[1]
         return original(*arguments, input_ids=input_ids, **more)
 
-    monkeypatch.setattr(scoring, "logits_in_parts", counting)
+    monkeypatch.setattr(looks, "logits_in_parts", counting)
     return tokens
 
 

@@ -105,7 +105,7 @@ def test_memory_of_decoding_follows_the_budget(schedule):
         texts.append(model.generate(ids, cache=cache, **settings))
         spare = 2 if schedule is not None and schedule.when == "every" else 0
         assert (cache.state(1).counts <= math.floor(0.35 * 59) + spare).all()
-        store = cache.layers[0]._slots[0]._stores[0]
+        store = cache.layers[0]._attentions[0]._caches[0]
         if new and store._memory is not None:
             assert store._slots <= math.floor(0.35 * 60) + spare
     assert torch.equal(*texts)

@@ -198,7 +198,7 @@ def long_requests():
 
 def scored(lm: PrunedLM, monkeypatch, *, in_parts: bool):
     lm.scorer.tokens_per_pass = PASS
-    monkeypatch.setattr(looks, "saves", lambda *_: in_parts)
+    monkeypatch.setattr(looks, "parts_save_memory", lambda *_: in_parts)
     with sizes(lm.model) as read:
         found = lm._loglikelihood_tokens(long_requests())
     return found, read
@@ -238,7 +238,7 @@ def test_a_row_of_several_systems_in_parts(monkeypatch):
         ]
         answers = [lm.scorer.answers(s) for s in systems]
         lm.scorer.tokens_per_pass = PASS
-        monkeypatch.setattr(looks, "saves", lambda *_, in_parts=in_parts: in_parts)
+        monkeypatch.setattr(looks, "parts_save_memory", lambda *_, in_parts=in_parts: in_parts)
         with sizes(lm.model) as read:
             for _ in lm.scorer.score(EncodedRequests(lm, long_requests()), answers):
                 pass

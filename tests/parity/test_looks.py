@@ -106,13 +106,13 @@ def test_systems_of_every_kind_are_computed_together(lm):
 
 def test_each_prompt_is_read_once(lm):
     """And its last token a second time, where more than the next token is asked for."""
-    tokens, original = [], run.logits_in_parts
+    tokens, original = [], looks.logits_in_parts
 
     def counting(*arguments, input_ids, **more):
         tokens.append(input_ids.shape[1])
         return original(*arguments, input_ids=input_ids, **more)
 
-    with mock.patch.object(run, "logits_in_parts", counting):
+    with mock.patch.object(looks, "logits_in_parts", counting):
         computed(lm, [(find_policies()["full"](), None, STEP)])
         full = sum(tokens)
         tokens.clear()
@@ -124,7 +124,7 @@ def test_each_prompt_is_read_once(lm):
 @pytest.mark.parametrize("policy", LOOKING, ids=repr)
 def test_prompts_of_several_passes_are_followed_by_one_pass_of_the_rest(lm, policy):
     (want,) = beforehand(lm, [system(policy)])
-    parts, original = [], run.looked_at
+    parts, original = [], looks.running_with_looks
 
     def counting(model, reading, looks):
         parts.append(len(looks))
@@ -133,7 +133,7 @@ def test_prompts_of_several_passes_are_followed_by_one_pass_of_the_rest(lm, poli
     with (
         mock.patch.object(module, "tokens_per_pass", return_value=40),
         mock.patch.object(run, "LEAST_PASS", 40),
-        mock.patch.object(run, "looked_at", counting),
+        mock.patch.object(looks, "running_with_looks", counting),
     ):
         (got,) = computed(lm, [system(policy)])
     assert [looks > 0 for looks in parts] == [True, True, False]
@@ -268,7 +268,7 @@ def test_numbers_that_are_not_finite_are_those_of_their_requests(lm):
     def broken(*arguments):
         made = original(*arguments)
         error = NonFiniteError("the key of layer 0", lm.model.dtype, made.row.path[made.row.items.index(-1)][-1:])
-        blamed.append(made.looked[0][0].serves)
+        blamed.append(made.looks[0][0].serves)
         made.decide = mock.Mock(side_effect=error)
         return made
 

@@ -98,7 +98,7 @@ def test_each_prompt_is_read_once(lm):
 def test_a_text_that_memory_does_not_suffice_for_is_read_beforehand(lm):
     one = system(lm, CAKE(window=3, kernel=3))
     (want,) = texts(lm, [one])
-    lm.scorer._room = 30
+    lm.scorer._cache_tokens = 30
     with mock.patch.object(module, "prepared_for", wraps=module.prepared_for) as prepared:
         (got,) = texts(lm, [one])
     assert prepared.call_count == sum(len(p) > 30 for p in SOME)
@@ -151,7 +151,7 @@ def test_numbers_that_are_not_finite_are_those_of_their_prompts(lm):
         made = original(*arguments)
         error = NonFiniteError("the key of layer 0", lm.model.dtype, made.row.path[made.row.items.index(-1)][-1:])
         made.decide = mock.Mock(side_effect=error)
-        blamed.extend(made.looked[0][0].serves)
+        blamed.extend(made.looks[0][0].serves)
         return made
 
     blamed: list[int] = []

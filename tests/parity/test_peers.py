@@ -147,10 +147,10 @@ def ours(smollm2, tmp_path_factory):
     def attended(policy: Policy, of: list[Captured], budgets: list[int], schedule: str, ready: Prepared | None) -> Ran:
         query, key, value = (torch.cat([getattr(x, n) for x in of]) for n in ("query", "key", "value"))
         T, evictions = key.shape[2], []
-        leaving = prompts.leaving
+        to_evict = prompts.to_evict
 
         def noting(rule: Rule, priority: Tensor, positions: Tensor, *rest: Tensor) -> Tensor:
-            out = leaving(rule, priority, positions, *rest)
+            out = to_evict(rule, priority, positions, *rest)
             evictions.append((_by_position(positions, priority, T), _by_position(positions, out, T)))
             return out
 
@@ -162,7 +162,7 @@ def ours(smollm2, tmp_path_factory):
         options = Options(scale=of[0].scale, return_state=True, layers=30, **known)
         with pytest.MonkeyPatch.context() as patch:
             for module in (prompts, stepwise):
-                patch.setattr(module, "leaving", noting)
+                patch.setattr(module, "to_evict", noting)
             segments = Segments.of_rows(rows, torch.full((len(of),), T))
             state = kernels.attend(query, key, value, segments, options).state
         return Ran(_by_position(state.positions, True, T), evictions)

@@ -73,7 +73,7 @@ OWN = next(p for rule, p in RULES.items() if rule.priority_fn is not None)
 
 def by_name(*args) -> tuple[Attended, set[str]]:
     """What Triton gives where it is requested by its name, and what ran."""
-    with kernels.noting() as ran:
+    with kernels.backends_run() as ran:
         return kernels.attend(*args, backend="triton"), ran
 
 
@@ -407,7 +407,7 @@ def test_prompts_and_other_parts(attend, policy, schedule):
     assert_same(got, reference(*args), 1e-5)
     # a function of a step is for torch, where it is called after the prompt too
     later = {"torch"} if args[3].rule.calls and schedule.then != "keep" else set()
-    assert ran == ({"triton"} | later if kernels.splits(args[3]) else {"torch"})
+    assert ran == ({"triton"} | later if kernels.splitter_for(args[3]) else {"torch"})
 
 
 def test_a_rule_of_ones_own_is_for_torch(attend):
@@ -499,7 +499,7 @@ def test_a_kernel_that_was_compiled_wrong_is_found_out(wrong, monkeypatch):
     assert "\n" not in str(raised.value)
     assert (wrong in str(raised.value)) == ("resource" in wrong)
     with (
-        kernels.noting() as ran,
+        kernels.backends_run() as ran,
         pytest.warns(Notice, match="fails its self-check on cpu .* It runs now, and is slower"),
     ):
         assert_same(kernels.attend(*args), reference(*args), 1e-5)

@@ -250,14 +250,14 @@ def test_phases_are_chains_whose_last_states_are_returned():
 
 def test_forks_that_evicted_with_another_budget_are_not_masked_attention():
     """A window that grows sees at its first token what the smaller one left."""
-    from a2sf.engine.kernels.dense import why_not
+    from a2sf.engine.kernels.dense import unsupported
 
     retention = retention_of(make_policy("window"), Budget(ratio=0.5, base="seen"), 9, 9, 1)
     segments = Segments.of_rows(BatchRetention.of(retention), torch.tensor([9]))
-    assert why_not(segments, Options(1.0), None) is not None
-    assert why_not(phases_of(segments), Options(1.0), None) is not None
+    assert unsupported(segments, Options(1.0), None) is not None
+    assert unsupported(phases_of(segments), Options(1.0), None) is not None
     constant = Segments.of_rows(BatchRetention.of([make_policy("window").keeps(3)]), torch.tensor([9]))
-    assert why_not(constant, Options(1.0), None) is None
+    assert unsupported(constant, Options(1.0), None) is None
 
 
 def test_rows_whose_budgets_do_not_grow_stay_as_they_are():

@@ -44,7 +44,7 @@ def _process(monkeypatch):
 @pytest.fixture
 def hydra(monkeypatch):
     """What Hydra would read, instead of Hydra."""
-    monkeypatch.setattr(run, "evaluate", lambda: None)
+    monkeypatch.setattr(run, "hydra_main", lambda: None)
     return lambda *arguments: run.main(arguments) or sys.argv[1:]
 
 

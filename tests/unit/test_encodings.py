@@ -51,7 +51,7 @@ def test_a_screen_of_another_encoding(sweep: Path, monkeypatch: pytest.MonkeyPat
     streams = [io.TextIOWrapper(io.BytesIO(), "iso-8859-1") for _ in range(2)]
     for name, stream in zip(("stdout", "stderr"), streams, strict=True):
         monkeypatch.setattr(sys, name, stream)
-    cli.forgive_screen()
+    cli.replace_unencodable()
     tables.main([str(sweep), "--no-plots"])
     for stream in streams:
         stream.flush()

@@ -15,30 +15,30 @@ from a2sf.engine.kernels.registry import REFERENCE, REGISTRY, TORCH, Backend, Ne
 from a2sf.engine.kernels.registry import CacheShape as CacheShape
 from a2sf.engine.kernels.registry import TokenCache as TokenCache
 from a2sf.engine.kernels.registry import knows as knows
-from a2sf.engine.kernels.split import splits
+from a2sf.engine.kernels.split import splitter_for
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Attended, AttentionCall, EvictionState, Options, Segments
 from a2sf.errors import ConfigError, Notice, UnsoundKernelError, UserError, nearest
 
 BACKENDS = tuple(b.name for b in REGISTRY if b.selectable)
-_listening: ContextVar[tuple[set[str], ...]] = ContextVar("listening", default=())
+_collecting: ContextVar[tuple[set[str], ...]] = ContextVar("listening", default=())
 
 
 @contextmanager
-def noting() -> Iterator[set[str]]:
-    """The names of the implementations that run inside: of `BACKENDS`, or `dense`."""
+def backends_run() -> Iterator[set[str]]:
+    """Collect the names of the implementations that run inside: of `BACKENDS`, or `dense`."""
     names: set[str] = set()
-    before = _listening.get()
+    before = _collecting.get()
     try:
-        _listening.set((*before, names))
+        _collecting.set((*before, names))
         yield names
     finally:
-        _listening.set(before)
+        _collecting.set(before)
 
 
-def note(name: str) -> None:
-    """Say that an implementation runs."""
-    for names in _listening.get():
+def note_backend(name: str) -> None:
+    """Add an implementation to the names of every open `backends_run`."""
+    for names in _collecting.get():
         names.add(name)
 
 
@@ -82,7 +82,7 @@ def _attend(call: AttentionCall, backend: str) -> Attended:
     if named is not None and (reason := named.serves(call.query)) is not None:
         raise ConfigError("backend", backend, reason)
 
-    split = splits(segments)
+    split = splitter_for(segments)
     if split is not None and segments.rule.heads:  # which no backend does itself
         return split(lambda simpler: _attend(simpler, backend), call)
     chosen = named or _choose(call)
@@ -102,7 +102,7 @@ def _attend(call: AttentionCall, backend: str) -> Attended:
         warnings.warn(f"{error} It runs now, and is slower.", Notice, stacklevel=3)
         chosen = TORCH
         done = chosen.attend(call)
-    note(chosen.name)
+    note_backend(chosen.name)
     return done
 
 

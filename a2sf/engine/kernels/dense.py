@@ -16,8 +16,8 @@ CHUNK = 1024
 """Queries attended at a time: the mask of a tree is never larger than this times the tree's tokens."""
 
 
-def why_not(segments: Segments, options: Options, state: object) -> str | None:
-    """Why `attend_dense` does not give what the recursion gives; None where it does, since scores do not matter."""
+def unsupported(segments: Segments, options: Options, state: object) -> str | None:
+    """Why `attend_dense` cannot replace the recursion for such a call; None: it can."""
     if state is not None or options.return_state or options.trace:
         return "it has neither states nor traces"
     rule = segments.rule
@@ -44,7 +44,7 @@ def _retained_without_scores(segments: Segments) -> bool:
 
 
 def attend_dense(query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: Options) -> Attended:
-    """Masked attention in float32 or better; arguments as in `reference`, for calls without a reason `why_not`."""
+    """Masked attention in float32 or better; arguments as in `reference`, for calls without a reason `unsupported`."""
     B, H, T, _ = query.shape
     dtype, device = accumulation_dtype(query.dtype), query.device
     output = query.new_zeros(B, T, H, value.shape[-1]).transpose(1, 2)

@@ -38,7 +38,7 @@ class Node:
     begin: int
 
 
-class Look(NamedTuple):
+class LastQueries(NamedTuple):
     """The last queries of a prompt, as far as they are in one segment: tokens `[begin, end)` of the packed `row`.
 
     Attributes:
@@ -56,35 +56,35 @@ class Look(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Split:
+class PromptSplit:
     """Segments split where prompts end: their prompt tokens, and those after.
 
     Attributes:
         nodes: one for each segment.
         reading, later: which segments have tokens in the first part, and in the second.
         ending: places in `reading` of the segments that a prompt ends in.
-        first, second: the parts as segments with parents among themselves; None where there is nothing to read.
+        prompts, rest: the two parts as segments with parents among themselves; None where there is nothing to read.
         cut: the segments `ending`.
-        tables: what `once` has made.
+        tables: numbers that are the same for all layers, made once (`a2sf.engine.state.once`).
     """
 
     nodes: list[Node]
     reading: list[int]
     later: list[int]
     ending: list[int]
-    first: Segments | None
-    second: Segments | None
+    prompts: Segments | None
+    rest: Segments | None
     cut: Segments
     tables: dict[Hashable, Any] = field(default_factory=dict)
 
     @staticmethod
-    def of(segments: Segments, state: EvictionState | None) -> Split:
+    def of(segments: Segments, state: EvictionState | None) -> PromptSplit:
         """`segments` split, once for all layers whose states have read as many tokens."""
         seen = None if state is None else tuple(state.seen.tolist())
-        return segments.once(("split at prompts", seen), lambda: Split._of(segments, seen))
+        return segments.once(("split at prompts", seen), lambda: PromptSplit._of(segments, seen))
 
     @staticmethod
-    def _of(segments: Segments, seen: Sequence[int] | None) -> Split:
+    def _of(segments: Segments, seen: Sequence[int] | None) -> PromptSplit:
         rule, nodes = segments.rule, _nodes(segments, seen or ())
         reading = [i for i, n in enumerate(nodes) if n.before]
         later = [i for i, n in enumerate(nodes) if n.after]
@@ -97,52 +97,52 @@ class Split:
                 [nodes[i].before for i in later],
             )
         )
-        first, second = (_pick(segments, nodes, ids) for ids in (reading, later))
-        # a rule that only looks at the end of a prompt is scored when the prompt has been read (`_Prompts._observed`)
-        first = first.unlimited(
+        prompts, after = (_pick(segments, nodes, ids) for ids in (reading, later))
+        # a rule with a `cut` is scored once the whole prompt has been read (`_PromptCall._scores_at_end`)
+        prompts = prompts.unlimited(
             Rule(scored=rule.scored and rule.cut is None, count_above_uniform=rule.count_above_uniform)
         )
-        first = replace(first, length=read)
-        second = replace(second.after_prompt(), start=second.start + skipped, length=rest)
+        prompts = replace(prompts, length=read)
+        after = replace(after.after_prompt(), start=after.start + skipped, length=rest)
         cut = segments.select(torch.tensor([reading[at] for at in ending], dtype=torch.int64))
-        return Split(nodes, reading, later, ending, first if reading else None, second if later else None, cut)
+        return PromptSplit(nodes, reading, later, ending, prompts if reading else None, after if later else None, cut)
 
     def retention(self, heads: int, dtype: torch.dtype, device: torch.device) -> BatchRetention:
         """What prompts that end are cut to, `per_head`."""
         key = ("cut", heads, dtype, device)
         return once(self.tables, key, lambda: self.cut.per_head(heads, dtype).to(device))
 
-    def looks(self, segments: Segments, dtype: torch.dtype, device: torch.device) -> list[Look | None]:
+    def last_queries(self, segments: Segments, dtype: torch.dtype, device: torch.device) -> list[LastQueries | None]:
         """What each segment of `reading` has of its prompt's last queries; None: nothing."""
-        return once(self.tables, ("looks", dtype, device), lambda: self._looks(segments, dtype, device))
+        return once(self.tables, ("looks", dtype, device), lambda: self._last_queries(segments, dtype, device))
 
-    def _looks(self, segments: Segments, dtype: torch.dtype, device: torch.device) -> list[Look | None]:
+    def _last_queries(self, segments: Segments, dtype: torch.dtype, device: torch.device) -> list[LastQueries | None]:
         assert segments.prompt is not None
         window = (segments.prompt - segments.recent).tolist()
         factors = segments.forgetting_factor.to(device, dtype)
-        looks: list[Look | None] = []
+        last_queries: list[LastQueries | None] = []
         for i in self.reading:
             node, factor = self.nodes[i], factors[i]
             skip = max(0, window[i] - node.first)
             W = node.before - skip
             if W <= 0:
-                looks.append(None)
+                last_queries.append(None)
                 continue
             now = torch.arange(node.first + skip, node.first + node.before, device=device)[:, None]
             forgotten = factor ** torch.arange(W - 1, -1, -1, device=device)
             begin, end = node.begin + skip, node.begin + node.before
-            looks.append(Look(node.row, begin, end, now, forgotten[:, None, None], factor**W))
-        return looks
+            last_queries.append(LastQueries(node.row, begin, end, now, forgotten[:, None, None], factor**W))
+        return last_queries
 
-    def newest(self, W: int, device: torch.device) -> Tensor:
-        """int64 [4, S, W]: of the last `W` tokens at the end of each segment of `reading`, where their queries are.
+    def query_places(self, W: int, device: torch.device) -> Tensor:
+        """int64 [4, S, W]: where the queries of the last `W` tokens of each segment of `reading` are, the newest last.
 
-        Row and column in the packed input; and for tokens that were read before, the row and place among the queries of
-        the given state. The column is -1 for the latter, and their place -1 for tokens before the first.
+        The four numbers are row and column in the packed input, then row and place in `queries` of the given state. Place
+        is -1 for a token of the packed input, column is -1 for one that was read before.
         """
-        return once(self.tables, ("newest", W, device), lambda: self._newest(W).to(device))
+        return once(self.tables, ("newest", W, device), lambda: self._query_places(W).to(device))
 
-    def _newest(self, W: int) -> Tensor:
+    def _query_places(self, W: int) -> Tensor:
         found = []
         for i in self.reading:
             node = self.nodes[i]
@@ -161,7 +161,7 @@ class Split:
 
 
 def _nodes(segments: Segments, seen: Sequence[int]) -> list[Node]:
-    """Each segment's; `seen`: tokens that the parentless ones' given states have read."""
+    """The node of each segment; `seen`: tokens read before each segment without a parent, 0 if not given."""
     assert segments.prompt is not None
     left = iter(seen)
     nodes: list[Node] = []

@@ -16,17 +16,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from a2sf.engine.kernels.prompt_parts import Split
+from a2sf.engine.kernels.prompt_parts import PromptSplit
 from a2sf.engine.priorities import (
-    about,
-    leaving,
-    mass,
+    added_scores,
+    function_priorities,
+    memory_after,
     merged,
-    of_function,
-    of_rule,
-    pooled,
-    remembered_after,
-    smallest_of_all_heads,
+    pooled_scores,
+    rule_priorities,
+    step_fields,
+    to_evict,
+    to_evict_across_heads,
     token_numbers,
 )
 from a2sf.engine.retention import BatchRetention
@@ -42,10 +42,10 @@ ROWS = 64
 
 def by_prompt(run: Run, call: AttentionCall) -> Attended:
     """Prompts with full attention, their cuts, and the tokens after them."""
-    return _Prompts(run, call).attended()
+    return _PromptCall(run, call).attended()
 
 
-class _Ends:
+class _EndStates:
     """The newest state of each segment, by number; many are one batch."""
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ def _rows(state: EvictionState, rows: list[int]) -> EvictionState:
     return state if rows == list(range(len(state.seen))) else state.select(torch.tensor(rows))
 
 
-class _Prompts:
+class _PromptCall:
     """One call under the prompt schedule; `ends` has the states at the end of what was read of each segment.
 
     There, a parentless segment that is number `n` of these starts from the state `-1 - n`.
@@ -86,8 +86,8 @@ class _Prompts:
         self.segments, self.options, self.state = call.segments, call.options, call.state
         self.rule, self.heads = call.segments.rule, call.key.shape[1]
         self.group = call.query.shape[1] // self.heads
-        self.split = Split.of(call.segments, call.state)
-        self.ends = _Ends()
+        self.split = PromptSplit.of(call.segments, call.state)
+        self.ends = _EndStates()
         if call.state is not None:
             self.ends.put([-1 - n for n in range(len(call.state.seen))], call.state)
         self.ran: list[Attended] = []
@@ -95,12 +95,12 @@ class _Prompts:
 
     def attended(self) -> Attended:
         split = self.split
-        if split.first is not None:
-            self._read_prompts(split.first)
-        if split.second is not None:
-            form = self._of_the_rule if split.second.rule.calls else EvictionState.plain
-            begin = self._begin(split.second, split.later, form)
-            end = self._read(split.second, begin, keep=self.options.return_state)
+        if split.prompts is not None:
+            self._read_prompts(split.prompts)
+        if split.rest is not None:
+            form = self._for_rule if split.rest.rule.calls else EvictionState.plain
+            begin = self._start_states(split.rest, split.later, form)
+            end = self._read(split.rest, begin, keep=self.options.return_state)
             if end is not None:
                 self.ends.put(split.later, end)
 
@@ -110,7 +110,7 @@ class _Prompts:
             output.add_(more.output)  # each is 0 where the other has tokens
         final = None
         if self.options.return_state:
-            final = self.ends.of([self._newest(i) for i in range(len(split.nodes))], self._of_the_rule).trim()
+            final = self.ends.of([self._state_number(i) for i in range(len(split.nodes))], self._for_rule).trim()
         if not self.options.trace:
             return Attended(output, final)
         evicted, cuts = traced(self.evictions, (key.shape[0], key.shape[1], key.shape[2]), key.device)
@@ -120,7 +120,7 @@ class _Prompts:
             evicted, cuts = torch.maximum(evicted, a.evicted), torch.cat([cuts, a.cuts])
         return Attended(output, final, evicted, cuts)
 
-    def _newest(self, i: int) -> int:
+    def _state_number(self, i: int) -> int:
         """The number in `ends` of the newest state that segment `i` has: its own, or the one that it starts from."""
         if i in self.ends.place:
             return i
@@ -131,7 +131,7 @@ class _Prompts:
             self.ends.put([start], EvictionState.empty(key, value, self.rule, self.group))
         return start
 
-    def _begin(
+    def _start_states(
         self, part: Segments, ids: Sequence[int], form: Callable[[EvictionState], EvictionState]
     ) -> EvictionState | None:
         """The states that the segments `ids` start from, of which `part` is what is read next; None: empty ones."""
@@ -139,7 +139,7 @@ class _Prompts:
         nodes = self.split.nodes
         if self.state is None and all(i not in self.ends.place and nodes[i].up < 0 for i in roots):
             return None
-        return self.ends.of([self._newest(i) for i in roots], form)
+        return self.ends.of([self._state_number(i) for i in roots], form)
 
     def _read(self, part: Segments, begin: EvictionState | None, keep: bool) -> EvictionState | None:
         """Read `part` from the states `begin`; the states at its end, if they are to be kept."""
@@ -152,22 +152,22 @@ class _Prompts:
     def _read_prompts(self, part: Segments) -> None:
         """Read the prompts' tokens, and cut the prompts that end."""
         split, rule = self.split, self.rule
-        begin = self._begin(part, split.reading, self._of_the_rule)
+        begin = self._start_states(part, split.reading, self._for_rule)
         end = self._read(part, begin, keep=True)
         assert end is not None
         if rule.queries:
             end = replace(end, queries=self._last_queries())
         end = end.for_rule(rule, self.group)
         if rule.memory:
-            end = replace(end, memory=self._remembered(end, None if begin is None else begin.memory))
+            end = replace(end, memory=self._memory_at_end(end, None if begin is None else begin.memory))
         if rule.cut is not None and rule.scored:
-            end = replace(end, scores=self._observed(end, None if begin is None else begin.scores))
+            end = replace(end, scores=self._scores_at_end(end, None if begin is None else begin.scores))
         if len(split.ending) < len(split.reading):
             self.ends.put(split.reading, end)
         if split.ending:
             self.ends.put([split.reading[at] for at in split.ending], self._cut(end))
 
-    def _of_the_rule(self, state: EvictionState) -> EvictionState:
+    def _for_rule(self, state: EvictionState) -> EvictionState:
         """The same state with as many queries as the rule has, of 0 before the first."""
         queries = state.queries
         if queries is not None and queries.shape[3] < self.rule.queries:
@@ -183,7 +183,7 @@ class _Prompts:
         query, state = self.call.query, self.state
         dtype = accumulation_dtype(query.dtype)
         W = self.rule.queries if state is not None else min(self.rule.queries, max(1, *self._lengths))
-        row, column, given, place = self.split.newest(W, query.device)
+        row, column, given, place = self.split.query_places(W, query.device)
         found = query[row, :, column].to(dtype).unflatten(2, (self.heads, -1)).permute(0, 2, 3, 1, 4)
         before = torch.zeros((), dtype=dtype, device=query.device)
         if state is not None and state.queries is not None:
@@ -202,26 +202,26 @@ class _Prompts:
 
     def _inherited(self, numbers: Tensor, before: Tensor | None) -> Tensor:
         """`numbers` [S, K, N, ...], in parentless segments those of `before` [S', K, N', ...]; None: these start empty."""
-        assert self.split.first is not None
+        assert self.split.prompts is not None
         if before is not None:
-            roots = [at for at, up in enumerate(self.split.first.parent.tolist()) if up < 0]
+            roots = [at for at, up in enumerate(self.split.prompts.parent.tolist()) if up < 0]
             n = min(before.shape[2], numbers.shape[2])
             numbers[roots, :, :n] = before[:, :, :n].to(numbers.dtype)
         return numbers
 
-    def _observed(self, end: EvictionState, before: Tensor | None) -> Tensor:
+    def _scores_at_end(self, end: EvictionState, before: Tensor | None) -> Tensor:
         """Scores [S, K, N] with the attention of the prompts' last queries, as far as they are in each segment.
 
         Args:
             end: the states at the end of the prompts' tokens.
             before: [S', K, N'], the scores that parentless segments start with; None: they start empty.
         """
-        assert self.split.first is not None
+        assert self.split.prompts is not None
         query, scores = self.call.query, self._inherited(torch.zeros_like(end.scores), before)
-        parent = self.split.first.parent.tolist()
+        parent = self.split.prompts.parent.tolist()
         positions = end.positions.where(end.positions >= 0, LATE)
-        looks = self.split.looks(self.segments, scores.dtype, scores.device)
-        for at, (look, up, n) in enumerate(zip(looks, parent, self._lengths, strict=True)):
+        last_queries = self.split.last_queries(self.segments, scores.dtype, scores.device)
+        for at, (look, up, n) in enumerate(zip(last_queries, parent, self._lengths, strict=True)):
             if up >= 0:
                 scores[at] = scores[up]
             if look is None:
@@ -230,17 +230,17 @@ class _Prompts:
             keys = end.keys[at, :, :n].contiguous()
             logits = queries @ keys[:, None].transpose(-1, -2) * self.options.scale  # [K, G, W, n]
             logits = logits.masked_fill(positions[at, :, None, None, :n] > look.now, -torch.inf)
-            added = mass(self.rule, logits.softmax(-1).permute(2, 0, 1, 3), look.now[..., None] + 1)
+            added = added_scores(self.rule, logits.softmax(-1).permute(2, 0, 1, 3), look.now[..., None] + 1)
             scores[at, :, :n] = scores[at, :, :n] * look.power + (added * look.forgotten).sum(0)
         return scores
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _remembered(self, end: EvictionState, before: Tensor | None) -> Tensor:
-        """The rule's memory [S, K, N, M] at the end of the prompts' tokens; arguments as in `_observed`."""
-        assert self.split.first is not None
+    def _memory_at_end(self, end: EvictionState, before: Tensor | None) -> Tensor:
+        """The rule's memory [S, K, N, M] at the end of the prompts' tokens; arguments as in `_scores_at_end`."""
+        assert self.split.prompts is not None
         memory = self._inherited(end.keys.new_zeros(*end.positions.shape, self.rule.memory), before)
-        parent = self.split.first.parent.tolist()
+        parent = self.split.prompts.parent.tolist()
         for at, (up, length) in enumerate(zip(parent, self._lengths, strict=True)):
             if up >= 0:
                 memory[at] = memory[up]
@@ -257,11 +257,11 @@ class _Prompts:
                 logits = (query @ keys.transpose(-1, -2)).unflatten(1, (self.group, -1)) * self.options.scale
                 p = logits[None].masked_fill_(hidden, -torch.inf).softmax(-1)  # [1, K, G, Q, n]
                 rows = AttentionRows(p, positions, now[None, None], memory[at : at + 1, :, :n])
-                memory[at, :, :n] = remembered_after(self.rule, rows)[0]
+                memory[at, :, :n] = memory_after(self.rule, rows)[0]
         return memory
 
     def _probabilities(self, end: EvictionState, slots: int) -> Tensor:
-        """[B, K, G, `slots`], the attention of the last token of each prompt that ends; `end` as in `_observed`."""
+        """[B, K, G, `slots`], the attention of the last token of each prompt that ends; `end` as in `_scores_at_end`."""
         each = []
         for at in self.split.ending:
             node, n = self.split.nodes[self.split.reading[at]], self._lengths[at]
@@ -275,7 +275,7 @@ class _Prompts:
     @torch.inference_mode(False)  # tensors made here count their changes, which shows whether a rule changes them
     @torch.no_grad()
     def _cut(self, end: EvictionState) -> EvictionState:
-        """The states of prompts that end, after their cuts; `end` as in `_observed`."""
+        """The states of prompts that end, after their cuts; `end` as in `_scores_at_end`."""
         split = self.split
         state = end.select(torch.tensor(split.ending)) if self.rule.calls else _rows(end, split.ending)
         state = state.trim(max(self._lengths[at] for at in split.ending))
@@ -309,18 +309,18 @@ def _after_cut(
     excess = retention.excess(cached.sum(-1, keepdim=True), now)
     memory = state.keys[..., :0] if state.memory is None else state.memory
     shown = state.positions, cached, now, state.scores, memory, state.queries
-    step = Step(probabilities, state.keys, state.values, *shown, **about(retention, options, state.positions))
+    step = Step(probabilities, state.keys, state.values, *shown, **step_fields(retention, options, state.positions))
     if rule.cut is not None:
-        step = replace(step, scores=pooled(retention, step, free))
+        step = replace(step, scores=pooled_scores(retention, step, free))
     if rule.priority_fn is not None:
-        priority, _ = of_function(retention, step, free, excess)
+        priority, _ = function_priorities(retention, step, free, excess)
     else:
         fixed = token_numbers(rule, state.keys, state.values, state.positions)
-        priority = of_rule(retention, step, *fixed)
+        priority = rule_priorities(retention, step, *fixed)
     if retention.across_heads:
-        out = smallest_of_all_heads(retention, priority, step, free)
+        out = to_evict_across_heads(retention, priority, step, free)
     else:
-        out = leaving(rule, priority, state.positions, free, excess)
+        out = to_evict(rule, priority, state.positions, free, excess)
     keys, values = (state.keys, state.values) if rule.merge_fn is None else merged(retention, step, out)
     after = state.plain() if retention.schedule.then == "keep" else state
     return replace(after, scores=step.scores, keys=keys, values=values).evict(out), out

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from a2sf.engine.eviction import reference
-from a2sf.engine.kernels.dense import attend_dense, why_not
+from a2sf.engine.kernels.dense import attend_dense, unsupported
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Attended, AttentionCall
 from a2sf.engine.stepwise import attend_torch
@@ -80,7 +80,7 @@ class Dense(Backend):
         return "the compiled kernel is faster on a CPU" if query.device.type == "cpu" else None
 
     def supports(self, call: AttentionCall) -> str | None:
-        return why_not(call.segments, call.options, call.state)
+        return unsupported(call.segments, call.options, call.state)
 
     def attend(self, call: AttentionCall) -> Attended:
         return attend_dense(call.query, call.key, call.value, call.segments, call.options)

@@ -19,11 +19,11 @@ from a2sf.policies.rule import ACCUMULATED
 from a2sf.policies.slots import head_slots
 
 
-def splits(segments: Segments) -> Callable[[Run, AttentionCall], Attended] | None:
+def splitter_for(segments: Segments) -> Callable[[Run, AttentionCall], Attended] | None:
     """How a call is split into simpler ones; None where it cannot be."""
     rule, schedule = segments.rule, segments.schedule
     if rule.heads:
-        return by_numbers
+        return by_head_settings
     if rule.recording is not None:
         return None
     if rule.full_heads and not rule.calls:
@@ -37,7 +37,7 @@ def splits(segments: Segments) -> Callable[[Run, AttentionCall], Attended] | Non
 def by_heads(run: Run, call: AttentionCall) -> Attended:
     """The heads that retain everything, and the others by the rest of their rule."""
     segments, K = call.segments, call.key.shape[1]
-    return _together(run, segments.once(("full heads", K), lambda: _full_and_others(segments, K)), call)
+    return _by_group(run, segments.once(("full heads", K), lambda: _full_and_others(segments, K)), call)
 
 
 def _full_and_others(segments: Segments, K: int) -> list[tuple[Tensor, Segments]]:
@@ -49,7 +49,7 @@ def _full_and_others(segments: Segments, K: int) -> list[tuple[Tensor, Segments]
     return [(heads.nonzero()[:, 0], part) for heads, part in ((full, everything), (~full, others)) if heads.any()]
 
 
-def by_numbers(run: Run, call: AttentionCall) -> Attended:
+def by_head_settings(run: Run, call: AttentionCall) -> Attended:
     """Heads with numbers of their own (`Rule.heads`), those that have the same ones together.
 
     Raises:
@@ -58,10 +58,10 @@ def by_numbers(run: Run, call: AttentionCall) -> Attended:
     segments, rule, K = call.segments, call.segments.rule, call.key.shape[1]
     if len(rule.heads) != K:
         raise ConfigError("policy", f"{len(rule.heads)} heads", f"the layer has {K} key/value heads")
-    return _together(run, segments.once("heads of equal numbers", lambda: _of_equal_numbers(segments, K)), call)
+    return _by_group(run, segments.once("heads of equal numbers", lambda: _equal_heads(segments, K)), call)
 
 
-def _of_equal_numbers(segments: Segments, K: int) -> list[tuple[Tensor, Segments]]:
+def _equal_heads(segments: Segments, K: int) -> list[tuple[Tensor, Segments]]:
     """Heads that have the same numbers, with segments that have these."""
     rule = segments.rule
     slots = torch.tensor([head_slots(rule.heads, C) for C in segments.budget.tolist()]).view(-1, K, 3)
@@ -84,7 +84,7 @@ def _of_equal_numbers(segments: Segments, K: int) -> list[tuple[Tensor, Segments
     return groups
 
 
-def _together(run: Run, groups: list[tuple[Tensor, Segments]], call: AttentionCall) -> Attended:
+def _by_group(run: Run, groups: list[tuple[Tensor, Segments]], call: AttentionCall) -> Attended:
     """Groups of key/value heads, int64 [n] each with its segments, as one layer; every head is in one group."""
     query, key, value, _, options, state = call
     size = query.shape[1] // key.shape[1]

@@ -18,16 +18,16 @@ from a2sf.policies.prepared import LayerRead
 
 @dataclass
 class Look:
-    """What looks at one text of a pass.
+    """A policy's function that sees one text of a pass, layer by layer.
 
     Attributes:
-        of: called with each layer.
+        function: called with each layer.
         columns: where the text's tokens are in the row, an int64 tensor [T] on the device that computes, or a slice.
         hidden_states: whether it sees the hidden states too.
-        found: by layer, what it made.
+        found: by layer, what it returned.
     """
 
-    of: Callable[[LayerRead], Any]
+    function: Callable[[LayerRead], Any]
     columns: Tensor | slice = field(default_factory=lambda: slice(None))
     hidden_states: bool = False
     found: dict[int, Any] = field(default_factory=dict)
@@ -56,11 +56,15 @@ class Look:
             )
         q, k, v = (x[0][:, self.columns].to(accumulation_dtype(x.dtype)) for x in (query, key, value))
         seen = hidden[0][self.columns] if self.hidden_states and hidden is not None else None
-        self.found[layer] = self.of(LayerRead(layer, q.unflatten(0, (k.shape[0], -1)), k, v, scale, seen))
+        self.found[layer] = self.function(LayerRead(layer, q.unflatten(0, (k.shape[0], -1)), k, v, scale, seen))
+
+    def results(self, layers: int) -> list[Any]:
+        """What the function returned for each of the model's `layers`, once all were read."""
+        return [self.found[layer] for layer in range(layers)]
 
 
 @dataclass
-class Looking:
+class _ObservedPass:
     """A pass over one row that `looks` see.
 
     Attributes:
@@ -88,7 +92,7 @@ class Looking:
 
 
 @contextmanager
-def looked_at(model: PreTrainedModel, reading: Pass, looks: Sequence[Look]) -> Iterator[None]:
+def running_with_looks(model: PreTrainedModel, reading: Pass, looks: Sequence[Look]) -> Iterator[None]:
     """As `running(reading)`, and `looks` see what the layers compute.
 
     Raises:
@@ -98,7 +102,7 @@ def looked_at(model: PreTrainedModel, reading: Pass, looks: Sequence[Look]) -> I
         with running(reading):
             yield
         return
-    seen = Looking(reading, looks, reading.layers)
+    seen = _ObservedPass(reading, looks, reading.layers)
     with hidden_noted(model, seen.hidden, seen, looks), running(seen):
         yield
 
@@ -125,8 +129,3 @@ def hidden_noted(
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def found_by(look: Look, layers: int) -> list[Any]:
-    """What a look made of each layer, once all were read."""
-    return [look.found[layer] for layer in range(layers)]

@@ -13,7 +13,7 @@ from a2sf.hf.attention.plan import Plan
 
 
 @dataclass
-class Mixed:
+class MixedPass:
     """A pass over one packed row [1, T] that several plans share, each for some columns of the row.
 
     A column may belong to several plans: the common beginning of two sequences is read once by the model, and twice by the
@@ -40,5 +40,5 @@ class Mixed:
         outputs = []
         for plan, columns in zip(self.plans, self.columns, strict=True):
             q, k, v = (x.index_select(2, columns) for x in (query, key, value))
-            outputs.append(plan.checked(layer, q, k, v, scale, window))
+            outputs.append(plan.attend_finite(layer, q, k, v, scale, window))
         return torch.cat(outputs, 2).index_select(2, self.back)

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from a2sf.engine.kernels import attend, noting
+from a2sf.engine.kernels import attend, backends_run
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import EvictionState, Options, Segments
 from a2sf.engine.trace import attention_mass, steps_of
@@ -43,7 +43,7 @@ class Plan:
             behind it, in `received` and `lost` (`trace.attention_mass`).
         serves: the caller's numbers of the sequences that are read.
         ends: the segment that each of them ends with.
-        ran: which implementations ran (`a2sf.engine.kernels.noting`).
+        ran: which implementations ran (`a2sf.engine.kernels.backends_run`).
         warned: what libraries warn of in the policy's own part of the pass; None: it is not kept apart.
         cached: by layer, call of the layer's attention and segment, tokens cached at its end, mean over KV heads; where a
             rule has a threshold, so that no number says it.
@@ -126,9 +126,10 @@ class Plan:
         stated = self.retention(segment, layer)
         if window is None:
             return stated
-        return within_window(stated, window, layer, self._end(segment), self.policy_on_sliding)
+        return within_window(stated, window, layer, self._tokens_through(segment), self.policy_on_sliding)
 
-    def _end(self, segment: int) -> int:
+    def _tokens_through(self, segment: int) -> int:
+        """Tokens from the beginning of a sequence to the end of one of its segments."""
         tokens = 0
         while segment >= 0:
             tokens += self.length[segment]
@@ -141,9 +142,10 @@ class Plan:
             return
         assert state is not None
         for i, n in enumerate(state.counts.double().mean(1).tolist()):
-            self.cached[layer, call, self._named(i)] = n
+            self.cached[layer, call, self._plan_segment(i)] = n
 
-    def _named(self, segment: int) -> int:
+    def _plan_segment(self, segment: int) -> int:
+        """The number of a segment in the whole plan, of which this may be a part."""
         return segment
 
     def cached_by(self) -> dict[int, float]:
@@ -168,15 +170,15 @@ class Plan:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """Attention of one layer, [B, H, T, V]."""
         check_finite(layer, (self.row, self.start, self.length), query=query, key=key, value=value)
-        return self.checked(layer, query, key, value, scale, window)
+        return self.attend_finite(layer, query, key, value, scale, window)
 
-    def checked(
+    def attend_finite(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
     ) -> Tensor:
-        """The same for tensors that are known to be finite."""
+        """`attend` without its check that the tensors are finite."""
         call = self._calls[layer]
         self._calls[layer] += 1
-        with noting() as names, caused_by(self.warned):
+        with backends_run() as names, caused_by(self.warned):
             segments, options = self.segments(layer, window), self.options(layer, scale)
             if segments.rule.threshold is not None:
                 options = replace(options, return_state=True)

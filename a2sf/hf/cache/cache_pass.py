@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from a2sf.hf.attention.errors import check_finite
-from a2sf.hf.cache.store import NewTokens
+from a2sf.hf.cache.attention_cache import NewTokens
 
 if TYPE_CHECKING:
     from a2sf.hf.cache.layer import PrunedLayer
@@ -37,13 +37,13 @@ class CachePass:
         tokens = (range(len(self.new.start)), self.new.start.tolist(), self.new.length.tolist())
         if self.new.columns > 1:
             check_finite(layer, tokens, query=query, key=key, value=value)
-        store: PrunedLayer = self.cache.layers[layer]
-        if not store.is_initialized:
-            store.retention, store.window = self.cache.batch_retention(layer, window), window
+        cache_layer: PrunedLayer = self.cache.layers[layer]
+        if not cache_layer.is_initialized:
+            cache_layer.retention, cache_layer.window = self.cache.batch_retention(layer, window), window
         elif window is not None:
             self.cache.rows(layer, window)  # refuses a sequence that has outgrown the window
-        which = self.attentions[layer]
-        output = self.read(store, layer, query, key, value, scale, which)
+        call = self.attentions[layer]
+        output = self.read(cache_layer, layer, query, key, value, scale, call)
         if self.new.columns == 1:
             # NaN and infinity end up in the output, but not those of a key that only gets no attention
             check_finite(layer, tokens, key=key, output=output)
@@ -54,10 +54,10 @@ class CachePass:
         """Begin the call."""
 
     def read(
-        self, store: PrunedLayer, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, which: int
+        self, cache_layer: PrunedLayer, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, call: int
     ) -> Tensor:
-        """Let a layer read the call's tokens, [B, H, T, V]; `which` as for `PrunedLayer.attend`."""
-        return store.attend(query, key, value, self.new, scale, self.cache.more, which)
+        """Let a layer read the call's tokens, [B, H, T, V]; `call` as for `PrunedLayer.attend`."""
+        return cache_layer.attend(query, key, value, self.new, scale, self.cache.more, call)
 
     def finish(self, completed: bool) -> None:
         """End the call, which all layers have read if it is `completed`."""

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from a2sf.engine.state import EvictionState
 from a2sf.hf.attention.looking import Look, hidden_noted
+from a2sf.hf.cache.attention_cache import NewTokens
 from a2sf.hf.cache.budgets import retention_of_prompts
 from a2sf.hf.cache.cache_pass import CachePass
 from a2sf.hf.cache.layer import PrunedLayer
-from a2sf.hf.cache.store import NewTokens
 from a2sf.hf.reader import check_rules, concluded, look_of
 
 
@@ -62,14 +62,14 @@ class LookingPass(CachePass):
         self._hooks.enter_context(hidden_noted(model, self.hidden, self, self.looks))
 
     def read(
-        self, store: PrunedLayer, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, which: int
+        self, cache_layer: PrunedLayer, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, call: int
     ) -> Tensor:
         new, end = self.new, self.new.start + self.new.length - 1
         before = NewTokens(new.start, new.length - 1, new.before, new.after - 1, new.columns)
-        output = store.attend(query, key, value, before, scale, None, which)
-        state, shape = store.state(), store.shape
+        output = cache_layer.attend(query, key, value, before, scale, None, call)
+        state, shape = cache_layer.state(), cache_layer.shape
         last = (_column(query, end), _column(key, end), _column(value, end))
-        of_last = store.attend(*last, self._last, scale, None, which)
+        of_last = cache_layer.attend(*last, self._last, scale, None, call)
         at = end.to(output.device)[:, None, None, None].expand_as(of_last)
         output = output.scatter(2, at, of_last)
         hidden = self.hidden.pop(layer, None)
@@ -79,7 +79,7 @@ class LookingPass(CachePass):
                 q, k, v = (x[row : row + 1] for x in (query, key, value))
                 look.at(layer, q, k, v, scale, of_row)
         self.held[layer] = HeldPrompts(state, shape, last, scale)
-        store.reset()
+        cache_layer.reset()
         return output
 
     def finish(self, completed: bool) -> None:
@@ -104,9 +104,9 @@ class LookingPass(CachePass):
             cache.keep(retention, prompts)
             for layer in sorted(held):
                 one = held.pop(layer)
-                store, window = cache.layers[layer], one.shape["window"]
-                store.restore(cache.batch_retention(layer, window), one.shape, one.state)
-                store.attend(*one.last, self._last, one.scale, cache.more)
+                cache_layer, window = cache.layers[layer], one.shape["window"]
+                cache_layer.restore(cache.batch_retention(layer, window), one.shape, one.state)
+                cache_layer.attend(*one.last, self._last, one.scale, cache.more)
 
     @property
     def _last(self) -> NewTokens:

@@ -24,12 +24,12 @@ from a2sf.engine.state import EvictionState
 from a2sf.errors import ConfigError, UserError
 from a2sf.hf.attention.errors import UnsupportedModel
 from a2sf.hf.attention.windows import global_layers, keeps_window, mixes_windows, rope_switch, within_window
+from a2sf.hf.cache.attention_cache import LayerSettings, NewTokens
 from a2sf.hf.cache.budgets import resolve_budgets
 from a2sf.hf.cache.cache_pass import CachePass
 from a2sf.hf.cache.checks import check_call, check_lengths_are_given, new_tokens
 from a2sf.hf.cache.layer import PrunedLayer
 from a2sf.hf.cache.looking_pass import LookingPass
-from a2sf.hf.cache.store import How, NewTokens
 from a2sf.hf.cache.stored import ModelRef, load_into, stored_of
 from a2sf.hf.calls.again import compare_again
 from a2sf.hf.calls.around import decoder_of, following_copy, surround
@@ -90,21 +90,15 @@ class PrunedCache(Cache):
         max_new_tokens, contexts = new_tokens_of(max_new_tokens), contexts_of(context_tokens)
         check_backend(backend)
         config = model.config.get_text_config()
-        check_settings(
-            policy,
-            budget,
-            config.num_hidden_layers,
-            schedule=schedule,
-            kv_heads=kv_heads_of(model.config),
-            generating=True,
-        )
+        layers, kv_heads = config.num_hidden_layers, kv_heads_of(model.config)
+        check_settings(policy, budget, layers, schedule=schedule, kv_heads=kv_heads, generating=True)
         self.policy, self.budget = policy, budget if policy.uses_budget else None
         self.schedule = schedule_for(policy, schedule)
         check_lengths_are_given(self.budget, self.schedule, max_new_tokens, contexts)
         self.check_model(model)
         positions = getattr(config, "max_position_embeddings", None) or 2**31
-        layers = config.num_hidden_layers
-        super().__init__(layers=[PrunedLayer(How(positions, backend, trace, i, layers)) for i in range(layers)])
+        settings = [LayerSettings(positions, backend, trace, i, layers) for i in range(layers)]
+        super().__init__(layers=[PrunedLayer(each) for each in settings])
         self.layers: list[PrunedLayer]  # type: ignore[assignment]
         self._follow(model)
         self.trace = trace
@@ -135,8 +129,8 @@ class PrunedCache(Cache):
         """
         rotary, projections = rotary_for(model, self.policy), projections_for(model, self.policy)
         for i, layer in enumerate(self.layers):
-            layer.how.rotary = None if rotary is None else rotary[i]
-            layer.how.projection = None if projections is None else projections[i]
+            layer.settings.rotary = None if rotary is None else rotary[i]
+            layer.settings.projection = None if projections is None else projections[i]
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> PrunedCache:
         """A cache for the same model; if the model is copied together with its cache, for the copy."""

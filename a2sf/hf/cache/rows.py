@@ -15,10 +15,10 @@ from torch import Tensor
 
 from a2sf.engine.state import EvictionState
 from a2sf.hf.attention.errors import NonFiniteError
+from a2sf.hf.cache.attention_cache import NewTokens
 from a2sf.hf.cache.cache_pass import CachePass
 from a2sf.hf.cache.checks import check_length
 from a2sf.hf.cache.pruned import PrunedCache
-from a2sf.hf.cache.store import NewTokens
 from a2sf.hf.warned import Warned, caused_by
 from a2sf.policies.base import Retention
 
@@ -42,8 +42,8 @@ class ReadRow:
     shapes: Sequence[dict[str, Any]]
 
 
-def join(cache: PrunedCache, stay: Sequence[int], new: Sequence[ReadRow]) -> None:
-    """Keep the rows `stay` of a cache, in that order, and put `new` ones behind them; a cache without rows stays empty."""
+def replace_rows(cache: PrunedCache, stay: Sequence[int], new: Sequence[ReadRow]) -> None:
+    """Keep the rows `stay` of a cache, in that order, and append `new` ones; without any the cache is reset."""
     if not new and not stay:
         cache.reset()
         return
@@ -79,7 +79,7 @@ def begin_token(cache: PrunedCache, live: Tensor) -> CachePass:
     return cache._pass
 
 
-class Together:
+class JointPass:
     """One call that reads a token of each live row of several caches: an `a2sf.hf.attention.Pass`.
 
     The model's batch has the live rows of the first cache, then those of the next.
@@ -129,7 +129,7 @@ class Together:
 
 
 def _spread(x: Tensor, rows: int, place: Tensor | None) -> Tensor:
-    """`x` with its rows at `place` among `rows`, 0 elsewhere."""
+    """[rows, ...]: the rows of `x` at `place`, int64 [R], and 0 elsewhere; None: `x` has all rows."""
     if place is None:
         return x
     return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, place.to(x.device), x)

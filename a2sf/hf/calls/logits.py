@@ -6,7 +6,7 @@ The logits of a pass of 1,024 tokens would often take more memory than anything 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ ROWS = 128
 """Columns whose logits are in memory at a time."""
 
 
-def logits_in_parts(model: PreTrainedModel, index: Tensor, **inputs: Any) -> Iterator[Tensor]:
+def logits_in_parts(model: PreTrainedModel, index: Tensor, **inputs: Any) -> Generator[Tensor, None, None]:
     """The logits [B, n, vocabulary] at the columns `index` (int64), at most `ROWS` columns at a time; as `logits_at`.
 
     The model itself computes what follows its layers, once per part.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from a2sf.engine.kernels import noting
+from a2sf.engine.kernels import backends_run
 from a2sf.errors import UserError
 from a2sf.hf.attention import NonFiniteError, UnsupportedModel
 from a2sf.hf.cache.pruned import PrunedCache
@@ -34,7 +34,7 @@ def by_generate(
     size = most or ROWS
     for at in range(0, len(rows), size):
         batch = rows[at : at + size]
-        with noting() as ran:
+        with backends_run() as ran:
             try:
                 _generate(lm, batch, settings, make_cache(batch))
             except NonFiniteError as error:

@@ -10,16 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from a2sf.engine.state import EvictionState
-from a2sf.hf.attention import NonFiniteError, Plan, attached
-from a2sf.hf.attention.continued import Continued
-from a2sf.hf.attention.looking import looked_at
-from a2sf.hf.attention.mixed import Mixed
-from a2sf.hf.attention.named import configs_of
+from a2sf.hf.attention import NonFiniteError, Plan
+from a2sf.hf.attention.mixed import MixedPass
+from a2sf.hf.attention.plan_parts import PlanPart
 from a2sf.hf.cache.rows import ReadRow
-from a2sf.hf.calls.logits import logits_in_parts
 from a2sf.scoring.passes.looks import LookingRow, rows_of
 from a2sf.scoring.passes.packing import Pack
-from a2sf.scoring.passes.sequences import Model, ScoredSequence, pass_of
+from a2sf.scoring.passes.sequences import PassSettings, ScoredSequence, pass_of
 
 
 @dataclass
@@ -42,7 +39,7 @@ class Reading:
 
 
 def read_prompts(
-    model: PreTrainedModel, about: Model, prompts: Sequence[ScoredSequence], tokens_per_pass: int, room: int
+    model: PreTrainedModel, settings: PassSettings, prompts: Sequence[ScoredSequence], tokens_per_pass: int, room: int
 ) -> Iterator[Reading]:
     """Read prompts in passes of about `tokens_per_pass` computed tokens; the longest come first.
 
@@ -54,50 +51,34 @@ def read_prompts(
         PolicyError: as `LookingRow.decide`.
     """
     for packs in rows_of(range(len(prompts)), prompts, model, tokens_per_pass, room):
-        read = LookingRow.of(packs, prompts, about.device)
+        read = LookingRow.of(packs, prompts, settings.device)
         try:
-            yield _read(model, about, read, packs, tokens_per_pass)
+            yield _read(model, settings, read, packs, tokens_per_pass)
         except NonFiniteError as error:  # whose rows are segments
             raise NonFiniteError(error.where, error.dtype, read.blamed(error.rows)) from error
 
 
 def _read(
-    model: PreTrainedModel, about: Model, read: LookingRow, packs: Sequence[Pack], tokens_per_pass: int
+    model: PreTrainedModel, settings: PassSettings, read: LookingRow, packs: Sequence[Pack], tokens_per_pass: int
 ) -> Reading:
-    row, whole = read.row, pass_of(read.row, read.sequences, about)
+    row, whole = read.row, pass_of(read.row, read.sequences, settings)
     prompts = [which for which, i in enumerate(row.items) if i >= 0]
     last = torch.tensor([int(row.last(which, 1)[0]) for which in prompts])
     logits: list[Tensor] = [torch.empty(0)] * len(last)
-    parts: list[Continued] = []
-    looked = [[at.look for at in of_part] for of_part in read.looked]
+    parts: list[PlanPart] = []
     for number, part in enumerate(read.parts(whole, tokens_per_pass, model, keep=True)):
-        parts += part.reading.plans if isinstance(part.reading, Mixed) else [part.reading]  # type: ignore[arg-type, list-item]
+        parts += part.reading.plans if isinstance(part.reading, MixedPass) else [part.reading]  # type: ignore[arg-type, list-item]
         mine = ((last >= part.begin) & (last < part.end)).nonzero()[:, 0].tolist()
-        columns = last[mine].sub(part.begin).unique() if mine else torch.tensor([0])  # a model needs one at least
-        looks = looked[number] if number < len(looked) else []
-        with (
-            attached(model, configs=configs_of(model)),
-            torch.inference_mode(),
-            looked_at(model, part.reading, looks),
-        ):
-            made = logits_in_parts(
-                model,
-                columns.to(about.device),
-                input_ids=torch.tensor([row.tokens[part.begin : part.end]], device=about.device),
-                position_ids=torch.tensor([row.positions[part.begin : part.end]], device=about.device),
-                use_cache=False,
-            )
-            found = torch.cat([x[0].float() for x in made])
+        columns = last[mine].unique()
+        with read.logits(number, part, columns, model) as logits_of:
+            found = torch.cat([x[0].float() for x in logits_of])
         for which in mine:
-            at = int((columns == last[which] - part.begin).nonzero())
-            logits[which] = found[at].clone()
-        if looks:
-            read.decide(number, model)
-    states = _states(parts, read.sequences, about.layers)
+            logits[which] = found[int((columns == last[which]).nonzero())].clone()
+    states = _states(parts, read.sequences, settings.layers)
     return Reading(read, packs, torch.stack(logits), [states[i] for i in read.items], whole.plans)
 
 
-def _states(parts: Sequence[Continued], sequences: Mapping[int, ScoredSequence], layers: int) -> dict[int, ReadRow]:
+def _states(parts: Sequence[PlanPart], sequences: Mapping[int, ScoredSequence], layers: int) -> dict[int, ReadRow]:
     """By the place of a prompt, the row that it becomes."""
     found: dict[int, ReadRow] = {}
     for part in {id(p.plan): p for p in parts}.values():

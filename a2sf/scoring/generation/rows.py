@@ -16,17 +16,17 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from a2sf.engine.kernels import noting
+from a2sf.engine.kernels import backends_run
 from a2sf.hf.attention import NonFiniteError, attached, running
 from a2sf.hf.attention.named import configs_of
 from a2sf.hf.cache.pruned import PrunedCache
-from a2sf.hf.cache.rows import ReadRow, Together, join
+from a2sf.hf.cache.rows import JointPass, ReadRow, replace_rows
 from a2sf.policies.base import UNLIMITED
 from a2sf.scoring.generation.reading import Reading, read_prompts
 from a2sf.scoring.generation.row import Row
 from a2sf.scoring.generation.sampling import Choice
-from a2sf.scoring.passes.run import Pending, account
-from a2sf.scoring.passes.sequences import Model
+from a2sf.scoring.passes.run import Pending, record_costs
+from a2sf.scoring.passes.sequences import PassSettings
 
 WORTHWHILE = 4
 """New rows are let in when they are this part of all rows, since letting rows in moves the caches of the others."""
@@ -55,7 +55,7 @@ class Lane:
     def join(self, new: Sequence[tuple[Row, ReadRow]]) -> None:
         """Let rows in, and forget those that are finished."""
         stay = [i for i, r in enumerate(self.rows) if r is not None]
-        join(self.cache, stay, [read for _, read in new])
+        replace_rows(self.cache, stay, [read for _, read in new])
         self.rows = [*self.live, *(row for row, _ in new)]
 
     def count(self) -> None:
@@ -79,7 +79,7 @@ class RowGenerator:
     Args:
         about: the model, as passes must know it.
         choice: how tokens are chosen.
-        make_cache: an empty cache for rows like the given one.
+        make_cache: an empty cache for rows like the given ones.
         prepare: called with each row before its prompt is read; a row for which it returns False is left out.
         most: rows at a time.
         room: numbers that the caches of all rows may hold: tokens times layers.
@@ -93,15 +93,15 @@ class RowGenerator:
     def __init__(
         self,
         model: PreTrainedModel,
-        about: Model,
+        settings: PassSettings,
         choice: Choice,
-        make_cache: Callable[[Row], PrunedCache],
+        make_cache: Callable[[Sequence[Row]], PrunedCache],
         prepare: Callable[[Row], bool],
         most: int,
         room: int,
         tokens_per_pass: int,
     ) -> None:
-        self.model, self.about, self.choice, self.make_cache = model, about, choice, make_cache
+        self.model, self.settings, self.choice, self.make_cache = model, settings, choice, make_cache
         self.prepare = prepare
         self.most, self.room, self.tokens_per_pass = most, room, tokens_per_pass
         self.alone = False
@@ -166,11 +166,12 @@ class RowGenerator:
                     row.note_cached([s.counts[0] for k, s in each if k.rule.threshold is not None])
                 else:
                     by_lane.setdefault(lane_of(row), []).append((row, end))
-            self._account(reading, new, time.perf_counter() - clock)
+            pending = [Pending(r.answers, r.sequence, r.request) for r in new]
+            record_costs(reading.row, reading.packs, reading.plans, pending, time.perf_counter() - clock)
             clock = time.perf_counter()
         for key, rows_of in by_lane.items():
             if key not in self.lanes:
-                self.lanes[key] = Lane(self.make_cache(rows_of[0][0]))
+                self.lanes[key] = Lane(self.make_cache([rows_of[0][0]]))
             self.lanes[key].join(rows_of)
         return [r for r in new if r.finish is not None]
 
@@ -178,12 +179,8 @@ class RowGenerator:
         prompts = [r.sequence for r in new]
         with self._blaming(new):
             if new:
-                room = max(1, (self.room - sum(r.held for r in self.live)) // self.about.layers)
-                yield from read_prompts(self.model, self.about, prompts, self.tokens_per_pass, room)
-
-    def _account(self, reading: Reading, new: Sequence[Row], seconds: float) -> None:
-        pending = [Pending(r.answers, r.sequence, r.request) for r in new]
-        account(reading.row, reading.packs, reading.plans, pending, seconds)
+                room = max(1, (self.room - sum(r.held for r in self.live)) // self.settings.layers)
+                yield from read_prompts(self.model, self.settings, prompts, self.tokens_per_pass, room)
 
     def _step(self) -> list[Row]:
         """Read the last token of each row, and add the next one; returns the rows that it ended."""
@@ -192,7 +189,7 @@ class RowGenerator:
         if not rows:
             return []
         clock = time.perf_counter()
-        with noting() as ran, self._blaming(rows):
+        with backends_run() as ran, self._blaming(rows):
             logits = self._logits(lanes, rows)
             for row in rows:
                 row.advance()
@@ -213,8 +210,8 @@ class RowGenerator:
         return [r for r in rows if r.finish is not None]
 
     def _logits(self, lanes: Sequence[Lane], rows: Sequence[Row]) -> torch.Tensor:
-        together = Together([(lane.cache, lane.which) for lane in lanes])
-        device = self.about.device
+        together = JointPass([(lane.cache, lane.which) for lane in lanes])
+        device = self.settings.device
         ids, positions = torch.tensor([row.next for row in rows], device=device)[:, :, None].unbind(1)
         done = False
         try:

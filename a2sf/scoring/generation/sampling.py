@@ -31,20 +31,20 @@ def generator_for(key: str, seed: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.frombuffer(digest, dtype=np.uint32).tolist()))
 
 
-class Choice:
-    """How the next tokens are chosen.
+class Choice(Choosing):
+    """How the next tokens are chosen: greedily, or drawn with random numbers that are a text's own.
 
     Args:
         settings: of generation, as transformers has them.
     """
 
     def __init__(self, model: PreTrainedModel, settings: dict[str, object]) -> None:
-        self.of = Choosing(model, settings, input_device(model))
+        super().__init__(model, settings, input_device(model))
 
     @property
     def greedy(self) -> bool:
         """Whether the next token is that of the largest logit, whatever came before."""
-        return not self.of.changes_scores and not self.of.draws
+        return not self.changes_scores and not self.draws
 
     def next_token(
         self, logits: Tensor, tokens: Sequence[int], prompt: int, generator: np.random.Generator | None
@@ -56,8 +56,8 @@ class Choice:
             tokens: the text so far, of which the first `prompt` are the prompt.
             generator: its random numbers, if tokens are drawn.
         """
-        scores = self.of.scores(logits.float(), tokens, prompt)
-        if self.of.draws:
+        scores = self.scores(logits.float(), tokens, prompt)
+        if self.draws:
             assert generator is not None
             noise = torch.from_numpy(generator.standard_exponential(scores.shape[-1]))
             scores = scores.double() - noise.log().to(scores.device)  # minus its logarithm is a Gumbel number

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from a2sf.hf.attention import Plan, rope_switch
-from a2sf.hf.attention.continued import mixed_in_parts, parts_of
-from a2sf.hf.attention.mixed import Mixed
+from a2sf.hf.attention.mixed import MixedPass
+from a2sf.hf.attention.plan_parts import mixed_parts_of, parts_of
 from a2sf.hf.memory import ModelSizes
 from a2sf.policies.base import Retention
 from a2sf.policies.schedule import Schedule
@@ -24,23 +24,23 @@ class Part:
 
     begin: int
     end: int
-    reading: Plan | Mixed
+    reading: Plan | MixedPass
 
 
-def in_parts(reading: Plan | Mixed, ends: Sequence[int], keep: bool = False) -> Iterator[Part]:
+def in_parts(reading: Plan | MixedPass, ends: Sequence[int], keep: bool = False) -> Iterator[Part]:
     """A row's pass in parts that end at the columns `ends`; `keep`: whether the final states of sequences are kept."""
-    if isinstance(reading, Mixed):
-        passes: list[Any] = mixed_in_parts(reading, ends, keep)
+    if isinstance(reading, MixedPass):
+        passes: list[Any] = mixed_parts_of(reading, ends, keep)
     else:
         passes = [part for part, _ in parts_of(reading, np.arange(ends[-1]), ends, keep)]
     for begin, end, part in zip([0, *ends], ends, passes, strict=False):
         yield Part(begin, end, part)
 
 
-def saves(row: Pack, ends: Sequence[int], sequences: Sequences, config: Any) -> bool:
+def parts_save_memory(row: Pack, ends: Sequence[int], sequences: Sequences, config: Any) -> bool:
     """Whether reading a row in parts that end at `ends` takes less memory than at once, by a rough count of numbers."""
     read = [sequences[i] for i in row.items]
-    if any(r.foresees for r in read):
+    if any(r.needs_future for r in read):
         return False  # an oracle needs the tokens to come, which a part does not know
     if any(len(r.read) > rope_switch(config) for r in read):
         return False  # rotary scaling depends on the longest sequence

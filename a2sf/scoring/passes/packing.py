@@ -29,12 +29,12 @@ class Item:
     Attributes:
         tokens: its token ids.
         key: equal for sequences whose outputs are equal wherever their tokens are.
-        certain: length of the prefix whose outputs do not depend on the key; 0: none.
+        shareable: how many of its first tokens may be computed with sequences of other keys.
     """
 
     tokens: tuple[int, ...]
     key: Hashable
-    certain: int
+    shareable: int
 
 
 @dataclass
@@ -119,7 +119,7 @@ def in_order(row: Pack, groups: Sequence[Sequence[int]]) -> tuple[Pack, list[int
 def numbered(items: Sequence[Item]) -> list[Item]:
     """The same with numbers for keys, which are compared often."""
     numbers: dict[Hashable, int] = {}
-    return [Item(i.tokens, numbers.setdefault(i.key, len(numbers)), i.certain) for i in items]
+    return [Item(i.tokens, numbers.setdefault(i.key, len(numbers)), i.shareable) for i in items]
 
 
 def build(items: Sequence[Item], trees: Sequence[list[int]]) -> Pack:
@@ -168,7 +168,7 @@ def _grow(made: Pack, items: Sequence[Item], ordered: list[int]) -> dict[int, li
         end = _common(first.tokens, last.tokens)  # in sorted order the outermost two differ first
         several = len({items[i].key for i in group}) > 1
         if several:
-            end = min(end, min(items[i].certain for i in group))
+            end = min(end, min(items[i].shareable for i in group))
         path = above
         if end > depth:
             made.parent.append(above[-1] if above else -1)
@@ -179,14 +179,14 @@ def _grow(made: Pack, items: Sequence[Item], ordered: list[int]) -> dict[int, li
             made.positions.extend(range(depth, end))
             path = [*above, len(made.start) - 1]
 
-        # past their certain prefix, only sequences of the same key stay together; others split where their tokens differ
+        # past their shareable prefix only sequences of one key stay together; others split where their tokens differ
         parts: dict[Hashable, list[int]] = {}
         for i in group:
             item = items[i]
             if len(item.tokens) == end:
                 path_of[i] = path
             else:
-                key = item.key if several and item.certain <= end else None
+                key = item.key if several and item.shareable <= end else None
                 parts.setdefault((key, item.tokens[end]), []).append(i)
         waiting += [(part, path, end) for part in reversed(parts.values())]
     return path_of

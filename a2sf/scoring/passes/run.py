@@ -11,14 +11,12 @@ from functools import cached_property
 import torch
 from transformers import PreTrainedModel
 
-from a2sf.hf.attention import NonFiniteError, Plan, attached
-from a2sf.hf.attention.looking import looked_at
+from a2sf.hf.attention import NonFiniteError, Plan
 from a2sf.hf.attention.named import Configs, configs_of
-from a2sf.hf.calls.logits import logits_in_parts
 from a2sf.scoring.passes.logits import log_probabilities
 from a2sf.scoring.passes.looks import LookingRow, rows_of
 from a2sf.scoring.passes.packing import Pack
-from a2sf.scoring.passes.sequences import Model, ScoredSequence, pass_of
+from a2sf.scoring.passes.sequences import PassSettings, ScoredSequence, pass_of
 from a2sf.scoring.systems import Answers
 
 LEAST_PASS = 64
@@ -43,7 +41,7 @@ class Pending:
 
 
 @dataclass
-class Done:
+class PassResult:
     """What a pass computed.
 
     Attributes:
@@ -67,7 +65,7 @@ class Passes:
     """
 
     model: PreTrainedModel
-    about: Model
+    settings: PassSettings
     tokens_per_pass: int
     sequences_per_pass: int | None
     room: int
@@ -76,7 +74,7 @@ class Passes:
     def _configs(self) -> Configs:
         return configs_of(self.model)
 
-    def run(self, pending: Sequence[Pending]) -> Iterator[Done]:
+    def run(self, pending: Sequence[Pending]) -> Iterator[PassResult]:
         """Compute what is pending, a pass at a time; nothing more is computed for a system whose answers have an `error`."""
         sequences = [p.sequence.simplest for p in pending]
         left = dict.fromkeys(range(len(pending)))
@@ -85,7 +83,7 @@ class Passes:
         while left:
             most = 1 if self.tokens_per_pass < LEAST_PASS else self.sequences_per_pass
             for packs in rows_of(list(left), sequences, self.model, self.tokens_per_pass, self.room, most):
-                read = LookingRow.of(packs, sequences, self.about.device)
+                read = LookingRow.of(packs, sequences, self.settings.device)
                 items = read.items
                 try:
                     scores, plans = self._score(read)
@@ -111,10 +109,10 @@ class Passes:
                     clock = time.perf_counter()
                     break
                 cached = {i: n for plan in plans for i, n in plan.cached_by().items()}
-                done = Done([(pending[i], *scores[i], cached.get(i)) for i in items])
+                done = PassResult([(pending[i], *scores[i], cached.get(i)) for i in items])
                 for i in items:
                     del left[i]
-                account(read, packs, plans, pending, time.perf_counter() - clock)
+                record_costs(read, packs, plans, pending, time.perf_counter() - clock)
                 yield done
                 clock = time.perf_counter()
             left = {i: None for i in left if pending[i].answers.error is None}
@@ -129,7 +127,7 @@ class Passes:
                 counts only if it is a target's: no probability is 0, so it is an overflow. Other logits may be -infinity,
                 as models mark entries of the vocabulary that no token uses.
         """
-        device, row = self.about.device, read.row
+        row = read.row
         # positions of the row that some request scores, each once
         targets_of = [read.sequences[i].targets for i in row.items]
         scored = [row.last(which, len(targets)) for which, targets in enumerate(targets_of)]
@@ -138,30 +136,15 @@ class Passes:
         chosen, greedy = torch.zeros(len(targets)), torch.zeros(len(targets), dtype=torch.bool)
         dtype = self.model.dtype
         try:
-            reading = pass_of(row, read.sequences, self.about)
-            looked = [[at.look for at in of_part] for of_part in read.looked]
+            reading = pass_of(row, read.sequences, self.settings)
             tokens = max(LEAST_PASS, self.tokens_per_pass)
             for number, part in enumerate(read.parts(reading, tokens, self.model)):
                 # which of the targets, and of the columns, are this part's
                 mine = ((index >= part.begin) & (index < part.end))[where].nonzero()[:, 0]
                 needed, at = index[where[mine]].unique(return_inverse=True)
-                columns = (
-                    needed - part.begin if len(needed) else torch.tensor([0])
-                )  # a model needs one position at least
-                looks = looked[number] if number < len(looked) else []
-                with (
-                    attached(self.model, configs=self._configs),
-                    torch.inference_mode(),
-                    looked_at(self.model, part.reading, looks),
-                ):
+                with read.logits(number, part, needed, self.model, self._configs) as logits_of:
                     before = 0
-                    for (logits,) in logits_in_parts(
-                        self.model,
-                        columns.to(device),
-                        input_ids=torch.tensor([row.tokens[part.begin : part.end]], device=device),
-                        position_ids=torch.tensor([row.positions[part.begin : part.end]], device=device),
-                        use_cache=False,
-                    ):
+                    for (logits,) in logits_of:
                         dtype = logits.dtype
                         here = ((at >= before) & (at < before + len(logits))).nonzero()[:, 0]
                         those = mine[here]
@@ -169,8 +152,6 @@ class Passes:
                         chosen[those], greedy[those] = (x.cpu() for x in log_probabilities(logits, *asks))
                         before += len(logits)
                         del logits
-                if looks:
-                    read.decide(number, self.model)
         except NonFiniteError as error:  # whose rows are segments
             raise NonFiniteError(error.where, error.dtype, read.blamed(error.rows)) from error
         sizes = [len(of_one) for of_one in targets_of]
@@ -184,12 +165,12 @@ class Passes:
         return scores, reading.plans
 
 
-def _failed(pending: Sequence[Pending], error: Exception, places: Sequence[int]) -> Done:
+def _failed(pending: Sequence[Pending], error: Exception, places: Sequence[int]) -> PassResult:
     """The outcome of a pass that failed because of some of `pending`; the error is set on the answers of their systems."""
     if not places:  # of no system, so that the next pass would fail, too
         raise error
     traceback.clear_frames(error.__traceback__)  # which would hold what the pass had in memory
-    done = Done()
+    done = PassResult()
     for of_system in by_system(places, pending):
         answers = pending[of_system[0]].answers
         answers.error = error
@@ -205,7 +186,7 @@ def by_system(places: Sequence[int], pending: Sequence[Pending]) -> list[list[in
     return list(found.values())
 
 
-def account(
+def record_costs(
     read: LookingRow, packs: Sequence[Pack], plans: Sequence[Plan], pending: Sequence[Pending], seconds: float
 ) -> None:
     """Note for each system what ran and warned when rows were read together, and divide their tokens and the time.
@@ -215,15 +196,15 @@ def account(
         plans: what computed them.
     """
     answers = [p.answers for p in pending]
-    credit(plans, answers)
+    record_backends(plans, answers)
     read.note_warned(answers)
     tokens = sum(len(row.tokens) for row in packs)
     for row in packs:
-        share(row, pending, seconds * len(row.tokens) / tokens)
+        divide_costs(row, pending, seconds * len(row.tokens) / tokens)
 
 
-def credit(plans: Sequence[Plan], answers: Sequence[Answers]) -> None:
-    """Note for each system what ran and warned in the plans that served it; `answers` are those of each sequence."""
+def record_backends(plans: Sequence[Plan], answers: Sequence[Answers]) -> None:
+    """Note for each system which backends ran and what warned in its plans; `answers` are those of each sequence."""
     for plan in plans:
         # what is looked at has a negative number, and is in a call of the sequences that it serves
         for one in {id(answers[i]): answers[i] for i in plan.serves if i >= 0}.values():
@@ -232,8 +213,8 @@ def credit(plans: Sequence[Plan], answers: Sequence[Answers]) -> None:
                 one.warned.update(plan.warned)
 
 
-def share(row: Pack, pending: Sequence[Pending], seconds: float) -> None:
-    """Divide tokens and time of a pass among systems: a segment, or a scored position, among the systems that needed it."""
+def divide_costs(row: Pack, pending: Sequence[Pending], seconds: float) -> None:
+    """Divide the tokens and `seconds` of a pass among systems: each segment, or scored column, among those that need it."""
     systems = {id(pending[i].answers): pending[i].answers for i in row.items}
     through: list[set[int]] = [set() for _ in row.start]
     scoring: dict[int, set[int]] = {}

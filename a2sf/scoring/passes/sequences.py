@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from a2sf.hf.attention import Plan
-from a2sf.hf.attention.mixed import Mixed
+from a2sf.hf.attention.mixed import MixedPass
 from a2sf.hf.reader import uncut
 from a2sf.hf.warned import Warned
 from a2sf.policies.base import UNLIMITED, Retention
@@ -76,8 +76,8 @@ class ScoredSequence:
         return self.before_cut or self.context
 
     @cached_property
-    def certain(self) -> int:
-        """The length of the prefix whose outputs are equal to the full cache's."""
+    def unpruned_outputs(self) -> int:
+        """How many of the first tokens have the full cache's outputs, whatever the policy; `UNLIMITED`: all."""
         if self.undecided is not None:
             return self.prompt
         clean = full_cache_prefix(self.retention, self.schedule, self.prompt, total=len(self.read))
@@ -88,13 +88,13 @@ class ScoredSequence:
         """A sequence with the same log-likelihood: with the full cache, if no token that is read sees a pruned one."""
         # what a threshold leaves is counted, so that a cut after the last token matters too
         counted = any(k.rule.threshold is not None for k in self.retention)
-        if self.certain < len(self.read) + counted:
+        if self.unpruned_outputs < len(self.read) + counted:
             return self
         return replace(self, retention=(FULL_CACHE,) * len(self.retention), schedule=STEP, undecided=None)
 
     @property
-    def looked_at(self) -> ScoredSequence:
-        """The prompt of an undecided sequence, which is not cut, in the engine call of that sequence."""
+    def prompt_sequence(self) -> ScoredSequence:
+        """The prompt of an undecided sequence alone and uncut, for its policy to look at; the same `engine_call`."""
         read = self.read[: self.prompt]
         return ScoredSequence(read, (), uncut(self.retention, len(read)), self.schedule, len(read) + 1)
 
@@ -127,19 +127,19 @@ class ScoredSequence:
 
     def item(self) -> Item:
         """For packing the tokens that the model reads."""
-        return Item(self.read, (self.schedule, self._evolution), self._shared(self.certain))
+        return Item(self.read, (self.schedule, self._evolution), self._shareable(self.unpruned_outputs))
 
     def state(self) -> Item:
         """For packing cache states, among sequences with equal `engine_call` and `factors`."""
         certain = shareable_prefix(self.retention, self.schedule, self.prompt, len(self.read))
-        return Item(self.read, self._evolution, self._shared(certain))
+        return Item(self.read, self._evolution, self._shareable(certain))
 
-    def _shared(self, certain: int) -> int:
-        """At most so many first tokens are read with others: the prompt's last, at which it is cut, when it is decided."""
+    def _shareable(self, certain: int) -> int:
+        """At most so many first tokens are read with other sequences: while undecided, none from the prompt's last on."""
         return certain if self.undecided is None else min(certain, self.prompt - 1)
 
     @property
-    def foresees(self) -> bool:
+    def needs_future(self) -> bool:
         """Whether its policy is an oracle, which needs the tokens to come."""
         return any(k.rule.precompute is not None for k in self.retention)
 
@@ -147,12 +147,12 @@ class ScoredSequence:
     def _evolution(self) -> Hashable:
         """What determines how a cache evolves while given tokens are read; for an oracle also the tokens to come."""
         prompt = self.prompt if self.schedule.prompt else None
-        return self.retention, prompt, self.read if self.foresees else None, self.undecided
+        return self.retention, prompt, self.read if self.needs_future else None, self.undecided
 
 
 @dataclass(frozen=True)
-class Model:
-    """What a pass must know of the model.
+class PassSettings:
+    """What a pass must know of the model and how the engine is to run.
 
     Attributes:
         layers, policy_on_sliding, backend: as in `Plan`.
@@ -172,23 +172,24 @@ Sequences = Sequence[ScoredSequence] | Mapping[int, ScoredSequence]
 """By the numbers that a row names them by."""
 
 
-def pass_of(row: Pack, sequences: Sequences, model: Model) -> Plan | Mixed:
-    """The pass that reads a row.
+def pass_of(row: Pack, sequences: Sequences, settings: PassSettings) -> Plan | MixedPass:
+    """The pass that reads a row: a plan for each `engine_call` among its sequences, or the only one.
 
     Args:
+        row: as `pack` or `build` gives it.
         sequences: those of `row.items`, each of which is its `simplest`. What they retain is looked up when a layer reads
             them, so that undecided ones may be replaced by decided ones between two parts of the pass.
     """
     calls: dict[Hashable, list[int]] = {}
     for which, i in enumerate(row.items):
-        calls.setdefault(sequences[i].engine_call(model.device.type != "cpu"), []).append(which)
+        calls.setdefault(sequences[i].engine_call(settings.device.type != "cpu"), []).append(which)
     columns_of = [row.columns(which) for which in range(len(row.items))]
     plans, columns, found = [], [], {}
     tokens = 0
     for places in calls.values():
         forest = _states(row, places, sequences)
         of_forest = _columns(forest, columns_of)
-        plans.append(_plan(forest, row.items, sequences, model))
+        plans.append(_plan(forest, row.items, sequences, settings))
         columns.append(of_forest)
         for at, which in enumerate(forest.items):
             found[which] = tokens + forest.columns(at)
@@ -199,12 +200,12 @@ def pass_of(row: Pack, sequences: Sequences, model: Model) -> Plan | Mixed:
     back = torch.empty(len(row.tokens), dtype=torch.int64).numpy()
     for start, length, owner, first in zip(row.start, row.length, row.owner, _firsts(row), strict=True):
         back[start : start + length] = found[place[owner]][first : first + length]
-    return Mixed(
+    return MixedPass(
         plans=plans,
-        columns=[torch.from_numpy(c).to(model.device) for c in columns],
-        back=torch.from_numpy(back).to(model.device),
+        columns=[torch.from_numpy(c).to(settings.device) for c in columns],
+        back=torch.from_numpy(back).to(settings.device),
         segments=([0] * len(row.start), row.start, row.length),
-        layers=model.layers,
+        layers=settings.layers,
     )
 
 
@@ -233,7 +234,7 @@ def _firsts(forest: Pack) -> list[int]:
     return [forest.positions[start] for start in forest.start]
 
 
-def _plan(forest: Pack, items: Sequence[int], sequences: Sequences, model: Model) -> Plan:
+def _plan(forest: Pack, items: Sequence[int], sequences: Sequences, settings: PassSettings) -> Plan:
     def through(segment: int) -> ScoredSequence:
         return sequences[items[forest.owner[segment]]]
 
@@ -243,13 +244,13 @@ def _plan(forest: Pack, items: Sequence[int], sequences: Sequences, model: Model
         length=forest.length,
         parent=forest.parent,
         retention=lambda segment, layer: through(segment).retention[layer],
-        layers=model.layers,
+        layers=settings.layers,
         schedule=through(0).schedule,
         prompt=lambda segment: through(segment).prompt,
-        policy_on_sliding=model.policy_on_sliding,
-        backend=model.backend,
-        rotary=model.rotary,
-        projections=model.projections,
+        policy_on_sliding=settings.policy_on_sliding,
+        backend=settings.backend,
+        rotary=settings.rotary,
+        projections=settings.projections,
         serves=[items[which] for which in forest.items],
         ends=[path[-1] for path in forest.path],
         warned=Warned(),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from a2sf import Schedule, attend, evicting_attention, make_policy
-from a2sf.engine.kernels import noting
+from a2sf.engine.kernels import backends_run
 
 
 @pytest.mark.parametrize(
@@ -23,8 +23,8 @@ from a2sf.engine.kernels import noting
 def test_what_ran(policy, schedule, backend, ran):
     prompt = torch.tensor([6]) if schedule.prompt else None
     tensors = torch.randn(1, 4, 9, 8), *torch.randn(2, 1, 2, 9, 8)
-    with noting() as everything:
-        with noting() as here:
+    with backends_run() as everything:
+        with backends_run() as here:
             attend(make_policy(policy), *tensors, budget=4, schedule=schedule, prompt=prompt, backend=backend)
         attend(make_policy("h2o"), *tensors, budget=4, backend="reference")
     assert here == {ran}

@@ -158,12 +158,12 @@ def test_a_rule_that_is_not_looked_at_is_found(made, then, monkeypatch):
     """As cuts across heads were once ranked: by attention, whatever the rule says."""
     tried = case(made, Schedule("prompt", then=then), 0)
     INVARIANTS[NEGATED](tried)
-    real = stepwise.smallest_of_all_heads
+    real = stepwise.to_evict_across_heads
 
     def by_attention(numbers, priority, step, free):
         return real(numbers, step.scores, step, free)
 
-    monkeypatch.setattr(stepwise, "smallest_of_all_heads", by_attention)
+    monkeypatch.setattr(stepwise, "to_evict_across_heads", by_attention)
     with pytest.raises(Broken, match="the opposite rule retains the same tokens"):
         INVARIANTS[NEGATED](tried)
 

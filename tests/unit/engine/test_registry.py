@@ -51,14 +51,14 @@ def call(policy: str, schedule: Schedule | None = None, dtype: torch.dtype = tor
 
 
 def test_auto_takes_it_where_it_comes_first(mine):
-    with kernels.noting() as ran:
+    with kernels.backends_run() as ran:
         got = kernels.attend(*call("h2o"))
     assert ran == {"mine"}
     assert torch.equal(got.output, kernels.attend(*call("h2o"), backend="torch").output)
 
 
 def test_what_it_does_not_serve_is_for_others_and_refused_by_name(mine):
-    with kernels.noting() as ran:
+    with kernels.backends_run() as ran:
         kernels.attend(*call("h2o", dtype=torch.float64))
     assert ran == {"torch"}
     with pytest.raises(
@@ -73,7 +73,7 @@ def test_what_it_does_not_serve_is_for_others_and_refused_by_name(mine):
 def test_calls_that_it_does_not_support_are_split_for_it(mine, settings):
     of_heads = {"heads": [[0, 1]]} if "policy" in settings else {}
     args = call(settings.get("policy", "h2o"), settings.get("schedule"), **of_heads)
-    with kernels.noting() as ran:
+    with kernels.backends_run() as ran:
         got = kernels.attend(*args, backend="mine")
     assert ran == {"mine"}
     assert len(mine.calls) == 2  # the prompt and what follows; full heads and the others
@@ -83,7 +83,7 @@ def test_calls_that_it_does_not_support_are_split_for_it(mine, settings):
 
 def test_a_call_that_cannot_be_split_is_for_torch(mine):
     args = call("adakv", Schedule("prompt", then="step"), window=2)
-    with kernels.noting() as ran:
+    with kernels.backends_run() as ran:
         kernels.attend(*args)
     assert (ran, mine.calls) == ({"torch"}, [])
 

@@ -13,7 +13,7 @@ from a2sf import Policy, PrunedCache, Retention, Rule, Schedule, attend, make_po
 from a2sf.calibration.capture import Captured
 from a2sf.calibration.filters import Queries, content
 from a2sf.engine import kernels
-from a2sf.engine.priorities import calling, picked
+from a2sf.engine.priorities import call_policy, step_of_rows
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Options, Segments
 from a2sf.errors import ConfigError, PolicyError
@@ -97,7 +97,7 @@ def test_expected_attention_of_a_row_is_the_same_in_any_batch_and_width_of_the_w
     policy = make_policy("expected_attention", covariance=covariance, window=W)
     together = policy.priorities(step)
     for row, last in enumerate(now.flatten().tolist()):
-        alone = picked(step, slice(row, row + 1))
+        alone = step_of_rows(step, slice(row, row + 1))
         assert torch.equal(policy.priorities(alone)[0], together[row])
         assert torch.equal(
             policy.priorities(replace(alone, queries=alone.queries[..., W - 1 - last :, :]))[0], together[row]
@@ -338,7 +338,7 @@ def test_a_policy_under_another_sees_what_it_asks_for_and_has_its_budget(name):
 def test_an_error_in_an_object_that_is_called_names_its_class():
     step = Step(*(torch.zeros(1, 1, 4) for _ in range(8)))
     with pytest.raises(PolicyError, match=r"^InTwoParts fails: AssertionError"):
-        calling(make_policy("criticalkv", by="h2o").retention(2, 0).rule.priority_fn, step)
+        call_policy(make_policy("criticalkv", by="h2o").retention(2, 0).rule.priority_fn, step)
 
 
 def test_of_equal_priorities_criticalkv_evicts_the_oldest_whatever_the_order_of_columns():

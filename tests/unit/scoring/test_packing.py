@@ -12,7 +12,9 @@ from a2sf.scoring.passes.packing import SHARE_AT_LEAST, Item, Pack, pack
 # few token ids, so that beginnings coincide
 tokens = st.lists(st.integers(0, 1), min_size=1, max_size=40).map(tuple)
 items = st.lists(
-    st.builds(lambda t, key, certain: Item(t, key, certain + 5 * key), tokens, st.integers(0, 2), st.integers(1, 12)),
+    st.builds(
+        lambda t, key, shareable: Item(t, key, shareable + 5 * key), tokens, st.integers(0, 2), st.integers(1, 12)
+    ),
     min_size=1,
     max_size=20,
 ).map(lambda found: [Item(i.tokens, i.key, {0: 4, 1: 9, 2: 14}[i.key]) for i in found])
@@ -53,7 +55,7 @@ def test_sequences_of_different_keys_share_only_what_is_certain(items: Sequence[
             for b, j in enumerate(row.items):
                 shared = sum(row.length[s] for s in set(row.path[a]) & set(row.path[b]))
                 if items[i].key != items[j].key:
-                    assert shared <= min(items[i].certain, items[j].certain)
+                    assert shared <= min(items[i].shareable, items[j].shareable)
 
 
 def test_equal_keys_share_the_whole_beginning():

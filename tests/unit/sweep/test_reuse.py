@@ -143,10 +143,10 @@ def test_a_checkpoint_of_an_earlier_version_is_read_and_removed(runner, monkeypa
     file.unlink()
     file.with_name(f"{one.tail.removesuffix(one.id)}{one.id[:DIGITS]}.json").write_text(json.dumps(body))
     passes: list[int] = []
-    from a2sf.scoring.passes import run as scoring
+    from a2sf.scoring.passes import looks
 
-    read = scoring.logits_in_parts
-    monkeypatch.setattr(scoring, "logits_in_parts", lambda *a, **k: (passes.append(1), read(*a, **k))[1])
+    read = looks.logits_in_parts
+    monkeypatch.setattr(looks, "logits_in_parts", lambda *a, **k: (passes.append(1), read(*a, **k))[1])
     assert run(runner, one).status == "done"
     assert marked in kept[one.tail]
     assert len(passes) < 2  # of two passes one was kept

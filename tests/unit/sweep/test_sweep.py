@@ -25,6 +25,7 @@ from a2sf.hf.loading import ModelSpec, fingerprint
 from a2sf.policies.budget import Budget
 from a2sf.policies.find import find_policies
 from a2sf.report.page.page import read_failures
+from a2sf.scoring.passes import looks
 from a2sf.scoring.passes import run as scoring
 from a2sf.store.runs import is_cell, load_sweep, tail_of
 from a2sf.sweep import group
@@ -130,7 +131,7 @@ def test_nan_in_the_weights_is_a_failure_that_names_the_layer(runner, little):
 
 
 def test_out_of_memory_halves_the_batch(runner, monkeypatch):
-    sizes, read = [], scoring.logits_in_parts
+    sizes, read = [], looks.logits_in_parts
 
     def crowded(*arguments, input_ids, **more):
         sizes.append(input_ids.shape[1])
@@ -138,7 +139,7 @@ def test_out_of_memory_halves_the_batch(runner, monkeypatch):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return read(*arguments, input_ids=input_ids, **more)
 
-    monkeypatch.setattr(scoring, "logits_in_parts", crowded)
+    monkeypatch.setattr(looks, "logits_in_parts", crowded)
     assert run(runner, cell()).status == "done"
     assert sizes[0] > 30 >= max(sizes[-3:])
 
@@ -279,13 +280,13 @@ def test_a_damaged_checkpoint_counts_for_nothing(runner, monkeypatch):
 
 
 def test_the_sum_over_a_sweep_is_what_was_computed(runner, monkeypatch):
-    read, tokens = scoring.logits_in_parts, []
+    read, tokens = looks.logits_in_parts, []
 
     def counting(*arguments, input_ids, **more):
         tokens.append(input_ids.shape[1])
         return read(*arguments, input_ids=input_ids, **more)
 
-    monkeypatch.setattr(scoring, "logits_in_parts", counting)
+    monkeypatch.setattr(looks, "logits_in_parts", counting)
     assert {o.status for o in runner.run([cell("full"), cell("h2o"), cell("a2sf")])} == {"done"}
     timings = [s.result["timing"] for s in load_sweep(runner.directory)]
     assert sum(t["computed_tokens"] for t in timings) == pytest.approx(sum(tokens))

@@ -194,10 +194,10 @@ def test_a_cell_reads_each_text_once(smollm2, tmp_path):
 
 def test_a_long_beginning_is_read_once_although_rows_are_short():
     text = tuple(range(5000))
-    read = [Item((*text, 9000 + i, i), key=0, certain=100) for i in range(300)]
+    read = [Item((*text, 9000 + i, i), key=0, shareable=100) for i in range(300)]
     assert sum(len(row.tokens) for row in pack(read, max_tokens=1000)) == 5000 + 600
     # and not put together where nothing is shared
-    apart = [Item((*text, 9000 + i, i), key=i, certain=100) for i in range(3)]
+    apart = [Item((*text, 9000 + i, i), key=i, shareable=100) for i in range(3)]
     assert [len(row.tokens) for row in pack(apart, max_tokens=1000)] == [5002] * 3
 
 

@@ -1,7 +1,7 @@
-"""The caches of one layer's attention: in memory allocated once where a backend has some, else as a state.
+"""The cache of one attention of a layer (`AttentionCache`), which consists of caches of some KV heads (`HeadsCache`).
 
-Memory is used from the end of a prompt on, for rules that the compiled kernel supports. Elsewhere the state is handed from
-call to call. Heads that hold more tokens than others have memory of their own. Shapes as in `a2sf.engine.state`.
+Once the prompt is read, tokens are cached in memory that is allocated once, if a backend has such memory for the rule
+(`a2sf.engine.kernels.new_cache`). Else an `EvictionState` goes from call to call. Shapes as in `a2sf.engine.state`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from a2sf.engine.kernels import CacheShape, TokenCache, attend, new_cache, note
+from a2sf.engine.kernels import CacheShape, TokenCache, attend, new_cache, note_backend
 from a2sf.engine.retention import BatchRetention, full_heads_of
-from a2sf.engine.state import Attended, EvictionState, Options, Segments, remembered
+from a2sf.engine.state import Attended, EvictionState, Options, Segments, remembered, rounded_slots
 from a2sf.errors import UserError
 from a2sf.policies.base import UNLIMITED
 from a2sf.policies.rotary import Projection, Rotary
@@ -44,7 +44,7 @@ class NewTokens:
 
 
 @dataclass
-class How:
+class LayerSettings:
     """How a layer's attention is computed; `PrunedCache` sets what is the model's, `rotary` and `projection`, in each call.
 
     Attributes:
@@ -70,7 +70,7 @@ class How:
         return Options(scale, return_state=True, trace=self.trace, **known)  # type: ignore[arg-type]
 
 
-class Store:
+class HeadsCache:
     """The cache of some KV heads of an attention: of all, or of those that hold about the same number of tokens.
 
     Args:
@@ -79,13 +79,13 @@ class Store:
         group: query heads of each.
     """
 
-    def __init__(self, heads: Tensor, retention: BatchRetention, how: How, group: int) -> None:
-        self.heads, self.retention, self.how, self.group = heads, retention, how, group
+    def __init__(self, heads: Tensor, retention: BatchRetention, settings: LayerSettings, group: int) -> None:
+        self.heads, self.retention, self.settings, self.group = heads, retention, settings, group
         self.queries = (heads[:, None] * group + torch.arange(group)).flatten()  # the query heads that read them
         # either memory or state is what is cached; the memory is reused after a state was made of it
         self._memory: TokenCache | None = None
         self._state: EvictionState | None = None
-        self._slots = self._held = 0  # allocated slots, and the most cached tokens of any head
+        self._slots = self._held = 0  # slots allocated for each head, and cached tokens of the fullest head
         self._rule = retention.rule  # the policy's; what is retained after a prompt may follow a simpler one
 
     @property
@@ -101,26 +101,26 @@ class Store:
         return int(state.counts.sum()) * sum(x.shape[-1] * x.itemsize for x in (state.keys, state.values))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, new: NewTokens, scale: float) -> Attended:
-        """Insert, attend, score and evict the call's tokens; `end_call` is to follow."""
-        if new.columns == 1 and self._state is None and self._memory is not None and not self.how.trace:
+        """Insert, attend, score and evict the call's tokens; the caller then calls `end_call`."""
+        if new.columns == 1 and self._state is None and self._memory is not None and not self.settings.trace:
             now = self.retention.after(new.after)
             self._held = min(now.most, self._held + 1)
             memory = self._make_room(self._held, key, value, None, self.retention.most)
-            note(memory.backend)
+            note_backend(memory.backend)
             return Attended(memory.attend(query, key, value, now, scale=scale, lengths=new.length))
         before = None if self._state is None and self._memory is None else self.state()
         segments = Segments.of_rows(self.retention, new.length, new.start)
-        options = self.how.options(scale)
-        attended = attend(query, key, value, segments, options, before, backend=self.how.backend)
+        options = self.settings.options(scale)
+        attended = attend(query, key, value, segments, options, before, backend=self.settings.backend)
         self._state = attended.state
         return attended
 
-    def end_call(self, seen: Tensor, more: int | None) -> None:
+    def end_call(self, seen: Tensor, to_come: int | None) -> None:
         """After a call, move the state into memory, where there is some for it.
 
         Args:
             seen: int64 [B], tokens of each row so far.
-            more: how many tokens may follow, if that is known.
+            to_come: how many tokens may follow; None: not known.
         """
         state = self._state
         if state is None:
@@ -130,15 +130,17 @@ class Store:
         fixed = retention.across_heads and retention.schedule.then != "keep"
         if retention.schedule.prompt and not fixed and retention.prompts_read(seen):
             self.retention = retention.after_prompt()
-        if new_cache(self.retention, state.keys, self.how.backend) is None:
+        if new_cache(self.retention, state.keys, self.settings.backend) is None:
             self._memory = None
             return
         self._state = None  # first, so that less memory is in use when more is allocated
         self._held = state.most
         if self._held > self._slots:
             self._memory = None
-        most = self.retention.after(seen + more).most if more else self.retention.most
-        self._make_room(self._held, state.keys, state.values, more, most).load(state, self.retention.forgetting_factor)
+        most = self.retention.after(seen + to_come).most if to_come else self.retention.most
+        self._make_room(self._held, state.keys, state.values, to_come, most).load(
+            state, self.retention.forgetting_factor
+        )
 
     def state(self) -> EvictionState:
         """What is cached, in canonical form."""
@@ -158,20 +160,20 @@ class Store:
         elif self._memory is not None:
             self._memory.reorder(rows)
 
-    def _make_room(self, need: int, key: Tensor, value: Tensor, more: int | None, most: int) -> TokenCache:
-        """Memory with `need` slots: allocated once where the budget or `more` bounds them, else whenever they are full.
+    def _make_room(self, need: int, key: Tensor, value: Tensor, to_come: int | None, most: int) -> TokenCache:
+        """Memory with `need` slots: allocated once where the budget or `to_come` bounds them, else whenever they are full.
 
         Args:
-            most: slots that the budget allows; where it grows, after `more` tokens, or without a bound.
+            most: slots that the budget allows; where it grows, after `to_come` tokens, or without a bound.
         """
         if self._memory is not None and need <= self._slots:
             return self._memory
-        make = new_cache(self.retention, key, self.how.backend)
+        make = new_cache(self.retention, key, self.settings.backend)
         assert make is not None
-        if more:
-            self._slots = max(need, min(most, need + more))
+        if to_come:
+            self._slots = max(need, min(most, need + to_come))
         elif most < UNLIMITED and self._memory is None:
-            self._slots = max(need, min(most, self.how.positions))
+            self._slots = max(need, min(most, self.settings.positions))
         else:
             self._slots = max(need, min(most, need + max(GROWTH, need // 2)))
         sizes = len(self.retention.budget), len(self.heads), self.group, self._slots, key.shape[-1], value.shape[-1]
@@ -182,59 +184,59 @@ class Store:
         return grown
 
 
-class Slots:
-    """The cache of one attention of a layer, in one `Store` or in several.
+class AttentionCache:
+    """The cache of one attention of a layer, in one `HeadsCache` or in several.
 
     Heads that retain everything are stored separately. After a prompt's cut that shifts slots between heads, those with
     about the same number of tokens are stored together, so that no head takes the memory of a larger one.
     """
 
-    def __init__(self, retention: BatchRetention, how: How) -> None:
-        self.retention, self.how = retention, how
+    def __init__(self, retention: BatchRetention, settings: LayerSettings) -> None:
+        self.retention, self.settings = retention, settings
         self.heads = self.group = 0  # KV heads, and query heads of each
-        self._stores: list[Store] = []
-        self._back = torch.empty(0)  # where each KV head is among those of all stores
+        self._caches: list[HeadsCache] = []
+        self._head_order = torch.empty(0)  # int64 [K], where each KV head is among those of all `_caches`
         self._evicted: list[Tensor] = []
         self._cuts: list[Tensor] = []
         self._columns = 0
-        self._cut = False  # whether the heads are stored as the prompt's cut left them
+        self._arranged_after_cut = False  # whether the heads are stored as the prompt's cut left them
 
     @property
     def nbytes(self) -> int:
-        return sum(s.nbytes for s in self._stores)
+        return sum(s.nbytes for s in self._caches)
 
     @property
     def cached_nbytes(self) -> int:
-        return sum(s.cached_nbytes for s in self._stores)
+        return sum(s.cached_nbytes for s in self._caches)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, new: NewTokens, scale: float, more: int | None
+        self, query: Tensor, key: Tensor, value: Tensor, new: NewTokens, scale: float, to_come: int | None
     ) -> Tensor:
-        """Insert, attend, score and evict the call's tokens, [B, H, T, V]; `more` as for `PrunedLayer.attend`."""
-        if not self._stores:
+        """Insert, attend, score and evict the call's tokens, [B, H, T, V]; `to_come` as for `PrunedLayer.attend`."""
+        if not self._caches:
             self.heads, self.group = key.shape[1], query.shape[1] // key.shape[1]
             self._arrange([torch.arange(self.heads)])
-        if len(self._stores) == 1:
-            ran = [self._stores[0].attend(query, key, value, new, scale)]
+        if len(self._caches) == 1:
+            ran = [self._caches[0].attend(query, key, value, new, scale)]
             output = ran[0].output
         else:
             ran = []
             output = query.new_empty(*query.shape[:3], value.shape[-1])
-            for store in self._stores:
+            for cache in self._caches:
                 ran.append(
-                    store.attend(query[:, store.queries], key[:, store.heads], value[:, store.heads], new, scale)
+                    cache.attend(query[:, cache.queries], key[:, cache.heads], value[:, cache.heads], new, scale)
                 )
-                output[:, store.queries] = ran[-1].output
-        if self.how.trace:
-            self._note(ran)
+                output[:, cache.queries] = ran[-1].output
+        if self.settings.trace:
+            self._record(ran)
         self._columns += new.columns
-        self._end_call(new.after, more)
+        self._end_call(new.after, to_come)
         return output
 
     def state(self) -> EvictionState:
         """What is cached, in canonical form."""
         return EvictionState.join_heads(
-            [s.state() for s in self._stores], self._back if len(self._stores) > 1 else None
+            [s.state() for s in self._caches], self._head_order if len(self._caches) > 1 else None
         )
 
     def check(self, state: EvictionState) -> None:
@@ -244,8 +246,8 @@ class Slots:
     def load(self, state: EvictionState) -> None:
         """Continue from a state with as many rows, instead of what is cached."""
         self._arrange([torch.arange(self.heads)])
-        for store in self._stores:
-            store.load(state.heads(store.heads).trim().contiguous())
+        for cache in self._caches:
+            cache.load(state.heads(cache.heads).trim().contiguous())
         self._end_call(state.seen, None)
 
     def evicted(self) -> Tensor:
@@ -263,11 +265,11 @@ class Slots:
             new, old = (rows[:, None] == cuts[:, 0]).nonzero(as_tuple=True)
             self._cuts[i] = torch.cat([new[:, None], cuts[old, 1:]], 1)
         self.retention = self.retention.select(rows)
-        for store in self._stores:
-            store.select(rows)
+        for cache in self._caches:
+            cache.select(rows)
 
     def _arrange(self, groups: list[Tensor]) -> None:
-        """Make empty stores, one for each group of heads; heads that retain everything have stores of their own."""
+        """Make empty caches, one for each group of heads; heads that retain everything have caches of their own."""
         rule = self.retention.rule
         # a policy's own function may look at all heads
         full_heads = [] if rule.calls else full_heads_of(rule, self.heads)
@@ -275,43 +277,37 @@ class Slots:
         full[full_heads] = True
         everything, others = self.retention.unlimited(ACCUMULATED), self.retention
         others = replace(others, rule=replace(rule, full_heads=())) if full_heads else others
-        self._stores, self._cut = [], False
+        self._caches, self._arranged_after_cut = [], False
         for heads in groups:
             for retention, some in ((everything, heads[full[heads]]), (others, heads[~full[heads]])):
                 if len(some):
                     if retention.prepared is not None:
                         retention = replace(retention, prepared=retention.prepared[:, some])
-                    self._stores.append(Store(some, retention, self.how, self.group))
-        self._back = torch.cat([s.heads for s in self._stores]).argsort()
+                    self._caches.append(HeadsCache(some, retention, self.settings, self.group))
+        self._head_order = torch.cat([s.heads for s in self._caches]).argsort()
 
-    def _end_call(self, seen: Tensor, more: int | None) -> None:
-        if self.retention.across_heads and not self._cut and self.retention.prompts_read(seen):
-            state = self._stores[0].state()
-            sizes = _rounded(state.counts.amax(0).cpu())
+    def _end_call(self, seen: Tensor, to_come: int | None) -> None:
+        if self.retention.across_heads and not self._arranged_after_cut and self.retention.prompts_read(seen):
+            state = self._caches[0].state()
+            sizes = rounded_slots(state.counts.amax(0).cpu())
             if len(sizes.unique()) > 1:
                 self._arrange([(sizes == n).nonzero()[:, 0] for n in sizes.unique()])
-                for store in self._stores:
-                    store.load(state.heads(store.heads).trim().contiguous())
-            self._cut = True
-        for store in self._stores:
-            store.end_call(seen, more)
+                for cache in self._caches:
+                    cache.load(state.heads(cache.heads).trim().contiguous())
+            self._arranged_after_cut = True
+        for cache in self._caches:
+            cache.end_call(seen, to_come)
 
-    def _note(self, ran: list[Attended]) -> None:
+    def _record(self, ran: list[Attended]) -> None:
         evicted, cuts = [], []
-        for store, attended in zip(self._stores, ran, strict=True):
+        for cache, attended in zip(self._caches, ran, strict=True):
             assert attended.evicted is not None
             assert attended.cuts is not None
             evicted.append(attended.evicted.cpu())
             row, head, column, position = attended.cuts.cpu().unbind(1)
-            cuts.append(torch.stack([row, store.heads[head], column + self._columns, position], 1))
-        self._evicted.append(torch.cat(evicted, 1)[:, self._back])
+            cuts.append(torch.stack([row, cache.heads[head], column + self._columns, position], 1))
+        self._evicted.append(torch.cat(evicted, 1)[:, self._head_order])
         self._cuts.append(torch.cat(cuts))
-
-
-def _rounded(slots: Tensor) -> Tensor:
-    """Numbers of slots, rounded up to few different numbers: to multiples of 16, or by an eighth at most."""
-    unit = 2 ** (slots.clamp(min=1).double().log2().floor().long() - 3).clamp(min=4)
-    return (slots + unit - 1) // unit * unit
 
 
 def check_state(retention: BatchRetention, state: EvictionState) -> None:
