@@ -11,7 +11,7 @@ from a2sf import Budget, attend
 from a2sf.hf.settings import retention_of
 from a2sf.scoring.passes.full_cache_prefix import cached_tokens, full_cache_prefix, pruned_scores
 from a2sf.scoring.passes.packing import pack
-from a2sf.scoring.passes.sequences import Model, ScoredSequence, pass_of
+from a2sf.scoring.passes.sequences import PassSettings, ScoredSequence, pass_of
 from baselines.full import Full
 from tests.policies import cases, label, tiered
 from tests.tiers import examples
@@ -65,7 +65,9 @@ def check_packed_is_alone(drawn, max_tokens):
     for row in pack([r.item() for r in todo], max_tokens=max_tokens):
         seen += row.items
         # a layer without rotary embedding or projection, as for `attend`
-        made = pass_of(row, todo, Model(LAYERS, True, "torch", torch.device("cpu"), [None] * LAYERS, [None] * LAYERS))
+        made = pass_of(
+            row, todo, PassSettings(LAYERS, True, "torch", torch.device("cpu"), [None] * LAYERS, [None] * LAYERS)
+        )
         for layer in range(LAYERS):
             packed = made.attend(layer, *vectors(row.tokens, row.positions), SIZE**-0.5, None)
             for which, i in enumerate(row.items):
