@@ -108,8 +108,9 @@ def aggregates(
         Rows with those columns of `table` that apply, and `members`; and a sentence for each group with missing results.
     """
     same = [c for c in same if c in table]
+    # no "\0": pandas before 3.1 groups texts by what comes before it
     keys = pd.Series(
-        ["\0".join(map(str, row)) for row in table[same].itertuples(index=False)], table.index, dtype=object
+        ["\x1f".join(map(str, row)) for row in table[same].itertuples(index=False)], table.index, dtype=object
     )
     definitions = table["definition"] if "definition" in table else [None] * len(table)
     places = [
