@@ -33,7 +33,7 @@ GPU_VERSION = 4
 CUT_VERSION = 2
 """The same for policies from outside this package whose cut after the prompt uses more than attention, or divides slots."""
 CONTEXT_VERSION = 2
-"""The same for texts under a cut of the context that further evictions follow, if the policy looks at the context."""
+"""The same for generated texts whose context is cut, and tokens evicted further, by a policy that looks at the context."""
 LAYERS_VERSION = 2
 """The same for policies that divide slots among layers, in models that mix full attention with sliding windows."""
 
@@ -95,12 +95,12 @@ class Cell:
             **({"generation": GENERATION_VERSION} if self.spec.generates else {}),
             **({"drawn_with": self.seed} if self.spec.generates and self._draws else {}),
             **({"fewshot": FEWSHOT_VERSION} if self.shots else {}),
-            **self._versions_of_few,
+            **self._versions_of_kinds,
         }
 
     @property
-    def _versions_of_few(self) -> dict[str, int]:
-        """Versions of what moved the numbers of few kinds of cells, so that the results of all others are reused."""
+    def _versions_of_kinds(self) -> dict[str, int]:
+        """Versions that only some kinds of cells have, so that a change to these leaves the results of all others valid."""
         versions: dict[str, int] = {}
         schedule = self.schedule
         evicts_again = schedule is not None and schedule.before_question and schedule.then != "keep"

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
@@ -116,6 +117,12 @@ def budget_kind(label: str) -> tuple[str, str]:
     """The number of a budget that `budget_label` wrote, and its kind, a key of `BUDGET_KINDS`."""
     number, _, base = label.partition(" of ")
     return (label.removesuffix(" tokens"), "tokens") if label.endswith(" tokens") else (number, base or "total")
+
+
+def budget_axis(labels: Iterable[str]) -> tuple[str, set[str]]:
+    """The title of an axis of budgets, and the kinds that these have."""
+    kinds = {budget_kind(label)[1] for label in labels}
+    return f"budget ({BUDGET_KINDS[min(kinds)]})" if len(kinds) == 1 else "budget", kinds
 
 
 def first_number(value: Any) -> float:

@@ -21,7 +21,7 @@ from a2sf.engine.state import Attended, AttentionCall, EvictionState, Options, S
 from a2sf.errors import ConfigError, Notice, UnsoundKernelError, UserError, nearest
 
 BACKENDS = tuple(b.name for b in REGISTRY if b.selectable)
-_collecting: ContextVar[tuple[set[str], ...]] = ContextVar("listening", default=())
+_collecting: ContextVar[tuple[set[str], ...]] = ContextVar("collecting", default=())
 
 
 @contextmanager

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-import weakref
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from a2sf.errors import UserError
-from a2sf.hf.attention.masks import CACHE_NAMES
+from a2sf.hf.calls.wrapped import Wrapped, cache_in
 
 NAME = "prepare_inputs_for_generation"
 
@@ -34,38 +31,20 @@ class RemembersText(Protocol):
         ...
 
 
-class Preparing:
-    """The `prepare_inputs_for_generation` of a pruned model: the model's own, after a check of what was read.
-
-    It is an attribute of the model.
-
-    Args:
-        own: the attribute's earlier value; None: there was none, and the class's method is called.
-    """
+class Preparing(Wrapped):
+    """The `prepare_inputs_for_generation` of a pruned model: the model's own, after a check of what was read."""
 
     def __init__(self, model: PreTrainedModel, own: Callable[..., Any] | None = None) -> None:
-        self._model, self._own = weakref.ref(model), own  # a reference would keep a model until it is collected
+        super().__init__(model, own)
         self.__signature__ = inspect.signature(own or getattr(model, NAME))
         self._names = list(self.__signature__.parameters)
 
-    def _prepared(self) -> PreTrainedModel:
-        model = self._model()
-        if model is None:
-            raise UserError("this model is a shallow copy of one that no longer exists; copy models by copy.deepcopy")
-        return model
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Preparing, (self._prepared(), self._own)
-
-    def __deepcopy__(self, memo: dict[Any, Any]) -> Preparing:
-        return Preparing(copy.deepcopy(self._prepared(), memo), copy.deepcopy(self._own, memo))
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         named = dict(zip(self._names, args, strict=False)) | kwargs
-        cache = next((named[n] for n in CACHE_NAMES if named.get(n) is not None), None)
+        cache = cache_in(named)
         if isinstance(cache, RemembersText) and cache.begins_turn and _is_whole(named, cache.columns):
             cache.check_again(named["input_ids"], named.get("attention_mask"))
-        model = self._prepared()
+        model = self._of()
         return (self._own or getattr(type(model), NAME).__get__(model))(*args, **kwargs)
 
 

@@ -31,6 +31,7 @@ from a2sf.hf.calls.chunks import ModelCall, columns, joined, splits
 from a2sf.hf.calls.logits import check_output
 from a2sf.hf.calls.read_tokens import ReadTokens
 from a2sf.hf.calls.tokens import check_positions, tokens_of
+from a2sf.hf.calls.wrapped import Wrapped, cache_in
 
 
 @runtime_checkable
@@ -78,19 +79,16 @@ class Scope(Protocol):
         ...
 
 
-class Around:
+class Around(Wrapped):
     """The `forward` of a pruned model: calls with a bounded cache, or in a scope, are passes; others are the model's own.
 
     It is an attribute of the model, as accelerate's is for models on several devices, so that a pass ends with the call,
     however that ends: PyTorch runs no hooks after Ctrl-C, nor after another hook that fails. The data of a call are in the
     call's own context.
-
-    Args:
-        own: the attribute's earlier value; None: there was none, and the class's method is called.
     """
 
     def __init__(self, model: PreTrainedModel, own: Callable[..., Any] | None = None) -> None:
-        self._model, self._own = weakref.ref(model), own  # a reference would keep a model until it is collected
+        super().__init__(model, own)
         method = type(model).forward
         self.__name__, self.__doc__ = "forward", method.__doc__
         self.__signature__ = inspect.signature(own or MethodType(method, model))
@@ -98,17 +96,8 @@ class Around:
         self._cache_name = _cache_name(self._names)
         self._configs: Configs | None = None
 
-    def _surrounded(self) -> PreTrainedModel:
-        model = self._model()
-        if model is None:
-            raise UserError("this model is a shallow copy of one that no longer exists; copy models by copy.deepcopy")
-        return model
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Around, (self._surrounded(), self._own)
-
     def __deepcopy__(self, memo: dict[Any, Any]) -> Around:
-        model = self._surrounded()
+        model = self._of()
         twin = copy.deepcopy(model, memo)
         for cache in memo.pop(_copies_of(model), ()):
             cache.belongs_to(twin)
@@ -116,12 +105,12 @@ class Around:
 
     @torch.compiler.disable(recursive=False)  # its decisions are no part of a compiled graph
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self._surrounded()
+        model = self._of()
         own = self._own or MethodType(type(model).forward, model)
         if any(m is model for m in _inside.get()):
             return own(*args, **kwargs)
         named = dict(zip(self._names, args, strict=False)) | kwargs
-        cache = next((named[n] for n in CACHE_NAMES if named.get(n) is not None), None)
+        cache = cache_in(named)
         scopes = [s for of, s in _scopes.innermost_first() if of is model]
         scope = scopes[0] if scopes else None
         if scope is not None:

@@ -13,7 +13,7 @@ from a2sf.analysis.comparisons.fidelity import MEASURES
 from a2sf.analysis.comparisons.pairs import Comparison
 from a2sf.analysis.results.chance import chance_levels
 from a2sf.analysis.results.grid import AVERAGE, Grid, SystemResults
-from a2sf.analysis.results.labels import BUDGET_KINDS, DASH, budget_kind
+from a2sf.analysis.results.labels import DASH, budget_axis
 from a2sf.analysis.statistics.intervals import Estimate
 from a2sf.errors import UserError
 from a2sf.report.lengths import length_points
@@ -113,8 +113,7 @@ def chart_data(
 
 def _budget_axis(systems: list[dict[str, Any]]) -> dict[str, Any]:
     """The title of the axis of budgets, and whether these are places side by side: tokens, or budgets of several kinds."""
-    kinds = {budget_kind(s["budget"])[1] for s in systems if not s["full"]}
-    title = f"budget ({BUDGET_KINDS[min(kinds)]})" if len(kinds) == 1 else "budget"
+    title, kinds = budget_axis(s["budget"] for s in systems if not s["full"])
     return {"title": title, "categories": len(kinds) > 1 or "tokens" in kinds}
 
 

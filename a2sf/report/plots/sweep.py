@@ -21,7 +21,7 @@ from matplotlib.font_manager import FontProperties
 from a2sf.analysis.comparisons.fidelity import MEASURES, fidelity_frame
 from a2sf.analysis.results.chance import chance_levels
 from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, Grid, SystemResults
-from a2sf.analysis.results.labels import BUDGET_KINDS, budget_kind
+from a2sf.analysis.results.labels import budget_axis, budget_kind
 from a2sf.analysis.statistics.intervals import Estimate
 from a2sf.report.lengths import length_figure
 from a2sf.report.plots.lines import (
@@ -264,10 +264,9 @@ def _ticks(systems: list[SystemResults]) -> dict[str, float]:
 
 
 def _budget_axis(axis: Axes, ticks: dict[str, float]) -> None:
-    found = [budget_kind(b) for b in ticks]
-    of_one_kind = len({kind for _, kind in found}) == 1
-    axis.set_xticks(list(ticks.values()), [number for number, _ in found] if of_one_kind else list(ticks))
-    axis.set_xlabel(f"budget ({BUDGET_KINDS[found[0][1]]})" if of_one_kind else "budget")
+    title, kinds = budget_axis(ticks)
+    axis.set_xticks(list(ticks.values()), [budget_kind(b)[0] for b in ticks] if len(kinds) == 1 else list(ticks))
+    axis.set_xlabel(title)
 
 
 def _level(axis: Axes, part: Grid, column: str) -> None:
