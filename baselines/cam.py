@@ -17,6 +17,7 @@ from torch import Tensor
 
 from a2sf.errors import ConfigError
 from a2sf.policies.base import Policy, Retention, check_seed, check_tokens
+from a2sf.policies.ranking import of_columns
 from a2sf.policies.rule import Step
 from baselines.by import Built
 from baselines.random import Draw
@@ -83,14 +84,10 @@ class CaM(Built):
         heads = torch.arange(K, device=order.device)[:, None] * HEADS + step.layer * LAYERS
         drawn = Draw(self.seed)(step.keys, step.values, positions.gather(2, evicted_first) + heads)
         merges = real.any(-1) & (scores.gather(2, evicted_first) >= drawn * mean) & (mean > 0)
-        V = step.values.shape[-1]
-        share = (
-            step.values.gather(2, order.gather(2, evicted_first)[..., None].expand(-1, -1, -1, V)) / parts[..., None]
-        )
-        share = share * merges[..., None]
+        share = of_columns(step.values, order.gather(2, evicted_first)) / parts[..., None] * merges[..., None]
         # as a product: which retained tokens get a part of which evicted ones, [B, K, retained, evicted]
         retained_first = retained_first[..., : int(number.max())]
         place = torch.arange(retained_first.shape[-1], device=order.device)[:, None]
         gets = (place >= before[:, :, None]) & (place < (before + real.sum(-1))[:, :, None])
-        at = order.gather(2, retained_first)[..., None].expand(-1, -1, -1, V)
+        at = order.gather(2, retained_first)[..., None].expand(-1, -1, -1, step.values.shape[-1])
         return step.values.scatter_add(2, at, gets.to(share.dtype) @ share)

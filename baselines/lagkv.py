@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from a2sf.policies.base import Policy, Retention, check_tokens
+from a2sf.policies.ranking import of_columns
 from a2sf.policies.rule import Step
 
 
@@ -69,14 +70,12 @@ def _of_pieces(numbers: Tensor, piece: Tensor, how: str) -> Tensor:
 def _spread(keys: Tensor, values: Tensor, piece: Tensor, inside: Tensor) -> Tensor:
     """The standard deviation over channels, scaled by the next piece, as a softmax over the piece: keys' plus values'."""
     x = torch.cat([keys, values], -1)
-    next_piece = (piece + 1)[..., None].expand_as(x)
-    low = _of_pieces(x.where(inside[..., None], torch.inf), piece, "amin").gather(2, next_piece)
-    high = _of_pieces(x.where(inside[..., None], -torch.inf), piece, "amax").gather(2, next_piece)
+    low = of_columns(_of_pieces(x.where(inside[..., None], torch.inf), piece, "amin"), piece + 1)
+    high = of_columns(_of_pieces(x.where(inside[..., None], -torch.inf), piece, "amax"), piece + 1)
     scaled = ((x - low) / (high - low)).where(high > low, 0)  # 0 where the next piece has less than two tokens left
     spread = torch.stack([part.std(-1) for part in scaled.split([keys.shape[-1], values.shape[-1]], -1)], -1)
-    same = piece[..., None].expand_as(spread)
-    spread = (spread - _of_pieces(spread, piece, "amax").gather(2, same)).exp()
-    return (spread / _of_pieces(spread, piece, "sum").gather(2, same)).sum(-1)
+    spread = (spread - of_columns(_of_pieces(spread, piece, "amax"), piece)).exp()
+    return (spread / of_columns(_of_pieces(spread, piece, "sum"), piece)).sum(-1)
 
 
 def _rank(score: Tensor, piece: Tensor, positions: Tensor) -> Tensor:

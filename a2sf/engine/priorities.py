@@ -16,7 +16,7 @@ from torch import Tensor
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import LATE, Options
 from a2sf.errors import PolicyError, UserError, definition, first_line, place
-from a2sf.policies.ranking import data_priorities
+from a2sf.policies.ranking import data_priorities, of_columns
 from a2sf.policies.rule import AttentionRows, Rule, Step, TokenFn
 
 SHARE = 1 - 1e-5
@@ -184,14 +184,9 @@ def step_by_position(step: Step) -> tuple[Step, Tensor]:
         columns = {name: x[:, :, :n].contiguous() for name, x in columns.items()}
         probabilities = step.probabilities[..., :n].contiguous()
     else:
-        columns = {name: _of_columns(x, order) for name, x in columns.items()}
-        probabilities = _of_columns(step.probabilities.transpose(2, 3), order).transpose(2, 3).contiguous()
+        columns = {name: of_columns(x, order) for name, x in columns.items()}
+        probabilities = of_columns(step.probabilities.transpose(2, 3), order).transpose(2, 3).contiguous()
     return replace(step, probabilities=probabilities, queries=queries, **columns), order
-
-
-def _of_columns(x: Tensor, order: Tensor) -> Tensor:
-    """The columns `order` [B, K, n] of `x` [B, K, N] or [B, K, N, ...]."""
-    return x.gather(2, order if x.ndim == 3 else order[..., None].expand(*order.shape, x.shape[-1]))
 
 
 def _tensors(step: Step | AttentionRows) -> dict[str, Tensor]:

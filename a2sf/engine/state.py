@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from a2sf.engine.retention import BatchRetention
+from a2sf.policies.ranking import of_columns
 from a2sf.policies.rotary import Projection, Rotary
 from a2sf.policies.rule import ACCUMULATED, Rule
 
@@ -161,19 +162,26 @@ class EvictionState:
     def compact(self, slots: int | None = None) -> EvictionState:
         """Sort the slots by position, the empty ones last and set to 0, and keep the first `slots` (default: as needed)."""
         filled, some_empty = self.positions >= 0, True
+        by_position, in_order = self.positions.where(filled, LATE), False
         if slots is None and self.positions.numel():
             least, most = (int(n) for n in filled.sum(-1).aminmax())
             slots, some_empty = max(1, most), least < max(1, most)
-        order = self.positions.where(filled, LATE).argsort(dim=-1)[:, :, :slots]
-        positions = self.positions.gather(2, order)
-
-        def ordered(x: Tensor) -> Tensor:
-            like = (..., *[None] * (x.ndim - 3))
-            taken = x.gather(2, order[like].expand(*order.shape, *x.shape[3:]))
-            return taken.masked_fill_(positions[like] < 0, 0) if some_empty else taken
-
-        numbers = {name: ordered(x) for name, x in self._slots().items() if name != "positions"}
-        return replace(self, positions=positions, **numbers)
+            in_order = bool((by_position[..., 1:] >= by_position[..., :-1]).all())
+        if in_order:  # as after a prompt
+            state = self if slots == filled.shape[-1] else self.trim(slots).contiguous()
+            empty = ~filled[:, :, :slots]
+        else:
+            order = by_position.argsort(dim=-1)[:, :, :slots]
+            state = replace(self, **{name: of_columns(x, order) for name, x in self._slots().items()})
+            empty = state.positions < 0
+        if not some_empty:
+            return state
+        cleared = {
+            name: x.masked_fill(empty[(..., *[None] * (x.ndim - 3))], 0)
+            for name, x in state._slots().items()
+            if name != "positions"
+        }
+        return replace(state, **cleared)
 
     def evict(self, out: Tensor) -> EvictionState:
         """The state without the slots that are True in `out` [B, K, N]."""

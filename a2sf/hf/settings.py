@@ -14,6 +14,11 @@ from a2sf.policies.budget import Budget, check_list, growing, retained
 from a2sf.policies.prepared import Prepared
 from a2sf.policies.schedule import Schedule, schedule_for
 
+RetentionKey = tuple[tuple[int, ...], int | None]
+"""The slots of each layer, and the prompt's tokens where they count: what a layer retains depends on nothing else."""
+MOST_KNOWN = 256
+"""How many retentions of all layers are remembered at a time; each takes some kilobytes."""
+
 
 def check_settings(
     policy: Policy,
@@ -100,12 +105,14 @@ def retention_of(
     schedule: Schedule | None = None,
     prepared: Prepared | None = None,
     acts: tuple[bool, ...] | None = None,
+    known: dict[RetentionKey, tuple[Retention, ...]] | None = None,
 ) -> tuple[Retention, ...]:
     """What each layer retains of a sequence of `total` tokens whose prompt has `context`; `schedule` as in `check_settings`.
 
     Args:
         prepared: what `policy.prepare` returned for the prompt.
         acts: on which layers the policy acts (`global_layers`); None: on all.
+        known: what earlier calls returned that differed in `total`, `context` and `prepared` alone; filled by this one.
 
     Raises:
         UserError: if the policy protects more tokens than the budget holds, or its own code fails.
@@ -115,7 +122,15 @@ def retention_of(
     if budget is not None and budget.grows:
         return growing(policy, budget, layers, schedule, prompt, prepared, acts)
     slots = budget.layer_slots(total, context, layers, prepared) if budget else [1] * layers
-    return tuple(retained(policy, c, i, layers, prompt, prepared, acts) for i, c in enumerate(slots))
+    key = tuple(slots), prompt
+    if known is not None and prepared is None and key in known:
+        return known[key]
+    found = tuple(retained(policy, c, i, layers, prompt, prepared, acts) for i, c in enumerate(slots))
+    if known is not None and prepared is None:
+        if len(known) >= MOST_KNOWN:
+            known.clear()
+        known[key] = found
+    return found
 
 
 def contexts_of(given: int | Sequence[int] | None) -> int | list[int] | None:

@@ -1,4 +1,4 @@
-"""Rankings in torch: the priorities of a rule that is data, of any policy at a step, and sums over pieces of a sequence."""
+"""In torch: the priorities of a rule that is data, of any policy at a step; tokens in another order; sums over pieces."""
 
 from __future__ import annotations
 
@@ -74,3 +74,15 @@ def chunk_sums(numbers: Tensor, positions: Tensor, size: int) -> Tensor:
     chunk = positions.clamp(min=0) // size
     sums = numbers.new_zeros(*numbers.shape[:2], int(chunk.max()) + 1)
     return sums.scatter_add_(2, chunk, numbers).gather(2, chunk)
+
+
+def of_columns(x: Tensor, columns: Tensor) -> Tensor:
+    """Some tokens of each head: `x` [B, K, N, ...] at `columns` int64 [B, K, n], as [B, K, n, ...].
+
+    The same as `gather`, which reads keys and values number by number, and so takes about eight times as long on a CPU.
+    """
+    if x.ndim == 3:
+        return x.gather(2, columns)
+    B, K, N = x.shape[:3]
+    first = torch.arange(B * K, device=x.device).view(B, K, 1) * N
+    return x.flatten(0, 2).index_select(0, (columns + first).flatten()).view(*columns.shape, *x.shape[3:])

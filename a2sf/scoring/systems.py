@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from a2sf.hf.settings import retention_of
+from a2sf.hf.settings import RetentionKey, retention_of
 from a2sf.hf.warned import Warned
 from a2sf.policies.base import Policy, Retention
 from a2sf.policies.budget import Budget
@@ -29,6 +29,9 @@ class System:
     budget: Budget | None
     schedule: Schedule
     acts: tuple[bool, ...] | None = None
+    _known: dict[RetentionKey, tuple[Retention, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def retention(
         self, total: int, context: int, layers: int, prepared: Prepared | None = None
@@ -41,7 +44,10 @@ class System:
         Raises:
             UserError: if the policy protects more tokens than the budget holds.
         """
-        return retention_of(self.policy, self.budget, total, context, layers, self.schedule, prepared, self.acts)
+        # a policy's own code makes a rule for each layer, and many requests have the same numbers
+        return retention_of(
+            self.policy, self.budget, total, context, layers, self.schedule, prepared, self.acts, self._known
+        )
 
     def cuts_by_prompt(self, retention: Sequence[Retention], cut: int, total: int) -> bool:
         """Whether what is retained of `total` tokens depends on what the policy finds in the `cut` first ones.

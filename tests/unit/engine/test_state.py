@@ -41,6 +41,23 @@ def test_compact_sorts_by_position_and_clears_what_is_empty(memory):
     assert state([[[5, -1, 2, 8]]]).compact(2).positions.tolist() == [[[2, 5]]]
 
 
+@pytest.mark.parametrize("spare", [0, 3])
+def test_compact_of_sorted_slots_clears_what_is_empty_and_changes_nothing_else(spare):
+    one = state([[[1, 4, 6], [2, 3, -1]]], memory=True).pad(3 + spare)
+    before = {name: x.clone() for name, x in one.tensors().items()}
+    got = one.compact()
+    assert got.positions.tolist() == [[[1, 4, 6], [2, 3, -1]]]
+    assert got.scores.tolist() == [[[1, 4, 6], [2, 3, 0]]]
+    assert got.keys[0, 1].tolist() == [[2, 20], [3, 30], [0, 0]]
+    assert got.keys.untyped_storage().nbytes() == got.keys.nbytes  # no longer a part of the larger one
+    assert all(torch.equal(x, before[name]) for name, x in one.tensors().items())
+
+
+def test_compact_without_a_token():
+    assert state([[[-1, -1]]]).compact().positions.tolist() == [[[-1]]]
+    assert state([[[]]]).compact().positions.shape == (1, 1, 0)
+
+
 def test_evict_leaves_the_others_in_order():
     out = torch.tensor([[[True, False, False], [False, False, True]]])
     got = state([[[1, 4, 6], [2, 3, 7]]]).evict(out)

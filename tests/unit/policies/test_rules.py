@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from a2sf.engine.state import EvictionState, Options, Segments
 from a2sf.errors import ConfigError
 from a2sf.policies.base import check_name
 from a2sf.policies.find import find_policies
+from a2sf.policies.ranking import of_columns
 from a2sf.policies.rule import Cut
 from a2sf.policies.schedule import schedule_for
 from tests.own_policies import Steady
@@ -415,3 +417,12 @@ def test_what_a_step_shows(schedule, backend):
 
     attend(own(look, memory=1), *tensors(24), budget=5, schedule=schedule, prompt=13, backend=backend)
     assert len(steps) == 24
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 7), (2, 3, 7, 4), (1, 1, 7, 2, 3), (2, 3, 0, 4)])
+def test_tokens_in_another_order_are_what_gather_gives(shape):
+    x = torch.arange(math.prod(shape)).reshape(shape).float()
+    x = torch.cat([x, x], 2)[:, :, : shape[2]]  # a view of a part
+    order = torch.rand(shape[:3]).argsort(-1)[:, :, :5]
+    index = order[(..., *[None] * (x.ndim - 3))].expand(*order.shape, *shape[3:])
+    assert torch.equal(of_columns(x, order), x.gather(2, index))
