@@ -2,24 +2,57 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from a2sf.store.runs import StoredCell
 
 HALF = ("bfloat16", "float16")
 """The dtypes in which rounding can change an answer."""
+COUNTED = re.compile(r"(?P<task>[^:]+): (?P<who>.+?): in (?P<n>\d+) of (?P<of>\d+) requests (?P<rest>.+)")
+"""A note that counts the requests of a cell, as `Counts.unranked_note`."""
 
 
 def notes_of(cells: Iterable[StoredCell]) -> list[str]:
-    """The different notes of some results (`notes` in `result.json`), with the number of cells."""
-    names: dict[str, list[str]] = {}
-    times: dict[str, int] = {}
+    """The different notes of some results (`notes` in `result.json`), with the number of cells.
+
+    Those that count requests and differ in nothing else than the task and the counts are one, with the sum.
+    """
+    said: dict[tuple[str, str], _Said] = {}
     for stored in cells:
         for note in stored.notes:
-            text = note["text"]
-            names.setdefault(text, []).append(stored.path.name)
-            times[text] = times.get(text, 0) + note.get("times", 0)
-    return [f"{text} {_where(names[text], times[text])}" for text in names]
+            found = COUNTED.fullmatch(note["text"])
+            about = (found["who"], found["rest"]) if found else (note["text"], "")
+            one = said.setdefault(about, _Said())
+            one.names.append(stored.path.name)
+            one.times += note.get("times", 0)
+            if found:
+                one.counts.append((found["task"], int(found["n"]), int(found["of"])))
+    return [one.text(*about) for about, one in said.items()]
+
+
+@dataclass
+class _Said:
+    """Where the same was said.
+
+    Attributes:
+        names: the cells.
+        times: how often, of a library's warning.
+        counts: task, requests that it is about, and all requests, of a note that counts them.
+    """
+
+    names: list[str] = field(default_factory=list)
+    times: int = 0
+    counts: list[tuple[str, int, int]] = field(default_factory=list)
+
+    def text(self, who: str, rest: str) -> str:
+        where = _where(self.names, self.times)
+        if not self.counts:
+            return f"{who} {where}"
+        tasks = ", ".join(dict.fromkeys(task for task, _, _ in self.counts))
+        about, requests = (sum(numbers) for numbers in list(zip(*self.counts, strict=True))[1:])
+        return f"{tasks}: {who}: in {about} of {requests} requests {rest} {where}"
 
 
 def rounding_note(cells: Iterable[StoredCell]) -> str | None:

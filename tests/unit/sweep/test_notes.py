@@ -337,6 +337,20 @@ def test_a_budget_that_leaves_no_choice_is_a_note(computed, tmp_path, schedule):
     assert [text.partition(": in ")[2] for of_cell in found[7:] for text in of_cell] == [newest[3:]][: len(of_cut)]
 
 
+def test_notes_that_differ_in_task_and_counts_are_one(computed, tmp_path):
+    rows = [{"goal": "Which one is the longest of them? " * n} for n in (1, 2, 24)]
+    stored = []
+    for name in ("odd", "even"):
+        made = computed(task(tmp_path, rows, name=name), Recent(), Recent(first=2))
+        stored += [write_cell(tmp_path / "s" / c.cell.name, c.result, c.documents, "") for c in made]
+    counted = [text for text in notes_of(stored) if "nothing is ranked" in text]
+    assert [text.partition(" requests")[0] for text in counted] == [
+        f"odd, even: Recent (recent_of_ones_own): in {2 * 4} of {2 * 6}"
+    ] * 2
+    assert ["first and the newest" in text for text in counted] == [False, True]
+    assert all(text.endswith(" the first.)") and "(In 2 cells, " in text for text in counted)
+
+
 @pytest.mark.parametrize("policy", [OddReader(sinks=1), OddLook(sinks=1, recent=2)], ids=["reads", "looks"])
 @pytest.mark.parametrize("writes", [False, True], ids=["choices", "texts"])
 def test_warnings_while_a_prompt_is_prepared_are_notes_of_that_policys_cell(computed, tmp_path, writes, policy):
