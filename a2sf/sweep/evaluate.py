@@ -201,8 +201,12 @@ def _documents(samples: list[dict[str, Any]], task: Any, answers: Answers, draws
         rows = [_text_row(sample, answers, draws) for sample in samples]
         # each filter gives a sample, with its metrics: one row per document holds them all
         return pd.DataFrame(rows).groupby("doc_id", as_index=False).first()
-    rows = [_scored_row(sample, task, answers) for sample in samples]
-    return pd.DataFrame(rows).drop_duplicates("doc_id").sort_values("doc_id", ignore_index=True)
+    # each filter gives a sample, which differs in its metrics alone
+    scored: dict[int, dict[str, Any]] = {}
+    for sample in samples:
+        row = scored.setdefault(sample["doc_id"], {})
+        row |= _metric_columns(sample) if row else _scored_row(sample, task, answers)
+    return pd.DataFrame(scored.values()).sort_values("doc_id", ignore_index=True)
 
 
 def _scored_row(sample: dict[str, Any], task: Any, answers: Answers) -> dict[str, Any]:
@@ -227,12 +231,18 @@ def _scored_row(sample: dict[str, Any], task: Any, answers: Answers) -> dict[str
         "prompt_hash": sample["prompt_hash"],
         "context": arguments[0][0] if len(arguments[0]) > 1 else "",
         "choices": [a[-1] for a in arguments[:n]],
-        "gold": _gold(sample, task) if n > 1 else -1,
+        **(_gold(sample, task) if n > 1 else {"gold": -1}),
         "prediction": max(range(n), key=likelihoods.__getitem__) if n > 1 else -1,
         **{column: values[:n] for column, values in columns.items()},
         **({f"more/{c}": values[n:] for c, values in columns.items()} if n < len(arguments) else {}),
-        **{f"metric/{m}": v for m, v in _numbers(sample, sample["metrics"]).items()},
+        **_metric_columns(sample),
     }
+
+
+def _metric_columns(sample: dict[str, Any]) -> dict[str, float]:
+    """A sample's metrics that are numbers, under the names of the columns of its filter."""
+    end = "" if sample["filter"] == "none" else f",{sample['filter']}"
+    return {f"metric/{m}{end}": v for m, v in _numbers(sample, sample["metrics"]).items()}
 
 
 def _answer(answers: Answers, arguments: tuple[Any, ...]) -> Answer:
@@ -282,7 +292,7 @@ def _text_row(sample: dict[str, Any], answers: Answers, draws: int) -> dict[str,
         **_turns(drawn),
         **({f"extracted{end}": _extracted(sample)} if end else {}),
         **{f"doc/{k}": v for k, v in _numbers(sample["doc"], sample["doc"]).items()},
-        **{f"metric/{m}{end}": v for m, v in _numbers(sample, sample["metrics"]).items()},
+        **_metric_columns(sample),
     }
 
 
@@ -326,12 +336,19 @@ def _number_of_choices(sample: dict[str, Any], task: Any) -> int:
     return len(task.doc_to_choice(sample["doc"]))
 
 
-def _gold(sample: dict[str, Any], task: Any) -> int:
-    """Index of the right choice; where the choices are contexts (winogrande), lm-eval numbers them the same way."""
+def _gold(sample: dict[str, Any], task: Any) -> dict[str, Any]:
+    """Index of the right choice, -1 if there is none; where a task has lists of right choices, -1 and their indices.
+
+    Where the choices are contexts (winogrande), lm-eval numbers them the same way.
+    """
     target = sample["target"]
     if task.multiple_input:
         target = task.doc_to_text(sample["doc"])
-    if (index := index_of(target)) is not None:
-        return index
     choices = task.doc_to_choice(sample["doc"])
-    return choices.index(target) if target in choices else -1
+    if task.multiple_target:
+        several = target if isinstance(target, list) else [target]
+        found = sorted({i for t in several if (i := index_of(t)) is not None and 0 <= i < len(choices)})
+        return {"gold": -1, "golds": found}
+    if (index := index_of(target)) is None:
+        index = choices.index(target) if target in choices else -1
+    return {"gold": index if 0 <= index < len(choices) else -1}

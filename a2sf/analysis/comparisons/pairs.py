@@ -46,6 +46,20 @@ def joined(changes: Sequence[np.ndarray], texts: Sequence[TextClusters]) -> tupl
     return [np.concatenate(changes)], [TextClusters.joined(texts)]
 
 
+def _same_documents(a: StoredCell, b: StoredCell, metric: str, common: bool) -> bool:
+    """Whether a metric has a value for the same documents in two cells, as far as it has one for each document."""
+    if all(c.metrics[metric].get("n") == c.result["documents"]["n"] for c in (a, b)):
+        return True
+    try:
+        left, right = paired_documents(a, b, common)
+    except UserError:
+        return True  # the tests say that the cells cannot be paired
+    column = f"metric/{metric}"
+    if column not in left or column not in right:
+        return column not in left and column not in right
+    return bool((left[column].isna().to_numpy() == right[column].isna().to_numpy()).all())
+
+
 @dataclass
 class Comparer:
     """Compares systems of one grid, and notes why a comparison was not possible.
@@ -57,6 +71,24 @@ class Comparer:
 
     grid: Grid
     problems: list[str] = field(default_factory=list)
+
+    def comparable(self, a: SystemResults, b: SystemResults) -> bool:
+        """Whether each task's metric is of the same documents in two systems: else a difference is also one of documents.
+
+        A task's own code may give a metric to some documents only, and to others under another system.
+        """
+        cells = self.grid.cells
+        for task in sorted(a.keys.keys() & b.keys.keys()):
+            one, other = cells.get(a.keys[task]), cells.get(b.keys[task])
+            if one is None or other is None or _same_documents(one, other, self.grid.metric, self.grid.mixed):
+                continue
+            problem = (
+                f"{task}: some documents have no {self.grid.metric}, and not the same ones under each system, so no "
+                "difference is shown."
+            )
+            self.problems += [] if problem in self.problems else [problem]
+            return False
+        return True
 
     def task(self, a: str, b: str) -> Difference | None:
         """Two cells by their keys; None where they cannot be paired."""

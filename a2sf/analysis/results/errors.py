@@ -29,7 +29,8 @@ def add_intervals(frame: pd.DataFrame, cells: Mapping[str, StoredCell], metric: 
     for row in frame[["key", "value", LM_EVAL_STDERR, "n"]].itertuples(index=False):
         key, value, stderr, n = str(row[0]), float(row[1]), float(row[2]), int(row[3])
         estimate = _by_text(cells[key], metric, value) if key in cells and may_share(cells[key]) else None
-        if estimate is None and (metric in OF_CHOICES or right_or_wrong(value, stderr, n)):
+        unknown = math.isnan(stderr) and metric in OF_CHOICES  # published numbers
+        if estimate is None and (unknown or right_or_wrong(value, stderr, n)):
             estimate = of_share(value, n)
         found.append(estimate or of_mean(value, stderr, n))
     for name in ESTIMATED:

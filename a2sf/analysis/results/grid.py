@@ -112,7 +112,7 @@ class Grid:
     def percent(self) -> bool:
         """Whether the metric is a share, shown as a percentage."""
         return self.metric.startswith(("acc", "exact_match", "em", "f1", "mc", "recall")) and bool(
-            self.frame["value"].between(0, 1).all()
+            (self.frame["share"] & self.frame["value"].ge(0)).all()
         )
 
     @property

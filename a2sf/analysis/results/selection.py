@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from a2sf.analysis.results.directions import of_one_kind
+from a2sf.analysis.results.directions import add_shares, of_one_kind
 from a2sf.analysis.results.errors import add_group_intervals, add_intervals
 from a2sf.analysis.results.grid import SYSTEM, Grid
 from a2sf.analysis.results.labels import DASH, name_settings, shorten_names
@@ -78,6 +78,7 @@ def select(
         chosen, metric, others = _one_metric(frame, selection.metric)
         without = _left_out(frame, metric, others) if selection.metric else []
         said = [*notes, *without]
+        add_shares(chosen, cells, metric)
         for rows in of_one_kind(chosen, metric, said):
             yield _grid(rows, cells, metric, selection, list(said), groups)
         if selection.metric or not others:
@@ -169,7 +170,7 @@ def _one_metric(frame: pd.DataFrame, metric: str | None) -> tuple[pd.DataFrame, 
         metric = DEFAULT_METRIC if DEFAULT_METRIC in present else present[0]
     elif metric not in present:
         raise UserError(f"No task has the metric {metric}{nearest(metric, present)}; there are: {', '.join(present)}.")
-    chosen = frame[frame["metric"] == metric]
+    chosen = frame[frame["metric"] == metric].copy()
     return chosen, metric, sorted(set(frame["task"]) - set(chosen["task"]))
 
 

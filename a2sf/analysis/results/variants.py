@@ -30,6 +30,12 @@ IN_COLUMNS = frozenset(
 """Entries of a cell's identity that have columns of their own."""
 
 
+OF_POLICY = ("policy_source", "policy_version", "cut", "context", "layers")
+"""Of the others, those that belong to a policy: its results are compared with those of other policies as usual."""
+SHOWN = 8
+"""Characters of the hash of a policy's code in a label."""
+
+
 def rest_of_identity(cell: Mapping[str, Any]) -> str:
     """What else a cell is identified by (device, engine, ...), as JSON."""
     rest = {k: v for k, v in cell.get("identity", {}).items() if k not in IN_COLUMNS}
@@ -136,12 +142,25 @@ def _by_identity(frame: pd.DataFrame, place: Sequence[str]) -> None:
             continue
         varied = _varied([json.loads(r) for r in rows["rest"]])
         same = frame["source"] == rows["source"].iloc[0]
-        described = [_described(json.loads(r), varied, {}) for r in frame.loc[same, "rest"]]
-        frame.loc[same, "variant"] = (
-            frame.loc[same, "variant"] + pd.Series(described, frame.index[same]).radd(" ")
-        ).str.strip()
+        if of_policy := [k for k in varied if k in OF_POLICY]:
+            mine = same & (frame["policy"] == rows["policy"].iloc[0])
+            frame.loc[mine, "settings"] = [
+                _with_settings(s, json.loads(r), of_policy)
+                for s, r in frame.loc[mine, ["settings", "rest"]].itertuples(index=False)
+            ]
+        if others := [k for k in varied if k not in OF_POLICY]:
+            described = [_described(json.loads(r), others, {}) for r in frame.loc[same, "rest"]]
+            frame.loc[same, "variant"] = (
+                frame.loc[same, "variant"] + pd.Series(described, frame.index[same]).radd(" ")
+            ).str.strip()
         _by_identity(frame, place)
         return
+
+
+def _with_settings(settings: str, identity: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """A policy's settings as JSON, with entries of a cell's identity."""
+    more = {key.replace("_", " "): str(identity.get(key, DASH))[:SHOWN] for key in keys}
+    return json.dumps(json.loads(settings) | more, sort_keys=True)
 
 
 def _varied(settings: Sequence[Mapping[str, Any]]) -> list[str]:

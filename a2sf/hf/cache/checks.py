@@ -60,6 +60,11 @@ def check_call(
         )
     if cache.failed:
         raise UserError("an earlier call with this cache stopped midway; call cache.reset() and start again")
+    if cache.dtype not in (None, model.dtype):
+        raise UserError(
+            f"this cache was filled by a model in {cache.dtype}, which is now in {model.dtype}; call cache.reset() and give "
+            "the text from its beginning"
+        )
     if cache.seen is not None and len(cache.seen) != shape[0]:
         raise UserError(
             f"this cache holds a batch of {len(cache.seen)} sequences and the model was called with {shape[0]}; make "

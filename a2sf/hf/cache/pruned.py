@@ -152,6 +152,7 @@ class PrunedCache(Cache):
         self.retention: list[tuple[Retention, ...]] = []  # what each layer retains, per row
         self.prompt: list[int] = []  # tokens of each row's prompt
         self.first: list[int] = []  # tokens of each row in the first call
+        self.dtype: torch.dtype | None = None  # the model's when the cache began
         self.text = ReadTokens()
         self.calls = 0
         self.incoming: Tensor | None = None  # the first call's tokens, set before it, for a policy that prepares
@@ -327,6 +328,7 @@ class PrunedCache(Cache):
             if not self.retention:  # else `keep` set it
                 self.resolve_budgets(start, length)  # last, so that a call that is refused leaves nothing behind
             self.seen, self.first = torch.zeros(shape[0], dtype=torch.int64), length.tolist()
+            self.dtype = model.dtype
         return start, length, order
 
     @property

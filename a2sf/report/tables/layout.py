@@ -65,17 +65,17 @@ def _by_task(
     )
     if tested and margin is not None:
         tests.to_full = test_equivalence(systems, part, comparer, margin)
-    full = {s.variant: r for s, r in zip(systems, rows, strict=True) if s.is_full}
-    control = {(s.budget, s.schedule, s.variant): r for s, r in zip(systems, rows, strict=True) if s.policy == pair[1]}
+    placed = list(zip(systems, rows, strict=True))
+    full = {s.variant: (s, r) for s, r in placed if s.is_full}
+    control = {(s.budget, s.schedule, s.variant): (s, r) for s, r in placed if s.policy == pair[1]}
     labels = {s.policy: s.short_label for s in systems}
     final = []
-    for system, row in zip(systems, rows, strict=True):
-        against = full.get(system.variant)
-        row = replace(row, to_full=None if system.is_full else _minus(row, against, score))
+    for system, row in placed:
+        if not system.is_full:
+            row = replace(row, to_full=_minus((system, row), full.get(system.variant), score, comparer))
         if system.policy == pair[0]:
-            row = replace(
-                row, to_control=_minus(row, control.get((system.budget, system.schedule, system.variant)), score)
-            )
+            other = control.get((system.budget, system.schedule, system.variant))
+            row = replace(row, to_control=_minus((system, row), other, score, comparer))
         final.append(row)
     notes = list(comparer.problems)
     if not full:
@@ -139,10 +139,15 @@ def _row(system: SystemResults, tasks: list[str], groups: dict[str, dict[tuple[A
     )
 
 
-def _minus(row: TableRow, other: TableRow | None, column: str) -> float | None:
-    if other is None or column not in row.entries or column not in other.entries:
+def _minus(
+    one: tuple[SystemResults, TableRow], other: tuple[SystemResults, TableRow] | None, column: str, comparer: Comparer
+) -> float | None:
+    """The difference of two systems in a column; None where one has no value there, or has it of other documents."""
+    if other is None or any(column not in row.entries for _, row in (one, other)):
         return None
-    return row.entries[column].value - other.entries[column].value
+    if not comparer.comparable(one[0], other[0]):
+        return None
+    return one[1].entries[column].value - other[1].entries[column].value
 
 
 def _used_heads(rows: list[TableRow]) -> tuple[str, ...]:

@@ -169,6 +169,20 @@ def test_whatever_else_a_sweep_varies_is_a_row_of_its_own(old, tmp_path, values,
     assert len(build_tables(grid)[0].rows) == 2 * len(build_tables(grid_of(old))[0].rows)
 
 
+def test_two_versions_of_a_policys_code_are_rows_that_are_compared_with_the_others(old, tmp_path):
+    """In one sweep; the full cache and other policies have no part in them."""
+    for stored in old:
+        versions = ("a" * 16, "b" * 16) if stored.cell["policy"] == "a2sf" else ("",)
+        for source in versions:
+            swept([stored], tmp_path / "t", source, {}, {}, identity={"policy_source": source} if source else {})
+    grid = gather([tmp_path / "t"])
+    assert set(grid.frame["variant"]) == {""}
+    (table,) = build_tables(grid)
+    labels = {r.label: r for r in table.rows if r.label.startswith("A2SF")}
+    assert sorted(labels) == [f"A2SF (policy source {x * 8})" for x in "ab"]
+    assert all(r.to_full is not None and r.to_control is not None for r in labels.values())
+
+
 def test_cells_of_more_and_of_fewer_documents_share_an_id_and_both_can_be_shown(old, tmp_path):
     for stored in old:
         result = {k: copy.deepcopy(v) for k, v in stored.result.items() if k not in ("checksums", "schema_version")}

@@ -149,3 +149,23 @@ def test_rows_are_moved_before_a_cut_that_is_still_to_come(rows):
         assert [k.budget for row in cache.retention for k in row] == [prompts[i] // 2 for i in rows for _ in range(3)]
         for i in range(3):
             assert torch.equal(cache.state(i).positions, want.state(i).positions)
+
+
+@pytest.mark.parametrize("policy", [A2SF(), SnapKV(), TOVA(), Steady()])
+def test_a_model_in_another_dtype_than_the_cache_is_refused(policy):
+    """Between two calls, or since it was stored: the engine ended in an error of torch, or mixed keys of two dtypes."""
+    model = copy.deepcopy(small("llama"))
+    cache = filled(model, policy, TOKENS)
+    held = cache.stored()
+    for dtype in (torch.float64, torch.bfloat16):
+        model.to(dtype)
+        with pytest.raises(UserError, match=f"filled by a model in torch.float32, which is now in {dtype}"):
+            rest(model, cache)
+    model.double()
+    fresh = PrunedCache(model, policy, TOKENS)
+    fresh.load(held)
+    with pytest.raises(UserError, match=r"filled by a model in torch.float32, which is now in torch.float64"):
+        rest(model, fresh)
+    cache.reset()
+    with torch.no_grad():
+        assert model(IDS, cache=cache).logits.dtype == torch.float64

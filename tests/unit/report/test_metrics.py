@@ -6,6 +6,7 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -13,6 +14,7 @@ from a2sf.analysis.comparisons.pairs import compare_pair
 from a2sf.analysis.comparisons.runs import compare_runs
 from a2sf.analysis.results.gather import gather, gather_metrics
 from a2sf.analysis.results.grid import Grid
+from a2sf.analysis.results.labels import MINUS
 from a2sf.analysis.results.selection import Selection
 from a2sf.analysis.runs.read import read_runs
 from a2sf.commands.tables import main
@@ -21,6 +23,7 @@ from a2sf.report.lengths import length_points
 from a2sf.report.output import pictures
 from a2sf.report.tables.layout import build_tables
 from a2sf.report.tables.screen import screen_table
+from a2sf.report.tables.write import markdown
 from a2sf.store.runs import DOCUMENTS, load_sweep, write_cell
 from tests.sweep_fixture import Plan, write_sweep
 from tests.unit.report.test_tables import text_of
@@ -142,11 +145,52 @@ def test_shares_and_other_numbers_have_tables_of_their_own(tmp_path: Path) -> No
     first, second = gather_metrics([tmp_path], Selection(metric="f1"))
     assert [(g.tasks, g.percent) for g in (first, second)] == [(["boolq", "words"], True), (["squad"], False)]
     assert first.notes == (
-        "squad: f1 is more than 1 in some results, other than in boolq, words, so it has tables of its own.",
+        "squad: f1 is more than 1 in some documents or results, other than in boolq, words, so it has tables of its own.",
     )
     screen = text_of([screen_table(load_sweep(tmp_path))])
     assert "acc (%)" in screen
     assert len(list(gather_metrics([tmp_path]))) == 1  # of acc, which all have
+
+
+def test_a_mean_below_1_of_numbers_up_to_100_is_no_share(tmp_path: Path) -> None:
+    write_sweep(tmp_path, Plan(documents={"boolq": 50, "squad": 40}))
+    for stored in load_sweep(tmp_path):
+        documents = pd.read_parquet(stored.path / DOCUMENTS)
+        documents["metric/f1"] = documents["metric/acc"]
+        if stored.cell["task"] == "squad":
+            documents["metric/f1"] = np.where(documents.index == 0, 30.0, 0.0)
+        values = documents["metric/f1"]
+        entry = {"value": float(values.mean()), "stderr": float(values.sem())}
+        result = stored.result | {"metrics": {"f1": stored.metrics["acc"] | entry}}
+        shutil.rmtree(stored.path)
+        write_cell(stored.path, result, documents, "")
+    first, second = gather_metrics([tmp_path], Selection(metric="f1"))
+    assert [(g.tasks, g.percent) for g in (first, second)] == [(["boolq"], True), (["squad"], False)]
+    (table,) = build_tables(second)
+    assert {r.entries["squad"].value for r in table.rows} == {0.75}
+    assert "| 0.75 |" in markdown([table])
+
+
+def test_no_difference_where_a_metric_is_of_other_documents_in_each_system(tmp_path: Path) -> None:
+    """As a task's own code gives it that leaves out documents by the model's answer."""
+    write_sweep(tmp_path, Plan(documents={"sums": 40}, budgets=(0.2,)))
+    for stored in load_sweep(tmp_path):
+        documents = pd.read_parquet(stored.path / DOCUMENTS)
+        for name, without in (("same", [0, 1]), ("other", {"full": [0, 1], "h2o": [0, 2], "a2sf": [3, 4]})):
+            of = without if isinstance(without, list) else without.get(stored.cell["policy"], [5])
+            documents[f"metric/{name}"] = documents["metric/acc"].mask(documents.index.isin(of))
+            values = documents[f"metric/{name}"].dropna()
+            entry = {"value": float(values.mean()), "stderr": float(values.sem()), "n": len(values)}
+            stored.metrics[name] = stored.metrics["acc"] | entry
+        shutil.rmtree(stored.path)
+        write_cell(stored.path, stored.result, documents, "")
+    for tested in (True, False):
+        (table,) = build_tables(gather([tmp_path], Selection(metric="other")), tested=tested)
+        assert (table.to_full, table.to_control) == (None, None)
+        said = "sums: some documents have no other, and not the same ones under each system, so no difference is shown."
+        assert said in table.notes
+        (table,) = build_tables(gather([tmp_path], Selection(metric="same")), tested=tested)
+        assert (table.to_full, table.to_control) == ("Δ full", f"A2SF {MINUS} H2O")
 
 
 def test_documents_of_a_score_that_is_not_their_mean_are_not_paired(tmp_path: Path) -> None:
