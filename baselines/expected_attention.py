@@ -6,7 +6,8 @@ with the mean `m` and the covariance `S` of the prompt's. Let `R` be the rotary 
 weights, normalised over the tokens and averaged over the query heads of the group, are multiplied by `||v||_2`. The
 first tokens are retained, and their queries left out. Deviations: statistics of the last `window` queries instead of
 all of the prompt's, as in kvpress without those of the first `sinks` tokens; every schedule is possible. Without a
-model (a2sf.attend) no rotary embedding is known, and `R` is the identity.
+model (a2sf.attend) no rotary embedding is known, and `R` is the identity. A model's softcap bounds the exponent as a
+whole, and its learned sinks take part in the normalisation.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class ExpectedAttention(Policy):
             spread = ((keys[:, :, None] @ covariance) * keys[:, :, None]).sum(-1)
             logits = logits + spread * step.scale**2 / 2
         hidden = ~step.cached | (step.positions < self.sinks)
-        expected = logits.masked_fill(hidden[:, :, None], -torch.inf).softmax(-1).mean(2)
+        expected = step.softmax(logits[:, :, :, None], hidden[:, :, None, None])[:, :, :, 0].mean(2)
         return expected.nan_to_num(0) * step.values.norm(dim=-1)
 
     def _moments(self, step: Step) -> tuple[Tensor, Tensor | None]:

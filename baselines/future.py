@@ -33,7 +33,7 @@ class Future(Policy):
         T = sequence.key.shape[2]
         at = torch.arange(T, device=sequence.key.device)
         logits = sequence.query @ sequence.key[:, :, None].transpose(-1, -2) * sequence.scale
-        paid = logits.masked_fill(at > at[:, None], -torch.inf).softmax(-1).sum(2)  # [B, K, queries, T]
+        paid = sequence.softmax(logits, at > at[:, None]).sum(2)  # [B, K, queries, T]
         paid = paid * (at < sequence.lengths[:, None])[:, None, :, None]
         return (paid.flip(2).cumsum(2).flip(2) - paid).transpose(2, 3)
 

@@ -4,7 +4,8 @@ Paper: Adnan et al., 2024 (arXiv 2403.09054): a token's score is the sum over st
 `softmax((x + g) / tau)`, where `x` are the logits, `g` is Gumbel noise and `tau` a temperature. The highest scores and the
 newest tokens are retained. Deviations: the noise is a function of the seed, the positions of query and key and the head, so
 that no score depends on batch or chunk (the published code draws anew for every pass; it too draws for each query and
-head); `tau` is constant (the paper raises it from 1 to 2 while it generates a known number of tokens).
+head); a model's learned attention sinks are left out of the softmax; `tau` is constant (the paper raises it from 1 to 2
+while it generates a known number of tokens).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ chunk. If the schedule continues step by step, tokens after the prompt are retai
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -61,7 +61,7 @@ class KVzip(Policy):
             def most(read: LayerRead, seen: list[int] = seen, size: int = end - start) -> Tensor:
                 """[K, chunk]: of each of the chunk's tokens, the most that the repetition pays to it."""
                 at = torch.tensor(seen, device=read.key.device)
-                part = LayerRead(read.layer, read.query[:, :, at], read.key[:, at], read.value[:, at], read.scale)
+                part = replace(read, query=read.query[:, :, at], key=read.key[:, at], value=read.value[:, at])
                 first, found = len(at) - size, torch.zeros_like(part.key[:, :size, 0])
                 for begin in range(first, len(at), QUERIES):
                     paid = part.attention(begin, min(begin + QUERIES, len(at)))[..., first - size : first]

@@ -6,7 +6,7 @@ queries, the maximum over neighbouring tokens. Redundancy `R`: the cosine simila
 as a softmax over the tokens; for each key, the similarity with the most recent key that is closer than 0.5 counts as 0,
 so that of similar tokens the newest remains. The priority is `mix * I - (1 - mix) * R`; the window is retained.
 Deviations: every schedule is possible (the paper: `every` 128). The published code has 0.07 for `mix`, and leaves the
-window out of the softmax of the attention, as here.
+window out of the softmax of the attention, as here; so are a model's learned attention sinks.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class RKV(Policy):
         """Attention of the last queries to the tokens before the window, the maximum of neighbours."""
         assert step.queries is not None
         before = step.cached & (step.ages >= self.window)
-        logits = step.queries @ step.keys[:, :, None].transpose(-1, -2) * step.scale  # [B, K, G, W, N]
+        products = step.queries @ step.keys[:, :, None].transpose(-1, -2)  # [B, K, G, W, N]
+        logits = step.softmax.capped(products * step.scale)
         attention = logits.amax(2).masked_fill(~before[:, :, None], -torch.inf).softmax(-1).nan_to_num(0)
         read = (step.query_positions >= 0)[:, :, 0, :, None]
         mean = (attention * read).sum(2) / read.sum(2).clamp(min=1)

@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from tests.models import COMMON, CONFIGS, LLAMA_LIKE, enlarge
+from tests.models import CAPPED, COMMON, CONFIGS, EXPERTS, LLAMA_LIKE, WINDOWS, enlarge
 
-WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 EIGHT = {**LLAMA_LIKE, "head_dim": 8}
 GPT2 = {**COMMON, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256}
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 QWEN_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
 LATENT = {
@@ -82,6 +80,8 @@ class Architecture:
 
 
 TEXT_ONLY = "text only"
+SOFTCAP, SINKS = "softcap", "learned attention sinks"
+GLOBAL = "the policy acts on its global layers"
 SHOWN = {
     "llama": "Llama (and all that use its classes: SmolLM2, Yi, InternLM3, EXAONE 3)",
     "mistral": "Mistral",
@@ -92,14 +92,21 @@ SHOWN = {
     "gpt2": "GPT-2",
     "opt": "OPT",
     "gemma3": "Gemma 3 (text)",
+    "gemma2": "Gemma 2",
+    "gpt_oss": "GPT-OSS",
 }
-NOTES = {"mistral": "sequences may not outgrow its window", "gemma3": "the policy acts on its global layers"}
+NOTES = {
+    "mistral": "sequences may not outgrow its window",
+    "gemma3": GLOBAL,
+    "gemma2": f"{SOFTCAP}; {GLOBAL}",
+    "gpt_oss": f"{SINKS}; {GLOBAL}",
+}
 
 SUPPORTED = [
     *(Architecture(SHOWN[k], kind, settings, note=NOTES.get(k, "")) for k, (kind, settings) in CONFIGS.items()),
     Architecture("OLMo", "olmo"),
     Architecture("OLMo 2", "olmo2"),
-    Architecture("OLMo 3", "olmo3", {**LLAMA_LIKE, **WINDOWS}, note=NOTES["gemma3"]),
+    Architecture("OLMo 3", "olmo3", {**LLAMA_LIKE, **WINDOWS}, note=GLOBAL),
     Architecture("Phi-1, Phi-2", "phi"),
     Architecture("Gemma", "gemma", EIGHT),
     Architecture(
@@ -120,14 +127,14 @@ SUPPORTED = [
         note="layers that share keys and values evict them separately",
     ),
     Architecture("Cohere", "cohere"),
-    Architecture("Cohere 2", "cohere2", {**LLAMA_LIKE, **WINDOWS}, note=NOTES["gemma3"]),
+    Architecture("Cohere 2", "cohere2", {**LLAMA_LIKE, **WINDOWS}, note=GLOBAL),
     Architecture("Granite", "granite"),
     Architecture("StableLM", "stablelm"),
     Architecture("Starcoder2", "starcoder2"),
     Architecture("GLM", "glm", EIGHT),
     Architecture("GLM-4", "glm4", EIGHT),
     Architecture("SmolLM3", "smollm3", {**LLAMA_LIKE, "no_rope_layers": [1, 0, 1]}),
-    Architecture("EXAONE 4", "exaone4", {**LLAMA_LIKE, **WINDOWS}, note=NOTES["gemma3"]),
+    Architecture("EXAONE 4", "exaone4", {**LLAMA_LIKE, **WINDOWS}, note=GLOBAL),
     Architecture("HunYuan", "hunyuan_v1_dense", EIGHT),
     Architecture("Seed-OSS", "seed_oss", EIGHT),
     Architecture("Nemotron", "nemotron"),
@@ -191,14 +198,17 @@ SUPPORTED = [
             "max_target_positions": 128,
         },
     ),
+    Architecture("VaultGemma", "vaultgemma", {**EIGHT, **WINDOWS, **CAPPED}, note=f"{SOFTCAP}; {GLOBAL}"),
+    Architecture("MiMo-V2-Flash", "mimo_v2_flash", {**EIGHT, **WINDOWS, **EXPERTS}, note=f"{SINKS}; {GLOBAL}"),
+    Architecture("Granite with sinks", "granite_swa", {**EIGHT, **WINDOWS}, note=f"{SINKS}; {GLOBAL}"),
+    Architecture("GraniteMoE with sinks", "granitemoe_swa", {**EIGHT, **WINDOWS, **EXPERTS}, note=f"{SINKS}; {GLOBAL}"),
+    Architecture("Flint", "flint", {**EIGHT, **EXPERTS}, note=SINKS),
 ]
+WITH_SOFTMAX = [of for of in SUPPORTED if of.note.startswith((SOFTCAP, SINKS))]
+"""Those whose attention is not a plain softmax."""
 
 OUT_OF_REACH = "has an attention of its own that transformers' AttentionInterface does not reach"
 REFUSED = [
-    Architecture(
-        "Gemma 2", "gemma2", {**EIGHT, "attn_logit_softcapping": 5.0}, r"caps its attention logits \(softcap\)"
-    ),
-    Architecture("GPT-OSS", "gpt_oss", {**EIGHT, **EXPERTS}, r"has learned attention sinks \(s_aux\)"),
     Architecture(
         "Llama 4",
         "llama4_text",

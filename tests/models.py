@@ -21,6 +21,19 @@ LLAMA_LIKE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
+WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+CAPPED = {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 1}
+"""A softcap that matters."""
+YARN = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 150000.0,
+        "factor": 4.0,
+        "truncate": False,
+        "original_max_position_embeddings": 64,
+    }
+}
 
 CONFIGS = {
     "llama": ("llama", LLAMA_LIKE),
@@ -61,7 +74,12 @@ CONFIGS = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    "gemma2": ("gemma2", {**LLAMA_LIKE, "head_dim": 8, **WINDOWS, **CAPPED}),
+    # all experts for every token: in bfloat16 rounding would choose between them
+    "gpt_oss": ("gpt_oss", {**LLAMA_LIKE, "head_dim": 8, **WINDOWS, **EXPERTS, "num_experts_per_tok": 4, **YARN}),
 }
+NO_SDPA = ("gemma2", "gpt_oss")
+"""Those whose attention is more than torch's own computes."""
 
 
 def small(name: str, seed: int = 0, **more: object) -> PreTrainedModel:
@@ -90,9 +108,11 @@ def random_model(kind: str, seed: int = 0, **settings: object) -> PreTrainedMode
 def enlarge(model: PreTrainedModel) -> PreTrainedModel:
     """The model with weights large enough that attention matters, ready to be read."""
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.mul_(8)
+            elif name.endswith("sinks"):  # learned sinks, which are next to 0
+                parameter.normal_(mean=2.0)
     return model.float().eval()
 
 

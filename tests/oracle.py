@@ -56,10 +56,13 @@ def run(
     every: int = 1,
     then: str = "keep",
     prompt: int = 0,
+    softcap: float | None = None,
+    learned_sinks: np.ndarray | None = None,
 ) -> tuple[np.ndarray, list[list[int]]]:
     """One sequence: query [H, T, D], key [K, T, D], value [K, T, V] to outputs [H, T, V] and each head's kept positions.
 
-    The budget is a number, or one for each position.
+    The budget is a number, or one for each position. A softcap `c` makes a logit `x` `c * tanh(x / c)`; of `learned_sinks`
+    [H], each is one more logit of its query head, which takes attention and gives nothing.
     """
     H, T, D = query.shape
     K = key.shape[0]
@@ -73,8 +76,9 @@ def run(
             got = np.zeros(len(cache))
             for h in range(head * G, head * G + G):
                 logits = np.array([token.key @ query[h, t] for token in cache]) * D**-0.5
-                p = np.exp(logits - logits.max())
-                p /= p.sum()
+                logits = logits if softcap is None else softcap * np.tanh(logits / softcap)
+                p = np.exp(logits)
+                p /= p.sum() + (0 if learned_sinks is None else np.exp(learned_sinks[h]))
                 out[h, t] = sum(x * token.value for x, token in zip(p, cache, strict=True))
                 got += (p >= 1 / len(cache)) if method.above_uniform else p
             for token, x in zip(cache, got, strict=True):

@@ -159,8 +159,10 @@ class Strict(Policy):
         assert step.queries is not None
         assert step.queries.shape[3] == min(4, int(step.now) + 1)
         assert step.prompt is None or int(step.prompt) == int(step.now) + 1
-        own = (step.queries[:, :, :, -1:] @ step.keys[:, :, None].transpose(-1, -2) * step.scale).softmax(-1)[..., 0, :]
+        logits = step.queries[:, :, :, -1:] @ step.keys[:, :, None].transpose(-1, -2) * step.scale
+        own = step.softmax(logits, ~step.cached[:, :, None, None])[..., 0, :]
         torch.testing.assert_close(own, step.probabilities)
+        torch.testing.assert_close(step.attention[:, :, :, -1], step.probabilities)
         return torch.nn.functional.avg_pool1d(step.keys[..., 0], 3, stride=1, padding=1)
 
 

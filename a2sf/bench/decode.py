@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from a2sf.bench.measuring import SMOLLM2, Figures, alone, tiny
 from a2sf.engine.eviction import EvictionState
 from a2sf.engine.retention import BatchRetention
+from a2sf.engine.state import Options
 from a2sf.hf.cache.attention_cache import LayerSettings, NewTokens
 from a2sf.hf.cache.layer import PrunedLayer
 from a2sf.hf.cache.pruned import PrunedCache
@@ -174,7 +175,7 @@ def _read(q: Tensor, k: Tensor, v: Tensor, budget: int) -> None:
     none, all_ = torch.zeros(1, dtype=torch.int64), torch.tensor([q.shape[2]])
     layer = PrunedLayer(LayerSettings(POSITIONS, "auto", trace=False))
     layer.retention = BatchRetention.of([Retention(budget=budget, forgetting_factor=0.1)])
-    layer.attend(q, k, v, NewTokens(none, all_, none, all_, q.shape[2]), q.shape[-1] ** -0.5, None)
+    layer.attend(q, k, v, NewTokens(none, all_, none, all_, q.shape[2]), Options(q.shape[-1] ** -0.5), None)
 
 
 def long_run(tokens: int, budget: int = 256) -> float:

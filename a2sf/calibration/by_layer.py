@@ -73,7 +73,7 @@ def errors_by_layer(
             norm = float((full @ weights).double().square().sum())
             for p, row in enumerate(plans):
                 for r, plan in enumerate(row):
-                    pruned = plan.attend(number, layer.query, layer.key, layer.value, layer.scale, None)
+                    pruned = plan.attend(number, layer.query, layer.key, layer.value, layer.options, None)
                     lost = pruned[0].transpose(0, 1).flatten(1).float() - full
                     total[p, r, number] += float((lost @ weights).double().square().sum()) / norm
 

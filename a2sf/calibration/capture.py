@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from a2sf.engine.kernels import attend
+from a2sf.engine.retention import BatchRetention
+from a2sf.engine.state import Options, Segments
 from a2sf.hf.attention import UnsupportedModel, attached, check_finite, mixes_windows, rope_switch, running
 from a2sf.hf.calls.logits import logits_at
 from a2sf.hf.layer_check import layers_of
 from a2sf.hf.projection import projections as projections
+from a2sf.policies.base import UNLIMITED, Retention
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Captured:
         query: [1, H, T, D].
         key: [1, K, T, D].
         value: [1, K, T, V].
-        scale: what query · key is multiplied by.
+        options: how the layer computes its attention.
         output: [1, H, T, V], before the output projection.
     """
 
@@ -32,7 +36,7 @@ class Captured:
     query: Tensor
     key: Tensor
     value: Tensor
-    scale: float
+    options: Options
     output: Tensor
 
 
@@ -44,7 +48,9 @@ class Capture:
     callback: Callable[[Captured], None]
     reached: set[int] = field(default_factory=set)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options, window: int | None
+    ) -> Tensor:
         """Full causal attention of one layer, [1, H, T, V].
 
         Raises:
@@ -55,12 +61,21 @@ class Capture:
         if layer in self.reached:
             raise UnsupportedModel(f"layer {layer} calls its attention several times, which cannot be calibrated")
         check_finite(layer, query=query, key=key, value=value)
-        output = nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-        )
+        output = _full_attention(query, key, value, options)
         self.reached.add(layer)
-        self.callback(Captured(layer, query, key, value, scale, output))
+        self.callback(Captured(layer, query, key, value, options, output))
         return output
+
+
+def _full_attention(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
+    """Causal attention of one sequence, [1, H, T, V]."""
+    if not options.softmax.plain:
+        everything = BatchRetention.of([Retention(budget=UNLIMITED)])
+        segments = Segments.of_rows(everything, torch.tensor([query.shape[2]]))
+        return attend(query, key, value, segments, options).output
+    return nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=options.scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
 
 
 def capture(model: PreTrainedModel, ids: Sequence[int], callback: Callable[[Captured], None], last: int = 1) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from a2sf.calibration.capture import Captured
 from a2sf.engine import kernels
-from a2sf.engine.state import Options, Segments
+from a2sf.engine.state import Segments
 from a2sf.policies.budget import Budget
 from a2sf.policies.rule import Head, Rule
 from a2sf.policies.slots import head_slots
@@ -87,7 +87,7 @@ def _attend(layer: Captured, tried: Sequence[HeadAtRatio], mean_over_age: bool) 
         rule=Rule(mean_over_age=mean_over_age),
     )
     query, key, value = (x.expand(n, -1, -1, -1) for x in (layer.query, layer.key, layer.value))
-    return kernels.attend(query, key, value, segments, Options(scale=layer.scale)).output.float()
+    return kernels.attend(query, key, value, segments, layer.options).output.float()
 
 
 def _projected(output: Tensor, weights: Tensor) -> Tensor:

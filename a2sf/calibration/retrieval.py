@@ -97,9 +97,9 @@ def copied(layer: Captured, needle: Needle) -> Tensor:
     before = torch.tensor([i - 1 for i in needle.answer], device=layer.query.device)
     query = layer.query[0, :, before].float()  # [H, answer, D]
     key = layer.key[0].float().repeat_interleave(query.shape[0] // layer.key.shape[1], 0)
-    logits = query @ key.transpose(1, 2)  # softmax would not change the order
+    logits = query @ key.transpose(1, 2)  # neither softcap nor softmax would change the order
     later = torch.arange(key.shape[1], device=key.device) > before[:, None]
-    at = (logits * layer.scale).masked_fill(later, -torch.inf).argmax(-1).cpu()
+    at = (logits * layer.options.scale).masked_fill(later, -torch.inf).argmax(-1).cpu()
     ids, in_needle = torch.tensor(needle.ids), torch.zeros(len(needle.ids), dtype=torch.bool)
     in_needle[list(needle.needle)] = True
     return in_needle[at] & (ids[at] == ids[list(needle.answer)])

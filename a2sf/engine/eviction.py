@@ -31,6 +31,7 @@ from a2sf.engine.state import accumulation_dtype as accumulation_dtype
 from a2sf.engine.tree import PaddedRows, RowResults, by_depth
 from a2sf.errors import UserError
 from a2sf.policies.rule import Sequence, Step
+from a2sf.policies.softmax import PLAIN, Softmax
 
 
 def reference(
@@ -40,16 +41,19 @@ def reference(
 
     Gradients flow through the attention; the choice of the retained tokens has none. Arguments as in `AttentionCall`.
     """
-    differentiable = wants_gradient(query, key, value, state)
+    differentiable = wants_gradient(query, key, value, state, options.softmax)
     if differentiable and segments.rule.merge_fn is not None:
         raise UserError("a policy that merges what it evicts has no gradient; call it under torch.no_grad()")
     call = AttentionCall(query, key, value, segments, options, state)
     return by_depth(partial(_reference_rows, differentiable), call)
 
 
-def wants_gradient(query: Tensor, key: Tensor, value: Tensor, state: EvictionState | None = None) -> bool:
+def wants_gradient(
+    query: Tensor, key: Tensor, value: Tensor, state: EvictionState | None = None, softmax: Softmax = PLAIN
+) -> bool:
     """Whether an input of a call needs a gradient."""
     inputs = [query, key, value, *([] if state is None else [state.keys, state.values])]
+    inputs += [] if softmax.learned_sinks is None else [softmax.learned_sinks]
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
@@ -70,7 +74,7 @@ def _reference_rows(differentiable: bool, rows: PaddedRows, options: Options) ->
     position = torch.cat([old.positions, new], dim=2)
     cached = torch.cat([old.positions >= 0, torch.zeros_like(new, dtype=torch.bool)], dim=2)
     score = torch.cat([old.scores.to(query.dtype), query.new_zeros(B, K, T)], dim=2)
-    memory = _memory(rows, grouped.detach(), options.scale)
+    memory = _memory(rows, grouped.detach(), options)
     queries = joined_queries(rule, old.queries, grouped.detach()) if rule.queries else None
     real = torch.cat([old.positions, rows.positions], dim=2)  # -1 for padding
     weight, bias = token_numbers(rule, all_keys.detach(), all_values.detach(), real)
@@ -91,7 +95,8 @@ def _reference_rows(differentiable: bool, rows: PaddedRows, options: Options) ->
             keys, values = (x[:, :, :n].where(here[..., None], 0) for x in (all_keys, all_values))
             # attend to the cached tokens
             logits = torch.einsum("bkgd,bknd->bkgn", grouped[:, :, :, t], keys) * options.scale
-            p = logits.masked_fill(~here[:, :, None], -torch.inf).softmax(-1).masked_fill(~here[:, :, None], 0)
+            p = options.softmax(logits[:, :, :, None], ~here[:, :, None, None])[:, :, :, 0]
+            p = p.masked_fill(~here[:, :, None], 0)
             attended = torch.einsum("bkgn,bknv->bkgv", p, values).reshape(B, H, -1)
             output[:, :, t] = torch.where(active, attended, 0)
         p, keys, values = p.detach(), keys.detach(), values.detach()
@@ -150,10 +155,11 @@ def _reference_rows(differentiable: bool, rows: PaddedRows, options: Options) ->
     return RowResults(output, end, torch.cat(evictions) if evictions else None)
 
 
-def _memory(rows: PaddedRows, grouped: Tensor, scale: float) -> Tensor:
+def _memory(rows: PaddedRows, grouped: Tensor, options: Options) -> Tensor:
     """The rule's memory of the given state's tokens and, at the start, of the new ones, [B, K, past + T, M]."""
     (B, K, T, _), old = rows.key.shape, rows.state
     if rows.rule.precompute is not None:
-        return rows.rule.precompute(Sequence(grouped, rows.key.detach(), rows.value.detach(), rows.length, scale))
+        seen = grouped, rows.key.detach(), rows.value.detach(), rows.length
+        return rows.rule.precompute(Sequence(*seen, options.scale, options.softmax))
     past = rows.query.new_zeros(*old.positions.shape, rows.rule.memory) if old.memory is None else old.memory
     return torch.cat([past.to(rows.query.dtype), rows.query.new_zeros(B, K, T, rows.rule.memory)], dim=2)

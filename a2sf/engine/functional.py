@@ -20,6 +20,7 @@ from a2sf.policies.budget import Budget, growing
 from a2sf.policies.prepared import Prepared
 from a2sf.policies.rule import Rule
 from a2sf.policies.schedule import Schedule, schedule_for
+from a2sf.policies.softmax import PLAIN, Softmax
 
 
 def attend(
@@ -38,6 +39,8 @@ def attend(
     scale: float | None = None,
     backend: str = "auto",
     prepared: Sequence[Prepared | None] | None = None,
+    softcap: float | None = None,
+    learned_sinks: Tensor | None = None,
 ) -> tuple[Tensor, EvictionState]:
     """Causal attention over a cache that `policy` prunes; a row's result never depends on the other rows.
 
@@ -59,6 +62,9 @@ def attend(
         scale: factor on the logits; default `D ** -0.5`.
         backend: `auto`, or the name of one of `a2sf.engine.kernels.BACKENDS`; only `reference` has gradients.
         prepared: of each row, what `policy.prepare` returned for its prompt; for a policy that prepares.
+        softcap: a bound on the logits, as in Gemma 2: `x` becomes `softcap * tanh(x / softcap)`; None: there is none.
+        learned_sinks: [H], one more logit in each query head's softmax, without key and value, as in GPT-OSS; None:
+            there are none.
 
     Returns:
         output [B, H, T, V] in the query's dtype, and the state after each row's last token; `state.positions`
@@ -106,7 +112,8 @@ def attend(
     else:
         each = [policy.keeps(c, layer, layers, n, p) for c, n, p in rows]
     segments = Segments.of_rows(BatchRetention.of(each, schedule, read), _lengths(lengths, B, T))
-    return _run(query, key, value, segments, scale, state, backend, layer, layers)
+    softmax = Softmax.of(softcap, learned_sinks, query.shape[1], key.shape[1])
+    return _run(query, key, value, segments, scale, state, backend, layer, layers, softmax)
 
 
 def evicting_attention(
@@ -122,6 +129,8 @@ def evicting_attention(
     lengths: Tensor | None = None,
     state: EvictionState | None = None,
     backend: str = "auto",
+    softcap: float | None = None,
+    learned_sinks: Tensor | None = None,
 ) -> tuple[Tensor, EvictionState]:
     """Causal attention over a cache that token pruning limits to `budget` tokens per KV head.
 
@@ -129,7 +138,7 @@ def evicting_attention(
     differ from row to row; a row's result never depends on the other rows.
 
     Args:
-        query, key, value, scale, lengths, state, backend: as in `attend`.
+        query, key, value, scale, lengths, state, backend, softcap, learned_sinks: as in `attend`.
         budget: int, or int tensor [B]: tokens that a KV head holds, `C` of docs/semantics.md.
         recent: int, or int tensor [B]: newest tokens that are protected, `r`.
         sinks: int, or int tensor [B]: first tokens that are protected, `s`.
@@ -152,7 +161,8 @@ def evicting_attention(
         raise ValueError("every row's forgetting_factor must lie in [0, 1]")
     retention = BatchRetention(budget=C, recent=r, sinks=s, forgetting_factor=factor)
     segments = Segments.of_rows(retention, _lengths(lengths, B, T))
-    return _run(query, key, value, segments, scale, state, backend)
+    softmax = Softmax.of(softcap, learned_sinks, query.shape[1], key.shape[1])
+    return _run(query, key, value, segments, scale, state, backend, softmax=softmax)
 
 
 def _run(
@@ -165,13 +175,14 @@ def _run(
     backend: str,
     layer: int = 0,
     layers: int = 1,
+    softmax: Softmax = PLAIN,
 ) -> tuple[Tensor, EvictionState]:
     if state is not None:
         _check_state(state, query, key, value, segments.rule)
-    if backend != "reference" and wants_gradient(query, key, value, state):
+    if backend != "reference" and wants_gradient(query, key, value, state, softmax):
         raise ConfigError("backend", backend, "only reference has gradients; give it, or call under torch.no_grad()")
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    options = Options(scale=factor, return_state=True, layer=layer, layers=layers)
+    options = Options(scale=factor, return_state=True, layer=layer, layers=layers, softmax=softmax)
     attended = kernels.attend(query, key, value, segments, options, state, backend=backend)
     assert attended.state is not None
     return attended.output, attended.state

@@ -152,7 +152,7 @@ def _call_merge_fn(function: Callable[..., Any], step: Step, evicted: Tensor) ->
 def step_fields(retention: BatchRetention, options: Options, positions: Tensor) -> dict[str, Any]:
     """The fields of a `Step` that follow from the layer, the retention and the tokens at `positions` [B, K, N], by name."""
     known: dict[str, Any] = {
-        name: getattr(options, name) for name in ("layer", "layers", "scale", "rotary", "projection")
+        name: getattr(options, name) for name in ("layer", "layers", "scale", "softmax", "rotary", "projection")
     }
     if retention.prepared is not None:
         real = (positions >= 0) & (positions < retention.prepared.shape[-1])

@@ -18,6 +18,7 @@ from a2sf.engine.retention import BatchRetention
 from a2sf.policies.ranking import of_columns
 from a2sf.policies.rotary import Projection, Rotary
 from a2sf.policies.rule import ACCUMULATED, Rule
+from a2sf.policies.softmax import PLAIN, Softmax
 
 Made = TypeVar("Made")
 
@@ -272,6 +273,7 @@ class Options:
         layer, layers: the layer's number, from 0, and how many the model has.
         rotary: its rotary embedding, where it is known and a rule needs it.
         projection: the projection after its attention, where a rule needs it.
+        softmax: what the layer makes of the logits.
     """
 
     scale: float
@@ -281,6 +283,11 @@ class Options:
     layers: int = 1
     rotary: Rotary | None = None
     projection: Projection | None = None
+    softmax: Softmax = PLAIN
+
+    def heads(self, heads: Tensor) -> Options:
+        """Those of the KV heads `heads` int64 [K'], in their order."""
+        return self if self.softmax.plain else replace(self, softmax=self.softmax.heads(heads))
 
 
 class AttentionCall(NamedTuple):

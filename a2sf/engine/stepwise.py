@@ -7,6 +7,8 @@ depends on the number of slots, which must follow from a row's own numbers, so t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,7 @@ from a2sf.engine.state import (
     rounded_slots,
 )
 from a2sf.engine.tree import PaddedRows, RowResults, by_depth
+from a2sf.engine.unevicted import evict_nothing, product, read_unevicted, rows_at_once
 from a2sf.policies.base import UNLIMITED
 from a2sf.policies.rule import Sequence, Step
 
@@ -50,13 +53,11 @@ def attend_torch(
 @torch.no_grad()
 def torch_rows(rows: PaddedRows, options: Options) -> RowResults:
     """Run the recursion on right-padded rows: those that need as many slots together, the longest first."""
-    slots = _slots_needed(rows)
     output = rows.query.new_zeros(*rows.query.shape[:3], rows.value.shape[-1])
     order, states, evictions = [], [], []
-    for n in slots.unique().tolist():
-        pick = (slots == n).nonzero()[:, 0]
-        pick = pick[rows.length[pick].argsort(descending=True, stable=True)]
-        ran = _RowGroup(rows.pick(pick), n, options).run()
+    for pick, n, whole in _groups(rows, options):
+        some = rows.pick(pick)
+        ran = read_unevicted(some, n, options) if whole else _RowGroup(some, n, options).run()
         output[pick, :, : ran.output.shape[2]] = ran.output
         order.append(pick)
         states.append(ran.end)
@@ -64,6 +65,18 @@ def torch_rows(rows: PaddedRows, options: Options) -> RowResults:
             evictions.append(torch.cat([pick[ran.evictions[:, :1]], ran.evictions[:, 1:]], 1))
     back = torch.cat(order).argsort()
     return RowResults(output, EvictionState.stack(states).select(back), torch.cat(evictions) if evictions else None)
+
+
+def _groups(rows: PaddedRows, options: Options) -> Iterator[tuple[Tensor, int, bool]]:
+    """Rows that run together, longest first; the slots that each needs; whether they are read by `read_unevicted`."""
+    slots, whole = _slots_needed(rows), evict_nothing(rows, options)
+    for n in slots.unique().tolist():
+        for at_once in (False, True):
+            pick = ((slots == n) & (whole == at_once)).nonzero()[:, 0]
+            pick = pick[rows.length[pick].argsort(descending=True, stable=True)]
+            for part in pick.split(rows_at_once(rows, n) if at_once else max(1, len(pick))):
+                if len(part):
+                    yield part, n, at_once
 
 
 def _slots_needed(rows: PaddedRows) -> Tensor:
@@ -110,7 +123,7 @@ class _RowGroup:
                 self.entering[name], self.held[name] = entering, buffer(before)
         memory = rows.query.new_zeros(B, K, past, self.rule.memory) if old.memory is None else old.memory
         if self.rule.precompute is not None:
-            sequence = Sequence(self.grouped, rows.key, rows.value, rows.length, options.scale)
+            sequence = Sequence(self.grouped, rows.key, rows.value, rows.length, options.scale, options.softmax)
             self.entering["memory"] = self.rule.precompute(sequence)
             memory = self.entering["memory"][:, :, :0]
         self.held["memory"] = buffer(memory)
@@ -147,9 +160,9 @@ class _RowGroup:
                 x.scatter_(2, at, 0)
         # attend
         cached = positions >= 0
-        logits = _product(self.query[:active, :, :, t], held["keys"].transpose(2, 3))
-        p = logits.masked_fill_(~cached[:, :, None], -torch.inf).softmax(-1)
-        out = _product(p, held["values"]).flatten(1, 2)
+        logits = product(self.query[:active, :, :, t], held["keys"].transpose(2, 3))
+        p = self.options.softmax(logits[:, :, :, None], ~cached[:, :, None, None])[:, :, :, 0]
+        out = product(p, held["values"]).flatten(1, 2)
         # score
         count = cached.sum(-1, keepdim=True)
         scores = held["scores"]
@@ -228,12 +241,3 @@ class _RowGroup:
                 last_queries(self.rule, self.rows.state.queries, self.grouped, self.rows.length)
             ),
         ).compact()
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a [B, K, G, X] @ b [B, K, X, Y]; at least two products at a time, because torch computes a single one otherwise."""
-    B, K = a.shape[:2]
-    left, right = a.flatten(0, 1), b.flatten(0, 1)
-    if B * K == 1:
-        left, right = left.expand(2, -1, -1), right.expand(2, -1, -1)
-    return torch.bmm(left, right)[: B * K].unflatten(0, (B, K))

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from a2sf.engine.state import Attended
+from a2sf.engine.state import Attended, Options
 from a2sf.errors import Notice
 
 CHUNK = 256
@@ -126,14 +126,14 @@ def steps_of(attended: Attended) -> Tensor:
     return steps[..., :T]
 
 
-def attention_mass(query: Tensor, key: Tensor, evicted_at: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attention_mass(query: Tensor, key: Tensor, evicted_at: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """The attention behind an eviction: what positions received while they were cached, and what was lost with them.
 
     Args:
         query: [B, H, T, D], of whole sequences without padding.
         key: [B, K, T, D].
         evicted_at: int32 [B, K, T], the step at which each position was evicted, T if it never was.
-        scale: factor of the logits.
+        options: how the layer computes attention.
 
     Returns:
         Two float32 [B, K, T]: `received`, the sum of a position's probabilities over the steps it was cached at and the
@@ -149,11 +149,10 @@ def attention_mass(query: Tensor, key: Tensor, evicted_at: Tensor, scale: float)
     q, k = query.float().unflatten(1, (K, H // K)), key.float()[:, :, None]
     for start in range(0, T, CHUNK):
         now = at[start : start + CHUNK, None]
-        logits = q[..., start : start + CHUNK, :] @ k.transpose(-1, -2) * scale  # [B, K, H / K, CHUNK, T]
-        logits = logits.masked_fill(at > now, -torch.inf)
-        missing = evicted_at < now
-        lost[..., start : start + CHUNK] = (logits.softmax(-1) * missing).sum(-1).mean(2)
-        received += logits.masked_fill(missing, -torch.inf).softmax(-1).sum((2, 3))
+        logits = q[..., start : start + CHUNK, :] @ k.transpose(-1, -2) * options.scale  # [B, K, H / K, CHUNK, T]
+        later, missing = at > now, evicted_at < now
+        lost[..., start : start + CHUNK] = (options.softmax(logits, later) * missing).sum(-1).mean(2)
+        received += options.softmax(logits, later | missing).sum((2, 3))
     return received, lost
 
 

@@ -5,6 +5,7 @@ The model's own functions run under a name of their own through transformers' in
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -16,12 +17,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from a2sf.compat.transformers import ATTENTION
 from a2sf.hf.attention.errors import NonFiniteError, UnsupportedModel
-from a2sf.hf.attention.function import attached, check_arguments
+from a2sf.hf.attention.function import attached, check_arguments, options_of
 from a2sf.hf.attention.plan import Plan
 from a2sf.policies.base import UNLIMITED, Retention
 
 CHECK = "a2sf_check"
 """The name of the model's own attention while it is compared."""
+EAGER = "eager_attention_forward"
+"""The name of the attention in the code of transformers' models that is no function for all models."""
 FAR = 2**20
 """Positions of a model that does not say how many it has."""
 
@@ -77,17 +80,23 @@ class _Check:
     """One pass with the model's own attention, compared layer by layer.
 
     Attributes:
-        attention, mask: the model's own functions.
+        attention, mask: the model's own functions; for `attention` None where each layer's code has its own.
         plan: what our attention does with the same input.
         positions: how many the model has.
         masks: those made for this pass, each with the function that says which tokens it shows.
     """
 
-    attention: Callable[..., tuple[Tensor, Any]]
+    attention: Callable[..., tuple[Tensor, Any]] | None
     mask: Callable[..., Any]
     plan: Plan
     positions: int
     masks: list[tuple[Tensor, Callable[..., Tensor]]] = field(default_factory=list)
+
+    def attention_of(self, module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
+        """The own attention of a layer: where there is none for all layers, the `eager` one of the layer's own code."""
+        if self.attention is not None:
+            return self.attention
+        return getattr(sys.modules[type(module).__module__], EAGER, AttentionInterface()["sdpa"])
 
 
 _current: ContextVar[_Check | None] = ContextVar("layer check", default=None)
@@ -102,9 +111,10 @@ def compare_layers(model: PreTrainedModel, ids: Tensor, call: Callable[..., Any]
         UnsupportedModel: if one differs.
     """
     own = getattr(model.config, ATTENTION)
-    own = own if own in AttentionInterface() and own in AttentionMaskInterface() else "sdpa"
+    if own != "eager":
+        own = own if own in AttentionInterface() and own in AttentionMaskInterface() else "sdpa"
     plan = Plan.of_one(ids.shape[1], unpruned(model), model.config)
-    check = _Check(AttentionInterface()[own], AttentionMaskInterface()[own], plan, positions_of(model))
+    check = _Check(AttentionInterface().get(own), AttentionMaskInterface()[own], plan, positions_of(model))
     token = _current.set(check)
     try:
         with attached(model, CHECK):
@@ -139,7 +149,7 @@ def _check_attention(
     """A layer's own attention, after a comparison with ours."""
     check = _current.get()
     assert check is not None
-    layer = check_arguments(module, dropout, other)
+    layer, options = check_arguments(module, dropout, other), options_of(module, query, key, scaling, other)
     name = type(module).__name__
     made: list[Callable[..., Tensor] | None] = [None]  # without a mask, causal
     if attention_mask is not None:
@@ -152,10 +162,9 @@ def _check_attention(
         if (what := _differs(shows, sliding_window, check.positions, query.device)) is not None:
             raise UnsupportedModel(f"layer {layer} of the model ({name}) {what}; choose another model")
     settings = other | {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
-    own, weights = check.attention(module, query, key, value, attention_mask, **settings)
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    own, weights = check.attention_of(module)(module, query, key, value, attention_mask, **settings)
     try:
-        ours = check.plan.attend(layer, query, key, value, scale, sliding_window or None).transpose(1, 2)
+        ours = check.plan.attend(layer, query, key, value, options, sliding_window or None).transpose(1, 2)
     except NonFiniteError:
         return own, weights  # nothing to compare; a document with the same problem will be reported
     if agree(own.flatten(2), ours.flatten(2), own.dtype, tight=1e-3, loose=0.03) is False:

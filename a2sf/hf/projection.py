@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from a2sf.engine.state import Options
 from a2sf.hf.attention import UnsupportedModel
 from a2sf.hf.attention.function import attached, running
 from a2sf.hf.attention.plan import Plan
@@ -140,8 +141,10 @@ class _Recording(Plan):
 
     seen: dict[int, _Layer] = field(default_factory=dict)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-        output = super().attend(layer, query, key, value, scale, window)
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options, window: int | None
+    ) -> Tensor:
+        output = super().attend(layer, query, key, value, options, window)
         at = self.seen[layer]
         at.heads, at.kv_heads, at.times = query.shape[1], key.shape[1], at.times + 1
         at.attended = output[0].transpose(0, 1).flatten(1)

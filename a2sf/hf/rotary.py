@@ -2,19 +2,21 @@
 
 A text of one repeated token has the same keys at all positions before the rotary embedding, in every layer: all values are
 equal, so that attention gives the same output everywhere. So an embedding is the right one if undoing it makes the keys of
-such a text equal, and no part of the model's code has to be known.
+such a text equal, and no part of the model's code has to be known. Learned attention sinks are left out while it is looked
+for: they are no tokens, so that they would make the output depend on how many tokens there are.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from a2sf.engine.state import Options
 from a2sf.hf.attention.errors import UnsupportedModel
 from a2sf.hf.attention.function import attached, running
 from a2sf.hf.attention.plan import Plan
@@ -26,6 +28,7 @@ from a2sf.hf.found import Part
 from a2sf.hf.layer_check import unpruned
 from a2sf.policies.base import Policy
 from a2sf.policies.rotary import Rotary
+from a2sf.policies.softmax import PLAIN
 
 TOKENS = 24
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -86,9 +89,12 @@ class _Recording(Plan):
 
     keys: dict[int, Tensor] = field(default_factory=dict)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options, window: int | None
+    ) -> Tensor:
         self.keys.setdefault(layer, key[0].detach().clone())
-        return super().attend(layer, query, key, value, scale, window)
+        # learned sinks would take less and less attention from token to token
+        return super().attend(layer, query, key, value, replace(options, softmax=PLAIN), window)
 
 
 def _keys_of_one_token(model: PreTrainedModel) -> dict[int, Tensor]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from a2sf.policies.softmax import PLAIN, Softmax
+
 if TYPE_CHECKING:  # so that commands which only list policies do not load torch
     from torch import Tensor
 
@@ -25,6 +27,7 @@ class LayerRead:
         scale: what query · key is multiplied by.
         hidden: [T, hidden size], what the projections of the layer's attention read, so after a norm that comes before them;
             in the model's dtype. None unless the policy states `hidden_states = True`.
+        softmax: what the model makes of the logits (softcap, learned attention sinks).
     """
 
     layer: int
@@ -33,6 +36,7 @@ class LayerRead:
     value: Tensor
     scale: float
     hidden: Tensor | None = None
+    softmax: Softmax = PLAIN
 
     def attention(self, first: int, last: int | None = None) -> Tensor:
         """The attention of the tokens `[first, last)` to all tokens, [K, G, last - first, T]; later tokens get 0."""
@@ -40,7 +44,7 @@ class LayerRead:
 
         logits = self.query[:, :, first:last] @ self.key[:, None].transpose(-1, -2) * self.scale
         at = torch.arange(self.key.shape[1], device=logits.device)
-        return logits.masked_fill(at > at[first:last, None], -torch.inf).softmax(-1)
+        return self.softmax(logits, at > at[first:last, None])
 
 
 class Reader(Protocol):

@@ -20,6 +20,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, TypeAlias
 
 from a2sf.policies.renamed import renamed_fields
+from a2sf.policies.softmax import PLAIN, Softmax
 from a2sf.whole_numbers import set_whole_numbers, whole_number
 
 if TYPE_CHECKING:  # so that commands which only list policies do not load torch
@@ -39,7 +40,8 @@ class Step:
     A priority function must not change any of them.
 
     Attributes:
-        probabilities: [B, K, G, N], the attention of each query head to the cached tokens, with sum 1.
+        probabilities: [B, K, G, N], the attention of each query head to the cached tokens, with sum 1; less where the model
+            has learned attention sinks.
         keys: [B, K, N, D], the cached keys.
         values: [B, K, N, V], the cached values.
         positions: int64 [B, K, N], the position of each token in its sequence, from 0.
@@ -60,6 +62,7 @@ class Step:
         projection: the projection after the layer's attention, if the policy asks for it (`projected = True`) and there is a
             model; else None.
         evictable: bool [B, K, N], which tokens are not protected.
+        softmax: what the model makes of logits (softcap, learned attention sinks): call it to compute attention from them.
         prepared: [B, K, N], the numbers that the policy prepared for the prompt's tokens, 0 for others; None: it has none.
     """
 
@@ -81,6 +84,7 @@ class Step:
     prepared: Tensor | None = None
     projection: Projection | None = None
     evictable: Tensor | None = None
+    softmax: Softmax = PLAIN
 
     @property
     def ages(self) -> Tensor:
@@ -102,13 +106,11 @@ class Step:
 
         A query where no token was read has attention 0 to all.
         """
-        import torch
-
         assert self.queries is not None, "the policy does not ask for queries (queries = W)"
         logits = self.queries @ self.keys[:, :, None].transpose(-1, -2) * self.scale
         later = self.positions[:, :, None, None] > self.query_positions[..., None]
         hidden = later | ~self.cached[:, :, None, None]
-        return logits.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0)
+        return self.softmax(logits, hidden).masked_fill(hidden, 0)
 
     @property
     def unrotated_keys(self) -> Tensor:
@@ -155,6 +157,7 @@ class Sequence:
         value: [B, K, T, V].
         lengths: int64 [B], the length of each row in tokens; the tokens after it are padding.
         scale: what query · key is multiplied by.
+        softmax: what the model makes of the logits.
     """
 
     query: Tensor
@@ -162,6 +165,7 @@ class Sequence:
     value: Tensor
     lengths: Tensor
     scale: float
+    softmax: Softmax = PLAIN
 
 
 POOLINGS = ("mean", "max")

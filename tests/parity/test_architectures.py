@@ -11,13 +11,15 @@ import torch
 from transformers import PreTrainedModel
 
 from a2sf import A2SF, Budget
+from a2sf.errors import ConfigError
 from a2sf.hf.attention import Plan, UnsupportedModel, attached, mixes_windows, running
 from a2sf.hf.cache.pruned import PrunedCache
 from a2sf.hf.calls.logits import logits_at
 from a2sf.hf.exactness import check_exact
 from a2sf.hf.scope import pruning
 from a2sf.policies.base import UNLIMITED, Retention
-from tests.architectures import REFUSED, SUPPORTED, UNDECODABLE, Architecture, table
+from a2sf.policies.softmax import PLAIN, Softmax
+from tests.architectures import REFUSED, SUPPORTED, UNDECODABLE, WITH_SOFTMAX, Architecture, table
 from tests.models import CONFIGS
 
 TOKENS, BUDGET = 24, 6
@@ -59,6 +61,29 @@ def test_nothing_evicted_is_the_models_own(of):
         own = model(ids(), use_cache=False).logits
     close(scored(model, Retention(budget=UNLIMITED), ids()), own)
     check_exact(model)
+
+
+@pytest.mark.parametrize("of", WITH_SOFTMAX, ids=lambda of: of.kind)
+def test_without_softcap_or_sinks_it_would_be_another_model(of, monkeypatch):
+    model = model_of(of)
+    with torch.no_grad():
+        own = model(ids(), use_cache=False).logits
+    monkeypatch.setattr(Softmax, "of", staticmethod(lambda *_: PLAIN))
+    assert (scored(model, Retention(budget=UNLIMITED), ids()) - own).abs().max() > 0.1 * own.abs().max()
+    with pytest.raises(UnsupportedModel, match="not the softmax attention that the engine computes"):
+        check_exact(model)
+
+
+@pytest.mark.parametrize("of", WITH_SOFTMAX, ids=lambda of: of.kind)
+def test_compiled_kernels_are_refused_for_them_in_one_sentence(of):
+    model, policy, budget = model_of(of), A2SF(), Budget(tokens=BUDGET)
+    with torch.no_grad(), pruning(model, policy, budget, backend="numba"):
+        for more in ({"use_cache": False}, {"cache": PrunedCache(model, policy, budget, backend="numba")}):
+            with pytest.raises(
+                ConfigError, match="backend=numba is not allowed: numba does not know the softcap or"
+            ) as raised:
+                model(ids(), **more)
+            assert "\n" not in str(raised.value)
 
 
 @by_name

@@ -26,7 +26,7 @@ ALL = {(p.name, label(s)): (p, s) for p, s in cases() if p.causal}.values()
 # where text is generated tokens come twice, and rounding decides between equal keys
 NOT_TIED = [(p, s) for p, s in ALL if not ties(type(p))]
 UNTIED = pytest.mark.parametrize(("policy", "schedule"), tiered(NOT_TIED, each=0), ids=label)
-ARCHITECTURES = {"llama": False, "opt": False, "qwen3": True, "gemma3": True}
+ARCHITECTURES = {"llama": False, "opt": False, "qwen3": True, "gemma3": True, "gemma2": False, "gpt_oss": False}
 """And whether they give all keys one length, so that rounding decides under a rule that only looks at that."""
 TOKENS = 24
 PROMPTS = [14, 9]
@@ -51,8 +51,8 @@ class Noted(Plan):
 
     went: dict[int, Tensor] = field(default_factory=dict)
 
-    def attend(self, layer, query, key, value, scale, window):
-        options = replace(self.options(layer, scale), trace=True)
+    def attend(self, layer, query, key, value, options, window):
+        options = replace(self.options(layer, options), trace=True)
         out = attend(query, key, value, self.segments(layer, window), options, backend=self.backend)
         self.reached.add(layer)
         rows, heads, tokens = out.evicted.shape

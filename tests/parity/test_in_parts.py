@@ -65,7 +65,14 @@ def evictions(cache: PrunedCache, layer: int) -> tuple[torch.Tensor, torch.Tenso
     tiered(
         (
             (p, s, a)
-            for a, normed in {"llama": False, "opt": False, "gemma3": True, "gpt2": False}.items()
+            for a, normed in {
+                "llama": False,
+                "opt": False,
+                "gemma3": True,
+                "gpt2": False,
+                "gemma2": False,
+                "gpt_oss": False,
+            }.items()
             for p, s in ALL
             if fits(p, a, normed)
         ),

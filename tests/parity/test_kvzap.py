@@ -136,7 +136,9 @@ def test_scored_in_one_pass_and_generated_token_by_token(gates):
         assert (torch.cat(got, 1) - want).abs().max() < 1e-3 * float(want.abs().max())
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "opt", "gemma3", "phi3", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "mistral", "qwen2", "qwen3", "opt", "gemma3", "phi3", "gpt_neox", "gpt2", "gemma2", "gpt_oss"]
+)
 def test_hidden_states_are_what_the_projections_read(kind):
     """The model's own projection of them gives the values that were read."""
     model = small(kind)

@@ -88,7 +88,7 @@ def test_kept_tokens_and_logits_are_those_of_a_reading_beforehand(policy, then, 
     assert one.state(0).counts.max() < 26 + (4 if then == "keep" else 0)  # something is evicted
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "qwen2"])
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2", "gemma2", "gpt_oss"])
 def test_layers_with_a_window_of_their_own_keep_it(kind):
     model, policy = shared(kind), LOOKING[0]
     one, other = (cache_for(model, policy, "step") for _ in range(2))

@@ -23,7 +23,7 @@ from a2sf.calibration.capture import Captured, capture
 from a2sf.engine import kernels, stepwise
 from a2sf.engine.kernels import prompts
 from a2sf.engine.retention import BatchRetention
-from a2sf.engine.state import Options, Segments
+from a2sf.engine.state import Segments
 from a2sf.hf.projection import projections_of
 from a2sf.hf.reader import prepared_for
 from a2sf.hf.rotary import rotary_of
@@ -159,7 +159,7 @@ def ours(smollm2, tmp_path_factory):
         stated = [policy.keeps(C, x.number, 30, *prompt, **given) for C, x in zip(budgets, of, strict=True)]
         rows = BatchRetention.of(stated, Schedule.named(schedule), [T] * len(of))
         known = {"rotary": rotary, "projection": projections[of[0].number]}
-        options = Options(scale=of[0].scale, return_state=True, layers=30, **known)
+        options = replace(of[0].options, return_state=True, layers=30, **known)
         with pytest.MonkeyPatch.context() as patch:
             for module in (prompts, stepwise):
                 patch.setattr(module, "to_evict", noting)

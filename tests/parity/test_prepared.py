@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedModel
 
 from a2sf import CAKE, Budget, KVzip, PrunedCache, SimLayerKV, attend, pruning
 from a2sf.errors import ConfigError, PolicyError, UserError
@@ -16,7 +17,7 @@ from a2sf.hf.reader import prepared_for
 from a2sf.hf.settings import retention_of
 from a2sf.policies.prepared import Numbers, Prepared, divided
 from a2sf.policies.schedule import Schedule
-from tests.models import shared, small
+from tests.models import NO_SDPA, shared, small
 from tests.policies import instances
 
 PROMPT, TOKENS = 24, 30
@@ -29,9 +30,14 @@ SMALL = [
 ]
 
 
-def eager(tokens: list[int]) -> list[torch.Tensor]:
+def without_windows(kind: str) -> PreTrainedModel:
+    """A model whose layers all attend to the whole text."""
+    return small(kind, **({} if kind == "llama" else {"layer_types": ["full_attention"] * 3}))
+
+
+def eager(tokens: list[int], kind: str = "llama") -> list[torch.Tensor]:
     """The model's own attention in each layer, [H, T, T]."""
-    model = small("llama")
+    model = without_windows(kind)
     model.set_attn_implementation("eager")
     with torch.inference_mode():
         return [
@@ -39,10 +45,11 @@ def eager(tokens: list[int]) -> list[torch.Tensor]:
         ]
 
 
-def test_kvzip_is_the_most_attention_of_the_repetition():
+@pytest.mark.parametrize("kind", ["llama", *NO_SDPA])
+def test_kvzip_is_the_most_attention_of_the_repetition(kind):
     tokens = IDS[0, :PROMPT].tolist()
-    found = prepared_for(shared("llama"), KVzip(), tokens)
-    for layer, attention in enumerate(eager(tokens + tokens)):
+    found = prepared_for(without_windows(kind), KVzip(), tokens)
+    for layer, attention in enumerate(eager(tokens + tokens, kind)):
         want = attention[:, PROMPT:, :PROMPT].amax(1).unflatten(0, (2, 2)).amax(1)
         torch.testing.assert_close(found.numbers[layer].of.double(), want, atol=1e-5, rtol=1e-4)
     # the model's best tokens: as many as there are slots, beside what every layer's sinks take

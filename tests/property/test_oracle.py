@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -158,6 +159,7 @@ CUTS = {
 CASES = [(name, schedule) for name in METHODS for schedule in SCHEDULES] + [(name, Schedule("prompt")) for name in CUTS]
 BUDGETS = st.one_of(st.integers(2, 12), st.sampled_from(["0.07", "0.2", "0.29", "0.5", "0.83", "1.0"]))
 """A number of tokens, or a share of those seen."""
+SOFTMAXES = [{"softcap": 1.0}, {"sinks": True}, {"softcap": 2.0, "sinks": True}]
 
 
 def growing(ratio: str) -> Callable[[int], int]:
@@ -169,6 +171,26 @@ def growing(ratio: str) -> Callable[[int], int]:
 @settings(max_examples=examples(6), deadline=None)
 @given(seed=st.integers(0, 10_000), budget=BUDGETS, prompt=st.integers(1, T + 2))
 def test_the_engine_is_the_oracle(name, schedule, seed, budget, prompt):
+    check_oracle(name, schedule, seed, budget, prompt)
+
+
+@pytest.mark.parametrize(("name", "schedule"), CASES, ids=label)
+@settings(max_examples=examples(2), deadline=None)
+@given(seed=st.integers(0, 10_000), budget=BUDGETS, prompt=st.integers(1, T + 2), softmax=st.sampled_from(SOFTMAXES))
+def test_it_is_with_a_softcap_and_learned_sinks(name, schedule, seed, budget, prompt, softmax):
+    check_oracle(name, schedule, seed, budget, prompt, **softmax)
+
+
+def check_oracle(
+    name: str,
+    schedule: Schedule,
+    seed: int,
+    budget: int | str,
+    prompt: int,
+    softcap: float | None = None,
+    sinks: bool = False,
+) -> None:
+    """Compare the engine with the loops on one sequence of random numbers, once with each kind of implementation."""
     policy, method = (METHODS | CUTS)[name]
     if name == "keys" and isinstance(budget, str):
         # two keys are equally like their mean, so that rounding decides which one a budget of one token retains
@@ -177,12 +199,16 @@ def test_the_engine_is_the_oracle(name, schedule, seed, budget, prompt):
     q, k, v = 2 * g.normal(size=(K * G, T, D)), g.normal(size=(K, T, D)), g.normal(size=(K, T, D))
     budget_at = growing(budget) if isinstance(budget, str) else budget
     budget = Budget(ratio=float(budget), base="seen") if isinstance(budget, str) else budget
-    want, kept = run(method, q, k, v, budget_at, schedule.when, schedule.every, schedule.then, prompt)
+    learned = 3 * g.normal(size=K * G) if sinks else None
+    softmax: dict[str, Any] = {"softcap": softcap, "learned_sinks": learned}
+    want, kept = run(method, q, k, v, budget_at, schedule.when, schedule.every, schedule.then, prompt, **softmax)
+    given: dict[str, Any] = {"budget": budget, "schedule": schedule, "prompt": prompt, "softcap": softcap}
+    given["learned_sinks"] = None if learned is None else torch.from_numpy(learned)
     tensors = [torch.from_numpy(x)[None] for x in (q, k, v)]
     for backend in ("reference", "torch"):
-        out, state = attend(policy, *tensors, budget=budget, schedule=schedule, prompt=prompt, backend=backend)
+        out, state = attend(policy, *tensors, **given, backend=backend)
         assert [[p for p in head if p >= 0] for head in state.positions[0].tolist()] == kept
         np.testing.assert_allclose(out[0].numpy(), want, atol=1e-10)
-    single, its = attend(policy, *(x.float() for x in tensors), budget=budget, schedule=schedule, prompt=prompt)
+    single, its = attend(policy, *(x.float() for x in tensors), **given)
     assume([[p for p in head if p >= 0] for head in its.positions[0].tolist()] == kept)  # near ties in float32
     np.testing.assert_allclose(single[0].numpy(), want, atol=1e-5)

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from a2sf import Budget, attend
+from a2sf.engine.state import Options
 from a2sf.hf.settings import retention_of
 from a2sf.scoring.passes.full_cache_prefix import cached_tokens, full_cache_prefix, pruned_scores
 from a2sf.scoring.passes.packing import pack
@@ -69,7 +70,7 @@ def check_packed_is_alone(drawn, max_tokens):
             row, todo, PassSettings(LAYERS, True, "torch", torch.device("cpu"), [None] * LAYERS, [None] * LAYERS)
         )
         for layer in range(LAYERS):
-            packed = made.attend(layer, *vectors(row.tokens, row.positions), SIZE**-0.5, None)
+            packed = made.attend(layer, *vectors(row.tokens, row.positions), Options(SIZE**-0.5), None)
             for which, i in enumerate(row.items):
                 policy, schedule, tokens, prompt, budget = drawn[i]
                 alone, state = attend(

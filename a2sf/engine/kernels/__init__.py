@@ -19,6 +19,7 @@ from a2sf.engine.kernels.split import splitter_for
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Attended, AttentionCall, EvictionState, Options, Segments
 from a2sf.errors import ConfigError, Notice, UnsoundKernelError, UserError, nearest
+from a2sf.policies.softmax import PLAIN, Softmax
 
 BACKENDS = tuple(b.name for b in REGISTRY if b.selectable)
 _collecting: ContextVar[tuple[set[str], ...]] = ContextVar("collecting", default=())
@@ -63,7 +64,7 @@ def attend(
     """Attend `segments` with the best backend for the device, or a named one; arguments as in `AttentionCall`.
 
     Raises:
-        ConfigError: if `backend` is unknown or cannot serve such tensors.
+        ConfigError: if `backend` is unknown, or cannot serve such tensors or compute such attention.
         UserError: if the policy looks at later tokens and does not see whole sequences.
     """
     check_backend(backend)
@@ -79,14 +80,15 @@ def _attend(call: AttentionCall, backend: str) -> Attended:
         with torch.autocast(device, enabled=False):
             return _attend(call, backend)
     named = None if backend == "auto" else next(b for b in REGISTRY if b.name == backend)
-    if named is not None and (reason := named.serves(call.query)) is not None:
+    softmax = call.options.softmax
+    if named is not None and (reason := named.serves(call.query) or named.computes(softmax)) is not None:
         raise ConfigError("backend", backend, reason)
 
     split = splitter_for(segments)
     if split is not None and segments.rule.heads:  # which no backend does itself
         return split(lambda simpler: _attend(simpler, backend), call)
     chosen = named or _choose(call)
-    if chosen.supports(call) is not None:
+    if chosen.computes(softmax) is not None or chosen.supports(call) is not None:
         if split is not None:
             return split(lambda simpler: _attend(simpler, backend), call)
         chosen = TORCH
@@ -106,10 +108,13 @@ def _attend(call: AttentionCall, backend: str) -> Attended:
     return done
 
 
-def new_cache(retention: BatchRetention, like: Tensor, backend: str = "auto") -> NewCache | None:
+def new_cache(
+    retention: BatchRetention, like: Tensor, backend: str = "auto", softmax: Softmax = PLAIN
+) -> NewCache | None:
     """What makes memory to read on in token by token, for keys like `like`; None where states are handed on instead."""
     able = (b for b in REGISTRY if b.name == backend or (backend == "auto" and b.automatic))
-    return next((made for b in able if (made := b.new_cache(retention, like)) is not None), None)
+    made = (b.new_cache(retention, like) for b in able if b.computes(softmax) is None)
+    return next((cache for cache in made if cache is not None), None)
 
 
 def _choose(call: AttentionCall) -> Backend:

@@ -15,6 +15,9 @@ from a2sf.policies.schedule import STEP
 CHUNK = 1024
 """Queries attended at a time: the mask of a tree is never larger than this times the tree's tokens."""
 
+PLAIN_CHUNK = 128
+"""The same where the probabilities themselves are made, for a softmax that torch's own attention does not know."""
+
 
 def unsupported(segments: Segments, options: Options, state: object) -> str | None:
     """Why `attend_dense` cannot replace the recursion for such a call; None: it can."""
@@ -60,15 +63,28 @@ def attend_dense(query: Tensor, key: Tensor, value: Tensor, segments: Segments, 
         budget, owner = segments.budget[tree][owner].to(device), owner.to(device)
         row = int(segments.row[tree[0]])
         q, k, v = (x[row : row + 1, :, token].to(dtype) for x in (query, key, value))
-        for i in range(0, len(owner), CHUNK):
-            here = slice(i, i + CHUNK)
+        chunk = CHUNK if options.softmax.plain else PLAIN_CHUNK
+        for i in range(0, len(owner), chunk):
+            here = slice(i, i + chunk)
             back = depth[here, None] - depth
             mask = above[owner[here]][:, owner] & (back >= 0) & (back <= budget[here, None])
-            out = torch.nn.functional.scaled_dot_product_attention(
-                q[:, :, here], k, v, attn_mask=mask, scale=options.scale, enable_gqa=k.shape[1] < H
-            )
+            out = masked_attention(q[:, :, here], k, v, mask, options)
             output[row][:, token[here]] = out[0].to(query.dtype)
     return Attended(output)
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: Options) -> Tensor:
+    """Attention [B, H, Q, V] of queries [B, H, Q, D] to keys [B, K, N, D] that are True in `mask`, bool [Q, N].
+
+    Each query sees at least one key.
+    """
+    K = key.shape[1]
+    if options.softmax.plain:
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=options.scale, enable_gqa=query.shape[1] > K
+        )
+    logits = query.unflatten(1, (K, -1)) @ key[:, :, None].transpose(-1, -2) * options.scale
+    return (options.softmax(logits, ~mask) @ value[:, :, None]).flatten(1, 2)
 
 
 def _trees(parent: Tensor) -> list[list[int]]:

@@ -229,8 +229,8 @@ class _PromptCall:
             queries = query[look.row, :, look.begin : look.end].to(scores.dtype).unflatten(0, (self.heads, -1))
             keys = end.keys[at, :, :n].contiguous()
             logits = queries @ keys[:, None].transpose(-1, -2) * self.options.scale  # [K, G, W, n]
-            logits = logits.masked_fill(positions[at, :, None, None, :n] > look.now, -torch.inf)
-            added = added_scores(self.rule, logits.softmax(-1).permute(2, 0, 1, 3), look.now[..., None] + 1)
+            p = self.options.softmax(logits, positions[at, :, None, None, :n] > look.now)
+            added = added_scores(self.rule, p.permute(2, 0, 1, 3), look.now[..., None] + 1)
             scores[at, :, :n] = scores[at, :, :n] * look.power + (added * look.forgotten).sum(0)
         return scores
 
@@ -255,7 +255,7 @@ class _PromptCall:
                 hidden = (positions < 0)[:, :, None, None] | (positions[:, :, None, None] > now[:, None])
                 keys = end.keys[at, :, :n].contiguous()
                 logits = (query @ keys.transpose(-1, -2)).unflatten(1, (self.group, -1)) * self.options.scale
-                p = logits[None].masked_fill_(hidden, -torch.inf).softmax(-1)  # [1, K, G, Q, n]
+                p = self.options.softmax(logits[None], hidden)  # [1, K, G, Q, n]
                 rows = AttentionRows(p, positions, now[None, None], memory[at : at + 1, :, :n])
                 memory[at, :, :n] = memory_after(self.rule, rows)[0]
         return memory
@@ -268,7 +268,7 @@ class _PromptCall:
             query = self.call.query[node.row, :, node.begin + node.before - 1]
             keys = end.keys[at, :, :n].contiguous()
             logits = query.to(keys.dtype).unflatten(0, (self.heads, -1)) @ keys.transpose(-1, -2) * self.options.scale
-            p = logits.masked_fill(end.positions[at, :, None, :n] < 0, -torch.inf).softmax(-1)
+            p = self.options.softmax(logits[:, :, None], end.positions[at, :, None, None, :n] < 0)[:, :, 0]
             each.append(torch.nn.functional.pad(p, (0, slots - n)))
         return torch.stack(each)
 

@@ -18,6 +18,7 @@ from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Attended, AttentionCall
 from a2sf.engine.stepwise import attend_torch
 from a2sf.policies.rule import Rule
+from a2sf.policies.softmax import Softmax
 
 if TYPE_CHECKING:
     from a2sf.engine.kernels.cpu import SlotCache
@@ -58,8 +59,17 @@ class Backend:
         """Why it cannot compute with tensors of such a dtype on such a device; None: it can."""
         return None
 
+    def computes(self, softmax: Softmax) -> str | None:
+        """Why it cannot compute attention with such a softmax; None: it can. A compiled backend knows a plain one alone."""
+        if softmax.plain or not self.compiled:
+            return None
+        return (
+            f"{self.name} does not know the softcap or the learned attention sinks that the model has; give auto, torch or "
+            "reference"
+        )
+
     def supports(self, call: AttentionCall) -> str | None:
-        """Why it cannot run a call whose tensors it `serves`; None: it can."""
+        """Why it cannot run a call whose tensors it `serves` and whose softmax it `computes`; None: it can."""
         return None
 
     def attend(self, call: AttentionCall) -> Attended:
@@ -76,10 +86,9 @@ class Dense(Backend):
 
     name, selectable = "dense", False
 
-    def serves(self, query: Tensor) -> str | None:
-        return "the compiled kernel is faster on a CPU" if query.device.type == "cpu" else None
-
     def supports(self, call: AttentionCall) -> str | None:
+        if call.query.device.type == "cpu" and call.options.softmax.plain:
+            return "the compiled kernel is faster on a CPU"
         return unsupported(call.segments, call.options, call.state)
 
     def attend(self, call: AttentionCall) -> Attended:

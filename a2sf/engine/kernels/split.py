@@ -92,7 +92,9 @@ def _by_group(run: Run, groups: list[tuple[Tensor, Segments]], call: AttentionCa
     for kv, segments in groups:
         q = (kv[:, None] * size + torch.arange(size)).flatten()
         before = None if state is None else state.heads(kv)
-        done.append((kv, q, run(AttentionCall(query[:, q], key[:, kv], value[:, kv], segments, options, before))))
+        done.append(
+            (kv, q, run(AttentionCall(query[:, q], key[:, kv], value[:, kv], segments, options.heads(kv), before)))
+        )
     kv_back, q_back = torch.cat([kv for kv, _, _ in done]).argsort(), torch.cat([q for _, q, _ in done]).argsort()
     ran = [attended for _, _, attended in done]
     output = torch.cat([a.output for a in ran], 1)[:, q_back]

@@ -7,7 +7,7 @@ each layer. No modelling code is copied, and no attribute of a model or its conf
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -18,15 +18,14 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from a2sf.compat.transformers import can_set_attention
 from a2sf.engine.eviction import wants_gradient
+from a2sf.engine.state import Options
 from a2sf.errors import UserError
 from a2sf.hf.attention.errors import UnsupportedModel
 from a2sf.hf.attention.named import Configs, configs_of, named
+from a2sf.policies.softmax import Softmax
 
 IMPLEMENTATION = "a2sf"
 CHANGES_THE_RESULT = {
-    "softcap": "caps its attention logits (softcap)",
-    "s_aux": "has learned attention sinks (s_aux)",
-    "sinks": "has learned attention sinks (sinks)",
     "position_bias": "adds a bias to its attention logits (position_bias)",
     "indices": "lets an index choose which tokens are seen (indices)",
     "block_indices": "lets an index choose which blocks of tokens are seen (block_indices)",
@@ -34,10 +33,13 @@ CHANGES_THE_RESULT = {
 }
 """Arguments that are known to change an attention's result, and how. `exactness.check_exact` detects all others.
 
-From every call of an attention function in transformers 5.24. `is_causal=False` and `dropout` are refused as well. The
-other arguments there, `position_ids cu_seq_lens_* max_length_* output_* deterministic use_cache` and what callers of a
-model add, do not enter the attention.
+From every call of an attention function in transformers 5.24. `is_causal=False` and `dropout` are refused as well, `softcap`
+and learned sinks are computed (`options_of`). The other arguments there, `position_ids cu_seq_lens_* max_length_* output_*
+deterministic use_cache` and what callers of a model add, do not enter the attention.
 """
+
+SINKS = ("s_aux", "sinks")
+"""The names of learned attention sinks among the arguments."""
 
 
 class Pass(Protocol):
@@ -54,8 +56,10 @@ class Pass(Protocol):
         """The layers that have called `attend`."""
         ...
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-        """Attention of one layer, [B, H, T, V]."""
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options, window: int | None
+    ) -> Tensor:
+        """Attention of one layer, [B, H, T, V]; `options`: how the layer computes it (`options_of`)."""
         ...
 
 
@@ -135,8 +139,7 @@ def pruned_attention(
     """Attention as transformers calls it: query [B, H, T, D], key and value [B, K, T, D] -> [B, T, H, V].
 
     Raises:
-        UnsupportedModel: for an argument that is known to change the attention, such as `softcap` or learned sinks
-            (`s_aux`).
+        UnsupportedModel: for an argument that is known to change the attention, such as `position_bias`.
     """
     plan = active.get()
     if plan is None:
@@ -149,10 +152,10 @@ def pruned_attention(
         raise UnsupportedModel(
             f"{type(module).__name__} builds an attention mask of its own, which the engine does not support"
         )
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    output = plan.attend(layer, query, key, value, scale, sliding_window or None).transpose(1, 2)
-    if not output.requires_grad and wants_gradient(query, key, value):
-        output = _WithoutGradient.apply(output, query, key, value)
+    options = options_of(module, query, key, scaling, other)
+    output = plan.attend(layer, query, key, value, options, sliding_window or None).transpose(1, 2)
+    if not output.requires_grad and wants_gradient(query, key, value, softmax=options.softmax):
+        output = _WithoutGradient.apply(output, query, key, value, options.softmax.learned_sinks)
     return output, None
 
 
@@ -160,7 +163,7 @@ class _WithoutGradient(torch.autograd.Function):
     """An output without a gradient: differentiating it raises an error, instead of giving a gradient that lacks a part."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, *inputs: Tensor | None) -> Tensor:
         return output.detach()
 
     @staticmethod
@@ -187,6 +190,30 @@ def check_arguments(module: nn.Module, dropout: float, other: dict[str, Any]) ->
     if does:
         raise UnsupportedModel(f"{name} {' and '.join(does)}, which the engine does not do; choose another model")
     return layer
+
+
+def options_of(
+    module: nn.Module, query: Tensor, key: Tensor, scaling: float | None, other: Mapping[str, Any]
+) -> Options:
+    """How a layer computes its attention: scale, softcap (Gemma 2) and learned sinks (GPT-OSS).
+
+    Args:
+        query, key, scaling, other: as the layer gives them to its attention.
+
+    Raises:
+        UnsupportedModel: if the softcap or the sinks are none that the engine knows.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    given = [name for name in SINKS if other.get(name) is not None]
+    try:
+        softmax = Softmax.of(other.get("softcap"), other.get(given[0]) if given else None, query.shape[1], key.shape[1])
+    except ValueError as error:
+        names = ", ".join(n for n in ("softcap", *given) if other.get(n) is not None)
+        raise UnsupportedModel(
+            f"{type(module).__name__} gives its attention a softcap or learned sinks ({names}) that the engine does not "
+            f"know ({error}); choose another model"
+        ) from error
+    return Options(scale, softmax=softmax)
 
 
 # the mask function that goes with it, `masks.no_mask`, makes none: the pass in force knows where the padding is

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from a2sf.engine.state import accumulation_dtype
+from a2sf.engine.state import Options, accumulation_dtype
 from a2sf.hf.attention.errors import UnsupportedModel
 from a2sf.hf.attention.function import Pass, active, running
 from a2sf.policies.prepared import LayerRead
@@ -33,12 +33,13 @@ class Look:
     found: dict[int, Any] = field(default_factory=dict)
 
     def at(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, hidden: Tensor | None = None
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options, hidden: Tensor | None = None
     ) -> None:
         """Look at a layer.
 
         Args:
             query, key, value: [1, heads, tokens, D] of the row.
+            options: as in `Pass.attend`.
             hidden: [1, tokens, hidden size].
 
         Raises:
@@ -56,7 +57,8 @@ class Look:
             )
         q, k, v = (x[0][:, self.columns].to(accumulation_dtype(x.dtype)) for x in (query, key, value))
         seen = hidden[0][self.columns] if self.hidden_states and hidden is not None else None
-        self.found[layer] = self.function(LayerRead(layer, q.unflatten(0, (k.shape[0], -1)), k, v, scale, seen))
+        q = q.unflatten(0, (k.shape[0], -1))
+        self.found[layer] = self.function(LayerRead(layer, q, k, v, options.scale, seen, options.softmax))
 
     def results(self, layers: int) -> list[Any]:
         """What the function returned for each of the model's `layers`, once all were read."""
@@ -82,12 +84,14 @@ class _ObservedPass:
     def reached(self) -> Set[int]:
         return self.reading.reached
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options, window: int | None
+    ) -> Tensor:
         """Attention of one layer, [1, H, T, V]; first, because it refuses numbers that are not finite."""
-        output = self.reading.attend(layer, query, key, value, scale, window)
+        output = self.reading.attend(layer, query, key, value, options, window)
         hidden = self.hidden.pop(layer, None)
         for look in self.looks:
-            look.at(layer, query, key, value, scale, hidden)
+            look.at(layer, query, key, value, options, hidden)
         return output
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from a2sf.engine.state import Options
 from a2sf.hf.attention.errors import check_finite
 from a2sf.hf.attention.plan import Plan
 
@@ -33,12 +34,14 @@ class MixedPass:
     layers: int
     reached: set[int] = field(default_factory=set)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options, window: int | None
+    ) -> Tensor:
         """Attention of one layer, [1, H, T, V]."""
         check_finite(layer, self.segments, query=query, key=key, value=value)
         self.reached.add(layer)
         outputs = []
         for plan, columns in zip(self.plans, self.columns, strict=True):
             q, k, v = (x.index_select(2, columns) for x in (query, key, value))
-            outputs.append(plan.attend_finite(layer, q, k, v, scale, window))
+            outputs.append(plan.attend_finite(layer, q, k, v, options, window))
         return torch.cat(outputs, 2).index_select(2, self.back)

@@ -161,25 +161,28 @@ class Plan:
         """This plan, in the form of a pass of several plans."""
         return [self]
 
-    def options(self, layer: int, scale: float) -> Options:
-        """The engine's arguments for a layer."""
+    def options(self, layer: int, options: Options) -> Options:
+        """The engine's arguments for a layer; `options` as in `Pass.attend`."""
         rotary = None if self.rotary is None else self.rotary[layer]
         projection = None if self.projections is None else self.projections[layer]
-        return Options(scale, trace=self.trace, layer=layer, layers=self.layers, rotary=rotary, projection=projection)
+        known: dict[str, Any] = {"layers": self.layers, "rotary": rotary, "projection": projection}
+        return replace(options, trace=self.trace, layer=layer, **known)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options, window: int | None
+    ) -> Tensor:
         """Attention of one layer, [B, H, T, V]."""
         check_finite(layer, (self.row, self.start, self.length), query=query, key=key, value=value)
-        return self.attend_finite(layer, query, key, value, scale, window)
+        return self.attend_finite(layer, query, key, value, options, window)
 
     def attend_finite(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options, window: int | None
     ) -> Tensor:
         """`attend` without its check that the tensors are finite."""
         call = self._calls[layer]
         self._calls[layer] += 1
         with backends_run() as names, caused_by(self.warned):
-            segments, options = self.segments(layer, window), self.options(layer, scale)
+            segments, options = self.segments(layer, window), self.options(layer, options)
             if segments.rule.threshold is not None:
                 options = replace(options, return_state=True)
             out = attend(query, key, value, segments, options, backend=self.backend)
@@ -190,7 +193,7 @@ class Plan:
             noted = {"evicted": out.evicted}
             if list(self.length) == [query.shape[2]]:
                 noted["evicted_at"] = at = steps_of(out)
-                noted["received"], noted["lost"] = attention_mass(query, key, at, scale)
+                noted["received"], noted["lost"] = attention_mass(query, key, at, options)
             for name, found in noted.items():
                 known = getattr(self, name)
                 # a layer that calls its attention several times has the heads of all calls, in their order

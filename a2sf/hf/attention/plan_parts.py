@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from a2sf.engine.kernels import attend, backends_run
-from a2sf.engine.state import EvictionState, accumulation_dtype
+from a2sf.engine.state import EvictionState, Options, accumulation_dtype
 from a2sf.hf.attention.errors import NonFiniteError
 from a2sf.hf.attention.mixed import MixedPass
 from a2sf.hf.attention.plan import Plan
@@ -47,14 +47,16 @@ class PlanPart(Plan):
     states: States = field(default_factory=dict)
     shapes: dict[tuple[int, int], tuple[int, int, int | None]] = field(default_factory=dict)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options, window: int | None
+    ) -> Tensor:
         try:
-            return super().attend(layer, query, key, value, scale, window)
+            return super().attend(layer, query, key, value, options, window)
         except NonFiniteError as error:
             raise NonFiniteError(error.where, error.dtype, [self.plan_segments[i] for i in error.rows]) from error
 
     def attend_finite(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options, window: int | None
     ) -> Tensor:
         segments = self.segments(layer, window)
         at = layer, self._calls[layer]
@@ -64,7 +66,7 @@ class PlanPart(Plan):
         keep = [i for i, segment in enumerate(self.plan_segments) if segment in self.needed_later]
         with backends_run() as names, caused_by(self.warned):
             options = replace(
-                self.options(layer, scale), return_state=bool(keep) or segments.rule.threshold is not None
+                self.options(layer, options), return_state=bool(keep) or segments.rule.threshold is not None
             )
             before = self._before(at, key, value, segments.rule, group)
             out = attend(query, key, value, segments, options, before, backend=self.backend)

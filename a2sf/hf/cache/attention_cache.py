@@ -19,6 +19,7 @@ from a2sf.policies.base import UNLIMITED
 from a2sf.policies.rotary import Projection, Rotary
 from a2sf.policies.rule import ACCUMULATED
 from a2sf.policies.slots import head_slots
+from a2sf.policies.softmax import PLAIN
 
 GROWTH = 256
 """The least number of free slots that are allocated where neither a budget nor a length bounds a cache."""
@@ -64,10 +65,10 @@ class LayerSettings:
     rotary: Rotary | None = None
     projection: Projection | None = None
 
-    def options(self, scale: float) -> Options:
-        """The engine's arguments."""
+    def options(self, options: Options) -> Options:
+        """The engine's arguments; `options` as in `Pass.attend`."""
         known = {"layer": self.layer, "layers": self.layers, "rotary": self.rotary, "projection": self.projection}
-        return Options(scale, return_state=True, trace=self.trace, **known)  # type: ignore[arg-type]
+        return replace(options, return_state=True, trace=self.trace, **known)  # type: ignore[arg-type]
 
 
 class HeadsCache:
@@ -86,6 +87,7 @@ class HeadsCache:
         self._memory: TokenCache | None = None
         self._state: EvictionState | None = None
         self._slots = self._held = 0  # slots allocated for each head, and cached tokens of the fullest head
+        self._softmax = PLAIN  # the layer's, known once it has been called
         self._rule = retention.rule  # the policy's; what is retained after a prompt may follow a simpler one
 
     @property
@@ -100,17 +102,19 @@ class HeadsCache:
         state = self.state()
         return int(state.counts.sum()) * sum(x.shape[-1] * x.itemsize for x in (state.keys, state.values))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, new: NewTokens, scale: float) -> Attended:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, new: NewTokens, options: Options) -> Attended:
         """Insert, attend, score and evict the call's tokens; the caller then calls `end_call`."""
-        if new.columns == 1 and self._state is None and self._memory is not None and not self.settings.trace:
+        self._softmax = options.softmax
+        at_once = new.columns == 1 and not self.settings.trace and options.softmax.plain
+        if at_once and self._state is None and self._memory is not None:
             now = self.retention.after(new.after)
             self._held = min(now.most, self._held + 1)
             memory = self._make_room(self._held, key, value, None, self.retention.most)
             note_backend(memory.backend)
-            return Attended(memory.attend(query, key, value, now, scale=scale, lengths=new.length))
+            return Attended(memory.attend(query, key, value, now, scale=options.scale, lengths=new.length))
         before = None if self._state is None and self._memory is None else self.state()
         segments = Segments.of_rows(self.retention, new.length, new.start)
-        options = self.settings.options(scale)
+        options = self.settings.options(options)
         attended = attend(query, key, value, segments, options, before, backend=self.settings.backend)
         self._state = attended.state
         return attended
@@ -130,7 +134,7 @@ class HeadsCache:
         fixed = retention.across_heads and retention.schedule.then != "keep"
         if retention.schedule.prompt and not fixed and retention.prompts_read(seen):
             self.retention = retention.after_prompt()
-        if new_cache(self.retention, state.keys, self.settings.backend) is None:
+        if new_cache(self.retention, state.keys, self.settings.backend, self._softmax) is None:
             self._memory = None
             return
         self._state = None  # first, so that less memory is in use when more is allocated
@@ -168,7 +172,7 @@ class HeadsCache:
         """
         if self._memory is not None and need <= self._slots:
             return self._memory
-        make = new_cache(self.retention, key, self.settings.backend)
+        make = new_cache(self.retention, key, self.settings.backend, self._softmax)
         assert make is not None
         if to_come:
             self._slots = max(need, min(most, need + to_come))
@@ -210,22 +214,21 @@ class AttentionCache:
         return sum(s.cached_nbytes for s in self._caches)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, new: NewTokens, scale: float, to_come: int | None
+        self, query: Tensor, key: Tensor, value: Tensor, new: NewTokens, options: Options, to_come: int | None
     ) -> Tensor:
         """Insert, attend, score and evict the call's tokens, [B, H, T, V]; `to_come` as for `PrunedLayer.attend`."""
         if not self._caches:
             self.heads, self.group = key.shape[1], query.shape[1] // key.shape[1]
             self._arrange([torch.arange(self.heads)])
         if len(self._caches) == 1:
-            ran = [self._caches[0].attend(query, key, value, new, scale)]
+            ran = [self._caches[0].attend(query, key, value, new, options)]
             output = ran[0].output
         else:
             ran = []
             output = query.new_empty(*query.shape[:3], value.shape[-1])
             for cache in self._caches:
-                ran.append(
-                    cache.attend(query[:, cache.queries], key[:, cache.heads], value[:, cache.heads], new, scale)
-                )
+                parts = query[:, cache.queries], key[:, cache.heads], value[:, cache.heads]
+                ran.append(cache.attend(*parts, new, options.heads(cache.heads)))
                 output[:, cache.queries] = ran[-1].output
         if self.settings.trace:
             self._record(ran)

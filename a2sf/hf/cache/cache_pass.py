@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from a2sf.engine.state import Options
 from a2sf.hf.attention.errors import check_finite
 from a2sf.hf.cache.attention_cache import NewTokens
 
@@ -30,7 +31,9 @@ class CachePass:
         """The layers that have called their attention."""
         return set(self.attentions)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options, window: int | None
+    ) -> Tensor:
         """Insert, attend, score and evict in one layer, [B, H, T, V]."""
         if (order := self.new.order) is not None:
             query, key, value = (_in_order(x, order) for x in (query, key, value))
@@ -43,7 +46,7 @@ class CachePass:
         elif window is not None:
             self.cache.rows(layer, window)  # refuses a sequence that has outgrown the window
         call = self.attentions[layer]
-        output = self.read(cache_layer, layer, query, key, value, scale, call)
+        output = self.read(cache_layer, layer, query, key, value, options, call)
         if self.new.columns == 1:
             # NaN and infinity end up in the output, but not those of a key that only gets no attention
             check_finite(layer, tokens, key=key, output=output)
@@ -54,10 +57,17 @@ class CachePass:
         """Begin the call."""
 
     def read(
-        self, cache_layer: PrunedLayer, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, call: int
+        self,
+        cache_layer: PrunedLayer,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: Options,
+        call: int,
     ) -> Tensor:
         """Let a layer read the call's tokens, [B, H, T, V]; `call` as for `PrunedLayer.attend`."""
-        return cache_layer.attend(query, key, value, self.new, scale, self.cache.more, call)
+        return cache_layer.attend(query, key, value, self.new, options, self.cache.more, call)
 
     def finish(self, completed: bool) -> None:
         """End the call, which all layers have read if it is `completed`."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from a2sf.engine.retention import BatchRetention
-from a2sf.engine.state import EvictionState
+from a2sf.engine.state import EvictionState, Options
 from a2sf.hf.cache.attention_cache import AttentionCache, LayerSettings, NewTokens
 
 
@@ -69,19 +69,20 @@ class PrunedLayer(CacheLayerMixin):
         key: Tensor,
         value: Tensor,
         new: NewTokens,
-        scale: float,
+        options: Options,
         to_come: int | None,
         call: int = 0,
     ) -> Tensor:
         """Insert, attend, score and evict the call's tokens, [B, H, T, V].
 
         Args:
+            options: as in `Pass.attend`.
             to_come: how many tokens may follow; None: not known. It bounds the memory where nothing is evicted.
             call: how many times the layer called its attention before in this pass.
         """
         if call == len(self._attentions):
             self._attentions.append(AttentionCache(self.retention, self.settings))
-        output = self._attentions[call].attend(query, key, value, new, scale, to_come)
+        output = self._attentions[call].attend(query, key, value, new, options, to_come)
         self.is_initialized = True
         return output
 

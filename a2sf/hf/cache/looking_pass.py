@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from a2sf.engine.state import EvictionState
+from a2sf.engine.state import EvictionState, Options
 from a2sf.hf.attention.looking import Look, hidden_noted
 from a2sf.hf.cache.attention_cache import NewTokens
 from a2sf.hf.cache.budgets import retention_of_prompts
@@ -29,13 +29,13 @@ class HeldPrompts(NamedTuple):
         state: of the tokens before.
         shape: as `PrunedLayer.shape`.
         last: query, key and value of the last tokens, [B, heads, 1, D] each.
-        scale: what query · key is multiplied by.
+        options: how the layer computes its attention, as in `Pass.attend`.
     """
 
     state: EvictionState
     shape: dict[str, Any]
     last: tuple[Tensor, Tensor, Tensor]
-    scale: float
+    options: Options
 
 
 @dataclass
@@ -62,14 +62,21 @@ class LookingPass(CachePass):
         self._hooks.enter_context(hidden_noted(model, self.hidden, self, self.looks))
 
     def read(
-        self, cache_layer: PrunedLayer, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, call: int
+        self,
+        cache_layer: PrunedLayer,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: Options,
+        call: int,
     ) -> Tensor:
         new, end = self.new, self.new.start + self.new.length - 1
         before = NewTokens(new.start, new.length - 1, new.before, new.after - 1, new.columns)
-        output = cache_layer.attend(query, key, value, before, scale, None, call)
+        output = cache_layer.attend(query, key, value, before, options, None, call)
         state, shape = cache_layer.state(), cache_layer.shape
         last = (_column(query, end), _column(key, end), _column(value, end))
-        of_last = cache_layer.attend(*last, self._last, scale, None, call)
+        of_last = cache_layer.attend(*last, self._last, options, None, call)
         at = end.to(output.device)[:, None, None, None].expand_as(of_last)
         output = output.scatter(2, at, of_last)
         hidden = self.hidden.pop(layer, None)
@@ -77,8 +84,8 @@ class LookingPass(CachePass):
             for row, look in enumerate(self.looks):
                 of_row = None if hidden is None else hidden[row : row + 1]
                 q, k, v = (x[row : row + 1] for x in (query, key, value))
-                look.at(layer, q, k, v, scale, of_row)
-        self.held[layer] = HeldPrompts(state, shape, last, scale)
+                look.at(layer, q, k, v, options, of_row)
+        self.held[layer] = HeldPrompts(state, shape, last, options)
         cache_layer.reset()
         return output
 
@@ -106,7 +113,7 @@ class LookingPass(CachePass):
                 one = held.pop(layer)
                 cache_layer, window = cache.layers[layer], one.shape["window"]
                 cache_layer.restore(cache.batch_retention(layer, window), one.shape, one.state)
-                cache_layer.attend(*one.last, self._last, one.scale, cache.more)
+                cache_layer.attend(*one.last, self._last, one.options, cache.more)
 
     @property
     def _last(self) -> NewTokens:

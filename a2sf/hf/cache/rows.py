@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from a2sf.engine.state import EvictionState
+from a2sf.engine.state import EvictionState, Options
 from a2sf.hf.attention.errors import NonFiniteError
 from a2sf.hf.cache.attention_cache import NewTokens
 from a2sf.hf.cache.cache_pass import CachePass
@@ -109,7 +109,9 @@ class JointPass:
         for cache, _ in self.caches:
             cache.end(completed)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options, window: int | None
+    ) -> Tensor:
         """Insert, attend, score and evict in one layer, [R, H, 1, V] of R rows."""
         outputs = []
         first = 0
@@ -118,7 +120,7 @@ class JointPass:
             q, k, v = (_spread(x[first : first + size], len(live), place) for x in (query, key, value))
             try:
                 with caused_by(warned):
-                    output = one.attend(layer, q, k, v, scale, window)
+                    output = one.attend(layer, q, k, v, options, window)
             except NonFiniteError as error:  # whose rows are the cache's
                 row = {int(r): i for i, r in enumerate(live.nonzero()[:, 0])}
                 bad = sorted(first + row[r] for r in error.rows if r in row)

@@ -22,12 +22,13 @@ from a2sf.calibration.end_to_end import HeldOut
 from a2sf.calibration.local import HeadAtRatio, errors
 from a2sf.calibration.texts import WHEEL, PlainText, passages, read_text
 from a2sf.commands.policy import calibrate
+from a2sf.engine.state import Options
 from a2sf.errors import ConfigError, UserError
 from a2sf.policies.rule import Head
 from a2sf.shipped import shipped
 from a2sf.tasks.spec import SUITES
 from tests.hub.build import write_model
-from tests.models import small
+from tests.models import NO_SDPA, small
 
 FEW = (
     grid.PAPER,
@@ -44,7 +45,7 @@ def layer(seed: int, tokens: int = 20) -> Captured:
     g = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(1, n, tokens, 8, generator=g) for n in (4, 2, 2))
     full = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return Captured(0, q, k, v, 8**-0.5, full)
+    return Captured(0, q, k, v, Options(8**-0.5), full)
 
 
 def test_an_error_is_that_of_the_policy_after_the_projection():
@@ -71,9 +72,10 @@ def test_an_error_is_that_of_the_policy_after_the_projection():
     assert errors(seen, projection, [HeadAtRatio(FEW[0], 1.0)]).max() < 1e-10
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "gpt_neox", *NO_SDPA])
 def test_every_layer_is_seen_and_its_projection_found(kind):
-    model, seen = small(kind), []
+    no_windows = {"layer_types": ["full_attention"] * 3} if kind in NO_SDPA else {}
+    model, seen = small(kind, **no_windows), []
     logits = capture(model, range(5, 25), seen.append, last=3)
     with torch.inference_mode():
         torch.testing.assert_close(logits, model(torch.arange(5, 25)[None]).logits[0, -3:], atol=1e-4, rtol=1e-3)

@@ -14,6 +14,7 @@ from a2sf.calibration import retrieval
 from a2sf.calibration.capture import Captured
 from a2sf.calibration.retrieval import Needle
 from a2sf.commands.policy import heads
+from a2sf.engine.state import Options
 from a2sf.errors import UserError
 from tests.hub.build import write_model
 from tests.models import small
@@ -31,7 +32,7 @@ def looking_at(places: list[int]) -> Captured:
         query[0, 0, token - 1, place] = 5.0
     query[0, 1] = -torch.eye(T)[torch.arange(T)]  # head 1 looks anywhere but at itself
     value = torch.zeros(1, 1, T, T)
-    return Captured(0, query, key, value, 1.0, torch.zeros(1, 2, T, T))
+    return Captured(0, query, key, value, Options(1.0), torch.zeros(1, 2, T, T))
 
 
 @pytest.mark.parametrize(

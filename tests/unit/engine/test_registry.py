@@ -95,4 +95,4 @@ def test_every_registered_backend_says_what_it_is():
     single, double = (torch.zeros(1, 1, 1, 1, dtype=d) for d in (torch.float32, torch.float64))
     served = {b.name for b in REGISTRY if b.serves(single) is None}
     assert {"reference", "numba", "torch"} <= served
-    assert {b.name for b in REGISTRY if b.serves(double) is None} == {"reference", "torch"}
+    assert {b.name for b in REGISTRY if b.serves(double) is None} == {"dense", "reference", "torch"}

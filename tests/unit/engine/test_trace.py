@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from a2sf import evicting_attention
-from a2sf.engine.state import Attended
+from a2sf.engine.state import Attended, Options
 from a2sf.engine.trace import Trace, attention_mass, load, overlap, save, steps_of
 from a2sf.errors import Notice
 from a2sf.report.traced import picture
@@ -56,7 +56,7 @@ def test_attention_behind_an_eviction_is_that_of_the_engine(heads):
             held = {*before.positions[0, head].tolist(), t} - {-1}
             (evicted[0, head, t],) = held - set(state.positions[0, head].tolist())
         before = state
-    received, lost = attention_mass(q, k, steps_of(Attended(q, None, evicted)), 16**-0.5)
+    received, lost = attention_mass(q, k, steps_of(Attended(q, None, evicted)), Options(16**-0.5))
     at = state.positions.long()
     torch.testing.assert_close(received.gather(2, at), state.scores, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(received.sum(-1), torch.full((1, 2), T * heads / 2.0), atol=1e-2, rtol=0)

@@ -53,6 +53,13 @@ def test_an_argument_known_to_matter_is_refused_by_name(name):
         check_exact(handing(small("llama"), **{name: torch.zeros(1)}))
 
 
+@pytest.mark.parametrize("sinks", [torch.zeros(2, 4, 20, 1), torch.zeros(4, dtype=torch.int64)])
+def test_sinks_that_are_not_one_number_for_each_head_are_refused(sinks):
+    with pytest.raises(UnsupportedModel, match=r"learned sinks \(sinks\) that the engine does not know") as raised:
+        check_exact(handing(small("llama"), sinks=sinks))
+    assert "\n" not in str(raised.value)
+
+
 def test_an_argument_that_matters_is_found_by_trying():
     def tilted(module, query, key, value, attention_mask, tilt=None, **kwargs):
         return sdpa_attention_forward(

@@ -55,6 +55,10 @@ def rest(model, cache: PrunedCache) -> torch.Tensor:
         ("llama", (Heads(heads=[[1, 0]]), TOKENS), {}),
         ("llama", (Full(),), {}),
         ("gemma3", (A2SF(), TOKENS), {}),
+        ("gemma2", (A2SF(), TOKENS), {}),
+        ("gpt_oss", (A2SF(), TOKENS), {}),
+        ("gpt_oss", (AdaKV(window=2), TOKENS), {}),
+        ("gpt_oss", (Heads(heads=[[1, 0]]), TOKENS), {}),
     ],
 )
 def test_it_continues_as_if_it_had_not_stopped(name, settings, more, tmp_path):

@@ -114,7 +114,7 @@ def test_directions_are_those_of_the_queries(tmp_path):
             lengths = 1 + torch.rand(1, 4, tokens, 1, generator=g)
             query = lengths * want[layer, :, None] + 0.01 * torch.randn(1, 4, tokens, 8, generator=g)
             key = torch.zeros(1, 2, tokens, 8)
-            summed.add(Captured(layer, query, key, key, 1.0, query))
+            summed.add(Captured(layer, query, key, key, Options(1.0), query))
     found = summed.directions()
     torch.testing.assert_close(found, want.unflatten(1, (2, 2)).mean(2), atol=0.01, rtol=0)
     file = tmp_path / "filters.json"
