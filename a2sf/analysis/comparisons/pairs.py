@@ -80,7 +80,11 @@ class Comparer:
         cells = self.grid.cells
         for task in sorted(a.keys.keys() & b.keys.keys()):
             one, other = cells.get(a.keys[task]), cells.get(b.keys[task])
-            if one is None or other is None or _same_documents(one, other, self.grid.metric, self.grid.mixed):
+            if one is None or other is None:  # a directory with results.csv alone
+                same = a.rows[task].n == b.rows[task].n
+            else:
+                same = _same_documents(one, other, self.grid.metric, self.grid.mixed)
+            if same:
                 continue
             problem = (
                 f"{task}: some documents have no {self.grid.metric}, and not the same ones under each system, so no "
