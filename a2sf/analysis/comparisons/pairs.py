@@ -80,7 +80,11 @@ class Comparer:
         cells = self.grid.cells
         for task in sorted(a.keys.keys() & b.keys.keys()):
             one, other = cells.get(a.keys[task]), cells.get(b.keys[task])
-            if one is None or other is None or _same_documents(one, other, self.grid.metric, self.grid.mixed):
+            if one is None or other is None:  # a directory with results.csv alone
+                same = a.rows[task].n == b.rows[task].n
+            else:
+                same = _same_documents(one, other, self.grid.metric, self.grid.mixed)
+            if same:
                 continue
             problem = (
                 f"{task}: some documents have no {self.grid.metric}, and not the same ones under each system, so no "
@@ -189,10 +193,17 @@ class Comparison:
     adjusted: Adjusted | None = None
 
 
+def controls_of(
+    systems: Sequence[SystemResults], pair: tuple[str, str] = DEFAULT_PAIR
+) -> dict[tuple[str, str, str], SystemResults]:
+    """Budget, schedule and variant -> the system of the pair's second policy there; of several, the first of `systems`."""
+    return {(s.budget, s.schedule, s.variant): s for s in reversed(systems) if s.policy == pair[1]}
+
+
 def matched(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> list[tuple[SystemResults, SystemResults | None]]:
     """Every system of the pair's first policy with the second policy's at the same budget and schedule, or None."""
     systems = part.systems(pair)
-    controls = {(s.budget, s.schedule, s.variant): s for s in reversed(systems) if s.policy == pair[1]}
+    controls = controls_of(systems, pair)
     return [(s, controls.get((s.budget, s.schedule, s.variant))) for s in systems if s.policy == pair[0]]
 
 

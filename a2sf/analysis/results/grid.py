@@ -34,6 +34,7 @@ class SystemResults:
     Attributes:
         label: how tables name the policy, with settings in which systems differ, and the schedule if several are shown.
         short_label: the same without the schedule.
+        policy_label: without settings and variant, too.
         budget, factor, schedule: as tables write them.
         causal: False for a policy that looks at later tokens: an oracle (upper bound), compared with no other.
         keys: task -> key of the cell (`Grid.cells`, `Grid.frame`).
@@ -44,6 +45,7 @@ class SystemResults:
     policy: str
     label: str
     short_label: str
+    policy_label: str
     settings: str
     budget: str
     budget_order: float
@@ -145,7 +147,7 @@ class Grid:
         systems = []
         for by_task in groups.values():
             first = next(iter(by_task.values()))
-            more = ["label", "short_label", "budget_order", "factor_value", "is_full", "causal"]
+            more = ["label", "short_label", "policy_label", "budget_order", "factor_value", "is_full", "causal"]
             same = {k: getattr(first, k) for k in [*SYSTEM, *more]}
             systems.append(
                 SystemResults(

@@ -29,7 +29,8 @@ def factor_label(value: Any) -> str:
 
 
 def name_settings(frame: pd.DataFrame) -> pd.DataFrame:
-    """Add the settings in which two systems of one policy differ to their labels."""
+    """Add the settings in which two systems of one policy differ to their labels; `policy_label` is the one without."""
+    frame["policy_label"] = frame["label"]
     for _, rows in frame.groupby("policy"):
         variants = rows["settings"].unique()
         if len(variants) > 1:

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
 from a2sf.analysis.comparisons.fidelity import MEASURES, fidelity_frame
+from a2sf.analysis.comparisons.pairs import controls_of
 from a2sf.analysis.results.chance import chance_levels
 from a2sf.analysis.results.grid import AVERAGE, DEFAULT_PAIR, Grid, SystemResults
 from a2sf.analysis.results.labels import budget_axis, budget_kind
@@ -136,13 +137,15 @@ def heat_map(part: Grid, pair: tuple[str, str] = DEFAULT_PAIR) -> Figure | None:
     control, control_halves = np.full((2, 1, len(budgets)), np.nan)
     label = pair[1]
     scale = 100 if part.percent else 1
-    for s in part.systems():
+    systems = part.systems(pair)
+    controls = controls_of(systems, pair)
+    for s in systems:
         if s.is_full or column not in available_columns(s, part):
             continue
         if s.label == shown.label and not math.isnan(s.factor_value):
             place = rows.index(s.factor_value), budgets.index(s.budget)
             values[place], halves[place] = (scale * x for x in _with_half(estimated(s, column, part)))
-        elif s.policy == pair[1] and (s.schedule, s.variant) == (shown.schedule, shown.variant):
+        elif s is controls.get((s.budget, shown.schedule, shown.variant)):
             place, label = (0, budgets.index(s.budget)), s.label
             control[place], control_halves[place] = (scale * x for x in _with_half(estimated(s, column, part)))
     has_control = not np.isnan(control).all()

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from a2sf.analysis.comparisons.pairs import Comparer
+from a2sf.analysis.comparisons.pairs import Comparer, controls_of
 from a2sf.analysis.results.chance import chance_levels
 from a2sf.analysis.results.documents import texts_note
 from a2sf.analysis.results.errors import estimate_of
@@ -67,20 +67,22 @@ def _by_task(
         tests.to_full = test_equivalence(systems, part, comparer, margin)
     placed = list(zip(systems, rows, strict=True))
     full = {s.variant: (s, r) for s, r in placed if s.is_full}
-    control = {(s.budget, s.schedule, s.variant): (s, r) for s, r in placed if s.policy == pair[1]}
-    labels = {s.policy: s.short_label for s in systems}
+    controls = controls_of(systems, pair)
+    row_of = {id(s): r for s, r in placed}
     final = []
     for system, row in placed:
         if not system.is_full:
             row = replace(row, to_full=_minus((system, row), full.get(system.variant), score, comparer))
         if system.policy == pair[0]:
-            other = control.get((system.budget, system.schedule, system.variant))
-            row = replace(row, to_control=_minus((system, row), other, score, comparer))
+            other = controls.get((system.budget, system.schedule, system.variant))
+            against = None if other is None else (other, row_of[id(other)])
+            row = replace(row, to_control=_minus((system, row), against, score, comparer))
         final.append(row)
     notes = list(comparer.problems)
     if not full:
         notes.append("There is no full-cache result, so there is no difference to it.")
-    if pair[0] in labels and pair[1] not in labels:
+    firsts = [s for s in systems if s.policy == pair[0]]
+    if firsts and not controls:
         notes.append(f"There is no result of the policy {pair[1]}, so there is no difference to it.")
     if len(rows) == 1:
         notes.append("There is one row only, so there is nothing to compare it with.")
@@ -94,7 +96,7 @@ def _by_task(
         rows=final,
         heads=_used_heads(final),
         to_full="Δ full" if any(r.to_full is not None for r in final) else None,
-        to_control=f"{labels[pair[0]]} {MINUS} {labels[pair[1]]}"
+        to_control=f"{_one_label(firsts)} {MINUS} {_one_label(controls.values())}"
         if any(r.to_control is not None for r in final)
         else None,
         tested=tested,
@@ -108,6 +110,13 @@ def _by_task(
         members=tuple(t for t in tasks if any(t == m.task for g in part.groups if g.name in groups for m in g.members)),
     )
     return table, tests
+
+
+def _one_label(systems: Iterable[SystemResults]) -> str:
+    """The label of some systems of a policy: with their settings and variant, if these are the same in all."""
+    systems = list(systems)
+    labels = {s.short_label for s in systems}
+    return labels.pop() if len(labels) == 1 else systems[0].policy_label
 
 
 def _span(numbers: list[int]) -> str:

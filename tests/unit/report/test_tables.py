@@ -489,3 +489,33 @@ def test_a_missing_policy_of_the_pair_is_noted_only_where_the_pair_was_given(tmp
     missing = "There is no result of the policy a2sf"
     assert not any(missing in note for note in show([tmp_path / "s"], Selection(), quiet).notes)
     assert any(missing in note for note in show([tmp_path / "s"], Selection(), replace(quiet, pair_given=True)).notes)
+
+
+def test_the_difference_of_the_pair_is_to_the_system_that_its_heading_names(tmp_path: Path) -> None:
+    """As in comparisons.csv: of two settings of the second policy at one budget to the first."""
+    one = {"documents": {"piqa": 50}, "budgets": (0.2,)}
+    write_sweep(tmp_path, Plan(policies=("full", "a2sf"), **one))
+    for i, recent in enumerate((0.25, 0.75)):
+        settings = {"noise": {"h2o": 1.0 + 20 * i}, "extra": {"policy_settings": {"recent": recent}}, "seed": i}
+        for stored in write_sweep(tmp_path / str(i), Plan(policies=("h2o",), **settings, **one)):
+            stored.path.rename(tmp_path / f"{stored.path.name}-{i}")
+    grid = gather([tmp_path])
+    (table,) = build_tables(grid)
+    (comparison,), _ = compare_pair(grid)
+    assert comparison.second == "H2O (recent 0.25)"
+    assert table.to_control == f"A2SF {MINUS} H2O (recent 0.25)"
+    (row,) = [r for r in table.rows if r.label == "A2SF"]
+    assert row.to_control == pytest.approx(comparison.difference.value)
+    values = [r.entries["piqa"].value for r in table.rows if r.label.startswith("H2O")]
+    assert len(set(values)) == 2
+
+
+def test_a_heading_of_several_seeds_names_none_of_them(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        plan = Plan(documents={"piqa": 20}, budgets=(0.2,), seed=seed, extra={"seed": seed})
+        for stored in write_sweep(tmp_path / str(seed), plan):
+            (tmp_path / "s").mkdir(exist_ok=True)
+            stored.path.rename(tmp_path / "s" / f"{stored.path.name}-{seed}")
+    (table,) = build_tables(gather([tmp_path / "s"]))
+    assert table.to_control == f"A2SF {MINUS} H2O"
+    assert "A2SF [seed 2]" in {r.label for r in table.rows}
