@@ -113,9 +113,10 @@ def paired_difference(first: np.ndarray, second: np.ndarray, texts: TextClusters
 def average_difference(changes: Sequence[np.ndarray], texts: Sequence[TextClusters] | None = None) -> Difference:
     """Compare two systems on the unweighted average of several tasks.
 
-    The interval is a paired bootstrap, documents (whole texts where some share one) resampled within each task. Where every
-    change is -1, 0 or 1, or documents share texts, the p-value is the matching sign-flip test (for one task of independent
-    documents that is McNemar's exact test). Elsewhere interval and p-value are those of the symmetric bootstrap-t.
+    The interval is a paired bootstrap, documents (whole texts where some share one) resampled within each task; where no
+    document changed, it follows from the tasks' intervals of Bonett and Price. Where every change is -1, 0 or 1, or
+    documents share texts, the p-value is the matching sign-flip test (for one task of independent documents that is
+    McNemar's exact test). Elsewhere interval and p-value are those of the symmetric bootstrap-t.
 
     Args:
         changes: for each task, the first system's values minus the second's, one per document.
@@ -129,7 +130,7 @@ def average_difference(changes: Sequence[np.ndarray], texts: Sequence[TextCluste
         gained, lost = (int(sum((sign * c > 0).sum() for c in changes)) for sign in (1, -1))
         detectable = _detectable_average(changes, texts)
     if binary or any(t.shared for t in texts):
-        low, high = _bootstrap_interval(changes, texts)
+        low, high = _bootstrap_interval(changes, texts) if any(c.any() for c in changes) else _unchanged(changes, texts)
         p = _sign_flip_p(changes, texts)
     else:
         low, high, p = _bootstrap_t(changes)
@@ -237,6 +238,17 @@ def _bootstrap_interval(changes: Sequence[np.ndarray], texts: Sequence[TextClust
     """95 % interval of the mean over tasks: percentiles of the bootstrap."""
     means = np.mean([bootstrap_means(c, i, t) for i, (c, t) in enumerate(zip(changes, texts, strict=True))], axis=0)
     return interval(means, tail_of(texts))
+
+
+def _unchanged(changes: Sequence[np.ndarray], texts: Sequence[TextClusters]) -> tuple[float, float]:
+    """95 % interval of the mean over tasks of which no document changed: the tasks' own, joined (Zou and Donner, 2008).
+
+    A bootstrap would give a width of zero, however few documents there are.
+    """
+    sizes = [len(c) * t.effective_share(c) for c, t in zip(changes, texts, strict=True)]
+    halves = [bonett_price(0, 0, n, t.critical)[1] for n, t in zip(sizes, texts, strict=True)]
+    half = math.hypot(*halves) / len(changes)
+    return -half, half
 
 
 def _bootstrap_t(changes: Sequence[np.ndarray]) -> tuple[float, float, float]:

@@ -148,6 +148,19 @@ def test_average_of_one_task_is_mcnemar() -> None:
     assert average_difference([first - second]).p == pytest.approx(mcnemar_p(14, 5), abs=0.003)
 
 
+def test_the_interval_of_an_average_in_which_nothing_changed_has_a_width() -> None:
+    one = average_difference([np.zeros(24)])
+    alone = paired_difference(np.ones(24), np.ones(24))
+    assert (one.low, one.high) == pytest.approx((alone.low, alone.high))
+    two = average_difference([np.zeros(24), np.zeros(200)])
+    half = math.hypot(alone.high, paired_difference(np.ones(200), np.ones(200)).high) / 2
+    assert (two.low, two.high) == pytest.approx((-half, half))
+    assert 0.03 < half < 0.08
+    assert (two.value, two.p, two.gained, two.lost) == (0, 1, 0, 0)
+    texts = [TextClusters.keyed([str(i // 4) for i in range(24)])]
+    assert average_difference([np.zeros(24)], texts).high > one.high
+
+
 def test_average_weighs_tasks_equally() -> None:
     small, large = answers(2, 0, 4, 4), answers(0, 10, 80, 10)
     d = average_difference([np.subtract(*small), np.subtract(*large)])

@@ -329,6 +329,18 @@ def test_only_a_results_file(sweep: Path, tmp_path: Path) -> None:
     assert not any(e.test for r in shown.tables[0].rows for e in r.entries.values())
 
 
+def test_a_results_file_with_other_numbers_of_documents_shows_no_difference(sweep: Path, tmp_path: Path) -> None:
+    frame = pd.read_csv(sweep / "results.csv")
+    fewer = (frame["policy"] == "h2o") & (frame["task"] == "piqa")
+    frame.loc[fewer, "n"] -= 1
+    frame.to_csv(tmp_path / "results.csv", index=False)
+    table = only(gather([tmp_path]))
+    differences = {(r.label, r.to_full is None, r.to_control is None) for r in table.rows}
+    assert ("h2o", True, True) in differences
+    assert ("a2sf", False, True) in differences
+    assert any(note.startswith("piqa: some documents have no acc") for note in table.notes)
+
+
 def test_no_policy_to_compare_with(tmp_path: Path) -> None:
     write_sweep(tmp_path / "s", Plan(policies=("full", "a2sf")))
     shown = show([tmp_path / "s"], Selection(), TableOptions(report=False, plots=False))
