@@ -134,7 +134,12 @@ class EvictionState:
     def select(self, rows: Tensor) -> EvictionState:
         """The state of `rows` [B'], in that order; a row may be taken several times (a fork) or left out."""
         rows = rows.to(self.seen.device)
-        return EvictionState(**{name: x[rows] for name, x in self.tensors().items()})
+        return EvictionState(**{name: x.index_select(0, rows) for name, x in self.tensors().items()})
+
+    def row(self, row: int) -> EvictionState:
+        """The state of one row, in as few slots as it needs, in memory of its own."""
+        one = EvictionState(**{name: x[row : row + 1] for name, x in self.tensors().items()}).trim()
+        return EvictionState(**{name: x.clone() for name, x in one.tensors().items()})
 
     def heads(self, heads: Tensor) -> EvictionState:
         """The state of the KV heads `heads` [K'], in that order."""
@@ -160,8 +165,12 @@ class EvictionState:
         """The same state, whose tensors refer to no larger memory."""
         return EvictionState(**{name: x.contiguous() for name, x in self.tensors().items()})
 
-    def compact(self, slots: int | None = None) -> EvictionState:
-        """Sort the slots by position, the empty ones last and set to 0, and keep the first `slots` (default: as needed)."""
+    def compact(self, slots: int | None = None, cleared: bool = False) -> EvictionState:
+        """Sort the slots by position, the empty ones last and set to 0, and keep the first `slots` (default: as needed).
+
+        Args:
+            cleared: whether empty slots are 0 already.
+        """
         filled, some_empty = self.positions >= 0, True
         by_position, in_order = self.positions.where(filled, LATE), False
         if slots is None and self.positions.numel():
@@ -175,14 +184,10 @@ class EvictionState:
             order = by_position.argsort(dim=-1)[:, :, :slots]
             state = replace(self, **{name: of_columns(x, order) for name, x in self._slots().items()})
             empty = state.positions < 0
-        if not some_empty:
+        if cleared or not some_empty:
             return state
-        cleared = {
-            name: x.masked_fill(empty[(..., *[None] * (x.ndim - 3))], 0)
-            for name, x in state._slots().items()
-            if name != "positions"
-        }
-        return replace(state, **cleared)
+        numbers = {name: x for name, x in state._slots().items() if name != "positions"}
+        return replace(state, **{name: _without(x, empty) for name, x in numbers.items()})
 
     def evict(self, out: Tensor) -> EvictionState:
         """The state without the slots that are True in `out` [B, K, N]."""
@@ -234,6 +239,15 @@ class EvictionState:
     def _slots(self) -> dict[str, Tensor]:
         """The tensors that have slots."""
         return {name: x for name, x in self.tensors().items() if name not in ("seen", "queries")}
+
+
+def _without(x: Tensor, empty: Tensor) -> Tensor:
+    """`x` [B, K, N, ...] with 0 where `empty` bool [B, K, N]; a copy."""
+    if x.ndim == 3 or x.device.type != "cpu":
+        return x.masked_fill(empty[(..., *[None] * (x.ndim - 3))], 0)
+    # few are empty; a mask is read for every number
+    rows = empty.flatten().nonzero()[:, 0]
+    return x.flatten(0, 2).index_fill(0, rows, 0).view_as(x)
 
 
 def _joined(states: list[EvictionState], dim: int) -> EvictionState:

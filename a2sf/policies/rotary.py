@@ -71,6 +71,6 @@ class Projection:
 
         heads = []
         for k, group in enumerate(self.weights):  # head by head: the projected values are large
-            each = [(values[:, k] @ weights).abs().sum(-1) for weights in group.to(values)]
+            each = [(values[:, k] @ weights).abs_().sum(-1) for weights in group.to(values)]
             heads.append(sum(each[1:], each[0]) / len(each))
         return torch.stack(heads, 1)

@@ -77,7 +77,7 @@ class PlanPart(Plan):
             self.states.pop((*at, segment), None)
         for i in keep:
             assert out.state is not None
-            self.states[(*at, self.plan_segments[i])] = out.state.select(torch.tensor([i])).trim().contiguous()
+            self.states[(*at, self.plan_segments[i])] = out.state.row(i)
         return out.output
 
     def _before(self, at: tuple[int, int], key: Tensor, value: Tensor, rule: Rule, group: int) -> EvictionState | None:

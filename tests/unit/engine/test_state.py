@@ -76,6 +76,27 @@ def test_trim_is_a_view_and_contiguous_frees_the_rest():
     assert state([[[-1, -1]]]).trim().positions.shape[-1] == 1  # never without a slot
 
 
+def test_one_row_has_memory_of_its_own():
+    several = state([[[1, 4, -1, -1], [2, -1, -1, -1]], [[1, 2, 3, 4], [2, 3, 4, 5]]], memory=True)
+    got = several.row(0)
+    assert got.positions.tolist() == [[[1, 4], [2, -1]]]
+    assert got.seen.tolist() == [12]
+    for name, x in several.select(torch.tensor([0])).trim().tensors().items():
+        one = got.tensors()[name]
+        assert torch.equal(one, x), name
+        assert one.untyped_storage().nbytes() == one.nbytes, name
+
+
+def test_empty_slots_that_hold_what_is_not_finite_are_cleared():
+    one = state([[[5, -1, 2, 8], [-1, -1, 3, 1]]], memory=True)
+    for name in ("keys", "values", "memory"):
+        one.tensors()[name][one.positions < 0] = torch.nan
+    for sorted_already in (False, True):
+        got = (one.compact().pad(4) if sorted_already else one).compact()
+        assert got.positions.tolist() == [[[2, 5, 8], [1, 3, -1]]]
+        assert all(not x[0, 1, 2].any() for n, x in got.tensors().items() if n in ("keys", "values", "memory"))
+
+
 def test_rows_and_heads_of_several_states_are_joined():
     a, b = state([[[1, 4], [2, 3]]], memory=True), state([[[5, 6, 7], [0, 8, 9]]], memory=True)
     rows = EvictionState.stack([a, b])

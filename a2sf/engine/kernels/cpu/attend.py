@@ -78,7 +78,7 @@ def attend_cpu(
     states = allocate((items if hand_over else threads) * plan.buffers * heads, shape)
     run_plan(plan, threads, quota, shape, Work(call, states, make_scratch(threads, shape), given, final))
     if final_state is not None:
-        final_state = final_state.compact()
+        final_state = final_state.compact(cleared=True)
     output = output.transpose(1, 2).to(query.dtype)
     if not options.trace:
         return Attended(output, final_state)
