@@ -6,13 +6,14 @@ Tried with transformers 5.24.0 and accelerate 1.15.0.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 from transformers.masking_utils import (
     and_masks,
@@ -66,6 +67,11 @@ def check_quantizer(settings: Any, key: str, value: object) -> None:
 def can_set_attention(model: PreTrainedModel) -> bool:
     """Whether a model's attention is reached by AttentionInterface."""
     return bool(model._can_set_attn_implementation())
+
+
+def eager_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
+    """The `eager` attention of a layer, which the code of each model has for itself; torch's where it has none."""
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", AttentionInterface()["sdpa"])
 
 
 def stated_attention(config: PreTrainedConfig) -> Any:

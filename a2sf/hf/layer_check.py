@@ -5,7 +5,6 @@ The model's own functions run under a name of their own through transformers' in
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from a2sf.compat.transformers import ATTENTION
+from a2sf.compat.transformers import ATTENTION, eager_attention
 from a2sf.hf.attention.errors import NonFiniteError, UnsupportedModel
 from a2sf.hf.attention.function import attached, check_arguments, options_of
 from a2sf.hf.attention.plan import Plan
@@ -23,8 +22,6 @@ from a2sf.policies.base import UNLIMITED, Retention
 
 CHECK = "a2sf_check"
 """The name of the model's own attention while it is compared."""
-EAGER = "eager_attention_forward"
-"""The name of the attention in the code of transformers' models that is no function for all models."""
 FAR = 2**20
 """Positions of a model that does not say how many it has."""
 
@@ -94,9 +91,7 @@ class _Check:
 
     def attention_of(self, module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
         """The own attention of a layer: where there is none for all layers, the `eager` one of the layer's own code."""
-        if self.attention is not None:
-            return self.attention
-        return getattr(sys.modules[type(module).__module__], EAGER, AttentionInterface()["sdpa"])
+        return eager_attention(module) if self.attention is None else self.attention
 
 
 _current: ContextVar[_Check | None] = ContextVar("layer check", default=None)
