@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from a2sf.errors import ConfigError
 from a2sf.policies.base import MOST_QUERIES, Policy, Retention, check_tokens
-from a2sf.policies.rotary import Rotary
+from a2sf.policies.model.rotary import Rotary
 from a2sf.policies.rule import Rule, Step
 
 NO_SCORES = Rule(scored=False)

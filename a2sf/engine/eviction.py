@@ -30,8 +30,8 @@ from a2sf.engine.state import Segments as Segments
 from a2sf.engine.state import accumulation_dtype as accumulation_dtype
 from a2sf.engine.tree import PaddedRows, RowResults, by_depth
 from a2sf.errors import UserError
+from a2sf.policies.model.softmax import PLAIN, Softmax
 from a2sf.policies.rule import Sequence, Step
-from a2sf.policies.softmax import PLAIN, Softmax
 
 
 def reference(

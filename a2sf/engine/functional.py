@@ -17,10 +17,10 @@ from a2sf.errors import ConfigError, UserError
 from a2sf.policies.arguments import policy_of, schedule_of
 from a2sf.policies.base import Policy, check_name
 from a2sf.policies.budget import Budget, growing
+from a2sf.policies.model.softmax import PLAIN, Softmax
 from a2sf.policies.prepared import Prepared
 from a2sf.policies.rule import Rule
 from a2sf.policies.schedule import Schedule, schedule_for
-from a2sf.policies.softmax import PLAIN, Softmax
 
 
 def attend(

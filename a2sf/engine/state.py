@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from a2sf.engine.retention import BatchRetention
+from a2sf.policies.model.rotary import Projection, Rotary
+from a2sf.policies.model.softmax import PLAIN, Softmax
 from a2sf.policies.ranking import of_columns
-from a2sf.policies.rotary import Projection, Rotary
 from a2sf.policies.rule import ACCUMULATED, Rule
-from a2sf.policies.softmax import PLAIN, Softmax
 
 Made = TypeVar("Made")
 

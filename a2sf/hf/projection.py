@@ -27,7 +27,7 @@ from a2sf.hf.exactness import length_for, reported, tokens_of
 from a2sf.hf.found import Part
 from a2sf.hf.layer_check import layers_of, unpruned
 from a2sf.policies.base import Policy
-from a2sf.policies.rotary import Projection
+from a2sf.policies.model.rotary import Projection
 
 PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 """Names of the projection after the attention in transformers' models."""

@@ -27,8 +27,8 @@ from a2sf.hf.exactness import length_for, reported, tokens_of
 from a2sf.hf.found import Part
 from a2sf.hf.layer_check import unpruned
 from a2sf.policies.base import Policy
-from a2sf.policies.rotary import Rotary
-from a2sf.policies.softmax import PLAIN
+from a2sf.policies.model.rotary import Rotary
+from a2sf.policies.model.softmax import PLAIN
 
 TOKENS = 24
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}

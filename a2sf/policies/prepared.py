@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from a2sf.policies.softmax import PLAIN, Softmax
+from a2sf.policies.model.softmax import PLAIN, Softmax
 
 if TYPE_CHECKING:  # so that commands which only list policies do not load torch
     from torch import Tensor

@@ -19,14 +19,14 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from typing import TYPE_CHECKING, TypeAlias
 
+from a2sf.policies.model.softmax import PLAIN, Softmax
 from a2sf.policies.renamed import renamed_fields
-from a2sf.policies.softmax import PLAIN, Softmax
 from a2sf.whole_numbers import set_whole_numbers, whole_number
 
 if TYPE_CHECKING:  # so that commands which only list policies do not load torch
     from torch import Tensor
 
-    from a2sf.policies.rotary import Projection, Rotary
+    from a2sf.policies.model.rotary import Projection, Rotary
 
 
 @dataclass(frozen=True)

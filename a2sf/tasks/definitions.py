@@ -27,9 +27,9 @@ from a2sf.compat.lm_eval import (
 )
 from a2sf.errors import ConfigError, UserError, nearest
 from a2sf.policies.code_files import imported_files
-from a2sf.tasks import user_folder
-from a2sf.tasks.functions import function_file, known_arguments, live
-from a2sf.tasks.index import index
+from a2sf.tasks.files import user_folder
+from a2sf.tasks.files.functions import function_file, known_arguments, live
+from a2sf.tasks.files.index import index
 
 LONG = tuple(
     f"long_{family}" for family in ("single", "multikey", "multivalue", "multiquery", "variables", "common", "frequent")

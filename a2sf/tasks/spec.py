@@ -18,12 +18,13 @@ from jinja2 import UndefinedError
 
 from a2sf.errors import ConfigError, UserError, first_line
 from a2sf.hub.refusals import Unreachable, chain
-from a2sf.tasks import checks, definitions, user_folder
+from a2sf.tasks import checks, definitions
 from a2sf.tasks.data import documents
 from a2sf.tasks.data.documents import Commit
 from a2sf.tasks.data.sources import DataSpec, Source, locate
 from a2sf.tasks.definitions import SUITES, Definition
 from a2sf.tasks.examples import TaskMixin, seeded
+from a2sf.tasks.files import user_folder
 from a2sf.tasks.templates import fields_used
 from a2sf.tasks.turns import check_task
 from a2sf.tasks.warned import silent

@@ -18,7 +18,7 @@ from a2sf.hf.calls.logits import logits_at
 from a2sf.hf.exactness import check_exact
 from a2sf.hf.scope import pruning
 from a2sf.policies.base import UNLIMITED, Retention
-from a2sf.policies.softmax import PLAIN, Softmax
+from a2sf.policies.model.softmax import PLAIN, Softmax
 from tests.architectures import REFUSED, SUPPORTED, UNDECODABLE, WITH_SOFTMAX, Architecture, table
 from tests.models import CONFIGS
 

@@ -116,3 +116,12 @@ def test_help_needs_no_model_library(arguments):
     if arguments == ["--help"]:
         assert len(done.stdout.splitlines()) <= 24
         assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_a_folder_is_small_enough_to_be_seen_at_once():
+    counts = {
+        folder.relative_to(ROOT).as_posix(): len([f for f in folder.glob("*.py") if f.name != "__init__.py"])
+        for folder in (ROOT / "a2sf").rglob("*")
+        if folder.is_dir()
+    }
+    assert {name: n for name, n in counts.items() if n > 12} == {}

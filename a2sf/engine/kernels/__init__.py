@@ -19,7 +19,7 @@ from a2sf.engine.kernels.split import splitter_for
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Attended, AttentionCall, EvictionState, Options, Segments
 from a2sf.errors import ConfigError, Notice, UnsoundKernelError, UserError, nearest
-from a2sf.policies.softmax import PLAIN, Softmax
+from a2sf.policies.model.softmax import PLAIN, Softmax
 
 BACKENDS = tuple(b.name for b in REGISTRY if b.selectable)
 _collecting: ContextVar[tuple[set[str], ...]] = ContextVar("collecting", default=())

@@ -17,8 +17,8 @@ from a2sf.engine.kernels.dense import attend_dense, unsupported
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Attended, AttentionCall
 from a2sf.engine.stepwise import attend_torch
+from a2sf.policies.model.softmax import Softmax
 from a2sf.policies.rule import Rule
-from a2sf.policies.softmax import Softmax
 
 if TYPE_CHECKING:
     from a2sf.engine.kernels.cpu import SlotCache

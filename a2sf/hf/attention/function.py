@@ -22,7 +22,7 @@ from a2sf.engine.state import Options
 from a2sf.errors import UserError
 from a2sf.hf.attention.errors import UnsupportedModel
 from a2sf.hf.attention.named import Configs, configs_of, named
-from a2sf.policies.softmax import Softmax
+from a2sf.policies.model.softmax import Softmax
 
 IMPLEMENTATION = "a2sf"
 CHANGES_THE_RESULT = {

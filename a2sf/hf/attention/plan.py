@@ -19,7 +19,7 @@ from a2sf.hf.attention.errors import check_finite
 from a2sf.hf.attention.windows import keeps_window, mixes_windows, within_window
 from a2sf.hf.warned import Warned, caused_by
 from a2sf.policies.base import Retention
-from a2sf.policies.rotary import Projection, Rotary
+from a2sf.policies.model.rotary import Projection, Rotary
 from a2sf.policies.schedule import STEP, Schedule
 
 

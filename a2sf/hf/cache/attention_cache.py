@@ -16,10 +16,10 @@ from a2sf.engine.retention import BatchRetention, full_heads_of
 from a2sf.engine.state import Attended, EvictionState, Options, Segments, remembered, rounded_slots
 from a2sf.errors import UserError
 from a2sf.policies.base import UNLIMITED
-from a2sf.policies.rotary import Projection, Rotary
+from a2sf.policies.model.rotary import Projection, Rotary
+from a2sf.policies.model.softmax import PLAIN
 from a2sf.policies.rule import ACCUMULATED
 from a2sf.policies.slots import head_slots
-from a2sf.policies.softmax import PLAIN
 
 GROWTH = 256
 """The least number of free slots that are allocated where neither a budget nor a length bounds a cache."""

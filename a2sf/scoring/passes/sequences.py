@@ -20,8 +20,8 @@ from a2sf.hf.attention.mixed import MixedPass
 from a2sf.hf.reader import uncut
 from a2sf.hf.warned import Warned
 from a2sf.policies.base import UNLIMITED, Retention
+from a2sf.policies.model.rotary import Projection, Rotary
 from a2sf.policies.prepared import Prepared
-from a2sf.policies.rotary import Projection, Rotary
 from a2sf.policies.schedule import STEP, Schedule
 from a2sf.scoring.passes.full_cache_prefix import full_cache_prefix, shareable_prefix
 from a2sf.scoring.passes.packing import Item, Pack, build, numbered

@@ -16,8 +16,8 @@ from a2sf.engine.state import Attended, Options, Segments
 from a2sf.engine.trace import attention_mass, steps_of
 from a2sf.errors import ConfigError
 from a2sf.policies.base import Retention
+from a2sf.policies.model.softmax import PLAIN, Softmax
 from a2sf.policies.prepared import LayerRead
-from a2sf.policies.softmax import PLAIN, Softmax
 from tests.own_policies import AboveUniform
 from tests.policies import cases, label, tiered
 from tests.unit.engine.test_prompts import Operations

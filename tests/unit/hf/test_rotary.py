@@ -12,7 +12,7 @@ from a2sf import Policy, PrunedCache, Retention, attend
 from a2sf.hf.attention import UnsupportedModel
 from a2sf.hf.calls.around import cache_name_of
 from a2sf.hf.rotary import rotary_of
-from a2sf.policies.rotary import Rotary
+from a2sf.policies.model.rotary import Rotary
 from tests.architectures import SUPPORTED
 from tests.models import CONFIGS, shared
 from tests.own_policies import Watched

@@ -17,7 +17,7 @@ from a2sf.engine.priorities import call_policy, step_of_rows
 from a2sf.engine.retention import BatchRetention
 from a2sf.engine.state import Options, Segments
 from a2sf.errors import ConfigError, PolicyError
-from a2sf.policies.rotary import Projection, Rotary
+from a2sf.policies.model.rotary import Projection, Rotary
 from a2sf.policies.rule import AttentionRows, Cut, Step
 from tests import definitions
 from tests.definitions import retained

@@ -10,7 +10,7 @@ from lm_eval.tasks._index import TaskIndex
 
 from a2sf.compat import lm_eval
 from a2sf.compat.lm_eval import Kind, TaskReader
-from a2sf.tasks import index as stored
+from a2sf.tasks.files import index as stored
 
 
 @pytest.fixture

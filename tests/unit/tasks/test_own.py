@@ -16,8 +16,8 @@ from a2sf.sweep.config.grid import addable
 from a2sf.sweep.config.schema import register
 from a2sf.sweep.config.settings import read, refuse_unused
 from a2sf.tasks import spec as tasks
-from a2sf.tasks import user_folder as own
-from a2sf.tasks.functions import function_file
+from a2sf.tasks.files import user_folder as own
+from a2sf.tasks.files.functions import function_file
 from a2sf.tasks.prompting import Prompting
 from tests.own_tasks import own_tasks
 
