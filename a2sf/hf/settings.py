@@ -112,7 +112,8 @@ def retention_of(
     Args:
         prepared: what `policy.prepare` returned for the prompt.
         acts: on which layers the policy acts (`global_layers`); None: on all.
-        known: what earlier calls returned that differed in `total`, `context` and `prepared` alone; filled by this one.
+        known: results of earlier calls with the same policy, budget, schedule and `acts`, which are used again where
+            `prepared` is None; this call adds its own.
 
     Raises:
         UserError: if the policy protects more tokens than the budget holds, or its own code fails.
@@ -122,15 +123,14 @@ def retention_of(
     if budget is not None and budget.grows:
         return growing(policy, budget, layers, schedule, prompt, prepared, acts)
     slots = budget.layer_slots(total, context, layers, prepared) if budget else [1] * layers
+    if known is None or prepared is not None:
+        known = {}
     key = tuple(slots), prompt
-    if known is not None and prepared is None and key in known:
-        return known[key]
-    found = tuple(retained(policy, c, i, layers, prompt, prepared, acts) for i, c in enumerate(slots))
-    if known is not None and prepared is None:
+    if key not in known:
         if len(known) >= MOST_KNOWN:
             known.clear()
-        known[key] = found
-    return found
+        known[key] = tuple(retained(policy, c, i, layers, prompt, prepared, acts) for i, c in enumerate(slots))
+    return known[key]
 
 
 def contexts_of(given: int | Sequence[int] | None) -> int | list[int] | None:

@@ -19,12 +19,12 @@ def notes_of(cells: Iterable[StoredCell]) -> list[str]:
 
     Those that count requests and differ in nothing else than the task and the counts are one, with the sum.
     """
-    said: dict[tuple[str, str], _Said] = {}
+    said: dict[tuple[str, str], _Places] = {}
     for stored in cells:
         for note in stored.notes:
             found = COUNTED.fullmatch(note["text"])
             about = (found["who"], found["rest"]) if found else (note["text"], "")
-            one = said.setdefault(about, _Said())
+            one = said.setdefault(about, _Places())
             one.names.append(stored.path.name)
             one.times += note.get("times", 0)
             if found:
@@ -33,8 +33,8 @@ def notes_of(cells: Iterable[StoredCell]) -> list[str]:
 
 
 @dataclass
-class _Said:
-    """Where the same was said.
+class _Places:
+    """The cells that have a note.
 
     Attributes:
         names: the cells.
@@ -47,11 +47,12 @@ class _Said:
     counts: list[tuple[str, int, int]] = field(default_factory=list)
 
     def text(self, who: str, rest: str) -> str:
+        """The note with its cells; `who` and `rest` as in `COUNTED`, or the whole text and "" where nothing is counted."""
         where = _where(self.names, self.times)
         if not self.counts:
             return f"{who} {where}"
         tasks = ", ".join(dict.fromkeys(task for task, _, _ in self.counts))
-        about, requests = (sum(numbers) for numbers in list(zip(*self.counts, strict=True))[1:])
+        about, requests = sum(n for _, n, _ in self.counts), sum(n for _, _, n in self.counts)
         return f"{tasks}: {who}: in {about} of {requests} requests {rest} {where}"
 
 

@@ -126,9 +126,14 @@ class StoredCell:
         file = self.path / DOCUMENTS
         try:
             with file.open("rb") as stream:  # pyarrow fails at a path that is not in the locale's encoding
-                return pd.read_parquet(stream)
+                documents = pd.read_parquet(stream)
         except Exception as error:  # pyarrow raises several kinds
             raise UserError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
+        if {"gold", "choices"} <= set(documents.columns):
+            # earlier versions stored a label beyond the choices as it stood: no choice is right
+            beyond = documents["gold"] >= documents["choices"].map(len)
+            documents["gold"] = documents["gold"].mask(beyond, -1)
+        return documents
 
     def open_traces(self) -> BinaryIO | None:
         """The file that `a2sf.engine.trace.load` reads; None: no evictions were recorded."""

@@ -141,7 +141,7 @@ def _gold_and_margin(documents: pd.DataFrame) -> np.ndarray:
     out = np.full((len(documents), 2), np.nan)
     columns = documents["gold"], documents["loglikelihoods"], documents["continuation_tokens"]
     for i, (gold, logs, tokens) in enumerate(zip(*columns, strict=True)):
-        if 0 <= gold < len(logs):  # results of earlier versions have a number beyond the choices as it stands
+        if gold >= 0:
             out[i, 0] = logs[gold] / max(1, tokens[gold])
             if len(logs) > 1:
                 out[i, 1] = logs[gold] - max(v for j, v in enumerate(logs) if j != gold)

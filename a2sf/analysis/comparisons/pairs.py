@@ -86,11 +86,10 @@ class Comparer:
                 same = _same_documents(one, other, self.grid.metric, self.grid.mixed)
             if same:
                 continue
-            problem = (
+            self._note(
                 f"{task}: some documents have no {self.grid.metric}, and not the same ones under each system, so no "
                 "difference is shown."
             )
-            self.problems += [] if problem in self.problems else [problem]
             return False
         return True
 
@@ -168,9 +167,12 @@ class Comparer:
         except KeyError:
             return None  # a directory with results.csv alone; the grid has said so already
         except UserError as error:
-            if str(error) not in self.problems:
-                self.problems.append(str(error))
+            self._note(str(error))
             return None
+
+    def _note(self, problem: str) -> None:
+        if problem not in self.problems:
+            self.problems.append(problem)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 
 from a2sf.analysis.results.documents import documents_of
+from a2sf.analysis.results.errors import scores_of
 from a2sf.analysis.statistics.intervals import right_or_wrong
 from a2sf.errors import UserError
-from a2sf.store.aggregates import LM_EVAL_STDERR
 from a2sf.store.runs import StoredCell
 
 LOWER = "perplexity|bits_per_byte|loss"
@@ -66,8 +66,7 @@ def add_shares(frame: pd.DataFrame, cells: Mapping[str, StoredCell], metric: str
     The mean of numbers from 0 to 100 may be at most 1. Documents are read where a result does not show that each is 0 or 1.
     """
     found = []
-    for row in frame[["key", "value", LM_EVAL_STDERR, "n"]].itertuples(index=False):
-        key, value, stderr, n = str(row[0]), float(row[1]), float(row[2]), int(row[3])
+    for key, value, stderr, n in scores_of(frame):
         share = -1 <= value <= 1
         if share and key in cells and not right_or_wrong(value, stderr, n):
             share = _within_one(cells[key], metric)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,7 @@ def add_intervals(frame: pd.DataFrame, cells: Mapping[str, StoredCell], metric: 
     Documents are read where they may share texts. Elsewhere lm-eval's numbers say all that is needed.
     """
     found = []
-    for row in frame[["key", "value", LM_EVAL_STDERR, "n"]].itertuples(index=False):
-        key, value, stderr, n = str(row[0]), float(row[1]), float(row[2]), int(row[3])
+    for key, value, stderr, n in scores_of(frame):
         estimate = _by_text(cells[key], metric, value) if key in cells and may_share(cells[key]) else None
         unknown = math.isnan(stderr) and metric in OF_CHOICES  # published numbers
         if estimate is None and (unknown or right_or_wrong(value, stderr, n)):
@@ -35,6 +34,12 @@ def add_intervals(frame: pd.DataFrame, cells: Mapping[str, StoredCell], metric: 
         found.append(estimate or of_mean(value, stderr, n))
     for name in ESTIMATED:
         frame[name] = [getattr(e, name) for e in found]
+
+
+def scores_of(frame: pd.DataFrame) -> Iterator[tuple[str, float, float, int]]:
+    """Key of the cell, value, lm-eval's standard error and n of each row."""
+    for row in frame[["key", "value", LM_EVAL_STDERR, "n"]].itertuples(index=False):
+        yield str(row[0]), float(row[1]), float(row[2]), int(row[3])
 
 
 def add_group_intervals(scores: pd.DataFrame, frame: pd.DataFrame, groups: Sequence[TaskGroup], metric: str) -> None:

@@ -15,8 +15,8 @@ from a2sf.policies.schedule import STEP
 CHUNK = 1024
 """Queries attended at a time: the mask of a tree is never larger than this times the tree's tokens."""
 
-PLAIN_CHUNK = 128
-"""The same where the probabilities themselves are made, for a softmax that torch's own attention does not know."""
+CHUNK_OF_LOGITS = 128
+"""The same where logits and probabilities are made in memory: for a softmax that torch's own attention does not know."""
 
 
 def unsupported(segments: Segments, options: Options, state: object) -> str | None:
@@ -63,7 +63,7 @@ def attend_dense(query: Tensor, key: Tensor, value: Tensor, segments: Segments, 
         budget, owner = segments.budget[tree][owner].to(device), owner.to(device)
         row = int(segments.row[tree[0]])
         q, k, v = (x[row : row + 1, :, token].to(dtype) for x in (query, key, value))
-        chunk = CHUNK if options.softmax.plain else PLAIN_CHUNK
+        chunk = CHUNK if options.softmax.plain else CHUNK_OF_LOGITS
         for i in range(0, len(owner), chunk):
             here = slice(i, i + chunk)
             back = depth[here, None] - depth

@@ -46,7 +46,7 @@ class CachePass:
         elif window is not None:
             self.cache.rows(layer, window)  # refuses a sequence that has outgrown the window
         call = self.attentions[layer]
-        output = self.read(cache_layer, layer, query, key, value, options, call)
+        output = self.read(layer, query, key, value, options, call)
         if self.new.columns == 1:
             # NaN and infinity end up in the output, but not those of a key that only gets no attention
             check_finite(layer, tokens, key=key, output=output)
@@ -56,17 +56,9 @@ class CachePass:
     def begin(self) -> None:
         """Begin the call."""
 
-    def read(
-        self,
-        cache_layer: PrunedLayer,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        options: Options,
-        call: int,
-    ) -> Tensor:
+    def read(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options, call: int) -> Tensor:
         """Let a layer read the call's tokens, [B, H, T, V]; `call` as for `PrunedLayer.attend`."""
+        cache_layer: PrunedLayer = self.cache.layers[layer]
         return cache_layer.attend(query, key, value, self.new, options, self.cache.more, call)
 
     def finish(self, completed: bool) -> None:

@@ -61,16 +61,8 @@ class LookingPass(CachePass):
         assert model is not None
         self._hooks.enter_context(hidden_noted(model, self.hidden, self, self.looks))
 
-    def read(
-        self,
-        cache_layer: PrunedLayer,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        options: Options,
-        call: int,
-    ) -> Tensor:
+    def read(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options, call: int) -> Tensor:
+        cache_layer: PrunedLayer = self.cache.layers[layer]
         new, end = self.new, self.new.start + self.new.length - 1
         before = NewTokens(new.start, new.length - 1, new.before, new.after - 1, new.columns)
         output = cache_layer.attend(query, key, value, before, options, None, call)

@@ -171,5 +171,6 @@ def _restore(cache: PrunedCache, stored: Mapping[str, Any]) -> None:
     for i, (layer, one) in enumerate(zip(cache.layers, stored["layers"], strict=True)):
         state = EvictionState(**{name: x.to(model.device) for name, x in one["state"].items()})
         layer.restore(cache.batch_retention(i, one["window"]), one, state)
-        # others may be stored in another dtype than the model's
-        cache.dtype = state.keys.dtype if torch.float64 in (state.keys.dtype, model.dtype) else model.dtype
+    # states of float32, bfloat16 and float16 models are float32, and each of these models may continue them
+    dtypes = {one["state"]["keys"].dtype for one in stored["layers"]}
+    cache.dtype = dtypes.pop() if torch.float64 in dtypes | {model.dtype} else model.dtype

@@ -121,8 +121,7 @@ def _document(columns: dict[str, list[Any]], i: int) -> dict[str, Any]:
     if (left_out := len(context) - BEGINNING - END) > 0:
         context = f"{context[:BEGINNING]}\n[… {left_out:,} characters left out …]\n{context[-END:]}"
     document = {"id": int(columns["doc_id"][i]), "context": context, "choices": [*map(str, columns["choices"][i])]}
-    gold = int(columns["gold"][i])  # results of earlier versions have a number beyond the choices as it stands
-    document["gold"] = gold if gold < len(columns["choices"][i]) else -1
+    document["gold"] = int(columns["gold"][i])
     document["target"] = _text(columns, "target", i)
     document["tokens"] = max(map(int, columns["context_tokens"][i]), default=0) if "context_tokens" in columns else 0
     return document

@@ -65,18 +65,22 @@ def _by_task(
     )
     if tested and margin is not None:
         tests.to_full = test_equivalence(systems, part, comparer, margin)
-    placed = list(zip(systems, rows, strict=True))
-    full = {s.variant: (s, r) for s, r in placed if s.is_full}
-    controls = controls_of(systems, pair)
-    row_of = {id(s): r for s, r in placed}
+    full, controls = {s.variant: s for s in systems if s.is_full}, controls_of(systems, pair)
+    values = {id(s): r.entries[score].value for s, r in zip(systems, rows, strict=True) if score in r.entries}
+
+    def minus(one: SystemResults, other: SystemResults | None) -> float | None:
+        """The difference of their scores; None where one has none, or has it of other documents."""
+        if other is None or not {id(one), id(other)} <= values.keys() or not comparer.comparable(one, other):
+            return None
+        return values[id(one)] - values[id(other)]
+
     final = []
-    for system, row in placed:
+    for system, row in zip(systems, rows, strict=True):
         if not system.is_full:
-            row = replace(row, to_full=_minus((system, row), full.get(system.variant), score, comparer))
+            row = replace(row, to_full=minus(system, full.get(system.variant)))
         if system.policy == pair[0]:
-            other = controls.get((system.budget, system.schedule, system.variant))
-            against = None if other is None else (other, row_of[id(other)])
-            row = replace(row, to_control=_minus((system, row), against, score, comparer))
+            control = controls.get((system.budget, system.schedule, system.variant))
+            row = replace(row, to_control=minus(system, control))
         final.append(row)
     notes = list(comparer.problems)
     if not full:
@@ -146,17 +150,6 @@ def _row(system: SystemResults, tasks: list[str], groups: dict[str, dict[tuple[A
     return TableRow(
         system.short_label, system.budget, system.factor, system.schedule, system.is_full, system.causal, entries
     )
-
-
-def _minus(
-    one: tuple[SystemResults, TableRow], other: tuple[SystemResults, TableRow] | None, column: str, comparer: Comparer
-) -> float | None:
-    """The difference of two systems in a column; None where one has no value there, or has it of other documents."""
-    if other is None or any(column not in row.entries for _, row in (one, other)):
-        return None
-    if not comparer.comparable(one[0], other[0]):
-        return None
-    return one[1].entries[column].value - other[1].entries[column].value
 
 
 def _used_heads(rows: list[TableRow]) -> tuple[str, ...]:
